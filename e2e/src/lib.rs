@@ -1,0 +1,1 @@
+//! Whole-system tests: API, crash, chaos, audit.

@@ -1,0 +1,3 @@
+//! Items, stock and reservations.
+
+fn main() {}

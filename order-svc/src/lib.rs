@@ -1,0 +1,1 @@
+//! The order REST API; hosts the order saga and its inspection.

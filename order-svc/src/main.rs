@@ -1,0 +1,3 @@
+//! The order REST API; hosts the order saga and its inspection.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Publishes committed outbox rows to Kafka, in order, and repairs what could not be published.
+
+fn main() {}

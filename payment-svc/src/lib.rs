@@ -1,0 +1,1 @@
+//! Payments, the payment gateway port, and a simulated provider.

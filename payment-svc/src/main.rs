@@ -1,0 +1,3 @@
+//! Payments, the payment gateway port, and a simulated provider.
+
+fn main() {}

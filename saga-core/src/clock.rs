@@ -1,0 +1,1 @@
+//! Time: the only place that reads the clock.

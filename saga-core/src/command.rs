@@ -1,0 +1,27 @@
+//! The typed contract between an orchestrator and a participant: a command, what it replies, how it can be refused.
+
+use crate::topic::Topic;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// A command that a saga sends to a participant.
+///
+/// A refusal ([`Command::Rejection`]) says: *certainly nothing happened*. A command that cannot be refused has
+/// [`Never`] there; only such commands may undo a step or stand after the pivot.
+pub trait Command: Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// The CloudEvents type, with a version at its end: `payments.authorize.v1`.
+    const TYPE: &'static str;
+    /// The topic that its participant reads.
+    const TOPIC: &'static Topic;
+    /// What the participant answers when it is done.
+    type Reply: Serialize + DeserializeOwned + Send + Sync + 'static;
+    /// Why the participant refuses.
+    type Rejection: Serialize + DeserializeOwned + Send + Sync + 'static;
+}
+
+/// The rejection of a command that cannot be refused: it has no value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Never {}
+
+/// The reply of a command that has nothing to say but that it is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Done {}

@@ -1,0 +1,183 @@
+//! Message headers: CloudEvents 1.0 in Kafka binary mode, and what sagas add to them.
+//!
+//! Attributes travel as headers, the payload as the record's value. Unknown headers pass through; a tombstone (null
+//! value) is legal. This module is pure.
+
+use crate::id::{CommandId, MessageId, SagaId};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, fmt, str::FromStr};
+use time::OffsetDateTime;
+
+/// Header name to value. Kafka allows a name twice and any bytes; we write each once, in UTF-8, and read the last.
+pub type Headers = BTreeMap<String, String>;
+
+/// Header names.
+pub mod header {
+    /// CloudEvents specification version; always `1.0`.
+    pub const SPECVERSION: &str = "ce_specversion";
+    /// Unique per logical message.
+    pub const ID: &str = "ce_id";
+    /// Who says it: the outbox's name unless the service set its own.
+    pub const SOURCE: &str = "ce_source";
+    /// What it is; also tells how to decode the payload.
+    pub const TYPE: &str = "ce_type";
+    /// What it is about.
+    pub const SUBJECT: &str = "ce_subject";
+    /// When it was written, RFC 3339.
+    pub const TIME: &str = "ce_time";
+    /// The outbox row's id: it grows along a key.
+    pub const SEQUENCE: &str = "ce_sequence";
+    /// Media type of the payload.
+    pub const CONTENT_TYPE: &str = "content-type";
+    /// W3C trace context.
+    pub const TRACEPARENT: &str = "traceparent";
+    /// W3C trace context, vendor part.
+    pub const TRACESTATE: &str = "tracestate";
+    /// Ties together all that one request caused.
+    pub const CORRELATION_ID: &str = "correlation-id";
+    /// Saga instance.
+    pub const SAGA_ID: &str = "ce_sagaid";
+    /// Saga definition's name.
+    pub const SAGA_TYPE: &str = "ce_sagatype";
+    /// Saga definition's version.
+    pub const SAGA_VERSION: &str = "ce_sagaversion";
+    /// Step's name.
+    pub const SAGA_STEP: &str = "ce_sagastep";
+    /// `do` or `undo`.
+    pub const SAGA_OP: &str = "ce_sagaop";
+    /// Which run of the step: 0, and more after a retry with edited input.
+    pub const SAGA_OCCURRENCE: &str = "ce_sagaoccurrence";
+    /// Stable across resends.
+    pub const COMMAND_ID: &str = "ce_commandid";
+    /// 1 for the first send of a command.
+    pub const ATTEMPT: &str = "ce_attempt";
+    /// The topic that wants the reply.
+    pub const REPLY_TO: &str = "ce_replyto";
+    /// In a reply: the command's id.
+    pub const CAUSATION_ID: &str = "ce_causationid";
+    /// In a reply: `succeeded`, `rejected` or `failed`.
+    pub const OUTCOME: &str = "ce_outcome";
+    /// Set when an operator published the row again.
+    pub const REPLAYED: &str = "ce_replayed";
+}
+
+macro_rules! text_enum {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum $name { $($(#[$vdoc])* $variant),+ }
+
+        impl $name {
+            /// As it stands in a header.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text),+ }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = ();
+            fn from_str(text: &str) -> Result<Self, ()> {
+                match text { $($text => Ok(Self::$variant),)+ _ => Err(()) }
+            }
+        }
+    };
+}
+
+text_enum! {
+    /// Which way a saga's command goes.
+    Op {
+        /// Forward.
+        Do = "do",
+        /// Compensation.
+        Undo = "undo",
+    }
+}
+
+text_enum! {
+    /// How a participant answered. Only `Succeeded` and `Rejected` are final.
+    Outcome {
+        /// It is done.
+        Succeeded = "succeeded",
+        /// Certainly nothing happened, and nothing will.
+        Rejected = "rejected",
+        /// Not done now; the command stays open and a resend tries again.
+        Failed = "failed",
+    }
+}
+
+/// A decoded message header set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Envelope {
+    /// `ce_id`.
+    pub id: MessageId,
+    /// `ce_source`.
+    pub source: String,
+    /// `ce_type`.
+    pub kind: String,
+    /// `ce_subject`.
+    pub subject: Option<String>,
+    /// `ce_time`.
+    pub time: Option<OffsetDateTime>,
+    /// `ce_sequence`.
+    pub sequence: Option<i64>,
+    /// `content-type`.
+    pub content_type: Option<String>,
+    /// `traceparent`.
+    pub traceparent: Option<String>,
+    /// `tracestate`.
+    pub tracestate: Option<String>,
+    /// What sagas add; `None` for a plain event.
+    pub saga: Option<SagaHeaders>,
+    /// All other headers, passed through.
+    pub other: Headers,
+}
+
+/// What a saga's command or reply carries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SagaHeaders {
+    /// Saga instance.
+    pub saga: SagaId,
+    /// Definition's name.
+    pub definition: String,
+    /// Definition's version.
+    pub version: u32,
+    /// Step's name.
+    pub step: String,
+    /// Which way.
+    pub op: Op,
+    /// Which run of the step.
+    pub occurrence: u32,
+    /// The command (in a reply: the one that is answered).
+    pub command: CommandId,
+    /// 1 for the first send (in a reply: of the command that is answered).
+    pub attempt: u32,
+    /// Command only: the topic that wants the reply.
+    pub reply_to: Option<String>,
+    /// Reply only.
+    pub outcome: Option<Outcome>,
+}
+
+/// Why a record's headers are not an envelope. The record goes to the dead letter topic with this text.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EnvelopeError {
+    /// A required header is not there.
+    #[error("header `{0}` is missing")]
+    Missing(&'static str),
+    /// A header's value does not parse.
+    #[error("header `{name}` is {value:?}, expected {expected}")]
+    Malformed {
+        /// Which header.
+        name: &'static str,
+        /// What it said (truncated to 100 characters).
+        value: String,
+        /// What it should have been.
+        expected: &'static str,
+    },
+}

@@ -1,0 +1,1 @@
+//! Mountable routers and problem details.

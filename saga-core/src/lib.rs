@@ -1,0 +1,34 @@
+//! A saga engine for services that own a PostgreSQL database and talk over Kafka.
+//!
+//! The one sentence that everything follows from: **every message is one transaction: inbox row, state change, outbox
+//! rows.** The modules, in reading order:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`id`] | newtypes: [`id::SagaId`], [`id::MessageId`], [`id::CommandId`] |
+//! | [`command`], [`topic`] | what two services agree on: typed commands with their replies, and where they travel |
+//! | [`envelope`] | message headers (CloudEvents 1.0, Kafka binary mode) |
+//! | [`outbox`] | append messages within the caller's transaction |
+//! | [`inbox`] | which messages of a batch are new |
+//! | [`consumer`] | Kafka records to batches to one transaction per batch; retries, parking, dead letters |
+//! | [`participant`] | command, decide, reply: fenced and idempotent, external effects by intent |
+//! | [`saga`] | define a saga, decide (pure), persist, run, inspect |
+//! | [`http`] | problem details, health, metrics, mountable inspection routes |
+//! | [`retry`], [`clock`] | the only users of `backoff` and of time |
+//! | [`service`] | what a `main` needs: configuration, telemetry, pools, migrations, topics, shutdown |
+
+pub mod clock;
+pub mod command;
+pub mod consumer;
+pub mod envelope;
+pub mod http;
+pub mod id;
+pub mod inbox;
+pub mod outbox;
+pub mod participant;
+pub mod retry;
+pub mod saga;
+pub mod service;
+#[cfg(feature = "testkit")]
+pub mod testkit;
+pub mod topic;

@@ -1,0 +1,1 @@
+//! Retries: the only user of `backoff`.

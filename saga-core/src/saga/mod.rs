@@ -1,0 +1,1 @@
+//! Sagas: define, decide, persist, run, inspect.

@@ -1,0 +1,5 @@
+//! What a `main` needs.
+
+pub mod topics {
+    //! Creates declared topics.
+}

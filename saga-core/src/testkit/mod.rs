@@ -1,0 +1,1 @@
+//! What tests need: databases, topics, the explorer, fault injection.
