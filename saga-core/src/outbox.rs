@@ -33,7 +33,14 @@ impl NewMessage {
     /// A message with a JSON payload, a new id, and the current span's trace context.
     pub fn json<T: Serialize>(topic: &str, key: &str, kind: &str, payload: &T) -> Result<Self, serde_json::Error> {
         let payload = Some(serde_json::to_vec(payload)?);
-        Ok(Self { id: MessageId::new(), topic: topic.into(), key: key.into(), kind: kind.into(), payload, headers: Headers::new() })
+        Ok(Self {
+            id: MessageId::new(),
+            topic: topic.into(),
+            key: key.into(),
+            kind: kind.into(),
+            payload,
+            headers: Headers::new(),
+        })
     }
 
     /// Adds the saga headers of a command or a reply.
