@@ -21,6 +21,7 @@ pub mod clock;
 pub mod command;
 pub mod consumer;
 pub mod envelope;
+mod fail_point;
 pub mod http;
 pub mod id;
 pub mod inbox;

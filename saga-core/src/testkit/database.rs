@@ -1,0 +1,113 @@
+//! A database per test: created with a random name on the server of `DATABASE_URL`, migrated, dropped at the end.
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgPoolOptions};
+
+/// One owner's migrations and the history table they are recorded in (`refinery_<owner>`).
+pub struct Migrations {
+    /// Who owns them: `messaging`, `saga`, a service.
+    pub owner: &'static str,
+    /// What to run.
+    pub runner: refinery::Runner,
+}
+
+/// A database of one test's own. Dropped, connections and all, when this value is.
+pub struct TestDatabase {
+    /// Connected to it; at most eight connections.
+    pub pool: PgPool,
+    /// What `DATABASE_URL` would say for a process that uses it.
+    pub url: String,
+    name: String,
+    server: String,
+}
+
+impl TestDatabase {
+    /// Creates a database and runs `migrations` in their order.
+    ///
+    /// # Panics
+    /// When `DATABASE_URL` is not set or its server refuses: a test without its database has nothing to say.
+    pub async fn new(migrations: &[Migrations]) -> Self {
+        let server = std::env::var("DATABASE_URL").expect("DATABASE_URL names the PostgreSQL server that tests use");
+        let name = super::unique("test").replace('-', "_");
+        let mut admin = PgConnection::connect(&server).await.expect("the server of DATABASE_URL accepts connections");
+        sqlx::query(AssertSqlSafe(format!("create database {name} template template0")))
+            .execute(&mut admin)
+            .await
+            .expect("the user of DATABASE_URL may create databases");
+        admin.close().await.ok();
+        let url = with_database(&server, &name);
+        for migrations in migrations {
+            migrate(&url, migrations).await;
+        }
+        let pool = PgPoolOptions::new()
+            .max_connections(8)
+            .after_release(|connection, _| {
+                Box::pin(async move {
+                    sqlx::query("rollback").execute(connection).await?;
+                    Ok(true)
+                })
+            })
+            .connect(&url)
+            .await
+            .expect("a database that was just created accepts connections");
+        Self { pool, url, name, server }
+    }
+
+    /// Cuts every connection to this database but the one that asks, as a crash of the server would; says how many.
+    pub async fn cut_connections(&self) -> i64 {
+        let mut admin = PgConnection::connect(&self.server).await.expect("the server is there");
+        sqlx::query_scalar("select count(pg_terminate_backend(pid)) from pg_stat_activity where datname = $1")
+            .bind(&self.name)
+            .fetch_one(&mut admin)
+            .await
+            .expect("the user of DATABASE_URL may terminate backends")
+    }
+}
+
+async fn migrate(url: &str, migrations: &Migrations) {
+    let (mut client, connection) =
+        tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("the test's database accepts connections");
+    let driver = tokio::spawn(connection);
+    // `Runner` is consumed by its own setters and is not `Clone`: rebuild it from what it was made of.
+    let mut runner = refinery::Runner::new(migrations.runner.get_migrations());
+    runner.set_migration_table_name(format!("refinery_{}", migrations.owner));
+    runner.run_async(&mut client).await.expect("migrations run on an empty database");
+    drop(client);
+    driver.await.expect("the connection's task ends with its client").ok();
+}
+
+/// `server` with its database replaced by `name`.
+fn with_database(server: &str, name: &str) -> String {
+    let (base, query) = server.split_once('?').map_or((server, None), |(base, query)| (base, Some(query)));
+    let authority = base.find("://").map_or(0, |at| at + 3);
+    let end = base[authority..].find('/').map_or(base.len(), |at| authority + at);
+    let query = query.map(|query| format!("?{query}")).unwrap_or_default();
+    format!("{}/{name}{query}", &base[..end])
+}
+
+impl Drop for TestDatabase {
+    fn drop(&mut self) {
+        let (server, name) = (self.server.clone(), self.name.clone());
+        // A thread with a runtime of its own: the test's runtime may be the one that is being torn down.
+        let dropping = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+            runtime.block_on(async {
+                let mut admin = PgConnection::connect(&server).await.ok()?;
+                let sql = AssertSqlSafe(format!("drop database if exists {name} with (force)"));
+                sqlx::query(sql).execute(&mut admin).await.ok()
+            })
+        });
+        dropping.join().ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_database_of_a_url_is_replaced_and_its_options_are_kept() {
+        assert_eq!(with_database("postgres://u:p@h:1/a?x=y", "b"), "postgres://u:p@h:1/b?x=y");
+        assert_eq!(with_database("postgres://u@h", "b"), "postgres://u@h/b");
+        assert_eq!(with_database("postgres://h/?sslmode=disable", "b"), "postgres://h/b?sslmode=disable");
+    }
+}

@@ -1,0 +1,215 @@
+//! Topics of a test's own on the brokers of `KAFKA_BROKERS`; writing raw records and reading a topic to its end.
+
+use rdkafka::{
+    ClientConfig, Message as _, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
+    client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer as _},
+    message::{Header, Headers as _, OwnedHeaders},
+    producer::{FutureProducer, FutureRecord},
+    util::Timeout,
+};
+use std::{ops::Deref, sync::LazyLock, time::Duration};
+
+/// How long the broker may take for anything a test asks of it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The brokers that tests use.
+///
+/// # Panics
+/// When `KAFKA_BROKERS` is not set.
+pub fn brokers() -> String {
+    std::env::var("KAFKA_BROKERS").expect("KAFKA_BROKERS names the Kafka brokers that tests use")
+}
+
+static ADMIN: LazyLock<AdminClient<DefaultClientContext>> = LazyLock::new(|| {
+    ClientConfig::new().set("bootstrap.servers", brokers()).create().expect("an admin client needs only brokers")
+});
+
+static PRODUCER: LazyLock<FutureProducer> = LazyLock::new(|| {
+    ClientConfig::new()
+        .set("bootstrap.servers", brokers())
+        .set("linger.ms", "1")
+        .set("enable.idempotence", "true")
+        .create()
+        .expect("a producer needs only brokers")
+});
+
+/// A topic with a random name and its `.dlt`; both are deleted when this value is dropped.
+#[derive(Debug)]
+pub struct TestTopic {
+    name: String,
+}
+
+impl TestTopic {
+    /// Creates `<prefix>-<random>` and its dead letter topic.
+    pub async fn create(prefix: &str, partitions: i32) -> Self {
+        let name = super::unique(prefix);
+        let dead_letters = crate::topic::dead_letter_topic(&name);
+        futures::future::join(create_topic(&name, partitions), create_topic(&dead_letters, 1)).await;
+        Self { name }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The name of its dead letter topic.
+    pub fn dead_letters(&self) -> String {
+        crate::topic::dead_letter_topic(&self.name)
+    }
+}
+
+impl Deref for TestTopic {
+    type Target = str;
+    fn deref(&self) -> &str {
+        &self.name
+    }
+}
+
+impl Drop for TestTopic {
+    fn drop(&mut self) {
+        let names = [self.name.clone(), self.dead_letters()];
+        let deleting = std::thread::spawn(move || {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            futures::executor::block_on(ADMIN.delete_topics(&names, &AdminOptions::new())).ok();
+        });
+        deleting.join().ok();
+    }
+}
+
+/// Creates a topic with exactly this name, and waits until the broker serves it.
+///
+/// # Panics
+/// When the broker refuses.
+pub async fn create_topic(name: &str, partitions: i32) {
+    let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
+    let options = AdminOptions::new().operation_timeout(Some(Timeout::After(PATIENCE)));
+    let results = ADMIN.create_topics([&topic], &options).await.expect("the brokers of KAFKA_BROKERS answer");
+    results.into_iter().for_each(|result| {
+        result.expect("a topic of a new name can be created");
+    });
+    super::eventually(PATIENCE, || async {
+        let name = name.to_owned();
+        tokio::task::spawn_blocking(move || {
+            let metadata = ADMIN.inner().fetch_metadata(Some(&name), PATIENCE).ok()?;
+            let topic = metadata.topics().first()?;
+            let led = topic.partitions().iter().filter(|partition| partition.leader() >= 0).count();
+            (led == usize::try_from(partitions).ok()?).then_some(())
+        })
+        .await
+        .expect("asking for metadata does not panic")
+    })
+    .await;
+}
+
+/// A record as it stands in a topic, or as it is to be written there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Record {
+    /// Which partition; when writing, `None` lets the key decide.
+    pub partition: Option<i32>,
+    /// Its place in the partition; ignored when writing.
+    pub offset: i64,
+    /// Its key.
+    pub key: Option<Vec<u8>>,
+    /// Its value; `None` is a tombstone.
+    pub value: Option<Vec<u8>>,
+    /// Its headers, in their order.
+    pub headers: Vec<(String, Option<Vec<u8>>)>,
+}
+
+impl Record {
+    /// The last value of a header, as text.
+    pub fn header(&self, name: &str) -> Option<String> {
+        let value = self.headers.iter().rev().find(|(header, _)| header == name)?.1.as_deref()?;
+        Some(String::from_utf8_lossy(value).into_owned())
+    }
+}
+
+/// Writes raw records in their order and waits until all are acknowledged.
+///
+/// # Panics
+/// When one is refused.
+pub async fn produce(topic: &str, records: &[Record]) {
+    let mut deliveries = Vec::with_capacity(records.len());
+    for record in records {
+        let headers = record
+            .headers
+            .iter()
+            .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: value.as_deref() }));
+        let mut outgoing = FutureRecord::<[u8], [u8]>::to(topic).headers(headers);
+        outgoing.partition = record.partition;
+        outgoing.key = record.key.as_deref();
+        outgoing.payload = record.value.as_deref();
+        deliveries.push(PRODUCER.send_result(outgoing).map_err(|(error, _)| error).expect("the queue has room"));
+    }
+    for delivery in deliveries {
+        delivery
+            .await
+            .expect("the producer lives as long as the process")
+            .map_err(|(error, _)| error)
+            .expect("written");
+    }
+}
+
+/// Every record of a topic, from its beginning to what is its end now; ordered within each partition.
+///
+/// # Panics
+/// When the topic does not exist or the broker does not answer.
+pub async fn read_to_end(topic: &str) -> Vec<Record> {
+    let topic = topic.to_owned();
+    tokio::task::spawn_blocking(move || read_blocking(&topic)).await.expect("reading a topic does not panic")
+}
+
+fn read_blocking(topic: &str) -> Vec<Record> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", brokers())
+        .set("enable.auto.commit", "false")
+        // Assigning wants a group, though none is joined and nothing is committed.
+        .set("group.id", "testkit")
+        .set("enable.partition.eof", "true")
+        .create()
+        .expect("a consumer needs only brokers");
+    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).expect("the broker tells its topics");
+    let mut positions = TopicPartitionList::new();
+    let mut open = Vec::new();
+    for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
+        let (low, high) = consumer.fetch_watermarks(topic, partition.id(), PATIENCE).expect("the topic exists");
+        if high > low {
+            positions
+                .add_partition_offset(topic, partition.id(), rdkafka::Offset::Beginning)
+                .expect("the beginning is an offset");
+            open.push((partition.id(), high));
+        }
+    }
+    consumer.assign(&positions).expect("partitions that exist can be assigned");
+    let mut records = Vec::new();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !open.is_empty() {
+        assert!(std::time::Instant::now() < deadline, "reading {topic} to its end took longer than {PATIENCE:?}");
+        match consumer.poll(Duration::from_millis(200)) {
+            Some(Ok(message)) => {
+                let record = own(&message);
+                open.retain(|&(partition, high)| partition != message.partition() || message.offset() + 1 < high);
+                records.push(record);
+            }
+            // Transaction markers take offsets too: the end of the partition may be one.
+            Some(Err(rdkafka::error::KafkaError::PartitionEOF(at))) => open.retain(|&(partition, _)| partition != at),
+            Some(Err(error)) => panic!("reading {topic}: {error}"),
+            None => {}
+        }
+    }
+    records
+}
+
+fn own(message: &rdkafka::message::BorrowedMessage<'_>) -> Record {
+    let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+    Record {
+        partition: Some(message.partition()),
+        offset: message.offset(),
+        key: message.key().map(<[u8]>::to_vec),
+        value: message.payload().map(<[u8]>::to_vec),
+        headers: headers.map(|header| (header.key.to_owned(), header.value.map(<[u8]>::to_vec))).collect(),
+    }
+}
