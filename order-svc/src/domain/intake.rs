@@ -1,0 +1,232 @@
+//! A request becomes an order, or the list of everything that is wrong with it.
+//!
+//! The request's types take what JSON can hold (any text, any 64-bit number), so that this module, not the decoder,
+//! names every bad field at once.
+
+use super::{CustomerId, MalformedCustomer, MalformedPaymentMethod, PaymentMethod};
+use contracts::{
+    money::Currency,
+    product::{Line, MalformedQuantity, MalformedSku, Quantity, Sku},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::HashMap, str::FromStr};
+
+/// The most lines of one order: it bounds what one request can lock, write and send.
+pub const MAX_LINES: usize = 100;
+
+/// What `POST /v1/orders` takes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PlaceOrderRequest {
+    /// Who orders.
+    #[schema(min_length = 1, max_length = 100, pattern = "^[!-~]+$", example = "customer-17")]
+    pub customer_id: String,
+    /// What; each sku once.
+    #[schema(min_items = 1, max_items = 100)]
+    pub items: Vec<RequestedItem>,
+    /// The payment gateway's token of the customer's means of payment.
+    #[schema(min_length = 1, max_length = 200, pattern = "^[!-~]+$", example = "tok_visa")]
+    pub payment_method: String,
+}
+
+/// So many pieces of one product.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RequestedItem {
+    /// The product.
+    #[schema(min_length = 1, max_length = 64, pattern = "^[A-Za-z0-9._-]+$", example = "WIDGET-1")]
+    pub sku: String,
+    /// How many pieces.
+    #[schema(minimum = 1, maximum = 1_000_000, example = 2)]
+    pub quantity: i64,
+}
+
+/// A request that can be priced.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewOrder {
+    /// Who orders.
+    pub customer: CustomerId,
+    /// Who pays.
+    pub payment_method: PaymentMethod,
+    /// What: 1 to [`MAX_LINES`] lines, each sku once.
+    pub lines: Vec<Line>,
+}
+
+/// A field of the request and what is wrong with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadField {
+    /// As in `items[0].quantity`.
+    pub field: String,
+    /// What is wrong.
+    pub fault: Fault,
+}
+
+impl BadField {
+    /// Names a field and its fault.
+    pub fn new(field: impl Into<String>, fault: impl Into<Fault>) -> Self {
+        Self { field: field.into(), fault: fault.into() }
+    }
+}
+
+/// What can be wrong with a field.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// Not a customer id.
+    #[error(transparent)]
+    Customer(#[from] MalformedCustomer),
+    /// Not a payment token.
+    #[error(transparent)]
+    PaymentMethod(#[from] MalformedPaymentMethod),
+    /// Not a sku.
+    #[error(transparent)]
+    Sku(#[from] MalformedSku),
+    /// Not a quantity.
+    #[error(transparent)]
+    Quantity(#[from] MalformedQuantity),
+    /// No lines.
+    #[error("an order has at least one item")]
+    NoItems,
+    /// Too many lines.
+    #[error("an order has at most {MAX_LINES} items")]
+    TooManyItems,
+    /// The sku stands in an earlier line already.
+    #[error("is the same product as items[{first}]: order it once, with the whole quantity")]
+    Duplicate {
+        /// Which line had it first.
+        first: usize,
+    },
+    /// Not in the catalogue.
+    #[error("is not a product of the catalogue")]
+    UnknownProduct,
+    /// Priced in another currency than the first line.
+    #[error("is sold in {currency}, but the order's first item in {first}: one order has one currency")]
+    OtherCurrency {
+        /// This line's.
+        currency: Currency,
+        /// The first line's.
+        first: Currency,
+    },
+    /// More than an order may cost.
+    #[error("come to more than one order may cost")]
+    TotalTooLarge,
+    /// A total of zero.
+    #[error("cost nothing, and there is no payment of nothing")]
+    NothingToPay,
+}
+
+impl PlaceOrderRequest {
+    /// Checks every field and lists every bad one.
+    pub fn validate(&self) -> Result<NewOrder, Vec<BadField>> {
+        let mut bad = Vec::new();
+        let customer = parse(&mut bad, "customer_id", &self.customer_id);
+        let payment_method = parse(&mut bad, "payment_method", &self.payment_method);
+        let lines = self.lines(&mut bad);
+        match (customer, payment_method) {
+            (Some(customer), Some(payment_method)) if bad.is_empty() => {
+                Ok(NewOrder { customer, payment_method, lines })
+            }
+            _ => Err(bad),
+        }
+    }
+
+    fn lines(&self, bad: &mut Vec<BadField>) -> Vec<Line> {
+        match self.items.len() {
+            0 => bad.push(BadField::new("items", Fault::NoItems)),
+            1..=MAX_LINES => {}
+            _ => {
+                bad.push(BadField::new("items", Fault::TooManyItems));
+                return Vec::new();
+            }
+        }
+        let mut first_of: HashMap<&str, usize> = HashMap::new();
+        let mut lines = Vec::with_capacity(self.items.len());
+        for (i, item) in self.items.iter().enumerate() {
+            let sku: Option<Sku> = parse(bad, &format!("items[{i}].sku"), &item.sku);
+            let first = *first_of.entry(&item.sku).or_insert(i);
+            if sku.is_some() && first != i {
+                bad.push(BadField::new(format!("items[{i}].sku"), Fault::Duplicate { first }));
+            }
+            match Quantity::try_from(item.quantity) {
+                Ok(quantity) => lines.extend(sku.map(|sku| Line { sku, quantity })),
+                Err(error) => bad.push(BadField::new(format!("items[{i}].quantity"), error)),
+            }
+        }
+        lines
+    }
+}
+
+fn parse<T: FromStr<Err: Into<Fault>>>(bad: &mut Vec<BadField>, field: &str, text: &str) -> Option<T> {
+    text.parse().map_err(|error| bad.push(BadField::new(field, error))).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn item(sku: &str, quantity: i64) -> RequestedItem {
+        RequestedItem { sku: sku.into(), quantity }
+    }
+
+    fn request(items: Vec<RequestedItem>) -> PlaceOrderRequest {
+        PlaceOrderRequest { customer_id: "c-1".into(), items, payment_method: "tok".into() }
+    }
+
+    #[test]
+    fn a_good_request_becomes_an_order_with_its_lines_in_their_order() {
+        let order = request(vec![item("B", 2), item("A", 1)]).validate().unwrap();
+        let lines: Vec<_> = order.lines.iter().map(|line| (line.sku.as_str(), line.quantity.get())).collect();
+        assert_eq!(lines, [("B", 2), ("A", 1)]);
+    }
+
+    #[test]
+    fn every_bad_field_is_named_at_once() {
+        let mut request = request(vec![item("A", 0), item("a b", 1), item("A", -1), item("B", i64::MAX)]);
+        request.customer_id = "a\0b".into();
+        request.payment_method = String::new();
+        let bad = request.validate().unwrap_err();
+        let fields: Vec<_> = bad.iter().map(|bad| bad.field.as_str()).collect();
+        let expected = [
+            "customer_id",
+            "payment_method",
+            "items[0].quantity",
+            "items[1].sku",
+            "items[2].sku",
+            "items[2].quantity",
+            "items[3].quantity",
+        ];
+        assert_eq!(fields, expected);
+        assert_eq!(bad[4].fault, Fault::Duplicate { first: 0 });
+    }
+
+    #[test]
+    fn an_order_has_one_to_a_hundred_lines() {
+        assert_eq!(request(vec![]).validate(), Err(vec![BadField::new("items", Fault::NoItems)]));
+        let many = |n: usize| request((0..n).map(|i| item(&format!("S{i}"), 1)).collect()).validate();
+        assert!(many(MAX_LINES).is_ok());
+        assert_eq!(many(MAX_LINES + 1), Err(vec![BadField::new("items", Fault::TooManyItems)]));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_accepted_obeys_the_rules(
+            customer_id in ".{0,12}",
+            items in prop::collection::vec(("[a-cA-C \0]{0,2}", -2i64..4), 0..5),
+        ) {
+            let items: Vec<_> = items.into_iter().map(|(sku, quantity)| item(&sku, quantity)).collect();
+            let request = PlaceOrderRequest { customer_id, items, payment_method: "tok".into() };
+            match request.validate() {
+                Ok(order) => {
+                    let mut skus: Vec<_> = order.lines.iter().map(|line| line.sku.clone()).collect();
+                    prop_assert_eq!(skus.len(), request.items.len());
+                    skus.sort();
+                    skus.dedup();
+                    prop_assert_eq!(skus.len(), request.items.len());
+                    prop_assert!(!skus.is_empty());
+                    prop_assert_eq!(order.customer.as_str(), request.customer_id);
+                }
+                Err(bad) => prop_assert!(!bad.is_empty()),
+            }
+        }
+    }
+}
