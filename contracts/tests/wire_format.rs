@@ -47,11 +47,9 @@ fn on_the_wire<T: Serialize + DeserializeOwned + PartialEq + Debug>(message: &T)
     written
 }
 
-fn snapshot<C: Command>(command: &C, reply: &C::Reply, rejection: Option<&C::Rejection>) -> Value
+fn snapshot<C>(command: &C, reply: &C::Reply, rejection: Option<&C::Rejection>) -> Value
 where
-    C: PartialEq + Debug,
-    C::Reply: PartialEq + Debug,
-    C::Rejection: PartialEq + Debug,
+    C: Command<Reply: PartialEq + Debug, Rejection: PartialEq + Debug> + PartialEq + Debug,
 {
     serde_json::json!({
         "topic": C::TOPIC.name,

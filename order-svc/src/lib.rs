@@ -5,7 +5,11 @@
 //! | [`domain`] | what an order is: intake, pricing, status graph; pure |
 //! | [`store`] | the SQL of orders |
 //! | [`catalogue`] | what can be ordered, and for how much: SQL and consumer |
+//! | [`live`] | who waits for an order, told of its changes |
+//! | [`migrations`] | the schema, embedded |
 
 pub mod catalogue;
 pub mod domain;
+pub mod live;
+pub mod migrations;
 pub mod store;
