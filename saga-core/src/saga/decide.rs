@@ -1,0 +1,379 @@
+//! The one transition function: `(definition, state, event, now) -> (state, effects)`. No I/O, no clock, no randomness;
+//! whoever calls it stores what it says in one transaction.
+//!
+//! The rules, each held by the explorer and the property tests:
+//! - A rejection means: certainly nothing happened. Everything else is in doubt.
+//! - Every step whose command was issued and not rejected is undone, newest first, one after the other.
+//! - A pivot in doubt neither goes on nor back: it is resent up to a cap, then the saga is stuck; it takes the reply
+//!   whenever it comes.
+//! - A cancel, and the saga's deadline, work until the pivot's command is issued; the open step is undone at once, as
+//!   in doubt.
+//! - Never `compensated` with an undo open; never stuck without a word why.
+//! - What does not answer the open command is ignored by name, and is no error.
+
+use super::{
+    definition::{Definition, Remote, Role, StepKind},
+    state::{
+        Action, Answer, Effects, Event, Failure, FailureKind, Ignored, Open, Reply, Send, State, Status, StepState,
+        StuckWhy, Told, Verdict, Wait,
+    },
+};
+use crate::{
+    envelope::Op,
+    id::{CommandId, SagaId},
+};
+use serde_json::Value;
+use std::time::Duration;
+use time::OffsetDateTime;
+
+/// The one run of a step that there is until an operator can retry with edited input.
+const OCCURRENCE: u32 = 0;
+
+/// Begins a saga: its first step is issued.
+pub fn start(definition: &Definition, saga: SagaId, now: OffsetDateTime) -> (State, Effects) {
+    let now = in_milliseconds(now);
+    let state = State {
+        saga,
+        steps: Vec::with_capacity(definition.steps().len()),
+        status: Status::Completed,
+        failure: None,
+        deadline: definition.deadline().map(|deadline| now + deadline),
+    };
+    let mut turn = Turn::new(definition, state, now);
+    turn.advance_to(0);
+    turn.taken()
+}
+
+/// What follows when `event` happens to `state` at `now`.
+pub fn decide(definition: &Definition, state: &State, event: &Event, now: OffsetDateTime) -> (State, Effects) {
+    let turn = Turn::new(definition, state.clone(), in_milliseconds(now));
+    match event {
+        Event::Reply(reply) => turn.on_reply(reply),
+        Event::Due => turn.on_due(),
+        Event::Cancel { reason } => turn.on_cancel(reason),
+        Event::Retry => turn.on_retry(),
+        Event::LocalDone => turn.on_local_done(),
+        Event::Broken { error } => turn.on_broken(error),
+    }
+}
+
+/// Whether `reply` answers the command that `state` waits for; if so, only its payload decides what follows.
+pub fn answers(definition: &Definition, state: &State, reply: &Reply) -> Result<Open, Ignored> {
+    if let Some(open) = state.open()
+        && open.wait != Wait::Local
+        && command_id(definition, state.saga, open.step, open.op) == reply.command
+    {
+        let stale = reply.attempt != open.attempt || open.wait == Wait::Pause;
+        return match reply.answer {
+            Answer::Failed(_) if reply.attempt > open.attempt => Err(Ignored::Unknown),
+            Answer::Failed(_) if stale => Err(Ignored::Late),
+            _ => Ok(*open),
+        };
+    }
+    Err(why_ignored(definition, state, reply))
+}
+
+/// A reply that does not answer the open command: answered before, no longer waited for, or never asked.
+fn why_ignored(definition: &Definition, state: &State, reply: &Reply) -> Ignored {
+    for (step, how) in state.steps.iter().enumerate() {
+        if !matches!(definition.steps()[step].kind, StepKind::Remote(_)) {
+            continue;
+        }
+        if command_id(definition, state.saga, step, Op::Do) == reply.command {
+            return match (how, &reply.answer) {
+                (StepState::Done(_), Answer::Succeeded(_)) | (StepState::NotDone, Answer::Rejected(_)) => {
+                    Ignored::Duplicate
+                }
+                _ => Ignored::Late,
+            };
+        }
+        if *how == StepState::Undone && command_id(definition, state.saga, step, Op::Undo) == reply.command {
+            return Ignored::Duplicate;
+        }
+    }
+    Ignored::Unknown
+}
+
+fn command_id(definition: &Definition, saga: SagaId, step: usize, op: Op) -> CommandId {
+    CommandId::derive(saga, &definition.steps()[step].name, op, OCCURRENCE)
+}
+
+/// As fine as the state is stored, so that what is decided twice is the same before and after a crash.
+fn in_milliseconds(at: OffsetDateTime) -> OffsetDateTime {
+    at.replace_millisecond(at.millisecond()).unwrap_or(at)
+}
+
+/// One decision in the making.
+struct Turn<'d> {
+    definition: &'d Definition,
+    state: State,
+    now: OffsetDateTime,
+    actions: Vec<Action>,
+    told: Vec<Told>,
+}
+
+impl<'d> Turn<'d> {
+    fn new(definition: &'d Definition, state: State, now: OffsetDateTime) -> Self {
+        Self { definition, state, now, actions: Vec::new(), told: Vec::new() }
+    }
+
+    fn taken(self) -> (State, Effects) {
+        (self.state, Effects { verdict: Verdict::Taken, actions: self.actions, told: self.told })
+    }
+
+    fn ignored(self, why: Ignored) -> (State, Effects) {
+        (self.state, Effects { verdict: Verdict::Ignored(why), actions: self.actions, told: self.told })
+    }
+
+    // Events.
+
+    fn on_reply(mut self, reply: &Reply) -> (State, Effects) {
+        let open = match answers(self.definition, &self.state, reply) {
+            Ok(open) => open,
+            Err(why) => return self.ignored(why),
+        };
+        match (&reply.answer, open.op) {
+            (Answer::Succeeded(value), Op::Do) => self.done(open.step, value.clone()),
+            (Answer::Succeeded(_), Op::Undo) => self.undone(open.step),
+            (Answer::Rejected(rejection), Op::Do) if self.role(open.step) != Role::Retriable => {
+                self.state.steps[open.step] = StepState::NotDone;
+                self.compensate(open.step, FailureKind::Rejected, Some(rejection.clone()), None);
+            }
+            // Neither an undo nor a step after the pivot can be refused: the types say so, and the runner checks them.
+            // Should a participant do it all the same, it did not do its work, and that is all it says.
+            (Answer::Rejected(_), _) => self.attempt_failed(open, "refused, which it cannot be"),
+            (Answer::Failed(error), _) => self.attempt_failed(open, error),
+        }
+        self.taken()
+    }
+
+    fn on_due(mut self) -> (State, Effects) {
+        if self.state.deadline.is_some_and(|deadline| self.now >= deadline)
+            && let Some(open) = self.cancellable()
+        {
+            self.cancel(&open, FailureKind::Deadline, None);
+            return self.taken();
+        }
+        match self.state.open().copied() {
+            Some(open) if open.due.is_some_and(|due| self.now >= due) => {
+                if self.is_exhausted(&open) {
+                    self.give_up(open, "no answer");
+                } else {
+                    self.issue(Open { attempt: open.attempt + 1, tries: open.tries + 1, ..open });
+                }
+                self.taken()
+            }
+            _ => self.ignored(Ignored::NotDue),
+        }
+    }
+
+    fn on_cancel(mut self, reason: &str) -> (State, Effects) {
+        if let Some(open) = self.cancellable() {
+            self.cancel(&open, FailureKind::Cancelled, Some(reason.to_owned()));
+            return self.taken();
+        }
+        let why = match (&self.state.status, &self.state.failure) {
+            (Status::Completed | Status::Compensated, _) => Ignored::Finished,
+            (_, Some(_)) => Ignored::AlreadyCompensating,
+            (_, None) => Ignored::PastThePivot,
+        };
+        self.ignored(why)
+    }
+
+    fn on_retry(mut self) -> (State, Effects) {
+        match self.state.status.clone() {
+            Status::Stuck { open, .. } => {
+                self.issue(Open { attempt: open.attempt + 1, tries: 1, ..open });
+                self.taken()
+            }
+            Status::Completed | Status::Compensated => self.ignored(Ignored::Finished),
+            Status::Running { .. } | Status::Compensating { .. } => self.ignored(Ignored::NotStuck),
+        }
+    }
+
+    fn on_local_done(mut self) -> (State, Effects) {
+        match self.state.open().copied() {
+            Some(Open { wait: Wait::Local, step, op, .. }) => {
+                self.told.push(Told::Ran { step, op });
+                match op {
+                    Op::Do => self.done(step, Value::Null),
+                    Op::Undo => self.undone(step),
+                }
+                self.taken()
+            }
+            _ => self.ignored(Ignored::NotLocal),
+        }
+    }
+
+    fn on_broken(mut self, error: &str) -> (State, Effects) {
+        match self.state.open().copied() {
+            Some(open) => {
+                self.stick(open, StuckWhy::Broken { error: error.to_owned() });
+                self.taken()
+            }
+            None => self.ignored(Ignored::Finished),
+        }
+    }
+
+    // Forward.
+
+    fn done(&mut self, step: usize, reply: Value) {
+        self.state.steps[step] = StepState::Done(reply);
+        self.advance_to(step + 1);
+    }
+
+    fn advance_to(&mut self, step: usize) {
+        if step == self.definition.steps().len() {
+            self.state.status = Status::Completed;
+            self.state.deadline = None;
+            self.told.push(Told::Completed);
+            return;
+        }
+        self.state.steps.push(StepState::Issued);
+        if self.definition.pivot() == Some(step) {
+            self.state.deadline = None;
+        }
+        self.issue_first(step, Op::Do);
+    }
+
+    /// The open step, as long as the saga goes forward and its pivot's command is not issued.
+    fn cancellable(&self) -> Option<Open> {
+        let open = self.state.open()?;
+        let past = self.definition.pivot().is_some_and(|pivot| open.step >= pivot);
+        (self.state.failure.is_none() && !past).then_some(*open)
+    }
+
+    // Backward.
+
+    fn cancel(&mut self, open: &Open, kind: FailureKind, reason: Option<String>) {
+        if open.wait == Wait::Local {
+            // Its effect failed and was rolled back, or the saga would not be standing here.
+            self.state.steps[open.step] = StepState::NotDone;
+        }
+        self.compensate(open.step, kind, None, reason);
+    }
+
+    fn compensate(&mut self, step: usize, kind: FailureKind, rejection: Option<Value>, reason: Option<String>) {
+        let step = self.definition.steps()[step].name.clone();
+        self.state.failure = Some(Failure { step, kind, rejection, reason });
+        self.state.deadline = None;
+        self.told.push(Told::Compensating { kind });
+        self.undo_next();
+    }
+
+    fn undone(&mut self, step: usize) {
+        self.state.steps[step] = StepState::Undone;
+        self.undo_next();
+    }
+
+    /// Undoes the newest step that has, or may have, an effect; when there is none left, that is the end.
+    fn undo_next(&mut self) {
+        let steps = self.definition.steps();
+        let newest = self.state.steps.iter().enumerate().rev().find(|(step, how)| {
+            let undoable = match &steps[*step].kind {
+                StepKind::Local { undo } => undo.is_some(),
+                StepKind::Remote(remote) => remote.undo.is_some(),
+            };
+            undoable && matches!(how, StepState::Issued | StepState::Done(_))
+        });
+        match newest.map(|(step, _)| step) {
+            Some(step) => self.issue_first(step, Op::Undo),
+            None => {
+                self.state.status = Status::Compensated;
+                self.told.push(Told::Compensated);
+            }
+        }
+    }
+
+    // Attempts.
+
+    fn issue_first(&mut self, step: usize, op: Op) {
+        let wait = Wait::Reply;
+        self.issue(Open { step, op, attempt: 1, tries: 1, wait, since: self.now, due: None });
+    }
+
+    /// Issues the command of `open`, or has its local effect run.
+    fn issue(&mut self, mut open: Open) {
+        let Open { step, op, attempt, tries, .. } = open;
+        match self.remote(step) {
+            None => {
+                (open.wait, open.due) = (Wait::Local, None);
+                self.actions.push(Action::RunLocal { step, op });
+            }
+            Some(remote) => {
+                // A silent participant is given more time with each attempt, or resends would pile up in its topic.
+                let patience = remote.deadline + self.pause_before(remote, op, step, tries);
+                (open.wait, open.due) = (Wait::Reply, Some(self.later(patience)));
+                let command = command_id(self.definition, self.state.saga, step, op);
+                self.actions.push(Action::Send(Send { step, op, occurrence: OCCURRENCE, command, attempt }));
+                self.told.push(Told::Sent { step, op, attempt });
+            }
+        }
+        self.state.status = match op {
+            Op::Do => Status::Running { open },
+            Op::Undo => Status::Compensating { open },
+        };
+    }
+
+    /// The pause that stood, or would have stood, before attempt `tries`.
+    fn pause_before(&self, remote: &Remote, op: Op, step: usize, tries: u32) -> Duration {
+        if tries < 2 { Duration::ZERO } else { remote.retry(op).pause(self.state.saga, step, tries - 1) }
+    }
+
+    /// The participant says that it did not work: the command stays open, and is resent after a pause.
+    fn attempt_failed(&mut self, open: Open, error: &str) {
+        let stuck = matches!(self.state.status, Status::Stuck { .. });
+        match self.remote(open.step) {
+            Some(remote) if !stuck && !self.is_exhausted(&open) => {
+                let until = self.later(remote.retry(open.op).pause(self.state.saga, open.step, open.tries));
+                self.told.push(Told::Pausing { until });
+                let open = Open { wait: Wait::Pause, due: Some(until), ..open };
+                self.state.status = match open.op {
+                    Op::Do => Status::Running { open },
+                    Op::Undo => Status::Compensating { open },
+                };
+            }
+            // A stuck saga's last attempt has now been answered, with nothing new: it stays as it is.
+            _ if stuck => {}
+            _ => self.give_up(open, error),
+        }
+    }
+
+    fn is_exhausted(&self, open: &Open) -> bool {
+        self.remote(open.step).is_some_and(|remote| remote.retry(open.op).is_exhausted(open.tries))
+    }
+
+    /// The last attempt came to nothing.
+    fn give_up(&mut self, open: Open, error: &str) {
+        match (open.op, self.role(open.step)) {
+            (Op::Undo, _) => self.stick(open, StuckWhy::NotUndone),
+            (Op::Do, Role::Pivot) => self.stick(open, StuckWhy::PivotInDoubt),
+            (Op::Do, Role::Retriable) => self.stick(open, StuckWhy::NotDone),
+            (Op::Do, Role::Compensable) => {
+                let reason = format!("{error} in {} attempts", open.tries);
+                self.compensate(open.step, FailureKind::Failed, None, Some(reason));
+            }
+        }
+    }
+
+    fn stick(&mut self, open: Open, why: StuckWhy) {
+        self.told.push(Told::Stuck(why.clone()));
+        self.actions.clear();
+        self.state.status = Status::Stuck { open: Open { due: None, ..open }, why };
+    }
+
+    fn remote(&self, step: usize) -> Option<&'d Remote> {
+        match &self.definition.steps()[step].kind {
+            StepKind::Remote(remote) => Some(remote),
+            StepKind::Local { .. } => None,
+        }
+    }
+
+    fn role(&self, step: usize) -> Role {
+        self.remote(step).map_or(Role::Compensable, |remote| remote.role)
+    }
+
+    fn later(&self, by: Duration) -> OffsetDateTime {
+        in_milliseconds(self.now + by)
+    }
+}

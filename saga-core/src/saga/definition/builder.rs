@@ -1,0 +1,327 @@
+//! The typed builder. What must not be said does not compile: see `saga-core/tests/compile_fail`.
+
+use super::{And, BuildError, BuildFrom, Call, Definition, Remote, Replies, RetryPolicy, Role, Saga, Step, StepKind};
+use crate::command::{Command, Never};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::{marker::PhantomData, sync::Arc, time::Duration};
+
+/// How long one attempt may stay without an answer unless the step says otherwise.
+const DEFAULT_STEP_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Begins the definition of a saga whose input is an `I`. Read from top to bottom, it is what the saga does:
+///
+/// ```
+/// # use saga_core::{command::{Command, Done, Never}, saga::{saga, Saga, Happened}, topic::Topic};
+/// # use serde::{Serialize, Deserialize};
+/// # static SHOP: Topic = Topic::events("shop.commands", 1);
+/// # macro_rules! command { ($name:ident, $kind:literal, $rejection:ty) => {
+/// #   #[derive(Serialize, Deserialize)] struct $name { id: u32 }
+/// #   impl Command for $name {
+/// #     const TYPE: &'static str = $kind; const TOPIC: &'static Topic = &SHOP; type Reply = Done; type Rejection = $rejection;
+/// #   } } }
+/// # command!(HoldMoney, "hold.v1", String);
+/// # command!(LetMoneyGo, "let-go.v1", Never);
+/// # command!(TakeMoney, "take.v1", String);
+/// # command!(Ship, "ship.v1", Never);
+/// # #[derive(Serialize, Deserialize)] struct Order { id: u32 }
+/// fn order() -> Saga<Order> {
+///     saga::<Order>("order", 1)
+///         .local_with_undo("open order", "cancel order")
+///         .step("hold money", |order, ()| HoldMoney { id: order.id })
+///         .undo(|order, (), _happened| LetMoneyGo { id: order.id })
+///         .pivot("take money", |order, (_held,)| TakeMoney { id: order.id })
+///         .then("ship", |order, (_held, _taken)| Ship { id: order.id })
+///         .local("close order")
+///         .build()
+/// }
+/// # assert_eq!(order().steps().len(), 5);
+/// ```
+pub fn saga<I>(name: impl Into<String>, version: u32) -> SagaBuilder<I, (), BeforePivot>
+where
+    I: Serialize + DeserializeOwned + Send + Sync + 'static,
+{
+    SagaBuilder { name: name.into(), version, steps: Vec::new(), deadline: None, types: PhantomData }
+}
+
+/// A saga in the making: input `I`, replies so far `R`, and where it stands to its pivot.
+#[must_use = "a saga is defined when `.build()` is called"]
+pub struct SagaBuilder<I, R, P> {
+    name: String,
+    version: u32,
+    steps: Vec<Step>,
+    deadline: Option<Duration>,
+    types: PhantomData<fn(I, R, P)>,
+}
+
+/// A step that has not said yet how it is undone. Say `.undo(..)` or `.nothing_to_undo()`.
+#[must_use = "say how the step is undone: `.undo(..)` or `.nothing_to_undo()`"]
+pub struct UndoUndecided<I, R, C> {
+    saga: SagaBuilder<I, R, BeforePivot>,
+    name: String,
+    remote: Remote,
+    command: PhantomData<fn(C)>,
+}
+
+/// What an undo is told of the step that it undoes. It must handle both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Happened<'a, R> {
+    /// The step was done, and this was its reply.
+    Yes(&'a R),
+    /// The step's command was issued and not answered: it may have been done, or may still arrive.
+    InDoubt,
+}
+
+/// The pivot is still to come.
+pub enum BeforePivot {}
+/// The pivot stands, and the last step was local.
+pub enum AfterPivot {}
+/// The pivot stands, and the last step was a command, whose deadline and retries can be set.
+pub enum AfterPivotCommand {}
+
+/// Where steps may stand that can be refused or undone.
+#[diagnostic::on_unimplemented(
+    message = "after the pivot nothing is undone, so nothing that can be refused or undone may stand there",
+    label = "stands after the pivot",
+    note = "after the pivot use `.then(..)`, with a command that cannot be refused (`type Rejection = Never`), or `.local(..)`"
+)]
+pub trait BeforeThePivot {}
+impl BeforeThePivot for BeforePivot {}
+
+/// Where a pivot may stand.
+#[diagnostic::on_unimplemented(
+    message = "a saga has one pivot, and this one has it already",
+    label = "a second pivot",
+    note = "after the pivot use `.then(..)`, with a command that cannot be refused (`type Rejection = Never`), or `.local(..)`"
+)]
+pub trait NoPivotYet {}
+impl NoPivotYet for BeforePivot {}
+
+/// Where steps may stand that are only ever retried.
+#[diagnostic::on_unimplemented(
+    message = "`.then(..)` stands after the pivot, and this saga has none yet",
+    label = "stands before the pivot",
+    note = "before the pivot use `.step(..)` and say how it is undone, or make this step the `.pivot(..)`"
+)]
+pub trait HasPivot {}
+impl HasPivot for AfterPivot {}
+impl HasPivot for AfterPivotCommand {}
+
+/// The rejection of a command that undoes: there is none.
+#[diagnostic::on_unimplemented(
+    message = "an undo cannot be refused, but this command can be (with `{Self}`)",
+    label = "builds a command that can be refused",
+    note = "give the command `type Rejection = saga_core::command::Never`"
+)]
+pub trait NeverRefusedUndo {}
+impl NeverRefusedUndo for Never {}
+
+/// The rejection of a command after the pivot: there is none.
+#[diagnostic::on_unimplemented(
+    message = "a step after the pivot cannot be refused, but this command can be (with `{Self}`)",
+    label = "builds a command that can be refused",
+    note = "give the command `type Rejection = saga_core::command::Never`, or move the step before the pivot"
+)]
+pub trait NeverRefusedAfterPivot {}
+impl NeverRefusedAfterPivot for Never {}
+
+impl<I, R, P> SagaBuilder<I, R, P>
+where
+    I: Serialize + DeserializeOwned + Send + Sync + 'static,
+    R: Replies,
+{
+    /// A command before the pivot, built from the input and the replies of the steps before it.
+    pub fn step<C, F>(self, name: impl Into<String>, command: F) -> UndoUndecided<I, R, C>
+    where
+        P: BeforeThePivot,
+        C: Command,
+        R: And<C::Reply>,
+        F: Fn(&I, &R) -> C + Send + Sync + 'static,
+    {
+        let remote = remote::<I, R, C, F>(Role::Compensable, RetryPolicy::COMPENSABLE, command);
+        UndoUndecided { saga: self.retype(), name: name.into(), remote, command: PhantomData }
+    }
+
+    /// The point of no return. Until its command is issued the saga can be cancelled; when it is refused, everything
+    /// before is undone; while it is in doubt, the saga waits.
+    pub fn pivot<C, F>(self, name: impl Into<String>, command: F) -> SagaBuilder<I, R::With, AfterPivotCommand>
+    where
+        P: NoPivotYet,
+        C: Command,
+        R: And<C::Reply>,
+        F: Fn(&I, &R) -> C + Send + Sync + 'static,
+    {
+        self.push_remote(name.into(), remote::<I, R, C, F>(Role::Pivot, RetryPolicy::PIVOT, command))
+    }
+
+    /// A command after the pivot: it cannot be refused, and is retried until it is done.
+    pub fn then<C, F>(self, name: impl Into<String>, command: F) -> SagaBuilder<I, R::With, AfterPivotCommand>
+    where
+        P: HasPivot,
+        C: Command,
+        C::Rejection: NeverRefusedAfterPivot,
+        R: And<C::Reply>,
+        F: Fn(&I, &R) -> C + Send + Sync + 'static,
+    {
+        self.push_remote(name.into(), remote::<I, R, C, F>(Role::Retriable, RetryPolicy::RETRIABLE, command))
+    }
+
+    /// An effect in the orchestrator's own database that is not taken back when the saga is undone. The engine is given
+    /// the effect by this name.
+    pub fn local(self, effect: impl Into<String>) -> SagaBuilder<I, R, <P as AfterLocal>::Phase>
+    where
+        P: AfterLocal,
+    {
+        let mut next = self.retype();
+        next.steps.push(Step { name: effect.into(), kind: StepKind::Local { undo: None } });
+        next
+    }
+
+    /// An effect in the orchestrator's own database, and the one that takes it back.
+    pub fn local_with_undo(mut self, effect: impl Into<String>, undo: impl Into<String>) -> Self
+    where
+        P: BeforeThePivot,
+    {
+        self.steps.push(Step { name: effect.into(), kind: StepKind::Local { undo: Some(undo.into()) } });
+        self
+    }
+
+    /// How long the saga may take until its pivot's command is issued; then it is undone as if somebody had cancelled.
+    pub fn saga_deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
+    /// The definition, ready for the engine.
+    pub fn build(self) -> Saga<I> {
+        let definition = Definition::new(self.name, self.version, self.steps, self.deadline);
+        Saga { definition: Arc::new(definition), input: PhantomData }
+    }
+
+    fn push_remote<N, Q>(self, name: String, remote: Remote) -> SagaBuilder<I, N, Q> {
+        let mut next = self.retype();
+        next.steps.push(Step { name, kind: StepKind::Remote(Box::new(remote)) });
+        next
+    }
+
+    fn retype<N, Q>(self) -> SagaBuilder<I, N, Q> {
+        let Self { name, version, steps, deadline, types: _ } = self;
+        SagaBuilder { name, version, steps, deadline, types: PhantomData }
+    }
+}
+
+impl<I, R> SagaBuilder<I, R, AfterPivotCommand> {
+    /// How long one attempt of the step before may stay without an answer.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.last().deadline = deadline;
+        self
+    }
+
+    /// How the command of the step before is resent.
+    pub fn retry(mut self, policy: RetryPolicy) -> Self {
+        self.last().retry = policy;
+        self
+    }
+
+    fn last(&mut self) -> &mut Remote {
+        match self.steps.last_mut().map(|step| &mut step.kind) {
+            Some(StepKind::Remote(remote)) => remote,
+            _ => unreachable!("the type says that the last step is a command"),
+        }
+    }
+}
+
+impl<I, R, C> UndoUndecided<I, R, C>
+where
+    I: Serialize + DeserializeOwned + Send + Sync + 'static,
+    C: Command,
+    R: And<C::Reply>,
+{
+    /// How long one attempt, of the command or its undo, may stay without an answer.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.remote.deadline = deadline;
+        self
+    }
+
+    /// How the command is resent. After the last attempt the saga is undone, this step as in doubt.
+    pub fn retry(mut self, policy: RetryPolicy) -> Self {
+        self.remote.retry = policy;
+        self
+    }
+
+    /// How the undo is resent. After the last attempt the saga is stuck.
+    pub fn undo_retry(mut self, policy: RetryPolicy) -> Self {
+        self.remote.undo_retry = policy;
+        self
+    }
+
+    /// The command that undoes the step, built from the input, the replies before the step, and what is known of it.
+    pub fn undo<U, F>(mut self, command: F) -> SagaBuilder<I, R::With, BeforePivot>
+    where
+        U: Command,
+        U::Rejection: NeverRefusedUndo,
+        F: Fn(&I, &R, Happened<'_, C::Reply>) -> U + Send + Sync + 'static,
+    {
+        self.remote.undo = Some(call::<U>(Arc::new(move |from: BuildFrom<'_>| {
+            let (input, replies) = read::<I, R>(from)?;
+            let reply = from.happened.map(C::Reply::deserialize).transpose();
+            let reply = reply.map_err(|source| BuildError { what: "read the reply of the step to undo", source })?;
+            let happened = reply.as_ref().map_or(Happened::InDoubt, Happened::Yes);
+            write(&command(&input, &replies, happened))
+        })));
+        self.saga.push_remote(self.name, self.remote)
+    }
+
+    /// The step has no effect that would have to be undone.
+    pub fn nothing_to_undo(self) -> SagaBuilder<I, R::With, BeforePivot> {
+        self.saga.push_remote(self.name, self.remote)
+    }
+}
+
+/// Where a saga stands to its pivot after a local step.
+pub trait AfterLocal {
+    /// There.
+    type Phase;
+}
+impl AfterLocal for BeforePivot {
+    type Phase = Self;
+}
+impl AfterLocal for AfterPivot {
+    type Phase = Self;
+}
+impl AfterLocal for AfterPivotCommand {
+    type Phase = AfterPivot;
+}
+
+fn remote<I, R, C, F>(role: Role, retry: RetryPolicy, command: F) -> Remote
+where
+    I: DeserializeOwned,
+    R: Replies,
+    C: Command,
+    F: Fn(&I, &R) -> C + Send + Sync + 'static,
+{
+    let action = call::<C>(Arc::new(move |from: BuildFrom<'_>| {
+        let (input, replies) = read::<I, R>(from)?;
+        write(&command(&input, &replies))
+    }));
+    Remote { role, action, undo: None, deadline: DEFAULT_STEP_DEADLINE, retry, undo_retry: RetryPolicy::UNDO }
+}
+
+fn call<C: Command>(build: Arc<super::Build>) -> Call {
+    Call {
+        kind: C::TYPE,
+        topic: C::TOPIC.name,
+        build,
+        check_reply: Arc::new(|value| C::Reply::deserialize(value).map(drop)),
+        check_rejection: Arc::new(|value| C::Rejection::deserialize(value).map(drop)),
+    }
+}
+
+fn read<I: DeserializeOwned, R: Replies>(from: BuildFrom<'_>) -> Result<(I, R), BuildError> {
+    let input = I::deserialize(from.input).map_err(|source| BuildError { what: "read the saga's input", source })?;
+    let replies = R::decode(from.replies).map_err(|source| BuildError { what: "read the earlier replies", source })?;
+    Ok((input, replies))
+}
+
+fn write<C: Command>(command: &C) -> Result<Vec<u8>, BuildError> {
+    serde_json::to_vec(command).map_err(|source| BuildError { what: "write the command", source })
+}

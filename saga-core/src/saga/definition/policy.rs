@@ -1,0 +1,82 @@
+//! How often and how fast a command is resent. Pure: the jitter is derived from who waits, not drawn.
+
+use crate::id::SagaId;
+use std::time::Duration;
+
+/// When a command is resent, and how often.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// The pause after the first attempt.
+    pub first: Duration,
+    /// Each pause is so many times the one before.
+    pub factor: u32,
+    /// No pause is longer.
+    pub max: Duration,
+    /// How many attempts there are in all; `None` is without end.
+    pub attempts: Option<u32>,
+}
+
+impl RetryPolicy {
+    /// For a step before the pivot: its failure can be met by undoing, so patience is short.
+    pub const COMPENSABLE: Self = Self::exponential(5, Duration::from_millis(500), Duration::from_secs(30));
+    /// For the pivot: giving up means that somebody has to look, so patience is longer.
+    pub const PIVOT: Self = Self::exponential(10, Duration::from_millis(500), Duration::from_secs(60));
+    /// For a step after the pivot: there is no way back. After a day or so somebody has to look.
+    pub const RETRIABLE: Self = Self::exponential(300, Duration::from_millis(500), Duration::from_secs(300));
+    /// For an undo: it has to be done. After half an hour or so somebody has to look.
+    pub const UNDO: Self = Self::exponential(15, Duration::from_millis(500), Duration::from_secs(300));
+
+    /// `attempts` in all, with pauses that double from `first` up to `max`.
+    pub const fn exponential(attempts: u32, first: Duration, max: Duration) -> Self {
+        Self { first, factor: 2, max, attempts: Some(attempts) }
+    }
+
+    /// Without an end: never stuck, so watch the attempts yourself.
+    #[must_use]
+    pub const fn forever(self) -> Self {
+        Self { attempts: None, ..self }
+    }
+
+    /// Whether `tries` attempts were the last.
+    pub fn is_exhausted(&self, tries: u32) -> bool {
+        self.attempts.is_some_and(|attempts| tries >= attempts)
+    }
+
+    /// The pause after the `tries`-th attempt (from 1): exponential, with up to a quarter taken off, so that a thousand
+    /// sagas that failed together do not come back together. The same saga, step and attempt always get the same pause.
+    pub fn pause(&self, saga: SagaId, step: usize, tries: u32) -> Duration {
+        let doublings = self.factor.max(1).saturating_pow(tries.saturating_sub(1).min(31));
+        let pause = self.first.saturating_mul(doublings).min(self.max);
+        let (high, low) = saga.0.as_u64_pair();
+        let seed = high ^ low.rotate_left(17) ^ ((step as u64) << 32) ^ u64::from(tries);
+        let quarter = u32::try_from(spread(seed) % 256).unwrap_or(0);
+        pause - pause / 4 * quarter / 256
+    }
+}
+
+/// The finaliser of `SplitMix64`: each bit of the seed moves half the bits of the result.
+fn spread(seed: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_the_cap_and_the_jitter_is_the_sagas_own() {
+        let policy = RetryPolicy::exponential(10, Duration::from_secs(1), Duration::from_secs(60));
+        let saga = SagaId::new();
+        for tries in 1..40 {
+            let full = Duration::from_secs(1 << (tries - 1).min(10)).min(policy.max);
+            let pause = policy.pause(saga, 2, tries);
+            assert!(pause <= full && pause >= full * 3 / 4, "{tries}: {pause:?} of {full:?}");
+            assert_eq!(pause, policy.pause(saga, 2, tries));
+        }
+        let others: std::collections::BTreeSet<_> = (0..50).map(|_| policy.pause(SagaId::new(), 2, 5)).collect();
+        assert!(others.len() > 20, "the jitter spreads sagas: {}", others.len());
+    }
+}
