@@ -3,6 +3,8 @@
 //! Attributes travel as headers, the payload as the record's value. Unknown headers pass through; a tombstone (null
 //! value) is legal. This module is pure.
 
+mod codec;
+
 use crate::id::{CommandId, MessageId, SagaId};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, str::FromStr};

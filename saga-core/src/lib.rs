@@ -8,6 +8,7 @@
 //! | [`id`] | newtypes: [`id::SagaId`], [`id::MessageId`], [`id::CommandId`] |
 //! | [`command`], [`topic`] | what two services agree on: typed commands with their replies, and where they travel |
 //! | [`envelope`] | message headers (CloudEvents 1.0, Kafka binary mode) |
+//! | [`trace`] | the trace context that a message carries |
 //! | [`outbox`] | append messages within the caller's transaction |
 //! | [`inbox`] | which messages of a batch are new |
 //! | [`consumer`] | Kafka records to batches to one transaction per batch; retries, parking, dead letters |
@@ -33,3 +34,4 @@ pub mod service;
 #[cfg(feature = "testkit")]
 pub mod testkit;
 pub mod topic;
+pub mod trace;

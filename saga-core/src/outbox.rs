@@ -1,16 +1,22 @@
 //! The outbox: messages written in the transaction that changes the state they tell of.
 //!
 //! Rules of an append, kept by whoever calls it: it comes *after* the statement that locks the aggregate, and that lock
-//! is held to the commit. Then the order of ids along a key is the order of commits along that key.
+//! is held to the commit. Then the order of ids along a key is the order of commits along that key. A process that dies
+//! before its commit has sent nothing; after it, the relay sends what is there.
 
 use crate::{
-    envelope::{Headers, SagaHeaders},
+    envelope::{Envelope, Headers, SagaHeaders, header},
     id::MessageId,
+    trace,
 };
 use serde::Serialize;
+use sqlx::types::Json;
 
 /// The caller's transaction. Whatever takes it is atomic with the rest of that transaction.
 pub type Tx<'a> = sqlx::Transaction<'a, sqlx::Postgres>;
+
+/// Longest topic name that Kafka accepts.
+const TOPIC_MAX: usize = 249;
 
 /// A message to be published once the transaction commits.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,26 +37,138 @@ pub struct NewMessage {
 
 impl NewMessage {
     /// A message with a JSON payload, a new id, and the current span's trace context.
+    ///
+    /// # Errors
+    /// When `payload` cannot be said in JSON.
     pub fn json<T: Serialize>(topic: &str, key: &str, kind: &str, payload: &T) -> Result<Self, serde_json::Error> {
-        let payload = Some(serde_json::to_vec(payload)?);
-        Ok(Self {
-            id: MessageId::new(),
-            topic: topic.into(),
-            key: key.into(),
-            kind: kind.into(),
-            payload,
-            headers: Headers::new(),
-        })
+        let payload = serde_json::to_vec(payload)?;
+        let mut message = Self { payload: Some(payload), ..Self::tombstone(topic, key, kind) };
+        message.headers.insert(header::CONTENT_TYPE.into(), "application/json".into());
+        Ok(message)
+    }
+
+    /// A message without a value: on a compacted topic it says that the key is gone.
+    pub fn tombstone(topic: &str, key: &str, kind: &str) -> Self {
+        let mut headers = Headers::new();
+        trace::inject_current(&mut headers);
+        Self { id: MessageId::new(), topic: topic.into(), key: key.into(), kind: kind.into(), payload: None, headers }
     }
 
     /// Adds the saga headers of a command or a reply.
     #[must_use]
-    pub fn with_saga(self, _saga: &SagaHeaders) -> Self {
-        todo!("skeleton")
+    pub fn with_saga(mut self, saga: &SagaHeaders) -> Self {
+        saga.write_to(&mut self.headers);
+        self
+    }
+
+    /// Continues what `cause` belongs to: its correlation id, and its trace unless a span of our own continues it.
+    #[must_use]
+    pub fn caused_by(mut self, cause: &Envelope) -> Self {
+        if let Some(id) = cause.correlation_id() {
+            self.headers.insert(header::CORRELATION_ID.into(), id.into());
+        }
+        if !self.headers.contains_key(header::TRACEPARENT) {
+            let theirs = [(header::TRACEPARENT, &cause.traceparent), (header::TRACESTATE, &cause.tracestate)];
+            for (name, value) in theirs {
+                value.iter().for_each(|value| drop(self.headers.insert(name.into(), value.clone())));
+            }
+        }
+        self
+    }
+
+    /// Whether it could ever be published. What PostgreSQL or Kafka would refuse later is refused here, so that it
+    /// fails the transaction that made it and not the relay.
+    fn validate(&self) -> Result<(), InvalidMessage> {
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if self.topic.is_empty() || self.topic.len() > TOPIC_MAX || !self.topic.chars().all(legal) {
+            return Err(InvalidMessage::Topic(self.topic.chars().take(TOPIC_MAX).collect()));
+        }
+        if self.kind.is_empty() || self.kind.contains('\0') {
+            return Err(InvalidMessage::Kind);
+        }
+        if self.key.contains('\0') {
+            return Err(InvalidMessage::Key);
+        }
+        match self.headers.iter().find(|(name, value)| name.is_empty() || name.contains('\0') || value.contains('\0')) {
+            Some((name, _)) => Err(InvalidMessage::Header(name.clone())),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Why a message can never be published.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidMessage {
+    /// Kafka has no topic of this name.
+    #[error("{0:?} is not a topic: 1 to {TOPIC_MAX} characters of a-z, A-Z, 0-9, '.', '_' and '-'")]
+    Topic(String),
+    /// It must say what it is.
+    #[error("the type is empty or contains NUL")]
+    Kind,
+    /// PostgreSQL cannot store it.
+    #[error("the key contains NUL")]
+    Key,
+    /// PostgreSQL cannot store it.
+    #[error("header {0:?} has an empty name or contains NUL")]
+    Header(String),
+}
+
+/// Why messages were not appended.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// One can never be published; nothing was written.
+    #[error("message {id} cannot be published")]
+    Invalid {
+        /// Which.
+        id: MessageId,
+        /// Why.
+        source: InvalidMessage,
+    },
+    /// The database said no.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// For functions that know only the database's errors: an invalid message is one that cannot be encoded.
+impl From<AppendError> for sqlx::Error {
+    fn from(error: AppendError) -> Self {
+        match error {
+            AppendError::Database(error) => error,
+            invalid @ AppendError::Invalid { .. } => Self::Encode(Box::new(invalid)),
+        }
     }
 }
 
 /// Appends `messages`, in their order, in the caller's transaction: one statement, whatever their number.
-pub async fn append_in(_tx: &mut Tx<'_>, _messages: &[NewMessage]) -> Result<(), sqlx::Error> {
-    todo!("skeleton")
+///
+/// Call it after the statement that locks the aggregate, and hold that lock to the commit. A service that commits with
+/// `synchronous_commit = off` can lose a row that was published.
+///
+/// # Errors
+/// When a message can never be published, or the database says no.
+pub async fn append_in(tx: &mut Tx<'_>, messages: &[NewMessage]) -> Result<(), AppendError> {
+    if messages.is_empty() {
+        return Ok(());
+    }
+    for message in messages {
+        message.validate().map_err(|source| AppendError::Invalid { id: message.id, source })?;
+    }
+    let column = |of: fn(&NewMessage) -> &str| messages.iter().map(of).collect::<Vec<_>>();
+    // `order by ordinality`: without it ids are given in any order, and the order of ids is the order of publishing.
+    sqlx::query(
+        "insert into outbox (message_id, topic, key, type, payload, headers)
+         select message_id, topic, key, type, payload, headers
+           from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::jsonb[])
+                with ordinality as message (message_id, topic, key, type, payload, headers, ordinality)
+          order by ordinality",
+    )
+    .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
+    .bind(column(|message| &message.topic))
+    .bind(column(|message| &message.key))
+    .bind(column(|message| &message.kind))
+    .bind(messages.iter().map(|message| message.payload.as_deref()).collect::<Vec<_>>())
+    .bind(messages.iter().map(|message| Json(&message.headers)).collect::<Vec<_>>())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
 }

@@ -1,0 +1,109 @@
+//! W3C trace context across processes: HTTP -> outbox -> Kafka -> consumer.
+//!
+//! The context is stored with the outbox row and travels in the record's headers; whoever handles the record continues
+//! it. Without a tracing layer that knows OpenTelemetry nothing is written and nothing is read.
+
+use crate::envelope::{Envelope, Headers, header};
+use opentelemetry::{
+    Context,
+    propagation::{Extractor, Injector, TextMapPropagator},
+    trace::TraceContextExt,
+};
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use tracing::Span;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+/// Writes the current span's context into `headers`, and its trace id as `correlation-id` unless there is one.
+pub fn inject_current(headers: &mut Headers) {
+    let context = Span::current().context();
+    let span = context.span().span_context().clone();
+    if !span.is_valid() {
+        return;
+    }
+    TraceContextPropagator::new().inject_context(&context, &mut Writer(headers));
+    headers.entry(header::CORRELATION_ID.to_owned()).or_insert_with(|| span.trace_id().to_string());
+}
+
+/// The context that a message came with; `None` when it has none that is valid.
+pub fn context_of(envelope: &Envelope) -> Option<Context> {
+    envelope.traceparent.as_ref()?;
+    let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &Reader(envelope));
+    context.span().span_context().is_valid().then_some(context)
+}
+
+/// Makes `span` continue the trace that a message came with. Must be called before the span is entered.
+pub fn continue_from(span: &Span, envelope: &Envelope) {
+    if let Some(context) = context_of(envelope) {
+        // The error says that there is no OpenTelemetry layer or that it filters this span: nothing to continue.
+        span.set_parent(context).ok();
+    }
+}
+
+/// Ties `span` to the trace that a message came with, for work done for many messages at once.
+pub fn link_to(span: &Span, envelope: &Envelope) {
+    if let Some(context) = context_of(envelope) {
+        span.add_link(context.span().span_context().clone());
+    }
+}
+
+struct Writer<'a>(&'a mut Headers);
+
+impl Injector for Writer<'_> {
+    fn set(&mut self, key: &str, value: String) {
+        // An empty tracestate is what most traces have; it says nothing.
+        if !value.is_empty() {
+            self.0.insert(key.to_owned(), value);
+        }
+    }
+}
+
+struct Reader<'a>(&'a Envelope);
+
+impl Extractor for Reader<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        match key {
+            header::TRACEPARENT => self.0.traceparent.as_deref(),
+            header::TRACESTATE => self.0.tracestate.as_deref(),
+            _ => None,
+        }
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        vec![header::TRACEPARENT, header::TRACESTATE]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::MessageId;
+    use opentelemetry::trace::TracerProvider;
+    use tracing_subscriber::layer::SubscriberExt;
+
+    #[test]
+    fn a_trace_goes_through_the_headers_of_a_message() {
+        let tracer = opentelemetry_sdk::trace::SdkTracerProvider::builder().build().tracer("test");
+        let subscriber = tracing_subscriber::registry().with(tracing_opentelemetry::layer().with_tracer(tracer));
+        tracing::subscriber::with_default(subscriber, || {
+            let mut headers = Headers::new();
+            tracing::info_span!("request").in_scope(|| inject_current(&mut headers));
+            let mut envelope = Envelope::new(MessageId::new(), "orders", "orders.placed.v1");
+            envelope.traceparent = Some(headers[header::TRACEPARENT].clone());
+
+            let consuming = tracing::info_span!("consume");
+            continue_from(&consuming, &envelope);
+            let mut further = Headers::new();
+            consuming.in_scope(|| inject_current(&mut further));
+
+            assert_eq!(headers[header::CORRELATION_ID], further[header::CORRELATION_ID]);
+            assert_ne!(headers[header::TRACEPARENT], further[header::TRACEPARENT]);
+        });
+    }
+
+    #[test]
+    fn garbage_in_a_traceparent_is_no_context() {
+        let mut envelope = Envelope::new(MessageId::new(), "orders", "orders.placed.v1");
+        envelope.traceparent = Some("00-garbage".into());
+        assert!(context_of(&envelope).is_none());
+    }
+}
