@@ -37,6 +37,9 @@ pub enum StoreError {
     /// An event could not be written as JSON.
     #[error("an order's event could not be encoded")]
     Encode(#[from] serde_json::Error),
+    /// An event could not be appended to the outbox.
+    #[error(transparent)]
+    Append(#[from] outbox::AppendError),
 }
 
 /// One row of an order's history.

@@ -1,6 +1,9 @@
 //! Kafka records to batches to one transaction per batch.
 
-use crate::{envelope::Envelope, outbox::Tx};
+use crate::{
+    envelope::Envelope,
+    outbox::{AppendError, Tx},
+};
 use std::future::Future;
 
 /// A record as a handler sees it.
@@ -50,4 +53,14 @@ pub enum HandleError {
     /// It did not work this time: counted, retried with back-off, then dead-lettered.
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
+}
+
+/// A message that can never be published is the handler's fault; anything else is the database's word.
+impl From<AppendError> for HandleError {
+    fn from(error: AppendError) -> Self {
+        match error {
+            AppendError::Database(error) => Self::Database(error),
+            invalid @ AppendError::Invalid { .. } => Self::Failed(invalid.into()),
+        }
+    }
 }

@@ -1,0 +1,77 @@
+//! Appending to the outbox, on a real PostgreSQL.
+
+use saga_core::{
+    outbox::{AppendError, InvalidMessage, NewMessage, append_in},
+    testkit::{Migrations, TestDatabase},
+};
+use serde_json::json;
+use uuid::Uuid;
+
+mod embedded {
+    refinery::embed_migrations!("../migrations/messaging");
+}
+
+async fn database() -> TestDatabase {
+    TestDatabase::new(&[Migrations { owner: "messaging", runner: embedded::migrations::runner() }]).await
+}
+
+fn message(topic: &str, key: &str) -> NewMessage {
+    NewMessage::json(topic, key, "test.happened.v1", &json!({"n": 1})).unwrap()
+}
+
+#[tokio::test]
+async fn a_bulk_append_gives_ids_in_the_order_of_the_messages() {
+    let database = database().await;
+    let messages: Vec<_> = (0..5_000).map(|n| message("orders.events", &(n % 7).to_string())).collect();
+    let mut tx = database.pool.begin().await.unwrap();
+    append_in(&mut tx, &messages).await.unwrap();
+    tx.commit().await.unwrap();
+    let ids: Vec<Uuid> =
+        sqlx::query_scalar("select message_id from outbox order by id").fetch_all(&database.pool).await.unwrap();
+    assert_eq!(ids, messages.iter().map(|message| message.id.0).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn payloads_tombstones_and_headers_are_stored_as_they_are() {
+    let database = database().await;
+    let gone = NewMessage::tombstone("inventory.items", "sku-1", "inventory.item-gone.v1");
+    let messages = [message("orders.events", "ö-1"), gone];
+    let mut tx = database.pool.begin().await.unwrap();
+    append_in(&mut tx, &messages).await.unwrap();
+    append_in(&mut tx, &[]).await.unwrap();
+    tx.commit().await.unwrap();
+    type Row = (String, Option<String>, Option<Vec<u8>>, serde_json::Value);
+    let rows: Vec<Row> = sqlx::query_as("select topic, key, payload, headers from outbox order by id")
+        .fetch_all(&database.pool)
+        .await
+        .unwrap();
+    let payload = Some(br#"{"n":1}"#.to_vec());
+    let headers = json!({"content-type": "application/json"});
+    assert_eq!(rows[0], ("orders.events".into(), Some("ö-1".into()), payload, headers));
+    assert_eq!(rows[1], ("inventory.items".into(), Some("sku-1".into()), None, json!({})));
+}
+
+#[tokio::test]
+async fn what_could_never_be_published_is_refused_with_its_reason_and_nothing_is_written() {
+    let database = database().await;
+    let mut header = message("t", "k");
+    header.headers.insert("x".into(), "\0".into());
+    let bad = [
+        (message("", "k"), InvalidMessage::Topic(String::new())),
+        (message("no spaces", "k"), InvalidMessage::Topic("no spaces".into())),
+        (message("t", "k\0"), InvalidMessage::Key),
+        (NewMessage { kind: String::new(), ..message("t", "k") }, InvalidMessage::Kind),
+        (header, InvalidMessage::Header("x".into())),
+    ];
+    let mut tx = database.pool.begin().await.unwrap();
+    for (message, expected) in bad {
+        let id = message.id;
+        match append_in(&mut tx, &[self::message("t", "k"), message]).await {
+            Err(AppendError::Invalid { id: at, source }) => assert_eq!((at, source), (id, expected)),
+            other => panic!("{expected:?}: {other:?}"),
+        }
+    }
+    // The transaction is still usable: nothing reached the database.
+    let written: i64 = sqlx::query_scalar("select count(*) from outbox").fetch_one(&mut *tx).await.unwrap();
+    assert_eq!(written, 0);
+}
