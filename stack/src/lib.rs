@@ -1,1 +1,30 @@
-//! The whole system on one machine without containers.
+//! The whole system on one machine without containers: for `make demo`, `make up`, tests and benchmarks.
+//!
+//! Both servers are real and come pinned from Maven Central; there is no stand-in for either. The invariant of this
+//! crate: **what it started is gone when it is gone**, however it ends (see [`guard`]). In reading order:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`cache`] | where the servers' files are kept between runs, and who may read them |
+//! | [`maven`] | a pom to the files it names; finds Java and Maven, or says what to install |
+//! | [`guard`] | ends what we started when we die |
+//! | [`process`] | one server process: started, healthy, paused, killed, stopped |
+//! | [`ports`] | ports that nobody uses |
+//! | [`postgres`], [`kafka`] | the two servers |
+//! | [`servers`] | the two together, or those that `DATABASE_URL` and `KAFKA_BROKERS` name |
+//! | [`run`] | a command with servers |
+//! | [`progress`] | what a person sees meanwhile |
+
+pub mod cache;
+pub mod error;
+pub mod guard;
+pub mod kafka;
+pub mod maven;
+pub mod ports;
+pub mod postgres;
+pub mod process;
+pub mod progress;
+pub mod run;
+pub mod servers;
+
+pub use error::{Error, Result};

@@ -1,0 +1,76 @@
+# The few commands people type. `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help demo up down reset logs status test check bench tools-build tools-servers binaries fmt clippy doc arch deny
+
+# Where cargo puts what it builds.
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+STACK  := $(TARGET)/debug/stack
+
+# Pinned: another version may judge differently.
+DENY_VERSION := 0.20.2
+
+help: ## This list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{ printf "  make %-8s%s\n", $$1, $$2 }'
+
+demo: tools-servers binaries ## Starts everything, drives orders through every outcome, shows what happened, stops
+	@$(STACK) demo
+
+up: tools-servers binaries ## Starts everything and leaves it running; Ctrl-C or `make down` ends it, data is kept
+	@$(STACK) up
+
+down: binaries ## Ends what `make up` started
+	@$(STACK) down
+
+reset: binaries ## Ends it and wipes its data
+	@$(STACK) reset
+
+logs: binaries ## Follows the logs
+	@$(STACK) logs --follow
+
+status: binaries ## What runs, and whether it is healthy
+	@$(STACK) status
+
+# The binaries first: the tests start them as processes. Two test binaries at a time would fight for two cores and make
+# every deadline a guess, so cargo runs them one after another; inside each, tests run side by side.
+test: tools-servers binaries ## The whole suite against a PostgreSQL and a Kafka of its own (or DATABASE_URL, KAFKA_BROKERS)
+	cargo test --workspace --no-run
+	$(STACK) run -- cargo test --workspace --no-fail-fast
+
+check: fmt clippy doc arch deny ## fmt, clippy, rustdoc (warnings denied), the architecture test, cargo-deny
+
+bench: tools-servers ## The figures, each beside its yardstick of the same run
+	cargo build --release --workspace --bins
+	$(TARGET)/release/bench
+
+binaries: tools-build
+	@cargo build --workspace --bins
+
+tools-build:
+	@sh stack/tools.sh build
+
+tools-servers:
+	@sh stack/tools.sh servers
+
+fmt: tools-build
+	cargo fmt --all --check
+
+clippy: tools-build
+	cargo clippy --workspace --all-targets -- -D warnings
+
+doc: tools-build
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
+
+arch: tools-build
+	cargo test -p e2e --test architecture
+
+# Licences, bans and sources need nothing but the lock file. Advisories need their database, which is a repository on
+# the net: where it cannot be reached, that is said, and the rest still counts.
+deny: tools-build
+	@cargo deny --version 2>/dev/null | grep -qx 'cargo-deny $(DENY_VERSION)' || \
+	  cargo install cargo-deny --version $(DENY_VERSION) --locked
+	cargo deny check bans licenses sources
+	@if cargo deny fetch db >/dev/null 2>&1; then \
+	  echo "cargo deny check advisories"; cargo deny check advisories; \
+	else \
+	  echo "cargo deny: NOT checked for advisories: their database cannot be reached from here"; \
+	fi

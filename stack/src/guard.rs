@@ -1,0 +1,91 @@
+//! Ends what we started when we die, however we die: panic, Ctrl-C, SIGKILL, a test binary that exits with a stack in
+//! a static.
+//!
+//! ```text
+//!   us ──pipe──> guard (a shell, in a process group of its own)
+//!                  "+ PID SIGNAL"  watch this process group
+//!                  "- PID"         it is gone
+//!                  "d PATH"        remove this directory at the end
+//! ```
+//!
+//! The pipe ends when we end: the kernel closes it. The guard then signals what is left, waits within a bound, kills,
+//! and removes our temporary directories. A shell does it because it needs no binary of ours to be found, works on
+//! every Unix, and because `PR_SET_PDEATHSIG` fires when the *thread* that started a process ends, not the process.
+//! When the guard dies first, nothing is lost as long as we end in an orderly way ourselves.
+
+use std::{
+    io::Write,
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{ChildStdin, Command, Stdio},
+    sync::{Mutex, OnceLock, PoisonError},
+};
+
+/// The guard's program. It ignores what a terminal sends: it has to outlive us.
+const SCRIPT: &str = r#"
+trap '' INT TERM HUP QUIT
+procs=
+dirs=
+while read -r op arg rest; do
+  case $op in
+    +) procs="$procs $arg:$rest" ;;
+    -) kept=
+       for p in $procs; do [ "${p%%:*}" = "$arg" ] || kept="$kept $p"; done
+       procs=$kept ;;
+    d) dirs="$dirs$arg
+" ;;
+  esac
+done
+for p in $procs; do
+  kill -s "${p##*:}" -- "-${p%%:*}"
+  kill -s CONT -- "-${p%%:*}"
+done
+for p in $procs; do
+  n=0
+  while kill -s 0 -- "-${p%%:*}" && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done
+  kill -s KILL -- "-${p%%:*}"
+done
+printf %s "$dirs" | while read -r d; do rm -rf -- "$d"; done
+"#;
+
+static GUARD: OnceLock<Mutex<Option<ChildStdin>>> = OnceLock::new();
+
+/// Watches the process group `pid`, which is sent `signal` (a name such as `TERM`) when we are gone.
+pub fn watch(pid: u32, signal: &str) {
+    tell(&format!("+ {pid} {signal}\n"));
+}
+
+/// The process group has ended, and its number may soon be somebody else's.
+pub fn forget(pid: u32) {
+    tell(&format!("- {pid}\n"));
+}
+
+/// Removes the directory when we are gone.
+pub fn remove_at_end(directory: &Path) {
+    let path = directory.to_string_lossy();
+    // The guard reads words and lines. Temporary directories have no white space in their names unless TMPDIR has.
+    if !path.contains(char::is_whitespace) {
+        tell(&format!("d {path}\n"));
+    }
+}
+
+fn tell(line: &str) {
+    let guard = GUARD.get_or_init(|| Mutex::new(start()));
+    if let Some(pipe) = guard.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        // A guard that is gone cannot be told; the orderly ways of ending do not need it.
+        let _ = pipe.write_all(line.as_bytes());
+    }
+}
+
+fn start() -> Option<ChildStdin> {
+    Command::new("/bin/sh")
+        .args(["-c", SCRIPT, "stack-guard"])
+        .current_dir("/")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .ok()?
+        .stdin
+}

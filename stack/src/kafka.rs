@@ -1,0 +1,144 @@
+//! Apache Kafka: one KRaft node, broker and controller in one process.
+
+use crate::{
+    Error, Result,
+    cache::{self, Cache},
+    maven::{self, Pom},
+    postgres::Durability,
+    process::{Process, Spec},
+    progress::Progress,
+};
+use nix::sys::signal::Signal;
+use rdkafka::{
+    ClientConfig,
+    consumer::{BaseConsumer, Consumer},
+};
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// The pom that names it; its version is there.
+const POM: &str = include_str!("../kafka/pom.xml");
+/// Without a logging configuration it logs nothing.
+const LOG4J: &str = include_str!("../kafka/log4j2.properties");
+/// It answers after 2.4 s on two idle cores; a busy machine takes several times that.
+const START_BOUND: Duration = Duration::from_secs(90);
+
+/// A broker that we started.
+#[derive(Debug)]
+pub struct Kafka {
+    /// The process.
+    pub process: Process,
+    /// The port that clients connect to, on the loopback interface.
+    pub port: u16,
+}
+
+impl Kafka {
+    /// Starts a broker on `data` (formatted when it is not yet) and waits until it answers.
+    pub async fn start(
+        cache: &Cache,
+        data: &Path,
+        log: &Path,
+        ports: [u16; 2],
+        durability: Durability,
+        progress: &Progress,
+    ) -> Result<Self> {
+        let java = Java::find(cache, durability, progress).await?;
+        cache::make_open_directory(data)?;
+        let config = data.join("server.properties");
+        fs::write(&config, properties(data, ports)).map_err(Error::io(format!("write {}", config.display())))?;
+        fs::write(data.join("log4j2.properties"), LOG4J).map_err(Error::io("write Kafka's logging configuration"))?;
+        if !data.join("log/meta.properties").exists() {
+            let id = uuid::Uuid::new_v4().simple().to_string();
+            let format = ["format", "--standalone", "-t", &id[..22], "-c"].map(OsString::from);
+            let args = format.into_iter().chain([config.clone().into_os_string()]);
+            java.spec("Kafka's storage tool", log, data, "kafka.tools.StorageTool").args(args).run().await?;
+        }
+        let mut spec = java.spec("Kafka", log, data, "kafka.Kafka").args([config]);
+        spec.orphan = if durability == Durability::Off { Signal::SIGKILL } else { Signal::SIGTERM };
+        let process = Process::start(spec)?;
+        let brokers = format!("127.0.0.1:{}", ports[0]);
+        process.healthy(START_BOUND, || answers(brokers.clone())).await?;
+        Ok(Self { process, port: ports[0] })
+    }
+
+    /// What `KAFKA_BROKERS` is set to.
+    pub fn brokers(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+}
+
+/// A JVM with Kafka's classes.
+#[derive(Debug)]
+pub struct Java {
+    program: PathBuf,
+    class_path: OsString,
+    options: &'static [&'static str],
+}
+
+impl Java {
+    /// Java and Kafka's jars, fetched on the first run. Benchmarks run Kafka's own tools with it too.
+    pub async fn find(cache: &Cache, durability: Durability, progress: &Progress) -> Result<Self> {
+        let program = maven::java()?;
+        let jars = Pom { name: "Kafka", text: POM, properties: vec![] }.resolve(cache, progress).await?;
+        let class_path = std::env::join_paths(jars).map_err(|e| Error::Other(e.to_string()))?;
+        let options: &[&str] = match durability {
+            // Starts faster and stays small; slower at full speed.
+            Durability::Off => &["-Xmx512m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"],
+            Durability::On => &["-Xmx1g", "-XX:+UseG1GC"],
+        };
+        Ok(Self { program, class_path, options })
+    }
+
+    /// One of Kafka's programs; `dir` holds the logging configuration.
+    pub fn spec(&self, name: &str, log: &Path, dir: &Path, class: &str) -> Spec {
+        let logging = dir.join("log4j2.properties");
+        Spec::new(name, &self.program, log)
+            .args(self.options.iter().copied())
+            .args([format!("-Dlog4j2.configurationFile={}", logging.display())])
+            .args(["-cp".into(), self.class_path.clone(), class.into()])
+    }
+}
+
+fn properties(data: &Path, [port, controller]: [u16; 2]) -> String {
+    format!(
+        "process.roles=broker,controller
+node.id=1
+controller.quorum.bootstrap.servers=127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+controller.listener.names=CONTROLLER
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+log.dirs={data}/log
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=2
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.num.partitions=2
+group.initial.rebalance.delay.ms=0
+log.cleaner.dedupe.buffer.size=16777216
+auto.create.topics.enable=false
+",
+        data = data.display()
+    )
+}
+
+/// Whether the broker tells about itself; librdkafka's call blocks.
+pub async fn answers(brokers: String) -> Result<(), String> {
+    let asked = tokio::task::spawn_blocking(move || {
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", brokers)
+            .set("log_level", "0")
+            .create()
+            .map_err(|e| e.to_string())?;
+        let metadata = consumer.fetch_metadata(None, Duration::from_secs(2)).map_err(|e| e.to_string())?;
+        if metadata.brokers().is_empty() { Err("no broker is registered yet".to_owned()) } else { Ok(()) }
+    });
+    asked.await.map_err(|e| e.to_string())?
+}

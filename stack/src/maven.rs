@@ -1,0 +1,130 @@
+//! A pom to the files it names; finds Java and Maven, or says what to install.
+//!
+//! Maven is asked once per pom: the answer is kept in the cache under the pom's digest, and asked for again only when
+//! one of the files it names is gone.
+
+use crate::{Error, Result, cache::Cache, process::Spec, progress::Progress};
+use sha2::{Digest, Sha256};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Kafka 4's server needs this.
+const JAVA_AT_LEAST: u32 = 17;
+/// Pinned, because Maven otherwise takes what its own version prefers.
+const GOAL: &str = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:build-classpath";
+
+/// What to type to get Java and Maven.
+fn install_hint() -> String {
+    if cfg!(target_os = "macos") {
+        "brew install openjdk maven".into()
+    } else if Path::new("/etc/debian_version").exists() {
+        "apt-get update && apt-get install -y default-jre-headless maven".into()
+    } else if Path::new("/etc/fedora-release").exists() {
+        "dnf install -y java-21-openjdk-headless maven".into()
+    } else {
+        format!("a JVM, version {JAVA_AT_LEAST} or later, and Maven, with your system's packages")
+    }
+}
+
+/// The Java to run servers with: `$JAVA_HOME`'s, else the one on the path. Checked to be recent enough.
+pub fn java() -> Result<PathBuf> {
+    let home = std::env::var_os("JAVA_HOME").filter(|home| !home.is_empty());
+    let java = home.map_or_else(|| PathBuf::from("java"), |home| PathBuf::from(home).join("bin/java"));
+    let missing = |what: String| Error::Missing { what, install: install_hint() };
+    let output = Command::new(&java)
+        .arg("-version")
+        .output()
+        .map_err(|e| missing(format!("Apache Kafka needs a JVM, and '{}' cannot be run ({e})", java.display())))?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    match major_version(&said) {
+        Some(version) if version >= JAVA_AT_LEAST => Ok(java),
+        Some(version) => Err(missing(format!("Apache Kafka needs Java {JAVA_AT_LEAST} or later, this is {version}"))),
+        None => Err(missing(format!("'{} -version' does not tell its version: {}", java.display(), said.trim()))),
+    }
+}
+
+/// Of `openjdk version "17.0.15" 2025-04-15`: 17. Of `"1.8.0"`: 1, which is old enough to be refused.
+fn major_version(said: &str) -> Option<u32> {
+    let quoted = said.split('"').nth(1)?;
+    quoted.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+}
+
+/// A pom, and what it is called.
+#[derive(Debug, Clone)]
+pub struct Pom {
+    /// What people call what it fetches.
+    pub name: &'static str,
+    /// The pom itself.
+    pub text: &'static str,
+    /// Properties that Maven is given for it.
+    pub properties: Vec<(&'static str, String)>,
+}
+
+impl Pom {
+    /// The cache's entry for it: other contents, other entry.
+    pub fn entry(&self) -> String {
+        let mut digest = Sha256::new();
+        digest.update(self.text);
+        for (property, value) in &self.properties {
+            digest.update(format!("{property}={value}\n"));
+        }
+        let digest: String = digest.finalize().iter().take(6).map(|b| format!("{b:02x}")).collect();
+        format!("{}-{digest}", self.name.to_lowercase())
+    }
+
+    /// The files that it resolves to, in class path order.
+    pub async fn resolve(&self, cache: &Cache, progress: &Progress) -> Result<Vec<PathBuf>> {
+        let entry = self.entry();
+        if let Some(files) = read(&cache.entry(&entry)) {
+            return Ok(files);
+        }
+        cache.discard(&entry);
+        let made = cache.entry_or(&entry, progress, |dir| async move { self.fetch(&dir, progress).await.map(drop) });
+        let made = made.await?;
+        read(&made).ok_or_else(|| Error::Other(format!("Maven named files that do not exist, see {}", made.display())))
+    }
+
+    /// Asks Maven, whatever the cache says; the answer is written into `dir`.
+    pub async fn fetch(&self, dir: &Path, progress: &Progress) -> Result<Vec<PathBuf>> {
+        let name = self.name;
+        progress.step(format!("fetching {name} from Maven Central (once)"));
+        fs::write(dir.join("pom.xml"), self.text).map_err(Error::io(format!("write {}", dir.display())))?;
+        // Beside the directory, which is thrown away when this fails: the log has to outlive it.
+        let log = dir.with_extension("log");
+        let _ = fs::remove_file(&log);
+        let mut spec = Spec::new(format!("Maven (for {name})"), "mvn", log).args(["--batch-mode", "-f"]);
+        spec = spec.args([dir.join("pom.xml")]).args([GOAL, "-DincludeScope=runtime"]);
+        spec = spec.args([format!("-Dmdep.outputFile={}", dir.join("classpath").display())]);
+        spec = spec.args(self.properties.iter().map(|(property, value)| format!("-D{property}={value}")));
+        match spec.run().await {
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Err(Error::Missing {
+                what: format!("Maven (mvn), which fetches {name}, is not installed"),
+                install: install_hint(),
+            }),
+            Err(other) => Err(other),
+            Ok(()) => read(dir).ok_or_else(|| Error::Other(format!("Maven named no files for {name}"))),
+        }
+    }
+}
+
+fn read(entry: &Path) -> Option<Vec<PathBuf>> {
+    let text = fs::read_to_string(entry.join("classpath")).ok()?;
+    let files: Vec<PathBuf> = std::env::split_paths(text.trim()).collect();
+    (!files.is_empty() && files.iter().all(|f| f.is_file())).then_some(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn java_tells_its_version_in_several_ways() {
+        assert_eq!(major_version("openjdk version \"17.0.15\" 2025-04-15\nOpenJDK ..."), Some(17));
+        assert_eq!(major_version("openjdk version \"25\" 2025-09-16"), Some(25));
+        assert_eq!(major_version("java version \"1.8.0_402\""), Some(1));
+        assert_eq!(major_version("The program 'java' is not installed"), None);
+    }
+}

@@ -1,0 +1,256 @@
+//! One server process: started in a process group of its own with its output in a log file, and ended for certain.
+//!
+//! Nothing here waits on a runtime's signal handling, because tests share a stack between runtimes: ends are polled.
+//! When *we* die, [`crate::guard`] ends the process.
+
+use crate::{Error, Result, guard};
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::{Pid, User},
+};
+use std::{
+    ffi::OsString,
+    fs::{File, OpenOptions},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// How often an end is looked for.
+pub const POLL: Duration = Duration::from_millis(10);
+/// How long a process has between its stop signal and SIGKILL: Kafka and PostgreSQL write their state out meanwhile.
+pub const STOP_BOUND: Duration = Duration::from_secs(20);
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// What people call it.
+    pub name: String,
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Variables in addition to ours.
+    pub env: Vec<(String, String)>,
+    /// Where its output goes; appended to.
+    pub log: PathBuf,
+    /// As whom, when not as ourselves.
+    pub user: Option<User>,
+    /// What asks it to stop.
+    pub stop: Signal,
+    /// What it is sent when we die: a gentle signal where data is kept, a fast one where it is thrown away.
+    pub orphan: Signal,
+}
+
+impl Spec {
+    /// A program that stops at SIGTERM, as ourselves.
+    pub fn new(name: impl Into<String>, program: impl Into<PathBuf>, log: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.into(),
+            program: program.into(),
+            args: Vec::new(),
+            env: Vec::new(),
+            log: log.into(),
+            user: None,
+            stop: Signal::SIGTERM,
+            orphan: Signal::SIGTERM,
+        }
+    }
+
+    /// With these arguments.
+    #[must_use]
+    pub fn args<A: Into<OsString>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// With this variable.
+    #[must_use]
+    pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    fn command(&self) -> Result<Command> {
+        let log = |file: std::io::Result<File>| file.map_err(Error::io(format!("open the log {}", self.log.display())));
+        let out = log(OpenOptions::new().create(true).append(true).open(&self.log))?;
+        let err = log(out.try_clone())?;
+        let mut command = Command::new(&self.program);
+        command.args(&self.args).envs(self.env.iter().map(|(n, v)| (n, v)));
+        command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0);
+        if let Some(user) = &self.user {
+            command.uid(user.uid.as_raw()).gid(user.gid.as_raw()).env("HOME", "/").current_dir("/");
+        }
+        Ok(command)
+    }
+
+    fn spawn_error(&self) -> impl FnOnce(std::io::Error) -> Error {
+        Error::io(format!("start {} ({})", self.name, self.program.display()))
+    }
+
+    /// Runs it to its end (`initdb`, Maven); not zero is an error with the end of its output.
+    pub async fn run(&self) -> Result<()> {
+        let process = Process::start(self.clone())?;
+        let status = process.wait().await;
+        if status.is_some_and(|s| s.success()) {
+            return Ok(());
+        }
+        Err(Error::Failed { name: self.name.clone(), status: text(status), log: self.log.clone() })
+    }
+}
+
+/// How a process ended, for people.
+fn text(status: Option<ExitStatus>) -> String {
+    status.map_or_else(|| "it was ended".to_owned(), |s| s.to_string())
+}
+
+/// A process that was started here. Dropping it kills it.
+#[derive(Debug)]
+pub struct Process {
+    spec: Spec,
+    child: Mutex<Option<Child>>,
+    pid: u32,
+}
+
+impl Process {
+    /// Starts it; says nothing about its health.
+    pub fn start(spec: Spec) -> Result<Self> {
+        let child = spec.command()?.spawn().map_err(spec.spawn_error())?;
+        let pid = child.id();
+        guard::watch(pid, spec.orphan.as_str().trim_start_matches("SIG"));
+        Ok(Self { spec, child: Mutex::new(Some(child)), pid })
+    }
+
+    /// What people call it.
+    pub fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    /// Its process id, which is its process group's too.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Where its output goes.
+    pub fn log(&self) -> &Path {
+        &self.spec.log
+    }
+
+    /// Starts the same again, after it ended.
+    pub fn restarted(&self) -> Result<Self> {
+        Self::start(self.spec.clone())
+    }
+
+    fn child(&self) -> MutexGuard<'_, Option<Child>> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it runs (or is paused).
+    pub fn is_running(&self) -> bool {
+        self.try_wait().is_none()
+    }
+
+    /// `None` while it runs; then how it ended, or `Some(None)` when somebody else was told that.
+    fn try_wait(&self) -> Option<Option<ExitStatus>> {
+        let mut child = self.child();
+        let status = match child.as_mut() {
+            None => return Some(None),
+            Some(running) => running.try_wait().ok().flatten()?,
+        };
+        *child = None;
+        guard::forget(self.pid);
+        Some(Some(status))
+    }
+
+    /// Waits until it ended.
+    pub async fn wait(&self) -> Option<ExitStatus> {
+        loop {
+            match self.try_wait() {
+                Some(status) => return status,
+                None => tokio::time::sleep(POLL).await,
+            }
+        }
+    }
+
+    /// Sends a signal to its process group; nothing when it has ended.
+    pub fn signal(&self, signal: Signal) {
+        // Under the lock and only while it was not reaped: the number cannot be another's.
+        let child = self.child();
+        if child.is_some() {
+            let _ = killpg(self.group(), signal);
+        }
+    }
+
+    fn group(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.pid).expect("the kernel's process ids fit in an i32"))
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub fn kill(&self) {
+        self.signal(Signal::SIGKILL);
+        let mut child = self.child();
+        if let Some(running) = child.as_mut() {
+            let _ = running.wait();
+            *child = None;
+            guard::forget(self.pid);
+        }
+    }
+
+    /// SIGSTOP: it keeps its connections and does nothing.
+    pub fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    /// Asks it to stop, waits within [`STOP_BOUND`], then kills it. `true` when it stopped by itself.
+    pub async fn stop(&self) -> bool {
+        self.signal(self.spec.stop);
+        self.resume();
+        let gentle = tokio::time::timeout(STOP_BOUND, self.wait()).await.is_ok();
+        if !gentle {
+            self.kill();
+        }
+        gentle
+    }
+
+    /// Waits until `probe` says yes; an error when the process ends before, or the bound is over.
+    pub async fn healthy<F>(&self, bound: Duration, mut probe: impl FnMut() -> F) -> Result<()>
+    where
+        F: Future<Output = Result<(), String>>,
+    {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.try_wait() {
+                let (name, log) = (self.spec.name.clone(), self.spec.log.clone());
+                return Err(Error::Exited { name, status: text(status), log });
+            }
+            let Err(last) = probe().await else { return Ok(()) };
+            if start.elapsed() > bound {
+                let (name, log) = (self.spec.name.clone(), self.spec.log.clone());
+                return Err(Error::Unhealthy { name, seconds: bound.as_secs(), last, log });
+            }
+            tokio::time::sleep(POLL * 3).await;
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.spec.orphan == Signal::SIGQUIT {
+            // PostgreSQL: an immediate shutdown frees its shared memory, SIGKILL would leave it behind.
+            self.signal(Signal::SIGQUIT);
+            self.resume();
+            let start = Instant::now();
+            while self.is_running() && start.elapsed() < Duration::from_secs(5) {
+                std::thread::sleep(POLL);
+            }
+        }
+        self.kill();
+    }
+}

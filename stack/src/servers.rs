@@ -1,0 +1,212 @@
+//! PostgreSQL and Kafka together: started here, or the ones that `DATABASE_URL` and `KAFKA_BROKERS` name.
+
+use crate::{
+    Error, Result,
+    cache::{self, Cache},
+    guard,
+    kafka::Kafka,
+    maven, ports,
+    postgres::{Durability, Postgres},
+    progress::Progress,
+};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+use tempfile::TempDir;
+
+/// Where the servers keep their data.
+#[derive(Debug, Clone)]
+pub enum Keep {
+    /// In a temporary directory, thrown away at the end.
+    Nothing,
+    /// In this directory.
+    In(PathBuf),
+}
+
+/// What to start, and where.
+#[derive(Debug, Clone)]
+pub struct ServersConfig {
+    /// Where data goes.
+    pub keep: Keep,
+    /// Where logs go; a directory in the cache when nobody says. They outlive the servers, for who has to read them.
+    pub logs: Option<PathBuf>,
+    /// What it promises.
+    pub durability: Durability,
+    /// Use this PostgreSQL instead of starting one.
+    pub database_url: Option<String>,
+    /// Use this Kafka instead of starting one.
+    pub kafka_brokers: Option<String>,
+    /// PostgreSQL's port when it is free, and Kafka's.
+    pub preferred_ports: Option<(u16, u16)>,
+}
+
+impl ServersConfig {
+    /// For tests: nothing kept, nothing synced, any ports, whatever the environment names.
+    pub fn for_tests() -> Self {
+        Self {
+            keep: Keep::Nothing,
+            logs: None,
+            durability: Durability::Off,
+            database_url: variable("DATABASE_URL"),
+            kafka_brokers: variable("KAFKA_BROKERS"),
+            preferred_ports: None,
+        }
+    }
+}
+
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.trim().is_empty())
+}
+
+/// The two servers, running. Dropping this ends what was started here.
+#[derive(Debug)]
+pub struct Servers {
+    /// `None` when one was named.
+    pub postgres: Option<Postgres>,
+    /// `None` when one was named.
+    pub kafka: Option<Kafka>,
+    /// How to connect to PostgreSQL's maintenance database.
+    pub database_url: String,
+    /// Where Kafka is.
+    pub kafka_brokers: String,
+    /// Where the logs are.
+    pub logs: PathBuf,
+    // Last, so that it goes after the processes that write there.
+    home: Home,
+}
+
+impl Servers {
+    /// Starts what is not named, both at once.
+    pub async fn start(config: ServersConfig, progress: &Progress) -> Result<Self> {
+        if config.kafka_brokers.is_none() {
+            // Before anything is fetched: what has to be installed should be said at once.
+            maven::java()?;
+        }
+        let cache = Cache::open()?;
+        let home = Home::make(&config.keep)?;
+        let logs = match config.logs {
+            Some(logs) => logs,
+            None => cache.log_directory()?,
+        };
+        cache::make_open_directory(&logs)?;
+        let preferred =
+            |pick: fn((u16, u16)) -> u16| config.preferred_ports.map_or_else(ports::free, |p| ports::free_or(pick(p)));
+        let postgres = async {
+            if config.database_url.is_some() {
+                return Ok(None);
+            }
+            let data = home.server_data("postgres")?;
+            let port = preferred(|p| p.0)?;
+            Postgres::start(&cache, &data, &logs.join("postgres.log"), port, config.durability, progress)
+                .await
+                .map(Some)
+        };
+        let kafka = async {
+            if config.kafka_brokers.is_some() {
+                return Ok(None);
+            }
+            let ports = [preferred(|p| p.1)?, ports::free()?];
+            Kafka::start(
+                &cache,
+                &home.path().join("kafka"),
+                &logs.join("kafka.log"),
+                ports,
+                config.durability,
+                progress,
+            )
+            .await
+            .map(Some)
+        };
+        progress.step("starting PostgreSQL and Kafka");
+        let (postgres, kafka) = tokio::try_join!(postgres, kafka)?;
+        let database_url = postgres.as_ref().map(|p| p.url("postgres")).or(config.database_url);
+        let kafka_brokers = kafka.as_ref().map(Kafka::brokers).or(config.kafka_brokers);
+        Ok(Self {
+            postgres,
+            kafka,
+            database_url: database_url.expect("it was named when it was not started"),
+            kafka_brokers: kafka_brokers.expect("they were named when it was not started"),
+            logs,
+            home,
+        })
+    }
+
+    /// Where the data is.
+    pub fn directory(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// Stops both in an orderly way, side by side.
+    pub async fn stop(self) {
+        let postgres = async {
+            if let Some(postgres) = &self.postgres {
+                postgres.process.stop().await;
+            }
+        };
+        let kafka = async {
+            match &self.kafka {
+                // What is thrown away needs no orderly end, and Kafka's takes seconds.
+                Some(kafka) if self.home.is_temporary() => kafka.process.kill(),
+                Some(kafka) => drop(kafka.process.stop().await),
+                None => {}
+            }
+        };
+        tokio::join!(postgres, kafka);
+    }
+}
+
+/// The directory that holds everything of a stack.
+#[derive(Debug)]
+enum Home {
+    Temporary(TempDir),
+    Kept(PathBuf),
+}
+
+impl Home {
+    fn make(keep: &Keep) -> Result<Self> {
+        let Keep::In(path) = keep else {
+            let user = cache::server_user()?;
+            let places = [std::env::temp_dir(), "/tmp".into(), "/var/tmp".into()];
+            let place = places.iter().find(|place| cache::reachable(place, user.as_ref())).unwrap_or(&places[0]);
+            let dir = tempfile::Builder::new().prefix(&format!("{}-", cache::NAME)).tempdir_in(place);
+            let dir = dir.map_err(Error::io(format!("make a temporary directory in {}", place.display())))?;
+            // PostgreSQL's user has to get through; the directories inside have their own permissions.
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))
+                .map_err(Error::io("open the temporary directory"))?;
+            guard::remove_at_end(dir.path());
+            return Ok(Self::Temporary(dir));
+        };
+        cache::make_open_directory(path)?;
+        let path = fs::canonicalize(path).map_err(Error::io(format!("find {}", path.display())))?;
+        Ok(Self::Kept(path))
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Temporary(dir) => dir.path(),
+            Self::Kept(path) => path,
+        }
+    }
+
+    fn is_temporary(&self) -> bool {
+        matches!(self, Self::Temporary(_))
+    }
+
+    /// Where a server that may run as another user keeps its data: here, or, when that user cannot get here, below
+    /// the temporary directory under a name that this place always leads to.
+    fn server_data(&self, name: &str) -> Result<PathBuf> {
+        let user = cache::server_user()?;
+        if cache::reachable(self.path(), user.as_ref()) {
+            return Ok(self.path().join(name));
+        }
+        let link = self.path().join(name);
+        let place = self.path().to_string_lossy().replace('/', "-");
+        let target = Path::new("/var/tmp").join(format!("{}{place}", cache::NAME));
+        cache::make_open_directory(&target)?;
+        // For people who look for it; the server goes to the target itself.
+        let _ = std::os::unix::fs::symlink(target.join(name), &link);
+        Ok(target.join(name))
+    }
+}
