@@ -1,1 +1,0 @@
-//! A participant: command, decide, reply; fenced, so that a duplicate gets the stored reply.

@@ -1,0 +1,280 @@
+//! A batch of commands through fences and handlers, in memory; one bulk write at its end.
+//!
+//! Refusals leave no writes. Most batches have none, so a batch runs under one savepoint; the first refusal rolls that
+//! back and the batch runs again with a savepoint per command.
+
+use super::{
+    entry::{Begun, Entry, Settled},
+    fence::{Fence, FenceKey, Move, UndoState},
+    handler::CommandContext,
+    store::{self, IntentState, NewIntent, Origin},
+};
+use crate::{
+    consumer::HandleError,
+    envelope::{Headers, Op, Outcome, header},
+    id::CommandId,
+    outbox::{self, NewMessage, Tx},
+};
+use serde_json::Value;
+use sqlx::Connection;
+use std::collections::{BTreeSet, HashMap};
+
+/// A command that is to be handled.
+pub(super) struct Incoming<'a> {
+    pub(super) key: FenceKey,
+    pub(super) kind: &'static str,
+    pub(super) entry: &'a dyn Entry,
+    pub(super) cx: CommandContext,
+    pub(super) payload: &'a [u8],
+    /// Trace context and correlation, which its reply carries on.
+    pub(super) trace: Headers,
+}
+
+/// The fences of a batch, locked, and what becomes of them.
+pub(super) struct Work {
+    loaded: HashMap<FenceKey, Fence>,
+    changes: Changes,
+}
+
+/// What a batch comes to; written by [`Work::write`].
+#[derive(Default)]
+pub(super) struct Changes {
+    fences: HashMap<FenceKey, Fence>,
+    replies: Vec<NewMessage>,
+    intents: Vec<NewIntent>,
+    reopened: Vec<(CommandId, Origin)>,
+    closed: Vec<CommandId>,
+    refused: usize,
+}
+
+impl Work {
+    /// Makes and locks, in sorted order, the fences of `commands`.
+    pub(super) async fn load(tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<Self, sqlx::Error> {
+        let keys: BTreeSet<&FenceKey> = commands.iter().map(|command| &command.key).collect();
+        Ok(Self::locked(store::lock_fences(tx, &keys).await?))
+    }
+
+    /// Fences that the caller has locked.
+    pub(super) fn locked(loaded: HashMap<FenceKey, Fence>) -> Self {
+        Self { loaded, changes: Changes::default() }
+    }
+
+    /// Writes all that changed: a handful of statements, whatever the batch's size.
+    pub(super) async fn write(self, tx: &mut Tx<'_>) -> Result<(), HandleError> {
+        let Changes { fences, replies, intents, reopened, closed, .. } = self.changes;
+        store::write_fences(tx, &fences).await?;
+        store::insert_intents(tx, &intents).await?;
+        store::reopen_intents(tx, &reopened).await?;
+        store::delete_intents(tx, &closed).await?;
+        if !replies.is_empty() {
+            outbox::append_in(tx, &replies).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs `commands` in their order; tells how many were refused.
+pub(super) async fn run(
+    tx: &mut Tx<'_>,
+    commands: &[Incoming<'_>],
+    work: &mut Work,
+    isolate: bool,
+) -> Result<usize, HandleError> {
+    if !isolate {
+        let mut savepoint = tx.begin().await?;
+        if let Some(changes) = run_together(&mut savepoint, commands, &work.loaded).await? {
+            savepoint.commit().await?;
+            work.changes = changes;
+            return Ok(0);
+        }
+        savepoint.rollback().await?;
+    }
+    work.changes = run_apart(tx, commands, &work.loaded).await?;
+    Ok(work.changes.refused)
+}
+
+/// Without savepoints; `None` as soon as a command is refused.
+async fn run_together(
+    tx: &mut Tx<'_>,
+    commands: &[Incoming<'_>],
+    loaded: &HashMap<FenceKey, Fence>,
+) -> Result<Option<Changes>, HandleError> {
+    let mut changes = Changes::default();
+    for command in commands {
+        let fence = changes.fence(loaded, command)?;
+        let step = fence.next(command.cx.saga.op);
+        let begun = match step.runs() {
+            Some(ran) => Some(begin(tx, command, &fence, ran).await?),
+            None => None,
+        };
+        if begun.as_ref().is_some_and(Begun::is_refusal) {
+            return Ok(None);
+        }
+        changes.apply(command, fence, step, begun)?;
+    }
+    Ok(Some(changes))
+}
+
+/// With a savepoint for each command that runs, which a refusal rolls back.
+async fn run_apart(
+    tx: &mut Tx<'_>,
+    commands: &[Incoming<'_>],
+    loaded: &HashMap<FenceKey, Fence>,
+) -> Result<Changes, HandleError> {
+    let mut changes = Changes::default();
+    for command in commands {
+        let fence = changes.fence(loaded, command)?;
+        let step = fence.next(command.cx.saga.op);
+        let begun = match step.runs() {
+            Some(ran) => {
+                let mut savepoint = tx.begin().await?;
+                let begun = begin(&mut savepoint, command, &fence, ran).await?;
+                if begun.is_refusal() {
+                    savepoint.rollback().await?
+                } else {
+                    savepoint.commit().await?
+                }
+                Some(begun)
+            }
+            None => None,
+        };
+        changes.apply(command, fence, step, begun)?;
+    }
+    Ok(changes)
+}
+
+async fn begin(
+    tx: &mut Tx<'_>,
+    command: &Incoming<'_>,
+    fence: &Fence,
+    ran: Option<&[u8]>,
+) -> Result<Begun, HandleError> {
+    match command.cx.saga.op {
+        Op::Do => command.entry.begin(tx, &command.cx, command.payload, None).await,
+        Op::Undo => {
+            let cx = CommandContext { undoes: fence.run_command, ..command.cx.clone() };
+            command.entry.begin(tx, &cx, command.payload, ran).await
+        }
+    }
+}
+
+impl Changes {
+    /// The command's fence as it is by now.
+    fn fence(&self, loaded: &HashMap<FenceKey, Fence>, command: &Incoming<'_>) -> Result<Fence, HandleError> {
+        let fence = self.fences.get(&command.key).or_else(|| loaded.get(&command.key)).cloned();
+        let fence = fence.unwrap_or_else(Fence::new);
+        match fence.command(command.cx.saga.op) {
+            Some(known) if known != command.cx.saga.command => Err(HandleError::Poison(format!(
+                "command {} of step {:?} has the place of command {known}",
+                command.cx.saga.command, command.key.step
+            ))),
+            _ => Ok(fence),
+        }
+    }
+
+    fn apply(
+        &mut self,
+        command: &Incoming<'_>,
+        mut fence: Fence,
+        step: Move,
+        begun: Option<Begun>,
+    ) -> Result<(), HandleError> {
+        let op = command.cx.saga.op;
+        fence.note(op, command.cx.saga.command);
+        match step {
+            Move::Run | Move::Undo(_) => match begun {
+                Some(Begun::Call(prepared)) => {
+                    fence.calling(op);
+                    self.intents.push(command.intent(IntentState::Open, Some(prepared), fence.run_command));
+                }
+                Some(Begun::Settled(settled)) => self.settle(command, &mut fence, &settled),
+                None => return Err(HandleError::Failed(anyhow::anyhow!("a command that runs has begun"))),
+            },
+            Move::NothingToUndo => {
+                self.settle(command, &mut fence, &Settled::Done(command.entry.nothing_to_undo()?));
+            }
+            Move::Refuse => {
+                fence.refuse();
+                self.reply(command, Outcome::Rejected, br#"{"reason":"undone before it came"}"#.to_vec());
+            }
+            Move::Answer(outcome, reply) => self.reply(command, outcome, reply),
+            Move::Ignore => {}
+            Move::CallAgain => {
+                fence.calling(op);
+                self.reopened.push((command.cx.saga.command, command.origin(fence.run_command)));
+            }
+            Move::Wait => {
+                fence.undo = UndoState::Waiting;
+                self.intents.push(command.intent(IntentState::Waiting, None, fence.run_command));
+            }
+        }
+        self.fences.insert(command.key.clone(), fence);
+        Ok(())
+    }
+
+    fn settle(&mut self, command: &Incoming<'_>, fence: &mut Fence, settled: &Settled) {
+        self.closed.extend(fence.settle(command.cx.saga.op, settled));
+        let (outcome, payload) = reply_of(settled);
+        self.refused += usize::from(outcome != Outcome::Succeeded);
+        self.reply(command, outcome, payload);
+    }
+
+    fn reply(&mut self, command: &Incoming<'_>, outcome: Outcome, payload: Vec<u8>) {
+        metrics::counter!("participant_replies_total", "type" => command.kind, "outcome" => outcome.as_str())
+            .increment(1);
+        self.replies.push(reply(command.kind, &command.cx, &command.trace, outcome, payload));
+    }
+}
+
+impl Incoming<'_> {
+    fn origin(&self, undoes: Option<CommandId>) -> Origin {
+        Origin::new(&self.cx, undoes.filter(|_| self.cx.saga.op == Op::Undo), self.trace.clone())
+    }
+
+    fn intent(&self, state: IntentState, prepared: Option<Value>, undoes: Option<CommandId>) -> NewIntent {
+        NewIntent {
+            command: self.cx.saga.command,
+            key: self.key.clone(),
+            op: self.cx.saga.op,
+            kind: self.kind,
+            state,
+            origin: self.origin(undoes),
+            payload: self.payload.to_vec(),
+            prepared,
+        }
+    }
+}
+
+impl Begun {
+    fn is_refusal(&self) -> bool {
+        matches!(self, Self::Settled(Settled::Rejected(_) | Settled::Failed(_)))
+    }
+}
+
+/// The outcome and the payload that tell of `settled`.
+pub(super) fn reply_of(settled: &Settled) -> (Outcome, Vec<u8>) {
+    match settled {
+        Settled::Done(reply) => (Outcome::Succeeded, reply.clone()),
+        Settled::Rejected(rejection) => (Outcome::Rejected, rejection.clone()),
+        Settled::Failed(reason) => (Outcome::Failed, serde_json::json!({ "error": reason }).to_string().into_bytes()),
+    }
+}
+
+/// The reply to a command: to the topic it named, keyed by its saga, in its trace.
+pub(super) fn reply(
+    kind: &str,
+    cx: &CommandContext,
+    trace: &Headers,
+    outcome: Outcome,
+    payload: Vec<u8>,
+) -> NewMessage {
+    let mut saga = cx.saga.clone();
+    saga.outcome = Some(outcome);
+    let topic = saga.reply_to.take().unwrap_or_default();
+    let mut message = NewMessage::tombstone(&topic, &saga.saga.to_string(), &format!("{kind}.reply")).with_saga(&saga);
+    message.payload = Some(payload);
+    message.headers.insert(header::CONTENT_TYPE.into(), "application/json".into());
+    message.headers.extend(trace.clone());
+    message.headers.insert(header::CAUSATION_ID.into(), saga.command.to_string());
+    message
+}

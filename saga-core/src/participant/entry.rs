@@ -1,0 +1,274 @@
+//! A registered command type without its type: payloads and answers as JSON, so that one table can hold every kind.
+
+use super::handler::{
+    CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, Performed, Prepare, Ran,
+    UndoHandler,
+};
+use crate::{
+    command::{Command, Never},
+    consumer::HandleError,
+    envelope::Op,
+    outbox::Tx,
+};
+use async_trait::async_trait;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+use std::marker::PhantomData;
+
+/// A decision with its reply encoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Settled {
+    Done(Vec<u8>),
+    Rejected(Vec<u8>),
+    Failed(String),
+}
+
+/// How a command began.
+#[derive(Debug)]
+pub(super) enum Begun {
+    Settled(Settled),
+    /// Commit an intent with this, then call.
+    Call(Value),
+}
+
+/// An intent as it is stored.
+#[derive(Debug, Clone)]
+pub(super) struct StoredIntent {
+    pub(super) cx: CommandContext,
+    pub(super) payload: Vec<u8>,
+    pub(super) prepared: Value,
+}
+
+#[async_trait]
+pub(super) trait Entry: Send + Sync {
+    /// Which way the command goes.
+    fn op(&self) -> Op;
+
+    /// The reply of an undo that has nothing to undo.
+    fn nothing_to_undo(&self) -> Result<Vec<u8>, HandleError> {
+        Err(HandleError::Poison("not an undo".into()))
+    }
+
+    /// Runs the handler, or prepares the effect. `ran` is an undo's: the do's reply, or `None` in doubt.
+    async fn begin(
+        &self,
+        tx: &mut Tx<'_>,
+        cx: &CommandContext,
+        payload: &[u8],
+        ran: Option<&[u8]>,
+    ) -> Result<Begun, HandleError>;
+
+    /// Calls.
+    async fn perform(&self, _intent: &StoredIntent) -> Performed<Value> {
+        Performed::InDoubt("this command has no external effect in this version of the service".into())
+    }
+
+    /// Records what the call answered.
+    async fn record(&self, _tx: &mut Tx<'_>, _intent: StoredIntent, _answer: Value) -> Result<Settled, HandleError> {
+        Err(HandleError::Poison("this command has no external effect in this version of the service".into()))
+    }
+}
+
+/// What an entry is registered for, without owning any of it.
+type For<T> = PhantomData<fn() -> T>;
+
+pub(super) struct Plain<C, H>(H, For<C>);
+
+impl<C: Command, H: CommandHandler<C>> Plain<C, H> {
+    pub(super) fn new(handler: H) -> Self {
+        Self(handler, PhantomData)
+    }
+}
+
+#[async_trait]
+impl<C: Command, H: CommandHandler<C>> Entry for Plain<C, H> {
+    fn op(&self) -> Op {
+        Op::Do
+    }
+
+    async fn begin(
+        &self,
+        tx: &mut Tx<'_>,
+        cx: &CommandContext,
+        payload: &[u8],
+        _ran: Option<&[u8]>,
+    ) -> Result<Begun, HandleError> {
+        let command = decode::<C>(C::TYPE, payload)?;
+        settled(self.0.decide(tx, cx, command).await).map(Begun::Settled)
+    }
+}
+
+pub(super) struct Undoing<D, U, H>(H, For<(D, U)>);
+
+impl<D: Command, U: Command<Rejection = Never>, H: UndoHandler<D, U>> Undoing<D, U, H> {
+    pub(super) fn new(handler: H) -> Self {
+        Self(handler, PhantomData)
+    }
+}
+
+#[async_trait]
+impl<D: Command, U: Command<Rejection = Never, Reply: Default>, H: UndoHandler<D, U>> Entry for Undoing<D, U, H> {
+    fn op(&self) -> Op {
+        Op::Undo
+    }
+
+    fn nothing_to_undo(&self) -> Result<Vec<u8>, HandleError> {
+        encode(&U::Reply::default())
+    }
+
+    async fn begin(
+        &self,
+        tx: &mut Tx<'_>,
+        cx: &CommandContext,
+        payload: &[u8],
+        ran: Option<&[u8]>,
+    ) -> Result<Begun, HandleError> {
+        let command = decode::<U>(U::TYPE, payload)?;
+        settled(self.0.undo(tx, cx, command, decode_ran::<D>(ran)?).await).map(Begun::Settled)
+    }
+}
+
+pub(super) struct External<C, E>(E, For<C>);
+
+impl<C: Command, E: ExternalEffect<C>> External<C, E> {
+    pub(super) fn new(effect: E) -> Self {
+        Self(effect, PhantomData)
+    }
+}
+
+#[async_trait]
+impl<C: Command, E: ExternalEffect<C>> Entry for External<C, E> {
+    fn op(&self) -> Op {
+        Op::Do
+    }
+
+    async fn begin(
+        &self,
+        tx: &mut Tx<'_>,
+        cx: &CommandContext,
+        payload: &[u8],
+        _ran: Option<&[u8]>,
+    ) -> Result<Begun, HandleError> {
+        let command = decode::<C>(C::TYPE, payload)?;
+        begun(self.0.prepare(tx, cx, &command).await)
+    }
+
+    async fn perform(&self, intent: &StoredIntent) -> Performed<Value> {
+        match typed::<C, E::Prepared>(intent.clone()) {
+            Ok(intent) => answered(self.0.perform(&intent).await),
+            Err(e) => Performed::InDoubt(e.to_string()),
+        }
+    }
+
+    async fn record(&self, tx: &mut Tx<'_>, intent: StoredIntent, answer: Value) -> Result<Settled, HandleError> {
+        let intent = typed::<C, E::Prepared>(intent)?;
+        let answer = serde_json::from_value(answer).map_err(anyhow::Error::from)?;
+        settled(self.0.record(tx, intent, answer).await)
+    }
+}
+
+pub(super) struct ExternalUndoing<D, U, E>(E, For<(D, U)>);
+
+impl<D: Command, U: Command<Rejection = Never>, E: ExternalUndo<D, U>> ExternalUndoing<D, U, E> {
+    pub(super) fn new(effect: E) -> Self {
+        Self(effect, PhantomData)
+    }
+}
+
+#[async_trait]
+impl<D, U, E> Entry for ExternalUndoing<D, U, E>
+where
+    D: Command,
+    U: Command<Rejection = Never, Reply: Default>,
+    E: ExternalUndo<D, U>,
+{
+    fn op(&self) -> Op {
+        Op::Undo
+    }
+
+    fn nothing_to_undo(&self) -> Result<Vec<u8>, HandleError> {
+        encode(&U::Reply::default())
+    }
+
+    async fn begin(
+        &self,
+        tx: &mut Tx<'_>,
+        cx: &CommandContext,
+        payload: &[u8],
+        ran: Option<&[u8]>,
+    ) -> Result<Begun, HandleError> {
+        let command = decode::<U>(U::TYPE, payload)?;
+        begun(self.0.prepare(tx, cx, &command, decode_ran::<D>(ran)?).await)
+    }
+
+    async fn perform(&self, intent: &StoredIntent) -> Performed<Value> {
+        match typed::<U, E::Prepared>(intent.clone()) {
+            Ok(intent) => answered(self.0.perform(&intent).await),
+            Err(e) => Performed::InDoubt(e.to_string()),
+        }
+    }
+
+    async fn record(&self, tx: &mut Tx<'_>, intent: StoredIntent, answer: Value) -> Result<Settled, HandleError> {
+        let intent = typed::<U, E::Prepared>(intent)?;
+        let answer = serde_json::from_value(answer).map_err(anyhow::Error::from)?;
+        settled(self.0.record(tx, intent, answer).await)
+    }
+}
+
+fn decode<T: DeserializeOwned>(kind: &str, payload: &[u8]) -> Result<T, HandleError> {
+    serde_json::from_slice(payload).map_err(|e| HandleError::Poison(format!("payload is not a {kind}: {e}")))
+}
+
+fn decode_ran<D: Command>(reply: Option<&[u8]>) -> Result<Ran<D::Reply>, HandleError> {
+    match reply {
+        Some(reply) => Ok(Ran::Yes(serde_json::from_slice(reply).map_err(|e| {
+            HandleError::Poison(format!("the stored reply is not that of a {}, which this undoes: {e}", D::TYPE))
+        })?)),
+        None => Ok(Ran::InDoubt),
+    }
+}
+
+fn encode<T: Serialize>(reply: &T) -> Result<Vec<u8>, HandleError> {
+    serde_json::to_vec(reply).map_err(|e| HandleError::Failed(e.into()))
+}
+
+fn typed<C: Command, P: DeserializeOwned>(stored: StoredIntent) -> Result<Intent<C, P>, HandleError> {
+    Ok(Intent {
+        command: decode::<C>(C::TYPE, &stored.payload)?,
+        prepared: serde_json::from_value(stored.prepared).map_err(anyhow::Error::from)?,
+        cx: stored.cx,
+    })
+}
+
+fn settled<C: Command>(decision: anyhow::Result<Decision<C>>) -> Result<Settled, HandleError> {
+    match decision.map_err(classify)? {
+        Decision::Done(reply) => encode(&reply).map(Settled::Done),
+        Decision::Rejected(rejection) => encode(&rejection).map(Settled::Rejected),
+        Decision::Failed(reason) => Ok(Settled::Failed(reason)),
+    }
+}
+
+fn begun<C: Command, P: Serialize>(prepared: anyhow::Result<Prepare<C, P>>) -> Result<Begun, HandleError> {
+    match prepared.map_err(classify)? {
+        Prepare::Call(prepared) => Ok(Begun::Call(serde_json::to_value(prepared).map_err(anyhow::Error::from)?)),
+        Prepare::Decided(decision) => settled(Ok(decision)).map(Begun::Settled),
+    }
+}
+
+fn answered<A: Serialize>(performed: Performed<A>) -> Performed<Value> {
+    match performed {
+        Performed::Answered(answer) => match serde_json::to_value(answer) {
+            Ok(answer) => Performed::Answered(answer),
+            Err(e) => Performed::InDoubt(format!("the answer cannot be stored: {e}")),
+        },
+        Performed::InDoubt(reason) => Performed::InDoubt(reason),
+    }
+}
+
+/// A handler's `?` on a database error must stay a database error, or a deadlock would count as an attempt.
+fn classify(error: anyhow::Error) -> HandleError {
+    match error.downcast::<sqlx::Error>() {
+        Ok(error) => HandleError::Database(error),
+        Err(error) => HandleError::Failed(error),
+    }
+}

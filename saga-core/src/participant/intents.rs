@@ -1,0 +1,332 @@
+//! Claims, calls and settles external effects.
+//!
+//! ```text
+//!   open ──claim (commit: attempt counted)──► call, no tx ──┬─ answered ─► fence + records + reply, intent gone
+//!                                                           ├─ in doubt ─► back-off, open again
+//!                                                           └─ attempts ran out ─► `failed` reply, in doubt
+//! ```
+//!
+//! Invariant: an intent settles once. Who settles it holds its claim (the owner's id is checked in the settling
+//! transaction) and the fence's lock.
+//!
+//! When the process dies: the claim's lease runs out and another process calls again, under the same idempotency key.
+//! That is also how open intents are resolved after a start.
+
+use super::{
+    Participant, batch,
+    entry::{Entry, Settled, StoredIntent},
+    fence::UndoState,
+    handler::Performed,
+    store::{self, Claimed},
+};
+use crate::{
+    consumer::HandleError,
+    envelope::{Op, Outcome},
+    fail_point::fail_point,
+    outbox::{self, Tx},
+};
+use serde_json::Value;
+use sqlx::{Connection, PgPool};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use tokio::{task::JoinSet, time::timeout};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// The limits of the intents' executor.
+#[derive(Debug, Clone)]
+pub struct IntentConfig {
+    /// Calls in flight at once: bounds what a slow provider can tie up.
+    pub concurrency: usize,
+    /// Longest call. What takes longer is in doubt.
+    pub call_timeout: Duration,
+    /// How long a claim outlives the longest call; together they are how long the intents of a killed process wait.
+    pub claim_margin: Duration,
+    /// Calls until the command is answered `failed` and its effect stays in doubt. A resend starts anew.
+    pub max_attempts: u32,
+    /// Pause after the first call without an answer; doubles with each further one.
+    pub first_delay: Duration,
+    /// Longest pause between two calls.
+    pub max_delay: Duration,
+    /// How often to look for intents that nothing here announced (another process's, whose claim ran out).
+    pub poll: Duration,
+}
+
+impl Default for IntentConfig {
+    fn default() -> Self {
+        Self {
+            concurrency: 32,
+            call_timeout: Duration::from_secs(5),
+            claim_margin: Duration::from_secs(2),
+            max_attempts: 8,
+            first_delay: Duration::from_millis(100),
+            max_delay: Duration::from_secs(10),
+            poll: Duration::from_secs(1),
+        }
+    }
+}
+
+impl IntentConfig {
+    fn delay(&self, attempts: u32) -> Duration {
+        let doublings = attempts.saturating_sub(1).min(20);
+        self.first_delay.saturating_mul(1 << doublings).min(self.max_delay)
+    }
+}
+
+/// Executes a participant's intents.
+#[derive(Clone)]
+pub struct Intents {
+    participant: Arc<Participant>,
+    pool: PgPool,
+    config: IntentConfig,
+    /// Whose claims these are; made anew for each executor.
+    owner: Uuid,
+}
+
+impl Intents {
+    pub(super) fn new(participant: Arc<Participant>, pool: PgPool) -> Self {
+        Self { participant, pool, config: IntentConfig::default(), owner: Uuid::now_v7() }
+    }
+
+    /// Other limits than the default.
+    #[must_use]
+    pub fn with_config(self, config: IntentConfig) -> Self {
+        Self { config, ..self }
+    }
+
+    /// Executes until `token` is cancelled; then starts nothing new and waits for the calls in flight, each of which
+    /// ends within [`IntentConfig::call_timeout`]. A database that is away is waited for.
+    pub async fn run(&self, token: CancellationToken) {
+        let mut calls = JoinSet::new();
+        while !token.is_cancelled() {
+            let free = self.config.concurrency.saturating_sub(calls.len());
+            let pause = match self.start(&mut calls, free).await {
+                Ok(pause) => pause,
+                Err(error) => {
+                    tracing::warn!(participant = self.participant.name, %error, "cannot claim intents; trying again");
+                    self.config.poll
+                }
+            };
+            tokio::select! {
+                () = token.cancelled() => {}
+                () = self.participant.wake.notified(), if calls.len() < self.config.concurrency => {}
+                Some(_) = calls.join_next() => {}
+                () = tokio::time::sleep(pause), if calls.len() < self.config.concurrency => {}
+            }
+        }
+        while calls.join_next().await.is_some() {}
+    }
+
+    /// Executes what is due now, once each, and tells how many that were.
+    pub async fn run_once(&self) -> Result<usize, sqlx::Error> {
+        let mut calls = JoinSet::new();
+        self.start(&mut calls, self.config.concurrency).await?;
+        let started = calls.len();
+        while calls.join_next().await.is_some() {}
+        Ok(started)
+    }
+
+    /// Claims and starts up to `free` intents; tells how long to pause when nothing announces more.
+    async fn start(&self, calls: &mut JoinSet<()>, free: usize) -> Result<Duration, sqlx::Error> {
+        if free == 0 {
+            return Ok(self.config.poll);
+        }
+        let kinds: Vec<&str> = self.participant.entries.keys().copied().collect();
+        let lease = self.config.call_timeout + self.config.claim_margin;
+        let claims = store::claim(&self.pool, &kinds, free, self.owner, lease).await?;
+        let full = claims.len() == free;
+        for claim in claims {
+            let this = self.clone();
+            calls.spawn(async move { this.execute(claim).await });
+        }
+        if full {
+            return Ok(Duration::ZERO);
+        }
+        let due = store::next_due(&self.pool, &kinds).await?;
+        Ok(due.map_or(self.config.poll, |due| due.min(self.config.poll)))
+    }
+
+    /// One claim, to the end of its claim.
+    async fn execute(&self, claim: Claimed) {
+        let Some((kind, entry)) = self.participant.entries.get_key_value(claim.kind.as_str()) else { return };
+        let result = if claim.ready {
+            self.resume(&claim, kind, entry.as_ref()).await
+        } else {
+            self.call(&claim, entry.as_ref()).await
+        };
+        let Err(error) = result else { return };
+        if error.is_crash() {
+            return;
+        }
+        // Nothing was committed: whoever claims it next calls again and gets the same answer.
+        tracing::warn!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind, %error,
+            "an intent was not settled; trying again");
+        let unsettled = if claim.attempts >= self.config.max_attempts {
+            self.give_up(&claim, &error.to_string()).await
+        } else {
+            self.back_off(&claim, &error.to_string()).await
+        };
+        if let Err(error) = unsettled {
+            tracing::warn!(command = %claim.intent.cx.saga.command, %error, "the claim is left to run out");
+        }
+    }
+
+    async fn call(&self, claim: &Claimed, entry: &dyn Entry) -> Result<(), Unsettled> {
+        fail_point!("participant.before-call", self.participant.name);
+        let performed = timeout(self.config.call_timeout, entry.perform(&claim.intent)).await;
+        fail_point!("participant.after-call", self.participant.name);
+        match performed.unwrap_or_else(|_| Performed::InDoubt("the call took too long".into())) {
+            Performed::Answered(answer) => self.settle(claim, entry, answer).await,
+            Performed::InDoubt(reason) if claim.attempts >= self.config.max_attempts => {
+                self.give_up(claim, &reason).await
+            }
+            Performed::InDoubt(reason) => self.back_off(claim, &reason).await,
+        }
+    }
+
+    /// The answer is certain: record it, reply, close the intent.
+    async fn settle(&self, claim: &Claimed, entry: &dyn Entry, answer: Value) -> Result<(), Unsettled> {
+        let mut tx = self.pool.begin().await?;
+        let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
+        if !store::close_intent(&mut tx, claim.intent.cx.saga.command, self.owner).await? {
+            return Ok(());
+        }
+        let settled = record(&mut tx, entry, claim.intent.clone(), answer).await?;
+        if let Some(fence) = fences.get_mut(&claim.key) {
+            let closed = fence.settle(claim.intent.cx.saga.op, &settled);
+            store::delete_intents(&mut tx, closed.as_slice()).await?;
+            self.wake_undo(&mut tx, claim, fence).await?;
+        }
+        store::write_fences(&mut tx, &fences).await?;
+        let (outcome, payload) = batch::reply_of(&settled);
+        self.reply(&mut tx, claim, outcome, payload).await?;
+        fail_point!("participant.before-settle-commit", self.participant.name);
+        tx.commit().await?;
+        fail_point!("participant.after-settle-commit", self.participant.name);
+        Ok(())
+    }
+
+    /// The attempts ran out: the effect stays in doubt, and the orchestrator is told.
+    async fn give_up(&self, claim: &Claimed, reason: &str) -> Result<(), Unsettled> {
+        let op = claim.intent.cx.saga.op;
+        let command = claim.intent.cx.saga.command;
+        let mut tx = self.pool.begin().await?;
+        let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
+        let held = if claim.ready {
+            store::close_intent(&mut tx, command, self.owner).await?
+        } else {
+            store::doubt_intent(&mut tx, command, self.owner, reason).await?
+        };
+        if !held {
+            return Ok(());
+        }
+        if let Some(fence) = fences.get_mut(&claim.key) {
+            if claim.ready {
+                fence.undo = UndoState::Open;
+            } else {
+                fence.in_doubt(op);
+            }
+            self.wake_undo(&mut tx, claim, fence).await?;
+        }
+        store::write_fences(&mut tx, &fences).await?;
+        let (outcome, payload) = batch::reply_of(&Settled::Failed(reason.to_owned()));
+        self.reply(&mut tx, claim, outcome, payload).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    async fn back_off(&self, claim: &Claimed, reason: &str) -> Result<(), Unsettled> {
+        let delay = self.config.delay(claim.attempts);
+        tracing::info!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
+            attempts = claim.attempts, reason, ?delay, "no certain answer yet");
+        store::release(&self.pool, claim.intent.cx.saga.command, self.owner, delay, reason).await?;
+        Ok(())
+    }
+
+    /// An undo that waited is handled like one that has just come.
+    async fn resume(&self, claim: &Claimed, kind: &'static str, entry: &dyn Entry) -> Result<(), Unsettled> {
+        let mut tx = self.pool.begin().await?;
+        let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
+        if !store::close_intent(&mut tx, claim.intent.cx.saga.command, self.owner).await? {
+            return Ok(());
+        }
+        if let Some(fence) = fences.get_mut(&claim.key) {
+            fence.undo = UndoState::Absent;
+        }
+        let mut work = batch::Work::locked(fences);
+        let command = batch::Incoming {
+            key: claim.key.clone(),
+            kind,
+            entry,
+            cx: claim.intent.cx.clone(),
+            payload: &claim.intent.payload,
+            trace: claim.trace.clone(),
+        };
+        batch::run(&mut tx, &[command], &mut work, true).await?;
+        work.write(&mut tx).await?;
+        tx.commit().await?;
+        self.participant.wake.notify_one();
+        Ok(())
+    }
+
+    async fn wake_undo(&self, tx: &mut Tx<'_>, claim: &Claimed, fence: &super::fence::Fence) -> Result<(), Unsettled> {
+        if let (Op::Do, UndoState::Waiting, Some(undo)) = (claim.intent.cx.saga.op, &fence.undo, fence.undo_command) {
+            store::ready_undo(tx, undo).await?;
+            // Looks at the latest after the poll interval; a permit that comes before the commit costs one look.
+            self.participant.wake.notify_one();
+        }
+        Ok(())
+    }
+
+    async fn reply(
+        &self,
+        tx: &mut Tx<'_>,
+        claim: &Claimed,
+        outcome: Outcome,
+        payload: Vec<u8>,
+    ) -> Result<(), Unsettled> {
+        let reply = batch::reply(&claim.kind, &claim.intent.cx, &claim.trace, outcome, payload);
+        outbox::append_in(tx, &[reply]).await.map_err(HandleError::from)?;
+        Ok(())
+    }
+}
+
+/// Records under a savepoint, so that `failed` leaves no writes.
+async fn record(
+    tx: &mut Tx<'_>,
+    entry: &dyn Entry,
+    intent: StoredIntent,
+    answer: Value,
+) -> Result<Settled, HandleError> {
+    let mut savepoint = tx.begin().await?;
+    let settled = entry.record(&mut savepoint, intent, answer).await?;
+    if matches!(settled, Settled::Failed(_)) {
+        savepoint.rollback().await?;
+    } else {
+        savepoint.commit().await?;
+    }
+    Ok(settled)
+}
+
+/// Why an intent was not settled.
+#[derive(Debug, thiserror::Error)]
+enum Unsettled {
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+    #[error(transparent)]
+    Handle(#[from] HandleError),
+    /// A test's simulated fault.
+    #[cfg(feature = "testkit")]
+    #[error(transparent)]
+    Injected(#[from] crate::testkit::failpoints::Injected),
+}
+
+impl Unsettled {
+    /// The process is to look dead: the claim must run out.
+    fn is_crash(&self) -> bool {
+        match self {
+            Self::Database(_) | Self::Handle(_) => false,
+            #[cfg(feature = "testkit")]
+            Self::Injected(injected) => injected.0 == crate::testkit::failpoints::Fault::Crash,
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! A participant: command, decide, reply; fenced, so that a duplicate gets the stored reply.
+//!
+//! ```text
+//!   commands topic ──► consumer batch tx ┬─ fence rows: inserted and locked in bulk, sorted
+//!                                        ├─ handlers, in the batch's order
+//!                                        ├─ intents of external effects (not called yet)
+//!                                        └─ fences written, replies appended to the outbox, commit
+//!   intents ──► claim (tx) ──► call, no tx held ──► record + reply (tx) ──► an undo that waited goes on
+//! ```
+//!
+//! Invariant: of one run of a step, keyed (saga, step, occurrence), the effect happens at most once, and not at all
+//! once its undo has been taken. Only `succeeded` and `rejected` are final: their reply is stored and given again.
+//!
+//! When the process dies: before a batch's commit nothing happened and the batch comes again; after it the inbox knows
+//! the messages. An external effect's intent outlives the process; whoever claims it next calls again under the same
+//! idempotency key, and so learns what happened.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | [`handler`] | what a service writes: traits, decisions, context |
+//! | `fence` | pure: what a command may do in a fence's state |
+//! | `entry` | a registered command type, without its type |
+//! | `batch` | a batch of commands through fences and handlers |
+//! | `store` | the SQL of fences and intents |
+//! | [`intents`] | claims, calls and settles external effects |
+
+mod batch;
+mod entry;
+mod fence;
+pub mod handler;
+pub mod intents;
+mod store;
+
+pub use handler::{
+    CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, Performed, Prepare, Ran,
+    UndoHandler,
+};
+pub use intents::{IntentConfig, Intents};
+
+use crate::{
+    command::{Command, Never},
+    consumer::{HandleError, Handler, Message},
+    envelope::header,
+    outbox::Tx,
+};
+use batch::Incoming;
+use entry::{Entry, External, ExternalUndoing, Plain, Undoing};
+use fence::FenceKey;
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+use tokio::sync::Notify;
+
+/// Longest step, definition or topic name.
+const MAX_NAME: usize = 512;
+
+/// What a service answers to the commands it knows; the [`Handler`] of its command topic.
+///
+/// ```ignore
+/// let participant = Arc::new(
+///     Participant::new("inventory")
+///         .on::<ReserveStock>(Reserve)
+///         .on_undo::<ReserveStock, ReleaseStock>(Release)
+///         .on::<CommitStock>(Commit),
+/// );
+/// ```
+pub struct Participant {
+    name: &'static str,
+    entries: HashMap<&'static str, Box<dyn Entry>>,
+    wake: Arc<Notify>,
+    /// The last batch refused something, so the next one starts with a savepoint per command.
+    refusing: AtomicBool,
+}
+
+impl Participant {
+    /// A participant that knows no command yet. `name` stands in logs and metrics.
+    pub fn new(name: &'static str) -> Self {
+        Self { name, entries: HashMap::new(), wake: Arc::new(Notify::new()), refusing: AtomicBool::new(false) }
+    }
+
+    /// Handles the command `C` within the batch's transaction.
+    #[must_use]
+    pub fn on<C: Command>(self, handler: impl CommandHandler<C>) -> Self {
+        self.register(C::TYPE, Box::new(Plain::new(handler)))
+    }
+
+    /// Handles `Undo`, which takes back what `Do` did. Where `Do` never ran, or was rejected, the undo succeeds without
+    /// the handler being called, and a `Do` that comes later is refused.
+    #[must_use]
+    pub fn on_undo<Do, Undo>(self, handler: impl UndoHandler<Do, Undo>) -> Self
+    where
+        Do: Command,
+        Undo: Command<Rejection = Never, Reply: Default>,
+    {
+        self.register(Undo::TYPE, Box::new(Undoing::new(handler)))
+    }
+
+    /// Performs the command `C` outside the database, by intent. Needs [`Participant::intents`] to run.
+    #[must_use]
+    pub fn external<C: Command>(self, effect: impl ExternalEffect<C>) -> Self {
+        self.register(C::TYPE, Box::new(External::new(effect)))
+    }
+
+    /// Performs `Undo` outside the database, by intent; as for [`Participant::on_undo`] it is not called where `Do`
+    /// never ran or was rejected.
+    #[must_use]
+    pub fn external_undo<Do, Undo>(self, effect: impl ExternalUndo<Do, Undo>) -> Self
+    where
+        Do: Command,
+        Undo: Command<Rejection = Never, Reply: Default>,
+    {
+        self.register(Undo::TYPE, Box::new(ExternalUndoing::new(effect)))
+    }
+
+    /// Runs this participant's intents with the default limits; see [`Intents::with_config`].
+    pub fn intents(self: &Arc<Self>, pool: sqlx::PgPool) -> Intents {
+        Intents::new(self.clone(), pool)
+    }
+
+    fn register(mut self, kind: &'static str, entry: Box<dyn Entry>) -> Self {
+        let before = self.entries.insert(kind, entry);
+        assert!(before.is_none(), "participant {:?}: command type {kind:?} is registered twice", self.name);
+        self
+    }
+}
+
+impl Participant {
+    /// A command as it is to be handled, or why it never can be.
+    fn parse<'a>(&'a self, message: &'a Message) -> Result<Incoming<'a>, HandleError> {
+        let envelope = &message.envelope;
+        let poison = |reason: String| HandleError::Poison(reason);
+        let Some((kind, entry)) = self.entries.get_key_value(envelope.kind.as_str()) else {
+            return Err(poison(format!("{} does not know the command type {:?}", self.name, envelope.kind)));
+        };
+        let saga = envelope.saga.clone().ok_or_else(|| poison("the command has no saga headers".into()))?;
+        if saga.op != entry.op() {
+            return Err(poison(format!("ce_sagaop is {:?}, but {kind} is a command of {:?}", saga.op, entry.op())));
+        }
+        // PostgreSQL's text cannot hold a NUL, and an index entry has an end.
+        let texts = [Some(&saga.step), Some(&saga.definition), saga.reply_to.as_ref()];
+        if texts.into_iter().flatten().any(|text| text.contains('\0') || text.len() > MAX_NAME) {
+            return Err(poison(format!("a saga header holds a NUL or more than {MAX_NAME} bytes")));
+        }
+        if saga.reply_to.as_ref().is_none_or(String::is_empty) {
+            return Err(poison(format!("header `{}` is missing", header::REPLY_TO)));
+        }
+        let occurrence = i32::try_from(saga.occurrence).map_err(|_| poison("occurrence is out of range".into()))?;
+        let payload = message.payload.as_deref().ok_or_else(|| poison("a command with no payload".into()))?;
+        let trace = [
+            (header::TRACEPARENT, envelope.traceparent.as_ref()),
+            (header::TRACESTATE, envelope.tracestate.as_ref()),
+            (header::CORRELATION_ID, envelope.other.get(header::CORRELATION_ID)),
+        ];
+        Ok(Incoming {
+            key: FenceKey { saga: saga.saga, step: saga.step.clone(), occurrence },
+            kind,
+            entry: entry.as_ref(),
+            cx: CommandContext { saga, message: envelope.id, undoes: None },
+            payload,
+            trace: trace
+                .into_iter()
+                .filter_map(|(name, value)| Some((name.to_owned(), value?.replace('\0', ""))))
+                .collect(),
+        })
+    }
+}
+
+impl Handler for Participant {
+    async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
+        let commands = batch.iter().map(|message| self.parse(message)).collect::<Result<Vec<_>, _>>()?;
+        let mut work = batch::Work::load(tx, &commands).await?;
+        let isolate = self.refusing.load(Ordering::Relaxed);
+        let refused = batch::run(tx, &commands, &mut work, isolate).await?;
+        self.refusing.store(refused > 0, Ordering::Relaxed);
+        work.write(tx).await
+    }
+
+    fn committed(&self) {
+        self.wake.notify_one();
+    }
+}
