@@ -179,7 +179,7 @@ mod tests {
     fn a_message_is_admissible_while_the_inbox_remembers_its_age() {
         let horizon = Duration::from_secs(100);
         let now = OffsetDateTime::from_unix_timestamp(1_800_000_000).unwrap();
-        let born = |seconds| MessageId(Uuid::new_v7(Timestamp::from_unix(NoContext, 1_800_000_000 + seconds, 0)));
+        let born = |seconds: u64| MessageId(Uuid::new_v7(Timestamp::from_unix(NoContext, 1_800_000_000 + seconds, 0)));
         let old = MessageId(Uuid::new_v7(Timestamp::from_unix(NoContext, 1_800_000_000 - 101, 0)));
         assert_eq!(admissible(born(0), horizon, now), Ok(()));
         assert_eq!(admissible(born(24 * 3600), horizon, now), Ok(()));
