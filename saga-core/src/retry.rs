@@ -1,1 +1,128 @@
-//! Retries: the only user of `backoff`.
+//! Retries: how long to wait before the next attempt. The only user of `backoff`.
+//!
+//! Two kinds. *In process*: [`Backoff::delays`] is an endless sequence of waits for a loop that lives as long as the
+//! process does. *Durable*: [`next_attempt_at`] is a pure function whose result is stored beside the work, so that
+//! whoever is alive then takes it up; a process that dies in between loses nothing.
+
+use backoff::{ExponentialBackoff, ExponentialBackoffBuilder, backoff::Backoff as _};
+use std::time::Duration;
+use time::OffsetDateTime;
+
+/// Exponential back-off: `first`, then `factor` times as long each time, never longer than `max`, spread by `jitter`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Backoff {
+    /// The wait after the first failure.
+    pub first: Duration,
+    /// How much longer each wait is than the one before; at least 1.
+    pub factor: f64,
+    /// No wait is longer, before the jitter.
+    pub max: Duration,
+    /// 0 to 1: each wait is spread evenly over `1 - jitter` to `1 + jitter` of itself, so that many that failed
+    /// together do not come back together.
+    pub jitter: f64,
+}
+
+impl Backoff {
+    /// Doubling from `first` to `max`, spread by a fifth.
+    #[must_use]
+    pub const fn doubling(first: Duration, max: Duration) -> Self {
+        Self { first, factor: 2.0, max, jitter: 0.2 }
+    }
+
+    /// The waits of an in-process retry, endless. Whoever wants fewer attempts says `.take(n)`.
+    #[must_use]
+    pub fn delays(&self) -> Delays {
+        let inner = ExponentialBackoffBuilder::new()
+            .with_initial_interval(self.first)
+            .with_multiplier(self.factor.max(1.0))
+            .with_max_interval(self.max)
+            .with_randomization_factor(self.jitter.clamp(0.0, 1.0))
+            .with_max_elapsed_time(None)
+            .build();
+        Delays { inner, max: self.max }
+    }
+
+    /// The wait after attempt number `attempt` (the first is 1) failed. Pure: `seed` chooses the point within the
+    /// jitter, and equal seeds choose equally.
+    #[must_use]
+    pub fn delay(&self, attempt: u32, seed: u64) -> Duration {
+        let exponent = f64::from(attempt.max(1) - 1);
+        let exact = (self.first.as_secs_f64() * self.factor.max(1.0).powf(exponent)).min(self.max.as_secs_f64());
+        // 53 bits are what a double holds exactly.
+        #[allow(clippy::cast_precision_loss)]
+        let unit = (mix(seed ^ u64::from(attempt)) >> 11) as f64 / (1_u64 << 53) as f64;
+        let spread = 1.0 + self.jitter.clamp(0.0, 1.0) * (2.0 * unit - 1.0);
+        Duration::try_from_secs_f64(exact * spread).unwrap_or(self.max)
+    }
+}
+
+/// When the attempt after number `attempt` (the first is 1) is due. Pure. The time itself is the seed of the jitter;
+/// where many fail at one `now`, use [`Backoff::delay`] with a seed of their own.
+#[must_use]
+pub fn next_attempt_at(policy: &Backoff, attempt: u32, now: OffsetDateTime) -> OffsetDateTime {
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let seed = now.unix_timestamp_nanos() as u64;
+    now.saturating_add(policy.delay(attempt, seed).try_into().unwrap_or(time::Duration::MAX))
+}
+
+/// The waits of an in-process retry; see [`Backoff::delays`].
+#[derive(Debug)]
+pub struct Delays {
+    inner: ExponentialBackoff,
+    max: Duration,
+}
+
+impl Iterator for Delays {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        Some(self.inner.next_backoff().unwrap_or(self.max))
+    }
+}
+
+/// splitmix64: neighbouring seeds end up far apart.
+fn mix(seed: u64) -> u64 {
+    let a = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let b = (a ^ (a >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let c = (b ^ (b >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    c ^ (c >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const POLICY: Backoff = Backoff::doubling(Duration::from_millis(100), Duration::from_secs(10));
+
+    #[test]
+    fn without_jitter_the_waits_double_up_to_the_longest() {
+        let exact = Backoff { jitter: 0.0, ..POLICY };
+        let millis: Vec<_> = (1..=9).map(|attempt| exact.delay(attempt, 7).as_millis()).collect();
+        assert_eq!(millis, [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
+        let live: Vec<_> = exact.delays().take(9).map(|delay| delay.as_millis()).collect();
+        assert_eq!(live, millis);
+    }
+
+    #[test]
+    fn what_failed_together_does_not_come_back_together() {
+        let spread: std::collections::BTreeSet<_> = (0..100).map(|seed| POLICY.delay(5, seed).as_micros()).collect();
+        assert!(spread.len() > 90, "{}", spread.len());
+    }
+
+    proptest! {
+        #[test]
+        fn a_wait_stays_within_its_jitter_whatever_the_attempt(attempt: u32, seed: u64) {
+            let delay = POLICY.delay(attempt, seed);
+            prop_assert!(delay >= Duration::from_millis(80) && delay <= Duration::from_secs(12), "{delay:?}");
+        }
+
+        #[test]
+        fn the_next_attempt_is_in_the_future_and_the_same_for_the_same_time(attempt in 1_u32..1000, at in 0_i64..4_000_000_000) {
+            let now = OffsetDateTime::from_unix_timestamp(at).unwrap();
+            let next = next_attempt_at(&POLICY, attempt, now);
+            prop_assert!(next > now);
+            prop_assert_eq!(next, next_attempt_at(&POLICY, attempt, now));
+        }
+    }
+}

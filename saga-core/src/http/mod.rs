@@ -1,1 +1,20 @@
-//! Mountable routers and problem details.
+//! HTTP: problem details, extractors that name the field, paging, idempotency keys, and what surrounds every API.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`problem`] | RFC 9457 problem details: the only shape an error has |
+//! | [`extract`] | `Json`, `Query`, `Path` whose rejections are problems that name the field |
+//! | [`paging`] | `limit` and an opaque `cursor` |
+//! | [`idempotency`] | `Idempotency-Key`: the answer is stored in the transaction of its effect |
+//! | [`api`] | limits, timeouts, request ids, traces, panics; and handlers that a hang-up cannot cancel |
+
+pub mod api;
+pub mod extract;
+pub mod idempotency;
+pub mod paging;
+pub mod problem;
+
+pub use api::{Api, Limits};
+pub use extract::{Json, Path, Query};
+pub use paging::{Cursor, Limit, List};
+pub use problem::{FieldError, Problem};

@@ -1,5 +1,31 @@
-//! What a `main` needs.
+//! What a `main` needs, so that it stays a page: configuration, telemetry, pools, migrations, topics, health, the two
+//! listeners, shutdown.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`config`] | flags and environment, validated whole: every mistake at once |
+//! | [`telemetry`] | JSON logs that carry service, trace and ids; OTLP when asked for; metrics |
+//! | [`database`], [`migrate`] | a pool that is safe to cancel on; migrations under a lock |
+//! | [`topics`] | creates declared topics, reports mismatches |
+//! | [`health`], [`admin`] | readiness by named checks; the admin listener with its roles |
+//! | [`supervisor`], [`shutdown`] | named tasks that start, fail and stop together, within a bound |
 
-pub mod topics {
-    //! Creates declared topics.
-}
+pub mod admin;
+pub mod config;
+pub mod database;
+pub mod health;
+mod log_line;
+pub mod migrate;
+pub mod shutdown;
+pub mod supervisor;
+pub mod telemetry;
+pub mod topics;
+
+pub use admin::{AdminAuth, Role, admin_router};
+pub use config::{
+    AdminArgs, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, Identity, KafkaArgs, KafkaSettings, ServiceArgs,
+    ServiceCommand, Settings, TelemetryArgs,
+};
+pub use health::Health;
+pub use migrate::{Migrations, messaging_migrations, saga_migrations};
+pub use supervisor::{exit_code, run_all, serve, task};

@@ -1,14 +1,7 @@
 //! A database per test: created with a random name on the server of `DATABASE_URL`, migrated, dropped at the end.
 
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgPoolOptions};
-
-/// One owner's migrations and the history table they are recorded in (`refinery_<owner>`).
-pub struct Migrations {
-    /// Who owns them: `messaging`, `saga`, a service.
-    pub owner: &'static str,
-    /// What to run.
-    pub runner: refinery::Runner,
-}
+use crate::service::{DatabaseSettings, Migrations, database::pool_options, migrate::migrate};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 
 /// A database of one test's own. Dropped, connections and all, when this value is.
 pub struct TestDatabase {
@@ -35,20 +28,9 @@ impl TestDatabase {
             .expect("the user of DATABASE_URL may create databases");
         admin.close().await.ok();
         let url = with_database(&server, &name);
-        for migrations in migrations {
-            migrate(&url, migrations).await;
-        }
-        let pool = PgPoolOptions::new()
-            .max_connections(8)
-            .after_release(|connection, _| {
-                Box::pin(async move {
-                    sqlx::query("rollback").execute(connection).await?;
-                    Ok(true)
-                })
-            })
-            .connect(&url)
-            .await
-            .expect("a database that was just created accepts connections");
+        let settings = DatabaseSettings::from_url(&url).expect("the URL of DATABASE_URL's server with another name");
+        migrate(&settings, migrations).await.expect("migrations run on an empty database");
+        let pool = pool_options(8).connect(&url).await.expect("a database that was just created accepts connections");
         Self { pool, url, name, server }
     }
 
@@ -61,18 +43,6 @@ impl TestDatabase {
             .await
             .expect("the user of DATABASE_URL may terminate backends")
     }
-}
-
-async fn migrate(url: &str, migrations: &Migrations) {
-    let (mut client, connection) =
-        tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("the test's database accepts connections");
-    let driver = tokio::spawn(connection);
-    // `Runner` is consumed by its own setters and is not `Clone`: rebuild it from what it was made of.
-    let mut runner = refinery::Runner::new(migrations.runner.get_migrations());
-    runner.set_migration_table_name(format!("refinery_{}", migrations.owner));
-    runner.run_async(&mut client).await.expect("migrations run on an empty database");
-    drop(client);
-    driver.await.expect("the connection's task ends with its client").ok();
 }
 
 /// `server` with its database replaced by `name`.

@@ -8,7 +8,8 @@ pub mod failpoints;
 pub mod kafka;
 mod waiting;
 
-pub use database::{Migrations, TestDatabase};
+pub use crate::service::Migrations;
+pub use database::TestDatabase;
 pub use failpoints::FailPoint;
 pub use kafka::{Record, TestTopic, brokers, create_topic, produce, read_to_end};
 pub use waiting::eventually;

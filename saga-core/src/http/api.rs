@@ -1,0 +1,234 @@
+//! What surrounds every API: request ids, traces, limits, timeouts, panics; and handlers that a hang-up cannot cancel.
+//!
+//! From the outside in:
+//!
+//! ```text
+//! span + x-request-id -> panic to 500 -> timeout to 503 -> [mutating: body read, then detached] -> your handler
+//! ```
+//!
+//! A handler that changes something runs as a task of its own once its body has arrived: a client that hangs up, or
+//! the timeout, ends the waiting, never the work. So a `commit` is never cut in the middle, and no connection goes back
+//! to its pool inside a transaction (see [`crate::service::database`]). A process that dies loses what was not
+//! committed, and the client's retry under the same Idempotency-Key finds out.
+
+use super::{extract::body_problem, problem::Problem};
+use crate::clock;
+use axum::{
+    Router,
+    body::Body,
+    extract::{DefaultBodyLimit, MatchedPath, Request, State},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use opentelemetry::propagation::{Extractor, TextMapPropagator};
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use std::{any::Any, time::Duration};
+use tokio_util::task::TaskTracker;
+use tower::limit::GlobalConcurrencyLimitLayer;
+use tower_http::catch_panic::CatchPanicLayer;
+use tracing::{Instrument, Span};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use uuid::Uuid;
+
+/// The header that names a request in logs and in answers.
+pub const REQUEST_ID: &str = "x-request-id";
+
+/// What one request may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// The longest body, in bytes; 64 KiB holds a thousand order lines.
+    pub body_bytes: usize,
+    /// How long a client waits at most for the beginning of an answer; longer than `Prefer: wait` allows.
+    pub timeout: Duration,
+    /// How many requests are worked on at once; more wait, without a task or a connection of the database.
+    pub concurrency: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { body_bytes: 64 * 1024, timeout: Duration::from_secs(30), concurrency: 1024 }
+    }
+}
+
+/// A router with its surroundings, ready for [`crate::service::serve`].
+#[derive(Debug)]
+pub struct Api {
+    /// To be served.
+    pub(crate) router: Router,
+    /// Detached handlers; waited for at shutdown.
+    pub(crate) in_flight: TaskTracker,
+}
+
+impl Api {
+    /// Surrounds `router` with the default limits.
+    #[must_use]
+    pub fn new(router: Router) -> Self {
+        Self::with_limits(router, Limits::default())
+    }
+
+    /// Surrounds `router` with `limits`.
+    #[must_use]
+    pub fn with_limits(router: Router, limits: Limits) -> Self {
+        let in_flight = TaskTracker::new();
+        let detach = Detach { in_flight: in_flight.clone(), body_bytes: limits.body_bytes };
+        let router = router
+            .method_not_allowed_fallback(method_not_allowed)
+            .fallback(not_found)
+            .layer(DefaultBodyLimit::max(limits.body_bytes))
+            .layer(middleware::from_fn_with_state(detach, run_detached))
+            .layer(middleware::from_fn_with_state(limits.timeout, time_limited))
+            .layer(GlobalConcurrencyLimitLayer::new(limits.concurrency))
+            .layer(CatchPanicLayer::custom(panicked))
+            .layer(middleware::from_fn(observed));
+        Self { router, in_flight }
+    }
+
+    /// The router, for tests that call it without a listener.
+    pub fn into_router(self) -> Router {
+        self.router
+    }
+}
+
+impl From<Router> for Api {
+    fn from(router: Router) -> Self {
+        Self::new(router)
+    }
+}
+
+#[derive(Clone)]
+struct Detach {
+    in_flight: TaskTracker,
+    body_bytes: usize,
+}
+
+/// Whether a request may change something.
+fn mutates(method: &Method) -> bool {
+    !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE)
+}
+
+async fn run_detached(State(detach): State<Detach>, request: Request, next: Next) -> Response {
+    if !mutates(request.method()) {
+        return next.run(request).await;
+    }
+    // The body is read before, so that a client that sends it slowly, or never, holds no task.
+    let (parts, body) = request.into_parts();
+    let declared =
+        parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    if declared.is_some_and(|bytes| bytes > detach.body_bytes) {
+        return body_problem(StatusCode::PAYLOAD_TOO_LARGE).into_response();
+    }
+    let body = match axum::body::to_bytes(body, detach.body_bytes).await {
+        Ok(body) => body,
+        Err(error) => return body_problem(reading_failed(&error)).into_response(),
+    };
+    let request = Request::from_parts(parts, Body::from(body));
+    let handler = detach.in_flight.spawn(next.run(request).instrument(Span::current()));
+    match handler.await {
+        Ok(response) => response,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(error) => Problem::internal(&error).into_response(),
+    }
+}
+
+/// Too large, or broken off by the client.
+fn reading_failed(error: &axum::Error) -> StatusCode {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.to_string().contains("length limit exceeded") {
+            return StatusCode::PAYLOAD_TOO_LARGE;
+        }
+        cause = error.source();
+    }
+    StatusCode::BAD_REQUEST
+}
+
+async fn time_limited(State(limit): State<Duration>, request: Request, next: Next) -> Response {
+    match tokio::time::timeout(limit, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => Problem::new(StatusCode::SERVICE_UNAVAILABLE, "timeout", "It took too long")
+            .detail("What was asked for may still happen. Repeat it under the same Idempotency-Key to find out.")
+            .retry_after(1)
+            .into_response(),
+    }
+}
+
+async fn observed(mut request: Request, next: Next) -> Response {
+    let begun = clock::monotonic();
+    let id = request_id(request.headers());
+    let method = request.method().to_string();
+    let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
+    let span = request_span(&request, &id, &route);
+    request.headers_mut().insert(REQUEST_ID, id.clone());
+
+    let mut response = next.run(request).instrument(span.clone()).await;
+    let (status, took) = (response.status(), begun.elapsed());
+    span.record("http.response.status_code", status.as_u16());
+    span.in_scope(|| tracing::debug!(status = status.as_u16(), took_ms = took.as_secs_f64() * 1e3, "answered"));
+    let labels = [("method", method), ("route", route)];
+    metrics::histogram!("http_request_duration_seconds", &labels).record(took.as_secs_f64());
+    let [method, route] = labels;
+    metrics::counter!("http_requests_total", &[method, route, ("status", status.as_str().to_owned())]).increment(1);
+    response.headers_mut().insert(REQUEST_ID, id);
+    response
+}
+
+/// The span that everything a request causes is in; a child of the caller's, if it sent a `traceparent`.
+fn request_span(request: &Request, id: &HeaderValue, route: &str) -> Span {
+    let method = request.method();
+    let span = tracing::info_span!(
+        "http",
+        otel.name = format!("{method} {route}"),
+        otel.kind = "server",
+        http.request.method = %method,
+        http.route = route,
+        request_id = id.to_str().unwrap_or_default(),
+        http.response.status_code = tracing::field::Empty,
+    );
+    if request.headers().contains_key("traceparent") {
+        let parent = TraceContextPropagator::new().extract(&TraceHeaders(request.headers()));
+        // The error says that there is no OpenTelemetry layer or that it filters this span: nothing to continue.
+        span.set_parent(parent).ok();
+    }
+    span
+}
+
+struct TraceHeaders<'a>(&'a HeaderMap);
+
+impl Extractor for TraceHeaders<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key)?.to_str().ok()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.keys().map(http::HeaderName::as_str).collect()
+    }
+}
+
+/// The caller's id if it is a sensible one, or a new one.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let sensible =
+        |value: &&HeaderValue| (1..=128).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic);
+    headers.get(REQUEST_ID).filter(sensible).cloned().unwrap_or_else(|| {
+        HeaderValue::from_str(&Uuid::now_v7().to_string()).unwrap_or_else(|_| HeaderValue::from_static("none"))
+    })
+}
+
+// `CatchPanicLayer` gives the panic away.
+#[allow(clippy::needless_pass_by_value)]
+fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message");
+    tracing::error!(panic = text, "a handler panicked");
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "Something went wrong here")
+        .detail("It is logged under this request's x-request-id.")
+        .into_response()
+}
+
+async fn not_found() -> Problem {
+    Problem::not_found("No such route; /openapi.json lists them.")
+}
+
+async fn method_not_allowed() -> Problem {
+    Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method", "This method is not for this resource")
+}

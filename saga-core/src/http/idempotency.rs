@@ -1,0 +1,213 @@
+//! `Idempotency-Key`: a POST that is repeated under one key has one effect and one answer.
+//!
+//! The answer is stored in the transaction of its effect, so there is no moment in which one exists without the other:
+//! a process that dies before the commit leaves neither, and the client's repetition does the work; one that dies after
+//! it leaves both, and the repetition gets the stored answer. How a handler uses it:
+//!
+//! ```ignore
+//! async fn post(key: IdempotencyKey, Json(body): Json<Body>) -> Result<Response, Problem> {
+//!     let mut tx = pool.begin().await?;
+//!     let ticket = match idempotency::begin_in(&mut tx, "POST /v1/orders alice", &key, &body).await? {
+//!         Begin::Replay(answer) => return Ok(answer.into_response()),
+//!         Begin::Fresh(ticket) => ticket,
+//!     };
+//!     // ... the effect, in tx; a refusal returns its Problem here, rolls back, and is not remembered ...
+//!     let answer = Answer::json(StatusCode::CREATED, &view)?.location("/v1/orders/1")?;
+//!     ticket.finish_in(&mut tx, &answer).await?;
+//!     tx.commit().await?;
+//!     Ok(answer.into_response())
+//! }
+//! ```
+//!
+//! Keys are never forgotten yet; `idempotency_answer.created_at` is what a retention will go by.
+
+use super::problem::Problem;
+use crate::outbox::Tx;
+use axum::{
+    extract::FromRequestParts,
+    response::{IntoResponse, Response},
+};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use sqlx::Row;
+
+/// The request header.
+pub const HEADER: &str = "idempotency-key";
+/// Tells a client that its answer was given before.
+pub const REPLAYED: &str = "idempotency-replayed";
+
+/// The request's `Idempotency-Key`: 1 to 200 visible ASCII characters. As an extractor it makes the header required;
+/// its absence is a 400.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdempotencyKey(String);
+
+impl IdempotencyKey {
+    /// As text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    fn read(headers: &HeaderMap) -> Result<Self, Problem> {
+        let refuse = |message: &str| {
+            Problem::new(StatusCode::BAD_REQUEST, "idempotency-key", "An Idempotency-Key is needed")
+                .detail("Send a new one (a UUID, say) with each new request, and the same one when you repeat it.")
+                .with_field("Idempotency-Key", message)
+        };
+        let mut values = headers.get_all(HEADER).iter();
+        let (Some(value), None) = (values.next(), values.next()) else {
+            return Err(refuse("is required, once"));
+        };
+        match value.to_str() {
+            Ok(key) if (1..=200).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic()) => {
+                Ok(Self(key.to_owned()))
+            }
+            _ => Err(refuse("is 1 to 200 visible ASCII characters")),
+        }
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        Self::read(&parts.headers)
+    }
+}
+
+/// What [`begin_in`] found.
+#[derive(Debug)]
+pub enum Begin {
+    /// Nobody used this key: do the work, then [`Ticket::finish_in`].
+    Fresh(Ticket),
+    /// The work was done: give this answer again.
+    Replay(Answer),
+}
+
+/// The right to answer under a key. While its transaction lives, nobody else has it.
+#[derive(Debug)]
+#[must_use = "an answer that is not stored is given twice"]
+pub struct Ticket {
+    scope: String,
+    key: String,
+    fingerprint: Vec<u8>,
+}
+
+/// An answer as it is stored and given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    status: StatusCode,
+    location: Option<String>,
+    etag: Option<String>,
+    body: Vec<u8>,
+    replayed: bool,
+}
+
+impl Answer {
+    /// An answer with a JSON body.
+    pub fn json<T: Serialize>(status: StatusCode, body: &T) -> Result<Self, serde_json::Error> {
+        Ok(Self { status, location: None, etag: None, body: serde_json::to_vec(body)?, replayed: false })
+    }
+
+    /// Says where the new resource is.
+    #[must_use]
+    pub fn location(self, location: impl Into<String>) -> Self {
+        Self { location: Some(location.into()), ..self }
+    }
+
+    /// Says which version of the resource this is, quotes included.
+    #[must_use]
+    pub fn etag(self, etag: impl Into<String>) -> Self {
+        Self { etag: Some(etag.into()), ..self }
+    }
+}
+
+impl IntoResponse for Answer {
+    fn into_response(self) -> Response {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let optional = [(header::LOCATION, self.location), (header::ETAG, self.etag)];
+        for (name, value) in optional {
+            if let Some(value) = value.and_then(|value| HeaderValue::from_str(&value).ok()) {
+                headers.insert(name, value);
+            }
+        }
+        if self.replayed {
+            headers.insert(HeaderName::from_static(REPLAYED), HeaderValue::from_static("true"));
+        }
+        (self.status, headers, self.body).into_response()
+    }
+}
+
+/// Looks `key` up and takes hold of it, in the caller's transaction: call it first in that transaction.
+///
+/// `scope` keeps keys apart: the operation, and whoever calls it (`"POST /v1/orders alice"`); keys of different
+/// customers never meet. `request` is everything that decides the effect: the parsed body, and path parameters if there
+/// are any. The same key with another request is 422; while the first is still at work, 409.
+pub async fn begin_in<R: Serialize>(
+    tx: &mut Tx<'_>,
+    scope: &str,
+    key: &IdempotencyKey,
+    request: &R,
+) -> Result<Begin, Problem> {
+    let fingerprint = Sha256::digest(serde_json::to_vec(request)?).to_vec();
+    // An insert would wait for a concurrent one to end; the lock says at once that there is one.
+    let free: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 7305))")
+        .bind(format!("{scope}\n{}", key.0))
+        .fetch_one(&mut **tx)
+        .await?;
+    if !free {
+        return Err(Problem::conflict("in-flight", "A request with this Idempotency-Key is being worked on")
+            .retry_after(1)
+            .with_field("Idempotency-Key", "is in use"));
+    }
+    let row = sqlx::query(
+        "select fingerprint, status, location, etag, body
+           from idempotency_answer
+          where scope = $1 and key = $2",
+    )
+    .bind(scope)
+    .bind(&key.0)
+    .fetch_optional(&mut **tx)
+    .await?;
+    let Some(row) = row else {
+        return Ok(Begin::Fresh(Ticket { scope: scope.to_owned(), key: key.0.clone(), fingerprint }));
+    };
+    if row.try_get::<Vec<u8>, _>("fingerprint")? != fingerprint {
+        return Err(Problem::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "idempotency-key-reused",
+            "This Idempotency-Key was used for another request",
+        )
+        .with_field("Idempotency-Key", "use a new one for a new request"));
+    }
+    let status = u16::try_from(row.try_get::<i16, _>("status")?).ok().and_then(|code| StatusCode::from_u16(code).ok());
+    Ok(Begin::Replay(Answer {
+        status: status.unwrap_or(StatusCode::OK),
+        location: row.try_get("location")?,
+        etag: row.try_get("etag")?,
+        body: row.try_get("body")?,
+        replayed: true,
+    }))
+}
+
+impl Ticket {
+    /// Stores the answer in the transaction of its effect. The caller commits, then gives the answer.
+    pub async fn finish_in(self, tx: &mut Tx<'_>, answer: &Answer) -> Result<(), sqlx::Error> {
+        sqlx::query(
+            "insert into idempotency_answer (scope, key, fingerprint, status, location, etag, body)
+             values ($1, $2, $3, $4, $5, $6, $7)",
+        )
+        .bind(&self.scope)
+        .bind(&self.key)
+        .bind(&self.fingerprint)
+        .bind(i16::try_from(answer.status.as_u16()).unwrap_or(200))
+        .bind(&answer.location)
+        .bind(&answer.etag)
+        .bind(&answer.body)
+        .execute(&mut **tx)
+        .await
+        .map(drop)
+    }
+}

@@ -1,0 +1,128 @@
+//! The admin listener: `/livez`, `/readyz` and `/metrics` for anybody who reaches it; everything else by role.
+//!
+//! A viewer looks (GET, HEAD), an operator acts. That is decided here, by method, so that no route can forget it. The
+//! configuration refuses to listen off loopback without an operator's token; on loopback without one, whoever is on
+//! the machine is the operator.
+
+use super::health::Health;
+use crate::http::Problem;
+use axum::{
+    Json, Router,
+    extract::{Request, State},
+    http::{Method, StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use metrics_exporter_prometheus::PrometheusHandle;
+use sha2::{Digest, Sha256};
+use std::fmt;
+use subtle::ConstantTimeEq;
+
+/// What a caller of the admin listener may do. Handlers find it among the request's extensions; it is also who is named
+/// in an audit row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// May look.
+    Viewer,
+    /// May look and act.
+    Operator,
+}
+
+impl Role {
+    /// As it is written into an audit row.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Viewer => "viewer",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+/// Whom the admin listener lets in. Holds digests: a token is compared in constant time, whatever its length.
+#[derive(Clone)]
+pub struct AdminAuth {
+    operator: Option<[u8; 32]>,
+    viewer: Option<[u8; 32]>,
+}
+
+impl fmt::Debug for AdminAuth {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let set = |token: &Option<_>| if token.is_some() { "set" } else { "not set" };
+        f.debug_struct("AdminAuth").field("operator", &set(&self.operator)).field("viewer", &set(&self.viewer)).finish()
+    }
+}
+
+impl AdminAuth {
+    /// From the tokens of the two roles. None at all: everybody is the operator (loopback only; see
+    /// [`super::AdminArgs::read`]).
+    #[must_use]
+    pub fn new(operator: Option<String>, viewer: Option<String>) -> Self {
+        let digest = |token: String| Sha256::digest(token.as_bytes()).into();
+        Self { operator: operator.map(digest), viewer: viewer.map(digest) }
+    }
+
+    /// The role of whoever shows `token`.
+    #[must_use]
+    pub fn role(&self, token: Option<&str>) -> Option<Role> {
+        if self.operator.is_none() && self.viewer.is_none() {
+            return Some(Role::Operator);
+        }
+        let shown: [u8; 32] = Sha256::digest(token?.as_bytes()).into();
+        let is = |known: &Option<[u8; 32]>| known.is_some_and(|known| bool::from(known.ct_eq(&shown)));
+        // Both are compared, always: the time says nothing about which role a token comes close to.
+        let (operator, viewer) = (is(&self.operator), is(&self.viewer));
+        match (operator, viewer) {
+            (true, _) => Some(Role::Operator),
+            (false, true) => Some(Role::Viewer),
+            (false, false) => None,
+        }
+    }
+}
+
+/// The routes of the admin listener: health and metrics, and `guarded` behind the roles.
+pub fn admin_router(health: Health, metrics: PrometheusHandle, auth: AdminAuth, guarded: Router) -> Router {
+    let open = Router::new()
+        .route("/livez", get(|| async { "live\n" }))
+        .route("/readyz", get(readyz))
+        .with_state(health)
+        .route("/metrics", get(render).with_state(metrics));
+    guarded.layer(middleware::from_fn_with_state(auth, authorize)).merge(open)
+}
+
+async fn readyz(State(health): State<Health>) -> Response {
+    let readiness = health.readiness().await;
+    let status = if readiness.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(readiness)).into_response()
+}
+
+async fn render(State(metrics): State<PrometheusHandle>) -> Response {
+    metrics.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render()).into_response()
+}
+
+async fn authorize(State(auth): State<AdminAuth>, mut request: Request, next: Next) -> Response {
+    let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let token = shown.and_then(|value| {
+        let (scheme, token) = value.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+    });
+    let looks = matches!(*request.method(), Method::GET | Method::HEAD);
+    match auth.role(token) {
+        None => {
+            let problem = Problem::new(StatusCode::UNAUTHORIZED, "unauthorized", "A bearer token is needed");
+            let challenge = [(header::WWW_AUTHENTICATE, "Bearer realm=\"admin\"")];
+            (challenge, problem.detail("Send `Authorization: Bearer <token>` with a valid token.")).into_response()
+        }
+        Some(Role::Viewer) if !looks => {
+            Problem::new(StatusCode::FORBIDDEN, "forbidden", "An operator's token is needed")
+                .detail("This token may only look.")
+                .into_response()
+        }
+        Some(role) => {
+            request.extensions_mut().insert(role);
+            next.run(request).await
+        }
+    }
+}

@@ -1,0 +1,465 @@
+//! Flags and environment. Each flag is the kebab-case of its variable.
+//!
+//! Everything is taken as text and validated afterwards, whole: somebody who starts a service with five mistakes gets
+//! five lines, each with the variable, what is wrong and what to do, and not one line five times.
+
+use super::{admin::AdminAuth, telemetry::TelemetrySettings};
+use clap::Args;
+use sqlx::postgres::PgConnectOptions;
+use std::{fmt, net::SocketAddr, str::FromStr};
+
+/// What tells one service from another before it has read anything.
+#[derive(Debug, Clone, Copy)]
+pub struct Identity {
+    /// Its name in logs, traces and `application_name`.
+    pub name: &'static str,
+    /// Port of the API on loopback when `HTTP_ADDR` is not set.
+    pub http_port: u16,
+    /// Port of the admin listener on loopback when `ADMIN_ADDR` is not set.
+    pub admin_port: u16,
+}
+
+/// The subcommands that every service has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::Subcommand)]
+pub enum ServiceCommand {
+    /// Bring the database's schema up to date and run (the default)
+    Serve,
+    /// Bring the database's schema up to date, then exit
+    Migrate,
+}
+
+/// What every service takes.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ServiceArgs {
+    /// The service's database.
+    #[command(flatten)]
+    pub database: DatabaseArgs,
+    /// Kafka.
+    #[command(flatten)]
+    pub kafka: KafkaArgs,
+    /// The API's listener.
+    #[command(flatten)]
+    pub http: HttpArgs,
+    /// The admin listener.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+    /// Logs and traces.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}
+
+/// The service's database.
+#[derive(Debug, Clone, Default, Args)]
+pub struct DatabaseArgs {
+    /// The service's own PostgreSQL database, for example `postgres://user:secret@db:5432/orders?sslmode=verify-full`
+    #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, global = true)]
+    pub database_url: Option<String>,
+    /// The most connections this process opens to it [default: 16]
+    #[arg(long, env = "DATABASE_MAX_CONNECTIONS", value_name = "NUMBER", global = true)]
+    pub database_max_connections: Option<String>,
+}
+
+/// Kafka.
+#[derive(Debug, Clone, Default, Args)]
+pub struct KafkaArgs {
+    /// Kafka brokers to start from, `host:port`, several separated by commas
+    #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", global = true)]
+    pub kafka_brokers: Option<String>,
+    /// Copies that a topic created by this process has [default: 1]
+    #[arg(long, env = "KAFKA_REPLICATION_FACTOR", value_name = "NUMBER", global = true)]
+    pub kafka_replication_factor: Option<String>,
+}
+
+/// The API's listener.
+#[derive(Debug, Clone, Default, Args)]
+pub struct HttpArgs {
+    /// Where the API listens, address and port [default: 127.0.0.1 and the service's own port]
+    #[arg(long, env = "HTTP_ADDR", value_name = "IP:PORT", global = true)]
+    pub http_addr: Option<String>,
+}
+
+/// The admin listener.
+#[derive(Debug, Clone, Default, Args)]
+pub struct AdminArgs {
+    /// Where health, metrics and inspection listen [default: 127.0.0.1 and the service's own admin port].
+    /// Anything but loopback needs ADMIN_TOKEN
+    #[arg(long, env = "ADMIN_ADDR", value_name = "IP:PORT", global = true)]
+    pub admin_addr: Option<String>,
+    /// Bearer token that may look and act, 16 characters or more
+    #[arg(long, env = "ADMIN_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
+    pub admin_token: Option<String>,
+    /// Bearer token that may only look, 16 characters or more
+    #[arg(long, env = "ADMIN_VIEWER_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
+    pub admin_viewer_token: Option<String>,
+}
+
+/// Logs and traces.
+#[derive(Debug, Clone, Default, Args)]
+pub struct TelemetryArgs {
+    /// What is logged, in the syntax of tracing's EnvFilter [default: info]
+    #[arg(long, env = "RUST_LOG", value_name = "FILTER", global = true)]
+    pub rust_log: Option<String>,
+    /// `json` (a line per event, for machines) or `text` (for people) [default: json]
+    #[arg(long, env = "LOG_FORMAT", value_name = "FORMAT", global = true)]
+    pub log_format: Option<String>,
+    /// Where traces are sent by OTLP over HTTP, for example `http://collector:4318`; unset: nowhere
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL", global = true)]
+    pub otel_exporter_otlp_endpoint: Option<String>,
+}
+
+/// A valid [`ServiceArgs`].
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Whose.
+    pub identity: Identity,
+    /// The service's database.
+    pub database: DatabaseSettings,
+    /// Kafka.
+    pub kafka: KafkaSettings,
+    /// Where the API listens.
+    pub http_addr: SocketAddr,
+    /// Where the admin listener listens, and whom it lets in.
+    pub admin: AdminSettings,
+    /// Logs and traces.
+    pub telemetry: TelemetrySettings,
+}
+
+/// A valid [`DatabaseArgs`].
+#[derive(Debug, Clone)]
+pub struct DatabaseSettings {
+    /// Where it is; `sslmode` and the certificates are in the URL.
+    pub options: PgConnectOptions,
+    /// The pool's size.
+    pub max_connections: u32,
+}
+
+impl DatabaseSettings {
+    /// From a URL that the program itself made (tests, tools).
+    pub fn from_url(url: &str) -> Result<Self, sqlx::Error> {
+        Ok(Self { options: PgConnectOptions::from_str(url)?, max_connections: DEFAULT_MAX_CONNECTIONS })
+    }
+}
+
+/// A valid [`KafkaArgs`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KafkaSettings {
+    /// `bootstrap.servers`.
+    pub brokers: String,
+    /// Copies that a topic created by this process has.
+    pub replication_factor: i32,
+}
+
+/// A valid [`AdminArgs`].
+#[derive(Debug, Clone)]
+pub struct AdminSettings {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// Whom it lets in.
+    pub auth: AdminAuth,
+}
+
+/// 16: on one small machine, four processes together stay below PostgreSQL's default of 100.
+const DEFAULT_MAX_CONNECTIONS: u32 = 16;
+/// Shorter tokens can be guessed.
+const MIN_TOKEN: usize = 16;
+
+impl ServiceArgs {
+    /// Checks everything and reports every mistake at once.
+    pub fn validate(&self, identity: &Identity) -> Result<Settings, ConfigErrors> {
+        let mut errors = ConfigErrors::default();
+        let settings = self.read(identity, &mut errors);
+        errors.finish(settings)
+    }
+
+    /// Like [`Self::validate`] for a service that has more settings of its own and reports them together.
+    pub fn read(&self, identity: &Identity, errors: &mut ConfigErrors) -> Option<Settings> {
+        let database = self.database.read(errors);
+        let kafka = self.kafka.read(errors);
+        let http_addr = self.http.read(identity.http_port, errors);
+        let admin = self.admin.read(identity.admin_port, errors);
+        let telemetry = self.telemetry.read(errors);
+        Some(Settings {
+            identity: *identity,
+            database: database?,
+            kafka: kafka?,
+            http_addr: http_addr?,
+            admin: admin?,
+            telemetry: telemetry?,
+        })
+    }
+}
+
+impl DatabaseArgs {
+    /// Reads, and adds what is wrong to `errors`.
+    pub fn read(&self, errors: &mut ConfigErrors) -> Option<DatabaseSettings> {
+        let example = "set it to postgres://user:password@host:5432/database";
+        let options = match given(&self.database_url) {
+            None => errors.add("DATABASE_URL", "is not set", example),
+            Some(url) if !url.starts_with("postgres://") && !url.starts_with("postgresql://") => {
+                errors.add("DATABASE_URL", "is not a postgres:// URL", example)
+            }
+            Some(url) => match PgConnectOptions::from_str(url) {
+                Ok(options) if options.get_database().is_none_or(str::is_empty) => {
+                    errors.add("DATABASE_URL", "names no database", example)
+                }
+                Ok(options) => Some(options),
+                // The parser's message may repeat the URL's parts, but never the password.
+                Err(error) => errors.add("DATABASE_URL", format!("cannot be read ({error})"), example),
+            },
+        };
+        let max_connections =
+            number(&self.database_max_connections, "DATABASE_MAX_CONNECTIONS", DEFAULT_MAX_CONNECTIONS, 2, errors);
+        Some(DatabaseSettings { options: options?, max_connections: max_connections? })
+    }
+}
+
+impl KafkaArgs {
+    /// Reads, and adds what is wrong to `errors`.
+    pub fn read(&self, errors: &mut ConfigErrors) -> Option<KafkaSettings> {
+        let example = "set it to host:port, for example localhost:9092";
+        let broker = |text: &str| {
+            text.trim().rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty() && !host.contains('/') && port.parse::<u16>().is_ok_and(|port| port > 0)
+            })
+        };
+        let brokers = match given(&self.kafka_brokers) {
+            None => errors.add("KAFKA_BROKERS", "is not set", example),
+            Some(list) => match list.split(',').find(|one| !broker(one)) {
+                Some(wrong) => errors.add("KAFKA_BROKERS", format!("has {wrong:?} in it"), example),
+                None => Some(list.to_owned()),
+            },
+        };
+        let replication_factor = number(&self.kafka_replication_factor, "KAFKA_REPLICATION_FACTOR", 1_i32, 1, errors);
+        Some(KafkaSettings { brokers: brokers?, replication_factor: replication_factor? })
+    }
+}
+
+impl HttpArgs {
+    /// Reads, and adds what is wrong to `errors`.
+    pub fn read(&self, default_port: u16, errors: &mut ConfigErrors) -> Option<SocketAddr> {
+        address(&self.http_addr, "HTTP_ADDR", default_port, errors)
+    }
+}
+
+impl AdminArgs {
+    /// Reads, and adds what is wrong to `errors`. An address off loopback without an operator's token is a mistake.
+    pub fn read(&self, default_port: u16, errors: &mut ConfigErrors) -> Option<AdminSettings> {
+        let addr = address(&self.admin_addr, "ADMIN_ADDR", default_port, errors);
+        let operator = token(&self.admin_token, "ADMIN_TOKEN", errors);
+        let viewer = token(&self.admin_viewer_token, "ADMIN_VIEWER_TOKEN", errors);
+        if operator.is_some() && operator == viewer {
+            errors.add::<()>("ADMIN_VIEWER_TOKEN", "is the same as ADMIN_TOKEN", "give each role a token of its own");
+        }
+        if addr.is_some_and(|addr| !addr.ip().is_loopback()) && given(&self.admin_token).is_none() {
+            errors.add::<()>(
+                "ADMIN_TOKEN",
+                "is not set, and ADMIN_ADDR is not a loopback address",
+                "set a token of 16 characters or more, or listen on 127.0.0.1",
+            );
+        }
+        Some(AdminSettings { addr: addr?, auth: AdminAuth::new(operator, viewer) })
+    }
+}
+
+impl TelemetryArgs {
+    /// Reads, and adds what is wrong to `errors`.
+    pub fn read(&self, errors: &mut ConfigErrors) -> Option<TelemetrySettings> {
+        TelemetrySettings::read(
+            given(&self.rust_log),
+            given(&self.log_format),
+            given(&self.otel_exporter_otlp_endpoint),
+            errors,
+        )
+    }
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug, Clone, Default, PartialEq, Eq, thiserror::Error)]
+pub struct ConfigErrors(Vec<Mistake>);
+
+/// One thing that is wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// The environment variable; its flag is the kebab-case of it.
+    pub variable: &'static str,
+    /// What is wrong with it: completes a sentence that begins with the variable.
+    pub what: String,
+    /// What to do.
+    pub cure: String,
+}
+
+impl ConfigErrors {
+    /// Notes a mistake. Always `None`, so that a reader can end with it.
+    pub fn add<T>(&mut self, variable: &'static str, what: impl Into<String>, cure: impl Into<String>) -> Option<T> {
+        self.0.push(Mistake { variable, what: what.into(), cure: cure.into() });
+        None
+    }
+
+    /// `value`, if nothing was noted.
+    ///
+    /// # Panics
+    /// When a reader gave nothing and noted nothing.
+    pub fn finish<T>(self, value: Option<T>) -> Result<T, Self> {
+        if !self.0.is_empty() {
+            return Err(self);
+        }
+        Ok(value.expect("a reader that gives no value notes a mistake"))
+    }
+
+    /// What was noted.
+    #[must_use]
+    pub fn mistakes(&self) -> &[Mistake] {
+        &self.0
+    }
+
+    /// Prints everything to standard error (there are no logs yet) and gives the exit code of a usage error.
+    #[must_use]
+    pub fn report(&self) -> std::process::ExitCode {
+        eprintln!("{self}");
+        std::process::ExitCode::from(2)
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plural = if self.0.len() == 1 { "" } else { "s" };
+        write!(f, "{} mistake{plural} in the configuration:", self.0.len())?;
+        for Mistake { variable, what, cure } in &self.0 {
+            let flag = variable.to_lowercase().replace('_', "-");
+            write!(f, "\n  {variable} (--{flag}) {what}: {cure}")?;
+        }
+        write!(f, "\n--help explains each.")
+    }
+}
+
+/// A variable set to nothing is not set: that is how compose files and shells say "no value".
+fn given(text: &Option<String>) -> Option<&str> {
+    text.as_deref().map(str::trim).filter(|text| !text.is_empty())
+}
+
+fn number<N: FromStr + PartialOrd + fmt::Display>(
+    text: &Option<String>,
+    variable: &'static str,
+    default: N,
+    least: N,
+    errors: &mut ConfigErrors,
+) -> Option<N> {
+    let Some(text) = given(text) else { return Some(default) };
+    match text.parse::<N>() {
+        Ok(number) if number >= least => Some(number),
+        _ => errors.add(
+            variable,
+            format!("is {text:?}"),
+            format!("set it to a whole number of at least {least}, or leave it out for {default}"),
+        ),
+    }
+}
+
+fn address(
+    text: &Option<String>,
+    variable: &'static str,
+    default_port: u16,
+    errors: &mut ConfigErrors,
+) -> Option<SocketAddr> {
+    let Some(text) = given(text) else { return Some(SocketAddr::from(([127, 0, 0, 1], default_port))) };
+    text.parse().ok().or_else(|| {
+        errors.add(
+            variable,
+            format!("is {text:?}"),
+            format!("set it to an IP address and a port, for example 127.0.0.1:{default_port}"),
+        )
+    })
+}
+
+fn token(text: &Option<String>, variable: &'static str, errors: &mut ConfigErrors) -> Option<String> {
+    let token = given(text)?;
+    if token.len() < MIN_TOKEN || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return errors.add(
+            variable,
+            "is too short or has characters that a header cannot carry",
+            "use 16 or more printable ASCII characters without spaces, for example from `openssl rand -hex 16`",
+        );
+    }
+    Some(token.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ME: Identity = Identity { name: "me", http_port: 8080, admin_port: 9080 };
+
+    fn some(text: &str) -> Option<String> {
+        Some(text.to_owned())
+    }
+
+    fn valid() -> ServiceArgs {
+        ServiceArgs {
+            database: DatabaseArgs { database_url: some("postgres://a:b@h/db"), ..DatabaseArgs::default() },
+            kafka: KafkaArgs { kafka_brokers: some("localhost:9092"), ..KafkaArgs::default() },
+            ..ServiceArgs::default()
+        }
+    }
+
+    #[test]
+    fn every_mistake_is_told_at_once_with_its_variable_and_a_cure_but_no_password() {
+        let args = ServiceArgs {
+            database: DatabaseArgs {
+                database_url: some("mysql://root:hunter2@x/y"),
+                database_max_connections: some("many"),
+            },
+            kafka: KafkaArgs { kafka_brokers: some("a:1,b"), kafka_replication_factor: some("0") },
+            http: HttpArgs { http_addr: some("8080") },
+            admin: AdminArgs { admin_addr: some("0.0.0.0:9"), admin_viewer_token: some("short"), admin_token: None },
+            telemetry: TelemetryArgs {
+                rust_log: some("saga=loud"),
+                log_format: some("xml"),
+                otel_exporter_otlp_endpoint: some("collector"),
+            },
+        };
+        let errors = args.validate(&ME).unwrap_err();
+        let variables: Vec<_> = errors.mistakes().iter().map(|mistake| mistake.variable).collect();
+        assert_eq!(
+            variables,
+            [
+                "DATABASE_URL",
+                "DATABASE_MAX_CONNECTIONS",
+                "KAFKA_BROKERS",
+                "KAFKA_REPLICATION_FACTOR",
+                "HTTP_ADDR",
+                "ADMIN_VIEWER_TOKEN",
+                "ADMIN_TOKEN",
+                "RUST_LOG",
+                "LOG_FORMAT",
+                "OTEL_EXPORTER_OTLP_ENDPOINT",
+            ]
+        );
+        let text = errors.to_string();
+        assert!(text.contains("KAFKA_BROKERS (--kafka-brokers) has \"b\" in it: set it to host:port"), "{text}");
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+
+    #[test]
+    fn what_is_left_out_or_empty_has_its_default_or_is_asked_for() {
+        let settings = valid().validate(&ME).unwrap();
+        assert_eq!(settings.http_addr.to_string(), "127.0.0.1:8080");
+        assert_eq!(settings.admin.addr.to_string(), "127.0.0.1:9080");
+        assert_eq!(settings.database.max_connections, 16);
+        let mut empty = valid();
+        empty.kafka.kafka_brokers = some(" ");
+        assert_eq!(empty.validate(&ME).unwrap_err().mistakes()[0].variable, "KAFKA_BROKERS");
+    }
+
+    #[test]
+    fn off_loopback_needs_an_operators_token_and_roles_need_different_ones() {
+        let mut args = valid();
+        args.admin.admin_addr = some("[::]:9080");
+        assert!(args.validate(&ME).is_err());
+        args.admin.admin_viewer_token = some("0123456789abcdef");
+        assert!(args.validate(&ME).is_err(), "a viewer's token alone leaves nobody who can act");
+        args.admin.admin_token = some("0123456789abcdef");
+        assert!(args.validate(&ME).is_err(), "the same token for both");
+        args.admin.admin_token = some("fedcba9876543210");
+        assert!(args.validate(&ME).is_ok());
+    }
+}

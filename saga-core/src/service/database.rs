@@ -1,0 +1,103 @@
+//! A pool that waits for its database, and that is safe to cancel on.
+//!
+//! The trap: when a future that runs `Pool::begin()` is dropped between sending `begin` and reading its answer, sqlx
+//! returns the connection to the pool while the server is inside a transaction; the next borrower's writes join that
+//! transaction, are acknowledged, and vanish with it. So each connection that comes back is rolled back, whatever it
+//! says about itself, before anybody else gets it.
+
+use super::config::DatabaseSettings;
+use crate::retry::Backoff;
+use sqlx::{
+    Connection, Error, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use std::time::Duration;
+
+/// How long a borrower waits for a connection before the request fails; a client's patience.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A transaction that nobody continues (its process is stopped, or its machine cut off) is ended by the server, so that
+/// its locks do not hold up a duplicate for ever. Shorter than the relay's lease.
+const IDLE_IN_TRANSACTION: &str = "10s";
+
+/// How long to wait between attempts while the database is away.
+const WAIT: Backoff = Backoff::doubling(Duration::from_millis(100), Duration::from_secs(2));
+
+/// Opens the pool: waits until the database is there, and says so once. An answer that waiting will not change (no such
+/// database, wrong password) is an error at once.
+pub async fn connect(settings: &DatabaseSettings, application: &str) -> Result<PgPool, Error> {
+    let options = prepare(&settings.options, application);
+    wait_for(&options).await?.close().await?;
+    Ok(pool_options(settings.max_connections).connect_lazy_with(options))
+}
+
+/// The pool's behaviour, apart from where it connects to.
+#[must_use]
+pub fn pool_options(max_connections: u32) -> PgPoolOptions {
+    PgPoolOptions::new().max_connections(max_connections).acquire_timeout(ACQUIRE_TIMEOUT).after_release(
+        |connection, _| {
+            Box::pin(async move {
+                // `rollback` alone would make the server warn each time that there is nothing to roll back.
+                sqlx::raw_sql("begin; rollback").execute(connection).await?;
+                Ok(true)
+            })
+        },
+    )
+}
+
+/// What every connection has, the pool's and the migrations'.
+pub(super) fn prepare(options: &PgConnectOptions, application: &str) -> PgConnectOptions {
+    options
+        .clone()
+        .application_name(application)
+        .options([("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION)])
+}
+
+/// One connection, as soon as there is one.
+pub(super) async fn wait_for(options: &PgConnectOptions) -> Result<PgConnection, Error> {
+    let mut delays = WAIT.delays();
+    let mut said = false;
+    loop {
+        match PgConnection::connect_with(options).await {
+            Ok(connection) => {
+                if said {
+                    tracing::info!("the database is there");
+                }
+                return Ok(connection);
+            }
+            Err(error) if is_outage(&error) => {
+                if !said {
+                    said = true;
+                    let (host, port) = (options.get_host(), options.get_port());
+                    tracing::warn!(host, port, %error, "waiting for the database");
+                }
+                tokio::time::sleep(delays.next().unwrap_or(WAIT.max)).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Whether `error` says that the database is away, so that the same thing may work later: it counts no attempt.
+#[must_use]
+pub fn is_outage(error: &Error) -> bool {
+    match error {
+        Error::Io(_) | Error::PoolTimedOut | Error::PoolClosed | Error::WorkerCrashed => true,
+        // A cut connection may show itself as half a message.
+        Error::Protocol(_) => true,
+        Error::Database(database) => database.code().is_some_and(|code| {
+            // 08: connection; 53: no resources (too many connections); 57P01..5: shutting down, starting up, idle
+            // session ended; 25P03: idle transaction ended; 25006: a standby that is not yet a primary.
+            code.starts_with("08")
+                || code.starts_with("53")
+                || matches!(&*code, "57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "25P03" | "25006")
+        }),
+        _ => false,
+    }
+}
+
+/// Whether `error` says that a concurrent transaction was in the way: the same thing, repeated at once, may work.
+#[must_use]
+pub fn is_conflict(error: &Error) -> bool {
+    matches!(error, Error::Database(database) if matches!(database.code().as_deref(), Some("40001" | "40P01")))
+}

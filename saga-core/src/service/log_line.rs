@@ -1,0 +1,141 @@
+//! One JSON object per log event.
+//!
+//! Every line carries `service`, `trace_id`, and the fields of all spans it happened in (an inner span wins), at the
+//! top level: `saga`, `order`, `message`, `request_id` are found by their name, wherever they were set.
+
+use opentelemetry::trace::TraceContextExt;
+use serde_json::{Map, Value};
+use std::{fmt, io::Write, sync::OnceLock};
+use tracing::{
+    Dispatch, Event, Subscriber,
+    dispatcher::WeakDispatch,
+    field::{Field, Visit},
+    span::{Attributes, Id, Record},
+};
+use tracing_subscriber::{Layer, layer::Context, registry::LookupSpan};
+
+/// Writes events as lines of JSON to `make_writer`'s writers.
+pub(super) struct JsonLines<F> {
+    service: &'static str,
+    writer: F,
+    dispatch: OnceLock<WeakDispatch>,
+}
+
+/// A span's fields, kept beside the span.
+struct SpanFields(Map<String, Value>);
+
+impl<F> JsonLines<F> {
+    pub(super) fn new(service: &'static str, writer: F) -> Self {
+        Self { service, writer, dispatch: OnceLock::new() }
+    }
+}
+
+impl<S, F, W> Layer<S> for JsonLines<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    F: Fn() -> W + 'static,
+    W: Write,
+{
+    fn on_register_dispatch(&self, dispatch: &Dispatch) {
+        // A second registration would be a second subscriber over the same layer: the first stays.
+        let _ = self.dispatch.set(dispatch.downgrade());
+    }
+
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        let Some(span) = context.span(id) else { return };
+        let mut fields = SpanFields(Map::new());
+        attributes.record(&mut Fields(&mut fields.0));
+        span.extensions_mut().insert(fields);
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
+        let Some(span) = context.span(id) else { return };
+        if let Some(fields) = span.extensions_mut().get_mut::<SpanFields>() {
+            values.record(&mut Fields(&mut fields.0));
+        }
+    }
+
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+        let mut line = Map::new();
+        let metadata = event.metadata();
+        let now = crate::clock::now().format(&time::format_description::well_known::Rfc3339);
+        line.insert("timestamp".into(), now.unwrap_or_default().into());
+        line.insert("level".into(), metadata.level().as_str().into());
+        line.insert("service".into(), self.service.into());
+        line.insert("target".into(), metadata.target().into());
+        line.insert("message".into(), Value::Null);
+        line.insert("trace_id".into(), self.trace_id(event, &context).into());
+        for span in context.event_scope(event).into_iter().flat_map(tracing_subscriber::registry::Scope::from_root) {
+            if let Some(SpanFields(fields)) = span.extensions().get() {
+                for (name, value) in fields {
+                    line.insert(free_name(name), value.clone());
+                }
+            }
+        }
+        let mut own = Map::new();
+        event.record(&mut Fields(&mut own));
+        if let Some(message) = own.remove("message") {
+            line.insert("message".into(), message);
+        }
+        line.extend(own.into_iter().map(|(name, value)| (free_name(&name), value)));
+
+        let mut text = Value::Object(line).to_string();
+        text.push('\n');
+        // A log that cannot be written has nowhere to say so.
+        let _ = (self.writer)().write_all(text.as_bytes());
+    }
+}
+
+impl<F> JsonLines<F> {
+    /// Empty outside of any span.
+    fn trace_id<S>(&self, event: &Event<'_>, context: &Context<'_, S>) -> String
+    where
+        S: Subscriber + for<'a> LookupSpan<'a>,
+    {
+        let span = context.event_span(event).map(|span| span.id());
+        let dispatch = self.dispatch.get().and_then(WeakDispatch::upgrade);
+        let found =
+            span.zip(dispatch).and_then(|(id, dispatch)| tracing_opentelemetry::get_otel_context(&id, &dispatch));
+        match found {
+            Some(found) if found.span().span_context().is_valid() => found.span().span_context().trace_id().to_string(),
+            _ => String::new(),
+        }
+    }
+}
+
+/// A field never overwrites what every line has.
+fn free_name(name: &str) -> String {
+    match name {
+        "timestamp" | "level" | "service" | "target" | "message" | "trace_id" => format!("field_{name}"),
+        _ => name.to_owned(),
+    }
+}
+
+/// Collects fields as JSON.
+struct Fields<'a>(&'a mut Map<String, Value>);
+
+impl Visit for Fields<'_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.0.insert(field.name().into(), format!("{value:?}").into());
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.0.insert(field.name().into(), value.into());
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.0.insert(field.name().into(), value.into());
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.0.insert(field.name().into(), value.into());
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.0.insert(field.name().into(), value.into());
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.0.insert(field.name().into(), value.into());
+    }
+}

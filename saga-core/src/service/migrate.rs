@@ -1,0 +1,163 @@
+//! Migrations: one folder per owner, one history table per owner, one process at a time.
+//!
+//! refinery takes no lock, so fifty first starts at once would trip over each other's `create table`; here each holds a
+//! PostgreSQL advisory lock around it, on a connection of its own, and all but the first find nothing left to do. A
+//! process that dies here loses its connection, and with it the lock and the migration that was running: each is one
+//! transaction. An applied migration that was edited afterwards is refused, never run.
+
+use super::{config::DatabaseSettings, database};
+use refinery::Runner;
+use refinery_core::{
+    AsyncMigrate, Migration,
+    traits::r#async::{AsyncQuery, AsyncTransaction},
+};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+use std::collections::BTreeSet;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+/// The advisory lock's key, the same for every owner: owners of one database take turns, too.
+const LOCK: i64 = 0x6f75_7462_6f78_0001;
+
+mod messaging {
+    refinery::embed_migrations!("../migrations/messaging");
+}
+
+mod saga {
+    refinery::embed_migrations!("../migrations/saga");
+}
+
+/// One owner's migrations, embedded in the binary.
+pub struct Migrations {
+    /// Whose; the history table is `refinery_<owner>`.
+    pub owner: &'static str,
+    /// From `refinery::embed_migrations!`.
+    pub runner: Runner,
+}
+
+impl Migrations {
+    /// How many files were embedded. A test compares it with the folder: refinery ignores a misnamed file silently.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.runner.get_migrations().len()
+    }
+}
+
+/// Outbox, inbox, participants, idempotency keys: every service's database has them.
+#[must_use]
+pub fn messaging_migrations() -> Migrations {
+    Migrations { owner: "messaging", runner: messaging::migrations::runner() }
+}
+
+/// The orchestrator's tables.
+#[must_use]
+pub fn saga_migrations() -> Migrations {
+    Migrations { owner: "saga", runner: saga::migrations::runner() }
+}
+
+/// Migrations that did not run.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// The connection or the lock.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+    /// One owner's migrations.
+    #[error("migrations of `{owner}`: {source}")]
+    Refinery {
+        /// Whose.
+        owner: &'static str,
+        /// What went wrong, with the migration's name.
+        source: refinery::Error,
+    },
+}
+
+/// Brings the schema up to date, in the order of `all`; waits for the database. Says how many migrations it applied.
+pub async fn migrate(settings: &DatabaseSettings, all: &[Migrations]) -> Result<usize, MigrateError> {
+    let options = database::prepare(&settings.options, "migrate");
+    let mut connection = Session(database::wait_for(&options).await?);
+    sqlx::query("select pg_advisory_lock($1)").bind(LOCK).execute(&mut connection.0).await?;
+    let mut applied = 0;
+    for migrations in all {
+        applied += run(&mut connection, migrations).await?;
+    }
+    // Closing the connection would release the lock as well, only later.
+    sqlx::query("select pg_advisory_unlock($1)").bind(LOCK).execute(&mut connection.0).await?;
+    connection.0.close().await?;
+    Ok(applied)
+}
+
+async fn run(connection: &mut Session, migrations: &Migrations) -> Result<usize, MigrateError> {
+    let owner = migrations.owner;
+    let history = format!("refinery_{owner}");
+    if let [] = migrations.runner.get_migrations().as_slice() {
+        return Ok(0);
+    }
+    if is_current(connection, &history, migrations).await? {
+        tracing::debug!(owner, "the schema is up to date");
+        return Ok(0);
+    }
+    let mut runner = Runner::new(migrations.runner.get_migrations());
+    let report = runner
+        .set_migration_table_name(&history)
+        .run_async(connection)
+        .await
+        .map_err(|source| MigrateError::Refinery { owner, source })?;
+    for migration in report.applied_migrations() {
+        tracing::info!(owner, %migration, "migrated");
+    }
+    Ok(report.applied_migrations().len())
+}
+
+/// Whether the history holds all that is embedded. Then there is nothing to run, and nothing is written: refinery would
+/// issue `create table if not exists` at every start. It may hold more: the previous release starts again beside the
+/// next one in a rolling deployment.
+async fn is_current(connection: &mut Session, history: &str, migrations: &Migrations) -> Result<bool, sqlx::Error> {
+    let exists: bool =
+        sqlx::query_scalar("select to_regclass($1) is not null").bind(history).fetch_one(&mut connection.0).await?;
+    if !exists {
+        return Ok(false);
+    }
+    // The table's name is ours: `refinery_` and an owner, a literal of the program.
+    let applied: BTreeSet<String> = sqlx::query_scalar(AssertSqlSafe(format!("select checksum::text from {history}")))
+        .fetch_all(&mut connection.0)
+        .await?
+        .into_iter()
+        .collect();
+    let embedded = migrations.runner.get_migrations().iter().map(|migration| migration.checksum().to_string());
+    Ok(embedded.collect::<BTreeSet<_>>().is_subset(&applied))
+}
+
+/// refinery over sqlx, so that TLS, passwords and `sslmode` work for migrations as they do for the pool.
+struct Session(PgConnection);
+
+impl AsyncTransaction for Session {
+    type Error = sqlx::Error;
+
+    async fn execute<'a, T: Iterator<Item = &'a str> + Send + 'a>(&mut self, queries: T) -> Result<usize, sqlx::Error> {
+        let mut tx = self.0.begin().await?;
+        let mut count = 0;
+        for sql in queries {
+            // A migration, embedded in the binary.
+            sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut *tx).await?;
+            count += 1;
+        }
+        tx.commit().await?;
+        Ok(count)
+    }
+}
+
+impl AsyncQuery<Vec<Migration>> for Session {
+    async fn query(&mut self, sql: &str) -> Result<Vec<Migration>, sqlx::Error> {
+        let rows = sqlx::query(AssertSqlSafe(sql.to_owned())).fetch_all(&mut self.0).await?;
+        rows.iter().map(applied).collect()
+    }
+}
+
+impl AsyncMigrate for Session {}
+
+/// A row of a history table: version, name, applied_on (RFC 3339), checksum (decimal).
+fn applied(row: &sqlx::postgres::PgRow) -> Result<Migration, sqlx::Error> {
+    let decode = |error: Box<dyn std::error::Error + Send + Sync>| sqlx::Error::Decode(error);
+    let applied_on = OffsetDateTime::parse(row.try_get(2)?, &Rfc3339).map_err(|error| decode(error.into()))?;
+    let checksum = row.try_get::<&str, _>(3)?.parse().map_err(|error: std::num::ParseIntError| decode(error.into()))?;
+    Ok(Migration::applied(row.try_get(0)?, row.try_get(1)?, applied_on, checksum))
+}

@@ -1,0 +1,155 @@
+//! Logs, traces and metrics of a process.
+//!
+//! Trace ids exist whether or not traces are sent anywhere: every request and message gets one, [`crate::trace`] carries
+//! it from HTTP through the outbox and Kafka to the consumer, and every log line has it. Spans are
+//! exported by OTLP only when `OTEL_EXPORTER_OTLP_ENDPOINT` is set; what cannot be delivered is dropped, never waited
+//! for.
+
+use super::{config::ConfigErrors, log_line::JsonLines};
+use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
+use opentelemetry::{KeyValue, trace::TracerProvider};
+use opentelemetry_otlp::WithExportConfig;
+use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
+use std::{io, sync::OnceLock, time::Duration};
+use tracing_subscriber::{EnvFilter, Layer, Registry, layer::SubscriberExt, util::SubscriberInitExt};
+
+/// librdkafka logs each failed reconnect as an error; whoever uses it here says once that Kafka is away. SQL notices
+/// are PostgreSQL's chatter.
+const DEFAULT_FILTER: &str = "info,librdkafka=off,rdkafka=off,sqlx::postgres::notice=warn,refinery_core=warn";
+
+/// Seconds; from half a millisecond (one transaction) to half a minute (a step's deadline).
+const LATENCY_BUCKETS: [f64; 16] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0];
+
+/// How long the end of a process waits for its last spans to be sent.
+const EXPORT_GRACE: Duration = Duration::from_secs(2);
+
+/// A valid [`super::TelemetryArgs`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TelemetrySettings {
+    filter: String,
+    format: Format,
+    otlp_endpoint: Option<String>,
+}
+
+impl Default for TelemetrySettings {
+    fn default() -> Self {
+        Self { filter: DEFAULT_FILTER.into(), format: Format::Json, otlp_endpoint: None }
+    }
+}
+
+/// For whom the logs are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Json,
+    Text,
+}
+
+impl TelemetrySettings {
+    pub(super) fn read(
+        filter: Option<&str>,
+        format: Option<&str>,
+        endpoint: Option<&str>,
+        errors: &mut ConfigErrors,
+    ) -> Option<Self> {
+        let filter = filter.unwrap_or(DEFAULT_FILTER);
+        let filter = match EnvFilter::try_new(filter) {
+            Ok(_) => Some(filter.to_owned()),
+            Err(error) => errors.add("RUST_LOG", format!("cannot be read ({error})"), "for example `info,sqlx=debug`"),
+        };
+        let format = match format {
+            None | Some("json") => Some(Format::Json),
+            Some("text") => Some(Format::Text),
+            Some(other) => errors.add("LOG_FORMAT", format!("is {other:?}"), "set it to `json` or `text`"),
+        };
+        let valid =
+            |url: &str| url.parse::<http::Uri>().is_ok_and(|uri| uri.scheme().is_some() && uri.host().is_some());
+        let otlp_endpoint = match endpoint {
+            Some(url) if !valid(url) => errors.add(
+                "OTEL_EXPORTER_OTLP_ENDPOINT",
+                format!("is {url:?}"),
+                "set it to a URL such as http://collector:4318, or leave it out to send no traces",
+            ),
+            other => Some(other.map(str::to_owned)),
+        };
+        Some(Self { filter: filter?, format: format?, otlp_endpoint: otlp_endpoint? })
+    }
+}
+
+/// Keeps telemetry going; when dropped, the last spans are sent.
+#[derive(Debug)]
+pub struct TelemetryGuard {
+    provider: SdkTracerProvider,
+    metrics: PrometheusHandle,
+}
+
+impl TelemetryGuard {
+    /// What `/metrics` renders.
+    #[must_use]
+    pub fn metrics(&self) -> PrometheusHandle {
+        self.metrics.clone()
+    }
+}
+
+impl Drop for TelemetryGuard {
+    fn drop(&mut self) {
+        // Without an exporter there is nothing to lose, and with one nobody is left to tell.
+        let _ = self.provider.shutdown_with_timeout(EXPORT_GRACE);
+    }
+}
+
+/// Telemetry that could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The OTLP exporter.
+    #[error("the trace exporter cannot be built: {0}")]
+    Exporter(#[from] opentelemetry_otlp::ExporterBuildError),
+    /// The metrics recorder.
+    #[error("the metrics recorder cannot be installed: {0}")]
+    Metrics(#[from] BuildError),
+    /// Another subscriber is installed already.
+    #[error("logging was set up twice: {0}")]
+    Twice(#[from] tracing_subscriber::util::TryInitError),
+}
+
+/// Sets up logs, traces and metrics for the process named `service`. Call it once, first.
+pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<TelemetryGuard, TelemetryError> {
+    let resource = Resource::builder().with_attribute(KeyValue::new("service.name", service)).build();
+    let mut provider = SdkTracerProvider::builder().with_resource(resource);
+    if let Some(endpoint) = &settings.otlp_endpoint {
+        let endpoint = format!("{}/v1/traces", endpoint.trim_end_matches('/'));
+        provider = provider.with_batch_exporter(
+            opentelemetry_otlp::SpanExporter::builder().with_http().with_endpoint(endpoint).build()?,
+        );
+    }
+    let provider = provider.build();
+
+    let lines: Box<dyn Layer<_> + Send + Sync> = match settings.format {
+        Format::Json => JsonLines::new(service, io::stdout).boxed(),
+        Format::Text => tracing_subscriber::fmt::layer().with_target(false).boxed(),
+    };
+    // The filter was valid when the settings were read.
+    let filter = EnvFilter::try_new(&settings.filter).unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
+    Registry::default()
+        .with(filter)
+        .with(tracing_opentelemetry::layer().with_tracer(provider.tracer(service)))
+        .with(lines)
+        .try_init()?;
+    Ok(TelemetryGuard { provider, metrics: metrics()? })
+}
+
+/// The process's metrics recorder, installed at the first call. Histograms have buckets, so that they can be added up
+/// over replicas.
+pub fn metrics() -> Result<PrometheusHandle, BuildError> {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    if let Some(handle) = HANDLE.get() {
+        return Ok(handle.clone());
+    }
+    let installed = PrometheusBuilder::new().set_buckets(&LATENCY_BUCKETS)?.install_recorder();
+    match (installed, HANDLE.get()) {
+        (Ok(handle), _) => Ok(HANDLE.get_or_init(|| handle).clone()),
+        // Somebody else was faster.
+        (Err(_), Some(handle)) => Ok(handle.clone()),
+        (Err(error), None) => Err(error),
+    }
+}

@@ -1,0 +1,221 @@
+//! Creates declared topics; reports what is not as declared, and never changes it.
+//!
+//! Whoever owns a topic creates it at start. Several may try at once, or after one another: a topic that is there
+//! already is what was wanted. A process that dies here has created some; the next start creates the rest.
+
+use super::config::KafkaSettings;
+use crate::{
+    retry::Backoff,
+    topic::{Cleanup, Topic},
+};
+use rdkafka::{
+    ClientConfig,
+    admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
+    client::DefaultClientContext,
+    config::RDKafkaLogLevel,
+    error::{KafkaError, RDKafkaErrorCode},
+};
+use std::{sync::Arc, time::Duration};
+
+/// How long one request to Kafka may take before it is asked again.
+const REQUEST: Duration = Duration::from_secs(10);
+/// How long to wait between attempts while Kafka is away.
+const WAIT: Backoff = Backoff::doubling(Duration::from_millis(200), Duration::from_secs(2));
+
+/// What [`ensure`] found and did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Topics that were created.
+    pub created: Vec<String>,
+    /// Topics that are not as declared: left alone.
+    pub mismatches: Vec<Mismatch>,
+}
+
+/// A topic that is not as declared.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mismatch {
+    /// Which.
+    pub topic: String,
+    /// What: `partitions`, `cleanup.policy` or `retention.ms`.
+    pub setting: &'static str,
+    /// What the declaration says.
+    pub declared: String,
+    /// What Kafka says.
+    pub actual: String,
+}
+
+/// Topics that were not created.
+#[derive(Debug, thiserror::Error)]
+pub enum TopicError {
+    /// Kafka refused one; waiting will not change it.
+    #[error("topic `{topic}` cannot be created: {code}")]
+    Refused {
+        /// Which.
+        topic: String,
+        /// Why.
+        code: RDKafkaErrorCode,
+    },
+    /// The client itself.
+    #[error(transparent)]
+    Kafka(#[from] KafkaError),
+}
+
+/// Makes sure that every topic of `declared` exists. Waits for Kafka, and says so once; warns of each mismatch.
+pub async fn ensure(settings: &KafkaSettings, declared: &[Topic]) -> Result<Report, TopicError> {
+    let admin: Arc<AdminClient<DefaultClientContext>> = Arc::new(client(settings).create()?);
+    let mut delays = WAIT.delays();
+    let mut said = false;
+    loop {
+        match attempt(&admin, settings, declared).await {
+            Ok(report) => {
+                if said {
+                    tracing::info!("Kafka is there");
+                }
+                for Mismatch { topic, setting, declared, actual } in &report.mismatches {
+                    tracing::warn!(topic, setting, declared, actual, "a topic is not as declared; it is left alone");
+                }
+                return Ok(report);
+            }
+            Err(TopicError::Kafka(error)) => {
+                if !said {
+                    said = true;
+                    tracing::warn!(brokers = settings.brokers, %error, "waiting for Kafka");
+                }
+                tokio::time::sleep(delays.next().unwrap_or(WAIT.max)).await;
+            }
+            Err(refused) => return Err(refused),
+        }
+    }
+}
+
+/// A quiet client: whoever uses it says what went wrong, once.
+pub(super) fn client(settings: &KafkaSettings) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", &settings.brokers).set("log.connection.close", "false");
+    config.set_log_level(RDKafkaLogLevel::Emerg);
+    config
+}
+
+async fn attempt(
+    admin: &Arc<AdminClient<DefaultClientContext>>,
+    settings: &KafkaSettings,
+    declared: &[Topic],
+) -> Result<Report, TopicError> {
+    let existing = partitions(admin).await?;
+    let partitions_of = |topic: &Topic| existing.iter().find(|(name, _)| name == topic.name).map(|(_, count)| *count);
+    let (present, missing): (Vec<_>, Vec<_>) = declared.iter().partition(|topic| partitions_of(topic).is_some());
+
+    let created = create(admin, settings, &missing).await?;
+    let mut mismatches = Vec::new();
+    for topic in &present {
+        let actual = partitions_of(topic).unwrap_or_default();
+        if actual != topic.partitions {
+            mismatches.push(mismatch(topic, "partitions", &topic.partitions.to_string(), &actual.to_string()));
+        }
+    }
+    mismatches.extend(compare_configs(admin, &present).await?);
+    Ok(Report { created, mismatches })
+}
+
+/// Every topic with its number of partitions.
+async fn partitions(admin: &Arc<AdminClient<DefaultClientContext>>) -> Result<Vec<(String, i32)>, KafkaError> {
+    let admin = Arc::clone(admin);
+    // librdkafka's metadata call blocks its thread.
+    let fetch = tokio::task::spawn_blocking(move || admin.inner().fetch_metadata(None, REQUEST));
+    let metadata = fetch.await.map_err(|_| KafkaError::Canceled)??;
+    let count = |partitions: usize| i32::try_from(partitions).unwrap_or(i32::MAX);
+    Ok(metadata.topics().iter().map(|topic| (topic.name().to_owned(), count(topic.partitions().len()))).collect())
+}
+
+async fn create(
+    admin: &AdminClient<DefaultClientContext>,
+    settings: &KafkaSettings,
+    missing: &[&Topic],
+) -> Result<Vec<String>, TopicError> {
+    if missing.is_empty() {
+        return Ok(Vec::new());
+    }
+    let retentions: Vec<String> = missing.iter().map(|topic| retention(topic)).collect();
+    let new: Vec<NewTopic<'_>> = missing
+        .iter()
+        .zip(&retentions)
+        .map(|(topic, retention)| {
+            NewTopic::new(topic.name, topic.partitions, TopicReplication::Fixed(settings.replication_factor))
+                .set("cleanup.policy", policy(topic))
+                .set("retention.ms", retention)
+        })
+        .collect();
+    let options = AdminOptions::new().request_timeout(Some(REQUEST)).operation_timeout(Some(REQUEST));
+    let mut created = Vec::new();
+    for result in admin.create_topics(&new, &options).await? {
+        match result {
+            Ok(topic) => {
+                tracing::info!(topic, "topic created");
+                created.push(topic);
+            }
+            // Another process was faster.
+            Err((_, RDKafkaErrorCode::TopicAlreadyExists)) => {}
+            Err((topic, code)) if waits(code) => {
+                tracing::debug!(topic, %code, "not yet");
+                return Err(KafkaError::AdminOp(code).into());
+            }
+            Err((topic, code)) => return Err(TopicError::Refused { topic, code }),
+        }
+    }
+    Ok(created)
+}
+
+/// Whether Kafka may say something else in a moment: it is starting, or has fewer brokers than copies for now.
+fn waits(code: RDKafkaErrorCode) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(
+        code,
+        Code::RequestTimedOut
+            | Code::BrokerTransportFailure
+            | Code::AllBrokersDown
+            | Code::NotController
+            | Code::BrokerNotAvailable
+            | Code::LeaderNotAvailable
+            | Code::InvalidReplicationFactor
+            | Code::OperationTimedOut
+    )
+}
+
+async fn compare_configs(
+    admin: &AdminClient<DefaultClientContext>,
+    present: &[&Topic],
+) -> Result<Vec<Mismatch>, KafkaError> {
+    if present.is_empty() {
+        return Ok(Vec::new());
+    }
+    let resources: Vec<_> = present.iter().map(|topic| ResourceSpecifier::Topic(topic.name)).collect();
+    let options = AdminOptions::new().request_timeout(Some(REQUEST));
+    let described = admin.describe_configs(&resources, &options).await?;
+    let mut mismatches = Vec::new();
+    for (topic, config) in present.iter().zip(described) {
+        // Not allowed to read it: then there is nothing to compare.
+        let Ok(config) = config else { continue };
+        for (setting, declared) in [("cleanup.policy", policy(topic).to_owned()), ("retention.ms", retention(topic))] {
+            let actual = config.get(setting).and_then(|entry| entry.value.clone()).unwrap_or_default();
+            if actual != declared {
+                mismatches.push(mismatch(topic, setting, &declared, &actual));
+            }
+        }
+    }
+    Ok(mismatches)
+}
+
+fn mismatch(topic: &Topic, setting: &'static str, declared: &str, actual: &str) -> Mismatch {
+    Mismatch { topic: topic.name.into(), setting, declared: declared.into(), actual: actual.into() }
+}
+
+fn policy(topic: &Topic) -> &'static str {
+    match topic.cleanup {
+        Cleanup::Delete => "delete",
+        Cleanup::Compact => "compact",
+    }
+}
+
+fn retention(topic: &Topic) -> String {
+    topic.retention.map_or_else(|| "-1".to_owned(), |retention| retention.as_millis().to_string())
+}
