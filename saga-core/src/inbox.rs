@@ -1,1 +1,191 @@
 //! Which messages of a batch are new.
+//!
+//! A row is written in the transaction that handles the message: a message whose row is there is done, one whose row is
+//! not there left nothing behind, whenever the process died. Two that handle one message at once meet at the row's key,
+//! and the second waits for the first to commit or roll back.
+
+use crate::{id::MessageId, outbox::Tx};
+use sqlx::{PgExecutor, PgPool, Row};
+use std::time::Duration;
+use time::OffsetDateTime;
+
+/// How far ahead of our clock the birth of a message may lie; more is a broken clock, or an id that is no UUIDv7 of an
+/// honest maker. Well below what partitions are made ahead for (14 days).
+pub const FUTURE_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// Whether a message may be handled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delivery {
+    /// Not seen before; its row is written.
+    Fresh,
+    /// Handled before.
+    Duplicate,
+    /// Something of its key is parked, or it is parked itself: it waits behind.
+    Held,
+}
+
+/// What the inbox needs to know of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrival<'a> {
+    /// `ce_source`.
+    pub source: &'a str,
+    /// `ce_id`.
+    pub id: MessageId,
+    /// A hash of the record's key; `None` for a record without one.
+    pub lane: Option<i64>,
+}
+
+/// Where messages arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place<'a> {
+    /// The consumer group.
+    pub consumer: &'a str,
+    /// Topic.
+    pub topic: &'a str,
+    /// Partition.
+    pub partition: i32,
+}
+
+/// Why an id cannot be in the inbox: nobody could tell whether the message was handled before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Inadmissible {
+    /// It does not tell its age.
+    #[error("the message id is not a UUIDv7")]
+    NotV7,
+    /// Older than the inbox remembers.
+    #[error("the message is older than the inbox's horizon")]
+    TooOld,
+    /// Its maker's clock is wrong.
+    #[error("the message's id is more than a day ahead of the clock")]
+    FromTheFuture,
+}
+
+/// Whether the inbox can remember `id`.
+///
+/// # Errors
+/// When it cannot; such a message is dead-lettered, never handled.
+pub fn admissible(id: MessageId, horizon: Duration, now: OffsetDateTime) -> Result<(), Inadmissible> {
+    let born = match id.0.get_timestamp() {
+        Some(timestamp) if id.0.get_version_num() == 7 => timestamp.to_unix().0,
+        _ => return Err(Inadmissible::NotV7),
+    };
+    let now = u64::try_from(now.unix_timestamp()).unwrap_or(0);
+    if born < now.saturating_sub(horizon.as_secs()) {
+        Err(Inadmissible::TooOld)
+    } else if born > now.saturating_add(FUTURE_MAX.as_secs()) {
+        Err(Inadmissible::FromTheFuture)
+    } else {
+        Ok(())
+    }
+}
+
+/// Writes the rows of what is new in `arrivals` and says of each what it is: one statement, rows in the order of ids.
+/// Of two arrivals with one id the first is fresh. What is held gets no row.
+///
+/// # Errors
+/// When the database says no.
+pub async fn receive_in(
+    tx: &mut Tx<'_>,
+    place: Place<'_>,
+    arrivals: &[Arrival<'_>],
+) -> Result<Vec<Delivery>, sqlx::Error> {
+    let rows = sqlx::query(
+        "with arrival as materialized (
+             select source, message_id, lane, n
+               from unnest($4::text[], $5::uuid[], $6::bigint[]) with ordinality as a (source, message_id, lane, n)
+         ), held as materialized (
+             select a.n
+               from arrival a
+              where exists (select from inbox_parked p
+                             where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.lane = a.lane)
+                 or exists (select from inbox_parked p
+                             where p.consumer = $1 and p.source = a.source and p.message_id = a.message_id)
+         ), fresh as (
+             insert into inbox (consumer, source, message_id)
+             select $1, source, message_id
+               from arrival
+              where n not in (select n from held)
+              order by message_id, source
+                 on conflict do nothing
+             returning source, message_id
+         )
+         select a.n, h.n is not null as held
+           from arrival a
+           left join held h using (n)
+           left join fresh f using (source, message_id)
+          where h.n is not null or f.message_id is not null
+          order by a.n",
+    )
+    .bind(place.consumer)
+    .bind(place.topic)
+    .bind(place.partition)
+    .bind(arrivals.iter().map(|arrival| arrival.source).collect::<Vec<_>>())
+    .bind(arrivals.iter().map(|arrival| arrival.id.0).collect::<Vec<_>>())
+    .bind(arrivals.iter().map(|arrival| arrival.lane).collect::<Vec<_>>())
+    .fetch_all(&mut **tx)
+    .await?;
+    let mut deliveries = vec![Delivery::Duplicate; arrivals.len()];
+    let mut written = std::collections::HashSet::with_capacity(rows.len());
+    for row in rows {
+        let n = usize::try_from(row.try_get::<i64, _>("n")?).unwrap_or_default() - 1;
+        if row.try_get("held")? {
+            deliveries[n] = Delivery::Held;
+        } else if written.insert((arrivals[n].source, arrivals[n].id)) {
+            deliveries[n] = Delivery::Fresh;
+        }
+    }
+    Ok(deliveries)
+}
+
+/// Which of `arrivals` are in the inbox, without writing anything.
+#[allow(dead_code, reason = "the consumer runtime asks")]
+pub(crate) async fn known(
+    connection: impl PgExecutor<'_>,
+    consumer: &str,
+    arrivals: &[Arrival<'_>],
+) -> Result<Vec<bool>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select exists (select from inbox i
+                         where i.consumer = $1 and i.source = a.source and i.message_id = a.message_id)
+           from unnest($2::text[], $3::uuid[]) with ordinality as a (source, message_id, n)
+          order by n",
+    )
+    .bind(consumer)
+    .bind(arrivals.iter().map(|arrival| arrival.source).collect::<Vec<_>>())
+    .bind(arrivals.iter().map(|arrival| arrival.id.0).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await
+}
+
+/// Makes the partitions that messages of the next two weeks, and of the past as far as `horizon`, belong to; says how
+/// many were missing. To be called at start and now and then. (Forgetting what is older than the horizon, by dropping
+/// whole partitions, belongs beside it.)
+///
+/// # Errors
+/// When the database says no.
+pub async fn add_partitions(pool: &PgPool, horizon: Duration) -> Result<i32, sqlx::Error> {
+    sqlx::query_scalar("select inbox_add_partitions(make_interval(secs => $1))")
+        .bind(horizon.as_secs_f64())
+        .fetch_one(pool)
+        .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::{NoContext, Timestamp, Uuid};
+
+    #[test]
+    fn a_message_is_admissible_while_the_inbox_remembers_its_age() {
+        let horizon = Duration::from_secs(100);
+        let now = OffsetDateTime::from_unix_timestamp(1_800_000_000).unwrap();
+        let born = |seconds: u64| MessageId(Uuid::new_v7(Timestamp::from_unix(NoContext, 1_800_000_000 + seconds, 0)));
+        let old = MessageId(Uuid::new_v7(Timestamp::from_unix(NoContext, 1_800_000_000 - 101, 0)));
+        assert_eq!(admissible(born(0), horizon, now), Ok(()));
+        assert_eq!(admissible(born(24 * 3600), horizon, now), Ok(()));
+        assert_eq!(admissible(born(24 * 3600 + 1), horizon, now), Err(Inadmissible::FromTheFuture));
+        assert_eq!(admissible(old, horizon, now), Err(Inadmissible::TooOld));
+        assert_eq!(admissible(MessageId(Uuid::new_v4()), horizon, now), Err(Inadmissible::NotV7));
+        assert_eq!(admissible(MessageId(Uuid::nil()), horizon, now), Err(Inadmissible::NotV7));
+    }
+}
