@@ -8,8 +8,12 @@
 //! | [`live`] | who waits for an order, told of its changes |
 //! | [`migrations`] | the schema, embedded |
 
+pub mod api;
 pub mod catalogue;
 pub mod domain;
+pub mod effects;
 pub mod live;
 pub mod migrations;
+pub mod order_saga;
+pub mod orders;
 pub mod store;

@@ -1,11 +1,17 @@
-//! The schema of this service's own tables, embedded in the binary.
+//! The schema of the orders' database, embedded in the binary.
+
+use saga_core::service::{Migrations, messaging_migrations, saga_migrations};
 
 mod embedded {
-    #![allow(missing_docs, unreachable_pub, clippy::all)]
     refinery::embed_migrations!("../migrations/order");
 }
 
+/// Everything that the orders' database needs, in the order in which it is run.
+pub fn all() -> [Migrations; 3] {
+    [messaging_migrations(), saga_migrations(), own()]
+}
+
 /// Runs migrations/order.
-pub fn runner() -> refinery::Runner {
-    embedded::migrations::runner()
+pub fn own() -> Migrations {
+    Migrations { owner: "order", runner: embedded::migrations::runner() }
 }

@@ -4,7 +4,7 @@
 //! function that writes says so with `_in`. Each locks the order's row before it appends to the outbox, so the events of
 //! one order leave in the order of its history. When the process dies here, the transaction never happened.
 
-use crate::domain::{Change, NotAllowed, Order, OrderStatus, PlaceOrder, PricedLine, StatusName};
+use crate::domain::{Change, CustomerId, NotAllowed, Order, OrderStatus, PlaceOrder, PricedLine, StatusName};
 use contracts::{
     OrderId,
     money::Money,
@@ -13,7 +13,7 @@ use contracts::{
 };
 use saga_core::outbox::{self, NewMessage, Tx};
 use sqlx::{PgExecutor, Row, postgres::PgRow};
-use std::str::FromStr;
+use std::{collections::HashMap, str::FromStr};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -43,7 +43,7 @@ pub enum StoreError {
 }
 
 /// One row of an order's history.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HistoryEntry {
     /// 1 when placed, one more with each change.
     pub sequence: i64,
@@ -57,7 +57,7 @@ pub struct HistoryEntry {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
     /// Only this customer's.
-    pub customer: Option<String>,
+    pub customer: Option<CustomerId>,
     /// Only those that stand here.
     pub status: Option<StatusName>,
 }
@@ -91,53 +91,74 @@ pub async fn insert_in(tx: &mut Tx<'_>, order: &PlaceOrder) -> Result<(), StoreE
     Ok(outbox::append_in(tx, &[event]).await?)
 }
 
-/// Moves an order along the graph: its row, its history, and the event where the world is told of the change.
-pub async fn change_in(
-    tx: &mut Tx<'_>,
-    order: OrderId,
-    change: Change,
-    now: OffsetDateTime,
-) -> Result<OrderStatus, StoreError> {
-    let current = status_for_update_in(tx, order).await?;
-    let next = current.transition(change, now).map_err(|source| StoreError::NotAllowed { order, source })?;
+/// Moves orders along the graph: their rows, their histories, and the events where the world is told of the change. Four
+/// statements, whatever the number of orders; each order stands in `changes` once. Nothing is written when one of them
+/// is refused.
+pub async fn change_in(tx: &mut Tx<'_>, changes: &[(OrderId, Change)], now: OffsetDateTime) -> Result<(), StoreError> {
+    let current = statuses_for_update_in(tx, changes.iter().map(|(order, _)| order.0).collect()).await?;
+    let mut moves = Vec::with_capacity(changes.len());
+    let mut events = Vec::with_capacity(changes.len());
+    for &(order, change) in changes {
+        let from = *current.get(&order).ok_or(StoreError::Unknown(order))?;
+        let to = from.transition(change, now).map_err(|source| StoreError::NotAllowed { order, source })?;
+        events.extend(event_of(order, to)?);
+        moves.push((order, from, to));
+    }
     sqlx::query(
         "with changed as (
-            update orders
-            set    status = $3, reason = $4, closed_at = $5, version = version + 1
-            where  id = $1 and status = $2
-            returning version
+            update orders o
+            set    status = move.status, reason = move.reason, closed_at = move.closed_at, version = o.version + 1
+            from   unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::timestamptz[])
+                       as move (id, previous, status, reason, closed_at)
+            where  o.id = move.id and o.status = move.previous
+            returning o.id, o.version, move.previous, o.status, o.reason
          )
          insert into order_status_history (order_id, sequence, previous, status, reason, at)
-         select $1, version, $2, $3, $4, $6 from changed",
+         select id, version, previous, status, reason, $6 from changed",
     )
-    .bind(order.0)
-    .bind(current.name().as_str())
-    .bind(next.name().as_str())
-    .bind(next.reason().map(|reason| reason.as_str()))
-    .bind(next.closed_at())
+    .bind(moves.iter().map(|(order, _, _)| order.0).collect::<Vec<_>>())
+    .bind(moves.iter().map(|(_, from, _)| from.name().as_str()).collect::<Vec<_>>())
+    .bind(moves.iter().map(|(_, _, to)| to.name().as_str()).collect::<Vec<_>>())
+    .bind(moves.iter().map(|(_, _, to)| to.reason().map(|reason| reason.as_str())).collect::<Vec<_>>())
+    .bind(moves.iter().map(|(_, _, to)| to.closed_at()).collect::<Vec<_>>())
     .bind(now)
     .execute(&mut **tx)
     .await?;
-    let event = match next {
-        OrderStatus::Confirmed { .. } => Some(message(order, OrderConfirmed::TYPE, &OrderConfirmed { order })?),
-        OrderStatus::Cancelled { reason, .. } => {
-            let cancelled = OrderCancelled { order, reason: reason.to_string() };
-            Some(message(order, OrderCancelled::TYPE, &cancelled)?)
-        }
-        OrderStatus::Pending | OrderStatus::Cancelling { .. } => None,
-    };
-    outbox::append_in(tx, event.as_slice()).await?;
-    Ok(next)
+    Ok(outbox::append_in(tx, &events).await?)
 }
 
 /// Locks an order's row to the end of the transaction and says where the order stands.
 pub async fn status_for_update_in(tx: &mut Tx<'_>, order: OrderId) -> Result<OrderStatus, StoreError> {
-    let row = sqlx::query("select status, reason, closed_at from orders where id = $1 for update")
-        .bind(order.0)
-        .fetch_optional(&mut **tx)
+    statuses_for_update_in(tx, vec![order.0]).await?.remove(&order).ok_or(StoreError::Unknown(order))
+}
+
+async fn statuses_for_update_in(
+    tx: &mut Tx<'_>,
+    orders: Vec<Uuid>,
+) -> Result<HashMap<OrderId, OrderStatus>, sqlx::Error> {
+    // `order by` is the order in which rows are locked, here as everywhere: by id.
+    sqlx::query("select id, status, reason, closed_at from orders where id = any($1) order by id for update")
+        .bind(orders)
+        .fetch_all(&mut **tx)
         .await?
-        .ok_or(StoreError::Unknown(order))?;
-    Ok(assemble(&row, parsed(&row, "status")?, row.try_get("closed_at")?)?)
+        .iter()
+        .map(|row| {
+            let status = assemble(row, parsed(row, "status")?, row.try_get("closed_at")?)?;
+            Ok((OrderId(row.try_get("id")?), status))
+        })
+        .collect()
+}
+
+fn event_of(order: OrderId, status: OrderStatus) -> Result<Option<NewMessage>, serde_json::Error> {
+    match status {
+        OrderStatus::Confirmed { .. } => message(order, OrderConfirmed::TYPE, &OrderConfirmed { order }).map(Some),
+        OrderStatus::Cancelled { reason, .. } => {
+            let cancelled = OrderCancelled { order, reason: reason.to_string() };
+            message(order, OrderCancelled::TYPE, &cancelled).map(Some)
+        }
+        // A promise between the customer and this service; other services learn of the outcome.
+        OrderStatus::Pending | OrderStatus::Cancelling { .. } => Ok(None),
+    }
 }
 
 /// The columns that [`to_order`] reads; `tail` says which orders.
@@ -186,7 +207,8 @@ pub async fn list(
         )),
     };
     let query = query.bind(before).bind(limit);
-    let query = filter.customer.iter().map(String::as_str).chain(status).fold(query, |query, value| query.bind(value));
+    let query =
+        filter.customer.iter().map(CustomerId::as_str).chain(status).fold(query, |query, value| query.bind(value));
     query.fetch_all(db).await?.iter().map(to_order).collect()
 }
 

@@ -1,13 +1,13 @@
 //! The database refuses what the code must never write, by constraints with names.
 
 use order_svc::domain::{CancelReason, OrderStatus, StatusName};
-use saga_core::testkit::{Migrations, TestDatabase};
+use saga_core::testkit::TestDatabase;
 use sqlx::{AssertSqlSafe, PgPool};
 use std::collections::BTreeSet;
 use uuid::Uuid;
 
 async fn database() -> TestDatabase {
-    TestDatabase::new(&[Migrations { owner: "order", runner: order_svc::migrations::runner() }]).await
+    TestDatabase::new(&[order_svc::migrations::own()]).await
 }
 
 /// Runs `sql` and says which constraint refused it.
@@ -25,7 +25,7 @@ fn order(id: Uuid, columns: &str, values: &str) -> String {
 
 #[tokio::test]
 async fn every_migration_file_is_embedded() {
-    let embedded = order_svc::migrations::runner().get_migrations().len();
+    let embedded = order_svc::migrations::own().count();
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../migrations/order");
     assert_eq!(std::fs::read_dir(folder).unwrap().count(), embedded);
 }

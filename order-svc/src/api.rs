@@ -1,0 +1,117 @@
+//! The HTTP API: routes, the state they share, and how errors become problems.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`place`] | `POST /v1/orders` |
+//! | [`read`] | `GET /v1/orders/{id}`, `GET /v1/orders` |
+//! | [`cancel`] | `POST /v1/orders/{id}/cancel` |
+//! | [`events`] | `GET /v1/orders/{id}/events`: server-sent events |
+//! | [`prefer`] | `Prefer: wait=N` |
+//! | [`view`] | what an order looks like from outside |
+//!
+//! Handlers are thin: they turn a request into a question to [`Orders`] and the answer into a response. Whatever writes
+//! runs detached from the connection ([`saga_core::http::api`]), so a client that hangs up cancels nothing.
+
+pub mod cancel;
+pub mod events;
+pub mod place;
+pub mod prefer;
+pub mod read;
+pub mod view;
+
+use crate::{
+    domain::{BadField, Order},
+    orders::{CancelOrderError, Orders, PlaceError},
+    store::StoreError,
+};
+use axum::Router;
+use http::HeaderValue;
+use saga_core::{
+    http::{Api, FieldError, Limits, Problem},
+    outbox::AppendError,
+    saga::{CancelError, StartError},
+};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use utoipa::OpenApi;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_swagger_ui::SwaggerUi;
+
+/// What handlers share.
+#[derive(Clone)]
+pub struct ApiState {
+    /// What they ask.
+    pub orders: Orders,
+    /// Ends streams and waits when the process stops: an open stream would keep it from stopping.
+    pub shutdown: CancellationToken,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Orders",
+        description = "Place, follow and cancel orders. Each order is carried through by a saga that holds the money, puts the \
+                       stock aside, takes the money, and undoes what was done when one of these is refused."
+    ),
+    tags((name = "orders", description = "Orders and what becomes of them"))
+)]
+struct Document;
+
+/// How long a request may take: as long as it may ask to wait, and time to answer.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(prefer::LONGEST_WAIT.as_secs() + 10);
+
+/// The API with everything around it, its description at `/openapi.json` and a page to try it at `/docs`.
+pub fn api(state: ApiState) -> Api {
+    let (router, document) = documented().split_for_parts();
+    let router: Router = router.with_state(state).merge(SwaggerUi::new("/docs").url("/openapi.json", document));
+    Api::with_limits(router, Limits { timeout: REQUEST_TIMEOUT, ..Limits::default() })
+}
+
+/// The API's description, generated from its handlers.
+pub fn document() -> utoipa::openapi::OpenApi {
+    documented().split_for_parts().1
+}
+
+fn documented() -> OpenApiRouter<ApiState> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(place::place_order, read::list_orders))
+        .routes(routes!(read::get_order))
+        .routes(routes!(cancel::cancel_order))
+        .routes(routes!(events::order_events))
+}
+
+/// An order's version as a strong entity tag.
+fn etag(order: &Order) -> String {
+    format!("\"{}\"", order.version)
+}
+
+fn etag_header(order: &Order) -> HeaderValue {
+    HeaderValue::from_str(&etag(order)).unwrap_or(HeaderValue::from_static("\"\""))
+}
+
+fn refused(bad: Vec<BadField>) -> Problem {
+    Problem::validation(bad.into_iter().map(|bad| FieldError::new(bad.field, bad.fault.to_string())).collect())
+}
+
+impl From<PlaceError> for Problem {
+    fn from(error: PlaceError) -> Self {
+        match error {
+            PlaceError::Refused(bad) => refused(bad),
+            PlaceError::Database(error) | PlaceError::Start(StartError::Database(error)) => error.into(),
+            PlaceError::Start(StartError::Local(error)) => Self::internal(error.as_ref()),
+            PlaceError::Start(error) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<CancelOrderError> for Problem {
+    fn from(error: CancelOrderError) -> Self {
+        match error {
+            CancelOrderError::Saga(CancelError::Database(error))
+            | CancelOrderError::Store(StoreError::Database(error) | StoreError::Append(AppendError::Database(error))) => {
+                error.into()
+            }
+            error => Self::internal(&error),
+        }
+    }
+}

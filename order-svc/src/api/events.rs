@@ -1,0 +1,142 @@
+//! `GET /v1/orders/{id}/events`: an order's way as server-sent events.
+//!
+//! An event's id is its sequence in the order's history, so a client that lost its connection sends the last one it saw
+//! and gets the rest from the database, whichever replica it asks; nothing is kept per client. A stream ends after a
+//! terminal status, and when the process stops; a client that comes back after the end gets 204, which tells an
+//! `EventSource` to stay away.
+
+use super::{ApiState, read::no_such_order, view::StatusView};
+use crate::store::{self, HistoryEntry};
+use axum::{
+    extract::State,
+    response::{
+        IntoResponse, Response,
+        sse::{Event, KeepAlive, Sse},
+    },
+};
+use contracts::OrderId;
+use futures::{Stream, stream};
+use http::{HeaderMap, StatusCode};
+use saga_core::http::{Path, Problem};
+use sqlx::PgPool;
+use std::{collections::VecDeque, convert::Infallible, time::Duration};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// Proxies close connections that say nothing for a minute or so.
+const HEARTBEAT: Duration = Duration::from_secs(15);
+/// How soon a client that lost its connection comes back.
+const RECONNECT: Duration = Duration::from_secs(1);
+
+/// Follow an order
+///
+/// Server-sent events of type `status`, one for each status that the order reached, the past ones first. The event's id
+/// is the status's sequence: send the last one seen as `Last-Event-ID` to get what came after. The stream ends with the
+/// order's end; then, 204.
+#[utoipa::path(
+    get,
+    path = "/v1/orders/{id}/events",
+    tag = "orders",
+    operation_id = "followOrder",
+    params(
+        ("id" = Uuid, Path, description = "The order's id"),
+        ("Last-Event-ID" = Option<i64>, Header, description = "The id of the last event seen"),
+    ),
+    responses(
+        (status = 200, description = "Events whose data is a status", body = StatusView, content_type = "text/event-stream"),
+        (status = 204, description = "The order has come to its end, and the client has seen it"),
+        (status = 400, description = "The id, or Last-Event-ID, is not one", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "There is no such order", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "Too many orders are followed at the moment", body = Problem, content_type = "application/problem+json"),
+    ),
+)]
+pub async fn order_events(
+    State(state): State<ApiState>,
+    Path(id): Path<Uuid>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let order = store::find(&state.orders.pool, OrderId(id)).await?.ok_or_else(|| no_such_order(id))?;
+    let seen = last_event_id(&headers, order.version)?;
+    if order.status.name().is_terminal() && seen == order.version {
+        return Ok(StatusCode::NO_CONTENT.into_response());
+    }
+    let versions = state.orders.live.watch(order.id, order.version).map_err(|error| {
+        tracing::warn!(%error, "a client was turned away");
+        Problem::unavailable()
+    })?;
+    let follower = Follower {
+        pool: state.orders.pool.clone(),
+        order: order.id,
+        seen,
+        unsent: VecDeque::new(),
+        ended: false,
+        versions,
+        shutdown: state.shutdown.clone(),
+    };
+    let heartbeat = KeepAlive::new().interval(HEARTBEAT).text("heartbeat");
+    Ok(Sse::new(follower.into_stream()).keep_alive(heartbeat).into_response())
+}
+
+fn last_event_id(headers: &HeaderMap, newest: i64) -> Result<i64, Problem> {
+    let Some(value) = headers.get("last-event-id").filter(|value| !value.is_empty()) else { return Ok(0) };
+    let id = value.to_str().ok().and_then(|text| text.parse().ok());
+    id.filter(|id| (0..=newest).contains(id)).ok_or_else(|| {
+        Problem::malformed("There is no event of this order with that id.")
+            .with_field("Last-Event-ID", "is the id of an event that this order had")
+    })
+}
+
+/// One client's place in one order's history.
+struct Follower {
+    pool: PgPool,
+    order: OrderId,
+    seen: i64,
+    unsent: VecDeque<HistoryEntry>,
+    ended: bool,
+    versions: watch::Receiver<i64>,
+    shutdown: CancellationToken,
+}
+
+impl Follower {
+    fn into_stream(self) -> impl Stream<Item = Result<Event, Infallible>> {
+        stream::unfold(self, |mut follower| async move {
+            let entry = follower.next().await?;
+            let event = follower.event(entry)?;
+            Some((Ok(event), follower))
+        })
+    }
+
+    /// The next row of the history; `None` when there will be none, or none from this process.
+    async fn next(&mut self) -> Option<HistoryEntry> {
+        loop {
+            if let Some(entry) = self.unsent.pop_front() {
+                self.seen = entry.sequence;
+                self.ended = entry.status.name().is_terminal();
+                return Some(entry);
+            }
+            if self.ended || self.shutdown.is_cancelled() {
+                return None;
+            }
+            match store::history_after(&self.pool, self.order, self.seen).await {
+                Ok(entries) => self.unsent.extend(entries),
+                // The client comes back with the last id it saw; the outage itself is told by readiness.
+                Err(error) => {
+                    tracing::debug!(order = %self.order, %error, "an event stream ends early");
+                    return None;
+                }
+            }
+            if self.unsent.is_empty() {
+                tokio::select! {
+                    changed = self.versions.changed() => changed.ok()?,
+                    () = self.shutdown.cancelled() => return None,
+                }
+            }
+        }
+    }
+
+    fn event(&self, entry: HistoryEntry) -> Option<Event> {
+        let (id, view) = (entry.sequence.to_string(), StatusView::new(self.order, entry));
+        Event::default().event("status").id(id).retry(RECONNECT).json_data(view).ok()
+    }
+}

@@ -1,0 +1,104 @@
+//! What an order looks like from outside.
+
+use crate::{
+    domain::{CancelReason, Order, PricedLine, StatusName},
+    store::HistoryEntry,
+};
+use contracts::{OrderId, money::Money};
+use serde::Serialize;
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+
+/// An order.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct OrderView {
+    /// Its id, which is also its saga's.
+    pub id: OrderId,
+    /// Whose.
+    #[schema(example = "customer-17")]
+    pub customer_id: String,
+    /// What.
+    pub items: Vec<ItemView>,
+    /// For how much.
+    pub total: Money,
+    /// Where it stands.
+    pub status: StatusName,
+    /// Why it is being or was cancelled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<CancelReason>,
+    /// When it was placed.
+    #[serde(with = "time::serde::rfc3339")]
+    pub placed_at: OffsetDateTime,
+    /// When it was confirmed or cancelled.
+    #[serde(with = "time::serde::rfc3339::option", skip_serializing_if = "Option::is_none")]
+    pub closed_at: Option<OffsetDateTime>,
+    /// 1 when placed, one more with each change of the status.
+    #[schema(example = 1)]
+    pub version: i64,
+}
+
+/// A line of an order.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct ItemView {
+    /// The product.
+    #[schema(example = "WIDGET-1")]
+    pub sku: String,
+    /// How many pieces.
+    #[schema(example = 2)]
+    pub quantity: i64,
+    /// What one piece cost when the order was placed.
+    pub unit_price: Money,
+}
+
+/// A status that an order reached: the data of a server-sent event.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+pub struct StatusView {
+    /// Which order.
+    pub order_id: OrderId,
+    /// 1 when placed, one more with each change; also the event's id.
+    #[schema(example = 2)]
+    pub sequence: i64,
+    /// Where the order stands from then on.
+    pub status: StatusName,
+    /// Why it is being or was cancelled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<CancelReason>,
+    /// Since when.
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+}
+
+impl From<Order> for OrderView {
+    fn from(order: Order) -> Self {
+        Self {
+            id: order.id,
+            customer_id: order.customer.into(),
+            items: order.lines.into_iter().map(ItemView::from).collect(),
+            total: order.total,
+            status: order.status.name(),
+            reason: order.status.reason(),
+            placed_at: order.placed_at,
+            closed_at: order.status.closed_at(),
+            version: order.version,
+        }
+    }
+}
+
+impl From<PricedLine> for ItemView {
+    fn from(line: PricedLine) -> Self {
+        Self { sku: line.sku.into(), quantity: line.quantity.get(), unit_price: line.unit_price }
+    }
+}
+
+impl StatusView {
+    /// A row of an order's history.
+    pub fn new(order: OrderId, entry: HistoryEntry) -> Self {
+        Self {
+            order_id: order,
+            sequence: entry.sequence,
+            status: entry.status.name(),
+            reason: entry.status.reason(),
+            at: entry.at,
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What can be asked of orders: place one, cancel one, wait for one. HTTP is one way to ask; tests are another.
+//!
+//! Invariant: an order, its history, its event, its saga and the saga's first command are one transaction. When the
+//! process dies before the commit there is nothing; after it, the saga goes on by itself, here or in another replica.
+
+use crate::{
+    catalogue,
+    domain::{BadField, CancelReason, Change, NewOrder, Order, PlaceOrder, StatusName, pricing},
+    effects::{CancelOrder, ConfirmOrder, OpenOrder},
+    live::LiveOrders,
+    order_saga::{local, order_saga},
+    store::{self, StoreError},
+};
+use contracts::{OrderId, topics::ORDERS_REPLIES};
+use saga_core::{
+    clock,
+    id::SagaId,
+    outbox::Tx,
+    saga::{CancelError, Cancelled, Engine, Saga, StartError, engine::EngineErrors},
+};
+use sqlx::PgPool;
+use std::{sync::Arc, time::Duration};
+use time::OffsetDateTime;
+use tokio_util::sync::CancellationToken;
+
+/// Everything that asking needs. Cheap to clone.
+#[derive(Clone)]
+pub struct Orders {
+    /// The orders' database.
+    pub pool: PgPool,
+    /// What runs their sagas.
+    pub engine: Arc<Engine>,
+    /// Who waits for them.
+    pub live: Arc<LiveOrders>,
+    saga: Saga<PlaceOrder>,
+}
+
+/// Why an order was not placed.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    /// It cannot be sold like this.
+    #[error("{} fields are wrong", .0.len())]
+    Refused(Vec<BadField>),
+    /// Its saga did not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The database said no.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// What became of a cancellation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CancelOutcome {
+    /// It is being cancelled, by this request or an earlier one, or it is cancelled already.
+    Cancelled(Box<Order>),
+    /// The money is being taken, or was: the order can only be confirmed.
+    TooLate(Box<Order>),
+    /// There is no such order.
+    Unknown,
+}
+
+/// Why a cancellation was not decided.
+#[derive(Debug, thiserror::Error)]
+pub enum CancelOrderError {
+    /// The engine could not decide.
+    #[error(transparent)]
+    Saga(#[from] CancelError),
+    /// The order could not be changed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// There is an order whose saga is gone.
+    #[error("order {0} has no saga")]
+    NoSaga(OrderId),
+}
+
+impl Orders {
+    /// Binds the order saga and its effects together.
+    pub fn new(pool: PgPool) -> Result<Self, EngineErrors> {
+        let saga = order_saga();
+        let engine = Engine::builder(pool.clone(), &ORDERS_REPLIES)
+            .define(&saga)
+            .local(local::OPEN, OpenOrder)
+            .local(local::CANCEL, CancelOrder)
+            .local(local::CONFIRM, ConfirmOrder)
+            .build()?;
+        let live = LiveOrders::new(pool.clone());
+        Ok(Self { pool, engine, live, saga })
+    }
+
+    /// Prices an order and starts its saga, which opens the order, in the caller's transaction.
+    pub async fn place_in(
+        &self,
+        tx: &mut Tx<'_>,
+        order: NewOrder,
+        now: OffsetDateTime,
+    ) -> Result<PlaceOrder, PlaceError> {
+        let skus: Vec<_> = order.lines.iter().map(|line| line.sku.as_str()).collect();
+        let prices = catalogue::prices(&mut **tx, &skus).await?;
+        let (lines, total) = pricing::price(&order, &prices).map_err(PlaceError::Refused)?;
+        let NewOrder { customer, payment_method, .. } = order;
+        let saga = SagaId::new();
+        let order = PlaceOrder { order: OrderId(saga.0), customer, lines, total, payment_method, placed_at: now };
+        self.engine.start_in(tx, saga, &self.saga, &order, &saga.to_string()).await?;
+        Ok(order)
+    }
+
+    /// Cancels an order for its customer, if it is not too late. Asking again changes nothing.
+    pub async fn cancel(&self, order: OrderId) -> Result<CancelOutcome, CancelOrderError> {
+        let mut tx = self.pool.begin().await.map_err(StoreError::from)?;
+        // The saga decides, and its row is locked first, as everywhere.
+        let reason = CancelReason::CancelledByCustomer;
+        let verdict = self.engine.cancel_in(&mut tx, SagaId(order.0), reason.as_str()).await?;
+        let status = match store::status_for_update_in(&mut tx, order).await {
+            Ok(status) => status.name(),
+            Err(StoreError::Unknown(_)) => return Ok(CancelOutcome::Unknown),
+            Err(error) => return Err(error.into()),
+        };
+        if verdict == Cancelled::Accepted && status == StatusName::Pending {
+            store::change_in(&mut tx, &[(order, Change::RequestCancel(reason))], clock::now()).await?;
+        }
+        let found = store::find(&mut *tx, order).await.map_err(StoreError::from)?;
+        tx.commit().await.map_err(StoreError::from)?;
+        self.live.nudge();
+        let Some(found) = found.map(Box::new) else { return Ok(CancelOutcome::Unknown) };
+        match verdict {
+            Cancelled::Accepted | Cancelled::AlreadyCancelling => Ok(CancelOutcome::Cancelled(found)),
+            Cancelled::TooLate => Ok(CancelOutcome::TooLate(found)),
+            Cancelled::Finished if found.status.name() == StatusName::Cancelled => Ok(CancelOutcome::Cancelled(found)),
+            Cancelled::Finished => Ok(CancelOutcome::TooLate(found)),
+            Cancelled::Unknown => Err(CancelOrderError::NoSaga(order)),
+        }
+    }
+
+    /// Waits until an order has come to its end, for `patience` at most and not longer than `token`; the order as it is
+    /// then. `None` when it could not be waited for at all.
+    pub async fn settle(
+        &self,
+        order: OrderId,
+        version: i64,
+        patience: Duration,
+        token: &CancellationToken,
+    ) -> Result<Option<Order>, sqlx::Error> {
+        let Ok(mut versions) = self.live.watch(order, version) else { return Ok(None) };
+        let settled = async {
+            loop {
+                match store::find(&self.pool, order).await? {
+                    Some(order) if order.status.name().is_terminal() => return Ok(Some(order)),
+                    Some(_) => {}
+                    None => return Ok(None),
+                }
+                if versions.changed().await.is_err() {
+                    return Ok(None);
+                }
+            }
+        };
+        tokio::select! {
+            settled = settled => return settled,
+            () = tokio::time::sleep(patience) => {}
+            () = token.cancelled() => {}
+        }
+        store::find(&self.pool, order).await
+    }
+}
