@@ -130,9 +130,9 @@ async fn run_apart(
                 let mut savepoint = tx.begin().await?;
                 let begun = begin(&mut savepoint, command, &fence, ran).await?;
                 if begun.is_refusal() {
-                    savepoint.rollback().await?
+                    savepoint.rollback().await?;
                 } else {
-                    savepoint.commit().await?
+                    savepoint.commit().await?;
                 }
                 Some(begun)
             }

@@ -1,0 +1,183 @@
+//! Effects outside the database: by intent, once, whatever dies in between.
+
+use crate::support::{Pay, Repay, World, message, words};
+use saga_core::{
+    envelope::{Op, Outcome::*},
+    id::{CommandId, SagaId},
+    participant::Ran,
+    testkit::{FailPoint, eventually, failpoints::Fault},
+};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+fn pay(say: &[&str]) -> Pay {
+    Pay { say: words(say) }
+}
+
+fn key(saga: SagaId) -> CommandId {
+    CommandId::derive(saga, "step", Op::Do, 0)
+}
+
+#[tokio::test]
+async fn an_effect_is_called_after_the_commit_and_answered_when_it_is_certain() {
+    let world = World::new().await;
+    let [yes, no, at_once] = std::array::from_fn(|_| SagaId::new());
+    world
+        .deliver(&[
+            message(yes, Op::Do, &pay(&["yes"])),
+            message(no, Op::Do, &pay(&["no"])),
+            message(at_once, Op::Do, &pay(&["refuse at once"])),
+        ])
+        .await;
+    assert_eq!(world.outcomes(yes).await, []);
+    assert_eq!(world.outcomes(at_once).await, [Rejected]);
+    world.settle().await;
+    assert_eq!(world.outcomes(yes).await, [Succeeded]);
+    assert_eq!(world.outcomes(no).await, [Rejected]);
+    assert_eq!((world.effects(yes).await, world.effects(no).await), (1, 0));
+    assert_eq!(world.intents().await, 0);
+}
+
+#[tokio::test]
+async fn a_resend_while_the_call_is_open_adds_nothing_and_later_gets_the_stored_reply() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    for _ in 0..3 {
+        world.deliver(&[message(saga, Op::Do, &pay(&["yes"]))]).await;
+    }
+    assert_eq!(world.intents().await, 1);
+    world.settle().await;
+    world.deliver(&[message(saga, Op::Do, &pay(&["yes"]))]).await;
+    assert_eq!(world.outcomes(saga).await, [Succeeded, Succeeded]);
+    assert_eq!(world.provider.calls.of(key(saga)), 1);
+}
+
+#[tokio::test]
+async fn a_lost_answer_is_asked_for_again_under_the_same_key() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Do, &pay(&["done, silence", "yes"]))]).await;
+    world.settle().await;
+    assert_eq!(world.replies(saga).await[0].payload, serde_json::json!({ "by_call": 1 }));
+    assert_eq!(world.provider.calls.of(key(saga)), 2);
+    assert_eq!(world.effects(saga).await, 1);
+}
+
+#[tokio::test]
+async fn when_attempts_run_out_the_command_fails_in_doubt_and_a_resend_starts_anew() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    let resend = || message(saga, Op::Do, &pay(&["silence", "silence", "silence", "yes"]));
+    world.deliver(&[resend()]).await;
+    world.settle().await;
+    assert_eq!(world.outcomes(saga).await, [Failed]);
+    world.settle().await;
+    assert_eq!(world.provider.calls.of(key(saga)), 3, "given up");
+    world.deliver(&[resend()]).await;
+    world.settle().await;
+    assert_eq!(world.outcomes(saga).await, [Failed, Succeeded]);
+    assert_eq!(world.effects(saga).await, 1);
+}
+
+#[tokio::test]
+async fn an_undo_waits_for_the_open_call_and_is_told_what_it_came_to() {
+    let world = World::new().await;
+    let cases: [(&[&str], Option<Ran<usize>>); 3] =
+        [(&["yes"], Some(Ran::Yes(1))), (&["no"], None), (&["done, silence"], Some(Ran::InDoubt))];
+    for (say, told) in cases {
+        let saga = SagaId::new();
+        // The undo, and a duplicate of it, come while the intent is open.
+        world.deliver(&[message(saga, Op::Do, &pay(say)), message(saga, Op::Undo, &Repay)]).await;
+        world.deliver(&[message(saga, Op::Undo, &Repay)]).await;
+        assert_eq!(world.outcomes(saga).await, [], "{say:?}");
+        world.settle().await;
+        let last = world.provider.told.lock().unwrap().pop();
+        let last = last.map(|ran| match ran {
+            Ran::Yes(added) => Ran::Yes(added.by_call),
+            Ran::InDoubt => Ran::InDoubt,
+        });
+        assert_eq!(last, told, "{say:?}");
+        assert_eq!(*world.outcomes(saga).await.last().unwrap(), Succeeded, "{say:?}");
+        assert_eq!(world.replies(saga).await.len(), 2, "{say:?}");
+        assert!(!world.provider.done.lock().unwrap().contains_key(&key(saga)), "{say:?}: it is taken back");
+        assert_eq!((world.effects(saga).await, world.intents().await), (0, 0), "{say:?}");
+        // Whatever comes late changes nothing.
+        world.deliver(&[message(saga, Op::Do, &pay(say)), message(saga, Op::Undo, &Repay)]).await;
+        world.settle().await;
+        assert!(!world.provider.done.lock().unwrap().contains_key(&key(saga)), "{say:?}");
+        assert_eq!((world.effects(saga).await, world.intents().await), (0, 0), "{say:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_undo_of_what_never_came_calls_nobody() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Undo, &Repay), message(saga, Op::Do, &pay(&["yes"]))]).await;
+    world.settle().await;
+    assert_eq!(world.outcomes(saga).await, [Succeeded, Rejected]);
+    assert_eq!(world.provider.calls.of(key(saga)), 0);
+}
+
+#[tokio::test]
+async fn wherever_the_process_dies_the_effect_happens_once_and_is_answered_once() {
+    let world = World::new().await;
+    for edge in [
+        "participant.before-call",
+        "participant.after-call",
+        "participant.before-settle-commit",
+        "participant.after-settle-commit",
+    ] {
+        for op in [Op::Do, Op::Undo] {
+            let saga = SagaId::new();
+            world.deliver(&[message(saga, Op::Do, &pay(&["yes"]))]).await;
+            if op == Op::Undo {
+                world.settle().await;
+                world.deliver(&[message(saga, Op::Undo, &Repay)]).await;
+            }
+            let armed = FailPoint::once(edge, world.name, Fault::Crash);
+            assert_eq!(world.executor().run_once().await.unwrap(), 1);
+            drop(armed);
+            // Another process: it waits for the dead one's claim to run out.
+            let (token, other) = (CancellationToken::new(), world.executor());
+            let running = tokio::spawn({
+                let token = token.clone();
+                async move { other.run(token).await }
+            });
+            let replies = if op == Op::Do { 1 } else { 2 };
+            eventually(Duration::from_secs(10), async || {
+                (world.intents().await == 0 && world.replies(saga).await.len() == replies).then_some(())
+            })
+            .await;
+            token.cancel();
+            running.await.unwrap();
+            assert_eq!(world.outcomes(saga).await, vec![Succeeded; replies], "{edge} {op:?}");
+            assert_eq!(world.effects(saga).await, i64::from(op == Op::Do), "{edge} {op:?}");
+            assert_eq!(world.provider.done.lock().unwrap().contains_key(&key(saga)), op == Op::Do, "{edge} {op:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn two_executors_share_the_work_and_call_each_intent_once() {
+    let world = World::new().await;
+    let sagas: Vec<_> = (0..100).map(|_| SagaId::new()).collect();
+    let batch: Vec<_> = sagas.iter().map(|&saga| message(saga, Op::Do, &pay(&["yes"]))).collect();
+    world.deliver(&batch).await;
+    let token = CancellationToken::new();
+    let executors: Vec<_> = (0..2)
+        .map(|_| {
+            let (executor, token) = (world.executor(), token.clone());
+            tokio::spawn(async move { executor.run(token).await })
+        })
+        .collect();
+    eventually(Duration::from_secs(20), async || (world.intents().await == 0).then_some(())).await;
+    token.cancel();
+    for executor in executors {
+        executor.await.unwrap();
+    }
+    for saga in sagas {
+        assert_eq!(world.provider.calls.of(key(saga)), 1);
+        assert_eq!(world.outcomes(saga).await, [Succeeded]);
+    }
+}

@@ -1,0 +1,164 @@
+//! Commands that are handled within the batch's transaction.
+
+use crate::support::{Add, Pay, Remove, World, message, words};
+use saga_core::{
+    consumer::HandleError,
+    envelope::{Op, Outcome::*},
+    id::{CommandId, SagaId},
+};
+use serde_json::json;
+
+fn add(say: &[&str]) -> Add {
+    Add { say: words(say) }
+}
+
+#[tokio::test]
+async fn a_resent_command_is_answered_again_and_happens_once() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Do, &add(&["yes"]))]).await;
+    world.deliver(&[message(saga, Op::Do, &add(&["yes"])), message(saga, Op::Do, &add(&["yes"]))]).await;
+    let replies = world.replies(saga).await;
+    assert_eq!(replies.len(), 3);
+    assert!(replies.iter().all(|reply| *reply == replies[0]));
+    assert_eq!(replies[0].kind, "test.add.v1.reply");
+    assert_eq!(replies[0].payload, json!({ "by_call": 1 }));
+    assert_eq!(world.effects(saga).await, 1);
+}
+
+#[tokio::test]
+async fn a_reply_says_whose_it_is() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Do, &add(&["yes"]))]).await;
+    let headers: serde_json::Value =
+        sqlx::query_scalar("select headers from outbox").fetch_one(&world.database.pool).await.unwrap();
+    let command = CommandId::derive(saga, "step", Op::Do, 0).to_string();
+    assert_eq!(headers["ce_sagaid"], saga.to_string());
+    assert_eq!(headers["ce_sagastep"], "step");
+    assert_eq!(headers["ce_causationid"], command);
+    assert_eq!(headers["ce_outcome"], "succeeded");
+    assert_eq!(headers["traceparent"], "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
+    assert!(headers.get("ce_replyto").is_none());
+}
+
+#[tokio::test]
+async fn a_refusal_leaves_no_writes_and_its_batch_keeps_theirs() {
+    let world = World::new().await;
+    let [yes, no, later, also] = std::array::from_fn(|_| SagaId::new());
+    // Twice: the second batch starts with a savepoint per command, as the first one had refusals.
+    for _ in 0..2 {
+        world
+            .deliver(&[
+                message(yes, Op::Do, &add(&["yes"])),
+                message(no, Op::Do, &add(&["no"])),
+                message(later, Op::Do, &add(&["later"])),
+                message(also, Op::Do, &add(&["yes"])),
+            ])
+            .await;
+    }
+    assert_eq!(world.outcomes(no).await, [Rejected, Rejected]);
+    assert_eq!(world.outcomes(later).await, [Failed, Failed]);
+    assert_eq!(world.outcomes(yes).await, [Succeeded, Succeeded]);
+    for (saga, effects) in [(yes, 1), (no, 0), (later, 0), (also, 1)] {
+        assert_eq!(world.effects(saga).await, effects);
+    }
+}
+
+#[tokio::test]
+async fn a_failed_command_stays_open_and_a_resend_tries_again() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    for _ in 0..3 {
+        world.deliver(&[message(saga, Op::Do, &add(&["later", "yes", "no"]))]).await;
+    }
+    assert_eq!(world.outcomes(saga).await, [Failed, Succeeded, Succeeded]);
+    assert_eq!(world.effects(saga).await, 1);
+}
+
+#[tokio::test]
+async fn an_undo_takes_back_once_and_is_answered_again() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    // In one batch: the undo sees what its predecessor in the batch did.
+    world.deliver(&[message(saga, Op::Do, &add(&["yes"])), message(saga, Op::Undo, &Remove)]).await;
+    world.deliver(&[message(saga, Op::Undo, &Remove)]).await;
+    assert_eq!(world.outcomes(saga).await, [Succeeded, Succeeded, Succeeded]);
+    assert_eq!(world.calls.of(CommandId::derive(saga, "step", Op::Undo, 0)), 1);
+    assert_eq!(world.effects(saga).await, 0);
+    // A late duplicate of the do is told what it was told before, and does nothing.
+    world.deliver(&[message(saga, Op::Do, &add(&["yes"]))]).await;
+    assert_eq!(world.effects(saga).await, 0);
+}
+
+#[tokio::test]
+async fn an_undo_that_comes_first_refuses_the_command_that_follows() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Undo, &Remove)]).await;
+    for _ in 0..2 {
+        world.deliver(&[message(saga, Op::Do, &add(&["yes"]))]).await;
+    }
+    assert_eq!(world.outcomes(saga).await, [Succeeded, Rejected, Rejected]);
+    assert_eq!(world.effects(saga).await, 0);
+    assert_eq!(world.calls.of(CommandId::derive(saga, "step", Op::Undo, 0)), 0, "there was nothing to undo");
+}
+
+#[tokio::test]
+async fn an_undo_of_a_refused_or_failed_command_has_nothing_to_do() {
+    let world = World::new().await;
+    for say in ["no", "later"] {
+        let saga = SagaId::new();
+        world.deliver(&[message(saga, Op::Do, &add(&[say]))]).await;
+        world.deliver(&[message(saga, Op::Undo, &Remove)]).await;
+        assert_eq!(world.outcomes(saga).await[1], Succeeded);
+        assert_eq!(world.calls.of(CommandId::derive(saga, "step", Op::Undo, 0)), 0);
+        world.deliver(&[message(saga, Op::Do, &add(&["yes"]))]).await;
+        assert_eq!(world.effects(saga).await, 0, "after its undo a command stays refused");
+    }
+}
+
+#[tokio::test]
+async fn what_can_never_be_handled_is_poison() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    let good = || message(saga, Op::Do, &add(&["yes"]));
+    let spoil = |f: &dyn Fn(&mut saga_core::consumer::Message)| {
+        let mut bad = good();
+        f(&mut bad);
+        bad
+    };
+    let bad = [
+        spoil(&|m| m.envelope.kind = "test.unknown.v1".into()),
+        spoil(&|m| m.envelope.kind = "test.add.v2".into()),
+        spoil(&|m| m.payload = Some(b"{".to_vec())),
+        spoil(&|m| m.payload = None),
+        spoil(&|m| m.envelope.saga = None),
+        spoil(&|m| m.envelope.saga.as_mut().unwrap().op = Op::Undo),
+        spoil(&|m| m.envelope.saga.as_mut().unwrap().reply_to = None),
+        spoil(&|m| m.envelope.saga.as_mut().unwrap().step = "a\0b".into()),
+        spoil(&|m| m.envelope.saga.as_mut().unwrap().step = "x".repeat(10_000)),
+        spoil(&|m| m.envelope.saga.as_mut().unwrap().occurrence = u32::MAX),
+    ];
+    for message in bad {
+        let result = world.try_deliver(std::slice::from_ref(&message)).await;
+        assert!(matches!(result, Err(HandleError::Poison(_))), "{message:?}: {result:?}");
+    }
+    // Another command in the place of one that was seen.
+    world.deliver(&[good()]).await;
+    let other = spoil(&|m| m.envelope.saga.as_mut().unwrap().command = CommandId(saga.0));
+    assert!(matches!(world.try_deliver(&[other]).await, Err(HandleError::Poison(_))));
+    assert_eq!(world.effects(saga).await, 1);
+}
+
+#[tokio::test]
+async fn a_large_batch_is_answered_whole_and_again() {
+    let world = World::new().await;
+    let batch: Vec<_> =
+        (0..500).map(|_| message(SagaId::new(), Op::Do, &Pay { say: words(&["refuse at once"]) })).collect();
+    // Refused at once, twice each: once together, once apart; then answered from the fences alone.
+    world.deliver(&batch).await;
+    world.deliver(&batch).await;
+    let replies: i64 = sqlx::query_scalar("select count(*) from outbox").fetch_one(&world.database.pool).await.unwrap();
+    assert_eq!(replies, 1_000);
+}

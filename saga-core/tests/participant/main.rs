@@ -1,0 +1,5 @@
+//! Participants on a real PostgreSQL: whatever is repeated, reordered or killed, an effect happens once or not at all.
+
+mod external;
+mod local;
+mod support;

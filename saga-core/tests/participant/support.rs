@@ -1,0 +1,343 @@
+//! A participant with one step, which adds to a table, and one external step, whose provider is a map by idempotency key.
+
+use async_trait::async_trait;
+use saga_core::{
+    command::{Command, Done, Never},
+    consumer::{Coordinates, HandleError, Handler, Message},
+    envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
+    id::{CommandId, MessageId, SagaId},
+    outbox::Tx,
+    participant::{
+        CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, IntentConfig, Intents,
+        Participant, Performed, Prepare, Ran, UndoHandler,
+    },
+    testkit::{Migrations, TestDatabase, unique},
+    topic::Topic,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+refinery::embed_migrations!("../migrations/messaging");
+
+static TOPIC: Topic = Topic::events("test.commands", 1);
+
+/// What a handler or the provider is to do: the words of `say`, one per call, the last one for ever.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Add {
+    pub say: Vec<String>,
+}
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Added {
+    pub by_call: usize,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct No;
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Remove;
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Pay {
+    pub say: Vec<String>,
+}
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Repay;
+
+macro_rules! command {
+    ($name:ident, $kind:literal, $reply:ty, $rejection:ty) => {
+        impl Command for $name {
+            const TYPE: &'static str = $kind;
+            const TOPIC: &'static Topic = &TOPIC;
+            type Reply = $reply;
+            type Rejection = $rejection;
+        }
+    };
+}
+command!(Add, "test.add.v1", Added, No);
+command!(Remove, "test.remove.v1", Done, Never);
+command!(Pay, "test.pay.v1", Added, No);
+command!(Repay, "test.repay.v1", Done, Never);
+
+/// How often each command's handler was called, and what the undo was told.
+#[derive(Default)]
+pub struct Calls(Mutex<HashMap<CommandId, usize>>);
+
+impl Calls {
+    pub fn next(&self, id: CommandId) -> usize {
+        let mut calls = self.0.lock().unwrap();
+        let count = calls.entry(id).or_default();
+        *count += 1;
+        *count
+    }
+
+    pub fn of(&self, id: CommandId) -> usize {
+        self.0.lock().unwrap().get(&id).copied().unwrap_or_default()
+    }
+}
+
+fn word(say: &[String], call: usize) -> &str {
+    say.get(call - 1).or(say.last()).map_or("yes", String::as_str)
+}
+
+/// Its words are per message: one message may be handled twice (together with its batch, then apart).
+struct AddHandler(Arc<Mutex<HashMap<CommandId, Vec<MessageId>>>>);
+
+#[async_trait]
+impl CommandHandler<Add> for AddHandler {
+    async fn decide(&self, tx: &mut Tx<'_>, cx: &CommandContext, command: Add) -> anyhow::Result<Decision<Add>> {
+        let call = {
+            let mut seen = self.0.lock().unwrap();
+            let messages = seen.entry(cx.idempotency_key()).or_default();
+            if !messages.contains(&cx.message) {
+                messages.push(cx.message);
+            }
+            messages.len()
+        };
+        sqlx::query("insert into effect (saga) values ($1)").bind(cx.saga.saga.0).execute(&mut **tx).await?;
+        Ok(match word(&command.say, call) {
+            "no" => Decision::Rejected(No),
+            "later" => Decision::Failed("later".into()),
+            _ => Decision::Done(Added { by_call: call }),
+        })
+    }
+}
+
+struct RemoveHandler(Arc<Calls>);
+
+#[async_trait]
+impl UndoHandler<Add, Remove> for RemoveHandler {
+    async fn undo(
+        &self,
+        tx: &mut Tx<'_>,
+        cx: &CommandContext,
+        _command: Remove,
+        ran: Ran<Added>,
+    ) -> anyhow::Result<Decision<Remove>> {
+        self.0.next(cx.idempotency_key());
+        assert!(matches!(ran, Ran::Yes(_)), "a local step is never in doubt");
+        sqlx::query("delete from effect where saga = $1").bind(cx.saga.saga.0).execute(&mut **tx).await?;
+        Ok(Decision::Done(Done {}))
+    }
+}
+
+/// Somebody else's system: what it did, by idempotency key.
+#[derive(Default)]
+pub struct Provider {
+    pub calls: Calls,
+    pub done: Mutex<HashMap<CommandId, usize>>,
+    pub voided: Mutex<Vec<CommandId>>,
+    pub told: Mutex<Vec<Ran<Added>>>,
+}
+
+struct PayEffect(Arc<Provider>);
+
+#[async_trait]
+impl ExternalEffect<Pay> for PayEffect {
+    type Prepared = ();
+    type Answer = Option<usize>;
+
+    async fn prepare(&self, _: &mut Tx<'_>, _: &CommandContext, command: &Pay) -> anyhow::Result<Prepare<Pay, ()>> {
+        Ok(match command.say.first().map(String::as_str) {
+            Some("refuse at once") => Prepare::Decided(Decision::Rejected(No)),
+            _ => Prepare::Call(()),
+        })
+    }
+
+    async fn perform(&self, intent: &Intent<Pay, ()>) -> Performed<Option<usize>> {
+        let key = intent.cx.idempotency_key();
+        let call = self.0.calls.next(key);
+        match word(&intent.command.say, call) {
+            "no" => Performed::Answered(None),
+            "silence" => Performed::InDoubt("no answer".into()),
+            said => {
+                let by_call = *self.0.done.lock().unwrap().entry(key).or_insert(call);
+                match said {
+                    "done, silence" => Performed::InDoubt("the answer was lost".into()),
+                    _ => Performed::Answered(Some(by_call)),
+                }
+            }
+        }
+    }
+
+    async fn record(
+        &self,
+        tx: &mut Tx<'_>,
+        intent: Intent<Pay, ()>,
+        answer: Option<usize>,
+    ) -> anyhow::Result<Decision<Pay>> {
+        let Some(by_call) = answer else { return Ok(Decision::Rejected(No)) };
+        sqlx::query("insert into effect (saga) values ($1)").bind(intent.cx.saga.saga.0).execute(&mut **tx).await?;
+        Ok(Decision::Done(Added { by_call }))
+    }
+}
+
+struct RepayEffect(Arc<Provider>);
+
+#[async_trait]
+impl ExternalUndo<Pay, Repay> for RepayEffect {
+    type Prepared = CommandId;
+    type Answer = ();
+
+    async fn prepare(
+        &self,
+        _: &mut Tx<'_>,
+        cx: &CommandContext,
+        _: &Repay,
+        ran: Ran<Added>,
+    ) -> anyhow::Result<Prepare<Repay, CommandId>> {
+        self.0.told.lock().unwrap().push(ran);
+        Ok(Prepare::Call(cx.undoes.expect("it is called only where the do was seen")))
+    }
+
+    async fn perform(&self, intent: &Intent<Repay, CommandId>) -> Performed<()> {
+        self.0.calls.next(intent.cx.idempotency_key());
+        self.0.done.lock().unwrap().remove(&intent.prepared);
+        self.0.voided.lock().unwrap().push(intent.prepared);
+        Performed::Answered(())
+    }
+
+    async fn record(
+        &self,
+        tx: &mut Tx<'_>,
+        intent: Intent<Repay, CommandId>,
+        (): (),
+    ) -> anyhow::Result<Decision<Repay>> {
+        sqlx::query("delete from effect where saga = $1").bind(intent.cx.saga.saga.0).execute(&mut **tx).await?;
+        Ok(Decision::Done(Done {}))
+    }
+}
+
+/// A reply as it stands in the outbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reply {
+    pub kind: String,
+    pub outcome: Outcome,
+    pub payload: serde_json::Value,
+}
+
+pub struct World {
+    pub database: TestDatabase,
+    pub name: &'static str,
+    pub participant: Arc<Participant>,
+    pub calls: Arc<Calls>,
+    pub provider: Arc<Provider>,
+}
+
+impl World {
+    pub async fn new() -> Self {
+        let messaging = Migrations { owner: "messaging", runner: migrations::runner() };
+        let database = TestDatabase::new(&[messaging]).await;
+        sqlx::query("create table effect (saga uuid not null)").execute(&database.pool).await.unwrap();
+        let (calls, provider) = (Arc::new(Calls::default()), Arc::new(Provider::default()));
+        let name = unique("participant").leak();
+        let participant = Participant::new(name)
+            .on::<Add>(AddHandler(Arc::default()))
+            .on_undo::<Add, Remove>(RemoveHandler(calls.clone()))
+            .external::<Pay>(PayEffect(provider.clone()))
+            .external_undo::<Pay, Repay>(RepayEffect(provider.clone()));
+        Self { database, name, participant: Arc::new(participant), calls, provider }
+    }
+
+    pub async fn try_deliver(&self, messages: &[Message]) -> Result<(), HandleError> {
+        let mut tx = self.database.pool.begin().await?;
+        self.participant.handle(&mut tx, messages).await?;
+        tx.commit().await?;
+        self.participant.committed();
+        Ok(())
+    }
+
+    pub async fn deliver(&self, messages: &[Message]) {
+        self.try_deliver(messages).await.unwrap();
+    }
+
+    /// An executor like another process's.
+    pub fn executor(&self) -> Intents {
+        self.participant.intents(self.database.pool.clone()).with_config(IntentConfig {
+            max_attempts: 3,
+            first_delay: Duration::ZERO,
+            call_timeout: Duration::from_millis(200),
+            claim_margin: Duration::from_millis(100),
+            poll: Duration::from_millis(20),
+            ..IntentConfig::default()
+        })
+    }
+
+    pub async fn replies(&self, saga: SagaId) -> Vec<Reply> {
+        let rows: Vec<(String, serde_json::Value, Vec<u8>)> = sqlx::query_as(
+            "select type, headers, payload from outbox where key = $1 and topic = 'replies' order by id",
+        )
+        .bind(saga.to_string())
+        .fetch_all(&self.database.pool)
+        .await
+        .unwrap();
+        rows.into_iter()
+            .map(|(kind, headers, payload)| Reply {
+                kind,
+                outcome: headers["ce_outcome"].as_str().unwrap().parse().unwrap(),
+                payload: serde_json::from_slice(&payload).unwrap(),
+            })
+            .collect()
+    }
+
+    pub async fn outcomes(&self, saga: SagaId) -> Vec<Outcome> {
+        self.replies(saga).await.into_iter().map(|reply| reply.outcome).collect()
+    }
+
+    pub async fn effects(&self, saga: SagaId) -> i64 {
+        sqlx::query_scalar("select count(*) from effect where saga = $1")
+            .bind(saga.0)
+            .fetch_one(&self.database.pool)
+            .await
+            .unwrap()
+    }
+
+    pub async fn intents(&self) -> i64 {
+        sqlx::query_scalar("select count(*) from participant_intent").fetch_one(&self.database.pool).await.unwrap()
+    }
+
+    /// Executes until no intent is due.
+    pub async fn settle(&self) {
+        let executor = self.executor();
+        while executor.run_once().await.unwrap() > 0 {}
+    }
+}
+
+pub fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&word| word.to_owned()).collect()
+}
+
+/// A new message with the command; called again, a resend.
+pub fn message<C: Command>(saga: SagaId, op: Op, command: &C) -> Message {
+    let headers = SagaHeaders {
+        saga,
+        definition: "test".into(),
+        version: 1,
+        step: "step".into(),
+        op,
+        occurrence: 0,
+        command: CommandId::derive(saga, "step", op, 0),
+        attempt: 1,
+        reply_to: Some("replies".into()),
+        outcome: None,
+    };
+    Message {
+        envelope: Envelope {
+            id: MessageId::new(),
+            source: "test".into(),
+            kind: C::TYPE.into(),
+            subject: None,
+            time: None,
+            sequence: None,
+            content_type: None,
+            traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
+            tracestate: None,
+            saga: Some(headers),
+            other: Headers::new(),
+        },
+        key: Some(saga.to_string().into_bytes()),
+        payload: Some(serde_json::to_vec(command).unwrap()),
+        at: Coordinates { topic: "test.commands".into(), partition: 0, offset: 0 },
+    }
+}
