@@ -14,6 +14,7 @@
 //! When the guard dies first, nothing is lost as long as we end in an orderly way ourselves.
 
 use std::{
+    fs::File,
     io::Write,
     os::unix::process::CommandExt,
     path::Path,
@@ -50,6 +51,12 @@ printf %s "$dirs" | while read -r d; do rm -rf -- "$d"; done
 
 static GUARD: OnceLock<Mutex<Option<ChildStdin>>> = OnceLock::new();
 
+/// Lets the guard hold a lock as long as it has work to do: who gets the lock knows that nothing of ours runs any
+/// more, even when we were killed. Has an effect before the first process is watched.
+pub fn hold(lock: File) {
+    GUARD.get_or_init(|| Mutex::new(start(lock.into())));
+}
+
 /// Watches the process group `pid`, which is sent `signal` (a name such as `TERM`) when we are gone.
 pub fn watch(pid: u32, signal: &str) {
     tell(&format!("+ {pid} {signal}\n"));
@@ -70,19 +77,20 @@ pub fn remove_at_end(directory: &Path) {
 }
 
 fn tell(line: &str) {
-    let guard = GUARD.get_or_init(|| Mutex::new(start()));
+    let guard = GUARD.get_or_init(|| Mutex::new(start(Stdio::null())));
     if let Some(pipe) = guard.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
         // A guard that is gone cannot be told; the orderly ways of ending do not need it.
         let _ = pipe.write_all(line.as_bytes());
     }
 }
 
-fn start() -> Option<ChildStdin> {
+/// The lock is its standard output, to which it never writes: a file handle that needs no unsafe code to hand over.
+fn start(held: Stdio) -> Option<ChildStdin> {
     Command::new("/bin/sh")
         .args(["-c", SCRIPT, "stack-guard"])
         .current_dir("/")
         .stdin(Stdio::piped())
-        .stdout(Stdio::null())
+        .stdout(held)
         .stderr(Stdio::null())
         .process_group(0)
         .spawn()

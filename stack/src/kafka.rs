@@ -65,6 +65,12 @@ impl Kafka {
         Ok(Self { process, port: ports[0] })
     }
 
+    /// Starts it again on its data and port after it was killed, and waits until it answers.
+    pub async fn restart(&self) -> Result<()> {
+        self.process.start_again()?;
+        self.process.healthy(START_BOUND, || answers(self.brokers())).await
+    }
+
     /// What `KAFKA_BROKERS` is set to.
     pub fn brokers(&self) -> String {
         format!("127.0.0.1:{}", self.port)
@@ -122,6 +128,8 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 share.coordinator.state.topic.num.partitions=2
 group.initial.rebalance.delay.ms=0
+broker.session.timeout.ms=5000
+broker.heartbeat.interval.ms=1000
 log.cleaner.dedupe.buffer.size=16777216
 auto.create.topics.enable=false
 ",

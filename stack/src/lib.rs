@@ -13,6 +13,9 @@
 //! | [`postgres`], [`kafka`] | the two servers |
 //! | [`servers`] | the two together, or those that `DATABASE_URL` and `KAFKA_BROKERS` name |
 //! | [`run`] | a command with servers |
+//! | [`service`] | the platform's processes: names, ports, databases |
+//! | [`platform`] | the servers with the platform on them |
+//! | [`state`], [`up`] | a platform that stays up, and what is known of it from outside |
 //! | [`progress`] | what a person sees meanwhile |
 
 pub mod cache;
@@ -20,11 +23,15 @@ pub mod error;
 pub mod guard;
 pub mod kafka;
 pub mod maven;
+pub mod platform;
 pub mod ports;
 pub mod postgres;
 pub mod process;
 pub mod progress;
 pub mod run;
 pub mod servers;
+pub mod service;
+pub mod state;
+pub mod up;
 
 pub use error::{Error, Result};

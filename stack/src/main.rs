@@ -1,12 +1,14 @@
 //! `stack`: starts the system on this machine, uses it, and leaves nothing running.
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 use stack::{
     progress::Progress,
     run,
     servers::{Servers, ServersConfig},
+    state::StateDirectory,
+    up::{self, Follow},
 };
-use std::{ffi::OsString, process::ExitCode};
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 /// The whole system on one machine without containers.
 #[derive(Debug, Parser)]
@@ -27,14 +29,48 @@ enum Verb {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Starts the platform and stays until Ctrl-C or `stack down`; its data is kept.
+    ///
+    /// The services take their own ports where these are free, PostgreSQL 5432 and Kafka 9092, others where not.
+    Up {
+        #[command(flatten)]
+        state: StateArgs,
+    },
+    /// Ends what `stack up` started.
+    Down {
+        #[command(flatten)]
+        state: StateArgs,
+    },
+    /// Ends it and wipes its data.
+    Reset {
+        #[command(flatten)]
+        state: StateArgs,
+    },
+    /// What runs, and whether it is healthy; exit code 1 when something is not.
+    Status {
+        #[command(flatten)]
+        state: StateArgs,
+    },
+    /// Shows the end of every log.
+    Logs {
+        #[command(flatten)]
+        state: StateArgs,
+        /// Goes on with what comes.
+        #[arg(long, short)]
+        follow: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct StateArgs {
+    /// Where the platform keeps its data, its logs, and who runs.
+    #[arg(long, env = "STACK_DIR", default_value = ".stack")]
+    dir: PathBuf,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let done = match Cli::parse().command {
-        Verb::Run { command } => run_command(&command).await,
-    };
-    done.unwrap_or_else(|error| {
+    obey(Cli::parse().command).await.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         ExitCode::FAILURE
     })
@@ -52,4 +88,27 @@ async fn run_command(command: &[OsString]) -> anyhow::Result<ExitCode> {
     let code = run::command(command, &servers).await;
     servers.stop().await;
     Ok(code?)
+}
+
+async fn obey(verb: Verb) -> anyhow::Result<ExitCode> {
+    let at = |state: StateArgs| StateDirectory::at(state.dir);
+    match verb {
+        Verb::Up { state } => up::up(&at(state)).await?,
+        Verb::Down { state } => {
+            let said = if at(state).down().await? { "Everything is stopped." } else { "Nothing ran." };
+            println!("{said}");
+        }
+        Verb::Reset { state } => {
+            at(state).reset().await?;
+            println!("Everything is stopped and wiped.");
+        }
+        Verb::Status { state } => {
+            if !up::status(&at(state)).await? {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Verb::Logs { state, follow } => up::logs(&at(state), if follow { Follow::Yes } else { Follow::No })?,
+        Verb::Run { command } => return run_command(&command).await,
+    }
+    Ok(ExitCode::SUCCESS)
 }

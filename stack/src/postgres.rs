@@ -14,7 +14,7 @@ use std::{
     io::Read,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// The version that is fetched.
@@ -70,6 +70,20 @@ impl Postgres {
         Ok(Self { process, port })
     }
 
+    /// Starts it again on its data and port after it was killed, and waits until it answers.
+    pub async fn restart(&self) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            self.process.start_again()?;
+            let url = self.url("postgres");
+            match self.process.healthy(START_BOUND, || answers(&url)).await {
+                // The old one's backends need a moment to see that their parent is gone; until then it refuses to start.
+                Err(Error::Exited { .. }) if start.elapsed() < START_BOUND => {}
+                other => return other,
+            }
+        }
+    }
+
     /// How to connect to one of its databases.
     pub fn url(&self, database: &str) -> String {
         url(self.port, database)
@@ -115,7 +129,8 @@ async fn initdb(home: &Path, data: &Path, log: &Path, user: Option<&unistd::User
     spec.run().await
 }
 
-async fn answers(url: &str) -> Result<(), String> {
+/// Whether the server lets us in.
+pub async fn answers(url: &str) -> Result<(), String> {
     let connection = tokio::time::timeout(Duration::from_secs(5), PgConnection::connect(url)).await;
     let connection = connection.map_err(|_| "no answer".to_owned())?.map_err(|e| e.to_string())?;
     connection.close().await.map_err(|e| e.to_string())

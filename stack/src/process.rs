@@ -106,21 +106,30 @@ fn text(status: Option<ExitStatus>) -> String {
     status.map_or_else(|| "it was ended".to_owned(), |s| s.to_string())
 }
 
-/// A process that was started here. Dropping it kills it.
+/// A process that was started here, and can be started again. Dropping it kills it.
 #[derive(Debug)]
 pub struct Process {
     spec: Spec,
     child: Mutex<Option<Child>>,
-    pid: u32,
 }
 
 impl Process {
     /// Starts it; says nothing about its health.
     pub fn start(spec: Spec) -> Result<Self> {
-        let child = spec.command()?.spawn().map_err(spec.spawn_error())?;
-        let pid = child.id();
-        guard::watch(pid, spec.orphan.as_str().trim_start_matches("SIG"));
-        Ok(Self { spec, child: Mutex::new(Some(child)), pid })
+        let process = Self { spec, child: Mutex::new(None) };
+        process.start_again()?;
+        Ok(process)
+    }
+
+    /// Starts the same again after it ended; nothing when it runs.
+    pub fn start_again(&self) -> Result<()> {
+        if self.is_running() {
+            return Ok(());
+        }
+        let child = self.spec.command()?.spawn().map_err(self.spec.spawn_error())?;
+        guard::watch(child.id(), self.spec.orphan.as_str().trim_start_matches("SIG"));
+        *self.child() = Some(child);
+        Ok(())
     }
 
     /// What people call it.
@@ -128,19 +137,14 @@ impl Process {
         &self.spec.name
     }
 
-    /// Its process id, which is its process group's too.
-    pub fn pid(&self) -> u32 {
-        self.pid
+    /// Its process id, which is its process group's too; `None` after it ended.
+    pub fn pid(&self) -> Option<u32> {
+        self.child().as_ref().map(Child::id)
     }
 
     /// Where its output goes.
     pub fn log(&self) -> &Path {
         &self.spec.log
-    }
-
-    /// Starts the same again, after it ended.
-    pub fn restarted(&self) -> Result<Self> {
-        Self::start(self.spec.clone())
     }
 
     fn child(&self) -> MutexGuard<'_, Option<Child>> {
@@ -155,12 +159,10 @@ impl Process {
     /// `None` while it runs; then how it ended, or `Some(None)` when somebody else was told that.
     fn try_wait(&self) -> Option<Option<ExitStatus>> {
         let mut child = self.child();
-        let status = match child.as_mut() {
-            None => return Some(None),
-            Some(running) => running.try_wait().ok().flatten()?,
-        };
+        let Some(running) = child.as_mut() else { return Some(None) };
+        let status = running.try_wait().ok().flatten()?;
+        guard::forget(running.id());
         *child = None;
-        guard::forget(self.pid);
         Some(Some(status))
     }
 
@@ -177,24 +179,19 @@ impl Process {
     /// Sends a signal to its process group; nothing when it has ended.
     pub fn signal(&self, signal: Signal) {
         // Under the lock and only while it was not reaped: the number cannot be another's.
-        let child = self.child();
-        if child.is_some() {
-            let _ = killpg(self.group(), signal);
+        if let Some(running) = self.child().as_ref() {
+            let group = i32::try_from(running.id()).expect("the kernel's process ids fit in an i32");
+            let _ = killpg(Pid::from_raw(group), signal);
         }
-    }
-
-    fn group(&self) -> Pid {
-        Pid::from_raw(i32::try_from(self.pid).expect("the kernel's process ids fit in an i32"))
     }
 
     /// SIGKILL, and waits until it is gone.
     pub fn kill(&self) {
         self.signal(Signal::SIGKILL);
         let mut child = self.child();
-        if let Some(running) = child.as_mut() {
+        if let Some(mut running) = child.take() {
             let _ = running.wait();
-            *child = None;
-            guard::forget(self.pid);
+            guard::forget(running.id());
         }
     }
 

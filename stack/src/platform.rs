@@ -1,0 +1,282 @@
+//! The order platform on this machine: servers, databases, the gateway simulator, the services, the relay.
+//!
+//! One stack owns one Kafka, because topics have fixed names: two platforms on one Kafka would eat each other's
+//! commands. Tests share one stack per test binary and keep their orders apart by ids.
+
+use crate::{
+    Error, Result,
+    process::{Process, Spec},
+    progress::Progress,
+    servers::{Servers, ServersConfig},
+    service::{Address, Service, binary},
+};
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
+
+/// Migrations and the first rebalance included, on a busy machine.
+const READY_BOUND: Duration = Duration::from_secs(60);
+/// One question about health.
+const ASK_BOUND: Duration = Duration::from_secs(3);
+
+/// What a stack is made of.
+#[derive(Debug, Clone)]
+pub struct StackConfig {
+    /// The servers under it.
+    pub servers: ServersConfig,
+    /// Use the services' own ports where they are free.
+    pub preferred_ports: bool,
+    /// What `RUST_LOG` says.
+    pub log_level: String,
+    /// Variables in addition, for one of the processes: fail points, timeouts.
+    pub env: BTreeMap<Service, Vec<(String, String)>>,
+}
+
+impl StackConfig {
+    /// For tests: servers of its own whatever the environment names, nothing kept, any ports.
+    pub fn for_tests() -> Self {
+        let servers = ServersConfig { database_url: None, kafka_brokers: None, ..ServersConfig::for_tests() };
+        let log_level = std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into());
+        Self { servers, preferred_ports: false, log_level, env: BTreeMap::new() }
+    }
+
+    /// With a variable for one of the processes.
+    #[must_use]
+    pub fn env(mut self, service: Service, name: &str, value: impl Into<String>) -> Self {
+        self.env.entry(service).or_default().push((name.to_owned(), value.into()));
+        self
+    }
+}
+
+/// A process of the platform, and where it listens.
+#[derive(Debug)]
+pub struct Running {
+    /// Which.
+    pub service: Service,
+    /// The process: to be killed, paused, started again.
+    pub process: Process,
+    /// Where it listens, also after it was started again.
+    pub address: Address,
+    client: reqwest::Client,
+}
+
+impl Running {
+    /// Waits until it says that it is ready; an error when it ends meanwhile.
+    pub async fn ready(&self) -> Result<()> {
+        let url = format!("{}/readyz", self.address.admin_url());
+        self.process.healthy(READY_BOUND, || async { asked(&self.client, &url).await }).await
+    }
+
+    /// Starts it again after it was killed or stopped, and waits until it is ready.
+    pub async fn start_again(&self) -> Result<()> {
+        self.process.start_again()?;
+        self.ready().await
+    }
+
+    /// Stops it in an orderly way, starts it again, waits until it is ready.
+    pub async fn restart(&self) -> Result<()> {
+        self.process.stop().await;
+        self.start_again().await
+    }
+}
+
+/// Whether `/readyz` says yes, and what it says otherwise.
+pub async fn asked(client: &reqwest::Client, url: &str) -> Result<(), String> {
+    let answer = client.get(url).timeout(ASK_BOUND).send().await.map_err(|e| e.without_url().to_string())?;
+    let status = answer.status();
+    if status.is_success() {
+        return Ok(());
+    }
+    Err(format!("{status} {}", answer.text().await.unwrap_or_default()))
+}
+
+/// The platform, running. Dropping it ends it at once; [`Stack::stop`] ends it in an orderly way.
+#[derive(Debug)]
+pub struct Stack {
+    services: BTreeMap<Service, Running>,
+    // After the services, so that it is dropped after them.
+    servers: Servers,
+    config: StackConfig,
+    addresses: BTreeMap<Service, Address>,
+    replicas: AtomicUsize,
+    client: reqwest::Client,
+}
+
+impl Stack {
+    /// Starts everything and waits until everything is ready.
+    pub async fn start(config: StackConfig, progress: &Progress) -> Result<Self> {
+        // Before anything is started: what is not built should be said at once.
+        for service in Service::ALL {
+            binary(service.program().0)?;
+        }
+        let servers = Servers::start(config.servers.clone(), progress).await?;
+        progress.done(format!("PostgreSQL     {}", servers.database_url));
+        progress.done(format!("Kafka          {}", servers.kafka_brokers));
+        let address = if config.preferred_ports { Address::preferred } else { Address::free };
+        let addresses = Service::ALL.into_iter().map(|s| Ok((s, address(s)?))).collect::<Result<_>>()?;
+        let client = reqwest::Client::new();
+        let replicas = AtomicUsize::new(1);
+        let mut stack = Self { services: BTreeMap::new(), servers, config, addresses, replicas, client };
+        stack.create_databases().await?;
+        // The services at once; the relay after them, because it reads the tables that they make.
+        for together in [&Service::ALL[..1], &Service::ALL[1..4], &Service::ALL[4..]] {
+            stack.start_services(together, progress).await?;
+        }
+        Ok(stack)
+    }
+
+    async fn create_databases(&self) -> Result<()> {
+        let failed = |e: sqlx::Error| Error::Other(format!("could not make the services' databases: {e}"));
+        let mut connection = PgConnection::connect(&self.servers.database_url).await.map_err(failed)?;
+        for name in Service::ALL.into_iter().filter_map(Service::database) {
+            let exists = sqlx::query("select from pg_database where datname = $1").bind(name);
+            if exists.fetch_optional(&mut connection).await.map_err(failed)?.is_none() {
+                // One of four constants; `create database` takes no parameters.
+                let create = sqlx::query(AssertSqlSafe(format!("create database {name}")));
+                create.execute(&mut connection).await.map_err(failed)?;
+            }
+        }
+        connection.close().await.map_err(failed)
+    }
+
+    async fn start_services(&mut self, together: &[Service], progress: &Progress) -> Result<()> {
+        for &service in together {
+            let running = self.launch(service, service.name(), self.addresses[&service].clone())?;
+            self.services.insert(service, running);
+        }
+        for &service in together {
+            progress.step(format!("waiting for {service}"));
+            let running = &self.services[&service];
+            running.ready().await?;
+            progress.done(format!("{:<14} {}", service.name(), running.address.url()));
+        }
+        Ok(())
+    }
+
+    fn launch(&self, service: Service, name: &str, address: Address) -> Result<Running> {
+        let (program, subcommand) = service.program();
+        let log = self.servers.logs.join(format!("{name}.log"));
+        let mut spec = Spec::new(name, binary(program)?, log).args([subcommand]);
+        for (variable, value) in self.environment(service, &address) {
+            spec = spec.env(variable, value);
+        }
+        let process = Process::start(spec)?;
+        Ok(Running { service, process, address, client: self.client.clone() })
+    }
+
+    /// What a process is told. Everything that it reads is set, so that our own environment does not leak in.
+    fn environment(&self, service: Service, address: &Address) -> Vec<(String, String)> {
+        let listen = |port: u16| format!("127.0.0.1:{port}");
+        let mut env = vec![
+            ("ADMIN_ADDR".to_owned(), listen(address.admin)),
+            ("KAFKA_BROKERS".to_owned(), self.servers.kafka_brokers.clone()),
+            ("RUST_LOG".to_owned(), self.config.log_level.clone()),
+            ("LOG_FORMAT".to_owned(), "json".to_owned()),
+        ];
+        let mut set = |name: &str, value: String| env.push((name.to_owned(), value));
+        if let Some(port) = address.http {
+            set("HTTP_ADDR", listen(port));
+        }
+        if let Some(database) = service.database() {
+            set("DATABASE_URL", self.database_url(database));
+        }
+        if service == Service::Payments {
+            set("GATEWAY_URL", self.addresses[&Service::Gateway].url());
+        }
+        if service == Service::Relay {
+            set("OUTBOXES", self.outboxes());
+        }
+        env.extend(self.config.env.get(&service).into_iter().flatten().cloned());
+        env
+    }
+
+    fn outboxes(&self) -> String {
+        let with_outbox = Service::ALL.into_iter().filter(|s| s.has_outbox()).filter_map(Service::database);
+        let named = with_outbox.map(|name| format!("{name}={}", self.database_url(name)));
+        named.collect::<Vec<_>>().join(",")
+    }
+
+    /// One of the platform's processes.
+    pub fn service(&self, service: Service) -> &Running {
+        &self.services[&service]
+    }
+
+    /// Starts another process of the same kind beside it (a standby relay, a second replica), with ports of its own.
+    pub async fn start_another(&self, service: Service) -> Result<Running> {
+        let number = self.replicas.fetch_add(1, Ordering::Relaxed) + 1;
+        let running = self.launch(service, &format!("{service}-{number}"), Address::free(service)?)?;
+        running.ready().await?;
+        Ok(running)
+    }
+
+    /// Where the API of a service is.
+    pub fn url(&self, service: Service) -> String {
+        self.addresses[&service].url()
+    }
+
+    /// Where health, metrics and inspection of a process are.
+    pub fn admin_url(&self, service: Service) -> String {
+        self.addresses[&service].admin_url()
+    }
+
+    /// How to connect to one of the databases: `orders`, `payments`, `inventory`, `gateway`.
+    pub fn database_url(&self, database: &str) -> String {
+        with_database(&self.servers.database_url, database)
+    }
+
+    /// The servers under it: to be killed and started again, and where logs and data are.
+    pub fn servers(&self) -> &Servers {
+        &self.servers
+    }
+
+    /// Where every process writes its log.
+    pub fn logs(&self) -> &Path {
+        &self.servers.logs
+    }
+
+    /// The logs of everything that runs here, the servers' too.
+    pub fn log_files(&self) -> Vec<PathBuf> {
+        let server =
+            [&self.servers.postgres.as_ref().map(|p| &p.process), &self.servers.kafka.as_ref().map(|k| &k.process)];
+        let servers = server.into_iter().flatten().map(|p| p.log().to_owned());
+        servers.chain(self.services.values().map(|s| s.process.log().to_owned())).collect()
+    }
+
+    /// Stops everything in an orderly way: the services side by side, then the servers.
+    pub async fn stop(self) {
+        let Self { services, servers, .. } = self;
+        // Each has its own bound; waiting for all of them takes as long as the slowest.
+        for running in services.values() {
+            running.process.signal(nix::sys::signal::Signal::SIGTERM);
+        }
+        for running in services.values() {
+            running.process.stop().await;
+        }
+        drop(services);
+        servers.stop().await;
+    }
+}
+
+/// The same server, another database.
+fn with_database(url: &str, database: &str) -> String {
+    let (url, query) = url.split_once('?').map_or((url, String::new()), |(url, query)| (url, format!("?{query}")));
+    let authority = url.find("://").map_or(0, |at| at + 3);
+    let server = url[authority..].find('/').map_or(url, |slash| &url[..authority + slash]);
+    format!("{server}/{database}{query}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_database_of_a_url_is_replaced_and_everything_else_kept() {
+        assert_eq!(with_database("postgres://u:p@h:1/postgres", "orders"), "postgres://u:p@h:1/orders");
+        assert_eq!(with_database("postgres://h", "orders"), "postgres://h/orders");
+        assert_eq!(with_database("postgres://h/x?sslmode=require", "o"), "postgres://h/o?sslmode=require");
+    }
+}

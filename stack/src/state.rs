@@ -1,0 +1,156 @@
+//! What is known from outside about a platform that stays up: `.stack/` of the checkout.
+//!
+//! | file | what |
+//! |---|---|
+//! | `lock` | held (flock) as long as anything of it runs, also by the guard: survives no death, needs no clean-up |
+//! | `state.json` | who runs, where, and its logs; may be stale, so only read while the lock is held |
+//! | `logs/`, `postgres/`, `kafka/` | what they are called |
+
+use crate::{
+    Error, Result, cache,
+    platform::Stack,
+    process::POLL,
+    service::{Address, Service},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    fs::{self, File, TryLockError},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+/// An orderly end of everything: each process has 20 s, and they end side by side, in two turns.
+const DOWN_BOUND: Duration = Duration::from_secs(50);
+
+/// Who runs, and where.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct State {
+    /// The process that supervises.
+    pub pid: i32,
+    /// PostgreSQL.
+    pub database_url: String,
+    /// Kafka.
+    pub kafka_brokers: String,
+    /// The platform's processes.
+    pub services: Vec<(Service, Address)>,
+    /// The logs of all.
+    pub logs: Vec<PathBuf>,
+}
+
+/// The directory that holds it.
+#[derive(Debug, Clone)]
+pub struct StateDirectory(PathBuf);
+
+impl StateDirectory {
+    /// This directory, which need not exist yet.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self(path.into())
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The lock, for who is going to run; `None` while another runs.
+    pub fn lock(&self) -> Result<Option<File>> {
+        cache::make_open_directory(&self.0)?;
+        let path = self.0.join("lock");
+        let doing = || format!("lock {}", path.display());
+        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(Error::io(doing()))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(source)) => Err(Error::io(doing())(source)),
+        }
+    }
+
+    /// Who runs; `None` when nobody does.
+    pub fn running(&self) -> Result<Option<State>> {
+        if !self.0.is_dir() || self.lock()?.is_some() {
+            return Ok(None);
+        }
+        let path = self.file();
+        match fs::read(&path) {
+            Ok(text) => {
+                let state = serde_json::from_slice(&text);
+                state.map(Some).map_err(|e| Error::Other(format!("{} cannot be read: {e}", path.display())))
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                Err(Error::Other("it is just starting or ending; look again in a moment".into()))
+            }
+            Err(e) => Err(Error::io(format!("read {}", path.display()))(e)),
+        }
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.join("state.json")
+    }
+
+    /// Says who runs: for the one that holds the lock.
+    pub fn write(&self, stack: &Stack) -> Result<()> {
+        let servers = stack.servers();
+        let state = State {
+            pid: std::process::id().cast_signed(),
+            database_url: servers.database_url.clone(),
+            kafka_brokers: servers.kafka_brokers.clone(),
+            services: Service::ALL.into_iter().map(|s| (s, stack.service(s).address.clone())).collect(),
+            logs: stack.log_files(),
+        };
+        let text = serde_json::to_vec_pretty(&state).map_err(|e| Error::Other(e.to_string()))?;
+        // Whole or not at all: others read it at any time.
+        let aside = self.0.join("state.json.part");
+        fs::write(&aside, text).map_err(Error::io(format!("write {}", aside.display())))?;
+        fs::rename(&aside, self.file()).map_err(Error::io(format!("write {}", self.file().display())))
+    }
+
+    /// Nobody runs any more: for the one that holds the lock.
+    pub fn clear(&self) {
+        let _ = fs::remove_file(self.file());
+    }
+
+    /// Ends what runs, in an orderly way within a bound, otherwise by force. `false` when nothing ran.
+    pub async fn down(&self) -> Result<bool> {
+        let Some(state) = self.running()? else { return Ok(false) };
+        let supervisor = Pid::from_raw(state.pid);
+        let _ = kill(supervisor, Signal::SIGTERM);
+        if !self.ended_within(DOWN_BOUND).await? {
+            // Its guard ends the rest.
+            let _ = kill(supervisor, Signal::SIGKILL);
+            if !self.ended_within(DOWN_BOUND).await? {
+                return Err(Error::Other(format!("process {} does not end", state.pid)));
+            }
+        }
+        Ok(true)
+    }
+
+    async fn ended_within(&self, bound: Duration) -> Result<bool> {
+        let start = Instant::now();
+        while start.elapsed() < bound {
+            if self.lock()?.is_some() {
+                return Ok(true);
+            }
+            tokio::time::sleep(POLL * 5).await;
+        }
+        Ok(false)
+    }
+
+    /// Ends what runs and removes its data.
+    pub async fn reset(&self) -> Result<()> {
+        self.down().await?;
+        // PostgreSQL's data may be elsewhere, when its user cannot get here.
+        if let Ok(elsewhere) = fs::read_link(self.0.join("postgres")) {
+            let _ = fs::remove_dir_all(elsewhere);
+        }
+        match fs::remove_dir_all(&self.0) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io(format!("remove {}", self.0.display()))(e))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! `stack up` and what goes with it: a platform that stays up until Ctrl-C or `stack down`, its data kept.
+
+use crate::{
+    Error, Result, guard,
+    platform::{Stack, StackConfig, asked},
+    postgres::Durability,
+    progress::Progress,
+    run,
+    servers::{Keep, ServersConfig},
+    service::Service,
+    state::{State, StateDirectory},
+};
+use comfy_table::{Table, presets};
+use std::{os::unix::process::CommandExt, path::PathBuf, process::Command, time::Duration};
+
+/// How often one process is started again: more often, and it will not get better by itself.
+const RESTARTS: u32 = 20;
+/// How often it is looked for processes that ended; also the pause before a restart.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Starts the platform, prints where it is, and stays until a signal comes.
+pub async fn up(directory: &StateDirectory) -> Result<()> {
+    let Some(lock) = directory.lock()? else {
+        return Err(Error::Other("it is running already; `make status` tells where, `make down` ends it".into()));
+    };
+    guard::hold(lock.try_clone().map_err(Error::io("share the lock"))?);
+    directory.clear();
+    let progress = Progress::for_people();
+    let interrupted = run::interrupted()?;
+    tokio::pin!(interrupted);
+    let started = tokio::select! {
+        started = Stack::start(config(directory), &progress) => started,
+        _ = &mut interrupted => {
+            progress.finish();
+            eprintln!("interrupted while starting; what was started is being ended");
+            return Ok(());
+        }
+    };
+    progress.finish();
+    let stack = started?;
+    directory.write(&stack)?;
+    print_places(&stack);
+    println!("\nCtrl-C or `make down` ends it; its data is kept. `make reset` wipes it.");
+    tokio::select! {
+        _ = interrupted => {}
+        () = supervise(&stack) => {}
+    }
+    progress.step("stopping");
+    stack.stop().await;
+    directory.clear();
+    println!("Everything is stopped; its data is in {}.", directory.path().display());
+    Ok(())
+}
+
+/// Starts again what ends by itself (kill one and watch), up to a number of times each; never returns.
+async fn supervise(stack: &Stack) {
+    let mut restarts = std::collections::BTreeMap::<Service, u32>::new();
+    loop {
+        for service in Service::ALL {
+            let process = &stack.service(service).process;
+            let count = restarts.entry(service).or_default();
+            if process.is_running() || *count > RESTARTS {
+                continue;
+            }
+            *count += 1;
+            if *count > RESTARTS {
+                eprintln!("{service} ended again and stays down; its log tells why: {}", process.log().display());
+            } else if let Err(error) = process.start_again() {
+                eprintln!("{service} ended and cannot be started again: {error}");
+            } else {
+                eprintln!("{service} ended by itself and was started again; its log: {}", process.log().display());
+            }
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn config(directory: &StateDirectory) -> StackConfig {
+    StackConfig {
+        servers: ServersConfig {
+            keep: Keep::In(directory.path().to_owned()),
+            logs: Some(directory.path().join("logs")),
+            durability: Durability::On,
+            preferred_ports: Some((5432, 9092)),
+            ..ServersConfig::for_tests()
+        },
+        preferred_ports: true,
+        ..StackConfig::for_tests()
+    }
+}
+
+/// Where everything is, for a person to click on.
+pub fn print_places(stack: &Stack) {
+    let servers = stack.servers();
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(["", "at", "health, metrics, inspection"]);
+    table.add_row(["PostgreSQL", &servers.database_url, ""]);
+    table.add_row(["Kafka", &servers.kafka_brokers, ""]);
+    for service in Service::ALL {
+        let running = stack.service(service);
+        let api = running.address.http.map_or_else(String::new, |_| format!("{}/docs", running.address.url()));
+        table.add_row([service.name(), &api, &running.address.admin_url()]);
+    }
+    println!("\n{table}\n\nlogs: {}", stack.logs().display());
+    for service in Service::ALL {
+        let (preferred, taken) = (service.default_ports(), &stack.service(service).address);
+        if (taken.http, taken.admin) != preferred {
+            println!("{service}: its own ports are in use, it took others.");
+        }
+    }
+}
+
+/// What runs and whether it is healthy; `true` when everything is.
+pub async fn status(directory: &StateDirectory) -> Result<bool> {
+    let Some(state) = directory.running()? else {
+        println!("Nothing runs. `make up` starts it.");
+        return Ok(false);
+    };
+    let client = reqwest::Client::new();
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(["", "at", "admin", "health"]);
+    let kafka = crate::kafka::answers(state.kafka_brokers.clone()).await;
+    let postgres = crate::postgres::answers(&state.database_url).await;
+    table.add_row(["PostgreSQL", &state.database_url, "", &health(&postgres)]);
+    table.add_row(["Kafka", &state.kafka_brokers, "", &health(&kafka)]);
+    let mut healthy = kafka.is_ok() && postgres.is_ok();
+    for (service, address) in &state.services {
+        let ready = asked(&client, &format!("{}/readyz", address.admin_url())).await;
+        healthy &= ready.is_ok();
+        table.add_row([service.name(), &address.url(), &address.admin_url(), &health(&ready)]);
+    }
+    println!("{table}");
+    Ok(healthy)
+}
+
+fn health(answer: &Result<(), String>) -> String {
+    answer.as_ref().map_or_else(|why| format!("NOT READY: {why}"), |()| "ready".into())
+}
+
+/// The end of every log, and with `follow` what comes.
+pub fn logs(directory: &StateDirectory, follow: Follow) -> Result<()> {
+    let files = match directory.running()? {
+        Some(State { logs, .. }) => logs,
+        None => {
+            let logs = std::fs::read_dir(directory.path().join("logs"));
+            logs.map_err(|_| Error::Other("there are no logs yet; `make up` makes some".into()))?
+                .flatten()
+                .map(|entry| entry.path())
+                .collect::<Vec<PathBuf>>()
+        }
+    };
+    let mut tail = Command::new("tail");
+    tail.args(["-n", "30"]);
+    if follow == Follow::Yes {
+        tail.arg("-f");
+    }
+    // Becomes `tail`: it does this better than we would, and Ctrl-C is its own.
+    Err(Error::io("run tail")(tail.args(files).exec()))
+}
+
+/// Whether to go on with what comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Follow {
+    /// Until Ctrl-C.
+    Yes,
+    /// Only what is there.
+    No,
+}
