@@ -107,16 +107,16 @@ impl Orders {
 
     /// Cancels an order for its customer, if it is not too late. Asking again changes nothing.
     pub async fn cancel(&self, order: OrderId) -> Result<CancelOutcome, CancelOrderError> {
+        if store::find(&self.pool, order).await.map_err(StoreError::from)?.is_none() {
+            return Ok(CancelOutcome::Unknown);
+        }
         let mut tx = self.pool.begin().await.map_err(StoreError::from)?;
         // The saga decides, and its row is locked first, as everywhere.
         let reason = CancelReason::CancelledByCustomer;
         let verdict = self.engine.cancel_in(&mut tx, SagaId(order.0), reason.as_str()).await?;
-        let status = match store::status_for_update_in(&mut tx, order).await {
-            Ok(status) => status.name(),
-            Err(StoreError::Unknown(_)) => return Ok(CancelOutcome::Unknown),
-            Err(error) => return Err(error.into()),
-        };
-        if verdict == Cancelled::Accepted && status == StatusName::Pending {
+        let status = store::status_for_update_in(&mut tx, order).await?;
+        // The engine may have come to the end of the undo already.
+        if verdict == Cancelled::Accepted && status.name() == StatusName::Pending {
             store::change_in(&mut tx, &[(order, Change::RequestCancel(reason))], clock::now()).await?;
         }
         let found = store::find(&mut *tx, order).await.map_err(StoreError::from)?;

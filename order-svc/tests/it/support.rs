@@ -1,0 +1,164 @@
+//! A shop of one test's own: its database, its orders, its API on a real port.
+
+use contracts::{OrderId, money::Money, product::Quantity};
+use order_svc::{
+    api::{ApiState, api},
+    domain::{Change, PlaceOrder, PricedLine},
+    migrations,
+    orders::Orders,
+    store,
+};
+use reqwest::{Client, RequestBuilder, Response};
+use saga_core::{service, testkit::TestDatabase};
+use serde_json::{Value, json};
+use sqlx::AssertSqlSafe;
+use std::{net::SocketAddr, time::Duration};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+/// Longer than anything here takes on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) struct Shop {
+    pub(crate) db: TestDatabase,
+    pub(crate) orders: Orders,
+    pub(crate) addr: SocketAddr,
+    pub(crate) client: Client,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) server: JoinHandle<Result<(), std::io::Error>>,
+}
+
+impl Shop {
+    /// Opens a shop that sells `WIDGET-1` for 19.99 EUR, `GADGET-2` for 5.00 EUR, `TEAPOT-3` for 30.00 USD, and two
+    /// things that nobody can pay for: `GOLD-4` costs all the money there is, `AIR-5` nothing.
+    pub(crate) async fn open() -> Self {
+        let db = TestDatabase::new(&migrations::all()).await;
+        sqlx::query(
+            "insert into catalogue (sku, name, unit_price, currency, sequence) values
+                ('WIDGET-1', 'A widget', 1999, 'EUR', 1),
+                ('GADGET-2', 'A gadget', 500, 'EUR', 1),
+                ('TEAPOT-3', 'A teapot', 3000, 'USD', 1),
+                ('GOLD-4', 'All the gold', 9223372036854775807, 'EUR', 1),
+                ('AIR-5', 'Air', 0, 'EUR', 1)",
+        )
+        .execute(&db.pool)
+        .await
+        .unwrap();
+        let orders = Orders::new(db.pool.clone()).unwrap();
+        let shutdown = CancellationToken::new();
+        let live = orders.live.clone();
+        tokio::spawn({
+            let shutdown = shutdown.clone();
+            async move { live.run(shutdown).await }
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let state = ApiState { orders: orders.clone(), shutdown: shutdown.clone() };
+        let server = tokio::spawn(service::serve(listener, api(state), shutdown.clone()));
+        let client = Client::builder().timeout(PATIENCE).build().unwrap();
+        Self { db, orders, addr, client, shutdown, server }
+    }
+
+    pub(crate) fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.addr)
+    }
+
+    pub(crate) fn post_order(&self, key: &str, body: &Value) -> RequestBuilder {
+        self.client.post(self.url("/v1/orders")).header("Idempotency-Key", key).json(body)
+    }
+
+    /// Places an order for two widgets and one gadget.
+    pub(crate) async fn place(&self, key: &str) -> OrderId {
+        let response = self.post_order(key, &basket()).send().await.unwrap();
+        assert_eq!(response.status(), 202);
+        id_of(&json_of(response).await)
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Response {
+        self.client.get(self.url(path)).send().await.unwrap()
+    }
+
+    pub(crate) async fn status(&self, order: OrderId) -> String {
+        let order = json_of(self.get(&format!("/v1/orders/{order}")).await).await;
+        order["status"].as_str().unwrap().to_owned()
+    }
+
+    /// How many rows there are in all tables that an order could have written to.
+    pub(crate) async fn rows(&self) -> i64 {
+        let tables: Vec<String> = sqlx::query_scalar(
+            "select relname::text from pg_class
+             where  relnamespace = 'public'::regnamespace and relkind in ('r', 'p') and not relispartition
+             and    relname <> 'catalogue' and relname not like 'refinery_%'",
+        )
+        .fetch_all(&self.db.pool)
+        .await
+        .unwrap();
+        assert!(tables.len() > 5, "{tables:?}");
+        let counts: Vec<_> = tables.iter().map(|table| format!("(select count(*) from {table})")).collect();
+        let sql = AssertSqlSafe(format!("select {}", counts.join(" + ")));
+        sqlx::query_scalar(sql).fetch_one(&self.db.pool).await.unwrap()
+    }
+
+    pub(crate) async fn count(&self, from: &str) -> i64 {
+        let sql = AssertSqlSafe(format!("select count(*) from {from}"));
+        sqlx::query_scalar(sql).fetch_one(&self.db.pool).await.unwrap()
+    }
+
+    /// An order's statuses, in order.
+    pub(crate) async fn history(&self, order: OrderId) -> Vec<String> {
+        sqlx::query_scalar("select status from order_status_history where order_id = $1 order by sequence")
+            .bind(order.0)
+            .fetch_all(&self.db.pool)
+            .await
+            .unwrap()
+    }
+}
+
+impl Drop for Shop {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+pub(crate) fn basket() -> Value {
+    json!({
+        "customer_id": "customer-17",
+        "items": [{ "sku": "WIDGET-1", "quantity": 2 }, { "sku": "GADGET-2", "quantity": 1 }],
+        "payment_method": "tok_visa",
+    })
+}
+
+pub(crate) async fn json_of(response: Response) -> Value {
+    let text = response.text().await.unwrap();
+    serde_json::from_str(&text).unwrap_or_else(|_| panic!("not JSON: {text}"))
+}
+
+pub(crate) fn id_of(order: &Value) -> OrderId {
+    OrderId(order["id"].as_str().expect("an order has an id").parse().unwrap())
+}
+
+/// Orders as the store writes them, without a saga: for what only reads.
+impl Shop {
+    pub(crate) async fn write_order(&self, customer: &str) -> OrderId {
+        let unit_price = Money { amount: 250, currency: "EUR".parse().unwrap() };
+        let quantity = Quantity::try_from(2).unwrap();
+        let order = PlaceOrder {
+            order: OrderId(uuid::Uuid::now_v7()),
+            customer: customer.parse().unwrap(),
+            lines: vec![PricedLine { sku: "WIDGET-1".parse().unwrap(), quantity, unit_price }],
+            total: unit_price.checked_mul(2).unwrap(),
+            payment_method: "tok_visa".parse().unwrap(),
+            placed_at: saga_core::clock::now(),
+        };
+        let mut tx = self.db.pool.begin().await.unwrap();
+        store::insert_in(&mut tx, &order).await.unwrap();
+        tx.commit().await.unwrap();
+        order.order
+    }
+
+    pub(crate) async fn change(&self, order: OrderId, change: Change) {
+        let mut tx = self.db.pool.begin().await.unwrap();
+        store::change_in(&mut tx, &[(order, change)], saga_core::clock::now()).await.unwrap();
+        tx.commit().await.unwrap();
+    }
+}
