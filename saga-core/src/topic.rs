@@ -32,6 +32,12 @@ impl Topic {
     }
 }
 
+impl From<&Topic> for String {
+    fn from(topic: &Topic) -> Self {
+        topic.name.to_owned()
+    }
+}
+
 /// The name of the topic that takes what a consumer of `topic` could not handle.
 pub fn dead_letter_topic(topic: &str) -> String {
     format!("{topic}.dlt")

@@ -13,6 +13,7 @@
 
 use super::{
     definition::{Definition, Remote, Role, StepKind},
+    moment,
     state::{
         Action, Answer, Effects, Event, Failure, FailureKind, Ignored, Open, Reply, Send, State, Status, StepState,
         StuckWhy, Told, Verdict, Wait,
@@ -31,7 +32,7 @@ const OCCURRENCE: u32 = 0;
 
 /// Begins a saga: its first step is issued.
 pub fn start(definition: &Definition, saga: SagaId, now: OffsetDateTime) -> (State, Effects) {
-    let now = in_milliseconds(now);
+    let now = moment::cut(now);
     let state = State {
         saga,
         steps: Vec::with_capacity(definition.steps().len()),
@@ -46,7 +47,7 @@ pub fn start(definition: &Definition, saga: SagaId, now: OffsetDateTime) -> (Sta
 
 /// What follows when `event` happens to `state` at `now`.
 pub fn decide(definition: &Definition, state: &State, event: &Event, now: OffsetDateTime) -> (State, Effects) {
-    let turn = Turn::new(definition, state.clone(), in_milliseconds(now));
+    let turn = Turn::new(definition, state.clone(), moment::cut(now));
     match event {
         Event::Reply(reply) => turn.on_reply(reply),
         Event::Due => turn.on_due(),
@@ -96,11 +97,6 @@ fn why_ignored(definition: &Definition, state: &State, reply: &Reply) -> Ignored
 
 fn command_id(definition: &Definition, saga: SagaId, step: usize, op: Op) -> CommandId {
     CommandId::derive(saga, &definition.steps()[step].name, op, OCCURRENCE)
-}
-
-/// As fine as the state is stored, so that what is decided twice is the same before and after a crash.
-fn in_milliseconds(at: OffsetDateTime) -> OffsetDateTime {
-    at.replace_millisecond(at.millisecond()).unwrap_or(at)
 }
 
 /// One decision in the making.
@@ -374,6 +370,6 @@ impl<'d> Turn<'d> {
     }
 
     fn later(&self, by: Duration) -> OffsetDateTime {
-        in_milliseconds(self.now + by)
+        moment::cut(self.now + by)
     }
 }

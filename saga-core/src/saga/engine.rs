@@ -1,190 +1,292 @@
 //! The engine: definitions and local effects bound together, and what a service asks of them.
 //!
-//! Nobody owns a saga: any number of engines work on one database. What has to be atomic takes the caller's transaction.
+//! Nobody owns a saga: any number of engines work on one database. What has to be atomic takes the caller's transaction,
+//! and says so in its name; when the process dies before the caller's commit, it was never asked.
 
+pub use super::error::{CancelError, Cancelled, EngineError, EngineErrors, RetryError, StartError};
 use super::{
-    definition::{DefinitionError, Saga},
-    local::LocalEffect,
+    batch::{Batch, BatchError},
+    case::{self, Case, Incident},
+    decide::{decide, start},
+    definition::{Definition, Saga},
+    local::{LocalCall, LocalEffect, LocalError},
+    log::{Entry, What},
+    measure,
+    runner::ReplyHandler,
+    state::{Action, Effects, Event, Ignored, State, Verdict},
+    store::{self, Known, NewSaga, Row},
 };
 use crate::{
-    consumer::{HandleError, Handler, Message},
+    clock,
+    envelope::Op,
     id::SagaId,
-    outbox::Tx,
-    topic::Topic,
+    outbox::{self, NewMessage, Tx},
 };
 use serde::Serialize;
+use serde_json::Value;
 use sqlx::PgPool;
-use std::sync::Arc;
-use tokio_util::sync::CancellationToken;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
+use time::OffsetDateTime;
 
 /// Runs the sagas of one service.
-pub struct Engine {}
+pub struct Engine {
+    pool: PgPool,
+    reply_topic: String,
+    definitions: BTreeMap<(String, u32), Arc<Definition>>,
+    locals: BTreeMap<String, Arc<dyn LocalEffect>>,
+    known: Known,
+}
 
 /// Puts an [`Engine`] together.
-pub struct EngineBuilder {}
-
-/// What is wrong with an engine that cannot be built.
-#[derive(Debug, thiserror::Error)]
-#[error("the saga engine cannot be built: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
-pub struct EngineErrors(pub Vec<EngineError>);
-
-/// One mistake.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum EngineError {
-    /// In a definition.
-    #[error(transparent)]
-    Definition(#[from] DefinitionError),
-    /// A saga names an effect that the engine was not given.
-    #[error("saga `{saga}` runs the local effect `{effect}`, which is not bound: call `.local({effect:?}, ..)`")]
-    UnboundLocal {
-        /// Which saga.
-        saga: String,
-        /// Which effect.
-        effect: String,
-    },
-    /// Two definitions with one name and version.
-    #[error("saga `{0}` version {1} is defined twice")]
-    DefinedTwice(String, u32),
-}
-
-/// Why a saga was not started.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// This engine was not given that definition.
-    #[error("saga `{0}` version {1} is not defined in this engine")]
-    Undefined(String, u32),
-    /// There is a saga of this definition with this business key, or one with this id.
-    #[error("there is a saga with this id or business key already")]
-    Exists,
-    /// The input cannot be written as JSON, or the first command cannot be built.
-    #[error("the input does not fit: {0}")]
-    Input(String),
-    /// A local effect before the first command did not work. The caller's transaction is spoilt.
-    #[error(transparent)]
-    Local(anyhow::Error),
-    /// The database said no.
-    #[error(transparent)]
-    Database(sqlx::Error),
-}
-
-/// What became of a cancel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cancelled {
-    /// It is being undone from now on.
-    Accepted,
-    /// It was being undone before.
-    AlreadyCancelling,
-    /// The pivot's command was issued: it can only be completed.
-    TooLate,
-    /// It has ended, one way or the other.
-    Finished,
-    /// There is no such saga.
-    Unknown,
-}
-
-/// Why a cancel could not be decided.
-#[derive(Debug, thiserror::Error)]
-pub enum CancelError {
-    /// The saga is of a definition version that this engine does not know.
-    #[error("saga `{0}` version {1} is not defined in this engine")]
-    Undefined(String, u32),
-    /// A local undo did not work; the saga is now stuck, and the cancel is decided.
-    #[error(transparent)]
-    Database(#[from] sqlx::Error),
-}
-
-/// Why a retry was not done.
-#[derive(Debug, thiserror::Error)]
-pub enum RetryError {
-    /// There is no such saga.
-    #[error("there is no saga {0}")]
-    Unknown(SagaId),
-    /// Somebody or something was faster: look again.
-    #[error("the saga is at version {found}, not {expected}")]
-    Version {
-        /// What the caller saw.
-        expected: i32,
-        /// What it is now.
-        found: i32,
-    },
-    /// Only a stuck saga can be retried.
-    #[error("the saga is {0}, not stuck")]
-    NotStuck(String),
-    /// The saga is of a definition version that this engine does not know.
-    #[error("saga `{0}` version {1} is not defined in this engine")]
-    Undefined(String, u32),
-    /// The database said no.
-    #[error(transparent)]
-    Database(#[from] sqlx::Error),
+#[must_use = "an engine is built when `.build()` is called"]
+pub struct EngineBuilder {
+    pool: PgPool,
+    reply_topic: String,
+    definitions: Vec<Arc<Definition>>,
+    locals: BTreeMap<String, Arc<dyn LocalEffect>>,
 }
 
 impl Engine {
     /// An engine over `pool` whose participants answer on `reply_topic`.
-    pub fn builder(_pool: PgPool, _reply_topic: &'static Topic) -> EngineBuilder {
-        EngineBuilder {}
+    pub fn builder(pool: PgPool, reply_topic: impl Into<String>) -> EngineBuilder {
+        EngineBuilder { pool, reply_topic: reply_topic.into(), definitions: Vec::new(), locals: BTreeMap::new() }
     }
 
     /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing.
+    ///
+    /// # Errors
+    /// [`StartError::Exists`] leaves the transaction usable; after any other error it has to be rolled back.
     pub async fn start_in<I: Serialize>(
         &self,
-        _tx: &mut Tx<'_>,
-        _id: SagaId,
-        _saga: &Saga<I>,
-        _input: &I,
-        _business_key: &str,
+        tx: &mut Tx<'_>,
+        id: SagaId,
+        saga: &Saga<I>,
+        input: &I,
+        business_key: &str,
     ) -> Result<(), StartError> {
-        todo!("next slice")
+        let definition = self.same(saga)?;
+        let input = serde_json::to_value(input).map_err(|error| StartError::Input(error.to_string()))?;
+        if contains_nul(&input) || business_key.contains('\0') {
+            return Err(StartError::Input("it contains NUL".into()));
+        }
+        let now = clock::now();
+        let begun = Begun::new(definition, id, &input, &self.reply_topic, now)?;
+        let new = NewSaga {
+            definition: definition.name(),
+            version: version_of(definition),
+            fingerprint: definition.fingerprint(),
+            business_key,
+            state: &begun.state,
+            input: &input,
+            entry: &Entry { what: What::Started, then: begun.told },
+        };
+        if store::insert(tx, &[new], now).await.map_err(StartError::Database)? == 0 {
+            return Err(StartError::Exists);
+        }
+        for step in &begun.locals {
+            let call = LocalCall { saga: id, name: &definition.steps()[*step].name, input: &input, failure: None };
+            self.local(call.name)?.run(tx, &call).await?;
+        }
+        outbox::append_in(tx, begun.message.as_slice()).await.map_err(|error| StartError::Database(error.into()))?;
+        if begun.state.is_finished() {
+            measure::finished(definition.name(), begun.state.status.as_str());
+        }
+        Ok(())
     }
 
-    /// Cancels a saga in the caller's transaction; the answer is final. Call it before locking business rows: sagas
-    /// are locked first everywhere.
-    pub async fn cancel_in(&self, _tx: &mut Tx<'_>, _id: SagaId, _reason: &str) -> Result<Cancelled, CancelError> {
-        todo!("next slice")
+    /// Cancels a saga in the caller's transaction; the answer is final once that commits. Call it before locking
+    /// business rows: sagas are locked first everywhere.
+    ///
+    /// # Errors
+    /// When this engine does not know the saga's definition, or the database says no.
+    pub async fn cancel_in(&self, tx: &mut Tx<'_>, id: SagaId, reason: &str) -> Result<Cancelled, CancelError> {
+        let Some(row) = store::load(tx, &[id]).await?.pop() else { return Ok(Cancelled::Unknown) };
+        let Some(definition) = self.definition_of(&row) else {
+            return Err(CancelError::Undefined(row.definition, u32::try_from(row.version).unwrap_or(0)));
+        };
+        let reason = reason.replace('\0', "");
+        let event = Event::Cancel { reason: reason.clone() };
+        let cancel = Incident { event, what: What::Cancel { reason }, cause: None, flaw: None };
+        Ok(match self.decide_one(tx, definition, row, cancel).await? {
+            Verdict::Taken => Cancelled::Accepted,
+            Verdict::Ignored(Ignored::AlreadyCompensating) => Cancelled::AlreadyCancelling,
+            Verdict::Ignored(Ignored::PastThePivot) => Cancelled::TooLate,
+            Verdict::Ignored(_) => Cancelled::Finished,
+        })
     }
 
-    /// Gives a stuck saga a fresh start, in a transaction of its own.
-    pub async fn retry(&self, _id: SagaId, _expected: i32, _reason: &str, _actor: &str) -> Result<(), RetryError> {
-        todo!("next slice")
+    /// Gives a stuck saga a fresh start, in a transaction of its own. `expected` is the revision that the operator saw.
+    ///
+    /// # Errors
+    /// When the saga is not what the operator saw, or the database says no.
+    pub async fn retry(&self, id: SagaId, expected: i32, reason: &str, actor: &str) -> Result<(), RetryError> {
+        let mut tx = self.pool.begin().await?;
+        let row = store::load(&mut tx, &[id]).await?.pop().ok_or(RetryError::Unknown(id))?;
+        if row.revision != expected {
+            return Err(RetryError::Version { expected, found: row.revision });
+        }
+        let Some(definition) = self.definition_of(&row) else {
+            return Err(RetryError::Undefined(row.definition, u32::try_from(row.version).unwrap_or(0)));
+        };
+        let status = row.state.status.as_str();
+        let what = What::Retry { reason: reason.replace('\0', ""), actor: actor.replace('\0', "") };
+        let retry = Incident { event: Event::Retry, what, cause: None, flaw: None };
+        match self.decide_one(&mut tx, definition, row, retry).await? {
+            Verdict::Taken => {}
+            Verdict::Ignored(_) => return Err(RetryError::NotStuck(status.to_owned())),
+        }
+        Ok(tx.commit().await?)
     }
 
     /// What takes the replies: give it to the consumer of the reply topic.
     pub fn handler(self: &Arc<Self>) -> ReplyHandler {
-        ReplyHandler { _engine: Arc::clone(self) }
+        ReplyHandler { engine: Arc::clone(self) }
     }
 
-    /// Works off what is due, until `token` is cancelled.
-    pub async fn run_timers(&self, _token: CancellationToken) -> Result<(), sqlx::Error> {
-        todo!("next slice")
+    async fn decide_one(
+        &self,
+        tx: &mut Tx<'_>,
+        definition: Arc<Definition>,
+        row: Row,
+        incident: Incident<'_>,
+    ) -> Result<Verdict, sqlx::Error> {
+        let case = Case::new(definition, row, VecDeque::from([incident]));
+        let mut batch = Batch::new(self, vec![case], clock::now());
+        batch.run(tx).await.map_err(|error| match error {
+            BatchError::Database(error) => error,
+            BatchError::Poison(why) => sqlx::Error::Protocol(why),
+        })?;
+        let verdict = batch.cases.first().and_then(|case| case.verdicts.first()).copied();
+        verdict.ok_or(sqlx::Error::RowNotFound)
+    }
+
+    pub(super) fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    pub(super) fn reply_topic(&self) -> &str {
+        &self.reply_topic
+    }
+
+    pub(super) fn known(&self) -> &Known {
+        &self.known
+    }
+
+    pub(super) fn local(&self, name: &str) -> Result<&dyn LocalEffect, LocalError> {
+        let effect = self.locals.get(name).map(AsRef::as_ref);
+        effect.ok_or_else(|| LocalError::Failed(anyhow::anyhow!("the local effect `{name}` is not bound")))
+    }
+
+    /// The definition that a saga began with, if this replica has that very one.
+    pub(super) fn definition_of(&self, row: &Row) -> Option<Arc<Definition>> {
+        let version = u32::try_from(row.version).ok()?;
+        let definition = self.definitions.get(&(row.definition.clone(), version))?;
+        (definition.fingerprint() == row.fingerprint).then(|| Arc::clone(definition))
+    }
+
+    fn same<I>(&self, saga: &Saga<I>) -> Result<&Definition, StartError> {
+        let defined = self.definitions.get(&(saga.name().to_owned(), saga.version()));
+        match defined {
+            Some(defined) if defined.fingerprint() == saga.fingerprint() => Ok(defined),
+            _ => Err(StartError::Undefined(saga.name().to_owned(), saga.version())),
+        }
+    }
+}
+
+/// A saga as it stands once its first command is issued, if the local effects before that work: they are run after its
+/// row is there, and if one does not, there is no saga.
+struct Begun {
+    state: State,
+    locals: Vec<usize>,
+    message: Option<NewMessage>,
+    told: Vec<super::state::Told>,
+}
+
+impl Begun {
+    fn new(
+        definition: &Definition,
+        id: SagaId,
+        input: &Value,
+        reply_topic: &str,
+        now: OffsetDateTime,
+    ) -> Result<Self, StartError> {
+        let (mut state, mut effects) = start(definition, id, now);
+        let (mut locals, mut told) = (Vec::new(), Vec::new());
+        loop {
+            let Effects { actions, told: more, .. } = effects;
+            told.extend(more);
+            match actions.first() {
+                Some(Action::RunLocal { step, op: Op::Do }) => locals.push(*step),
+                Some(Action::Send(send)) => {
+                    let message = case::message(definition, &state, input, send, reply_topic);
+                    let message = Some(message.map_err(StartError::Input)?);
+                    return Ok(Self { state, locals, message, told });
+                }
+                Some(Action::RunLocal { op: Op::Undo, .. }) | None => {
+                    return Ok(Self { state, locals, message: None, told });
+                }
+            }
+            (state, effects) = decide(definition, &state, &Event::LocalDone, now);
+        }
     }
 }
 
 impl EngineBuilder {
     /// Adds a definition.
-    #[must_use]
-    pub fn define<I>(self, _saga: &Saga<I>) -> Self {
+    pub fn define<I>(mut self, saga: &Saga<I>) -> Self {
+        self.definitions.push(saga.shared());
         self
     }
 
     /// Binds a local effect to its name.
-    #[must_use]
-    pub fn local(self, _name: &str, _effect: impl LocalEffect) -> Self {
+    pub fn local(mut self, name: &str, effect: impl LocalEffect) -> Self {
+        self.locals.insert(name.to_owned(), Arc::new(effect));
         self
     }
 
     /// The engine, if every definition is sound and every local effect that they name is bound.
+    ///
+    /// # Errors
+    /// With every mistake, not only the first.
     pub fn build(self) -> Result<Arc<Engine>, EngineErrors> {
-        Ok(Arc::new(Engine {}))
+        let Self { pool, reply_topic, definitions, locals } = self;
+        let (mut errors, mut defined, mut known) = (Vec::new(), BTreeMap::new(), Known::default());
+        for definition in definitions {
+            errors.extend(definition.check().into_iter().map(EngineError::Definition));
+            errors.extend(
+                definition.local_effects().filter(|name| !locals.contains_key(*name)).map(|name| {
+                    EngineError::UnboundLocal { saga: definition.name().to_owned(), effect: name.to_owned() }
+                }),
+            );
+            known.definitions.push(definition.name().to_owned());
+            known.versions.push(version_of(&definition));
+            known.fingerprints.push(definition.fingerprint().to_owned());
+            let key = (definition.name().to_owned(), definition.version());
+            if let Some(twice) = defined.insert(key, definition) {
+                errors.push(EngineError::DefinedTwice(twice.name().to_owned(), twice.version()));
+            }
+        }
+        if errors.is_empty() {
+            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known }))
+        } else {
+            Err(EngineErrors(errors))
+        }
     }
 }
 
-/// Takes the replies of the engine's participants.
-#[derive(Clone)]
-pub struct ReplyHandler {
-    _engine: Arc<Engine>,
+fn version_of(definition: &Definition) -> i32 {
+    i32::try_from(definition.version()).unwrap_or(i32::MAX)
 }
 
-impl Handler for ReplyHandler {
-    async fn handle(&self, _tx: &mut Tx<'_>, _batch: &[Message]) -> Result<(), HandleError> {
-        todo!("next slice")
+/// PostgreSQL's jsonb has no place for NUL, which JSON can say.
+fn contains_nul(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains('\0'),
+        Value::Array(values) => values.iter().any(contains_nul),
+        Value::Object(fields) => fields.iter().any(|(name, value)| name.contains('\0') || contains_nul(value)),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
 }

@@ -13,14 +13,27 @@
 //! | [`decide`] | the one transition function; no I/O, no clock, no randomness |
 //! | [`local`] | effects in the orchestrator's own database |
 //! | [`engine`] | definitions and effects bound together; start, cancel, retry |
+//! | [`runner`], [`timers`] | batches of replies and due times, each batch one transaction |
+//! | [`log`] | the lines of a saga's timeline |
 
+mod batch;
+mod case;
 pub mod decide;
 pub mod definition;
 pub mod engine;
+pub mod error;
 pub mod local;
+pub mod log;
+mod measure;
+mod moment;
+pub mod runner;
 pub mod state;
+mod store;
+pub mod timers;
 
 pub use definition::{Definition, Happened, RetryPolicy, Saga, saga};
-pub use engine::{CancelError, Cancelled, Engine, RetryError, StartError};
+pub use engine::{Engine, EngineBuilder};
+pub use error::{CancelError, Cancelled, EngineErrors, RetryError, StartError};
 pub use local::{LocalCall, LocalEffect, LocalError};
+pub use runner::ReplyHandler;
 pub use state::{Failure, FailureKind};

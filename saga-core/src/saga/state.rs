@@ -26,7 +26,7 @@ pub struct State {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
     /// When the saga is undone by itself. `None` once the pivot's command is issued.
-    #[serde(default, skip_serializing_if = "Option::is_none", with = "time::serde::timestamp::milliseconds::option")]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "super::moment::option")]
     pub deadline: Option<OffsetDateTime>,
 }
 
@@ -102,10 +102,10 @@ pub struct Open {
     /// What is waited for.
     pub wait: Wait,
     /// When the first attempt was issued.
-    #[serde(with = "time::serde::timestamp::milliseconds")]
+    #[serde(with = "super::moment")]
     pub since: OffsetDateTime,
     /// When the wait ends by itself.
-    #[serde(default, skip_serializing_if = "Option::is_none", with = "time::serde::timestamp::milliseconds::option")]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "super::moment::option")]
     pub due: Option<OffsetDateTime>,
 }
 
@@ -326,7 +326,7 @@ pub enum Told {
     /// An attempt failed, or was not answered in time, and the next one comes after a pause.
     Pausing {
         /// Until then.
-        #[serde(with = "time::serde::timestamp::milliseconds")]
+        #[serde(with = "super::moment")]
         until: OffsetDateTime,
     },
     /// The saga is undone from here on.

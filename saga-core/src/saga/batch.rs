@@ -1,0 +1,146 @@
+//! Many sagas in one transaction: each takes its events in order, in memory; then all are written at once.
+//!
+//! Local effects are run where `decide` asks for them: for all sagas that stand at one together, behind one savepoint.
+//! When that fails, one by one, each behind a savepoint of its own, so that only the saga whose effect fails becomes
+//! stuck. Nothing here survives the process; the transaction does, or does not.
+
+use super::{
+    case::{Case, Pending},
+    engine::Engine,
+    local::{LocalCall, LocalError},
+    measure,
+    state::Event,
+    store::{self, Change},
+};
+use crate::outbox::{self, Tx};
+use sqlx::Acquire;
+use std::collections::BTreeMap;
+use time::OffsetDateTime;
+
+/// Why a transaction's sagas were not decided.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BatchError {
+    /// The database said no.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+    /// A reply that answers its saga's open command cannot be understood.
+    #[error("{0}")]
+    Poison(String),
+}
+
+#[cfg(feature = "testkit")]
+impl From<crate::testkit::failpoints::Injected> for BatchError {
+    fn from(injected: crate::testkit::failpoints::Injected) -> Self {
+        Self::Database(injected.into())
+    }
+}
+
+/// The sagas of one transaction, sorted by id.
+pub(super) struct Batch<'e, 'm> {
+    engine: &'e Engine,
+    now: OffsetDateTime,
+    pub(super) cases: Vec<Case<'m>>,
+}
+
+impl<'e, 'm> Batch<'e, 'm> {
+    pub(super) fn new(engine: &'e Engine, mut cases: Vec<Case<'m>>, now: OffsetDateTime) -> Self {
+        cases.sort_by_key(Case::saga);
+        Self { engine, now, cases }
+    }
+
+    /// Decides everything and writes it: a fixed number of statements, and those of the local effects.
+    pub(super) async fn run(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
+        loop {
+            for case in &mut self.cases {
+                case.decide(self.engine.reply_topic(), self.now)?;
+            }
+            let at_local: Vec<usize> = (0..self.cases.len()).filter(|&i| self.cases[i].pending().is_some()).collect();
+            if at_local.is_empty() {
+                break;
+            }
+            self.run_locals(tx, &at_local).await?;
+        }
+        self.store(tx).await
+    }
+
+    async fn run_locals(&mut self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), BatchError> {
+        let mut savepoint = tx.begin().await?;
+        match self.try_together(&mut savepoint, at_local).await {
+            Ok(()) => {
+                savepoint.commit().await?;
+                at_local.iter().for_each(|&i| self.settle(i, &Event::LocalDone));
+            }
+            Err(error) => {
+                savepoint.rollback().await?;
+                let error = unless_transient(error)?;
+                if let [only] = at_local {
+                    self.settle(*only, &Event::Broken { error });
+                } else {
+                    self.run_one_by_one(tx, at_local).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn try_together(&self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), LocalError> {
+        let mut by_effect: BTreeMap<&str, Vec<LocalCall<'_>>> = BTreeMap::new();
+        for call in at_local.iter().filter_map(|&i| self.cases[i].pending()).map(Pending::call) {
+            by_effect.entry(call.name).or_default().push(call);
+        }
+        for (name, calls) in by_effect {
+            self.engine.local(name)?.run_many(tx, &calls).await?;
+        }
+        Ok(())
+    }
+
+    async fn run_one_by_one(&mut self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), BatchError> {
+        for &i in at_local {
+            let mut savepoint = tx.begin().await?;
+            let event = match self.try_together(&mut savepoint, &[i]).await {
+                Ok(()) => {
+                    savepoint.commit().await?;
+                    Event::LocalDone
+                }
+                Err(error) => {
+                    savepoint.rollback().await?;
+                    Event::Broken { error: unless_transient(error)? }
+                }
+            };
+            self.settle(i, &event);
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self, case: usize, event: &Event) {
+        self.cases[case].settle_local(self.engine.reply_topic(), event, self.now);
+    }
+
+    async fn store(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
+        let changes: Vec<Change<'_>> = self.cases.iter().filter_map(|case| case.change(self.now)).collect();
+        store::update(tx, &changes, self.now).await?;
+        let events: Vec<_> = self.cases.iter().flat_map(Case::events).collect();
+        store::tell(tx, &events, self.now).await?;
+        let messages: Vec<_> = self.cases.iter_mut().flat_map(|case| std::mem::take(&mut case.messages)).collect();
+        outbox::append_in(tx, &messages).await.map_err(sqlx::Error::from)?;
+        self.cases.iter().for_each(measure::decided);
+        Ok(())
+    }
+}
+
+/// The text of an error that is the effect's own fault; one that is nobody's is passed on, to repeat the batch.
+fn unless_transient(error: LocalError) -> Result<String, sqlx::Error> {
+    let transient = |error: &sqlx::Error| match error {
+        sqlx::Error::Database(db) => matches!(db.code().as_deref(), Some("40001" | "40P01")),
+        _ => false,
+    };
+    match error {
+        LocalError::Database(error) if transient(&error) => Err(error),
+        LocalError::Failed(error) => match error.downcast::<sqlx::Error>() {
+            Ok(error) if transient(&error) => Err(error),
+            Ok(error) => Ok(error.to_string()),
+            Err(error) => Ok(format!("{error:#}")),
+        },
+        LocalError::Database(error) => Ok(error.to_string()),
+    }
+}

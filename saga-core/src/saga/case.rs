@@ -1,0 +1,301 @@
+//! One saga in a transaction: its row, the events that wait for it, and what they come to.
+
+use super::{
+    batch::BatchError,
+    decide::{answers, decide},
+    definition::{BuildFrom, Definition, Remote, StepKind},
+    local::LocalCall,
+    log::{Entry, What},
+    state::{Action, Answer, Effects, Event, Ignored, Open, Reply, Send, State, StepState, Verdict},
+    store::{self, Change, Due, Row},
+};
+use crate::{
+    envelope::{Envelope, Op, SagaHeaders, header},
+    id::SagaId,
+    outbox::NewMessage,
+};
+use serde_json::Value;
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+use time::OffsetDateTime;
+
+/// Something that happens to a saga, with what its log will say.
+pub(super) struct Incident<'m> {
+    pub(super) event: Event,
+    pub(super) what: What,
+    /// The message that caused it: what follows continues its trace.
+    pub(super) cause: Option<&'m Envelope>,
+    /// What is wrong with a reply's payload; it matters only if the reply is waited for.
+    pub(super) flaw: Option<String>,
+}
+
+/// One saga in a transaction.
+pub(super) struct Case<'m> {
+    definition: Arc<Definition>,
+    row: Row,
+    from_revision: i32,
+    from_status: &'static str,
+    incidents: VecDeque<Incident<'m>>,
+    cause: Option<&'m Envelope>,
+    local: Option<(usize, Op)>,
+    entries: Vec<Entry>,
+    pub(super) messages: Vec<NewMessage>,
+    pub(super) verdicts: Vec<Verdict>,
+    /// Attempts that were settled here, with how long they took: what the step's duration is measured by.
+    pub(super) settled: Vec<(Open, OffsetDateTime)>,
+}
+
+/// A local effect that has to be run before its saga goes on.
+pub(super) struct Pending<'a> {
+    saga: SagaId,
+    name: &'a str,
+    input: &'a Value,
+    state: &'a State,
+}
+
+impl<'a> Pending<'a> {
+    pub(super) fn call(self) -> LocalCall<'a> {
+        LocalCall { saga: self.saga, name: self.name, input: self.input, failure: self.state.failure.as_ref() }
+    }
+}
+
+impl<'m> Case<'m> {
+    pub(super) fn new(definition: Arc<Definition>, row: Row, incidents: VecDeque<Incident<'m>>) -> Self {
+        let (from_revision, from_status) = (row.revision, row.state.status.as_str());
+        Self {
+            definition,
+            row,
+            from_revision,
+            from_status,
+            incidents,
+            cause: None,
+            local: None,
+            entries: Vec::new(),
+            messages: Vec::new(),
+            verdicts: Vec::new(),
+            settled: Vec::new(),
+        }
+    }
+
+    pub(super) fn saga(&self) -> SagaId {
+        self.row.state.saga
+    }
+
+    pub(super) fn definition(&self) -> &Definition {
+        &self.definition
+    }
+
+    pub(super) fn state(&self) -> &State {
+        &self.row.state
+    }
+
+    pub(super) fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    pub(super) fn was_finished(&self) -> bool {
+        matches!(self.from_status, "completed" | "compensated")
+    }
+
+    /// Takes events until none is left, or until a local effect has to be run.
+    pub(super) fn decide(&mut self, reply_topic: &str, now: OffsetDateTime) -> Result<(), BatchError> {
+        while self.local.is_none()
+            && let Some(incident) = self.incidents.pop_front()
+        {
+            self.take(incident, reply_topic, now)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, incident: Incident<'m>, reply_topic: &str, now: OffsetDateTime) -> Result<(), BatchError> {
+        let Incident { event, mut what, cause, flaw } = incident;
+        let before = self.row.state.open().copied();
+        if let Event::Reply(reply) = &event
+            && let Ok(open) = answers(&self.definition, &self.row.state, reply)
+            && let Err(flaw) = self.check(&open, reply, flaw)
+        {
+            return Err(BatchError::Poison(flaw));
+        }
+        let (state, effects) = decide(&self.definition, &self.row.state, &event, now);
+        self.verdicts.push(effects.verdict);
+        match effects.verdict {
+            Verdict::Taken => {}
+            Verdict::Ignored(why) => match (&event, what) {
+                (Event::Reply(_), What::Reply { step, op, attempt, outcome }) => {
+                    what = What::Ignored { step, op, attempt, outcome, why };
+                }
+                // Nothing was due, or the caller is told: nothing for the log.
+                _ => return Ok(()),
+            },
+        }
+        if let Some(open) = before
+            && state.open().is_none_or(|now_open| (now_open.step, now_open.op) != (open.step, open.op))
+        {
+            self.settled.push((open, now));
+        }
+        self.cause = cause;
+        self.entries.push(Entry { what, then: Vec::new() });
+        self.row.revision += 1;
+        self.apply(state, effects, reply_topic, now);
+        Ok(())
+    }
+
+    /// What became of the local effect that stood in the way.
+    pub(super) fn settle_local(&mut self, reply_topic: &str, event: &Event, now: OffsetDateTime) {
+        self.local = None;
+        let (state, effects) = decide(&self.definition, &self.row.state, event, now);
+        self.apply(state, effects, reply_topic, now);
+    }
+
+    fn apply(&mut self, state: State, effects: Effects, reply_topic: &str, now: OffsetDateTime) {
+        self.row.state = state;
+        let mut told = effects.told;
+        for action in effects.actions {
+            match action {
+                Action::RunLocal { step, op } => self.local = Some((step, op)),
+                Action::Send(send) => match self.message(&send, reply_topic) {
+                    Ok(message) => self.messages.push(message),
+                    Err(error) => {
+                        let broken = decide(&self.definition, &self.row.state, &Event::Broken { error }, now);
+                        self.row.state = broken.0;
+                        // It was not sent, so the log must not say that it was.
+                        told.pop();
+                        told.extend(broken.1.told);
+                    }
+                },
+            }
+        }
+        if let Some(entry) = self.entries.last_mut() {
+            entry.then.extend(told);
+        }
+    }
+
+    /// The local effect that has to be run before this saga goes on.
+    pub(super) fn pending(&self) -> Option<Pending<'_>> {
+        let (step, op) = self.local?;
+        let step = &self.definition.steps()[step];
+        let name = match (&step.kind, op) {
+            (StepKind::Local { undo: Some(undo) }, Op::Undo) => undo,
+            _ => &step.name,
+        };
+        Some(Pending { saga: self.saga(), name, input: &self.row.input, state: &self.row.state })
+    }
+
+    /// What the saga's row becomes; `None` when nothing happened that it has to know.
+    pub(super) fn change(&self, now: OffsetDateTime) -> Option<Change<'_>> {
+        let state = &self.row.state;
+        let same_status = state.status.as_str() == self.from_status;
+        let (due, armed_at) = match (self.row.armed_at, state.due()) {
+            _ if state.is_finished() => (if self.was_finished() { Due::Keep } else { Due::Remove }, None),
+            (Some(armed), Some(due)) if same_status && now < armed && armed <= due => (Due::Keep, Some(armed)),
+            (None, None) if same_status => (Due::Keep, None),
+            (_, due) => (Due::Set, due),
+        };
+        let changed = !self.entries.is_empty() || due != Due::Keep;
+        changed.then(|| Change {
+            definition: &self.row.definition,
+            version: self.row.version,
+            from_revision: self.from_revision,
+            to_revision: self.row.revision,
+            state,
+            due,
+            armed_at,
+        })
+    }
+
+    /// What the saga's log is told.
+    pub(super) fn events(&self) -> impl Iterator<Item = store::Event<'_>> {
+        let revisions = self.from_revision + 1..;
+        let saga = self.saga();
+        revisions.zip(&self.entries).map(move |(revision, entry)| store::Event { saga, revision, entry })
+    }
+
+    fn check(&self, open: &Open, reply: &Reply, flaw: Option<String>) -> Result<(), String> {
+        let step = &self.definition.steps()[open.step];
+        let remote = remote(&step.kind);
+        let Some(call) = remote.and_then(|remote| remote.call(open.op)) else { return Ok(()) };
+        let checked = match (&reply.answer, flaw) {
+            (Answer::Failed(_), _) => return Ok(()),
+            (_, Some(flaw)) => Err(flaw),
+            (Answer::Succeeded(value), None) => (call.check_reply)(value).map_err(|error| error.to_string()),
+            (Answer::Rejected(value), None) => (call.check_rejection)(value).map_err(|error| error.to_string()),
+        };
+        checked.map_err(|error| format!("not an answer to `{}` of step `{}`: {error}", call.kind, step.name))
+    }
+
+    fn message(&self, send: &Send, reply_topic: &str) -> Result<NewMessage, String> {
+        message(&self.definition, &self.row.state, &self.row.input, send, reply_topic).map(|message| match self.cause {
+            Some(cause) => message.caused_by(cause),
+            None => message,
+        })
+    }
+}
+
+impl Case<'_> {
+    /// Whether a reply was ignored, and why.
+    pub(super) fn ignored(&self) -> impl Iterator<Item = Ignored> {
+        self.entries.iter().filter_map(|entry| match entry.what {
+            What::Ignored { why, .. } => Some(why),
+            _ => None,
+        })
+    }
+}
+
+/// The message that carries a command.
+pub(super) fn message(
+    definition: &Definition,
+    state: &State,
+    input: &Value,
+    send: &Send,
+    reply_topic: &str,
+) -> Result<NewMessage, String> {
+    let step = &definition.steps()[send.step];
+    let call = remote(&step.kind)
+        .and_then(|remote| remote.call(send.op))
+        .ok_or_else(|| format!("step `{}` has no command for {}", step.name, send.op))?;
+    let earlier = definition.steps().iter().zip(&state.steps).take(send.step);
+    let replies: Vec<&Value> =
+        earlier.filter(|(step, _)| remote(&step.kind).is_some()).map(|(_, how)| reply(how)).collect();
+    let happened = match &state.steps[send.step] {
+        StepState::Done(reply) if send.op == Op::Undo => Some(reply),
+        _ => None,
+    };
+    let from = BuildFrom { input, replies: &replies, happened };
+    // It is the service's code: a panic is this saga's misfortune, not that of its whole batch.
+    let payload = catch_unwind(AssertUnwindSafe(|| (call.build)(from)))
+        .map_err(|_| format!("building `{}` panicked", call.kind))?
+        .map_err(|error| format!("building `{}`: {error}", call.kind))?;
+    let headers = SagaHeaders {
+        saga: state.saga,
+        definition: definition.name().to_owned(),
+        version: definition.version(),
+        step: step.name.clone(),
+        op: send.op,
+        occurrence: send.occurrence,
+        command: send.command,
+        attempt: send.attempt,
+        reply_to: Some(reply_topic.to_owned()),
+        outcome: None,
+    };
+    let mut message = NewMessage::tombstone(call.topic, &state.saga.to_string(), call.kind).with_saga(&headers);
+    message.payload = Some(payload);
+    message.headers.insert(header::CONTENT_TYPE.into(), "application/json".into());
+    Ok(message)
+}
+
+fn remote(kind: &StepKind) -> Option<&Remote> {
+    match kind {
+        StepKind::Remote(remote) => Some(remote),
+        StepKind::Local { .. } => None,
+    }
+}
+
+fn reply(how: &StepState) -> &Value {
+    match how {
+        StepState::Done(reply) => reply,
+        StepState::Issued | StepState::NotDone | StepState::Undone => &Value::Null,
+    }
+}

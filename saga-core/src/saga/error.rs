@@ -1,0 +1,108 @@
+//! Why an engine cannot be built, and why it does not do what it was asked.
+
+use super::{definition::DefinitionError, local::LocalError};
+use crate::id::SagaId;
+
+/// What is wrong with an engine that cannot be built.
+#[derive(Debug, thiserror::Error)]
+#[error("the saga engine cannot be built: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+pub struct EngineErrors(pub Vec<EngineError>);
+
+/// One mistake.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// In a definition.
+    #[error(transparent)]
+    Definition(#[from] DefinitionError),
+    /// A saga names an effect that the engine was not given.
+    #[error("saga `{saga}` runs the local effect `{effect}`, which is not bound: call `.local({effect:?}, ..)`")]
+    UnboundLocal {
+        /// Which saga.
+        saga: String,
+        /// Which effect.
+        effect: String,
+    },
+    /// Two definitions with one name and version.
+    #[error("saga `{0}` version {1} is defined twice")]
+    DefinedTwice(String, u32),
+}
+
+/// Why a saga was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// This engine was not given that definition.
+    #[error("saga `{0}` version {1} is not defined in this engine")]
+    Undefined(String, u32),
+    /// There is a saga of this definition with this business key, or one with this id.
+    #[error("there is a saga with this id or business key already")]
+    Exists,
+    /// The input cannot be written as JSON, or the first command cannot be built.
+    #[error("the input does not fit: {0}")]
+    Input(String),
+    /// A local effect before the first command did not work.
+    #[error(transparent)]
+    Local(anyhow::Error),
+    /// The database said no.
+    #[error(transparent)]
+    Database(sqlx::Error),
+}
+
+impl From<LocalError> for StartError {
+    fn from(error: LocalError) -> Self {
+        match error {
+            LocalError::Database(error) => Self::Database(error),
+            LocalError::Failed(error) => Self::Local(error),
+        }
+    }
+}
+
+/// What became of a cancel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cancelled {
+    /// It is being undone from now on.
+    Accepted,
+    /// It was being undone before.
+    AlreadyCancelling,
+    /// The pivot's command was issued: it can only be completed.
+    TooLate,
+    /// It has ended, one way or the other.
+    Finished,
+    /// There is no such saga.
+    Unknown,
+}
+
+/// Why a cancel could not be decided.
+#[derive(Debug, thiserror::Error)]
+pub enum CancelError {
+    /// The saga is of a definition version that this engine does not know.
+    #[error("saga `{0}` version {1} is not defined in this engine")]
+    Undefined(String, u32),
+    /// The database said no.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// Why a retry was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum RetryError {
+    /// There is no such saga.
+    #[error("there is no saga {0}")]
+    Unknown(SagaId),
+    /// Somebody or something was faster: look again.
+    #[error("the saga is at version {found}, not {expected}")]
+    Version {
+        /// What the caller saw.
+        expected: i32,
+        /// What it is now.
+        found: i32,
+    },
+    /// Only a stuck saga can be retried.
+    #[error("the saga is {0}, not stuck")]
+    NotStuck(String),
+    /// The saga is of a definition version that this engine does not know.
+    #[error("saga `{0}` version {1} is not defined in this engine")]
+    Undefined(String, u32),
+    /// The database said no.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}

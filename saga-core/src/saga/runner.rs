@@ -1,0 +1,184 @@
+//! Batches of replies and due timers through `decide` and the store.
+//!
+//! ```text
+//!   reply topic ─> consumer ─> [inbox | load for update | decide | local effects | saga, event, due, outbox] commit
+//!   saga_due ────────────────> [claim, skip locked      | decide | local effects | saga, event, due, outbox] commit
+//! ```
+//!
+//! A process that dies before the commit has done nothing: the records come again, the due times are still due. After
+//! it, the inbox knows the records, and the relay sends the commands.
+
+use super::{
+    batch::{Batch, BatchError},
+    case::{Case, Incident},
+    engine::Engine,
+    log::What,
+    measure,
+    state::{Answer, Event, Reply, Verdict},
+    store::{self, Row, Undecided},
+};
+use crate::{
+    clock,
+    consumer::{HandleError, Handler, Message},
+    envelope::{Envelope, Outcome, SagaHeaders},
+    fail_point::fail_point,
+    id::{MessageId, SagaId},
+    outbox::Tx,
+};
+use serde_json::Value;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
+
+/// Takes the replies of the engine's participants: give it to the consumer of the reply topic.
+#[derive(Clone)]
+pub struct ReplyHandler {
+    pub(super) engine: Arc<Engine>,
+}
+
+impl Handler for ReplyHandler {
+    async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
+        let replies = batch.iter().map(Incoming::from_message).collect::<Result<Vec<_>, _>>()?;
+        self.engine.take_replies(tx, replies).await.map_err(|error| match error {
+            BatchError::Database(error) => HandleError::Database(error),
+            BatchError::Poison(why) => HandleError::Poison(why),
+        })
+    }
+}
+
+/// A reply, from the topic or from where it was set aside.
+pub(super) struct Incoming<'m> {
+    message: MessageId,
+    headers: SagaHeaders,
+    outcome: Outcome,
+    payload: Option<&'m [u8]>,
+    cause: Option<&'m Envelope>,
+}
+
+impl<'m> Incoming<'m> {
+    fn from_message(message: &'m Message) -> Result<Self, HandleError> {
+        let envelope = &message.envelope;
+        let Some(headers) = envelope.saga.clone() else {
+            return Err(HandleError::Poison(format!("`{}` is no reply: it names no saga", envelope.kind)));
+        };
+        let Some(outcome) = headers.outcome else {
+            return Err(HandleError::Poison(format!("`{}` is no reply: it has no outcome", envelope.kind)));
+        };
+        let payload = message.payload.as_deref();
+        Ok(Self { message: envelope.id, headers, outcome, payload, cause: Some(envelope) })
+    }
+
+    pub(super) fn from_undecided(reply: &'m Undecided) -> Self {
+        let headers = SagaHeaders {
+            saga: reply.saga,
+            definition: reply.definition.clone(),
+            version: u32::try_from(reply.version).unwrap_or(0),
+            step: reply.step.clone(),
+            op: reply.op,
+            occurrence: 0,
+            command: reply.command,
+            attempt: u32::try_from(reply.attempt).unwrap_or(0),
+            reply_to: None,
+            outcome: Some(reply.outcome),
+        };
+        Self { message: reply.message, headers, outcome: reply.outcome, payload: reply.payload.as_deref(), cause: None }
+    }
+
+    fn incident(self) -> Incident<'m> {
+        let Self { headers, outcome, payload, cause, .. } = self;
+        let (answer, flaw) = read_answer(outcome, payload);
+        let SagaHeaders { step, op, attempt, command, .. } = headers;
+        let event = Event::Reply(Reply { command, attempt, answer });
+        Incident { event, what: What::Reply { step, op, attempt, outcome }, cause, flaw }
+    }
+
+    fn set_aside(self, row: &Row) -> Undecided {
+        Undecided {
+            message: self.message,
+            saga: self.headers.saga,
+            definition: row.definition.clone(),
+            version: row.version,
+            fingerprint: row.fingerprint.clone(),
+            step: self.headers.step,
+            op: self.headers.op,
+            command: self.headers.command,
+            attempt: i32::try_from(self.headers.attempt).unwrap_or(i32::MAX),
+            outcome: self.outcome,
+            payload: self.payload.map(<[u8]>::to_vec),
+        }
+    }
+}
+
+/// What a reply says, and what is wrong with its payload. A flaw matters only if the reply is waited for.
+fn read_answer(outcome: Outcome, payload: Option<&[u8]>) -> (Answer, Option<String>) {
+    let payload = payload.unwrap_or(b"null");
+    if outcome == Outcome::Failed {
+        return (Answer::Failed(error_text(payload)), None);
+    }
+    // PostgreSQL's jsonb has no place for NUL, which JSON can say.
+    let nul = payload.windows(6).any(|six| six == b"\\u0000").then(|| "it contains NUL".to_owned());
+    let (value, flaw) = match serde_json::from_slice(payload) {
+        Ok(value) => (value, nul),
+        Err(error) => (Value::Null, Some(error.to_string())),
+    };
+    match outcome {
+        Outcome::Rejected => (Answer::Rejected(value), flaw),
+        Outcome::Succeeded | Outcome::Failed => (Answer::Succeeded(value), flaw),
+    }
+}
+
+/// What a participant said when it failed, in at most 500 characters.
+fn error_text(payload: &[u8]) -> String {
+    let told = serde_json::from_slice::<Value>(payload).ok();
+    let error = told.as_ref().and_then(|told| told.get("error")).and_then(Value::as_str);
+    let text = error.map_or_else(|| String::from_utf8_lossy(payload).into_owned(), ToOwned::to_owned);
+    text.chars().filter(|c| *c != '\0').take(500).collect()
+}
+
+impl Engine {
+    /// Decides replies in the caller's transaction. Several to one saga are taken in their order.
+    pub(super) async fn take_replies(&self, tx: &mut Tx<'_>, replies: Vec<Incoming<'_>>) -> Result<(), BatchError> {
+        let mut by_saga: BTreeMap<SagaId, Vec<Incoming<'_>>> = BTreeMap::new();
+        for reply in replies {
+            by_saga.entry(reply.headers.saga).or_default().push(reply);
+        }
+        let ids: Vec<SagaId> = by_saga.keys().copied().collect();
+        let rows = store::load(tx, &ids).await?;
+        fail_point!("saga.after-load", self.reply_topic());
+        let (mut cases, mut aside) = (Vec::with_capacity(rows.len()), Vec::new());
+        for row in rows {
+            let replies = by_saga.remove(&row.state.saga).unwrap_or_default();
+            match self.definition_of(&row) {
+                Some(definition) => {
+                    let incidents = replies.into_iter().map(Incoming::incident).collect();
+                    cases.push(Case::new(definition, row, incidents));
+                }
+                None => aside.extend(replies.into_iter().map(|reply| reply.set_aside(&row))),
+            }
+        }
+        for (saga, replies) in by_saga {
+            tracing::warn!(%saga, replies = replies.len(), "replies to a saga that does not exist are ignored");
+            replies.iter().for_each(|_| measure::unknown_saga());
+        }
+        if !aside.is_empty() {
+            tracing::warn!(replies = aside.len(), "replies to sagas of unknown definitions are set aside");
+            store::set_aside(tx, &aside).await?;
+        }
+        Batch::new(self, cases, clock::now()).run(tx).await?;
+        fail_point!("saga.after-store", self.reply_topic());
+        Ok(())
+    }
+
+    /// Lets time pass for sagas that were claimed; says for how many something was due. A row that another replica
+    /// settled between the look at `saga_due` and the lock is claimed in vain.
+    pub(super) async fn take_due(&self, tx: &mut Tx<'_>, rows: Vec<Row>) -> Result<usize, BatchError> {
+        let cases = rows.into_iter().filter_map(|row| {
+            let due = Incident { event: Event::Due, what: What::Due, cause: None, flaw: None };
+            Some(Case::new(self.definition_of(&row)?, row, VecDeque::from([due])))
+        });
+        let mut batch = Batch::new(self, cases.collect(), clock::now());
+        batch.run(tx).await?;
+        Ok(batch.cases.iter().flat_map(|case| &case.verdicts).filter(|verdict| **verdict == Verdict::Taken).count())
+    }
+}

@@ -1,0 +1,371 @@
+//! The engine's SQL: sagas loaded and written in sets, a handful of statements whatever their number.
+//!
+//! Locks are taken in the order of the saga ids. Whoever holds a saga's row lock decides; the revision is checked all
+//! the same, because a lost update here would be a lost undo.
+
+use super::{log::Entry, state::State};
+use crate::{
+    envelope::{Op, Outcome},
+    id::{CommandId, MessageId, SagaId},
+    outbox::Tx,
+};
+use serde_json::Value;
+use sqlx::{Row as _, postgres::PgRow, types::Json};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// A saga's row, locked.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) definition: String,
+    pub(super) version: i32,
+    pub(super) fingerprint: String,
+    pub(super) revision: i32,
+    pub(super) state: State,
+    pub(super) armed_at: Option<OffsetDateTime>,
+    pub(super) input: Value,
+}
+
+/// A new saga.
+#[derive(Debug)]
+pub(super) struct NewSaga<'a> {
+    pub(super) definition: &'a str,
+    pub(super) version: i32,
+    pub(super) fingerprint: &'a str,
+    pub(super) business_key: &'a str,
+    pub(super) state: &'a State,
+    pub(super) input: &'a Value,
+    pub(super) entry: &'a Entry,
+}
+
+/// What a saga's row becomes.
+#[derive(Debug)]
+pub(super) struct Change<'a> {
+    pub(super) definition: &'a str,
+    pub(super) version: i32,
+    pub(super) from_revision: i32,
+    pub(super) to_revision: i32,
+    pub(super) state: &'a State,
+    pub(super) due: Due,
+    pub(super) armed_at: Option<OffsetDateTime>,
+}
+
+/// What becomes of a saga's row in `saga_due`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Due {
+    /// It says early enough when to look again.
+    Keep,
+    /// It has to say something else.
+    Set,
+    /// The saga has ended.
+    Remove,
+}
+
+/// A row of the log.
+#[derive(Debug)]
+pub(super) struct Event<'a> {
+    pub(super) saga: SagaId,
+    pub(super) revision: i32,
+    pub(super) entry: &'a Entry,
+}
+
+/// A reply that this replica cannot decide.
+#[derive(Debug, Clone)]
+pub(super) struct Undecided {
+    pub(super) message: MessageId,
+    pub(super) saga: SagaId,
+    pub(super) definition: String,
+    pub(super) version: i32,
+    pub(super) fingerprint: String,
+    pub(super) step: String,
+    pub(super) op: Op,
+    pub(super) command: CommandId,
+    pub(super) attempt: i32,
+    pub(super) outcome: Outcome,
+    pub(super) payload: Option<Vec<u8>>,
+}
+
+/// The definitions that a replica knows, as columns.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    pub(super) definitions: Vec<String>,
+    pub(super) versions: Vec<i32>,
+    pub(super) fingerprints: Vec<String>,
+}
+
+/// Inserts sagas that do not exist yet, with the first line of their logs and their due times; says how many were new.
+pub(super) async fn insert(tx: &mut Tx<'_>, sagas: &[NewSaga<'_>], now: OffsetDateTime) -> sqlx::Result<u64> {
+    let column = |of: fn(&NewSaga<'_>) -> String| sagas.iter().map(of).collect::<Vec<String>>();
+    let inserted: i64 = sqlx::query_scalar(
+        "with started as (
+             insert into saga (saga_id, definition, version, fingerprint, business_key, status, revision, state, armed_at,
+                               input, created_at, updated_at, finished_at)
+             select n.saga_id, n.definition, n.version, n.fingerprint, n.business_key, n.status, 1, n.state, n.due_at,
+                    n.input, $11, $11, case when n.status = 'completed' then $11 end
+               from unnest($1::uuid[], $2::text[], $3::int[], $4::text[], $5::text[], $6::text[], $7::jsonb[],
+                           $8::timestamptz[], $9::jsonb[])
+                      as n(saga_id, definition, version, fingerprint, business_key, status, state, due_at, input)
+              order by n.saga_id
+                 on conflict do nothing
+             returning saga_id, definition, version, status, armed_at
+         ), due as (
+             insert into saga_due (saga_id, definition, version, status, due_at)
+             select saga_id, definition, version, status, armed_at from started where status <> 'completed'
+         ), told as (
+             insert into saga_event (saga_id, revision, at, kind, entry)
+             select e.saga_id, 1, $11, 'started', e.entry
+               from unnest($1::uuid[], $10::jsonb[]) as e(saga_id, entry)
+               join started using (saga_id)
+         )
+         select count(*) from started",
+    )
+    .bind(sagas.iter().map(|s| s.state.saga.0).collect::<Vec<Uuid>>())
+    .bind(column(|s| s.definition.into()))
+    .bind(sagas.iter().map(|s| s.version).collect::<Vec<i32>>())
+    .bind(column(|s| s.fingerprint.into()))
+    .bind(column(|s| s.business_key.into()))
+    .bind(column(|s| s.state.status.as_str().into()))
+    .bind(sagas.iter().map(|s| Json(s.state)).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| s.state.due()).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| Json(s.input)).collect::<Vec<_>>())
+    .bind(sagas.iter().map(|s| Json(s.entry)).collect::<Vec<_>>())
+    .bind(now)
+    .fetch_one(&mut **tx)
+    .await?;
+    Ok(u64::try_from(inserted).unwrap_or(0))
+}
+
+/// Locks and loads sagas, in the order of their ids. Ids without a saga are not in the answer.
+pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Row>> {
+    let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
+    sqlx::query(
+        "select saga_id, definition, version, fingerprint, revision, state, armed_at, input
+           from saga
+          where saga_id = any($1)
+          order by saga_id
+            for update",
+    )
+    .bind(ids)
+    .try_map(|found: PgRow| row(&found))
+    .fetch_all(&mut **tx)
+    .await
+}
+
+/// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out what somebody else holds.
+/// The due time that counts is the one in the state: the row was read again when it was locked.
+pub(super) async fn claim_due(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Row>> {
+    sqlx::query(
+        "select s.saga_id, s.definition, s.version, s.fingerprint, s.revision, s.state, s.armed_at, s.input
+           from saga_due d
+           join saga s on s.saga_id = d.saga_id
+           join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
+             on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
+          where d.due_at <= clock_timestamp()
+          order by d.due_at
+          limit $4
+            for update of s skip locked",
+    )
+    .bind(&known.definitions)
+    .bind(&known.versions)
+    .bind(&known.fingerprints)
+    .bind(limit)
+    .try_map(|found: PgRow| row(&found))
+    .fetch_all(&mut **tx)
+    .await
+}
+
+fn row(row: &PgRow) -> sqlx::Result<Row> {
+    let Json(mut state): Json<State> = row.try_get("state")?;
+    let Json(input): Json<Value> = row.try_get("input")?;
+    state.saga = SagaId(row.try_get("saga_id")?);
+    Ok(Row {
+        definition: row.try_get("definition")?,
+        version: row.try_get("version")?,
+        fingerprint: row.try_get("fingerprint")?,
+        revision: row.try_get("revision")?,
+        state,
+        armed_at: row.try_get("armed_at")?,
+        input,
+    })
+}
+
+/// Writes sagas back, each under the revision that it was loaded with.
+pub(super) async fn update(tx: &mut Tx<'_>, changes: &[Change<'_>], now: OffsetDateTime) -> sqlx::Result<()> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let updated = sqlx::query(
+        "update saga s
+            set status = n.status, revision = n.to_revision, state = n.state, armed_at = n.armed_at, updated_at = $7,
+                finished_at = case when n.status in ('completed', 'compensated') then coalesce(s.finished_at, $7) end
+           from unnest($1::uuid[], $2::int[], $3::int[], $4::text[], $5::jsonb[], $6::timestamptz[])
+                  as n(saga_id, from_revision, to_revision, status, state, armed_at)
+          where s.saga_id = n.saga_id
+            and s.revision = n.from_revision",
+    )
+    .bind(changes.iter().map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
+    .bind(changes.iter().map(|c| c.from_revision).collect::<Vec<i32>>())
+    .bind(changes.iter().map(|c| c.to_revision).collect::<Vec<i32>>())
+    .bind(changes.iter().map(|c| c.state.status.as_str().to_owned()).collect::<Vec<String>>())
+    .bind(changes.iter().map(|c| Json(c.state)).collect::<Vec<_>>())
+    .bind(changes.iter().map(|c| c.armed_at).collect::<Vec<_>>())
+    .bind(now)
+    .execute(&mut **tx)
+    .await?
+    .rows_affected();
+    if updated != changes.len() as u64 {
+        let (wanted, found) = (changes.len(), updated);
+        return Err(sqlx::Error::Protocol(format!("{found} of {wanted} locked sagas were at their revision")));
+    }
+    rearm(tx, changes).await
+}
+
+/// Keeps `saga_due` in step: sagas that ended leave it, those whose time or status it no longer tells are set.
+async fn rearm(tx: &mut Tx<'_>, changes: &[Change<'_>]) -> sqlx::Result<()> {
+    let ended: Vec<Uuid> = changes.iter().filter(|c| c.due == Due::Remove).map(|c| c.state.saga.0).collect();
+    if !ended.is_empty() {
+        sqlx::query("delete from saga_due where saga_id = any($1)").bind(ended).execute(&mut **tx).await?;
+    }
+    let set: Vec<&Change<'_>> = changes.iter().filter(|c| c.due == Due::Set).collect();
+    if !set.is_empty() {
+        sqlx::query(
+            "insert into saga_due as d (saga_id, definition, version, status, due_at)
+             select *
+               from unnest($1::uuid[], $2::text[], $3::int[], $4::text[], $5::timestamptz[])
+                 on conflict (saga_id) do update set status = excluded.status, due_at = excluded.due_at",
+        )
+        .bind(set.iter().map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
+        .bind(set.iter().map(|c| c.definition.to_owned()).collect::<Vec<String>>())
+        .bind(set.iter().map(|c| c.version).collect::<Vec<i32>>())
+        .bind(set.iter().map(|c| c.state.status.as_str().to_owned()).collect::<Vec<String>>())
+        .bind(set.iter().map(|c| c.armed_at).collect::<Vec<_>>())
+        .execute(&mut **tx)
+        .await?;
+    }
+    Ok(())
+}
+
+/// Appends to the logs.
+pub(super) async fn tell(tx: &mut Tx<'_>, events: &[Event<'_>], now: OffsetDateTime) -> sqlx::Result<()> {
+    if events.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(
+        "insert into saga_event (saga_id, revision, at, kind, entry)
+         select saga_id, revision, $5, kind, entry
+           from unnest($1::uuid[], $2::int[], $3::text[], $4::jsonb[]) as n(saga_id, revision, kind, entry)",
+    )
+    .bind(events.iter().map(|e| e.saga.0).collect::<Vec<Uuid>>())
+    .bind(events.iter().map(|e| e.revision).collect::<Vec<i32>>())
+    .bind(events.iter().map(|e| e.entry.what.kind().to_owned()).collect::<Vec<String>>())
+    .bind(events.iter().map(|e| Json(e.entry)).collect::<Vec<_>>())
+    .bind(now)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+/// Keeps replies for a replica that can decide them.
+pub(super) async fn set_aside(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::Result<()> {
+    let text = |of: fn(&Undecided) -> String| replies.iter().map(of).collect::<Vec<String>>();
+    sqlx::query(
+        "insert into saga_undecided (message_id, saga_id, definition, version, fingerprint, step, op, command_id,
+                                     attempt, outcome, payload)
+         select * from unnest($1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[],
+                              $8::uuid[], $9::int[], $10::text[], $11::bytea[])
+             on conflict do nothing",
+    )
+    .bind(replies.iter().map(|r| r.message.0).collect::<Vec<Uuid>>())
+    .bind(replies.iter().map(|r| r.saga.0).collect::<Vec<Uuid>>())
+    .bind(text(|r| r.definition.clone()))
+    .bind(replies.iter().map(|r| r.version).collect::<Vec<i32>>())
+    .bind(text(|r| r.fingerprint.clone()))
+    .bind(text(|r| r.step.clone()))
+    .bind(text(|r| r.op.to_string()))
+    .bind(replies.iter().map(|r| r.command.0).collect::<Vec<Uuid>>())
+    .bind(replies.iter().map(|r| r.attempt).collect::<Vec<i32>>())
+    .bind(text(|r| r.outcome.to_string()))
+    .bind(replies.iter().map(|r| r.payload.clone()).collect::<Vec<_>>())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+/// Takes replies that were set aside and that this replica can decide, in the order of their arrival.
+pub(super) async fn take_undecided(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Undecided>> {
+    sqlx::query(
+        "with taken as (
+             select u.message_id
+               from saga_undecided u
+               join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
+                 on k.definition = u.definition and k.version = u.version and k.fingerprint = u.fingerprint
+              order by u.received_at
+              limit $4
+                for update of u skip locked
+         )
+         delete from saga_undecided u
+          using taken
+          where u.message_id = taken.message_id
+         returning u.*",
+    )
+    .bind(&known.definitions)
+    .bind(&known.versions)
+    .bind(&known.fingerprints)
+    .bind(limit)
+    .try_map(|found: PgRow| undecided(&found))
+    .fetch_all(&mut **tx)
+    .await
+}
+
+fn undecided(row: &PgRow) -> sqlx::Result<Undecided> {
+    let malformed =
+        |column: &str| sqlx::Error::ColumnDecode { index: column.into(), source: "not a known word".into() };
+    Ok(Undecided {
+        message: MessageId(row.try_get("message_id")?),
+        saga: SagaId(row.try_get("saga_id")?),
+        definition: row.try_get("definition")?,
+        version: row.try_get("version")?,
+        fingerprint: row.try_get("fingerprint")?,
+        step: row.try_get("step")?,
+        op: row.try_get::<&str, _>("op")?.parse().map_err(|()| malformed("op"))?,
+        command: CommandId(row.try_get("command_id")?),
+        attempt: row.try_get("attempt")?,
+        outcome: row.try_get::<&str, _>("outcome")?.parse().map_err(|()| malformed("outcome"))?,
+        payload: row.try_get("payload")?,
+    })
+}
+
+/// Sagas that have not ended, by definition and status; and replies that wait for a replica that knows their saga.
+pub(super) async fn count(pool: &sqlx::PgPool) -> sqlx::Result<(Vec<(String, String, i64)>, i64)> {
+    let active = sqlx::query_as("select definition, status, count(*) from saga_due group by definition, status");
+    let active = active.fetch_all(pool).await?;
+    let undecided = sqlx::query_scalar("select count(*) from saga_undecided").fetch_one(pool).await?;
+    Ok((active, undecided))
+}
+
+/// Sagas that are due, without a lock: for taking them one by one.
+pub(super) async fn due_ids(pool: &sqlx::PgPool, known: &Known, limit: i64) -> sqlx::Result<Vec<Uuid>> {
+    sqlx::query_scalar(
+        "select d.saga_id
+           from saga_due d
+           join unnest($1::text[], $2::int[]) as k(definition, version)
+             on k.definition = d.definition and k.version = d.version
+          where d.due_at <= clock_timestamp()
+          order by d.due_at
+          limit $3",
+    )
+    .bind(&known.definitions)
+    .bind(&known.versions)
+    .bind(limit)
+    .fetch_all(pool)
+    .await
+}
+
+/// Looks at a saga again in a minute, whatever its state says.
+pub(super) async fn put_off(pool: &sqlx::PgPool, saga: SagaId) -> sqlx::Result<()> {
+    sqlx::query("update saga_due set due_at = clock_timestamp() + interval '1 minute' where saga_id = $1")
+        .bind(saga.0)
+        .execute(pool)
+        .await
+        .map(drop)
+}

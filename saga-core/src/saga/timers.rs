@@ -1,0 +1,142 @@
+//! Time passing: sagas that are due, and replies that were set aside, taken from the database.
+//!
+//! Any number of replicas do this at once; a row that one of them holds is left out by the others. A process that dies
+//! with a batch in hand has changed nothing, and the rows are claimed again at once.
+
+use super::{batch::BatchError, engine::Engine, measure, runner::Incoming, store};
+use crate::{fail_point::fail_point, id::SagaId};
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// How many sagas one transaction takes: enough to share its cost, few enough that a reply does not wait for it.
+const BATCH: i64 = 200;
+/// How long a due saga may lie when there is little to do.
+const PAUSE: Duration = Duration::from_millis(200);
+/// How long to wait when the database does not answer.
+const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(1);
+/// How old the gauges may be.
+const COUNT_EVERY: Duration = Duration::from_secs(5);
+
+/// What one round of the timers found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ticked {
+    /// Sagas that something was due for.
+    pub due: usize,
+    /// Replies that had been set aside.
+    pub undecided: usize,
+}
+
+impl Engine {
+    /// Works off what is due, until `token` is cancelled. When the database is away it says so once, and waits.
+    pub async fn run_timers(&self, token: CancellationToken) -> Result<(), sqlx::Error> {
+        let (mut failing, mut counted) = (false, None::<Instant>);
+        while !token.is_cancelled() {
+            // Not raced against the token: a transaction that is given up half-way would poison its connection.
+            let pause = match self.tick().await {
+                Ok(ticked) => {
+                    if std::mem::take(&mut failing) {
+                        tracing::info!("the saga timers work again");
+                    }
+                    if counted.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
+                        counted = Some(crate::clock::monotonic());
+                        self.count().await.unwrap_or_else(|error| tracing::debug!(%error, "sagas were not counted"));
+                    }
+                    if ticked.due + ticked.undecided >= BATCH as usize { Duration::ZERO } else { PAUSE }
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::error!(%error, "the saga timers do not work; trying again until they do");
+                    }
+                    PAUSE_AFTER_ERROR
+                }
+            };
+            token.run_until_cancelled(tokio::time::sleep(pause)).await;
+        }
+        Ok(())
+    }
+
+    /// One round: a batch of what is due, and a batch of what was set aside.
+    pub async fn tick(&self) -> Result<Ticked, sqlx::Error> {
+        let due = match self.tick_due().await {
+            Ok(due) => due,
+            Err(BatchError::Database(sqlx::Error::Io(error))) => return Err(sqlx::Error::Io(error)),
+            Err(error) => {
+                tracing::warn!(%error, "a batch of due sagas did not work; taking them one by one");
+                self.tick_one_by_one().await?
+            }
+        };
+        let undecided = self.tick_undecided().await?;
+        Ok(Ticked { due, undecided })
+    }
+
+    async fn tick_due(&self) -> Result<usize, BatchError> {
+        let mut tx = self.pool().begin().await?;
+        let rows = store::claim_due(&mut tx, self.known(), BATCH).await?;
+        let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows).await? };
+        fail_point!("saga.timers.before-commit", self.reply_topic());
+        tx.commit().await?;
+        fail_point!("saga.timers.after-commit", self.reply_topic());
+        Ok(due)
+    }
+
+    /// One saga that cannot be decided must not stop the others: it is put off, and said aloud.
+    async fn tick_one_by_one(&self) -> Result<usize, sqlx::Error> {
+        let ids: Vec<Uuid> = store::due_ids(self.pool(), self.known(), BATCH).await?;
+        for id in &ids {
+            let saga = SagaId(*id);
+            if let Err(error) = self.tick_one(saga).await {
+                tracing::error!(%saga, %error, "a due saga cannot be decided; it is put off for a minute");
+                store::put_off(self.pool(), saga).await?;
+            }
+        }
+        Ok(ids.len())
+    }
+
+    async fn tick_one(&self, saga: SagaId) -> Result<(), BatchError> {
+        let mut tx = self.pool().begin().await?;
+        let rows = store::load(&mut tx, &[saga]).await?;
+        self.take_due(&mut tx, rows).await?;
+        Ok(tx.commit().await?)
+    }
+
+    async fn tick_undecided(&self) -> Result<usize, sqlx::Error> {
+        let mut tx = self.pool().begin().await?;
+        let replies = store::take_undecided(&mut tx, self.known(), BATCH).await?;
+        if replies.is_empty() {
+            return Ok(0);
+        }
+        match self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await {
+            Ok(()) => tx.commit().await?,
+            Err(BatchError::Database(error)) => return Err(error),
+            Err(BatchError::Poison(_)) => {
+                tx.rollback().await?;
+                self.tick_undecided_one().await?;
+            }
+        }
+        Ok(replies.len())
+    }
+
+    /// The oldest reply that was set aside, alone. If it cannot be understood it is dropped: its command will be sent
+    /// again, and answered again.
+    async fn tick_undecided_one(&self) -> Result<(), sqlx::Error> {
+        let mut tx = self.pool().begin().await?;
+        let replies = store::take_undecided(&mut tx, self.known(), 1).await?;
+        let mut attempt = sqlx::Acquire::begin(&mut tx).await?;
+        match self.take_replies(&mut attempt, replies.iter().map(Incoming::from_undecided).collect()).await {
+            Ok(()) => attempt.commit().await?,
+            Err(BatchError::Database(error)) => return Err(error),
+            Err(BatchError::Poison(why)) => {
+                attempt.rollback().await?;
+                tracing::error!(%why, "a reply that was set aside cannot be understood; it is dropped");
+            }
+        }
+        tx.commit().await
+    }
+
+    async fn count(&self) -> Result<(), sqlx::Error> {
+        let (active, undecided) = store::count(self.pool()).await?;
+        measure::active(&active, self.known().definitions.iter().cloned(), undecided);
+        Ok(())
+    }
+}

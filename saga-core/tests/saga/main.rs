@@ -1,0 +1,5 @@
+//! The saga engine on a real PostgreSQL: what is decided is what is stored, sent and told.
+
+mod forward;
+mod support;
+mod trouble;
