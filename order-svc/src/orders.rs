@@ -16,7 +16,7 @@ use saga_core::{
     clock,
     id::SagaId,
     outbox::Tx,
-    saga::{CancelError, Cancelled, Engine, Saga, StartError, engine::EngineErrors},
+    saga::{CancelError, Cancelled, Engine, EngineErrors, Saga, StartError},
 };
 use sqlx::PgPool;
 use std::{sync::Arc, time::Duration};

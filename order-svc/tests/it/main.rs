@@ -2,7 +2,10 @@
 
 mod bad_input;
 mod catalogue;
+mod hang_up;
 mod live;
+mod placing;
 mod reads;
+mod saga_way;
 mod schema;
 mod support;

@@ -4,12 +4,19 @@ use contracts::{OrderId, money::Money, product::Quantity};
 use order_svc::{
     api::{ApiState, api},
     domain::{Change, PlaceOrder, PricedLine},
+    live::Nudging,
     migrations,
     orders::Orders,
     store,
 };
 use reqwest::{Client, RequestBuilder, Response};
-use saga_core::{service, testkit::TestDatabase};
+use saga_core::{
+    consumer::{Coordinates, Handler, Message},
+    envelope::{Envelope, Headers, Outcome, SagaHeaders},
+    id::MessageId,
+    service,
+    testkit::TestDatabase,
+};
 use serde_json::{Value, json};
 use sqlx::AssertSqlSafe;
 use std::{net::SocketAddr, time::Duration};
@@ -160,5 +167,44 @@ impl Shop {
         let mut tx = self.db.pool.begin().await.unwrap();
         store::change_in(&mut tx, &[(order, change)], saga_core::clock::now()).await.unwrap();
         tx.commit().await.unwrap();
+    }
+}
+
+/// Replies to the order saga, as the participants would give them.
+impl Shop {
+    /// The reply to the last command that was sent for an order.
+    pub(crate) async fn reply(&self, order: OrderId, outcome: Outcome, payload: Value) -> Message {
+        let (kind, headers): (String, sqlx::types::Json<Headers>) = sqlx::query_as(
+            "select type, headers from outbox where key = $1 and topic like '%.commands' order by id desc limit 1",
+        )
+        .bind(order.to_string())
+        .fetch_one(&self.db.pool)
+        .await
+        .unwrap();
+        let command = SagaHeaders::read_from(&headers).unwrap().expect("a command names its saga");
+        let mut envelope = Envelope::new(MessageId::new(), "participant", &format!("{kind}.reply"));
+        envelope.saga = Some(SagaHeaders { reply_to: None, outcome: Some(outcome), ..command });
+        let at = Coordinates { topic: "orders.replies".into(), partition: 0, offset: 0 };
+        Message { envelope, key: Some(order.to_string().into()), payload: Some(payload.to_string().into()), at }
+    }
+
+    /// What the consumer does with a batch of replies.
+    pub(crate) async fn deliver(&self, replies: &[Message]) {
+        let handler = Nudging::new(self.orders.engine.handler(), self.orders.live.clone());
+        let mut tx = self.db.pool.begin().await.unwrap();
+        handler.handle(&mut tx, replies).await.unwrap();
+        tx.commit().await.unwrap();
+        handler.committed();
+    }
+
+    /// Answers the last command that was sent for an order.
+    pub(crate) async fn answer(&self, order: OrderId, outcome: Outcome, payload: Value) {
+        let reply = self.reply(order, outcome, payload).await;
+        self.deliver(&[reply]).await;
+    }
+
+    pub(crate) async fn saga_status(&self, order: OrderId) -> String {
+        let status = sqlx::query_scalar("select status from saga where saga_id = $1").bind(order.0);
+        status.fetch_one(&self.db.pool).await.unwrap()
     }
 }

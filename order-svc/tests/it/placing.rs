@@ -1,0 +1,126 @@
+//! `POST /v1/orders`: one transaction, one effect per Idempotency-Key.
+
+use crate::support::{Shop, basket, id_of, json_of};
+use futures::future::join_all;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+
+#[tokio::test]
+async fn a_placed_order_is_written_with_its_history_its_event_its_saga_and_its_first_command() {
+    let shop = Shop::open().await;
+    let response = shop.post_order("k", &basket()).send().await.unwrap();
+    assert_eq!(response.status(), 202);
+    let headers = response.headers().clone();
+    let order = json_of(response).await;
+    let id = id_of(&order);
+    assert_eq!(headers["location"], format!("/v1/orders/{id}"));
+    assert_eq!(headers["etag"], "\"1\"");
+    assert_eq!(id.0.get_version_num(), 7);
+    assert_eq!(order["total"], json!({ "amount": 4_498, "currency": "EUR" }));
+
+    assert_eq!(json_of(shop.get(headers["location"].to_str().unwrap()).await).await, order);
+    assert_eq!(shop.history(id).await, ["pending"]);
+    let messages: Vec<(String, String, String, Value)> =
+        sqlx::query_as("select topic, key, type, convert_from(payload, 'UTF8')::jsonb from outbox order by topic desc")
+            .fetch_all(&shop.db.pool)
+            .await
+            .unwrap();
+    let sent: Vec<_> =
+        messages.iter().map(|(topic, key, kind, _)| (topic.as_str(), key.as_str(), kind.as_str())).collect();
+    let key = id.to_string();
+    assert_eq!(
+        sent,
+        [
+            ("payments.commands", key.as_str(), "payments.authorize.v1"),
+            ("orders.events", key.as_str(), "orders.placed.v1"),
+        ]
+    );
+    assert_eq!(messages[0].3["amount"], order["total"]);
+    assert_eq!(messages[1].3["lines"].as_array().unwrap().len(), 2);
+    let saga: (uuid::Uuid, String) =
+        sqlx::query_as("select saga_id, status from saga").fetch_one(&shop.db.pool).await.unwrap();
+    assert_eq!(saga, (id.0, "running".to_owned()));
+}
+
+#[tokio::test]
+async fn the_same_key_gets_the_same_answer_and_places_nothing_more() {
+    let shop = Shop::open().await;
+    let first = shop.post_order("k", &basket()).send().await.unwrap();
+    let (location, etag) = (first.headers()["location"].clone(), first.headers()["etag"].clone());
+    let first = json_of(first).await;
+    let rows = shop.rows().await;
+    for _ in 0..3 {
+        let again = shop.post_order("k", &basket()).send().await.unwrap();
+        assert_eq!(again.status(), 202);
+        assert_eq!((&again.headers()["location"], &again.headers()["etag"]), (&location, &etag));
+        assert_eq!(again.headers()["idempotency-replayed"], "true");
+        assert_eq!(json_of(again).await, first);
+    }
+    assert_eq!(shop.rows().await, rows);
+}
+
+#[tokio::test]
+async fn the_same_key_with_another_body_is_refused_and_another_key_is_another_order() {
+    let shop = Shop::open().await;
+    let first = shop.place("k").await;
+    let rows = shop.rows().await;
+    let mut other = basket();
+    other["items"][0]["quantity"] = json!(3);
+    let response = shop.post_order("k", &other).send().await.unwrap();
+    assert_eq!(response.status(), 422);
+    assert_eq!(json_of(response).await["type"], "/problems/idempotency-key-reused");
+    assert_eq!(shop.rows().await, rows);
+    assert_ne!(shop.place("k2").await, first);
+}
+
+#[tokio::test]
+async fn a_refused_order_does_not_use_up_its_key() {
+    let shop = Shop::open().await;
+    let mut wrong = basket();
+    wrong["items"][0]["sku"] = json!("NOSUCH-9");
+    assert_eq!(shop.post_order("k", &wrong).send().await.unwrap().status(), 422);
+    shop.place("k").await;
+}
+
+#[tokio::test]
+async fn while_a_request_is_being_worked_on_its_key_is_in_flight() {
+    let shop = Shop::open().await;
+    // Somebody changes the widget's price and has not committed: the first request waits for nothing, so hold it up at
+    // the order itself, by a lock that only writers of orders meet.
+    let mut blocker = shop.db.pool.begin().await.unwrap();
+    sqlx::query("lock table orders in share mode").execute(&mut *blocker).await.unwrap();
+    let first = tokio::spawn(shop.post_order("k", &basket()).send());
+    saga_core::testkit::eventually(crate::support::PATIENCE, || async {
+        let waiting = "pg_locks where relation = 'orders'::regclass and not granted";
+        (shop.count(waiting).await == 1).then_some(())
+    })
+    .await;
+    let second = shop.post_order("k", &basket()).send().await.unwrap();
+    assert_eq!(second.status(), 409);
+    assert!(second.headers().contains_key("retry-after"));
+    assert_eq!(json_of(second).await["type"], "/problems/in-flight");
+    blocker.rollback().await.unwrap();
+    assert_eq!(first.await.unwrap().unwrap().status(), 202);
+    assert_eq!(shop.count("orders").await, 1);
+}
+
+#[tokio::test]
+async fn of_many_requests_under_one_key_at_once_one_places_the_order() {
+    let shop = Shop::open().await;
+    for round in 0..10 {
+        let key = format!("k{round}");
+        let answers = join_all((0..12).map(|_| shop.post_order(&key, &basket()).send())).await;
+        let mut placed = BTreeSet::new();
+        for answer in answers {
+            let answer = answer.unwrap();
+            match answer.status().as_u16() {
+                202 => drop(placed.insert(id_of(&json_of(answer).await))),
+                409 => {}
+                status => panic!("{status}"),
+            }
+        }
+        assert_eq!(placed.len(), 1, "{placed:?}");
+    }
+    assert_eq!(shop.count("orders").await, 10);
+    assert_eq!(shop.count("saga").await, 10);
+}
