@@ -1,1 +1,26 @@
 //! Items, stock and reservations.
+//!
+//! ```text
+//!   HTTP ──────────────► items, adjustments ─┐
+//!                                            ├─► one transaction: rows, ledger, outbox
+//!   inventory.commands ► reserve, release, ──┘        │
+//!                        commit                       └─► inventory.items, orders.replies
+//! ```
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`domain`] | what an item, a shortage and a movement are; pure |
+//! | [`items`] | SQL of items and the catalogue's events |
+//! | [`stock`] | SQL of balances, reservations and the ledger that explains them |
+//! | [`commands`] | what the order saga can ask for |
+//! | [`api`] | the HTTP API and its OpenAPI document |
+//! | [`app`] | the parts put together |
+
+pub mod api;
+pub mod app;
+pub mod commands;
+pub mod domain;
+pub mod items;
+pub mod stock;
+
+pub use app::{IDENTITY, migrations, serve};

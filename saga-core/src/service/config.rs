@@ -337,7 +337,7 @@ fn given(text: &Option<String>) -> Option<&str> {
     text.as_deref().map(str::trim).filter(|text| !text.is_empty())
 }
 
-fn number<N: FromStr + PartialOrd + fmt::Display>(
+fn number<N: FromStr + PartialOrd + fmt::Display + Copy>(
     text: &Option<String>,
     variable: &'static str,
     default: N,

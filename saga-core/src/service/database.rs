@@ -26,9 +26,14 @@ const WAIT: Backoff = Backoff::doubling(Duration::from_millis(100), Duration::fr
 /// Opens the pool: waits until the database is there, and says so once. An answer that waiting will not change (no such
 /// database, wrong password) is an error at once.
 pub async fn connect(settings: &DatabaseSettings, application: &str) -> Result<PgPool, Error> {
-    let options = prepare(&settings.options, application);
-    wait_for(&options).await?.close().await?;
-    Ok(pool_options(settings.max_connections).connect_lazy_with(options))
+    wait_for(&prepare(&settings.options, application)).await?.close().await?;
+    Ok(pool(settings, application))
+}
+
+/// The pool without waiting: it connects when it is first used. Needs a tokio runtime around it.
+#[must_use]
+pub fn pool(settings: &DatabaseSettings, application: &str) -> PgPool {
+    pool_options(settings.max_connections).connect_lazy_with(prepare(&settings.options, application))
 }
 
 /// The pool's behaviour, apart from where it connects to.

@@ -88,7 +88,7 @@ pub async fn migrate(settings: &DatabaseSettings, all: &[Migrations]) -> Result<
 async fn run(connection: &mut Session, migrations: &Migrations) -> Result<usize, MigrateError> {
     let owner = migrations.owner;
     let history = format!("refinery_{owner}");
-    if let [] = migrations.runner.get_migrations().as_slice() {
+    if migrations.count() == 0 {
         return Ok(0);
     }
     if is_current(connection, &history, migrations).await? {

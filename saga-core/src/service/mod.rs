@@ -9,8 +9,10 @@
 //! | [`topics`] | creates declared topics, reports mismatches |
 //! | [`health`], [`admin`] | readiness by named checks; the admin listener with its roles |
 //! | [`supervisor`], [`shutdown`] | named tasks that start, fail and stop together, within a bound |
+//! | [`assembly`] | a service from its parts, the same way for every service |
 
 pub mod admin;
+pub mod assembly;
 pub mod config;
 pub mod database;
 pub mod health;
@@ -22,6 +24,7 @@ pub mod telemetry;
 pub mod topics;
 
 pub use admin::{AdminAuth, Role, admin_router};
+pub use assembly::{Parts, launch, run};
 pub use config::{
     AdminArgs, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, Identity, KafkaArgs, KafkaSettings, ServiceArgs,
     ServiceCommand, Settings, TelemetryArgs,

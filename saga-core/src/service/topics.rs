@@ -1,12 +1,13 @@
 //! Creates declared topics; reports what is not as declared, and never changes it.
 //!
-//! Whoever owns a topic creates it at start. Several may try at once, or after one another: a topic that is there
+//! Each declared topic has its dead letter topic beside it, `<name>.dlt`, with as many partitions and kept for ever: a
+//! dead letter that nobody has read must not go away. Whoever owns a topic creates it at start. Several may try at once, or after one another: a topic that is there
 //! already is what was wanted. A process that dies here has created some; the next start creates the rest.
 
 use super::config::KafkaSettings;
 use crate::{
     retry::Backoff,
-    topic::{Cleanup, Topic},
+    topic::{Cleanup, Topic, dead_letter_topic},
 };
 use rdkafka::{
     ClientConfig,
@@ -60,13 +61,41 @@ pub enum TopicError {
     Kafka(#[from] KafkaError),
 }
 
-/// Makes sure that every topic of `declared` exists. Waits for Kafka, and says so once; warns of each mismatch.
+/// A topic as it is to be.
+struct Wanted {
+    name: String,
+    partitions: i32,
+    policy: &'static str,
+    retention: String,
+}
+
+impl Wanted {
+    /// A declared topic and its dead letters.
+    fn pair(topic: &Topic) -> [Self; 2] {
+        let forever = "-1".to_owned();
+        let policy = match topic.cleanup {
+            Cleanup::Delete => "delete",
+            Cleanup::Compact => "compact",
+        };
+        let retention = topic.retention.map_or_else(|| forever.clone(), |kept| kept.as_millis().to_string());
+        let partitions = topic.partitions;
+        let dead = Self { name: dead_letter_topic(topic.name), partitions, policy: "delete", retention: forever };
+        [Self { name: topic.name.to_owned(), partitions, policy, retention }, dead]
+    }
+
+    fn mismatch(&self, setting: &'static str, declared: &str, actual: &str) -> Mismatch {
+        Mismatch { topic: self.name.clone(), setting, declared: declared.into(), actual: actual.into() }
+    }
+}
+
+/// Makes sure that every topic of `declared` exists, and its dead letter topic. Waits for Kafka, and says so once; warns of each mismatch.
 pub async fn ensure(settings: &KafkaSettings, declared: &[Topic]) -> Result<Report, TopicError> {
     let admin: Arc<AdminClient<DefaultClientContext>> = Arc::new(client(settings).create()?);
+    let wanted: Vec<Wanted> = declared.iter().flat_map(Wanted::pair).collect();
     let mut delays = WAIT.delays();
     let mut said = false;
     loop {
-        match attempt(&admin, settings, declared).await {
+        match attempt(&admin, settings, &wanted).await {
             Ok(report) => {
                 if said {
                     tracing::info!("Kafka is there");
@@ -99,18 +128,18 @@ pub(super) fn client(settings: &KafkaSettings) -> ClientConfig {
 async fn attempt(
     admin: &Arc<AdminClient<DefaultClientContext>>,
     settings: &KafkaSettings,
-    declared: &[Topic],
+    wanted: &[Wanted],
 ) -> Result<Report, TopicError> {
     let existing = partitions(admin).await?;
-    let partitions_of = |topic: &Topic| existing.iter().find(|(name, _)| name == topic.name).map(|(_, count)| *count);
-    let (present, missing): (Vec<_>, Vec<_>) = declared.iter().partition(|topic| partitions_of(topic).is_some());
+    let partitions_of = |topic: &Wanted| existing.iter().find(|(name, _)| *name == topic.name).map(|(_, count)| *count);
+    let (present, missing): (Vec<_>, Vec<_>) = wanted.iter().partition(|topic| partitions_of(topic).is_some());
 
     let created = create(admin, settings, &missing).await?;
     let mut mismatches = Vec::new();
     for topic in &present {
         let actual = partitions_of(topic).unwrap_or_default();
         if actual != topic.partitions {
-            mismatches.push(mismatch(topic, "partitions", &topic.partitions.to_string(), &actual.to_string()));
+            mismatches.push(topic.mismatch("partitions", &topic.partitions.to_string(), &actual.to_string()));
         }
     }
     mismatches.extend(compare_configs(admin, &present).await?);
@@ -130,19 +159,17 @@ async fn partitions(admin: &Arc<AdminClient<DefaultClientContext>>) -> Result<Ve
 async fn create(
     admin: &AdminClient<DefaultClientContext>,
     settings: &KafkaSettings,
-    missing: &[&Topic],
+    missing: &[&Wanted],
 ) -> Result<Vec<String>, TopicError> {
     if missing.is_empty() {
         return Ok(Vec::new());
     }
-    let retentions: Vec<String> = missing.iter().map(|topic| retention(topic)).collect();
     let new: Vec<NewTopic<'_>> = missing
         .iter()
-        .zip(&retentions)
-        .map(|(topic, retention)| {
-            NewTopic::new(topic.name, topic.partitions, TopicReplication::Fixed(settings.replication_factor))
-                .set("cleanup.policy", policy(topic))
-                .set("retention.ms", retention)
+        .map(|topic| {
+            NewTopic::new(&topic.name, topic.partitions, TopicReplication::Fixed(settings.replication_factor))
+                .set("cleanup.policy", topic.policy)
+                .set("retention.ms", &topic.retention)
         })
         .collect();
     let options = AdminOptions::new().request_timeout(Some(REQUEST)).operation_timeout(Some(REQUEST));
@@ -183,39 +210,24 @@ fn waits(code: RDKafkaErrorCode) -> bool {
 
 async fn compare_configs(
     admin: &AdminClient<DefaultClientContext>,
-    present: &[&Topic],
+    present: &[&Wanted],
 ) -> Result<Vec<Mismatch>, KafkaError> {
     if present.is_empty() {
         return Ok(Vec::new());
     }
-    let resources: Vec<_> = present.iter().map(|topic| ResourceSpecifier::Topic(topic.name)).collect();
+    let resources: Vec<_> = present.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
     let options = AdminOptions::new().request_timeout(Some(REQUEST));
     let described = admin.describe_configs(&resources, &options).await?;
     let mut mismatches = Vec::new();
     for (topic, config) in present.iter().zip(described) {
         // Not allowed to read it: then there is nothing to compare.
         let Ok(config) = config else { continue };
-        for (setting, declared) in [("cleanup.policy", policy(topic).to_owned()), ("retention.ms", retention(topic))] {
+        for (setting, declared) in [("cleanup.policy", topic.policy), ("retention.ms", topic.retention.as_str())] {
             let actual = config.get(setting).and_then(|entry| entry.value.clone()).unwrap_or_default();
             if actual != declared {
-                mismatches.push(mismatch(topic, setting, &declared, &actual));
+                mismatches.push(topic.mismatch(setting, declared, &actual));
             }
         }
     }
     Ok(mismatches)
-}
-
-fn mismatch(topic: &Topic, setting: &'static str, declared: &str, actual: &str) -> Mismatch {
-    Mismatch { topic: topic.name.into(), setting, declared: declared.into(), actual: actual.into() }
-}
-
-fn policy(topic: &Topic) -> &'static str {
-    match topic.cleanup {
-        Cleanup::Delete => "delete",
-        Cleanup::Compact => "compact",
-    }
-}
-
-fn retention(topic: &Topic) -> String {
-    topic.retention.map_or_else(|| "-1".to_owned(), |retention| retention.as_millis().to_string())
 }

@@ -1,0 +1,37 @@
+//! The parts put together.
+
+use crate::{api, commands};
+use axum::Router;
+use contracts::topics;
+use saga_core::service::{self, Health, Identity, Migrations, Parts, Settings, database, messaging_migrations};
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+/// Who this is.
+pub const IDENTITY: Identity = Identity { name: "inventory-svc", http_port: 8082, admin_port: 9082 };
+
+mod embedded {
+    #![allow(missing_docs, unreachable_pub)]
+    refinery::embed_migrations!("../migrations/inventory");
+}
+
+/// Everything this service's database needs, in order.
+#[must_use]
+pub fn migrations() -> Vec<Migrations> {
+    vec![messaging_migrations(), Migrations { owner: "inventory", runner: embedded::migrations::runner() }]
+}
+
+/// Runs the service until `token` is cancelled or a part of it fails.
+pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Result<()> {
+    let pool = database::pool(&settings.database, IDENTITY.name);
+    let health = Health::new(&token);
+    let _participant = Arc::new(commands::participant());
+    let parts = Parts {
+        migrations: migrations(),
+        topics: vec![topics::INVENTORY_COMMANDS, topics::INVENTORY_ITEMS, topics::ORDERS_REPLIES],
+        api: api::router(pool.clone()),
+        admin: Router::new(),
+        tasks: vec![],
+    };
+    service::run(settings, pool, health, token, parts).await.map_err(anyhow::Error::from_boxed)
+}

@@ -1,0 +1,255 @@
+//! SQL of balances, reservations, and the ledger that explains the balances.
+//!
+//! Invariant: a balance and the movement that explains it are written by one statement, and the rows of `stock` are
+//! locked before, in the order of their skus, whoever asks. A process that dies here has moved nothing.
+
+use crate::domain::{Closing, Delta, Text, decide};
+use crate::items::parse_sku;
+use contracts::{OrderId, inventory::OutOfStock, product::Sku};
+use saga_core::{id::CommandId, outbox::Tx};
+use sqlx::{PgPool, Row};
+use std::collections::BTreeMap;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// What can go wrong with an adjustment.
+#[derive(Debug, thiserror::Error)]
+pub enum AdjustError {
+    /// No item has this sku.
+    #[error("there is no item {0}")]
+    Unknown(Sku),
+    /// More would be taken away than there is.
+    #[error("fewer than nothing would be on hand")]
+    Negative,
+    /// More than the books can hold.
+    #[error("more would be on hand than can be counted")]
+    TooMany,
+    /// The database.
+    #[error(transparent)]
+    Database(sqlx::Error),
+}
+
+impl From<sqlx::Error> for AdjustError {
+    fn from(error: sqlx::Error) -> Self {
+        match error.as_database_error().and_then(|database| database.constraint()) {
+            Some("stock_on_hand_not_negative") => Self::Negative,
+            Some("stock_on_hand_limit") => Self::TooMany,
+            _ => Self::Database(error),
+        }
+    }
+}
+
+/// An adjustment as it stands in the ledger.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Adjusted {
+    /// The movement's id.
+    pub movement: i64,
+    /// Pieces that are free now.
+    pub on_hand: i64,
+    /// Pieces that are put aside now.
+    pub reserved: i64,
+}
+
+/// Adds pieces, or takes them away; never below zero.
+pub async fn adjust_in(tx: &mut Tx<'_>, sku: &Sku, delta: Delta, reason: &Text) -> Result<Adjusted, AdjustError> {
+    let row = sqlx::query(
+        "with adjusted as (
+             update stock set on_hand = on_hand + $2 where sku = $1
+             returning sku, on_hand, reserved
+         ), moved as (
+             insert into stock_movement (sku, kind, on_hand_delta, reserved_delta, reason)
+             select sku, 'adjusted', $2, 0, $3 from adjusted
+             returning id
+         )
+         select moved.id, adjusted.on_hand, adjusted.reserved from adjusted, moved",
+    )
+    .bind(sku.as_str())
+    .bind(delta.get())
+    .bind(reason.as_str())
+    .fetch_optional(&mut **tx)
+    .await?
+    .ok_or_else(|| AdjustError::Unknown(sku.clone()))?;
+    Ok(Adjusted { movement: row.try_get("id")?, on_hand: row.try_get("on_hand")?, reserved: row.try_get("reserved")? })
+}
+
+/// What became of a wish to reserve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reserving {
+    /// So many pieces are put aside.
+    Reserved(i64),
+    /// Not enough; nothing was written.
+    Short(OutOfStock),
+    /// The order has a reservation already; nothing was written.
+    HasOne,
+}
+
+/// Puts aside every line or none. `id` is the command that asks.
+pub async fn reserve_in(
+    tx: &mut Tx<'_>,
+    id: CommandId,
+    order: OrderId,
+    wanted: &BTreeMap<Sku, i64>,
+) -> Result<Reserving, sqlx::Error> {
+    let on_hand = lock_in(tx, wanted.keys()).await?;
+    let pieces = match decide(wanted, &on_hand) {
+        Ok(pieces) => pieces,
+        Err(short) => return Ok(Reserving::Short(short)),
+    };
+    let made = sqlx::query("insert into reservation (id, order_id) values ($1, $2) on conflict do nothing")
+        .bind(id.0)
+        .bind(order.0)
+        .execute(&mut **tx)
+        .await?;
+    if made.rows_affected() == 0 {
+        return Ok(Reserving::HasOne);
+    }
+    let (skus, quantities) = columns(wanted);
+    sqlx::query(
+        "with line as (
+             insert into reservation_line (reservation_id, sku, quantity)
+             select $1, sku, quantity from unnest($2::text[], $3::bigint[]) as line (sku, quantity)
+             returning sku, quantity
+         ), moved as (
+             insert into stock_movement (sku, kind, on_hand_delta, reserved_delta, reservation_id)
+             select sku, 'reserved', -quantity, quantity, $1 from line order by sku
+         )
+         update stock s
+            set on_hand = s.on_hand - line.quantity, reserved = s.reserved + line.quantity
+           from line
+          where s.sku = line.sku",
+    )
+    .bind(id.0)
+    .bind(&skus)
+    .bind(&quantities)
+    .execute(&mut **tx)
+    .await?;
+    Ok(Reserving::Reserved(pieces))
+}
+
+/// What became of a wish to release or to commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Closed {
+    /// It is done, now or before.
+    Done,
+    /// The order has no reservation that could be.
+    NoReservation,
+    /// It ended the other way: what was committed cannot be released.
+    EndedOtherwise,
+}
+
+/// Ends an order's reservation: the pieces go back, or leave the house.
+pub async fn close_in(tx: &mut Tx<'_>, order: OrderId, closing: Closing) -> Result<Closed, sqlx::Error> {
+    let found = sqlx::query(
+        "select id, status
+           from reservation
+          where order_id = $1
+          order by (status = 'released'), reserved_at desc
+          limit 1
+            for update",
+    )
+    .bind(order.0)
+    .fetch_optional(&mut **tx)
+    .await?;
+    let Some(found) = found else { return Ok(Closed::NoReservation) };
+    let id: Uuid = found.try_get("id")?;
+    match found.try_get::<&str, _>("status")? {
+        "reserved" => {}
+        ended if ended == closing.status() => return Ok(Closed::Done),
+        _ => return Ok(Closed::EndedOtherwise),
+    }
+    let skus: Vec<Sku> = sqlx::query("select sku from reservation_line where reservation_id = $1")
+        .bind(id)
+        .fetch_all(&mut **tx)
+        .await?
+        .iter()
+        .map(parse_sku)
+        .collect::<Result<_, _>>()?;
+    lock_in(tx, skus.iter()).await?;
+    sqlx::query(
+        "with closed as (
+             update reservation set status = $2, closed_at = now() where id = $1 and status = 'reserved'
+             returning id
+         ), line as (
+             select sku, quantity, case $2 when 'released' then quantity else 0 end as back
+               from reservation_line
+               join closed on closed.id = reservation_id
+         ), moved as (
+             insert into stock_movement (sku, kind, on_hand_delta, reserved_delta, reservation_id)
+             select sku, $2, back, -quantity, $1 from line order by sku
+         )
+         update stock s
+            set on_hand = s.on_hand + line.back, reserved = s.reserved - line.quantity
+           from line
+          where s.sku = line.sku",
+    )
+    .bind(id)
+    .bind(closing.status())
+    .execute(&mut **tx)
+    .await?;
+    Ok(Closed::Done)
+}
+
+/// Locks the balances of `skus`, in the order of the skus, and reads what is on hand.
+async fn lock_in<'a>(tx: &mut Tx<'_>, skus: impl Iterator<Item = &'a Sku>) -> Result<BTreeMap<Sku, i64>, sqlx::Error> {
+    let skus: Vec<&str> = skus.map(Sku::as_str).collect();
+    // `collate "C"` is the order that Rust sorts in; what matters is that it is one order for all.
+    let rows =
+        sqlx::query("select sku, on_hand from stock where sku = any($1) order by sku collate \"C\" for no key update")
+            .bind(&skus)
+            .fetch_all(&mut **tx)
+            .await?;
+    rows.iter().map(|row| Ok((parse_sku(row)?, row.try_get("on_hand")?))).collect()
+}
+
+fn columns(lines: &BTreeMap<Sku, i64>) -> (Vec<&str>, Vec<i64>) {
+    lines.iter().map(|(sku, quantity)| (sku.as_str(), *quantity)).unzip()
+}
+
+/// A row of the ledger.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Movement {
+    /// Its id; it grows.
+    pub id: i64,
+    /// `adjusted`, `reserved`, `released` or `committed`.
+    pub kind: String,
+    /// Change of the free pieces.
+    pub on_hand_delta: i64,
+    /// Change of the pieces that are put aside.
+    pub reserved_delta: i64,
+    /// For which order; `None` for an adjustment.
+    pub order: Option<OrderId>,
+    /// Why somebody adjusted.
+    pub reason: Option<String>,
+    /// When.
+    pub moved_at: OffsetDateTime,
+}
+
+/// At most `limit` movements of an item before the one with the id `before`, newest first.
+pub async fn movements(pool: &PgPool, sku: &Sku, before: i64, limit: i64) -> Result<Vec<Movement>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select m.id, m.kind, m.on_hand_delta, m.reserved_delta, r.order_id, m.reason, m.moved_at
+           from stock_movement m
+           left join reservation r on r.id = m.reservation_id
+          where m.sku = $1 and m.id < $2
+          order by m.id desc
+          limit $3",
+    )
+    .bind(sku.as_str())
+    .bind(before)
+    .bind(limit)
+    .fetch_all(pool)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Movement {
+                id: row.try_get("id")?,
+                kind: row.try_get("kind")?,
+                on_hand_delta: row.try_get("on_hand_delta")?,
+                reserved_delta: row.try_get("reserved_delta")?,
+                order: row.try_get::<Option<Uuid>, _>("order_id")?.map(OrderId),
+                reason: row.try_get("reason")?,
+                moved_at: row.try_get("moved_at")?,
+            })
+        })
+        .collect()
+}

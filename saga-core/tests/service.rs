@@ -1,0 +1,162 @@
+//! What every service is started with, on a real PostgreSQL and Kafka.
+
+use saga_core::{
+    service::{
+        DatabaseSettings, KafkaSettings, Migrations,
+        database::{self, pool_options},
+        messaging_migrations,
+        migrate::migrate,
+        saga_migrations, topics,
+    },
+    testkit::{TestDatabase, brokers, eventually, unique},
+    topic::Topic,
+};
+use sqlx::{Connection, PgConnection};
+use std::{collections::BTreeSet, time::Duration};
+
+fn settings(database: &TestDatabase) -> DatabaseSettings {
+    DatabaseSettings::from_url(&database.url).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_first_starts_at_once_on_an_empty_database_all_succeed() {
+    let database = TestDatabase::new(&[]).await;
+    let starts = (0..50).map(|_| {
+        let settings = settings(&database);
+        tokio::spawn(async move { migrate(&settings, &[messaging_migrations(), saga_migrations()]).await })
+    });
+    let mut applied = Vec::new();
+    for start in starts.collect::<Vec<_>>() {
+        applied.push(start.await.unwrap().unwrap());
+    }
+    let all = messaging_migrations().count() + saga_migrations().count();
+    assert_eq!(applied.iter().sum::<usize>(), all, "each migration ran once: {applied:?}");
+    let recorded: i64 =
+        sqlx::query_scalar("select count(*) from refinery_messaging").fetch_one(&database.pool).await.unwrap();
+    assert_eq!(usize::try_from(recorded).unwrap(), messaging_migrations().count());
+}
+
+#[tokio::test]
+async fn a_second_start_applies_nothing_and_an_edited_migration_is_refused() {
+    let database = TestDatabase::new(&[messaging_migrations()]).await;
+    assert_eq!(migrate(&settings(&database), &[messaging_migrations()]).await.unwrap(), 0);
+
+    let edited = refinery::Migration::unapplied("V1__outbox", "select 'edited'").unwrap();
+    let edited = Migrations { owner: "messaging", runner: refinery::Runner::new(&[edited]) };
+    let error = migrate(&settings(&database), &[edited]).await.unwrap_err().to_string();
+    assert!(error.contains("messaging"), "{error}");
+}
+
+#[tokio::test]
+async fn the_previous_release_starts_beside_the_next_one() {
+    let database = TestDatabase::new(&[messaging_migrations()]).await;
+    let all = messaging_migrations();
+    let older: Vec<_> = all.runner.get_migrations().iter().take(1).cloned().collect();
+    let older = Migrations { owner: "messaging", runner: refinery::Runner::new(&older) };
+    assert_eq!(migrate(&settings(&database), &[older]).await.unwrap(), 0);
+}
+
+#[test]
+fn every_migration_file_is_embedded() {
+    // refinery ignores a file with a name that it does not understand.
+    for (folder, embedded) in [("messaging", messaging_migrations().count()), ("saga", saga_migrations().count())] {
+        let files = std::fs::read_dir(format!("{}/../migrations/{folder}", env!("CARGO_MANIFEST_DIR"))).unwrap();
+        let sql = files.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|kind| kind == "sql"));
+        assert_eq!(sql.count(), embedded, "{folder}");
+    }
+}
+
+#[tokio::test]
+async fn migrating_waits_for_its_turn_and_lets_go_of_the_lock() {
+    let database = TestDatabase::new(&[messaging_migrations()]).await;
+    for _ in 0..3 {
+        migrate(&settings(&database), &[messaging_migrations()]).await.unwrap();
+    }
+    let held: i64 = sqlx::query_scalar(
+        "select count(*)
+           from pg_locks
+          where locktype = 'advisory' and database = (select oid from pg_database where datname = current_database())",
+    )
+    .fetch_one(&database.pool)
+    .await
+    .unwrap();
+    assert_eq!(held, 0);
+}
+
+#[tokio::test]
+async fn a_begin_that_is_cancelled_poisons_no_connection() {
+    let database = TestDatabase::new(&[]).await;
+    let pool = pool_options(2).connect(&database.url).await.unwrap();
+    sqlx::query("create table written (n int)").execute(&pool).await.unwrap();
+    // Cut `begin` off at every moment from at once to long after its answer.
+    for n in 0..400_u64 {
+        let begin = pool.begin();
+        // Why it ended is not asked: cut off is what this is about.
+        drop(tokio::time::timeout(Duration::from_micros(n % 200), begin).await);
+        // Acknowledged, so it must be there.
+        sqlx::query("insert into written values ($1)").bind(i32::try_from(n).unwrap()).execute(&pool).await.unwrap();
+    }
+    pool.close().await;
+    let mut reader = PgConnection::connect(&database.url).await.unwrap();
+    let kept: i64 = sqlx::query_scalar("select count(*) from written").fetch_one(&mut reader).await.unwrap();
+    assert_eq!(kept, 400);
+}
+
+#[tokio::test]
+async fn a_database_that_does_not_exist_is_an_error_at_once_and_not_waited_for() {
+    let database = TestDatabase::new(&[]).await;
+    let mut nowhere = settings(&database);
+    nowhere.options = nowhere.options.database("there_is_no_such_database");
+    let error = tokio::time::timeout(Duration::from_secs(10), database::connect(&nowhere, "test")).await.unwrap();
+    assert!(error.unwrap_err().to_string().contains("there_is_no_such_database"));
+}
+
+#[tokio::test]
+async fn a_database_that_is_away_is_waited_for() {
+    let database = TestDatabase::new(&[]).await;
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut away = settings(&database);
+    let (host, there) = (away.options.get_host().to_owned(), away.options.get_port());
+    away.options = away.options.host("127.0.0.1").port(port);
+    let waiting = tokio::spawn(async move { database::connect(&away, "test").await });
+    // It comes up: whatever connects to the port is passed on to the real server.
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut from, _)) = listener.accept().await {
+            let mut to = tokio::net::TcpStream::connect((host.as_str(), there)).await.unwrap();
+            tokio::spawn(async move { tokio::io::copy_bidirectional(&mut from, &mut to).await });
+        }
+    });
+    let pool = tokio::time::timeout(Duration::from_secs(20), waiting).await.unwrap().unwrap().unwrap();
+    sqlx::query("select 1").execute(&pool).await.unwrap();
+}
+
+#[tokio::test]
+async fn every_connection_ends_a_transaction_that_nobody_continues() {
+    let database = TestDatabase::new(&[]).await;
+    let pool = database::connect(&settings(&database), "test").await.unwrap();
+    let limit: String = sqlx::query_scalar("show idle_in_transaction_session_timeout").fetch_one(&pool).await.unwrap();
+    assert_eq!(limit, "10s");
+    let name: String = sqlx::query_scalar("show application_name").fetch_one(&pool).await.unwrap();
+    assert_eq!(name, "test");
+}
+
+#[tokio::test]
+async fn topics_are_created_with_their_dead_letters_and_a_mismatch_is_reported_and_left_alone() {
+    let kafka = KafkaSettings { brokers: brokers(), replication_factor: 1 };
+    // A declaration is for the life of a program, and so is this name.
+    let name: &'static str = unique("svc-topics").leak();
+    let declared = Topic::events(name, 2);
+    let first = topics::ensure(&kafka, &[declared]).await.unwrap();
+    let created: BTreeSet<_> = first.created.into_iter().collect();
+    assert_eq!(created, BTreeSet::from([name.to_owned(), format!("{name}.dlt")]));
+
+    let again = eventually(Duration::from_secs(20), || async {
+        let report = topics::ensure(&kafka, &[Topic::events(name, 3)]).await.unwrap();
+        (!report.mismatches.is_empty()).then_some(report)
+    })
+    .await;
+    assert_eq!(again.created, Vec::<String>::new());
+    let partitions = again.mismatches.iter().find(|mismatch| mismatch.topic == name).unwrap();
+    assert_eq!((partitions.setting, &*partitions.declared, &*partitions.actual), ("partitions", "3", "2"));
+}
