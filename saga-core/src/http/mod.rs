@@ -6,6 +6,7 @@
 //! | [`extract`] | `Json`, `Query`, `Path` whose rejections are problems that name the field |
 //! | [`paging`] | `limit` and an opaque `cursor` |
 //! | [`idempotency`] | `Idempotency-Key`: the answer is stored in the transaction of its effect |
+//! | [`sagas`] | inspection of sagas, for the admin listener |
 //! | [`api`] | limits, timeouts, request ids, traces, panics; and handlers that a hang-up cannot cancel |
 
 pub mod api;
@@ -13,8 +14,10 @@ pub mod extract;
 pub mod idempotency;
 pub mod paging;
 pub mod problem;
+pub mod sagas;
 
 pub use api::{Api, Limits};
 pub use extract::{Json, Path, Query};
 pub use paging::{Cursor, Limit, List};
 pub use problem::{FieldError, Problem};
+pub use sagas::{saga_openapi, saga_routes};

@@ -182,9 +182,13 @@ impl Engine {
 
     /// The definition that a saga began with, if this replica has that very one.
     pub(super) fn definition_of(&self, row: &Row) -> Option<Arc<Definition>> {
-        let version = u32::try_from(row.version).ok()?;
-        let definition = self.definitions.get(&(row.definition.clone(), version))?;
-        (definition.fingerprint() == row.fingerprint).then(|| Arc::clone(definition))
+        self.find(&row.definition, row.version, &row.fingerprint)
+    }
+
+    pub(super) fn find(&self, name: &str, version: i32, fingerprint: &str) -> Option<Arc<Definition>> {
+        let version = u32::try_from(version).ok()?;
+        let definition = self.definitions.get(&(name.to_owned(), version))?;
+        (definition.fingerprint() == fingerprint).then(|| Arc::clone(definition))
     }
 
     fn same<I>(&self, saga: &Saga<I>) -> Result<&Definition, StartError> {

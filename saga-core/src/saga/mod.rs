@@ -15,6 +15,7 @@
 //! | [`engine`] | definitions and effects bound together; start, cancel, retry |
 //! | [`runner`], [`timers`] | batches of replies and due times, each batch one transaction |
 //! | [`log`] | the lines of a saga's timeline |
+//! | [`inspect`], [`view`] | lists, and one saga with its timeline and why it waits |
 
 mod batch;
 mod case;
@@ -22,6 +23,7 @@ pub mod decide;
 pub mod definition;
 pub mod engine;
 pub mod error;
+pub mod inspect;
 pub mod local;
 pub mod log;
 mod measure;
@@ -30,6 +32,7 @@ pub mod runner;
 pub mod state;
 mod store;
 pub mod timers;
+pub mod view;
 
 pub use definition::{Definition, Happened, RetryPolicy, Saga, saga};
 pub use engine::{Engine, EngineBuilder};

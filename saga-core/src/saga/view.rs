@@ -1,0 +1,362 @@
+//! What inspection shows of a saga: where it stands, what is left, the way back, why it waits and what would unblock it,
+//! and its timeline. Pure; payloads (input, replies, rejections) are left out unless they are asked for.
+
+use super::{
+    definition::{Definition, Role, StepKind},
+    log::{Entry, What},
+    state::{Failure, Open, State, Status, StepState, StuckWhy, Told, Wait},
+};
+use crate::{
+    envelope::{Op, Outcome},
+    id::{CommandId, SagaId},
+};
+use serde::Serialize;
+use serde_json::Value;
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+
+/// A saga in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct SagaSummary {
+    /// Which.
+    #[schema(value_type = uuid::Uuid)]
+    pub id: SagaId,
+    /// Its definition's name.
+    pub definition: String,
+    /// Its definition's version.
+    pub version: i32,
+    /// What it is about: an order's number.
+    pub business_key: String,
+    /// `running`, `compensating`, `stuck`, `completed` or `compensated`.
+    pub status: String,
+    /// Counts its events; an operator's command names the one it was meant for.
+    pub revision: i32,
+    /// The step that is open; `null` when it has ended or this replica does not know its definition.
+    pub step: Option<String>,
+    /// When it began.
+    #[serde(with = "time::serde::rfc3339")]
+    pub created_at: OffsetDateTime,
+    /// When something happened to it last.
+    #[serde(with = "time::serde::rfc3339")]
+    pub updated_at: OffsetDateTime,
+    /// When it ended.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub finished_at: Option<OffsetDateTime>,
+}
+
+/// One saga, whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct SagaView {
+    /// As in the list.
+    #[serde(flatten)]
+    pub summary: SagaSummary,
+    /// Whether this replica knows its definition; otherwise steps have numbers for names.
+    pub definition_known: bool,
+    /// Why it is, or was, undone.
+    pub failure: Option<FailureView>,
+    /// Why it waits, and what would unblock it; `null` when it has ended.
+    pub waits: Option<WaitView>,
+    /// Every step and how far it has come.
+    pub steps: Vec<StepView>,
+    /// The steps that are still to be done, should all go well.
+    pub remaining: Vec<String>,
+    /// The steps that are undone, newest first, or would be if it were cancelled now. Empty past the pivot.
+    pub undo_path: Vec<String>,
+    /// Replies that wait for a replica that knows its definition.
+    pub undecided_replies: i64,
+    /// What it was started with; only when payloads are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub input: Option<Value>,
+    /// What happened, oldest first.
+    pub timeline: Vec<Line>,
+}
+
+/// Why a saga is undone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct FailureView {
+    /// The step that was open.
+    pub step: String,
+    /// `rejected`, `failed`, `cancelled` or `deadline`.
+    #[schema(value_type = String)]
+    pub kind: super::state::FailureKind,
+    /// What whoever cancelled said, or the last error.
+    pub reason: Option<String>,
+    /// What the participant said; only when payloads are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub rejection: Option<Value>,
+}
+
+/// Why a saga waits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct WaitView {
+    /// For what, in words.
+    pub why: String,
+    /// What would move it on, in words.
+    pub unblocked_by: String,
+    /// Which attempt is open.
+    pub attempt: u32,
+    /// Since when, counted from the first attempt.
+    #[serde(with = "time::serde::rfc3339")]
+    pub since: OffsetDateTime,
+    /// When something happens by itself; `null` when nothing will.
+    #[serde(with = "time::serde::rfc3339::option")]
+    pub until: Option<OffsetDateTime>,
+}
+
+/// A step and how far it has come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct StepView {
+    /// Its name.
+    pub name: String,
+    /// `local`, `compensable`, `pivot` or `retriable`.
+    pub kind: &'static str,
+    /// `waiting`, `issued`, `done`, `not_done` or `undone`.
+    pub state: &'static str,
+    /// The type of its command.
+    pub command: Option<&'static str>,
+    /// The type of the command, or the name of the local effect, that undoes it.
+    pub undo: Option<String>,
+    /// Its reply; only when payloads are asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub reply: Option<Value>,
+}
+
+/// A line of the timeline.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub struct Line {
+    /// When.
+    #[serde(with = "time::serde::rfc3339")]
+    pub at: OffsetDateTime,
+    /// In which event; lines of one event happened in one transaction.
+    pub revision: i32,
+    /// `started`, `reply`, `ignored`, `due`, `cancel`, `retry`, and what followed: `sent`, `ran`, `pausing`,
+    /// `compensating`, `stuck`, `completed`, `compensated`.
+    pub what: &'static str,
+    /// Which step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step: Option<String>,
+    /// `do` or `undo`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub op: Option<&'static str>,
+    /// The type of the command that was sent or answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub command: Option<&'static str>,
+    /// Its id, the same for every attempt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<uuid::Uuid>)]
+    pub command_id: Option<CommandId>,
+    /// Which attempt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u32>,
+    /// `succeeded`, `rejected` or `failed`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<&'static str>,
+    /// More, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// Whether a view has the payloads in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Payloads {
+    /// They are personal: names, addresses, tokens.
+    Redacted,
+    /// Somebody who may see them asked.
+    Shown,
+}
+
+/// A saga's row and log, as they are.
+pub(super) struct Found {
+    pub(super) summary: SagaSummary,
+    pub(super) state: State,
+    pub(super) input: Value,
+    pub(super) log: Vec<(i32, OffsetDateTime, Entry)>,
+    pub(super) undecided: i64,
+}
+
+/// What is shown of a saga.
+pub(super) fn view(found: Found, definition: Option<&Definition>, payloads: Payloads) -> SagaView {
+    let names = Names { saga: found.summary.id, definition };
+    let Found { mut summary, state, input, log, undecided } = found;
+    summary.step = names.open_step(&state);
+    let shown = |value: &Value| (payloads == Payloads::Shown).then(|| value.clone());
+    SagaView {
+        definition_known: definition.is_some(),
+        failure: state.failure.as_ref().map(|failure| failure_view(failure, shown)),
+        waits: state.open().map(|open| wait_view(&names, &state, open, undecided)),
+        steps: definition.map(|definition| steps(definition, &state, shown)).unwrap_or_default(),
+        remaining: definition.map(|definition| remaining(definition, &state)).unwrap_or_default(),
+        undo_path: definition.map(|definition| undo_path(definition, &state)).unwrap_or_default(),
+        undecided_replies: undecided,
+        input: shown(&input),
+        timeline: log.into_iter().flat_map(|(revision, at, entry)| lines(&names, revision, at, entry)).collect(),
+        summary,
+    }
+}
+
+/// Names of steps and commands, as far as this replica knows them.
+pub(super) struct Names<'d> {
+    pub(super) saga: SagaId,
+    pub(super) definition: Option<&'d Definition>,
+}
+
+impl Names<'_> {
+    fn step(&self, step: usize) -> String {
+        let known = self.definition.and_then(|definition| definition.steps().get(step));
+        known.map_or_else(|| format!("step {step}"), |step| step.name.clone())
+    }
+
+    pub(super) fn open_step(&self, state: &State) -> Option<String> {
+        Some(self.step(state.open()?.step))
+    }
+
+    fn command(&self, step: &str, op: Op) -> Option<&'static str> {
+        let step = self.definition?.steps().iter().find(|known| known.name == step)?;
+        match &step.kind {
+            StepKind::Remote(remote) => remote.call(op).map(|call| call.kind),
+            StepKind::Local { .. } => None,
+        }
+    }
+}
+
+fn failure_view(failure: &Failure, shown: impl Fn(&Value) -> Option<Value>) -> FailureView {
+    FailureView {
+        step: failure.step.clone(),
+        kind: failure.kind,
+        reason: failure.reason.clone(),
+        rejection: failure.rejection.as_ref().and_then(shown),
+    }
+}
+
+fn wait_view(names: &Names<'_>, state: &State, open: &Open, undecided: i64) -> WaitView {
+    let step = names.step(open.step);
+    let what = match open.op {
+        Op::Do => format!("`{step}`"),
+        Op::Undo => format!("the undo of `{step}`"),
+    };
+    let (why, unblocked_by) = match (&state.status, open.wait) {
+        _ if undecided > 0 => (
+            format!("a reply has come, but no replica that took it knows {what} of this definition version"),
+            "a replica that runs this version of the definition".to_owned(),
+        ),
+        (Status::Stuck { why, .. }, _) => stuck(why, &what),
+        (_, Wait::Pause) => (
+            format!("{what} failed and is tried again after a pause"),
+            "the end of the pause, or a late reply to an earlier attempt".to_owned(),
+        ),
+        (_, Wait::Reply | Wait::Local) => {
+            (format!("{what} has not been answered yet"), "the participant's reply, or the end of the wait".to_owned())
+        }
+    };
+    WaitView { why, unblocked_by, attempt: open.attempt, since: open.since, until: state.due() }
+}
+
+fn stuck(why: &StuckWhy, what: &str) -> (String, String) {
+    let reply_or_retry = "a late reply, or `retry` once the participant works".to_owned();
+    match why {
+        StuckWhy::PivotInDoubt => (
+            format!("nobody knows whether the pivot {what} happened, so neither going on nor undoing would be right"),
+            reply_or_retry,
+        ),
+        StuckWhy::NotDone => (format!("{what} did not get done in all its attempts"), reply_or_retry),
+        StuckWhy::NotUndone => (format!("{what} did not get done in all its attempts"), reply_or_retry),
+        StuckWhy::Broken { error } => {
+            (format!("{what} does not work here: {error}"), "`retry` once its cause is mended".to_owned())
+        }
+    }
+}
+
+fn steps(definition: &Definition, state: &State, shown: impl Fn(&Value) -> Option<Value>) -> Vec<StepView> {
+    let step = |(index, step): (usize, &super::definition::Step)| {
+        let (kind, command, undo) = match &step.kind {
+            StepKind::Local { undo } => ("local", None, undo.clone()),
+            StepKind::Remote(remote) => {
+                (remote.role.as_str(), Some(remote.action.kind), remote.undo.as_ref().map(|undo| undo.kind.to_owned()))
+            }
+        };
+        let (state, reply) = match state.steps.get(index) {
+            None => ("waiting", None),
+            Some(StepState::Issued) => ("issued", None),
+            Some(StepState::Done(reply)) => ("done", shown(reply).filter(|_| kind != "local")),
+            Some(StepState::NotDone) => ("not_done", None),
+            Some(StepState::Undone) => ("undone", None),
+        };
+        StepView { name: step.name.clone(), kind, state, command, undo, reply }
+    };
+    definition.steps().iter().enumerate().map(step).collect()
+}
+
+fn remaining(definition: &Definition, state: &State) -> Vec<String> {
+    if state.failure.is_some() {
+        return Vec::new();
+    }
+    let done = state.steps.iter().filter(|how| matches!(how, StepState::Done(_))).count();
+    definition.steps().iter().skip(done).map(|step| step.name.clone()).collect()
+}
+
+fn undo_path(definition: &Definition, state: &State) -> Vec<String> {
+    let past_pivot = definition.pivot().is_some_and(|pivot| state.steps.len() > pivot);
+    if state.is_finished() || (past_pivot && state.failure.is_none()) {
+        return Vec::new();
+    }
+    let undoable = |step: usize| match &definition.steps()[step].kind {
+        StepKind::Local { undo } => undo.is_some(),
+        StepKind::Remote(remote) => remote.undo.is_some() && remote.role == Role::Compensable,
+    };
+    let begun = state.steps.iter().enumerate().rev();
+    begun
+        .filter(|(step, how)| undoable(*step) && matches!(how, StepState::Issued | StepState::Done(_)))
+        .map(|(step, _)| definition.steps()[step].name.clone())
+        .collect()
+}
+
+fn lines(names: &Names<'_>, revision: i32, at: OffsetDateTime, entry: Entry) -> Vec<Line> {
+    let plain = |what| Line {
+        at,
+        revision,
+        what,
+        step: None,
+        op: None,
+        command: None,
+        command_id: None,
+        attempt: None,
+        outcome: None,
+        note: None,
+    };
+    let of = |what, step: String, op: Op| {
+        let command = names.command(&step, op);
+        let command_id = command.map(|_| CommandId::derive(names.saga, &step, op, 0));
+        Line { command, command_id, op: Some(op.as_str()), step: Some(step), ..plain(what) }
+    };
+    let answered = |line: Line, attempt, outcome: Outcome| Line {
+        attempt: Some(attempt),
+        outcome: Some(outcome.as_str()),
+        ..line
+    };
+    let kind = entry.what.kind();
+    let mut lines = vec![match entry.what {
+        What::Started | What::Due => plain(kind),
+        What::Reply { step, op, attempt, outcome } => answered(of(kind, step, op), attempt, outcome),
+        What::Ignored { step, op, attempt, outcome, why } => {
+            Line { note: Some(why.as_str().into()), ..answered(of(kind, step, op), attempt, outcome) }
+        }
+        What::Cancel { reason } => Line { note: Some(reason), ..plain(kind) },
+        What::Retry { reason, actor } => Line { note: Some(format!("{actor}: {reason}")), ..plain(kind) },
+    }];
+    lines.extend(entry.then.into_iter().map(|told| match told {
+        Told::Sent { step, op, attempt } => Line { attempt: Some(attempt), ..of("sent", names.step(step), op) },
+        Told::Ran { step, op } => of("ran", names.step(step), op),
+        Told::Pausing { until } => Line { note: Some(format!("until {until}")), ..plain("pausing") },
+        Told::Compensating { kind } => {
+            let kind = serde_json::to_value(kind).ok().and_then(|kind| kind.as_str().map(str::to_owned));
+            Line { note: kind, ..plain("compensating") }
+        }
+        Told::Stuck(why) => Line { note: Some(stuck(&why, "it").0), ..plain("stuck") },
+        Told::Completed => plain("completed"),
+        Told::Compensated => plain("compensated"),
+    }));
+    lines
+}
