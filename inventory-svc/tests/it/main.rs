@@ -1,0 +1,7 @@
+//! inventory-svc against a real PostgreSQL and Kafka: its schema, its HTTP API, its commands, its processes.
+
+mod bad_input;
+mod commands;
+mod items;
+mod schema;
+mod support;
