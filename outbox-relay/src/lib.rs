@@ -1,1 +1,85 @@
 //! Publishes committed outbox rows to Kafka, in order, and repairs what could not be published.
+//!
+//! In reading order:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`snapshot`], [`position`] | which rows come next: the outbox between two snapshots, by id |
+//! | `reader` | reads ahead, page by page; topics that catch up after a pause beside the main flow |
+//! | `session` | decides what becomes of each row, keeps many in flight; one producer's life |
+//! | `record`, `producer`, `tracker` | a row as a record; the producer; what Kafka acknowledged |
+//! | `commit`, `batch_log` | records progress under the lease |
+//! | `fate`, `refusal`, `parking`, `pause`, `retry` | rows and topics that Kafka refuses |
+//! | `lease`, `owner`, [`outbox`] | who publishes; one owner's time; one outbox in this process |
+//! | `control`, `pending`, `metric` | what operators want, and what they see |
+//! | [`settings`], [`config`] | what it needs to know |
+//! | [`admin`] | HTTP for operators |
+
+pub mod admin;
+mod batch_log;
+mod commit;
+pub mod config;
+mod control;
+mod fate;
+mod in_flight;
+mod lease;
+mod metric;
+pub mod outbox;
+mod owner;
+mod parking;
+mod pause;
+mod pending;
+pub mod position;
+mod producer;
+mod reader;
+mod record;
+mod refusal;
+mod retry;
+mod row;
+mod session;
+pub mod settings;
+pub mod snapshot;
+mod topics;
+mod tracker;
+
+use outbox::Outbox;
+pub use settings::{OutboxSettings, Settings};
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+/// The relay: its outboxes, each with a task of its own.
+#[derive(Clone)]
+pub struct Relay {
+    outboxes: Arc<[Arc<Outbox>]>,
+}
+
+impl Relay {
+    /// Connects to nothing yet.
+    pub fn new(settings: &Settings) -> Result<Self, rdkafka::error::KafkaError> {
+        metric::describe();
+        let outboxes: Result<Vec<_>, _> =
+            settings.outboxes.iter().map(|outbox| Outbox::new(settings, outbox).map(Arc::new)).collect();
+        Ok(Self { outboxes: outboxes?.into() })
+    }
+
+    /// The outboxes.
+    pub fn outboxes(&self) -> &[Arc<Outbox>] {
+        &self.outboxes
+    }
+
+    /// Publishes until `stop`; then hands over what it owns. A failing outbox is tried again and stops no other.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut running = tokio::task::JoinSet::new();
+        for outbox in &*self.outboxes {
+            let (outbox, stop) = (outbox.clone(), stop.clone());
+            running.spawn(async move { outbox.run(&stop).await });
+        }
+        running.join_all().await;
+    }
+}
+
+/// Publishes until `stop`, without admin endpoints: for benches, tests, and programs that embed the relay.
+pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), rdkafka::error::KafkaError> {
+    Relay::new(&settings)?.run(stop).await;
+    Ok(())
+}

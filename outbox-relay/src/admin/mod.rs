@@ -1,0 +1,50 @@
+//! The admin endpoints, to be mounted behind the admin listener's roles (a viewer looks, an operator acts).
+//!
+//! | route | what |
+//! |---|---|
+//! | `GET /v1/outboxes` | every outbox: owner, position, lag in rows and seconds, what is paused and parked |
+//!
+//! Every verb is audited in the transaction that performs it, and the owner, wherever it runs, sees it in the database.
+
+mod outboxes;
+
+use crate::{Relay, outbox::Role};
+use axum::Router;
+use saga_core::service::Health;
+use utoipa::openapi::OpenApi;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+/// The routes.
+pub fn routes(relay: &Relay) -> Router {
+    let (router, document) = documented().with_state(relay.clone()).split_for_parts();
+    router.route("/openapi.json", axum::routing::get(move || async move { axum::Json(document) }))
+}
+
+/// Their description.
+pub fn openapi() -> OpenApi {
+    documented().split_for_parts().1
+}
+
+fn documented() -> OpenApiRouter<Relay> {
+    OpenApiRouter::new().routes(routes!(outboxes::list))
+}
+
+/// Readiness: red while an outbox that this process should publish cannot be published. Standing by is fine.
+pub fn check_health(health: &Health, relay: &Relay) {
+    let relay = relay.clone();
+    health.check("outboxes", move || {
+        let relay = relay.clone();
+        async move {
+            let problems: Vec<String> = relay
+                .outboxes()
+                .iter()
+                .filter_map(|outbox| match outbox.status.get() {
+                    (Role::Starting, _) => Some(format!("{}: starting", outbox.name)),
+                    (_, Some(problem)) => Some(format!("{}: {problem}", outbox.name)),
+                    (_, None) => None,
+                })
+                .collect();
+            if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
+        }
+    });
+}

@@ -1,0 +1,161 @@
+//! What there is: every outbox with its owner, its position and how far behind it is.
+
+#![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
+
+use crate::{
+    Relay, batch_log,
+    outbox::{Outbox, Role},
+    pause, pending,
+    position::{Position, ReadError},
+};
+use axum::extract::State;
+use saga_core::{clock, http::Json};
+use serde::Serialize;
+use time::OffsetDateTime;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+/// One outbox.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct OutboxView {
+    /// Its name.
+    name: String,
+    /// What the process that answers does with it.
+    role: Role,
+    /// What is wrong, if anything is.
+    problem: Option<String>,
+    /// What its database says; `null` while it cannot be asked.
+    #[serde(flatten)]
+    known: Option<Known>,
+}
+
+/// What an outbox's database says.
+#[derive(Debug, Serialize, ToSchema)]
+struct Known {
+    /// Who publishes it.
+    owner: Option<Owner>,
+    /// How far it is.
+    position: PositionView,
+    /// How far it is behind.
+    lag: Lag,
+    /// Nothing is published, because an operator said so.
+    paused: bool,
+    /// Topics that are paused, or catching up.
+    paused_topics: Vec<PausedTopic>,
+    /// Parked rows.
+    parked: i64,
+}
+
+/// The lease.
+#[derive(Debug, Serialize, ToSchema)]
+struct Owner {
+    /// Made anew at each acquisition.
+    id: Uuid,
+    /// Host and process.
+    holder: String,
+    /// Since when.
+    #[serde(with = "time::serde::rfc3339")]
+    acquired_at: OffsetDateTime,
+    /// Until when, unless renewed.
+    #[serde(with = "time::serde::rfc3339")]
+    expires_at: OffsetDateTime,
+    /// It ran out, and nobody has taken it.
+    expired: bool,
+}
+
+/// The last entry of the batch log.
+#[derive(Debug, Serialize, ToSchema)]
+struct PositionView {
+    /// Its number; 0 before the first.
+    n: i64,
+    /// All rows visible in this snapshot are published …
+    base: String,
+    /// … and of those visible in this one …
+    target: String,
+    /// … the ones up to this id.
+    to_id: i64,
+}
+
+/// How far behind.
+#[derive(Debug, Serialize, ToSchema)]
+struct Lag {
+    /// Committed rows that are not published.
+    rows: i64,
+    /// Whether that is a count; many are estimated.
+    exact: bool,
+    /// The age of the oldest.
+    seconds: f64,
+}
+
+/// A paused topic.
+#[derive(Debug, Serialize, ToSchema)]
+struct PausedTopic {
+    topic: String,
+    /// `operator`, `missing` or `forbidden`.
+    cause: &'static str,
+    #[serde(with = "time::serde::rfc3339")]
+    paused_at: OffsetDateTime,
+    /// Its rows are being published again, from where they were left.
+    catching_up: bool,
+}
+
+/// Every outbox of this relay, whoever owns it.
+#[utoipa::path(get, path = "/v1/outboxes", responses((status = 200, body = [OutboxView])), tag = "outboxes")]
+pub(super) async fn list(State(relay): State<Relay>) -> Json<Vec<OutboxView>> {
+    let views = relay.outboxes().iter().map(|outbox| view(outbox));
+    Json(futures::future::join_all(views).await)
+}
+
+async fn view(outbox: &Outbox) -> OutboxView {
+    let (role, problem) = outbox.status.get();
+    let (known, error) = match known(outbox).await {
+        Ok(known) => (Some(known), None),
+        Err(error) => {
+            tracing::warn!(outbox = outbox.name, %error, "looking at an outbox");
+            (None, Some(String::from("its database cannot be asked; the log says why")))
+        }
+    };
+    OutboxView { name: outbox.name.clone(), role, problem: problem.or(error), known }
+}
+
+type LeaseColumns = (Uuid, String, OffsetDateTime, OffsetDateTime, bool);
+
+async fn known(outbox: &Outbox) -> Result<Known, ReadError> {
+    let mut db = outbox.db.acquire().await?;
+    let lease: Option<LeaseColumns> = sqlx::query_as(
+        "select owner, holder, acquired_at, expires_at, expires_at <= clock_timestamp()
+           from outbox_lease
+          where outbox = $1",
+    )
+    .bind(&outbox.name)
+    .fetch_optional(&mut *db)
+    .await?;
+    let last = batch_log::last(&mut db, &outbox.name).await?;
+    let (n, at) = last.map_or_else(|| (0, Position::initial()), |last| (last.n, last.position));
+    let pending = pending::look(&mut db, &outbox.name, &at).await?;
+    let paused = pause::load(&mut db, &outbox.name).await?;
+    let age = pending.oldest.map_or(0.0, |oldest| (clock::now() - oldest).as_seconds_f64().max(0.0));
+    Ok(Known {
+        owner: lease.map(|(id, holder, acquired_at, expires_at, expired)| Owner {
+            id,
+            holder,
+            acquired_at,
+            expires_at,
+            expired,
+        }),
+        position: PositionView { n, base: at.base.to_string(), target: at.target.to_string(), to_id: at.after },
+        lag: Lag { rows: pending.rows, exact: pending.exact, seconds: age },
+        paused: paused.iter().any(|paused| paused.topic == pause::WHOLE),
+        paused_topics: paused
+            .into_iter()
+            .filter(|paused| paused.topic != pause::WHOLE)
+            .map(|paused| PausedTopic {
+                topic: paused.topic,
+                cause: paused.cause.as_str(),
+                paused_at: paused.paused_at,
+                catching_up: paused.resuming,
+            })
+            .collect(),
+        parked: pending.parked,
+    })
+}

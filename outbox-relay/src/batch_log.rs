@@ -1,0 +1,87 @@
+//! What has been published: a log in the outbox's own database, whose last entry is the position.
+//!
+//! An entry is written only for rows that Kafka acknowledged, in order, without a gap, and only by the holder of the
+//! lease. When the process dies before the entry, its rows are published again (same `ce_id`); never skipped.
+
+use crate::{position::Position, snapshot::Snapshot};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+/// The last entry of the log.
+#[derive(Debug, Clone)]
+pub(crate) struct Last {
+    pub(crate) n: i64,
+    pub(crate) position: Position,
+    pub(crate) system_identifier: i64,
+}
+
+/// The identifier of the cluster that this connection is to. Transaction ids mean something only within it.
+pub(crate) async fn system_identifier(db: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar("select system_identifier from pg_control_system()").fetch_one(db).await
+}
+
+/// Where the outbox stands; `None` before its first entry.
+pub(crate) async fn last(db: &mut PgConnection, outbox: &str) -> Result<Option<Last>, crate::position::ReadError> {
+    let found: Option<(i64, String, String, i64, i64)> = sqlx::query_as(
+        "select n, base::text, target::text, to_id, system_identifier
+           from outbox_batch
+          where outbox = $1
+          order by n desc
+          limit 1",
+    )
+    .bind(outbox)
+    .fetch_optional(db)
+    .await?;
+    let Some((n, base, target, after, system_identifier)) = found else { return Ok(None) };
+    let position = Position { base: base.parse()?, target: target.parse()?, after };
+    Ok(Some(Last { n, position, system_identifier }))
+}
+
+/// An entry to be written.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) base: Snapshot,
+    pub(crate) target: Snapshot,
+    pub(crate) from_id: i64,
+    pub(crate) to_id: i64,
+    pub(crate) rows: i32,
+}
+
+/// Appends entries behind entry `n`, if `owner` still holds the lease; says how many were written. None means: fenced.
+///
+/// The lease row is locked until the caller's transaction ends, so that nobody takes over between the check and the
+/// commit; the primary key on `n` would catch even that.
+pub(crate) async fn append_in(
+    tx: &mut PgConnection,
+    outbox: &str,
+    owner: Uuid,
+    system_identifier: i64,
+    n: i64,
+    entries: &[Entry],
+) -> Result<u64, sqlx::Error> {
+    let bases: Vec<String> = entries.iter().map(|entry| entry.base.to_string()).collect();
+    let targets: Vec<String> = entries.iter().map(|entry| entry.target.to_string()).collect();
+    let from_ids: Vec<i64> = entries.iter().map(|entry| entry.from_id).collect();
+    let to_ids: Vec<i64> = entries.iter().map(|entry| entry.to_id).collect();
+    let rows: Vec<i32> = entries.iter().map(|entry| entry.rows).collect();
+    let written = sqlx::query(
+        "insert into outbox_batch (outbox, n, base, target, from_id, to_id, rows, owner, system_identifier)
+         select lease.outbox, $4 + entry.ordinality, entry.base::pg_snapshot, entry.target::pg_snapshot,
+                entry.from_id, entry.to_id, entry.rows, lease.owner, $3
+           from (select outbox, owner from outbox_lease where outbox = $1 and owner = $2 for share) as lease
+          cross join unnest($5::text[], $6::text[], $7::bigint[], $8::bigint[], $9::integer[])
+                with ordinality as entry (base, target, from_id, to_id, rows, ordinality)",
+    )
+    .bind(outbox)
+    .bind(owner)
+    .bind(system_identifier)
+    .bind(n)
+    .bind(bases)
+    .bind(targets)
+    .bind(from_ids)
+    .bind(to_ids)
+    .bind(rows)
+    .execute(tx)
+    .await?;
+    Ok(written.rows_affected())
+}

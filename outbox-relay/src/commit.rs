@@ -1,0 +1,155 @@
+//! Records progress: the batch log, and in the same transaction whatever became of rows that were not published.
+//!
+//! One task, in order. Everything that is complete when the last commit returned goes into the next one, so the disk's
+//! pace never holds the producer up. No row written means that the lease is somebody else's: the session ends, loudly.
+
+use crate::{
+    batch_log::{self, Entry},
+    parking::{self, Park},
+    pause::{self, LeftBehind},
+    position::Position,
+};
+use sqlx::{PgConnection, PgPool};
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+use uuid::Uuid;
+
+/// Entries that one commit records at most.
+const ENTRIES: usize = 256;
+
+/// Something that is now true, and has to be recorded behind all that became true before it.
+pub(crate) enum Progress {
+    /// A stretch of rows is dealt with.
+    Rows(Stretch),
+    /// A topic is left behind from here on.
+    LeftBehind(LeftBehind),
+    /// A topic has caught up with the others.
+    CaughtUp(Arc<str>),
+    /// Something passed that leaves no trace here.
+    Nothing,
+    /// Tell when everything before this is recorded.
+    Flush(oneshot::Sender<()>),
+}
+
+/// Rows that are dealt with: published, parked, or left behind with their topic.
+pub(crate) struct Stretch {
+    pub(crate) lane: Option<Arc<str>>,
+    pub(crate) entry: Entry,
+    pub(crate) parked: Vec<Park>,
+    pub(crate) left_behind: Vec<LeftBehind>,
+}
+
+/// Why recording ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CommitError {
+    /// The lease is somebody else's: this owner has been fenced.
+    #[error("fenced: progress was not recorded, because the lease is somebody else's")]
+    Fenced,
+    /// PostgreSQL said so, or is not there.
+    #[error("recording progress: {0}")]
+    Database(#[from] sqlx::Error),
+}
+
+/// Records for one lease of one outbox.
+pub(crate) struct Recorder {
+    pub(crate) db: PgPool,
+    pub(crate) outbox: String,
+    pub(crate) owner: Uuid,
+    pub(crate) system_identifier: i64,
+    /// The last entry of the log.
+    pub(crate) n: i64,
+}
+
+impl Recorder {
+    /// Records what comes, until nothing more can come.
+    pub(crate) async fn run(mut self, mut progress: mpsc::Receiver<Progress>) -> Result<(), CommitError> {
+        let mut db = self.db.acquire().await?;
+        let mut batch = Vec::with_capacity(ENTRIES);
+        while progress.recv_many(&mut batch, ENTRIES).await > 0 {
+            self.record(&mut db, &batch).await?;
+            for done in batch.drain(..) {
+                if let Progress::Flush(told) = done {
+                    // Whoever asked may have given up.
+                    told.send(()).ok();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn record(&mut self, db: &mut PgConnection, batch: &[Progress]) -> Result<(), CommitError> {
+        let entries: Vec<Entry> = batch
+            .iter()
+            .filter_map(|progress| match progress {
+                Progress::Rows(stretch) if stretch.lane.is_none() => Some(stretch.entry.clone()),
+                _ => None,
+            })
+            .collect();
+        let plain = |progress: &Progress| match progress {
+            Progress::Rows(stretch) => {
+                stretch.lane.is_none() && stretch.parked.is_empty() && stretch.left_behind.is_empty()
+            }
+            Progress::CaughtUp(_) | Progress::LeftBehind(_) => false,
+            Progress::Flush(_) | Progress::Nothing => true,
+        };
+        if batch.iter().all(plain) {
+            return self.append(db, &entries).await;
+        }
+        let mut tx = sqlx::Connection::begin(db).await?;
+        let held: Option<(bool,)> =
+            sqlx::query_as("select true from outbox_lease where outbox = $1 and owner = $2 for share")
+                .bind(&self.outbox)
+                .bind(self.owner)
+                .fetch_optional(&mut *tx)
+                .await?;
+        if held.is_none() {
+            return Err(CommitError::Fenced);
+        }
+        for progress in batch {
+            self.record_in(&mut tx, progress).await?;
+        }
+        self.append(&mut tx, &entries).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    async fn record_in(&self, tx: &mut PgConnection, progress: &Progress) -> Result<(), sqlx::Error> {
+        match progress {
+            Progress::Rows(stretch) => {
+                for left in &stretch.left_behind {
+                    pause::leave_in(tx, &self.outbox, left).await?;
+                }
+                if !stretch.parked.is_empty() {
+                    parking::park_in(tx, &self.outbox, &stretch.parked).await?;
+                }
+                if let Some(topic) = &stretch.lane {
+                    let Entry { base, target, to_id, .. } = &stretch.entry;
+                    let at = Position { base: base.clone(), target: target.clone(), after: *to_id };
+                    pause::advance_in(tx, &self.outbox, topic, &at).await?;
+                }
+            }
+            Progress::LeftBehind(left) => pause::leave_in(tx, &self.outbox, left).await?,
+            Progress::CaughtUp(topic) => pause::end_in(tx, &self.outbox, topic).await?,
+            Progress::Flush(_) | Progress::Nothing => {}
+        }
+        Ok(())
+    }
+
+    async fn append(&mut self, db: &mut PgConnection, entries: &[Entry]) -> Result<(), CommitError> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let appended =
+            batch_log::append_in(db, &self.outbox, self.owner, self.system_identifier, self.n, entries).await;
+        match appended {
+            Ok(0) => Err(CommitError::Fenced),
+            Ok(_) => {
+                self.n += i64::try_from(entries.len()).expect("a batch has few entries");
+                Ok(())
+            }
+            // Somebody else wrote entry n: he is the owner, or was, and knows better than we where the outbox stands.
+            Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Err(CommitError::Fenced),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Flags and environment of the binary. Every mistake is told at once.
+
+use crate::settings::{COMPRESSION, LEASE, OutboxSettings, Settings};
+use clap::{Args, Parser, Subcommand};
+use saga_core::service::{
+    AdminArgs, ConfigErrors, Identity, KafkaArgs, TelemetryArgs, config::AdminSettings, telemetry::TelemetrySettings,
+};
+use sqlx::postgres::PgConnectOptions;
+use std::{str::FromStr, time::Duration};
+
+/// The relay among the services; it has no API of its own, only the admin listener.
+pub const IDENTITY: Identity = Identity { name: "outbox-relay", http_port: 0, admin_port: 9084 };
+
+/// A lease shorter than this is lost to a hiccup.
+const LEAST_LEASE_SECONDS: u64 = 2;
+
+/// Publishes committed outbox rows to Kafka, in order
+#[derive(Debug, Parser)]
+#[command(version, about)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Everything else
+    #[command(flatten)]
+    pub args: RelayArgs,
+}
+
+/// What the binary does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+pub enum Command {
+    /// Publish (the default). The outbox's tables are its service's; this waits for them
+    Serve,
+    /// Bring the messaging tables of every outbox's database up to date, then exit
+    Migrate,
+}
+
+/// What the relay takes.
+#[derive(Debug, Clone, Default, Args)]
+pub struct RelayArgs {
+    /// The outboxes to publish and their databases: `orders=postgres://user:secret@db:5432/orders,payments=…`.
+    /// The name is the messages' `ce_source`, and what the position is kept under: renaming starts from the beginning
+    #[arg(long, env = "OUTBOXES", value_name = "NAME=URL,...", hide_env_values = true, global = true)]
+    pub outboxes: Option<String>,
+    /// At the first start of an outbox, leave out what was committed before
+    #[arg(long, env = "FROM_NOW", global = true)]
+    pub from_now: bool,
+    /// How long a stand-by waits for an owner that was killed or is stuck [default: 10]
+    #[arg(long, env = "LEASE_SECONDS", value_name = "SECONDS", global = true)]
+    pub lease_seconds: Option<String>,
+    /// Compression of what is sent: `none`, `lz4`, `zstd`, `gzip` or `snappy` [default: lz4]
+    #[arg(long, env = "COMPRESSION", value_name = "TYPE", global = true)]
+    pub compression: Option<String>,
+    /// Kafka.
+    #[command(flatten)]
+    pub kafka: KafkaArgs,
+    /// The admin listener.
+    #[command(flatten)]
+    pub admin: AdminArgs,
+    /// Logs and traces.
+    #[command(flatten)]
+    pub telemetry: TelemetryArgs,
+}
+
+/// A valid [`RelayArgs`].
+#[derive(Debug, Clone)]
+pub struct Configuration {
+    /// The relay's own.
+    pub relay: Settings,
+    /// The admin listener's.
+    pub admin: AdminSettings,
+    /// Logs and traces.
+    pub telemetry: TelemetrySettings,
+}
+
+impl RelayArgs {
+    /// Checks everything and reports every mistake at once.
+    pub fn validate(&self) -> Result<Configuration, ConfigErrors> {
+        let mut errors = ConfigErrors::default();
+        let outboxes = read_outboxes(self.outboxes.as_deref().unwrap_or_default(), &mut errors);
+        let kafka = self.kafka.read(&mut errors);
+        let lease = match self.lease_seconds.as_deref().map(str::trim).filter(|text| !text.is_empty()) {
+            None => Some(LEASE),
+            Some(text) => match text.parse() {
+                Ok(seconds) if seconds >= LEAST_LEASE_SECONDS => Some(Duration::from_secs(seconds)),
+                _ => errors.add("LEASE_SECONDS", format!("is {text:?}"), "set it to a whole number of at least 2"),
+            },
+        };
+        let compression = match self.compression.as_deref().map(str::trim).filter(|text| !text.is_empty()) {
+            None => Some(COMPRESSION.to_owned()),
+            Some(kind @ ("none" | "lz4" | "zstd" | "gzip" | "snappy")) => Some(kind.to_owned()),
+            Some(kind) => {
+                errors.add("COMPRESSION", format!("is {kind:?}"), "set it to none, lz4, zstd, gzip or snappy")
+            }
+        };
+        let admin = self.admin.read(IDENTITY.admin_port, &mut errors);
+        let telemetry = self.telemetry.read(&mut errors);
+        let read = || {
+            let relay = Settings {
+                outboxes: outboxes?,
+                kafka_brokers: kafka?.brokers,
+                from_now: self.from_now,
+                lease: lease?,
+                compression: compression?,
+            };
+            Some(Configuration { relay, admin: admin?, telemetry: telemetry? })
+        };
+        errors.finish(read())
+    }
+}
+
+fn read_outboxes(text: &str, errors: &mut ConfigErrors) -> Option<Vec<OutboxSettings>> {
+    const CURE: &str = "set it to name=postgres://user:password@host:5432/database, several separated by commas";
+    let mut outboxes: Vec<OutboxSettings> = Vec::new();
+    let mut good = true;
+    for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+        let (name, url) = entry.split_once('=').unwrap_or((entry, ""));
+        let (name, url) = (name.trim(), url.trim());
+        let mut wrong = |what: String| {
+            errors.add::<()>("OUTBOXES", what, CURE);
+            good = false;
+        };
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        // An entry without a name may be a URL with a password in it: it is not repeated.
+        if name.is_empty() || !name.chars().all(legal) {
+            wrong(String::from("has an entry that does not begin with `name=`, a name of letters, digits, - _ or ."));
+            continue;
+        }
+        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+            wrong(format!("has no postgres:// URL for {name:?}"));
+            continue;
+        }
+        let database = match PgConnectOptions::from_str(url) {
+            Ok(database) if database.get_database().is_some_and(|name| !name.is_empty()) => database,
+            Ok(_) => {
+                wrong(format!("names no database in the URL for {name:?}"));
+                continue;
+            }
+            Err(error) => {
+                wrong(format!("has a URL for {name:?} that cannot be read ({error})"));
+                continue;
+            }
+        };
+        let place =
+            |of: &PgConnectOptions| (of.get_host().to_owned(), of.get_port(), of.get_database().map(str::to_owned));
+        if outboxes.iter().any(|other| other.name == name) {
+            wrong(format!("names {name:?} twice"));
+        } else if let Some(other) = outboxes.iter().find(|other| place(&other.database) == place(&database)) {
+            wrong(format!(
+                "has the same database for {:?} and {name:?}, which would publish everything twice",
+                other.name
+            ));
+        } else {
+            outboxes.push(OutboxSettings { name: name.to_owned(), database });
+        }
+    }
+    if outboxes.is_empty() && good {
+        return errors.add("OUTBOXES", "is not set", CURE);
+    }
+    good.then_some(outboxes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(outboxes: &str) -> RelayArgs {
+        RelayArgs {
+            outboxes: Some(outboxes.to_owned()),
+            kafka: KafkaArgs { kafka_brokers: Some("localhost:9092".to_owned()), ..KafkaArgs::default() },
+            ..RelayArgs::default()
+        }
+    }
+
+    #[test]
+    fn several_outboxes_are_read_by_name() {
+        let settings = args("orders=postgres://a:b@h/orders, payments=postgres://h:5433/payments").validate().unwrap();
+        let names: Vec<&str> = settings.relay.outboxes.iter().map(|outbox| outbox.name.as_str()).collect();
+        assert_eq!(names, ["orders", "payments"]);
+        assert_eq!(settings.admin.addr.port(), 9084);
+    }
+
+    #[test]
+    fn every_mistake_is_told_at_once_and_no_password() {
+        let mut wrong =
+            args("postgres://root:hunter2@h/x,a=mysql://h/x,b=postgres://h/b,b=postgres://h/c,c=postgres://h/b");
+        wrong.lease_seconds = Some("0".into());
+        wrong.compression = Some("rar".into());
+        wrong.kafka.kafka_brokers = None;
+        let errors = wrong.validate().unwrap_err();
+        let variables: Vec<_> = errors.mistakes().iter().map(|mistake| mistake.variable).collect();
+        let expected =
+            ["OUTBOXES", "OUTBOXES", "OUTBOXES", "OUTBOXES", "KAFKA_BROKERS", "LEASE_SECONDS", "COMPRESSION"];
+        assert_eq!(variables, expected, "{errors}");
+        assert!(!errors.to_string().contains("hunter2"), "{errors}");
+        assert_eq!(args(" ").validate().unwrap_err().mistakes()[0].variable, "OUTBOXES");
+    }
+}

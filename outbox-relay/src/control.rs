@@ -1,0 +1,111 @@
+//! What operators and brokers want of the owner, looked up a few times a second: pauses, retries, missing topics that
+//! have appeared. The database is the only channel, so any replica's admin endpoints can be used.
+
+use crate::{
+    parking::{self, Line},
+    pause::{self, Cause, Paused, WHOLE},
+    position::ReadError,
+    topics::{TopicState, Topics},
+};
+use sqlx::{PgConnection, PgPool};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{sync::watch, time::Instant};
+use tracing::{debug, info, warn};
+
+/// How long an operator waits at most for something to happen.
+const LOOK: Duration = Duration::from_millis(250);
+/// How often the brokers are asked about a topic that is not there.
+const ASK_MISSING: Duration = Duration::from_secs(1);
+/// … and about one that is there but may not be written to: each try costs a producer.
+const ASK_FORBIDDEN: Duration = Duration::from_secs(30);
+/// How often partitions are looked after. One holds ten million rows, and a whole one is kept ahead.
+const UPKEEP: Duration = Duration::from_secs(30);
+
+/// What is wanted.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Control {
+    /// Nothing is to be published at all.
+    pub(crate) whole: bool,
+    /// Topics that are not to be published, or are catching up.
+    pub(crate) paused: HashMap<String, Paused>,
+    /// Lines of parked rows that are to be tried again.
+    pub(crate) retry: HashSet<Line>,
+}
+
+/// Looks up what is wanted now.
+pub(crate) async fn look(db: &mut PgConnection, outbox: &str) -> Result<Control, ReadError> {
+    let mut paused: HashMap<String, Paused> =
+        pause::load(db, outbox).await?.into_iter().map(|paused| (paused.topic.clone(), paused)).collect();
+    let whole = paused.remove(WHOLE).is_some();
+    Ok(Control { whole, paused, retry: parking::requested(db, outbox).await? })
+}
+
+/// Keeps `wanted` up to date until an error.
+pub(crate) async fn run(
+    db: PgPool,
+    outbox: String,
+    topics: Topics,
+    wanted: watch::Sender<Arc<Control>>,
+) -> Result<(), ReadError> {
+    let mut asked: HashMap<String, Instant> = HashMap::new();
+    let mut upkeep = Instant::now();
+    loop {
+        let now = Instant::now();
+        let control = {
+            let mut db = db.acquire().await?;
+            if now >= upkeep {
+                upkeep = now + UPKEEP;
+                add_partition(&mut db, &outbox).await;
+            }
+            look(&mut db, &outbox).await?
+        };
+        asked.retain(|topic, _| control.paused.contains_key(topic));
+        for paused in control.paused.values().filter(|paused| !paused.resuming) {
+            let every = match paused.cause {
+                Cause::Operator => continue,
+                Cause::Missing => ASK_MISSING,
+                Cause::Forbidden => ASK_FORBIDDEN,
+            };
+            // The first time, the brokers have just said no.
+            let last = *asked.entry(paused.topic.clone()).or_insert(now);
+            if now.duration_since(last) < every {
+                continue;
+            }
+            asked.insert(paused.topic.clone(), now);
+            match topics.look(&paused.topic).await {
+                Ok(TopicState::Ready { .. }) => {
+                    info!(
+                        outbox,
+                        topic = paused.topic,
+                        "the topic is there; its rows are published from where they were left"
+                    );
+                    pause::resume(&mut *db.acquire().await?, &outbox, &paused.topic).await?;
+                }
+                Ok(_) => {}
+                Err(error) => debug!(outbox, topic = paused.topic, %error, "asking about a paused topic"),
+            }
+        }
+        wanted.send_if_modified(|current| {
+            let changed = **current != control;
+            if changed {
+                *current = Arc::new(control);
+            }
+            changed
+        });
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn add_partition(db: &mut PgConnection, outbox: &str) {
+    match sqlx::query_scalar::<_, Option<String>>("select outbox_add_partition()").fetch_one(db).await {
+        Ok(Some(partition)) => info!(outbox, partition, "made the outbox's next partition"),
+        Ok(None) => {}
+        // A lock was not to be had in time, or this role may not create tables. Rows overflow rather than fail, so there
+        // is time for another try and for an operator.
+        Err(error) => warn!(outbox, %error, "the outbox's next partition could not be made; it is tried again"),
+    }
+}

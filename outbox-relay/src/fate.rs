@@ -1,0 +1,119 @@
+//! What becomes of a row: it is sent, passed over, parked, or its topic is left behind with it.
+
+use crate::{
+    parking::Park,
+    pause::{self, Cause, LeftBehind},
+    position::{Page, Position},
+    refusal::Refusal,
+    row::Row,
+    session::{Ended, Session},
+    topics::TopicState,
+};
+use std::time::Duration;
+use tracing::error;
+
+/// What becomes of a row.
+pub(crate) enum Fate {
+    /// Nothing to do: it is acknowledged already, or left behind with its topic.
+    Pass,
+    Send(crate::record::Built),
+    Park(Park),
+    Leave(LeftBehind),
+}
+
+impl Session {
+    pub(crate) async fn fate(&mut self, page: &Page, row: &Row, before: i64) -> Result<Fate, Ended> {
+        let topic = row.topic();
+        if page.lane.is_none() && self.paused.contains(topic) {
+            return Ok(Fate::Pass);
+        }
+        if !self.memory.acknowledged.is_empty() && self.memory.acknowledged.remove(&row.id()) {
+            return Ok(Fate::Pass);
+        }
+        if let Some(by) = self.blocked.by(topic, row.key()) {
+            let reason = format!("row {by} of the same topic and key is parked");
+            return Ok(Fate::Park(Park { id: row.id(), reason, blocked_by: Some(by) }));
+        }
+        let limit = match self.limits.get(topic) {
+            Some(&limit) => limit,
+            None => match self.look(topic).await? {
+                Ok(limit) => limit,
+                Err((cause, reason)) => return self.leave(page, row, before, cause, reason).await,
+            },
+        };
+        if let Some((_, code)) = self.memory.verdict.take_if(|(id, _)| *id == row.id()) {
+            match Refusal::of(code) {
+                Refusal::Row => return Ok(self.park(row, format!("Kafka refused it: {code}"))),
+                Refusal::Topic(cause) => {
+                    return self.leave(page, row, before, cause, format!("Kafka says: {code}")).await;
+                }
+                Refusal::Transient => {}
+            }
+        }
+        let built = self.builder.build(row);
+        if built.size > limit {
+            // The limit may have been raised since it was read.
+            let size = built.size;
+            let limit = match self.look(topic).await? {
+                Ok(limit) => limit,
+                Err((cause, reason)) => return self.leave(page, row, before, cause, reason).await,
+            };
+            if size > limit {
+                let reason = format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)");
+                return Ok(self.park(row, reason));
+            }
+        }
+        Ok(Fate::Send(built))
+    }
+
+    fn park(&mut self, row: &Row, reason: String) -> Fate {
+        self.blocked.block(row.topic(), row.key(), row.id());
+        Fate::Park(Park { id: row.id(), reason, blocked_by: None })
+    }
+
+    /// The row's topic takes nothing now: it is left behind just before this row.
+    async fn leave(
+        &mut self,
+        page: &Page,
+        row: &Row,
+        before: i64,
+        cause: Cause,
+        reason: String,
+    ) -> Result<Fate, Ended> {
+        let topic = row.topic().to_owned();
+        if page.lane.is_some() {
+            pause::stall(&mut *self.db.acquire().await?, &self.outbox, &topic, cause, &reason).await?;
+            return Err(Ended::Stalled(topic));
+        }
+        let position = Position { base: page.base.clone(), target: page.target.clone(), after: before };
+        Ok(Fate::Leave(LeftBehind { topic, cause, reason, position }))
+    }
+
+    /// Asks the brokers about a topic, for as long as it takes them to answer: its limit, or why it takes nothing.
+    pub(crate) async fn look(&mut self, topic: &str) -> Result<Result<usize, (Cause, String)>, Ended> {
+        let mut pause = Duration::from_millis(50);
+        loop {
+            let asked = tokio::select! {
+                () = self.stop.cancelled() => return Err(Ended::Stopped),
+                asked = self.topics.look(topic) => asked,
+            };
+            match asked {
+                Ok(TopicState::Ready { max_message_bytes }) => {
+                    self.limits.insert(topic.to_owned(), max_message_bytes);
+                    if max_message_bytes < self.publisher.batch_bytes {
+                        self.settle().await?;
+                        return Err(Ended::SmallerBatches(max_message_bytes));
+                    }
+                    return Ok(Ok(max_message_bytes));
+                }
+                Ok(TopicState::Missing(reason)) => return Ok(Err((Cause::Missing, reason))),
+                Ok(TopicState::Forbidden(reason)) => return Ok(Err((Cause::Forbidden, reason))),
+                Err(problem) => {
+                    error!(outbox = self.outbox, topic, %problem, "Kafka does not answer, asking again");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(2));
+                }
+            }
+        }
+    }
+}

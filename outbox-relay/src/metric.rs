@@ -1,0 +1,55 @@
+//! The relay's metrics. Never an id or a key as a label.
+
+use crate::{in_flight::Flight, pending::Pending};
+use saga_core::clock;
+
+/// Says what the metrics mean.
+pub(crate) fn describe() {
+    metrics::describe_gauge!(
+        "outbox_pending",
+        "Committed rows that are not published yet (up to 100000 counted, then estimated)"
+    );
+    metrics::describe_gauge!("outbox_oldest_pending_age_seconds", "Age of the oldest row that is not published yet");
+    metrics::describe_gauge!("outbox_parked", "Parked rows, which wait for an operator");
+    metrics::describe_gauge!("outbox_paused_topics", "Topics that are paused or catching up");
+    metrics::describe_gauge!("outbox_owner", "1 if this process publishes the outbox");
+    metrics::describe_counter!("outbox_published_total", "Rows published, by topic");
+    metrics::describe_counter!("outbox_parked_total", "Rows parked, by topic");
+    metrics::describe_histogram!(
+        "outbox_publish_duration_seconds",
+        metrics::Unit::Seconds,
+        "From a row's insert to its acknowledgement by Kafka, of the oldest row of each page"
+    );
+}
+
+/// A page is acknowledged.
+pub(crate) fn published(outbox: &str, flight: &Flight) {
+    for (topic, rows) in &flight.topics {
+        metrics::counter!("outbox_published_total", "outbox" => outbox.to_owned(), "topic" => topic.clone())
+            .increment(*rows);
+    }
+    if let Some(oldest) = flight.oldest {
+        let age = (clock::now() - oldest).as_seconds_f64().max(0.0);
+        metrics::histogram!("outbox_publish_duration_seconds", "outbox" => outbox.to_owned()).record(age);
+    }
+}
+
+/// A row is parked.
+pub(crate) fn parked(outbox: &str, topic: &str) {
+    metrics::counter!("outbox_parked_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned()).increment(1);
+}
+
+/// Whether this process publishes.
+pub(crate) fn owner(outbox: &str, owner: bool) {
+    metrics::gauge!("outbox_owner", "outbox" => outbox.to_owned()).set(f64::from(u8::from(owner)));
+}
+
+/// How far behind the outbox is.
+#[allow(clippy::cast_precision_loss)]
+pub(crate) fn pending(outbox: &str, pending: &Pending) {
+    let age = pending.oldest.map_or(0.0, |oldest| (clock::now() - oldest).as_seconds_f64().max(0.0));
+    metrics::gauge!("outbox_pending", "outbox" => outbox.to_owned()).set(pending.rows as f64);
+    metrics::gauge!("outbox_oldest_pending_age_seconds", "outbox" => outbox.to_owned()).set(age);
+    metrics::gauge!("outbox_parked", "outbox" => outbox.to_owned()).set(pending.parked as f64);
+    metrics::gauge!("outbox_paused_topics", "outbox" => outbox.to_owned()).set(pending.paused as f64);
+}

@@ -1,0 +1,208 @@
+//! One outbox as this process sees it: stands by, owns it, stands by again. What happens to one stops no other.
+
+use crate::{
+    lease::{Lease, LeaseError},
+    metric,
+    owner::{self, OwnerError},
+    producer::Brokers,
+    settings::{OutboxSettings, Settings},
+    topics::Topics,
+};
+use saga_core::service::database::{is_outage, pool_options};
+use sqlx::PgPool;
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+/// Reader, recorder, lease, control, gauges, a retry's two, and some for the admin endpoints.
+const CONNECTIONS: u32 = 10;
+/// Between two looks at a lease that somebody else has.
+const STAND_BY: Duration = Duration::from_millis(500);
+/// Between two tries when something is wrong with the database.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// One outbox.
+pub struct Outbox {
+    /// Its name: `ce_source` of its messages, and the key of its lease and position.
+    pub name: String,
+    pub(crate) db: PgPool,
+    pub(crate) topics: Topics,
+    pub(crate) brokers: String,
+    pub(crate) compression: String,
+    pub(crate) from_now: bool,
+    pub(crate) lease: Duration,
+    pub(crate) status: Status,
+}
+
+/// What this process does with an outbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Not decided yet.
+    Starting,
+    /// Somebody else publishes.
+    StandingBy,
+    /// This process publishes.
+    Owner,
+    /// It would publish, but something is wrong.
+    Failing,
+}
+
+/// What is known about an outbox without asking its database.
+pub(crate) struct Status {
+    now: Mutex<(Role, Option<String>)>,
+    pub(crate) brokers: Arc<Brokers>,
+}
+
+impl Status {
+    fn set(&self, role: Role, problem: Option<String>) {
+        *self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (role, problem);
+    }
+
+    pub(crate) fn get(&self) -> (Role, Option<String>) {
+        let (role, problem) = self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let away = self.brokers.are_away().then(|| String::from("Kafka is not there"));
+        (role, problem.or_else(|| away.filter(|_| role == Role::Owner)))
+    }
+
+    pub(crate) fn problem(&self, problem: &str) {
+        self.set(Role::Owner, Some(problem.to_owned()));
+    }
+
+    pub(crate) fn publishing(&self) {
+        self.set(Role::Owner, None);
+    }
+}
+
+impl Outbox {
+    pub(crate) fn new(settings: &Settings, outbox: &OutboxSettings) -> Result<Self, rdkafka::error::KafkaError> {
+        let options = outbox.database.clone().application_name("outbox-relay").options([
+            // What is recorded as published must survive a crash of the server, or it is published twice.
+            ("synchronous_commit", "on"),
+            // Every statement here has one index that answers it; statistics of a table that grows this fast are
+            // always old, and a plan made from them must not read the whole of it.
+            ("enable_seqscan", "off"),
+            ("enable_bitmapscan", "off"),
+            ("jit", "off"),
+            ("idle_in_transaction_session_timeout", "10s"),
+        ]);
+        Ok(Self {
+            name: outbox.name.clone(),
+            db: pool_options(CONNECTIONS).connect_lazy_with(options),
+            topics: Topics::new(&settings.kafka_brokers)?,
+            brokers: settings.kafka_brokers.clone(),
+            compression: settings.compression.clone(),
+            from_now: settings.from_now,
+            lease: settings.lease,
+            status: Status { now: Mutex::new((Role::Starting, None)), brokers: Arc::default() },
+        })
+    }
+
+    /// Stands by, publishes, and stands by again, until `stop`.
+    pub(crate) async fn run(&self, stop: &CancellationToken) {
+        let mut before = None;
+        let mut trouble = Trouble::default();
+        while !stop.is_cancelled() {
+            let pause = match self.run_once(&mut before, stop).await {
+                Ok(Stood::By) => {
+                    trouble.over(&self.name);
+                    STAND_BY.min(self.lease / 4)
+                }
+                Ok(Stood::Owner) => {
+                    trouble.over(&self.name);
+                    Duration::ZERO
+                }
+                Err(error) => {
+                    self.status.set(Role::Failing, Some(error.to_string()));
+                    trouble.say(&self.name, &error)
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn run_once(&self, before: &mut Option<Uuid>, stop: &CancellationToken) -> Result<Stood, OwnerError> {
+        let holder = holder();
+        let taken = tokio::select! {
+            () = stop.cancelled() => return Ok(Stood::By),
+            taken = Lease::acquire(&self.db, &self.name, &holder, self.lease, *before) => taken?,
+        };
+        let Some(lease) = taken else {
+            self.status.set(Role::StandingBy, None);
+            metric::owner(&self.name, false);
+            return Ok(Stood::By);
+        };
+        *before = Some(lease.owner);
+        info!(outbox = self.name, owner = %lease.owner, "took the lease");
+        self.status.publishing();
+        metric::owner(&self.name, true);
+        let ended = owner::own(self, &lease, stop).await;
+        metric::owner(&self.name, false);
+        match &ended {
+            Err(OwnerError::Lease(LeaseError::TakenOver)) => {}
+            _ => match tokio::time::timeout(self.lease / 5, lease.release(&self.db)).await {
+                Ok(Ok(())) => info!(outbox = self.name, owner = %lease.owner, "gave the lease back"),
+                // Then it runs out.
+                _ => warn!(outbox = self.name, "the lease could not be given back"),
+            },
+        }
+        ended.map(|()| Stood::Owner)
+    }
+}
+
+enum Stood {
+    By,
+    Owner,
+}
+
+/// Says a problem once, not at each try.
+#[derive(Default)]
+struct Trouble {
+    said: Option<String>,
+    pause: Duration,
+}
+
+impl Trouble {
+    fn say(&mut self, outbox: &str, problem: &OwnerError) -> Duration {
+        let text = problem.to_string();
+        let no_tables = matches!(problem, OwnerError::Database(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01"));
+        let outage = matches!(problem, OwnerError::Database(error) if is_outage(error));
+        if self.said.as_deref() != Some(&text) {
+            if no_tables {
+                warn!(outbox, "waiting for the outbox's tables: start its service, or run `outbox-relay migrate`");
+            } else if outage {
+                warn!(outbox, problem = text, "waiting for the database");
+            } else {
+                error!(outbox, problem = text, "publishing stopped; trying again");
+            }
+            self.pause = Duration::ZERO;
+        }
+        self.said = Some(text);
+        self.pause = (self.pause * 2).clamp(Duration::from_millis(100), LONGEST_PAUSE);
+        self.pause
+    }
+
+    fn over(&mut self, outbox: &str) {
+        if self.said.take().is_some() {
+            info!(outbox, "publishing goes on");
+        }
+        self.pause = Duration::ZERO;
+    }
+}
+
+/// This process, for people who read the lease.
+fn holder() -> String {
+    let host = std::env::var("HOSTNAME")
+        .ok()
+        .or_else(|| std::fs::read_to_string("/etc/hostname").ok())
+        .map(|name| name.trim().to_owned())
+        .filter(|name| !name.is_empty());
+    format!("{}/{}", host.as_deref().unwrap_or("localhost"), std::process::id())
+}

@@ -1,0 +1,264 @@
+//! An owner's time: from taking the lease to losing it, one session after another.
+//!
+//! When the process dies, the lease runs out, and whoever takes it next starts from the batch log.
+
+use crate::{
+    batch_log,
+    commit::{CommitError, Recorder},
+    control::{self, Control},
+    in_flight::InFlight,
+    lease::{Lease, LeaseError},
+    metric,
+    outbox::Outbox,
+    parking::Blocked,
+    pending,
+    position::{Cursor, Position, ReadError},
+    producer::Publisher,
+    reader::Reader,
+    record::RecordBuilder,
+    session::{Ended, Memory, Session},
+};
+use saga_core::clock;
+use std::{collections::HashMap, sync::Arc, time::Duration};
+use tokio::sync::{mpsc, watch};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tracing::{info, warn};
+
+/// Pages read ahead of the producer.
+const PAGES_AHEAD: usize = 3;
+/// Stretches that wait to be recorded. Small things; the limit is there so that there is one.
+const UNRECORDED: usize = 1_024;
+/// How often the gauges are set.
+const GAUGES: Duration = Duration::from_secs(5);
+/// Between two producers, when one after the other fails.
+const LONGEST_REBUILD_PAUSE: Duration = Duration::from_secs(5);
+
+/// Why an owner is none any more.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OwnerError {
+    /// The lease is lost.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// This database is not the one that the position was recorded in.
+    #[error(
+        "the position of outbox {outbox:?} was recorded in another PostgreSQL cluster (system identifier {recorded}, \
+         this one is {found}): transaction ids may mean something else here, so nothing is published. \
+         After pg_upgrade or a physical copy, where they were kept: `outbox-relay reanchor --accept`. \
+         After a logical copy (pg_dump, logical replication): `outbox-relay reanchor --rewrite`"
+    )]
+    OtherCluster {
+        /// Which outbox.
+        outbox: String,
+        /// In the position.
+        recorded: i64,
+        /// Here.
+        found: i64,
+    },
+    /// Progress could not be recorded.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+    /// The outbox could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The database.
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+    /// librdkafka does not accept the configuration.
+    #[error("the Kafka producer could not be made: {0}")]
+    Producer(#[from] rdkafka::error::KafkaError),
+    /// A session ended for a reason that the next one cannot cure.
+    #[error("publishing stopped: {0}")]
+    Session(String),
+}
+
+/// Publishes under `lease` until it is lost, something fails, or `stop`.
+pub(crate) async fn own(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Result<(), OwnerError> {
+    tokio::select! {
+        biased;
+        lost = lease.keep(&outbox.db) => Err(lost.into()),
+        ended = publish(outbox, lease, stop) => ended,
+    }
+}
+
+async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Result<(), OwnerError> {
+    let system_identifier = anchor(outbox, lease).await?;
+    if !wait_for_kafka(outbox, stop).await {
+        return Ok(());
+    }
+    let first = control::look(&mut *outbox.db.acquire().await?, &outbox.name).await?;
+    let (wanted, control) = watch::channel(Arc::new(first));
+    let looking = control::run(outbox.db.clone(), outbox.name.clone(), outbox.topics.clone(), wanted);
+    let _looking = AbortOnDropHandle::new(tokio::spawn({
+        let outbox = outbox.name.clone();
+        async move {
+            if let Err(error) = looking.await {
+                warn!(outbox, %error, "looking up what operators want");
+            }
+        }
+    }));
+    let _gauges = AbortOnDropHandle::new(tokio::spawn(gauges(outbox.db.clone(), outbox.name.clone())));
+    let mut memory = Memory::default();
+    let mut limit = usize::MAX;
+    let mut rebuild = Rebuild::default();
+    loop {
+        let publisher =
+            Publisher::new(&outbox.name, &outbox.brokers, &outbox.compression, limit, outbox.status.brokers.clone())?;
+        let (ended, left) = session(outbox, lease, stop, system_identifier, publisher, memory, control.clone()).await?;
+        memory = left;
+        match ended {
+            Ended::Stopped => return Ok(()),
+            Ended::SmallerBatches(bytes) => limit = limit.min(bytes),
+            Ended::Stalled(topic) => warn!(outbox = outbox.name, topic, "the topic cannot catch up yet; others go on"),
+            Ended::Refused { .. } => {
+                warn!(outbox = outbox.name, reason = %ended, "the producer is rebuilt; rows are sent one at a time for a while");
+                tokio::select! {
+                    () = stop.cancelled() => return Ok(()),
+                    () = rebuild.pause() => {}
+                }
+            }
+            Ended::Commit(error) => return Err(error.into()),
+            Ended::Read(error) => return Err(error.into()),
+            Ended::Database(error) => return Err(error.into()),
+            Ended::Control | Ended::Reader => return Err(OwnerError::Session(ended.to_string())),
+        }
+    }
+}
+
+/// How long to wait before the next producer.
+#[derive(Default)]
+struct Rebuild {
+    last: Option<std::time::Instant>,
+    pause: Duration,
+}
+
+impl Rebuild {
+    async fn pause(&mut self) {
+        let now = clock::monotonic();
+        let soon = self.last.is_some_and(|last| now.duration_since(last) < 2 * LONGEST_REBUILD_PAUSE);
+        self.pause = if soon {
+            (self.pause * 2).clamp(Duration::from_millis(20), LONGEST_REBUILD_PAUSE)
+        } else {
+            Duration::ZERO
+        };
+        self.last = Some(now);
+        tokio::time::sleep(self.pause).await;
+    }
+}
+
+/// Checks that the position belongs to this cluster, and makes the first one if there is none.
+async fn anchor(outbox: &Outbox, lease: &Lease) -> Result<i64, OwnerError> {
+    let mut db = outbox.db.acquire().await?;
+    let found = batch_log::system_identifier(&mut db).await?;
+    match batch_log::last(&mut db, &outbox.name).await? {
+        Some(last) if last.system_identifier != found => {
+            let recorded = last.system_identifier;
+            return Err(OwnerError::OtherCluster { outbox: outbox.name.clone(), recorded, found });
+        }
+        Some(_) => {}
+        None if outbox.from_now => {
+            let now: String = sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&mut *db).await?;
+            let now: crate::snapshot::Snapshot = now.parse().map_err(ReadError::from)?;
+            let entry = batch_log::Entry { base: now.clone(), target: now, from_id: 0, to_id: 0, rows: 0 };
+            if batch_log::append_in(&mut db, &outbox.name, lease.owner, found, 0, &[entry]).await? == 0 {
+                return Err(CommitError::Fenced.into());
+            }
+            info!(outbox = outbox.name, "first start: what was committed before now is not published (--from-now)");
+        }
+        None => info!(outbox = outbox.name, "first start: everything in the outbox is published"),
+    }
+    Ok(found)
+}
+
+/// Waits until a broker answers, and says so once; false when the process stops first.
+async fn wait_for_kafka(outbox: &Outbox, stop: &CancellationToken) -> bool {
+    let mut said = false;
+    while !outbox.topics.reachable().await {
+        if !said {
+            warn!(outbox = outbox.name, brokers = outbox.brokers, "waiting for Kafka");
+            outbox.status.problem("Kafka is not there");
+            said = true;
+        }
+        tokio::select! {
+            () = stop.cancelled() => return false,
+            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+        }
+    }
+    if said {
+        info!(outbox = outbox.name, "Kafka is there");
+    }
+    outbox.status.publishing();
+    true
+}
+
+/// One producer's life, from reading the position to recording the last of it.
+async fn session(
+    outbox: &Outbox,
+    lease: &Lease,
+    stop: &CancellationToken,
+    system_identifier: i64,
+    publisher: Publisher,
+    memory: Memory,
+    mut control: watch::Receiver<Arc<Control>>,
+) -> Result<(Ended, Memory), OwnerError> {
+    let mut db = outbox.db.acquire().await?;
+    let last = batch_log::last(&mut db, &outbox.name).await?;
+    let (n, at) = last.map_or((0, Position::initial()), |last| (last.n, last.position));
+    let blocked = Blocked::load(&mut db, &outbox.name).await?;
+    // What the watcher knows may be older than what the session before recorded.
+    let now = control::look(&mut db, &outbox.name).await?;
+    let paused = now.paused.iter().filter(|(_, p)| p.position.is_some()).map(|(topic, _)| topic.clone()).collect();
+    let reader_control = control.clone();
+    control.mark_changed();
+    drop(db);
+
+    let (progress, recording) = mpsc::channel(UNRECORDED);
+    let recorder =
+        Recorder { db: outbox.db.clone(), outbox: outbox.name.clone(), owner: lease.owner, system_identifier, n };
+    let mut recorder = AbortOnDropHandle::new(tokio::spawn(recorder.run(recording)));
+    let (items, pages) = mpsc::channel(PAGES_AHEAD);
+    let reader = Reader::new(Cursor::new(at.clone(), None), reader_control, items);
+    let mut reader = AbortOnDropHandle::new(tokio::spawn(reader.run(outbox.db.clone())));
+    let mut session = Session {
+        outbox: outbox.name.clone(),
+        db: outbox.db.clone(),
+        owner: lease.owner,
+        topics: outbox.topics.clone(),
+        publisher,
+        builder: RecordBuilder::new(&outbox.name),
+        memory,
+        blocked,
+        paused,
+        resumed: HashMap::new(),
+        limits: HashMap::new(),
+        in_flight: InFlight::default(),
+        at,
+        control,
+        progress,
+        stop: stop.clone(),
+    };
+    let ended = session.run(pages).await;
+    // Reading first: what it reads from here on is of no use.
+    let read = if matches!(ended, Ended::Reader) { (&mut reader).await.unwrap_or(Ok(())) } else { Ok(()) };
+    drop(reader);
+    let memory = session.finish(&ended).await;
+    (&mut recorder).await.unwrap_or(Ok(()))?;
+    read?;
+    Ok((ended, memory))
+}
+
+/// Says how far behind the outbox is, for as long as this process owns it.
+async fn gauges(db: sqlx::PgPool, outbox: String) {
+    loop {
+        let looked = async {
+            let mut db = db.acquire().await?;
+            let last = batch_log::last(&mut db, &outbox).await?;
+            let at = last.map_or_else(Position::initial, |last| last.position);
+            pending::look(&mut db, &outbox, &at).await
+        };
+        match looked.await {
+            Ok(pending) => metric::pending(&outbox, &pending),
+            Err(error) => warn!(outbox, %error, "counting what is pending"),
+        }
+        tokio::time::sleep(GAUGES).await;
+    }
+}

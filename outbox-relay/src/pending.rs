@@ -1,0 +1,125 @@
+//! What is not published yet: how many rows, and since when.
+
+use crate::position::{Position, ReadError};
+use crate::{pause, snapshot::texts};
+use sqlx::PgConnection;
+use time::OffsetDateTime;
+
+/// Rows are counted up to here; more are estimated. Counting is paid for by the database that is behind already.
+const COUNTED: i64 = 100_000;
+
+/// How far behind an outbox is.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Pending {
+    pub(crate) rows: i64,
+    /// Whether `rows` is a count, not an estimate.
+    pub(crate) exact: bool,
+    pub(crate) oldest: Option<OffsetDateTime>,
+    pub(crate) parked: i64,
+    pub(crate) paused: i64,
+}
+
+/// Looks at an outbox whose position is `at`.
+pub(crate) async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> Result<Pending, ReadError> {
+    let mut pending = behind_position(db, at).await?;
+    let mut paused = 0;
+    for topic in pause::load(db, outbox).await? {
+        paused += 1;
+        if let Some(left) = &topic.position {
+            let (rows, oldest) = left_behind(db, &topic.topic, left, at).await?;
+            pending.rows += rows;
+            pending.exact &= rows < COUNTED;
+            pending.oldest = [pending.oldest, oldest].into_iter().flatten().min();
+        }
+    }
+    let parked: i64 = sqlx::query_scalar("select count(*) from outbox_parked where outbox = $1 and status = 'parked'")
+        .bind(outbox)
+        .fetch_one(db)
+        .await?;
+    Ok(Pending { parked, paused, ..pending })
+}
+
+/// Rows behind the position: the rest of its window, and what its target does not see.
+async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending, ReadError> {
+    let (rows, oldest, last_id): (i64, Option<OffsetDateTime>, Option<i64>) = sqlx::query_as(
+        "select count(*), min(created_at),
+                pg_sequence_last_value(pg_get_serial_sequence('outbox', 'id')::regclass)
+           from ((select created_at
+                    from outbox
+                   where id > $3 and $1 <> $2
+                     and pg_visible_in_snapshot(xid, (select $2::text::pg_snapshot))
+                     and not pg_visible_in_snapshot(xid, (select $1::text::pg_snapshot))
+                   order by id
+                   limit $6)
+                 union all
+                 (select created_at
+                    from outbox
+                   where xid >= $4::text::xid8
+                   order by xid, id
+                   limit $6)
+                 union all
+                 (select found.created_at
+                    from unnest($5::text[]::xid8[]) as straggler (xid)
+                   cross join lateral (select created_at
+                                         from outbox
+                                        where outbox.xid = straggler.xid
+                                        limit $6) as found
+                   where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
+                   limit $6)) as pending",
+    )
+    .bind(at.base.to_string())
+    .bind(at.target.to_string())
+    .bind(at.after)
+    .bind(at.target.xmax().to_string())
+    .bind(texts(at.target.running()))
+    .bind(COUNTED)
+    .fetch_one(db)
+    .await?;
+    let exact = rows < COUNTED;
+    let rows = if exact { rows } else { rows.max(last_id.unwrap_or(0) - at.after) };
+    Ok(Pending { rows, exact, oldest, parked: 0, paused: 0 })
+}
+
+/// Rows of a paused topic that the position has passed and the topic has not.
+async fn left_behind(
+    db: &mut PgConnection,
+    topic: &str,
+    left: &Position,
+    at: &Position,
+) -> Result<(i64, Option<OffsetDateTime>), ReadError> {
+    let found = sqlx::query_as(
+        "select count(*), min(created_at)
+           from (select id, xid, topic, created_at
+                   from ((select id, xid, topic, created_at
+                            from outbox
+                           where xid >= $8::text::xid8
+                           order by xid, id
+                           limit $10)
+                         union all
+                         (select found.*
+                            from unnest($9::text[]::xid8[]) as straggler (xid)
+                           cross join lateral (select id, xid, topic, created_at
+                                                 from outbox
+                                                where outbox.xid = straggler.xid
+                                                limit $10) as found
+                           limit $10)) as candidate
+                  where topic = $1) as row
+          where (pg_visible_in_snapshot(xid, $5::text::pg_snapshot)
+                 or pg_visible_in_snapshot(xid, $6::text::pg_snapshot) and id <= $7)
+            and not (pg_visible_in_snapshot(xid, $2::text::pg_snapshot)
+                     or pg_visible_in_snapshot(xid, $3::text::pg_snapshot) and id <= $4)",
+    )
+    .bind(topic)
+    .bind(left.base.to_string())
+    .bind(left.target.to_string())
+    .bind(left.after)
+    .bind(at.base.to_string())
+    .bind(at.target.to_string())
+    .bind(at.after)
+    .bind(left.base.xmax().to_string())
+    .bind(texts(left.base.running()))
+    .bind(COUNTED)
+    .fetch_one(db)
+    .await?;
+    Ok(found)
+}

@@ -1,0 +1,33 @@
+//! What a refusal means: whether it is about the row, about its topic, or about neither.
+
+use crate::pause::Cause;
+use rdkafka::types::RDKafkaErrorCode as Code;
+
+/// What is to become of what was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// This row will be refused for ever: it is parked.
+    Row,
+    /// No row of its topic can be published now: the topic is paused.
+    Topic(Cause),
+    /// It says nothing about the row: it is sent again.
+    Transient,
+}
+
+impl Refusal {
+    pub(crate) fn of(code: Code) -> Self {
+        match code {
+            Code::MessageSizeTooLarge
+            | Code::MessageBatchTooLarge
+            | Code::InvalidRecord
+            | Code::InvalidTimestamp
+            | Code::PolicyViolation
+            | Code::InvalidMessageSize => Self::Row,
+            Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition | Code::InvalidTopic => {
+                Self::Topic(Cause::Missing)
+            }
+            Code::TopicAuthorizationFailed => Self::Topic(Cause::Forbidden),
+            _ => Self::Transient,
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Tries parked lines again, when an operator asked for it: in order, one row at a time, while nothing else is in flight.
+//!
+//! A row is marked published in a transaction that holds it from before it is sent, so that it cannot be discarded
+//! meanwhile. When the process dies in between, the row is sent again.
+
+use crate::{
+    commit::{CommitError, Progress},
+    in_flight::Flight,
+    parking::{self, Line},
+    refusal::Refusal,
+    session::{Ended, Session},
+    tracker::Ticket,
+};
+use std::collections::HashSet;
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+impl Session {
+    pub(crate) async fn retry(&mut self, lines: &HashSet<Line>) -> Result<(), Ended> {
+        // Rows behind a parked one may be decided on, but not be in the table yet.
+        self.settle().await?;
+        let (told, recorded) = oneshot::channel();
+        self.progress.send(Progress::Flush(told)).await.map_err(|_| CommitError::Fenced)?;
+        recorded.await.map_err(|_| CommitError::Fenced)?;
+        for line in lines {
+            // It is asked for again when the topic resumes.
+            if !self.paused.contains(&line.topic) {
+                self.retry_line(line).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn retry_line(&mut self, line: &Line) -> Result<(), Ended> {
+        let limit = match self.look(&line.topic).await? {
+            Ok(limit) => limit,
+            Err((_, reason)) => {
+                warn!(outbox = self.outbox, topic = line.topic, reason, "parked rows cannot be tried again yet");
+                return Ok(());
+            }
+        };
+        while let Some(outcome) = self.retry_row(line, limit).await? {
+            if let Err((id, reason)) = outcome {
+                warn!(outbox = self.outbox, id, topic = line.topic, reason, "a parked row was refused again");
+                parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, Some((id, &reason))).await?;
+                return Ok(());
+            }
+        }
+        parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, None).await?;
+        self.blocked.free(line);
+        info!(outbox = self.outbox, topic = line.topic, "no row of the line is parked any more");
+        Ok(())
+    }
+
+    /// Tries the line's first row: its id, or why it was refused for good. `None` when there is none.
+    async fn retry_row(&mut self, line: &Line, limit: usize) -> Result<Option<Result<i64, (i64, String)>>, Ended> {
+        let mut tx = self.db.begin().await?;
+        let Some(row) = parking::next_in(&mut tx, &self.outbox, line).await? else { return Ok(None) };
+        let built = self.builder.build(&row);
+        if built.size > limit {
+            let size = built.size;
+            let reason = format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)");
+            return Ok(Some(Err((row.id(), reason))));
+        }
+        let number = self.publisher.tracker.open(1);
+        let mut flight = Flight::mark(Progress::Nothing);
+        flight.sending(&row);
+        self.in_flight.push(flight);
+        let ticket = Ticket::new(number, 0);
+        let sent = match self.offer(&row, built, ticket).await? {
+            Some(code) => Err(Ended::Refused { id: Some(row.id()), code, alone: true }),
+            None => self.acknowledged(ticket).await,
+        };
+        match sent {
+            Ok(()) => {}
+            // The producer is gone with it; the next session goes on.
+            Err(Ended::Refused { code, .. }) if Refusal::of(code) == Refusal::Row => {
+                tx.rollback().await?;
+                let reason = format!("Kafka refused it: {code}");
+                let failed = Some((row.id(), reason.as_str()));
+                parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, failed).await?;
+                return Err(Ended::Refused { id: None, code, alone: false });
+            }
+            Err(ended) => return Err(ended),
+        }
+        if !parking::published_in(&mut tx, &self.outbox, self.owner, row.id()).await? {
+            return Err(CommitError::Fenced.into());
+        }
+        tx.commit().await?;
+        Ok(Some(Ok(row.id())))
+    }
+}

@@ -1,0 +1,48 @@
+//! What the relay needs to know.
+
+use sqlx::postgres::PgConnectOptions;
+use std::time::Duration;
+
+/// A lease is this long: the time after which a stand-by takes over from an owner that was killed. Longer than a
+/// long pause of a healthy process.
+pub const LEASE: Duration = Duration::from_secs(10);
+
+/// Compression of record batches: cheap, and headers repeat themselves.
+pub const COMPRESSION: &str = "lz4";
+
+/// The relay's settings.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// What to publish.
+    pub outboxes: Vec<OutboxSettings>,
+    /// `bootstrap.servers`.
+    pub kafka_brokers: String,
+    /// An outbox without a position begins with what is committed from now on.
+    pub from_now: bool,
+    /// How long a lease is.
+    pub lease: Duration,
+    /// `compression.type`.
+    pub compression: String,
+}
+
+/// One outbox.
+#[derive(Debug, Clone)]
+pub struct OutboxSettings {
+    /// Its name.
+    pub name: String,
+    /// The database that it is in.
+    pub database: PgConnectOptions,
+}
+
+impl Settings {
+    /// With the defaults.
+    pub fn new(kafka_brokers: impl Into<String>, outboxes: Vec<OutboxSettings>) -> Self {
+        Self {
+            outboxes,
+            kafka_brokers: kafka_brokers.into(),
+            from_now: false,
+            lease: LEASE,
+            compression: COMPRESSION.to_owned(),
+        }
+    }
+}
