@@ -1,10 +1,117 @@
 //! Kafka records to batches to one transaction per batch.
+//!
+//!     record -> buffer of its partition -> batch = transaction: lock, inbox, handler, commit -> offset
+//!                                             | a record fails
+//!                                             v
+//!                                        parked, the records of its key behind it; everything else flows on
+//!                                             | the last attempt fails, or trying is pointless
+//!                                             v
+//!                                        <topic>.dlt, through the outbox
+//!
+//! What holds: a message is handled once, whatever dies when; messages of one key are handled in their order; no record
+//! stops its partition. What a process that dies leaves behind: at most one open transaction per partition, rolled back
+//! by the database; offsets that are behind what is done, which the inbox makes up for; and a mark that makes the next
+//! worker take the first records one by one, each attempt counted, because one of them may be what killed it.
+
+mod buffer;
+mod client;
+mod config;
+mod dead_letter;
+mod failure;
+mod health;
+mod parking;
+mod poll;
+mod record;
+mod transaction;
+mod worker;
+
+pub use config::ConsumerConfig;
+pub use dead_letter::dead_letter_header;
+pub use health::ConsumerHealth;
 
 use crate::{
     envelope::Envelope,
+    inbox,
     outbox::{AppendError, Tx},
+    trace,
 };
-use std::future::Future;
+use rdkafka::error::KafkaError;
+use sqlx::PgPool;
+use std::{future::Future, sync::Arc, time::Duration};
+use tokio_util::sync::CancellationToken;
+
+/// How often inbox partitions are made ahead; they are made for two weeks.
+const UPKEEP_EVERY: Duration = Duration::from_secs(3600);
+/// How often the number of parked records is looked at; also how soon failed upkeep is tried again.
+const GAUGE_EVERY: Duration = Duration::from_secs(15);
+
+/// Reads topics as a member of a group and has a [`Handler`] handle what is new.
+pub struct Consumer<H> {
+    config: Arc<ConsumerConfig>,
+    pool: PgPool,
+    handler: Arc<H>,
+    pulse: Arc<health::Pulse>,
+}
+
+impl<H: Handler> Consumer<H> {
+    /// Nothing happens before [`Consumer::run`]. `pool` should have a connection for each partition that is read.
+    pub fn new(config: ConsumerConfig, pool: PgPool, handler: Arc<H>) -> Self {
+        let pulse = Arc::new(health::Pulse::new(&config.group));
+        Self { config: Arc::new(config), pool, handler, pulse }
+    }
+
+    /// What readiness asks.
+    pub fn health(&self) -> ConsumerHealth {
+        ConsumerHealth(Arc::clone(&self.pulse))
+    }
+
+    /// Runs until `stop` is cancelled, then finishes the open transactions within a bound. A broker or a database that
+    /// is away is waited for.
+    ///
+    /// # Errors
+    /// When the client is misconfigured or broken for good; the process should end and be started again.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), ConsumerError> {
+        let poll = poll::Poll::new(Arc::clone(&self.config), self.pool.clone(), Arc::clone(&self.handler), self.pulse)?;
+        tokio::select! {
+            ended = poll.run(&stop) => ended,
+            never = upkeep(&self.pool, &self.config) => match never {},
+        }
+    }
+}
+
+/// Makes inbox partitions ahead, and counts what is parked.
+async fn upkeep(pool: &PgPool, config: &ConsumerConfig) -> std::convert::Infallible {
+    let mut made: Option<std::time::Instant> = None;
+    loop {
+        let now = crate::clock::monotonic();
+        if made.is_none_or(|made| now.saturating_duration_since(made) > UPKEEP_EVERY) {
+            match inbox::add_partitions(pool, config.horizon).await {
+                Ok(_) => made = Some(now),
+                // Two weeks are made ahead: an outage now matters to nobody. At first start the worker makes them.
+                Err(error) => tracing::debug!(%error, "inbox partitions could not be made"),
+            }
+        }
+        if let Ok(parked) = parking::count(pool, &config.group).await {
+            #[allow(clippy::cast_precision_loss)]
+            metrics::gauge!("inbox_parked", "consumer" => config.group.clone()).set(parked as f64);
+        }
+        tokio::time::sleep(GAUGE_EVERY).await;
+    }
+}
+
+/// Why a consumer ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsumerError {
+    /// Its settings are wrong, or the client library says that it cannot go on.
+    #[error("the Kafka consumer cannot go on")]
+    Kafka(#[from] KafkaError),
+    /// A bug of this crate.
+    #[error("a partition's worker panicked")]
+    WorkerPanicked,
+    /// A test let it die.
+    #[error("a fail point let the consumer die")]
+    Crashed,
+}
 
 /// A record as a handler sees it.
 #[derive(Debug, Clone)]
@@ -17,6 +124,29 @@ pub struct Message {
     pub payload: Option<Vec<u8>>,
     /// Where it stood.
     pub at: Coordinates,
+}
+
+impl Message {
+    /// A span for work on this message: it continues the message's trace, and its ids are on every line logged within.
+    /// The runtime enters it for a batch of one; a handler that works message by message enters one for each.
+    pub fn span(&self) -> tracing::Span {
+        let envelope = &self.envelope;
+        let saga = envelope.saga.as_ref();
+        let span = tracing::info_span!(
+            "message",
+            message_id = %envelope.id,
+            kind = envelope.kind,
+            subject = envelope.subject,
+            saga_id = saga.map(|saga| tracing::field::display(saga.saga)),
+            saga_step = saga.map(|saga| saga.step.as_str()),
+            correlation_id = envelope.correlation_id(),
+            topic = self.at.topic,
+            partition = self.at.partition,
+            offset = self.at.offset
+        );
+        trace::continue_from(&span, envelope);
+        span
+    }
 }
 
 /// Where a record stands in Kafka.

@@ -137,8 +137,38 @@ pub async fn receive_in(
     Ok(deliveries)
 }
 
+/// Writes the rows of what is new in `arrivals`, whatever is parked, and says of each whether it was new. For what comes
+/// out of the parking place itself; all ids differ there.
+pub(crate) async fn record_in(
+    tx: &mut Tx<'_>,
+    consumer: &str,
+    arrivals: &[Arrival<'_>],
+) -> Result<Vec<bool>, sqlx::Error> {
+    sqlx::query_scalar(
+        "with arrival as materialized (
+             select source, message_id, n
+               from unnest($2::text[], $3::uuid[]) with ordinality as a (source, message_id, n)
+         ), fresh as (
+             insert into inbox (consumer, source, message_id)
+             select $1, source, message_id
+               from arrival
+              order by message_id, source
+                 on conflict do nothing
+             returning source, message_id
+         )
+         select f.message_id is not null
+           from arrival a
+           left join fresh f using (source, message_id)
+          order by a.n",
+    )
+    .bind(consumer)
+    .bind(arrivals.iter().map(|arrival| arrival.source).collect::<Vec<_>>())
+    .bind(arrivals.iter().map(|arrival| arrival.id.0).collect::<Vec<_>>())
+    .fetch_all(&mut **tx)
+    .await
+}
+
 /// Which of `arrivals` are in the inbox, without writing anything.
-#[allow(dead_code, reason = "the consumer runtime asks")]
 pub(crate) async fn known(
     connection: impl PgExecutor<'_>,
     consumer: &str,

@@ -147,6 +147,16 @@ impl From<AppendError> for sqlx::Error {
 /// # Errors
 /// When a message can never be published, or the database says no.
 pub async fn append_in(tx: &mut Tx<'_>, messages: &[NewMessage]) -> Result<(), AppendError> {
+    let keys: Vec<_> = messages.iter().map(|message| Some(message.key.as_str())).collect();
+    append_keyed_in(tx, messages, &keys).await
+}
+
+/// Likewise, with keys that may be absent in place of the messages' own: a dead letter has the key that its record had.
+pub(crate) async fn append_keyed_in(
+    tx: &mut Tx<'_>,
+    messages: &[NewMessage],
+    keys: &[Option<&str>],
+) -> Result<(), AppendError> {
     if messages.is_empty() {
         return Ok(());
     }
@@ -164,7 +174,7 @@ pub async fn append_in(tx: &mut Tx<'_>, messages: &[NewMessage]) -> Result<(), A
     )
     .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
     .bind(column(|message| &message.topic))
-    .bind(column(|message| &message.key))
+    .bind(keys)
     .bind(column(|message| &message.kind))
     .bind(messages.iter().map(|message| message.payload.as_deref()).collect::<Vec<_>>())
     .bind(messages.iter().map(|message| Json(&message.headers)).collect::<Vec<_>>())

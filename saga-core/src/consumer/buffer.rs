@@ -1,0 +1,94 @@
+//! What has been polled of one partition and waits for its worker.
+
+use super::record::Raw;
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::Notify;
+
+/// Most bytes of one partition that wait, and most of one batch: large records must not fill the memory by their number.
+const BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Between the polling task and one worker. It never refuses a record: when it is full the partition is paused, which
+/// takes effect with the next poll.
+pub(super) struct Buffer {
+    limit: usize,
+    queue: Mutex<Queue>,
+    arrived: Notify,
+    drained: Box<dyn Fn() + Send + Sync>,
+}
+
+#[derive(Default)]
+struct Queue {
+    records: VecDeque<Raw>,
+    bytes: usize,
+    paused: bool,
+}
+
+/// What the polling task has to do after a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub(super) enum Room {
+    /// Nothing.
+    Left,
+    /// Pause the partition.
+    Full,
+}
+
+impl Buffer {
+    /// For `limit` records. `drained` is called when a full buffer has room again.
+    pub(super) fn new(limit: usize, drained: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { limit, queue: Mutex::default(), arrived: Notify::new(), drained: Box::new(drained) }
+    }
+
+    pub(super) fn push(&self, record: Raw) -> Room {
+        let mut queue = self.lock();
+        queue.bytes += record.size();
+        queue.records.push_back(record);
+        let full = queue.records.len() >= self.limit || queue.bytes >= BYTES_MAX;
+        let room = if full && !queue.paused { Room::Full } else { Room::Left };
+        queue.paused |= full;
+        drop(queue);
+        self.arrived.notify_one();
+        room
+    }
+
+    /// What has arrived, at most `max` records; waits for the first. Nothing is lost when this is cancelled.
+    pub(super) async fn take(&self, max: usize) -> Vec<Raw> {
+        loop {
+            let taken = self.try_take(max);
+            if !taken.is_empty() {
+                return taken;
+            }
+            self.arrived.notified().await;
+        }
+    }
+
+    fn try_take(&self, max: usize) -> Vec<Raw> {
+        let mut queue = self.lock();
+        let mut taken = Vec::new();
+        let mut bytes = 0;
+        while taken.len() < max.max(1)
+            && bytes < BYTES_MAX
+            && let Some(record) = queue.records.pop_front()
+        {
+            bytes += record.size();
+            taken.push(record);
+        }
+        queue.bytes -= bytes;
+        // Half: pausing throws away what was fetched ahead, so it should not happen at every record.
+        let room = queue.records.len() <= self.limit / 2 && queue.bytes <= BYTES_MAX / 2;
+        let resume = queue.paused && room;
+        queue.paused &= !resume;
+        drop(queue);
+        if resume {
+            (self.drained)();
+        }
+        taken
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

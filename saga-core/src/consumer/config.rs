@@ -1,0 +1,44 @@
+//! What a consumer is told.
+
+use crate::retry::Backoff;
+use std::time::Duration;
+
+/// The settings of one consumer. [`ConsumerConfig::new`] has the values for production; the fields are open to tests and
+/// to services that measured something better.
+#[derive(Debug, Clone)]
+pub struct ConsumerConfig {
+    /// The consumer group; also the name under which the inbox knows this consumer.
+    pub group: String,
+    /// What it reads.
+    pub topics: Vec<String>,
+    /// `bootstrap.servers`.
+    pub brokers: String,
+    /// Most records of one transaction. More amortises better and makes one lost lock or one bad record dearer; a
+    /// batch is what has arrived, so at low load this waits for nothing.
+    pub batch_max: usize,
+    /// Records of one partition that may wait for its worker before the partition is paused.
+    pub buffer: usize,
+    /// How often a record is tried before it is dead-lettered.
+    pub attempts: u32,
+    /// How long a record that failed waits for its next attempt.
+    pub backoff: Backoff,
+    /// How long the inbox remembers; an older message is dead-lettered, never handled. Not less than the retention of
+    /// the topics, or records are refused that Kafka still delivers.
+    pub horizon: Duration,
+}
+
+impl ConsumerConfig {
+    /// 500 records a transaction, 8 attempts within about two minutes and a half, 14 days of memory.
+    pub fn new<T: Into<String>>(brokers: &str, group: &str, topics: impl IntoIterator<Item = T>) -> Self {
+        Self {
+            group: group.into(),
+            topics: topics.into_iter().map(Into::into).collect(),
+            brokers: brokers.into(),
+            batch_max: 500,
+            buffer: 2_000,
+            attempts: 8,
+            backoff: Backoff::doubling(Duration::from_secs(1), Duration::from_secs(60)),
+            horizon: Duration::from_secs(14 * 24 * 3600),
+        }
+    }
+}

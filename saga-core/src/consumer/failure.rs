@@ -1,0 +1,153 @@
+//! What went wrong, and whose fault it is.
+//!
+//! The line that everything hangs on: what will pass by itself (a deadlock, a lost connection, a server that restarts)
+//! is repeated and counted nowhere, however long it takes; anything else is the record's own fault until proven
+//! otherwise, and counted.
+
+use super::HandleError;
+use crate::outbox::AppendError;
+use std::borrow::Cow;
+
+/// Why a transaction did not commit.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// It will pass; the text is for the log.
+    Passing(String),
+    /// There is no inbox partition for a message that ought to have one.
+    Unprepared,
+    /// It is the record's fault.
+    Fault(Fault),
+    /// A test let us die here.
+    #[cfg(feature = "testkit")]
+    Crash,
+}
+
+/// A record's own fault.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Fault {
+    /// What kind, in one word, for dashboards and dead letters.
+    pub(super) class: Cow<'static, str>,
+    /// In words.
+    pub(super) reason: String,
+    /// Whether trying again could help.
+    pub(super) retry: Retry,
+}
+
+/// Whether trying again could help.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Retry {
+    /// Perhaps.
+    Possible,
+    /// It cannot.
+    Pointless,
+}
+
+/// Longest reason that is kept.
+const REASON_MAX: usize = 1_000;
+
+impl Fault {
+    pub(super) fn new(class: impl Into<Cow<'static, str>>, reason: &str, retry: Retry) -> Self {
+        let reason = reason.replace('\0', "\u{fffd}").chars().take(REASON_MAX).collect();
+        Self { class: class.into(), reason, retry }
+    }
+}
+
+impl From<sqlx::Error> for Failure {
+    fn from(error: sqlx::Error) -> Self {
+        if passes(&error) {
+            return Self::Passing(error.to_string());
+        }
+        let code = error.as_database_error().and_then(|error| error.code());
+        match (code.as_deref(), error.as_database_error().and_then(|error| error.table())) {
+            // check_violation without a constraint: "no partition of relation found for row".
+            (Some("23514"), Some("inbox")) => Self::Unprepared,
+            (Some(code), _) => Self::Fault(Fault::new(format!("database-{code}"), &error.to_string(), Retry::Possible)),
+            (None, _) => Self::Fault(Fault::new("database", &error.to_string(), Retry::Possible)),
+        }
+    }
+}
+
+impl From<HandleError> for Failure {
+    fn from(error: HandleError) -> Self {
+        match error {
+            HandleError::Database(error) => error.into(),
+            HandleError::Poison(reason) => Self::Fault(Fault::new("poison", &reason, Retry::Pointless)),
+            // A test's handler lets the process die by handing on what a fail point would have said.
+            #[cfg(feature = "testkit")]
+            HandleError::Failed(error) if error.is::<crate::testkit::failpoints::Injected>() => {
+                error.downcast::<crate::testkit::failpoints::Injected>().map_or(Self::Crash, Self::from)
+            }
+            HandleError::Failed(error) => {
+                // A handler may wrap the database's errors in words of its own.
+                let passing = error.chain().filter_map(|cause| cause.downcast_ref::<sqlx::Error>()).any(passes);
+                let reason = format!("{error:#}");
+                if passing {
+                    Self::Passing(reason)
+                } else {
+                    Self::Fault(Fault::new("failed", &reason, Retry::Possible))
+                }
+            }
+        }
+    }
+}
+
+impl From<AppendError> for Failure {
+    fn from(error: AppendError) -> Self {
+        HandleError::from(error).into()
+    }
+}
+
+#[cfg(feature = "testkit")]
+impl From<crate::testkit::failpoints::Injected> for Failure {
+    fn from(injected: crate::testkit::failpoints::Injected) -> Self {
+        use crate::testkit::failpoints::Fault as Kind;
+        match injected.0 {
+            Kind::Crash | Kind::Kill => Self::Crash,
+            Kind::Outage => Self::Passing(injected.to_string()),
+            Kind::Error => Self::Fault(Fault::new("failed", &injected.to_string(), Retry::Possible)),
+        }
+    }
+}
+
+/// Whether the database's answer says nothing about the record: the same will do another time.
+fn passes(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::PoolClosed
+        | sqlx::Error::WorkerCrashed
+        | sqlx::Error::BeginFailed => true,
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| {
+            matches!(
+                &*code,
+                "40001" | "40P01"            // serialization failure, deadlock
+                | "55P03"                    // a lock was not to be had in time
+                | "25006"                    // read-only: the primary has moved
+                | "25P03"                    // our own pause in the transaction was too long
+                | "57P01" | "57P02" | "57P03" | "57P05" // shutdown, crash, starting up, idle session
+            ) || ["08", "53", "58"].iter().any(|class| code.starts_with(class)) // connection, resources, system
+        }),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outage_is_recognised_under_a_handlers_own_words() {
+        let lost = || sqlx::Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        assert!(matches!(Failure::from(lost()), Failure::Passing(_)));
+        let wrapped = anyhow::Error::from(lost()).context("could not read the stock");
+        assert!(matches!(Failure::from(HandleError::Failed(wrapped)), Failure::Passing(_)));
+        let own = anyhow::anyhow!("the shelf is gone");
+        assert!(matches!(
+            Failure::from(HandleError::Failed(own)),
+            Failure::Fault(Fault { retry: Retry::Possible, .. })
+        ));
+        let poison = HandleError::Poison("unknown version".into());
+        assert!(matches!(Failure::from(poison), Failure::Fault(Fault { retry: Retry::Pointless, .. })));
+    }
+}

@@ -1,0 +1,271 @@
+//! The one task that polls.
+//!
+//!     Kafka -> poll -> buffer of partition 0 -> worker 0 -> PostgreSQL
+//!                   -> buffer of partition 1 -> worker 1 ->
+//!
+//! It never waits for a worker except, within a bound, when that worker's partition is taken away, so the poll interval
+//! is never at risk. A full buffer pauses its partition. Offsets of a partition that was taken away are never stored:
+//! its worker is gone before the library is told that we let go.
+
+use super::{
+    ConsumerConfig, ConsumerError, Handler,
+    buffer::{Buffer, Room},
+    client::{self, Client, Context, Rebalance},
+    health::Pulse,
+    record::Raw,
+    transaction::Desk,
+    worker::{Ended, Worker},
+};
+use crate::clock;
+use futures::{FutureExt, StreamExt};
+use rdkafka::{
+    Message as _, TopicPartitionList,
+    consumer::Consumer as _,
+    error::{KafkaError, RDKafkaErrorCode},
+    message::BorrowedMessage,
+};
+use sqlx::PgPool;
+use std::{
+    collections::HashMap,
+    panic::AssertUnwindSafe,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
+use tokio::{
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+/// How long a worker may finish its open transaction when its partition is taken away or the process stops. Well below
+/// what the group allows a member to take (five minutes).
+const FINISH_MAX: Duration = Duration::from_secs(10);
+/// How long closing the client may take; it can hang, and nothing depends on it.
+const CLOSE_MAX: Duration = Duration::from_secs(10);
+/// Most records that are dispatched before other events get their turn.
+const RECORDS_PER_TURN: usize = 256;
+
+/// Stores offsets for a worker.
+pub(super) struct Offsets(Arc<Client>);
+
+impl Offsets {
+    pub(super) fn store(&self, topic: &str, partition: i32, last: i64) {
+        // The library refuses offsets of partitions that are not ours: that is what we want it to do.
+        if let Err(error) = self.0.store_offset(topic, partition, last) {
+            tracing::debug!(topic, partition, offset = last, %error, "an offset was not stored");
+        }
+    }
+}
+
+/// A partition that we read.
+struct Held {
+    buffer: Arc<Buffer>,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+pub(super) struct Poll<H> {
+    config: Arc<ConsumerConfig>,
+    pool: PgPool,
+    handler: Arc<H>,
+    pulse: Arc<Pulse>,
+    client: Arc<Client>,
+    held: HashMap<String, HashMap<i32, Held>>,
+    rebalances: UnboundedReceiver<Rebalance>,
+    drained: (UnboundedSender<(String, i32)>, UnboundedReceiver<(String, i32)>),
+    broken: (UnboundedSender<ConsumerError>, UnboundedReceiver<ConsumerError>),
+    last_error: Option<KafkaError>,
+}
+
+impl<H: Handler> Poll<H> {
+    pub(super) fn new(
+        config: Arc<ConsumerConfig>,
+        pool: PgPool,
+        handler: Arc<H>,
+        pulse: Arc<Pulse>,
+    ) -> Result<Self, ConsumerError> {
+        let (sender, rebalances) = unbounded_channel();
+        let context = Context { rebalances: sender, pulse: Arc::clone(&pulse), closing: AtomicBool::new(false) };
+        let client = Arc::new(client::connect(&config, context)?);
+        let (drained, broken) = (unbounded_channel(), unbounded_channel());
+        let held = HashMap::new();
+        Ok(Self { config, pool, handler, pulse, client, held, rebalances, drained, broken, last_error: None })
+    }
+
+    /// Polls until `stop`, then lets go of everything in good order, within bounds.
+    pub(super) async fn run(mut self, stop: &CancellationToken) -> Result<(), ConsumerError> {
+        let ended = self.poll_until(stop).await;
+        let all = self.held.drain().flat_map(|(_, partitions)| partitions.into_values()).collect();
+        finish(all, if ended.is_ok() { FINISH_MAX } else { Duration::ZERO }).await;
+        self.client.context().close();
+        while let Ok(rebalance) = self.rebalances.try_recv() {
+            client::answer(&*self.client, &rebalance);
+        }
+        close(self.client).await;
+        ended
+    }
+
+    async fn poll_until(&mut self, stop: &CancellationToken) -> Result<(), ConsumerError> {
+        let client = Arc::clone(&self.client);
+        let mut records = client.stream();
+        let mut heartbeat = tokio::time::interval(Duration::from_secs(1));
+        loop {
+            self.pulse.polled();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                Some(error) = self.broken.1.recv() => return Err(error),
+                Some(rebalance) = self.rebalances.recv() => self.rebalance(&rebalance).await,
+                Some((topic, partition)) = self.drained.1.recv() => self.resume(&topic, partition),
+                Some(polled) = records.next() => {
+                    self.dispatch(polled)?;
+                    for _ in 1..RECORDS_PER_TURN {
+                        match records.next().now_or_never() {
+                            Some(Some(polled)) => self.dispatch(polled)?,
+                            _ => break,
+                        }
+                    }
+                }
+                _ = heartbeat.tick() => {}
+            }
+        }
+    }
+
+    fn dispatch(&mut self, polled: Result<BorrowedMessage<'_>, KafkaError>) -> Result<(), ConsumerError> {
+        let record = match polled {
+            Ok(record) => record,
+            Err(error) => return self.complain(error),
+        };
+        self.last_error = None;
+        let (topic, partition) = (record.topic(), record.partition());
+        let Some(held) = self.held.get(topic).and_then(|partitions| partitions.get(&partition)) else { return Ok(()) };
+        if held.buffer.push(Raw::copy(&record)) == Room::Full {
+            metrics::counter!("consumer_pauses_total", "group" => self.config.group.clone()).increment(1);
+            self.client.pause(&one(topic, partition))?;
+        }
+        Ok(())
+    }
+
+    /// Errors of the client pass by themselves, and are said once each; a fatal one does not.
+    fn complain(&mut self, error: KafkaError) -> Result<(), ConsumerError> {
+        match &error {
+            KafkaError::MessageConsumptionFatal(_) => return Err(error.into()),
+            KafkaError::MessageConsumption(RDKafkaErrorCode::AllBrokersDown) => self.pulse.connected(false),
+            KafkaError::MessageConsumption(
+                RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::OperationTimedOut,
+            ) => {}
+            other if self.last_error.as_ref() != Some(other) => {
+                tracing::warn!(group = self.config.group, error = %other, "Kafka; waiting until it passes");
+            }
+            _ => {}
+        }
+        self.last_error = Some(error);
+        Ok(())
+    }
+
+    fn resume(&self, topic: &str, partition: i32) {
+        let ours = self.held.get(topic).is_some_and(|partitions| partitions.contains_key(&partition));
+        if ours && let Err(error) = self.client.resume(&one(topic, partition)) {
+            // Only a partition that is no longer ours cannot be resumed.
+            tracing::debug!(topic, partition, %error, "a partition was not resumed");
+        }
+    }
+
+    async fn rebalance(&mut self, rebalance: &Rebalance) {
+        match rebalance {
+            Rebalance::Assigned(partitions) => {
+                for (topic, partition) in names(partitions) {
+                    let held = self.employ(&topic, partition);
+                    self.held.entry(topic).or_default().insert(partition, held);
+                }
+                self.pulse.assigned();
+            }
+            Rebalance::Revoked(partitions) => {
+                let gone = names(partitions).into_iter();
+                let gone =
+                    gone.filter_map(|(topic, partition)| self.held.get_mut(&topic)?.remove(&partition)).collect();
+                finish(gone, FINISH_MAX).await;
+                if self.client.assignment_lost() {
+                    self.pulse.lost();
+                }
+            }
+        }
+        client::answer(&*self.client, rebalance);
+        let held: usize = self.held.values().map(HashMap::len).sum();
+        tracing::info!(group = self.config.group, partitions = held, "rebalanced");
+    }
+
+    fn employ(&self, topic: &str, partition: i32) -> Held {
+        let (sender, name) = (self.drained.0.clone(), topic.to_owned());
+        let buffer = Arc::new(Buffer::new(self.config.buffer, move || {
+            // The receiver is gone only when the poll has ended.
+            sender.send((name.clone(), partition)).ok();
+        }));
+        let stop = CancellationToken::new();
+        let worker = Worker {
+            desk: Desk {
+                pool: self.pool.clone(),
+                handler: Arc::clone(&self.handler),
+                config: Arc::clone(&self.config),
+                topic: topic.to_owned(),
+                partition,
+            },
+            buffer: Arc::clone(&buffer),
+            offsets: Offsets(Arc::clone(&self.client)),
+            pulse: Arc::clone(&self.pulse),
+            stop: stop.clone(),
+            careful: self.config.batch_max,
+            look_at_parked: clock::monotonic(),
+        };
+        let broken = self.broken.0.clone();
+        let task = tokio::spawn(async move {
+            let error = match AssertUnwindSafe(worker.run()).catch_unwind().await {
+                Ok(Ended::Stopped) => return,
+                Ok(Ended::Crashed) => ConsumerError::Crashed,
+                Err(_) => ConsumerError::WorkerPanicked,
+            };
+            broken.send(error).ok();
+        });
+        Held { buffer, stop, task }
+    }
+}
+
+/// Tells workers to stop and waits until their open transactions are finished. One that takes longer than `bound` is cut
+/// off: its transaction is rolled back, or committed and not known to be, and the inbox knows which.
+async fn finish(workers: Vec<Held>, bound: Duration) {
+    workers.iter().for_each(|held| held.stop.cancel());
+    let mut tasks: Vec<_> = workers.into_iter().map(|held| held.task).collect();
+    if tokio::time::timeout(bound, futures::future::join_all(&mut tasks)).await.is_err() {
+        for task in tasks.iter().filter(|task| !task.is_finished()) {
+            tracing::warn!("a worker did not finish in time and is cut off");
+            task.abort();
+        }
+        // A task that has already been awaited must not be again.
+        for task in tasks.into_iter().filter(|task| !task.is_finished()) {
+            task.await.ok();
+        }
+    }
+}
+
+/// Closes the client: commits what is stored and leaves the group. On a thread of its own and with a bound, as it can
+/// hang; a group that is not told finds out by the session's timeout.
+async fn close(client: Arc<Client>) {
+    let (closed, closing) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        drop(client);
+        closed.send(()).ok();
+    });
+    if tokio::time::timeout(CLOSE_MAX, closing).await.is_err() {
+        tracing::warn!("the Kafka client did not close in time and is left behind");
+    }
+}
+
+fn names(list: &TopicPartitionList) -> Vec<(String, i32)> {
+    list.elements().iter().map(|element| (element.topic().to_owned(), element.partition())).collect()
+}
+
+fn one(topic: &str, partition: i32) -> TopicPartitionList {
+    let mut list = TopicPartitionList::with_capacity(1);
+    list.add_partition(topic, partition);
+    list
+}

@@ -1,0 +1,236 @@
+//! One batch, one transaction: lock, inbox, handler, commit.
+//!
+//!     begin + advisory lock (group, topic, partition)
+//!     inbox rows of what is new        duplicates fall out, what waits behind a parked record is parked behind it
+//!     handler                          business writes, outbox rows
+//!     dead letters of what is refused
+//!     commit                           and only then, elsewhere: the offset
+//!
+//! The lock keeps a worker that lost its partition without noticing and the partition's new worker apart: each works
+//! through contiguous records under it, so the order along a key holds whoever wins. A process that dies before the
+//! commit has done nothing; one that dies after it finds its messages in the inbox.
+
+use super::{
+    ConsumerConfig, HandleError, Handler, Message,
+    dead_letter::{self, DeadLetter},
+    failure::{Failure, Fault},
+    parking::{self, Parked},
+    record::{Batch, arrival, hash},
+};
+use crate::{
+    fail_point::fail_point,
+    inbox::{self, Delivery, Place},
+    outbox::Tx,
+    trace,
+};
+use futures::FutureExt;
+use sqlx::{AssertSqlSafe, PgPool};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use tracing::Instrument;
+
+/// Most links of one span: what a batch of many traces shows.
+const LINKS_MAX: usize = 32;
+
+/// Everything that the transactions of one partition have in common.
+pub(super) struct Desk<H> {
+    pub(super) pool: PgPool,
+    pub(super) handler: Arc<H>,
+    pub(super) config: Arc<ConsumerConfig>,
+    pub(super) topic: String,
+    pub(super) partition: i32,
+}
+
+impl<H: Handler> Desk<H> {
+    pub(super) fn place(&self) -> Place<'_> {
+        Place { consumer: &self.config.group, topic: &self.topic, partition: self.partition }
+    }
+
+    /// How long a record that failed its attempt number `attempts` waits.
+    pub(super) fn delay(&self, attempts: u32, offset: i64) -> Duration {
+        self.config.backoff.delay(attempts.max(1), offset.cast_unsigned())
+    }
+
+    async fn begin(&self) -> Result<Tx<'static>, sqlx::Error> {
+        let Place { consumer, topic, partition } = self.place();
+        let lock = hash(format!("{consumer}/{topic}/{partition}").as_bytes());
+        // One round trip for both; the lock is a number of ours.
+        self.pool.begin_with(AssertSqlSafe(format!("begin; select pg_advisory_xact_lock({lock})"))).await
+    }
+
+    /// Handles what is new in `batch` and says how many that were.
+    pub(super) async fn take(&self, batch: &Batch) -> Result<usize, Failure> {
+        let group = &self.config.group;
+        fail_point!("consumer.before-begin", group);
+        let mut tx = self.begin().await?;
+        let deliveries = match batch.messages.is_empty() {
+            true => Vec::new(),
+            false => inbox::receive_in(&mut tx, self.place(), &batch.arrivals()).await?,
+        };
+        fail_point!("consumer.after-inbox", group);
+        let held = pick(batch, &deliveries, Delivery::Held);
+        if !held.messages.is_empty() {
+            parking::hold_in(&mut tx, self.place(), &held).await?;
+        }
+        let fresh = deliveries.iter().filter(|&&delivery| delivery == Delivery::Fresh).count();
+        if fresh == batch.messages.len() {
+            self.handle(&mut tx, &batch.messages).await?;
+        } else {
+            self.handle(&mut tx, &pick(batch, &deliveries, Delivery::Fresh).messages).await?;
+        }
+        if !batch.refused.is_empty() {
+            dead_letter::append_in(&mut tx, group, batch.refused.iter().map(DeadLetter::refused)).await?;
+        }
+        fail_point!("consumer.before-commit", group);
+        tx.commit().await?;
+        fail_point!("consumer.after-commit", group);
+        if fresh > 0 {
+            self.handler.committed();
+        }
+        self.count("fresh", fresh);
+        self.count("held", held.messages.len());
+        self.count_duplicates(deliveries.len() - fresh - held.messages.len());
+        batch.refused.iter().for_each(|refused| self.count_dead_letter(refused.class));
+        Ok(fresh)
+    }
+
+    /// Parks a record that failed, unless somebody handled it meanwhile.
+    pub(super) async fn park(&self, single: &Batch, attempts: u32, fault: &Fault) -> Result<(), Failure> {
+        let mut tx = self.begin().await?;
+        for message in &single.messages {
+            let delay = self.delay(attempts, message.at.offset);
+            parking::park_in(&mut tx, self.place(), single, attempts, delay, fault).await?;
+            tracing::warn!(
+                group = self.config.group,
+                topic = self.topic,
+                partition = self.partition,
+                offset = message.at.offset,
+                message_id = %message.envelope.id,
+                saga_id = message.envelope.saga.as_ref().map(|saga| tracing::field::display(saga.saga)),
+                class = %fault.class,
+                reason = fault.reason,
+                attempts,
+                "parked, with the records of its key behind it"
+            );
+        }
+        tx.commit().await?;
+        self.count("parked", single.messages.len());
+        Ok(())
+    }
+
+    /// Gives up a record that was tried `attempts` times.
+    pub(super) async fn give_up(&self, single: &Batch, attempts: u32, fault: &Fault) -> Result<(), Failure> {
+        let mut tx = self.begin().await?;
+        let deliveries = inbox::receive_in(&mut tx, self.place(), &single.arrivals()).await?;
+        let held = pick(single, &deliveries, Delivery::Held);
+        parking::hold_in(&mut tx, self.place(), &held).await?;
+        let fresh = pick(single, &deliveries, Delivery::Fresh);
+        let letters = fresh.messages.iter().zip(&fresh.timestamps);
+        let letters = letters.map(|(message, timestamp)| DeadLetter::failed(message, *timestamp, fault, attempts));
+        dead_letter::append_in(&mut tx, &self.config.group, letters).await?;
+        tx.commit().await?;
+        fresh.messages.iter().for_each(|_| self.count_dead_letter(&fault.class));
+        Ok(())
+    }
+
+    /// Handles a parked record; it leaves, and the next of its lane is due.
+    pub(super) async fn retry(&self, parked: &Parked) -> Result<(), Failure> {
+        let mut tx = self.begin().await?;
+        self.handle_parked(&mut tx, std::slice::from_ref(parked)).await?;
+        tx.commit().await?;
+        self.handler.committed();
+        Ok(())
+    }
+
+    /// Handles what waits in a lane, as much as a batch takes; says how many rows that were. Nothing is counted, so one
+    /// that fails leaves all as it was, to be tried one by one.
+    pub(super) async fn drain(&self, lane: i64) -> Result<usize, Failure> {
+        let mut tx = self.begin().await?;
+        let parked = parking::lane_in(&mut tx, self.place(), lane, self.config.batch_max).await?;
+        self.handle_parked(&mut tx, &parked).await?;
+        tx.commit().await?;
+        self.handler.committed();
+        Ok(parked.len())
+    }
+
+    /// Gives up a parked record; the next of its lane is due.
+    pub(super) async fn give_up_parked(&self, parked: &Parked, attempts: u32, fault: &Fault) -> Result<(), Failure> {
+        let mut tx = self.begin().await?;
+        if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message)]).await?[0] {
+            let letter = DeadLetter::failed(&parked.message, parked.timestamp, fault, attempts);
+            dead_letter::append_in(&mut tx, &self.config.group, [letter]).await?;
+            self.count_dead_letter(&fault.class);
+        }
+        parking::leave_in(&mut tx, self.place(), &[parked.id], parked.lane).await?;
+        tx.commit().await?;
+        Ok(())
+    }
+
+    async fn handle_parked(&self, tx: &mut Tx<'_>, parked: &[Parked]) -> Result<(), Failure> {
+        let Some(first) = parked.first() else { return Ok(()) };
+        let arrivals: Vec<_> = parked.iter().map(|parked| arrival(&parked.message)).collect();
+        let fresh = inbox::record_in(tx, &self.config.group, &arrivals).await?;
+        let messages: Vec<_> =
+            parked.iter().zip(fresh).filter(|(_, fresh)| *fresh).map(|(parked, _)| parked.message.clone()).collect();
+        self.handle(tx, &messages).await?;
+        let ids: Vec<_> = parked.iter().map(|parked| parked.id).collect();
+        parking::leave_in(tx, self.place(), &ids, first.lane).await?;
+        Ok(())
+    }
+
+    /// Runs the handler within the span that its logs and its messages belong to. A panic is the record's fault.
+    async fn handle(&self, tx: &mut Tx<'_>, messages: &[Message]) -> Result<(), Failure> {
+        let span = match messages {
+            [] => return Ok(()),
+            [message] => message.span(),
+            many => {
+                let offset = many[0].at.offset;
+                let span = tracing::info_span!(
+                    "batch",
+                    group = self.config.group,
+                    topic = self.topic,
+                    partition = self.partition,
+                    offset,
+                    messages = many.len()
+                );
+                many.iter().take(LINKS_MAX).for_each(|message| trace::link_to(&span, &message.envelope));
+                span
+            }
+        };
+        metrics::histogram!("consumer_batch_messages", "group" => self.config.group.clone())
+            .record(f64::from(u32::try_from(messages.len()).unwrap_or(u32::MAX)));
+        let handled = AssertUnwindSafe(self.handler.handle(tx, messages)).catch_unwind().instrument(span).await;
+        let handled = handled.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            Err(HandleError::Failed(anyhow::anyhow!("the handler panicked: {text}")))
+        });
+        Ok(handled?)
+    }
+
+    fn count(&self, outcome: &'static str, messages: usize) {
+        metrics::counter!("consumer_messages_total", "group" => self.config.group.clone(),
+            "topic" => self.topic.clone(), "outcome" => outcome)
+        .increment(messages as u64);
+    }
+
+    pub(super) fn count_duplicates(&self, messages: usize) {
+        metrics::counter!("inbox_duplicates_total", "consumer" => self.config.group.clone(),
+            "topic" => self.topic.clone())
+        .increment(messages as u64);
+    }
+
+    fn count_dead_letter(&self, class: &str) {
+        metrics::counter!("dlt_messages_total", "group" => self.config.group.clone(), "topic" => self.topic.clone(),
+            "class" => class.to_owned())
+        .increment(1);
+    }
+}
+
+fn pick(batch: &Batch, deliveries: &[Delivery], wanted: Delivery) -> Batch {
+    let mut picked = Batch::default();
+    for (n, _) in deliveries.iter().enumerate().filter(|(_, delivery)| **delivery == wanted) {
+        picked.messages.push(batch.messages[n].clone());
+        picked.timestamps.push(batch.timestamps[n]);
+    }
+    picked
+}

@@ -1,0 +1,288 @@
+//! One partition's worker: takes what has arrived, makes a transaction of it, then stores the offset.
+//!
+//!     parked records that are due  ->  a batch of what has arrived  ->  its offset  ->  again
+//!
+//! Its invariant: an offset is stored only when every record up to it is handled, parked or dead-lettered in a
+//! transaction that is committed. When the process dies anywhere, the partition's next worker starts at or before what
+//! is done, and the inbox takes out what was.
+
+use super::{
+    Handler,
+    buffer::Buffer,
+    failure::{Failure, Fault, Retry},
+    health::Pulse,
+    parking::{self, Due, LeftBehind, Parked},
+    poll::Offsets,
+    record::{Batch, Raw},
+    transaction::Desk,
+};
+use crate::{
+    clock,
+    fail_point::fail_point,
+    inbox::{self, FUTURE_MAX},
+    retry::Backoff,
+};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// How often a partition looks for parked records that somebody else made due.
+const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
+/// Most parked records that are tried before new ones get their turn.
+const RETRIES_PER_TURN: usize = 32;
+/// Repeats of what will pass by itself: soon at first (a deadlock is over at once), then at leisure (an outage is not).
+const PATIENCE: Backoff = Backoff::doubling(Duration::from_millis(10), Duration::from_secs(2));
+
+/// Why a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// It was told to.
+    Stopped,
+    /// A test let it die: nothing is cleaned up.
+    Crashed,
+}
+
+pub(super) struct Worker<H> {
+    pub(super) desk: Desk<H>,
+    pub(super) buffer: Arc<Buffer>,
+    pub(super) offsets: Offsets,
+    pub(super) pulse: Arc<Pulse>,
+    pub(super) stop: CancellationToken,
+    /// How many fresh records are still to be taken one by one, because one of them may kill.
+    pub(super) careful: usize,
+    pub(super) look_at_parked: Instant,
+}
+
+impl<H: Handler> Worker<H> {
+    /// Works until told to stop; the transaction that is open then is finished.
+    pub(super) async fn run(mut self) -> Ended {
+        let owner = Uuid::new_v4();
+        let ended = match self.work(owner).await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        };
+        // Without this the next worker is careful, which is slower and as right.
+        if ended == Ended::Stopped && self.careful == 0 {
+            parking::release(&self.desk.pool, self.desk.place(), owner).await.ok();
+        }
+        ended
+    }
+
+    async fn work(&mut self, owner: Uuid) -> Result<std::convert::Infallible, Ended> {
+        let claimed =
+            self.insist(|| async { Ok(parking::claim(&self.desk.pool, self.desk.place(), owner).await?) }).await?;
+        // A claim is no record's fault: whatever the answer is, being careful is right.
+        self.careful = match claimed {
+            Ok(LeftBehind::Clean) => 0,
+            Ok(LeftBehind::Unclean) | Err(_) => self.desk.config.batch_max,
+        };
+        loop {
+            self.retry_what_is_due().await?;
+            let raws = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(Ended::Stopped),
+                raws = self.buffer.take(self.desk.config.batch_max) => raws,
+                () = tokio::time::sleep_until(self.look_at_parked.into()) => continue,
+            };
+            let Some(last) = raws.last().map(|raw| raw.offset) else { continue };
+            self.process(raws).await?;
+            self.store(last)?;
+        }
+    }
+
+    /// Sees to it that every record is handled, parked or dead-lettered.
+    async fn process(&mut self, raws: Vec<Raw>) -> Result<(), Ended> {
+        let desk = &self.desk;
+        let batch = Batch::decode(&desk.topic, desk.partition, raws, desk.config.horizon, clock::now());
+        if self.careful > 0 {
+            return self.one_by_one(batch).await;
+        }
+        match self.insist(|| desk.take(&batch)).await? {
+            Ok(_) => Ok(()),
+            Err(_) => self.one_by_one(batch).await,
+        }
+    }
+
+    /// Each record in a transaction of its own, its attempt counted before.
+    async fn one_by_one(&mut self, batch: Batch) -> Result<(), Ended> {
+        // After an unclean stop most of what comes again is done: one question spares two commits for each of those.
+        let arrivals = batch.arrivals();
+        let pool = &self.desk.pool;
+        let known = self
+            .insist(|| async { Ok(inbox::known(pool, &self.desk.config.group, &arrivals).await?) })
+            .await?
+            .unwrap_or_else(|_| vec![false; arrivals.len()]);
+        let done: std::collections::HashSet<i64> = batch
+            .messages
+            .iter()
+            .zip(known)
+            .filter(|(_, known)| *known)
+            .map(|(message, _)| message.at.offset)
+            .collect();
+        self.desk.count_duplicates(done.len());
+        for single in batch.into_singles() {
+            if single.messages.iter().all(|message| !done.contains(&message.at.offset)) {
+                self.one(&single).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn one(&mut self, single: &Batch) -> Result<(), Ended> {
+        let desk = &self.desk;
+        let Some(message) = single.messages.first() else {
+            // Nothing to handle, a dead letter to write: no fault of the record can keep it from being written.
+            return self.must(|| desk.take(single)).await.map(drop);
+        };
+        let offset = message.at.offset;
+        let attempt =
+            self.must(|| async { Ok(parking::count_attempt(&desk.pool, desk.place(), offset).await?) }).await?;
+        self.pass_attempt_counted()?;
+        if attempt > desk.config.attempts {
+            let fault = fatal(desk.config.attempts);
+            return self.must(|| desk.give_up(single, desk.config.attempts, &fault)).await;
+        }
+        match self.insist(|| desk.take(single)).await? {
+            Ok(fresh) => self.careful = self.careful.saturating_sub(fresh),
+            Err(fault) if fault.retry == Retry::Pointless || attempt >= desk.config.attempts => {
+                self.must(|| desk.give_up(single, attempt, &fault)).await?;
+                self.careful = self.careful.saturating_sub(1);
+            }
+            Err(fault) => {
+                self.must(|| desk.park(single, attempt, &fault)).await?;
+                self.careful = self.careful.saturating_sub(1);
+                self.look_at_parked = self.look_at_parked.min(clock::monotonic() + desk.delay(attempt, offset));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries the parked records whose time has come, within a turn's bound.
+    async fn retry_what_is_due(&mut self) -> Result<(), Ended> {
+        for _ in 0..RETRIES_PER_TURN {
+            if clock::monotonic() < self.look_at_parked {
+                return Ok(());
+            }
+            let desk = &self.desk;
+            let due = self.must(|| async { Ok(parking::next_due(&desk.pool, desk.place()).await?) }).await?;
+            match due {
+                Due::Nothing => self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED,
+                Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
+                Due::Now(parked) => self.retry(&parked).await?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn retry(&mut self, parked: &Parked) -> Result<(), Ended> {
+        let desk = &self.desk;
+        let delay = desk.delay(parked.attempts + 1, parked.message.at.offset);
+        let counted = self.must(|| async { Ok(parking::count_retry(&desk.pool, parked.id, delay).await?) }).await?;
+        let Some(attempt) = counted else { return Ok(()) };
+        self.pass_attempt_counted()?;
+        if attempt > desk.config.attempts {
+            let fault = fatal(desk.config.attempts);
+            return self.must(|| desk.give_up_parked(parked, desk.config.attempts, &fault)).await;
+        }
+        match self.insist(|| desk.retry(parked)).await? {
+            Ok(()) => match parked.lane {
+                // What waited behind goes in batches; if one of it fails, it is the lane's first and tried on its own.
+                // Not while a record may kill: nothing is counted there.
+                Some(lane) if self.careful == 0 => {
+                    while let Ok(drained) = self.insist(|| desk.drain(lane)).await?
+                        && drained == desk.config.batch_max
+                    {}
+                    Ok(())
+                }
+                _ => Ok(()),
+            },
+            Err(fault) if fault.retry == Retry::Pointless || attempt >= desk.config.attempts => {
+                self.must(|| desk.give_up_parked(parked, attempt, &fault)).await
+            }
+            Err(fault) => self.must(|| async { Ok(parking::note(&desk.pool, parked.id, &fault).await?) }).await,
+        }
+    }
+
+    /// Stores the offset of what is done; Kafka hears of it with the next automatic commit, or when the partition goes.
+    fn store(&self, last: i64) -> Result<(), Ended> {
+        let passed = || -> Result<(), Failure> {
+            fail_point!("consumer.before-store", &self.desk.config.group);
+            Ok(())
+        };
+        passed().map_err(|_| Ended::Crashed)?;
+        self.offsets.store(&self.desk.topic, self.desk.partition, last);
+        Ok(())
+    }
+
+    fn pass_attempt_counted(&self) -> Result<(), Ended> {
+        let passed = || -> Result<(), Failure> {
+            fail_point!("consumer.after-attempt", &self.desk.config.group);
+            Ok(())
+        };
+        passed().map_err(|_| Ended::Crashed)
+    }
+
+    /// Repeats what will pass by itself for as long as it takes, counting nothing. A record's fault is an answer.
+    async fn insist<T, F, Fut>(&self, mut attempt: F) -> Result<Result<T, Fault>, Ended>
+    where
+        F: FnMut() -> Fut,
+        Fut: Future<Output = Result<T, Failure>>,
+    {
+        let mut delays = PATIENCE.delays();
+        loop {
+            let reason = match attempt().await {
+                Ok(value) => {
+                    self.pulse.database_answers();
+                    return Ok(Ok(value));
+                }
+                Err(Failure::Fault(fault)) => {
+                    self.pulse.database_answers();
+                    return Ok(Err(fault));
+                }
+                #[cfg(feature = "testkit")]
+                Err(Failure::Crash) => return Err(Ended::Crashed),
+                Err(Failure::Unprepared) => {
+                    // Upkeep is behind. What is refused for its age never comes here, so a partition can be made.
+                    debug_assert!(FUTURE_MAX < Duration::from_secs(14 * 24 * 3600));
+                    let made = inbox::add_partitions(&self.desk.pool, self.desk.config.horizon).await;
+                    made.err().map_or_else(|| "an inbox partition was missing".to_owned(), |error| error.to_string())
+                }
+                Err(Failure::Passing(reason)) => reason,
+            };
+            self.pulse.database_fails(&reason);
+            tokio::select! {
+                () = self.stop.cancelled() => return Err(Ended::Stopped),
+                () = tokio::time::sleep(delays.next().unwrap_or(PATIENCE.max)) => {}
+            }
+        }
+    }
+
+    /// Likewise, for our own statements: there a fault is ours, and there is nobody else to try.
+    async fn must<T, F, Fut>(&self, mut attempt: F) -> Result<T, Ended>
+    where
+        F: FnMut() -> Fut,
+        Fut: Future<Output = Result<T, Failure>>,
+    {
+        let attempt = || {
+            let attempt = attempt();
+            async move {
+                attempt.await.map_err(|failure| match failure {
+                    Failure::Fault(fault) => Failure::Passing(format!("{}: {}", fault.class, fault.reason)),
+                    passing => passing,
+                })
+            }
+        };
+        match self.insist(attempt).await? {
+            Ok(value) => Ok(value),
+            Err(fault) => unreachable!("every fault was made passing: {fault:?}"),
+        }
+    }
+}
+
+/// The fault of a record that was never seen to fail and has used up its attempts: the process died each time.
+fn fatal(attempts: u32) -> Fault {
+    Fault::new("unclean-stop", &format!("the process ended during each of {attempts} attempts"), Retry::Pointless)
+}

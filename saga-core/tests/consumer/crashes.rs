@@ -1,0 +1,136 @@
+//! The process dies at the edges of a transaction, or an error strikes there: every message is handled once, in order.
+
+use crate::support::{Fixture, SOON, assert_complete, event, events, says};
+use saga_core::testkit::{
+    FailPoint, eventually,
+    failpoints::{Fault, Injected},
+};
+
+async fn dies_at(edge: &str, skip: usize) {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.batch_max = 30;
+    let sent = events(5, 100);
+    fixture.send(&sent[..60]).await;
+    let armed = FailPoint::arm(edge, &fixture.config.group, Fault::Crash, skip, 1);
+    fixture.start().dies().await;
+    drop(armed);
+    fixture.send(&sent[60..]).await;
+    let next = fixture.start();
+    assert_complete(&fixture.until_handled(100).await, 5, 100);
+    assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
+    next.stop().await;
+}
+
+async fn goes_wrong_at(edge: &str, fault: Fault) {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.batch_max = 30;
+    let _armed = FailPoint::arm(edge, &fixture.config.group, fault, 1, 2);
+    fixture.send(&events(5, 100)).await;
+    let running = fixture.start();
+    assert_complete(&fixture.until_handled(100).await, 5, 100);
+    fixture.until_unparked().await;
+    assert!(fixture.dead_letters().await.is_empty());
+    running.stop().await;
+}
+
+const EDGES: [&str; 4] =
+    ["consumer.before-begin", "consumer.after-inbox", "consumer.before-commit", "consumer.after-commit"];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_dies_at_an_edge_loses_nothing_and_repeats_nothing() {
+    let edges = EDGES.iter().chain(&["consumer.before-store"]);
+    let deaths = edges.flat_map(|edge| [dies_at(edge, 0), dies_at(edge, 1)]);
+    futures::future::join_all(deaths).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_error_at_an_edge_loses_nothing_and_repeats_nothing() {
+    let errors = EDGES.iter().flat_map(|edge| [goes_wrong_at(edge, Fault::Error), goes_wrong_at(edge, Fault::Outage)]);
+    futures::future::join_all(errors).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_kills_its_process_is_given_up_after_its_attempts() {
+    let fixture = Fixture::new(1).await;
+    fixture.send(&[event("a", "1"), event("b", "kill"), event("b", "2"), event("c", "3")]).await;
+    let mut deaths = 0;
+    let survivor = loop {
+        let running = fixture.start_with(|message| match says(message, "kill") {
+            true => Err(anyhow::Error::from(Injected(Fault::Crash)).into()),
+            false => Ok(()),
+        });
+        let gone = eventually(SOON, || async {
+            match (running.is_over(), fixture.dead_letters().await.is_empty()) {
+                (true, _) => Some(true),
+                (false, false) => Some(false),
+                (false, true) => None,
+            }
+        })
+        .await;
+        if !gone {
+            break running;
+        }
+        running.dies().await;
+        deaths += 1;
+    };
+    // Once in a batch, where nothing is counted; then as often as it may be tried.
+    assert_eq!(deaths, 1 + fixture.config.attempts);
+    let letters = fixture.dead_letters().await;
+    assert_eq!(letters[0].2["x-error-class"], "unclean-stop");
+    assert_eq!(letters[0].2["x-attempts"], fixture.config.attempts.to_string());
+    let handled = fixture.until_handled(3).await;
+    assert_eq!(handled.iter().map(|(_, value)| value.as_str()).collect::<Vec<_>>(), ["1", "2", "3"]);
+    survivor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_parked_record_that_kills_its_process_is_given_up_too() {
+    let fixture = Fixture::new(1).await;
+    fixture.send(&[event("a", "fail"), event("a", "kill"), event("a", "1")]).await;
+    let mut deaths = 0;
+    let survivor = loop {
+        let running = fixture.start_with(|message| match message.payload.as_deref() {
+            Some(b"fail") => Err(anyhow::anyhow!("it fails").into()),
+            Some(b"kill") => Err(anyhow::Error::from(Injected(Fault::Crash)).into()),
+            _ => Ok(()),
+        });
+        let gone = eventually(SOON, || async {
+            let given_up = fixture.dead_letters().await.len() == 2;
+            if running.is_over() { Some(true) } else { given_up.then_some(false) }
+        })
+        .await;
+        if !gone {
+            break running;
+        }
+        running.dies().await;
+        deaths += 1;
+        assert!(deaths < 20, "it loops for ever");
+    };
+    assert_eq!(fixture.until_handled(1).await, [("a".into(), "1".into())]);
+    fixture.until_unparked().await;
+    survivor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_an_unclean_stop_records_are_taken_singly_until_a_batch_of_them_has_passed() {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.batch_max = 30;
+    fixture.send(&events(5, 200)).await;
+    let armed = FailPoint::once("consumer.before-commit", &fixture.config.group, Fault::Crash);
+    fixture.start().dies().await;
+    drop(armed);
+    let next = fixture.start();
+    fixture.until_handled(200).await;
+    let sizes = next.recorder.batches.lock().unwrap().clone();
+    next.stop().await;
+    let singles = sizes.iter().take_while(|size| **size == 1).count();
+    assert_eq!(singles, 30, "{sizes:?}");
+    assert!(sizes.len() < 50, "then in batches again: {sizes:?}");
+
+    // It stopped in good order: the one after it has nothing to be careful about.
+    fixture.send(&events(5, 60)).await;
+    let after = fixture.start();
+    fixture.until_handled(260).await;
+    assert!(after.recorder.batches.lock().unwrap()[0] > 1);
+    after.stop().await;
+}

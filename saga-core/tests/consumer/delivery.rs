@@ -1,0 +1,189 @@
+//! Messages that nothing is wrong with: each is handled once, in order, whoever reads it.
+
+use crate::support::{Fixture, SOON, assert_complete, event, events, with_id};
+use saga_core::{
+    consumer::{Consumer, ConsumerConfig, HandleError, Handler, Message},
+    envelope::header,
+    id::MessageId,
+    outbox::{NewMessage, Tx},
+    testkit::{Record, brokers, eventually, unique},
+};
+use std::{
+    sync::{Arc, Mutex, atomic::Ordering},
+    time::{Duration, Instant},
+};
+use tokio_util::sync::CancellationToken;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_comes_twice_is_handled_once_and_offsets_are_committed() {
+    let fixture = Fixture::new(1).await;
+    let id = MessageId::new();
+    fixture.send(&[with_id(id, "a", "1"), with_id(id, "a", "1"), event("a", "2")]).await;
+    let running = fixture.start();
+    assert_eq!(fixture.until_handled(2).await, [("a".into(), "1".into()), ("a".into(), "2".into())]);
+    // The same again, after the first was committed.
+    fixture.send(&[with_id(id, "a", "1"), event("a", "3")]).await;
+    assert_eq!(fixture.until_handled(3).await.last().unwrap().1, "3");
+    running.stop().await;
+
+    // The next member of the group starts behind all of it: its handler sees what is new and nothing else.
+    fixture.send(&[event("a", "4")]).await;
+    let next = fixture.start();
+    assert_eq!(fixture.until_handled(4).await.last().unwrap().1, "4");
+    assert_eq!(*next.recorder.batches.lock().unwrap(), [1]);
+    assert_eq!(next.recorder.commits.load(Ordering::SeqCst), 1);
+    next.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_arrived_is_one_batch_and_keeps_its_order() {
+    let fixture = Fixture::new(2).await;
+    fixture.send(&events(10, 3_000)).await;
+    let running = fixture.start();
+    assert_complete(&fixture.until_handled(3_000).await, 10, 3_000);
+    let largest = running.recorder.batches.lock().unwrap().iter().copied().max();
+    assert!(largest > Some(100) && largest <= Some(500), "{largest:?}");
+    assert_eq!(running.health.check(), Ok(()));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tombstone_and_a_record_without_a_key_are_messages_like_others() {
+    let fixture = Fixture::new(1).await;
+    fixture.send(&[Record { value: None, ..event("a", "") }, Record { key: None, ..event("", "no key") }]).await;
+    let running = fixture.start();
+    fixture.until_handled(2).await;
+    let rows: Vec<(Option<String>, Option<String>)> =
+        sqlx::query_as("select key, value from handled order by n").fetch_all(&fixture.database.pool).await.unwrap();
+    assert_eq!(rows, [(Some("a".into()), None), (None, Some("no key".into()))]);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partition_that_is_held_up_is_paused_and_the_others_flow_on() {
+    let mut fixture = Fixture::new(2).await;
+    (fixture.config.batch_max, fixture.config.buffer) = (10, 40);
+    let at = |partition, n: usize| Record {
+        partition: Some(partition),
+        ..event(&format!("p{partition}"), &format!("{n:04}"))
+    };
+    let running = fixture.start();
+    running.gate.send(false).unwrap();
+    fixture.send(&(0..1_000).map(|n| at(0, n)).collect::<Vec<_>>()).await;
+    fixture.send(&(0..1_000).map(|n| at(1, n)).collect::<Vec<_>>()).await;
+    let others = fixture.until_handled(1_000).await;
+    assert!(others.iter().all(|(key, _)| key == "p1"));
+    running.gate.send(true).unwrap();
+    let all = fixture.until_handled(2_000).await;
+    for key in ["p0", "p1"] {
+        let values: Vec<_> = all.iter().filter(|(of, _)| of == key).map(|(_, value)| value.clone()).collect();
+        assert_eq!(values, (0..1_000).map(|n| format!("{n:04}")).collect::<Vec<_>>());
+    }
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebalance_under_load_loses_nothing_and_repeats_nothing() {
+    const KEYS: usize = 40;
+    let mut fixture = Fixture::new(4).await;
+    fixture.config.batch_max = 20;
+    let mut load = Load { fixture: &fixture, waves: 0 };
+    let first = fixture.start();
+    load.until(|| first.recorder.commits.load(Ordering::SeqCst) > 10).await;
+    let second = fixture.start();
+    load.until(|| second.recorder.commits.load(Ordering::SeqCst) > 10).await;
+    let third = fixture.start();
+    load.until(|| third.recorder.commits.load(Ordering::SeqCst) > 10).await;
+    first.stop().await;
+    load.until(|| second.recorder.commits.load(Ordering::SeqCst) > 30).await;
+    let sent = load.waves * KEYS;
+    assert_complete(&fixture.until_handled(sent).await, KEYS, sent);
+    second.stop().await;
+    third.stop().await;
+    assert!(fixture.parked().await.is_empty());
+}
+
+/// Sends an event of each key, again and again.
+struct Load<'a> {
+    fixture: &'a Fixture,
+    waves: usize,
+}
+
+impl Load<'_> {
+    async fn until(&mut self, reached: impl Fn() -> bool) {
+        let started = Instant::now();
+        while !reached() {
+            assert!(started.elapsed() < SOON);
+            let wave: Vec<_> = (0..40).map(|k| event(&format!("k{k}"), &format!("{:06}", self.waves))).collect();
+            self.fixture.send(&wave).await;
+            self.waves += 1;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_broker_it_is_not_ready_and_stops_when_told() {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.brokers = "127.0.0.1:1".into();
+    let running = fixture.start();
+    eventually(SOON, || async {
+        running.health.check().is_err_and(|reason| reason.contains("no Kafka broker")).then_some(())
+    })
+    .await;
+    let stopping = Instant::now();
+    running.stop().await;
+    assert!(stopping.elapsed() < Duration::from_secs(12), "{:?}", stopping.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_that_hangs_does_not_keep_the_process_from_stopping() {
+    let fixture = Fixture::new(1).await;
+    fixture.send(&[event("a", "1")]).await;
+    let running = fixture.start();
+    running.gate.send(false).unwrap();
+    eventually(SOON, || async { (!running.recorder.batches.lock().unwrap().is_empty()).then_some(()) }).await;
+    let stopping = Instant::now();
+    running.stop().await;
+    assert!(stopping.elapsed() < Duration::from_secs(15), "{:?}", stopping.elapsed());
+    assert!(fixture.handled().await.is_empty());
+    // It was cut off within its transaction, which is rolled back; the next one handles it.
+    let next = fixture.start();
+    fixture.until_handled(1).await;
+    next.stop().await;
+}
+
+struct Replies(Mutex<Vec<NewMessage>>);
+
+impl Handler for Replies {
+    async fn handle(&self, _: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
+        let reply =
+            NewMessage::json("replies", "a", "test.reply.v1", &batch[0].payload).map_err(anyhow::Error::from)?;
+        self.0.lock().unwrap().push(reply);
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_handler_sends_belongs_to_the_trace_of_what_it_handles() {
+    use opentelemetry::trace::TracerProvider;
+    use tracing_subscriber::layer::SubscriberExt;
+    let tracer = opentelemetry_sdk::trace::SdkTracerProvider::builder().build().tracer("test");
+    let layer = tracing_opentelemetry::layer().with_tracer(tracer);
+    tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer)).unwrap();
+
+    let fixture = Fixture::new(1).await;
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let mut record = event("a", "1");
+    record.headers.push((header::TRACEPARENT.into(), Some(format!("00-{trace}-00f067aa0ba902b7-01").into_bytes())));
+    fixture.send(&[record]).await;
+    let replies = Arc::new(Replies(Mutex::default()));
+    let config = ConsumerConfig::new(&brokers(), &unique("group"), [fixture.topic.name()]);
+    let stop = CancellationToken::new();
+    let consumer = Consumer::new(config, fixture.database.pool.clone(), Arc::clone(&replies));
+    let task = tokio::spawn(consumer.run(stop.clone()));
+    let reply = eventually(SOON, || async { replies.0.lock().unwrap().first().cloned() }).await;
+    assert!(reply.headers[header::TRACEPARENT].contains(trace), "{:?}", reply.headers);
+    assert_eq!(reply.headers[header::CORRELATION_ID], trace);
+    stop.cancel();
+    task.await.unwrap().unwrap();
+}

@@ -1,0 +1,211 @@
+//! Records that fail: parked with their successors, retried, dead-lettered; everything else flows on.
+
+use crate::support::{Fixture, SOON, assert_complete, event, events, says, with_id};
+use saga_core::{
+    consumer::HandleError,
+    id::MessageId,
+    testkit::{Record, eventually, produce},
+};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+use uuid::{NoContext, Timestamp, Uuid};
+
+fn values(handled: &[(String, String)], key: &str) -> Vec<String> {
+    handled.iter().filter(|(of, _)| of == key).map(|(_, value)| value.clone()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_fails_is_parked_with_its_successors_and_other_keys_flow_on() {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.attempts = 1_000;
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let running = fixture.start_with(move |message| {
+        let fails = says(message, "a2") && is_broken.load(Ordering::SeqCst);
+        if fails { Err(anyhow::anyhow!("not yet").into()) } else { Ok(()) }
+    });
+    let said = ["a1", "b1", "a2", "a3", "b2", "a4", "c1"];
+    fixture.send(&said.map(|value| event(&value[..1], value))).await;
+    assert_eq!(values(&fixture.until_handled(4).await, "a"), ["a1"]);
+    // More of that key, much later, waits behind as well.
+    fixture.send(&[event("a", "a5"), event("b", "b3")]).await;
+    let handled = fixture.until_handled(5).await;
+    assert_eq!(
+        (values(&handled, "b"), values(&handled, "c")),
+        (vec!["b1".into(), "b2".into(), "b3".into()], vec!["c1".into()])
+    );
+    let parked = fixture.parked().await;
+    let order: Vec<_> = parked.iter().map(|(value, _, due)| (value.as_str(), *due)).collect();
+    assert_eq!(order, [("a2", true), ("a3", false), ("a4", false), ("a5", false)]);
+
+    broken.store(false, Ordering::SeqCst);
+    fixture.until_unparked().await;
+    assert_eq!(values(&fixture.handled().await, "a"), ["a1", "a2", "a3", "a4", "a5"]);
+    fixture.send(&[event("a", "a6")]).await;
+    assert_eq!(fixture.until_handled(10).await.last().unwrap().1, "a6");
+    assert!(fixture.dead_letters().await.is_empty());
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_the_last_attempt_a_record_is_dead_lettered_and_its_successors_proceed() {
+    let fixture = Fixture::new(1).await;
+    let attempts = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&attempts);
+    let running = fixture.start_with(move |message| {
+        if says(message, "a2") {
+            counted.fetch_add(1, Ordering::SeqCst);
+            return Err(anyhow::anyhow!("the shelf is gone").context("could not pick").into());
+        }
+        Ok(())
+    });
+    let failing = MessageId::new();
+    fixture.send(&[event("a", "a1"), with_id(failing, "a", "a2"), event("a", "a3"), event("b", "b1")]).await;
+    let letters = fixture.until_dead_letters(1).await;
+    assert_eq!(values(&fixture.until_handled(3).await, "a"), ["a1", "a3"]);
+    let (key, value, headers) = &letters[0];
+    assert_eq!((key.as_deref(), value.as_deref()), (Some("a"), Some("a2")));
+    let header = |name: &str| headers[name].as_str().unwrap_or_default().to_owned();
+    assert_eq!(header("x-original-topic"), fixture.topic.name());
+    assert_eq!((header("x-original-partition"), header("x-original-offset")), ("0".into(), "1".into()));
+    assert_eq!(header("x-original-group"), fixture.config.group);
+    assert!(!header("x-original-timestamp").is_empty());
+    assert_eq!((header("x-attempts"), header("x-error-class")), ("3".into(), "failed".into()));
+    assert_eq!(header("x-error-message"), "could not pick: the shelf is gone");
+    assert_eq!(header("id"), failing.to_string());
+    // Three counted attempts; and the one within the batch that showed that something is wrong, if it was in one.
+    assert!((3..=4).contains(&attempts.load(Ordering::SeqCst)), "{attempts:?}");
+    fixture.until_unparked().await;
+
+    // Published once more, it is known: given up is given up.
+    fixture.send(&[with_id(failing, "a", "a2"), event("a", "a4")]).await;
+    assert_eq!(values(&fixture.until_handled(4).await, "a"), ["a1", "a3", "a4"]);
+    assert_eq!(fixture.dead_letters().await.len(), 1);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_decoded_or_remembered_is_dead_lettered_at_once_and_the_partition_goes_on() {
+    let fixture = Fixture::new(1).await;
+    let running = fixture.start_with(|message| {
+        if says(message, "poison") { Err(HandleError::Poison("unknown version 9".into())) } else { Ok(()) }
+    });
+    let at = |seconds| MessageId(Uuid::new_v7(Timestamp::from_unix(NoContext, seconds, 0)));
+    let now = u64::try_from(time::OffsetDateTime::now_utc().unix_timestamp()).unwrap();
+    let unreadable = Record { headers: Vec::new(), ..event("a", "no headers") };
+    let mut odd = event("a", "odd headers");
+    odd.headers =
+        vec![("ce_id".into(), Some(vec![0xff, 0])), ("x\u{1}".into(), None), ("ce_type".into(), Some(vec![0]))];
+    let binary_key = Record { key: Some(vec![0xff, 0]), headers: Vec::new(), ..event("a", "binary key") };
+    fixture
+        .send(&[
+            event("a", "1"),
+            unreadable,
+            odd,
+            binary_key,
+            with_id(MessageId(Uuid::new_v4()), "a", "not v7"),
+            with_id(at(now - 15 * 24 * 3600), "a", "too old"),
+            with_id(at(now + 25 * 3600), "a", "from the future"),
+            with_id(at(now + 23 * 3600), "a", "a fast clock"),
+            event("a", "poison"),
+            event("a", "2"),
+        ])
+        .await;
+    let letters = fixture.until_dead_letters(7).await;
+    let mut said: Vec<_> = letters
+        .iter()
+        .map(|(_, value, headers)| (value.clone().unwrap(), headers["x-error-class"].as_str().unwrap().to_owned()))
+        .collect();
+    said.sort();
+    let expected = [
+        ("binary key", "undecodable"),
+        ("from the future", "inadmissible"),
+        ("no headers", "undecodable"),
+        ("not v7", "inadmissible"),
+        ("odd headers", "undecodable"),
+        ("poison", "poison"),
+        ("too old", "inadmissible"),
+    ];
+    assert_eq!(said, expected.map(|(value, class)| (value.to_owned(), class.to_owned())));
+    assert_eq!(values(&fixture.until_handled(3).await, "a"), ["1", "a fast clock", "2"]);
+    assert!(fixture.parked().await.is_empty());
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lane_of_many_is_drained_in_order_while_new_ones_arrive() {
+    let mut fixture = Fixture::new(1).await;
+    (fixture.config.batch_max, fixture.config.attempts) = (50, 1_000);
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let running = fixture.start_with(move |message| {
+        let fails = message.key.as_deref() == Some(b"k0") && is_broken.load(Ordering::SeqCst);
+        if fails { Err(anyhow::anyhow!("not yet").into()) } else { Ok(()) }
+    });
+    let all = events(3, 900);
+    fixture.send(&all[..600]).await;
+    fixture.until_handled(400).await;
+    broken.store(false, Ordering::SeqCst);
+    fixture.send(&all[600..]).await;
+    assert_complete(&fixture.until_handled(900).await, 3, 900);
+    fixture.until_unparked().await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_that_panics_fails_its_record_and_nothing_else() {
+    let fixture = Fixture::new(1).await;
+    let running = fixture.start_with(|message| {
+        assert!(!says(message, "panic"), "this one is too much");
+        Ok(())
+    });
+    fixture.send(&[event("a", "1"), event("b", "panic"), event("a", "2")]).await;
+    let letters = fixture.until_dead_letters(1).await;
+    assert!(letters[0].2["x-error-message"].as_str().unwrap().contains("this one is too much"));
+    assert_eq!(values(&fixture.until_handled(2).await, "a"), ["1", "2"]);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_of_the_database_is_waited_for_and_counts_nothing() {
+    let mut fixture = Fixture::new(2).await;
+    fixture.config.batch_max = 20;
+    let running = fixture.start();
+    for wave in 0..5 {
+        let sent: Vec<_> =
+            (0..400).map(|n| event(&format!("k{}", n % 8), &format!("{:06}", wave * 50 + n / 8))).collect();
+        produce(&fixture.topic, &sent).await;
+        fixture.until_handled(wave * 400 + 50).await;
+        fixture.database.cut_connections().await;
+    }
+    assert_complete(&fixture.until_handled(2_000).await, 8, 2_000);
+    assert!(fixture.parked().await.is_empty());
+    assert!(fixture.dead_letters().await.is_empty());
+    let attempts: i64 = sqlx::query_scalar("select coalesce(sum(attempts), 0)::bigint from inbox_partition")
+        .fetch_one(&fixture.database.pool)
+        .await
+        .unwrap();
+    assert_eq!(attempts, 0, "nothing was counted");
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadlock_is_repeated_and_counts_nothing() {
+    let fixture = Fixture::new(1).await;
+    let tries = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&tries);
+    let running = fixture.start_with(move |_| {
+        let tried = counted.fetch_add(1, Ordering::SeqCst);
+        // As a handler wraps it that knows only `anyhow`.
+        let outage = sqlx::Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        if tried < 10 { Err(HandleError::Failed(anyhow::Error::from(outage).context("stock"))) } else { Ok(()) }
+    });
+    fixture.send(&[event("a", "1")]).await;
+    fixture.until_handled(1).await;
+    eventually(SOON, || async { running.health.check().ok() }).await;
+    assert_eq!(tries.load(Ordering::SeqCst), 11);
+    assert!(fixture.dead_letters().await.is_empty());
+    running.stop().await;
+}
