@@ -3,22 +3,18 @@
 use saga_core::{
     id::MessageId,
     inbox::{Arrival, Delivery, Place, add_partitions, receive_in},
-    testkit::{Migrations, TestDatabase},
+    service::messaging_migrations,
+    testkit::TestDatabase,
 };
 use std::time::Duration;
 use time::OffsetDateTime;
 use uuid::{NoContext, Timestamp, Uuid};
 
-mod embedded {
-    refinery::embed_migrations!("../migrations/messaging");
-}
-
 const HORIZON: Duration = Duration::from_secs(30 * 24 * 3600);
 const PLACE: Place<'static> = Place { consumer: "group", topic: "topic", partition: 0 };
 
 async fn database() -> TestDatabase {
-    let database =
-        TestDatabase::new(&[Migrations { owner: "messaging", runner: embedded::migrations::runner() }]).await;
+    let database = TestDatabase::new(&[messaging_migrations()]).await;
     add_partitions(&database.pool, HORIZON).await.unwrap();
     database
 }
@@ -58,8 +54,7 @@ async fn every_message_within_the_horizon_has_a_partition_and_upkeep_repeats_saf
 
 #[tokio::test]
 async fn many_may_make_partitions_at_once() {
-    let database =
-        TestDatabase::new(&[Migrations { owner: "messaging", runner: embedded::migrations::runner() }]).await;
+    let database = TestDatabase::new(&[messaging_migrations()]).await;
     let made = futures::future::join_all((0..8).map(|_| add_partitions(&database.pool, HORIZON))).await;
     let made: i32 = made.into_iter().map(Result::unwrap).sum();
     let partitions: i64 = sqlx::query_scalar("select count(*) from pg_inherits where inhparent = 'inbox'::regclass")

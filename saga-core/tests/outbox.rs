@@ -2,17 +2,14 @@
 
 use saga_core::{
     outbox::{AppendError, InvalidMessage, NewMessage, append_in},
-    testkit::{Migrations, TestDatabase},
+    service::messaging_migrations,
+    testkit::TestDatabase,
 };
 use serde_json::json;
 use uuid::Uuid;
 
-mod embedded {
-    refinery::embed_migrations!("../migrations/messaging");
-}
-
 async fn database() -> TestDatabase {
-    TestDatabase::new(&[Migrations { owner: "messaging", runner: embedded::migrations::runner() }]).await
+    TestDatabase::new(&[messaging_migrations()]).await
 }
 
 fn message(topic: &str, key: &str) -> NewMessage {

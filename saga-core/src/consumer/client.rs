@@ -65,9 +65,7 @@ impl ConsumerContext for Context {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => Rebalance::Assigned(partitions.clone()),
             _ => Rebalance::Revoked(partitions.clone()),
         };
-        if self.closing.load(Ordering::SeqCst) {
-            answer(client, &rebalance);
-        } else if self.rebalances.send(rebalance.clone()).is_err() {
+        if self.closing.load(Ordering::SeqCst) || self.rebalances.send(rebalance.clone()).is_err() {
             answer(client, &rebalance);
         }
     }

@@ -5,7 +5,7 @@
 //! otherwise, and counted.
 
 use super::HandleError;
-use crate::outbox::AppendError;
+use crate::{outbox::AppendError, service::database};
 use std::borrow::Cow;
 
 /// Why a transaction did not commit.
@@ -111,23 +111,13 @@ impl From<crate::testkit::failpoints::Injected> for Failure {
 
 /// Whether the database's answer says nothing about the record: the same will do another time.
 fn passes(error: &sqlx::Error) -> bool {
+    if database::is_outage(error) || database::is_conflict(error) {
+        return true;
+    }
     match error {
-        sqlx::Error::Io(_)
-        | sqlx::Error::Tls(_)
-        | sqlx::Error::PoolTimedOut
-        | sqlx::Error::PoolClosed
-        | sqlx::Error::WorkerCrashed
-        | sqlx::Error::BeginFailed => true,
-        sqlx::Error::Database(error) => error.code().is_some_and(|code| {
-            matches!(
-                &*code,
-                "40001" | "40P01"            // serialization failure, deadlock
-                | "55P03"                    // a lock was not to be had in time
-                | "25006"                    // read-only: the primary has moved
-                | "25P03"                    // our own pause in the transaction was too long
-                | "57P01" | "57P02" | "57P03" | "57P05" // shutdown, crash, starting up, idle session
-            ) || ["08", "53", "58"].iter().any(|class| code.starts_with(class)) // connection, resources, system
-        }),
+        sqlx::Error::Tls(_) | sqlx::Error::BeginFailed => true,
+        // A lock that was not to be had in time; the server's own troubles (58: I/O, a file).
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| code == "55P03" || code.starts_with("58")),
         _ => false,
     }
 }

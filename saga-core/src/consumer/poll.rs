@@ -64,6 +64,9 @@ struct Held {
     task: JoinHandle<()>,
 }
 
+/// From the workers to the polling task.
+type Channel<T> = (UnboundedSender<T>, UnboundedReceiver<T>);
+
 pub(super) struct Poll<H> {
     config: Arc<ConsumerConfig>,
     pool: PgPool,
@@ -72,8 +75,8 @@ pub(super) struct Poll<H> {
     client: Arc<Client>,
     held: HashMap<String, HashMap<i32, Held>>,
     rebalances: UnboundedReceiver<Rebalance>,
-    drained: (UnboundedSender<(String, i32)>, UnboundedReceiver<(String, i32)>),
-    broken: (UnboundedSender<ConsumerError>, UnboundedReceiver<ConsumerError>),
+    drained: Channel<(String, i32)>,
+    broken: Channel<ConsumerError>,
     last_error: Option<KafkaError>,
 }
 

@@ -52,7 +52,7 @@ impl From<Injected> for sqlx::Error {
     fn from(injected: Injected) -> Self {
         match injected.0 {
             Fault::Outage => Self::Io(std::io::Error::new(std::io::ErrorKind::ConnectionReset, injected)),
-            _ => Self::Protocol(injected.to_string()),
+            _ => Self::Encode(Box::new(injected)),
         }
     }
 }

@@ -6,7 +6,8 @@ use saga_core::{
     id::MessageId,
     outbox::Tx,
     retry::Backoff,
-    testkit::{Migrations, Record, TestDatabase, TestTopic, brokers, eventually, produce, unique},
+    service::messaging_migrations,
+    testkit::{Record, TestDatabase, TestTopic, brokers, eventually, produce, unique},
 };
 use std::{
     sync::{
@@ -17,10 +18,6 @@ use std::{
 };
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
-
-mod embedded {
-    refinery::embed_migrations!("../migrations/messaging");
-}
 
 pub(crate) const SOON: Duration = Duration::from_secs(40);
 
@@ -97,7 +94,7 @@ impl Running {
 
 impl Fixture {
     pub(crate) async fn new(partitions: i32) -> Self {
-        let migrations = [Migrations { owner: "messaging", runner: embedded::migrations::runner() }];
+        let migrations = [messaging_migrations()];
         let (database, topic) =
             futures::future::join(TestDatabase::new(&migrations), TestTopic::create("events", partitions)).await;
         sqlx::query(
