@@ -1,0 +1,92 @@
+//! Sizes of files, and migrations that are really embedded.
+
+use crate::{
+    Violation,
+    source::{Tree, code, without_tests},
+};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Lines of a `main.rs`: configuration, telemetry, run.
+const MAIN: usize = 40;
+/// Lines of a file without its tests and blank lines: one sitting.
+const FILE: usize = 420;
+/// The binaries that run in production.
+const BINARIES: [&str; 4] = ["outbox-relay", "order-svc", "inventory-svc", "payment-svc"];
+
+pub(crate) fn mains(tree: &Tree) -> Vec<Violation> {
+    let mains = BINARIES.iter().map(|package| format!("{package}/src/main.rs"));
+    let long = mains.filter_map(|path| {
+        let lines = tree.0.get(&path)?.lines().count();
+        (lines > MAIN).then(|| format!("{path} has {lines} lines; {MAIN} are what a main may have"))
+    });
+    long.collect()
+}
+
+pub(crate) fn lengths(tree: &Tree) -> Vec<Violation> {
+    // Comments count, strings count (SQL is code): only what `code` blanks inside a line is looked through.
+    let sources = tree.0.iter().filter(|(path, _)| path.ends_with(".rs"));
+    sources
+        .filter_map(|(path, text)| {
+            let test = path.contains("/tests/");
+            let kept = if test { text.clone() } else { body(text) };
+            let lines = kept.lines().filter(|line| !line.trim().is_empty()).count();
+            (lines > FILE).then(|| format!("{path} has {lines} lines; {FILE} is one sitting"))
+        })
+        .collect()
+}
+
+/// A file without its test modules; comments and strings as they stand.
+fn body(text: &str) -> String {
+    let blanked = code(text);
+    let kept = without_tests(&blanked).lines().count();
+    let removed = blanked.lines().count().saturating_sub(kept);
+    text.lines().take(text.lines().count() - removed).collect::<Vec<_>>().join("\n")
+}
+
+pub(crate) fn module_docs(tree: &Tree) -> Vec<Violation> {
+    let sources = tree.0.iter().filter(|(path, _)| path.ends_with(".rs") && path.contains("/src/"));
+    let silent = sources.filter(|(_, text)| !text.starts_with("//!"));
+    silent.map(|(path, _)| format!("{path} does not begin by saying what it is for (`//!`)")).collect()
+}
+
+/// refinery embeds what its macro finds when the crate is built, and ignores a name that it does not understand: each
+/// file has such a name and a version of its own, each folder is embedded by somebody, and that somebody is built again
+/// when a file is added.
+pub(crate) fn migrations(tree: &Tree) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    let mut folders: BTreeMap<&str, BTreeSet<u32>> = BTreeMap::new();
+    for path in tree.0.keys().filter(|path| path.ends_with(".sql") && path.starts_with("migrations/")) {
+        match path.split('/').collect::<Vec<_>>().as_slice() {
+            ["migrations", owner, name] => match version(name) {
+                None => violations.push(format!("{path} is ignored by refinery: a name is V<number>__<what>.sql")),
+                Some(version) if !folders.entry(owner).or_default().insert(version) => {
+                    violations.push(format!("{path}: version {version} is there twice"));
+                }
+                Some(_) => {}
+            },
+            _ => violations.push(format!("{path} is not in the folder of an owner")),
+        }
+    }
+    for owner in folders.keys() {
+        let macro_call = format!("embed_migrations!(\"../migrations/{owner}\")");
+        let mut embedding = tree.0.iter().filter(|(path, text)| path.contains("/src/") && text.contains(&macro_call));
+        let Some((path, _)) = embedding.next() else {
+            violations.push(format!("migrations/{owner} is embedded in no binary"));
+            continue;
+        };
+        let package = path.split('/').next().unwrap_or_default();
+        let build = tree.0.get(&format!("{package}/build.rs")).map_or("", String::as_str);
+        if !build.contains(&format!("rerun-if-changed=../migrations/{owner}")) {
+            violations
+                .push(format!("{package}/build.rs does not watch migrations/{owner}: a new file is not embedded"));
+        }
+    }
+    violations
+}
+
+/// The version of a migration's file name, as refinery reads it.
+fn version(name: &str) -> Option<u32> {
+    let (version, what) = name.strip_suffix(".sql")?.strip_prefix('V')?.split_once("__")?;
+    let legal = !what.is_empty() && what.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    legal.then(|| version.parse().ok()).flatten()
+}

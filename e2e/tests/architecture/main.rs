@@ -1,0 +1,54 @@
+//! The architecture, as a test: which arrows exist between crates and modules, and which do not.
+//!
+//! The checks look at `cargo metadata` and at the source's text. Each is a function from what it looks at to what it
+//! found wrong, so that a test can show it something wrong and see it found.
+
+mod arrows;
+mod files;
+mod purity;
+mod seeded;
+mod source;
+
+use source::Tree;
+
+/// Something that is not as the architecture says.
+pub(crate) type Violation = String;
+
+fn none(violations: &[Violation]) {
+    assert!(violations.is_empty(), "\n{}\n", violations.join("\n"));
+}
+
+#[test]
+fn crates_depend_on_each_other_only_where_an_arrow_is_drawn() {
+    none(&arrows::check(&arrows::of_this_workspace()));
+}
+
+#[test]
+fn the_core_the_contracts_and_every_domain_reach_no_io() {
+    none(&purity::no_io(&Tree::of_this_workspace()));
+}
+
+#[test]
+fn one_file_knows_backoff_and_one_file_reads_the_clock() {
+    let tree = Tree::of_this_workspace();
+    none(&purity::backoff(&tree));
+    none(&purity::clock(&tree));
+}
+
+#[test]
+fn the_engine_knows_no_orders() {
+    none(&purity::engine_knows_no_orders(&Tree::of_this_workspace()));
+}
+
+#[test]
+fn every_migration_is_embedded() {
+    none(&files::migrations(&Tree::of_this_workspace()));
+}
+
+#[test]
+fn mains_are_short_and_files_are_read_in_one_sitting() {
+    let tree = Tree::of_this_workspace();
+    none(&files::mains(&tree));
+    none(&files::lengths(&tree));
+    none(&files::module_docs(&tree));
+}

@@ -1,0 +1,124 @@
+//! The checks can fail: each is shown something wrong, and finds it, and something right, and finds nothing.
+
+use crate::{
+    Violation, arrows, files, purity,
+    source::{Tree, code, paths, without_tests},
+};
+
+fn one(found: &[Violation], part: &str) {
+    assert!(found.len() == 1 && found[0].contains(part), "expected one violation with {part:?}, found {found:?}");
+}
+
+#[test]
+fn an_arrow_that_is_not_drawn_is_found() {
+    let crates = |from: &str, to: &str| {
+        let all = ["saga-core", "contracts", "outbox-relay", "order-svc", "payment-svc", "stack"];
+        all.iter()
+            .map(|name| ((*name).to_owned(), if *name == from { vec![to.to_owned()] } else { Vec::new() }))
+            .collect()
+    };
+    one(&arrows::check(&crates("order-svc", "payment-svc")), "order-svc must not depend on payment-svc");
+    one(&arrows::check(&crates("outbox-relay", "contracts")), "outbox-relay must not depend on contracts");
+    one(&arrows::check(&crates("saga-core", "contracts")), "saga-core must not depend on contracts");
+    one(&arrows::check(&crates("contracts", "sqlx")), "contracts must not depend on sqlx");
+    one(&arrows::check(&crates("order-svc", "backoff")), "must not depend on backoff");
+    assert!(arrows::check(&crates("order-svc", "contracts")).is_empty());
+    assert!(arrows::check(&crates("stack", "order-svc")).is_empty());
+    one(&arrows::check(&[("new-svc".to_owned(), Vec::new())].into()), "does not know");
+}
+
+#[test]
+fn io_in_a_pure_module_is_found_however_it_is_written() {
+    for text in [
+        "use sqlx::PgPool;",
+        "use {serde::Serialize, tokio};",
+        "use std::{fmt};\nuse axum::{Router, routing::get};",
+        "fn f() { rdkafka::producer::new(); }",
+        "#[tokio::main] async fn main() {}",
+        "pub(crate) use ::sqlx::query as q;",
+    ] {
+        let found = purity::no_io(&Tree::of(&[("order-svc/src/domain.rs", text)]));
+        assert_eq!(found.len(), 1, "{text}: {found:?}");
+    }
+    for text in [
+        "// use sqlx::PgPool;",
+        "/* sqlx::query */",
+        "const S: &str = \"sqlx::query\"; const R: &str = r#\"tokio::\"spawn\"#;",
+        "#[cfg(test)]\nmod tests { use tokio::test; fn f() { { sqlx::query() } } }",
+        "fn f<'a>(x: &'a str) -> char { '\"' }",
+        "let tokio = my::sqlx_like::thing();",
+    ] {
+        let found = purity::no_io(&Tree::of(&[("order-svc/src/domain.rs", text)]));
+        assert!(found.is_empty(), "{text}: {found:?}");
+    }
+}
+
+#[test]
+fn purity_spreads_to_whatever_a_pure_module_uses() {
+    let through = |decide: &str, other: (&str, &str)| {
+        purity::no_io(&Tree::of(&[("saga-core/src/saga/decide.rs", decide), other]))
+    };
+    let store = ("saga-core/src/saga/store.rs", "use sqlx::PgPool;");
+    one(&through("use super::store::load;", store), "saga/store.rs (reached from");
+    one(&through("use crate::saga::{store::load, state};", store), "saga/store.rs (reached from");
+    one(&through("use super::{store};", store), "saga/store.rs (reached from");
+    one(&through("mod inner;", ("saga-core/src/saga/decide/inner.rs", "use tokio::spawn;")), "decide/inner.rs");
+    let clock = ("saga-core/src/clock.rs", "");
+    one(&through("fn f() { crate::clock::now(); }", clock), "takes `now` as a parameter");
+    assert!(through("use super::state::State;", store).is_empty());
+
+    let contracts = ("contracts/src/orders.rs", "use saga_core::{command::Command, outbox::Tx};");
+    let outbox = ("saga-core/src/outbox.rs", "use sqlx::Transaction;");
+    one(&purity::no_io(&Tree::of(&[contracts, outbox])), "saga-core/src/outbox.rs (reached from contracts");
+}
+
+#[test]
+fn another_user_of_backoff_or_of_the_clock_is_found() {
+    one(&purity::backoff(&Tree::of(&[("saga-core/src/outbox.rs", "use backoff::ExponentialBackoff;")])), "backoff");
+    assert!(purity::backoff(&Tree::of(&[("saga-core/src/retry.rs", "use backoff::ExponentialBackoff;")])).is_empty());
+    assert!(purity::backoff(&Tree::of(&[("a/src/b.rs", "self.backoff.delay(1)")])).is_empty());
+
+    for text in ["let t = std::time::Instant::now();", "OffsetDateTime::now_utc()", "time::SystemTime::now()"] {
+        one(&purity::clock(&Tree::of(&[("payment-svc/src/store.rs", text)])), "saga_core::clock does");
+    }
+    assert!(purity::clock(&Tree::of(&[("payment-svc/src/store.rs", "clock::now()")])).is_empty());
+    assert!(purity::clock(&Tree::of(&[("stack/src/run.rs", "Instant::now()")])).is_empty());
+}
+
+#[test]
+fn an_engine_that_knows_orders_is_found() {
+    one(&purity::engine_knows_no_orders(&Tree::of(&[("saga-core/src/saga/a.rs", "fn f(sku: &str) {}")])), "sku");
+    assert!(purity::engine_knows_no_orders(&Tree::of(&[("saga-core/src/a.rs", "// an order's sku\n")])).is_empty());
+}
+
+#[test]
+fn a_migration_that_would_not_be_embedded_is_found() {
+    let embeds = ("order-svc/src/migrations.rs", "refinery::embed_migrations!(\"../migrations/order\");");
+    let watches = ("order-svc/build.rs", "rerun-if-changed=../migrations/order");
+    let check = |files: &[(&str, &str)]| files::migrations(&Tree::of(files));
+    assert!(check(&[("migrations/order/V1__orders.sql", ""), embeds, watches]).is_empty());
+    one(&check(&[("migrations/order/V1_orders.sql", "")]), "ignored by refinery");
+    one(&check(&[("migrations/order/v1__orders.sql", "")]), "ignored by refinery");
+    one(&check(&[("migrations/V1__orders.sql", "")]), "not in the folder of an owner");
+    one(&check(&[("migrations/order/V1__a.sql", ""), ("migrations/order/V01__b.sql", ""), embeds, watches]), "twice");
+    one(&check(&[("migrations/order/V1__orders.sql", "")]), "embedded in no binary");
+    one(&check(&[("migrations/order/V1__orders.sql", ""), embeds]), "does not watch");
+}
+
+#[test]
+fn a_long_main_a_long_file_and_a_silent_module_are_found() {
+    let lines = |n: usize| "fn f() {}\n".repeat(n);
+    one(&files::mains(&Tree::of(&[("order-svc/src/main.rs", &lines(41))])), "41 lines");
+    assert!(files::mains(&Tree::of(&[("order-svc/src/main.rs", &lines(40))])).is_empty());
+    one(&files::lengths(&Tree::of(&[("order-svc/src/store.rs", &lines(421))])), "421 lines");
+    let tested = format!("{}#[cfg(test)]\nmod tests {{\n{}}}\n", lines(400), lines(400));
+    assert!(files::lengths(&Tree::of(&[("order-svc/src/store.rs", &tested)])).is_empty());
+    one(&files::module_docs(&Tree::of(&[("order-svc/src/store.rs", "use a;")])), "what it is for");
+}
+
+#[test]
+fn the_reader_of_sources_sees_paths_and_not_what_only_looks_like_them() {
+    let flat = paths(&code("use a::{self, b::{c, d as e}, f::*};\nfn g() { h::i::<J>(k::L); \"m::n\"; }"));
+    assert_eq!(flat, ["a", "a::b::c", "a::b::d", "a::f", "h::i", "k::L"]);
+    assert_eq!(without_tests("a #[cfg(test)] mod t { { } } b #[cfg(test)] use c; d").replace(' ', ""), "abd");
+}
