@@ -1,3 +1,25 @@
 //! Payments, the payment gateway port, and a simulated provider.
 
-fn main() {}
+use clap::Parser;
+use payment_svc::{
+    config::{Cli, Command, IDENTITY},
+    serve, sim,
+};
+use saga_core::service::{ConfigErrors, exit_code};
+use std::process::ExitCode;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    run(Cli::parse()).await.unwrap_or_else(|errors| errors.report())
+}
+
+async fn run(Cli { service, gateway, command }: Cli) -> Result<ExitCode, ConfigErrors> {
+    Ok(match command.unwrap_or(Command::Serve) {
+        Command::Serve => {
+            let (settings, gateway) = gateway.validate(&service)?;
+            exit_code(serve::serve(settings, gateway).await)
+        }
+        Command::Migrate => exit_code(serve::migrate(service.validate(&IDENTITY)?).await),
+        Command::GatewaySim(sim) => exit_code(sim::run(sim.validate(&service)?).await),
+    })
+}

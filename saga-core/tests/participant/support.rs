@@ -27,23 +27,23 @@ static TOPIC: Topic = Topic::events("test.commands", 1);
 
 /// What a handler or the provider is to do: the words of `say`, one per call, the last one for ever.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Add {
-    pub say: Vec<String>,
+pub(crate) struct Add {
+    pub(crate) say: Vec<String>,
 }
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Added {
-    pub by_call: usize,
+pub(crate) struct Added {
+    pub(crate) by_call: usize,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct No;
+pub(crate) struct No;
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Remove;
+pub(crate) struct Remove;
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Pay {
-    pub say: Vec<String>,
+pub(crate) struct Pay {
+    pub(crate) say: Vec<String>,
 }
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Repay;
+pub(crate) struct Repay;
 
 macro_rules! command {
     ($name:ident, $kind:literal, $reply:ty, $rejection:ty) => {
@@ -62,17 +62,17 @@ command!(Repay, "test.repay.v1", Done, Never);
 
 /// How often each command's handler was called, and what the undo was told.
 #[derive(Default)]
-pub struct Calls(Mutex<HashMap<CommandId, usize>>);
+pub(crate) struct Calls(Mutex<HashMap<CommandId, usize>>);
 
 impl Calls {
-    pub fn next(&self, id: CommandId) -> usize {
+    pub(crate) fn next(&self, id: CommandId) -> usize {
         let mut calls = self.0.lock().unwrap();
         let count = calls.entry(id).or_default();
         *count += 1;
         *count
     }
 
-    pub fn of(&self, id: CommandId) -> usize {
+    pub(crate) fn of(&self, id: CommandId) -> usize {
         self.0.lock().unwrap().get(&id).copied().unwrap_or_default()
     }
 }
@@ -124,11 +124,11 @@ impl UndoHandler<Add, Remove> for RemoveHandler {
 
 /// Somebody else's system: what it did, by idempotency key.
 #[derive(Default)]
-pub struct Provider {
-    pub calls: Calls,
-    pub done: Mutex<HashMap<CommandId, usize>>,
-    pub voided: Mutex<Vec<CommandId>>,
-    pub told: Mutex<Vec<Ran<Added>>>,
+pub(crate) struct Provider {
+    pub(crate) calls: Calls,
+    pub(crate) done: Mutex<HashMap<CommandId, usize>>,
+    pub(crate) voided: Mutex<Vec<CommandId>>,
+    pub(crate) told: Mutex<Vec<Ran<Added>>>,
 }
 
 struct PayEffect(Arc<Provider>);
@@ -211,22 +211,22 @@ impl ExternalUndo<Pay, Repay> for RepayEffect {
 
 /// A reply as it stands in the outbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reply {
-    pub kind: String,
-    pub outcome: Outcome,
-    pub payload: serde_json::Value,
+pub(crate) struct Reply {
+    pub(crate) kind: String,
+    pub(crate) outcome: Outcome,
+    pub(crate) payload: serde_json::Value,
 }
 
-pub struct World {
-    pub database: TestDatabase,
-    pub name: &'static str,
-    pub participant: Arc<Participant>,
-    pub calls: Arc<Calls>,
-    pub provider: Arc<Provider>,
+pub(crate) struct World {
+    pub(crate) database: TestDatabase,
+    pub(crate) name: &'static str,
+    pub(crate) participant: Arc<Participant>,
+    pub(crate) calls: Arc<Calls>,
+    pub(crate) provider: Arc<Provider>,
 }
 
 impl World {
-    pub async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let messaging = Migrations { owner: "messaging", runner: migrations::runner() };
         let database = TestDatabase::new(&[messaging]).await;
         sqlx::query("create table effect (saga uuid not null)").execute(&database.pool).await.unwrap();
@@ -240,7 +240,7 @@ impl World {
         Self { database, name, participant: Arc::new(participant), calls, provider }
     }
 
-    pub async fn try_deliver(&self, messages: &[Message]) -> Result<(), HandleError> {
+    pub(crate) async fn try_deliver(&self, messages: &[Message]) -> Result<(), HandleError> {
         let mut tx = self.database.pool.begin().await?;
         self.participant.handle(&mut tx, messages).await?;
         tx.commit().await?;
@@ -248,12 +248,12 @@ impl World {
         Ok(())
     }
 
-    pub async fn deliver(&self, messages: &[Message]) {
+    pub(crate) async fn deliver(&self, messages: &[Message]) {
         self.try_deliver(messages).await.unwrap();
     }
 
     /// An executor like another process's.
-    pub fn executor(&self) -> Intents {
+    pub(crate) fn executor(&self) -> Intents {
         self.participant.intents(self.database.pool.clone()).with_config(IntentConfig {
             max_attempts: 3,
             first_delay: Duration::ZERO,
@@ -264,7 +264,7 @@ impl World {
         })
     }
 
-    pub async fn replies(&self, saga: SagaId) -> Vec<Reply> {
+    pub(crate) async fn replies(&self, saga: SagaId) -> Vec<Reply> {
         let rows: Vec<(String, serde_json::Value, Vec<u8>)> = sqlx::query_as(
             "select type, headers, payload from outbox where key = $1 and topic = 'replies' order by id",
         )
@@ -281,11 +281,11 @@ impl World {
             .collect()
     }
 
-    pub async fn outcomes(&self, saga: SagaId) -> Vec<Outcome> {
+    pub(crate) async fn outcomes(&self, saga: SagaId) -> Vec<Outcome> {
         self.replies(saga).await.into_iter().map(|reply| reply.outcome).collect()
     }
 
-    pub async fn effects(&self, saga: SagaId) -> i64 {
+    pub(crate) async fn effects(&self, saga: SagaId) -> i64 {
         sqlx::query_scalar("select count(*) from effect where saga = $1")
             .bind(saga.0)
             .fetch_one(&self.database.pool)
@@ -293,23 +293,23 @@ impl World {
             .unwrap()
     }
 
-    pub async fn intents(&self) -> i64 {
+    pub(crate) async fn intents(&self) -> i64 {
         sqlx::query_scalar("select count(*) from participant_intent").fetch_one(&self.database.pool).await.unwrap()
     }
 
     /// Executes until no intent is due.
-    pub async fn settle(&self) {
+    pub(crate) async fn settle(&self) {
         let executor = self.executor();
         while executor.run_once().await.unwrap() > 0 {}
     }
 }
 
-pub fn words(words: &[&str]) -> Vec<String> {
+pub(crate) fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|&word| word.to_owned()).collect()
 }
 
 /// A new message with the command; called again, a resend.
-pub fn message<C: Command>(saga: SagaId, op: Op, command: &C) -> Message {
+pub(crate) fn message<C: Command>(saga: SagaId, op: Op, command: &C) -> Message {
     let headers = SagaHeaders {
         saga,
         definition: "test".into(),

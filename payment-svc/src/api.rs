@@ -1,0 +1,229 @@
+//! The HTTP API: payments and the ledger that explains them. Reads only: payments are changed by commands.
+
+#![allow(unused_qualifications, reason = "utoipa writes the path of a query extractor out")]
+
+use crate::{
+    domain::Status,
+    store::{self, Entry, Filter, Recorded},
+};
+use axum::{Router, extract::State};
+use contracts::{OrderId, money::Money};
+use saga_core::http::{Api, Cursor, Json, Limit, List, Path, Problem, Query};
+use serde::{Deserialize, Serialize};
+use sqlx::PgPool;
+use time::OffsetDateTime;
+use utoipa::{IntoParams, OpenApi, ToSchema};
+use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_swagger_ui::SwaggerUi;
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Payments",
+        description = "What became of the payment of each order, and the ledger that explains it. Payments are changed by \
+                       commands on `payments.commands`."
+    ),
+    tags((name = "payments", description = "Payments and their ledger"))
+)]
+struct Document;
+
+/// The API with everything around it, its description at `/openapi.json` and a page to try it at `/docs`.
+pub fn api(pool: PgPool) -> Api {
+    let (router, document) = documented().split_for_parts();
+    let router: Router = router.with_state(pool);
+    Api::new(router.merge(SwaggerUi::new("/docs").url("/openapi.json", document)))
+}
+
+/// The API's description, generated from its handlers.
+pub fn document() -> utoipa::openapi::OpenApi {
+    documented().split_for_parts().1
+}
+
+fn documented() -> OpenApiRouter<PgPool> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(list_payments))
+        .routes(routes!(get_payment))
+        .routes(routes!(get_ledger))
+}
+
+/// A payment.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct PaymentView {
+    /// The order that is paid.
+    order: OrderId,
+    /// Who pays.
+    customer: String,
+    /// How much.
+    amount: Money,
+    /// How far it is.
+    #[schema(example = "authorized")]
+    status: &'static str,
+    /// Why it was declined.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decline_reason: Option<String>,
+    /// The gateway's reference of the authorization.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    authorization: Option<String>,
+    /// The gateway's reference of the capture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    capture: Option<String>,
+    /// Minor units held at the gateway.
+    held: i64,
+    /// Minor units taken.
+    captured: i64,
+    /// Minor units given back of what was taken.
+    refunded: i64,
+    /// When it was first asked for.
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    /// When it last changed.
+    #[serde(with = "time::serde::rfc3339")]
+    updated_at: OffsetDateTime,
+}
+
+/// One side of a movement of money; the entries of a payment add up to nothing.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct EntryView {
+    /// Its place in the ledger.
+    id: i64,
+    /// `authorize`, `void`, `capture` or `refund`.
+    movement: String,
+    /// `customer`, `held` or `merchant`.
+    account: String,
+    /// Signed minor units.
+    amount: i64,
+    /// The gateway's reference.
+    reference: String,
+    /// When it was entered.
+    #[serde(with = "time::serde::rfc3339")]
+    at: OffsetDateTime,
+}
+
+/// A payment's ledger.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct LedgerView {
+    /// Whose.
+    order: OrderId,
+    /// Its entries, oldest first.
+    entries: Vec<EntryView>,
+}
+
+/// Which payments.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ListQuery {
+    /// Only these: `authorizing`, `authorized`, `declined`, `captured` or `voided`.
+    #[param(inline)]
+    status: Option<StatusName>,
+    /// Only this customer's.
+    customer: Option<String>,
+    /// How many, 1 to 200; 50 when not said.
+    #[serde(default)]
+    #[param(value_type = Option<u32>)]
+    limit: Limit,
+    /// `next_cursor` of the page before.
+    #[param(value_type = Option<String>)]
+    cursor: Option<Cursor>,
+}
+
+/// How far a payment is.
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StatusName {
+    /// The gateway is being asked.
+    Authorizing,
+    /// The money is held.
+    Authorized,
+    /// The gateway said no.
+    Declined,
+    /// The money was taken.
+    Captured,
+    /// Nothing is held.
+    Voided,
+}
+
+/// Payments, newest first
+#[utoipa::path(get, path = "/v1/payments", tag = "payments", params(ListQuery),
+    responses((status = 200, body = List<PaymentView>), (status = 400, body = Problem)))]
+pub async fn list_payments(
+    State(pool): State<PgPool>,
+    Query(query): Query<ListQuery>,
+) -> Result<Json<List<PaymentView>>, Problem> {
+    let filter = Filter { status: query.status.map(|status| status.name().to_owned()), customer: query.customer };
+    let page = store::list(&pool, &filter, query.limit, query.cursor.as_ref()).await?;
+    Ok(Json(page.map(PaymentView::from)))
+}
+
+/// The payment of an order
+#[utoipa::path(get, path = "/v1/payments/{order}", tag = "payments", params(("order" = uuid::Uuid, Path)),
+    responses((status = 200, body = PaymentView), (status = 404, body = Problem)))]
+pub async fn get_payment(State(pool): State<PgPool>, Path(order): Path<OrderId>) -> Result<Json<PaymentView>, Problem> {
+    let found = store::find(&pool, order).await?.ok_or_else(|| no_payment(order))?;
+    Ok(Json(found.into()))
+}
+
+/// The ledger of an order's payment
+#[utoipa::path(get, path = "/v1/payments/{order}/ledger", tag = "payments", params(("order" = uuid::Uuid, Path)),
+    responses((status = 200, body = LedgerView), (status = 404, body = Problem)))]
+pub async fn get_ledger(State(pool): State<PgPool>, Path(order): Path<OrderId>) -> Result<Json<LedgerView>, Problem> {
+    store::find(&pool, order).await?.ok_or_else(|| no_payment(order))?;
+    let entries = store::ledger(&pool, order).await?.into_iter().map(EntryView::from).collect();
+    Ok(Json(LedgerView { order, entries }))
+}
+
+fn no_payment(order: OrderId) -> Problem {
+    Problem::not_found(format!("Nobody asked for a payment of order {order}."))
+}
+
+impl From<Recorded> for PaymentView {
+    fn from(Recorded { payment, created_at, updated_at }: Recorded) -> Self {
+        let mut view = Self {
+            order: payment.order,
+            customer: payment.customer,
+            amount: payment.amount,
+            status: payment.status.name(),
+            decline_reason: None,
+            authorization: None,
+            capture: None,
+            held: 0,
+            captured: 0,
+            refunded: 0,
+            created_at,
+            updated_at,
+        };
+        match payment.status {
+            Status::Authorizing | Status::Voided => {}
+            Status::Declined { reason } => view.decline_reason = Some(reason),
+            Status::Authorized { authorization } => {
+                view.authorization = Some(authorization);
+                view.held = payment.amount.amount;
+            }
+            Status::Captured { authorization, capture, refunded, .. } => {
+                view.authorization = Some(authorization);
+                view.capture = Some(capture);
+                view.captured = payment.amount.amount;
+                view.refunded = refunded;
+            }
+        }
+        view
+    }
+}
+
+impl From<Entry> for EntryView {
+    fn from(Entry { id, movement, account, amount, reference, at }: Entry) -> Self {
+        Self { id, movement, account, amount, reference, at }
+    }
+}
+
+impl StatusName {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Authorizing => "authorizing",
+            Self::Authorized => "authorized",
+            Self::Declined => "declined",
+            Self::Captured => "captured",
+            Self::Voided => "voided",
+        }
+    }
+}

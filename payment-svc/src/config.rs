@@ -1,0 +1,128 @@
+//! What `payment-svc` takes beside what every service takes.
+
+use crate::sim::SimArgs;
+use reqwest::Url;
+use saga_core::service::{ConfigErrors, Identity, ServiceArgs, Settings};
+use std::time::Duration;
+
+/// The service.
+pub const IDENTITY: Identity = Identity { name: "payment-svc", http_port: 8081, admin_port: 9081 };
+
+/// Holds, takes and gives back the money of orders, by commands from Kafka, at a payment provider.
+#[derive(Debug, clap::Parser)]
+#[command(name = "payment-svc", version)]
+pub struct Cli {
+    /// What every service takes.
+    #[command(flatten)]
+    pub service: ServiceArgs,
+    /// The payment provider.
+    #[command(flatten)]
+    pub gateway: GatewayArgs,
+    /// What to do; `serve` when not said.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What to do.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Bring the database's schema up to date and run (the default)
+    Serve,
+    /// Bring the database's schema up to date, then exit
+    Migrate,
+    /// Run a simulated payment provider, with a database of its own
+    GatewaySim(SimArgs),
+}
+
+/// The payment provider.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct GatewayArgs {
+    /// The payment provider's base URL [default: http://127.0.0.1:8083, where `payment-svc gateway-sim` listens]
+    #[arg(long, env = "GATEWAY_URL", value_name = "URL", global = true)]
+    pub gateway_url: Option<String>,
+    /// Milliseconds that the provider has for an answer; later it is in doubt and asked again [default: 2000]
+    #[arg(long, env = "GATEWAY_TIMEOUT_MS", value_name = "MILLISECONDS", global = true)]
+    pub gateway_timeout_ms: Option<String>,
+    /// Requests to the provider in flight at once [default: 32]
+    #[arg(long, env = "GATEWAY_CONCURRENCY", value_name = "NUMBER", global = true)]
+    pub gateway_concurrency: Option<String>,
+}
+
+/// A valid [`GatewayArgs`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GatewaySettings {
+    /// The provider's base URL.
+    pub url: Url,
+    /// How long it has for an answer.
+    pub timeout: Duration,
+    /// Requests in flight at once.
+    pub concurrency: usize,
+}
+
+impl GatewayArgs {
+    /// Checks these and `service` and reports every mistake at once.
+    pub fn validate(&self, service: &ServiceArgs) -> Result<(Settings, GatewaySettings), ConfigErrors> {
+        let mut errors = ConfigErrors::default();
+        let settings = service.read(&IDENTITY, &mut errors);
+        let gateway = self.read(&mut errors);
+        errors.finish(settings.zip(gateway))
+    }
+
+    fn read(&self, errors: &mut ConfigErrors) -> Option<GatewaySettings> {
+        let url = given(&self.gateway_url).unwrap_or("http://127.0.0.1:8083");
+        let url = match url.parse::<Url>() {
+            Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Some(url),
+            _ => errors.add("GATEWAY_URL", format!("is {url:?}"), "set it to a URL such as https://gateway.example"),
+        };
+        let timeout = millis(&self.gateway_timeout_ms, "GATEWAY_TIMEOUT_MS", Duration::from_secs(2), errors);
+        let timeout = match timeout {
+            Some(Duration::ZERO) => errors.add("GATEWAY_TIMEOUT_MS", "is 0", "give the provider time to answer"),
+            other => other,
+        };
+        let concurrency = match given(&self.gateway_concurrency).map(str::parse::<usize>) {
+            None => Some(32),
+            Some(Ok(concurrency)) if (1..=1_024).contains(&concurrency) => Some(concurrency),
+            Some(_) => errors.add("GATEWAY_CONCURRENCY", "is not from 1 to 1024", "leave it out for 32"),
+        };
+        Some(GatewaySettings { url: url?, timeout: timeout?, concurrency: concurrency? })
+    }
+}
+
+/// Milliseconds, at most an hour.
+pub(crate) fn millis(
+    text: &Option<String>,
+    variable: &'static str,
+    default: Duration,
+    errors: &mut ConfigErrors,
+) -> Option<Duration> {
+    match given(text).map(str::parse::<u64>) {
+        None => Some(default),
+        Some(Ok(millis)) if millis <= 3_600_000 => Some(Duration::from_millis(millis)),
+        Some(_) => errors.add(variable, "is not a number of milliseconds up to an hour", "set it to 2000, for example"),
+    }
+}
+
+fn given(text: &Option<String>) -> Option<&str> {
+    text.as_deref().map(str::trim).filter(|text| !text.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mistake_is_reported_at_once() {
+        let text = |text: &str| Some(text.to_owned());
+        let gateway = GatewayArgs {
+            gateway_url: text("ftp://x"),
+            gateway_timeout_ms: text("soon"),
+            gateway_concurrency: text("0"),
+        };
+        let errors = gateway.validate(&ServiceArgs::default()).unwrap_err();
+        let variables: Vec<_> = errors.mistakes().iter().map(|mistake| mistake.variable).collect();
+        assert_eq!(
+            variables,
+            ["DATABASE_URL", "KAFKA_BROKERS", "GATEWAY_URL", "GATEWAY_TIMEOUT_MS", "GATEWAY_CONCURRENCY"]
+        );
+    }
+}

@@ -1,0 +1,99 @@
+//! Hold the money.
+
+use super::{ask, happened, locked, reference};
+use crate::{
+    domain::{Event, Payment, Refusal, Status},
+    gateway::{Answer, PaymentGateway, Request},
+    store,
+};
+use async_trait::async_trait;
+use contracts::payments::{AuthorizePayment, Authorized, Declined};
+use saga_core::{
+    outbox::Tx,
+    participant::{CommandContext, Decision, ExternalEffect, Intent, Performed, Prepare},
+};
+use std::sync::Arc;
+
+/// Longest customer or token; the gateway and the database take as much.
+const MAX_TEXT: usize = 200;
+
+pub(super) struct Authorize(pub(super) Arc<dyn PaymentGateway>);
+
+#[async_trait]
+impl ExternalEffect<AuthorizePayment> for Authorize {
+    type Prepared = ();
+    type Answer = Answer;
+
+    async fn prepare(
+        &self,
+        tx: &mut Tx<'_>,
+        cx: &CommandContext,
+        command: &AuthorizePayment,
+    ) -> anyhow::Result<Prepare<AuthorizePayment, ()>> {
+        if let Some(refusal) = objection(command) {
+            return Ok(refused(refusal));
+        }
+        let payment = Payment {
+            order: command.order,
+            customer: command.customer.clone(),
+            amount: command.amount,
+            authorize_key: cx.idempotency_key(),
+            status: Status::Authorizing,
+        };
+        if store::insert(tx, &payment).await? {
+            return Ok(Prepare::Call(()));
+        }
+        if locked(tx, command.order).await?.may_authorize_again() {
+            store::save(tx, &payment, cx.idempotency_key(), &[]).await?;
+            return Ok(Prepare::Call(()));
+        }
+        Ok(refused(Refusal::AlreadyPaid))
+    }
+
+    async fn perform(&self, intent: &Intent<AuthorizePayment, ()>) -> Performed<Answer> {
+        let AuthorizePayment { order, customer, amount, method } = &intent.command;
+        let request = Request::Authorize {
+            order: order.to_string(),
+            customer: customer.clone(),
+            amount: *amount,
+            method: method.clone(),
+        };
+        ask(&*self.0, &intent.cx, &request).await
+    }
+
+    async fn record(
+        &self,
+        tx: &mut Tx<'_>,
+        intent: Intent<AuthorizePayment, ()>,
+        answer: Answer,
+    ) -> anyhow::Result<Decision<AuthorizePayment>> {
+        let payment = locked(tx, intent.command.order).await?;
+        let command = intent.cx.idempotency_key();
+        match answer {
+            Answer::Done { reference: authorization, .. } => {
+                let authorization = reference(authorization)?;
+                happened(tx, payment, command, Event::Authorized { authorization: authorization.clone() }).await?;
+                Ok(Decision::Done(Authorized { authorization, amount: intent.command.amount }))
+            }
+            Answer::Refused { code } => {
+                happened(tx, payment, command, Event::Declined { reason: code.clone() }).await?;
+                Ok(Decision::Rejected(Declined { reason: code }))
+            }
+        }
+    }
+}
+
+fn objection(command: &AuthorizePayment) -> Option<Refusal> {
+    let sound = |text: &str| !text.is_empty() && text.len() <= MAX_TEXT && !text.contains('\0');
+    if command.amount.amount <= 0 {
+        Some(Refusal::InvalidAmount)
+    } else if !sound(&command.customer) || !sound(&command.method) {
+        Some(Refusal::InvalidText)
+    } else {
+        None
+    }
+}
+
+fn refused(refusal: Refusal) -> Prepare<AuthorizePayment, ()> {
+    Prepare::Decided(Decision::Rejected(Declined { reason: refusal.reason().into() }))
+}

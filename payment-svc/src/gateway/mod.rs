@@ -1,0 +1,119 @@
+//! The port to the payment provider: what we ask it, and what its answers mean.
+//!
+//! An answer is *certain* (done, or refused and nothing moved) or there is *doubt*: no answer in time, a 5xx, a lost
+//! connection, an open circuit. Doubt is never taken for a refusal. Every request carries a key under which the provider
+//! performs it once, so that doubt is resolved by asking again.
+
+pub mod breaker;
+pub mod guarded;
+pub mod http;
+
+use async_trait::async_trait;
+use contracts::money::Money;
+use saga_core::id::CommandId;
+use serde::{Deserialize, Serialize};
+
+pub use guarded::Guarded;
+pub use http::HttpGateway;
+
+/// A request to the provider.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Request {
+    /// Hold money.
+    Authorize {
+        /// For which order.
+        order: String,
+        /// Whose.
+        customer: String,
+        /// How much.
+        amount: Money,
+        /// The provider's token of the means of payment.
+        method: String,
+    },
+    /// Let go of what was, or will ever be, authorized under a key.
+    Void {
+        /// The key of the authorization.
+        authorization_key: CommandId,
+    },
+    /// Take what is held.
+    Capture {
+        /// The provider's reference of the authorization.
+        authorization: String,
+        /// How much.
+        amount: Money,
+    },
+    /// Give back what was taken.
+    Refund {
+        /// The provider's reference of the authorization.
+        authorization: String,
+        /// How much.
+        amount: Money,
+    },
+}
+
+/// A certain answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// It is done.
+    Done {
+        /// The provider's reference; a void that found nothing has none.
+        reference: Option<String>,
+        /// How much; a void that found nothing to let go of has none.
+        amount: Option<Money>,
+    },
+    /// Certainly no money moved.
+    Refused {
+        /// The provider's code, for example `insufficient_funds`.
+        code: String,
+    },
+}
+
+/// No certain answer: it may have happened.
+#[derive(Debug, thiserror::Error)]
+pub enum Doubt {
+    /// No answer in time.
+    #[error("the gateway did not answer in time")]
+    Timeout,
+    /// No connection, or it was lost.
+    #[error("the connection to the gateway failed: {0}")]
+    Connection(String),
+    /// An answer that says neither yes nor no.
+    #[error("the gateway answered {status}")]
+    Status {
+        /// The HTTP status.
+        status: u16,
+    },
+    /// An answer that cannot be read.
+    #[error("the gateway's answer cannot be read: {0}")]
+    Unreadable(String),
+    /// Not asked: too many failures lately.
+    #[error("the circuit to the gateway is open")]
+    CircuitOpen,
+}
+
+impl Doubt {
+    /// Whether asking again soon may help, and harms nobody.
+    pub(crate) fn is_transient(&self) -> bool {
+        match self {
+            Self::Connection(_) => true,
+            Self::Status { status } => *status >= 500,
+            Self::Timeout | Self::Unreadable(_) | Self::CircuitOpen => false,
+        }
+    }
+
+    /// Whether the provider is in trouble: what the breaker counts.
+    pub(crate) fn is_outage(&self) -> bool {
+        match self {
+            Self::Timeout | Self::Connection(_) => true,
+            Self::Status { status } => *status >= 500 || *status == 429,
+            Self::Unreadable(_) | Self::CircuitOpen => false,
+        }
+    }
+}
+
+/// A payment provider, or what stands before one: [`HttpGateway`] speaks to it, [`Guarded`] retries and breaks.
+#[async_trait]
+pub trait PaymentGateway: Send + Sync + 'static {
+    /// Performs `request` once per `key`, however often it is called.
+    async fn perform(&self, key: CommandId, request: &Request) -> Result<Answer, Doubt>;
+}

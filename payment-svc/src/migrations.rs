@@ -1,0 +1,26 @@
+//! The schemas of the payments' and of the simulated provider's databases, embedded in the binary.
+
+use saga_core::service::{Migrations, messaging_migrations};
+
+mod payment_sql {
+    refinery::embed_migrations!("../migrations/payment");
+}
+
+mod gateway_sql {
+    refinery::embed_migrations!("../migrations/gateway");
+}
+
+/// Everything that the payments' database needs, in the order in which it is run.
+pub fn all() -> [Migrations; 2] {
+    [messaging_migrations(), payment()]
+}
+
+/// Runs migrations/payment.
+pub fn payment() -> Migrations {
+    Migrations { owner: "payment", runner: payment_sql::migrations::runner() }
+}
+
+/// Runs migrations/gateway: the simulator's, in a database of its own.
+pub fn gateway() -> Migrations {
+    Migrations { owner: "gateway", runner: gateway_sql::migrations::runner() }
+}

@@ -1,0 +1,121 @@
+//! How the simulator is told to behave; validated whole, like every service's configuration.
+
+use super::tokens;
+use saga_core::service::{
+    ConfigErrors, DatabaseSettings, Identity, ServiceArgs, config::AdminSettings, telemetry::TelemetrySettings,
+};
+use std::{net::SocketAddr, time::Duration};
+
+/// The simulator.
+pub const IDENTITY: Identity = Identity { name: "gateway-sim", http_port: 8083, admin_port: 9083 };
+
+/// A payment provider, simulated, with books of its own (database `DATABASE_URL`).
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(after_long_help = tokens::help(), after_help = tokens::help())]
+pub struct SimArgs {
+    /// Share of authorizations by good tokens that succeed, 0 to 1 [default: 1]
+    #[arg(long, env = "GATEWAY_SIM_SUCCESS_RATE", value_name = "SHARE")]
+    pub gateway_sim_success_rate: Option<String>,
+    /// Share of answers that are lost after the request was performed, 0 to 1 [default: 0]
+    #[arg(long, env = "GATEWAY_SIM_LOST_ANSWER_RATE", value_name = "SHARE")]
+    pub gateway_sim_lost_answer_rate: Option<String>,
+    /// Share of requests that are answered 503 before anything is done, 0 to 1 [default: 0]
+    #[arg(long, env = "GATEWAY_SIM_ERROR_RATE", value_name = "SHARE")]
+    pub gateway_sim_error_rate: Option<String>,
+    /// Milliseconds that each request takes [default: 0]
+    #[arg(long, env = "GATEWAY_SIM_LATENCY_MS", value_name = "MILLISECONDS")]
+    pub gateway_sim_latency_ms: Option<String>,
+    /// Milliseconds that a request with tok_slow takes [default: 1500]
+    #[arg(long, env = "GATEWAY_SIM_SLOW_MS", value_name = "MILLISECONDS")]
+    pub gateway_sim_slow_ms: Option<String>,
+}
+
+/// How the simulator behaves when no token says otherwise.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Behaviour {
+    /// Share of authorizations that succeed.
+    pub success_rate: f64,
+    /// Share of answers that are lost after the effect.
+    pub lost_answer_rate: f64,
+    /// Share of requests that fail before the effect.
+    pub error_rate: f64,
+    /// What each request takes.
+    pub latency: Duration,
+    /// What a request with `tok_slow` takes.
+    pub slow: Duration,
+}
+
+impl Default for Behaviour {
+    fn default() -> Self {
+        Self {
+            success_rate: 1.0,
+            lost_answer_rate: 0.0,
+            error_rate: 0.0,
+            latency: Duration::ZERO,
+            slow: Duration::from_millis(1_500),
+        }
+    }
+}
+
+/// A valid [`SimArgs`] with what it shares with the services.
+#[derive(Debug, Clone)]
+pub struct SimSettings {
+    /// The simulator's own database.
+    pub database: DatabaseSettings,
+    /// Where its API listens.
+    pub http_addr: SocketAddr,
+    /// Health and metrics.
+    pub admin: AdminSettings,
+    /// Logs and traces.
+    pub telemetry: TelemetrySettings,
+    /// How it behaves.
+    pub behaviour: Behaviour,
+}
+
+impl SimArgs {
+    /// Checks everything and reports every mistake at once.
+    pub fn validate(&self, service: &ServiceArgs) -> Result<SimSettings, ConfigErrors> {
+        let mut errors = ConfigErrors::default();
+        let database = service.database.read(&mut errors);
+        let http_addr = service.http.read(IDENTITY.http_port, &mut errors);
+        let admin = service.admin.read(IDENTITY.admin_port, &mut errors);
+        let telemetry = service.telemetry.read(&mut errors);
+        let behaviour = self.behaviour(&mut errors);
+        let settings = (|| {
+            Some(SimSettings {
+                database: database?,
+                http_addr: http_addr?,
+                admin: admin?,
+                telemetry: telemetry?,
+                behaviour: behaviour?,
+            })
+        })();
+        errors.finish(settings)
+    }
+
+    fn behaviour(&self, errors: &mut ConfigErrors) -> Option<Behaviour> {
+        let usual = Behaviour::default();
+        let success = share(&self.gateway_sim_success_rate, "GATEWAY_SIM_SUCCESS_RATE", usual.success_rate, errors);
+        let lost =
+            share(&self.gateway_sim_lost_answer_rate, "GATEWAY_SIM_LOST_ANSWER_RATE", usual.lost_answer_rate, errors);
+        let error = share(&self.gateway_sim_error_rate, "GATEWAY_SIM_ERROR_RATE", usual.error_rate, errors);
+        let latency =
+            crate::config::millis(&self.gateway_sim_latency_ms, "GATEWAY_SIM_LATENCY_MS", usual.latency, errors);
+        let slow = crate::config::millis(&self.gateway_sim_slow_ms, "GATEWAY_SIM_SLOW_MS", usual.slow, errors);
+        Some(Behaviour {
+            success_rate: success?,
+            lost_answer_rate: lost?,
+            error_rate: error?,
+            latency: latency?,
+            slow: slow?,
+        })
+    }
+}
+
+fn share(text: &Option<String>, variable: &'static str, default: f64, errors: &mut ConfigErrors) -> Option<f64> {
+    let Some(text) = text.as_deref().map(str::trim).filter(|text| !text.is_empty()) else { return Some(default) };
+    match text.parse::<f64>() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Some(share),
+        _ => errors.add(variable, format!("is {text:?}"), "set it to a number from 0 to 1"),
+    }
+}

@@ -1,0 +1,85 @@
+//! A payment provider, simulated: a server of its own, with its own database, somebody else's system to `payment-svc`.
+//!
+//! Invariant: a request moves money at most once per `Idempotency-Key`, and everything that moved is in its movements;
+//! what is lost, late or broken is only ever the answer. When the process dies, a request's transaction is committed
+//! with its answer, or nothing of it happened.
+
+mod api;
+mod config;
+mod store;
+mod tokens;
+
+pub use config::{Behaviour, IDENTITY, SimArgs, SimSettings};
+
+use crate::migrations;
+use axum::Router;
+use saga_core::{
+    http::Api,
+    service::{self, Health, database, migrate, telemetry},
+};
+use sqlx::PgPool;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use utoipa::OpenApi;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_swagger_ui::SwaggerUi;
+
+/// What the simulator's handlers share.
+#[derive(Clone)]
+struct Sim {
+    pool: PgPool,
+    behaviour: Behaviour,
+}
+
+#[derive(OpenApi)]
+#[openapi(info(
+    title = "Payment gateway simulator",
+    description = "Holds, takes and gives back simulated money. Every POST needs an Idempotency-Key."
+))]
+struct Document;
+
+/// The simulator's API.
+pub fn api(pool: PgPool, behaviour: Behaviour) -> Api {
+    let (router, document) = OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(api::authorize, api::of_order))
+        .routes(routes!(api::capture))
+        .routes(routes!(api::refund))
+        .routes(routes!(api::void))
+        .routes(routes!(api::void_by_key))
+        .routes(routes!(api::request))
+        .routes(routes!(api::ledger))
+        .split_for_parts();
+    let router: Router = router.with_state(Sim { pool, behaviour });
+    Api::new(router.merge(SwaggerUi::new("/docs").url("/openapi.json", document)))
+}
+
+/// Runs the simulator until it is asked to stop.
+pub async fn run(settings: SimSettings) -> anyhow::Result<()> {
+    let telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
+    let token = service::shutdown::token();
+    migrate::migrate(&settings.database, &[migrations::gateway()]).await?;
+    let pool = database::connect(&settings.database, IDENTITY.name).await?;
+    let health = Health::new(&token);
+    health.database(&pool);
+    let http = TcpListener::bind(settings.http_addr).await?;
+    let admin = TcpListener::bind(settings.admin.addr).await?;
+    tracing::info!(http = %http.local_addr()?, admin = %admin.local_addr()?, behaviour = ?settings.behaviour,
+        "the gateway simulator is open");
+    let admin_router =
+        service::admin_router(health.clone(), telemetry.metrics(), settings.admin.auth.clone(), Router::new());
+    service::run_all(
+        &token,
+        vec![
+            service::task("http", service::serve(http, api(pool, settings.behaviour), token.clone())),
+            service::task("admin", service::serve(admin, admin_router, token.clone())),
+            service::task("health", watch(health, token.clone())),
+        ],
+    )
+    .await?;
+    Ok(())
+}
+
+async fn watch(health: Health, token: CancellationToken) -> Result<(), std::convert::Infallible> {
+    health.watch(token).await;
+    Ok(())
+}

@@ -1,0 +1,268 @@
+//! The SQL of payments and their ledger.
+
+use crate::domain::{Movement, Payment, Status};
+use contracts::{OrderId, money::Money};
+use saga_core::{
+    http::{Cursor, Limit, List, Problem},
+    id::CommandId,
+    outbox::Tx,
+};
+use sqlx::{PgPool, Row, postgres::PgRow};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// One side of a movement, as it was entered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Its place in the ledger.
+    pub id: i64,
+    /// `authorize`, `void`, `capture`, `refund`.
+    pub movement: String,
+    /// `customer`, `held`, `merchant`.
+    pub account: String,
+    /// Signed minor units.
+    pub amount: i64,
+    /// The gateway's reference.
+    pub reference: String,
+    /// When it was entered.
+    pub at: OffsetDateTime,
+}
+
+/// A payment with its row's times.
+#[derive(Debug, Clone)]
+pub struct Recorded {
+    /// The payment.
+    pub payment: Payment,
+    /// When it was first asked for.
+    pub created_at: OffsetDateTime,
+    /// When it last changed.
+    pub updated_at: OffsetDateTime,
+}
+
+/// Which payments a list shows.
+#[derive(Debug, Clone, Default)]
+pub struct Filter {
+    /// Only this status.
+    pub status: Option<String>,
+    /// Only this customer's.
+    pub customer: Option<String>,
+}
+
+/// The order's payment, locked.
+pub async fn lock(tx: &mut Tx<'_>, order: OrderId) -> Result<Option<Payment>, sqlx::Error> {
+    let row = sqlx::query("select * from payment where order_id = $1 for update")
+        .bind(order.0)
+        .fetch_optional(&mut **tx)
+        .await?;
+    row.as_ref().map(payment).transpose()
+}
+
+/// Inserts a payment that is authorizing; false when the order has one already.
+pub async fn insert(tx: &mut Tx<'_>, payment: &Payment) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query(
+        "insert into payment (order_id, customer, currency, amount, status, authorize_key)
+         values ($1, $2, $3, $4, $5, $6)
+             on conflict on constraint payment_pkey do nothing",
+    )
+    .bind(payment.order.0)
+    .bind(&payment.customer)
+    .bind(payment.amount.currency.as_str())
+    .bind(payment.amount.amount)
+    .bind(payment.status.name())
+    .bind(payment.authorize_key.0)
+    .execute(&mut **tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Writes a locked payment and enters the movements that `command` made.
+pub async fn save(
+    tx: &mut Tx<'_>,
+    payment: &Payment,
+    command: CommandId,
+    movements: &[Movement],
+) -> Result<(), sqlx::Error> {
+    let columns = Columns::of(&payment.status, payment.amount.amount);
+    sqlx::query(
+        r#"update payment
+              set customer = $2, currency = $3, amount = $4, status = $5, authorize_key = $6, "authorization" = $7,
+                  capture = $8, decline_reason = $9, held = $10, captured = $11, refunded = $12, refunding = $13,
+                  updated_at = clock_timestamp()
+            where order_id = $1"#,
+    )
+    .bind(payment.order.0)
+    .bind(&payment.customer)
+    .bind(payment.amount.currency.as_str())
+    .bind(payment.amount.amount)
+    .bind(payment.status.name())
+    .bind(payment.authorize_key.0)
+    .bind(columns.authorization)
+    .bind(columns.capture)
+    .bind(columns.decline_reason)
+    .bind(columns.held)
+    .bind(columns.captured)
+    .bind(columns.refunded)
+    .bind(columns.refunding)
+    .execute(&mut **tx)
+    .await?;
+    enter(tx, payment, command, movements).await
+}
+
+async fn enter(
+    tx: &mut Tx<'_>,
+    payment: &Payment,
+    command: CommandId,
+    movements: &[Movement],
+) -> Result<(), sqlx::Error> {
+    for Movement { kind, amount, reference } in movements {
+        let (from, to) = kind.accounts();
+        sqlx::query(
+            "insert into ledger_entry (order_id, command_id, movement, account, amount, currency, reference)
+             select $1, $2, $3, e.account, e.amount, $6, $7
+               from unnest($4::text[], $5::int8[]) as e (account, amount)",
+        )
+        .bind(payment.order.0)
+        .bind(command.0)
+        .bind(kind.name())
+        .bind(vec![from.name(), to.name()])
+        .bind(vec![-amount, *amount])
+        .bind(payment.amount.currency.as_str())
+        .bind(reference)
+        .execute(&mut **tx)
+        .await?;
+    }
+    Ok(())
+}
+
+/// The order's payment.
+pub async fn find(pool: &PgPool, order: OrderId) -> Result<Option<Recorded>, sqlx::Error> {
+    let row = sqlx::query("select * from payment where order_id = $1").bind(order.0).fetch_optional(pool).await?;
+    row.as_ref().map(recorded).transpose()
+}
+
+/// The order's ledger, in the order of its entries.
+pub async fn ledger(pool: &PgPool, order: OrderId) -> Result<Vec<Entry>, sqlx::Error> {
+    let rows = sqlx::query(
+        "select id, movement, account, amount, reference, at from ledger_entry where order_id = $1 order by id",
+    )
+    .bind(order.0)
+    .fetch_all(pool)
+    .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Entry {
+                id: row.try_get("id")?,
+                movement: row.try_get("movement")?,
+                account: row.try_get("account")?,
+                amount: row.try_get("amount")?,
+                reference: row.try_get("reference")?,
+                at: row.try_get("at")?,
+            })
+        })
+        .collect()
+}
+
+/// A page of payments, newest first.
+pub async fn list(
+    pool: &PgPool,
+    filter: &Filter,
+    limit: Limit,
+    cursor: Option<&Cursor>,
+) -> Result<List<Recorded>, Problem> {
+    let after: Option<(i64, Uuid)> = cursor.map(Cursor::key).transpose()?;
+    let rows = sqlx::query(
+        "select *
+           from payment
+          where ($1::text is null or status = $1)
+            and ($2::text is null or customer = $2)
+            and ($3::int8 is null
+                 or (created_at, order_id) < (timestamptz 'epoch' + $3 * interval '1 microsecond', $4))
+          order by created_at desc, order_id desc
+          limit $5",
+    )
+    .bind(&filter.status)
+    .bind(&filter.customer)
+    .bind(after.map(|(at, _)| at))
+    .bind(after.map(|(_, order)| order))
+    .bind(limit.and_one())
+    .fetch_all(pool)
+    .await?;
+    let rows = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
+    Ok(List::page(rows, limit, |row| {
+        (i64::try_from(row.created_at.unix_timestamp_nanos() / 1_000).unwrap_or(i64::MAX), row.payment.order.0)
+    })?)
+}
+
+/// How many payments the ledger does not explain: always none.
+pub async fn imbalances(pool: &PgPool) -> Result<Vec<OrderId>, sqlx::Error> {
+    let orders: Vec<Uuid> = sqlx::query_scalar("select order_id from payment_imbalance").fetch_all(pool).await?;
+    Ok(orders.into_iter().map(OrderId).collect())
+}
+
+/// A status as it lies in columns.
+#[derive(Default)]
+struct Columns<'a> {
+    authorization: Option<&'a str>,
+    capture: Option<&'a str>,
+    decline_reason: Option<&'a str>,
+    held: i64,
+    captured: i64,
+    refunded: i64,
+    refunding: i64,
+}
+
+impl<'a> Columns<'a> {
+    fn of(status: &'a Status, amount: i64) -> Self {
+        match status {
+            Status::Authorizing | Status::Voided => Self::default(),
+            Status::Authorized { authorization } => {
+                Self { authorization: Some(authorization), held: amount, ..Self::default() }
+            }
+            Status::Declined { reason } => Self { decline_reason: Some(reason), ..Self::default() },
+            Status::Captured { authorization, capture, refunded, refunding } => Self {
+                authorization: Some(authorization),
+                capture: Some(capture),
+                captured: amount,
+                refunded: *refunded,
+                refunding: *refunding,
+                ..Self::default()
+            },
+        }
+    }
+}
+
+fn payment(row: &PgRow) -> Result<Payment, sqlx::Error> {
+    let reference = |name: &str| row.try_get::<String, _>(name);
+    let status = match row.try_get("status")? {
+        "authorizing" => Status::Authorizing,
+        "authorized" => Status::Authorized { authorization: reference("authorization")? },
+        "declined" => Status::Declined { reason: reference("decline_reason")? },
+        "captured" => Status::Captured {
+            authorization: reference("authorization")?,
+            capture: reference("capture")?,
+            refunded: row.try_get("refunded")?,
+            refunding: row.try_get("refunding")?,
+        },
+        "voided" => Status::Voided,
+        other => return Err(sqlx::Error::Decode(format!("payment with status {other:?}").into())),
+    };
+    let currency = row.try_get::<&str, _>("currency")?.parse();
+    Ok(Payment {
+        order: OrderId(row.try_get("order_id")?),
+        customer: row.try_get("customer")?,
+        amount: Money {
+            amount: row.try_get("amount")?,
+            currency: currency.map_err(|error: contracts::money::UnknownCurrency| sqlx::Error::Decode(error.into()))?,
+        },
+        authorize_key: CommandId(row.try_get("authorize_key")?),
+        status,
+    })
+}
+
+fn recorded(row: &PgRow) -> Result<Recorded, sqlx::Error> {
+    Ok(Recorded {
+        payment: payment(row)?,
+        created_at: row.try_get("created_at")?,
+        updated_at: row.try_get("updated_at")?,
+    })
+}

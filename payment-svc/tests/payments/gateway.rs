@@ -1,0 +1,127 @@
+//! The provider's own rules, and what stands before it.
+
+use crate::support::{DEADLINE, Provider, euros};
+use payment_svc::{
+    gateway::{Answer, Doubt, Guarded, HttpGateway, PaymentGateway, Request, breaker::BreakerConfig},
+    sim::Behaviour,
+};
+use saga_core::{id::CommandId, testkit::eventually};
+use serde_json::{Value, json};
+use std::time::Duration;
+use uuid::Uuid;
+
+async fn post(provider: &Provider, path: &str, key: &str, body: &Value) -> (u16, Value) {
+    let sent = reqwest::Client::new().post(provider.url(path)).header("idempotency-key", key).json(body).send().await;
+    let response = sent.unwrap();
+    let status = response.status().as_u16();
+    (status, response.json().await.unwrap_or_default())
+}
+
+fn authorization(method: &str) -> Value {
+    json!({ "order": "o", "customer": "c", "amount": euros(100), "method": method })
+}
+
+fn request(method: &str) -> Request {
+    Request::Authorize { order: "o".into(), customer: "c".into(), amount: euros(100), method: method.into() }
+}
+
+fn key() -> CommandId {
+    CommandId(Uuid::now_v7())
+}
+
+#[tokio::test]
+async fn one_key_is_one_request_with_one_answer() {
+    let provider = Provider::new(Behaviour::default()).await;
+    let first = post(&provider, "/v1/authorizations", "k", &authorization("tok_visa")).await;
+    assert_eq!(first.0, 201);
+    assert_eq!(post(&provider, "/v1/authorizations", "k", &authorization("tok_visa")).await, first);
+    assert_eq!(post(&provider, "/v1/authorizations", "k", &authorization("tok_slow")).await.0, 422);
+    assert_eq!(provider.get("/v1/requests/k").await["body"], first.1);
+    let many = (0..20).map(|_| {
+        let provider = &provider;
+        async move { post(provider, "/v1/authorizations", "at-once", &authorization("tok_visa")).await }
+    });
+    let answers = futures::future::join_all(many).await;
+    assert!(answers.iter().all(|answer| *answer == answers[0]), "{answers:?}");
+    assert_eq!(provider.totals().await[0], 200);
+}
+
+#[tokio::test]
+async fn money_that_is_not_there_is_neither_taken_nor_given_back() {
+    let provider = Provider::new(Behaviour::default()).await;
+    let (_, made) = post(&provider, "/v1/authorizations", "a", &authorization("tok_visa")).await;
+    let path = |verb: &str| format!("/v1/authorizations/{}/{verb}", made["reference"].as_str().unwrap());
+    let amount = |amount: i64| json!({ "amount": euros(amount) });
+    assert_eq!(post(&provider, &path("capture"), "c1", &amount(101)).await.0, 409);
+    assert_eq!(post(&provider, &path("refunds"), "r1", &amount(1)).await.0, 409);
+    assert_eq!(post(&provider, &path("capture"), "c2", &amount(100)).await.0, 200);
+    assert_eq!(post(&provider, &path("capture"), "c3", &amount(1)).await.0, 409);
+    assert_eq!(post(&provider, &path("void"), "v1", &json!({})).await.0, 409);
+    assert_eq!(post(&provider, "/v1/voids", "v2", &json!({ "authorization_key": "a" })).await.0, 409);
+    assert_eq!(post(&provider, &path("refunds"), "r2", &amount(101)).await.0, 409);
+    assert_eq!(post(&provider, &path("refunds"), "r3", &amount(100)).await.0, 200);
+    assert_eq!(provider.totals().await, [100, 0, 100, 0, 100]);
+    let of_order = provider.get("/v1/authorizations?order=o").await;
+    assert_eq!(of_order[0]["refunded"], 100);
+}
+
+#[tokio::test]
+async fn bad_requests_are_problems_and_move_nothing() {
+    let provider = Provider::new(Behaviour::default()).await;
+    let client = reqwest::Client::new();
+    let without_key = client.post(provider.url("/v1/authorizations")).json(&authorization("tok_visa")).send().await;
+    assert_eq!(without_key.unwrap().status(), 400);
+    for (field, value) in
+        [("amount", json!({ "amount": 0, "currency": "EUR" })), ("order", json!("a\0b")), ("x", json!(1))]
+    {
+        let mut body = authorization("tok_visa");
+        body[field] = value;
+        let (status, problem) = post(&provider, "/v1/authorizations", "bad", &body).await;
+        assert_eq!(status, 422, "{problem}");
+        assert_eq!(problem["type"], "/problems/validation");
+    }
+    assert_eq!(provider.totals().await, [0; 5]);
+}
+
+#[tokio::test]
+async fn doubt_is_not_a_refusal_and_a_refusal_is_not_doubt() {
+    let provider = Provider::new(Behaviour::default()).await;
+    let gateway = HttpGateway::new(&provider.url("/").parse().unwrap(), Duration::from_millis(300)).unwrap();
+    let refused = gateway.perform(key(), &request("tok_insufficient_funds")).await.unwrap();
+    assert_eq!(refused, Answer::Refused { code: "insufficient_funds".into() });
+    assert!(matches!(gateway.perform(key(), &request("tok_slow")).await, Err(Doubt::Timeout)));
+    assert!(matches!(gateway.perform(key(), &request("tok_error")).await, Err(Doubt::Status { status: 503 })));
+    let lost = key();
+    assert!(matches!(gateway.perform(lost, &request("tok_lost_answer")).await, Err(Doubt::Connection(_))));
+    assert!(matches!(gateway.perform(lost, &request("tok_lost_answer")).await, Ok(Answer::Done { .. })));
+    let nobody = HttpGateway::new(&"http://127.0.0.1:1".parse().unwrap(), Duration::from_secs(1)).unwrap();
+    assert!(matches!(nobody.perform(key(), &request("tok_visa")).await, Err(Doubt::Connection(_))));
+}
+
+#[tokio::test]
+async fn after_failures_in_a_row_nobody_is_asked_until_one_try_succeeds() {
+    let provider = Provider::new(Behaviour::default()).await;
+    let http = HttpGateway::new(&provider.url("/").parse().unwrap(), Duration::from_secs(5)).unwrap();
+    let gateway = Guarded::new(http, BreakerConfig { failures: 6, open_for: Duration::from_millis(200) });
+    // Each is tried three times.
+    for _ in 0..2 {
+        assert!(matches!(gateway.perform(key(), &request("tok_error")).await, Err(Doubt::Status { .. })));
+    }
+    let turned_away = key();
+    assert!(matches!(gateway.perform(turned_away, &request("tok_visa")).await, Err(Doubt::CircuitOpen)));
+    assert_eq!(provider.totals().await, [0; 5]);
+    eventually(DEADLINE, async || gateway.perform(turned_away, &request("tok_visa")).await.ok()).await;
+    assert!(gateway.perform(key(), &request("tok_visa")).await.is_ok(), "closed again");
+}
+
+#[tokio::test]
+async fn rates_are_kept_and_stored_answers_do_not_change() {
+    let provider = Provider::new(Behaviour { success_rate: 0.0, ..Behaviour::default() }).await;
+    for _ in 0..2 {
+        let (status, body) = post(&provider, "/v1/authorizations", "k", &authorization("tok_visa")).await;
+        assert_eq!((status, body["refused"]["code"].as_str().unwrap()), (402, "declined"));
+    }
+    let provider = Provider::new(Behaviour { error_rate: 1.0, ..Behaviour::default() }).await;
+    assert_eq!(post(&provider, "/v1/authorizations", "k", &authorization("tok_visa")).await.0, 503);
+    assert_eq!(provider.totals().await, [0; 5]);
+}

@@ -1,0 +1,8 @@
+//! Payments on a real PostgreSQL and against the real gateway simulator, a server of its own on a free port: every
+//! outcome, everything repeated, everything killed; and each time the money adds up on both sides.
+
+mod api;
+mod crashes;
+mod gateway;
+mod outcomes;
+mod support;
