@@ -27,11 +27,10 @@ use crate::{
 use axum::Router;
 use http::HeaderValue;
 use saga_core::{
-    http::{Api, FieldError, Limits, Problem},
+    http::{FieldError, Problem},
     outbox::AppendError,
     saga::{CancelError, StartError},
 };
-use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -57,14 +56,11 @@ pub struct ApiState {
 )]
 struct Document;
 
-/// How long a request may take: as long as it may ask to wait, and time to answer.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(prefer::LONGEST_WAIT.as_secs() + 10);
-
-/// The API with everything around it, its description at `/openapi.json` and a page to try it at `/docs`.
-pub fn api(state: ApiState) -> Api {
+/// The API, its description at `/openapi.json` and a page to try it at `/docs`. Whoever serves it surrounds it with
+/// limits and with detached handlers ([`saga_core::http::api`]).
+pub fn router(state: ApiState) -> Router {
     let (router, document) = documented().split_for_parts();
-    let router: Router = router.with_state(state).merge(SwaggerUi::new("/docs").url("/openapi.json", document));
-    Api::with_limits(router, Limits { timeout: REQUEST_TIMEOUT, ..Limits::default() })
+    router.with_state(state).merge(SwaggerUi::new("/docs").url("/openapi.json", document))
 }
 
 /// The API's description, generated from its handlers.

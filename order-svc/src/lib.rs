@@ -3,12 +3,18 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`domain`] | what an order is: intake, pricing, status graph; pure |
+//! | [`order_saga`] | the whole business of an order, from top to bottom |
+//! | [`effects`] | what the saga does to orders |
+//! | [`orders`] | what can be asked of orders: place, cancel, wait |
 //! | [`store`] | the SQL of orders |
 //! | [`catalogue`] | what can be ordered, and for how much: SQL and consumer |
 //! | [`live`] | who waits for an order, told of its changes |
+//! | [`api`] | the HTTP API |
 //! | [`migrations`] | the schema, embedded |
+//! | [`app`] | the parts put together |
 
 pub mod api;
+pub mod app;
 pub mod catalogue;
 pub mod domain;
 pub mod effects;
@@ -17,3 +23,5 @@ pub mod migrations;
 pub mod order_saga;
 pub mod orders;
 pub mod store;
+
+pub use app::{IDENTITY, serve};

@@ -7,8 +7,8 @@ mod embedded {
 }
 
 /// Everything that the orders' database needs, in the order in which it is run.
-pub fn all() -> [Migrations; 3] {
-    [messaging_migrations(), saga_migrations(), own()]
+pub fn all() -> Vec<Migrations> {
+    vec![messaging_migrations(), saga_migrations(), own()]
 }
 
 /// Runs migrations/order.

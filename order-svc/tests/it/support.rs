@@ -2,7 +2,7 @@
 
 use contracts::{OrderId, money::Money, product::Quantity};
 use order_svc::{
-    api::{ApiState, api},
+    api::{ApiState, router},
     domain::{Change, PlaceOrder, PricedLine},
     live::Nudging,
     migrations,
@@ -61,7 +61,7 @@ impl Shop {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let state = ApiState { orders: orders.clone(), shutdown: shutdown.clone() };
-        let server = tokio::spawn(service::serve(listener, api(state), shutdown.clone()));
+        let server = tokio::spawn(service::serve(listener, router(state), shutdown.clone()));
         let client = Client::builder().timeout(PATIENCE).build().unwrap();
         Self { db, orders, addr, client, shutdown, server }
     }

@@ -23,7 +23,8 @@ use axum::{
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use opentelemetry::propagation::{Extractor, TextMapPropagator};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
-use std::{any::Any, time::Duration};
+use std::{any::Any, sync::Arc, time::Duration};
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tower::limit::GlobalConcurrencyLimitLayer;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -47,7 +48,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body_bytes: 64 * 1024, timeout: Duration::from_secs(30), concurrency: 1024 }
+        Self { body_bytes: 64 * 1024, timeout: Duration::from_secs(40), concurrency: 1024 }
     }
 }
 
@@ -71,7 +72,8 @@ impl Api {
     #[must_use]
     pub fn with_limits(router: Router, limits: Limits) -> Self {
         let in_flight = TaskTracker::new();
-        let detach = Detach { in_flight: in_flight.clone(), body_bytes: limits.body_bytes };
+        let slots = Arc::new(Semaphore::new(limits.concurrency));
+        let detach = Detach { in_flight: in_flight.clone(), slots, body_bytes: limits.body_bytes };
         let router = router
             .method_not_allowed_fallback(method_not_allowed)
             .fallback(not_found)
@@ -99,6 +101,9 @@ impl From<Router> for Api {
 #[derive(Clone)]
 struct Detach {
     in_flight: TaskTracker,
+    /// How many may be at work. A client that hangs up gives back its place among the requests that are waited for, but
+    /// its handler goes on: without a place of its own, hanging up often enough would pile up work without a bound.
+    slots: Arc<Semaphore>,
     body_bytes: usize,
 }
 
@@ -123,7 +128,16 @@ async fn run_detached(State(detach): State<Detach>, request: Request, next: Next
         Err(error) => return body_problem(reading_failed(&error)).into_response(),
     };
     let request = Request::from_parts(parts, Body::from(body));
-    let handler = detach.in_flight.spawn(next.run(request).instrument(Span::current()));
+    let slot = match detach.slots.acquire_owned().await {
+        Ok(slot) => slot,
+        Err(closed) => return Problem::internal(&closed).into_response(),
+    };
+    let handler = async move {
+        let response = next.run(request).await;
+        drop(slot);
+        response
+    };
+    let handler = detach.in_flight.spawn(handler.instrument(Span::current()));
     match handler.await {
         Ok(response) => response,
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),

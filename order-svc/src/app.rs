@@ -1,0 +1,70 @@
+//! The parts put together.
+//!
+//! ```text
+//!   HTTP ────────────► Orders ──┐
+//!   orders.replies ──► engine ──┼─► one transaction: orders, sagas, outbox ──► relay ──► Kafka
+//!   timers ──────────► engine ──┘
+//!   inventory.items ─► catalogue
+//! ```
+
+use crate::{
+    api::{ApiState, router},
+    catalogue::{self, CatalogueHandler},
+    live::Nudging,
+    migrations,
+    orders::Orders,
+};
+use contracts::topics::{INVENTORY_COMMANDS, INVENTORY_ITEMS, ORDERS_EVENTS, ORDERS_REPLIES, PAYMENTS_COMMANDS};
+use saga_core::{
+    consumer::{Consumer, ConsumerConfig, Handler},
+    http::sagas::{saga_openapi, saga_routes},
+    service::{self, Health, Identity, Parts, Settings, database, task},
+    topic::Topic,
+};
+use sqlx::PgPool;
+use std::{convert::Infallible, sync::Arc};
+use tokio_util::sync::CancellationToken;
+use utoipa_swagger_ui::SwaggerUi;
+
+/// Who this is.
+pub const IDENTITY: Identity = Identity { name: "order-svc", http_port: 8080, admin_port: 9080 };
+
+/// The group that takes the replies to the order saga.
+const REPLIES: &str = "order-svc.saga";
+
+/// Runs the service until `token` is cancelled or a part of it fails.
+pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Result<()> {
+    let pool = database::pool(&settings.database, IDENTITY.name);
+    let health = Health::new(&token);
+    let orders = Orders::new(pool.clone())?;
+    let brokers = &settings.kafka.brokers;
+    let replies = Nudging::new(orders.engine.handler(), Arc::clone(&orders.live));
+    let replies = consumer(REPLIES, ORDERS_REPLIES, brokers, &pool, replies);
+    let items = consumer(catalogue::GROUP, INVENTORY_ITEMS, brokers, &pool, CatalogueHandler);
+    for (name, consumer) in [("replies", replies.health()), ("catalogue", items.health())] {
+        health.check(name, move || std::future::ready(consumer.check()));
+    }
+    let (engine, live) = (Arc::clone(&orders.engine), Arc::clone(&orders.live));
+    let (timers, watching) = (token.clone(), token.clone());
+    let parts = Parts {
+        migrations: migrations::all(),
+        topics: vec![PAYMENTS_COMMANDS, INVENTORY_COMMANDS, ORDERS_REPLIES, ORDERS_EVENTS, INVENTORY_ITEMS],
+        admin: saga_routes(Arc::clone(&orders.engine))
+            .merge(SwaggerUi::new("/docs").url("/openapi.json", saga_openapi())),
+        api: router(ApiState { orders, shutdown: token.clone() }),
+        tasks: vec![
+            task("replies", replies.run(token.clone())),
+            task("catalogue", items.run(token.clone())),
+            task("timers", async move { engine.run_timers(timers).await }),
+            task("live", async move {
+                live.run(watching).await;
+                Ok::<_, Infallible>(())
+            }),
+        ],
+    };
+    service::run(settings, pool, health, token, parts).await.map_err(anyhow::Error::from_boxed)
+}
+
+fn consumer<H: Handler>(group: &str, topic: Topic, brokers: &str, pool: &PgPool, handler: H) -> Consumer<H> {
+    Consumer::new(ConsumerConfig::new(brokers, group, [topic.name]), pool.clone(), Arc::new(handler))
+}
