@@ -3,7 +3,10 @@
 use crate::{api, commands};
 use axum::Router;
 use contracts::topics;
-use saga_core::service::{self, Health, Identity, Migrations, Parts, Settings, database, messaging_migrations};
+use saga_core::{
+    consumer::{Consumer, ConsumerConfig},
+    service::{self, Health, Identity, Migrations, Parts, Settings, database, messaging_migrations, task},
+};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -21,17 +24,23 @@ pub fn migrations() -> Vec<Migrations> {
     vec![messaging_migrations(), Migrations { owner: "inventory", runner: embedded::migrations::runner() }]
 }
 
+/// The consumer group of `inventory.commands`, and the name under which the inbox knows it.
+pub const GROUP: &str = "inventory-svc";
+
 /// Runs the service until `token` is cancelled or a part of it fails.
 pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Result<()> {
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
-    let _participant = Arc::new(commands::participant());
+    let config = ConsumerConfig::new(&settings.kafka.brokers, GROUP, [topics::INVENTORY_COMMANDS.name]);
+    let commands = Consumer::new(config, pool.clone(), Arc::new(commands::participant()));
+    let reading = commands.health();
+    health.check("consumer", move || std::future::ready(reading.check()));
     let parts = Parts {
         migrations: migrations(),
         topics: vec![topics::INVENTORY_COMMANDS, topics::INVENTORY_ITEMS, topics::ORDERS_REPLIES],
         api: api::router(pool.clone()),
         admin: Router::new(),
-        tasks: vec![],
+        tasks: vec![task("commands", commands.run(token.clone()))],
     };
     service::run(settings, pool, health, token, parts).await.map_err(anyhow::Error::from_boxed)
 }

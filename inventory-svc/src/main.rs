@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 /// Items, stock and reservations of the order platform
 #[derive(Parser)]
-#[command(name = "inventory-svc", version, about)]
+#[command(name = "inventory-svc", version)]
 struct Cli {
     #[command(subcommand)]
     command: Option<ServiceCommand>,

@@ -2,6 +2,8 @@
 
 mod bad_input;
 mod commands;
+mod consuming;
 mod items;
+mod process;
 mod schema;
 mod support;

@@ -139,3 +139,76 @@ impl Visit for Fields<'_> {
         self.0.insert(field.name().into(), value.into());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use opentelemetry::trace::TracerProvider;
+    use std::{
+        io,
+        sync::{Arc, Mutex},
+    };
+    use tracing_subscriber::layer::SubscriberExt;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What is logged while `work` runs.
+    fn logged(work: impl FnOnce()) -> Vec<Value> {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let tracer = opentelemetry_sdk::trace::SdkTracerProvider::builder().build().tracer("test");
+        let subscriber = tracing_subscriber::registry()
+            .with(tracing_opentelemetry::layer().with_tracer(tracer))
+            .with(JsonLines::new("me", move || writer.clone()));
+        tracing::subscriber::with_default(subscriber, work);
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn a_line_carries_the_service_the_trace_and_the_fields_of_every_span_around_it() {
+        let lines = logged(|| {
+            let outer = tracing::info_span!("http", request_id = "r1", saga = "outer", status = tracing::field::Empty);
+            outer.in_scope(|| {
+                tracing::info_span!("message", saga = "s1", order = %7).in_scope(|| {
+                    tracing::warn!(attempt = 2, "tried \"again\"");
+                });
+                outer.record("status", 202);
+                tracing::info!("done");
+            });
+            tracing::info!("outside");
+        });
+        let [within, done, outside] = lines.as_slice() else { panic!("{lines:?}") };
+        assert_eq!((&within["service"], &within["level"]), (&"me".into(), &"WARN".into()));
+        assert_eq!(within["message"], "tried \"again\"");
+        assert_eq!(
+            (&within["saga"], &within["order"], &within["request_id"]),
+            (&"s1".into(), &"7".into(), &"r1".into())
+        );
+        assert_eq!(within["attempt"], 2);
+        assert_eq!(within["trace_id"].as_str().unwrap().len(), 32);
+        assert_eq!(within["trace_id"], done["trace_id"], "one request, one trace");
+        assert_eq!((&done["saga"], &done["status"]), (&"outer".into(), &202.into()));
+        assert_eq!((&outside["trace_id"], &outside["saga"]), (&"".into(), &Value::Null));
+    }
+
+    #[test]
+    fn a_field_overwrites_nothing_that_every_line_has() {
+        let lines =
+            logged(|| tracing::info_span!("s", service = "other").in_scope(|| tracing::info!(level = 9, "hello")));
+        assert_eq!((&lines[0]["service"], &lines[0]["level"]), (&"me".into(), &"INFO".into()));
+        assert_eq!((&lines[0]["field_service"], &lines[0]["field_level"]), (&"other".into(), &9.into()));
+    }
+}

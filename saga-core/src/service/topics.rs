@@ -20,6 +20,9 @@ use std::{sync::Arc, time::Duration};
 
 /// How long one request to Kafka may take before it is asked again.
 const REQUEST: Duration = Duration::from_secs(10);
+/// How long the question for what there is may take. It blocks a thread, and a process that is told to stop waits for
+/// its threads.
+const METADATA: Duration = Duration::from_secs(2);
 /// How long to wait between attempts while Kafka is away.
 const WAIT: Backoff = Backoff::doubling(Duration::from_millis(200), Duration::from_secs(2));
 
@@ -150,7 +153,7 @@ async fn attempt(
 async fn partitions(admin: &Arc<AdminClient<DefaultClientContext>>) -> Result<Vec<(String, i32)>, KafkaError> {
     let admin = Arc::clone(admin);
     // librdkafka's metadata call blocks its thread.
-    let fetch = tokio::task::spawn_blocking(move || admin.inner().fetch_metadata(None, REQUEST));
+    let fetch = tokio::task::spawn_blocking(move || admin.inner().fetch_metadata(None, METADATA));
     let metadata = fetch.await.map_err(|_| KafkaError::Canceled)??;
     let count = |partitions: usize| i32::try_from(partitions).unwrap_or(i32::MAX);
     Ok(metadata.topics().iter().map(|topic| (topic.name().to_owned(), count(topic.partitions().len()))).collect())
