@@ -92,3 +92,27 @@ impl Buffer {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    #[tokio::test]
+    async fn a_full_buffer_says_so_once_and_says_when_it_is_half_empty() {
+        let drained = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&drained);
+        let buffer = Buffer::new(4, move || {
+            counted.fetch_add(1, Ordering::SeqCst);
+        });
+        let rooms: Vec<_> = (0..6).map(|_| buffer.push(Raw::default())).collect();
+        assert_eq!(rooms, [Room::Left, Room::Left, Room::Left, Room::Full, Room::Left, Room::Left]);
+        assert_eq!((buffer.take(3).await.len(), drained.load(Ordering::SeqCst)), (3, 0));
+        assert_eq!((buffer.take(3).await.len(), drained.load(Ordering::SeqCst)), (3, 1));
+        assert_eq!(buffer.push(Raw::default()), Room::Left);
+        assert_eq!((buffer.take(3).await.len(), drained.load(Ordering::SeqCst)), (1, 1));
+    }
+}

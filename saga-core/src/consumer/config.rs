@@ -16,7 +16,8 @@ pub struct ConsumerConfig {
     /// Most records of one transaction. More amortises better and makes one lost lock or one bad record dearer; a
     /// batch is what has arrived, so at low load this waits for nothing.
     pub batch_max: usize,
-    /// Records of one partition that may wait for its worker before the partition is paused.
+    /// Records of one partition that may wait for its worker before the partition is paused (or 16 MiB of them, if that
+    /// is less). It is resumed at half, so half of it should last until the next fetch arrives.
     pub buffer: usize,
     /// How often a record is tried before it is dead-lettered.
     pub attempts: u32,
@@ -35,7 +36,7 @@ impl ConsumerConfig {
             topics: topics.into_iter().map(Into::into).collect(),
             brokers: brokers.into(),
             batch_max: 500,
-            buffer: 2_000,
+            buffer: 10_000,
             attempts: 8,
             backoff: Backoff::doubling(Duration::from_secs(1), Duration::from_secs(60)),
             horizon: Duration::from_secs(14 * 24 * 3600),

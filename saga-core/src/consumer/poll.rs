@@ -26,7 +26,7 @@ use rdkafka::{
 };
 use sqlx::PgPool;
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     panic::AssertUnwindSafe,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
@@ -219,6 +219,7 @@ impl<H: Handler> Poll<H> {
             stop: stop.clone(),
             careful: self.config.batch_max,
             look_at_parked: clock::monotonic(),
+            stumbling: HashSet::new(),
         };
         let broken = self.broken.0.clone();
         let task = tokio::spawn(async move {

@@ -14,7 +14,7 @@ use std::{
 use time::OffsetDateTime;
 
 /// A record as it was polled, its memory our own.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Raw {
     pub(super) offset: i64,
     timestamp: Option<OffsetDateTime>,

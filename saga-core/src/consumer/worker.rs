@@ -23,6 +23,7 @@ use crate::{
     retry::Backoff,
 };
 use std::{
+    collections::HashSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -54,6 +55,8 @@ pub(super) struct Worker<H> {
     /// How many fresh records are still to be taken one by one, because one of them may kill.
     pub(super) careful: usize,
     pub(super) look_at_parked: Instant,
+    /// Lanes in which something failed when they were taken in batches.
+    pub(super) stumbling: HashSet<i64>,
 }
 
 impl<H: Handler> Worker<H> {
@@ -72,12 +75,11 @@ impl<H: Handler> Worker<H> {
     }
 
     async fn work(&mut self, owner: Uuid) -> Result<std::convert::Infallible, Ended> {
-        let claimed =
-            self.insist(|| async { Ok(parking::claim(&self.desk.pool, self.desk.place(), owner).await?) }).await?;
-        // A claim is no record's fault: whatever the answer is, being careful is right.
-        self.careful = match claimed {
-            Ok(LeftBehind::Clean) => 0,
-            Ok(LeftBehind::Unclean) | Err(_) => self.desk.config.batch_max,
+        let desk = &self.desk;
+        let left = self.must(|| async { Ok(parking::claim(&desk.pool, desk.place(), owner).await?) }).await?;
+        self.careful = match left {
+            LeftBehind::Clean => 0,
+            LeftBehind::Unclean => desk.config.batch_max,
         };
         loop {
             self.retry_what_is_due().await?;
@@ -115,7 +117,7 @@ impl<H: Handler> Worker<H> {
             .insist(|| async { Ok(inbox::known(pool, &self.desk.config.group, &arrivals).await?) })
             .await?
             .unwrap_or_else(|_| vec![false; arrivals.len()]);
-        let done: std::collections::HashSet<i64> = batch
+        let done: HashSet<i64> = batch
             .messages
             .iter()
             .zip(known)
@@ -124,6 +126,10 @@ impl<H: Handler> Worker<H> {
             .collect();
         self.desk.count_duplicates(done.len());
         for single in batch.into_singles() {
+            // What is done is in the inbox; whoever has the partition next passes over it.
+            if self.stop.is_cancelled() {
+                return Err(Ended::Stopped);
+            }
             if single.messages.iter().all(|message| !done.contains(&message.at.offset)) {
                 self.one(&single).await?;
             }
@@ -169,7 +175,10 @@ impl<H: Handler> Worker<H> {
             let desk = &self.desk;
             let due = self.must(|| async { Ok(parking::next_due(&desk.pool, desk.place()).await?) }).await?;
             match due {
-                Due::Nothing => self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED,
+                Due::Nothing => {
+                    self.stumbling.clear();
+                    self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED;
+                }
                 Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
                 Due::Now(parked) => self.retry(&parked).await?,
             }
@@ -189,21 +198,37 @@ impl<H: Handler> Worker<H> {
         }
         match self.insist(|| desk.retry(parked)).await? {
             Ok(()) => match parked.lane {
-                // What waited behind goes in batches; if one of it fails, it is the lane's first and tried on its own.
-                // Not while a record may kill: nothing is counted there.
-                Some(lane) if self.careful == 0 => {
-                    while let Ok(drained) = self.insist(|| desk.drain(lane)).await?
-                        && drained == desk.config.batch_max
-                    {}
-                    Ok(())
-                }
-                _ => Ok(()),
+                Some(lane) => self.drain(lane).await,
+                None => Ok(()),
             },
-            Err(fault) if fault.retry == Retry::Pointless || attempt >= desk.config.attempts => {
-                self.must(|| desk.give_up_parked(parked, attempt, &fault)).await
+            Err(fault) => {
+                if let Some(lane) = parked.lane {
+                    self.stumbling.remove(&lane);
+                }
+                let desk = &self.desk;
+                if fault.retry == Retry::Pointless || attempt >= desk.config.attempts {
+                    self.must(|| desk.give_up_parked(parked, attempt, &fault)).await
+                } else {
+                    self.must(|| async { Ok(parking::note(&desk.pool, parked.id, &fault).await?) }).await
+                }
             }
-            Err(fault) => self.must(|| async { Ok(parking::note(&desk.pool, parked.id, &fault).await?) }).await,
         }
+    }
+
+    /// Handles in batches what waited behind a record that is now handled. When one of it fails, all of it is taken one
+    /// by one until the culprit has been found; likewise while a record may kill, as nothing is counted here.
+    async fn drain(&mut self, lane: i64) -> Result<(), Ended> {
+        while self.careful == 0 && !self.stumbling.contains(&lane) && !self.stop.is_cancelled() {
+            let desk = &self.desk;
+            match self.insist(|| desk.drain(lane)).await? {
+                Ok(drained) if drained < desk.config.batch_max => break,
+                Ok(_) => {}
+                Err(_) => {
+                    self.stumbling.insert(lane);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Stores the offset of what is done; Kafka hears of it with the next automatic commit, or when the partition goes.

@@ -44,10 +44,14 @@ pub struct TestTopic {
 impl TestTopic {
     /// Creates `<prefix>-<random>` and its dead letter topic.
     pub async fn create(prefix: &str, partitions: i32) -> Self {
-        let name = super::unique(prefix);
-        let dead_letters = crate::topic::dead_letter_topic(&name);
-        futures::future::join(create_topic(&name, partitions), create_topic(&dead_letters, 1)).await;
-        Self { name }
+        Self::create_named(&super::unique(prefix), partitions).await
+    }
+
+    /// Creates a topic with exactly this name, and its dead letter topic.
+    pub async fn create_named(name: &str, partitions: i32) -> Self {
+        let dead_letters = crate::topic::dead_letter_topic(name);
+        futures::future::join(create_topic(name, partitions), create_topic(&dead_letters, 1)).await;
+        Self { name: name.into() }
     }
 
     /// Its name.

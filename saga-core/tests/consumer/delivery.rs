@@ -6,7 +6,7 @@ use saga_core::{
     envelope::header,
     id::MessageId,
     outbox::{NewMessage, Tx},
-    testkit::{Record, brokers, eventually, unique},
+    testkit::{Record, TestTopic, brokers, eventually, produce, unique},
 };
 use std::{
     sync::{Arc, Mutex, atomic::Ordering},
@@ -62,7 +62,7 @@ async fn a_tombstone_and_a_record_without_a_key_are_messages_like_others() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_partition_that_is_held_up_is_paused_and_the_others_flow_on() {
     let mut fixture = Fixture::new(2).await;
-    (fixture.config.batch_max, fixture.config.buffer) = (10, 40);
+    (fixture.config.batch_max, fixture.config.buffer) = (50, 200);
     let at = |partition, n: usize| Record {
         partition: Some(partition),
         ..event(&format!("p{partition}"), &format!("{n:04}"))
@@ -119,6 +119,34 @@ impl Load<'_> {
             self.waves += 1;
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_without_partitions_is_ready_to_take_over() {
+    let fixture = Fixture::new(1).await;
+    let members = [fixture.start(), fixture.start()];
+    fixture.send(&[event("a", "1")]).await;
+    fixture.until_handled(1).await;
+    for member in &members {
+        eventually(SOON, || async { member.health.check().ok() }).await;
+    }
+    for member in members {
+        member.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_is_created_later_is_read() {
+    let mut fixture = Fixture::new(1).await;
+    let later = unique("later");
+    fixture.config.topics.push(later.clone());
+    fixture.send(&[event("a", "1")]).await;
+    let running = fixture.start();
+    fixture.until_handled(1).await;
+    let later = TestTopic::create_named(&later, 1).await;
+    produce(&later, &[event("b", "1")]).await;
+    assert_eq!(fixture.until_handled(2).await[1].0, "b");
+    running.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -192,20 +192,65 @@ async fn an_outage_of_the_database_is_waited_for_and_counts_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_deadlock_is_repeated_and_counts_nothing() {
+async fn what_passes_by_itself_is_repeated_and_counts_nothing_however_a_handler_words_it() {
     let fixture = Fixture::new(1).await;
     let tries = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&tries);
     let running = fixture.start_with(move |_| {
-        let tried = counted.fetch_add(1, Ordering::SeqCst);
-        // As a handler wraps it that knows only `anyhow`.
-        let outage = sqlx::Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
-        if tried < 10 { Err(HandleError::Failed(anyhow::Error::from(outage).context("stock"))) } else { Ok(()) }
+        let cut = || sqlx::Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        match counted.fetch_add(1, Ordering::SeqCst) {
+            0 | 2 => Err(cut().into()),
+            // As a handler wraps it that knows only `anyhow`.
+            1 | 3 => Err(anyhow::Error::from(cut()).context("could not read the stock").into()),
+            _ => Ok(()),
+        }
     });
     fixture.send(&[event("a", "1")]).await;
     fixture.until_handled(1).await;
     eventually(SOON, || async { running.health.check().ok() }).await;
-    assert_eq!(tries.load(Ordering::SeqCst), 11);
+    assert_eq!(tries.load(Ordering::SeqCst), 5);
     assert!(fixture.dead_letters().await.is_empty());
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadlock_with_another_transaction_is_repeated_and_counts_nothing() {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.attempts = 1;
+    // The server's own detector must find the handler's transaction, not ours: ours is patient.
+    sqlx::query(
+        "create function locks_a_then_b() returns trigger language plpgsql as $$
+         begin
+             set local deadlock_timeout = '50ms';
+             perform pg_advisory_xact_lock(1);
+             perform pg_advisory_xact_lock(2);
+             return new;
+         end $$",
+    )
+    .execute(&fixture.database.pool)
+    .await
+    .unwrap();
+    sqlx::query("create trigger locks before insert on handled for each row execute function locks_a_then_b()")
+        .execute(&fixture.database.pool)
+        .await
+        .unwrap();
+    let mut other = fixture.database.pool.begin().await.unwrap();
+    sqlx::query("set local deadlock_timeout = '1h'").execute(&mut *other).await.unwrap();
+    sqlx::query("select pg_advisory_xact_lock(2)").execute(&mut *other).await.unwrap();
+    fixture.send(&[event("a", "1")]).await;
+    let running = fixture.start();
+    // It holds lock 1 and waits for 2; now we wait for 1, and one of us has to give way.
+    eventually(SOON, || async {
+        let waits: bool = sqlx::query_scalar("select exists (select from pg_locks where locktype = 'advisory' and objid = 2 and not granted and database = (select oid from pg_database where datname = current_database()))")
+            .fetch_one(&fixture.database.pool)
+            .await
+            .unwrap();
+        waits.then_some(())
+    })
+    .await;
+    sqlx::query("select pg_advisory_xact_lock(1)").execute(&mut *other).await.unwrap();
+    other.commit().await.unwrap();
+    fixture.until_handled(1).await;
+    assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
     running.stop().await;
 }
