@@ -8,11 +8,8 @@ use crate::{
     topics::{TopicState, Topics},
 };
 use sqlx::{PgConnection, PgPool};
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
+use time::OffsetDateTime;
 use tokio::{sync::watch, time::Instant};
 use tracing::{debug, info, warn};
 
@@ -33,7 +30,7 @@ pub(crate) struct Control {
     /// Topics that are not to be published, or are catching up.
     pub(crate) paused: HashMap<String, Paused>,
     /// Lines of parked rows that are to be tried again.
-    pub(crate) retry: HashSet<Line>,
+    pub(crate) retry: HashMap<Line, OffsetDateTime>,
 }
 
 /// Looks up what is wanted now.

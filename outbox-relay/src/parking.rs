@@ -5,7 +5,8 @@
 //! whenever the process dies, a row is either still to come or parked, never neither.
 
 use sqlx::PgConnection;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// Lines with parked rows. Nearly always empty.
@@ -96,15 +97,21 @@ pub(crate) async fn park_in(tx: &mut PgConnection, outbox: &str, rows: &[Park]) 
     Ok(())
 }
 
-/// Lines that an operator wants tried again.
-pub(crate) async fn requested(db: &mut PgConnection, outbox: &str) -> Result<HashSet<Line>, sqlx::Error> {
-    let lines: Vec<(String, Option<String>)> = sqlx::query_as(
-        "select distinct topic, key from outbox_parked where outbox = $1 and retry_requested_at is not null",
+/// Lines that an operator wants tried again, and when he last said so.
+pub(crate) async fn requested(
+    db: &mut PgConnection,
+    outbox: &str,
+) -> Result<HashMap<Line, OffsetDateTime>, sqlx::Error> {
+    let lines: Vec<(String, Option<String>, OffsetDateTime)> = sqlx::query_as(
+        "select topic, key, max(retry_requested_at)
+           from outbox_parked
+          where outbox = $1 and retry_requested_at is not null
+          group by topic, key",
     )
     .bind(outbox)
     .fetch_all(db)
     .await?;
-    Ok(lines.into_iter().map(|(topic, key)| Line { topic, key }).collect())
+    Ok(lines.into_iter().map(|(topic, key, at)| (Line { topic, key }, at)).collect())
 }
 
 /// The next row of a line that is to be tried again, locked against a discard while it is. A row without a key is a
@@ -156,16 +163,17 @@ pub(crate) async fn published_in(
     Ok(published.rows_affected() == 1)
 }
 
-/// The line has been tried: nothing is asked for any more; a row that failed keeps why.
+/// The line has been tried, as was asked for at `requested`; a later request stands. A row that failed keeps why.
 pub(crate) async fn tried(
     db: &mut PgConnection,
     outbox: &str,
     line: &Line,
+    requested: OffsetDateTime,
     failed: Option<(i64, &str)>,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update outbox_parked
-            set retry_requested_at = null,
+            set retry_requested_at = case when retry_requested_at > $6 then retry_requested_at end,
                 attempts           = attempts + case when id = $4 then 1 else 0 end,
                 reason             = case when id = $4 then $5 else reason end,
                 blocked_by         = case when id = $4 then null else blocked_by end
@@ -177,6 +185,7 @@ pub(crate) async fn tried(
     .bind(&line.key)
     .bind(failed.map(|(id, _)| id))
     .bind(failed.map(|(_, reason)| reason))
+    .bind(requested)
     .execute(db)
     .await?;
     Ok(())

@@ -11,27 +11,28 @@ use crate::{
     session::{Ended, Session},
     tracker::Ticket,
 };
-use std::collections::HashSet;
+use std::collections::HashMap;
+use time::OffsetDateTime;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 impl Session {
-    pub(crate) async fn retry(&mut self, lines: &HashSet<Line>) -> Result<(), Ended> {
+    pub(crate) async fn retry(&mut self, lines: &HashMap<Line, OffsetDateTime>) -> Result<(), Ended> {
         // Rows behind a parked one may be decided on, but not be in the table yet.
         self.settle().await?;
         let (told, recorded) = oneshot::channel();
         self.progress.send(Progress::Flush(told)).await.map_err(|_| CommitError::Fenced)?;
         recorded.await.map_err(|_| CommitError::Fenced)?;
-        for line in lines {
+        for (line, requested) in lines {
             // It is asked for again when the topic resumes.
             if !self.paused.contains(&line.topic) {
-                self.retry_line(line).await?;
+                self.retry_line(line, *requested).await?;
             }
         }
         Ok(())
     }
 
-    async fn retry_line(&mut self, line: &Line) -> Result<(), Ended> {
+    async fn retry_line(&mut self, line: &Line, requested: OffsetDateTime) -> Result<(), Ended> {
         let limit = match self.look(&line.topic).await? {
             Ok(limit) => limit,
             Err((_, reason)) => {
@@ -39,21 +40,27 @@ impl Session {
                 return Ok(());
             }
         };
-        while let Some(outcome) = self.retry_row(line, limit).await? {
+        while let Some(outcome) = self.retry_row(line, limit, requested).await? {
             if let Err((id, reason)) = outcome {
                 warn!(outbox = self.outbox, id, topic = line.topic, reason, "a parked row was refused again");
-                parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, Some((id, &reason))).await?;
+                parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, Some((id, &reason)))
+                    .await?;
                 return Ok(());
             }
         }
-        parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, None).await?;
+        parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, None).await?;
         self.blocked.free(line);
         info!(outbox = self.outbox, topic = line.topic, "no row of the line is parked any more");
         Ok(())
     }
 
     /// Tries the line's first row: its id, or why it was refused for good. `None` when there is none.
-    async fn retry_row(&mut self, line: &Line, limit: usize) -> Result<Option<Result<i64, (i64, String)>>, Ended> {
+    async fn retry_row(
+        &mut self,
+        line: &Line,
+        limit: usize,
+        requested: OffsetDateTime,
+    ) -> Result<Option<Result<i64, (i64, String)>>, Ended> {
         let mut tx = self.db.begin().await?;
         let Some(row) = parking::next_in(&mut tx, &self.outbox, line).await? else { return Ok(None) };
         let built = self.builder.build(&row);
@@ -78,7 +85,7 @@ impl Session {
                 tx.rollback().await?;
                 let reason = format!("Kafka refused it: {code}");
                 let failed = Some((row.id(), reason.as_str()));
-                parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, failed).await?;
+                parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, failed).await?;
                 return Err(Ended::Refused { id: None, code, alone: false });
             }
             Err(ended) => return Err(ended),

@@ -48,6 +48,8 @@ impl Topics {
         let admin = ClientConfig::new()
             .set("bootstrap.servers", brokers)
             .set("client.id", "outbox-relay")
+            // Asking must not create.
+            .set("allow.auto.create.topics", "false")
             .create_with_context(Quiet)?;
         Ok(Self { admin: Arc::new(admin) })
     }
@@ -64,21 +66,14 @@ impl Topics {
     pub(crate) async fn look(&self, topic: &str) -> Result<TopicState, KafkaError> {
         let options = AdminOptions::new().request_timeout(Some(Timeout::After(PATIENCE)));
         let described = self.admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await?;
-        match described.into_iter().next() {
-            Some(Ok(config)) => {
-                let limit = config.get("max.message.bytes").and_then(|entry| entry.value.as_deref()?.parse().ok());
-                Ok(TopicState::Ready { max_message_bytes: limit.unwrap_or(DEFAULT_LIMIT) })
-            }
-            // Reading a topic's configuration is a right of its own; writing may be allowed without it.
-            Some(Err(RDKafkaErrorCode::TopicAuthorizationFailed)) => self.look_without_configuration(topic).await,
-            Some(Err(RDKafkaErrorCode::UnknownTopicOrPartition)) => {
-                Ok(TopicState::Missing(format!("the topic {topic:?} does not exist")))
-            }
-            Some(Err(RDKafkaErrorCode::InvalidTopic)) => {
-                Ok(TopicState::Missing(format!("{topic:?} is not a legal topic name")))
-            }
-            Some(Err(code)) => Err(KafkaError::AdminOp(code)),
-            None => Err(KafkaError::AdminOp(RDKafkaErrorCode::Unknown)),
+        let limit = described
+            .first()
+            .and_then(|config| config.as_ref().ok()?.get("max.message.bytes")?.value.as_deref()?.parse().ok());
+        match limit {
+            Some(max_message_bytes) => Ok(TopicState::Ready { max_message_bytes }),
+            // rdkafka 0.39 drops the broker's answer per topic: a topic that is missing, or whose configuration may not
+            // be read (a right of its own, without which writing may be allowed), looks like one without settings.
+            None => self.look_without_configuration(topic).await,
         }
     }
 
@@ -92,6 +87,12 @@ impl Topics {
             None => Ok(TopicState::Ready { max_message_bytes: DEFAULT_LIMIT }),
             Some(RDKafkaErrorCode::UnknownTopicOrPartition) => {
                 Ok(TopicState::Missing(format!("the topic {topic:?} does not exist")))
+            }
+            Some(RDKafkaErrorCode::InvalidTopic) => {
+                Ok(TopicState::Missing(format!("{topic:?} is not a legal topic name")))
+            }
+            Some(code @ (RDKafkaErrorCode::LeaderNotAvailable | RDKafkaErrorCode::BrokerNotAvailable)) => {
+                Err(KafkaError::MetadataFetch(code))
             }
             Some(code) => Ok(TopicState::Forbidden(format!("the brokers refuse the topic {topic:?}: {code}"))),
         }

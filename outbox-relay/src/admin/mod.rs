@@ -3,15 +3,25 @@
 //! | route | what |
 //! |---|---|
 //! | `GET /v1/outboxes` | every outbox: owner, position, lag in rows and seconds, what is paused and parked |
+//! | `GET /v1/outboxes/{name}/events` | rows by `state`, `topic`, `key`, `type` |
+//! | `POST /v1/outboxes/{name}/pause`, `…/resume` | a topic, or everything |
+//! | `GET /v1/outboxes/{name}/parked` | parked rows |
+//! | `POST /v1/outboxes/{name}/parked/retry` | try their lines again, in order |
+//! | `POST /v1/outboxes/{name}/parked/{id}/discard` | give one up |
 //!
 //! Every verb is audited in the transaction that performs it, and the owner, wherever it runs, sees it in the database.
 
+mod audit;
+mod events;
 mod outboxes;
+mod parked;
+mod pauses;
+mod request;
 
 use crate::{Relay, outbox::Role};
 use axum::Router;
 use saga_core::service::Health;
-use utoipa::openapi::OpenApi;
+use utoipa::{OpenApi as _, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 /// The routes.
@@ -25,8 +35,19 @@ pub fn openapi() -> OpenApi {
     documented().split_for_parts().1
 }
 
+#[derive(utoipa::OpenApi)]
+#[openapi(info(title = "outbox-relay", description = "What the relay publishes, what it could not, and the repairs"))]
+struct Document;
+
 fn documented() -> OpenApiRouter<Relay> {
-    OpenApiRouter::new().routes(routes!(outboxes::list))
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(outboxes::list))
+        .routes(routes!(events::list))
+        .routes(routes!(pauses::pause))
+        .routes(routes!(pauses::resume))
+        .routes(routes!(parked::list))
+        .routes(routes!(parked::retry))
+        .routes(routes!(parked::discard))
 }
 
 /// Readiness: red while an outbox that this process should publish cannot be published. Standing by is fine.

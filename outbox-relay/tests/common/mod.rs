@@ -27,6 +27,12 @@ impl World {
     }
 
     pub async fn with_partitions(partitions: i32) -> Self {
+        // `RUST_LOG` shows what the relay says.
+        tracing_subscriber::fmt()
+            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+            .with_test_writer()
+            .try_init()
+            .ok();
         let database = TestDatabase::new(&[messaging_migrations()]).await;
         let topic = TestTopic::create("relay", partitions).await;
         Self { database, topic, name: "orders".to_owned() }

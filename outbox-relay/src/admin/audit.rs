@@ -1,0 +1,25 @@
+//! Who did what: one row per action, in the transaction that performs it.
+
+use saga_core::service::Role;
+use serde_json::Value;
+use sqlx::PgConnection;
+
+/// Writes the action down.
+pub(super) async fn write_in(
+    tx: &mut PgConnection,
+    outbox: &str,
+    actor: Role,
+    action: &str,
+    reason: &str,
+    detail: &Value,
+) -> Result<(), sqlx::Error> {
+    sqlx::query("insert into outbox_audit (outbox, actor, action, reason, detail) values ($1, $2, $3, $4, $5)")
+        .bind(outbox)
+        .bind(actor.as_str())
+        .bind(action)
+        .bind(reason)
+        .bind(detail)
+        .execute(tx)
+        .await?;
+    Ok(())
+}

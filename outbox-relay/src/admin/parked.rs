@@ -1,0 +1,274 @@
+//! Parked rows: look at them, try their lines again in order, discard one.
+
+#![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
+
+use super::{
+    audit,
+    request::{Reason, outbox},
+};
+use crate::Relay;
+use axum::{Extension, extract::State};
+use http::StatusCode;
+use saga_core::{
+    http::{Cursor, Json, Limit, List, Path, Problem, Query},
+    service::Role,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sqlx::{FromRow, Row as _, postgres::PgRow};
+use time::OffsetDateTime;
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+/// Which parked rows are listed.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ParkedQuery {
+    /// Of this topic.
+    topic: Option<String>,
+    /// Of this key.
+    key: Option<String>,
+    /// How many at most.
+    limit: Option<Limit>,
+    /// From the page before.
+    cursor: Option<Cursor>,
+}
+
+/// A parked row. Its payload is not shown.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ParkedView {
+    /// The outbox row.
+    id: i64,
+    /// `ce_id`.
+    message_id: Uuid,
+    topic: String,
+    key: Option<String>,
+    /// `ce_type`.
+    #[serde(rename = "type")]
+    kind: String,
+    /// Of the payload.
+    bytes: Option<i32>,
+    /// Why it is parked.
+    reason: String,
+    /// The row it waits behind; `null` when it is itself what Kafka refused.
+    blocked_by: Option<i64>,
+    #[serde(with = "time::serde::rfc3339")]
+    created_at: OffsetDateTime,
+    #[serde(with = "time::serde::rfc3339")]
+    parked_at: OffsetDateTime,
+    /// How often it was tried again.
+    attempts: i32,
+    /// It is being tried again.
+    retrying: bool,
+}
+
+impl FromRow<'_, PgRow> for ParkedView {
+    fn from_row(row: &PgRow) -> Result<Self, sqlx::Error> {
+        Ok(Self {
+            id: row.try_get("id")?,
+            message_id: row.try_get("message_id")?,
+            topic: row.try_get("topic")?,
+            key: row.try_get("key")?,
+            kind: row.try_get("type")?,
+            bytes: row.try_get("bytes")?,
+            reason: row.try_get("reason")?,
+            blocked_by: row.try_get("blocked_by")?,
+            created_at: row.try_get("created_at")?,
+            parked_at: row.try_get("parked_at")?,
+            attempts: row.try_get("attempts")?,
+            retrying: row.try_get("retrying")?,
+        })
+    }
+}
+
+/// Parked rows, oldest first.
+#[utoipa::path(
+    get, path = "/v1/outboxes/{name}/parked", tag = "parked",
+    params(("name" = String, Path, description = "The outbox"), ParkedQuery),
+    responses((status = 200, body = List<ParkedView>), (status = 404, body = Problem))
+)]
+pub(super) async fn list(
+    State(relay): State<Relay>,
+    Path(name): Path<String>,
+    Query(query): Query<ParkedQuery>,
+) -> Result<Json<List<ParkedView>>, Problem> {
+    let outbox = outbox(&relay, &name)?;
+    let after: i64 = query.cursor.as_ref().map_or(Ok(0), Cursor::key)?;
+    let limit = query.limit.unwrap_or_default();
+    let rows: Vec<ParkedView> = sqlx::query_as(
+        "select id, message_id, topic, key, type, octet_length(payload) as bytes, reason, blocked_by, created_at,
+                parked_at, attempts, retry_requested_at is not null as retrying
+           from outbox_parked
+          where outbox = $1 and status = 'parked' and id > $2
+            and ($3::text is null or topic = $3)
+            and ($4::text is null or key = $4)
+          order by id
+          limit $5",
+    )
+    .bind(&name)
+    .bind(after)
+    .bind(&query.topic)
+    .bind(&query.key)
+    .bind(limit.and_one())
+    .fetch_all(&outbox.db)
+    .await?;
+    let page = List::page(rows, limit, |row| row.id).map_err(|error| Problem::internal(&error))?;
+    Ok(Json(page))
+}
+
+/// Which lines to try again, and why.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RetryRequest {
+    /// Of this topic; of all topics when left out.
+    topic: Option<String>,
+    /// Of this key; of all keys when left out.
+    key: Option<String>,
+    reason: Reason,
+}
+
+/// What will be tried.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Retrying {
+    /// How many rows.
+    rows: u64,
+}
+
+/// Try parked lines (a topic and a key each) again: in order, until one is refused again. Afterwards look at what is
+/// still parked.
+#[utoipa::path(
+    post, path = "/v1/outboxes/{name}/parked/retry", tag = "parked",
+    params(("name" = String, Path, description = "The outbox")),
+    request_body = RetryRequest,
+    responses((status = 202, body = Retrying), (status = 404, body = Problem), (status = 422, body = Problem))
+)]
+pub(super) async fn retry(
+    State(relay): State<Relay>,
+    Extension(role): Extension<Role>,
+    Path(name): Path<String>,
+    Json(request): Json<RetryRequest>,
+) -> Result<(StatusCode, Json<Retrying>), Problem> {
+    let outbox = outbox(&relay, &name)?;
+    let reason = request.reason.check()?;
+    let mut tx = outbox.db.begin().await?;
+    let rows = sqlx::query(
+        "update outbox_parked
+            set retry_requested_at = clock_timestamp()
+          where outbox = $1 and status = 'parked'
+            and ($2::text is null or topic = $2)
+            and ($3::text is null or key = $3)",
+    )
+    .bind(&name)
+    .bind(&request.topic)
+    .bind(&request.key)
+    .execute(&mut *tx)
+    .await?
+    .rows_affected();
+    if rows == 0 {
+        return Err(Problem::not_found("No parked row matches."));
+    }
+    let detail = json!({ "topic": request.topic, "key": request.key, "rows": rows });
+    audit::write_in(&mut tx, &name, role, "retry-parked", reason, &detail).await?;
+    tx.commit().await?;
+    Ok((StatusCode::ACCEPTED, Json(Retrying { rows })))
+}
+
+/// Why a row is given up.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DiscardRequest {
+    reason: Reason,
+}
+
+/// What became of it.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Discarded {
+    /// Rows that waited behind it and are tried now. They stay when another row before them is parked.
+    released: i64,
+}
+
+/// Give a parked row up: it is never published. When it was the first of its line, the rows behind it are tried at once.
+#[utoipa::path(
+    post, path = "/v1/outboxes/{name}/parked/{id}/discard", tag = "parked",
+    params(("name" = String, Path, description = "The outbox"), ("id" = i64, Path, description = "The row")),
+    request_body = DiscardRequest,
+    responses((status = 200, body = Discarded), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem))
+)]
+pub(super) async fn discard(
+    State(relay): State<Relay>,
+    Extension(role): Extension<Role>,
+    Path((name, id)): Path<(String, i64)>,
+    Json(request): Json<DiscardRequest>,
+) -> Result<Json<Discarded>, Problem> {
+    let outbox = outbox(&relay, &name)?;
+    let reason = request.reason.check()?;
+    let mut tx = outbox.db.begin().await?;
+    let found: Option<(String, String, Option<String>)> =
+        sqlx::query_as("select status, topic, key from outbox_parked where outbox = $1 and id = $2 for update nowait")
+            .bind(&name)
+            .bind(id)
+            .fetch_optional(&mut *tx)
+            .await
+            .map_err(|error| match &error {
+                sqlx::Error::Database(database) if database.code().as_deref() == Some("55P03") => {
+                    Problem::conflict("being-retried", "The row is being tried again at this moment")
+                }
+                _ => error.into(),
+            })?;
+    let Some((status, topic, key)) = found else {
+        return Err(Problem::not_found("No such row was ever parked."));
+    };
+    if status != "parked" {
+        return Err(
+            Problem::conflict("not-parked", "The row is not parked any more").detail(format!("It is {status}."))
+        );
+    }
+    sqlx::query(
+        "update outbox_parked
+            set status = 'discarded', resolution = $3, resolved_at = clock_timestamp(), retry_requested_at = null
+          where outbox = $1 and id = $2",
+    )
+    .bind(&name)
+    .bind(id)
+    .bind(reason)
+    .execute(&mut *tx)
+    .await?;
+    let released = release(&mut tx, &name, id, &topic, key.as_deref()).await?;
+    let detail = json!({ "id": id, "topic": topic, "key": key, "released": released });
+    audit::write_in(&mut tx, &name, role, "discard-parked", reason, &detail).await?;
+    tx.commit().await?;
+    Ok(Json(Discarded { released }))
+}
+
+/// If no row of the line is parked before `id` any more, asks the owner to try the rest of the line. The request stands
+/// on the discarded row as well: when nothing is left, the owner learns from it that the line is free.
+async fn release(
+    tx: &mut sqlx::PgConnection,
+    outbox: &str,
+    id: i64,
+    topic: &str,
+    key: Option<&str>,
+) -> Result<i64, sqlx::Error> {
+    let Some(key) = key else { return Ok(0) };
+    let released: i64 = sqlx::query_scalar(
+        "with line as (
+             update outbox_parked
+                set retry_requested_at = clock_timestamp()
+              where outbox = $1 and topic = $3 and md5(key) = md5($4)
+                and (id = $2 or status = 'parked')
+                and not exists (select
+                                  from outbox_parked as before
+                                 where before.outbox = $1 and before.topic = $3 and md5(before.key) = md5($4)
+                                   and before.status = 'parked' and before.id < $2)
+             returning id)
+         select count(*) from line where id <> $2",
+    )
+    .bind(outbox)
+    .bind(id)
+    .bind(topic)
+    .bind(key)
+    .fetch_one(tx)
+    .await?;
+    Ok(released)
+}

@@ -1,0 +1,184 @@
+//! Who publishes: one at a time; what a second one, a late one and a killed one can do.
+
+mod common;
+
+use common::{LEASE, PATIENCE, Running, World, ids, payloads};
+use outbox_relay::{OutboxSettings, Settings};
+use saga_core::testkit::eventually;
+use sqlx::postgres::PgConnectOptions;
+use std::{str::FromStr, time::Duration};
+
+/// The lease's owner.
+async fn owner(world: &World) -> Option<uuid::Uuid> {
+    sqlx::query_scalar("select owner from outbox_lease where outbox = 'orders' and expires_at > clock_timestamp()")
+        .fetch_optional(world.db())
+        .await
+        .unwrap()
+}
+
+#[tokio::test]
+async fn of_two_relays_one_publishes_and_the_other_takes_over_when_it_stops() {
+    let world = World::new().await;
+    let first = world.relay();
+    let owned = eventually(PATIENCE, || owner(&world)).await;
+    let second = world.relay();
+    for i in 0..20 {
+        world.append("k", &i.to_string()).await;
+    }
+    assert_eq!(ids(&world.published(20).await).len(), 20, "each once");
+    assert_eq!(owner(&world).await, Some(owned));
+    first.stop().await;
+    assert_ne!(owner(&world).await, Some(owned), "a clean stop gives the lease back");
+    for i in 20..40 {
+        world.append("k", &i.to_string()).await;
+    }
+    let records = world.published(40).await;
+    let expected: Vec<String> = (0..40).map(|i| i.to_string()).collect();
+    assert_eq!(payloads(&records, "k"), expected);
+    assert_eq!(records.len(), 40, "a clean hand-over repeats nothing");
+    second.stop().await;
+}
+
+#[tokio::test]
+async fn a_lease_that_somebody_took_makes_its_former_owner_stop_and_changes_no_position() {
+    let world = World::new().await;
+    let _relay = world.relay();
+    world.append("k", "1").await;
+    world.published(1).await;
+    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_batch").await == 1).then_some(()) })
+        .await;
+    // Somebody else takes the lease, as if it had run out: what the relay does from here on is a zombie's.
+    let somebody = uuid::Uuid::new_v4();
+    sqlx::query(
+        "update outbox_lease set owner = $1, holder = 'somebody', expires_at = clock_timestamp() + interval '1 second'",
+    )
+    .bind(somebody)
+    .execute(world.db())
+    .await
+    .unwrap();
+    world.append("k", "2").await;
+    world.append("k", "3").await;
+    // It may still send; it records nothing until it has a lease of its own again.
+    let records = world.published(3).await;
+    assert_eq!(payloads(&records, "k"), ["1", "2", "3"]);
+    eventually(PATIENCE, || async {
+        let rows = world.count("select sum(rows) from outbox_batch").await;
+        (rows == 3).then_some(())
+    })
+    .await;
+    let owners = world.count("select count(distinct owner) from outbox_batch").await;
+    assert_eq!(owners, 2, "what was sent without the lease was recorded only under the next one");
+    let by_somebody: i64 = sqlx::query_scalar("select count(*) from outbox_batch where owner = $1")
+        .bind(somebody)
+        .fetch_one(world.db())
+        .await
+        .unwrap();
+    assert_eq!(by_somebody, 0);
+}
+
+#[tokio::test]
+async fn an_expiry_further_ahead_than_one_lease_counts_as_expired() {
+    let world = World::new().await;
+    sqlx::query(
+        "insert into outbox_lease values
+         ('orders', gen_random_uuid(), 'a clock that is ahead', now(), now(), clock_timestamp() + interval '1 day')",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    let _relay = world.relay();
+    world.append("k", "1").await;
+    world.published(1).await;
+}
+
+#[tokio::test]
+async fn a_lease_that_was_not_given_back_is_waited_for() {
+    let world = World::new().await;
+    sqlx::query(
+        "insert into outbox_lease values ('orders', gen_random_uuid(), 'killed', now(), now(), clock_timestamp() + $1)",
+    )
+    .bind(LEASE)
+    .execute(world.db())
+    .await
+    .unwrap();
+    let _relay = world.relay();
+    world.append("k", "1").await;
+    world.published(1).await;
+    let waited: bool = sqlx::query_scalar(
+        "select (select min(at) from outbox_batch) >= (select min(created_at) from outbox) + interval '1 second'",
+    )
+    .fetch_one(world.db())
+    .await
+    .unwrap();
+    assert!(waited, "it did not publish while the lease ran");
+}
+
+#[tokio::test]
+async fn a_position_from_another_cluster_is_refused_with_its_cures_and_stops_no_other_outbox() {
+    let (moved, fine) = (World::new().await, World::new().await);
+    sqlx::query(
+        "insert into outbox_batch (outbox, n, base, target, from_id, to_id, rows, owner, system_identifier)
+         values ('orders', 1, '1:1:', '1:1:', 0, 0, 0, gen_random_uuid(), 4711)",
+    )
+    .execute(moved.db())
+    .await
+    .unwrap();
+    let outbox = |world: &World, name: &str| OutboxSettings {
+        name: name.to_owned(),
+        database: PgConnectOptions::from_str(&world.database.url).unwrap(),
+    };
+    let settings = Settings { outboxes: vec![outbox(&moved, "orders"), outbox(&fine, "payments")], ..moved.settings() };
+    let relay = outbox_relay::Relay::new(&settings).unwrap();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let health = saga_core::service::Health::new(&stop);
+    outbox_relay::admin::check_health(&health, &relay);
+    let running = tokio::spawn({
+        let (relay, stop) = (relay.clone(), stop.clone());
+        async move { relay.run(stop).await }
+    });
+    moved.append("k", "never").await;
+    fine.append("k", "published").await;
+    fine.published(1).await;
+    let problem = eventually(PATIENCE, || async {
+        let readiness = health.readiness().await;
+        readiness.checks.get("outboxes").filter(|text| text.contains("another PostgreSQL cluster")).cloned()
+    })
+    .await;
+    assert!(problem.contains("reanchor --accept") && problem.contains("reanchor --rewrite"), "{problem}");
+    assert_eq!(saga_core::testkit::read_to_end(&moved.topic).await.len(), 0);
+    stop.cancel();
+    running.await.unwrap();
+}
+
+#[tokio::test]
+async fn when_postgres_cuts_every_connection_the_relay_goes_on_by_itself() {
+    let world = World::new().await;
+    let _relay = world.relay();
+    for round in 0..5 {
+        world.append("k", &round.to_string()).await;
+        world.published(round + 1).await;
+        world.database.cut_connections().await;
+        // The test's own pool was cut too.
+        eventually(PATIENCE, || async { sqlx::query("select 1").execute(world.db()).await.ok() }).await;
+    }
+    world.append("k", "5").await;
+    let expected: Vec<String> = (0..6).map(|i| i.to_string()).collect();
+    assert_eq!(payloads(&world.published(6).await, "k"), expected);
+}
+
+#[tokio::test]
+async fn a_relay_waits_for_tables_and_brokers_that_are_not_there_and_stops_when_asked() {
+    let world = World::new().await;
+    let nowhere = Settings {
+        // A port that refuses.
+        kafka_brokers: String::from("127.0.0.1:1"),
+        ..world.settings()
+    };
+    let relay = Running::start(&nowhere);
+    eventually(PATIENCE, || owner(&world)).await;
+    tokio::time::timeout(Duration::from_secs(30), relay.stop()).await.expect("it stops though Kafka is away");
+    let empty = saga_core::testkit::TestDatabase::new(&[]).await;
+    let outbox = OutboxSettings { name: "orders".into(), database: PgConnectOptions::from_str(&empty.url).unwrap() };
+    let relay = Running::start(&Settings { outboxes: vec![outbox], ..world.settings() });
+    relay.stop().await;
+}

@@ -1,0 +1,185 @@
+//! The binary: killed again and again under load, and paused past its lease.
+
+mod common;
+
+use common::{PATIENCE, World, append, ids};
+use saga_core::testkit::{brokers, eventually, read_to_end};
+use std::{
+    collections::{HashMap, HashSet},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+/// The relay as a process of its own; killed when it is dropped.
+struct Process(Child);
+
+impl Process {
+    fn start(world: &World) -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let child = Command::new(env!("CARGO_BIN_EXE_outbox-relay"))
+            .env("OUTBOXES", format!("orders={}", world.database.url))
+            .env("KAFKA_BROKERS", brokers())
+            .env("ADMIN_ADDR", format!("127.0.0.1:{port}"))
+            .env("LEASE_SECONDS", "2")
+            .env("RUST_LOG", "warn")
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+
+    fn signal(&self, signal: &str) {
+        let pid = self.0.id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+/// Appends under load until told to stop: ten keys, each locked by its row as an aggregate is.
+async fn load(world: &World, stop: Arc<AtomicBool>) {
+    let writers = (0..4).map(|writer| {
+        let stop = stop.clone();
+        async move {
+            let mut i = 0_u64;
+            while !stop.load(Ordering::Relaxed) {
+                let key = format!("key-{}", (i * 7 + writer) % 10);
+                let mut tx = world.db().begin().await.unwrap();
+                sqlx::query("select from aggregate where key = $1 for update")
+                    .bind(&key)
+                    .execute(&mut *tx)
+                    .await
+                    .unwrap();
+                for row in 0..5 {
+                    append(&mut *tx, &world.topic, &key, &format!("{writer}/{i}/{row}")).await;
+                }
+                if i % 9 == 0 {
+                    tx.rollback().await.unwrap();
+                } else {
+                    tx.commit().await.unwrap();
+                }
+                i += 1;
+            }
+        }
+    });
+    futures::future::join_all(writers).await;
+}
+
+async fn world_with_aggregates() -> World {
+    let world = World::new().await;
+    sqlx::raw_sql(
+        "create table aggregate (key text primary key);
+         insert into aggregate select 'key-' || i from generate_series(0, 9) as i",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    world
+}
+
+/// Committed ids are the topic's ids, and first occurrences are in order along each key.
+async fn audit(world: &World) {
+    let committed: Vec<i64> =
+        sqlx::query_scalar("select id from outbox order by id").fetch_all(world.db()).await.unwrap();
+    let records = world.published(committed.len()).await;
+    let found: HashSet<i64> = ids(&records).into_iter().collect();
+    assert_eq!(found, committed.iter().copied().collect(), "of {} committed rows", committed.len());
+    let mut seen = HashSet::new();
+    let mut last: HashMap<Vec<u8>, i64> = HashMap::new();
+    for (record, id) in records.iter().zip(ids(&records)) {
+        if seen.insert(id) {
+            let key = record.key.clone().unwrap_or_default();
+            let before = last.insert(key.clone(), id).unwrap_or(0);
+            assert!(before < id, "{id} came after {before} on {}", String::from_utf8_lossy(&key));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_again_and_again_under_load_it_loses_nothing_and_inverts_nothing() {
+    let world = world_with_aggregates().await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let killing = async {
+        for _ in 0..6 {
+            let before = world.count("select coalesce(max(n), 0) from outbox_batch").await;
+            let process = Process::start(&world);
+            // Killed in the middle of publishing, not before it began.
+            eventually(PATIENCE, || async {
+                (world.count("select coalesce(max(n), 0) from outbox_batch").await > before + 20).then_some(())
+            })
+            .await;
+            drop(process);
+        }
+        stop.store(true, Ordering::Relaxed);
+    };
+    futures::future::join(load(&world, stop.clone()), killing).await;
+    let _last = Process::start(&world);
+    audit(&world).await;
+    assert!(world.count("select count(distinct owner) from outbox_batch").await >= 6);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_paused_past_its_lease_and_resumed_changes_no_position() {
+    let world = world_with_aggregates().await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let pausing = async {
+        let first = Process::start(&world);
+        let n = || world.count("select coalesce(max(n), 0) from outbox_batch");
+        let progress = |n: i64| {
+            let world = &world;
+            eventually(PATIENCE, move || async move {
+                (world.count("select coalesce(max(n), 0) from outbox_batch").await > n).then_some(())
+            })
+        };
+        progress(10).await;
+        let owner: uuid::Uuid =
+            sqlx::query_scalar("select owner from outbox_lease").fetch_one(world.db()).await.unwrap();
+        first.signal("-STOP");
+        let second = Process::start(&world);
+        eventually(PATIENCE, || async {
+            let now: Option<uuid::Uuid> =
+                sqlx::query_scalar("select owner from outbox_lease").fetch_optional(world.db()).await.unwrap();
+            now.filter(|now| *now != owner)
+        })
+        .await;
+        let taken_over_at = n().await;
+        progress(taken_over_at + 10).await;
+        first.signal("-CONT");
+        progress(n().await + 30).await;
+        let late: i64 = sqlx::query_scalar("select count(*) from outbox_batch where owner = $1 and n > $2")
+            .bind(owner)
+            .bind(taken_over_at)
+            .fetch_one(world.db())
+            .await
+            .unwrap();
+        assert_eq!(late, 0, "the former owner recorded something");
+        stop.store(true, Ordering::Relaxed);
+        (first, second)
+    };
+    let ((), _processes) = futures::future::join(load(&world, stop.clone()), pausing).await;
+    audit(&world).await;
+    assert!(read_to_end(&world.topic).await.len() >= 100);
+}
+
+#[test]
+fn every_mistake_of_a_configuration_is_listed_at_start() {
+    let output = Command::new(env!("CARGO_BIN_EXE_outbox-relay"))
+        .env_remove("OUTBOXES")
+        .env_remove("KAFKA_BROKERS")
+        .env("ADMIN_ADDR", "nonsense")
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success());
+    for variable in ["OUTBOXES", "KAFKA_BROKERS", "ADMIN_ADDR"] {
+        assert!(told.contains(variable), "{told}");
+    }
+}

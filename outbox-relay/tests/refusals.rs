@@ -1,0 +1,242 @@
+//! What Kafka refuses: rows that are too large, topics that are not there. Everything else flows on.
+
+mod common;
+
+use common::{PATIENCE, World, append, ids, payloads, published};
+use outbox_relay::{Relay, admin};
+use rdkafka::{
+    ClientConfig,
+    admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
+    client::DefaultClientContext,
+};
+use saga_core::{
+    service::Role,
+    testkit::{brokers, eventually, read_to_end, unique},
+};
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+/// Calls an admin endpoint as an operator.
+async fn call(world: &World, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+    let relay = Relay::new(&world.settings()).unwrap();
+    let router = admin::routes(&relay).layer(axum::Extension(Role::Operator));
+    let request = http::Request::builder().method(method).uri(path).header("content-type", "application/json");
+    let body = body.map_or_else(axum::body::Body::empty, |body| body.to_string().into());
+    let response = router.oneshot(request.body(body).unwrap()).await.unwrap();
+    let status = response.status().as_u16();
+    let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
+    (status, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
+}
+
+fn kafka() -> AdminClient<DefaultClientContext> {
+    ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap()
+}
+
+/// A topic whose records may have `limit` bytes.
+async fn limited_topic(limit: &str) -> String {
+    let name = unique("limited");
+    let topic = NewTopic::new(&name, 2, TopicReplication::Fixed(1)).set("max.message.bytes", limit);
+    kafka().create_topics([&topic], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
+    name
+}
+
+async fn parked(world: &World, count: i64) {
+    eventually(PATIENCE, || async {
+        let parked = world.count("select count(*) from outbox_parked where status = 'parked'").await;
+        (parked == count).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_row_that_is_too_large_is_parked_with_its_keys_successors_and_retried_in_order() {
+    let world = World::new().await;
+    let topic = limited_topic("3000").await;
+    let _relay = world.relay();
+    append(world.db(), &topic, "k", "before").await;
+    let large = "x".repeat(5_000);
+    let culprit = append(world.db(), &topic, "k", &large).await;
+    append(world.db(), &topic, "k", "after").await;
+    append(world.db(), &topic, "other", "flows").await;
+    world.append("k", "another topic flows").await;
+    parked(&world, 2).await;
+    assert_eq!(payloads(&published(&topic, 2).await, "k"), ["before"]);
+    assert_eq!(payloads(&read_to_end(&topic).await, "other"), ["flows"]);
+    world.published(1).await;
+
+    let (status, list) = call(&world, "GET", "/v1/outboxes/orders/parked", None).await;
+    assert_eq!(status, 200);
+    assert_eq!(list["items"][0]["id"], culprit);
+    assert_eq!(list["items"][0]["blocked_by"], Value::Null);
+    assert!(list["items"][0]["reason"].as_str().unwrap().contains("max.message.bytes"), "{list}");
+    assert_eq!(list["items"][1]["blocked_by"], culprit);
+    let (_, outboxes) = call(&world, "GET", "/v1/outboxes", None).await;
+    assert_eq!(outboxes[0]["parked"], 2, "{outboxes}");
+
+    // Later rows join the line, also after a restart; a retry that cannot succeed changes nothing.
+    append(world.db(), &topic, "k", "later").await;
+    parked(&world, 3).await;
+    let again = json!({ "reason": "try" });
+    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again.clone())).await;
+    assert_eq!(status, 202);
+    eventually(PATIENCE, || async {
+        let tried = world.count("select count(*) from outbox_parked where attempts = 1 and retry_requested_at is null");
+        (tried.await == 1).then_some(())
+    })
+    .await;
+
+    let raised = AlterConfig::new(ResourceSpecifier::Topic(&topic)).set("max.message.bytes", "100000");
+    kafka().alter_configs([&raised], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
+    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
+    assert_eq!(status, 202);
+    assert_eq!(payloads(&published(&topic, 5).await, "k"), ["before", large.as_str(), "after", "later"]);
+    append(world.db(), &topic, "k", "free again").await;
+    assert_eq!(payloads(&published(&topic, 6).await, "k").last().unwrap(), "free again");
+    assert_eq!(world.count("select count(*) from outbox_parked where status = 'published'").await, 3);
+    assert_eq!(world.count("select count(*) from outbox_audit where action = 'retry-parked'").await, 2);
+}
+
+#[tokio::test]
+async fn a_discarded_row_is_never_published_and_releases_those_behind_it() {
+    let world = World::new().await;
+    let topic = limited_topic("3000").await;
+    let relay = world.relay();
+    let culprit = append(world.db(), &topic, "k", &"x".repeat(5_000)).await;
+    append(world.db(), &topic, "k", "behind").await;
+    parked(&world, 2).await;
+    relay.stop().await;
+    let _relay = world.relay();
+    append(world.db(), &topic, "k", "after a restart").await;
+    parked(&world, 3).await;
+
+    let path = format!("/v1/outboxes/orders/parked/{culprit}/discard");
+    let (status, problem) = call(&world, "POST", &path, Some(json!({ "reason": " " }))).await;
+    assert_eq!((status, problem["errors"][0]["field"].as_str()), (422, Some("reason")));
+    let (status, answer) = call(&world, "POST", &path, Some(json!({ "reason": "not needed" }))).await;
+    assert_eq!((status, answer["released"].as_i64()), (200, Some(2)));
+    assert_eq!(payloads(&published(&topic, 2).await, "k"), ["behind", "after a restart"]);
+    let (status, _) = call(&world, "POST", &path, Some(json!({ "reason": "again" }))).await;
+    assert_eq!(status, 409);
+    append(world.db(), &topic, "k", "free").await;
+    published(&topic, 3).await;
+    assert_eq!(world.count("select count(*) from outbox_audit where action = 'discard-parked'").await, 1);
+    let (_, events) = call(&world, "GET", "/v1/outboxes/orders/events?state=discarded", None).await;
+    assert_eq!(events["items"][0]["id"], culprit, "{events}");
+}
+
+#[tokio::test]
+async fn a_row_that_only_the_broker_refuses_is_found_and_parked() {
+    let world = World::new().await;
+    let topic = limited_topic("200000").await;
+    let _relay = world.relay();
+    append(world.db(), &topic, "k", "seen, with its limit").await;
+    published(&topic, 1).await;
+    // The limit goes down behind the relay's back: now the broker refuses, and the producer becomes fatal.
+    let lowered = AlterConfig::new(ResourceSpecifier::Topic(&topic)).set("max.message.bytes", "3000");
+    kafka().alter_configs([&lowered], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
+    let mut tx = world.db().begin().await.unwrap();
+    for i in 0..20 {
+        append(&mut *tx, &topic, &format!("small-{}", i % 3), &i.to_string()).await;
+        append(&mut *tx, &world.topic, "elsewhere", &i.to_string()).await;
+    }
+    // Not compressible, or lz4 would make it fit.
+    let noise: String = (0..200).map(|_| uuid::Uuid::new_v4().to_string()).collect();
+    append(&mut *tx, &topic, "large", &noise).await;
+    append(&mut *tx, &topic, "large", "behind").await;
+    tx.commit().await.unwrap();
+    parked(&world, 2).await;
+    let records = published(&topic, 21).await;
+    for key in ["small-0", "small-1", "small-2"] {
+        assert!(payloads(&records, key).iter().map(|i| i.parse::<i32>().unwrap()).is_sorted());
+    }
+    assert_eq!(payloads(&world.published(20).await, "elsewhere").len(), 20);
+}
+
+#[tokio::test]
+async fn a_missing_topic_pauses_only_itself_and_resumes_when_it_appears() {
+    let world = World::new().await;
+    let missing = unique("missing");
+    let relay = world.relay();
+    for i in 0..10 {
+        append(world.db(), &missing, "k", &i.to_string()).await;
+        world.append("k", &i.to_string()).await;
+    }
+    world.published(10).await;
+    eventually(PATIENCE, || async {
+        let (_, outboxes) = call(&world, "GET", "/v1/outboxes", None).await;
+        let outbox = &outboxes[0];
+        (outbox["paused_topics"][0]["cause"] == "missing" && outbox["lag"]["rows"] == 10).then_some(())
+    })
+    .await;
+    let (_, events) = call(&world, "GET", "/v1/outboxes/orders/events?state=pending", None).await;
+    assert_eq!(events["items"].as_array().unwrap().len(), 10);
+    // It is still known after a restart.
+    relay.stop().await;
+    let _relay = world.relay();
+    for i in 10..20 {
+        append(world.db(), &missing, "k", &i.to_string()).await;
+        world.append("k", &i.to_string()).await;
+    }
+    world.published(20).await;
+    assert_eq!(world.count("select count(*) from outbox_parked").await, 0, "nothing is parked for it");
+
+    saga_core::testkit::create_topic(&missing, 2).await;
+    let records = published(&missing, 20).await;
+    let expected: Vec<String> = (0..20).map(|i| i.to_string()).collect();
+    assert_eq!(payloads(&records, "k"), expected);
+    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_pause").await == 0).then_some(()) })
+        .await;
+    append(world.db(), &missing, "k", "20").await;
+    let records = published(&missing, 21).await;
+    assert_eq!(ids(&records).len(), 21, "each once");
+}
+
+#[tokio::test]
+async fn an_operator_pauses_a_topic_while_others_flow_and_resumes_it_in_order() {
+    let world = World::new().await;
+    let other = saga_core::testkit::TestTopic::create("other", 1).await;
+    let _relay = world.relay();
+    world.append("k", "0").await;
+    world.published(1).await;
+    let request = json!({ "topic": world.topic.name(), "reason": "maintenance" });
+    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/resume", Some(request.clone())).await;
+    assert_eq!(status, 409, "it is not paused");
+    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/pause", Some(request.clone())).await;
+    assert_eq!(status, 202);
+    eventually(PATIENCE, || async {
+        (world.count("select count(*) from outbox_pause where base is not null").await == 1).then_some(())
+    })
+    .await;
+    for i in 1..=5 {
+        world.append("k", &i.to_string()).await;
+        append(world.db(), &other, "k", &i.to_string()).await;
+    }
+    published(&other, 5).await;
+    assert_eq!(read_to_end(&world.topic).await.len(), 1);
+    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/resume", Some(request)).await;
+    assert_eq!(status, 202);
+    world.append("k", "6").await;
+    assert_eq!(payloads(&world.published(7).await, "k"), ["0", "1", "2", "3", "4", "5", "6"]);
+    assert_eq!(world.count("select count(*) from outbox_audit").await, 2);
+}
+
+#[tokio::test]
+async fn an_operator_pauses_and_resumes_everything() {
+    let world = World::new().await;
+    let request = json!({ "reason": "maintenance" });
+    call(&world, "POST", "/v1/outboxes/orders/pause", Some(request.clone())).await;
+    let _relay = world.relay();
+    world.append("k", "1").await;
+    // The relay owns the outbox and looks at it, and publishes nothing.
+    eventually(PATIENCE, || async {
+        let (_, outboxes) = call(&world, "GET", "/v1/outboxes", None).await;
+        (outboxes[0]["paused"] == true && outboxes[0]["owner"].is_object() && outboxes[0]["lag"]["rows"] == 1)
+            .then_some(())
+    })
+    .await;
+    assert_eq!(read_to_end(&world.topic).await.len(), 0);
+    call(&world, "POST", "/v1/outboxes/orders/resume", Some(request)).await;
+    world.published(1).await;
+    let (status, _) = call(&world, "GET", "/v1/outboxes/unknown/events", None).await;
+    assert_eq!(status, 404);
+}
