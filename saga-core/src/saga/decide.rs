@@ -133,7 +133,9 @@ impl<'d> Turn<'d> {
             (Answer::Succeeded(_), Op::Undo) => self.undone(open.step),
             (Answer::Rejected(rejection), Op::Do) if self.role(open.step) != Role::Retriable => {
                 self.state.steps[open.step] = StepState::NotDone;
-                self.compensate(open.step, FailureKind::Rejected, Some(rejection.clone()), None);
+                // A rejection that says nothing is none, or it would not come back from the database as it went there.
+                let rejection = Some(rejection.clone()).filter(|rejection| !rejection.is_null());
+                self.compensate(open.step, FailureKind::Rejected, rejection, None);
             }
             // Neither an undo nor a step after the pivot can be refused: the types say so, and the runner checks them.
             // Should a participant do it all the same, it did not do its work, and that is all it says.

@@ -4,6 +4,7 @@
 //! stand-in for either. A test owns what it creates and removes it when it ends, so that all tests share two servers.
 
 pub mod database;
+pub mod explorer;
 pub mod failpoints;
 pub mod kafka;
 mod waiting;

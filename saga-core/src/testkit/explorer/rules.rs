@@ -1,0 +1,129 @@
+//! The rules of a saga, held against the world as it is and not as the saga believes it to be.
+
+use super::model::{Fence, Model, Move, World};
+use crate::{
+    envelope::Op,
+    saga::{
+        definition::{Role, StepKind},
+        state::{Action, State, Status, StepState, StuckWhy},
+    },
+};
+use std::fmt;
+
+/// A rule that was broken, and how to get there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// Which rule.
+    pub rule: &'static str,
+    /// What happened, in order; [`Model::replay`] takes it again.
+    pub schedule: Vec<Move>,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "broken: {}; replay {:?}", self.rule, self.schedule)
+    }
+}
+
+fn broken(rule: &'static str) -> Violation {
+    Violation { rule, schedule: Vec::new() }
+}
+
+fn hold(holds: bool, rule: &'static str) -> Result<(), Violation> {
+    if holds { Ok(()) } else { Err(broken(rule)) }
+}
+
+/// What holds whenever something is about to be done.
+pub(super) fn check_action(model: &Model<'_>, world: &World, action: &Action) -> Result<(), Violation> {
+    let (step, op) = match action {
+        Action::Send(send) => (send.step, send.op),
+        Action::RunLocal { step, op } => (*step, *op),
+    };
+    let state = model.state(world);
+    let steps = model.definition.steps();
+    if op == Op::Do {
+        let earlier = state.steps[..step].iter().all(|how| matches!(how, StepState::Done(_)));
+        hold(earlier, "a step is begun when every step before it is done")?;
+        return hold(state.failure.is_none(), "nothing is begun once the saga is being undone");
+    }
+    hold(state.failure.is_some(), "nothing is undone without a reason")?;
+    hold(
+        matches!(state.steps[step], StepState::Issued | StepState::Done(_)),
+        "only a step that was issued and not rejected is undone",
+    )?;
+    let newer_settled =
+        (step + 1..steps.len()).all(|newer| !undoable(&steps[newer].kind) || !world.fences[newer].has_effect());
+    hold(newer_settled, "steps are undone newest first, each after the one before is acknowledged")?;
+    let pivot_out = model.definition.pivot().is_none_or(|pivot| {
+        pivot >= state.steps.len() || (state.steps[pivot] == StepState::NotDone && !world.fences[pivot].has_effect())
+    });
+    hold(pivot_out, "nothing is undone while the pivot has, or may have, happened")
+}
+
+fn undoable(kind: &StepKind) -> bool {
+    match kind {
+        StepKind::Local { undo } => undo.is_some(),
+        StepKind::Remote(remote) => remote.undo.is_some(),
+    }
+}
+
+/// What holds in every world.
+pub(super) fn check_world(model: &Model<'_>, world: &World) -> Result<(), Violation> {
+    let state = model.state(world);
+    check_ends(model, world, &state)?;
+    let believes = state.steps.iter().zip(&world.fences).all(|(how, fence)| match how {
+        StepState::Done(_) => matches!(fence, Fence::Done | Fence::Undone),
+        StepState::NotDone | StepState::Undone => !fence.has_effect(),
+        StepState::Issued => true,
+    });
+    hold(believes, "what the saga takes for done is done, and what it takes for undone has no effect")?;
+    let unissued = &world.fences[state.steps.len()..];
+    hold(unissued.iter().all(|fence| *fence == Fence::Absent), "what was never issued never happens")
+}
+
+fn check_ends(model: &Model<'_>, world: &World, state: &State) -> Result<(), Violation> {
+    let steps = model.definition.steps();
+    match &state.status {
+        Status::Completed => {
+            let all = world.fences[..steps.len()].iter().all(|fence| *fence == Fence::Done);
+            hold(all && state.steps.len() == steps.len(), "completed means that every effect is there, for ever")
+        }
+        Status::Compensated => {
+            let pivot = model.definition.pivot();
+            let mut effects = steps.iter().zip(&world.fences).enumerate();
+            let none = effects.all(|(i, (step, fence))| {
+                let must_not = undoable(&step.kind) || pivot.is_some_and(|pivot| i >= pivot);
+                !must_not || !fence.has_effect()
+            });
+            hold(none, "compensated means that no effect is left, and none comes later")?;
+            hold(state.failure.is_some(), "compensated has a reason")
+        }
+        Status::Stuck { open, why } => {
+            hold(open.due.is_none(), "a stuck saga does nothing by itself")?;
+            let role = match &steps[open.step].kind {
+                StepKind::Remote(remote) => remote.role,
+                StepKind::Local { .. } => Role::Compensable,
+            };
+            let truthful = match why {
+                StuckWhy::PivotInDoubt => open.op == Op::Do && role == Role::Pivot,
+                StuckWhy::NotDone => open.op == Op::Do && role == Role::Retriable,
+                StuckWhy::NotUndone => open.op == Op::Undo,
+                StuckWhy::Broken { .. } => true,
+            };
+            hold(truthful, "a stuck saga says why")
+        }
+        Status::Running { open } | Status::Compensating { open } => {
+            hold(open.due.is_some(), "nothing waits that nobody will wake")?;
+            let backward = matches!(state.status, Status::Compensating { .. });
+            hold(backward == (open.op == Op::Undo), "running does, compensating undoes")?;
+            hold(backward == state.failure.is_some(), "only what is undone has a reason")
+        }
+    }
+}
+
+/// What holds between a world and the next.
+pub(super) fn check_step(model: &Model<'_>, before: &World, after: &World) -> Result<(), Violation> {
+    let (was, is) = (model.state(before), model.state(after));
+    hold(!was.is_finished() || before.state == after.state, "what has ended stays as it is")?;
+    hold(was.failure.is_none() || was.failure == is.failure, "the reason does not change")
+}
