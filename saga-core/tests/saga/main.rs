@@ -1,5 +1,6 @@
 //! The saga engine on a real PostgreSQL: what is decided is what is stored, sent and told.
 
+mod crash;
 mod forward;
 mod inspection;
 mod support;

@@ -7,7 +7,7 @@ use saga_core::{
     envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     outbox::Tx,
-    saga::{Cancelled, Engine, LocalCall, LocalEffect, LocalError, RetryPolicy, Saga, saga},
+    saga::{Cancelled, Engine, Happened, LocalCall, LocalEffect, LocalError, RetryPolicy, Saga, saga},
     service::{messaging_migrations, saga_migrations},
     testkit::{TestDatabase, unique},
     topic::Topic,
@@ -63,11 +63,11 @@ pub(crate) fn order_saga(version: u32) -> Saga<Order> {
         .step("authorize", |order, ()| Authorize { order: order.order, with: None })
         .retry(twice)
         .undo_retry(twice)
-        .undo(|order, (), happened| Void { order: order.order, with: Some(told(happened)) })
+        .undo(|order, (), happened| Void { order: order.order, with: Some(told(&happened)) })
         .step("reserve", |order, (payment,)| Reserve { order: order.order, with: Some(payment.reference.clone()) })
         .retry(twice)
         .undo_retry(twice)
-        .undo(|order, (_payment,), happened| Release { order: order.order, with: Some(told(happened)) })
+        .undo(|order, (_payment,), happened| Release { order: order.order, with: Some(told(&happened)) })
         .pivot("capture", |order, (payment, _stock)| Capture {
             order: order.order,
             with: Some(payment.reference.clone()),
@@ -82,10 +82,10 @@ pub(crate) fn order_saga(version: u32) -> Saga<Order> {
         .build()
 }
 
-fn told(happened: saga_core::saga::Happened<'_, Ref>) -> String {
+fn told(happened: &Happened<'_, Ref>) -> String {
     match happened {
-        saga_core::saga::Happened::Yes(reply) => format!("undo {}", reply.reference),
-        saga_core::saga::Happened::InDoubt => "in doubt".into(),
+        Happened::Yes(reply) => format!("undo {}", reply.reference),
+        Happened::InDoubt => "in doubt".into(),
     }
 }
 
@@ -272,18 +272,21 @@ impl World {
 
     /// Lets the open wait of every saga be over, without waiting.
     pub(crate) async fn time_passes(&self) {
-        sqlx::query(
-            "with passed as (
-                 update saga
-                    set state = jsonb_set(state, '{status,open,due}', '1000'), armed_at = '2020-01-01'
-                  where state #> '{status,open,due}' is not null
-                 returning saga_id
-             )
-             update saga_due set due_at = '2020-01-01' from passed where saga_due.saga_id = passed.saga_id",
+        let mut tx = self.database.pool.begin().await.unwrap();
+        let waiting: Vec<uuid::Uuid> = sqlx::query_scalar(
+            "select saga_id from saga where state #> '{status,open,due}' is not null order by saga_id for update",
         )
-        .execute(&self.database.pool)
+        .fetch_all(&mut *tx)
         .await
         .unwrap();
+        for sql in [
+            "update saga set state = jsonb_set(state, '{status,open,due}', '1000'), armed_at = '2020-01-01'
+              where saga_id = any($1)",
+            "update saga_due set due_at = '2020-01-01' where saga_id = any($1)",
+        ] {
+            sqlx::query(sql).bind(&waiting).execute(&mut *tx).await.unwrap();
+        }
+        tx.commit().await.unwrap();
     }
 
     /// Time passes, and the timers notice.

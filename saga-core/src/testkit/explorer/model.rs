@@ -128,6 +128,9 @@ pub enum Local {
     Breaks,
 }
 
+/// The state after, and what follows.
+type Decided = (u32, Rc<Effects>);
+
 /// A definition, its rules, and the states that were met.
 pub struct Model<'d> {
     pub(super) definition: &'d Definition,
@@ -135,7 +138,7 @@ pub struct Model<'d> {
     decide: Decide,
     states: RefCell<Vec<Rc<State>>>,
     known: RefCell<HashMap<State, u32>>,
-    memo: RefCell<HashMap<(u32, Event), (u32, Rc<Effects>)>>,
+    memo: RefCell<HashMap<(u32, Event), Decided>>,
 }
 
 impl<'d> Model<'d> {
@@ -317,7 +320,7 @@ impl<'d> Model<'d> {
     }
 
     /// `decide`, asked once for each state and event: it is a function.
-    fn decided(&self, state: u32, event: Event, now: OffsetDateTime) -> (u32, Rc<Effects>) {
+    fn decided(&self, state: u32, event: Event, now: OffsetDateTime) -> Decided {
         let deadline = now == evening();
         // The two times that can pass are two events here; the key has to tell them apart.
         let key = (if deadline { state | DEADLINE } else { state }, event);

@@ -1,0 +1,172 @@
+//! Processes that die, errors, and success that nobody hears of, at every edge of the engine's transactions; and many
+//! at once.
+
+use crate::support::*;
+use saga_core::{
+    consumer::{Handler, Message},
+    envelope::Op,
+    id::SagaId,
+    saga::Engine,
+    testkit::{FailPoint, failpoints::Fault},
+};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+/// Delivers until it worked, as the consumer does: what failed comes again.
+async fn deliver_at_last(world: &World, replies: &[Message]) -> usize {
+    let mut failures = 0;
+    while world.try_deliver(replies).await.is_err() {
+        failures += 1;
+        assert!(failures < 10);
+    }
+    failures
+}
+
+/// Drives a saga whose pivot is refused to its end; the first attempt at each command is not answered.
+async fn drive(world: &World, saga: SagaId) -> usize {
+    let mut failures = 0;
+    while world.status(saga).await != "compensated" {
+        world.time_passes().await;
+        while let Err(_crash) = world.engine.tick().await {
+            failures += 1;
+            assert!(failures < 10);
+        }
+        let sent = world.last(saga).await;
+        let answer = if sent.step == "capture" { rejected(&sent) } else { succeeded(&sent) };
+        // Once more, as if the offsets had not been stored; the inbox is not asked here.
+        failures += deliver_at_last(world, std::slice::from_ref(&answer)).await;
+        failures += deliver_at_last(world, &[answer]).await;
+    }
+    failures
+}
+
+#[tokio::test]
+async fn a_crash_at_any_edge_of_any_transaction_leaves_the_same_saga() {
+    let world = World::new().await;
+    let mut number = 0;
+    for edge in ["saga.after-load", "saga.after-store", "saga.timers.before-commit", "saga.timers.after-commit"] {
+        for fault in [Fault::Crash, Fault::Error, Fault::Outage] {
+            for passage in [0, 1, 3] {
+                number += 1;
+                let saga = world.start(number).await;
+                let armed = FailPoint::arm(edge, &world.reply_topic, fault, passage, 1);
+                let failures = drive(&world, saga).await;
+                drop(armed);
+                let trail = world.trail(saga).await;
+                let steps: Vec<_> = trail.iter().filter(|sent| !sent.contains('#')).collect();
+                assert_eq!(steps, ["authorize", "reserve", "capture", "-reserve", "-authorize"], "{edge} {fault:?}");
+                assert!(failures <= 1, "{edge} {fault:?} {passage}: {failures}");
+                assert_eq!(world.notes(saga).await.len(), 2, "opened once, cancelled once");
+            }
+        }
+    }
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn a_start_that_is_rolled_back_was_never_there() {
+    let world = World::new().await;
+    let mut tx = world.database.pool.begin().await.unwrap();
+    let id = SagaId::new();
+    world.engine.start_in(&mut tx, id, &order_saga(1), &Order { order: 1 }, "1").await.unwrap();
+    tx.rollback().await.unwrap();
+    for table in [
+        "select count(*) from saga",
+        "select count(*) from saga_event",
+        "select count(*) from saga_due",
+        "select count(*) from note",
+        "select count(*) from outbox",
+    ] {
+        assert_eq!(world.count(table).await, 0, "{table}");
+    }
+    world.start(1).await;
+}
+
+/// A participant of a sort: what it says to a command is a matter of the saga's id, the step and the attempt.
+fn answer(sent: &Sent) -> Option<Message> {
+    let dice = sent.command.0.as_u64_pair().1.wrapping_add(u64::from(sent.attempt).wrapping_mul(0x9e37_79b9)) % 100;
+    match (sent.op, sent.step.as_str(), dice) {
+        (_, _, 0..10) if sent.attempt < 2 => None,
+        (_, _, 10..20) if sent.attempt < 2 => Some(failed(sent)),
+        (Op::Do, "authorize" | "reserve" | "capture", 20..30) => Some(rejected(sent)),
+        _ => Some(succeeded(sent)),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn replicas_replies_duplicates_timers_and_cancels_at_once_leave_every_saga_whole() {
+    let world = Arc::new(World::new().await);
+    let mut sagas = Vec::new();
+    for number in 0..120 {
+        sagas.push(world.start(number).await);
+    }
+    let replicas: Vec<Arc<Engine>> = (0..3).map(|_| engine_of(&world.database, &world.reply_topic, 1)).collect();
+    let rounds = Arc::new(AtomicUsize::new(0));
+    let work = replicas.into_iter().enumerate().map(|(replica, engine)| {
+        let (world, sagas, rounds) = (Arc::clone(&world), sagas.clone(), Arc::clone(&rounds));
+        tokio::spawn(async move {
+            loop {
+                let open = world.count("select count(*) from saga where finished_at is null").await;
+                if open == 0 {
+                    return;
+                }
+                assert!(rounds.fetch_add(1, Ordering::Relaxed) < 1000, "{open} sagas do not end");
+                let mut replies = Vec::new();
+                // Every replica answers everything, newest first or oldest first: duplicates, late ones, reordered.
+                for saga in &sagas {
+                    replies.extend(world.sent(*saga).await.iter().rev().take(2).filter_map(answer));
+                }
+                if replica % 2 == 0 {
+                    replies.reverse();
+                }
+                for batch in replies.chunks(37) {
+                    let mut tx = world.database.pool.begin().await.unwrap();
+                    engine.handler().handle(&mut tx, batch).await.unwrap();
+                    tx.commit().await.unwrap();
+                }
+                if replica == 2 {
+                    for saga in sagas.iter().step_by(9) {
+                        world.cancel(*saga).await;
+                    }
+                }
+                world.time_passes().await;
+                engine.tick().await.unwrap();
+            }
+        })
+    });
+    for done in futures::future::join_all(work).await {
+        done.unwrap();
+    }
+    let mut ends: BTreeMap<String, usize> = BTreeMap::new();
+    for saga in sagas {
+        let (status, trail) = (world.status(saga).await, world.trail(saga).await);
+        let first: Vec<&str> = trail.iter().filter(|sent| !sent.contains('#')).map(String::as_str).collect();
+        let done: Vec<&str> = first.iter().copied().filter(|sent| !sent.starts_with('-')).collect();
+        let undone: Vec<&str> = first.iter().filter_map(|sent| sent.strip_prefix('-')).collect();
+        let notes: Vec<String> = world.notes(saga).await.into_iter().map(|(effect, _)| effect).collect();
+        match status.as_str() {
+            "completed" => {
+                assert_eq!(first, ["authorize", "reserve", "capture", "ship"]);
+                assert_eq!(notes, ["open order", "confirm order"]);
+            }
+            _ => {
+                let mut undoable = done.clone();
+                undoable.retain(|step| *step != "capture");
+                undoable.reverse();
+                assert!(
+                    undone == undoable || undone == undoable[1..],
+                    "{trail:?}: newest first, less the rejected one"
+                );
+                assert_eq!(notes, ["open order", "cancel order"]);
+            }
+        }
+        *ends.entry(status).or_default() += 1;
+    }
+    assert_eq!(ends.keys().collect::<Vec<_>>(), ["compensated", "completed"], "{ends:?}");
+    world.audit().await;
+}
