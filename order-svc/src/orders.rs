@@ -56,6 +56,8 @@ pub enum CancelOutcome {
     Cancelled(Box<Order>),
     /// The money is being taken, or was: the order can only be confirmed.
     TooLate(Box<Order>),
+    /// It is not at the version that the caller saw; nothing was done.
+    Stale,
     /// There is no such order.
     Unknown,
 }
@@ -105,8 +107,9 @@ impl Orders {
         Ok(order)
     }
 
-    /// Cancels an order for its customer, if it is not too late. Asking again changes nothing.
-    pub async fn cancel(&self, order: OrderId) -> Result<CancelOutcome, CancelOrderError> {
+    /// Cancels an order for its customer, if it is not too late. Asking again changes nothing. With `seen`, only if the
+    /// order is still at that version.
+    pub async fn cancel(&self, order: OrderId, seen: Option<i64>) -> Result<CancelOutcome, CancelOrderError> {
         if store::find(&self.pool, order).await.map_err(StoreError::from)?.is_none() {
             return Ok(CancelOutcome::Unknown);
         }
@@ -114,7 +117,11 @@ impl Orders {
         // The saga decides, and its row is locked first, as everywhere.
         let reason = CancelReason::CancelledByCustomer;
         let verdict = self.engine.cancel_in(&mut tx, SagaId(order.0), reason.as_str()).await?;
-        let status = store::status_for_update_in(&mut tx, order).await?;
+        let (status, version) = store::status_for_update_in(&mut tx, order).await?;
+        if seen.is_some_and(|seen| seen != version) {
+            tx.rollback().await.map_err(StoreError::from)?;
+            return Ok(CancelOutcome::Stale);
+        }
         // The engine may have come to the end of the undo already.
         if verdict == Cancelled::Accepted && status.name() == StatusName::Pending {
             store::change_in(&mut tx, &[(order, Change::RequestCancel(reason))], clock::now()).await?;

@@ -99,7 +99,7 @@ pub async fn change_in(tx: &mut Tx<'_>, changes: &[(OrderId, Change)], now: Offs
     let mut moves = Vec::with_capacity(changes.len());
     let mut events = Vec::with_capacity(changes.len());
     for &(order, change) in changes {
-        let from = *current.get(&order).ok_or(StoreError::Unknown(order))?;
+        let (from, _) = *current.get(&order).ok_or(StoreError::Unknown(order))?;
         let to = from.transition(change, now).map_err(|source| StoreError::NotAllowed { order, source })?;
         events.extend(event_of(order, to)?);
         moves.push((order, from, to));
@@ -127,24 +127,24 @@ pub async fn change_in(tx: &mut Tx<'_>, changes: &[(OrderId, Change)], now: Offs
     Ok(outbox::append_in(tx, &events).await?)
 }
 
-/// Locks an order's row to the end of the transaction and says where the order stands.
-pub async fn status_for_update_in(tx: &mut Tx<'_>, order: OrderId) -> Result<OrderStatus, StoreError> {
+/// Locks an order's row to the end of the transaction and says where the order stands, and at which version.
+pub async fn status_for_update_in(tx: &mut Tx<'_>, order: OrderId) -> Result<(OrderStatus, i64), StoreError> {
     statuses_for_update_in(tx, vec![order.0]).await?.remove(&order).ok_or(StoreError::Unknown(order))
 }
 
 async fn statuses_for_update_in(
     tx: &mut Tx<'_>,
     orders: Vec<Uuid>,
-) -> Result<HashMap<OrderId, OrderStatus>, sqlx::Error> {
+) -> Result<HashMap<OrderId, (OrderStatus, i64)>, sqlx::Error> {
     // `order by` is the order in which rows are locked, here as everywhere: by id.
-    sqlx::query("select id, status, reason, closed_at from orders where id = any($1) order by id for update")
+    sqlx::query("select id, status, reason, closed_at, version from orders where id = any($1) order by id for update")
         .bind(orders)
         .fetch_all(&mut **tx)
         .await?
         .iter()
         .map(|row| {
             let status = assemble(row, parsed(row, "status")?, row.try_get("closed_at")?)?;
-            Ok((OrderId(row.try_get("id")?), status))
+            Ok((OrderId(row.try_get("id")?), (status, row.try_get("version")?)))
         })
         .collect()
 }

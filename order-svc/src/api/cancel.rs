@@ -10,37 +10,60 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use contracts::OrderId;
-use http::{StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use saga_core::http::{Json, Path, Problem};
 use uuid::Uuid;
 
 /// Cancel an order
 ///
 /// Possible until its payment is being taken. The answer is final: 202, and the order will be cancelled, whatever else
-/// happens; 200, and it is; 409, and it will be confirmed or is. Asking again changes nothing.
+/// happens; 200, and it is; 409, and it will be confirmed or is. Asking again changes nothing. With `If-Match`, only the
+/// version that the client saw is cancelled.
 #[utoipa::path(
     post,
     path = "/v1/orders/{id}/cancel",
     tag = "orders",
     operation_id = "cancelOrder",
-    params(("id" = Uuid, Path, description = "The order's id")),
+    params(
+        ("id" = Uuid, Path, description = "The order's id"),
+        ("If-Match" = Option<String>, Header, description = "The ETag of the version that the client saw"),
+    ),
     responses(
         (status = 202, description = "What was done for it is being undone", body = OrderView),
         (status = 200, description = "It is cancelled", body = OrderView),
         (status = 400, description = "The id is not a UUID", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "There is no such order", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "Too late: its payment is being taken, or was", body = Problem, content_type = "application/problem+json"),
+        (status = 412, description = "It is not at the version that the client saw", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "Not at the moment; ask again", body = Problem, content_type = "application/problem+json"),
     ),
 )]
-pub async fn cancel_order(State(state): State<ApiState>, Path(id): Path<Uuid>) -> Result<Response, Problem> {
-    match state.orders.cancel(OrderId(id)).await? {
+pub async fn cancel_order(
+    State(state): State<ApiState>,
+    Path(id): Path<Uuid>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    match state.orders.cancel(OrderId(id), seen(&headers)?).await? {
         CancelOutcome::Cancelled(order) => {
             let cancelled = order.status.name() == StatusName::Cancelled;
             Ok(answer(if cancelled { StatusCode::OK } else { StatusCode::ACCEPTED }, *order))
         }
         CancelOutcome::TooLate(order) => Err(too_late(&order)),
+        CancelOutcome::Stale => Err(Problem::stale()),
         CancelOutcome::Unknown => Err(no_such_order(id)),
+    }
+}
+
+/// The version that `If-Match` names; none when it is not there or says "any".
+fn seen(headers: &HeaderMap) -> Result<Option<i64>, Problem> {
+    match headers.get(header::IF_MATCH).map(|value| value.to_str().unwrap_or_default().trim()) {
+        None | Some("*") => Ok(None),
+        Some(etag) => {
+            let version = etag.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')?.parse().ok());
+            let refuse =
+                || Problem::malformed("If-Match is not an ETag of an order.").with_field("If-Match", "is one ETag");
+            version.map(Some).ok_or_else(refuse)
+        }
     }
 }
 

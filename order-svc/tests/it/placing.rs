@@ -1,7 +1,8 @@
 //! `POST /v1/orders`: one transaction, one effect per Idempotency-Key.
 
-use crate::support::{Shop, basket, id_of, json_of};
-use futures::future::join_all;
+use crate::support::{PATIENCE, Shop, basket, id_of, json_of};
+use futures::{StreamExt, future::join_all, stream};
+use saga_core::testkit::eventually;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
@@ -93,7 +94,7 @@ async fn while_a_request_is_being_worked_on_its_key_is_in_flight() {
     let mut blocker = shop.db.pool.begin().await.unwrap();
     sqlx::query("lock table orders in share mode").execute(&mut *blocker).await.unwrap();
     let first = tokio::spawn(shop.post_order("k", &basket()).send());
-    saga_core::testkit::eventually(crate::support::PATIENCE, || async {
+    eventually(PATIENCE, || async {
         let waiting = "pg_locks where relation = 'orders'::regclass and not granted";
         (shop.count(waiting).await == 1).then_some(())
     })
@@ -126,4 +127,40 @@ async fn of_many_requests_under_one_key_at_once_one_places_the_order() {
     }
     assert_eq!(shop.count("orders").await, 10);
     assert_eq!(shop.count("saga").await, 10);
+}
+
+#[tokio::test]
+async fn connections_that_break_anywhere_leave_one_order_per_key_for_whoever_repeats() {
+    let shop = Shop::open().await;
+    let client = |n: usize| {
+        let shop = &shop;
+        async move {
+            // Refused for a moment, or nobody knows: the same key finds out.
+            eventually(PATIENCE, || async {
+                let answer = shop.post_order(&format!("k{n}"), &basket()).send().await.unwrap();
+                match answer.status().as_u16() {
+                    202 => Some(id_of(&json_of(answer).await)),
+                    409 | 500 | 503 => None,
+                    status => panic!("{status}"),
+                }
+            })
+            .await
+        }
+    };
+    let cuts = async {
+        for orders in [5, 20, 40, 60] {
+            eventually(PATIENCE, || async {
+                let placed = sqlx::query_scalar::<_, i64>("select count(*) from orders").fetch_one(&shop.db.pool).await;
+                placed.is_ok_and(|placed| placed >= orders).then_some(())
+            })
+            .await;
+            assert!(shop.db.cut_connections().await > 0);
+        }
+    };
+    let placing = stream::iter(0..80).map(client).buffer_unordered(6).collect::<BTreeSet<_>>();
+    let (placed, ()) = tokio::join!(placing, cuts);
+    assert_eq!(placed.len(), 80);
+    for table in ["orders", "saga", "idempotency_answer", "outbox where topic = 'payments.commands'"] {
+        assert_eq!(shop.count(table).await, 80, "{table}");
+    }
 }

@@ -3,7 +3,7 @@
 
 use crate::support::{PATIENCE, Shop, basket, id_of, json_of};
 use contracts::OrderId;
-use order_svc::domain::{OrderStatus, StatusName};
+use order_svc::domain::{CancelReason, Change, OrderStatus, StatusName};
 use reqwest::Response;
 use saga_core::envelope::Outcome::{Rejected, Succeeded};
 use saga_core::testkit::eventually;
@@ -144,6 +144,47 @@ async fn a_customer_cancels_in_time_and_asking_again_changes_nothing() {
     assert_eq!(json_of(response).await["status"], "cancelled");
     let expected = ["authorize-payment", "reserve-stock", "undo reserve-stock", "undo authorize-payment"];
     assert_eq!(sent(&shop, order).await, expected);
+}
+
+#[tokio::test]
+async fn a_cancel_of_a_version_that_is_gone_does_nothing() {
+    let shop = Shop::open().await;
+    let order = shop.place("k").await;
+    let cancel_at = |etag: &'static str| {
+        shop.client.post(shop.url(&format!("/v1/orders/{order}/cancel"))).header("If-Match", etag).send()
+    };
+    let rows = shop.rows().await;
+    assert_eq!(cancel_at("\"2\"").await.unwrap().status(), 412);
+    assert_eq!(cancel_at("1").await.unwrap().status(), 400);
+    assert_eq!(shop.rows().await, rows);
+    assert_eq!((shop.status(order).await, shop.saga_status(order).await), ("pending".into(), "running".into()));
+    assert_eq!(cancel_at("\"1\"").await.unwrap().status(), 202);
+    assert_eq!(cancel_at("\"1\"").await.unwrap().status(), 412);
+    assert_eq!(cancel_at("*").await.unwrap().status(), 202);
+}
+
+#[tokio::test]
+async fn an_order_that_cannot_be_confirmed_stops_its_own_saga_and_no_other() {
+    let shop = Shop::open().await;
+    let mut orders = Vec::new();
+    for n in 0..3 {
+        let order = shop.place(&format!("k{n}")).await;
+        shop.answer(order, Succeeded, authorized()).await;
+        shop.answer(order, Succeeded, reserved()).await;
+        orders.push(order);
+    }
+    // Somebody wrote to the database by hand.
+    shop.change(orders[1], Change::Cancel(CancelReason::Failed)).await;
+    let mut batch = Vec::new();
+    for order in &orders {
+        batch.push(shop.reply(*order, Succeeded, captured()).await);
+    }
+    shop.deliver(&batch).await;
+    for (order, status, saga) in
+        [(orders[0], "confirmed", "running"), (orders[1], "cancelled", "stuck"), (orders[2], "confirmed", "running")]
+    {
+        assert_eq!((shop.status(order).await.as_str(), shop.saga_status(order).await.as_str()), (status, saga));
+    }
 }
 
 #[tokio::test]
