@@ -24,7 +24,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 /// What this service reads, and so creates: its commands.
-const TOPICS: [Topic; 2] = [topics::PAYMENTS_COMMANDS, topics::ORDERS_REPLIES];
+const TOPICS: [Topic; 1] = [topics::PAYMENTS_COMMANDS];
 
 /// Brings the schema up to date.
 pub async fn migrate(settings: Settings) -> anyhow::Result<()> {

@@ -4,5 +4,6 @@
 mod api;
 mod crashes;
 mod gateway;
+mod kafka;
 mod outcomes;
 mod support;

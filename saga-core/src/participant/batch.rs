@@ -7,7 +7,8 @@ use super::{
     entry::{Begun, Entry, Settled},
     fence::{Fence, FenceKey, Move, UndoState},
     handler::CommandContext,
-    store::{self, IntentState, NewIntent, Origin},
+    queue::{self, IntentState, NewIntent, Origin},
+    store,
 };
 use crate::{
     consumer::HandleError,
@@ -63,9 +64,9 @@ impl Work {
     pub(super) async fn write(self, tx: &mut Tx<'_>) -> Result<(), HandleError> {
         let Changes { fences, replies, intents, reopened, closed, .. } = self.changes;
         store::write_fences(tx, &fences).await?;
-        store::insert_intents(tx, &intents).await?;
-        store::reopen_intents(tx, &reopened).await?;
-        store::delete_intents(tx, &closed).await?;
+        queue::insert_intents(tx, &intents).await?;
+        queue::reopen_intents(tx, &reopened).await?;
+        queue::delete_intents(tx, &closed).await?;
         if !replies.is_empty() {
             outbox::append_in(tx, &replies).await?;
         }

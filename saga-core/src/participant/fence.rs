@@ -3,7 +3,7 @@
 //! ```text
 //!   do:    Absent ─► Open (failed, certainly nothing happened; a resend tries again)
 //!                 ─► Calling ─► Succeeded | Rejected | InDoubt (attempts ran out; a resend calls again)
-//!                 ─► Succeeded | Rejected                    Absent/Open/InDoubt ─► Refused, once its undo was taken
+//!                 ─► Succeeded | Rejected        Absent/Open ─► Refused, once its undo came; InDoubt, once it is done
 //!   undo:  Absent ─► Open | Waiting (for the do's call) | Calling | InDoubt ─► Done
 //! ```
 
@@ -91,8 +91,10 @@ impl Fence {
             DoState::Rejected(reply) => Move::Answer(Outcome::Rejected, reply.clone()),
             DoState::Calling => Move::Ignore,
             DoState::Refused => Move::Refuse,
-            DoState::Absent | DoState::Open | DoState::InDoubt if undone => Move::Refuse,
+            DoState::Absent | DoState::Open if undone => Move::Refuse,
             DoState::Absent | DoState::Open => Move::Run,
+            // To refuse would say that certainly nothing happened; its undo settles that, and is answered.
+            DoState::InDoubt if undone => Move::Ignore,
             DoState::InDoubt => Move::CallAgain,
         }
     }
@@ -136,6 +138,9 @@ impl Fence {
             (Op::Do, Settled::Failed(_)) => self.run = DoState::Open,
             (Op::Undo, Settled::Done(reply)) => {
                 self.undo = UndoState::Done(reply.clone());
+                if doubted {
+                    self.run = DoState::Refused;
+                }
                 self.refuse();
                 return self.run_command.filter(|_| doubted);
             }
@@ -161,9 +166,9 @@ impl Fence {
         }
     }
 
-    /// The undo was taken: a do that is not final will never be.
+    /// The undo was taken: a do that certainly did nothing never will.
     pub(super) fn refuse(&mut self) {
-        if matches!(self.run, DoState::Absent | DoState::Open | DoState::InDoubt) {
+        if matches!(self.run, DoState::Absent | DoState::Open) {
             self.run = DoState::Refused;
         }
     }
@@ -176,6 +181,149 @@ impl Move {
             Self::Run => Some(None),
             Self::Undo(ran) => Some(ran.as_deref()),
             Self::NothingToUndo | Self::Refuse | Self::Answer(..) | Self::Ignore | Self::CallAgain | Self::Wait => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// What the world does next: commands come in any order and number, handlers and calls end in any way.
+    #[derive(Debug, Clone, Copy)]
+    enum Event {
+        Deliver(Op, End),
+        CallEnds(End),
+    }
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum End {
+        Done,
+        Rejected,
+        Failed,
+        /// It is (still) being called: an intent is committed.
+        Call,
+        /// Attempts ran out; it may have happened.
+        DoubtDone,
+        DoubtNot,
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        let end = prop_oneof![
+            Just(End::Done),
+            Just(End::Rejected),
+            Just(End::Failed),
+            Just(End::Call),
+            Just(End::DoubtDone),
+            Just(End::DoubtNot)
+        ];
+        let op = prop_oneof![Just(Op::Do), Just(Op::Undo)];
+        prop_oneof![(op, end.clone()).prop_map(|(op, end)| Event::Deliver(op, end)), end.prop_map(Event::CallEnds),]
+    }
+
+    /// A fence, and the effect as it is in the world.
+    struct World {
+        fence: Fence,
+        effect: bool,
+        effects: usize,
+        answers: [Option<(Outcome, Vec<u8>)>; 2],
+    }
+
+    impl World {
+        fn take(&mut self, op: Op) {
+            match op {
+                // Under one idempotency key: what was done is not done again.
+                Op::Do if self.effect => {}
+                Op::Do => {
+                    self.effect = true;
+                    self.effects += 1;
+                }
+                Op::Undo => self.effect = false,
+            }
+        }
+
+        fn settle(&mut self, op: Op, end: End) {
+            let settled = match (op, end) {
+                (_, End::Done) => Settled::Done(vec![1]),
+                (Op::Do, End::Rejected) => Settled::Rejected(vec![2]),
+                _ => Settled::Failed("later".into()),
+            };
+            if let Settled::Done(_) = settled {
+                self.take(op);
+            }
+            self.fence.settle(op, &settled);
+        }
+
+        fn deliver(&mut self, op: Op, end: End) -> Result<(), TestCaseError> {
+            match self.fence.next(op) {
+                Move::Run | Move::Undo(_) => match end {
+                    End::Done | End::Rejected | End::Failed => self.settle(op, end),
+                    End::Call | End::DoubtDone | End::DoubtNot => self.fence.calling(op),
+                },
+                Move::NothingToUndo => {
+                    prop_assert!(!self.effect, "there is something to undo");
+                    self.settle(op, End::Done);
+                }
+                Move::Refuse => self.fence.refuse(),
+                Move::Answer(outcome, reply) => {
+                    let answer = &mut self.answers[usize::from(op == Op::Undo)];
+                    let first = answer.get_or_insert((outcome, reply.clone()));
+                    prop_assert_eq!(&(outcome, reply), &*first, "a final answer changed");
+                }
+                Move::Ignore => {}
+                Move::CallAgain => self.fence.calling(op),
+                Move::Wait => self.fence.undo = UndoState::Waiting,
+            }
+            Ok(())
+        }
+
+        fn call_ends(&mut self, end: End) -> Result<(), TestCaseError> {
+            let op = match (&self.fence.run, &self.fence.undo) {
+                (DoState::Calling, _) => Op::Do,
+                (_, UndoState::Calling) => Op::Undo,
+                _ => return Ok(()),
+            };
+            match end {
+                End::Call => return Ok(()),
+                // A call that failed or was refused certainly did nothing, unless an earlier one under its key did.
+                End::Rejected | End::Failed if self.effect && op == Op::Do => self.settle(op, End::Done),
+                End::Done | End::Rejected | End::Failed => self.settle(op, end),
+                End::DoubtDone | End::DoubtNot => {
+                    if end == End::DoubtDone {
+                        self.take(op);
+                    }
+                    self.fence.in_doubt(op);
+                }
+            }
+            // The undo that waited is handled like one that has just come.
+            if op == Op::Do && self.fence.undo == UndoState::Waiting {
+                self.fence.undo = UndoState::Absent;
+                self.deliver(Op::Undo, end)?;
+            }
+            Ok(())
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+        #[test]
+        fn an_effect_happens_once_and_never_after_its_undo(events in prop::collection::vec(event(), 0..30)) {
+            let mut world =
+                World { fence: Fence::new(), effect: false, effects: 0, answers: [None, None] };
+            for event in events {
+                match event {
+                    Event::Deliver(op, end) => world.deliver(op, end)?,
+                    Event::CallEnds(end) => world.call_ends(end)?,
+                }
+                prop_assert!(world.effects <= 1, "it happened {} times", world.effects);
+                if matches!(world.fence.undo, UndoState::Done(_)) {
+                    prop_assert!(!world.effect, "undone, and there");
+                }
+                if matches!(world.fence.run, DoState::Rejected(_) | DoState::Open | DoState::Absent) {
+                    prop_assert!(!world.effect, "certainly nothing happened, and it did");
+                }
+            }
         }
     }
 }

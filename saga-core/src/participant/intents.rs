@@ -17,7 +17,8 @@ use super::{
     entry::{Entry, Settled, StoredIntent},
     fence::UndoState,
     handler::Performed,
-    store::{self, Claimed},
+    queue::{self, Claimed},
+    store,
 };
 use crate::{
     consumer::HandleError,
@@ -132,7 +133,7 @@ impl Intents {
         }
         let kinds: Vec<&str> = self.participant.entries.keys().copied().collect();
         let lease = self.config.call_timeout + self.config.claim_margin;
-        let claims = store::claim(&self.pool, &kinds, free, self.owner, lease).await?;
+        let claims = queue::claim(&self.pool, &kinds, free, self.owner, lease).await?;
         let full = claims.len() == free;
         for claim in claims {
             let this = self.clone();
@@ -141,7 +142,7 @@ impl Intents {
         if full {
             return Ok(Duration::ZERO);
         }
-        let due = store::next_due(&self.pool, &kinds).await?;
+        let due = queue::next_due(&self.pool, &kinds).await?;
         Ok(due.map_or(self.config.poll, |due| due.min(self.config.poll)))
     }
 
@@ -187,13 +188,13 @@ impl Intents {
     async fn settle(&self, claim: &Claimed, entry: &dyn Entry, answer: Value) -> Result<(), Unsettled> {
         let mut tx = self.pool.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
-        if !store::close_intent(&mut tx, claim.intent.cx.saga.command, self.owner).await? {
+        if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, self.owner).await? {
             return Ok(());
         }
         let settled = record(&mut tx, entry, claim.intent.clone(), answer).await?;
         if let Some(fence) = fences.get_mut(&claim.key) {
             let closed = fence.settle(claim.intent.cx.saga.op, &settled);
-            store::delete_intents(&mut tx, closed.as_slice()).await?;
+            queue::delete_intents(&mut tx, closed.as_slice()).await?;
             self.wake_undo(&mut tx, claim, fence).await?;
         }
         store::write_fences(&mut tx, &fences).await?;
@@ -212,9 +213,9 @@ impl Intents {
         let mut tx = self.pool.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
         let held = if claim.ready {
-            store::close_intent(&mut tx, command, self.owner).await?
+            queue::close_intent(&mut tx, command, self.owner).await?
         } else {
-            store::doubt_intent(&mut tx, command, self.owner, reason).await?
+            queue::doubt_intent(&mut tx, command, self.owner, reason).await?
         };
         if !held {
             return Ok(());
@@ -238,7 +239,7 @@ impl Intents {
         let delay = self.config.delay(claim.attempts);
         tracing::info!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
             attempts = claim.attempts, reason, ?delay, "no certain answer yet");
-        store::release(&self.pool, claim.intent.cx.saga.command, self.owner, delay, reason).await?;
+        queue::release(&self.pool, claim.intent.cx.saga.command, self.owner, delay, reason).await?;
         Ok(())
     }
 
@@ -246,7 +247,7 @@ impl Intents {
     async fn resume(&self, claim: &Claimed, kind: &'static str, entry: &dyn Entry) -> Result<(), Unsettled> {
         let mut tx = self.pool.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
-        if !store::close_intent(&mut tx, claim.intent.cx.saga.command, self.owner).await? {
+        if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, self.owner).await? {
             return Ok(());
         }
         if let Some(fence) = fences.get_mut(&claim.key) {
@@ -270,7 +271,7 @@ impl Intents {
 
     async fn wake_undo(&self, tx: &mut Tx<'_>, claim: &Claimed, fence: &super::fence::Fence) -> Result<(), Unsettled> {
         if let (Op::Do, UndoState::Waiting, Some(undo)) = (claim.intent.cx.saga.op, &fence.undo, fence.undo_command) {
-            store::ready_undo(tx, undo).await?;
+            queue::ready_undo(tx, undo).await?;
             // Looks at the latest after the poll interval; a permit that comes before the commit costs one look.
             self.participant.wake.notify_one();
         }

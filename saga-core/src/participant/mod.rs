@@ -21,7 +21,7 @@
 //! | `fence` | pure: what a command may do in a fence's state |
 //! | `entry` | a registered command type, without its type |
 //! | `batch` | a batch of commands through fences and handlers |
-//! | `store` | the SQL of fences and intents |
+//! | `store`, `queue` | the SQL of fences and of intents |
 //! | [`intents`] | claims, calls and settles external effects |
 
 mod batch;
@@ -29,6 +29,7 @@ mod entry;
 mod fence;
 pub mod handler;
 pub mod intents;
+mod queue;
 mod store;
 
 pub use handler::{

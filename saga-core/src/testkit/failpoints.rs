@@ -16,6 +16,10 @@
 //! | `consumer.after-commit` | group | committed, and the process does not know |
 //! | `consumer.before-store` | group | committed and known, the offsets not stored |
 //! | `consumer.after-attempt` | group | an attempt at a single record is counted, and not yet made |
+//! | `participant.before-call` | participant | an intent is claimed, nobody called |
+//! | `participant.after-call` | participant | the call was made, and nobody remembers its answer |
+//! | `participant.before-settle-commit` | participant | the answer is recorded and replied to, not committed |
+//! | `participant.after-settle-commit` | participant | committed, and the process does not know |
 
 use std::sync::Once;
 

@@ -1,0 +1,277 @@
+//! The SQL of intents: a queue of effects that are to be performed, claimed with a lease.
+
+use super::{entry::StoredIntent, fence::FenceKey, handler::CommandContext, store::key};
+use crate::{
+    envelope::{Headers, Op, SagaHeaders},
+    id::{CommandId, MessageId},
+    outbox::Tx,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sqlx::{PgPool, Row, postgres::PgRow, types::Json};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Whom an intent's reply goes to, and which message asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Origin {
+    definition: String,
+    version: u32,
+    attempt: u32,
+    reply_to: Option<String>,
+    message: MessageId,
+    undoes: Option<CommandId>,
+    pub(super) trace: Headers,
+}
+
+impl Origin {
+    pub(super) fn new(cx: &CommandContext, undoes: Option<CommandId>, trace: Headers) -> Self {
+        Self {
+            definition: cx.saga.definition.clone(),
+            version: cx.saga.version,
+            attempt: cx.saga.attempt,
+            reply_to: cx.saga.reply_to.clone(),
+            message: cx.message,
+            undoes,
+            trace,
+        }
+    }
+}
+
+/// How an intent begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum IntentState {
+    /// An undo, for the call of its do.
+    Waiting,
+    /// To be called.
+    Open,
+}
+
+impl IntentState {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Open => "open",
+        }
+    }
+}
+
+pub(super) struct NewIntent {
+    pub(super) command: CommandId,
+    pub(super) key: FenceKey,
+    pub(super) op: Op,
+    pub(super) kind: &'static str,
+    pub(super) state: IntentState,
+    pub(super) origin: Origin,
+    pub(super) payload: Vec<u8>,
+    pub(super) prepared: Option<Value>,
+}
+
+/// An intent that is claimed by this process, until the claim's lease runs out.
+pub(super) struct Claimed {
+    pub(super) key: FenceKey,
+    pub(super) kind: String,
+    pub(super) intent: StoredIntent,
+    pub(super) trace: Headers,
+    /// An undo that waited for a call and is to be handled now.
+    pub(super) ready: bool,
+    pub(super) attempts: u32,
+}
+
+/// Inserts intents and waiting undos.
+pub(super) async fn insert_intents(tx: &mut Tx<'_>, intents: &[NewIntent]) -> Result<(), sqlx::Error> {
+    if intents.is_empty() {
+        return Ok(());
+    }
+    let all = || intents.iter();
+    sqlx::query(
+        "insert into participant_intent
+                (command_id, saga_id, step, occurrence, op, type, state, origin, payload, prepared)
+         select *
+           from unnest($1::uuid[], $2::uuid[], $3::text[], $4::int4[], $5::text[], $6::text[], $7::text[],
+                       $8::jsonb[], $9::bytea[], $10::jsonb[])",
+    )
+    .bind(all().map(|i| i.command.0).collect::<Vec<_>>())
+    .bind(all().map(|i| i.key.saga.0).collect::<Vec<_>>())
+    .bind(all().map(|i| i.key.step.as_str()).collect::<Vec<_>>())
+    .bind(all().map(|i| i.key.occurrence).collect::<Vec<_>>())
+    .bind(all().map(|i| i.op.as_str()).collect::<Vec<_>>())
+    .bind(all().map(|i| i.kind).collect::<Vec<_>>())
+    .bind(all().map(|i| i.state.as_str()).collect::<Vec<_>>())
+    .bind(all().map(|i| Json(&i.origin)).collect::<Vec<_>>())
+    .bind(all().map(|i| i.payload.as_slice()).collect::<Vec<_>>())
+    .bind(all().map(|i| i.prepared.clone()).collect::<Vec<_>>())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+/// Opens again, with fresh attempts, intents that were given up in doubt; the reply goes to the resend's sender.
+pub(super) async fn reopen_intents(tx: &mut Tx<'_>, intents: &[(CommandId, Origin)]) -> Result<(), sqlx::Error> {
+    if intents.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(
+        "update participant_intent i
+            set state = 'open', origin = c.origin, attempts = 0, due_at = clock_timestamp(), claimed_by = null
+           from unnest($1::uuid[], $2::jsonb[]) as c (command_id, origin)
+          where i.command_id = c.command_id and i.state = 'in_doubt'",
+    )
+    .bind(intents.iter().map(|(id, _)| id.0).collect::<Vec<_>>())
+    .bind(intents.iter().map(|(_, origin)| Json(origin)).collect::<Vec<_>>())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+/// Removes intents that their undo has settled.
+pub(super) async fn delete_intents(tx: &mut Tx<'_>, intents: &[CommandId]) -> Result<(), sqlx::Error> {
+    if intents.is_empty() {
+        return Ok(());
+    }
+    sqlx::query("delete from participant_intent where command_id = any($1)")
+        .bind(intents.iter().map(|id| id.0).collect::<Vec<_>>())
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Claims up to `limit` due intents of the given types for `lease`, counting an attempt of each.
+pub(super) async fn claim(
+    pool: &PgPool,
+    kinds: &[&str],
+    limit: usize,
+    owner: Uuid,
+    lease: Duration,
+) -> Result<Vec<Claimed>, sqlx::Error> {
+    let rows = sqlx::query(
+        "with due as (
+             select command_id
+               from participant_intent
+              where state in ('ready', 'open') and due_at <= clock_timestamp() and type = any($1)
+              order by due_at
+              limit $2
+                for update skip locked
+         )
+         update participant_intent i
+            set claimed_by = $3, due_at = clock_timestamp() + make_interval(secs => $4), attempts = i.attempts + 1
+           from due
+          where i.command_id = due.command_id
+      returning i.command_id, i.saga_id, i.step, i.occurrence, i.op, i.type, i.state, i.origin, i.payload, i.prepared,
+                i.attempts",
+    )
+    .bind(kinds)
+    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .bind(owner)
+    .bind(lease.as_secs_f64())
+    .fetch_all(pool)
+    .await?;
+    rows.iter().map(claimed).collect()
+}
+
+/// How long until the next intent is due; `None` when there is none.
+pub(super) async fn next_due(pool: &PgPool, kinds: &[&str]) -> Result<Option<Duration>, sqlx::Error> {
+    let seconds: Option<f64> = sqlx::query_scalar(
+        "select extract(epoch from min(due_at) - clock_timestamp())::float8
+           from participant_intent
+          where state in ('ready', 'open') and type = any($1)",
+    )
+    .bind(kinds)
+    .fetch_one(pool)
+    .await?;
+    Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default()))
+}
+
+/// Removes a claimed intent; false when the claim was lost.
+pub(super) async fn close_intent(tx: &mut Tx<'_>, command: CommandId, owner: Uuid) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query("delete from participant_intent where command_id = $1 and claimed_by = $2")
+        .bind(command.0)
+        .bind(owner)
+        .execute(&mut **tx)
+        .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Gives a claimed intent up; false when the claim was lost.
+pub(super) async fn doubt_intent(
+    tx: &mut Tx<'_>,
+    command: CommandId,
+    owner: Uuid,
+    reason: &str,
+) -> Result<bool, sqlx::Error> {
+    let done = sqlx::query(
+        "update participant_intent
+            set state = 'in_doubt', claimed_by = null, last_error = $3
+          where command_id = $1 and claimed_by = $2",
+    )
+    .bind(command.0)
+    .bind(owner)
+    .bind(reason)
+    .execute(&mut **tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Ends a claim; the intent is due again after `delay`.
+pub(super) async fn release(
+    pool: &PgPool,
+    command: CommandId,
+    owner: Uuid,
+    delay: Duration,
+    reason: &str,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update participant_intent
+            set claimed_by = null, due_at = clock_timestamp() + make_interval(secs => $3), last_error = $4
+          where command_id = $1 and claimed_by = $2",
+    )
+    .bind(command.0)
+    .bind(owner)
+    .bind(delay.as_secs_f64())
+    .bind(reason)
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// The call that an undo waits for is settled.
+pub(super) async fn ready_undo(tx: &mut Tx<'_>, undo: CommandId) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update participant_intent
+            set state = 'ready', due_at = clock_timestamp()
+          where command_id = $1 and state = 'waiting'",
+    )
+    .bind(undo.0)
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
+fn claimed(row: &PgRow) -> Result<Claimed, sqlx::Error> {
+    let Json(origin): Json<Origin> = row.try_get("origin")?;
+    let key = key(row)?;
+    let saga = SagaHeaders {
+        saga: key.saga,
+        definition: origin.definition,
+        version: origin.version,
+        step: key.step.clone(),
+        op: if row.try_get::<&str, _>("op")? == "do" { Op::Do } else { Op::Undo },
+        occurrence: key.occurrence.unsigned_abs(),
+        command: CommandId(row.try_get("command_id")?),
+        attempt: origin.attempt,
+        reply_to: origin.reply_to,
+        outcome: None,
+    };
+    Ok(Claimed {
+        key,
+        kind: row.try_get("type")?,
+        intent: StoredIntent {
+            cx: CommandContext { saga, message: origin.message, undoes: origin.undoes },
+            payload: row.try_get("payload")?,
+            prepared: row.try_get::<Option<Value>, _>("prepared")?.unwrap_or_default(),
+        },
+        trace: origin.trace,
+        ready: row.try_get::<&str, _>("state")? == "ready",
+        attempts: u32::try_from(row.try_get::<i32, _>("attempts")?).unwrap_or(u32::MAX),
+    })
+}
