@@ -123,10 +123,16 @@ impl Process {
 
     /// Starts the same again after it ended; nothing when it runs.
     pub fn start_again(&self) -> Result<()> {
+        self.start_again_with(&[])
+    }
+
+    /// Starts it again with these variables in addition, for this one life: an armed fail point, for example.
+    pub fn start_again_with(&self, env: &[(&str, &str)]) -> Result<()> {
         if self.is_running() {
             return Ok(());
         }
-        let child = self.spec.command()?.spawn().map_err(self.spec.spawn_error())?;
+        let mut command = self.spec.command()?;
+        let child = command.envs(env.iter().copied()).spawn().map_err(self.spec.spawn_error())?;
         guard::watch(child.id(), self.spec.orphan.as_str().trim_start_matches("SIG"));
         *self.child() = Some(child);
         Ok(())

@@ -1,0 +1,69 @@
+//! Chance with a seed, and processes that die at moments that it picks.
+
+use crate::platform::Platform;
+use stack::service::Service;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+/// Reproducible chance: the seed is printed, and `E2E_SEED` sets it. (The moments are drawn again from the same seed;
+/// what else the machine does at those moments is not.)
+#[derive(Debug, Clone)]
+pub struct Chance(u64);
+
+impl Chance {
+    /// From `E2E_SEED`, or new; says which.
+    ///
+    /// # Panics
+    /// When `E2E_SEED` is no number.
+    pub fn new(what: &str) -> Self {
+        let seed = match std::env::var("E2E_SEED") {
+            Ok(seed) => seed.parse().expect("E2E_SEED is a number"),
+            Err(_) => uuid::Uuid::new_v4().as_u64_pair().0,
+        };
+        println!("{what}: E2E_SEED={seed}");
+        Self(seed)
+    }
+
+    /// A number below `end`: SplitMix64, which is enough to pick moments.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % end.max(1)
+    }
+
+    /// So many milliseconds.
+    pub fn millis(&mut self, from: u64, to: u64) -> Duration {
+        Duration::from_millis(from + self.below(to - from))
+    }
+
+    /// One of them.
+    pub fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+        let index = self.below(of.len() as u64);
+        &of[usize::try_from(index).unwrap_or_default()]
+    }
+}
+
+impl Platform {
+    /// Kills (SIGKILL) one of `services` again and again, each time at a moment of chance, and starts it again, until
+    /// `token` is cancelled. All of them run, and are ready, when this returns; how often it killed.
+    ///
+    /// # Panics
+    /// When a process does not come back.
+    pub async fn kills(&self, services: &[Service], mut chance: Chance, token: CancellationToken) -> usize {
+        let mut killed = 0;
+        while !token.is_cancelled() {
+            // Not a wait for something: the moment is the fault.
+            tokio::time::sleep(chance.millis(50, 700)).await;
+            let service = *chance.pick(services);
+            let running = self.stack.service(service);
+            running.process.kill();
+            killed += 1;
+            self.fault_fired(&format!("SIGKILL {service}"));
+            tokio::time::sleep(chance.millis(0, 200)).await;
+            running.start_again().await.unwrap_or_else(|error| panic!("{service} does not come back: {error}"));
+        }
+        killed
+    }
+}

@@ -1,0 +1,196 @@
+//! What a customer does: orders, cancels, looks; and what a shop does before: items and stock.
+
+use crate::{
+    audit::{Answer, Request},
+    platform::{Platform, SETTLED},
+};
+use saga_core::testkit::{eventually, unique};
+use serde_json::{Value, json};
+use stack::service::Service;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// How long a customer repeats a request that got no answer.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// An order to be placed.
+#[derive(Debug, Clone)]
+pub struct Wish {
+    /// Who.
+    pub customer: String,
+    /// (sku, pieces)
+    pub items: Vec<(String, i64)>,
+    /// The payment provider's test token: it chooses how the provider behaves.
+    pub payment_method: String,
+    /// W3C trace context to send along.
+    pub traceparent: Option<String>,
+}
+
+impl Wish {
+    /// So many pieces of one thing.
+    pub fn of(sku: &str, pieces: i64) -> Self {
+        let items = vec![(sku.to_owned(), pieces)];
+        Self { customer: "customer-1".into(), items, payment_method: "tok_visa".into(), traceparent: None }
+    }
+
+    /// And of another.
+    #[must_use]
+    pub fn and(mut self, sku: &str, pieces: i64) -> Self {
+        self.items.push((sku.to_owned(), pieces));
+        self
+    }
+
+    /// Paid with this.
+    #[must_use]
+    pub fn paid_with(mut self, token: &str) -> Self {
+        token.clone_into(&mut self.payment_method);
+        self
+    }
+
+    fn body(&self) -> Value {
+        let items = self.items.iter().map(|(sku, quantity)| json!({ "sku": sku, "quantity": quantity }));
+        let items: Vec<_> = items.collect();
+        json!({ "customer_id": self.customer, "items": items, "payment_method": self.payment_method })
+    }
+}
+
+impl Platform {
+    /// A new item with so many pieces on hand, known to order-svc too; its sku.
+    ///
+    /// # Panics
+    /// When inventory-svc refuses, or order-svc does not hear of it.
+    pub async fn item(&self, name: &str, price: i64, pieces: i64) -> String {
+        let sku = unique(name);
+        let item = json!({
+            "sku": sku, "name": name, "unit_price": { "amount": price, "currency": "EUR" }
+        });
+        let url = format!("{}/v1/items", self.stack.url(Service::Inventory));
+        let answer = self.http.post(&url).json(&item).send().await.expect("inventory-svc answers");
+        assert!(answer.status().is_success(), "{} {}", answer.status(), answer.text().await.unwrap_or_default());
+        if pieces > 0 {
+            let delivery = json!({ "delta": pieces, "reason": "first delivery" });
+            let url = format!("{url}/{sku}/adjustments");
+            let request = self.http.post(&url).header("idempotency-key", unique("delivery")).json(&delivery);
+            let answer = request.send().await.expect("inventory-svc answers");
+            assert!(answer.status().is_success(), "{} {}", answer.status(), answer.text().await.unwrap_or_default());
+        }
+        eventually(SETTLED, || async {
+            let known = sqlx::query_scalar("select exists (select from catalogue where sku = $1)").bind(&sku);
+            known.fetch_one(&self.orders).await.unwrap_or(false).then_some(())
+        })
+        .await;
+        sku
+    }
+
+    /// Places an order as a patient customer does: who gets no answer asks again under the same key.
+    ///
+    /// # Panics
+    /// When it is refused, or there is no answer for a long time.
+    pub async fn place(&self, wish: &Wish) -> Uuid {
+        match self.ask(wish).await {
+            Answer::Accepted(order) => order,
+            other => panic!("{wish:?}: {other:?}"),
+        }
+    }
+
+    /// Places an order, and notes for the audit what was answered.
+    pub async fn ask(&self, wish: &Wish) -> Answer {
+        let key = unique("order");
+        let started = Instant::now();
+        let mut pause = Duration::from_millis(20);
+        let answer = loop {
+            match self.ask_once(wish, &key).await {
+                // In flight, or out of order: the same request again tells.
+                Answer::Unknown | Answer::Refused(409 | 500..=599) if started.elapsed() < PATIENCE => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_millis(500));
+                }
+                answer => break answer,
+            }
+        };
+        self.expected().requests.push(Request { key, answer: answer.clone() });
+        answer
+    }
+
+    async fn ask_once(&self, wish: &Wish, key: &str) -> Answer {
+        let url = format!("{}/v1/orders", self.stack.url(Service::Orders));
+        let mut request = self.http.post(url).header("idempotency-key", key).json(&wish.body());
+        if let Some(traceparent) = &wish.traceparent {
+            request = request.header("traceparent", traceparent);
+        }
+        let Ok(answer) = request.send().await else { return Answer::Unknown };
+        let status = answer.status();
+        let Ok(body) = answer.json::<Value>().await else { return Answer::Unknown };
+        match body["id"].as_str().and_then(|id| id.parse().ok()) {
+            Some(order) if status.is_success() => Answer::Accepted(order),
+            _ => Answer::Refused(status.as_u16()),
+        }
+    }
+
+    /// The order as the API shows it; `None` while the service does not answer.
+    pub async fn order(&self, order: Uuid) -> Option<Value> {
+        let url = format!("{}/v1/orders/{order}", self.stack.url(Service::Orders));
+        let answer = self.http.get(url).send().await.ok()?;
+        answer.status().is_success().then_some(())?;
+        answer.json().await.ok()
+    }
+
+    /// Cancels as a customer; the answer's status, 0 for none.
+    pub async fn cancel(&self, order: Uuid) -> u16 {
+        let url = format!("{}/v1/orders/{order}/cancel", self.stack.url(Service::Orders));
+        self.http.post(url).send().await.map_or(0, |answer| answer.status().as_u16())
+    }
+
+    /// Waits until the order is confirmed or cancelled; its status, and why it was cancelled.
+    pub async fn end_of(&self, order: Uuid) -> (String, Option<String>) {
+        eventually(SETTLED, || async {
+            let order = self.order(order).await?;
+            let status = order["status"].as_str()?;
+            let reason = order["reason"].as_str().map(str::to_owned);
+            matches!(status, "confirmed" | "cancelled").then(|| (status.to_owned(), reason))
+        })
+        .await
+    }
+
+    /// How the order ended, in short: `confirmed`, or why it was cancelled.
+    pub async fn outcome(&self, order: Uuid) -> String {
+        let (status, reason) = self.end_of(order).await;
+        reason.unwrap_or(status)
+    }
+
+    /// The saga as its inspection shows it.
+    ///
+    /// # Panics
+    /// When the inspection does not know it.
+    pub async fn saga(&self, order: Uuid) -> Value {
+        let url = self.admin(Service::Orders, &format!("/v1/sagas/{order}"));
+        eventually(SETTLED, || async {
+            let answer = self.http.get(&url).send().await.ok()?;
+            answer.status().is_success().then_some(())?;
+            answer.json().await.ok()
+        })
+        .await
+    }
+
+    /// An item's pieces: (on hand, reserved).
+    pub async fn stock_of(&self, sku: &str) -> (i64, i64) {
+        let url = format!("{}/v1/items/{sku}", self.stack.url(Service::Inventory));
+        eventually(SETTLED, || async {
+            let item: Value = self.http.get(&url).send().await.ok()?.json().await.ok()?;
+            Some((item["on_hand"].as_i64()?, item["reserved"].as_i64()?))
+        })
+        .await
+    }
+
+    /// What the gateway did for an order, in its order: `authorized 100`, `captured 100`, …
+    ///
+    /// # Panics
+    /// When its database cannot be read.
+    pub async fn at_gateway(&self, order: Uuid) -> Vec<String> {
+        let facts = self.sources().read_databases().await.expect("the databases can be read");
+        let name = order.to_string();
+        let theirs: Vec<_> = facts.authorizations.iter().filter(|a| a.order == name).map(|a| &a.reference).collect();
+        let movements = facts.movements.iter().filter(|m| theirs.contains(&&m.reference));
+        movements.map(|movement| format!("{} {}", movement.kind, movement.amount)).collect()
+    }
+}

@@ -1,0 +1,199 @@
+//! One running platform, shared by the tests of a binary, and the judgement over it.
+//!
+//! Starting it costs seconds, so each test binary has one; tests keep apart by orders and items of their own. A test
+//! that runs beside others holds the platform shared; judging wants it alone, because what moves looks like a
+//! contradiction. Everything lives in one runtime that outlives the tests; when the binary ends, however it ends, the
+//! stack's guard ends the processes.
+
+use crate::audit::{Answer, Expectations, Facts, Finding, Sources, audit};
+use anyhow::Result;
+use sqlx::{PgPool, postgres::PgPoolOptions};
+use stack::{
+    platform::{Stack, StackConfig},
+    progress::Progress,
+    service::Service,
+};
+use std::{
+    future::Future,
+    sync::{LazyLock, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::{
+    runtime::Runtime,
+    sync::{OnceCell, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
+use uuid::Uuid;
+
+/// What a saga may take until it has ended, with everything that a test does to it: retries and claims run out in
+/// seconds, consumers come back in seconds, and two cores are shared by all of it.
+pub const SETTLED: Duration = Duration::from_secs(90);
+/// After the sagas' end: the last records are published and taken, the last offsets committed.
+const AT_REST: Duration = Duration::from_secs(30);
+
+static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    runtime.expect("a runtime can be made")
+});
+static SHARED: OnceCell<Platform> = OnceCell::const_new();
+
+/// A platform under test.
+pub struct Platform {
+    /// Its processes.
+    pub stack: Stack,
+    /// order-svc's database.
+    pub orders: PgPool,
+    /// HTTP, with a bound on each request.
+    pub http: reqwest::Client,
+    expected: Mutex<Expectations>,
+    turn: RwLock<()>,
+}
+
+/// Runs a test on this binary's platform, beside others.
+pub fn beside_others<F: Future<Output = ()>>(test: impl FnOnce(&'static Platform) -> F) {
+    RUNTIME.block_on(async {
+        let platform = shared().await;
+        let turn = platform.shared_turn().await;
+        test(platform).await;
+        drop(turn);
+        let _alone = platform.own_turn().await;
+        platform.passes_the_audit().await;
+    });
+}
+
+/// Runs a test on this binary's platform while no other does: it breaks things that others need.
+pub fn alone<F: Future<Output = ()>>(test: impl FnOnce(&'static Platform) -> F) {
+    RUNTIME.block_on(async {
+        let platform = shared().await;
+        let _alone = platform.own_turn().await;
+        test(platform).await;
+        platform.passes_the_audit().await;
+    });
+}
+
+async fn shared() -> &'static Platform {
+    SHARED.get_or_init(|| Platform::start(StackConfig::for_tests())).await
+}
+
+impl Platform {
+    /// Starts one.
+    ///
+    /// # Panics
+    /// When it does not start: nothing can be tested.
+    pub async fn start(config: StackConfig) -> Self {
+        let stack = Stack::start(config, &Progress::Silent).await.unwrap_or_else(|e| panic!("the platform: {e}"));
+        // Lazily, and few: a test that kills PostgreSQL must not be told by its own pool.
+        let pool = PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(60));
+        let orders = pool.connect_lazy(&stack.database_url("orders")).expect("the stack's own URL");
+        let http = reqwest::Client::builder().timeout(Duration::from_secs(40)).build().expect("a client");
+        let expected = Mutex::new(Expectations { least_accepted_percent: 60, ..Expectations::default() });
+        Self { stack, orders, http, expected, turn: RwLock::new(()) }
+    }
+
+    async fn shared_turn(&self) -> RwLockReadGuard<'_, ()> {
+        self.turn.read().await
+    }
+
+    async fn own_turn(&self) -> RwLockWriteGuard<'_, ()> {
+        self.turn.write().await
+    }
+
+    /// What the audit is to expect; tests add to it.
+    pub fn expected(&self) -> MutexGuard<'_, Expectations> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says that a kind of fault is to fire so often in addition.
+    pub fn wants_fault(&self, kind: &str, times: usize) {
+        let mut expected = self.expected();
+        expected.faults.entry(kind.to_owned()).or_default().wanted += times;
+    }
+
+    /// Says that a fault fired.
+    pub fn fault_fired(&self, kind: &str) {
+        self.expected().faults.entry(kind.to_owned()).or_default().fired += 1;
+    }
+
+    /// Where the facts are.
+    pub fn sources(&self) -> Sources {
+        let url = |name| self.stack.database_url(name);
+        Sources {
+            orders: url("orders"),
+            payments: url("payments"),
+            inventory: url("inventory"),
+            gateway: url("gateway"),
+            brokers: self.brokers(),
+        }
+    }
+
+    /// Where Kafka is.
+    pub fn brokers(&self) -> String {
+        self.stack.servers().kafka_brokers.clone()
+    }
+
+    /// The admin listener of one of the processes, with a path.
+    pub fn admin(&self, service: Service, path: &str) -> String {
+        format!("{}{path}", self.stack.admin_url(service))
+    }
+
+    /// Waits until every saga has ended, or is stuck where that is expected.
+    ///
+    /// # Panics
+    /// When that takes too long; it says which sagas did not end, and where they stand.
+    pub async fn settles(&self) {
+        let started = Instant::now();
+        loop {
+            let open = self.open_sagas().await;
+            if open.as_ref().is_ok_and(Vec::is_empty) {
+                return;
+            }
+            let logs = self.stack.logs().display();
+            assert!(started.elapsed() < SETTLED, "after {SETTLED:?}: {open:#?} (logs: {logs})");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn open_sagas(&self) -> sqlx::Result<Vec<(Uuid, String, serde_json::Value)>> {
+        let open: Vec<(Uuid, String, serde_json::Value)> = sqlx::query_as(
+            "select saga_id, status, state from saga where status not in ('completed', 'compensated') order by saga_id",
+        )
+        .fetch_all(&self.orders)
+        .await?;
+        let stuck = self.expected().stuck.clone();
+        Ok(open.into_iter().filter(|(id, status, _)| !(status == "stuck" && stuck.contains(id))).collect())
+    }
+
+    /// Waits until everything is at rest, and judges.
+    ///
+    /// # Panics
+    /// With the findings, when there are any.
+    pub async fn passes_the_audit(&self) {
+        self.settles().await;
+        let started = Instant::now();
+        loop {
+            let judged = self.judge().await;
+            match &judged {
+                Ok((_, findings)) if findings.is_empty() => return,
+                _ if started.elapsed() < AT_REST => {}
+                Ok((_, findings)) => {
+                    let lines: Vec<_> = findings.iter().take(40).map(ToString::to_string).collect();
+                    let (n, logs) = (findings.len(), self.stack.logs().display());
+                    panic!("{n} findings:\n{}\n(logs: {logs})", lines.join("\n"));
+                }
+                Err(error) => panic!("the audit could not read: {error:#}"),
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// The facts, and what contradicts the invariants.
+    pub async fn judge(&self) -> Result<(Facts, Vec<Finding>)> {
+        let facts = self.sources().read().await?;
+        let findings = audit(&facts, &self.expected());
+        Ok((facts, findings))
+    }
+
+    /// How many requests were accepted so far.
+    pub fn accepted(&self) -> usize {
+        self.expected().requests.iter().filter(|request| matches!(request.answer, Answer::Accepted(_))).count()
+    }
+}

@@ -1,0 +1,247 @@
+//! Topics from outside: read to their end, written into, and how far a consumer group is.
+//!
+//! saga-core's test kit does the same on the brokers of the environment; a platform under test has its own.
+
+use crate::audit::RecordFact;
+use anyhow::{Context, Result, ensure};
+use rdkafka::{
+    ClientConfig, Message, Offset, TopicPartitionList,
+    consumer::{BaseConsumer, Consumer, StreamConsumer},
+    error::KafkaError,
+    message::{BorrowedMessage, Header, Headers, OwnedHeaders},
+    producer::{FutureProducer, FutureRecord},
+};
+use saga_core::envelope::header;
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// How long the broker may take for anything that is asked of it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Who reads what: consumer groups and their topics.
+pub const GROUPS: [(&str, &str); 4] = [
+    ("payment-svc", contracts::topics::PAYMENTS_COMMANDS.name),
+    ("inventory-svc", contracts::topics::INVENTORY_COMMANDS.name),
+    ("order-svc.saga", contracts::topics::ORDERS_REPLIES.name),
+    ("order-svc.catalogue", contracts::topics::INVENTORY_ITEMS.name),
+];
+
+/// Every record of every topic that is not Kafka's own, ordered within each partition.
+pub async fn read_all(brokers: &str) -> Result<Vec<RecordFact>> {
+    let brokers = brokers.to_owned();
+    tokio::task::spawn_blocking(move || read_all_blocking(&brokers)).await?
+}
+
+/// Every record of one topic, from its beginning to what is its end now.
+pub async fn read(brokers: &str, topic: &str) -> Result<Vec<RecordFact>> {
+    let (brokers, topic) = (brokers.to_owned(), topic.to_owned());
+    tokio::task::spawn_blocking(move || {
+        let consumer = consumer(&brokers, "e2e")?;
+        read_topics(&consumer, &[topic])
+    })
+    .await?
+}
+
+fn consumer(brokers: &str, group: &str) -> Result<BaseConsumer> {
+    // Assigning and asking for offsets want a group; none is joined, and nothing is committed.
+    let mut config = ClientConfig::new();
+    config.set("bootstrap.servers", brokers).set("group.id", group).set("enable.auto.commit", "false");
+    config.set("enable.partition.eof", "true").set("log_level", "2");
+    Ok(config.create()?)
+}
+
+fn read_all_blocking(brokers: &str) -> Result<Vec<RecordFact>> {
+    let consumer = consumer(brokers, "e2e")?;
+    let metadata = consumer.fetch_metadata(None, PATIENCE).context("the broker does not tell its topics")?;
+    let topics: Vec<_> = metadata.topics().iter().map(|topic| topic.name().to_owned()).collect();
+    let ours: Vec<_> = topics.into_iter().filter(|name| !name.starts_with("__")).collect();
+    read_topics(&consumer, &ours)
+}
+
+fn read_topics(consumer: &BaseConsumer, topics: &[String]) -> Result<Vec<RecordFact>> {
+    let mut positions = TopicPartitionList::new();
+    let mut open = BTreeMap::new();
+    for topic in topics {
+        for partition in partitions(consumer, topic)? {
+            let (low, high) = consumer.fetch_watermarks(topic, partition, PATIENCE)?;
+            if high > low {
+                positions.add_partition_offset(topic, partition, Offset::Beginning)?;
+                open.insert((topic.clone(), partition), high);
+            }
+        }
+    }
+    consumer.assign(&positions)?;
+    let mut records = Vec::new();
+    let started = Instant::now();
+    while !open.is_empty() {
+        ensure!(started.elapsed() < PATIENCE, "reading {open:?} to their ends took longer than {PATIENCE:?}");
+        match consumer.poll(Duration::from_millis(100)) {
+            Some(Ok(message)) => {
+                let record = own(&message);
+                let place = (record.topic.clone(), record.partition);
+                if open.get(&place).is_some_and(|high| record.offset + 1 >= *high) {
+                    open.remove(&place);
+                }
+                records.push(record);
+            }
+            // A compacted topic, or a transaction's marker, ends before its high watermark.
+            Some(Err(KafkaError::PartitionEOF(at))) => {
+                open.retain(|place, _| place.1 != at || !ended(consumer, place));
+            }
+            Some(Err(error)) => return Err(error).context("reading topics"),
+            None => {}
+        }
+    }
+    records.sort_by(|a, b| (&a.topic, a.partition, a.offset).cmp(&(&b.topic, b.partition, b.offset)));
+    Ok(records)
+}
+
+/// The event of a partition's end does not say of which topic; our position does.
+fn ended(consumer: &BaseConsumer, (topic, partition): &(String, i32)) -> bool {
+    let high = consumer.fetch_watermarks(topic, *partition, PATIENCE).map(|(_, high)| high);
+    let position = consumer.position().ok().and_then(|all| all.find_partition(topic, *partition).map(|p| p.offset()));
+    matches!((position, high), (Some(Offset::Offset(at)), Ok(high)) if at >= high)
+}
+
+fn partitions(consumer: &BaseConsumer, topic: &str) -> Result<Vec<i32>> {
+    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
+    Ok(metadata.topics().iter().flat_map(|topic| topic.partitions()).map(|partition| partition.id()).collect())
+}
+
+fn own(message: &BorrowedMessage<'_>) -> RecordFact {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+    RecordFact {
+        topic: message.topic().to_owned(),
+        partition: message.partition(),
+        offset: message.offset(),
+        key: message.key().map(text),
+        value: message.payload().map(<[u8]>::to_vec),
+        headers: headers.map(|header| (header.key.to_owned(), header.value.map(text).unwrap_or_default())).collect(),
+    }
+}
+
+/// How many records each group has not taken yet, per partition; those that have taken all are there with 0.
+pub async fn lag(brokers: &str) -> Result<Vec<(String, String, i32, i64)>> {
+    let brokers = brokers.to_owned();
+    tokio::task::spawn_blocking(move || {
+        let mut lag = Vec::new();
+        for (group, topic) in GROUPS {
+            let consumer = consumer(&brokers, group)?;
+            let mut asked = TopicPartitionList::new();
+            for partition in partitions(&consumer, topic)? {
+                asked.add_partition(topic, partition);
+            }
+            let committed = consumer.committed_offsets(asked, PATIENCE)?;
+            for place in committed.elements() {
+                let (low, high) = consumer.fetch_watermarks(topic, place.partition(), PATIENCE)?;
+                let taken = if let Offset::Offset(taken) = place.offset() { taken } else { low };
+                lag.push((group.to_owned(), topic.to_owned(), place.partition(), high - taken));
+            }
+        }
+        Ok(lag)
+    })
+    .await?
+}
+
+/// One producer for each set of brokers: making one takes longer than using it.
+fn producer(brokers: &str) -> Result<FutureProducer> {
+    static PRODUCERS: Mutex<BTreeMap<String, FutureProducer>> = Mutex::new(BTreeMap::new());
+    let mut producers = PRODUCERS.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(producer) = producers.get(brokers) {
+        return Ok(producer.clone());
+    }
+    let producer: FutureProducer = ClientConfig::new().set("bootstrap.servers", brokers).create()?;
+    producers.insert(brokers.to_owned(), producer.clone());
+    Ok(producer)
+}
+
+/// Writes one record as it is and waits until it is acknowledged.
+pub async fn write(brokers: &str, record: &RecordFact) -> Result<()> {
+    let producer = producer(brokers)?;
+    let headers = record
+        .headers
+        .iter()
+        .fold(OwnedHeaders::new(), |headers, (key, value)| headers.insert(Header { key, value: Some(value.as_str()) }));
+    let mut outgoing = FutureRecord::<str, [u8]>::to(&record.topic).headers(headers);
+    outgoing.partition = (record.partition >= 0).then_some(record.partition);
+    outgoing.key = record.key.as_deref();
+    outgoing.payload = record.value.as_deref();
+    producer.send(outgoing, PATIENCE).await.map_err(|(error, _)| error).context("writing a record")?;
+    Ok(())
+}
+
+/// The `ce_source` of records that an [`Echo`], or a test, wrote.
+pub const ECHO: &str = "e2e-echo";
+
+/// The same message as a resend would bring it: a new message id, everything else as it was.
+#[must_use]
+pub fn resent(record: &RecordFact) -> RecordFact {
+    let mut record = record.clone();
+    record.headers.insert(header::ID.to_owned(), Uuid::now_v7().to_string());
+    record.headers.insert(header::SOURCE.to_owned(), ECHO.to_owned());
+    record
+}
+
+/// Says every record of some topics again, as soon as it sees it.
+#[derive(Debug)]
+pub struct Echo {
+    stop: CancellationToken,
+    echoing: JoinHandle<Result<usize>>,
+}
+
+impl Echo {
+    /// Begins with what is written from now on.
+    pub async fn start(brokers: &str, topics: &[&str]) -> Result<Self> {
+        let (stop, brokers) = (CancellationToken::new(), brokers.to_owned());
+        let consumer: StreamConsumer = ClientConfig::new()
+            .set("bootstrap.servers", &brokers)
+            .set("group.id", "e2e-echo")
+            .set("enable.auto.commit", "false")
+            .create()?;
+        let ends = topics.iter().map(|topic| (*topic).to_owned()).collect::<Vec<_>>();
+        let asked = brokers.clone();
+        let positions = tokio::task::spawn_blocking(move || positions_at_end(&asked, &ends)).await??;
+        consumer.assign(&positions)?;
+        let token = stop.clone();
+        let echoing = tokio::spawn(async move {
+            let mut repeated = 0;
+            loop {
+                let message = tokio::select! {
+                    () = token.cancelled() => return Ok(repeated),
+                    message = consumer.recv() => message?,
+                };
+                let record = own(&message);
+                if record.header(header::SOURCE) != Some(ECHO) {
+                    write(&brokers, &resent(&record)).await?;
+                    repeated += 1;
+                }
+            }
+        });
+        Ok(Self { stop, echoing })
+    }
+
+    /// Ends it; how many records it said again.
+    pub async fn stop(self) -> Result<usize> {
+        self.stop.cancel();
+        self.echoing.await?
+    }
+}
+
+fn positions_at_end(brokers: &str, topics: &[String]) -> Result<TopicPartitionList> {
+    let consumer = consumer(brokers, "e2e")?;
+    let mut positions = TopicPartitionList::new();
+    for topic in topics {
+        for partition in partitions(&consumer, topic)? {
+            let (_, high) = consumer.fetch_watermarks(topic, partition, PATIENCE)?;
+            positions.add_partition_offset(topic, partition, Offset::Offset(high))?;
+        }
+    }
+    Ok(positions)
+}
