@@ -2,7 +2,8 @@
 
 use saga_core::{
     service::{
-        DatabaseSettings, KafkaSettings, Migrations,
+        self, AdminArgs, DatabaseArgs, DatabaseSettings, Health, HttpArgs, Identity, KafkaArgs, KafkaSettings,
+        Migrations, Parts, ServiceArgs,
         database::{self, pool_options},
         messaging_migrations,
         migrate::migrate,
@@ -13,6 +14,7 @@ use saga_core::{
 };
 use sqlx::{Connection, PgConnection};
 use std::{collections::BTreeSet, time::Duration};
+use tokio_util::sync::CancellationToken;
 
 fn settings(database: &TestDatabase) -> DatabaseSettings {
     DatabaseSettings::from_url(&database.url).unwrap()
@@ -159,4 +161,58 @@ async fn topics_are_created_with_their_dead_letters_and_a_mismatch_is_reported_a
     assert_eq!(again.created, Vec::<String>::new());
     let partitions = again.mismatches.iter().find(|mismatch| mismatch.topic == name).unwrap();
     assert_eq!((partitions.setting, &*partitions.declared, &*partitions.actual), ("partitions", "3", "2"));
+}
+
+#[tokio::test]
+async fn a_service_gets_ready_serves_turns_red_without_its_database_and_green_again_and_stops() {
+    let database = TestDatabase::new(&[]).await;
+    let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let (http, admin) = (free(), free());
+    let args = ServiceArgs {
+        database: DatabaseArgs { database_url: Some(database.url.clone()), ..DatabaseArgs::default() },
+        kafka: KafkaArgs { kafka_brokers: Some(brokers()), ..KafkaArgs::default() },
+        http: HttpArgs { http_addr: Some(http.clone()) },
+        admin: AdminArgs { admin_addr: Some(admin.clone()), ..AdminArgs::default() },
+        ..ServiceArgs::default()
+    };
+    let settings = args.validate(&Identity { name: "test", http_port: 1, admin_port: 2 }).unwrap();
+    let token = CancellationToken::new();
+    let (health, pool) = (Health::new(&token), database::pool(&settings.database, "test"));
+    let parts = Parts {
+        migrations: vec![messaging_migrations()],
+        topics: vec![Topic::events(unique("svc-run").leak(), 1)],
+        api: axum::Router::new().route("/hello", axum::routing::get(|| async { "hello" })),
+        admin: axum::Router::new(),
+        tasks: Vec::new(),
+    };
+    let running = tokio::spawn(service::run(settings, pool, health.clone(), token.clone(), parts));
+
+    let client = reqwest::Client::new();
+    let readyz = || async { Some(client.get(format!("http://{admin}/readyz")).send().await.ok()?.status().as_u16()) };
+    let readyz = &readyz;
+    let becomes = |wanted: u16| {
+        eventually(Duration::from_secs(60), move || async move { (readyz().await? == wanted).then_some(()) })
+    };
+    becomes(200).await;
+    let hello = client.get(format!("http://{http}/hello")).send().await.unwrap();
+    assert_eq!(hello.text().await.unwrap(), "hello", "whoever is ready also listens");
+    let ready = health.readiness().await;
+    assert_eq!(ready.checks.keys().copied().collect::<Vec<_>>(), ["database", "kafka", "startup"]);
+
+    let name: String = sqlx::query_scalar("select current_database()::text").fetch_one(&database.pool).await.unwrap();
+    let mut server = PgConnection::connect(&std::env::var("DATABASE_URL").unwrap()).await.unwrap();
+    sqlx::query(sqlx::AssertSqlSafe(format!("alter database {name} allow_connections false")))
+        .execute(&mut server)
+        .await
+        .unwrap();
+    database.cut_connections().await;
+    becomes(503).await;
+    sqlx::query(sqlx::AssertSqlSafe(format!("alter database {name} allow_connections true")))
+        .execute(&mut server)
+        .await
+        .unwrap();
+    becomes(200).await;
+
+    token.cancel();
+    running.await.unwrap().unwrap();
 }

@@ -54,6 +54,7 @@ pub async fn run(
             let Some(ready) = token.run_until_cancelled(ready).await else { return Ok(()) };
             ready?;
             let listener = listen("HTTP_ADDR", settings.http_addr).await?;
+            health.check("startup", || async { Ok(()) });
             tracing::info!(http = %settings.http_addr, admin = %settings.admin.addr, "started");
             let mut all = vec![task("http", serve(listener, Api::new(api), token.clone()))];
             all.extend(tasks);
@@ -82,7 +83,6 @@ async fn prepare(
     health.database(pool);
     topics::ensure(&settings.kafka, declared).await?;
     health.kafka(&settings.kafka)?;
-    health.check("startup", || async { Ok(()) });
     Ok(())
 }
 
