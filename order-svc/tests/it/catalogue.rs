@@ -31,7 +31,7 @@ fn message(sku: &str, sequence: i64, payload: Option<Vec<u8>>) -> Message {
     Message { envelope, key: Some(sku.into()), payload, at }
 }
 
-fn item(sku: &str, sequence: i64, amount: i64) -> Message {
+pub(crate) fn item(sku: &str, sequence: i64, amount: i64) -> Message {
     let unit_price = Money { amount, currency: "EUR".parse().unwrap() };
     let changed = ItemChanged { sku: sku.parse().unwrap(), name: format!("{sku} {sequence}"), unit_price };
     message(sku, sequence, Some(serde_json::to_vec(&changed).unwrap()))
@@ -44,7 +44,7 @@ async fn take(pool: &PgPool, batch: &[Message]) -> Result<(), HandleError> {
     Ok(())
 }
 
-async fn price(pool: &PgPool, sku: &str) -> Option<i64> {
+pub(crate) async fn price(pool: &PgPool, sku: &str) -> Option<i64> {
     catalogue::prices(pool, &[sku]).await.unwrap().values().next().map(|price| price.amount)
 }
 

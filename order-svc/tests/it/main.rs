@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod catalogue;
+mod consuming;
 mod hang_up;
 mod live;
 mod placing;
