@@ -1,0 +1,180 @@
+//! Each outcome of an order, through the real processes, and the audit after each.
+
+use e2e::{
+    orders::Wish,
+    platform::{Platform, beside_others},
+};
+use saga_core::testkit::eventually;
+use serde_json::Value;
+use stack::service::Service;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// How long a saga may take to come to a certain step.
+const SOON: Duration = Duration::from_secs(30);
+
+async fn saga_status(platform: &Platform, order: Uuid) -> String {
+    platform.saga(order).await["status"].as_str().unwrap_or_default().to_owned()
+}
+
+/// The steps' states in their order, as in `done done not_done waiting`.
+async fn steps(platform: &Platform, order: Uuid) -> String {
+    let saga = platform.saga(order).await;
+    let states = saga["steps"].as_array().into_iter().flatten().filter_map(|step| step["state"].as_str());
+    states.collect::<Vec<_>>().join(" ")
+}
+
+/// Waits until the saga has issued the command of a step.
+async fn comes_to(platform: &Platform, order: Uuid, step: &str) {
+    eventually(SOON, || async {
+        let saga = platform.saga(order).await;
+        let steps: Vec<Value> = saga["steps"].as_array()?.clone();
+        steps.iter().any(|s| s["name"] == step && s["state"] != "waiting").then_some(())
+    })
+    .await;
+}
+
+#[test]
+fn an_order_is_confirmed_paid_and_shipped() {
+    beside_others(async |platform| {
+        let sku = platform.item("confirmed", 1_250, 10).await;
+        let order = platform.place(&Wish::of(&sku, 2)).await;
+        assert_eq!(platform.outcome(order).await, "confirmed");
+        platform.settles().await;
+        assert_eq!(saga_status(platform, order).await, "completed");
+        assert_eq!(platform.stock_of(&sku).await, (8, 0));
+        assert_eq!(platform.at_gateway(order).await, ["authorized 2500", "captured 2500"]);
+    });
+}
+
+#[test]
+fn several_items_are_reserved_and_shipped_together() {
+    beside_others(async |platform| {
+        let (one, other) = (platform.item("several", 100, 5).await, platform.item("several", 33, 50).await);
+        let order = platform.place(&Wish::of(&one, 5).and(&other, 7)).await;
+        assert_eq!(platform.outcome(order).await, "confirmed");
+        platform.settles().await;
+        assert_eq!((platform.stock_of(&one).await, platform.stock_of(&other).await), ((0, 0), (43, 0)));
+        assert_eq!(platform.at_gateway(order).await, ["authorized 731", "captured 731"]);
+    });
+}
+
+#[test]
+fn a_declined_payment_cancels_the_order_and_nothing_is_held() {
+    beside_others(async |platform| {
+        let sku = platform.item("declined", 500, 3).await;
+        let order = platform.place(&Wish::of(&sku, 1).paid_with("tok_declined")).await;
+        assert_eq!(platform.outcome(order).await, "payment_declined");
+        assert_eq!(saga_status(platform, order).await, "compensated");
+        assert_eq!(platform.stock_of(&sku).await, (3, 0));
+        assert!(platform.at_gateway(order).await.is_empty());
+    });
+}
+
+#[test]
+fn when_one_of_several_items_is_out_of_stock_nothing_is_reserved_and_the_payment_is_voided() {
+    beside_others(async |platform| {
+        let (plenty, scarce) = (platform.item("plenty", 100, 9).await, platform.item("scarce", 100, 1).await);
+        let order = platform.place(&Wish::of(&plenty, 1).and(&scarce, 2)).await;
+        assert_eq!(platform.outcome(order).await, "out_of_stock");
+        assert_eq!(saga_status(platform, order).await, "compensated");
+        assert_eq!((platform.stock_of(&plenty).await, platform.stock_of(&scarce).await), ((9, 0), (1, 0)));
+        assert_eq!(platform.at_gateway(order).await, ["authorized 300", "voided 300"]);
+    });
+}
+
+#[test]
+fn a_capture_that_is_refused_releases_the_stock_and_voids_the_payment() {
+    beside_others(async |platform| {
+        let sku = platform.item("refused", 500, 3).await;
+        let order = platform.place(&Wish::of(&sku, 1).paid_with("tok_capture_refused")).await;
+        assert_eq!(platform.outcome(order).await, "payment_not_captured");
+        assert_eq!(platform.stock_of(&sku).await, (3, 0));
+        assert_eq!(platform.at_gateway(order).await, ["authorized 500", "voided 500"]);
+    });
+}
+
+#[test]
+fn a_customer_cancels_while_the_order_runs_and_everything_is_undone() {
+    beside_others(async |platform| {
+        let sku = platform.item("cancelled", 500, 3).await;
+        // A slow gateway: there is time to change one's mind.
+        let order = platform.place(&Wish::of(&sku, 1).paid_with("tok_slow")).await;
+        assert_eq!(platform.cancel(order).await, 202);
+        assert_eq!(platform.outcome(order).await, "cancelled_by_customer");
+        assert_eq!(saga_status(platform, order).await, "compensated");
+        assert_eq!(platform.stock_of(&sku).await, (3, 0));
+        let left = platform.at_gateway(order).await;
+        assert!(left.is_empty() || left == ["authorized 500", "voided 500"], "{left:?}");
+        // The answer to a late second thought is the same as to the first.
+        assert_eq!(platform.cancel(order).await, 200);
+    });
+}
+
+#[test]
+fn an_order_that_is_paid_can_no_longer_be_cancelled() {
+    beside_others(async |platform| {
+        let sku = platform.item("paid", 500, 3).await;
+        let order = platform.place(&Wish::of(&sku, 1)).await;
+        assert_eq!(platform.outcome(order).await, "confirmed");
+        assert_eq!(platform.cancel(order).await, 409);
+        assert_eq!(platform.outcome(order).await, "confirmed");
+    });
+}
+
+#[test]
+fn a_payment_service_that_is_killed_in_the_middle_and_comes_back_loses_nothing_and_takes_nothing_twice() {
+    beside_others(async |platform| {
+        let sku = platform.item("killed", 700, 3).await;
+        platform.wants_fault("SIGKILL payment-svc", 1);
+        // The gateway takes its time, so the service dies with the call under way.
+        let order = platform.place(&Wish::of(&sku, 1).paid_with("tok_slow")).await;
+        comes_to(platform, order, "authorize-payment").await;
+        let payments = platform.stack.service(Service::Payments);
+        payments.process.kill();
+        platform.fault_fired("SIGKILL payment-svc");
+        payments.start_again().await.expect("payment-svc comes back");
+        assert_eq!(platform.outcome(order).await, "confirmed");
+        assert_eq!(platform.at_gateway(order).await, ["authorized 700", "captured 700"]);
+    });
+}
+
+#[test]
+fn a_gateway_answer_that_is_lost_is_asked_for_again_and_the_money_is_held_once() {
+    beside_others(async |platform| {
+        let sku = platform.item("lost", 900, 9).await;
+        for token in ["tok_lost_answer", "tok_capture_lost_answer"] {
+            let order = platform.place(&Wish::of(&sku, 1).paid_with(token)).await;
+            assert_eq!(platform.outcome(order).await, "confirmed", "{token}");
+            assert_eq!(platform.at_gateway(order).await, ["authorized 900", "captured 900"], "{token}");
+        }
+    });
+}
+
+#[test]
+fn the_inspection_tells_an_orders_whole_story() {
+    beside_others(async |platform| {
+        let sku = platform.item("story", 100, 1).await;
+        let order = platform.place(&Wish::of(&sku, 2)).await;
+        assert_eq!(platform.outcome(order).await, "out_of_stock");
+        assert_eq!(steps(platform, order).await, "undone undone not_done waiting waiting waiting");
+        let saga = platform.saga(order).await;
+        let timeline = saga["timeline"].as_array().expect("a timeline").iter();
+        let told = timeline.map(|line| {
+            let word = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
+            format!("{} {} {}", word("what"), word("op"), word("step")).trim_end().to_owned()
+        });
+        let told: Vec<_> = told.collect();
+        for line in [
+            "sent do authorize-payment",
+            "reply do authorize-payment",
+            "sent do reserve-stock",
+            "reply do reserve-stock",
+            "sent undo authorize-payment",
+            "reply undo authorize-payment",
+        ] {
+            assert_eq!(told.iter().filter(|told| *told == line).count(), 1, "{line} in {told:#?}");
+        }
+        assert_eq!(saga["remaining"].as_array().map(Vec::len), Some(0), "{saga:#}");
+    });
+}
