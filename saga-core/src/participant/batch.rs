@@ -19,6 +19,7 @@ use crate::{
 use serde_json::Value;
 use sqlx::Connection;
 use std::collections::{BTreeSet, HashMap};
+use tracing::{Instrument, Span};
 
 /// A command that is to be handled.
 pub(super) struct Incoming<'a> {
@@ -29,6 +30,8 @@ pub(super) struct Incoming<'a> {
     pub(super) payload: &'a [u8],
     /// Trace context and correlation, which its reply carries on.
     pub(super) trace: Headers,
+    /// What its handler's log lines are within.
+    pub(super) span: Span,
 }
 
 /// The fences of a batch, locked, and what becomes of them.
@@ -150,13 +153,11 @@ async fn begin(
     fence: &Fence,
     ran: Option<&[u8]>,
 ) -> Result<Begun, HandleError> {
-    match command.cx.saga.op {
-        Op::Do => command.entry.begin(tx, &command.cx, command.payload, None).await,
-        Op::Undo => {
-            let cx = CommandContext { undoes: fence.run_command, ..command.cx.clone() };
-            command.entry.begin(tx, &cx, command.payload, ran).await
-        }
-    }
+    let (cx, ran) = match command.cx.saga.op {
+        Op::Do => (command.cx.clone(), None),
+        Op::Undo => (CommandContext { undoes: fence.run_command, ..command.cx.clone() }, ran),
+    };
+    command.entry.begin(tx, &cx, command.payload, ran).instrument(command.span.clone()).await
 }
 
 impl Changes {

@@ -31,7 +31,11 @@ use sqlx::{Connection, PgPool};
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
+
+/// How often intents are counted for the gauges.
+const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
 /// The limits of the intents' executor.
 #[derive(Debug, Clone)]
@@ -97,6 +101,26 @@ impl Intents {
     /// Executes until `token` is cancelled; then starts nothing new and waits for the calls in flight, each of which
     /// ends within [`IntentConfig::call_timeout`]. A database that is away is waited for.
     pub async fn run(&self, token: CancellationToken) {
+        tokio::select! {
+            () = self.execute_all(token) => {}
+            () = self.keep_gauges() => {}
+        }
+    }
+
+    /// `participant_intents{state}`: what is in doubt, or stays open for long, somebody has to look at.
+    async fn keep_gauges(&self) {
+        loop {
+            // An outage is told by readiness; the gauge keeps its last value.
+            for (state, count) in queue::counts(&self.pool).await.unwrap_or_default() {
+                #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
+                metrics::gauge!("participant_intents", "participant" => self.participant.name, "state" => state)
+                    .set(count as f64);
+            }
+            tokio::time::sleep(GAUGE_EVERY).await;
+        }
+    }
+
+    async fn execute_all(&self, token: CancellationToken) {
         let mut calls = JoinSet::new();
         while !token.is_cancelled() {
             let free = self.config.concurrency.saturating_sub(calls.len());
@@ -137,7 +161,8 @@ impl Intents {
         let full = claims.len() == free;
         for claim in claims {
             let this = self.clone();
-            calls.spawn(async move { this.execute(claim).await });
+            let span = claim.span();
+            calls.spawn(async move { this.execute(claim).await }.instrument(span));
         }
         if full {
             return Ok(Duration::ZERO);
@@ -261,6 +286,7 @@ impl Intents {
             cx: claim.intent.cx.clone(),
             payload: &claim.intent.payload,
             trace: claim.trace.clone(),
+            span: Span::current(),
         };
         batch::run(&mut tx, &[command], &mut work, true).await?;
         work.write(&mut tx).await?;

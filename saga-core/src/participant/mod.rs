@@ -162,6 +162,7 @@ impl Participant {
             entry: entry.as_ref(),
             cx: CommandContext { saga, message: envelope.id, undoes: None },
             payload,
+            span: message.span(),
             trace: trace
                 .into_iter()
                 .filter_map(|(name, value)| Some((name.to_owned(), value?.replace('\0', ""))))

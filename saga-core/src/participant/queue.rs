@@ -2,9 +2,10 @@
 
 use super::{entry::StoredIntent, fence::FenceKey, handler::CommandContext, store::key};
 use crate::{
-    envelope::{Headers, Op, SagaHeaders},
+    envelope::{Envelope, Headers, Op, SagaHeaders, header},
     id::{CommandId, MessageId},
     outbox::Tx,
+    trace,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -182,6 +183,18 @@ pub(super) async fn next_due(pool: &PgPool, kinds: &[&str]) -> Result<Option<Dur
     Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default()))
 }
 
+/// How many intents are in each state, also in those that none is in.
+pub(super) async fn counts(pool: &PgPool) -> Result<Vec<(String, i64)>, sqlx::Error> {
+    sqlx::query_as(
+        "select s.state, count(i.state)
+           from unnest(array['waiting', 'ready', 'open', 'in_doubt']) as s (state)
+           left join participant_intent i on i.state = s.state
+          group by s.state",
+    )
+    .fetch_all(pool)
+    .await
+}
+
 /// Removes a claimed intent; false when the claim was lost.
 pub(super) async fn close_intent(tx: &mut Tx<'_>, command: CommandId, owner: Uuid) -> Result<bool, sqlx::Error> {
     let done = sqlx::query("delete from participant_intent where command_id = $1 and claimed_by = $2")
@@ -245,6 +258,20 @@ pub(super) async fn ready_undo(tx: &mut Tx<'_>, undo: CommandId) -> Result<(), s
     .execute(&mut **tx)
     .await?;
     Ok(())
+}
+
+impl Claimed {
+    /// A span for work on it: continues its command's trace, and its ids are on every line logged within.
+    pub(super) fn span(&self) -> tracing::Span {
+        let saga = &self.intent.cx.saga;
+        let span = tracing::info_span!("intent", kind = self.kind, saga_id = %saga.saga, saga_step = saga.step,
+            command_id = %saga.command, correlation_id = self.trace.get(header::CORRELATION_ID));
+        let mut envelope = Envelope::new(self.intent.cx.message, "", &self.kind);
+        envelope.traceparent = self.trace.get(header::TRACEPARENT).cloned();
+        envelope.tracestate = self.trace.get(header::TRACESTATE).cloned();
+        trace::continue_from(&span, &envelope);
+        span
+    }
 }
 
 fn claimed(row: &PgRow) -> Result<Claimed, sqlx::Error> {
