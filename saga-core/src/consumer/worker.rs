@@ -32,6 +32,8 @@ use uuid::Uuid;
 
 /// How often a partition looks for parked records that somebody else made due.
 const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
+/// How long letting go of a partition in good order may take; while the database is away nobody should wait for that.
+const RELEASE_MAX: Duration = Duration::from_secs(1);
 /// Most parked records that are tried before new ones get their turn.
 const RETRIES_PER_TURN: usize = 32;
 /// Repeats of what will pass by itself: soon at first (a deadlock is over at once), then at leisure (an outage is not).
@@ -69,7 +71,8 @@ impl<H: Handler> Worker<H> {
         };
         // Without this the next worker is careful, which is slower and as right.
         if ended == Ended::Stopped && self.careful == 0 {
-            parking::release(&self.desk.pool, self.desk.place(), owner).await.ok();
+            let released = parking::release(&self.desk.pool, self.desk.place(), owner);
+            tokio::time::timeout(RELEASE_MAX, released).await.ok();
         }
         ended
     }

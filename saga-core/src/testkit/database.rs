@@ -43,6 +43,25 @@ impl TestDatabase {
             .await
             .expect("the user of DATABASE_URL may terminate backends")
     }
+
+    /// An outage: refuses new connections and cuts those there are, until [`TestDatabase::open`].
+    pub async fn shut(&self) {
+        self.alter("with allow_connections false").await;
+        self.cut_connections().await;
+    }
+
+    /// The end of an outage.
+    pub async fn open(&self) {
+        self.alter("with allow_connections true").await;
+    }
+
+    async fn alter(&self, how: &str) {
+        let mut admin = PgConnection::connect(&self.server).await.expect("the server is there");
+        sqlx::query(AssertSqlSafe(format!("alter database {} {how}", self.name)))
+            .execute(&mut admin)
+            .await
+            .expect("the user of DATABASE_URL owns the test's database");
+    }
 }
 
 /// `server` with its database replaced by `name`.

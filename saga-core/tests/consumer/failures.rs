@@ -192,6 +192,32 @@ async fn an_outage_of_the_database_is_waited_for_and_counts_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_database_is_away_it_is_not_ready_and_then_goes_on_by_itself() {
+    let fixture = Fixture::new(2).await;
+    let running = fixture.start();
+    let sent = events(8, 400);
+    fixture.send(&sent[..200]).await;
+    fixture.until_handled(200).await;
+    fixture.database.shut().await;
+    fixture.send(&sent[200..]).await;
+    eventually(SOON, || async {
+        running.health.check().is_err_and(|reason| reason.starts_with("the database")).then_some(())
+    })
+    .await;
+    fixture.database.open().await;
+    assert_complete(&fixture.until_handled(400).await, 8, 400);
+    eventually(SOON, || async { running.health.check().ok() }).await;
+    assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
+
+    // Away once more: that does not keep the process from stopping.
+    fixture.database.shut().await;
+    let stopping = std::time::Instant::now();
+    running.stop().await;
+    assert!(stopping.elapsed() < std::time::Duration::from_secs(8), "{:?}", stopping.elapsed());
+    fixture.database.open().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_passes_by_itself_is_repeated_and_counts_nothing_however_a_handler_words_it() {
     let fixture = Fixture::new(1).await;
     let tries = Arc::new(AtomicUsize::new(0));
