@@ -49,9 +49,9 @@ pub(crate) async fn run(
     wanted: watch::Sender<Arc<Control>>,
 ) -> Result<(), ReadError> {
     let mut asked: HashMap<String, Instant> = HashMap::new();
-    let mut upkeep = Instant::now();
+    let mut upkeep = Instant::from_std(saga_core::clock::monotonic());
     loop {
-        let now = Instant::now();
+        let now = Instant::from_std(saga_core::clock::monotonic());
         let control = {
             let mut db = db.acquire().await?;
             if now >= upkeep {

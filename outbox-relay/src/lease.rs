@@ -48,7 +48,7 @@ impl Lease {
         before: Option<Uuid>,
     ) -> Result<Option<Self>, sqlx::Error> {
         let owner = Uuid::new_v4();
-        let ends = Instant::now() + length - length / UNUSED;
+        let ends = Instant::from_std(saga_core::clock::monotonic()) + length - length / UNUSED;
         let taken = sqlx::query(
             "insert into outbox_lease as lease (outbox, owner, holder, acquired_at, renewed_at, expires_at)
              values ($1, $2, $3, clock_timestamp(), clock_timestamp(), clock_timestamp() + $4)
@@ -79,8 +79,8 @@ impl Lease {
         let mut problem = String::from("no answer from PostgreSQL");
         loop {
             let ends = *self.ends.borrow();
-            tokio::time::sleep_until((Instant::now() + pause).min(ends)).await;
-            let asked = Instant::now();
+            tokio::time::sleep_until((Instant::from_std(saga_core::clock::monotonic()) + pause).min(ends)).await;
+            let asked = Instant::from_std(saga_core::clock::monotonic());
             if asked >= ends {
                 return LeaseError::RanOut(problem);
             }

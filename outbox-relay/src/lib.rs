@@ -13,9 +13,10 @@
 //! | `lease`, `owner`, [`outbox`] | who publishes; one owner's time; one outbox in this process |
 //! | `control`, `pending`, `metric` | what operators want, and what they see |
 //! | [`settings`], [`config`] | what it needs to know |
-//! | [`admin`] | HTTP for operators |
+//! | [`admin`], [`app`] | HTTP for operators; the parts put together |
 
 pub mod admin;
+pub mod app;
 mod batch_log;
 mod commit;
 pub mod config;
