@@ -12,7 +12,10 @@ use super::{
     state::Event,
     store::{self, Change},
 };
-use crate::outbox::{self, Tx};
+use crate::{
+    outbox::{self, Tx},
+    service::database::{is_conflict, is_outage},
+};
 use sqlx::Acquire;
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
@@ -130,10 +133,7 @@ impl<'e, 'm> Batch<'e, 'm> {
 
 /// The text of an error that is the effect's own fault; one that is nobody's is passed on, to repeat the batch.
 fn unless_transient(error: LocalError) -> Result<String, sqlx::Error> {
-    let transient = |error: &sqlx::Error| match error {
-        sqlx::Error::Database(db) => matches!(db.code().as_deref(), Some("40001" | "40P01")),
-        _ => false,
-    };
+    let transient = |error: &sqlx::Error| is_outage(error) || is_conflict(error);
     match error {
         LocalError::Database(error) if transient(&error) => Err(error),
         LocalError::Failed(error) => match error.downcast::<sqlx::Error>() {

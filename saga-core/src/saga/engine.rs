@@ -157,7 +157,7 @@ impl Engine {
         let mut batch = Batch::new(self, vec![case], clock::now());
         batch.run(tx).await.map_err(|error| match error {
             BatchError::Database(error) => error,
-            BatchError::Poison(why) => sqlx::Error::Protocol(why),
+            BatchError::Poison(why) => sqlx::Error::InvalidArgument(why),
         })?;
         let verdict = batch.cases.first().and_then(|case| case.verdicts.first()).copied();
         verdict.ok_or(sqlx::Error::RowNotFound)

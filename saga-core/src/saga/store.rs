@@ -215,7 +215,7 @@ pub(super) async fn update(tx: &mut Tx<'_>, changes: &[Change<'_>], now: OffsetD
     .rows_affected();
     if updated != changes.len() as u64 {
         let (wanted, found) = (changes.len(), updated);
-        return Err(sqlx::Error::Protocol(format!("{found} of {wanted} locked sagas were at their revision")));
+        return Err(sqlx::Error::InvalidArgument(format!("{found} of {wanted} locked sagas were at their revision")));
     }
     rearm(tx, changes).await
 }

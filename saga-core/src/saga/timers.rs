@@ -4,7 +4,11 @@
 //! with a batch in hand has changed nothing, and the rows are claimed again at once.
 
 use super::{batch::BatchError, engine::Engine, measure, runner::Incoming, store};
-use crate::{fail_point::fail_point, id::SagaId};
+use crate::{
+    fail_point::fail_point,
+    id::SagaId,
+    service::database::{is_conflict, is_outage},
+};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -60,7 +64,7 @@ impl Engine {
     pub async fn tick(&self) -> Result<Ticked, sqlx::Error> {
         let due = match self.tick_due().await {
             Ok(due) => due,
-            Err(BatchError::Database(sqlx::Error::Io(error))) => return Err(sqlx::Error::Io(error)),
+            Err(BatchError::Database(error)) if nobodys_fault(&error) => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, "a batch of due sagas did not work; taking them one by one");
                 self.tick_one_by_one().await?
@@ -85,9 +89,13 @@ impl Engine {
         let ids: Vec<Uuid> = store::due_ids(self.pool(), self.known(), BATCH).await?;
         for id in &ids {
             let saga = SagaId(*id);
-            if let Err(error) = self.tick_one(saga).await {
-                tracing::error!(%saga, %error, "a due saga cannot be decided; it is put off for a minute");
-                store::put_off(self.pool(), saga).await?;
+            match self.tick_one(saga).await {
+                Ok(()) => {}
+                Err(BatchError::Database(error)) if nobodys_fault(&error) => return Err(error),
+                Err(error) => {
+                    tracing::error!(%saga, %error, "a due saga cannot be decided; it is put off for a minute");
+                    store::put_off(self.pool(), saga).await?;
+                }
             }
         }
         Ok(ids.len())
@@ -139,4 +147,9 @@ impl Engine {
         measure::active(&active, self.known().definitions.iter().cloned(), undecided);
         Ok(())
     }
+}
+
+/// The database was away, or another transaction in the way: the same thing will work later.
+fn nobodys_fault(error: &sqlx::Error) -> bool {
+    is_outage(error) || is_conflict(error)
 }

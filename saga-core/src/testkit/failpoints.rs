@@ -20,6 +20,10 @@
 //! | `participant.after-call` | participant | the call was made, and nobody remembers its answer |
 //! | `participant.before-settle-commit` | participant | the answer is recorded and replied to, not committed |
 //! | `participant.after-settle-commit` | participant | committed, and the process does not know |
+//! | `saga.after-load` | reply topic | the sagas of a batch of replies are locked, nothing is decided |
+//! | `saga.after-store` | reply topic | a batch of replies is decided and written, not committed |
+//! | `saga.timers.before-commit` | reply topic | due sagas are decided and written |
+//! | `saga.timers.after-commit` | reply topic | committed, and the timers do not know |
 
 use std::sync::Once;
 

@@ -3,5 +3,6 @@
 mod crash;
 mod forward;
 mod inspection;
+mod running;
 mod support;
 mod trouble;

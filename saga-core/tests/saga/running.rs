@@ -1,0 +1,121 @@
+//! The engine as it runs: replies through Kafka and the consumer, timers in their loop, and what stands in their way.
+
+use crate::support::*;
+use saga_core::{
+    consumer::{Consumer, ConsumerConfig, Message},
+    envelope::Outcome,
+    saga::definition::Definition,
+    testkit::{Record, TestTopic, brokers, eventually, produce, unique},
+};
+use serde_json::json;
+use std::{sync::Arc, time::Duration};
+use tokio_util::sync::CancellationToken;
+
+const SOON: Duration = Duration::from_secs(40);
+
+fn record(message: &Message) -> Record {
+    let headers = message.envelope.encode();
+    Record {
+        key: message.key.clone(),
+        value: message.payload.clone(),
+        headers: headers.into_iter().map(|(name, value)| (name, Some(value.into_bytes()))).collect(),
+        ..Record::default()
+    }
+}
+
+#[tokio::test]
+async fn replies_come_through_kafka_and_one_that_cannot_be_read_is_dead_lettered_while_the_others_go_on() {
+    let world = World::new().await;
+    let topic = TestTopic::create("replies", 2).await;
+    let config = ConsumerConfig::new(&brokers(), &unique("sagas"), [topic.name()]);
+    let consumer = Consumer::new(config, world.database.pool.clone(), Arc::new(world.engine.handler()));
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(consumer.run(stop.clone()));
+    let (good, bad) = (world.start(1).await, world.start(2).await);
+    let nonsense = reply(&world.last(bad).await, Outcome::Succeeded, &json!({ "what": 1 }));
+    produce(&topic, &[record(&nonsense)]).await;
+    for step in ["authorize", "reserve", "capture", "ship"] {
+        let sent = eventually(SOON, || async {
+            let last = world.last(good).await;
+            (last.step == step).then_some(last)
+        });
+        let answer = record(&succeeded(&sent.await));
+        produce(&topic, &[answer.clone(), answer]).await;
+    }
+    eventually(SOON, || async { (world.status(good).await == "completed").then_some(()) }).await;
+    let dead = "select count(*) from outbox where topic like '%.dlt'";
+    eventually(SOON, || async { (world.count(dead).await == 1).then_some(()) }).await;
+    assert_eq!(world.trail(good).await, ["authorize", "reserve", "capture", "ship"]);
+    assert_eq!(world.kinds(good).await.len(), 5, "the inbox keeps duplicates away");
+    assert_eq!(world.kinds(bad).await, ["started"]);
+    stop.cancel();
+    running.await.unwrap().unwrap();
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn the_timers_run_until_they_are_stopped_and_notice_by_themselves() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let (engine, stop) = (Arc::clone(&world.engine), CancellationToken::new());
+    let timers = tokio::spawn({
+        let stop = stop.clone();
+        async move { engine.run_timers(stop).await }
+    });
+    world.time_passes().await;
+    eventually(SOON, || async { (world.last(saga).await.attempt == 2).then_some(()) }).await;
+    stop.cancel();
+    timers.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_due_saga_that_cannot_be_decided_is_put_off_and_the_others_are_not() {
+    let world = World::new().await;
+    let (mut sagas, mut others) = (Vec::new(), 0);
+    for number in 0..5 {
+        sagas.push(world.start(number).await);
+    }
+    world.time_passes().await;
+    // Nobody knows what kind of trouble this will be: here the database refuses its row.
+    sqlx::query("create table cursed as select saga_id from saga where business_key = '3'")
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    for sql in [
+        "create function refuse() returns trigger language plpgsql as $$ begin
+             if exists (select from cursed where saga_id = new.saga_id) then raise exception 'cursed'; end if;
+             return new;
+         end $$",
+        "create trigger refuse before update on saga for each row execute function refuse()",
+    ] {
+        sqlx::query(sql).execute(&world.database.pool).await.unwrap();
+    }
+    world.engine.tick().await.unwrap();
+    for saga in &sagas {
+        others += usize::from(world.last(*saga).await.attempt == 2);
+    }
+    assert_eq!((others, world.last(sagas[3]).await.attempt), (4, 1));
+    assert_eq!(world.engine.tick().await.unwrap().due, 0, "it is put off");
+    sqlx::query("delete from cursed").execute(&world.database.pool).await.unwrap();
+    world.time_passes().await;
+    world.engine.tick().await.unwrap();
+    assert_eq!(world.last(sagas[3]).await.attempt, 2);
+}
+
+#[tokio::test]
+async fn a_definition_that_was_changed_under_its_version_is_another_one() {
+    let (one, two) = (order_saga(1), order_saga(2));
+    assert_eq!(one.fingerprint(), two.fingerprint(), "the shape is the same");
+    let fewer = Definition::new("order", 1, one.steps()[1..].to_vec(), None);
+    assert_ne!(fewer.fingerprint(), one.fingerprint());
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    sqlx::query("update saga set fingerprint = 'what it was before'").execute(&world.database.pool).await.unwrap();
+    world.succeed(saga).await;
+    assert_eq!(world.count("select count(*) from saga_undecided").await, 1);
+    assert_eq!(world.trail(saga).await, ["authorize"]);
+    world.time_passes().await;
+    assert_eq!(world.engine.tick().await.unwrap().due, 0);
+    let view = world.engine.inspect(saga, saga_core::saga::view::Payloads::Redacted).await.unwrap().unwrap();
+    assert!(!view.definition_known && view.waits.unwrap().why.contains("a reply has come"));
+}
