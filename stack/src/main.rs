@@ -1,5 +1,7 @@
 //! `stack`: starts the system on this machine, uses it, and leaves nothing running.
 
+mod demo;
+
 use clap::{Args, Parser, Subcommand};
 use stack::{
     progress::Progress,
@@ -29,6 +31,8 @@ enum Verb {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Starts the platform, drives orders through every outcome, shows what happened, stops it and keeps nothing.
+    Demo,
     /// Starts the platform and stays until Ctrl-C or `stack down`; its data is kept.
     ///
     /// The services take their own ports where these are free, PostgreSQL 5432 and Kafka 9092, others where not.
@@ -93,6 +97,7 @@ async fn run_command(command: &[OsString]) -> anyhow::Result<ExitCode> {
 async fn obey(verb: Verb) -> anyhow::Result<ExitCode> {
     let at = |state: StateArgs| StateDirectory::at(state.dir);
     match verb {
+        Verb::Demo => return demo::demo().await,
         Verb::Up { state } => up::up(&at(state)).await?,
         Verb::Down { state } => {
             let said = if at(state).down().await? { "Everything is stopped." } else { "Nothing ran." };

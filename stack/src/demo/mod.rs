@@ -1,0 +1,81 @@
+//! `stack demo`: real orders through every outcome, and then the books.
+//!
+//! Each scene drives the platform from outside, over HTTP, as a customer would; the demo looks into a database only to
+//! find the moment for a SIGKILL. Any surprise is an error that names the log to read; the stack ends either way.
+
+mod books;
+mod client;
+mod report;
+mod scenes;
+
+use anyhow::Context;
+use client::Client;
+use stack::{
+    platform::{Stack, StackConfig},
+    progress::Progress,
+    run,
+    service::Service,
+    up,
+};
+use std::{process::ExitCode, time::Instant};
+
+/// How long the simulated provider takes over a `tok_slow`: long enough to cancel an order or kill a service meanwhile,
+/// by a reader's own eyes.
+const SLOW_MS: &str = "1500";
+
+/// Runs it, start to end.
+pub(crate) async fn demo() -> anyhow::Result<ExitCode> {
+    let start = Instant::now();
+    let progress = Progress::for_people();
+    let interrupted = run::interrupted()?;
+    let done = tokio::select! {
+        done = everything(&progress) => done,
+        signal = interrupted => Err(anyhow::anyhow!("interrupted ({signal})")),
+    };
+    progress.finish();
+    done?;
+    println!("\nAll of it in {:.1} s. Nothing is left running.", start.elapsed().as_secs_f32());
+    println!("To look around yourself: `make up`, then the URLs that it prints.");
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn everything(progress: &Progress) -> anyhow::Result<()> {
+    let config = StackConfig::for_tests().env(Service::Gateway, "GATEWAY_SIM_SLOW_MS", SLOW_MS);
+    let stack = Stack::start(config, progress).await?;
+    let played = play(&stack, progress).await.with_context(|| what_to_do(&stack));
+    // Also after a failure: an orderly end writes the last lines of the logs that somebody is about to read.
+    progress.step("stopping everything");
+    stack.stop().await;
+    played
+}
+
+fn what_to_do(stack: &Stack) -> String {
+    let logs = stack.logs().display();
+    let errors = format!("grep -hE '\"level\":\"(ERROR|WARN)\"' {logs}/*.log | tail");
+    format!("the demo did not go as it must. The logs are in {logs}\n  Begin with: {errors}")
+}
+
+async fn play(stack: &Stack, progress: &Progress) -> anyhow::Result<()> {
+    let client = Client::new(stack);
+    progress.step("seeding stock");
+    scenes::seed(&client).await?;
+    let before = books::Books::read(&client).await?;
+    let mut played = Vec::new();
+    for scene in scenes::ALL {
+        progress.step(scene.title);
+        played.push(scenes::play(scene, &client, stack).await.with_context(|| format!("in '{}'", scene.title))?);
+    }
+    progress.step("waiting until nothing is under way any more");
+    let orders: Vec<_> = played.iter().map(|played| played.order).collect();
+    client.all_sagas_ended(&orders).await?;
+    let after = books::Books::read(&client).await?;
+    let topics = report::topics(&stack.servers().kafka_brokers).await?;
+    progress.finish();
+    for played in &played {
+        report::scene(played, &client.saga(played.order).await?);
+    }
+    report::print_topics(&topics);
+    let balanced = books::print_and_check(&before, &after, &played);
+    up::print_places(stack);
+    balanced
+}

@@ -1,0 +1,162 @@
+//! Seven orders and how each must end.
+
+use super::client::Client;
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use sqlx::{Connection, PgConnection};
+use stack::{platform::Stack, service::Service};
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// What is on the shelves at first: sku, name, price in cents, pieces.
+const SHELVES: [(&str, &str, i64, i64); 3] =
+    [("TEAPOT", "Teapot, 1.2 l", 3_490, 20), ("CUP", "Cup", 790, 100), ("SAMOVAR", "Samovar", 24_900, 1)];
+
+/// What happens to an order while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Meanwhile {
+    /// Nothing.
+    Nothing,
+    /// The customer changes their mind.
+    Cancel,
+    /// payment-svc is killed while it waits for the provider, and comes back.
+    KillPayments,
+}
+
+/// An order and how it must end.
+#[derive(Debug)]
+pub(crate) struct Scene {
+    /// What it shows.
+    pub(crate) title: &'static str,
+    customer: &'static str,
+    items: &'static [(&'static str, i64)],
+    method: &'static str,
+    meanwhile: Meanwhile,
+    status: &'static str,
+    reason: Option<&'static str>,
+}
+
+/// The seven kinds.
+pub(crate) const ALL: &[Scene] = &[
+    Scene {
+        title: "An order is confirmed",
+        customer: "alice",
+        items: &[("TEAPOT", 1)],
+        method: "tok_visa",
+        meanwhile: Meanwhile::Nothing,
+        status: "confirmed",
+        reason: None,
+    },
+    Scene {
+        title: "The payment is declined",
+        customer: "bob",
+        items: &[("TEAPOT", 1)],
+        method: "tok_insufficient_funds",
+        meanwhile: Meanwhile::Nothing,
+        status: "cancelled",
+        reason: Some("payment_declined"),
+    },
+    Scene {
+        title: "Out of stock, so the payment is voided",
+        customer: "carol",
+        items: &[("SAMOVAR", 2)],
+        method: "tok_visa",
+        meanwhile: Meanwhile::Nothing,
+        status: "cancelled",
+        reason: Some("out_of_stock"),
+    },
+    Scene {
+        title: "Several items, all or nothing",
+        customer: "dave",
+        items: &[("TEAPOT", 2), ("CUP", 12), ("SAMOVAR", 1)],
+        method: "tok_visa",
+        meanwhile: Meanwhile::Nothing,
+        status: "confirmed",
+        reason: None,
+    },
+    Scene {
+        title: "The customer cancels while it runs",
+        customer: "erin",
+        items: &[("CUP", 6)],
+        method: "tok_slow",
+        meanwhile: Meanwhile::Cancel,
+        status: "cancelled",
+        reason: Some("cancelled_by_customer"),
+    },
+    Scene {
+        title: "payment-svc is killed (SIGKILL) in the middle and comes back",
+        customer: "frank",
+        items: &[("CUP", 4)],
+        method: "tok_slow",
+        meanwhile: Meanwhile::KillPayments,
+        status: "confirmed",
+        reason: None,
+    },
+    Scene {
+        title: "The provider's answer is lost and asked for again",
+        customer: "grace",
+        items: &[("TEAPOT", 1), ("CUP", 2)],
+        method: "tok_lost_answer",
+        meanwhile: Meanwhile::Nothing,
+        status: "confirmed",
+        reason: None,
+    },
+];
+
+/// A scene that went as it must.
+#[derive(Debug)]
+pub(crate) struct Played {
+    /// Which.
+    pub(crate) scene: &'static Scene,
+    /// Its order.
+    pub(crate) order: Uuid,
+    /// How the order ended.
+    pub(crate) ended: Value,
+    /// From the request to its end.
+    pub(crate) took: Duration,
+}
+
+/// Fills the shelves.
+pub(crate) async fn seed(client: &Client) -> anyhow::Result<()> {
+    for (sku, name, cents, pieces) in SHELVES {
+        client.add_item(sku, name, cents, pieces).await?;
+    }
+    Ok(())
+}
+
+/// Plays one.
+pub(crate) async fn play(scene: &'static Scene, client: &Client, stack: &Stack) -> anyhow::Result<Played> {
+    let start = Instant::now();
+    let order = client.place(scene.customer, scene.items, scene.method).await?;
+    match scene.meanwhile {
+        Meanwhile::Nothing => {}
+        Meanwhile::Cancel => client.cancel(order).await?,
+        Meanwhile::KillPayments => kill_payments(order, stack).await?,
+    }
+    let ended = client.settled(order).await?;
+    let (status, reason) = (ended["status"].as_str(), ended["reason"].as_str());
+    ensure!(
+        status == Some(scene.status) && reason == scene.reason,
+        "the order ended otherwise than it must ({}, {:?}): {ended}",
+        scene.status,
+        scene.reason
+    );
+    Ok(Played { scene, order, ended, took: start.elapsed() })
+}
+
+/// In the middle: the call to the provider has begun, and nobody has its answer yet.
+async fn kill_payments(order: Uuid, stack: &Stack) -> anyhow::Result<()> {
+    let mut database = PgConnection::connect(&stack.database_url("payments")).await?;
+    let start = Instant::now();
+    loop {
+        let called = sqlx::query("select from participant_intent where saga_id = $1 and attempts > 0").bind(order);
+        if called.fetch_optional(&mut database).await?.is_some() {
+            break;
+        }
+        ensure!(start.elapsed() < Duration::from_secs(30), "payment-svc never called the provider for order {order}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let payments = stack.service(Service::Payments);
+    payments.process.kill();
+    payments.start_again().await.context("payment-svc did not come back")
+}
