@@ -1,6 +1,6 @@
 # The few commands people type. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo up down reset logs status test check bench tools-build tools-servers binaries fmt clippy doc arch deny
+.PHONY: help demo up down reset logs status test test-pg15 check bench tools-build tools-servers binaries fmt clippy doc arch deny
 
 # Where cargo puts what it builds.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -10,7 +10,7 @@ STACK  := $(TARGET)/debug/stack
 DENY_VERSION := 0.20.2
 
 help: ## This list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{ printf "  make %-8s%s\n", $$1, $$2 }'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{ printf "  make %-10s%s\n", $$1, $$2 }'
 
 demo: tools-servers binaries ## Starts everything, drives orders through every outcome, shows what happened, stops
 	@$(STACK) demo
@@ -35,6 +35,12 @@ status: binaries ## What runs, and whether it is healthy
 test: tools-servers binaries ## The whole suite against a PostgreSQL and a Kafka of its own (or DATABASE_URL, KAFKA_BROKERS)
 	cargo test --workspace --no-run
 	$(STACK) run -- cargo test --workspace --no-fail-fast
+
+# The code supports PostgreSQL 15 and later. Where the system has a 15, the suite runs on it too.
+PG15 := /usr/lib/postgresql/15
+test-pg15: tools-servers binaries ## The whole suite on the system's own PostgreSQL 15, where there is one
+	@test -x $(PG15)/bin/postgres || { echo "error: no PostgreSQL 15 in $(PG15) (PG15=... says where)" >&2; exit 1; }
+	STACK_POSTGRES=$(PG15) $(STACK) run -- cargo test --workspace --no-fail-fast
 
 check: fmt clippy doc arch deny ## fmt, clippy, rustdoc (warnings denied), the architecture test, cargo-deny
 

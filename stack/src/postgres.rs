@@ -136,8 +136,12 @@ pub async fn answers(url: &str) -> Result<(), String> {
     connection.close().await.map_err(|e| e.to_string())
 }
 
-/// Where the programs are, unpacked from Maven's jar on the first run.
+/// Where the programs are: in `$STACK_POSTGRES` (another version's directory, the one with `bin` in it), else unpacked
+/// from Maven's jar on the first run.
 async fn programs(cache: &Cache, progress: &Progress) -> Result<PathBuf> {
+    if let Some(home) = std::env::var_os("STACK_POSTGRES").filter(|home| !home.is_empty()) {
+        return Ok(home.into());
+    }
     let pom = Pom { name: "PostgreSQL", text: POM, properties: vec![("postgres.platform", platform()?)] };
     let entry = pom.entry();
     let make = |dir: PathBuf| async move {

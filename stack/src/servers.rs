@@ -16,6 +16,9 @@ use std::{
 };
 use tempfile::TempDir;
 
+/// How often a server is started before it is believed that ports are not the reason.
+const STARTS: usize = 3;
+
 /// Where the servers keep their data.
 #[derive(Debug, Clone)]
 pub enum Keep {
@@ -56,6 +59,17 @@ impl ServersConfig {
     }
 }
 
+/// Starts a server that ended at once again: another process may have taken its port between our look and its start.
+async fn with_other_ports<T, F: Future<Output = Result<T>>>(mut start: impl FnMut() -> F) -> Result<T> {
+    for _ in 1..STARTS {
+        match start().await {
+            Err(Error::Exited { .. }) => {}
+            other => return other,
+        }
+    }
+    start().await
+}
+
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.trim().is_empty())
 }
@@ -91,33 +105,30 @@ impl Servers {
             None => cache.log_directory()?,
         };
         cache::make_open_directory(&logs)?;
-        let preferred =
-            |pick: fn((u16, u16)) -> u16| config.preferred_ports.map_or_else(ports::free, |p| ports::free_or(pick(p)));
+        let preferred = |pick: fn((u16, u16)) -> u16| {
+            config.preferred_ports.map_or_else(ports::free, |wanted| ports::free_or(pick(wanted)))
+        };
         let postgres = async {
             if config.database_url.is_some() {
                 return Ok(None);
             }
-            let data = home.server_data("postgres")?;
-            let port = preferred(|p| p.0)?;
-            Postgres::start(&cache, &data, &logs.join("postgres.log"), port, config.durability, progress)
-                .await
-                .map(Some)
+            let (data, log) = (home.server_data("postgres")?, logs.join("postgres.log"));
+            let start = || async {
+                let port = preferred(|wanted| wanted.0)?;
+                Postgres::start(&cache, &data, &log, port, config.durability, progress).await
+            };
+            with_other_ports(start).await.map(Some)
         };
         let kafka = async {
             if config.kafka_brokers.is_some() {
                 return Ok(None);
             }
-            let ports = [preferred(|p| p.1)?, ports::free()?];
-            Kafka::start(
-                &cache,
-                &home.path().join("kafka"),
-                &logs.join("kafka.log"),
-                ports,
-                config.durability,
-                progress,
-            )
-            .await
-            .map(Some)
+            let (data, log) = (home.path().join("kafka"), logs.join("kafka.log"));
+            let start = || async {
+                let ports = [preferred(|wanted| wanted.1)?, ports::free()?];
+                Kafka::start(&cache, &data, &log, ports, config.durability, progress).await
+            };
+            with_other_ports(start).await.map(Some)
         };
         progress.step("starting PostgreSQL and Kafka");
         let (postgres, kafka) = tokio::try_join!(postgres, kafka)?;
