@@ -5,7 +5,7 @@ use super::{
     report::{cents_text, table},
     scenes::Played,
 };
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,6 +30,19 @@ pub(crate) struct Totals {
 }
 
 impl Totals {
+    /// Enters a side of a movement. Each movement has two that add up to nothing; the one that gains tells how much.
+    pub(crate) fn enter(&mut self, entry: &Value) -> anyhow::Result<()> {
+        let amount = entry["amount"].as_i64().context("it has no amount")?.max(0);
+        match entry["movement"].as_str() {
+            Some("authorize") => self.authorized += amount,
+            Some("capture") => self.captured += amount,
+            Some("void") => self.voided += amount,
+            Some("refund") => self.refunded += amount,
+            _ => bail!("its movement is unknown"),
+        }
+        Ok(())
+    }
+
     fn held(self) -> i64 {
         self.authorized - self.captured - self.voided
     }
@@ -49,7 +62,7 @@ impl Books {
         let items = client.items().await?;
         let stock = items["items"].as_array().with_context(|| format!("no list of items: {items}"))?;
         let stock = stock.iter().map(pieces).collect::<anyhow::Result<_>>()?;
-        let (ours, provider) = (client.payment_totals().await?, client.gateway_totals().await?);
+        let (ours, provider) = (client.our_books().await?, client.providers_books().await?);
         Ok(Self { stock, ours, provider })
     }
 }

@@ -78,14 +78,29 @@ impl Client {
         self.get(format!("{}/v1/items?limit=100", self.inventory)).await
     }
 
-    /// The provider's own totals.
-    pub(crate) async fn gateway_totals(&self) -> anyhow::Result<Totals> {
-        totals(&self.get(format!("{}/v1/totals", self.gateway)).await?)
+    /// The provider's own ledger, summed up by the provider.
+    pub(crate) async fn providers_books(&self) -> anyhow::Result<Totals> {
+        let list = self.get(format!("{}/v1/ledger", self.gateway)).await?;
+        let lines = list.as_array().with_context(|| format!("no list of totals: {list}"))?;
+        // The demo sells in euros only; before the first payment there is no line of them.
+        let Some(line) = lines.iter().find(|line| line["currency"] == "EUR") else { return Ok(Totals::default()) };
+        let sum = |name: &str| line[name].as_i64().with_context(|| format!("totals without {name}: {line}"));
+        let (authorized, captured) = (sum("authorized")?, sum("captured")?);
+        Ok(Totals { authorized, captured, voided: sum("voided")?, refunded: sum("refunded")? })
     }
 
-    /// Our own ledger of payments.
-    pub(crate) async fn payment_totals(&self) -> anyhow::Result<Totals> {
-        totals(&self.get(format!("{}/v1/totals", self.payments)).await?)
+    /// Our own ledger, summed up here from each payment's entries.
+    pub(crate) async fn our_books(&self) -> anyhow::Result<Totals> {
+        let payments = self.get(format!("{}/v1/payments?limit=200", self.payments)).await?;
+        let mut totals = Totals::default();
+        for payment in payments["items"].as_array().with_context(|| format!("no list of payments: {payments}"))? {
+            let order = payment["order"].as_str().with_context(|| format!("a payment of no order: {payment}"))?;
+            let ledger = self.get(format!("{}/v1/payments/{order}/ledger", self.payments)).await?;
+            for entry in ledger["entries"].as_array().with_context(|| format!("no list of entries: {ledger}"))? {
+                totals.enter(entry).with_context(|| format!("an entry of order {order}: {entry}"))?;
+            }
+        }
+        Ok(totals)
     }
 
     /// Places an order. An item that order-svc has not heard of yet is asked for again: its record is under way.
@@ -153,17 +168,4 @@ impl Client {
 
 fn id(order: &Value) -> anyhow::Result<Uuid> {
     order["id"].as_str().and_then(|id| id.parse().ok()).with_context(|| format!("an order without an id: {order}"))
-}
-
-/// The demo sells in euros only; before the first payment there is no line of them.
-fn totals(list: &Value) -> anyhow::Result<Totals> {
-    let lines = list["totals"].as_array().with_context(|| format!("no list of totals: {list}"))?;
-    let Some(line) = lines.iter().find(|line| line["currency"] == "EUR") else { return Ok(Totals::default()) };
-    let sum = |name: &str| line[name].as_i64().with_context(|| format!("totals without {name}: {line}"));
-    Ok(Totals {
-        authorized: sum("authorized")?,
-        captured: sum("captured")?,
-        voided: sum("voided")?,
-        refunded: sum("refunded")?,
-    })
 }

@@ -2,13 +2,14 @@
 
 use super::scenes::Played;
 use anyhow::Context;
-use comfy_table::{Table, presets};
+use comfy_table::{CellAlignment, Table, presets};
 use rdkafka::{
     ClientConfig,
     consumer::{BaseConsumer, Consumer},
 };
 use serde_json::Value;
 use std::time::Duration;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 /// A look at the broker.
 const BOUND: Duration = Duration::from_secs(10);
@@ -83,10 +84,58 @@ pub(crate) fn table(columns: &[&str]) -> Table {
     table
 }
 
+/// The saga's log: when, which step, what happened to it. Times count from its start.
 fn timeline(saga: &Value) -> Table {
-    let mut rows = table(&["time", "step", "what"]);
-    for line in saga["timeline"].as_array().into_iter().flatten() {
-        rows.add_row([line["at"].to_string(), line["step"].to_string(), line.to_string()]);
+    let mut rows = table(&["ms", "step", "", "message"]);
+    let lines = saga["timeline"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let start = lines.first().and_then(time_of);
+    for line in lines {
+        let after = time_of(line).zip(start).map(|(at, start)| (at - start).whole_milliseconds().to_string());
+        let step = line["step"].as_str().unwrap_or_default();
+        let message = line["command"].as_str().unwrap_or_default();
+        rows.add_row([&after.unwrap_or_default(), step, &happened(line), message]);
+    }
+    if let Some(column) = rows.column_mut(0) {
+        column.set_cell_alignment(CellAlignment::Right);
     }
     rows
+}
+
+fn time_of(line: &Value) -> Option<OffsetDateTime> {
+    OffsetDateTime::parse(line["at"].as_str()?, &Rfc3339).ok()
+}
+
+/// In words: `undo sent (attempt 2)`, `succeeded`, `undo succeeded`.
+fn happened(line: &Value) -> String {
+    let what = match line["what"].as_str().unwrap_or("?") {
+        "reply" => line["outcome"].as_str().unwrap_or("replied").to_owned(),
+        "ignored" => format!("reply ignored: {}", line["outcome"].as_str().unwrap_or("?")),
+        "ran" => "done here".to_owned(),
+        what => what.to_owned(),
+    };
+    let undo = if line["op"] == "undo" { "undo " } else { "" };
+    let again = line["attempt"].as_u64().filter(|attempt| *attempt > 1);
+    let again = again.map(|attempt| format!(" (attempt {attempt})")).unwrap_or_default();
+    let note = line["note"].as_str().map(|note| format!(": {note}")).unwrap_or_default();
+    format!("{undo}{what}{again}{note}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_line_of_a_timeline_reads_as_a_sentence() {
+        let sent = json!({ "what": "sent", "op": "undo", "attempt": 2 });
+        assert_eq!(happened(&sent), "undo sent (attempt 2)");
+        let reply = json!({ "what": "reply", "op": "do", "attempt": 1, "outcome": "rejected" });
+        assert_eq!(happened(&reply), "rejected");
+        assert_eq!(happened(&json!({ "what": "compensating", "note": "cancelled" })), "compensating: cancelled");
+    }
+
+    #[test]
+    fn cents_have_two_digits_and_a_sign() {
+        assert_eq!([0, 5, 349, -349].map(cents_text), ["0.00", "0.05", "3.49", "-3.49"]);
+    }
 }
