@@ -249,12 +249,11 @@ impl Stack {
     /// Stops everything in an orderly way: the services side by side, then the servers.
     pub async fn stop(self) {
         let Self { services, servers, .. } = self;
-        // Each has its own bound; waiting for all of them takes as long as the slowest.
         for running in services.values() {
-            running.process.signal(nix::sys::signal::Signal::SIGTERM);
+            running.process.ask_to_stop();
         }
         for running in services.values() {
-            running.process.stop().await;
+            running.process.stopped().await;
         }
         drop(services);
         servers.stop().await;

@@ -211,10 +211,20 @@ impl Process {
         self.signal(Signal::SIGCONT);
     }
 
-    /// Asks it to stop, waits within [`STOP_BOUND`], then kills it. `true` when it stopped by itself.
+    /// Asks it to stop, and waits until it has. `true` when it did so by itself.
     pub async fn stop(&self) -> bool {
+        self.ask_to_stop();
+        self.stopped().await
+    }
+
+    /// Asks it to stop. To be asked twice means "at once" to many programs.
+    pub fn ask_to_stop(&self) {
         self.signal(self.spec.stop);
         self.resume();
+    }
+
+    /// Waits, within [`STOP_BOUND`], until it stopped after it was asked to; then kills it.
+    pub async fn stopped(&self) -> bool {
         let gentle = tokio::time::timeout(STOP_BOUND, self.wait()).await.is_ok();
         if !gentle {
             self.kill();
