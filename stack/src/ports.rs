@@ -1,9 +1,18 @@
 //! Ports that nobody uses.
+//!
+//! A port that looks free may be another stack's that is just starting: it would answer for ours, and ours would be
+//! taken for healthy. So a port is claimed by a lock in the cache, which the kernel releases when we end, however we do.
 
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    cache::{self, Cache},
+};
 use std::{
+    fs::File,
     net::{Ipv4Addr, TcpListener},
     ops::Range,
+    path::Path,
+    sync::{Mutex, PoisonError},
 };
 
 /// Below the ports that systems hand to outgoing connections: one of those could take a port between our look and the
@@ -12,17 +21,17 @@ const RANGE: Range<u16> = 15_000..32_000;
 /// More refusals than this mean that something else is wrong.
 const TRIES: usize = 1_000;
 
-/// Whether nobody listens there.
-pub fn is_free(port: u16) -> bool {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
-}
+/// Ours, as long as we live.
+static CLAIMED: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
-/// A port on the loopback interface that nobody listens on now, chosen at random so that parallel runs seldom meet.
+/// A port on the loopback interface that nobody listens on or is about to, chosen at random. Nobody else gets it while
+/// this process lives.
 pub fn free() -> Result<u16> {
+    let claims = claims()?;
     for _ in 0..TRIES {
         let [a, b, ..] = *uuid::Uuid::new_v4().as_bytes();
         let port = RANGE.start + u16::from_be_bytes([a, b]) % (RANGE.end - RANGE.start);
-        if is_free(port) {
+        if claim(&claims, port)? {
             return Ok(port);
         }
     }
@@ -31,5 +40,38 @@ pub fn free() -> Result<u16> {
 
 /// `wanted` when it is free, otherwise any.
 pub fn free_or(wanted: u16) -> Result<u16> {
-    if is_free(wanted) { Ok(wanted) } else { free() }
+    if claim(&claims()?, wanted)? { Ok(wanted) } else { free() }
+}
+
+fn claims() -> Result<std::path::PathBuf> {
+    let claims = Cache::open()?.entry("ports");
+    cache::make_open_directory(&claims)?;
+    Ok(claims)
+}
+
+fn claim(claims: &Path, port: u16) -> Result<bool> {
+    let path = claims.join(port.to_string());
+    let file = File::create(&path).map_err(Error::io(format!("claim the port {port} ({})", path.display())))?;
+    let free = file.try_lock().is_ok() && TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
+    if free {
+        CLAIMED.lock().unwrap_or_else(PoisonError::into_inner).push(file);
+    }
+    Ok(free)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_given_once_even_before_anybody_listens_there() {
+        let place = tempfile::tempdir().unwrap();
+        let port = free().unwrap();
+        assert!(claim(place.path(), port).unwrap(), "nobody listens there");
+        assert!(!claim(place.path(), port).unwrap(), "but it is claimed");
+        let other = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+        let _listening = TcpListener::bind((Ipv4Addr::LOCALHOST, other)).unwrap();
+        assert!(!claim(place.path(), other).unwrap(), "somebody listens there");
+        assert_ne!(free_or(port).unwrap(), port);
+    }
 }

@@ -13,6 +13,8 @@ use crate::{
 use comfy_table::{Table, presets};
 use std::{os::unix::process::CommandExt, path::PathBuf, process::Command, time::Duration};
 
+/// Where PostgreSQL and Kafka listen when nobody else does.
+pub const SERVER_PORTS: (u16, u16) = (5432, 9092);
 /// How often one process is started again: more often, and it will not get better by itself.
 const RESTARTS: u32 = 20;
 /// How often it is looked for processes that ended; also the pause before a restart.
@@ -40,6 +42,7 @@ pub async fn up(directory: &StateDirectory) -> Result<()> {
     let stack = started?;
     directory.write(&stack)?;
     print_places(&stack);
+    print_ports_taken(&stack);
     println!("\nCtrl-C or `make down` ends it; its data is kept. `make reset` wipes it.");
     tokio::select! {
         _ = interrupted => {}
@@ -81,7 +84,7 @@ fn config(directory: &StateDirectory) -> StackConfig {
             keep: Keep::In(directory.path().to_owned()),
             logs: Some(directory.path().join("logs")),
             durability: Durability::On,
-            preferred_ports: Some((5432, 9092)),
+            preferred_ports: Some(SERVER_PORTS),
             ..ServersConfig::for_tests()
         },
         preferred_ports: true,
@@ -102,6 +105,9 @@ pub fn print_places(stack: &Stack) {
         table.add_row([service.name(), &api, &running.address.admin_url()]);
     }
     println!("\n{table}\n\nlogs: {}", stack.logs().display());
+}
+
+fn print_ports_taken(stack: &Stack) {
     for service in Service::ALL {
         let (preferred, taken) = (service.default_ports(), &stack.service(service).address);
         if (taken.http, taken.admin) != preferred {

@@ -64,6 +64,8 @@ fn each_process_knows_each_variable_that_it_is_given() {
     for service in Service::ALL {
         let (code, help) = say(service, &["--help"], &BTreeMap::new());
         assert_eq!(code, Some(0), "{help}");
+        // It is wrapped to the width of a terminal.
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
         for name in variables(service).keys() {
             assert!(help.contains(&format!("[env: {name}")), "{service} does not know {name}:\n{help}");
         }

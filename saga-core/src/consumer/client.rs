@@ -104,8 +104,9 @@ pub(super) fn connect(config: &ConsumerConfig, context: Context) -> KafkaResult<
         .set("auto.commit.interval.ms", "1000")
         // Only what moves is taken away in a rebalance; the rest is read on.
         .set("partition.assignment.strategy", "cooperative-sticky")
-        // A process that died is replaced after this; the heartbeats are a thread of the library, not a task of ours.
-        .set("session.timeout.ms", "15000")
+        // A process that died is replaced after this, and its own successor waits as long: the least that brokers allow by
+        // default. The heartbeats are a thread of the library, not a task of ours, so a busy process does not miss it.
+        .set("session.timeout.ms", "6000")
         // A member learns of a rebalance with its next heartbeat.
         .set("heartbeat.interval.ms", "1000")
         // What is fetched ahead of the buffers, and how soon after they are emptied it is fetched on.

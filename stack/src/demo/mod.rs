@@ -21,7 +21,7 @@ use std::{process::ExitCode, time::Instant};
 
 /// How long the simulated provider takes over a `tok_slow`: long enough to cancel an order or kill a service meanwhile,
 /// by a reader's own eyes.
-const SLOW_MS: &str = "1500";
+const SLOW_MS: &str = "800";
 
 /// Runs it, start to end.
 pub(crate) async fn demo() -> anyhow::Result<ExitCode> {
@@ -40,7 +40,10 @@ pub(crate) async fn demo() -> anyhow::Result<ExitCode> {
 }
 
 async fn everything(progress: &Progress) -> anyhow::Result<()> {
-    let config = StackConfig::for_tests().env(Service::Gateway, "GATEWAY_SIM_SLOW_MS", SLOW_MS);
+    // On the ports that `make up` takes too, so that what is printed at the end is where to look later.
+    let mut config = StackConfig::for_tests().env(Service::Gateway, "GATEWAY_SIM_SLOW_MS", SLOW_MS);
+    config.preferred_ports = true;
+    config.servers.preferred_ports = Some(up::SERVER_PORTS);
     let stack = Stack::start(config, progress).await?;
     let played = play(&stack, progress).await.with_context(|| what_to_do(&stack));
     // Also after a failure: an orderly end writes the last lines of the logs that somebody is about to read.
@@ -63,7 +66,9 @@ async fn play(stack: &Stack, progress: &Progress) -> anyhow::Result<()> {
     let mut played = Vec::new();
     for scene in scenes::ALL {
         progress.step(scene.title);
-        played.push(scenes::play(scene, &client, stack).await.with_context(|| format!("in '{}'", scene.title))?);
+        let done = scenes::play(scene, &client, stack).await.with_context(|| format!("in '{}'", scene.title))?;
+        progress.done(format!("{}: {} after {} ms", scene.title, done.status(), done.took.as_millis()));
+        played.push(done);
     }
     progress.step("waiting until nothing is under way any more");
     let orders: Vec<_> = played.iter().map(|played| played.order).collect();
@@ -71,6 +76,7 @@ async fn play(stack: &Stack, progress: &Progress) -> anyhow::Result<()> {
     let after = books::Books::read(&client).await?;
     let topics = report::topics(&stack.servers().kafka_brokers).await?;
     progress.finish();
+    println!("\nWhat happened, one saga after the other");
     for played in &played {
         report::scene(played, &client.saga(played.order).await?);
     }

@@ -53,21 +53,21 @@ pub(crate) fn print_topics(topics: &[Counted]) {
 
 /// A scene: the order and its saga's timeline.
 pub(crate) fn scene(played: &Played, saga: &Value) {
-    let order = &played.ended;
-    let status = order["status"].as_str().unwrap_or("?");
-    let reason = order["reason"].as_str().map(|reason| format!(" ({reason})")).unwrap_or_default();
+    let (status, total) = (played.status(), money(&played.ended["total"]));
     println!(
-        "\n{}\n  order {}: {status}{reason}, {}, in {} ms",
+        "\n{}\n  order {}: {status}, {total}, in {} ms",
         played.scene.title,
         played.order,
-        money(&order["total"]),
         played.took.as_millis()
     );
+    for note in &played.notes {
+        println!("  {note}");
+    }
     println!("{}", timeline(saga));
 }
 
 /// Minor units with two decimals: the demo sells in euros.
-pub(crate) fn money(value: &Value) -> String {
+fn money(value: &Value) -> String {
     let cents = value["amount"].as_i64().unwrap_or_default();
     format!("{} {}", cents_text(cents), value["currency"].as_str().unwrap_or("?"))
 }

@@ -114,6 +114,16 @@ pub(crate) struct Played {
     pub(crate) ended: Value,
     /// From the request to its end.
     pub(crate) took: Duration,
+    /// What the saga's timeline does not show, because it happened around it.
+    pub(crate) notes: Vec<String>,
+}
+
+impl Played {
+    /// How the order ended, for people: `cancelled (out_of_stock)`.
+    pub(crate) fn status(&self) -> String {
+        let status = self.ended["status"].as_str().unwrap_or("?");
+        self.ended["reason"].as_str().map_or_else(|| status.to_owned(), |reason| format!("{status} ({reason})"))
+    }
 }
 
 /// Fills the shelves.
@@ -128,10 +138,11 @@ pub(crate) async fn seed(client: &Client) -> anyhow::Result<()> {
 pub(crate) async fn play(scene: &'static Scene, client: &Client, stack: &Stack) -> anyhow::Result<Played> {
     let start = Instant::now();
     let order = client.place(scene.customer, scene.items, scene.method).await?;
+    let mut notes = Vec::new();
     match scene.meanwhile {
         Meanwhile::Nothing => {}
         Meanwhile::Cancel => client.cancel(order).await?,
-        Meanwhile::KillPayments => kill_payments(order, stack).await?,
+        Meanwhile::KillPayments => notes.push(kill_payments(order, stack, start).await?),
     }
     let ended = client.settled(order).await?;
     let (status, reason) = (ended["status"].as_str(), ended["reason"].as_str());
@@ -141,13 +152,14 @@ pub(crate) async fn play(scene: &'static Scene, client: &Client, stack: &Stack) 
         scene.status,
         scene.reason
     );
-    Ok(Played { scene, order, ended, took: start.elapsed() })
+    let took = start.elapsed();
+    notes.extend(asked_again(order, stack).await?);
+    Ok(Played { scene, order, ended, took, notes })
 }
 
 /// In the middle: the call to the provider has begun, and nobody has its answer yet.
-async fn kill_payments(order: Uuid, stack: &Stack) -> anyhow::Result<()> {
+async fn kill_payments(order: Uuid, stack: &Stack, start: Instant) -> anyhow::Result<String> {
     let mut database = PgConnection::connect(&stack.database_url("payments")).await?;
-    let start = Instant::now();
     loop {
         let called = sqlx::query("select from participant_intent where saga_id = $1 and attempts > 0").bind(order);
         if called.fetch_optional(&mut database).await?.is_some() {
@@ -157,6 +169,25 @@ async fn kill_payments(order: Uuid, stack: &Stack) -> anyhow::Result<()> {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let payments = stack.service(Service::Payments);
+    let killed = start.elapsed().as_millis();
     payments.process.kill();
-    payments.start_again().await.context("payment-svc did not come back")
+    payments.start_again().await.context("payment-svc did not come back")?;
+    let back = start.elapsed().as_millis();
+    Ok(format!("payment-svc was killed after {killed} ms, while it waited for the provider, and was back at {back} ms"))
+}
+
+/// How often the provider saw one and the same authorization, where it was more than once; it moved money once.
+async fn asked_again(order: Uuid, stack: &Stack) -> anyhow::Result<Option<String>> {
+    let mut provider = PgConnection::connect(&stack.database_url("gateway")).await?;
+    let asked: Option<i32> = sqlx::query_scalar(
+        r#"select arrival.count
+             from gateway_authorization
+             join gateway_arrival arrival using (key)
+            where "order" = $1"#,
+    )
+    .bind(order.to_string())
+    .fetch_optional(&mut provider)
+    .await?;
+    let again = asked.filter(|times| *times > 1);
+    Ok(again.map(|times| format!("the provider was asked {times} times to authorize under one key, and did it once")))
 }
