@@ -10,7 +10,7 @@ use crate::{
     topics::TopicState,
 };
 use std::time::Duration;
-use tracing::error;
+use tracing::warn;
 
 /// What becomes of a row.
 pub(crate) enum Fate {
@@ -92,6 +92,7 @@ impl Session {
     /// Asks the brokers about a topic, for as long as it takes them to answer: its limit, or why it takes nothing.
     pub(crate) async fn look(&mut self, topic: &str) -> Result<Result<usize, (Cause, String)>, Ended> {
         let mut pause = Duration::from_millis(50);
+        let mut said = false;
         loop {
             let asked = tokio::select! {
                 () = self.stop.cancelled() => return Err(Ended::Stopped),
@@ -109,7 +110,9 @@ impl Session {
                 Ok(TopicState::Missing(reason)) => return Ok(Err((Cause::Missing, reason))),
                 Ok(TopicState::Forbidden(reason)) => return Ok(Err((Cause::Forbidden, reason))),
                 Err(problem) => {
-                    error!(outbox = self.outbox, topic, %problem, "Kafka does not answer, asking again");
+                    if !std::mem::replace(&mut said, true) {
+                        warn!(outbox = self.outbox, topic, %problem, "waiting for Kafka to say what the topic is like");
+                    }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
                 }

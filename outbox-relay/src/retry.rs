@@ -73,6 +73,7 @@ impl Session {
         let mut flight = Flight::mark(Progress::Nothing);
         flight.sending(&row);
         self.in_flight.push(flight);
+        self.publisher.tracker.seal(number);
         let ticket = Ticket::new(number, 0);
         let sent = match self.offer(&row, built, ticket).await? {
             Some(code) => Err(Ended::Refused { id: Some(row.id()), code, alone: true }),

@@ -189,8 +189,9 @@ impl Session {
 
     /// Puts something into the sequence that is true as soon as all before it is.
     async fn mark(&mut self, progress: Progress) -> Result<(), Ended> {
-        self.publisher.tracker.open(0);
+        let number = self.publisher.tracker.open(0);
         self.in_flight.push(Flight::mark(progress));
+        self.publisher.tracker.seal(number);
         self.complete().await
     }
 
@@ -224,6 +225,7 @@ impl Session {
             self.at = Position { base: page.base, target: page.target, after };
         }
         self.in_flight.push(flight);
+        self.publisher.tracker.seal(number);
         sent
     }
 
@@ -240,7 +242,11 @@ impl Session {
                         return Err(Ended::Refused { id: Some(row.id()), code: refused, alone: true });
                     }
                     if self.memory.careful > 0 {
-                        self.acknowledged(ticket).await?;
+                        self.acknowledged(ticket).await.map_err(|ended| match ended {
+                            // Nothing else was in flight.
+                            Ended::Refused { code, .. } => Ended::Refused { id: Some(row.id()), code, alone: true },
+                            ended => ended,
+                        })?;
                         self.memory.careful -= 1;
                     }
                     continue;

@@ -9,7 +9,7 @@ use rdkafka::{
 use std::{sync::Arc, time::Duration};
 
 /// How long the brokers may take to answer; they are asked again after that.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// Kafka's default for `max.message.bytes`, used where the topic's may not be read.
 const DEFAULT_LIMIT: usize = 1_048_588;
@@ -65,7 +65,9 @@ impl Topics {
     /// Asks about one topic; an error means that the brokers did not answer.
     pub(crate) async fn look(&self, topic: &str) -> Result<TopicState, KafkaError> {
         let options = AdminOptions::new().request_timeout(Some(Timeout::After(PATIENCE)));
-        let described = self.admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await?;
+        // Whether the brokers are away, or only do not tell a topic's settings, the metadata says.
+        let described =
+            self.admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await.unwrap_or_default();
         let limit = described
             .first()
             .and_then(|config| config.as_ref().ok()?.get("max.message.bytes")?.value.as_deref()?.parse().ok());

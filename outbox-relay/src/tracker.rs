@@ -59,6 +59,7 @@ struct Pages {
 struct Acknowledged {
     rows: Vec<bool>,
     missing: usize,
+    sealed: bool,
 }
 
 impl Tracker {
@@ -66,11 +67,24 @@ impl Tracker {
         self.pages.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// A page of `rows` rows is about to be sent; tells its number.
+    /// A page of `rows` rows is about to be sent; tells its number. It is not complete before it is sealed: its last row
+    /// may be acknowledged while the sender still has it in hand.
     pub(crate) fn open(&self, rows: usize) -> usize {
         let mut pages = self.pages();
-        pages.open.push_back(Acknowledged { rows: vec![false; rows], missing: rows });
+        pages.open.push_back(Acknowledged { rows: vec![false; rows], missing: rows, sealed: false });
         pages.first + pages.open.len() - 1
+    }
+
+    /// All of the page is sent.
+    pub(crate) fn seal(&self, number: usize) {
+        let mut pages = self.pages();
+        let at = number.checked_sub(pages.first);
+        if let Some(page) = at.and_then(|at| pages.open.get_mut(at)) {
+            page.sealed = true;
+            if page.missing == 0 {
+                self.changed.notify_one();
+            }
+        }
     }
 
     /// From here on every row rings, or only whole pages do.
@@ -132,7 +146,7 @@ impl Tracker {
     /// How many pages at the front are complete; they are forgotten.
     pub(crate) fn take_complete(&self) -> usize {
         let mut pages = self.pages();
-        let complete = pages.open.iter().take_while(|page| page.missing == 0).count();
+        let complete = pages.open.iter().take_while(|page| page.missing == 0 && page.sealed).count();
         pages.open.drain(..complete);
         pages.first += complete;
         complete
@@ -158,14 +172,18 @@ mod tests {
     fn only_a_prefix_of_complete_pages_is_progress() {
         let tracker = Tracker::default();
         let (a, b) = (tracker.open(2), tracker.open(1));
+        tracker.seal(a);
         tracker.done(Ticket::new(b, 0));
         tracker.done(Ticket::new(a, 1));
         tracker.done(Ticket::new(a, 1));
         assert_eq!(tracker.take_complete(), 0);
         assert_eq!(tracker.acknowledged(), [vec![false, true], vec![true]]);
         tracker.done(Ticket::new(a, 0));
-        assert_eq!(tracker.take_complete(), 2);
+        assert_eq!(tracker.take_complete(), 1, "the second is still in the sender's hands");
+        tracker.seal(b);
+        assert_eq!(tracker.take_complete(), 1);
         assert_eq!(tracker.open(0), 2);
+        tracker.seal(2);
         assert_eq!(tracker.take_complete(), 1);
     }
 

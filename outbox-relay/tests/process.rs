@@ -61,7 +61,7 @@ async fn load(world: &World, stop: Arc<AtomicBool>) {
                 for row in 0..5 {
                     append(&mut *tx, &world.topic, &key, &format!("{writer}/{i}/{row}")).await;
                 }
-                if i % 9 == 0 {
+                if i.is_multiple_of(9) {
                     tx.rollback().await.unwrap();
                 } else {
                     tx.commit().await.unwrap();

@@ -1,0 +1,91 @@
+//! Brokers that answer with errors. librdkafka's mock cluster injects them; nothing else here is pretended.
+
+mod common;
+
+use common::{PATIENCE, Running, World, append};
+use outbox_relay::Settings;
+use rdkafka::{
+    ClientConfig, Message as _,
+    consumer::{BaseConsumer, Consumer as _},
+    mocking::MockCluster,
+    types::{RDKafkaApiKey, RDKafkaRespErr},
+};
+use saga_core::testkit::eventually;
+use std::{
+    collections::{HashMap, HashSet},
+    time::{Duration, Instant},
+};
+
+const ROWS: i64 = 300;
+
+/// Key and payload of every record, until `count` distinct payloads are there.
+fn read(brokers: &str, topic: &str, count: usize) -> Vec<(String, i64)> {
+    let consumer: BaseConsumer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("group.id", "test")
+        .set("auto.offset.reset", "earliest")
+        .create()
+        .unwrap();
+    consumer.subscribe(&[topic]).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let (mut records, mut seen) = (Vec::new(), HashSet::new());
+    while seen.len() < count {
+        assert!(Instant::now() < deadline, "{} of {count} arrived", seen.len());
+        let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) else { continue };
+        let text = |bytes: Option<&[u8]>| String::from_utf8(bytes.unwrap().to_vec()).unwrap();
+        let payload: i64 = text(message.payload()).parse().unwrap();
+        seen.insert(payload);
+        records.push((text(message.key()), payload));
+    }
+    records
+}
+
+async fn publish_through(errors: &[RDKafkaRespErr]) {
+    let cluster = MockCluster::new(3).unwrap();
+    let world = World::new().await;
+    cluster.create_topic("orders.events", 3, 3).unwrap();
+    let _relay = Running::start(&Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() });
+    append(world.db(), "orders.events", "key-0", "0").await;
+    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_batch").await > 0).then_some(()) }).await;
+    cluster.request_errors(RDKafkaApiKey::Produce, errors);
+    for i in 1..ROWS {
+        append(world.db(), "orders.events", &format!("key-{}", i % 7), &i.to_string()).await;
+    }
+    eventually(PATIENCE, || async { (world.count("select sum(rows) from outbox_batch").await == ROWS).then_some(()) })
+        .await;
+    let brokers = cluster.bootstrap_servers();
+    let records = tokio::task::spawn_blocking(move || read(&brokers, "orders.events", usize::try_from(ROWS).unwrap()))
+        .await
+        .unwrap();
+    let (mut seen, mut last) = (HashSet::new(), HashMap::new());
+    for (key, payload) in records {
+        if seen.insert(payload) {
+            assert!(last.insert(key.clone(), payload).is_none_or(|before| before < payload), "{key} is inverted");
+        }
+    }
+    assert_eq!(world.count("select count(*) from outbox_parked").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_that_pass_are_waited_out_and_nothing_is_lost_or_inverted() {
+    use RDKafkaRespErr::*;
+    publish_through(&[
+        RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
+        RD_KAFKA_RESP_ERR_REQUEST_TIMED_OUT,
+        RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS,
+        RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS_AFTER_APPEND,
+        RD_KAFKA_RESP_ERR__TRANSPORT,
+    ])
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_producer_that_gives_up_is_rebuilt_and_nothing_is_lost_or_inverted() {
+    use RDKafkaRespErr::*;
+    publish_through(&[
+        RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED,
+        RD_KAFKA_RESP_ERR_OUT_OF_ORDER_SEQUENCE_NUMBER,
+        RD_KAFKA_RESP_ERR_INVALID_REQUIRED_ACKS,
+    ])
+    .await;
+}
