@@ -40,7 +40,8 @@ pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Resu
     let brokers = &settings.kafka.brokers;
     let replies = Nudging::new(orders.engine.handler(), Arc::clone(&orders.live));
     let replies = consumer(REPLIES, ORDERS_REPLIES, brokers, &pool, replies);
-    let items = consumer(catalogue::GROUP, INVENTORY_ITEMS, brokers, &pool, CatalogueHandler);
+    let items = catalogue::consumer_config(brokers);
+    let items = Consumer::new(items, pool.clone(), Arc::new(CatalogueHandler));
     for (name, consumer) in [("replies", replies.health()), ("catalogue", items.health())] {
         health.check(name, move || std::future::ready(consumer.check()));
     }

@@ -7,9 +7,9 @@
 //! Invariant: of one sku, the record with the highest `ce_sequence` wins, in whatever order records arrive, so repeats
 //! and replays change nothing. When the process dies here, the batch is rolled back and read again.
 
-use contracts::{inventory::ItemChanged, money::Money, product::Sku};
+use contracts::{inventory::ItemChanged, money::Money, product::Sku, topics::INVENTORY_ITEMS};
 use saga_core::{
-    consumer::{HandleError, Handler, Message},
+    consumer::{ConsumerConfig, HandleError, Handler, Message, TooOld},
     outbox::Tx,
 };
 use sqlx::PgExecutor;
@@ -17,6 +17,11 @@ use std::collections::{BTreeMap, HashMap};
 
 /// The group that keeps the catalogue.
 pub const GROUP: &str = "order-svc.catalogue";
+
+/// The topic keeps an item for ever, and the last word wins whenever it comes: however old a record is, it is handled.
+pub fn consumer_config(brokers: &str) -> ConsumerConfig {
+    ConsumerConfig { too_old: TooOld::Handle, ..ConsumerConfig::new(brokers, GROUP, [INVENTORY_ITEMS.name]) }
+}
 
 /// Prices of those of `skus` that can be ordered.
 pub async fn prices(db: impl PgExecutor<'_>, skus: &[&str]) -> Result<HashMap<Sku, Money>, sqlx::Error> {

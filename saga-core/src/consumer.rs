@@ -25,7 +25,7 @@ mod record;
 mod transaction;
 mod worker;
 
-pub use config::ConsumerConfig;
+pub use config::{ConsumerConfig, TooOld};
 pub use dead_letter::dead_letter_header;
 pub use health::ConsumerHealth;
 

@@ -33,6 +33,9 @@ pub struct Arrival<'a> {
     pub id: MessageId,
     /// A hash of the record's key; `None` for a record without one.
     pub lane: Option<i64>,
+    /// Whether the inbox remembers it; if not it has no row, and is fresh whenever it comes. Everything is, but for what
+    /// is older than the horizon and is handled all the same.
+    pub remembered: bool,
 }
 
 /// Where messages arrive.
@@ -91,8 +94,9 @@ pub async fn receive_in(
 ) -> Result<Vec<Delivery>, sqlx::Error> {
     let rows = sqlx::query(
         "with arrival as materialized (
-             select source, message_id, lane, n
-               from unnest($4::text[], $5::uuid[], $6::bigint[]) with ordinality as a (source, message_id, lane, n)
+             select source, message_id, lane, remembered, n
+               from unnest($4::text[], $5::uuid[], $6::bigint[], $7::boolean[])
+                    with ordinality as a (source, message_id, lane, remembered, n)
          ), held as materialized (
              select a.n
                from arrival a
@@ -104,7 +108,8 @@ pub async fn receive_in(
              insert into inbox (consumer, source, message_id)
              select $1, source, message_id
                from arrival
-              where n not in (select n from held)
+              where remembered
+                and n not in (select n from held)
               order by message_id, source
                  on conflict do nothing
              returning source, message_id
@@ -113,7 +118,7 @@ pub async fn receive_in(
            from arrival a
            left join held h using (n)
            left join fresh f using (source, message_id)
-          where h.n is not null or f.message_id is not null
+          where h.n is not null or f.message_id is not null or not a.remembered
           order by a.n",
     )
     .bind(place.consumer)
@@ -122,6 +127,7 @@ pub async fn receive_in(
     .bind(arrivals.iter().map(|arrival| arrival.source).collect::<Vec<_>>())
     .bind(arrivals.iter().map(|arrival| arrival.id.0).collect::<Vec<_>>())
     .bind(arrivals.iter().map(|arrival| arrival.lane).collect::<Vec<_>>())
+    .bind(arrivals.iter().map(|arrival| arrival.remembered).collect::<Vec<_>>())
     .fetch_all(&mut **tx)
     .await?;
     let mut deliveries = vec![Delivery::Duplicate; arrivals.len()];
@@ -130,7 +136,7 @@ pub async fn receive_in(
         let n = usize::try_from(row.try_get::<i64, _>("n")?).unwrap_or_default() - 1;
         if row.try_get("held")? {
             deliveries[n] = Delivery::Held;
-        } else if written.insert((arrivals[n].source, arrivals[n].id)) {
+        } else if !arrivals[n].remembered || written.insert((arrivals[n].source, arrivals[n].id)) {
             deliveries[n] = Delivery::Fresh;
         }
     }
@@ -146,17 +152,19 @@ pub(crate) async fn record_in(
 ) -> Result<Vec<bool>, sqlx::Error> {
     sqlx::query_scalar(
         "with arrival as materialized (
-             select source, message_id, n
-               from unnest($2::text[], $3::uuid[]) with ordinality as a (source, message_id, n)
+             select source, message_id, remembered, n
+               from unnest($2::text[], $3::uuid[], $4::boolean[])
+                    with ordinality as a (source, message_id, remembered, n)
          ), fresh as (
              insert into inbox (consumer, source, message_id)
              select $1, source, message_id
                from arrival
+              where remembered
               order by message_id, source
                  on conflict do nothing
              returning source, message_id
          )
-         select f.message_id is not null
+         select f.message_id is not null or not a.remembered
            from arrival a
            left join fresh f using (source, message_id)
           order by a.n",
@@ -164,6 +172,7 @@ pub(crate) async fn record_in(
     .bind(consumer)
     .bind(arrivals.iter().map(|arrival| arrival.source).collect::<Vec<_>>())
     .bind(arrivals.iter().map(|arrival| arrival.id.0).collect::<Vec<_>>())
+    .bind(arrivals.iter().map(|arrival| arrival.remembered).collect::<Vec<_>>())
     .fetch_all(&mut **tx)
     .await
 }

@@ -20,7 +20,7 @@ async fn database() -> TestDatabase {
 }
 
 fn arrival(id: MessageId) -> Arrival<'static> {
-    Arrival { source: "orders", id, lane: None }
+    Arrival { source: "orders", id, lane: None, remembered: true }
 }
 
 #[tokio::test]

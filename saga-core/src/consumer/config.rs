@@ -23,9 +23,21 @@ pub struct ConsumerConfig {
     pub attempts: u32,
     /// How long a record that failed waits for its next attempt.
     pub backoff: Backoff,
-    /// How long the inbox remembers; an older message is dead-lettered, never handled. Not less than the retention of
-    /// the topics, or records are refused that Kafka still delivers.
+    /// How long the inbox remembers. Not less than the retention of the topics, or records are refused that Kafka still
+    /// delivers.
     pub horizon: Duration,
+    /// What becomes of a message older than that.
+    pub too_old: TooOld,
+}
+
+/// What becomes of a message that is older than the inbox remembers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TooOld {
+    /// It is dead-lettered: nobody could tell whether it was handled before.
+    DeadLetter,
+    /// It is handled, each time that it comes. For topics that are kept for ever (compacted ones) and handlers that are
+    /// idempotent by themselves, for which the last value wins.
+    Handle,
 }
 
 impl ConsumerConfig {
@@ -40,6 +52,7 @@ impl ConsumerConfig {
             attempts: 8,
             backoff: Backoff::doubling(Duration::from_secs(1), Duration::from_secs(60)),
             horizon: Duration::from_secs(14 * 24 * 3600),
+            too_old: TooOld::DeadLetter,
         }
     }
 }

@@ -1,16 +1,14 @@
 //! From a Kafka record to what a transaction works on.
 
-use super::{Coordinates, Message};
+use super::{ConsumerConfig, Coordinates, Message, TooOld};
 use crate::{
+    clock,
     envelope::{Envelope, Headers},
-    inbox::{self, Arrival},
+    inbox::{self, Arrival, Inadmissible},
 };
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use sha2::{Digest, Sha256};
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
-    time::Duration,
-};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use time::OffsetDateTime;
 
 /// A record as it was polled, its memory our own.
@@ -73,7 +71,13 @@ pub(super) struct Batch {
 
 impl Batch {
     /// Decodes; what cannot be decoded, or is of an age that the inbox does not remember, is refused.
-    pub(super) fn decode(topic: &str, partition: i32, raws: Vec<Raw>, horizon: Duration, now: OffsetDateTime) -> Self {
+    pub(super) fn decode(
+        topic: &str,
+        partition: i32,
+        raws: Vec<Raw>,
+        config: &ConsumerConfig,
+        now: OffsetDateTime,
+    ) -> Self {
         let mut batch = Self::default();
         for raw in raws {
             let at = Coordinates { topic: topic.into(), partition, offset: raw.offset };
@@ -82,8 +86,9 @@ impl Batch {
             let envelope = decoded.and_then(|headers| {
                 let headers = headers.iter().map(|(name, value)| (name.as_str(), value.as_deref()));
                 let envelope = Envelope::decode(headers).map_err(|error| ("undecodable", error.to_string()))?;
-                match inbox::admissible(envelope.id, horizon, now) {
+                match inbox::admissible(envelope.id, config.horizon, now) {
                     Ok(()) => Ok(envelope),
+                    Err(Inadmissible::TooOld) if config.too_old == TooOld::Handle => Ok(envelope),
                     Err(error) => Err(("inadmissible", error.to_string())),
                 }
             });
@@ -106,8 +111,8 @@ impl Batch {
         batch
     }
 
-    pub(super) fn arrivals(&self) -> Vec<Arrival<'_>> {
-        self.messages.iter().map(arrival).collect()
+    pub(super) fn arrivals(&self, config: &ConsumerConfig) -> Vec<Arrival<'_>> {
+        self.messages.iter().map(|message| arrival(message, config)).collect()
     }
 
     /// One batch per record, in the order of their offsets.
@@ -126,8 +131,11 @@ impl Batch {
 }
 
 /// What the inbox needs to know of a message.
-pub(super) fn arrival(message: &Message) -> Arrival<'_> {
-    Arrival { source: &message.envelope.source, id: message.envelope.id, lane: lane(message) }
+pub(super) fn arrival<'m>(message: &'m Message, config: &ConsumerConfig) -> Arrival<'m> {
+    let Envelope { source, id, .. } = &message.envelope;
+    let remembered = config.too_old == TooOld::DeadLetter
+        || inbox::admissible(*id, config.horizon, clock::now()) != Err(Inadmissible::TooOld);
+    Arrival { source, id: *id, lane: lane(message), remembered }
 }
 
 /// A hash of the key: what must stay in order has the same.

@@ -64,7 +64,7 @@ impl<H: Handler> Desk<H> {
         let mut tx = self.begin().await?;
         let deliveries = match batch.messages.is_empty() {
             true => Vec::new(),
-            false => inbox::receive_in(&mut tx, self.place(), &batch.arrivals()).await?,
+            false => inbox::receive_in(&mut tx, self.place(), &batch.arrivals(&self.config)).await?,
         };
         fail_point!("consumer.after-inbox", group);
         let held = pick(batch, &deliveries, Delivery::Held);
@@ -120,7 +120,7 @@ impl<H: Handler> Desk<H> {
     /// Gives up a record that was tried `attempts` times.
     pub(super) async fn give_up(&self, single: &Batch, attempts: u32, fault: &Fault) -> Result<(), Failure> {
         let mut tx = self.begin().await?;
-        let deliveries = inbox::receive_in(&mut tx, self.place(), &single.arrivals()).await?;
+        let deliveries = inbox::receive_in(&mut tx, self.place(), &single.arrivals(&self.config)).await?;
         let held = pick(single, &deliveries, Delivery::Held);
         parking::hold_in(&mut tx, self.place(), &held).await?;
         let fresh = pick(single, &deliveries, Delivery::Fresh);
@@ -155,7 +155,7 @@ impl<H: Handler> Desk<H> {
     /// Gives up a parked record; the next of its lane is due.
     pub(super) async fn give_up_parked(&self, parked: &Parked, attempts: u32, fault: &Fault) -> Result<(), Failure> {
         let mut tx = self.begin().await?;
-        if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message)]).await?[0] {
+        if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message, &self.config)]).await?[0] {
             let letter = DeadLetter::failed(&parked.message, parked.timestamp, fault, attempts);
             dead_letter::append_in(&mut tx, &self.config.group, [letter]).await?;
             self.count_dead_letter(&fault.class);
@@ -167,7 +167,7 @@ impl<H: Handler> Desk<H> {
 
     async fn handle_parked(&self, tx: &mut Tx<'_>, parked: &[Parked]) -> Result<(), Failure> {
         let Some(first) = parked.first() else { return Ok(()) };
-        let arrivals: Vec<_> = parked.iter().map(|parked| arrival(&parked.message)).collect();
+        let arrivals: Vec<_> = parked.iter().map(|parked| arrival(&parked.message, &self.config)).collect();
         let fresh = inbox::record_in(tx, &self.config.group, &arrivals).await?;
         let messages: Vec<_> =
             parked.iter().zip(fresh).filter(|(_, fresh)| *fresh).map(|(parked, _)| parked.message.clone()).collect();

@@ -101,7 +101,7 @@ impl<H: Handler> Worker<H> {
     /// Sees to it that every record is handled, parked or dead-lettered.
     async fn process(&mut self, raws: Vec<Raw>) -> Result<(), Ended> {
         let desk = &self.desk;
-        let batch = Batch::decode(&desk.topic, desk.partition, raws, desk.config.horizon, clock::now());
+        let batch = Batch::decode(&desk.topic, desk.partition, raws, &desk.config, clock::now());
         if self.careful > 0 {
             return self.one_by_one(batch).await;
         }
@@ -114,7 +114,7 @@ impl<H: Handler> Worker<H> {
     /// Each record in a transaction of its own, its attempt counted before.
     async fn one_by_one(&mut self, batch: Batch) -> Result<(), Ended> {
         // After an unclean stop most of what comes again is done: one question spares two commits for each of those.
-        let arrivals = batch.arrivals();
+        let arrivals = batch.arrivals(&self.desk.config);
         let pool = &self.desk.pool;
         let known = self
             .insist(|| async { Ok(inbox::known(pool, &self.desk.config.group, &arrivals).await?) })

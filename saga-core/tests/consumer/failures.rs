@@ -2,7 +2,7 @@
 
 use crate::support::{Fixture, SOON, assert_complete, event, events, says, with_id};
 use saga_core::{
-    consumer::HandleError,
+    consumer::{HandleError, TooOld},
     id::MessageId,
     testkit::{Record, eventually, produce},
 };
@@ -83,6 +83,24 @@ async fn after_the_last_attempt_a_record_is_dead_lettered_and_its_successors_pro
     fixture.send(&[with_id(failing, "a", "a2"), event("a", "a4")]).await;
     assert_eq!(values(&fixture.until_handled(4).await, "a"), ["a1", "a3", "a4"]);
     assert_eq!(fixture.dead_letters().await.len(), 1);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_consumer_for_which_the_last_value_wins_handles_the_old_messages_of_a_topic_that_keeps_them() {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.too_old = TooOld::Handle;
+    let running = fixture.start();
+    let now = u64::try_from(time::OffsetDateTime::now_utc().unix_timestamp()).unwrap();
+    let old = MessageId(Uuid::new_v7(Timestamp::from_unix(NoContext, now - 400 * 24 * 3600, 0)));
+    let new = MessageId::new();
+    let sent = [with_id(old, "a", "a1"), with_id(new, "a", "a2"), with_id(old, "a", "a1"), with_id(new, "a", "a2")];
+    fixture.send(&sent).await;
+    // The old one is handled whenever it comes; what the inbox remembers is still handled once.
+    assert_eq!(values(&fixture.until_handled(3).await, "a"), ["a1", "a2", "a1"]);
+    fixture.send(&[event("a", "a3")]).await;
+    assert_eq!(values(&fixture.until_handled(4).await, "a"), ["a1", "a2", "a1", "a3"]);
+    assert!(fixture.dead_letters().await.is_empty());
     running.stop().await;
 }
 
