@@ -172,8 +172,10 @@ struct Trouble {
 impl Trouble {
     fn say(&mut self, outbox: &str, problem: &OwnerError) -> Duration {
         let text = problem.to_string();
-        let no_tables = matches!(problem, OwnerError::Database(sqlx::Error::Database(error)) if error.code().as_deref() == Some("42P01"));
-        let outage = matches!(problem, OwnerError::Database(error) if is_outage(error));
+        let database = problem.database();
+        let code = database.and_then(|error| error.as_database_error()?.code());
+        let no_tables = code.as_deref() == Some("42P01");
+        let outage = database.is_some_and(is_outage);
         if self.said.as_deref() != Some(&text) {
             if no_tables {
                 warn!(outbox, "waiting for the outbox's tables: start its service, or run `outbox-relay migrate`");

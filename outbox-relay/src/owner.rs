@@ -71,6 +71,18 @@ pub(crate) enum OwnerError {
     Session(String),
 }
 
+impl OwnerError {
+    /// What the database said, if it is about the database.
+    pub(crate) fn database(&self) -> Option<&sqlx::Error> {
+        match self {
+            Self::Commit(CommitError::Database(error))
+            | Self::Read(ReadError::Database(error))
+            | Self::Database(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
 /// Publishes under `lease` until it is lost, something fails, or `stop`.
 pub(crate) async fn own(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Result<(), OwnerError> {
     tokio::select! {

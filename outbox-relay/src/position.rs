@@ -12,7 +12,7 @@
 //! anybody. `target` is never made smaller to bound a window (rows of a transaction that got its id early and the lock
 //! late would then overtake): a window is cut by id only.
 //!
-//! When the process dies, a new owner starts from the last position that was recorded (see [`crate::batch_log`]) and
+//! When the process dies, a new owner starts from the last position that was recorded in the batch log and
 //! publishes again what was not.
 
 use crate::{
