@@ -30,17 +30,19 @@ logs: binaries ## Follows the logs
 status: binaries ## What runs, and whether it is healthy
 	@$(STACK) status
 
-# The binaries first: the tests start them as processes. Two test binaries at a time would fight for two cores and make
-# every deadline a guess, so cargo runs them one after another; inside each, tests run side by side.
-test: tools-servers binaries ## The whole suite against a PostgreSQL and a Kafka of its own (or DATABASE_URL, KAFKA_BROKERS)
-	cargo test --workspace --no-run
-	$(STACK) run -- cargo test --workspace --no-fail-fast
+# The programs before the tests that start them as processes, and in one go with the tests: asked for alone, cargo would
+# build them a second time, for other features. Cargo runs one test binary after another, which suits two cores: side by
+# side they would make every deadline a guess. Inside each, tests run in parallel.
+test: tools-build tools-servers ## The whole suite against a PostgreSQL and a Kafka of its own (or DATABASE_URL, KAFKA_BROKERS)
+	cargo build --workspace --bins --tests
+	$(STACK) run -- sh stack/test.sh --workspace
 
 # The code supports PostgreSQL 15 and later. Where the system has a 15, the suite runs on it too.
 PG15 := /usr/lib/postgresql/15
-test-pg15: tools-servers binaries ## The whole suite on the system's own PostgreSQL 15, where there is one
+test-pg15: tools-build tools-servers ## The whole suite on the system's own PostgreSQL 15, where there is one
 	@test -x $(PG15)/bin/postgres || { echo "error: no PostgreSQL 15 in $(PG15) (PG15=... says where)" >&2; exit 1; }
-	STACK_POSTGRES=$(PG15) $(STACK) run -- cargo test --workspace --no-fail-fast
+	cargo build --workspace --bins --tests
+	STACK_POSTGRES=$(PG15) $(STACK) run -- sh stack/test.sh --workspace
 
 check: fmt clippy doc arch deny ## fmt, clippy, rustdoc (warnings denied), the architecture test, cargo-deny
 
@@ -67,7 +69,7 @@ doc: tools-build
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items
 
 arch: tools-build
-	cargo test -p e2e --test architecture
+	cargo test --workspace --test architecture
 
 # Licences, bans and sources need nothing but the lock file. Advisories need their database, which is a repository on
 # the net: where it cannot be reached, that is said, and the rest still counts.
