@@ -46,9 +46,11 @@ test-pg15: tools-build tools-servers ## The whole suite on the system's own Post
 
 check: fmt clippy doc arch deny ## fmt, clippy, rustdoc (warnings denied), the architecture test, cargo-deny
 
+# `make bench ARGS='sagas --in-flight 256'`: one figure, with other settings; ARGS=--help tells which there are. Only this
+# package: with the others beside it, their test features would be in what is measured.
 bench: tools-servers ## The figures, each beside its yardstick of the same run
-	cargo build --release --workspace --bins
-	$(TARGET)/release/bench
+	cargo build --release -p bench
+	$(TARGET)/release/bench $(ARGS)
 
 binaries: tools-build
 	@cargo build --workspace --bins

@@ -1,0 +1,182 @@
+//! The servers of a run, durable and with memory as on a small production machine; and what this machine is.
+//!
+//! When this process dies, what it started is gone with it (see [`stack::guard`]).
+
+use crate::cli::ServerArgs;
+use anyhow::Context as _;
+use serde::Serialize;
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use stack::{
+    cache::Cache,
+    kafka::Java,
+    postgres::Durability,
+    progress::Progress,
+    servers::{Keep, Servers, ServersConfig},
+};
+use std::{fs, thread};
+
+/// What the server is started with, beside `stack`'s settings. Durability is PostgreSQL's default: everything.
+const SETTINGS: [(&str, &str); 5] = [
+    ("shared_preload_libraries", "pg_stat_statements"),
+    // Counts only when a run asks for it: counting costs a few percent.
+    ("pg_stat_statements.track", "none"),
+    ("shared_buffers", "1GB"),
+    ("max_wal_size", "8GB"),
+    ("wal_buffers", "64MB"),
+];
+
+/// The servers, running.
+pub struct Machine {
+    servers: Servers,
+    cache: Cache,
+}
+
+/// What the figures were measured on.
+#[derive(Debug, Clone, Serialize)]
+pub struct Description {
+    /// The processor's name.
+    pub processor: String,
+    /// How many of it this process may use.
+    pub processors: usize,
+    /// Main memory.
+    pub memory_gib: u64,
+    /// The kernel.
+    pub kernel: String,
+    /// PostgreSQL's version and the settings that matter for durability.
+    pub postgres: String,
+    /// One synced write, as PostgreSQL's WAL does it: the median of a few hundred, in microseconds.
+    pub sync_us: u64,
+    /// How many processes wanted a processor when this began, beside it (the 1-minute load).
+    pub load_before: f64,
+}
+
+impl Machine {
+    /// Starts what is not named.
+    pub async fn start(args: &ServerArgs, progress: &Progress) -> anyhow::Result<Self> {
+        let named = |value: &Option<String>| value.clone().filter(|value| !value.trim().is_empty());
+        let config = ServersConfig {
+            keep: Keep::Nothing,
+            logs: None,
+            durability: Durability::On,
+            database_url: named(&args.database_url),
+            kafka_brokers: named(&args.kafka_brokers),
+            preferred_ports: None,
+        };
+        let servers = Servers::start(config, progress).await?;
+        let machine = Self { servers, cache: Cache::open()? };
+        machine.tune().await?;
+        Ok(machine)
+    }
+
+    async fn tune(&self) -> anyhow::Result<()> {
+        // A server that somebody named is left as it is.
+        let Some(postgres) = &self.servers.postgres else { return Ok(()) };
+        let mut admin = self.admin().await?;
+        for (setting, value) in SETTINGS {
+            sqlx::query(AssertSqlSafe(format!("alter system set {setting} = '{value}'"))).execute(&mut admin).await?;
+        }
+        admin.close().await?;
+        postgres.process.stop().await;
+        postgres.restart().await?;
+        let mut admin = self.admin().await?;
+        sqlx::query("create extension if not exists pg_stat_statements").execute(&mut admin).await?;
+        Ok(admin.close().await?)
+    }
+
+    /// A connection to the maintenance database.
+    pub async fn admin(&self) -> anyhow::Result<PgConnection> {
+        PgConnection::connect(&self.servers.database_url).await.context("connect to PostgreSQL")
+    }
+
+    /// Stops what was started.
+    pub async fn stop(self) {
+        self.servers.stop().await;
+    }
+
+    /// `KAFKA_BROKERS`.
+    pub fn brokers(&self) -> &str {
+        &self.servers.kafka_brokers
+    }
+
+    /// The URL of PostgreSQL's maintenance database.
+    pub fn database_url(&self) -> &str {
+        &self.servers.database_url
+    }
+
+    /// The process of PostgreSQL, if it was started here.
+    pub fn postgres_pid(&self) -> Option<u32> {
+        self.servers.postgres.as_ref().and_then(|postgres| postgres.process.pid())
+    }
+
+    /// The process of Kafka, if it was started here.
+    pub fn kafka_pid(&self) -> Option<u32> {
+        self.servers.kafka.as_ref().and_then(|kafka| kafka.process.pid())
+    }
+
+    /// Where logs go.
+    pub fn logs(&self) -> &std::path::Path {
+        &self.servers.logs
+    }
+
+    /// Where files may be put that nobody keeps.
+    pub fn directory(&self) -> &std::path::Path {
+        self.servers.directory()
+    }
+
+    /// A JVM with Kafka's tools, set as the broker's is.
+    pub async fn java(&self, progress: &Progress) -> anyhow::Result<Java> {
+        Ok(Java::find(&self.cache, Durability::On, progress).await?)
+    }
+
+    /// What the figures are measured on.
+    pub async fn describe(&self) -> anyhow::Result<Description> {
+        let mut admin = self.admin().await?;
+        let postgres: String = sqlx::query_scalar(
+            "select format('%s; fsync %s, synchronous_commit %s, full_page_writes %s, shared_buffers %s',
+                           current_setting('server_version'), current_setting('fsync'),
+                           current_setting('synchronous_commit'), current_setting('full_page_writes'),
+                           current_setting('shared_buffers'))",
+        )
+        .fetch_one(&mut admin)
+        .await?;
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let field = |text: &str, name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name))?;
+            Some(line.split_once(':')?.1.trim().to_owned())
+        };
+        let memory = field(&read("/proc/meminfo"), "MemTotal");
+        let kib = memory.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0);
+        Ok(Description {
+            processor: field(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            processors: thread::available_parallelism().map_or(1, Into::into),
+            memory_gib: (kib + (1 << 19)) >> 20,
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            postgres,
+            sync_us: self.sync().await?,
+            load_before: read("/proc/loadavg").split_whitespace().next().and_then(|l| l.parse().ok()).unwrap_or(0.0),
+        })
+    }
+
+    /// How long a synced write takes where the servers' data is.
+    async fn sync(&self) -> anyhow::Result<u64> {
+        let path = self.directory().join("sync");
+        tokio::task::spawn_blocking(move || {
+            use std::io::{Seek, Write};
+            let mut file = fs::File::create(&path)?;
+            let mut times = Vec::new();
+            file.write_all(&vec![0; 1 << 20])?;
+            file.sync_all()?;
+            for _ in 0..300 {
+                let start = std::time::Instant::now();
+                file.seek(std::io::SeekFrom::Start(0))?;
+                file.write_all(&[1; 8192])?;
+                file.sync_data()?;
+                times.push(start.elapsed());
+            }
+            fs::remove_file(&path)?;
+            times.sort_unstable();
+            Ok(u64::try_from(times[times.len() / 2].as_micros())?)
+        })
+        .await?
+    }
+}

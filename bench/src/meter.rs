@@ -1,0 +1,139 @@
+//! What a stretch of time cost: CPU of each process, commits, WAL and fsyncs of PostgreSQL.
+
+use crate::machine::Machine;
+use serde::Serialize;
+use sqlx::Row as _;
+use std::{collections::BTreeMap, fs, time::Instant};
+
+/// Processor time is told in these parts of a second, whatever the kernel's own clock does (`USER_HZ`).
+const TICKS: f64 = 100.0;
+
+/// What was used up to a moment.
+#[derive(Debug, Clone)]
+pub struct Reading {
+    at: Instant,
+    cpu: BTreeMap<String, f64>,
+    database: [i64; 4],
+}
+
+/// What a stretch of time cost.
+#[derive(Debug, Clone, Serialize)]
+pub struct Cost {
+    /// How long it was.
+    pub seconds: f64,
+    /// CPU seconds by process. Empty where the kernel does not tell.
+    pub cpu_seconds: BTreeMap<String, f64>,
+    /// Commits, in all databases.
+    pub commits: i64,
+    /// Bytes of WAL.
+    pub wal_bytes: i64,
+    /// Times that WAL was synced to disk.
+    pub wal_syncs: i64,
+    /// Records of WAL.
+    pub wal_records: i64,
+}
+
+impl Cost {
+    /// CPU seconds of all processes.
+    pub fn cpu(&self) -> f64 {
+        self.cpu_seconds.values().sum()
+    }
+}
+
+/// Reads all meters. `processes` are those of the run, by name; the servers and this process are read always.
+pub async fn read(machine: &Machine, processes: &[(&str, Option<u32>)]) -> anyhow::Result<Reading> {
+    let mut admin = machine.admin().await?;
+    // Counters that backends keep to themselves are flushed within a second; reading twice as much time costs nothing.
+    sqlx::query("select pg_stat_clear_snapshot()").execute(&mut admin).await?;
+    let version: i32 =
+        sqlx::query_scalar("select current_setting('server_version_num')::int").fetch_one(&mut admin).await?;
+    let syncs: i64 = if version >= 180_000 {
+        sqlx::query_scalar("select coalesce(sum(fsyncs), 0)::bigint from pg_stat_io where object = 'wal'")
+            .fetch_one(&mut admin)
+            .await?
+    } else {
+        sqlx::query_scalar("select wal_sync from pg_stat_wal").fetch_one(&mut admin).await?
+    };
+    let row = sqlx::query(
+        "select (select sum(xact_commit) from pg_stat_database)::bigint, wal_bytes::bigint, wal_records
+           from pg_stat_wal",
+    )
+    .fetch_one(&mut admin)
+    .await?;
+    let all = processes.iter().copied().chain([
+        ("PostgreSQL", machine.postgres_pid()),
+        ("Kafka", machine.kafka_pid()),
+        ("bench", Some(std::process::id())),
+    ]);
+    let tree = Tree::read();
+    let mut cpu = BTreeMap::new();
+    for (name, pid) in all {
+        // Ours alone: our children are the others.
+        let seconds = pid.and_then(|pid| if pid == std::process::id() { own(pid) } else { tree.with_children(pid) });
+        seconds.map(|seconds| cpu.insert(name.to_owned(), seconds));
+    }
+    Ok(Reading { at: Instant::now(), cpu, database: [row.try_get(0)?, row.try_get(1)?, syncs, row.try_get(2)?] })
+}
+
+/// Processor time of a process and its children so far.
+pub fn cpu_of(pid: Option<u32>) -> Option<f64> {
+    Tree::read().with_children(pid?)
+}
+
+impl Reading {
+    /// What the time from `before` to here cost. A process that was not there then began with nothing.
+    pub fn since(&self, before: &Self) -> Cost {
+        let spent = |name: &String, now: &f64| now - before.cpu.get(name).unwrap_or(&0.0);
+        let cpu = self.cpu.iter().map(|(name, now)| (name.clone(), spent(name, now)));
+        let [commits, wal_bytes, wal_syncs, wal_records] =
+            std::array::from_fn(|at| self.database[at] - before.database[at]);
+        Cost {
+            seconds: self.at.duration_since(before.at).as_secs_f64(),
+            cpu_seconds: cpu.collect(),
+            commits,
+            wal_bytes,
+            wal_syncs,
+            wal_records,
+        }
+    }
+}
+
+/// Fields of `/proc/PID/stat` behind the name, which may contain anything: state first, then the parent.
+fn stat(pid: u32) -> Option<Vec<u64>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let rest = text.rsplit_once(')')?.1;
+    Some(rest.split_whitespace().map(|field| field.parse().unwrap_or(0)).collect())
+}
+
+/// Processor time of a process alone.
+fn own(pid: u32) -> Option<f64> {
+    let stat = stat(pid)?;
+    #[allow(clippy::cast_precision_loss)]
+    Some((stat.get(11)? + stat.get(12)?) as f64 / TICKS)
+}
+
+/// Every process of this machine, by parent.
+struct Tree(Vec<(u32, u64, u64)>);
+
+impl Tree {
+    fn read() -> Self {
+        let names = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        Self(
+            pids.filter_map(|pid| {
+                let stat = stat(pid)?;
+                // With the children that ended and were waited for: backends come and go.
+                Some((pid, *stat.get(1)?, stat.get(11..15)?.iter().sum()))
+            })
+            .collect(),
+        )
+    }
+
+    fn with_children(&self, pid: u32) -> Option<f64> {
+        let own = self.0.iter().find(|(other, ..)| *other == pid)?.2;
+        let children = self.0.iter().filter(|(_, parent, _)| *parent == u64::from(pid));
+        #[allow(clippy::cast_precision_loss)]
+        let own = own as f64 / TICKS;
+        Some(own + children.filter_map(|(child, ..)| self.with_children(*child)).sum::<f64>())
+    }
+}

@@ -1,0 +1,206 @@
+//! What was measured: a table for people, JSON for machines.
+
+use crate::{drain::Drain, machine::Description, sagas::Sagas};
+use anyhow::Context as _;
+use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
+use serde::Serialize;
+use std::{fmt, fs, path::Path};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+/// Of the producer tool's rate, the relay reaches at least this part.
+const RELAY_GOAL: f64 = 0.5;
+/// Sagas a second, with 64 in flight.
+const SAGAS_GOAL: f64 = 1_500.0;
+/// Transactions of a saga, done one by one.
+const STEPS_PER_SAGA: f64 = 7.0;
+
+/// Everything.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// When.
+    pub at: String,
+    /// On what.
+    pub machine: Description,
+    /// The relay's drain.
+    pub relay: Option<Drain>,
+    /// The sagas.
+    pub sagas: Option<Sagas>,
+    /// What was to be reached, and whether it was.
+    pub goals: Vec<Goal>,
+}
+
+/// A goal.
+#[derive(Debug, Clone, Serialize)]
+pub struct Goal {
+    /// Of what.
+    pub name: &'static str,
+    /// At least this.
+    pub at_least: f64,
+    /// Was reached.
+    pub reached: f64,
+}
+
+impl Report {
+    /// Nothing measured yet.
+    pub fn new(machine: Description) -> Self {
+        let at = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
+        Self { at, machine, relay: None, sagas: None, goals: Vec::new() }
+    }
+
+    /// Puts the goals beside what was measured.
+    #[must_use]
+    pub fn judged(mut self) -> Self {
+        let relay = self.relay.as_ref().map(|drain| Goal {
+            name: "relay / ProducerPerformance",
+            at_least: RELAY_GOAL,
+            reached: drain.medians().2,
+        });
+        let sagas =
+            self.sagas.as_ref().map(|sagas| Goal { name: "sagas/s", at_least: SAGAS_GOAL, reached: sagas.per_second });
+        self.goals = relay.into_iter().chain(sagas).collect();
+        self
+    }
+
+    /// Whether a goal was missed.
+    pub fn missed(&self) -> bool {
+        self.goals.iter().any(|goal| goal.reached < goal.at_least)
+    }
+
+    /// Writes the JSON.
+    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
+        let write = || {
+            path.parent().map_or(Ok(()), fs::create_dir_all)?;
+            fs::write(path, serde_json::to_vec_pretty(self)?)
+        };
+        write().with_context(|| format!("write {}", path.display()))
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let machine = &self.machine;
+        writeln!(f, "\n{}", self.at)?;
+        writeln!(
+            f,
+            "{} x {}, {} GiB, Linux {}; a synced write takes {} us; load before: {:.1}",
+            machine.processors,
+            machine.processor,
+            machine.memory_gib,
+            machine.kernel,
+            machine.sync_us,
+            machine.load_before
+        )?;
+        writeln!(f, "PostgreSQL {}", machine.postgres)?;
+        if let Some(drain) = &self.relay {
+            relay(f, drain)?;
+        }
+        if let Some(measured) = &self.sagas {
+            sagas(f, measured)?;
+        }
+        for Goal { name, at_least, reached } in &self.goals {
+            let verdict = if reached < at_least { "MISSED" } else { "reached" };
+            writeln!(f, "goal {name} >= {at_least}: {reached:.2}, {verdict}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A table whose columns but the first are numbers.
+fn table(head: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(UTF8_HORIZONTAL_ONLY).set_header(head);
+    table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    table
+}
+
+fn relay(f: &mut fmt::Formatter<'_>, drain: &Drain) -> fmt::Result {
+    let Drain { rows, bytes, partitions, compression, .. } = drain;
+    writeln!(
+        f,
+        "\nRelay: {rows} rows of {bytes} bytes to {partitions} partitions, {compression}, acks=all, idempotent"
+    )?;
+    let mut rounds = table(&[
+        "",
+        "relay rows/s",
+        "MB/s",
+        "tool records/s",
+        "MB/s",
+        "ratio",
+        "CPU s: relay",
+        "PostgreSQL",
+        "Kafka",
+        "tool",
+        "its Kafka",
+    ]);
+    #[allow(clippy::cast_precision_loss)]
+    let mb = |rate: f64| format!("{:.1}", rate * *bytes as f64 / 1e6);
+    for (n, round) in drain.rounds.iter().enumerate() {
+        let cpu = |cost: &crate::meter::Cost, name: &str| {
+            cost.cpu_seconds.get(name).map_or_else(|| "?".to_owned(), |seconds| format!("{seconds:.1}"))
+        };
+        rounds.add_row([
+            format!("round {}", n + 1),
+            format!("{:.0}", round.relay),
+            mb(round.relay),
+            format!("{:.0}", round.tool),
+            mb(round.tool),
+            format!("{:.2}", round.relay / round.tool),
+            cpu(&round.relay_cost, "relay"),
+            cpu(&round.relay_cost, "PostgreSQL"),
+            cpu(&round.relay_cost, "Kafka"),
+            cpu(&round.tool_cost, "tool"),
+            cpu(&round.tool_cost, "Kafka"),
+        ]);
+    }
+    let (relay, tool, ratio) = drain.medians();
+    let median =
+        ["median".to_owned(), format!("{relay:.0}"), mb(relay), format!("{tool:.0}"), mb(tool), format!("{ratio:.2}")];
+    rounds.add_row(median);
+    writeln!(f, "{rounds}")
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn sagas(f: &mut fmt::Formatter<'_>, sagas: &Sagas) -> fmt::Result {
+    let Sagas { in_flight, partitions, latency_ms, cost, .. } = sagas;
+    writeln!(
+        f,
+        "\nSagas of three remote steps, {in_flight} in flight, {partitions} partition(s) a topic: {:.0}/s; \
+         p50 {:.1} ms, p99 {:.1} ms, p99.9 {:.1} ms, max {:.1} ms",
+        sagas.per_second, latency_ms.p50, latency_ms.p99, latency_ms.p999, latency_ms.max
+    )?;
+    let ended = sagas.ended.max(1) as f64;
+    let mut per_saga = table(&["per saga", ""]);
+    let each = |count: i64| format!("{:.2}", count as f64 / ended);
+    per_saga.add_row(["commits".to_owned(), each(cost.commits)]);
+    per_saga.add_row(["fsyncs of WAL".to_owned(), each(cost.wal_syncs)]);
+    per_saga.add_row(["bytes of WAL".to_owned(), format!("{:.0}", cost.wal_bytes as f64 / ended)]);
+    per_saga.add_row(["Kafka messages".to_owned(), each(sagas.messages)]);
+    for (name, seconds) in &cost.cpu_seconds {
+        per_saga.add_row([format!("CPU us: {name}"), format!("{:.0}", seconds * 1e6 / ended)]);
+    }
+    per_saga.add_row(["CPU us: all".to_owned(), format!("{:.0}", cost.cpu() * 1e6 / ended)]);
+    writeln!(f, "{per_saga}")?;
+    let steps = sagas.steps;
+    let mut beside = table(&["beside it: bare step-transactions", "steps/s", "= sagas/s", "sagas reach"]);
+    for (name, rate) in [("one by one", steps.singly), ("in sets of 16", steps.in_sets)] {
+        let equal = rate / STEPS_PER_SAGA;
+        let reached = format!("{:.2}", sagas.per_second / equal);
+        beside.add_row([name.to_owned(), format!("{rate:.0}"), format!("{equal:.0}"), reached]);
+    }
+    writeln!(f, "{beside}")?;
+    if !sagas.statements.is_empty() {
+        let ended = sagas.ended_while_counted.max(1) as f64;
+        let mut statements = table(&["PostgreSQL, by total time", "calls/saga", "us/call", "us/saga"]);
+        for statement in &sagas.statements {
+            let calls = statement.calls.max(1) as f64;
+            statements.add_row([
+                statement.text.clone(),
+                format!("{:.2}", statement.calls as f64 / ended),
+                format!("{:.0}", statement.total_ms * 1e3 / calls),
+                format!("{:.0}", statement.total_ms * 1e3 / ended),
+            ]);
+        }
+        writeln!(f, "{statements}")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,125 @@
+//! The processes that a run consists of. Each is this binary, started again, so that the processor time of each can be
+//! told apart, and nothing has to be built or found besides.
+
+use crate::{
+    databases::Database,
+    machine::Machine,
+    sagas::{orchestrator, participants},
+};
+use clap::{Args, Subcommand};
+use outbox_relay::{OutboxSettings, Settings};
+use saga_core::service::telemetry::{self, TelemetrySettings};
+use sqlx::postgres::PgConnectOptions;
+use stack::process::{Process, Spec};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+use tokio_util::sync::CancellationToken;
+
+/// A process of a run.
+#[derive(Debug, Clone, Args)]
+pub struct Role {
+    /// Kafka.
+    #[arg(long)]
+    pub kafka: String,
+    /// Which.
+    #[command(subcommand)]
+    pub part: Part,
+}
+
+/// What the process does until it is told to stop.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Part {
+    /// Publishes outboxes, as `outbox-relay` does
+    Relay {
+        /// `name=url`
+        #[arg(long = "outbox")]
+        outboxes: Vec<String>,
+        /// Compression
+        #[arg(long)]
+        compression: String,
+    },
+    /// Answers commands
+    Participants {
+        /// Suffix of the consumer groups
+        #[arg(long)]
+        run: String,
+        /// URLs, in the order of the participants
+        #[arg(long = "database")]
+        databases: Vec<String>,
+    },
+    /// Starts sagas and drives them
+    Orchestrator {
+        /// Suffix of the consumer group
+        #[arg(long)]
+        run: String,
+        /// Its database
+        #[arg(long)]
+        database: String,
+        /// Sagas in flight
+        #[arg(long)]
+        in_flight: usize,
+        /// Where it says at its end what ended when
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+/// Plays a role until SIGTERM, with the telemetry that every service has.
+pub async fn play(role: &Role) -> anyhow::Result<()> {
+    let _telemetry = telemetry::init(&TelemetrySettings::default(), "bench")?;
+    let stop = saga_core::service::shutdown::token();
+    match &role.part {
+        Part::Relay { outboxes, compression } => relay(&role.kafka, outboxes, compression, stop).await,
+        Part::Participants { run, databases } => participants::play(&role.kafka, run, databases, stop).await,
+        Part::Orchestrator { run, database, in_flight, out } => {
+            orchestrator::play(&role.kafka, run, database, *in_flight, out, stop).await
+        }
+    }
+}
+
+async fn relay(kafka: &str, outboxes: &[String], compression: &str, stop: CancellationToken) -> anyhow::Result<()> {
+    let outboxes = outboxes.iter().map(|outbox| {
+        let (name, url) = outbox.split_once('=').unwrap_or(("bench", outbox));
+        Ok(OutboxSettings { name: name.to_owned(), database: PgConnectOptions::from_str(url)? })
+    });
+    let outboxes = outboxes.collect::<Result<_, sqlx::Error>>()?;
+    let settings = Settings { compression: compression.to_owned(), ..Settings::new(kafka, outboxes) };
+    Ok(outbox_relay::run(settings, stop).await?)
+}
+
+/// Starts a relay over outboxes named by their databases.
+pub fn start_relay(machine: &Machine, databases: &[&Database], compression: &str) -> anyhow::Result<Process> {
+    let outboxes = databases
+        .iter()
+        .flat_map(|database| [String::from("--outbox"), format!("{0}={1}", database.name, database.url)]);
+    let args = ["relay".to_owned(), "--compression".to_owned(), compression.to_owned()].into_iter().chain(outboxes);
+    start(machine, "relay", args)
+}
+
+/// Starts the participants, one on each database.
+pub fn start_participants(machine: &Machine, run: &str, databases: &[&Database]) -> anyhow::Result<Process> {
+    let databases = databases.iter().flat_map(|database| [String::from("--database"), database.url.clone()]);
+    let args = ["participants".to_owned(), "--run".to_owned(), run.to_owned()].into_iter().chain(databases);
+    start(machine, "participants", args)
+}
+
+/// Starts the orchestrator.
+pub fn start_orchestrator(
+    machine: &Machine,
+    run: &str,
+    database: &Database,
+    in_flight: usize,
+    out: &Path,
+) -> anyhow::Result<Process> {
+    let args = ["orchestrator", "--run", run, "--database", &database.url, "--in-flight", &in_flight.to_string()];
+    let out = ["--out".to_owned(), out.display().to_string()];
+    start(machine, "orchestrator", args.map(str::to_owned).into_iter().chain(out))
+}
+
+fn start(machine: &Machine, name: &str, args: impl Iterator<Item = String>) -> anyhow::Result<Process> {
+    let role = ["role".to_owned(), "--kafka".to_owned(), machine.brokers().to_owned()];
+    let log = machine.logs().join(format!("bench-{name}.log"));
+    Ok(Process::start(Spec::new(name, std::env::current_exe()?, log).args(role.into_iter().chain(args)))?)
+}

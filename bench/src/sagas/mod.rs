@@ -1,0 +1,170 @@
+//! Sagas a second: three remote no-op steps, so many in flight, everything on this machine.
+//!
+//! ```text
+//!   orchestrator ─┬─ outbox ─┐             ┌─ commands ─► participants (3 databases)
+//!                 │          ├─► relay ─► Kafka                │
+//!                 └─ replies ◄─────────────┘◄── outboxes ◄─────┘
+//! ```
+//!
+//! A saga is seven transactions (start, three times command and reply) and six messages; several of them share a
+//! transaction when they arrive together.
+
+pub mod contract;
+pub mod orchestrator;
+pub mod participants;
+
+use crate::{
+    cli::SagaArgs,
+    databases::Database,
+    machine::Machine,
+    meter::{self, Cost},
+    role,
+    statements::{self, Statement},
+    steps::{self, Steps},
+    topics,
+};
+use anyhow::{Context as _, ensure};
+use hdrhistogram::Histogram;
+use orchestrator::Ended;
+use saga_core::service::{messaging_migrations, saga_migrations};
+use serde::Serialize;
+use stack::progress::Progress;
+use std::{
+    fs,
+    time::{Duration, SystemTime},
+};
+
+/// Statements are counted for so long, after the measured time.
+const COUNTED: Duration = Duration::from_secs(5);
+/// Microseconds; a slower saga is told as this slow.
+const SLOWEST: u64 = 600_000_000;
+
+/// The figure.
+#[derive(Debug, Clone, Serialize)]
+pub struct Sagas {
+    /// In flight.
+    pub in_flight: usize,
+    /// Partitions of each topic.
+    pub partitions: i32,
+    /// That ended in the measured time.
+    pub ended: u64,
+    /// A second.
+    pub per_second: f64,
+    /// Milliseconds from beginning to end.
+    pub latency_ms: Latency,
+    /// Messages in the command and reply topics.
+    pub messages: i64,
+    /// What it cost.
+    pub cost: Cost,
+    /// Statements by total time, in a stretch of their own.
+    pub statements: Vec<Statement>,
+    /// Sagas that ended while the statements were counted.
+    pub ended_while_counted: u64,
+    /// The yardstick.
+    pub steps: Steps,
+}
+
+/// Of a histogram.
+#[derive(Debug, Clone, Serialize)]
+pub struct Latency {
+    /// Half were faster.
+    pub p50: f64,
+    /// 99 of 100 were faster.
+    pub p99: f64,
+    /// 999 of 1000 were faster.
+    pub p999: f64,
+    /// The slowest.
+    pub max: f64,
+}
+
+/// Measures, and the yardstick after it.
+pub async fn run(machine: &Machine, args: &SagaArgs, progress: &Progress) -> anyhow::Result<Sagas> {
+    progress.step("sagas: preparing databases and topics");
+    let orders = Database::create(machine, "orchestrator", &[messaging_migrations(), saga_migrations()]).await?;
+    let mut databases = vec![orders];
+    for name in ["first", "second", "third"] {
+        databases.push(Database::create(machine, name, &[messaging_migrations()]).await?);
+    }
+    let mut names: Vec<String> = contract::COMMANDS.iter().map(|topic| topic.name.to_owned()).collect();
+    names.push(contract::REPLIES.to_owned());
+    topics::create(machine.brokers(), &names, args.saga_partitions).await?;
+    let measured = measure(machine, args, &databases, &names, progress).await?;
+    for database in databases {
+        database.drop(machine).await?;
+    }
+    progress.done(format!("sagas: {:.0}/s, p50 {:.1} ms", measured.per_second, measured.latency_ms.p50));
+    let steps = steps::run(machine, args, progress).await?;
+    Ok(Sagas { steps, ..measured })
+}
+
+async fn measure(
+    machine: &Machine,
+    args: &SagaArgs,
+    databases: &[Database],
+    names: &[String],
+    progress: &Progress,
+) -> anyhow::Result<Sagas> {
+    let run = uuid::Uuid::new_v4().simple().to_string();
+    let out = machine.directory().join("sagas.json");
+    let all: Vec<&Database> = databases.iter().collect();
+    let relay = role::start_relay(machine, &all, outbox_relay::settings::COMPRESSION)?;
+    let participants = role::start_participants(machine, &run, &all[1..])?;
+    let orchestrator = role::start_orchestrator(machine, &run, all[0], args.in_flight, &out)?;
+    let processes =
+        [("relay", relay.pid()), ("participants", participants.pid()), ("orchestrator", orchestrator.pid())];
+
+    pass(progress, "sagas: warming up", Duration::from_secs(args.warm_up)).await;
+    let (from, before, written) =
+        (now()?, meter::read(machine, &processes).await?, topics::messages_in(machine, names).await?);
+    pass(progress, "sagas: measuring", Duration::from_secs(args.seconds)).await;
+    let (to, after) = (now()?, meter::read(machine, &processes).await?);
+    let messages = topics::messages_in(machine, names).await? - written;
+    let counting = statements::begin(machine).await?;
+    let counted_from = now()?;
+    let counted = match counting {
+        true => {
+            pass(progress, "sagas: counting statements", COUNTED).await;
+            statements::end(machine).await?
+        }
+        false => Vec::new(),
+    };
+    let counted_to = now()?;
+    for process in [&orchestrator, &participants, &relay] {
+        ensure!(process.is_running(), "{} ended early; its log is {}", process.name(), process.log().display());
+        process.stop().await;
+    }
+    let ended: Vec<Ended> = serde_json::from_slice(&fs::read(&out).with_context(|| out.display().to_string())?)?;
+    let within = |from, to| ended.iter().filter(move |saga| (from..to).contains(&saga.at));
+    let mut histogram: Histogram<u64> = Histogram::new_with_bounds(1, SLOWEST, 3)?;
+    within(from, to).for_each(|saga| histogram.saturating_record(saga.took));
+    let ms = |micros: u64| f64::from(u32::try_from(micros).unwrap_or(u32::MAX)) / 1_000.0;
+    let cost = after.since(&before);
+    #[allow(clippy::cast_precision_loss)]
+    let per_second = histogram.len() as f64 / cost.seconds;
+    Ok(Sagas {
+        in_flight: args.in_flight,
+        partitions: args.saga_partitions,
+        ended: histogram.len(),
+        per_second,
+        latency_ms: Latency {
+            p50: ms(histogram.value_at_quantile(0.5)),
+            p99: ms(histogram.value_at_quantile(0.99)),
+            p999: ms(histogram.value_at_quantile(0.999)),
+            max: ms(histogram.max()),
+        },
+        messages,
+        cost,
+        statements: counted,
+        ended_while_counted: within(counted_from, counted_to).count() as u64,
+        steps: Steps::default(),
+    })
+}
+
+fn now() -> anyhow::Result<u64> {
+    Ok(u64::try_from(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_micros())?)
+}
+
+async fn pass(progress: &Progress, what: &str, time: Duration) {
+    progress.step(format!("{what} for {} s", time.as_secs()));
+    tokio::time::sleep(time).await;
+}
