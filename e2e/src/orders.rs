@@ -65,14 +65,12 @@ impl Platform {
             "sku": sku, "name": name, "unit_price": { "amount": price, "currency": "EUR" }
         });
         let url = format!("{}/v1/items", self.stack.url(Service::Inventory));
-        let answer = self.http.post(&url).json(&item).send().await.expect("inventory-svc answers");
-        assert!(answer.status().is_success(), "{} {}", answer.status(), answer.text().await.unwrap_or_default());
+        // 409: an answer was lost, and it is there.
+        self.insists(|| self.http.post(&url).json(&item), &[409]).await;
         if pieces > 0 {
+            let (url, key) = (format!("{url}/{sku}/adjustments"), unique("delivery"));
             let delivery = json!({ "delta": pieces, "reason": "first delivery" });
-            let url = format!("{url}/{sku}/adjustments");
-            let request = self.http.post(&url).header("idempotency-key", unique("delivery")).json(&delivery);
-            let answer = request.send().await.expect("inventory-svc answers");
-            assert!(answer.status().is_success(), "{} {}", answer.status(), answer.text().await.unwrap_or_default());
+            self.insists(|| self.http.post(&url).header("idempotency-key", &key).json(&delivery), &[]).await;
         }
         eventually(SETTLED, || async {
             let known = sqlx::query_scalar("select exists (select from catalogue where sku = $1)").bind(&sku);
@@ -80,6 +78,17 @@ impl Platform {
         })
         .await;
         sku
+    }
+
+    /// Asks until there is an answer that is a success, or one of `fine`: the service may be down.
+    async fn insists(&self, request: impl Fn() -> reqwest::RequestBuilder, fine: &[u16]) {
+        eventually(PATIENCE, || async {
+            let answer = request().send().await.ok()?;
+            let status = answer.status();
+            assert!(!status.is_client_error() || matches!(status.as_u16(), 408 | 409 | 429), "{status}");
+            (status.is_success() || fine.contains(&status.as_u16())).then_some(())
+        })
+        .await;
     }
 
     /// Places an order as a patient customer does: who gets no answer asks again under the same key.

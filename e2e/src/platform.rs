@@ -14,6 +14,7 @@ use stack::{
     service::Service,
 };
 use std::{
+    collections::BTreeSet,
     future::Future,
     sync::{LazyLock, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -45,6 +46,8 @@ pub struct Platform {
     /// HTTP, with a bound on each request.
     pub http: reqwest::Client,
     expected: Mutex<Expectations>,
+    /// What an earlier test was told: one finding fails one test.
+    known: Mutex<BTreeSet<Finding>>,
     turn: RwLock<()>,
 }
 
@@ -86,7 +89,7 @@ impl Platform {
         let orders = pool.connect_lazy(&stack.database_url("orders")).expect("the stack's own URL");
         let http = reqwest::Client::builder().timeout(Duration::from_secs(40)).build().expect("a client");
         let expected = Mutex::new(Expectations { least_accepted_percent: 60, ..Expectations::default() });
-        Self { stack, orders, http, expected, turn: RwLock::new(()) }
+        Self { stack, orders, http, expected, known: Mutex::default(), turn: RwLock::new(()) }
     }
 
     async fn shared_turn(&self) -> RwLockReadGuard<'_, ()> {
@@ -174,21 +177,31 @@ impl Platform {
             match &judged {
                 Ok((_, findings)) if findings.is_empty() => return,
                 _ if started.elapsed() < AT_REST => {}
-                Ok((_, findings)) => {
-                    let lines: Vec<_> = findings.iter().take(40).map(ToString::to_string).collect();
-                    let (n, logs) = (findings.len(), self.stack.logs().display());
-                    panic!("{n} findings:\n{}\n(logs: {logs})", lines.join("\n"));
-                }
+                Ok((_, findings)) => self.fail(findings).await,
                 Err(error) => panic!("the audit could not read: {error:#}"),
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
 
-    /// The facts, and what contradicts the invariants.
+    async fn fail(&self, findings: &[Finding]) {
+        let lines: Vec<_> = findings.iter().take(40).map(ToString::to_string).collect();
+        let mut stories = String::new();
+        for saga in sagas_in(&lines).iter().take(2) {
+            let story = self.sources().story(*saga).await.unwrap_or_else(|error| format!("{error:#}"));
+            stories.push_str(&format!("\n{saga}:\n{story}\n"));
+        }
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).extend(findings.iter().cloned());
+        let (n, logs) = (findings.len(), self.stack.logs().display());
+        panic!("{n} findings:\n{}\n{stories}(logs: {logs})", lines.join("\n"));
+    }
+
+    /// The facts, and what contradicts the invariants and was not found before.
     pub async fn judge(&self) -> Result<(Facts, Vec<Finding>)> {
         let facts = self.sources().read().await?;
-        let findings = audit(&facts, &self.expected());
+        let mut findings = audit(&facts, &self.expected());
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        findings.retain(|finding| !known.contains(finding));
         Ok((facts, findings))
     }
 
@@ -196,4 +209,10 @@ impl Platform {
     pub fn accepted(&self) -> usize {
         self.expected().requests.iter().filter(|request| matches!(request.answer, Answer::Accepted(_))).count()
     }
+}
+
+/// The ids that findings name.
+fn sagas_in(lines: &[String]) -> BTreeSet<Uuid> {
+    let words = lines.iter().flat_map(|line| line.split(|c: char| !c.is_ascii_hexdigit() && c != '-'));
+    words.filter(|word| word.len() == 36).filter_map(|word| word.parse().ok()).collect()
 }

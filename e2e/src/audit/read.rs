@@ -48,6 +48,33 @@ impl Sources {
     }
 }
 
+impl Sources {
+    /// What the databases know of one order, row by row, for whoever has to find out what went wrong.
+    pub async fn story(&self, order: Uuid) -> Result<String> {
+        let id = order.to_string();
+        let questions = [
+            (&self.orders, "select to_jsonb(e) from saga_event e where saga_id::text = $1 order by revision"),
+            (&self.payments, "select to_jsonb(f) from participant_fence f where saga_id::text = $1"),
+            (&self.payments, "select to_jsonb(i) from participant_intent i where saga_id::text = $1"),
+            (&self.payments, "select to_jsonb(l) from ledger_entry l where order_id::text = $1 order by id"),
+            (&self.inventory, "select to_jsonb(f) from participant_fence f where saga_id::text = $1"),
+            (&self.gateway, r#"select to_jsonb(a) from gateway_authorization a where "order" = $1"#),
+            (
+                &self.gateway,
+                r#"select to_jsonb(m) from gateway_movement m join gateway_authorization a using (reference)
+                    where a."order" = $1 order by m.id"#,
+            ),
+        ];
+        let mut lines = Vec::new();
+        for (url, sql) in questions {
+            let db = &mut PgConnection::connect(url).await?;
+            let rows: Vec<serde_json::Value> = sqlx::query_scalar(sql).bind(&id).fetch_all(db).await?;
+            lines.extend(rows.iter().map(ToString::to_string));
+        }
+        Ok(lines.join("\n"))
+    }
+}
+
 async fn read_orders(facts: &mut Facts, url: &str) -> sqlx::Result<()> {
     let db = &mut PgConnection::connect(url).await?;
     let orders: Vec<(Uuid, String, i64, String, i64)> =

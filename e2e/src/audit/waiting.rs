@@ -1,6 +1,6 @@
 //! I4: nothing waits that nobody will wake.
 
-use super::{Expectations, Facts, Finding, Invariant, Messaging};
+use super::{Expectations, Facts, Finding, Invariant, Messaging, RecordFact};
 use std::collections::BTreeSet;
 use time::{Duration, OffsetDateTime};
 
@@ -19,14 +19,14 @@ pub fn nothing_waits_unwatched(facts: &Facts, expected: &Expectations) -> Vec<Fi
         lag.map(|(group, topic, partition, n)| format!("{group} has not taken {n} records of {topic}/{partition}")),
     );
     let dead = facts.records.iter().filter(|record| record.topic.ends_with(".dlt"));
-    let dead = dead.filter(|record| !is_foreign(record.header("ce_source"), expected));
+    let dead = dead.filter(|record| !is_foreign(record, expected));
     wrong.extend(dead.map(|record| format!("{} was given up: {:?}", record.coordinates(), record.headers)));
     wrong.into_iter().map(|what| Finding::new(Invariant::I4, what)).collect()
 }
 
-fn is_foreign(source: Option<&str>, expected: &Expectations) -> bool {
-    // What could not even be read has no source; only a test writes such records.
-    source.map_or(!expected.foreign_sources.is_empty(), |source| expected.foreign_sources.contains(source))
+/// Whether a test wrote it.
+fn is_foreign(record: &RecordFact, expected: &Expectations) -> bool {
+    record.header("ce_source").is_some_and(|source| expected.foreign_sources.contains(source))
 }
 
 fn sagas(facts: &Facts, overdue: &impl Fn(OffsetDateTime) -> bool) -> Vec<String> {

@@ -1,0 +1,261 @@
+//! For every step of the order saga: it succeeds, is refused, fails and recovers, stays in doubt, and each command, undo
+//! and reply comes twice or late, and the process dies before and after each commit. Money and stock add up.
+//!
+//! One platform, many orders at once: a case is a line of a table, and the audit judges all of them together.
+
+use contracts::topics::{INVENTORY_COMMANDS, ORDERS_REPLIES, PAYMENTS_COMMANDS};
+use e2e::{
+    audit::RecordFact,
+    failpoint::{Edge, Wrong},
+    orders::Wish,
+    platform::{Platform, SETTLED, alone},
+    topics::{self, Echo},
+};
+use futures::future::join_all;
+use saga_core::testkit::eventually;
+use stack::service::Service;
+use uuid::Uuid;
+
+/// Which step, what the participant does with it, how the order ends, and what the gateway has done by then.
+struct Case {
+    step: &'static str,
+    fault: &'static str,
+    /// The simulated provider's behaviour.
+    token: &'static str,
+    /// More than there are: `reserve-stock` is refused, and the payment voided.
+    too_many: bool,
+    outcome: &'static str,
+    gateway: &'static [&'static str],
+}
+
+const PAID: &[&str] = &["authorized 700", "captured 700"];
+const VOIDED: &[&str] = &["authorized 700", "voided 700"];
+
+const fn case(
+    step: &'static str,
+    fault: &'static str,
+    token: &'static str,
+    outcome: &'static str,
+    gateway: &'static [&'static str],
+) -> Case {
+    Case { step, fault, token, too_many: false, outcome, gateway }
+}
+
+const fn short(mut case: Case) -> Case {
+    case.too_many = true;
+    case
+}
+
+const CASES: &[Case] = &[
+    case("every step", "succeeds", "tok_visa", "confirmed", PAID),
+    case("every step", "answers late", "tok_slow", "confirmed", PAID),
+    case("authorize", "is refused", "tok_declined", "payment_declined", &[]),
+    case("authorize", "fails and recovers", "tok_error_once", "confirmed", PAID),
+    case("authorize", "is in doubt", "tok_lost_answer", "confirmed", PAID),
+    short(case("reserve", "is refused", "tok_visa", "out_of_stock", VOIDED)),
+    short(case("undo of authorize", "answers late", "tok_slow", "out_of_stock", VOIDED)),
+    short(case("undo of authorize", "fails and recovers", "tok_void_error_once", "out_of_stock", VOIDED)),
+    short(case("undo of authorize", "is in doubt", "tok_void_lost_answer", "out_of_stock", VOIDED)),
+    case("capture", "is refused", "tok_capture_refused", "payment_not_captured", VOIDED),
+    case("capture", "fails and recovers", "tok_capture_error_once", "confirmed", PAID),
+    case("capture", "is in doubt", "tok_capture_lost_answer", "confirmed", PAID),
+];
+
+/// How many orders of each case run at once.
+const COPIES: usize = 2;
+
+/// An order of 7 pieces of its own item, at 100 each.
+async fn run(platform: &Platform, case: &Case) -> Uuid {
+    let pieces = if case.too_many { 6 } else { 20 };
+    let sku = platform.item("step", 100, pieces).await;
+    let order = platform.place(&Wish::of(&sku, 7).paid_with(case.token)).await;
+    let name = format!("{} {} ({order})", case.step, case.fault);
+    assert_eq!(platform.outcome(order).await, case.outcome, "{name}");
+    assert_eq!(platform.at_gateway(order).await, case.gateway, "{name}");
+    let left = if case.outcome == "confirmed" { pieces - 7 } else { pieces };
+    eventually(SETTLED, || async { (platform.stock_of(&sku).await == (left, 0)).then_some(()) }).await;
+    order
+}
+
+async fn run_all(platform: &Platform) -> Vec<Uuid> {
+    join_all(CASES.iter().flat_map(|case| std::iter::repeat_n(case, COPIES)).map(|case| run(platform, case))).await
+}
+
+#[test]
+fn every_step_succeeds_is_refused_fails_and_recovers_and_stays_in_doubt() {
+    alone(async |platform| {
+        run_all(platform).await;
+    });
+}
+
+#[test]
+fn every_command_undo_and_reply_comes_twice_while_the_order_runs() {
+    alone(async |platform| {
+        let watched = [PAYMENTS_COMMANDS.name, INVENTORY_COMMANDS.name, ORDERS_REPLIES.name];
+        platform.expected().foreign_sources.insert(topics::ECHO.to_owned());
+        let echo = Echo::start(&platform.brokers(), &watched).await.expect("the topics can be read");
+        let orders = run_all(platform).await;
+        platform.settles().await;
+        let repeated = echo.stop().await.expect("the topics can be written");
+        // Authorize and its reply at least, of each order.
+        assert!(repeated >= 2 * orders.len(), "{repeated} of {} orders", orders.len());
+    });
+}
+
+/// What an order's records in a topic say again, each as a resend would: under a new message id.
+async fn records_of(platform: &Platform, topic: &str, orders: &[Uuid]) -> Vec<RecordFact> {
+    let names: Vec<_> = orders.iter().map(ToString::to_string).collect();
+    let all = topics::read(&platform.brokers(), topic).await.expect("the topic can be read");
+    all.into_iter().filter(|record| record.key.as_ref().is_some_and(|key| names.contains(key))).collect()
+}
+
+#[test]
+fn every_command_undo_and_reply_comes_again_after_the_end() {
+    alone(async |platform| {
+        platform.expected().foreign_sources.insert(topics::ECHO.to_owned());
+        let orders = run_all(platform).await;
+        platform.passes_the_audit().await;
+        let (before, _) = platform.judge().await.expect("the facts can be read");
+        for topic in [PAYMENTS_COMMANDS.name, INVENTORY_COMMANDS.name, ORDERS_REPLIES.name] {
+            for record in records_of(platform, topic, &orders).await {
+                // As it was: the inbox knows it. And as a resend: the fence, or the saga, does.
+                topics::write(&platform.brokers(), &record).await.expect("it can be written");
+                topics::write(&platform.brokers(), &topics::resent(&record)).await.expect("it can be written");
+            }
+        }
+        platform.passes_the_audit().await;
+        let (after, _) = platform.judge().await.expect("the facts can be read");
+        assert!(after.records.len() > before.records.len());
+        assert_eq!(after.orders, before.orders);
+        assert_eq!(after.movements, before.movements);
+        assert_eq!(after.payments, before.payments);
+        assert_eq!(after.stock, before.stock);
+        let statuses = |facts: &e2e::audit::Facts| facts.sagas.values().map(|s| s.status.clone()).collect::<Vec<_>>();
+        assert_eq!(statuses(&after), statuses(&before));
+        // Every reply that came again was noted as ignored.
+        let ignored = |facts: &e2e::audit::Facts| {
+            facts.sagas.values().flat_map(|saga| &saga.log).filter(|(_, kind)| kind == "ignored").count()
+        };
+        assert!(ignored(&after) >= ignored(&before) + orders.len());
+    });
+}
+
+#[test]
+fn a_step_in_doubt_is_undone_at_once_when_the_customer_cancels_and_its_late_reply_changes_nothing() {
+    alone(async |platform| {
+        for (service, step) in [(Service::Payments, "authorize-payment"), (Service::Inventory, "reserve-stock")] {
+            let sku = platform.item("doubt", 100, 20).await;
+            let participant = platform.stack.service(service);
+            participant.process.pause();
+            let orders = join_all((0..4).map(|_| async { platform.place(&Wish::of(&sku, 2)).await })).await;
+            for order in &orders {
+                eventually(SETTLED, || async {
+                    let saga = platform.saga(*order).await;
+                    let steps = saga["steps"].as_array()?;
+                    steps.iter().any(|s| s["name"] == step && s["state"] == "issued").then_some(())
+                })
+                .await;
+                assert_eq!(platform.cancel(*order).await, 202, "{step}");
+            }
+            participant.process.resume();
+            for order in &orders {
+                assert_eq!(platform.outcome(*order).await, "cancelled_by_customer", "{step}");
+            }
+            assert_eq!(platform.stock_of(&sku).await, (20, 0), "{step}");
+        }
+    });
+}
+
+/// Kills of one process, each with an order that is confirmed, one that is short of stock, and one that is not captured.
+async fn edges(platform: &Platform, edges: Vec<Edge>) {
+    let sku = platform.item("edge", 100, 1_000).await;
+    for edge in edges {
+        let orders = platform.goes_wrong_at(edge, async {
+            let paid = platform.place(&Wish::of(&sku, 1)).await;
+            let short = platform.place(&Wish::of(&sku, 100_000)).await;
+            let refused = platform.place(&Wish::of(&sku, 1).paid_with("tok_capture_refused")).await;
+            [(paid, "confirmed"), (short, "out_of_stock"), (refused, "payment_not_captured")]
+        });
+        for (order, outcome) in orders.await {
+            assert_eq!(platform.outcome(order).await, outcome, "{edge:?}");
+        }
+    }
+}
+
+/// The edges of the consumer's transaction, each scoped to the group.
+macro_rules! consumer_edges {
+    ($group:literal) => {
+        [
+            concat!("consumer.before-begin@", $group),
+            concat!("consumer.after-inbox@", $group),
+            concat!("consumer.before-commit@", $group),
+            concat!("consumer.after-commit@", $group),
+            concat!("consumer.before-store@", $group),
+        ]
+    };
+}
+
+const PAYMENT_CALLS: [&str; 4] = [
+    "participant.before-call@payment-svc",
+    "participant.after-call@payment-svc",
+    "participant.before-settle-commit@payment-svc",
+    "participant.after-settle-commit@payment-svc",
+];
+
+/// A table of edges: each at its first passage, and at later ones, where other steps pass it.
+fn kills(service: Service, names: &[&'static str], skips: &[usize]) -> Vec<Edge> {
+    let each = names.iter().flat_map(|name| skips.iter().map(move |skip| (*name, *skip)));
+    each.map(|(name, skip)| Edge { service, name, skip, wrong: Wrong::Kill }).collect()
+}
+
+#[test]
+fn a_process_dies_before_and_after_each_commit() {
+    alone(async |platform| {
+        let payments = kills(Service::Payments, &consumer_edges!("payment-svc"), &[0, 2]);
+        let calls = kills(Service::Payments, &PAYMENT_CALLS, &[0, 1, 3]);
+        let inventory = kills(Service::Inventory, &consumer_edges!("inventory-svc"), &[0, 2]);
+        let saga = kills(Service::Orders, &consumer_edges!("order-svc.saga"), &[0, 3]);
+        let decisions = ["saga.after-load@orders.replies", "saga.after-store@orders.replies"];
+        let decisions = kills(Service::Orders, &decisions, &[0, 1, 4]);
+        // Side by side: deaths of one process meet those of another.
+        tokio::join!(
+            edges(platform, [payments, calls].concat()),
+            edges(platform, inventory),
+            edges(platform, [saga, decisions].concat()),
+        );
+    });
+}
+
+#[test]
+fn a_transaction_fails_for_its_own_reasons_or_for_want_of_a_connection_and_recovers() {
+    let wrong = |service, name, wrong| Edge { service, name, skip: 0, wrong };
+    alone(async |platform| {
+        tokio::join!(
+            edges(
+                platform,
+                vec![
+                    wrong(Service::Payments, "consumer.after-inbox@payment-svc", Wrong::Error(2)),
+                    wrong(Service::Payments, "consumer.before-commit@payment-svc", Wrong::Outage(3)),
+                    wrong(Service::Payments, "consumer.after-commit@payment-svc", Wrong::Outage(3)),
+                    wrong(Service::Payments, "participant.after-call@payment-svc", Wrong::Outage(2)),
+                ]
+            ),
+            edges(
+                platform,
+                vec![
+                    wrong(Service::Inventory, "consumer.after-inbox@inventory-svc", Wrong::Error(2)),
+                    wrong(Service::Inventory, "consumer.before-commit@inventory-svc", Wrong::Outage(3)),
+                    wrong(Service::Inventory, "consumer.after-commit@inventory-svc", Wrong::Outage(3)),
+                ]
+            ),
+            edges(
+                platform,
+                vec![
+                    wrong(Service::Orders, "saga.after-store@orders.replies", Wrong::Error(2)),
+                    wrong(Service::Orders, "consumer.before-commit@order-svc.saga", Wrong::Outage(3)),
+                    wrong(Service::Orders, "consumer.after-commit@order-svc.saga", Wrong::Outage(3)),
+                ]
+            ),
+        );
+    });
+}
