@@ -27,6 +27,7 @@ pub mod http;
 pub mod id;
 pub mod inbox;
 pub mod outbox;
+mod panics;
 pub mod participant;
 pub mod retry;
 pub mod saga;

@@ -21,6 +21,7 @@ use crate::{
     fail_point::fail_point,
     inbox::{self, Delivery, Place},
     outbox::Tx,
+    panics::panic_text,
     trace,
 };
 use futures::FutureExt;
@@ -200,9 +201,7 @@ impl<H: Handler> Desk<H> {
             .record(f64::from(u32::try_from(messages.len()).unwrap_or(u32::MAX)));
         let handled = AssertUnwindSafe(self.handler.handle(tx, messages)).catch_unwind().instrument(span).await;
         let handled = handled.unwrap_or_else(|panic| {
-            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-            Err(HandleError::Failed(anyhow::anyhow!("the handler panicked: {text}")))
+            Err(HandleError::Failed(anyhow::anyhow!("the handler panicked: {}", panic_text(panic.as_ref()))))
         });
         Ok(handled?)
     }

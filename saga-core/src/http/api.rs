@@ -12,7 +12,7 @@
 //! committed, and the client's retry under the same Idempotency-Key finds out.
 
 use super::{extract::body_problem, problem::Problem};
-use crate::clock;
+use crate::{clock, panics::panic_text};
 use axum::{
     Router,
     body::Body,
@@ -170,7 +170,7 @@ async fn time_limited(State(limit): State<Duration>, request: Request, next: Nex
 async fn observed(mut request: Request, next: Next) -> Response {
     let begun = clock::monotonic();
     let id = request_id(request.headers());
-    let method = request.method().to_string();
+    let method = method_label(request.method());
     let route = request.extensions().get::<MatchedPath>().map_or("unmatched", MatchedPath::as_str).to_owned();
     let span = request_span(&request, &id, &route);
     request.headers_mut().insert(REQUEST_ID, id.clone());
@@ -179,12 +179,26 @@ async fn observed(mut request: Request, next: Next) -> Response {
     let (status, took) = (response.status(), begun.elapsed());
     span.record("http.response.status_code", status.as_u16());
     span.in_scope(|| tracing::debug!(status = status.as_u16(), took_ms = took.as_secs_f64() * 1e3, "answered"));
-    let labels = [("method", method), ("route", route)];
+    let labels = [("method", method.to_owned()), ("route", route)];
     metrics::histogram!("http_request_duration_seconds", &labels).record(took.as_secs_f64());
     let [method, route] = labels;
     metrics::counter!("http_requests_total", &[method, route, ("status", status.as_str().to_owned())]).increment(1);
     response.headers_mut().insert(REQUEST_ID, id);
     response
+}
+
+/// A client can invent methods without end; a label must not have values without end.
+fn method_label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::OPTIONS => "OPTIONS",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        _ => "other",
+    }
 }
 
 /// The span that everything a request causes is in; a child of the caller's, if it sent a `traceparent`.
@@ -231,9 +245,7 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 // `CatchPanicLayer` gives the panic away.
 #[allow(clippy::needless_pass_by_value)]
 fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
-    let text = panic.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message");
-    tracing::error!(panic = text, "a handler panicked");
+    tracing::error!(panic = panic_text(panic.as_ref()), "a handler panicked");
     Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "Something went wrong here")
         .detail("It is logged under this request's x-request-id.")
         .into_response()

@@ -45,6 +45,7 @@ pub(super) struct Work {
 pub(super) struct Changes {
     fences: HashMap<FenceKey, Fence>,
     replies: Vec<NewMessage>,
+    answered: Vec<(&'static str, Outcome)>,
     intents: Vec<NewIntent>,
     reopened: Vec<(CommandId, Origin)>,
     closed: Vec<CommandId>,
@@ -65,7 +66,7 @@ impl Work {
 
     /// Writes all that changed: a handful of statements, whatever the batch's size.
     pub(super) async fn write(self, tx: &mut Tx<'_>) -> Result<(), HandleError> {
-        let Changes { fences, replies, intents, reopened, closed, .. } = self.changes;
+        let Changes { fences, replies, answered, intents, reopened, closed, .. } = self.changes;
         store::write_fences(tx, &fences).await?;
         queue::insert_intents(tx, &intents).await?;
         queue::reopen_intents(tx, &reopened).await?;
@@ -73,6 +74,8 @@ impl Work {
         if !replies.is_empty() {
             outbox::append_in(tx, &replies).await?;
         }
+        // Here and not where they are made: a batch that refuses something is made twice.
+        answered.into_iter().for_each(|(kind, outcome)| count_reply(kind, outcome));
         Ok(())
     }
 }
@@ -222,8 +225,7 @@ impl Changes {
     }
 
     fn reply(&mut self, command: &Incoming<'_>, outcome: Outcome, payload: Vec<u8>) {
-        metrics::counter!("participant_replies_total", "type" => command.kind, "outcome" => outcome.as_str())
-            .increment(1);
+        self.answered.push((command.kind, outcome));
         self.replies.push(reply(command.kind, &command.cx, &command.trace, outcome, payload));
     }
 }
@@ -251,6 +253,12 @@ impl Begun {
     fn is_refusal(&self) -> bool {
         matches!(self, Self::Settled(Settled::Rejected(_) | Settled::Failed(_)))
     }
+}
+
+/// Counts an answer, a moment before or after its commit.
+pub(super) fn count_reply(kind: &str, outcome: Outcome) {
+    metrics::counter!("participant_replies_total", "type" => kind.to_owned(), "outcome" => outcome.as_str())
+        .increment(1);
 }
 
 /// The outcome and the payload that tell of `settled`.

@@ -6,8 +6,8 @@
 //!                                                           └─ attempts ran out ─► `failed` reply, in doubt
 //! ```
 //!
-//! Invariant: an intent settles once. Who settles it holds its claim (the owner's id is checked in the settling
-//! transaction) and the fence's lock.
+//! Invariant: an intent settles once. Who settles it holds its claim (each has an id of its own, which is checked in the
+//! settling transaction) and the fence's lock. Whoever is overtaken, even by its own process, changes nothing.
 //!
 //! When the process dies: the claim's lease runs out and another process calls again, under the same idempotency key.
 //! That is also how open intents are resolved after a start.
@@ -25,10 +25,12 @@ use crate::{
     envelope::{Op, Outcome},
     fail_point::fail_point,
     outbox::{self, Tx},
+    panics::panic_text,
 };
+use futures::FutureExt;
 use serde_json::Value;
 use sqlx::{Connection, PgPool};
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
@@ -83,13 +85,11 @@ pub struct Intents {
     participant: Arc<Participant>,
     pool: PgPool,
     config: IntentConfig,
-    /// Whose claims these are; made anew for each executor.
-    owner: Uuid,
 }
 
 impl Intents {
     pub(super) fn new(participant: Arc<Participant>, pool: PgPool) -> Self {
-        Self { participant, pool, config: IntentConfig::default(), owner: Uuid::now_v7() }
+        Self { participant, pool, config: IntentConfig::default() }
     }
 
     /// Other limits than the default.
@@ -157,7 +157,7 @@ impl Intents {
         }
         let kinds: Vec<&str> = self.participant.entries.keys().copied().collect();
         let lease = self.config.call_timeout + self.config.claim_margin;
-        let claims = queue::claim(&self.pool, &kinds, free, self.owner, lease).await?;
+        let claims = queue::claim(&self.pool, &kinds, free, Uuid::now_v7(), lease).await?;
         let full = claims.len() == free;
         for claim in claims {
             let this = self.clone();
@@ -174,11 +174,19 @@ impl Intents {
     /// One claim, to the end of its claim.
     async fn execute(&self, claim: Claimed) {
         let Some((kind, entry)) = self.participant.entries.get_key_value(claim.kind.as_str()) else { return };
-        let result = if claim.ready {
-            self.resume(&claim, kind, entry.as_ref()).await
-        } else {
-            self.call(&claim, entry.as_ref()).await
+        let work = async {
+            if claim.ready {
+                self.resume(&claim, kind, entry.as_ref()).await
+            } else {
+                self.call(&claim, entry.as_ref()).await
+            }
         };
+        // It is the service's code. A panic is an attempt like any other, or it would be repeated without an end, and
+        // nobody would be told.
+        let result = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
+            let text = panic_text(panic.as_ref());
+            Err(HandleError::Failed(anyhow::anyhow!("the effect panicked: {text}")).into())
+        });
         let Err(error) = result else { return };
         if error.is_crash() {
             return;
@@ -213,7 +221,7 @@ impl Intents {
     async fn settle(&self, claim: &Claimed, entry: &dyn Entry, answer: Value) -> Result<(), Unsettled> {
         let mut tx = self.pool.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
-        if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, self.owner).await? {
+        if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
         }
         let settled = record(&mut tx, entry, claim.intent.clone(), answer).await?;
@@ -228,6 +236,7 @@ impl Intents {
         fail_point!("participant.before-settle-commit", self.participant.name);
         tx.commit().await?;
         fail_point!("participant.after-settle-commit", self.participant.name);
+        batch::count_reply(&claim.kind, outcome);
         Ok(())
     }
 
@@ -238,9 +247,9 @@ impl Intents {
         let mut tx = self.pool.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
         let held = if claim.ready {
-            queue::close_intent(&mut tx, command, self.owner).await?
+            queue::close_intent(&mut tx, command, claim.owner).await?
         } else {
-            queue::doubt_intent(&mut tx, command, self.owner, reason).await?
+            queue::doubt_intent(&mut tx, command, claim.owner, reason).await?
         };
         if !held {
             return Ok(());
@@ -257,6 +266,9 @@ impl Intents {
         let (outcome, payload) = batch::reply_of(&Settled::Failed(reason.to_owned()));
         self.reply(&mut tx, claim, outcome, payload).await?;
         tx.commit().await?;
+        batch::count_reply(&claim.kind, outcome);
+        tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
+            "no certain answer in all attempts: the effect stays in doubt, and the saga is told; it asks again");
         Ok(())
     }
 
@@ -264,7 +276,7 @@ impl Intents {
         let delay = self.config.delay(claim.attempts);
         tracing::info!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
             attempts = claim.attempts, reason, ?delay, "no certain answer yet");
-        queue::release(&self.pool, claim.intent.cx.saga.command, self.owner, delay, reason).await?;
+        queue::release(&self.pool, claim.intent.cx.saga.command, claim.owner, delay, reason).await?;
         Ok(())
     }
 
@@ -272,7 +284,7 @@ impl Intents {
     async fn resume(&self, claim: &Claimed, kind: &'static str, entry: &dyn Entry) -> Result<(), Unsettled> {
         let mut tx = self.pool.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
-        if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, self.owner).await? {
+        if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
         }
         if let Some(fence) = fences.get_mut(&claim.key) {

@@ -70,6 +70,8 @@ pub(super) struct NewIntent {
 
 /// An intent that is claimed by this process, until the claim's lease runs out.
 pub(super) struct Claimed {
+    /// Whose claim it is; no two claims of one intent have the same.
+    pub(super) owner: Uuid,
     pub(super) key: FenceKey,
     pub(super) kind: String,
     pub(super) intent: StoredIntent,
@@ -137,7 +139,8 @@ pub(super) async fn delete_intents(tx: &mut Tx<'_>, intents: &[CommandId]) -> Re
     Ok(())
 }
 
-/// Claims up to `limit` due intents of the given types for `lease`, counting an attempt of each.
+/// Claims up to `limit` due intents of the given types for `lease`, counting an attempt of each. `owner` is a new id: a
+/// process that claims an intent again must not be taken for the one that held it before.
 pub(super) async fn claim(
     pool: &PgPool,
     kinds: &[&str],
@@ -167,7 +170,7 @@ pub(super) async fn claim(
     .bind(lease.as_secs_f64())
     .fetch_all(pool)
     .await?;
-    rows.iter().map(claimed).collect()
+    rows.iter().map(|row| claimed(row, owner)).collect()
 }
 
 /// How long until the next intent is due; `None` when there is none.
@@ -274,7 +277,7 @@ impl Claimed {
     }
 }
 
-fn claimed(row: &PgRow) -> Result<Claimed, sqlx::Error> {
+fn claimed(row: &PgRow, owner: Uuid) -> Result<Claimed, sqlx::Error> {
     let Json(origin): Json<Origin> = row.try_get("origin")?;
     let key = key(row)?;
     let saga = SagaHeaders {
@@ -290,6 +293,7 @@ fn claimed(row: &PgRow) -> Result<Claimed, sqlx::Error> {
         outcome: None,
     };
     Ok(Claimed {
+        owner,
         key,
         kind: row.try_get("type")?,
         intent: StoredIntent {

@@ -14,10 +14,12 @@ use super::{
 };
 use crate::{
     outbox::{self, Tx},
+    panics::panic_text,
     service::database::{is_conflict, is_outage},
 };
+use futures::FutureExt;
 use sqlx::Acquire;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, panic::AssertUnwindSafe};
 use time::OffsetDateTime;
 
 /// Why a transaction's sagas were not decided.
@@ -92,7 +94,12 @@ impl<'e, 'm> Batch<'e, 'm> {
             by_effect.entry(call.name).or_default().push(call);
         }
         for (name, calls) in by_effect {
-            self.engine.local(name)?.run_many(tx, &calls).await?;
+            let run = async { self.engine.local(name)?.run_many(tx, &calls).await };
+            // It is the service's code: a panic is its sagas' misfortune, not that of the batch, or of the timers' task.
+            AssertUnwindSafe(run).catch_unwind().await.unwrap_or_else(|panic| {
+                let text = panic_text(panic.as_ref());
+                Err(anyhow::anyhow!("the local effect `{name}` panicked: {text}").into())
+            })?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use crate::support::{Pay, Repay, World, message, words};
 use saga_core::{
     envelope::{Op, Outcome::*},
     id::{CommandId, SagaId},
-    participant::Ran,
+    participant::{IntentConfig, Ran},
     testkit::{FailPoint, eventually, failpoints::Fault},
 };
 use std::time::Duration;
@@ -156,6 +156,52 @@ async fn wherever_the_process_dies_the_effect_happens_once_and_is_answered_once(
             assert_eq!(world.provider.done.lock().unwrap().contains_key(&key(saga)), op == Op::Do, "{edge} {op:?}");
         }
     }
+}
+
+#[tokio::test]
+async fn an_effect_that_panics_is_given_up_like_one_without_an_answer() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Do, &pay(&["panic", "panic", "panic", "yes"]))]).await;
+    world.settle().await;
+    assert_eq!(world.outcomes(saga).await, [Failed]);
+    world.deliver(&[message(saga, Op::Do, &pay(&[]))]).await;
+    world.settle().await;
+    assert_eq!(world.outcomes(saga).await, [Failed, Succeeded]);
+    assert_eq!(world.provider.calls.of(key(saga)), 4);
+}
+
+#[tokio::test]
+async fn who_outlives_its_claim_changes_nothing_even_if_its_own_process_claimed_it_again() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Do, &pay(&["hang"]))]).await;
+    let patient = IntentConfig { call_timeout: Duration::from_secs(60), ..IntentConfig::default() };
+    let executor = world.executor().with_config(patient);
+    let first = tokio::spawn({
+        let executor = executor.clone();
+        async move { executor.run_once().await }
+    });
+    world.provider.hangs.notified().await;
+    // As if the claim had run out while the process could not get at it.
+    sqlx::query("update participant_intent set due_at = clock_timestamp()")
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    let second = tokio::spawn(async move { executor.run_once().await });
+    world.provider.hangs.notified().await;
+    let claim = async || -> Option<uuid::Uuid> {
+        let claimed = sqlx::query_scalar("select claimed_by from participant_intent");
+        claimed.fetch_one(&world.database.pool).await.unwrap()
+    };
+    let held = claim().await;
+    assert!(held.is_some());
+    world.provider.go_on.notify_one();
+    first.await.unwrap().unwrap();
+    assert_eq!(claim().await, held, "the first had nothing to let go of");
+    world.provider.go_on.notify_one();
+    second.await.unwrap().unwrap();
+    assert_eq!((world.outcomes(saga).await, world.effects(saga).await), (vec![], 0));
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
+use tokio::sync::Notify;
 
 refinery::embed_migrations!("../migrations/messaging");
 
@@ -129,6 +130,9 @@ pub(crate) struct Provider {
     pub(crate) done: Mutex<HashMap<CommandId, usize>>,
     pub(crate) voided: Mutex<Vec<CommandId>>,
     pub(crate) told: Mutex<Vec<Ran<Added>>>,
+    /// A call hangs now, until it may go on.
+    pub(crate) hangs: Notify,
+    pub(crate) go_on: Notify,
 }
 
 struct PayEffect(Arc<Provider>);
@@ -151,6 +155,12 @@ impl ExternalEffect<Pay> for PayEffect {
         match word(&intent.command.say, call) {
             "no" => Performed::Answered(None),
             "silence" => Performed::InDoubt("no answer".into()),
+            "hang" => {
+                self.0.hangs.notify_one();
+                self.0.go_on.notified().await;
+                Performed::InDoubt("it hung".into())
+            }
+            "panic" => panic!("a mistake in the effect"),
             said => {
                 let by_call = *self.0.done.lock().unwrap().entry(key).or_insert(call);
                 match said {

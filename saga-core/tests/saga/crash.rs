@@ -134,7 +134,10 @@ async fn replicas_replies_duplicates_timers_and_cancels_at_once_leave_every_saga
                         world.cancel(*saga).await;
                     }
                 }
-                world.time_passes().await;
+                // Only one of them, which answers in between: on a busy machine all attempts would run out unanswered.
+                if replica == 0 {
+                    world.time_passes().await;
+                }
                 engine.tick().await.unwrap();
             }
         })

@@ -101,12 +101,13 @@ impl LocalEffect for Note {
             .bind(call.failure.map(|failure| serde_json::to_value(failure).unwrap()))
             .execute(&mut **tx)
             .await?;
-        let broken: bool = sqlx::query_scalar("select exists (select from broken where effect = $1 and saga_id = $2)")
+        let panics: Option<bool> = sqlx::query_scalar("select panics from broken where effect = $1 and saga_id = $2")
             .bind(call.name)
             .bind(call.saga.0)
-            .fetch_one(&mut **tx)
+            .fetch_optional(&mut **tx)
             .await?;
-        if broken {
+        assert_ne!(panics, Some(true), "a mistake in the effect");
+        if panics == Some(false) {
             // An error of the database spoils the transaction up to the savepoint.
             sqlx::query("select 1 / 0").execute(&mut **tx).await?;
         }
@@ -147,7 +148,7 @@ impl World {
         let database = TestDatabase::new(&[messaging_migrations(), saga_migrations()]).await;
         for table in [
             "create table note (saga_id uuid, effect text, failure jsonb)",
-            "create table broken (effect text, saga_id uuid)",
+            "create table broken (effect text, saga_id uuid, panics boolean)",
         ] {
             sqlx::query(table).execute(&database.pool).await.unwrap();
         }
@@ -250,10 +251,12 @@ impl World {
             .unwrap()
     }
 
-    pub(crate) async fn break_effect(&self, effect: &str, saga: SagaId) {
-        sqlx::query("insert into broken values ($1, $2)")
+    /// With an error, or a panic.
+    pub(crate) async fn break_effect(&self, effect: &str, saga: SagaId, panics: bool) {
+        sqlx::query("insert into broken values ($1, $2, $3)")
             .bind(effect)
             .bind(saga.0)
+            .bind(panics)
             .execute(&self.database.pool)
             .await
             .unwrap();

@@ -171,6 +171,12 @@ async fn an_undo_that_does_not_get_done_is_stuck_until_somebody_retries() {
 
 #[tokio::test]
 async fn a_local_effect_that_fails_sticks_its_saga_alone_and_retry_runs_it_again() {
+    for panics in [false, true] {
+        sticks_alone(panics).await;
+    }
+}
+
+async fn sticks_alone(panics: bool) {
     let world = World::new().await;
     let mut sagas = Vec::new();
     for number in 0..5 {
@@ -180,7 +186,7 @@ async fn a_local_effect_that_fails_sticks_its_saga_alone_and_retry_runs_it_again
         sagas.push(saga);
     }
     let broken = sagas[2];
-    world.break_effect("confirm order", broken).await;
+    world.break_effect("confirm order", broken, panics).await;
     let mut replies = Vec::new();
     for saga in &sagas {
         replies.push(succeeded(&world.last(*saga).await));
