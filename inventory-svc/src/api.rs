@@ -15,9 +15,12 @@ use axum::{
 };
 use contracts::{OrderId, money::Money, product::Sku};
 use http::{HeaderMap, StatusCode, header};
-use saga_core::http::{
-    Cursor, Json, Limit, List, Path, Problem, Query,
-    idempotency::{self, Answer, Begin, IdempotencyKey},
+use saga_core::{
+    http::{
+        Cursor, Json, Limit, List, Path, Problem, Query,
+        idempotency::{self, Answer, Begin, IdempotencyKey},
+    },
+    outbox::Tx,
 };
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
@@ -169,8 +172,8 @@ async fn create(State(pool): State<PgPool>, Json(body): Json<NewItem>) -> Result
     responses((status = 200, body = List<ItemView>))
 )]
 async fn list(State(pool): State<PgPool>, Query(page): Query<Page>) -> Result<Json<List<ItemView>>, Problem> {
-    let after: String = page.cursor.as_ref().map_or(Ok(String::new()), Cursor::key)?;
-    let rows = items::list(&pool, &after, page.limit.and_one()).await?;
+    let after: Option<Sku> = page.cursor.as_ref().map(Cursor::key).transpose()?;
+    let rows = items::list(&pool, after.as_ref(), page.limit.and_one()).await?;
     Ok(Json(List::page(rows, page.limit, |item| item.sku.clone())?.map(view)))
 }
 
@@ -240,12 +243,44 @@ async fn adjust(
     let sku = known(&sku)?;
     let (delta, reason) = both(Delta::parse(body.delta), Text::parse("reason", &body.reason))?;
     let mut tx = pool.begin().await?;
-    let request = (sku.as_str(), &body);
-    let ticket = match idempotency::begin_in(&mut tx, "POST /v1/items/{sku}/adjustments", &key, &request).await? {
-        Begin::Replay(answer) => return Ok(answer.into_response()),
+    match adjust_in(&mut tx, &key, (sku, &body), delta, &reason).await {
+        Ok(Done::Now(answer)) => {
+            tx.commit().await?;
+            Ok(answer.into_response())
+        }
+        // Rolled back before the answer, or the client's next request finds its key still in flight.
+        Ok(Done::Before(answer)) => {
+            tx.rollback().await.ok();
+            Ok(answer.into_response())
+        }
+        Err(problem) => {
+            tx.rollback().await.ok();
+            Err(problem)
+        }
+    }
+}
+
+/// What became of an adjustment.
+enum Done {
+    /// It is made, if the transaction commits.
+    Now(Answer),
+    /// It was made before.
+    Before(Answer),
+}
+
+async fn adjust_in(
+    tx: &mut Tx<'_>,
+    key: &IdempotencyKey,
+    (sku, body): (Sku, &Adjustment),
+    delta: Delta,
+    reason: &Text,
+) -> Result<Done, Problem> {
+    let request = (sku.as_str(), body);
+    let ticket = match idempotency::begin_in(tx, "POST /v1/items/{sku}/adjustments", key, &request).await? {
+        Begin::Replay(answer) => return Ok(Done::Before(answer)),
         Begin::Fresh(ticket) => ticket,
     };
-    let adjusted = stock::adjust_in(&mut tx, &sku, delta, &reason).await.map_err(adjust_problem)?;
+    let adjusted = stock::adjust_in(tx, &sku, delta, reason).await.map_err(adjust_problem)?;
     let view = AdjustmentView {
         movement: adjusted.movement,
         sku,
@@ -254,9 +289,8 @@ async fn adjust(
         reserved: adjusted.reserved,
     };
     let answer = Answer::json(StatusCode::CREATED, &view)?;
-    ticket.finish_in(&mut tx, &answer).await?;
-    tx.commit().await?;
-    Ok(answer.into_response())
+    ticket.finish_in(tx, &answer).await?;
+    Ok(Done::Now(answer))
 }
 
 /// An item's ledger, newest first: why its stock is what it is.

@@ -1,6 +1,6 @@
 //! The parts put together.
 
-use crate::{api, commands};
+use crate::{api, commands::Commands};
 use axum::Router;
 use contracts::topics;
 use saga_core::{
@@ -32,7 +32,7 @@ pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Resu
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
     let config = ConsumerConfig::new(&settings.kafka.brokers, GROUP, [topics::INVENTORY_COMMANDS.name]);
-    let commands = Consumer::new(config, pool.clone(), Arc::new(commands::participant()));
+    let commands = Consumer::new(config, pool.clone(), Arc::new(Commands::new()));
     let reading = commands.health();
     health.check("consumer", move || std::future::ready(reading.check()));
     let parts = Parts {

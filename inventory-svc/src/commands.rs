@@ -6,20 +6,76 @@ use crate::{
     stock::{self, Closed, Reserving},
 };
 use async_trait::async_trait;
-use contracts::inventory::{CommitStock, OutOfStock, ReleaseStock, ReserveStock, Reserved};
+use contracts::{
+    OrderId,
+    inventory::{CommitStock, OutOfStock, ReleaseStock, ReserveStock, Reserved},
+    product::Sku,
+};
 use saga_core::{
-    command::Done,
+    command::{Command, Done},
+    consumer::{HandleError, Handler, Message},
     outbox::Tx,
     participant::{CommandContext, CommandHandler, Decision, Participant, Ran, UndoHandler},
 };
 
-/// The participant of `inventory.commands`.
-#[must_use]
-pub fn participant() -> Participant {
-    Participant::new("inventory")
-        .on::<ReserveStock>(Reserve)
-        .on_undo::<ReserveStock, ReleaseStock>(Release)
-        .on::<CommitStock>(Commit)
+/// The handler of `inventory.commands`: the participant, behind the locks of a whole batch.
+pub struct Commands(Participant);
+
+impl Commands {
+    /// Ready to be given to the consumer.
+    #[must_use]
+    pub fn new() -> Self {
+        let participant = Participant::new("inventory")
+            .on::<ReserveStock>(Reserve)
+            .on_undo::<ReserveStock, ReleaseStock>(Release)
+            .on::<CommitStock>(Commit);
+        Self(participant)
+    }
+}
+
+impl Default for Commands {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Handler for Commands {
+    /// Each command locks its items in order, but a batch is many commands: two partitions whose batches want the same
+    /// items the other way round would deadlock, a second each time. So the items of all are locked first. A batch that
+    /// shares more than items with this one (an order's fence, its reservation) is of the same partition, and waits.
+    async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
+        if batch.len() > 1 {
+            let (skus, orders) = touched(batch);
+            stock::lock_all_in(tx, &skus, &orders).await?;
+        }
+        self.0.handle(tx, batch).await
+    }
+
+    fn committed(&self) {
+        self.0.committed();
+    }
+}
+
+/// What a batch will lock: items by name, and the items of orders. What cannot be read is for the participant to refuse.
+fn touched(batch: &[Message]) -> (Vec<Sku>, Vec<OrderId>) {
+    let (mut skus, mut orders) = (Vec::new(), Vec::new());
+    for message in batch {
+        let payload = message.payload.as_deref().unwrap_or_default();
+        match message.envelope.kind.as_str() {
+            ReserveStock::TYPE => {
+                let lines = serde_json::from_slice::<ReserveStock>(payload).map(|command| command.lines);
+                skus.extend(lines.unwrap_or_default().into_iter().map(|line| line.sku));
+            }
+            ReleaseStock::TYPE => {
+                orders.extend(serde_json::from_slice::<ReleaseStock>(payload).map(|command| command.order));
+            }
+            CommitStock::TYPE => {
+                orders.extend(serde_json::from_slice::<CommitStock>(payload).map(|command| command.order));
+            }
+            _ => {}
+        }
+    }
+    (skus, orders)
 }
 
 struct Reserve;

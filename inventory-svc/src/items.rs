@@ -133,7 +133,7 @@ pub async fn find(pool: &PgPool, sku: &Sku) -> Result<Option<Item>, sqlx::Error>
 }
 
 /// At most `limit` items after the sku `after`, by sku.
-pub async fn list(pool: &PgPool, after: &str, limit: i64) -> Result<Vec<Item>, sqlx::Error> {
+pub async fn list(pool: &PgPool, after: Option<&Sku>, limit: i64) -> Result<Vec<Item>, sqlx::Error> {
     let rows = sqlx::query(
         "select i.sku, i.name, i.unit_price, i.currency, i.version, s.on_hand, s.reserved
            from item i
@@ -142,7 +142,7 @@ pub async fn list(pool: &PgPool, after: &str, limit: i64) -> Result<Vec<Item>, s
           order by i.sku
           limit $2",
     )
-    .bind(after)
+    .bind(after.map_or("", Sku::as_str))
     .bind(limit)
     .fetch_all(pool)
     .await?;

@@ -33,7 +33,7 @@ impl From<sqlx::Error> for AdjustError {
     fn from(error: sqlx::Error) -> Self {
         match error.as_database_error().and_then(|database| database.constraint()) {
             Some("stock_on_hand_not_negative") => Self::Negative,
-            Some("stock_on_hand_limit") => Self::TooMany,
+            Some("stock_limit") => Self::TooMany,
             _ => Self::Database(error),
         }
     }
@@ -187,6 +187,28 @@ pub async fn close_in(tx: &mut Tx<'_>, order: OrderId, closing: Closing) -> Resu
     .execute(&mut **tx)
     .await?;
     Ok(Closed::Done)
+}
+
+/// Locks the balances of `skus`, and of what is put aside for `orders`, for a transaction that will want them one after
+/// the other: all in the order of the skus.
+pub async fn lock_all_in(tx: &mut Tx<'_>, skus: &[Sku], orders: &[OrderId]) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "select s.sku
+           from stock s
+          where s.sku in (select unnest($1::text[])
+                          union all
+                          select l.sku
+                            from reservation r
+                            join reservation_line l on l.reservation_id = r.id
+                           where r.order_id = any($2) and r.status = 'reserved')
+          order by s.sku collate \"C\"
+            for no key update of s",
+    )
+    .bind(skus.iter().map(Sku::as_str).collect::<Vec<_>>())
+    .bind(orders.iter().map(|order| order.0).collect::<Vec<_>>())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
 }
 
 /// Locks the balances of `skus`, in the order of the skus, and reads what is on hand.

@@ -48,7 +48,7 @@ pub async fn serve(settings: Settings, gateway: GatewaySettings) -> anyhow::Resu
     let commands = ConsumerConfig::new(&settings.kafka.brokers, IDENTITY.name, [topics::PAYMENTS_COMMANDS.name]);
     let consumer = Consumer::new(commands, pool.clone(), participant);
     let health = checks(&settings, &pool, consumer.health(), &token)?;
-    tracing::info!(http = %http.local_addr()?, admin = %admin.local_addr()?, gateway = %gateway.url, "open");
+    tracing::info!(http = %http.local_addr()?, admin = %admin.local_addr()?, gateway = gateway.url.host_str(), "open");
     let guarded =
         service::admin_router(health.clone(), telemetry.metrics(), settings.admin.auth.clone(), Router::new());
     service::run_all(

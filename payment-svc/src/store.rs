@@ -170,13 +170,14 @@ pub async fn list(
     cursor: Option<&Cursor>,
 ) -> Result<List<Recorded>, Problem> {
     let after: Option<(i64, Uuid)> = cursor.map(Cursor::key).transpose()?;
+    let after = after.map(|(micros, order)| Ok::<_, Problem>((from_micros(micros)?, order))).transpose()?;
     let rows = sqlx::query(
         "select *
            from payment
           where ($1::text is null or status = $1)
             and ($2::text is null or customer = $2)
-            and ($3::int8 is null
-                 or (created_at, order_id) < (timestamptz 'epoch' + $3 * interval '1 microsecond', $4))
+            and ($3::timestamptz is null
+                 or (created_at, order_id) < ($3, $4))
           order by created_at desc, order_id desc
           limit $5",
     )
@@ -191,6 +192,11 @@ pub async fn list(
     Ok(List::page(rows, limit, |row| {
         (i64::try_from(row.created_at.unix_timestamp_nanos() / 1_000).unwrap_or(i64::MAX), row.payment.order.0)
     })?)
+}
+
+fn from_micros(micros: i64) -> Result<OffsetDateTime, Problem> {
+    OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1_000)
+        .map_err(|_| Problem::malformed("The cursor is not one of ours.").with_field("cursor", "take it from the page"))
 }
 
 /// How many payments the ledger does not explain: always none.

@@ -81,8 +81,14 @@ async fn a_bad_adjustment_is_refused_by_its_field_and_nothing_is_written() {
     assert_eq!(problem(warehouse.adjust("A", "", &good).send().await.unwrap()).await.0, 400);
     assert_eq!(problem(warehouse.adjust("A", &"k".repeat(201), &good).send().await.unwrap()).await.0, 400);
     assert_eq!(warehouse.balance("A").await, (5, 0));
-    for path in ["/v1/items?limit=0", "/v1/items?limit=201", "/v1/items?limit=x", "/v1/items?cursor=x", "/v1/items?a=b"]
-    {
+    for path in [
+        "/v1/items?limit=0",
+        "/v1/items?limit=201",
+        "/v1/items?limit=x",
+        "/v1/items?cursor=x",
+        "/v1/items?cursor=ImFcdTAwMDAi",
+        "/v1/items?a=b",
+    ] {
         assert_eq!(problem(warehouse.get(path).await).await.0, 400, "{path}");
     }
     let wrong_method = warehouse.request(Method::DELETE, "/v1/items/A").send().await.unwrap();

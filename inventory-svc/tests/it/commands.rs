@@ -1,6 +1,6 @@
 //! Reserve, release, commit: all or nothing, once, and the books balance.
 
-use crate::support::{Warehouse, command, lines, order};
+use crate::support::{Warehouse, command, lines, order, problem};
 use contracts::{
     OrderId,
     inventory::{CommitStock, ReleaseStock, ReserveStock},
@@ -87,6 +87,48 @@ async fn what_cannot_be_committed_fails_visibly_and_ships_nothing() {
     warehouse.send(&release(released)).await;
     assert_eq!(warehouse.send(&commit(released)).await.outcome, "failed");
     assert_eq!(warehouse.balance("A").await, (10, 0));
+    warehouse.books_balance().await;
+}
+
+#[tokio::test]
+async fn what_is_put_aside_finds_its_place_again_however_much_was_delivered_meanwhile() {
+    let warehouse = Warehouse::stocked(&[("A", 10)]).await;
+    let mine = order();
+    warehouse.send(&reserve(mine, &[("A", 10)])).await;
+    let fill = "update stock set on_hand = 1000000000000 - reserved";
+    sqlx::query(fill).execute(&warehouse.db.pool).await.unwrap();
+    let more = warehouse.adjust("A", "more", &json!({"delta": 1, "reason": "delivery"})).send().await.unwrap();
+    assert_eq!(problem(more).await, (409, "/problems/too-many".into(), vec!["delta".into()]));
+    assert_eq!(warehouse.send(&release(mine)).await.outcome, "succeeded");
+    assert_eq!(warehouse.balance("A").await, (1_000_000_000_000, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn batches_that_want_the_same_items_the_other_way_round_do_not_deadlock() {
+    let warehouse = std::sync::Arc::new(Warehouse::stocked(&[("A", 1_000), ("B", 1_000), ("C", 1_000)]).await);
+    let workers = (0..4_usize).map(|worker| {
+        let warehouse = std::sync::Arc::clone(&warehouse);
+        tokio::spawn(async move {
+            for _ in 0..10 {
+                let mut skus = ["A", "B", "C"];
+                skus.rotate_left(worker % 3);
+                if worker % 2 == 0 {
+                    skus.reverse();
+                }
+                let orders: Vec<_> = skus.into_iter().map(|sku| (order(), sku)).collect();
+                let reserves: Vec<_> = orders.iter().map(|(order, sku)| reserve(*order, &[(sku, 1)])).collect();
+                warehouse.handle(&reserves).await;
+                let end = |(n, (order, _)): (usize, &(OrderId, &str))| match n {
+                    0 => release(*order),
+                    _ => commit(*order),
+                };
+                warehouse.handle(&orders.iter().enumerate().map(end).collect::<Vec<_>>()).await;
+            }
+        })
+    });
+    for worker in workers.collect::<Vec<_>>() {
+        worker.await.unwrap();
+    }
     warehouse.books_balance().await;
 }
 

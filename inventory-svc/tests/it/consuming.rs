@@ -2,7 +2,7 @@
 
 use crate::support::{Warehouse, command, lines, order};
 use contracts::inventory::ReserveStock;
-use inventory_svc::commands;
+use inventory_svc::commands::Commands;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
     envelope::Op,
@@ -17,7 +17,7 @@ async fn a_command_on_the_topic_moves_stock_once_and_is_answered_and_garbage_sto
     let topic = TestTopic::create("inventory-commands", 1).await;
     let config = ConsumerConfig::new(&brokers(), &unique("inventory-svc"), [topic.name()]);
     let stop = CancellationToken::new();
-    let consumer = Consumer::new(config, warehouse.db.pool.clone(), Arc::new(commands::participant()));
+    let consumer = Consumer::new(config, warehouse.db.pool.clone(), Arc::new(Commands::new()));
     let running = tokio::spawn(consumer.run(stop.clone()));
 
     let mine = order();

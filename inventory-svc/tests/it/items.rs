@@ -109,6 +109,20 @@ async fn an_adjustment_is_made_once_and_stands_in_the_ledger() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_repeats_at_once_never_finds_its_own_key_in_flight() {
+    let warehouse = Warehouse::stocked(&[("A", 0)]).await;
+    let (delivery, theft) = (json!({"delta": 1, "reason": "delivery"}), json!({"delta": -9, "reason": "theft"}));
+    for round in 0..100 {
+        let key = format!("k{round}");
+        for (body, status) in [(&theft, 409), (&delivery, 201), (&delivery, 201), (&theft, 422), (&delivery, 201)] {
+            let response = warehouse.adjust("A", &key, body).send().await.unwrap();
+            assert_eq!(response.status(), status, "{}", response.text().await.unwrap());
+        }
+        sqlx::query("update stock set on_hand = 0").execute(&warehouse.db.pool).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn twenty_repeats_at_once_adjust_once() {
     let warehouse = Warehouse::stocked(&[("A", 0)]).await;
     let body = json!({"delta": 1, "reason": "delivery"});

@@ -32,7 +32,7 @@ async fn each_constraint_refuses_what_it_is_named_after() {
         ("item_version_positive", "update item set version = 0"),
         ("stock_sku_fkey", "insert into stock (sku) values ('Z')"),
         ("stock_on_hand_not_negative", "update stock set on_hand = on_hand - 6"),
-        ("stock_on_hand_limit", "update stock set on_hand = 1000000000001"),
+        ("stock_limit", "update stock set on_hand = 1000000000001 - reserved"),
         ("stock_reserved_not_negative", "update stock set reserved = -1"),
         ("reservation_status_known", "update reservation set status = 'lost', closed_at = now()"),
         ("reservation_closed_iff_ended", "update reservation set status = 'released'"),

@@ -4,7 +4,7 @@ use contracts::{
     OrderId,
     product::{Line, Quantity},
 };
-use inventory_svc::{api, commands, migrations};
+use inventory_svc::{api, commands::Commands, migrations};
 use reqwest::{Client, Method, RequestBuilder, Response};
 use saga_core::{
     command::Command,
@@ -12,7 +12,6 @@ use saga_core::{
     envelope::{Envelope, Op, Outcome, SagaHeaders},
     http::Api,
     id::{CommandId, MessageId, SagaId},
-    participant::Participant,
     service,
     testkit::TestDatabase,
 };
@@ -25,7 +24,7 @@ use uuid::Uuid;
 pub(crate) struct Warehouse {
     pub(crate) db: TestDatabase,
     pub(crate) client: Client,
-    participant: Participant,
+    commands: Commands,
     url: String,
     stop: CancellationToken,
 }
@@ -50,7 +49,7 @@ impl Warehouse {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
         tokio::spawn(service::serve(listener, Api::new(api::router(db.pool.clone())), stop.clone()));
-        Self { db, client: Client::new(), participant: commands::participant(), url, stop }
+        Self { db, client: Client::new(), commands: Commands::new(), url, stop }
     }
 
     /// With so many pieces of each.
@@ -90,7 +89,7 @@ impl Warehouse {
     /// Handles `messages` as one batch of the consumer, and commits.
     pub(crate) async fn handle(&self, messages: &[Message]) {
         let mut tx = self.db.pool.begin().await.unwrap();
-        self.participant.handle(&mut tx, messages).await.unwrap();
+        self.commands.handle(&mut tx, messages).await.unwrap();
         tx.commit().await.unwrap();
     }
 

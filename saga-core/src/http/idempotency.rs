@@ -7,15 +7,29 @@
 //! ```ignore
 //! async fn post(key: IdempotencyKey, Json(body): Json<Body>) -> Result<Response, Problem> {
 //!     let mut tx = pool.begin().await?;
-//!     let ticket = match idempotency::begin_in(&mut tx, "POST /v1/orders alice", &key, &body).await? {
-//!         Begin::Replay(answer) => return Ok(answer.into_response()),
+//!     match post_in(&mut tx, &key, &body).await {
+//!         Ok((answer, fresh)) => {
+//!             if fresh { tx.commit().await? } else { tx.rollback().await? }
+//!             Ok(answer.into_response())
+//!         }
+//!         // Rolled back here: a transaction that is merely dropped ends a moment after the answer, and the client's
+//!         // next request would find its key still in flight.
+//!         Err(problem) => {
+//!             tx.rollback().await.ok();
+//!             Err(problem)
+//!         }
+//!     }
+//! }
+//!
+//! async fn post_in(tx: &mut Tx<'_>, key: &IdempotencyKey, body: &Body) -> Result<(Answer, bool), Problem> {
+//!     let ticket = match idempotency::begin_in(tx, "POST /v1/orders alice", key, body).await? {
+//!         Begin::Replay(answer) => return Ok((answer, false)),
 //!         Begin::Fresh(ticket) => ticket,
 //!     };
-//!     // ... the effect, in tx; a refusal returns its Problem here, rolls back, and is not remembered ...
-//!     let answer = Answer::json(StatusCode::CREATED, &view)?.location("/v1/orders/1")?;
-//!     ticket.finish_in(&mut tx, &answer).await?;
-//!     tx.commit().await?;
-//!     Ok(answer.into_response())
+//!     // ... the effect, in tx; a refusal returns its Problem here, and is not remembered ...
+//!     let answer = Answer::json(StatusCode::CREATED, &view)?.location("/v1/orders/1");
+//!     ticket.finish_in(tx, &answer).await?;
+//!     Ok((answer, true))
 //! }
 //! ```
 //!
