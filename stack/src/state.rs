@@ -46,9 +46,10 @@ pub struct State {
 pub struct StateDirectory(PathBuf);
 
 impl StateDirectory {
-    /// This directory, which need not exist yet.
+    /// This directory, which need not exist yet. The servers work in directories of their own, so the path is made absolute.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self(path.into())
+        let path = path.into();
+        Self(std::path::absolute(&path).unwrap_or(path))
     }
 
     /// Its path.

@@ -20,7 +20,8 @@ fn place() -> TempDir {
 
 fn stack(place: &Path, arguments: &[&str]) -> Command {
     let mut stack = Command::new(env!("CARGO_BIN_EXE_stack"));
-    stack.args(arguments).env("TMPDIR", place).env("STACK_DIR", place.join("state")).stdin(Stdio::null());
+    // Relative, as it is for a person.
+    stack.current_dir(place).args(arguments).env("TMPDIR", place).env("STACK_DIR", "state").stdin(Stdio::null());
     stack.env_remove("DATABASE_URL").env_remove("KAFKA_BROKERS");
     stack
 }
