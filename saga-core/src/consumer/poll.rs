@@ -188,6 +188,11 @@ impl<H: Handler> Poll<H> {
                 let gone =
                     gone.filter_map(|(topic, partition)| self.held.get_mut(&topic)?.remove(&partition)).collect();
                 finish(gone, FINISH_MAX).await;
+                // The library remembers a pause beyond the assignment: when the partition comes back, nobody would know
+                // that it is paused, and it would never be read.
+                if let Err(error) = self.client.resume(partitions) {
+                    tracing::debug!(%error, "partitions that go were not resumed");
+                }
                 if self.client.assignment_lost() {
                     self.pulse.lost();
                 }

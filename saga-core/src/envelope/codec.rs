@@ -67,8 +67,8 @@ impl Envelope {
         let saga = found.saga()?;
         let envelope = Self {
             id: MessageId(found.require(header::ID, "a UUID")?),
-            source: found.require::<Text>(header::SOURCE, "a text that is not empty and has no NUL")?.0,
-            kind: found.require::<Text>(header::TYPE, "a text that is not empty and has no NUL")?.0,
+            source: found.require::<Text>(header::SOURCE, A_TEXT)?.0,
+            kind: found.require::<Text>(header::TYPE, A_TEXT)?.0,
             subject: found.text(header::SUBJECT),
             time: found.text(header::TIME).and_then(|text| OffsetDateTime::parse(&text, &Rfc3339).ok()),
             sequence: found.text(header::SEQUENCE).and_then(|text| text.parse().ok()),
@@ -163,9 +163,9 @@ impl Found<'_> {
         let command = if outcome.is_some() { header::CAUSATION_ID } else { header::COMMAND_ID };
         let headers = SagaHeaders {
             saga: SagaId(saga),
-            definition: self.require::<Text>(header::SAGA_TYPE, "a text that is not empty and has no NUL")?.0,
+            definition: self.require::<Text>(header::SAGA_TYPE, A_TEXT)?.0,
             version: self.require(header::SAGA_VERSION, "a number")?,
-            step: self.require::<Text>(header::SAGA_STEP, "a text that is not empty and has no NUL")?.0,
+            step: self.require::<Text>(header::SAGA_STEP, A_TEXT)?.0,
             op: self.require(header::SAGA_OP, "do or undo")?,
             occurrence: self.parse(header::SAGA_OCCURRENCE, "a number")?.unwrap_or(0),
             command: CommandId(self.require(command, "a UUID")?),
@@ -194,13 +194,19 @@ impl FromStr for Version {
     }
 }
 
-/// A text that PostgreSQL can store and a reader can see.
+/// A text that PostgreSQL can store, in an index as well, and a reader can see.
 struct Text(String);
+
+/// What a [`Text`] has to be.
+const A_TEXT: &str = "a text of 1 to 1000 bytes without NUL";
+/// The inbox's key holds the source, and an index entry holds less than 2,700 bytes: a longer one could neither be
+/// handled nor parked, and would stop its partition.
+const TEXT_MAX: usize = 1_000;
 
 impl FromStr for Text {
     type Err = ();
     fn from_str(text: &str) -> Result<Self, ()> {
-        (!text.is_empty() && !text.contains('\0')).then(|| Self(text.to_owned())).ok_or(())
+        ((1..=TEXT_MAX).contains(&text.len()) && !text.contains('\0')).then(|| Self(text.to_owned())).ok_or(())
     }
 }
 

@@ -9,7 +9,10 @@ use saga_core::{
     testkit::{Record, TestTopic, brokers, eventually, produce, unique},
 };
 use std::{
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 use tokio_util::sync::CancellationToken;
@@ -214,4 +217,27 @@ async fn what_a_handler_sends_belongs_to_the_trace_of_what_it_handles() {
     assert_eq!(reply.headers[header::CORRELATION_ID], trace);
     stop.cancel();
     task.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partition_that_was_paused_when_it_was_taken_away_is_read_on_when_it_comes_back() {
+    let mut fixture = Fixture::new(2).await;
+    (fixture.config.batch_max, fixture.config.buffer) = (4, 8);
+    let away = Arc::new(AtomicBool::new(true));
+    let opinion = {
+        let away = Arc::clone(&away);
+        move |_: &Message| {
+            let lost = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+            if away.load(Ordering::SeqCst) { Err(lost().into()) } else { Ok(()) }
+        }
+    };
+    let first = fixture.start_with(opinion.clone());
+    fixture.send(&events(20, 400)).await;
+    eventually(SOON, || async { (first.recorder.batches.lock().unwrap().len() > 4).then_some(()) }).await;
+    let second = fixture.start_with(opinion);
+    eventually(SOON, || async { (!second.recorder.batches.lock().unwrap().is_empty()).then_some(()) }).await;
+    second.stop().await;
+    away.store(false, Ordering::SeqCst);
+    assert_complete(&fixture.until_handled(400).await, 20, 400);
+    first.stop().await;
 }

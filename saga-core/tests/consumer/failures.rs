@@ -298,3 +298,22 @@ async fn a_deadlock_with_another_transaction_is_repeated_and_counts_nothing() {
     assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
     running.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_no_index_can_hold_is_dead_lettered_and_the_partition_goes_on() {
+    let fixture = Fixture::new(1).await;
+    let running = fixture.start();
+    let mut long = event("k", "long");
+    // Random digits: what repeats itself would be compressed.
+    let source: String = (0..200).map(|_| Uuid::new_v4().simple().to_string()).collect();
+    for (name, value) in &mut long.headers {
+        if name == "ce_source" {
+            *value = Some(source.clone().into_bytes());
+        }
+    }
+    fixture.send(&[long, event("k", "good")]).await;
+    assert_eq!(values(&fixture.until_handled(1).await, "k"), ["good"]);
+    let letters = fixture.until_dead_letters(1).await;
+    assert_eq!((letters[0].1.as_deref(), letters[0].2["ce_source"].as_str()), (Some("long"), Some(source.as_str())));
+    running.stop().await;
+}
