@@ -107,6 +107,11 @@ impl From<CancelOrderError> for Problem {
             | CancelOrderError::Store(StoreError::Database(error) | StoreError::Append(AppendError::Database(error))) => {
                 error.into()
             }
+            // While a new version is rolled out, another replica may know the definition of this order's saga.
+            CancelOrderError::Saga(error @ CancelError::Undefined(..)) => {
+                tracing::warn!(%error, "an order cannot be cancelled by this replica");
+                Self::unavailable()
+            }
             error => Self::internal(&error),
         }
     }

@@ -61,6 +61,17 @@ async fn the_same_key_gets_the_same_answer_and_places_nothing_more() {
 }
 
 #[tokio::test]
+async fn a_repeat_that_prefers_to_wait_gets_the_first_answer_at_once() {
+    let shop = Shop::open().await;
+    let first = shop.post_order("k", &basket()).send().await.unwrap();
+    assert_eq!(first.status(), 202);
+    let again = shop.post_order("k", &basket()).header("Prefer", "wait=30").send();
+    let again = tokio::time::timeout(std::time::Duration::from_secs(10), again).await.expect("nobody waits").unwrap();
+    assert_eq!((again.status().as_u16(), &again.headers()["idempotency-replayed"]), (202, &"true".parse().unwrap()));
+    assert_eq!(first.text().await.unwrap(), again.text().await.unwrap());
+}
+
+#[tokio::test]
 async fn the_same_key_with_another_body_is_refused_and_another_key_is_another_order() {
     let shop = Shop::open().await;
     let first = shop.place("k").await;

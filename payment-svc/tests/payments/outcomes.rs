@@ -38,6 +38,39 @@ async fn money_is_held_taken_and_given_back_in_parts() {
 }
 
 #[tokio::test]
+async fn a_refund_that_is_refused_can_be_tried_anew_and_one_whose_answer_is_lost_happens_once() {
+    let world = World::new().await;
+    let order = authorized(&world, "tok_refund_refused").await;
+    world.do_and_settle(order, CAPTURE, Do, &capture(order)).await;
+    for step in ["a", "b"] {
+        let (outcome, reply) = world.do_and_settle(order, step, Do, &refund(order, 1_000)).await;
+        assert_eq!((outcome, reply["reason"].as_str().unwrap()), (Rejected, "refund_window_closed"));
+    }
+    let order = authorized(&world, "tok_refund_lost_answer").await;
+    world.do_and_settle(order, CAPTURE, Do, &capture(order)).await;
+    assert_eq!(world.do_and_settle(order, "a", Do, &refund(order, 700)).await.0, Succeeded);
+    assert_eq!(world.provider.totals().await, [2_000, 0, 2_000, 0, 700]);
+    world.books_agree().await;
+}
+
+#[tokio::test]
+async fn a_provider_that_never_answers_fails_every_attempt_and_moves_nothing() {
+    let world = World::new().await;
+    let order = authorized(&world, "tok_capture_error").await;
+    for _ in 0..2 {
+        assert_eq!(world.do_and_settle(order, CAPTURE, Do, &capture(order)).await.0, Failed);
+        assert_eq!(world.status(order).await, "authorized");
+    }
+    let order = authorized(&world, "tok_void_error").await;
+    for _ in 0..2 {
+        assert_eq!(world.do_and_settle(order, AUTHORIZE, Undo, &void(order)).await.0, Failed);
+        assert_eq!(world.status(order).await, "authorized");
+    }
+    assert_eq!(world.provider.totals().await, [2_000, 2_000, 0, 0, 0]);
+    world.books_agree().await;
+}
+
+#[tokio::test]
 async fn a_decline_is_a_rejection_with_the_gateways_reason_and_moves_nothing() {
     let world = World::new().await;
     for (method, reason) in [

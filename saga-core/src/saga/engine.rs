@@ -286,7 +286,7 @@ fn version_of(definition: &Definition) -> i32 {
 }
 
 /// PostgreSQL's jsonb has no place for NUL, which JSON can say.
-fn contains_nul(value: &Value) -> bool {
+pub(super) fn contains_nul(value: &Value) -> bool {
     match value {
         Value::String(text) => text.contains('\0'),
         Value::Array(values) => values.iter().any(contains_nul),

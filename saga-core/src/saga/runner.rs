@@ -11,7 +11,7 @@
 use super::{
     batch::{Batch, BatchError},
     case::{Case, Incident},
-    engine::Engine,
+    engine::{Engine, contains_nul},
     log::What,
     measure,
     state::{Answer, Event, Reply, Verdict},
@@ -116,10 +116,13 @@ fn read_answer(outcome: Outcome, payload: Option<&[u8]>) -> (Answer, Option<Stri
     if outcome == Outcome::Failed {
         return (Answer::Failed(error_text(payload)), None);
     }
-    // PostgreSQL's jsonb has no place for NUL, which JSON can say.
-    let nul = payload.windows(6).any(|six| six == b"\\u0000").then(|| "it contains NUL".to_owned());
     let (value, flaw) = match serde_json::from_slice(payload) {
-        Ok(value) => (value, nul),
+        // PostgreSQL's jsonb has no place for NUL, which JSON can say. Only what spells one is looked at a second time.
+        Ok(value) => {
+            let spelt = payload.windows(6).any(|six| six == b"\\u0000");
+            let nul = spelt && contains_nul(&value);
+            (value, nul.then(|| "it contains NUL".to_owned()))
+        }
         Err(error) => (Value::Null, Some(error.to_string())),
     };
     match outcome {

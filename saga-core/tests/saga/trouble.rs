@@ -5,9 +5,11 @@ use saga_core::{
     consumer::HandleError,
     envelope::{Op, Outcome},
     id::{CommandId, SagaId},
-    saga::{Cancelled, RetryError},
+    saga::{Cancelled, Engine, RetryError, saga},
+    testkit::eventually,
 };
 use serde_json::json;
+use std::time::Duration;
 
 #[tokio::test]
 async fn a_silent_participant_is_asked_again_and_then_undone_as_in_doubt() {
@@ -81,6 +83,9 @@ async fn a_reply_that_is_waited_for_and_cannot_be_read_is_poison_and_changes_not
     let refused = world.try_deliver(&[reply(&sent, Outcome::Rejected, &json!("?"))]).await;
     assert!(matches!(refused, Err(HandleError::Poison(_))), "{refused:?}");
     assert_eq!(world.kinds(saga).await, ["started"]);
+    let spelt = json!({ "reference": "\\u0000" });
+    world.deliver(&[reply(&sent, Outcome::Succeeded, &spelt)]).await;
+    assert_eq!(world.kinds(saga).await, ["started", "reply"], "a backslash and some letters are no NUL");
 }
 
 #[tokio::test]
@@ -127,6 +132,44 @@ async fn a_cancel_and_a_reply_at_once_are_decided_one_after_the_other() {
         }
     }
     world.audit().await;
+}
+
+#[tokio::test]
+async fn a_sagas_deadline_is_a_cancel_and_of_the_two_at_once_one_counts() {
+    let world = World::new().await;
+    let hurried = saga::<Order>("hurried", 1)
+        .saga_deadline(Duration::from_millis(1))
+        .step("authorize", |order, ()| Authorize { order: order.order, with: None })
+        .undo(|order, (), _| Void { order: order.order, with: None })
+        .pivot("capture", |order, (_,)| Capture { order: order.order, with: None })
+        .build();
+    let engine = Engine::builder(world.database.pool.clone(), &world.reply_topic).define(&hurried).build().unwrap();
+    for number in 0..10 {
+        let id = SagaId::new();
+        let mut tx = world.database.pool.begin().await.unwrap();
+        let order = Order { order: number };
+        engine.start_in(&mut tx, id, &hurried, &order, &number.to_string()).await.unwrap();
+        tx.commit().await.unwrap();
+        let cancel = async {
+            let mut tx = world.database.pool.begin().await.unwrap();
+            let cancelled = engine.cancel_in(&mut tx, id, "changed my mind").await.unwrap();
+            tx.commit().await.unwrap();
+            cancelled
+        };
+        let due = eventually(Duration::from_secs(10), async || {
+            engine.tick().await.unwrap();
+            (world.status(id).await == "compensating").then_some(())
+        });
+        let (cancelled, ()) = tokio::join!(async { if number % 2 == 0 { Some(cancel.await) } else { None } }, due);
+        assert!(matches!(cancelled, None | Some(Cancelled::Accepted | Cancelled::AlreadyCancelling)), "{cancelled:?}");
+        let kind: String = sqlx::query_scalar("select state -> 'failure' ->> 'kind' from saga where saga_id = $1")
+            .bind(id.0)
+            .fetch_one(&world.database.pool)
+            .await
+            .unwrap();
+        let expected = if cancelled == Some(Cancelled::Accepted) { "cancelled" } else { "deadline" };
+        assert_eq!((kind.as_str(), world.trail(id).await), (expected, vec!["authorize".into(), "-authorize".into()]));
+    }
 }
 
 #[tokio::test]
