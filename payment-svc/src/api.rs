@@ -8,7 +8,7 @@ use crate::{
 };
 use axum::{Router, extract::State};
 use contracts::{OrderId, money::Money};
-use saga_core::http::{Api, Cursor, Json, Limit, List, Path, Problem, Query};
+use saga_core::http::{Cursor, Json, Limit, List, Path, Problem, Query};
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
 use time::OffsetDateTime;
@@ -28,10 +28,10 @@ use utoipa_swagger_ui::SwaggerUi;
 struct Document;
 
 /// The API with everything around it, its description at `/openapi.json` and a page to try it at `/docs`.
-pub fn api(pool: PgPool) -> Api {
+pub fn router(pool: PgPool) -> Router {
     let (router, document) = documented().split_for_parts();
     let router: Router = router.with_state(pool);
-    Api::new(router.merge(SwaggerUi::new("/docs").url("/openapi.json", document)))
+    router.merge(SwaggerUi::new("/docs").url("/openapi.json", document))
 }
 
 /// The API's description, generated from its handlers.

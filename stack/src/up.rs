@@ -102,7 +102,10 @@ pub fn print_places(stack: &Stack) {
     for service in Service::ALL {
         let running = stack.service(service);
         let api = running.address.http.map_or_else(String::new, |_| format!("{}/docs", running.address.url()));
-        table.add_row([service.name(), &api, &running.address.admin_url()]);
+        let admin = running.address.admin_url();
+        // Whose API is for operators has it there, and its description beside it.
+        let admin = if api.is_empty() { format!("{admin}/docs") } else { admin };
+        table.add_row([service.name(), &api, &admin]);
     }
     println!("\n{table}\n\nlogs: {}", stack.logs().display());
 }

@@ -5,14 +5,19 @@ use crate::support::{PATIENCE, Shop, basket, id_of};
 use futures::{StreamExt, stream};
 use saga_core::testkit::eventually;
 use serde_json::Value;
+use sqlx::{AssertSqlSafe, PgPool, Row};
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
+use tokio_util::sync::CancellationToken;
 
 const REQUESTS: usize = 10_000;
-const CLIENTS: usize = 64;
+/// About as many as the pool has connections, so that requests are cut in the middle of their transaction and not while
+/// they wait for a connection.
+const CLIENTS: usize = 12;
+const PROBES: usize = 4;
 
 /// Where a client hangs up.
 #[derive(Debug, Clone, Copy)]
@@ -42,7 +47,7 @@ async fn client(addr: SocketAddr, n: usize) -> Option<Value> {
     let hang_up = match n % 10 {
         0 => HangUp::Never,
         1 | 2 => HangUp::AfterSending(n * 37 % request.len()),
-        _ => HangUp::AfterWaiting((n as u64 * 7_919) % 40_000),
+        _ => HangUp::AfterWaiting((n as u64 * 7_919) % 15_000),
     };
     let mut stream = TcpStream::connect(addr).await.ok()?;
     // A reset, not a polite end: nothing waits in TIME_WAIT, and the server learns of it at once.
@@ -55,13 +60,23 @@ async fn client(addr: SocketAddr, n: usize) -> Option<Value> {
         HangUp::AfterWaiting(micros) => {
             stream.write_all(&request).await.ok()?;
             // What arrives before the client loses its patience is an acknowledgement.
-            let answer = tokio::time::timeout(Duration::from_micros(micros), read(&mut stream)).await.ok()?;
-            acknowledged(&answer?)
+            tokio::select! {
+                answer = read(&mut stream) => acknowledged(&answer?),
+                () = patience(Duration::from_micros(micros)) => None,
+            }
         }
         HangUp::Never => {
             stream.write_all(&request).await.ok()?;
             acknowledged(&read(&mut stream).await?)
         }
+    }
+}
+
+/// As exact as the scheduler: the runtime's timers count whole milliseconds.
+async fn patience(length: Duration) {
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < length {
+        tokio::task::yield_now().await;
     }
 }
 
@@ -76,16 +91,54 @@ fn acknowledged(answer: &str) -> Option<Value> {
     head.starts_with("HTTP/1.1 202").then(|| serde_json::from_str(body).expect("a 202 has an order"))
 }
 
+/// Writes one row after the other on the pool's connections while the storm lasts. On a connection that somebody left
+/// inside a transaction, a write is acknowledged, is not the first statement of its transaction, and may be lost.
+async fn probe(pool: PgPool, from: i64, storm: CancellationToken) -> (Vec<i64>, usize) {
+    let (mut written, mut inside) = (Vec::new(), 0);
+    for n in (from..).step_by(PROBES) {
+        if storm.is_cancelled() {
+            break;
+        }
+        // As one message of the simple protocol, so that a transaction of its own begins with the statement.
+        let write = format!("insert into probe values ({n}) returning transaction_timestamp() < statement_timestamp()");
+        // The pool may be too busy for a while.
+        if let Ok(row) = sqlx::raw_sql(AssertSqlSafe(write)).fetch_one(&pool).await {
+            written.push(n);
+            inside += usize::from(row.get::<bool, _>(0));
+        }
+    }
+    (written, inside)
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ten_thousand_clients_that_hang_up_lose_no_order_and_poison_no_connection() {
     let shop = Shop::open().await;
     let addr = shop.addr;
+    sqlx::query("create table probe (n bigint)").execute(&shop.db.pool).await.unwrap();
+    let storm = CancellationToken::new();
+    let probes: Vec<_> =
+        (0..PROBES).map(|n| tokio::spawn(probe(shop.db.pool.clone(), n as i64, storm.clone()))).collect();
     let acknowledged: BTreeMap<usize, Value> = stream::iter(0..REQUESTS)
         .map(|n| async move { client(addr, n).await.map(|order| (n, order)) })
         .buffer_unordered(CLIENTS)
         .filter_map(|acknowledged| async { acknowledged })
         .collect()
         .await;
+    storm.cancel();
+    let (mut written, mut inside) = (Vec::new(), 0);
+    for probe in probes {
+        let (rows, late) = probe.await.unwrap();
+        written.extend(rows);
+        inside += late;
+    }
+    assert_eq!(inside, 0, "of {} writes, so many were inside a transaction that somebody left", written.len());
+    let kept: i64 = sqlx::query_scalar("select count(*) from probe where n = any($1)")
+        .bind(&written)
+        .fetch_one(&shop.db.pool)
+        .await
+        .unwrap();
+    assert_eq!(kept, written.len() as i64, "writes were acknowledged and are lost");
+    assert!(written.len() > 100, "the storm left no room for probes: {}", written.len());
     // One in ten stays for its answer; on a busy machine some of those hear that the pool is.
     assert!(acknowledged.len() >= REQUESTS / 20, "only {} were acknowledged", acknowledged.len());
 

@@ -23,11 +23,12 @@ use axum::Router;
 use saga_core::service::Health;
 use utoipa::{OpenApi as _, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
+use utoipa_swagger_ui::SwaggerUi;
 
 /// The routes.
 pub fn routes(relay: &Relay) -> Router {
     let (router, document) = documented().with_state(relay.clone()).split_for_parts();
-    router.route("/openapi.json", axum::routing::get(move || async move { axum::Json(document) }))
+    router.merge(SwaggerUi::new("/docs").url("/openapi.json", document))
 }
 
 /// Their description.

@@ -53,29 +53,35 @@ pub fn api(pool: PgPool, behaviour: Behaviour) -> Api {
     Api::new(router.merge(SwaggerUi::new("/docs").url("/openapi.json", document)))
 }
 
-/// Runs the simulator until it is asked to stop.
+/// Runs the simulator until it is asked to stop. The admin listener answers from the first moment, red until the database
+/// is there.
 pub async fn run(settings: SimSettings) -> anyhow::Result<()> {
     let telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
     let token = service::shutdown::token();
-    migrate::migrate(&settings.database, &[migrations::gateway()]).await?;
-    let pool = database::connect(&settings.database, IDENTITY.name).await?;
     let health = Health::new(&token);
+    health.check("startup", || async { Err("waiting for the database".to_owned()) });
+    let admin = TcpListener::bind(settings.admin.addr).await?;
+    let routes = service::admin_router(health.clone(), telemetry.metrics(), settings.admin.auth.clone(), Router::new());
+    let tasks = vec![
+        service::task("admin", service::serve(admin, routes, token.clone())),
+        service::task("health", watch(health.clone(), token.clone())),
+        service::task("gateway", open(settings, health, token.clone())),
+    ];
+    Ok(service::run_all(&token, tasks).await?)
+}
+
+async fn open(settings: SimSettings, health: Health, token: CancellationToken) -> anyhow::Result<()> {
+    let prepared = async {
+        migrate::migrate(&settings.database, &[migrations::gateway()]).await?;
+        anyhow::Ok(database::connect(&settings.database, IDENTITY.name).await?)
+    };
+    let Some(pool) = token.run_until_cancelled(prepared).await else { return Ok(()) };
+    let pool = pool?;
     health.database(&pool);
     let http = TcpListener::bind(settings.http_addr).await?;
-    let admin = TcpListener::bind(settings.admin.addr).await?;
-    tracing::info!(http = %http.local_addr()?, admin = %admin.local_addr()?, behaviour = ?settings.behaviour,
-        "the gateway simulator is open");
-    let admin_router =
-        service::admin_router(health.clone(), telemetry.metrics(), settings.admin.auth.clone(), Router::new());
-    service::run_all(
-        &token,
-        vec![
-            service::task("http", service::serve(http, api(pool, settings.behaviour), token.clone())),
-            service::task("admin", service::serve(admin, admin_router, token.clone())),
-            service::task("health", watch(health, token.clone())),
-        ],
-    )
-    .await?;
+    health.check("startup", || async { Ok(()) });
+    tracing::info!(http = %http.local_addr()?, behaviour = ?settings.behaviour, "the gateway simulator is open");
+    service::serve(http, api(pool, settings.behaviour), token).await?;
     Ok(())
 }
 

@@ -11,7 +11,11 @@ use uuid::Uuid;
 async fn open(world: &World) -> impl AsyncFn(&str) -> (u16, Value) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
-    tokio::spawn(service::serve(listener, api::api(world.database.pool.clone()), CancellationToken::new()));
+    tokio::spawn(service::serve(
+        listener,
+        saga_core::http::Api::new(api::router(world.database.pool.clone())),
+        CancellationToken::new(),
+    ));
     async move |path: &str| {
         let response = reqwest::get(format!("{base}{path}")).await.unwrap();
         (response.status().as_u16(), response.json().await.unwrap_or_default())

@@ -263,6 +263,8 @@ impl Intents {
             self.wake_undo(&mut tx, claim, fence).await?;
         }
         store::write_fences(&mut tx, &fences).await?;
+        tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
+            "given up for now, in doubt: the orchestrator is told that it failed, and asks again");
         let (outcome, payload) = batch::reply_of(&Settled::Failed(reason.to_owned()));
         self.reply(&mut tx, claim, outcome, payload).await?;
         tx.commit().await?;
@@ -274,7 +276,8 @@ impl Intents {
 
     async fn back_off(&self, claim: &Claimed, reason: &str) -> Result<(), Unsettled> {
         let delay = self.config.delay(claim.attempts);
-        tracing::info!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
+        // In an outage that is every command, again and again: whoever knows of the outage has told it once.
+        tracing::debug!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
             attempts = claim.attempts, reason, ?delay, "no certain answer yet");
         queue::release(&self.pool, claim.intent.cx.saga.command, claim.owner, delay, reason).await?;
         Ok(())
