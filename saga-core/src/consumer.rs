@@ -137,7 +137,7 @@ impl Message {
             message_id = %envelope.id,
             kind = envelope.kind,
             subject = envelope.subject,
-            saga_id = saga.map(|saga| tracing::field::display(saga.saga)),
+            saga = saga.map(|saga| tracing::field::display(saga.saga)),
             saga_step = saga.map(|saga| saga.step.as_str()),
             correlation_id = envelope.correlation_id(),
             topic = self.at.topic,

@@ -145,7 +145,7 @@ pub(super) async fn append_in(
             partition = letter.at.partition,
             offset = letter.at.offset,
             message_id = letter.headers.get(header::ID),
-            saga_id = letter.headers.get(header::SAGA_ID),
+            saga = letter.headers.get(header::SAGA_ID),
             class = letter.class,
             reason = letter.reason,
             attempts = letter.attempts,

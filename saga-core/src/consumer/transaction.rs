@@ -106,7 +106,7 @@ impl<H: Handler> Desk<H> {
                 partition = self.partition,
                 offset = message.at.offset,
                 message_id = %message.envelope.id,
-                saga_id = message.envelope.saga.as_ref().map(|saga| tracing::field::display(saga.saga)),
+                saga = message.envelope.saga.as_ref().map(|saga| tracing::field::display(saga.saga)),
                 class = %fault.class,
                 reason = fault.reason,
                 attempts,
