@@ -8,6 +8,7 @@ use crate::{
     parking::{self, Park},
     pause::{self, LeftBehind},
     position::Position,
+    reader::CaughtUp,
 };
 use sqlx::{PgConnection, PgPool};
 use std::sync::Arc;
@@ -24,7 +25,7 @@ pub(crate) enum Progress {
     /// A topic is left behind from here on.
     LeftBehind(LeftBehind),
     /// A topic has caught up with the others.
-    CaughtUp(Arc<str>),
+    CaughtUp(CaughtUp),
     /// Something passed that leaves no trace here.
     Nothing,
     /// Tell when everything before this is recorded.
@@ -129,7 +130,7 @@ impl Recorder {
                 }
             }
             Progress::LeftBehind(left) => pause::leave_in(tx, &self.outbox, left).await?,
-            Progress::CaughtUp(topic) => pause::end_in(tx, &self.outbox, topic).await?,
+            Progress::CaughtUp(caught_up) => pause::end_in(tx, &self.outbox, caught_up).await?,
             Progress::Flush(_) | Progress::Nothing => {}
         }
         Ok(())

@@ -10,7 +10,10 @@ use crate::{
 use sqlx::{PgConnection, PgPool};
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use time::OffsetDateTime;
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{Mutex, watch},
+    time::Instant,
+};
 use tracing::{debug, info, warn};
 
 /// How long an operator waits at most for something to happen.
@@ -41,13 +44,36 @@ pub(crate) async fn look(db: &mut PgConnection, outbox: &str) -> Result<Control,
     Ok(Control { whole, paused, retry: parking::requested(db, outbox).await? })
 }
 
-/// Keeps `wanted` up to date until an error.
-pub(crate) async fn run(
-    db: PgPool,
+/// What is wanted, told to whoever obeys.
+pub(crate) struct Wanted {
     outbox: String,
-    topics: Topics,
-    wanted: watch::Sender<Arc<Control>>,
-) -> Result<(), ReadError> {
+    control: Mutex<watch::Sender<Arc<Control>>>,
+}
+
+impl Wanted {
+    pub(crate) fn new(outbox: &str, first: Control) -> (Self, watch::Receiver<Arc<Control>>) {
+        let (control, told) = watch::channel(Arc::new(first));
+        (Self { outbox: outbox.to_owned(), control: Mutex::new(control) }, told)
+    }
+
+    /// Looks, and tells what is new. One at a time: what was looked up earlier must not be told later.
+    pub(crate) async fn refresh(&self, db: &mut PgConnection) -> Result<Arc<Control>, ReadError> {
+        let told = self.control.lock().await;
+        let control = Arc::new(look(db, &self.outbox).await?);
+        told.send_if_modified(|current| {
+            let changed = **current != *control;
+            if changed {
+                *current = control.clone();
+            }
+            changed
+        });
+        Ok(control)
+    }
+}
+
+/// Keeps `wanted` up to date until an error.
+pub(crate) async fn run(db: PgPool, topics: Topics, wanted: Arc<Wanted>) -> Result<(), ReadError> {
+    let outbox = &wanted.outbox;
     let mut asked: HashMap<String, Instant> = HashMap::new();
     let mut upkeep = Instant::from_std(saga_core::clock::monotonic());
     loop {
@@ -56,9 +82,9 @@ pub(crate) async fn run(
             let mut db = db.acquire().await?;
             if now >= upkeep {
                 upkeep = now + UPKEEP;
-                add_partition(&mut db, &outbox).await;
+                add_partition(&mut db, outbox).await;
             }
-            look(&mut db, &outbox).await?
+            wanted.refresh(&mut db).await?
         };
         asked.retain(|topic, _| control.paused.contains_key(topic));
         for paused in control.paused.values().filter(|paused| !paused.resuming) {
@@ -80,19 +106,12 @@ pub(crate) async fn run(
                         topic = paused.topic,
                         "the topic is there; its rows are published from where they were left"
                     );
-                    pause::resume(&mut *db.acquire().await?, &outbox, &paused.topic).await?;
+                    pause::resume(&mut *db.acquire().await?, outbox, &paused.topic).await?;
                 }
                 Ok(_) => {}
                 Err(error) => debug!(outbox, topic = paused.topic, %error, "asking about a paused topic"),
             }
         }
-        wanted.send_if_modified(|current| {
-            let changed = **current != control;
-            if changed {
-                *current = Arc::new(control);
-            }
-            changed
-        });
         tokio::time::sleep(LOOK).await;
     }
 }

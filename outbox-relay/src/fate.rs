@@ -7,7 +7,7 @@ use crate::{
     refusal::Refusal,
     row::Row,
     session::{Ended, Session},
-    topics::TopicState,
+    topics::{self, TopicState},
 };
 use std::time::Duration;
 use tracing::warn;
@@ -36,6 +36,9 @@ impl Session {
         }
         let limit = match self.limits.get(topic) {
             Some(&limit) => limit,
+            None if !topics::is_legal(topic) => {
+                return Ok(self.park(row, format!("{topic:?} is not a legal topic name")));
+            }
             None => match self.look(topic).await? {
                 Ok(limit) => limit,
                 Err((cause, reason)) => return self.leave(page, row, before, cause, reason).await,
@@ -101,7 +104,8 @@ impl Session {
             match asked {
                 Ok(TopicState::Ready { max_message_bytes }) => {
                     self.limits.insert(topic.to_owned(), max_message_bytes);
-                    if max_message_bytes < self.publisher.batch_bytes {
+                    // A batch of one byte is a batch of one record: there is none that is smaller.
+                    if max_message_bytes < self.publisher.batch_bytes && self.publisher.batch_bytes > 1 {
                         self.settle().await?;
                         return Err(Ended::SmallerBatches(max_message_bytes));
                     }

@@ -88,7 +88,8 @@ impl Outbox {
             ("enable_seqscan", "off"),
             ("enable_bitmapscan", "off"),
             ("jit", "off"),
-            ("idle_in_transaction_session_timeout", "10s"),
+            // An owner that is stopped inside a transaction holds the lease's row: no longer than the lease.
+            ("idle_in_transaction_session_timeout", &(settings.lease.as_millis() * 3 / 4).to_string()),
         ]);
         Ok(Self {
             name: outbox.name.clone(),

@@ -5,7 +5,7 @@
 use crate::{
     batch_log,
     commit::{CommitError, Recorder},
-    control::{self, Control},
+    control::{self, Control, Wanted},
     in_flight::InFlight,
     lease::{Lease, LeaseError},
     metric,
@@ -98,16 +98,12 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
         return Ok(());
     }
     let first = control::look(&mut *outbox.db.acquire().await?, &outbox.name).await?;
-    let (wanted, control) = watch::channel(Arc::new(first));
-    let looking = control::run(outbox.db.clone(), outbox.name.clone(), outbox.topics.clone(), wanted);
-    let _looking = AbortOnDropHandle::new(tokio::spawn({
-        let outbox = outbox.name.clone();
-        async move {
-            if let Err(error) = looking.await {
-                warn!(outbox, %error, "looking up what operators want");
-            }
-        }
-    }));
+    let (wanted, control) = Wanted::new(&outbox.name, first);
+    let wanted = Arc::new(wanted);
+    // When the looking ends, so does the channel.
+    let weak = Arc::downgrade(&wanted);
+    let looking = control::run(outbox.db.clone(), outbox.topics.clone(), wanted);
+    let looking = AbortOnDropHandle::new(tokio::spawn(looking));
     let _gauges = AbortOnDropHandle::new(tokio::spawn(gauges(outbox.db.clone(), outbox.name.clone())));
     let mut memory = Memory::default();
     let mut limit = usize::MAX;
@@ -115,7 +111,13 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     loop {
         let publisher =
             Publisher::new(&outbox.name, &outbox.brokers, &outbox.compression, limit, outbox.status.brokers.clone())?;
-        let (ended, left) = session(outbox, lease, stop, system_identifier, publisher, memory, control.clone()).await?;
+        let now = match weak.upgrade() {
+            // What was told last may be older than what the session before recorded.
+            Some(wanted) => wanted.refresh(&mut *outbox.db.acquire().await?).await?,
+            None => control.borrow().clone(),
+        };
+        let control = (now, control.clone());
+        let (ended, left) = session(outbox, lease, stop, system_identifier, publisher, memory, control).await?;
         memory = left;
         match ended {
             Ended::Stopped => return Ok(()),
@@ -131,7 +133,11 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
             Ended::Commit(error) => return Err(error.into()),
             Ended::Read(error) => return Err(error.into()),
             Ended::Database(error) => return Err(error.into()),
-            Ended::Control | Ended::Reader => return Err(OwnerError::Session(ended.to_string())),
+            Ended::Control => {
+                looking.await.unwrap_or(Ok(()))?;
+                return Err(OwnerError::Session(ended.to_string()));
+            }
+            Ended::Reader => return Err(OwnerError::Session(ended.to_string())),
         }
     }
 }
@@ -210,14 +216,12 @@ async fn session(
     system_identifier: i64,
     publisher: Publisher,
     memory: Memory,
-    mut control: watch::Receiver<Arc<Control>>,
+    (now, mut control): (Arc<Control>, watch::Receiver<Arc<Control>>),
 ) -> Result<(Ended, Memory), OwnerError> {
     let mut db = outbox.db.acquire().await?;
     let last = batch_log::last(&mut db, &outbox.name).await?;
     let (n, at) = last.map_or((0, Position::initial()), |last| (last.n, last.position));
     let blocked = Blocked::load(&mut db, &outbox.name).await?;
-    // What the watcher knows may be older than what the session before recorded.
-    let now = control::look(&mut db, &outbox.name).await?;
     let paused = now.paused.iter().filter(|(_, p)| p.position.is_some()).map(|(topic, _)| topic.clone()).collect();
     let reader_control = control.clone();
     control.mark_changed();

@@ -4,7 +4,10 @@
 //! that moves the outbox's position past its rows. When it resumes, a lane reads the topic's rows from there until it
 //! has caught up; meanwhile the main flow still passes over them. Nothing is parked for a pause.
 
-use crate::position::{Position, ReadError};
+use crate::{
+    position::{Position, ReadError},
+    reader::CaughtUp,
+};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
@@ -118,7 +121,7 @@ pub(crate) async fn stall(
     sqlx::query(
         "update outbox_pause
             set resume_requested_at = null, cause = $3, reason = $4, paused_at = clock_timestamp()
-          where outbox = $1 and topic = $2",
+          where outbox = $1 and topic = $2 and resume_requested_at is not null",
     )
     .bind(outbox)
     .bind(topic)
@@ -152,11 +155,13 @@ pub(crate) async fn advance_in(
 }
 
 /// The topic has caught up and is paused no more.
-pub(crate) async fn end_in(tx: &mut PgConnection, outbox: &str, topic: &str) -> Result<(), sqlx::Error> {
-    // Not if an operator paused it again in the meantime.
-    sqlx::query("delete from outbox_pause where outbox = $1 and topic = $2 and resume_requested_at is not null")
+pub(crate) async fn end_in(tx: &mut PgConnection, outbox: &str, caught_up: &CaughtUp) -> Result<(), sqlx::Error> {
+    // Not if an operator paused it again in the meantime, whether or not he resumed that as well: the rows that were
+    // passed over for that pause are found from its position alone.
+    sqlx::query("delete from outbox_pause where outbox = $1 and topic = $2 and paused_at = $3")
         .bind(outbox)
-        .bind(topic)
+        .bind(&*caught_up.topic)
+        .bind(caught_up.paused_at)
         .execute(tx)
         .await?;
     Ok(())

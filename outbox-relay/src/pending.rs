@@ -1,7 +1,10 @@
 //! What is not published yet: how many rows, and since when.
 
 use crate::position::{Position, ReadError};
-use crate::{pause, snapshot::texts};
+use crate::{
+    pause,
+    snapshot::{Span, texts},
+};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
@@ -26,9 +29,9 @@ pub(crate) async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> 
     for topic in pause::load(db, outbox).await? {
         paused += 1;
         if let Some(left) = &topic.position {
-            let (rows, oldest) = left_behind(db, &topic.topic, left, at).await?;
+            let (rows, oldest, looked_at) = left_behind(db, &topic.topic, left, at).await?;
             pending.rows += rows;
-            pending.exact &= rows < COUNTED;
+            pending.exact &= looked_at < COUNTED;
             pending.oldest = [pending.oldest, oldest].into_iter().flatten().min();
         }
     }
@@ -39,17 +42,25 @@ pub(crate) async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> 
     Ok(Pending { parked, paused, ..pending })
 }
 
-/// Rows behind the position: the rest of its window, and what its target does not see.
+/// Rows behind the position: the rest of its window, and what its target does not see. Found by transaction, as the
+/// window itself is: after a straggler the position's id may lie far below rows that were published long ago.
 async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending, ReadError> {
+    let span = Span::between(&at.base, &at.target);
     let (rows, oldest, last_id): (i64, Option<OffsetDateTime>, Option<i64>) = sqlx::query_as(
         "select count(*), min(created_at),
                 pg_sequence_last_value(pg_get_serial_sequence('outbox', 'id')::regclass)
            from ((select created_at
                     from outbox
-                   where id > $3 and $1 <> $2
-                     and pg_visible_in_snapshot(xid, (select $2::text::pg_snapshot))
-                     and not pg_visible_in_snapshot(xid, (select $1::text::pg_snapshot))
-                   order by id
+                   where xid >= $1::text::xid8 and xid < $4::text::xid8 and xid <> all ($2::text[]::xid8[]) and id > $3
+                   order by xid, id
+                   limit $6)
+                 union all
+                 (select found.created_at
+                    from unnest($7::text[]::xid8[]) as straggler (xid)
+                   cross join lateral (select created_at
+                                         from outbox
+                                        where outbox.xid = straggler.xid and id > $3
+                                        limit $6) as found
                    limit $6)
                  union all
                  (select created_at
@@ -67,12 +78,13 @@ async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending
                    where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
                    limit $6)) as pending",
     )
-    .bind(at.base.to_string())
-    .bind(at.target.to_string())
+    .bind(span.from.to_string())
+    .bind(texts(&span.running))
     .bind(at.after)
-    .bind(at.target.xmax().to_string())
+    .bind(span.to.to_string())
     .bind(texts(at.target.running()))
     .bind(COUNTED)
+    .bind(texts(&span.stragglers))
     .fetch_one(db)
     .await?;
     let exact = rows < COUNTED;
@@ -80,16 +92,22 @@ async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending
     Ok(Pending { rows, exact, oldest, parked: 0, paused: 0 })
 }
 
-/// Rows of a paused topic that the position has passed and the topic has not.
+/// Rows of a paused topic that the position has passed and the topic has not, and among how many rows of all topics they
+/// were looked for.
 async fn left_behind(
     db: &mut PgConnection,
     topic: &str,
     left: &Position,
     at: &Position,
-) -> Result<(i64, Option<OffsetDateTime>), ReadError> {
+) -> Result<(i64, Option<OffsetDateTime>, i64), ReadError> {
     let found = sqlx::query_as(
-        "select count(*), min(created_at)
-           from (select id, xid, topic, created_at
+        "select count(*) filter (where missed), min(created_at) filter (where missed), count(*)
+           from (select created_at,
+                        topic = $1
+                        and (pg_visible_in_snapshot(xid, $5::text::pg_snapshot)
+                             or pg_visible_in_snapshot(xid, $6::text::pg_snapshot) and id <= $7)
+                        and not (pg_visible_in_snapshot(xid, $2::text::pg_snapshot)
+                                 or pg_visible_in_snapshot(xid, $3::text::pg_snapshot) and id <= $4) as missed
                    from ((select id, xid, topic, created_at
                             from outbox
                            where xid >= $8::text::xid8
@@ -102,12 +120,7 @@ async fn left_behind(
                                                  from outbox
                                                 where outbox.xid = straggler.xid
                                                 limit $10) as found
-                           limit $10)) as candidate
-                  where topic = $1) as row
-          where (pg_visible_in_snapshot(xid, $5::text::pg_snapshot)
-                 or pg_visible_in_snapshot(xid, $6::text::pg_snapshot) and id <= $7)
-            and not (pg_visible_in_snapshot(xid, $2::text::pg_snapshot)
-                     or pg_visible_in_snapshot(xid, $3::text::pg_snapshot) and id <= $4)",
+                           limit $10)) as candidate) as row",
     )
     .bind(topic)
     .bind(left.base.to_string())

@@ -4,7 +4,10 @@
 //! overtake it. With the gap-free guarantee it makes the producer fatal instead; then it is dropped and rebuilt. Nobody
 //! waits for its remaining reports: some never come.
 
-use crate::tracker::{Ticket, Tracker};
+use crate::{
+    topics::Topics,
+    tracker::{Ticket, Tracker},
+};
 use rdkafka::{
     ClientConfig, ClientContext,
     error::{KafkaError, RDKafkaErrorCode},
@@ -26,6 +29,8 @@ const BATCH_BYTES: usize = 1_000_000;
 #[derive(Debug, Default)]
 pub(crate) struct Brokers {
     away: AtomicBool,
+    /// Somebody is asking.
+    asking: AtomicBool,
 }
 
 impl Brokers {
@@ -100,6 +105,7 @@ pub(crate) enum Offered {
 pub(crate) struct Publisher {
     producer: Option<ThreadedProducer<Reports>>,
     pub(crate) tracker: Arc<Tracker>,
+    brokers: Arc<Brokers>,
     /// Batches are no larger than this.
     pub(crate) batch_bytes: usize,
 }
@@ -114,7 +120,7 @@ impl Publisher {
         state: Arc<Brokers>,
     ) -> Result<Self, KafkaError> {
         let tracker = Arc::new(Tracker::default());
-        let context = Reports { outbox: outbox.to_owned(), tracker: tracker.clone(), brokers: state };
+        let context = Reports { outbox: outbox.to_owned(), tracker: tracker.clone(), brokers: state.clone() };
         let batch_bytes = BATCH_BYTES.min(limit.saturating_sub(crate::record::BATCH_HEADER)).max(1);
         let producer = ClientConfig::new()
             .set("bootstrap.servers", brokers)
@@ -137,7 +143,7 @@ impl Publisher {
             .set("allow.auto.create.topics", "false")
             .set("topic.metadata.propagation.max.ms", "10000")
             .create_with_context(context)?;
-        Ok(Self { producer: Some(producer), tracker, batch_bytes })
+        Ok(Self { producer: Some(producer), tracker, brokers: state, batch_bytes })
     }
 
     fn producer(&self) -> &ThreadedProducer<Reports> {
@@ -156,6 +162,20 @@ impl Publisher {
             Some(RDKafkaErrorCode::QueueFull) => Offered::Full,
             code => Offered::Refused(code.unwrap_or(RDKafkaErrorCode::Unknown)),
         }
+    }
+
+    /// While nothing is sent, no report tells that the brokers are back: they are asked.
+    pub(crate) fn ask_for_brokers(&self, outbox: &str, topics: &Topics) {
+        if !self.brokers.are_away() || self.brokers.asking.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (brokers, outbox, topics) = (self.brokers.clone(), outbox.to_owned(), topics.clone());
+        tokio::spawn(async move {
+            if topics.reachable().await {
+                brokers.back(&outbox);
+            }
+            brokers.asking.store(false, Ordering::Relaxed);
+        });
     }
 
     /// Why the producer will never send again, if so.

@@ -20,7 +20,15 @@ pub(crate) enum Item {
     /// Rows to publish.
     Page(Page),
     /// The topic has caught up: from here on its rows are in the main flow again.
-    CaughtUp(Arc<str>),
+    CaughtUp(CaughtUp),
+}
+
+/// A pause that is over.
+#[derive(Debug, Clone)]
+pub(crate) struct CaughtUp {
+    pub(crate) topic: Arc<str>,
+    /// When it began: the topic may have been paused again since, which is another pause.
+    pub(crate) paused_at: OffsetDateTime,
 }
 
 /// Reads one outbox.
@@ -94,10 +102,10 @@ impl Reader {
             }
         }
         for topic in caught_up {
-            if let Some(lane) = self.lanes.remove(&topic) {
-                self.ended.insert(topic.clone(), lane.paused_at);
-            }
-            if self.items.send(Item::CaughtUp(topic.into())).await.is_err() {
+            let Some(Lane { paused_at, .. }) = self.lanes.remove(&topic) else { continue };
+            self.ended.insert(topic.clone(), paused_at);
+            let caught_up = CaughtUp { topic: topic.into(), paused_at };
+            if self.items.send(Item::CaughtUp(caught_up)).await.is_err() {
                 return Ok(Found::Closed);
             }
             found = Found::Something;

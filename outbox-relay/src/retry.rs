@@ -7,8 +7,10 @@ use crate::{
     commit::{CommitError, Progress},
     in_flight::Flight,
     parking::{self, Line},
+    pause::{self, Cause, LeftBehind},
     refusal::Refusal,
     session::{Ended, Session},
+    topics,
     tracker::Ticket,
 };
 use std::collections::HashMap;
@@ -33,12 +35,18 @@ impl Session {
     }
 
     async fn retry_line(&mut self, line: &Line, requested: OffsetDateTime) -> Result<(), Ended> {
+        if !topics::is_legal(&line.topic) {
+            warn!(
+                outbox = self.outbox,
+                topic = line.topic,
+                "no topic can have this name; the rows can only be discarded"
+            );
+            parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, None).await?;
+            return Ok(());
+        }
         let limit = match self.look(&line.topic).await? {
             Ok(limit) => limit,
-            Err((_, reason)) => {
-                warn!(outbox = self.outbox, topic = line.topic, reason, "parked rows cannot be tried again yet");
-                return Ok(());
-            }
+            Err((cause, reason)) => return self.put_off(line, cause, reason).await,
         };
         while let Some(outcome) = self.retry_row(line, limit, requested).await? {
             if let Err((id, reason)) = outcome {
@@ -51,6 +59,16 @@ impl Session {
         parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, None).await?;
         self.blocked.free(line);
         info!(outbox = self.outbox, topic = line.topic, "no row of the line is parked any more");
+        Ok(())
+    }
+
+    /// The topic takes nothing now: it is paused, so that somebody asks when it does. Then its lines are tried again.
+    async fn put_off(&mut self, line: &Line, cause: Cause, reason: String) -> Result<(), Ended> {
+        warn!(outbox = self.outbox, topic = line.topic, reason, "parked rows cannot be tried again yet");
+        self.paused.insert(line.topic.clone());
+        let left = LeftBehind { topic: line.topic.clone(), cause, reason, position: self.at.clone() };
+        // At once: everything before is recorded, and the session may be about to end.
+        pause::leave_in(&mut *self.db.acquire().await?, &self.outbox, &left).await?;
         Ok(())
     }
 
@@ -87,6 +105,11 @@ impl Session {
                 let reason = format!("Kafka refused it: {code}");
                 let failed = Some((row.id(), reason.as_str()));
                 parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, failed).await?;
+                return Err(Ended::Refused { id: None, code, alone: false });
+            }
+            Err(Ended::Refused { code, .. }) if let Refusal::Topic(cause) = Refusal::of(code) => {
+                tx.rollback().await?;
+                self.put_off(line, cause, format!("Kafka says: {code}")).await?;
                 return Err(Ended::Refused { id: None, code, alone: false });
             }
             Err(ended) => return Err(ended),

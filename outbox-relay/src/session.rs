@@ -21,7 +21,7 @@ use crate::{
     pause::{Cause, LeftBehind},
     position::{Page, Position, ReadError},
     producer::{Offered, Publisher},
-    reader::Item,
+    reader::{CaughtUp, Item},
     record::RecordBuilder,
     refusal::Refusal,
     row::Row,
@@ -152,14 +152,7 @@ impl Session {
             () = self.progress.closed() => Err(CommitError::Fenced.into()),
             item = items.recv(), if room => match item {
                 Some(Item::Page(page)) => self.send(page).await,
-                Some(Item::CaughtUp(topic)) => {
-                    self.paused.remove(&*topic);
-                    if let Some(paused) = self.control.borrow().paused.get(&*topic) {
-                        self.resumed.insert(topic.to_string(), paused.paused_at);
-                    }
-                    info!(outbox = self.outbox, topic = &*topic, "the topic has caught up");
-                    self.mark(Progress::CaughtUp(topic)).await
-                }
+                Some(Item::CaughtUp(caught_up)) => self.catch_up(caught_up).await,
                 None => Err(Ended::Reader),
             },
         }
@@ -182,6 +175,7 @@ impl Session {
 
     /// A producer that is fatal sends nothing any more, and may never report what it holds.
     fn look_at_producer(&self) -> Result<(), Ended> {
+        self.publisher.ask_for_brokers(&self.outbox, &self.topics);
         let Some(reason) = self.publisher.fatal() else { return Ok(()) };
         warn!(outbox = self.outbox, reason, "the producer gave up");
         Err(Ended::Refused { id: None, code: RDKafkaErrorCode::Fatal, alone: false })
@@ -214,6 +208,19 @@ impl Session {
             self.retry(&control.retry).await?;
         }
         Ok(())
+    }
+
+    /// A topic goes on in the main flow, unless it has been paused again: then it stays where its lane stopped.
+    async fn catch_up(&mut self, caught_up: CaughtUp) -> Result<(), Ended> {
+        let CaughtUp { topic, paused_at } = &caught_up;
+        let paused = self.control.borrow().paused.get(&**topic).map(|paused| paused.paused_at);
+        if paused.is_some_and(|again| again != *paused_at) {
+            return Ok(());
+        }
+        self.paused.remove(&**topic);
+        self.resumed.insert(topic.to_string(), *paused_at);
+        info!(outbox = self.outbox, topic = &**topic, "the topic has caught up");
+        self.mark(Progress::CaughtUp(caught_up)).await
     }
 
     async fn send(&mut self, page: Page) -> Result<(), Ended> {
@@ -308,7 +315,9 @@ impl Session {
 
     /// Waits until everything sent so far is acknowledged.
     pub(crate) async fn settle(&mut self) -> Result<(), Ended> {
-        self.wait_until(|session| session.publisher.tracker.sent() == 0).await
+        self.wait_until(|session| session.publisher.tracker.sent() == 0).await?;
+        // The last of it may have been acknowledged since completed pages were looked for.
+        self.complete().await
     }
 
     async fn wait_until(&mut self, done: impl Fn(&Self) -> bool) -> Result<(), Ended> {

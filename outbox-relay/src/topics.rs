@@ -28,6 +28,13 @@ pub(crate) enum TopicState {
     Forbidden(String),
 }
 
+/// Whether a topic of this name can exist. A row for another name will be refused for ever; `*` would, as the name of a
+/// pause, even stop everything.
+pub(crate) fn is_legal(name: &str) -> bool {
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    (1..=249).contains(&name.len()) && name.chars().all(legal) && !matches!(name, "." | "..")
+}
+
 /// Logs nothing by itself: who asks says what it means.
 struct Quiet;
 

@@ -3,18 +3,19 @@
 mod common;
 
 use common::{PATIENCE, Running, World, append};
-use outbox_relay::Settings;
+use outbox_relay::{Relay, Settings, admin};
 use rdkafka::{
     ClientConfig, Message as _,
     consumer::{BaseConsumer, Consumer as _},
     mocking::MockCluster,
     types::{RDKafkaApiKey, RDKafkaRespErr},
 };
-use saga_core::testkit::eventually;
+use saga_core::{service::Health, testkit::eventually};
 use std::{
     collections::{HashMap, HashSet},
     time::{Duration, Instant},
 };
+use tokio_util::sync::CancellationToken;
 
 const ROWS: i64 = 300;
 
@@ -88,4 +89,27 @@ async fn a_producer_that_gives_up_is_rebuilt_and_nothing_is_lost_or_inverted() {
         RD_KAFKA_RESP_ERR_INVALID_REQUIRED_ACKS,
     ])
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_with_nothing_to_send_is_ready_again_when_the_brokers_are_back() {
+    let cluster = MockCluster::new(1).unwrap();
+    let world = World::new().await;
+    cluster.create_topic("orders.events", 1, 1).unwrap();
+    let relay = Relay::new(&Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() }).unwrap();
+    let stop = CancellationToken::new();
+    let health = Health::new(&stop);
+    admin::check_health(&health, &relay);
+    let running = tokio::spawn({
+        let stop = stop.clone();
+        async move { relay.run(stop).await }
+    });
+    append(world.db(), "orders.events", "k", "0").await;
+    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_batch").await > 0).then_some(()) }).await;
+    cluster.broker_down(1).unwrap();
+    eventually(PATIENCE, || async { (!health.readiness().await.ready).then_some(()) }).await;
+    cluster.broker_up(1).unwrap();
+    eventually(PATIENCE, || async { health.readiness().await.ready.then_some(()) }).await;
+    stop.cancel();
+    running.await.unwrap();
 }

@@ -240,3 +240,47 @@ async fn an_operator_pauses_and_resumes_everything() {
     let (status, _) = call(&world, "GET", "/v1/outboxes/unknown/events", None).await;
     assert_eq!(status, 404);
 }
+
+#[tokio::test]
+async fn a_row_whose_topic_has_no_legal_name_is_parked_and_stops_nothing() {
+    let world = World::new().await;
+    let _relay = world.relay();
+    // `*` is what a pause of everything is called.
+    for topic in ["*", "two words", ".."] {
+        append(world.db(), topic, "k", "lost").await;
+        world.append("k", topic).await;
+    }
+    assert_eq!(payloads(&world.published(3).await, "k"), ["*", "two words", ".."]);
+    parked(&world, 3).await;
+    assert_eq!(world.count("select count(*) from outbox_pause").await, 0);
+    let again = json!({ "reason": "try" });
+    call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
+    eventually(PATIENCE, || async {
+        let asked = world.count("select count(*) from outbox_parked where retry_requested_at is not null");
+        (asked.await == 0).then_some(())
+    })
+    .await;
+    parked(&world, 3).await;
+}
+
+#[tokio::test]
+async fn a_line_that_is_tried_while_its_topic_is_missing_is_tried_again_when_it_appears() {
+    let world = World::new().await;
+    let topic = limited_topic("3000").await;
+    let _relay = world.relay();
+    append(world.db(), &topic, "k", &"x".repeat(5_000)).await;
+    append(world.db(), &topic, "k", "behind").await;
+    parked(&world, 2).await;
+    kafka().delete_topics(&[&topic], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
+    let again = json!({ "reason": "try" });
+    call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
+    eventually(PATIENCE, || async {
+        (world.count("select count(*) from outbox_pause where cause = 'missing'").await == 1).then_some(())
+    })
+    .await;
+    world.append("k", "others flow").await;
+    world.published(1).await;
+    saga_core::testkit::create_topic(&topic, 2).await;
+    parked(&world, 0).await;
+    assert_eq!(payloads(&published(&topic, 2).await, "k")[1], "behind");
+}
