@@ -167,7 +167,8 @@ impl Changes {
     /// The command's fence as it is by now.
     fn fence(&self, loaded: &HashMap<FenceKey, Fence>, command: &Incoming<'_>) -> Result<Fence, HandleError> {
         let fence = self.fences.get(&command.key).or_else(|| loaded.get(&command.key)).cloned();
-        let fence = fence.unwrap_or_else(Fence::new);
+        // To take it for a new one would be to forget what was done.
+        let fence = fence.ok_or_else(|| anyhow::anyhow!("the fence of step {:?} is not locked", command.key.step))?;
         match fence.command(command.cx.saga.op) {
             Some(known) if known != command.cx.saga.command => Err(HandleError::Poison(format!(
                 "command {} of step {:?} has the place of command {known}",

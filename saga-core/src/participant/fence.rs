@@ -72,7 +72,8 @@ pub(super) enum Move {
 }
 
 impl Fence {
-    pub(super) fn new() -> Self {
+    #[cfg(test)]
+    fn new() -> Self {
         Self { run: DoState::Absent, run_command: None, undo: UndoState::Absent, undo_command: None }
     }
 

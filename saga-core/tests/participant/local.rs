@@ -2,11 +2,13 @@
 
 use crate::support::{Add, Pay, Remove, World, message, words};
 use saga_core::{
-    consumer::HandleError,
+    consumer::{HandleError, Handler},
     envelope::{Op, Outcome::*},
     id::{CommandId, SagaId},
+    testkit::eventually,
 };
 use serde_json::json;
+use std::time::Duration;
 
 fn add(say: &[&str]) -> Add {
     Add { say: words(say) }
@@ -161,4 +163,38 @@ async fn a_large_batch_is_answered_whole_and_again() {
     world.deliver(&batch).await;
     let replies: i64 = sqlx::query_scalar("select count(*) from outbox").fetch_one(&world.database.pool).await.unwrap();
     assert_eq!(replies, 1_000);
+}
+
+#[tokio::test]
+async fn undos_that_wait_for_their_commands_transaction_see_what_it_did() {
+    let world = World::new().await;
+    let sagas: [SagaId; 5] = std::array::from_fn(|_| SagaId::new());
+    let dos = || sagas.map(|saga| message(saga, Op::Do, &add(&["later", "yes"])));
+    let undos = sagas.map(|saga| message(saga, Op::Undo, &Remove));
+    // The fences are there, so that what follows waits for rows that change under it, not for rows to appear.
+    world.deliver(&dos()).await;
+    let mut doing = world.database.pool.begin().await.unwrap();
+    sqlx::query("select from participant_fence for update").execute(&mut *doing).await.unwrap();
+    let undoing = async {
+        let mut tx = world.database.pool.begin().await.unwrap();
+        // The plan that there is when there are many fences: PostgreSQL 18 loses rows in it.
+        sqlx::raw_sql(
+            "set local enable_seqscan = off; set local enable_hashjoin = off; set local enable_mergejoin = off",
+        )
+        .execute(&mut *tx)
+        .await
+        .unwrap();
+        world.participant.handle(&mut tx, &undos).await.unwrap();
+        tx.commit().await.unwrap();
+    };
+    let done = async {
+        eventually(Duration::from_secs(10), || async { (world.waiting_for_locks().await > 0).then_some(()) }).await;
+        world.participant.handle(&mut doing, &dos()).await.unwrap();
+        doing.commit().await.unwrap();
+    };
+    tokio::join!(undoing, done);
+    for saga in sagas {
+        assert_eq!(world.outcomes(saga).await, [Failed, Succeeded, Succeeded]);
+        assert_eq!(world.effects(saga).await, 0, "undone, and there");
+    }
 }

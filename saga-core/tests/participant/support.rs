@@ -303,6 +303,16 @@ impl World {
             .unwrap()
     }
 
+    /// How many of this database's sessions wait for a lock of another one.
+    pub(crate) async fn waiting_for_locks(&self) -> i64 {
+        sqlx::query_scalar(
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'",
+        )
+        .fetch_one(&self.database.pool)
+        .await
+        .unwrap()
+    }
+
     pub(crate) async fn intents(&self) -> i64 {
         sqlx::query_scalar("select count(*) from participant_intent").fetch_one(&self.database.pool).await.unwrap()
     }
