@@ -25,7 +25,7 @@ const TIME: Duration = Duration::from_secs(5);
 pub struct Steps {
     /// One a transaction.
     pub singly: f64,
-    /// In sets of [`SET`].
+    /// In sets of `SET`.
     pub in_sets: f64,
 }
 
