@@ -28,7 +28,7 @@ use sqlx::PgPool;
 use std::{
     collections::{HashMap, HashSet},
     panic::AssertUnwindSafe,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{Arc, Weak, atomic::AtomicBool},
     time::Duration,
 };
 use tokio::{
@@ -64,6 +64,30 @@ struct Held {
     task: JoinHandle<()>,
 }
 
+/// Rebalances that wait for our answer. The library waits for it, also when it is closed: when the polling future is
+/// dropped in the middle (its task is aborted, its runtime ends), nobody polls any more, and closing would never end.
+struct Unanswered {
+    receiver: UnboundedReceiver<Rebalance>,
+    client: Weak<Client>,
+}
+
+impl Unanswered {
+    /// From now on nobody polls: what waits is answered, and what comes is answered at once.
+    fn close(&mut self) {
+        let Some(client) = self.client.upgrade() else { return };
+        client.context().close();
+        while let Ok(rebalance) = self.receiver.try_recv() {
+            client::answer(&*client, &rebalance);
+        }
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
 /// From the workers to the polling task.
 type Channel<T> = (UnboundedSender<T>, UnboundedReceiver<T>);
 
@@ -72,9 +96,10 @@ pub(super) struct Poll<H> {
     pool: PgPool,
     handler: Arc<H>,
     pulse: Arc<Pulse>,
+    /// Before the client: fields are dropped in their order.
+    rebalances: Unanswered,
     client: Arc<Client>,
     held: HashMap<String, HashMap<i32, Held>>,
-    rebalances: UnboundedReceiver<Rebalance>,
     drained: Channel<(String, i32)>,
     broken: Channel<ConsumerError>,
     last_error: Option<KafkaError>,
@@ -87,9 +112,10 @@ impl<H: Handler> Poll<H> {
         handler: Arc<H>,
         pulse: Arc<Pulse>,
     ) -> Result<Self, ConsumerError> {
-        let (sender, rebalances) = unbounded_channel();
+        let (sender, receiver) = unbounded_channel();
         let context = Context { rebalances: sender, pulse: Arc::clone(&pulse), closing: AtomicBool::new(false) };
         let client = Arc::new(client::connect(&config, context)?);
+        let rebalances = Unanswered { receiver, client: Arc::downgrade(&client) };
         let (drained, broken) = (unbounded_channel(), unbounded_channel());
         let held = HashMap::new();
         Ok(Self { config, pool, handler, pulse, client, held, rebalances, drained, broken, last_error: None })
@@ -100,10 +126,7 @@ impl<H: Handler> Poll<H> {
         let ended = self.poll_until(stop).await;
         let all = self.held.drain().flat_map(|(_, partitions)| partitions.into_values()).collect();
         finish(all, if ended.is_ok() { FINISH_MAX } else { Duration::ZERO }).await;
-        self.client.context().close();
-        while let Ok(rebalance) = self.rebalances.try_recv() {
-            client::answer(&*self.client, &rebalance);
-        }
+        self.rebalances.close();
         close(self.client).await;
         ended
     }
@@ -118,7 +141,7 @@ impl<H: Handler> Poll<H> {
                 biased;
                 () = stop.cancelled() => return Ok(()),
                 Some(error) = self.broken.1.recv() => return Err(error),
-                Some(rebalance) = self.rebalances.recv() => self.rebalance(&rebalance).await,
+                Some(rebalance) = self.rebalances.receiver.recv() => self.rebalance(&rebalance).await,
                 Some((topic, partition)) = self.drained.1.recv() => self.resume(&topic, partition),
                 Some(polled) = records.next() => {
                     self.dispatch(polled)?;
