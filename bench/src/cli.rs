@@ -86,4 +86,7 @@ pub struct ServerArgs {
     /// Use this Kafka instead of starting one
     #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", global = true)]
     pub kafka_brokers: Option<String>,
+    /// Start PostgreSQL with this setting
+    #[arg(long = "postgres", value_name = "NAME=VALUE", global = true)]
+    pub postgres: Vec<String>,
 }

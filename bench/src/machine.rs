@@ -16,10 +16,11 @@ use stack::{
 use std::{fs, thread};
 
 /// What the server is started with, beside `stack`'s settings. Durability is PostgreSQL's default: everything.
-const SETTINGS: [(&str, &str); 5] = [
+const SETTINGS: [(&str, &str); 6] = [
     ("shared_preload_libraries", "pg_stat_statements"),
     // Counts only when a run asks for it: counting costs a few percent.
     ("pg_stat_statements.track", "none"),
+    ("pg_stat_statements.track_planning", "on"),
     ("shared_buffers", "1GB"),
     ("max_wal_size", "8GB"),
     ("wal_buffers", "64MB"),
@@ -64,15 +65,16 @@ impl Machine {
         };
         let servers = Servers::start(config, progress).await?;
         let machine = Self { servers, cache: Cache::open()? };
-        machine.tune().await?;
+        machine.tune(&args.postgres).await?;
         Ok(machine)
     }
 
-    async fn tune(&self) -> anyhow::Result<()> {
+    async fn tune(&self, more: &[String]) -> anyhow::Result<()> {
         // A server that somebody named is left as it is.
         let Some(postgres) = &self.servers.postgres else { return Ok(()) };
         let mut admin = self.admin().await?;
-        for (setting, value) in SETTINGS {
+        let more = more.iter().filter_map(|setting| setting.split_once('='));
+        for (setting, value) in SETTINGS.into_iter().chain(more) {
             sqlx::query(AssertSqlSafe(format!("alter system set {setting} = '{value}'"))).execute(&mut admin).await?;
         }
         admin.close().await?;

@@ -190,7 +190,7 @@ fn sagas(f: &mut fmt::Formatter<'_>, sagas: &Sagas) -> fmt::Result {
     writeln!(f, "{beside}")?;
     if !sagas.statements.is_empty() {
         let ended = sagas.ended_while_counted.max(1) as f64;
-        let mut statements = table(&["PostgreSQL, by total time", "calls/saga", "us/call", "us/saga"]);
+        let mut statements = table(&["PostgreSQL, by total time", "calls/saga", "us/call", "us/saga", "+ planning"]);
         for statement in &sagas.statements {
             let calls = statement.calls.max(1) as f64;
             statements.add_row([
@@ -198,6 +198,7 @@ fn sagas(f: &mut fmt::Formatter<'_>, sagas: &Sagas) -> fmt::Result {
                 format!("{:.2}", statement.calls as f64 / ended),
                 format!("{:.0}", statement.total_ms * 1e3 / calls),
                 format!("{:.0}", statement.total_ms * 1e3 / ended),
+                format!("{:.0}", statement.planning_ms * 1e3 / ended),
             ]);
         }
         writeln!(f, "{statements}")?;

@@ -16,6 +16,8 @@ pub struct Statement {
     pub calls: i64,
     /// Milliseconds in all.
     pub total_ms: f64,
+    /// Milliseconds of planning besides.
+    pub planning_ms: f64,
 }
 
 /// Begins to count; false where the server does not.
@@ -32,10 +34,10 @@ pub async fn begin(machine: &Machine) -> anyhow::Result<bool> {
 pub async fn end(machine: &Machine) -> anyhow::Result<Vec<Statement>> {
     let mut admin = machine.admin().await?;
     let rows = sqlx::query(
-        "select left(regexp_replace(query, '\\s+', ' ', 'g'), 90), sum(calls)::bigint, sum(total_exec_time)
+        "select left(regexp_replace(query, '\\s+', ' ', 'g'), 90), sum(calls)::bigint, sum(total_exec_time), sum(total_plan_time)
            from pg_stat_statements
           group by 1
-          order by 3 desc
+          order by sum(total_exec_time + total_plan_time) desc
           limit $1",
     )
     .bind(TOLD)
@@ -43,7 +45,14 @@ pub async fn end(machine: &Machine) -> anyhow::Result<Vec<Statement>> {
     .await?;
     track(machine, "none").await?;
     rows.iter()
-        .map(|row| Ok(Statement { text: row.try_get(0)?, calls: row.try_get(1)?, total_ms: row.try_get(2)? }))
+        .map(|row| {
+            Ok(Statement {
+                text: row.try_get(0)?,
+                calls: row.try_get(1)?,
+                total_ms: row.try_get(2)?,
+                planning_ms: row.try_get(3)?,
+            })
+        })
         .collect()
 }
 
