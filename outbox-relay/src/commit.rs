@@ -11,12 +11,16 @@ use crate::{
     reader::CaughtUp,
 };
 use sqlx::{PgConnection, PgPool};
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
 /// Entries that one commit records at most.
 const ENTRIES: usize = 256;
+
+/// Between two commits. Nobody waits for them, and each is a sync of the disk that business transactions wait for too;
+/// what a crash in between costs is a few more repeats.
+const GATHER: Duration = Duration::from_millis(10);
 
 /// Something that is now true, and has to be recorded behind all that became true before it.
 pub(crate) enum Progress {
@@ -74,6 +78,7 @@ impl Recorder {
                     told.send(()).ok();
                 }
             }
+            tokio::time::sleep(GATHER).await;
         }
         Ok(())
     }

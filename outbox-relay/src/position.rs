@@ -19,12 +19,15 @@ use crate::{
     row::{Row, columns},
     snapshot::{Snapshot, Span, texts},
 };
-use sqlx::PgConnection;
+use sqlx::{PgConnection, Row as _};
 use std::{collections::VecDeque, sync::Arc};
 
 /// Rows that are read at once. Large enough that a round trip costs nothing per row, small enough that the first one
 /// is not kept waiting.
 pub(crate) const PAGE_ROWS: i64 = 5_000;
+
+/// The column behind those of a row.
+const SNAPSHOT: usize = 9;
 
 /// Payload bytes beyond the inline ones that a page may carry. One row may exceed it alone.
 const PAGE_LARGE_BYTES: usize = 8 << 20;
@@ -75,6 +78,8 @@ pub(crate) enum UpTo<'a> {
 enum Plan {
     /// Not known yet: try all of it at once.
     Untried,
+    /// All of it has been read.
+    Read,
     /// Too many for one page: stragglers below `floor` first, then along the primary key.
     Walk { floor: i64 },
 }
@@ -115,25 +120,45 @@ impl Cursor {
                 if !self.open(db, limit).await? {
                     return Ok(None);
                 }
+            } else {
+                self.fill(db).await?;
             }
-            self.fill(db).await?;
         }
     }
 
     /// Opens the next window; false when there is nothing new.
     async fn open(&mut self, db: &mut PgConnection, up_to: UpTo<'_>) -> Result<bool, ReadError> {
-        let (target, found) = match up_to {
-            UpTo::Snapshot(target) => (target.clone(), *target != self.at.base),
+        let (target, rows) = match up_to {
+            UpTo::Snapshot(target) if *target == self.at.base => (target.clone(), Vec::new()),
+            UpTo::Snapshot(target) => {
+                self.plan = Plan::Untried;
+                (self.at.target, self.at.after) = (target.clone(), 0);
+                return Ok(true);
+            }
             UpTo::Now => poll(db, &self.at.base).await?,
         };
-        self.plan = Plan::Untried;
-        if found {
-            (self.at.target, self.at.after) = (target, 0);
-        } else {
+        if rows.is_empty() {
             // Nothing between the two: the new snapshot is as good a base, and a cheaper one to look from.
             self.at = Position::at(target);
+            return Ok(false);
         }
-        Ok(found)
+        (self.at.target, self.at.after) = (target, 0);
+        let span = Span::between(&self.at.base, &self.at.target);
+        self.take_whole(db, &span, rows).await?;
+        Ok(true)
+    }
+
+    /// Takes the rows of a window that was tried as a whole: all of them, or one more than a page may hold.
+    async fn take_whole(&mut self, db: &mut PgConnection, span: &Span, rows: Vec<Row>) -> Result<(), ReadError> {
+        if i64::try_from(rows.len()).is_ok_and(|found| found > PAGE_ROWS) {
+            let floor = if self.at.base.is_initial() { 0 } else { lowest_id(db, span).await? };
+            self.plan = Plan::Walk { floor };
+        } else {
+            self.plan = Plan::Read;
+            self.read = rows.into();
+            self.read.make_contiguous().sort_unstable_by_key(Row::id);
+        }
+        Ok(())
     }
 
     /// Reads the next rows of the window; an exhausted one is closed.
@@ -143,18 +168,9 @@ impl Cursor {
         let mut rows = match self.plan {
             Plan::Untried => {
                 let rows = whole_window(db, &span, after, self.lane.as_deref()).await?;
-                if i64::try_from(rows.len()).is_ok_and(|found| found > PAGE_ROWS) {
-                    let floor = if self.at.base.is_initial() { 0 } else { lowest_id(db, &span).await? };
-                    self.plan = Plan::Walk { floor };
-                    return Ok(());
-                }
-                self.read = rows.into();
-                self.read.make_contiguous().sort_unstable_by_key(Row::id);
-                if self.read.is_empty() {
-                    self.close();
-                }
-                return Ok(());
+                return self.take_whole(db, &span, rows).await;
             }
+            Plan::Read => Vec::new(),
             Plan::Walk { floor } => {
                 let mut rows = Vec::new();
                 if after < floor && !span.stragglers.is_empty() {
@@ -213,23 +229,50 @@ pub enum ReadError {
     Snapshot(#[from] crate::snapshot::NotASnapshot),
 }
 
-/// Takes the snapshot that becomes a window's target, and tells whether anything is new in it. One statement, in a
-/// transaction that has no id of its own, so that the snapshot holds nothing of ours. Of the transactions that were
+/// Takes the snapshot that becomes a window's target, and the window's rows: all of them in no order if they fit a page,
+/// else one row more than fits. One statement, so that it is one snapshot, in a transaction that has no id of its own, so
+/// that the snapshot holds nothing of ours; and one round trip from a commit to its rows. Of the transactions that were
 /// running at `base` only those that ended are looked up: one that is writing a million rows costs nothing meanwhile.
-async fn poll(db: &mut PgConnection, base: &Snapshot) -> Result<(Snapshot, bool), ReadError> {
-    let (target, found): (String, bool) = sqlx::query_as(
-        "select pg_current_snapshot()::text,
-                exists (select from outbox where xid >= $1::text::xid8)
-             or exists (select
-                          from unnest($2::text[]::xid8[]) as straggler (xid)
-                         where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
-                           and exists (select from outbox where outbox.xid = straggler.xid))",
-    )
+async fn poll(db: &mut PgConnection, base: &Snapshot) -> Result<(Snapshot, Vec<Row>), ReadError> {
+    // The snapshot comes once, in a row of its own: with hundreds of transactions running it is long.
+    let found = sqlx::query(concat!(
+        "(select null::bigint, null::uuid, null, null, null, null::bytea, null::integer, null, null::timestamptz,
+                 pg_current_snapshot()::text)
+         union all
+         (select ",
+        columns!(),
+        ", null
+            from outbox
+           where xid >= $1::text::xid8
+           order by xid, id
+           limit $3)
+         union all
+         (select found.*
+            from unnest($2::text[]::xid8[]) as straggler (xid)
+           cross join lateral (select ",
+        columns!(),
+        ", null
+                                 from outbox
+                                where outbox.xid = straggler.xid
+                                order by id
+                                limit $3) as found
+           where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
+           limit $3)",
+    ))
     .bind(base.xmax().to_string())
     .bind(texts(base.running()))
-    .fetch_one(db)
+    .bind(PAGE_ROWS + 1)
+    .fetch_all(db)
     .await?;
-    Ok((target.parse()?, found))
+    let mut target = None;
+    let mut rows = Vec::with_capacity(found.len());
+    for row in found {
+        match row.try_get::<Option<&str>, _>(SNAPSHOT)? {
+            Some(snapshot) => target = Some(snapshot.parse()?),
+            None => rows.push(Row::new(row)?),
+        }
+    }
+    Ok((target.ok_or(sqlx::Error::RowNotFound)?, rows))
 }
 
 /// All rows of a window in no order, if they fit a page; else one row more than fits.

@@ -1,11 +1,13 @@
 //! Reads ahead of the producer: pages of the main flow, and of topics that catch up after a pause, in one sequence.
 //!
-//! After a page comes the next at once. When nothing is found the pauses double from 1 ms to 100 ms.
+//! After a page comes the next at once. When nothing is found the pauses grow with the time that nothing was found for,
+//! from 1 ms to 100 ms.
 
 use crate::{
     control::Control,
     position::{Cursor, Page, ReadError, UpTo},
 };
+use saga_core::clock;
 use sqlx::{PgConnection, PgPool};
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use time::OffsetDateTime;
@@ -14,6 +16,15 @@ use tokio::sync::{mpsc, watch};
 /// Pauses between polls that find nothing.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+/// Where writers are busy, a poll right after the last one finds a row or two. So long a breath after a page of few rows
+/// halves the polls, and what the rows cost behind them (a request to Kafka, a transaction of the consumer) is shared by
+/// more of them.
+const GATHER: Duration = Duration::from_millis(1);
+const FEW_ROWS: usize = 500;
+/// A pause is this part of the time that nothing was found for: what comes after a while waits that much longer. When
+/// pauses doubled, a message of a conversation waited as long again as the answer before it had taken: 64 sagas went
+/// round in one convoy, at a sixth of the pace (measured).
+const PATIENCE: u32 = 16;
 
 /// What the publisher gets, in order.
 pub(crate) enum Item {
@@ -54,13 +65,20 @@ impl Reader {
     /// Reads until nobody wants more.
     pub(crate) async fn run(mut self, db: PgPool) -> Result<(), ReadError> {
         let mut db = db.acquire().await?;
-        let mut pause = FIRST_PAUSE;
+        let mut found_last = clock::monotonic();
         loop {
             match self.run_once(&mut db).await? {
-                Found::Something => pause = FIRST_PAUSE,
+                Found::Rows(rows) => {
+                    found_last = clock::monotonic();
+                    if rows < FEW_ROWS {
+                        tokio::time::sleep(GATHER).await;
+                    }
+                }
                 Found::Nothing => {
+                    let idle = clock::monotonic().duration_since(found_last);
+                    let pause = (idle / PATIENCE).clamp(FIRST_PAUSE, LONGEST_PAUSE);
                     tokio::select! {
-                        () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+                        () = tokio::time::sleep(pause) => {}
                         changed = self.control.changed() => if changed.is_err() { return Ok(()) },
                         () = self.items.closed() => return Ok(()),
                     }
@@ -76,23 +94,23 @@ impl Reader {
         if control.whole {
             return Ok(Found::Nothing);
         }
-        let mut found = Found::Nothing;
+        let mut found = None;
         self.open_lanes(&control);
         if let Some(page) = self.main.next(db, UpTo::Now).await? {
+            *found.get_or_insert(0) += page.rows.len();
             if self.items.send(Item::Page(page)).await.is_err() {
                 return Ok(Found::Closed);
             }
-            found = Found::Something;
         }
         let finished = self.main.finished().cloned();
         let mut caught_up = Vec::new();
         for (topic, lane) in &mut self.lanes {
             match lane.cursor.next(db, UpTo::Snapshot(self.main.base())).await? {
                 Some(page) => {
+                    *found.get_or_insert(0) += page.rows.len();
                     if self.items.send(Item::Page(page)).await.is_err() {
                         return Ok(Found::Closed);
                     }
-                    found = Found::Something;
                 }
                 // Only where the main flow stands between two windows do both stand at the same place.
                 None if finished.is_some() && lane.cursor.finished() == finished.as_ref() => {
@@ -108,9 +126,9 @@ impl Reader {
             if self.items.send(Item::CaughtUp(caught_up)).await.is_err() {
                 return Ok(Found::Closed);
             }
-            found = Found::Something;
+            found.get_or_insert(0);
         }
-        Ok(found)
+        Ok(found.map_or(Found::Nothing, Found::Rows))
     }
 
     fn open_lanes(&mut self, control: &Control) {
@@ -128,7 +146,8 @@ impl Reader {
 }
 
 enum Found {
-    Something,
+    /// So many rows; none when only a topic caught up.
+    Rows(usize),
     Nothing,
     Closed,
 }
