@@ -24,6 +24,8 @@ struct Queue {
     records: VecDeque<Raw>,
     bytes: usize,
     paused: bool,
+    /// Something came that the worker has not been told of.
+    untold: bool,
 }
 
 /// What the polling task has to do after a record.
@@ -42,16 +44,24 @@ impl Buffer {
         Self { limit, queue: Mutex::default(), arrived: Notify::new(), drained: Box::new(drained) }
     }
 
+    /// Takes a record; the worker hears of it with [`Buffer::announce`].
     pub(super) fn push(&self, record: Raw) -> Room {
         let mut queue = self.lock();
+        queue.untold = true;
         queue.bytes += record.size();
         queue.records.push_back(record);
         let full = queue.records.len() >= self.limit || queue.bytes >= BYTES_MAX;
         let room = if full && !queue.paused { Room::Full } else { Room::Left };
         queue.paused |= full;
-        drop(queue);
-        self.arrived.notify_one();
         room
+    }
+
+    /// Wakes the worker for what came since the last time. Once for everything that arrived together: a worker that is
+    /// woken by the first record of a fetch makes a transaction of that one alone.
+    pub(super) fn announce(&self) {
+        if std::mem::take(&mut self.lock().untold) {
+            self.arrived.notify_one();
+        }
     }
 
     /// What has arrived, at most `max` records; waits for the first. Nothing is lost when this is cancelled.

@@ -1,7 +1,9 @@
 //! The one task that polls.
 //!
-//!     Kafka -> poll -> buffer of partition 0 -> worker 0 -> PostgreSQL
-//!                   -> buffer of partition 1 -> worker 1 ->
+//! ```text
+//!  Kafka -> poll -> buffer of partition 0 -> worker 0 -> PostgreSQL
+//!                -> buffer of partition 1 -> worker 1 ->
+//! ```
 //!
 //! It never waits for a worker except, within a bound, when that worker's partition is taken away, so the poll interval
 //! is never at risk. A full buffer pauses its partition. Offsets of a partition that was taken away are never stored:
@@ -151,6 +153,7 @@ impl<H: Handler> Poll<H> {
                             _ => break,
                         }
                     }
+                    self.held.values().flat_map(HashMap::values).for_each(|held| held.buffer.announce());
                 }
                 _ = heartbeat.tick() => {}
             }

@@ -1,10 +1,12 @@
 //! One batch, one transaction: lock, inbox, handler, commit.
 //!
-//!     begin + advisory lock (group, topic, partition)
-//!     inbox rows of what is new        duplicates fall out, what waits behind a parked record is parked behind it
-//!     handler                          business writes, outbox rows
-//!     dead letters of what is refused
-//!     commit                           and only then, elsewhere: the offset
+//! ```text
+//!  begin + advisory lock (group, topic, partition)
+//!  inbox rows of what is new        duplicates fall out, what waits behind a parked record is parked behind it
+//!  handler                          business writes, outbox rows
+//!  dead letters of what is refused
+//!  commit                           and only then, elsewhere: the offset
+//! ```
 //!
 //! The lock keeps a worker that lost its partition without noticing and the partition's new worker apart: each works
 //! through contiguous records under it, so the order along a key holds whoever wins. A process that dies before the

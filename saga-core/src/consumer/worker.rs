@@ -1,6 +1,8 @@
 //! One partition's worker: takes what has arrived, makes a transaction of it, then stores the offset.
 //!
-//!     parked records that are due  ->  a batch of what has arrived  ->  its offset  ->  again
+//! ```text
+//!  parked records that are due  ->  a batch of what has arrived  ->  its offset  ->  again
+//! ```
 //!
 //! Its invariant: an offset is stored only when every record up to it is handled, parked or dead-lettered in a
 //! transaction that is committed. When the process dies anywhere, the partition's next worker starts at or before what
