@@ -1,12 +1,14 @@
 //! Kafka records to batches to one transaction per batch.
 //!
-//!     record -> buffer of its partition -> batch = transaction: lock, inbox, handler, commit -> offset
-//!                                             | a record fails
-//!                                             v
-//!                                        parked, the records of its key behind it; everything else flows on
-//!                                             | the last attempt fails, or trying is pointless
-//!                                             v
-//!                                        <topic>.dlt, through the outbox
+//! ```text
+//!  record -> buffer of its partition -> batch = transaction: lock, inbox, handler, commit -> offset
+//!                                          | a record fails
+//!                                          v
+//!                                     parked, the records of its key behind it; everything else flows on
+//!                                          | the last attempt fails, or trying is pointless
+//!                                          v
+//!                                     <topic>.dlt, through the outbox
+//! ```
 //!
 //! What holds: a message is handled once, whatever dies when; messages of one key are handled in their order; no record
 //! stops its partition. What a process that dies leaves behind: at most one open transaction per partition, rolled back

@@ -72,8 +72,8 @@ pub(super) enum Move {
 }
 
 impl Fence {
-    #[cfg(test)]
-    fn new() -> Self {
+    /// As it is made: nothing was ever done.
+    pub(super) fn new() -> Self {
         Self { run: DoState::Absent, run_command: None, undo: UndoState::Absent, undo_command: None }
     }
 

@@ -152,7 +152,7 @@ pub(super) async fn claim(
         "with due as (
              select command_id
                from participant_intent
-              where state in ('ready', 'open') and due_at <= clock_timestamp() and type = any($1)
+              where state in ('ready', 'open') and due_at <= statement_timestamp() and type = any($1)
               order by due_at
               limit $2
                 for update skip locked

@@ -152,6 +152,7 @@ pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Ro
 }
 
 /// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out what somebody else holds.
+/// (`statement_timestamp()`: with `clock_timestamp()`, which changes while the statement runs, no index can answer.)
 /// The due time that counts is the one in the state: the row was read again when it was locked.
 pub(super) async fn claim_due(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Row>> {
     sqlx::query(
@@ -160,7 +161,7 @@ pub(super) async fn claim_due(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sql
            join saga s on s.saga_id = d.saga_id
            join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
              on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
-          where d.due_at <= clock_timestamp()
+          where d.due_at <= statement_timestamp()
           order by d.due_at
           limit $4
             for update of s skip locked",
@@ -350,7 +351,7 @@ pub(super) async fn due_ids(pool: &sqlx::PgPool, known: &Known, limit: i64) -> s
            from saga_due d
            join unnest($1::text[], $2::int[]) as k(definition, version)
              on k.definition = d.definition and k.version = d.version
-          where d.due_at <= clock_timestamp()
+          where d.due_at <= statement_timestamp()
           order by d.due_at
           limit $3",
     )

@@ -20,6 +20,9 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// its locks do not hold up a duplicate for ever. Shorter than the relay's lease.
 const IDLE_IN_TRANSACTION: &str = "10s";
 
+/// A connection that was in use so short a time ago is given out without asking whether it is still there.
+const TRUSTED: Duration = Duration::from_millis(500);
+
 /// How long to wait between attempts while the database is away.
 const WAIT: Backoff = Backoff::doubling(Duration::from_millis(100), Duration::from_secs(2));
 
@@ -39,15 +42,26 @@ pub fn pool(settings: &DatabaseSettings, application: &str) -> PgPool {
 /// The pool's behaviour, apart from where it connects to.
 #[must_use]
 pub fn pool_options(max_connections: u32) -> PgPoolOptions {
-    PgPoolOptions::new().max_connections(max_connections).acquire_timeout(ACQUIRE_TIMEOUT).after_release(
-        |connection, _| {
+    PgPoolOptions::new()
+        .max_connections(max_connections)
+        .acquire_timeout(ACQUIRE_TIMEOUT)
+        // Its question before every use costs each transaction a round trip; one that was used a moment ago is not asked.
+        .test_before_acquire(false)
+        .before_acquire(|connection, use_| {
+            Box::pin(async move {
+                if use_.idle_for > TRUSTED {
+                    connection.ping().await?;
+                }
+                Ok(true)
+            })
+        })
+        .after_release(|connection, _| {
             Box::pin(async move {
                 // `rollback` alone would make the server warn each time that there is nothing to roll back.
                 sqlx::raw_sql("begin; rollback").execute(connection).await?;
                 Ok(true)
             })
-        },
-    )
+        })
 }
 
 /// What every connection has, the pool's and the migrations'.
