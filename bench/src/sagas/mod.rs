@@ -31,11 +31,13 @@ use serde::Serialize;
 use stack::progress::Progress;
 use std::{
     fs,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 /// Statements are counted for so long, after the measured time.
 const COUNTED: Duration = Duration::from_secs(5);
+/// The first saga ends within this, or something is broken.
+const FIRST_END: Duration = Duration::from_secs(120);
 /// Microseconds; a slower saga is told as this slow.
 const SLOWEST: u64 = 600_000_000;
 
@@ -113,6 +115,8 @@ async fn measure(
     let processes =
         [("relay", relay.pid()), ("participants", participants.pid()), ("orchestrator", orchestrator.pid())];
 
+    progress.step("sagas: waiting for the first to end");
+    await_first_end(&databases[0]).await?;
     pass(progress, "sagas: warming up", Duration::from_secs(args.warm_up)).await;
     // As autovacuum would within the minute: plans that were made for empty tables are made anew.
     for database in databases {
@@ -162,6 +166,17 @@ async fn measure(
         ended_while_counted: within(counted_from, counted_to).count() as u64,
         steps: Steps::default(),
     })
+}
+
+/// Until a saga has ended: the consumers have joined their groups, which takes a few seconds on a busy machine.
+async fn await_first_end(orchestrator: &Database) -> anyhow::Result<()> {
+    let pool = orchestrator.pool(1).await?;
+    let deadline = Instant::now() + FIRST_END;
+    while !sqlx::query_scalar("select exists (select from saga where status = 'completed')").fetch_one(&pool).await? {
+        ensure!(Instant::now() < deadline, "no saga ended within {} s", FIRST_END.as_secs());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    Ok(())
 }
 
 fn now() -> anyhow::Result<u64> {
