@@ -6,7 +6,7 @@
 
 use crate::{id::MessageId, outbox::Tx};
 use sqlx::{PgExecutor, PgPool, Row};
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 use time::OffsetDateTime;
 
 /// How far ahead of our clock the birth of a message may lie; more is a broken clock, or an id that is no UUIDv7 of an
@@ -93,33 +93,17 @@ pub async fn receive_in(
     arrivals: &[Arrival<'_>],
 ) -> Result<Vec<Delivery>, sqlx::Error> {
     let rows = sqlx::query(
-        "with arrival as materialized (
-             select source, message_id, lane, remembered, n
-               from unnest($4::text[], $5::uuid[], $6::bigint[], $7::boolean[])
-                    with ordinality as a (source, message_id, lane, remembered, n)
-         ), held as materialized (
-             select a.n
-               from arrival a
-              where exists (select from inbox_parked p
+        "insert into inbox (consumer, source, message_id)
+         select $1, a.source, a.message_id
+           from unnest($4::text[], $5::uuid[], $6::bigint[], $7::boolean[]) as a (source, message_id, lane, remembered)
+          where a.remembered
+            and not exists (select from inbox_parked p
                              where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.lane = a.lane)
-                 or exists (select from inbox_parked p
+            and not exists (select from inbox_parked p
                              where p.consumer = $1 and p.source = a.source and p.message_id = a.message_id)
-         ), fresh as (
-             insert into inbox (consumer, source, message_id)
-             select $1, source, message_id
-               from arrival
-              where remembered
-                and n not in (select n from held)
-              order by message_id, source
-                 on conflict do nothing
-             returning source, message_id
-         )
-         select a.n, h.n is not null as held
-           from arrival a
-           left join held h using (n)
-           left join fresh f using (source, message_id)
-          where h.n is not null or f.message_id is not null or not a.remembered
-          order by a.n",
+          order by a.message_id, a.source
+             on conflict do nothing
+         returning source, message_id",
     )
     .bind(place.consumer)
     .bind(place.topic)
@@ -130,17 +114,49 @@ pub async fn receive_in(
     .bind(arrivals.iter().map(|arrival| arrival.remembered).collect::<Vec<_>>())
     .fetch_all(&mut **tx)
     .await?;
+    // Nearly always all of them are new, and nothing more has to be asked.
+    if rows.len() == arrivals.len() {
+        return Ok(vec![Delivery::Fresh; arrivals.len()]);
+    }
+    let mut written = HashSet::with_capacity(rows.len());
+    for row in &rows {
+        written.insert((row.try_get::<&str, _>("source")?, MessageId(row.try_get("message_id")?)));
+    }
+    let held = held(tx, place, arrivals).await?;
     let mut deliveries = vec![Delivery::Duplicate; arrivals.len()];
-    let mut written = std::collections::HashSet::with_capacity(rows.len());
-    for row in rows {
-        let n = usize::try_from(row.try_get::<i64, _>("n")?).unwrap_or_default() - 1;
-        if row.try_get("held")? {
-            deliveries[n] = Delivery::Held;
-        } else if !arrivals[n].remembered || written.insert((arrivals[n].source, arrivals[n].id)) {
-            deliveries[n] = Delivery::Fresh;
+    // Those that are held last: one whose row was written is fresh, even if a copy of it was parked elsewhere since.
+    for waits in [false, true] {
+        for (n, arrival) in arrivals.iter().enumerate().filter(|(n, _)| held[*n] == waits) {
+            if written.remove(&(arrival.source, arrival.id)) {
+                deliveries[n] = Delivery::Fresh;
+            } else if waits {
+                deliveries[n] = Delivery::Held;
+            } else if !arrival.remembered {
+                deliveries[n] = Delivery::Fresh;
+            }
         }
     }
     Ok(deliveries)
+}
+
+/// Which of `arrivals` have to wait: something of their lane is parked, or they are themselves.
+async fn held(tx: &mut Tx<'_>, place: Place<'_>, arrivals: &[Arrival<'_>]) -> Result<Vec<bool>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select exists (select from inbox_parked p
+                         where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.lane = a.lane)
+             or exists (select from inbox_parked p
+                         where p.consumer = $1 and p.source = a.source and p.message_id = a.message_id)
+           from unnest($4::text[], $5::uuid[], $6::bigint[]) with ordinality as a (source, message_id, lane, n)
+          order by a.n",
+    )
+    .bind(place.consumer)
+    .bind(place.topic)
+    .bind(place.partition)
+    .bind(arrivals.iter().map(|arrival| arrival.source).collect::<Vec<_>>())
+    .bind(arrivals.iter().map(|arrival| arrival.id.0).collect::<Vec<_>>())
+    .bind(arrivals.iter().map(|arrival| arrival.lane).collect::<Vec<_>>())
+    .fetch_all(&mut **tx)
+    .await
 }
 
 /// Writes the rows of what is new in `arrivals`, whatever is parked, and says of each whether it was new. For what comes

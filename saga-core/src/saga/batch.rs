@@ -128,9 +128,8 @@ impl<'e, 'm> Batch<'e, 'm> {
 
     async fn store(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
         let changes: Vec<Change<'_>> = self.cases.iter().filter_map(|case| case.change(self.now)).collect();
-        store::update(tx, &changes, self.now).await?;
         let events: Vec<_> = self.cases.iter().flat_map(Case::events).collect();
-        store::tell(tx, &events, self.now).await?;
+        store::update(tx, &changes, &events, self.now).await?;
         let messages: Vec<_> = self.cases.iter_mut().flat_map(|case| std::mem::take(&mut case.messages)).collect();
         outbox::append_in(tx, &messages).await.map_err(sqlx::Error::from)?;
         self.cases.iter().for_each(measure::decided);

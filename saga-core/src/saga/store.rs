@@ -190,77 +190,74 @@ fn row(row: &PgRow) -> sqlx::Result<Row> {
     })
 }
 
-/// Writes sagas back, each under the revision that it was loaded with.
-pub(super) async fn update(tx: &mut Tx<'_>, changes: &[Change<'_>], now: OffsetDateTime) -> sqlx::Result<()> {
-    if changes.is_empty() {
+/// Writes sagas back, each under the revision that it was loaded with, and appends `events` to their logs. Sagas that
+/// ended leave `saga_due`. One statement: each costs a round trip that the locks are held for.
+pub(super) async fn update(
+    tx: &mut Tx<'_>,
+    changes: &[Change<'_>],
+    events: &[Event<'_>],
+    now: OffsetDateTime,
+) -> sqlx::Result<()> {
+    if changes.is_empty() && events.is_empty() {
         return Ok(());
     }
-    let updated = sqlx::query(
-        "update saga s
-            set status = n.status, revision = n.to_revision, state = n.state, armed_at = n.armed_at, updated_at = $7,
-                finished_at = case when n.status in ('completed', 'compensated') then coalesce(s.finished_at, $7) end
-           from unnest($1::uuid[], $2::int[], $3::int[], $4::text[], $5::jsonb[], $6::timestamptz[])
-                  as n(saga_id, from_revision, to_revision, status, state, armed_at)
-          where s.saga_id = n.saga_id
-            and s.revision = n.from_revision",
+    let updated: i64 = sqlx::query_scalar(
+        "with changed as (
+             update saga s
+                set status = n.status, revision = n.to_revision, state = n.state, armed_at = n.armed_at, updated_at = $7,
+                    finished_at = case when n.status in ('completed', 'compensated') then coalesce(s.finished_at, $7) end
+               from unnest($1::uuid[], $2::int[], $3::int[], $4::text[], $5::jsonb[], $6::timestamptz[])
+                      as n(saga_id, from_revision, to_revision, status, state, armed_at)
+              where s.saga_id = n.saga_id
+                and s.revision = n.from_revision
+             returning s.saga_id
+         ), ended as (
+             delete from saga_due where saga_id = any($8)
+         ), told as (
+             insert into saga_event (saga_id, revision, at, kind, entry)
+             select saga_id, revision, $7, kind, entry
+               from unnest($9::uuid[], $10::int[], $11::text[], $12::jsonb[]) as e(saga_id, revision, kind, entry)
+         )
+         select count(*) from changed",
     )
     .bind(changes.iter().map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
     .bind(changes.iter().map(|c| c.from_revision).collect::<Vec<i32>>())
     .bind(changes.iter().map(|c| c.to_revision).collect::<Vec<i32>>())
-    .bind(changes.iter().map(|c| c.state.status.as_str().to_owned()).collect::<Vec<String>>())
+    .bind(changes.iter().map(|c| c.state.status.as_str()).collect::<Vec<&str>>())
     .bind(changes.iter().map(|c| Json(c.state)).collect::<Vec<_>>())
     .bind(changes.iter().map(|c| c.armed_at).collect::<Vec<_>>())
     .bind(now)
-    .execute(&mut **tx)
-    .await?
-    .rows_affected();
-    if updated != changes.len() as u64 {
-        let (wanted, found) = (changes.len(), updated);
-        return Err(sqlx::Error::InvalidArgument(format!("{found} of {wanted} locked sagas were at their revision")));
+    .bind(changes.iter().filter(|c| c.due == Due::Remove).map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
+    .bind(events.iter().map(|e| e.saga.0).collect::<Vec<Uuid>>())
+    .bind(events.iter().map(|e| e.revision).collect::<Vec<i32>>())
+    .bind(events.iter().map(|e| e.entry.what.kind()).collect::<Vec<&str>>())
+    .bind(events.iter().map(|e| Json(e.entry)).collect::<Vec<_>>())
+    .fetch_one(&mut **tx)
+    .await?;
+    if usize::try_from(updated).ok() != Some(changes.len()) {
+        let wanted = changes.len();
+        return Err(sqlx::Error::InvalidArgument(format!("{updated} of {wanted} locked sagas were at their revision")));
     }
     rearm(tx, changes).await
 }
 
-/// Keeps `saga_due` in step: sagas that ended leave it, those whose time or status it no longer tells are set.
+/// Keeps `saga_due` in step: sagas whose time or status it no longer tells are set.
 async fn rearm(tx: &mut Tx<'_>, changes: &[Change<'_>]) -> sqlx::Result<()> {
-    let ended: Vec<Uuid> = changes.iter().filter(|c| c.due == Due::Remove).map(|c| c.state.saga.0).collect();
-    if !ended.is_empty() {
-        sqlx::query("delete from saga_due where saga_id = any($1)").bind(ended).execute(&mut **tx).await?;
-    }
     let set: Vec<&Change<'_>> = changes.iter().filter(|c| c.due == Due::Set).collect();
-    if !set.is_empty() {
-        sqlx::query(
-            "insert into saga_due as d (saga_id, definition, version, status, due_at)
-             select *
-               from unnest($1::uuid[], $2::text[], $3::int[], $4::text[], $5::timestamptz[])
-                 on conflict (saga_id) do update set status = excluded.status, due_at = excluded.due_at",
-        )
-        .bind(set.iter().map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
-        .bind(set.iter().map(|c| c.definition.to_owned()).collect::<Vec<String>>())
-        .bind(set.iter().map(|c| c.version).collect::<Vec<i32>>())
-        .bind(set.iter().map(|c| c.state.status.as_str().to_owned()).collect::<Vec<String>>())
-        .bind(set.iter().map(|c| c.armed_at).collect::<Vec<_>>())
-        .execute(&mut **tx)
-        .await?;
-    }
-    Ok(())
-}
-
-/// Appends to the logs.
-pub(super) async fn tell(tx: &mut Tx<'_>, events: &[Event<'_>], now: OffsetDateTime) -> sqlx::Result<()> {
-    if events.is_empty() {
+    if set.is_empty() {
         return Ok(());
     }
     sqlx::query(
-        "insert into saga_event (saga_id, revision, at, kind, entry)
-         select saga_id, revision, $5, kind, entry
-           from unnest($1::uuid[], $2::int[], $3::text[], $4::jsonb[]) as n(saga_id, revision, kind, entry)",
+        "insert into saga_due as d (saga_id, definition, version, status, due_at)
+         select *
+           from unnest($1::uuid[], $2::text[], $3::int[], $4::text[], $5::timestamptz[])
+             on conflict (saga_id) do update set status = excluded.status, due_at = excluded.due_at",
     )
-    .bind(events.iter().map(|e| e.saga.0).collect::<Vec<Uuid>>())
-    .bind(events.iter().map(|e| e.revision).collect::<Vec<i32>>())
-    .bind(events.iter().map(|e| e.entry.what.kind().to_owned()).collect::<Vec<String>>())
-    .bind(events.iter().map(|e| Json(e.entry)).collect::<Vec<_>>())
-    .bind(now)
+    .bind(set.iter().map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
+    .bind(set.iter().map(|c| c.definition).collect::<Vec<&str>>())
+    .bind(set.iter().map(|c| c.version).collect::<Vec<i32>>())
+    .bind(set.iter().map(|c| c.state.status.as_str()).collect::<Vec<&str>>())
+    .bind(set.iter().map(|c| c.armed_at).collect::<Vec<_>>())
     .execute(&mut **tx)
     .await?;
     Ok(())
