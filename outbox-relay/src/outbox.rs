@@ -88,6 +88,8 @@ impl Outbox {
             ("enable_seqscan", "off"),
             ("enable_bitmapscan", "off"),
             ("jit", "off"),
+            // And so one plan for all parameters: to make one for each poll costs more than the poll.
+            ("plan_cache_mode", "force_generic_plan"),
             // An owner that is stopped inside a transaction holds the lease's row: no longer than the lease.
             ("idle_in_transaction_session_timeout", &(settings.lease.as_millis() * 3 / 4).to_string()),
         ]);

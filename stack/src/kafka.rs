@@ -94,7 +94,7 @@ impl Java {
         let options: &[&str] = match durability {
             // Starts faster and stays small; slower at full speed.
             Durability::Off => &["-Xmx512m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"],
-            Durability::On => &["-Xmx1g", "-XX:+UseG1GC"],
+            Durability::On => &["-Xmx1g", "-XX:+UseSerialGC"],
         };
         Ok(Self { program, class_path, options })
     }
@@ -128,6 +128,8 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 share.coordinator.state.topic.num.partitions=2
 group.initial.rebalance.delay.ms=0
+num.network.threads=1
+num.io.threads=2
 broker.session.timeout.ms=5000
 broker.heartbeat.interval.ms=1000
 log.cleaner.dedupe.buffer.size=16777216

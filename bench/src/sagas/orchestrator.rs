@@ -1,6 +1,7 @@
 //! The orchestrator, and whoever starts its sagas: so many in flight, each that ends followed by the next.
 //!
-//! Each start is a transaction of its own, as a request's would be. A saga has ended for us when the transaction that
+//! Each start is asked for by itself, as a request would; what starts at one moment shares a transaction, as everything
+//! does. A saga has ended for us when the transaction that
 //! ended it is committed; its latency is counted from before the transaction that starts it.
 
 use super::contract::{LAST_STEP, Nothing, REPLIES, definition};
@@ -13,7 +14,6 @@ use saga_core::{
     service::{DatabaseSettings, database},
 };
 use serde::{Deserialize, Serialize};
-use sqlx::PgPool;
 use std::{
     collections::HashMap,
     fs,
@@ -90,12 +90,7 @@ pub async fn play(
     let timers = engine.run_timers(stop.clone());
     let mut clients = tokio::task::JoinSet::new();
     for _ in 0..in_flight {
-        let client = Client {
-            pool: pool.clone(),
-            engine: Arc::clone(&engine),
-            saga: saga.clone(),
-            waiting: Arc::clone(&waiting),
-        };
+        let client = Client { engine: Arc::clone(&engine), saga: saga.clone(), waiting: Arc::clone(&waiting) };
         clients.spawn(client.run(stop.clone()));
     }
     let clients = async {
@@ -112,7 +107,6 @@ pub async fn play(
 }
 
 struct Client {
-    pool: PgPool,
     engine: Arc<Engine>,
     saga: Saga<Nothing>,
     waiting: Arc<Waiting>,
@@ -128,9 +122,7 @@ impl Client {
             let id = SagaId::new();
             let (tell, told) = oneshot::channel();
             lock(&self.waiting.sagas).insert(id, tell);
-            let mut tx = self.pool.begin().await?;
-            self.engine.start_in(&mut tx, id, &self.saga, &input, &id.to_string()).await?;
-            tx.commit().await?;
+            self.engine.start(id, &self.saga, &input, &id.to_string()).await?;
             tokio::select! {
                 () = stop.cancelled() => return Ok(all),
                 ended = told => ended.context("nobody tells when sagas end")?,

@@ -238,6 +238,7 @@ impl<H: Handler> Poll<H> {
         let stop = CancellationToken::new();
         let worker = Worker {
             desk: Desk {
+                kept: super::transaction::Kept::default(),
                 pool: self.pool.clone(),
                 handler: Arc::clone(&self.handler),
                 config: Arc::clone(&self.config),

@@ -27,8 +27,12 @@ use crate::{
     trace,
 };
 use futures::FutureExt;
-use sqlx::{AssertSqlSafe, PgPool};
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use sqlx::{AssertSqlSafe, Connection as _, PgPool, Postgres, pool::PoolConnection};
+use std::{
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 use tracing::Instrument;
 
 /// Most links of one span: what a batch of many traces shows.
@@ -41,6 +45,36 @@ pub(super) struct Desk<H> {
     pub(super) config: Arc<ConsumerConfig>,
     pub(super) topic: String,
     pub(super) partition: i32,
+    pub(super) kept: Kept,
+}
+
+/// The connection of the last batch, for the next one: to give it back and to get it again costs two round trips.
+#[derive(Debug, Default)]
+pub(super) struct Kept(Mutex<Option<PoolConnection<Postgres>>>);
+
+impl Kept {
+    fn take(&self) -> Option<PoolConnection<Postgres>> {
+        self.lock().take()
+    }
+
+    /// Keeps it while there are others to spare; whoever waits for one gets it at the end of a batch.
+    fn keep(&self, connection: PoolConnection<Postgres>, pool: &PgPool) {
+        if pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections() {
+            *self.lock() = Some(connection);
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().is_none()
+    }
+
+    pub(super) fn give_back(&self) {
+        drop(self.take());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<PoolConnection<Postgres>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl<H: Handler> Desk<H> {
@@ -54,17 +88,30 @@ impl<H: Handler> Desk<H> {
     }
 
     async fn begin(&self) -> Result<Tx<'static>, sqlx::Error> {
+        self.pool.begin_with(self.begin_and_lock()).await
+    }
+
+    /// One round trip for both; the lock is a number of ours.
+    fn begin_and_lock(&self) -> AssertSqlSafe<String> {
         let Place { consumer, topic, partition } = self.place();
         let lock = hash(format!("{consumer}/{topic}/{partition}").as_bytes());
-        // One round trip for both; the lock is a number of ours.
-        self.pool.begin_with(AssertSqlSafe(format!("begin; select pg_advisory_xact_lock({lock})"))).await
+        AssertSqlSafe(format!("begin; select pg_advisory_xact_lock({lock})"))
+    }
+
+    async fn connection(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
+        match self.kept.take() {
+            Some(kept) => Ok(kept),
+            None => self.pool.acquire().await,
+        }
     }
 
     /// Handles what is new in `batch` and says how many that were.
     pub(super) async fn take(&self, batch: &Batch) -> Result<usize, Failure> {
         let group = &self.config.group;
         fail_point!("consumer.before-begin", group);
-        let mut tx = self.begin().await?;
+        // Kept only after a commit: whatever fails gives it back, and the pool looks after it.
+        let mut connection = self.connection().await?;
+        let mut tx = connection.begin_with(self.begin_and_lock()).await?;
         let deliveries = match batch.messages.is_empty() {
             true => Vec::new(),
             false => inbox::receive_in(&mut tx, self.place(), &batch.arrivals(&self.config)).await?,
@@ -86,6 +133,7 @@ impl<H: Handler> Desk<H> {
         fail_point!("consumer.before-commit", group);
         tx.commit().await?;
         fail_point!("consumer.after-commit", group);
+        self.kept.keep(connection, &self.pool);
         if fresh > 0 {
             self.handler.committed();
         }

@@ -36,6 +36,12 @@ use uuid::Uuid;
 const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
 /// How long letting go of a partition in good order may take; while the database is away nobody should wait for that.
 const RELEASE_MAX: Duration = Duration::from_secs(1);
+/// An idle partition gives its connection back after this.
+const KEEP: Duration = Duration::from_millis(100);
+/// Batches of few records begin at least so long after one another: what arrives meanwhile shares a transaction, whose
+/// fixed cost is that of dozens of records. One that comes alone does not wait.
+const GATHER: Duration = Duration::from_micros(1_500);
+const FEW: usize = 100;
 /// Most parked records that are tried before new ones get their turn.
 const RETRIES_PER_TURN: usize = 32;
 /// Repeats of what will pass by itself: soon at first (a deadlock is over at once), then at leisure (an outage is not).
@@ -93,10 +99,19 @@ impl<H: Handler> Worker<H> {
                 () = self.stop.cancelled() => return Err(Ended::Stopped),
                 raws = self.buffer.take(self.desk.config.batch_max) => raws,
                 () = tokio::time::sleep_until(self.look_at_parked.into()) => continue,
+                () = tokio::time::sleep(KEEP), if !self.desk.kept.is_empty() => {
+                    self.desk.kept.give_back();
+                    continue;
+                }
             };
             let Some(last) = raws.last().map(|raw| raw.offset) else { continue };
+            let few = raws.len() < FEW;
+            let began = clock::monotonic();
             self.process(raws).await?;
             self.store(last)?;
+            if few {
+                tokio::time::sleep_until((began + GATHER).into()).await;
+            }
         }
     }
 

@@ -6,30 +6,22 @@
 pub use super::error::{CancelError, Cancelled, EngineError, EngineErrors, RetryError, StartError};
 use super::{
     batch::{Batch, BatchError},
-    case::{self, Case, Incident},
-    decide::{decide, start},
+    case::{Case, Incident},
     definition::{Definition, Saga},
-    local::{LocalCall, LocalEffect, LocalError},
-    log::{Entry, What},
-    measure,
+    local::{LocalEffect, LocalError},
+    log::What,
     runner::ReplyHandler,
-    state::{Action, Effects, Event, Ignored, State, Verdict},
-    store::{self, Known, NewSaga, Row},
+    start::Starts,
+    state::{Event, Ignored, Verdict},
+    store::{self, Known, Row},
 };
-use crate::{
-    clock,
-    envelope::Op,
-    id::SagaId,
-    outbox::{self, NewMessage, Tx},
-};
-use serde::Serialize;
+use crate::{clock, id::SagaId, outbox::Tx};
 use serde_json::Value;
 use sqlx::PgPool;
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
 };
-use time::OffsetDateTime;
 
 /// Runs the sagas of one service.
 pub struct Engine {
@@ -38,6 +30,7 @@ pub struct Engine {
     definitions: BTreeMap<(String, u32), Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
     known: Known,
+    starts: Starts,
 }
 
 /// Puts an [`Engine`] together.
@@ -53,48 +46,6 @@ impl Engine {
     /// An engine over `pool` whose participants answer on `reply_topic`.
     pub fn builder(pool: PgPool, reply_topic: impl Into<String>) -> EngineBuilder {
         EngineBuilder { pool, reply_topic: reply_topic.into(), definitions: Vec::new(), locals: BTreeMap::new() }
-    }
-
-    /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing.
-    ///
-    /// # Errors
-    /// [`StartError::Exists`] leaves the transaction usable; after any other error it has to be rolled back.
-    pub async fn start_in<I: Serialize>(
-        &self,
-        tx: &mut Tx<'_>,
-        id: SagaId,
-        saga: &Saga<I>,
-        input: &I,
-        business_key: &str,
-    ) -> Result<(), StartError> {
-        let definition = self.same(saga)?;
-        let input = serde_json::to_value(input).map_err(|error| StartError::Input(error.to_string()))?;
-        if contains_nul(&input) || business_key.contains('\0') {
-            return Err(StartError::Input("it contains NUL".into()));
-        }
-        let now = clock::now();
-        let begun = Begun::new(definition, id, &input, &self.reply_topic, now)?;
-        let new = NewSaga {
-            definition: definition.name(),
-            version: version_of(definition),
-            fingerprint: definition.fingerprint(),
-            business_key,
-            state: &begun.state,
-            input: &input,
-            entry: &Entry { what: What::Started, then: begun.told },
-        };
-        if store::insert(tx, &[new], now).await.map_err(StartError::Database)? == 0 {
-            return Err(StartError::Exists);
-        }
-        for step in &begun.locals {
-            let call = LocalCall { saga: id, name: &definition.steps()[*step].name, input: &input, failure: None };
-            self.local(call.name)?.run(tx, &call).await?;
-        }
-        outbox::append_in(tx, begun.message.as_slice()).await.map_err(|error| StartError::Database(error.into()))?;
-        if begun.state.is_finished() {
-            measure::finished(definition.name(), begun.state.status.as_str());
-        }
-        Ok(())
     }
 
     /// Cancels a saga in the caller's transaction; the answer is final once that commits. Call it before locking
@@ -191,50 +142,16 @@ impl Engine {
         (definition.fingerprint() == fingerprint).then(|| Arc::clone(definition))
     }
 
-    fn same<I>(&self, saga: &Saga<I>) -> Result<&Definition, StartError> {
+    pub(super) fn same<I>(&self, saga: &Saga<I>) -> Result<&Arc<Definition>, StartError> {
         let defined = self.definitions.get(&(saga.name().to_owned(), saga.version()));
         match defined {
             Some(defined) if defined.fingerprint() == saga.fingerprint() => Ok(defined),
             _ => Err(StartError::Undefined(saga.name().to_owned(), saga.version())),
         }
     }
-}
 
-/// A saga as it stands once its first command is issued, if the local effects before that work: they are run after its
-/// row is there, and if one does not, there is no saga.
-struct Begun {
-    state: State,
-    locals: Vec<usize>,
-    message: Option<NewMessage>,
-    told: Vec<super::state::Told>,
-}
-
-impl Begun {
-    fn new(
-        definition: &Definition,
-        id: SagaId,
-        input: &Value,
-        reply_topic: &str,
-        now: OffsetDateTime,
-    ) -> Result<Self, StartError> {
-        let (mut state, mut effects) = start(definition, id, now);
-        let (mut locals, mut told) = (Vec::new(), Vec::new());
-        loop {
-            let Effects { actions, told: more, .. } = effects;
-            told.extend(more);
-            match actions.first() {
-                Some(Action::RunLocal { step, op: Op::Do }) => locals.push(*step),
-                Some(Action::Send(send)) => {
-                    let message = case::message(definition, &state, input, send, reply_topic);
-                    let message = Some(message.map_err(StartError::Input)?);
-                    return Ok(Self { state, locals, message, told });
-                }
-                Some(Action::RunLocal { op: Op::Undo, .. }) | None => {
-                    return Ok(Self { state, locals, message: None, told });
-                }
-            }
-            (state, effects) = decide(definition, &state, &Event::LocalDone, now);
-        }
+    pub(super) fn starts(&self) -> &Starts {
+        &self.starts
     }
 }
 
@@ -274,14 +191,14 @@ impl EngineBuilder {
             }
         }
         if errors.is_empty() {
-            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known }))
+            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known, starts: Starts::default() }))
         } else {
             Err(EngineErrors(errors))
         }
     }
 }
 
-fn version_of(definition: &Definition) -> i32 {
+pub(super) fn version_of(definition: &Definition) -> i32 {
     i32::try_from(definition.version()).unwrap_or(i32::MAX)
 }
 

@@ -47,6 +47,19 @@ pub enum StartError {
     Database(sqlx::Error),
 }
 
+impl From<sqlx::Error> for StartError {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+#[cfg(feature = "testkit")]
+impl From<crate::testkit::failpoints::Injected> for StartError {
+    fn from(injected: crate::testkit::failpoints::Injected) -> Self {
+        Self::Database(injected.into())
+    }
+}
+
 impl From<LocalError> for StartError {
     fn from(error: LocalError) -> Self {
         match error {

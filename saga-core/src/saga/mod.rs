@@ -12,7 +12,8 @@
 //! | [`state`] | what is known of one saga, what can happen to it, what follows |
 //! | [`decide`] | the one transition function; no I/O, no clock, no randomness |
 //! | [`local`] | effects in the orchestrator's own database |
-//! | [`engine`] | definitions and effects bound together; start, cancel, retry |
+//! | [`engine`] | definitions and effects bound together; cancel, retry |
+//! | `start` | starting, in the caller's transaction or several in one |
 //! | [`runner`], [`timers`] | batches of replies and due times, each batch one transaction |
 //! | [`log`] | the lines of a saga's timeline |
 //! | [`inspect`], [`view`] | lists, and one saga with its timeline and why it waits |
@@ -29,6 +30,7 @@ pub mod log;
 mod measure;
 mod moment;
 pub mod runner;
+mod start;
 pub mod state;
 mod store;
 pub mod timers;

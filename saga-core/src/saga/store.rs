@@ -93,10 +93,10 @@ pub(super) struct Known {
     pub(super) fingerprints: Vec<String>,
 }
 
-/// Inserts sagas that do not exist yet, with the first line of their logs and their due times; says how many were new.
-pub(super) async fn insert(tx: &mut Tx<'_>, sagas: &[NewSaga<'_>], now: OffsetDateTime) -> sqlx::Result<u64> {
+/// Inserts sagas that do not exist yet, with the first line of their logs and their due times; says which were new.
+pub(super) async fn insert(tx: &mut Tx<'_>, sagas: &[NewSaga<'_>], now: OffsetDateTime) -> sqlx::Result<Vec<SagaId>> {
     let column = |of: fn(&NewSaga<'_>) -> String| sagas.iter().map(of).collect::<Vec<String>>();
-    let inserted: i64 = sqlx::query_scalar(
+    let started: Vec<Uuid> = sqlx::query_scalar(
         "with started as (
              insert into saga (saga_id, definition, version, fingerprint, business_key, status, revision, state, armed_at,
                                input, created_at, updated_at, finished_at)
@@ -117,7 +117,7 @@ pub(super) async fn insert(tx: &mut Tx<'_>, sagas: &[NewSaga<'_>], now: OffsetDa
                from unnest($1::uuid[], $10::jsonb[]) as e(saga_id, entry)
                join started using (saga_id)
          )
-         select count(*) from started",
+         select saga_id from started",
     )
     .bind(sagas.iter().map(|s| s.state.saga.0).collect::<Vec<Uuid>>())
     .bind(column(|s| s.definition.into()))
@@ -130,9 +130,9 @@ pub(super) async fn insert(tx: &mut Tx<'_>, sagas: &[NewSaga<'_>], now: OffsetDa
     .bind(sagas.iter().map(|s| Json(s.input)).collect::<Vec<_>>())
     .bind(sagas.iter().map(|s| Json(s.entry)).collect::<Vec<_>>())
     .bind(now)
-    .fetch_one(&mut **tx)
+    .fetch_all(&mut **tx)
     .await?;
-    Ok(u64::try_from(inserted).unwrap_or(0))
+    Ok(started.into_iter().map(SagaId).collect())
 }
 
 /// Locks and loads sagas, in the order of their ids. Ids without a saga are not in the answer.

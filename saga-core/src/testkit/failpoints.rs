@@ -22,6 +22,7 @@
 //! | `participant.after-settle-commit` | participant | committed, and the process does not know |
 //! | `saga.after-load` | reply topic | the sagas of a batch of replies are locked, nothing is decided |
 //! | `saga.after-store` | reply topic | a batch of replies is decided and written, not committed |
+//! | `saga.before-start` | reply topic | sagas that start by themselves are written, not committed |
 //! | `saga.timers.before-commit` | reply topic | due sagas are decided and written |
 //! | `saga.timers.after-commit` | reply topic | committed, and the timers do not know |
 

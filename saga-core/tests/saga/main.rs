@@ -4,5 +4,6 @@ mod crash;
 mod forward;
 mod inspection;
 mod running;
+mod starts;
 mod support;
 mod trouble;

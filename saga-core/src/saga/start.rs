@@ -1,0 +1,263 @@
+//! Starting sagas: in the caller's transaction, or together with whatever else starts at that moment.
+//!
+//! ```text
+//!   start_in ──────────────> [caller's writes | saga, event, due | local effects | outbox] caller's commit
+//!   start ─> those that wait ─> [saga, event, due | outbox] one commit for all of them
+//! ```
+//!
+//! A process that dies before the commit has started nothing. One that dies after it has started the saga even if nobody
+//! was told: whoever repeats the start, with the same business key, is told that it exists.
+
+use super::{
+    case,
+    decide::{decide, start},
+    definition::{Definition, Saga},
+    engine::{Engine, contains_nul, version_of},
+    error::StartError,
+    local::LocalCall,
+    log::{Entry, What},
+    measure,
+    state::{Action, Effects, Event, State},
+    store::{self, NewSaga},
+};
+use crate::{
+    clock,
+    envelope::Op,
+    fail_point::fail_point,
+    id::SagaId,
+    outbox::{self, NewMessage, Tx},
+    service::database::is_outage,
+};
+use serde::Serialize;
+use serde_json::Value;
+use std::{
+    collections::{HashSet, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::oneshot;
+
+/// Sagas that one transaction starts at most.
+const SET: usize = 256;
+
+impl Engine {
+    /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing.
+    ///
+    /// # Errors
+    /// [`StartError::Exists`] leaves the transaction usable; after any other error it has to be rolled back.
+    pub async fn start_in<I: Serialize>(
+        &self,
+        tx: &mut Tx<'_>,
+        id: SagaId,
+        saga: &Saga<I>,
+        input: &I,
+        business_key: &str,
+    ) -> Result<(), StartError> {
+        let new = self.begin(id, saga, input, business_key)?;
+        match self.insert(tx, &[&new]).await?.is_empty() {
+            true => Err(StartError::Exists),
+            false => self.follow(tx, &new).await,
+        }
+    }
+
+    /// Starts a saga for a caller who writes nothing else with it. Returns when its transaction is committed. Starts that
+    /// come while one is under way share the next one's transaction; nobody waits for a set to fill. A caller that stops
+    /// waiting stops nothing.
+    ///
+    /// # Errors
+    /// As [`Engine::start_in`]. After [`StartError::Database`] the saga may have been started all the same, if the
+    /// connection was lost during the commit: repeat it with the same business key.
+    pub async fn start<I: Serialize>(
+        self: &Arc<Self>,
+        id: SagaId,
+        saga: &Saga<I>,
+        input: &I,
+        business_key: &str,
+    ) -> Result<(), StartError> {
+        let new = self.begin(id, saga, input, business_key)?;
+        let engine = Arc::clone(self);
+        let (tell, told) = oneshot::channel();
+        // In a task of its own: the caller may go away, and the others' sagas must not go with it.
+        if !new.fits_a_set() {
+            tokio::spawn(async move { tell.send(engine.start_one(&new).await) });
+        } else if self.starts().push(Waiting { new, tell }) {
+            tokio::spawn(engine.start_what_waits());
+        }
+        told.await.unwrap_or(Err(StartError::Database(sqlx::Error::WorkerCrashed)))
+    }
+
+    async fn start_what_waits(self: Arc<Self>) {
+        while let Some(waiting) = self.starts().take() {
+            let set: Vec<&New> = waiting.iter().map(|waiting| &waiting.new).collect();
+            let together = match set.len() {
+                1 => None,
+                _ => Some(self.start_set(&set).await),
+            };
+            for Waiting { new, tell } in waiting {
+                let answer = match &together {
+                    Some(Ok(started)) if started.contains(&new.state.saga) => Ok(()),
+                    Some(Ok(_)) => Err(StartError::Exists),
+                    // Perhaps they were committed: to try again would tell their own callers that they exist.
+                    Some(Err(StartError::Database(error))) if is_outage(error) => {
+                        Err(StartError::Database(sqlx::Error::Io(std::io::Error::other(error.to_string()))))
+                    }
+                    // One of them does not fit, or there is only one.
+                    Some(Err(_)) | None => self.start_one(&new).await,
+                };
+                // Whoever asked may have gone.
+                tell.send(answer).ok();
+            }
+        }
+    }
+
+    /// Says which of them are new.
+    async fn start_set(&self, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
+        let mut tx = self.pool().begin().await?;
+        let started = self.insert(&mut tx, set).await?;
+        let new = set.iter().filter(|new| started.contains(&new.state.saga));
+        let messages: Vec<_> = new.filter_map(|new| new.message.clone()).collect();
+        outbox::append_in(&mut tx, &messages).await.map_err(|error| StartError::Database(error.into()))?;
+        fail_point!("saga.before-start", self.reply_topic());
+        tx.commit().await?;
+        Ok(started)
+    }
+
+    async fn start_one(&self, new: &New) -> Result<(), StartError> {
+        let mut tx = self.pool().begin().await?;
+        if self.insert(&mut tx, &[new]).await?.is_empty() {
+            return Err(StartError::Exists);
+        }
+        self.follow(&mut tx, new).await?;
+        fail_point!("saga.before-start", self.reply_topic());
+        Ok(tx.commit().await?)
+    }
+
+    fn begin<I: Serialize>(
+        &self,
+        id: SagaId,
+        saga: &Saga<I>,
+        input: &I,
+        business_key: &str,
+    ) -> Result<New, StartError> {
+        let definition = self.same(saga)?;
+        let input = serde_json::to_value(input).map_err(|error| StartError::Input(error.to_string()))?;
+        if contains_nul(&input) || business_key.contains('\0') {
+            return Err(StartError::Input("it contains NUL".into()));
+        }
+        New::begin(Arc::clone(definition), id, input, business_key.to_owned(), self.reply_topic())
+    }
+
+    /// Says which of them are new.
+    async fn insert(&self, tx: &mut Tx<'_>, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
+        let rows: Vec<NewSaga<'_>> = set.iter().map(|new| new.row()).collect();
+        Ok(store::insert(tx, &rows, clock::now()).await?.into_iter().collect())
+    }
+
+    /// What comes after a new saga's row.
+    async fn follow(&self, tx: &mut Tx<'_>, new: &New) -> Result<(), StartError> {
+        for step in &new.locals {
+            let name = &new.definition.steps()[*step].name;
+            let call = LocalCall { saga: new.state.saga, name, input: &new.input, failure: None };
+            self.local(call.name)?.run(tx, &call).await?;
+        }
+        outbox::append_in(tx, new.message.as_slice()).await.map_err(|error| StartError::Database(error.into()))?;
+        if new.state.is_finished() {
+            measure::finished(new.definition.name(), new.state.status.as_str());
+        }
+        Ok(())
+    }
+}
+
+/// A saga as it stands once its first command is issued, if the local effects before that work: they are run after its
+/// row is there, and if one does not, there is no saga.
+struct New {
+    definition: Arc<Definition>,
+    business_key: String,
+    input: Value,
+    state: State,
+    locals: Vec<usize>,
+    message: Option<NewMessage>,
+    entry: Entry,
+}
+
+impl New {
+    fn begin(
+        definition: Arc<Definition>,
+        id: SagaId,
+        input: Value,
+        business_key: String,
+        reply_topic: &str,
+    ) -> Result<Self, StartError> {
+        let now = clock::now();
+        let (mut state, mut effects) = start(&definition, id, now);
+        let (mut locals, mut told) = (Vec::new(), Vec::new());
+        let message = loop {
+            let Effects { actions, told: more, .. } = effects;
+            told.extend(more);
+            match actions.first() {
+                Some(Action::RunLocal { step, op: Op::Do }) => locals.push(*step),
+                Some(Action::Send(send)) => {
+                    let message = case::message(&definition, &state, &input, send, reply_topic);
+                    break Some(message.map_err(StartError::Input)?);
+                }
+                Some(Action::RunLocal { op: Op::Undo, .. }) | None => break None,
+            }
+            (state, effects) = decide(&definition, &state, &Event::LocalDone, now);
+        };
+        let entry = Entry { what: What::Started, then: told };
+        Ok(Self { definition, business_key, input, state, locals, message, entry })
+    }
+
+    /// Whether it is rows and nothing else: a local effect that fails must not take other sagas with it.
+    fn fits_a_set(&self) -> bool {
+        self.locals.is_empty() && !self.state.is_finished()
+    }
+
+    fn row(&self) -> NewSaga<'_> {
+        NewSaga {
+            definition: self.definition.name(),
+            version: version_of(&self.definition),
+            fingerprint: self.definition.fingerprint(),
+            business_key: &self.business_key,
+            state: &self.state,
+            input: &self.input,
+            entry: &self.entry,
+        }
+    }
+}
+
+/// Sagas that are to be started, each with whoever waits for it.
+#[derive(Default)]
+pub(super) struct Starts(Mutex<Queue>);
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Waiting>,
+    /// Somebody takes them.
+    taken_care_of: bool,
+}
+
+struct Waiting {
+    new: New,
+    tell: oneshot::Sender<Result<(), StartError>>,
+}
+
+impl Starts {
+    /// True when nobody takes care of what waits, which the caller has to see to then.
+    fn push(&self, waiting: Waiting) -> bool {
+        let mut queue = self.lock();
+        queue.waiting.push_back(waiting);
+        !std::mem::replace(&mut queue.taken_care_of, true)
+    }
+
+    /// The next set; `None` ends the care.
+    fn take(&self) -> Option<Vec<Waiting>> {
+        let mut queue = self.lock();
+        queue.taken_care_of = !queue.waiting.is_empty();
+        let set = queue.waiting.len().min(SET);
+        queue.taken_care_of.then(|| queue.waiting.drain(..set).collect())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
