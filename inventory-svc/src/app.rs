@@ -31,7 +31,8 @@ pub const GROUP: &str = "inventory-svc";
 pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Result<()> {
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
-    let config = ConsumerConfig::new(&settings.kafka.brokers, GROUP, [topics::INVENTORY_COMMANDS.name]);
+    let config = ConsumerConfig::new(&settings.kafka.brokers, GROUP, [topics::INVENTORY_COMMANDS.name])
+        .with_session_timeout(settings.kafka.session_timeout);
     let commands = Consumer::new(config, pool.clone(), Arc::new(Commands::new()));
     let reading = commands.health();
     health.check("consumer", move || std::future::ready(reading.check()));

@@ -18,7 +18,7 @@ use contracts::topics::{INVENTORY_COMMANDS, INVENTORY_ITEMS, ORDERS_EVENTS, ORDE
 use saga_core::{
     consumer::{Consumer, ConsumerConfig, Handler},
     http::sagas::{saga_openapi, saga_routes},
-    service::{self, Health, Identity, Parts, Settings, database, task},
+    service::{self, Health, Identity, KafkaSettings, Parts, Settings, database, task},
     topic::Topic,
 };
 use sqlx::PgPool;
@@ -37,10 +37,10 @@ pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Resu
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
     let orders = Orders::new(pool.clone())?;
-    let brokers = &settings.kafka.brokers;
+    let kafka = &settings.kafka;
     let replies = Nudging::new(orders.engine.handler(), Arc::clone(&orders.live));
-    let replies = consumer(REPLIES, ORDERS_REPLIES, brokers, &pool, replies);
-    let items = catalogue::consumer_config(brokers);
+    let replies = consumer(REPLIES, ORDERS_REPLIES, kafka, &pool, replies);
+    let items = catalogue::consumer_config(&kafka.brokers).with_session_timeout(kafka.session_timeout);
     let items = Consumer::new(items, pool.clone(), Arc::new(CatalogueHandler));
     for (name, consumer) in [("replies", replies.health()), ("catalogue", items.health())] {
         health.check(name, move || std::future::ready(consumer.check()));
@@ -66,6 +66,7 @@ pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Resu
     service::run(settings, pool, health, token, parts).await.map_err(anyhow::Error::from_boxed)
 }
 
-fn consumer<H: Handler>(group: &str, topic: Topic, brokers: &str, pool: &PgPool, handler: H) -> Consumer<H> {
-    Consumer::new(ConsumerConfig::new(brokers, group, [topic.name]), pool.clone(), Arc::new(handler))
+fn consumer<H: Handler>(group: &str, topic: Topic, kafka: &KafkaSettings, pool: &PgPool, handler: H) -> Consumer<H> {
+    let config = ConsumerConfig::new(&kafka.brokers, group, [topic.name]).with_session_timeout(kafka.session_timeout);
+    Consumer::new(config, pool.clone(), Arc::new(handler))
 }

@@ -39,7 +39,8 @@ pub async fn serve(settings: Settings, gateway: GatewaySettings) -> anyhow::Resu
     let health = Health::new(&token);
     let participant = Arc::new(participant(&gateway)?);
     let intents = participant.intents(pool.clone()).with_config(limits(&gateway));
-    let commands = ConsumerConfig::new(&settings.kafka.brokers, IDENTITY.name, [topics::PAYMENTS_COMMANDS.name]);
+    let commands = ConsumerConfig::new(&settings.kafka.brokers, IDENTITY.name, [topics::PAYMENTS_COMMANDS.name])
+        .with_session_timeout(settings.kafka.session_timeout);
     let consumer = Consumer::new(commands, pool.clone(), participant);
     let commands = consumer.health();
     health.check("consumer", move || std::future::ready(commands.check()));

@@ -145,7 +145,7 @@ async fn every_connection_ends_a_transaction_that_nobody_continues() {
 
 #[tokio::test]
 async fn topics_are_created_with_their_dead_letters_and_a_mismatch_is_reported_and_left_alone() {
-    let kafka = KafkaSettings { brokers: brokers(), replication_factor: 1 };
+    let kafka = KafkaSettings { brokers: brokers(), replication_factor: 1, session_timeout: Duration::from_secs(6) };
     // A declaration is for the life of a program, and so is this name.
     let name: &'static str = unique("svc-topics").leak();
     let declared = Topic::events(name, 2);

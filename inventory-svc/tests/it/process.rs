@@ -64,6 +64,7 @@ async fn help_explains_each_option_and_shows_no_secret() {
         "DATABASE_MAX_CONNECTIONS",
         "KAFKA_BROKERS",
         "KAFKA_REPLICATION_FACTOR",
+        "KAFKA_SESSION_TIMEOUT_MS",
         "HTTP_ADDR",
         "ADMIN_ADDR",
         "ADMIN_TOKEN",

@@ -104,11 +104,11 @@ pub(super) fn connect(config: &ConsumerConfig, context: Context) -> KafkaResult<
         .set("auto.commit.interval.ms", "1000")
         // Only what moves is taken away in a rebalance; the rest is read on.
         .set("partition.assignment.strategy", "cooperative-sticky")
-        // A process that died is replaced after this, and its own successor waits as long: the least that brokers allow by
-        // default. The heartbeats are a thread of the library, not a task of ours, so a busy process does not miss it.
-        .set("session.timeout.ms", "6000")
+        // A process that died is replaced after this, and its own successor waits as long: by default the least that brokers
+        // allow. The heartbeats are a thread of the library, not a task of ours, so a busy process does not miss it.
+        .set("session.timeout.ms", config.session_timeout.as_millis().to_string())
         // A member learns of a rebalance with its next heartbeat.
-        .set("heartbeat.interval.ms", "1000")
+        .set("heartbeat.interval.ms", (config.session_timeout / 6).as_millis().to_string())
         // What is fetched ahead of the buffers, and how soon after they are emptied it is fetched on.
         .set("queued.max.messages.kbytes", "16384")
         .set("fetch.queue.backoff.ms", "10")

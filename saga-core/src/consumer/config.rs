@@ -23,6 +23,9 @@ pub struct ConsumerConfig {
     pub attempts: u32,
     /// How long a record that failed waits for its next attempt.
     pub backoff: Backoff,
+    /// After so long without a heartbeat, the partitions of a process go to another one, and a process that died has to
+    /// wait as long for its own. Not less than the brokers' `group.min.session.timeout.ms`.
+    pub session_timeout: Duration,
     /// How long the inbox remembers. Not less than the retention of the topics, or records are refused that Kafka still
     /// delivers.
     pub horizon: Duration,
@@ -51,8 +54,15 @@ impl ConsumerConfig {
             buffer: 10_000,
             attempts: 8,
             backoff: Backoff::doubling(Duration::from_secs(1), Duration::from_secs(60)),
+            session_timeout: Duration::from_secs(6),
             horizon: Duration::from_secs(14 * 24 * 3600),
             too_old: TooOld::DeadLetter,
         }
+    }
+
+    /// With a session timeout of its own.
+    #[must_use]
+    pub fn with_session_timeout(self, session_timeout: Duration) -> Self {
+        Self { session_timeout, ..self }
     }
 }

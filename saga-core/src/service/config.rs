@@ -6,7 +6,7 @@
 use super::{admin::AdminAuth, telemetry::TelemetrySettings};
 use clap::Args;
 use sqlx::postgres::PgConnectOptions;
-use std::{fmt, net::SocketAddr, str::FromStr};
+use std::{fmt, net::SocketAddr, str::FromStr, time::Duration};
 
 /// What tells one service from another before it has read anything.
 #[derive(Debug, Clone, Copy)]
@@ -68,6 +68,10 @@ pub struct KafkaArgs {
     /// Copies that a topic created by this process has [default: 1]
     #[arg(long, env = "KAFKA_REPLICATION_FACTOR", value_name = "NUMBER", global = true)]
     pub kafka_replication_factor: Option<String>,
+    /// After so long without a heartbeat a consumer's partitions go to another, milliseconds [default: 6000]. Not less than
+    /// the brokers' group.min.session.timeout.ms
+    #[arg(long, env = "KAFKA_SESSION_TIMEOUT_MS", value_name = "NUMBER", global = true)]
+    pub kafka_session_timeout_ms: Option<String>,
 }
 
 /// The API's listener.
@@ -147,6 +151,8 @@ pub struct KafkaSettings {
     pub brokers: String,
     /// Copies that a topic created by this process has.
     pub replication_factor: i32,
+    /// `session.timeout.ms`.
+    pub session_timeout: Duration,
 }
 
 /// A valid [`AdminArgs`].
@@ -230,7 +236,9 @@ impl KafkaArgs {
             },
         };
         let replication_factor = number(&self.kafka_replication_factor, "KAFKA_REPLICATION_FACTOR", 1_i32, 1, errors);
-        Some(KafkaSettings { brokers: brokers?, replication_factor: replication_factor? })
+        let session = number(&self.kafka_session_timeout_ms, "KAFKA_SESSION_TIMEOUT_MS", 6_000_u64, 1_000, errors);
+        let session_timeout = Duration::from_millis(session?);
+        Some(KafkaSettings { brokers: brokers?, replication_factor: replication_factor?, session_timeout })
     }
 }
 
@@ -408,7 +416,11 @@ mod tests {
                 database_url: some("mysql://root:hunter2@x/y"),
                 database_max_connections: some("many"),
             },
-            kafka: KafkaArgs { kafka_brokers: some("a:1,b"), kafka_replication_factor: some("0") },
+            kafka: KafkaArgs {
+                kafka_brokers: some("a:1,b"),
+                kafka_replication_factor: some("0"),
+                kafka_session_timeout_ms: some("999"),
+            },
             http: HttpArgs { http_addr: some("8080") },
             admin: AdminArgs { admin_addr: some("0.0.0.0:9"), admin_viewer_token: some("short"), admin_token: None },
             telemetry: TelemetryArgs {
@@ -426,6 +438,7 @@ mod tests {
                 "DATABASE_MAX_CONNECTIONS",
                 "KAFKA_BROKERS",
                 "KAFKA_REPLICATION_FACTOR",
+                "KAFKA_SESSION_TIMEOUT_MS",
                 "HTTP_ADDR",
                 "ADMIN_VIEWER_TOKEN",
                 "ADMIN_TOKEN",
