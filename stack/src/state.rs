@@ -25,6 +25,8 @@ use std::{
 
 /// An orderly end of everything: each process has 20 s, and they end side by side, in two turns.
 const DOWN_BOUND: Duration = Duration::from_secs(50);
+/// Longer than a look at the lock takes on a busy machine.
+const LOOKED: Duration = Duration::from_millis(500);
 
 /// Who runs, and where.
 #[derive(Debug, Serialize, Deserialize)]
@@ -57,13 +59,30 @@ impl StateDirectory {
         &self.0
     }
 
-    /// The lock, for who is going to run; `None` while another runs.
-    pub fn lock(&self) -> Result<Option<File>> {
+    /// The lock, for who is going to run; `None` while another runs. Tried for a moment: who only looks holds it too,
+    /// for as long as it takes to let it go.
+    pub async fn lock(&self) -> Result<Option<File>> {
+        let start = Instant::now();
+        loop {
+            let lock = self.try_lock(File::try_lock)?;
+            if lock.is_some() || start.elapsed() > LOOKED {
+                return Ok(lock);
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Whether anything of it runs. Shares the lock, so that lookers see the platform and not each other.
+    fn is_held(&self) -> Result<bool> {
+        Ok(self.try_lock(File::try_lock_shared)?.is_none())
+    }
+
+    fn try_lock(&self, lock: fn(&File) -> std::result::Result<(), TryLockError>) -> Result<Option<File>> {
         cache::make_open_directory(&self.0)?;
         let path = self.0.join("lock");
         let doing = || format!("lock {}", path.display());
         let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(Error::io(doing()))?;
-        match file.try_lock() {
+        match lock(&file) {
             Ok(()) => Ok(Some(file)),
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(source)) => Err(Error::io(doing())(source)),
@@ -72,7 +91,7 @@ impl StateDirectory {
 
     /// Who runs; `None` when nobody does.
     pub fn running(&self) -> Result<Option<State>> {
-        if !self.0.is_dir() || self.lock()?.is_some() {
+        if !self.0.is_dir() || !self.is_held()? {
             return Ok(None);
         }
         let path = self.file();
@@ -132,7 +151,7 @@ impl StateDirectory {
     async fn ended_within(&self, bound: Duration) -> Result<bool> {
         let start = Instant::now();
         while start.elapsed() < bound {
-            if self.lock()?.is_some() {
+            if !self.is_held()? {
                 return Ok(true);
             }
             tokio::time::sleep(POLL * 5).await;
@@ -153,5 +172,30 @@ impl StateDirectory {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn who_looks_keeps_nobody_from_starting() {
+        let place = tempfile::tempdir().unwrap();
+        let (directory, done) = (StateDirectory::at(place.path()), AtomicBool::new(false));
+        std::thread::scope(|threads| {
+            for _ in 0..2 {
+                threads.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        assert!(!matches!(directory.running(), Ok(Some(_))));
+                    }
+                });
+            }
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            let started = (0..200).filter(|_| matches!(runtime.block_on(directory.lock()), Ok(Some(_)))).count();
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(started, 200);
+        });
     }
 }

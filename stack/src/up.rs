@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// Starts the platform, prints where it is, and stays until a signal comes.
 pub async fn up(directory: &StateDirectory) -> Result<()> {
-    let Some(lock) = directory.lock()? else {
+    let Some(lock) = directory.lock().await? else {
         return Err(Error::Other("it is running already; `make status` tells where, `make down` ends it".into()));
     };
     guard::hold(lock.try_clone().map_err(Error::io("share the lock"))?);

@@ -91,9 +91,11 @@ fn a_demo_that_cannot_start_says_what_to_do() {
 
 fn up(place: &Path) -> Child {
     let mut command = stack(place, &["up"]);
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let said = place.join("up.log");
+    let log = fs::File::create(&said).unwrap();
+    let mut child = command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
     wait_until("it is up", || {
-        assert!(child.try_wait().unwrap().is_none(), "`stack up` ended");
+        assert!(child.try_wait().unwrap().is_none(), "`stack up` ended: {}", fs::read_to_string(&said).unwrap());
         stack(place, &["status"]).output().unwrap().status.success()
     });
     child
