@@ -185,6 +185,10 @@ pub enum HandleError {
     /// It did not work this time: counted, retried with back-off, then dead-lettered.
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
+    /// Nothing is wrong with the messages: roll back, and hand them in again at once. Counts nothing. For a handler that
+    /// takes a batch the short way first and has found out that this batch needs the long one.
+    #[error("the batch is to be handled again")]
+    Again,
 }
 
 /// A message that can never be published is the handler's fault; anything else is the database's word.

@@ -10,10 +10,13 @@ use crate::{
     trace,
 };
 use serde::Serialize;
-use sqlx::types::Json;
+use sqlx::{postgres::PgArguments, types::Json};
 
 /// The caller's transaction. Whatever takes it is atomic with the rest of that transaction.
 pub type Tx<'a> = sqlx::Transaction<'a, sqlx::Postgres>;
+
+/// A statement whose parameters are being bound.
+pub(crate) type Statement<'q> = sqlx::query::Query<'q, sqlx::Postgres, PgArguments>;
 
 /// Longest topic name that Kafka accepts.
 const TOPIC_MAX: usize = 249;
@@ -160,25 +163,47 @@ pub(crate) async fn append_keyed_in(
     if messages.is_empty() {
         return Ok(());
     }
-    for message in messages {
-        message.validate().map_err(|source| AppendError::Invalid { id: message.id, source })?;
-    }
-    let column = |of: fn(&NewMessage) -> &str| messages.iter().map(of).collect::<Vec<_>>();
-    // `order by ordinality`: without it ids are given in any order, and the order of ids is the order of publishing.
-    sqlx::query(
+    bind(sqlx::query(insert_messages!()), messages, keys)?.execute(&mut **tx).await?;
+    Ok(())
+}
+
+/// The append as SQL, of messages that are the parameters 1 to 6: also a part of statements that write what a batch
+/// came to together with what it sends, because each statement is a round trip that locks are held for.
+//
+// `order by ordinality`: without it ids are given in any order, and the order of ids is the order of publishing.
+macro_rules! insert_messages {
+    () => {
         "insert into outbox (message_id, topic, key, type, payload, headers)
          select message_id, topic, key, type, payload, headers
            from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::jsonb[])
                 with ordinality as message (message_id, topic, key, type, payload, headers, ordinality)
-          order by ordinality",
-    )
-    .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
-    .bind(column(|message| &message.topic))
-    .bind(keys)
-    .bind(column(|message| &message.kind))
-    .bind(messages.iter().map(|message| message.payload.as_deref()).collect::<Vec<_>>())
-    .bind(messages.iter().map(|message| Json(&message.headers)).collect::<Vec<_>>())
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
+          order by ordinality"
+    };
+}
+pub(crate) use insert_messages;
+
+/// Binds the parameters of [`insert_messages`], with the messages' own keys.
+pub(crate) fn bind_messages<'q>(
+    statement: Statement<'q>,
+    messages: &'q [NewMessage],
+) -> Result<Statement<'q>, AppendError> {
+    bind(statement, messages, &messages.iter().map(|message| Some(message.key.as_str())).collect::<Vec<_>>())
+}
+
+fn bind<'q>(
+    statement: Statement<'q>,
+    messages: &'q [NewMessage],
+    keys: &[Option<&'q str>],
+) -> Result<Statement<'q>, AppendError> {
+    for message in messages {
+        message.validate().map_err(|source| AppendError::Invalid { id: message.id, source })?;
+    }
+    let column = |of: fn(&NewMessage) -> &str| messages.iter().map(of).collect::<Vec<_>>();
+    Ok(statement
+        .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
+        .bind(column(|message| &message.topic))
+        .bind(keys.to_vec())
+        .bind(column(|message| &message.kind))
+        .bind(messages.iter().map(|message| message.payload.as_deref()).collect::<Vec<_>>())
+        .bind(messages.iter().map(|message| Json(&message.headers)).collect::<Vec<_>>()))
 }

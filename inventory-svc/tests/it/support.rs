@@ -8,12 +8,12 @@ use inventory_svc::{api, commands::Commands, migrations};
 use reqwest::{Client, Method, RequestBuilder, Response};
 use saga_core::{
     command::Command,
-    consumer::{Coordinates, Handler, Message},
+    consumer::{Coordinates, Message},
     envelope::{Envelope, Op, Outcome, SagaHeaders},
     http::Api,
     id::{CommandId, MessageId, SagaId},
     service,
-    testkit::TestDatabase,
+    testkit::{TestDatabase, deliver},
 };
 use serde_json::{Value, json};
 use sqlx::Row;
@@ -88,9 +88,7 @@ impl Warehouse {
 
     /// Handles `messages` as one batch of the consumer, and commits.
     pub(crate) async fn handle(&self, messages: &[Message]) {
-        let mut tx = self.db.pool.begin().await.unwrap();
-        self.commands.handle(&mut tx, messages).await.unwrap();
-        tx.commit().await.unwrap();
+        deliver(&self.db.pool, &self.commands, messages).await.unwrap();
     }
 
     /// Handles one command; the last reply to it.

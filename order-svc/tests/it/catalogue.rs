@@ -6,10 +6,10 @@ use order_svc::{
     migrations,
 };
 use saga_core::{
-    consumer::{Coordinates, HandleError, Handler, Message},
+    consumer::{Coordinates, HandleError, Message},
     envelope::Envelope,
     id::MessageId,
-    testkit::TestDatabase,
+    testkit::{TestDatabase, deliver},
 };
 use sqlx::PgPool;
 
@@ -38,10 +38,7 @@ pub(crate) fn item(sku: &str, sequence: i64, amount: i64) -> Message {
 }
 
 async fn take(pool: &PgPool, batch: &[Message]) -> Result<(), HandleError> {
-    let mut tx = pool.begin().await.unwrap();
-    CatalogueHandler.handle(&mut tx, batch).await?;
-    tx.commit().await.unwrap();
-    Ok(())
+    deliver(pool, &CatalogueHandler, batch).await
 }
 
 pub(crate) async fn price(pool: &PgPool, sku: &str) -> Option<i64> {

@@ -11,11 +11,11 @@ use order_svc::{
 };
 use reqwest::{Client, RequestBuilder, Response};
 use saga_core::{
-    consumer::{Coordinates, Handler, Message},
+    consumer::{Coordinates, Message},
     envelope::{Envelope, Headers, Outcome, SagaHeaders},
     id::MessageId,
     service,
-    testkit::TestDatabase,
+    testkit::{TestDatabase, deliver},
 };
 use serde_json::{Value, json};
 use sqlx::AssertSqlSafe;
@@ -191,10 +191,7 @@ impl Shop {
     /// What the consumer does with a batch of replies.
     pub(crate) async fn deliver(&self, replies: &[Message]) {
         let handler = Nudging::new(self.orders.engine.handler(), self.orders.live.clone());
-        let mut tx = self.db.pool.begin().await.unwrap();
-        handler.handle(&mut tx, replies).await.unwrap();
-        tx.commit().await.unwrap();
-        handler.committed();
+        deliver(&self.db.pool, &handler, replies).await.unwrap();
     }
 
     /// Answers the last command that was sent for an order.

@@ -14,12 +14,12 @@ use payment_svc::{
 };
 use saga_core::{
     command::Command,
-    consumer::{Coordinates, Handler, Message},
+    consumer::{Coordinates, Message},
     envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     participant::{IntentConfig, Intents, Participant},
     service,
-    testkit::{TestDatabase, unique},
+    testkit::{TestDatabase, deliver, unique},
 };
 use serde_json::Value;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -88,10 +88,7 @@ impl World {
 
     /// Delivers messages in one batch, as the consumer would.
     pub(crate) async fn deliver(&self, messages: &[Message]) {
-        let mut tx = self.database.pool.begin().await.unwrap();
-        self.participant.handle(&mut tx, messages).await.unwrap();
-        tx.commit().await.unwrap();
-        self.participant.committed();
+        deliver(&self.database.pool, &*self.participant, messages).await.unwrap();
     }
 
     pub(crate) fn executor(&self) -> Intents {

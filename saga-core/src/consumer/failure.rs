@@ -13,6 +13,8 @@ use std::borrow::Cow;
 pub(super) enum Failure {
     /// It will pass; the text is for the log.
     Passing(String),
+    /// The handler wants the same once more, at once.
+    Again,
     /// There is no inbox partition for a message that ought to have one.
     Unprepared,
     /// It is the record's fault.
@@ -72,6 +74,7 @@ impl From<HandleError> for Failure {
         match error {
             HandleError::Database(error) => error.into(),
             HandleError::Poison(reason) => Self::Fault(Fault::new("poison", &reason, Retry::Pointless)),
+            HandleError::Again => Self::Again,
             // A test's handler lets the process die by handing on what a fail point would have said.
             #[cfg(feature = "testkit")]
             HandleError::Failed(error) if error.is::<crate::testkit::failpoints::Injected>() => {

@@ -9,7 +9,7 @@
 //! is done, and the inbox takes out what was.
 
 use super::{
-    Handler,
+    HandleError, Handler,
     buffer::Buffer,
     failure::{Failure, Fault, Retry},
     health::Pulse,
@@ -277,6 +277,7 @@ impl<H: Handler> Worker<H> {
         Fut: Future<Output = Result<T, Failure>>,
     {
         let mut delays = PATIENCE.delays();
+        let mut again = false;
         loop {
             let reason = match attempt().await {
                 Ok(value) => {
@@ -296,6 +297,12 @@ impl<H: Handler> Worker<H> {
                     made.err().map_or_else(|| "an inbox partition was missing".to_owned(), |error| error.to_string())
                 }
                 Err(Failure::Passing(reason)) => reason,
+                // At once, unless it wants that over and over.
+                Err(Failure::Again) if !again => {
+                    again = true;
+                    continue;
+                }
+                Err(Failure::Again) => HandleError::Again.to_string(),
             };
             self.pulse.database_fails(&reason);
             tokio::select! {

@@ -1,7 +1,7 @@
 //! A batch of commands through fences and handlers, in memory; one bulk write at its end.
 //!
-//! Refusals leave no writes. Most batches have none, so a batch runs under one savepoint; the first refusal rolls that
-//! back and the batch runs again with a savepoint per command.
+//! Refusals leave no writes. Most batches have none, so a batch runs without savepoints; at the first refusal it is given
+//! back to the consumer, and runs again, in a new transaction, with a savepoint per command.
 
 use super::{
     entry::{Begun, Entry, Settled},
@@ -14,7 +14,7 @@ use crate::{
     consumer::HandleError,
     envelope::{Headers, Op, Outcome, header},
     id::CommandId,
-    outbox::{self, NewMessage, Tx},
+    outbox::{NewMessage, Tx},
 };
 use serde_json::Value;
 use sqlx::Connection;
@@ -67,46 +67,26 @@ impl Work {
     /// Writes all that changed: a handful of statements, whatever the batch's size.
     pub(super) async fn write(self, tx: &mut Tx<'_>) -> Result<(), HandleError> {
         let Changes { fences, replies, answered, intents, reopened, closed, .. } = self.changes;
-        store::write_fences(tx, &fences).await?;
+        store::write_fences(tx, &fences, &replies).await?;
         queue::insert_intents(tx, &intents).await?;
         queue::reopen_intents(tx, &reopened).await?;
         queue::delete_intents(tx, &closed).await?;
-        if !replies.is_empty() {
-            outbox::append_in(tx, &replies).await?;
-        }
         // Here and not where they are made: a batch that refuses something is made twice.
         answered.into_iter().for_each(|(kind, outcome)| count_reply(kind, outcome));
         Ok(())
     }
 }
 
-/// Runs `commands` in their order; tells how many were refused.
-pub(super) async fn run(
+/// Runs `commands` in their order without savepoints.
+///
+/// # Errors
+/// [`HandleError::Again`] as soon as a command is refused: [`run_apart`] is for those.
+pub(super) async fn run_together(
     tx: &mut Tx<'_>,
     commands: &[Incoming<'_>],
     work: &mut Work,
-    isolate: bool,
-) -> Result<usize, HandleError> {
-    if !isolate {
-        let mut savepoint = tx.begin().await?;
-        if let Some(changes) = run_together(&mut savepoint, commands, &work.loaded).await? {
-            savepoint.commit().await?;
-            work.changes = changes;
-            return Ok(0);
-        }
-        savepoint.rollback().await?;
-    }
-    work.changes = run_apart(tx, commands, &work.loaded).await?;
-    Ok(work.changes.refused)
-}
-
-/// Without savepoints; `None` as soon as a command is refused.
-async fn run_together(
-    tx: &mut Tx<'_>,
-    commands: &[Incoming<'_>],
-    loaded: &HashMap<FenceKey, Fence>,
-) -> Result<Option<Changes>, HandleError> {
-    let mut changes = Changes::default();
+) -> Result<(), HandleError> {
+    let Work { loaded, changes } = work;
     for command in commands {
         let fence = changes.fence(loaded, command)?;
         let step = fence.next(command.cx.saga.op);
@@ -115,20 +95,21 @@ async fn run_together(
             None => None,
         };
         if begun.as_ref().is_some_and(Begun::is_refusal) {
-            return Ok(None);
+            return Err(HandleError::Again);
         }
         changes.apply(command, fence, step, begun)?;
     }
-    Ok(Some(changes))
+    Ok(())
 }
 
-/// With a savepoint for each command that runs, which a refusal rolls back.
-async fn run_apart(
+/// Runs `commands` in their order, with a savepoint for each that runs, which a refusal rolls back; tells how many were
+/// refused.
+pub(super) async fn run_apart(
     tx: &mut Tx<'_>,
     commands: &[Incoming<'_>],
-    loaded: &HashMap<FenceKey, Fence>,
-) -> Result<Changes, HandleError> {
-    let mut changes = Changes::default();
+    work: &mut Work,
+) -> Result<usize, HandleError> {
+    let Work { loaded, changes } = work;
     for command in commands {
         let fence = changes.fence(loaded, command)?;
         let step = fence.next(command.cx.saga.op);
@@ -147,7 +128,7 @@ async fn run_apart(
         };
         changes.apply(command, fence, step, begun)?;
     }
-    Ok(changes)
+    Ok(changes.refused)
 }
 
 async fn begin(

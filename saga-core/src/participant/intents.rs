@@ -15,7 +15,7 @@
 use super::{
     Participant, batch,
     entry::{Entry, Settled, StoredIntent},
-    fence::UndoState,
+    fence::{Fence, FenceKey, UndoState},
     handler::Performed,
     queue::{self, Claimed},
     store,
@@ -24,13 +24,18 @@ use crate::{
     consumer::HandleError,
     envelope::{Op, Outcome},
     fail_point::fail_point,
-    outbox::{self, Tx},
+    outbox::Tx,
     panics::panic_text,
 };
 use futures::FutureExt;
 use serde_json::Value;
 use sqlx::{Connection, PgPool};
-use std::{collections::BTreeSet, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::Duration,
+};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
@@ -230,9 +235,8 @@ impl Intents {
             queue::delete_intents(&mut tx, closed.as_slice()).await?;
             self.wake_undo(&mut tx, claim, fence).await?;
         }
-        store::write_fences(&mut tx, &fences).await?;
         let (outcome, payload) = batch::reply_of(&settled);
-        self.reply(&mut tx, claim, outcome, payload).await?;
+        write(&mut tx, claim, &fences, outcome, payload).await?;
         fail_point!("participant.before-settle-commit", self.participant.name);
         tx.commit().await?;
         fail_point!("participant.after-settle-commit", self.participant.name);
@@ -262,11 +266,8 @@ impl Intents {
             }
             self.wake_undo(&mut tx, claim, fence).await?;
         }
-        store::write_fences(&mut tx, &fences).await?;
-        tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
-            "given up for now, in doubt: the orchestrator is told that it failed, and asks again");
         let (outcome, payload) = batch::reply_of(&Settled::Failed(reason.to_owned()));
-        self.reply(&mut tx, claim, outcome, payload).await?;
+        write(&mut tx, claim, &fences, outcome, payload).await?;
         tx.commit().await?;
         batch::count_reply(&claim.kind, outcome);
         tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
@@ -303,14 +304,14 @@ impl Intents {
             trace: claim.trace.clone(),
             span: Span::current(),
         };
-        batch::run(&mut tx, &[command], &mut work, true).await?;
+        batch::run_apart(&mut tx, &[command], &mut work).await?;
         work.write(&mut tx).await?;
         tx.commit().await?;
         self.participant.wake.notify_one();
         Ok(())
     }
 
-    async fn wake_undo(&self, tx: &mut Tx<'_>, claim: &Claimed, fence: &super::fence::Fence) -> Result<(), Unsettled> {
+    async fn wake_undo(&self, tx: &mut Tx<'_>, claim: &Claimed, fence: &Fence) -> Result<(), Unsettled> {
         if let (Op::Do, UndoState::Waiting, Some(undo)) = (claim.intent.cx.saga.op, &fence.undo, fence.undo_command) {
             queue::ready_undo(tx, undo).await?;
             // Looks at the latest after the poll interval; a permit that comes before the commit costs one look.
@@ -318,18 +319,18 @@ impl Intents {
         }
         Ok(())
     }
+}
 
-    async fn reply(
-        &self,
-        tx: &mut Tx<'_>,
-        claim: &Claimed,
-        outcome: Outcome,
-        payload: Vec<u8>,
-    ) -> Result<(), Unsettled> {
-        let reply = batch::reply(&claim.kind, &claim.intent.cx, &claim.trace, outcome, payload);
-        outbox::append_in(tx, &[reply]).await.map_err(HandleError::from)?;
-        Ok(())
-    }
+/// What the claim came to: its fence, and the reply that tells of it.
+async fn write(
+    tx: &mut Tx<'_>,
+    claim: &Claimed,
+    fences: &HashMap<FenceKey, Fence>,
+    outcome: Outcome,
+    payload: Vec<u8>,
+) -> Result<(), Unsettled> {
+    let reply = batch::reply(&claim.kind, &claim.intent.cx, &claim.trace, outcome, payload);
+    Ok(store::write_fences(tx, fences, &[reply]).await.map_err(HandleError::from)?)
 }
 
 /// Records under a savepoint, so that `failed` leaves no writes.

@@ -48,11 +48,8 @@ use batch::Incoming;
 use entry::{Entry, External, ExternalUndoing, Plain, Undoing};
 use fence::FenceKey;
 use std::{
-    collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio::sync::Notify;
 
@@ -73,14 +70,14 @@ pub struct Participant {
     name: &'static str,
     entries: HashMap<&'static str, Box<dyn Entry>>,
     wake: Arc<Notify>,
-    /// The last batch refused something, so the next one starts with a savepoint per command.
-    refusing: AtomicBool,
+    /// Partitions whose last batch refused something: the next one (or the same once more) has a savepoint per command.
+    refusing: Mutex<HashSet<(String, i32)>>,
 }
 
 impl Participant {
     /// A participant that knows no command yet. `name` stands in logs and metrics.
     pub fn new(name: &'static str) -> Self {
-        Self { name, entries: HashMap::new(), wake: Arc::new(Notify::new()), refusing: AtomicBool::new(false) }
+        Self { name, entries: HashMap::new(), wake: Arc::new(Notify::new()), refusing: Mutex::default() }
     }
 
     /// Handles the command `C` within the batch's transaction.
@@ -130,6 +127,10 @@ impl Participant {
 }
 
 impl Participant {
+    fn refusing(&self) -> MutexGuard<'_, HashSet<(String, i32)>> {
+        self.refusing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// A command as it is to be handled, or why it never can be.
     fn parse<'a>(&'a self, message: &'a Message) -> Result<Incoming<'a>, HandleError> {
         let envelope = &message.envelope;
@@ -175,9 +176,19 @@ impl Handler for Participant {
     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
         let commands = batch.iter().map(|message| self.parse(message)).collect::<Result<Vec<_>, _>>()?;
         let mut work = batch::Work::load(tx, &commands).await?;
-        let isolate = self.refusing.load(Ordering::Relaxed);
-        let refused = batch::run(tx, &commands, &mut work, isolate).await?;
-        self.refusing.store(refused > 0, Ordering::Relaxed);
+        let here = (batch[0].at.topic.clone(), batch[0].at.partition);
+        if self.refusing().contains(&here) {
+            let refused = batch::run_apart(tx, &commands, &mut work).await?;
+            if refused == 0 {
+                self.refusing().remove(&here);
+            }
+        } else {
+            let ran = batch::run_together(tx, &commands, &mut work).await;
+            if matches!(ran, Err(HandleError::Again)) {
+                self.refusing().insert(here);
+            }
+            ran?;
+        }
         work.write(tx).await
     }
 

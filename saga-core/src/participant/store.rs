@@ -3,7 +3,7 @@
 use super::fence::{DoState, Fence, FenceKey, UndoState};
 use crate::{
     id::{CommandId, SagaId},
-    outbox::Tx,
+    outbox::{self, AppendError, NewMessage, Tx},
 };
 use sqlx::{Row, postgres::PgRow};
 use std::collections::{BTreeSet, HashMap};
@@ -58,34 +58,44 @@ pub(super) async fn lock_fences(
     rows.iter().map(|row| Ok((key(row)?, fence(row)?))).collect()
 }
 
-/// Writes the fences that changed.
-pub(super) async fn write_fences(tx: &mut Tx<'_>, fences: &HashMap<FenceKey, Fence>) -> Result<(), sqlx::Error> {
+/// Writes the fences that changed, and the replies, in one statement: a batch's fixed price is its round trips.
+pub(super) async fn write_fences(
+    tx: &mut Tx<'_>,
+    fences: &HashMap<FenceKey, Fence>,
+    replies: &[NewMessage],
+) -> Result<(), AppendError> {
     if fences.is_empty() {
-        return Ok(());
+        return outbox::append_in(tx, replies).await;
     }
     let keys = || fences.keys();
     let fence = || fences.values();
-    sqlx::query(
-        "update participant_fence f
-            set run_state  = c.run_state,  run_command  = c.run_command,  run_reply  = c.run_reply,
-                undo_state = c.undo_state, undo_command = c.undo_command, undo_reply = c.undo_reply
-           from unnest($1::uuid[], $2::text[], $3::int4[],
-                       $4::text[], $5::uuid[], $6::bytea[], $7::text[], $8::uuid[], $9::bytea[])
-                as c (saga_id, step, occurrence,
-                      run_state, run_command, run_reply, undo_state, undo_command, undo_reply)
-          where f.saga_id = c.saga_id and f.step = c.step and f.occurrence = c.occurrence",
-    )
-    .bind(keys().map(|key| key.saga.0).collect::<Vec<_>>())
-    .bind(keys().map(|key| key.step.as_str()).collect::<Vec<_>>())
-    .bind(keys().map(|key| key.occurrence).collect::<Vec<_>>())
-    .bind(fence().map(|fence| fence.run.as_str()).collect::<Vec<_>>())
-    .bind(fence().map(|fence| fence.run_command.map(|id| id.0)).collect::<Vec<_>>())
-    .bind(fence().map(|fence| fence.run.reply()).collect::<Vec<_>>())
-    .bind(fence().map(|fence| fence.undo.as_str()).collect::<Vec<_>>())
-    .bind(fence().map(|fence| fence.undo_command.map(|id| id.0)).collect::<Vec<_>>())
-    .bind(fence().map(|fence| fence.undo.reply()).collect::<Vec<_>>())
-    .execute(&mut **tx)
-    .await?;
+    // The keys as a subquery: of an array PostgreSQL would see how short it is, and plan anew for each batch, which takes
+    // as long as the statement (measured).
+    let statement = sqlx::query(concat!(
+        "with fenced as (
+             update participant_fence f
+                set run_state  = c.run_state,  run_command  = c.run_command,  run_reply  = c.run_reply,
+                    undo_state = c.undo_state, undo_command = c.undo_command, undo_reply = c.undo_reply
+               from unnest((select $7::uuid[]), $8::text[], $9::int4[],
+                           $10::text[], $11::uuid[], $12::bytea[], $13::text[], $14::uuid[], $15::bytea[])
+                    as c (saga_id, step, occurrence,
+                          run_state, run_command, run_reply, undo_state, undo_command, undo_reply)
+              where f.saga_id = c.saga_id and f.step = c.step and f.occurrence = c.occurrence
+         ) ",
+        outbox::insert_messages!()
+    ));
+    outbox::bind_messages(statement, replies)?
+        .bind(keys().map(|key| key.saga.0).collect::<Vec<_>>())
+        .bind(keys().map(|key| key.step.as_str()).collect::<Vec<_>>())
+        .bind(keys().map(|key| key.occurrence).collect::<Vec<_>>())
+        .bind(fence().map(|fence| fence.run.as_str()).collect::<Vec<_>>())
+        .bind(fence().map(|fence| fence.run_command.map(|id| id.0)).collect::<Vec<_>>())
+        .bind(fence().map(|fence| fence.run.reply()).collect::<Vec<_>>())
+        .bind(fence().map(|fence| fence.undo.as_str()).collect::<Vec<_>>())
+        .bind(fence().map(|fence| fence.undo_command.map(|id| id.0)).collect::<Vec<_>>())
+        .bind(fence().map(|fence| fence.undo.reply()).collect::<Vec<_>>())
+        .execute(&mut **tx)
+        .await?;
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use super::{
     store::{self, Change},
 };
 use crate::{
-    outbox::{self, Tx},
+    outbox::Tx,
     panics::panic_text,
     service::database::{is_conflict, is_outage},
 };
@@ -127,11 +127,10 @@ impl<'e, 'm> Batch<'e, 'm> {
     }
 
     async fn store(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
+        let messages: Vec<_> = self.cases.iter_mut().flat_map(|case| std::mem::take(&mut case.messages)).collect();
         let changes: Vec<Change<'_>> = self.cases.iter().filter_map(|case| case.change(self.now)).collect();
         let events: Vec<_> = self.cases.iter().flat_map(Case::events).collect();
-        store::update(tx, &changes, &events, self.now).await?;
-        let messages: Vec<_> = self.cases.iter_mut().flat_map(|case| std::mem::take(&mut case.messages)).collect();
-        outbox::append_in(tx, &messages).await.map_err(sqlx::Error::from)?;
+        store::update(tx, &changes, &events, &messages, self.now).await?;
         self.cases.iter().for_each(measure::decided);
         Ok(())
     }

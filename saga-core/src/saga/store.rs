@@ -7,7 +7,7 @@ use super::{log::Entry, state::State};
 use crate::{
     envelope::{Op, Outcome},
     id::{CommandId, MessageId, SagaId},
-    outbox::Tx,
+    outbox::{self, NewMessage, Tx},
 };
 use serde_json::Value;
 use sqlx::{Row as _, postgres::PgRow, types::Json};
@@ -190,50 +190,56 @@ fn row(row: &PgRow) -> sqlx::Result<Row> {
     })
 }
 
-/// Writes sagas back, each under the revision that it was loaded with, and appends `events` to their logs. Sagas that
-/// ended leave `saga_due`. One statement: each costs a round trip that the locks are held for.
+/// Writes sagas back, each under the revision that it was loaded with, appends `events` to their logs and `messages` to
+/// the outbox. Sagas that ended leave `saga_due`. One statement: each costs a round trip that the locks are held for.
 pub(super) async fn update(
     tx: &mut Tx<'_>,
     changes: &[Change<'_>],
     events: &[Event<'_>],
+    messages: &[NewMessage],
     now: OffsetDateTime,
 ) -> sqlx::Result<()> {
     if changes.is_empty() && events.is_empty() {
-        return Ok(());
+        return Ok(outbox::append_in(tx, messages).await?);
     }
-    let updated: i64 = sqlx::query_scalar(
+    let statement = sqlx::query(concat!(
         "with changed as (
              update saga s
-                set status = n.status, revision = n.to_revision, state = n.state, armed_at = n.armed_at, updated_at = $7,
-                    finished_at = case when n.status in ('completed', 'compensated') then coalesce(s.finished_at, $7) end
-               from unnest($1::uuid[], $2::int[], $3::int[], $4::text[], $5::jsonb[], $6::timestamptz[])
+                set status = n.status, revision = n.to_revision, state = n.state, armed_at = n.armed_at, updated_at = $13,
+                    finished_at = case when n.status in ('completed', 'compensated') then coalesce(s.finished_at, $13) end
+               from unnest($7::uuid[], $8::int[], $9::int[], $10::text[], $11::jsonb[], $12::timestamptz[])
                       as n(saga_id, from_revision, to_revision, status, state, armed_at)
               where s.saga_id = n.saga_id
                 and s.revision = n.from_revision
              returning s.saga_id
          ), ended as (
-             delete from saga_due where saga_id = any($8)
+             delete from saga_due where saga_id = any($14)
          ), told as (
              insert into saga_event (saga_id, revision, at, kind, entry)
-             select saga_id, revision, $7, kind, entry
-               from unnest($9::uuid[], $10::int[], $11::text[], $12::jsonb[]) as e(saga_id, revision, kind, entry)
-         )
-         select count(*) from changed",
-    )
-    .bind(changes.iter().map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
-    .bind(changes.iter().map(|c| c.from_revision).collect::<Vec<i32>>())
-    .bind(changes.iter().map(|c| c.to_revision).collect::<Vec<i32>>())
-    .bind(changes.iter().map(|c| c.state.status.as_str()).collect::<Vec<&str>>())
-    .bind(changes.iter().map(|c| Json(c.state)).collect::<Vec<_>>())
-    .bind(changes.iter().map(|c| c.armed_at).collect::<Vec<_>>())
-    .bind(now)
-    .bind(changes.iter().filter(|c| c.due == Due::Remove).map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
-    .bind(events.iter().map(|e| e.saga.0).collect::<Vec<Uuid>>())
-    .bind(events.iter().map(|e| e.revision).collect::<Vec<i32>>())
-    .bind(events.iter().map(|e| e.entry.what.kind()).collect::<Vec<&str>>())
-    .bind(events.iter().map(|e| Json(e.entry)).collect::<Vec<_>>())
-    .fetch_one(&mut **tx)
-    .await?;
+             select saga_id, revision, $13, kind, entry
+               from unnest($15::uuid[], $16::int[], $17::text[], $18::jsonb[]) as e(saga_id, revision, kind, entry)
+         ), sent as (
+             ",
+        outbox::insert_messages!(),
+        ")
+         select count(*) from changed"
+    ));
+    let updated: i64 = outbox::bind_messages(statement, messages)?
+        .bind(changes.iter().map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
+        .bind(changes.iter().map(|c| c.from_revision).collect::<Vec<i32>>())
+        .bind(changes.iter().map(|c| c.to_revision).collect::<Vec<i32>>())
+        .bind(changes.iter().map(|c| c.state.status.as_str()).collect::<Vec<&str>>())
+        .bind(changes.iter().map(|c| Json(c.state)).collect::<Vec<_>>())
+        .bind(changes.iter().map(|c| c.armed_at).collect::<Vec<_>>())
+        .bind(now)
+        .bind(changes.iter().filter(|c| c.due == Due::Remove).map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
+        .bind(events.iter().map(|e| e.saga.0).collect::<Vec<Uuid>>())
+        .bind(events.iter().map(|e| e.revision).collect::<Vec<i32>>())
+        .bind(events.iter().map(|e| e.entry.what.kind()).collect::<Vec<&str>>())
+        .bind(events.iter().map(|e| Json(e.entry)).collect::<Vec<_>>())
+        .fetch_one(&mut **tx)
+        .await?
+        .try_get(0)?;
     if usize::try_from(updated).ok() != Some(changes.len()) {
         let wanted = changes.len();
         return Err(sqlx::Error::InvalidArgument(format!("{updated} of {wanted} locked sagas were at their revision")));

@@ -7,13 +7,38 @@ pub mod database;
 pub mod explorer;
 pub mod failpoints;
 pub mod kafka;
+mod proxy;
 mod waiting;
+
+use crate::consumer::{HandleError, Handler, Message};
+use sqlx::PgPool;
 
 pub use crate::service::Migrations;
 pub use database::TestDatabase;
 pub use failpoints::FailPoint;
 pub use kafka::{Record, TestTopic, brokers, create_topic, produce, read_to_end};
+pub use proxy::FreezingProxy;
 pub use waiting::eventually;
+
+/// Hands `batch` to a handler as a consumer does, without inbox and Kafka: in a transaction, once more when it says
+/// [`HandleError::Again`], then the commit.
+///
+/// # Errors
+/// What the handler says otherwise, or the database; nothing is committed then.
+pub async fn deliver(pool: &PgPool, handler: &impl Handler, batch: &[Message]) -> Result<(), HandleError> {
+    loop {
+        let mut tx = pool.begin().await?;
+        match handler.handle(&mut tx, batch).await {
+            Err(HandleError::Again) => tx.rollback().await?,
+            Err(error) => return Err(error),
+            Ok(()) => {
+                tx.commit().await?;
+                handler.committed();
+                return Ok(());
+            }
+        }
+    }
+}
 
 /// `prefix` with a random suffix: for databases, topics, groups and fail point scopes.
 pub fn unique(prefix: &str) -> String {

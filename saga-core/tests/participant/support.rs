@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use saga_core::{
     command::{Command, Done, Never},
-    consumer::{Coordinates, HandleError, Handler, Message},
+    consumer::{Coordinates, HandleError, Message},
     envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     outbox::Tx,
@@ -11,7 +11,7 @@ use saga_core::{
         CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, IntentConfig, Intents,
         Participant, Performed, Prepare, Ran, UndoHandler,
     },
-    testkit::{Migrations, TestDatabase, unique},
+    testkit::{Migrations, TestDatabase, deliver, unique},
     topic::Topic,
 };
 use serde::{Deserialize, Serialize};
@@ -251,11 +251,7 @@ impl World {
     }
 
     pub(crate) async fn try_deliver(&self, messages: &[Message]) -> Result<(), HandleError> {
-        let mut tx = self.database.pool.begin().await?;
-        self.participant.handle(&mut tx, messages).await?;
-        tx.commit().await?;
-        self.participant.committed();
-        Ok(())
+        deliver(&self.database.pool, &*self.participant, messages).await
     }
 
     pub(crate) async fn deliver(&self, messages: &[Message]) {

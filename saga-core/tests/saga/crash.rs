@@ -3,11 +3,11 @@
 
 use crate::support::*;
 use saga_core::{
-    consumer::{Handler, Message},
+    consumer::Message,
     envelope::Op,
     id::SagaId,
     saga::Engine,
-    testkit::{FailPoint, failpoints::Fault},
+    testkit::{FailPoint, deliver, failpoints::Fault},
 };
 use std::{
     collections::BTreeMap,
@@ -125,9 +125,7 @@ async fn replicas_replies_duplicates_timers_and_cancels_at_once_leave_every_saga
                     replies.reverse();
                 }
                 for batch in replies.chunks(37) {
-                    let mut tx = world.database.pool.begin().await.unwrap();
-                    engine.handler().handle(&mut tx, batch).await.unwrap();
-                    tx.commit().await.unwrap();
+                    deliver(&world.database.pool, &engine.handler(), batch).await.unwrap();
                 }
                 if replica == 2 {
                     for saga in sagas.iter().step_by(9) {

@@ -3,13 +3,13 @@
 use async_trait::async_trait;
 use saga_core::{
     command::{Command, Done, Never},
-    consumer::{Coordinates, HandleError, Handler, Message},
+    consumer::{Coordinates, HandleError, Message},
     envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     outbox::Tx,
     saga::{Cancelled, Engine, Happened, LocalCall, LocalEffect, LocalError, RetryPolicy, Saga, saga},
     service::{messaging_migrations, saga_migrations},
-    testkit::{TestDatabase, unique},
+    testkit::{TestDatabase, deliver, unique},
     topic::Topic,
 };
 use serde::{Deserialize, Serialize};
@@ -203,10 +203,7 @@ impl World {
     }
 
     pub(crate) async fn try_deliver(&self, replies: &[Message]) -> Result<(), HandleError> {
-        let mut tx = self.database.pool.begin().await?;
-        self.engine.handler().handle(&mut tx, replies).await?;
-        tx.commit().await?;
-        Ok(())
+        deliver(&self.database.pool, &self.engine.handler(), replies).await
     }
 
     pub(crate) async fn deliver(&self, replies: &[Message]) {
