@@ -19,6 +19,10 @@ pub struct ConsumerConfig {
     /// Records of one partition that may wait for its worker before the partition is paused (or 16 MiB of them, if that
     /// is less). It is resumed at half, so half of it should last until the next fetch arrives.
     pub buffer: usize,
+    /// After so long without an end, a transaction with what its handler does is given up, and repeated on another
+    /// connection: a database whose machine is gone says nothing, for a quarter of an hour. Counts nothing. Longer than
+    /// any handler takes.
+    pub attempt_timeout: Duration,
     /// How often a record is tried before it is dead-lettered.
     pub attempts: u32,
     /// How long a record that failed waits for its next attempt.
@@ -52,6 +56,7 @@ impl ConsumerConfig {
             brokers: brokers.into(),
             batch_max: 500,
             buffer: 10_000,
+            attempt_timeout: Duration::from_secs(60),
             attempts: 8,
             backoff: Backoff::doubling(Duration::from_secs(1), Duration::from_secs(60)),
             session_timeout: Duration::from_secs(6),

@@ -74,12 +74,20 @@ impl Pulse {
             for (partition, statistics) in &statistics.partitions {
                 if statistics.consumer_lag >= 0 {
                     #[allow(clippy::cast_precision_loss)]
-                    metrics::gauge!("consumer_lag", "group" => self.group.clone(), "topic" => topic.clone(),
-                        "partition" => partition.to_string())
-                    .set(statistics.consumer_lag as f64);
+                    self.lag(topic, *partition).set(statistics.consumer_lag as f64);
                 }
             }
         }
+    }
+
+    /// Partitions are somebody else's now, and so is telling their lag.
+    pub(super) fn gone(&self, partitions: &[(String, i32)]) {
+        partitions.iter().for_each(|(topic, partition)| self.lag(topic, *partition).set(0.0));
+    }
+
+    fn lag(&self, topic: &str, partition: i32) -> metrics::Gauge {
+        metrics::gauge!("consumer_lag", "group" => self.group.clone(), "topic" => topic.to_owned(),
+            "partition" => partition.to_string())
     }
 
     pub(super) fn connected(&self, connected: bool) {

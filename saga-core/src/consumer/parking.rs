@@ -14,7 +14,7 @@ use crate::{
     outbox::Tx,
 };
 use sqlx::{PgPool, Row, postgres::PgRow, types::Json};
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -102,9 +102,12 @@ pub(super) async fn count_attempt(pool: &PgPool, place: Place<'_>, offset: i64) 
     Ok(attempts.unsigned_abs())
 }
 
-/// Parks records behind what is parked of their keys.
+/// Parks records behind what is parked of their keys. Where nothing is any more (a copy that was parked at another
+/// partition has just left there), the first of them is due at once.
 pub(super) async fn hold_in(tx: &mut Tx<'_>, place: Place<'_>, held: &Batch) -> Result<(), sqlx::Error> {
-    insert(tx, place, held, 0, None, None).await
+    insert(tx, place, held, 0, None, None).await?;
+    let lanes: BTreeSet<i64> = held.messages.iter().filter_map(lane).collect();
+    wake_in(tx, place, &Vec::from_iter(lanes)).await
 }
 
 /// Parks a record that failed, as the first of its lane.
@@ -132,7 +135,10 @@ async fn insert(
         "insert into inbox_parked (consumer, topic, partition, record_offset, lane, source, message_id, key, payload,
                                    headers, record_time, attempts, next_attempt_at, error_class, reason)
          select $1, $2, $3, r.record_offset, r.lane, r.source, r.message_id, r.key, r.payload,
-                r.headers, r.record_time, $4, clock_timestamp() + make_interval(secs => $5), $6, $7
+                r.headers, r.record_time, $4,
+                -- What has no lane waits behind nothing.
+                coalesce(clock_timestamp() + make_interval(secs => $5), case when r.lane is null then clock_timestamp() end),
+                $6, $7
            from unnest($8::bigint[], $9::bigint[], $10::text[], $11::uuid[], $12::bytea[], $13::bytea[], $14::jsonb[],
                        $15::timestamptz[])
                 as r (record_offset, lane, source, message_id, key, payload, headers, record_time)
@@ -237,21 +243,27 @@ pub(super) async fn leave_in(
     lane: Option<i64>,
 ) -> Result<(), sqlx::Error> {
     sqlx::query("delete from inbox_parked where id = any($1)").bind(ids).execute(&mut **tx).await?;
-    let Some(lane) = lane else { return Ok(()) };
+    wake_in(tx, place, lane.as_slice()).await
+}
+
+/// Makes the first row of each lane due at once, if it has no time.
+async fn wake_in(tx: &mut Tx<'_>, place: Place<'_>, lanes: &[i64]) -> Result<(), sqlx::Error> {
+    if lanes.is_empty() {
+        return Ok(());
+    }
     sqlx::query(
         "update inbox_parked
             set next_attempt_at = clock_timestamp()
-          where id = (select id
-                        from inbox_parked
-                       where consumer = $1 and topic = $2 and partition = $3 and lane = $4
-                       order by record_offset
-                       limit 1)
+          where id in (select distinct on (lane) id
+                         from inbox_parked
+                        where consumer = $1 and topic = $2 and partition = $3 and lane = any($4)
+                        order by lane, record_offset)
             and next_attempt_at is null",
     )
     .bind(place.consumer)
     .bind(place.topic)
     .bind(place.partition)
-    .bind(lane)
+    .bind(lanes)
     .execute(&mut **tx)
     .await?;
     Ok(())

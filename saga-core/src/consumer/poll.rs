@@ -30,14 +30,11 @@ use sqlx::PgPool;
 use std::{
     collections::{HashMap, HashSet},
     panic::AssertUnwindSafe,
-    sync::{Arc, Weak, atomic::AtomicBool},
+    sync::{Arc, Mutex, Weak, atomic::AtomicBool},
     time::Duration,
 };
-use tokio::{
-    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
-    task::JoinHandle,
-};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 /// How long a worker may finish its open transaction when its partition is taken away or the process stops. Well below
 /// what the group allows a member to take (five minutes).
@@ -59,11 +56,12 @@ impl Offsets {
     }
 }
 
-/// A partition that we read.
+/// A partition that we read. When it is dropped without being finished (somebody dropped the consumer's future), its
+/// worker is cut off, or it would keep the client, and with it the partition, for as long as the process lives.
 struct Held {
     buffer: Arc<Buffer>,
     stop: CancellationToken,
-    task: JoinHandle<()>,
+    task: AbortOnDropHandle<()>,
 }
 
 /// Rebalances that wait for our answer. The library waits for it, also when it is closed: when the polling future is
@@ -178,7 +176,9 @@ impl<H: Handler> Poll<H> {
     /// Errors of the client pass by themselves, and are said once each; a fatal one does not.
     fn complain(&mut self, error: KafkaError) -> Result<(), ConsumerError> {
         match &error {
-            KafkaError::MessageConsumptionFatal(_) => return Err(error.into()),
+            KafkaError::MessageConsumptionFatal(_)
+            // No waiting makes the brokers allow it.
+            | KafkaError::MessageConsumption(RDKafkaErrorCode::InvalidSessionTimeout) => return Err(error.into()),
             KafkaError::MessageConsumption(RDKafkaErrorCode::AllBrokersDown) => self.pulse.connected(false),
             KafkaError::MessageConsumption(
                 RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::OperationTimedOut,
@@ -214,6 +214,7 @@ impl<H: Handler> Poll<H> {
                 let gone =
                     gone.filter_map(|(topic, partition)| self.held.get_mut(&topic)?.remove(&partition)).collect();
                 finish(gone, FINISH_MAX).await;
+                self.pulse.gone(&names(partitions));
                 // The library remembers a pause beyond the assignment: when the partition comes back, nobody would know
                 // that it is paused, and it would never be read.
                 if let Err(error) = self.client.resume(partitions) {
@@ -252,16 +253,17 @@ impl<H: Handler> Poll<H> {
             careful: self.config.batch_max,
             look_at_parked: clock::monotonic(),
             stumbling: HashSet::new(),
+            alone: Mutex::default(),
         };
         let broken = self.broken.0.clone();
-        let task = tokio::spawn(async move {
+        let task = AbortOnDropHandle::new(tokio::spawn(async move {
             let error = match AssertUnwindSafe(worker.run()).catch_unwind().await {
                 Ok(Ended::Stopped) => return,
                 Ok(Ended::Crashed) => ConsumerError::Crashed,
                 Err(_) => ConsumerError::WorkerPanicked,
             };
             broken.send(error).ok();
-        });
+        }));
         Held { buffer, stop, task }
     }
 }

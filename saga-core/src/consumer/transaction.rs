@@ -20,6 +20,7 @@ use super::{
     record::{Batch, arrival, hash},
 };
 use crate::{
+    clock,
     fail_point::fail_point,
     inbox::{self, Delivery, Place},
     outbox::Tx,
@@ -31,7 +32,7 @@ use sqlx::{AssertSqlSafe, Connection as _, PgPool, Postgres, pool::PoolConnectio
 use std::{
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tracing::Instrument;
 
@@ -48,19 +49,33 @@ pub(super) struct Desk<H> {
     pub(super) kept: Kept,
 }
 
+/// A partition that is always busy gives its connection back now and then, for the pool to look at its age.
+const KEPT_MAX: Duration = Duration::from_secs(60);
+
+/// A connection that is kept from batch to batch.
+struct Borrowed {
+    connection: PoolConnection<Postgres>,
+    since: Instant,
+}
+
 /// The connection of the last batch, for the next one: to give it back and to get it again costs two round trips.
-#[derive(Debug, Default)]
-pub(super) struct Kept(Mutex<Option<PoolConnection<Postgres>>>);
+#[derive(Default)]
+pub(super) struct Kept(Mutex<Option<Borrowed>>);
 
 impl Kept {
-    fn take(&self) -> Option<PoolConnection<Postgres>> {
-        self.lock().take()
+    async fn take_or_borrow(&self, pool: &PgPool) -> Result<Borrowed, sqlx::Error> {
+        let kept = self.lock().take();
+        match kept {
+            Some(kept) => Ok(kept),
+            None => Ok(Borrowed { connection: pool.acquire().await?, since: clock::monotonic() }),
+        }
     }
 
     /// Keeps it while there are others to spare; whoever waits for one gets it at the end of a batch.
-    fn keep(&self, connection: PoolConnection<Postgres>, pool: &PgPool) {
-        if pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections() {
-            *self.lock() = Some(connection);
+    fn keep(&self, borrowed: Borrowed, pool: &PgPool) {
+        let to_spare = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
+        if to_spare && clock::monotonic().saturating_duration_since(borrowed.since) < KEPT_MAX {
+            *self.lock() = Some(borrowed);
         }
     }
 
@@ -69,10 +84,11 @@ impl Kept {
     }
 
     pub(super) fn give_back(&self) {
-        drop(self.take());
+        let kept = self.lock().take();
+        drop(kept);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<PoolConnection<Postgres>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Borrowed>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -98,20 +114,13 @@ impl<H: Handler> Desk<H> {
         AssertSqlSafe(format!("begin; select pg_advisory_xact_lock({lock})"))
     }
 
-    async fn connection(&self) -> Result<PoolConnection<Postgres>, sqlx::Error> {
-        match self.kept.take() {
-            Some(kept) => Ok(kept),
-            None => self.pool.acquire().await,
-        }
-    }
-
     /// Handles what is new in `batch` and says how many that were.
     pub(super) async fn take(&self, batch: &Batch) -> Result<usize, Failure> {
         let group = &self.config.group;
         fail_point!("consumer.before-begin", group);
         // Kept only after a commit: whatever fails gives it back, and the pool looks after it.
-        let mut connection = self.connection().await?;
-        let mut tx = connection.begin_with(self.begin_and_lock()).await?;
+        let mut borrowed = self.kept.take_or_borrow(&self.pool).await?;
+        let mut tx = borrowed.connection.begin_with(self.begin_and_lock()).await?;
         let deliveries = match batch.messages.is_empty() {
             true => Vec::new(),
             false => inbox::receive_in(&mut tx, self.place(), &batch.arrivals(&self.config)).await?,
@@ -133,7 +142,7 @@ impl<H: Handler> Desk<H> {
         fail_point!("consumer.before-commit", group);
         tx.commit().await?;
         fail_point!("consumer.after-commit", group);
-        self.kept.keep(connection, &self.pool);
+        self.kept.keep(borrowed, &self.pool);
         if fresh > 0 {
             self.handler.committed();
         }
@@ -253,7 +262,11 @@ impl<H: Handler> Desk<H> {
         let handled = handled.unwrap_or_else(|panic| {
             Err(HandleError::Failed(anyhow::anyhow!("the handler panicked: {}", panic_text(panic.as_ref()))))
         });
-        Ok(handled?)
+        handled?;
+        // A handler that swallowed an error of the database: the transaction is aborted, PostgreSQL answers its commit with
+        // a rollback, and sqlx calls that a success. This statement fails there.
+        sqlx::query("select 1").execute(&mut **tx).await?;
+        Ok(())
     }
 
     fn count(&self, outcome: &'static str, messages: usize) {

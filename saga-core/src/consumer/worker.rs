@@ -4,6 +4,9 @@
 //!  parked records that are due  ->  a batch of what has arrived  ->  its offset  ->  again
 //! ```
 //!
+//! Every attempt that is counted is made alone in the process: when it ends with the process, the record that was tried
+//! is the one that killed it, and nobody else's count tells of it.
+//!
 //! Its invariant: an offset is stored only when every record up to it is handled, parked or dead-lettered in a
 //! transaction that is committed. When the process dies anywhere, the partition's next worker starts at or before what
 //! is done, and the inbox takes out what was.
@@ -26,9 +29,10 @@ use crate::{
 };
 use std::{
     collections::HashSet,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -46,6 +50,9 @@ const FEW: usize = 100;
 const RETRIES_PER_TURN: usize = 32;
 /// Repeats of what will pass by itself: soon at first (a deadlock is over at once), then at leisure (an outage is not).
 const PATIENCE: Backoff = Backoff::doubling(Duration::from_millis(10), Duration::from_secs(2));
+
+/// Held by whoever makes an attempt that is counted.
+static ALONE: Semaphore = Semaphore::const_new(1);
 
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +74,8 @@ pub(super) struct Worker<H> {
     pub(super) look_at_parked: Instant,
     /// Lanes in which something failed when they were taken in batches.
     pub(super) stumbling: HashSet<i64>,
+    /// While an attempt is made that is counted.
+    pub(super) alone: Mutex<Option<SemaphorePermit<'static>>>,
 }
 
 impl<H: Handler> Worker<H> {
@@ -151,7 +160,10 @@ impl<H: Handler> Worker<H> {
                 return Err(Ended::Stopped);
             }
             if single.messages.iter().all(|message| !done.contains(&message.at.offset)) {
-                self.one(&single).await?;
+                self.be_alone().await?;
+                let done = self.one(&single).await;
+                self.be_with_others();
+                done?;
             }
         }
         Ok(())
@@ -200,37 +212,43 @@ impl<H: Handler> Worker<H> {
                     self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED;
                 }
                 Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
-                Due::Now(parked) => self.retry(&parked).await?,
+                Due::Now(parked) => {
+                    self.be_alone().await?;
+                    let retried = self.retry(&parked).await;
+                    self.be_with_others();
+                    if let Some(lane) = retried? {
+                        self.drain(lane).await?;
+                    }
+                }
             }
         }
         Ok(())
     }
 
-    async fn retry(&mut self, parked: &Parked) -> Result<(), Ended> {
+    /// Tries a parked record once more; names the lane that waited behind it when it is handled.
+    async fn retry(&mut self, parked: &Parked) -> Result<Option<i64>, Ended> {
         let desk = &self.desk;
         let delay = desk.delay(parked.attempts + 1, parked.message.at.offset);
         let counted = self.must(|| async { Ok(parking::count_retry(&desk.pool, parked.id, delay).await?) }).await?;
-        let Some(attempt) = counted else { return Ok(()) };
+        let Some(attempt) = counted else { return Ok(None) };
         self.pass_attempt_counted()?;
         if attempt > desk.config.attempts {
             let fault = fatal(desk.config.attempts);
-            return self.must(|| desk.give_up_parked(parked, desk.config.attempts, &fault)).await;
+            return self.must(|| desk.give_up_parked(parked, desk.config.attempts, &fault)).await.map(|()| None);
         }
         match self.insist(|| desk.retry(parked)).await? {
-            Ok(()) => match parked.lane {
-                Some(lane) => self.drain(lane).await,
-                None => Ok(()),
-            },
+            Ok(()) => Ok(parked.lane),
             Err(fault) => {
                 if let Some(lane) = parked.lane {
                     self.stumbling.remove(&lane);
                 }
                 let desk = &self.desk;
                 if fault.retry == Retry::Pointless || attempt >= desk.config.attempts {
-                    self.must(|| desk.give_up_parked(parked, attempt, &fault)).await
+                    self.must(|| desk.give_up_parked(parked, attempt, &fault)).await?;
                 } else {
-                    self.must(|| async { Ok(parking::note(&desk.pool, parked.id, &fault).await?) }).await
+                    self.must(|| async { Ok(parking::note(&desk.pool, parked.id, &fault).await?) }).await?;
                 }
+                Ok(None)
             }
         }
     }
@@ -279,7 +297,12 @@ impl<H: Handler> Worker<H> {
         let mut delays = PATIENCE.delays();
         let mut again = false;
         loop {
-            let reason = match attempt().await {
+            let bound = self.desk.config.attempt_timeout;
+            let attempted = tokio::time::timeout(bound, attempt()).await;
+            let attempted = attempted.unwrap_or_else(|_| {
+                Err(Failure::Passing(format!("no answer within {} s; another connection is tried", bound.as_secs())))
+            });
+            let reason = match attempted {
                 Ok(value) => {
                     self.pulse.database_answers();
                     return Ok(Ok(value));
@@ -305,11 +328,33 @@ impl<H: Handler> Worker<H> {
                 Err(Failure::Again) => HandleError::Again.to_string(),
             };
             self.pulse.database_fails(&reason);
-            tokio::select! {
-                () = self.stop.cancelled() => return Err(Ended::Stopped),
-                () = tokio::time::sleep(delays.next().unwrap_or(PATIENCE.max)) => {}
-            }
+            self.pause(delays.next().unwrap_or(PATIENCE.max)).await?;
         }
+    }
+
+    /// Waits; others may be alone meanwhile.
+    async fn pause(&self, time: Duration) -> Result<(), Ended> {
+        let alone = self.be_with_others();
+        tokio::select! {
+            () = self.stop.cancelled() => return Err(Ended::Stopped),
+            () = tokio::time::sleep(time) => {}
+        }
+        if alone { self.be_alone().await } else { Ok(()) }
+    }
+
+    async fn be_alone(&self) -> Result<(), Ended> {
+        let alone = tokio::select! {
+            () = self.stop.cancelled() => return Err(Ended::Stopped),
+            // It is never closed.
+            alone = ALONE.acquire() => alone.ok(),
+        };
+        *self.alone.lock().unwrap_or_else(PoisonError::into_inner) = alone;
+        Ok(())
+    }
+
+    /// Says whether it was alone.
+    fn be_with_others(&self) -> bool {
+        self.alone.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()
     }
 
     /// Likewise, for our own statements: there a fault is ours, and there is nobody else to try.

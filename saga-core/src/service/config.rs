@@ -6,7 +6,13 @@
 use super::{admin::AdminAuth, telemetry::TelemetrySettings};
 use clap::Args;
 use sqlx::postgres::PgConnectOptions;
-use std::{fmt, net::SocketAddr, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    ops::{Bound, RangeBounds},
+    str::FromStr,
+    time::Duration,
+};
 
 /// What tells one service from another before it has read anything.
 #[derive(Debug, Clone, Copy)]
@@ -69,7 +75,7 @@ pub struct KafkaArgs {
     #[arg(long, env = "KAFKA_REPLICATION_FACTOR", value_name = "NUMBER", global = true)]
     pub kafka_replication_factor: Option<String>,
     /// After so long without a heartbeat a consumer's partitions go to another, milliseconds [default: 6000]. Not less than
-    /// the brokers' group.min.session.timeout.ms
+    /// the brokers' group.min.session.timeout.ms, not more than 300000
     #[arg(long, env = "KAFKA_SESSION_TIMEOUT_MS", value_name = "NUMBER", global = true)]
     pub kafka_session_timeout_ms: Option<String>,
 }
@@ -166,6 +172,8 @@ pub struct AdminSettings {
 
 /// 16: on one small machine, four processes together stay below PostgreSQL's default of 100.
 const DEFAULT_MAX_CONNECTIONS: u32 = 16;
+/// Not more than the client library lets pass between two polls (`max.poll.interval.ms`).
+const SESSION_TIMEOUT_MAX_MS: u64 = 300_000;
 /// Shorter tokens can be guessed.
 const MIN_TOKEN: usize = 16;
 
@@ -214,7 +222,7 @@ impl DatabaseArgs {
             },
         };
         let max_connections =
-            number(&self.database_max_connections, "DATABASE_MAX_CONNECTIONS", DEFAULT_MAX_CONNECTIONS, 2, errors);
+            number(&self.database_max_connections, "DATABASE_MAX_CONNECTIONS", DEFAULT_MAX_CONNECTIONS, 2.., errors);
         Some(DatabaseSettings { options: options?, max_connections: max_connections? })
     }
 }
@@ -235,8 +243,9 @@ impl KafkaArgs {
                 None => Some(list.to_owned()),
             },
         };
-        let replication_factor = number(&self.kafka_replication_factor, "KAFKA_REPLICATION_FACTOR", 1_i32, 1, errors);
-        let session = number(&self.kafka_session_timeout_ms, "KAFKA_SESSION_TIMEOUT_MS", 6_000_u64, 1_000, errors);
+        let replication_factor = number(&self.kafka_replication_factor, "KAFKA_REPLICATION_FACTOR", 1_i32, 1.., errors);
+        let (session, allowed) = (&self.kafka_session_timeout_ms, 1_000..=SESSION_TIMEOUT_MAX_MS);
+        let session = number(session, "KAFKA_SESSION_TIMEOUT_MS", 6_000_u64, allowed, errors);
         let session_timeout = Duration::from_millis(session?);
         Some(KafkaSettings { brokers: brokers?, replication_factor: replication_factor?, session_timeout })
     }
@@ -349,17 +358,21 @@ fn number<N: FromStr + PartialOrd + fmt::Display + Copy>(
     text: &Option<String>,
     variable: &'static str,
     default: N,
-    least: N,
+    allowed: impl RangeBounds<N>,
     errors: &mut ConfigErrors,
 ) -> Option<N> {
     let Some(text) = given(text) else { return Some(default) };
     match text.parse::<N>() {
-        Ok(number) if number >= least => Some(number),
-        _ => errors.add(
-            variable,
-            format!("is {text:?}"),
-            format!("set it to a whole number of at least {least}, or leave it out for {default}"),
-        ),
+        Ok(number) if allowed.contains(&number) => Some(number),
+        _ => {
+            let bound = |name: &str, bound: Bound<&N>| match bound {
+                Bound::Included(number) => format!(" {name} {number}"),
+                Bound::Excluded(_) | Bound::Unbounded => String::new(),
+            };
+            let (from, to) = (bound("from", allowed.start_bound()), bound("to", allowed.end_bound()));
+            let cure = format!("set it to a whole number{from}{to}, or leave it out for {default}");
+            errors.add(variable, format!("is {text:?}"), cure)
+        }
     }
 }
 

@@ -23,6 +23,10 @@ const IDLE_IN_TRANSACTION: &str = "10s";
 /// A connection that was in use so short a time ago is given out without asking whether it is still there.
 const TRUSTED: Duration = Duration::from_millis(500);
 
+/// A connection that does not answer for so long when it comes back is closed: its server is gone without a word, and
+/// while it is waited for, it counts against the pool.
+const ROLLBACK_MAX: Duration = Duration::from_secs(2);
+
 /// How long to wait between attempts while the database is away.
 const WAIT: Backoff = Backoff::doubling(Duration::from_millis(100), Duration::from_secs(2));
 
@@ -58,8 +62,11 @@ pub fn pool_options(max_connections: u32) -> PgPoolOptions {
         .after_release(|connection, _| {
             Box::pin(async move {
                 // `rollback` alone would make the server warn each time that there is nothing to roll back.
-                sqlx::raw_sql("begin; rollback").execute(connection).await?;
-                Ok(true)
+                let rolled_back = sqlx::raw_sql("begin; rollback").execute(connection);
+                match tokio::time::timeout(ROLLBACK_MAX, rolled_back).await {
+                    Ok(answer) => answer.map(|_| true),
+                    Err(_) => Err(Error::Io(std::io::ErrorKind::TimedOut.into())),
+                }
             })
         })
 }

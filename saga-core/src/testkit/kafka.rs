@@ -179,7 +179,7 @@ fn read_blocking(topic: &str) -> Vec<Record> {
     let mut positions = TopicPartitionList::new();
     let mut open = Vec::new();
     for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
-        let (low, high) = consumer.fetch_watermarks(topic, partition.id(), PATIENCE).expect("the topic exists");
+        let (low, high) = watermarks(&consumer, topic, partition.id());
         if high > low {
             positions
                 .add_partition_offset(topic, partition.id(), rdkafka::Offset::Beginning)
@@ -200,11 +200,26 @@ fn read_blocking(topic: &str) -> Vec<Record> {
             }
             // Transaction markers take offsets too: the end of the partition may be one.
             Some(Err(rdkafka::error::KafkaError::PartitionEOF(at))) => open.retain(|&(partition, _)| partition != at),
-            Some(Err(error)) => panic!("reading {topic}: {error}"),
+            // A leader that has just moved, a broker that is just starting: it passes, or the deadline tells.
+            Some(Err(error)) => tracing::debug!(topic, %error, "reading a topic"),
             None => {}
         }
     }
     records
+}
+
+/// A topic that was just made has partitions whose leader does not know yet that it is one.
+fn watermarks(consumer: &BaseConsumer, topic: &str, partition: i32) -> (i64, i64) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        match consumer.fetch_watermarks(topic, partition, PATIENCE) {
+            Ok(watermarks) => return watermarks,
+            Err(error) => {
+                assert!(std::time::Instant::now() < deadline, "the ends of {topic} [{partition}]: {error}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
 }
 
 fn own(message: &rdkafka::message::BorrowedMessage<'_>) -> Record {

@@ -1,6 +1,8 @@
 //! The consumer runtime, on a real PostgreSQL and a real Kafka.
 
+mod adversity;
 mod crashes;
 mod delivery;
 mod failures;
+
 mod support;

@@ -80,6 +80,12 @@ impl Running {
         self.task.await.unwrap().unwrap();
     }
 
+    /// Drops the future that runs it, as a `select!` would.
+    pub(crate) async fn drop_it(self) {
+        self.task.abort();
+        assert!(self.task.await.unwrap_err().is_cancelled());
+    }
+
     /// Waits until a fail point has let it die.
     pub(crate) async fn dies(self) {
         let ended = tokio::time::timeout(SOON, self.task).await.expect("it dies soon").unwrap();
