@@ -11,17 +11,24 @@ use super::{
     local::{LocalEffect, LocalError},
     log::What,
     runner::ReplyHandler,
-    start::Starts,
+    starts::Starts,
     state::{Event, Ignored, Verdict},
     store::{self, Known, Row},
 };
 use crate::{clock, id::SagaId, outbox::Tx};
 use serde_json::Value;
-use sqlx::PgPool;
+use sqlx::{AssertSqlSafe, PgPool};
 use std::{
     collections::{BTreeMap, VecDeque},
+    io,
     sync::Arc,
+    time::Duration,
 };
+
+/// After so long a transaction of the engine's own is given up and its connection with it: the database's machine may be
+/// gone without a word, which the operating system notices after a quarter of an hour. Far longer than any of them takes,
+/// and than PostgreSQL lets another transaction hold locks while it does nothing (10 s).
+const ATTEMPT_MAX: Duration = Duration::from_secs(30);
 
 /// Runs the sagas of one service.
 pub struct Engine {
@@ -31,6 +38,7 @@ pub struct Engine {
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
     known: Known,
     starts: Starts,
+    attempt_max: Duration,
 }
 
 /// Puts an [`Engine`] together.
@@ -40,12 +48,19 @@ pub struct EngineBuilder {
     reply_topic: String,
     definitions: Vec<Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
+    attempt_max: Duration,
 }
 
 impl Engine {
     /// An engine over `pool` whose participants answer on `reply_topic`.
     pub fn builder(pool: PgPool, reply_topic: impl Into<String>) -> EngineBuilder {
-        EngineBuilder { pool, reply_topic: reply_topic.into(), definitions: Vec::new(), locals: BTreeMap::new() }
+        EngineBuilder {
+            pool,
+            reply_topic: reply_topic.into(),
+            definitions: Vec::new(),
+            locals: BTreeMap::new(),
+            attempt_max: ATTEMPT_MAX,
+        }
     }
 
     /// Cancels a saga in the caller's transaction; the answer is final once that commits. Call it before locking
@@ -74,7 +89,11 @@ impl Engine {
     /// # Errors
     /// When the saga is not what the operator saw, or the database says no.
     pub async fn retry(&self, id: SagaId, expected: i32, reason: &str, actor: &str) -> Result<(), RetryError> {
-        let mut tx = self.pool.begin().await?;
+        self.within(self.retry_once(id, expected, reason, actor)).await
+    }
+
+    async fn retry_once(&self, id: SagaId, expected: i32, reason: &str, actor: &str) -> Result<(), RetryError> {
+        let mut tx = self.begin().await?;
         let row = store::load(&mut tx, &[id]).await?.pop().ok_or(RetryError::Unknown(id))?;
         if row.revision != expected {
             return Err(RetryError::Version { expected, found: row.revision });
@@ -153,6 +172,26 @@ impl Engine {
     pub(super) fn starts(&self) -> &Starts {
         &self.starts
     }
+
+    pub(super) fn attempt_max(&self) -> Duration {
+        self.attempt_max
+    }
+
+    /// A transaction of the engine's own. When [`Engine::within`] gives it up, PostgreSQL has to as well: to a statement that
+    /// waits for a lock, and holds others meanwhile, it makes no difference that its client is gone. A little later, so
+    /// that it is not the statement that fails.
+    pub(super) async fn begin(&self) -> Result<Tx<'static>, sqlx::Error> {
+        let statement_max = (self.attempt_max * 11 / 10).as_millis();
+        self.pool.begin_with(AssertSqlSafe(format!("begin; set local statement_timeout = {statement_max}"))).await
+    }
+
+    /// Gives `work` up when it takes too long. The pool rolls its connection back, or closes it if it does not answer.
+    pub(super) async fn within<T, E: From<sqlx::Error>>(
+        &self,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        tokio::time::timeout(self.attempt_max, work).await.unwrap_or_else(|_| Err(no_answer().into()))
+    }
 }
 
 impl EngineBuilder {
@@ -168,12 +207,19 @@ impl EngineBuilder {
         self
     }
 
+    /// How long a transaction of the engine's own may take (30 s): a start by itself, a batch of due sagas, a retry. One that
+    /// is not done by then is given up, and its connection is not used again.
+    pub fn attempt_max(mut self, attempt_max: Duration) -> Self {
+        self.attempt_max = attempt_max;
+        self
+    }
+
     /// The engine, if every definition is sound and every local effect that they name is bound.
     ///
     /// # Errors
     /// With every mistake, not only the first.
     pub fn build(self) -> Result<Arc<Engine>, EngineErrors> {
-        let Self { pool, reply_topic, definitions, locals } = self;
+        let Self { pool, reply_topic, definitions, locals, attempt_max } = self;
         let (mut errors, mut defined, mut known) = (Vec::new(), BTreeMap::new(), Known::default());
         for definition in definitions {
             errors.extend(definition.check().into_iter().map(EngineError::Definition));
@@ -191,11 +237,17 @@ impl EngineBuilder {
             }
         }
         if errors.is_empty() {
-            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known, starts: Starts::default() }))
+            let starts = Starts::default();
+            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known, starts, attempt_max }))
         } else {
             Err(EngineErrors(errors))
         }
     }
+}
+
+/// Of the kind that an outage is.
+pub(super) fn no_answer() -> sqlx::Error {
+    sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, "the database did not answer in time"))
 }
 
 pub(super) fn version_of(definition: &Definition) -> i32 {

@@ -13,7 +13,7 @@
 //! | [`decide`] | the one transition function; no I/O, no clock, no randomness |
 //! | [`local`] | effects in the orchestrator's own database |
 //! | [`engine`] | definitions and effects bound together; cancel, retry |
-//! | `start` | starting, in the caller's transaction or several in one |
+//! | `start`, `starts` | starting, in the caller's transaction or several in one |
 //! | [`runner`], [`timers`] | batches of replies and due times, each batch one transaction |
 //! | [`log`] | the lines of a saga's timeline |
 //! | [`inspect`], [`view`] | lists, and one saga with its timeline and why it waits |
@@ -31,6 +31,7 @@ mod measure;
 mod moment;
 pub mod runner;
 mod start;
+mod starts;
 pub mod state;
 mod store;
 pub mod timers;

@@ -17,6 +17,7 @@ use super::{
     local::LocalCall,
     log::{Entry, What},
     measure,
+    starts::Waiting,
     state::{Action, Effects, Event, State},
     store::{self, NewSaga},
 };
@@ -26,18 +27,11 @@ use crate::{
     fail_point::fail_point,
     id::SagaId,
     outbox::{self, NewMessage, Tx},
-    service::database::is_outage,
 };
 use serde::Serialize;
 use serde_json::Value;
-use std::{
-    collections::{HashSet, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashSet, sync::Arc};
 use tokio::sync::oneshot;
-
-/// Sagas that one transaction starts at most.
-const SET: usize = 256;
 
 impl Engine {
     /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing.
@@ -52,7 +46,7 @@ impl Engine {
         input: &I,
         business_key: &str,
     ) -> Result<(), StartError> {
-        let new = self.begin(id, saga, input, business_key)?;
+        let new = self.prepare(id, saga, input, business_key)?;
         match self.insert(tx, &[&new]).await?.is_empty() {
             true => Err(StartError::Exists),
             false => self.follow(tx, &new).await,
@@ -60,12 +54,12 @@ impl Engine {
     }
 
     /// Starts a saga for a caller who writes nothing else with it. Returns when its transaction is committed. Starts that
-    /// come while one is under way share the next one's transaction; nobody waits for a set to fill. A caller that stops
-    /// waiting stops nothing.
+    /// come while one is under way share the next one's transaction; nobody waits for a set to fill, or because another's
+    /// business key is locked. A caller that stops waiting stops nothing.
     ///
     /// # Errors
     /// As [`Engine::start_in`]. After [`StartError::Database`] the saga may have been started all the same, if the
-    /// connection was lost during the commit: repeat it with the same business key.
+    /// connection was lost during the commit, or the database fell silent: repeat it with the same business key.
     pub async fn start<I: Serialize>(
         self: &Arc<Self>,
         id: SagaId,
@@ -73,56 +67,20 @@ impl Engine {
         input: &I,
         business_key: &str,
     ) -> Result<(), StartError> {
-        let new = self.begin(id, saga, input, business_key)?;
+        let new = self.prepare(id, saga, input, business_key)?;
         let engine = Arc::clone(self);
         let (tell, told) = oneshot::channel();
-        // In a task of its own: the caller may go away, and the others' sagas must not go with it.
-        if !new.fits_a_set() {
-            tokio::spawn(async move { tell.send(engine.start_one(&new).await) });
-        } else if self.starts().push(Waiting { new, tell }) {
-            tokio::spawn(engine.start_what_waits());
+        // In a task that is not the caller's: the caller may go away, and the others' sagas must not go with it.
+        if new.fits_a_set() {
+            self.starts().push(Waiting { engine, new, tell });
+        } else {
+            tokio::spawn(async move { tell.send(engine.within(engine.start_one(&new)).await) });
         }
         told.await.unwrap_or(Err(StartError::Database(sqlx::Error::WorkerCrashed)))
     }
 
-    async fn start_what_waits(self: Arc<Self>) {
-        while let Some(waiting) = self.starts().take() {
-            let set: Vec<&New> = waiting.iter().map(|waiting| &waiting.new).collect();
-            let together = match set.len() {
-                1 => None,
-                _ => Some(self.start_set(&set).await),
-            };
-            for Waiting { new, tell } in waiting {
-                let answer = match &together {
-                    Some(Ok(started)) if started.contains(&new.state.saga) => Ok(()),
-                    Some(Ok(_)) => Err(StartError::Exists),
-                    // Perhaps they were committed: to try again would tell their own callers that they exist.
-                    Some(Err(StartError::Database(error))) if is_outage(error) => {
-                        Err(StartError::Database(sqlx::Error::Io(std::io::Error::other(error.to_string()))))
-                    }
-                    // One of them does not fit, or there is only one.
-                    Some(Err(_)) | None => self.start_one(&new).await,
-                };
-                // Whoever asked may have gone.
-                tell.send(answer).ok();
-            }
-        }
-    }
-
-    /// Says which of them are new.
-    async fn start_set(&self, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
-        let mut tx = self.pool().begin().await?;
-        let started = self.insert(&mut tx, set).await?;
-        let new = set.iter().filter(|new| started.contains(&new.state.saga));
-        let messages: Vec<_> = new.filter_map(|new| new.message.clone()).collect();
-        outbox::append_in(&mut tx, &messages).await.map_err(|error| StartError::Database(error.into()))?;
-        fail_point!("saga.before-start", self.reply_topic());
-        tx.commit().await?;
-        Ok(started)
-    }
-
     async fn start_one(&self, new: &New) -> Result<(), StartError> {
-        let mut tx = self.pool().begin().await?;
+        let mut tx = self.begin().await?;
         if self.insert(&mut tx, &[new]).await?.is_empty() {
             return Err(StartError::Exists);
         }
@@ -131,7 +89,7 @@ impl Engine {
         Ok(tx.commit().await?)
     }
 
-    fn begin<I: Serialize>(
+    fn prepare<I: Serialize>(
         &self,
         id: SagaId,
         saga: &Saga<I>,
@@ -147,7 +105,7 @@ impl Engine {
     }
 
     /// Says which of them are new.
-    async fn insert(&self, tx: &mut Tx<'_>, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
+    pub(super) async fn insert(&self, tx: &mut Tx<'_>, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
         let rows: Vec<NewSaga<'_>> = set.iter().map(|new| new.row()).collect();
         Ok(store::insert(tx, &rows, clock::now()).await?.into_iter().collect())
     }
@@ -169,7 +127,7 @@ impl Engine {
 
 /// A saga as it stands once its first command is issued, if the local effects before that work: they are run after its
 /// row is there, and if one does not, there is no saga.
-struct New {
+pub(super) struct New {
     definition: Arc<Definition>,
     business_key: String,
     input: Value,
@@ -207,6 +165,14 @@ impl New {
         Ok(Self { definition, business_key, input, state, locals, message, entry })
     }
 
+    pub(super) fn saga(&self) -> SagaId {
+        self.state.saga
+    }
+
+    pub(super) fn message(&self) -> Option<&NewMessage> {
+        self.message.as_ref()
+    }
+
     /// Whether it is rows and nothing else: a local effect that fails must not take other sagas with it.
     fn fits_a_set(&self) -> bool {
         self.locals.is_empty() && !self.state.is_finished()
@@ -222,42 +188,5 @@ impl New {
             input: &self.input,
             entry: &self.entry,
         }
-    }
-}
-
-/// Sagas that are to be started, each with whoever waits for it.
-#[derive(Default)]
-pub(super) struct Starts(Mutex<Queue>);
-
-#[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Waiting>,
-    /// Somebody takes them.
-    taken_care_of: bool,
-}
-
-struct Waiting {
-    new: New,
-    tell: oneshot::Sender<Result<(), StartError>>,
-}
-
-impl Starts {
-    /// True when nobody takes care of what waits, which the caller has to see to then.
-    fn push(&self, waiting: Waiting) -> bool {
-        let mut queue = self.lock();
-        queue.waiting.push_back(waiting);
-        !std::mem::replace(&mut queue.taken_care_of, true)
-    }
-
-    /// The next set; `None` ends the care.
-    fn take(&self) -> Option<Vec<Waiting>> {
-        let mut queue = self.lock();
-        queue.taken_care_of = !queue.waiting.is_empty();
-        let set = queue.waiting.len().min(SET);
-        queue.taken_care_of.then(|| queue.waiting.drain(..set).collect())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
