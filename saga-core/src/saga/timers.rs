@@ -1,7 +1,8 @@
 //! Time passing: sagas that are due, and replies that were set aside, taken from the database.
 //!
 //! Any number of replicas do this at once; a row that one of them holds is left out by the others. A process that dies
-//! with a batch in hand has changed nothing, and the rows are claimed again at once.
+//! with a batch in hand has changed nothing, and the rows are claimed again at once. No transaction is waited for without
+//! a bound: one that is given up, its connection silent, is repeated on another.
 
 use super::{batch::BatchError, engine::Engine, measure, runner::Incoming, store};
 use crate::{
@@ -9,7 +10,10 @@ use crate::{
     id::SagaId,
     service::database::{is_conflict, is_outage},
 };
-use std::time::{Duration, Instant};
+use std::{
+    io::ErrorKind,
+    time::{Duration, Instant},
+};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -36,7 +40,7 @@ impl Engine {
     pub async fn run_timers(&self, token: CancellationToken) -> Result<(), sqlx::Error> {
         let (mut failing, mut counted) = (false, None::<Instant>);
         while !token.is_cancelled() {
-            // Not raced against the token: a transaction that is given up half-way would poison its connection.
+            // Not raced against the token: work in flight finishes, within its bound.
             let pause = match self.tick().await {
                 Ok(ticked) => {
                     if std::mem::take(&mut failing) {
@@ -44,7 +48,9 @@ impl Engine {
                     }
                     if counted.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
                         counted = Some(crate::clock::monotonic());
-                        self.count().await.unwrap_or_else(|error| tracing::debug!(%error, "sagas were not counted"));
+                        self.within(self.count())
+                            .await
+                            .unwrap_or_else(|error| tracing::debug!(%error, "sagas were not counted"));
                     }
                     if ticked.due + ticked.undecided >= BATCH as usize { Duration::ZERO } else { PAUSE }
                 }
@@ -62,20 +68,20 @@ impl Engine {
 
     /// One round: a batch of what is due, and a batch of what was set aside.
     pub async fn tick(&self) -> Result<Ticked, sqlx::Error> {
-        let due = match self.tick_due().await {
+        let due = match self.within(self.tick_due()).await {
             Ok(due) => due,
-            Err(BatchError::Database(error)) if nobodys_fault(&error) => return Err(error),
+            Err(BatchError::Database(error)) if nobodys_fault(&error) && !took_too_long(&error) => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, "a batch of due sagas did not work; taking them one by one");
                 self.tick_one_by_one().await?
             }
         };
-        let undecided = self.tick_undecided().await?;
+        let undecided = self.within(self.tick_undecided()).await?;
         Ok(Ticked { due, undecided })
     }
 
     async fn tick_due(&self) -> Result<usize, BatchError> {
-        let mut tx = self.pool().begin().await?;
+        let mut tx = self.begin().await?;
         let rows = store::claim_due(&mut tx, self.known(), BATCH).await?;
         let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows).await? };
         fail_point!("saga.timers.before-commit", self.reply_topic());
@@ -84,17 +90,19 @@ impl Engine {
         Ok(due)
     }
 
-    /// One saga that cannot be decided must not stop the others: it is put off, and said aloud.
+    /// One saga that cannot be decided, or not in time, must not stop the others: it is put off, and said aloud.
     async fn tick_one_by_one(&self) -> Result<usize, sqlx::Error> {
-        let ids: Vec<Uuid> = store::due_ids(self.pool(), self.known(), BATCH).await?;
+        let ids: Vec<Uuid> = self.within(store::due_ids(self.pool(), self.known(), BATCH)).await?;
         for id in &ids {
             let saga = SagaId(*id);
-            match self.tick_one(saga).await {
+            match self.within(self.tick_one(saga)).await {
                 Ok(()) => {}
-                Err(BatchError::Database(error)) if nobodys_fault(&error) => return Err(error),
+                Err(BatchError::Database(error)) if nobodys_fault(&error) && !took_too_long(&error) => {
+                    return Err(error);
+                }
                 Err(error) => {
                     tracing::error!(%saga, %error, "a due saga cannot be decided; it is put off for a minute");
-                    store::put_off(self.pool(), saga).await?;
+                    self.within(store::put_off(self.pool(), saga)).await?;
                 }
             }
         }
@@ -102,14 +110,14 @@ impl Engine {
     }
 
     async fn tick_one(&self, saga: SagaId) -> Result<(), BatchError> {
-        let mut tx = self.pool().begin().await?;
+        let mut tx = self.begin().await?;
         let rows = store::load(&mut tx, &[saga]).await?;
         self.take_due(&mut tx, rows).await?;
         Ok(tx.commit().await?)
     }
 
     async fn tick_undecided(&self) -> Result<usize, sqlx::Error> {
-        let mut tx = self.pool().begin().await?;
+        let mut tx = self.begin().await?;
         let replies = store::take_undecided(&mut tx, self.known(), BATCH).await?;
         if replies.is_empty() {
             return Ok(0);
@@ -128,7 +136,7 @@ impl Engine {
     /// The oldest reply that was set aside, alone. If it cannot be understood it is dropped: its command will be sent
     /// again, and answered again.
     async fn tick_undecided_one(&self) -> Result<(), sqlx::Error> {
-        let mut tx = self.pool().begin().await?;
+        let mut tx = self.begin().await?;
         let replies = store::take_undecided(&mut tx, self.known(), 1).await?;
         let mut attempt = sqlx::Acquire::begin(&mut tx).await?;
         match self.take_replies(&mut attempt, replies.iter().map(Incoming::from_undecided).collect()).await {
@@ -152,4 +160,9 @@ impl Engine {
 /// The database was away, or another transaction in the way: the same thing will work later.
 fn nobodys_fault(error: &sqlx::Error) -> bool {
     is_outage(error) || is_conflict(error)
+}
+
+/// It was given up. That was its own fault or a silent connection's: what comes next, on another one, shows which.
+fn took_too_long(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Io(error) if error.kind() == ErrorKind::TimedOut)
 }

@@ -5,7 +5,8 @@ use saga_core::{
     consumer::{Consumer, ConsumerConfig, Message},
     envelope::Outcome,
     saga::definition::Definition,
-    testkit::{Record, TestTopic, brokers, eventually, produce, unique},
+    service::database::pool_options,
+    testkit::{FreezingProxy, Record, TestTopic, brokers, eventually, produce, unique},
 };
 use serde_json::json;
 use std::{sync::Arc, time::Duration};
@@ -66,6 +67,60 @@ async fn the_timers_run_until_they_are_stopped_and_notice_by_themselves() {
     eventually(SOON, || async { (world.last(saga).await.attempt == 2).then_some(()) }).await;
     stop.cancel();
     timers.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn the_timers_give_a_silent_connection_up_and_go_on_with_another() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let (proxy, url) = FreezingProxy::of_database(&world.database.url).await;
+    let engine = builder_of(pool_options(8).connect(&url).await.unwrap(), &world.reply_topic, 1);
+    let engine = engine.attempt_max(Duration::from_millis(500)).build().unwrap();
+    // They have a connection, and nothing to do.
+    assert_eq!(engine.tick().await.unwrap().due, 0);
+    proxy.freeze();
+    world.time_passes().await;
+    let stop = CancellationToken::new();
+    let timers = tokio::spawn({
+        let stop = stop.clone();
+        async move { engine.run_timers(stop).await }
+    });
+    eventually(SOON, || async { (world.last(saga).await.attempt == 2).then_some(()) }).await;
+    stop.cancel();
+    timers.await.unwrap().unwrap();
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn a_due_saga_that_takes_too_long_is_put_off_and_the_others_are_not() {
+    let world = World::new().await;
+    let engine = builder_of(world.database.pool.clone(), &world.reply_topic, 1);
+    let engine = engine.attempt_max(Duration::from_secs(1)).build().unwrap();
+    let (slow, other) = (world.start(1).await, world.start(2).await);
+    world.time_passes().await;
+    // Nobody knows what it will be that takes so long: here its row waits for something that the test holds.
+    sqlx::query("create table slow as select saga_id from saga where business_key = '1'")
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    for sql in [
+        "create function take_long() returns trigger language plpgsql as $$ begin
+             if exists (select from slow where saga_id = new.saga_id) then perform pg_advisory_xact_lock(1); end if;
+             return new;
+         end $$",
+        "create trigger take_long before update on saga for each row execute function take_long()",
+    ] {
+        sqlx::query(sql).execute(&world.database.pool).await.unwrap();
+    }
+    let mut held = world.database.pool.begin().await.unwrap();
+    sqlx::query("select pg_advisory_xact_lock(1)").execute(&mut *held).await.unwrap();
+    engine.tick().await.unwrap();
+    assert_eq!((world.last(slow).await.attempt, world.last(other).await.attempt), (1, 2));
+    assert_eq!(engine.tick().await.unwrap().due, 0, "it is put off");
+    held.rollback().await.unwrap();
+    world.time_passes().await;
+    engine.tick().await.unwrap();
+    assert_eq!(world.last(slow).await.attempt, 2);
 }
 
 #[tokio::test]

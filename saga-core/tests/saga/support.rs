@@ -7,13 +7,14 @@ use saga_core::{
     envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     outbox::Tx,
-    saga::{Cancelled, Engine, Happened, LocalCall, LocalEffect, LocalError, RetryPolicy, Saga, saga},
+    saga::{Cancelled, Engine, EngineBuilder, Happened, LocalCall, LocalEffect, LocalError, RetryPolicy, Saga, saga},
     service::{messaging_migrations, saga_migrations},
     testkit::{TestDatabase, deliver, unique},
     topic::Topic,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sqlx::PgPool;
 use std::{sync::Arc, time::Duration};
 
 static COMMANDS: Topic = Topic::events("commands", 1);
@@ -134,13 +135,15 @@ pub(crate) struct World {
 }
 
 pub(crate) fn engine_of(database: &TestDatabase, reply_topic: &str, version: u32) -> Arc<Engine> {
-    Engine::builder(database.pool.clone(), reply_topic)
+    builder_of(database.pool.clone(), reply_topic, version).build().unwrap()
+}
+
+pub(crate) fn builder_of(pool: PgPool, reply_topic: &str, version: u32) -> EngineBuilder {
+    Engine::builder(pool, reply_topic)
         .define(&order_saga(version))
         .local("open order", Note)
         .local("cancel order", Note)
         .local("confirm order", Note)
-        .build()
-        .unwrap()
 }
 
 impl World {
