@@ -1,6 +1,6 @@
 //! What is run, and how long.
 
-use crate::role::Role;
+use crate::{role::Role, sagas::contract::Layout};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -72,6 +72,9 @@ pub struct SagaArgs {
     /// Seconds that are measured
     #[arg(long, env = "BENCH_SECONDS", value_name = "SECONDS", default_value_t = 20, global = true)]
     pub seconds: u64,
+    /// Whose the steps are; both layouts when nothing is said
+    #[arg(long, env = "BENCH_LAYOUT", value_name = "LAYOUT", global = true)]
+    pub layout: Option<Layout>,
     /// Partitions of each topic
     #[arg(long, env = "BENCH_SAGA_PARTITIONS", value_name = "NUMBER", default_value_t = 1, global = true)]
     pub saga_partitions: i32,

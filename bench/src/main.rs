@@ -5,7 +5,8 @@ use bench::{
     drain,
     machine::Machine,
     report::Report,
-    role, sagas,
+    role,
+    sagas::{self, contract::Layout},
 };
 use clap::Parser;
 use stack::{progress::Progress, run};
@@ -50,7 +51,9 @@ async fn measure(cli: &Cli, progress: &Progress) -> anyhow::Result<Report> {
         report.relay = Some(drain::run(&machine, &cli.relay, progress).await?);
     }
     if matches!(verb, None | Some(Verb::Sagas)) {
-        report.sagas = Some(sagas::run(&machine, &cli.sagas, progress).await?);
+        for layout in cli.sagas.layout.map_or(vec![Layout::ThreeServices, Layout::OneService], |layout| vec![layout]) {
+            report.sagas.push(sagas::run(&machine, layout, &cli.sagas, progress).await?);
+        }
     }
     machine.stop().await;
     Ok(report)

@@ -23,8 +23,8 @@ pub struct Report {
     pub machine: Description,
     /// The relay's drain.
     pub relay: Option<Drain>,
-    /// The sagas.
-    pub sagas: Option<Sagas>,
+    /// The sagas, in each layout.
+    pub sagas: Vec<Sagas>,
     /// What was to be reached, and whether it was.
     pub goals: Vec<Goal>,
 }
@@ -33,7 +33,7 @@ pub struct Report {
 #[derive(Debug, Clone, Serialize)]
 pub struct Goal {
     /// Of what.
-    pub name: &'static str,
+    pub name: String,
     /// At least this.
     pub at_least: f64,
     /// Was reached.
@@ -44,19 +44,22 @@ impl Report {
     /// Nothing measured yet.
     pub fn new(machine: Description) -> Self {
         let at = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
-        Self { at, machine, relay: None, sagas: None, goals: Vec::new() }
+        Self { at, machine, relay: None, sagas: Vec::new(), goals: Vec::new() }
     }
 
     /// Puts the goals beside what was measured.
     #[must_use]
     pub fn judged(mut self) -> Self {
         let relay = self.relay.as_ref().map(|drain| Goal {
-            name: "relay / ProducerPerformance",
+            name: "relay / ProducerPerformance".to_owned(),
             at_least: RELAY_GOAL,
             reached: drain.medians().2,
         });
-        let sagas =
-            self.sagas.as_ref().map(|sagas| Goal { name: "sagas/s", at_least: SAGAS_GOAL, reached: sagas.per_second });
+        let sagas = self.sagas.iter().map(|sagas| Goal {
+            name: format!("sagas/s, {}", sagas.layout),
+            at_least: SAGAS_GOAL,
+            reached: sagas.per_second,
+        });
         self.goals = relay.into_iter().chain(sagas).collect();
         self
     }
@@ -94,9 +97,7 @@ impl fmt::Display for Report {
         if let Some(drain) = &self.relay {
             relay(f, drain)?;
         }
-        if let Some(measured) = &self.sagas {
-            sagas(f, measured)?;
-        }
+        self.sagas.iter().try_for_each(|measured| sagas(f, measured))?;
         for Goal { name, at_least, reached } in &self.goals {
             let verdict = if reached < at_least { "MISSED" } else { "reached" };
             writeln!(f, "goal {name} >= {at_least}: {reached:.2}, {verdict}")?;
@@ -161,10 +162,10 @@ fn relay(f: &mut fmt::Formatter<'_>, drain: &Drain) -> fmt::Result {
 
 #[allow(clippy::cast_precision_loss)]
 fn sagas(f: &mut fmt::Formatter<'_>, sagas: &Sagas) -> fmt::Result {
-    let Sagas { in_flight, partitions, latency_ms, cost, .. } = sagas;
+    let Sagas { layout, in_flight, partitions, latency_ms, cost, .. } = sagas;
     writeln!(
         f,
-        "\nSagas of three remote steps, {in_flight} in flight, {partitions} partition(s) a topic: {:.0}/s; \
+        "\nSagas of three remote steps of {layout}, {in_flight} in flight, {partitions} partition(s) a topic: {:.0}/s; \
          p50 {:.1} ms, p99 {:.1} ms, p99.9 {:.1} ms, max {:.1} ms",
         sagas.per_second, latency_ms.p50, latency_ms.p99, latency_ms.p999, latency_ms.max
     )?;

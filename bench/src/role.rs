@@ -4,9 +4,9 @@
 use crate::{
     databases::Database,
     machine::Machine,
-    sagas::{orchestrator, participants},
+    sagas::{contract::Layout, orchestrator, participants},
 };
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum as _};
 use outbox_relay::{OutboxSettings, Settings};
 use saga_core::service::telemetry::{self, TelemetrySettings};
 use sqlx::postgres::PgConnectOptions;
@@ -45,6 +45,9 @@ pub enum Part {
         /// Suffix of the consumer groups
         #[arg(long)]
         run: String,
+        /// Whose the steps are
+        #[arg(long)]
+        layout: Layout,
         /// URLs, in the order of the participants
         #[arg(long = "database")]
         databases: Vec<String>,
@@ -54,6 +57,9 @@ pub enum Part {
         /// Suffix of the consumer group
         #[arg(long)]
         run: String,
+        /// Whose the steps are
+        #[arg(long)]
+        layout: Layout,
         /// Its database
         #[arg(long)]
         database: String,
@@ -72,9 +78,11 @@ pub async fn play(role: &Role) -> anyhow::Result<()> {
     let stop = saga_core::service::shutdown::token();
     match &role.part {
         Part::Relay { outboxes, compression } => relay(&role.kafka, outboxes, compression, stop).await,
-        Part::Participants { run, databases } => participants::play(&role.kafka, run, databases, stop).await,
-        Part::Orchestrator { run, database, in_flight, out } => {
-            orchestrator::play(&role.kafka, run, database, *in_flight, out, stop).await
+        Part::Participants { run, layout, databases } => {
+            participants::play(&role.kafka, run, *layout, databases, stop).await
+        }
+        Part::Orchestrator { run, layout, database, in_flight, out } => {
+            orchestrator::play(&role.kafka, run, *layout, database, *in_flight, out, stop).await
         }
     }
 }
@@ -99,23 +107,35 @@ pub fn start_relay(machine: &Machine, databases: &[&Database], compression: &str
 }
 
 /// Starts the participants, one on each database.
-pub fn start_participants(machine: &Machine, run: &str, databases: &[&Database]) -> anyhow::Result<Process> {
+pub fn start_participants(
+    machine: &Machine,
+    run: &str,
+    layout: Layout,
+    databases: &[&Database],
+) -> anyhow::Result<Process> {
     let databases = databases.iter().flat_map(|database| [String::from("--database"), database.url.clone()]);
-    let args = ["participants".to_owned(), "--run".to_owned(), run.to_owned()].into_iter().chain(databases);
-    start(machine, "participants", args)
+    let args = ["participants", "--run", run, "--layout", &name_of(layout)].map(str::to_owned);
+    start(machine, "participants", args.into_iter().chain(databases))
 }
 
 /// Starts the orchestrator.
 pub fn start_orchestrator(
     machine: &Machine,
     run: &str,
+    layout: Layout,
     database: &Database,
     in_flight: usize,
     out: &Path,
 ) -> anyhow::Result<Process> {
-    let args = ["orchestrator", "--run", run, "--database", &database.url, "--in-flight", &in_flight.to_string()];
+    let args = ["orchestrator", "--run", run, "--layout", &name_of(layout), "--database", &database.url];
+    let in_flight = ["--in-flight".to_owned(), in_flight.to_string()];
     let out = ["--out".to_owned(), out.display().to_string()];
-    start(machine, "orchestrator", args.map(str::to_owned).into_iter().chain(out))
+    start(machine, "orchestrator", args.map(str::to_owned).into_iter().chain(in_flight).chain(out))
+}
+
+/// As the command line knows it.
+fn name_of(layout: Layout) -> String {
+    layout.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 fn start(machine: &Machine, name: &str, args: impl Iterator<Item = String>) -> anyhow::Result<Process> {

@@ -14,8 +14,8 @@ fn both_figures_are_measured_beside_their_yardsticks() {
     let report: serde_json::Value =
         serde_json::from_slice(&std::fs::read(&json).expect("the bench writes its JSON")).expect("which is JSON");
     std::fs::remove_dir_all(directory).ok();
-    for figure in ["/relay/rounds/0/relay", "/relay/rounds/0/tool", "/sagas/per_second", "/sagas/steps/in_sets"] {
+    for figure in ["/relay/rounds/0/relay", "/relay/rounds/0/tool", "/sagas/0/per_second", "/sagas/1/steps/in_sets"] {
         assert!(report.pointer(figure).and_then(serde_json::Value::as_f64) > Some(0.0), "{figure}: {report:#}");
     }
-    assert!(said.contains("goal sagas/s"), "{said}");
+    assert!(said.contains("goal sagas/s, three services") && said.contains("goal sagas/s, one service"), "{said}");
 }

@@ -1,16 +1,37 @@
-//! The saga that is measured: three remote steps that do nothing, each of another participant.
+//! The saga that is measured: three remote steps that do nothing, of three services or of one.
 
+use clap::ValueEnum;
 use saga_core::{
     command::{Command, Done, Never},
     saga::{Saga, saga},
     topic::Topic,
 };
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// Where the replies go.
 pub const REPLIES: &str = "bench.replies";
 /// The step whose reply ends the saga.
 pub const LAST_STEP: &str = "third";
+
+/// Whose the steps are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Layout {
+    /// Each of another service, with a database and a command topic of its own
+    ThreeServices,
+    /// All of one service
+    OneService,
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ThreeServices => "three services",
+            Self::OneService => "one service",
+        })
+    }
+}
 
 /// What a saga is started with.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -28,7 +49,7 @@ macro_rules! command {
             pub note: String,
         }
 
-        const $topic: Topic = Topic::events($commands, 1);
+        pub(super) const $topic: Topic = Topic::events($commands, 1);
 
         impl Command for $name {
             const TYPE: &'static str = $type;
@@ -39,21 +60,56 @@ macro_rules! command {
     };
 }
 
-command!(First, FIRST, "bench.first.v1", "bench.first.commands");
-command!(Second, SECOND, "bench.second.v1", "bench.second.commands");
-command!(Third, THIRD, "bench.third.v1", "bench.third.commands");
+macro_rules! commands {
+    ($module:ident, $doc:literal, $first:literal, $second:literal, $third:literal) => {
+        #[doc = $doc]
+        pub mod $module {
+            use super::*;
 
-/// The participants' topics, in the order of the steps.
-pub const COMMANDS: [&Topic; 3] = [First::TOPIC, Second::TOPIC, Third::TOPIC];
+            command!(First, FIRST, "bench.first.v1", $first);
+            command!(Second, SECOND, "bench.second.v1", $second);
+            command!(Third, THIRD, "bench.third.v1", $third);
 
-/// Three commands, then the end.
-pub fn definition() -> Saga<Nothing> {
-    saga::<Nothing>("bench", 1)
-        .step("first", |input, ()| First { note: input.note.clone() })
-        .nothing_to_undo()
-        .step("second", |input, (_,)| Second { note: input.note.clone() })
-        .nothing_to_undo()
-        .step(LAST_STEP, |input, (_, _)| Third { note: input.note.clone() })
-        .nothing_to_undo()
-        .build()
+            /// Three commands, then the end.
+            pub fn definition() -> Saga<Nothing> {
+                saga::<Nothing>("bench", 1)
+                    .step("first", |input, ()| First { note: input.note.clone() })
+                    .nothing_to_undo()
+                    .step("second", |input, (_,)| Second { note: input.note.clone() })
+                    .nothing_to_undo()
+                    .step(LAST_STEP, |input, (_, _)| Third { note: input.note.clone() })
+                    .nothing_to_undo()
+                    .build()
+            }
+        }
+    };
+}
+
+commands!(apart, "Of three services.", "bench.first.commands", "bench.second.commands", "bench.third.commands");
+commands!(together, "Of one service.", "bench.commands", "bench.commands", "bench.commands");
+
+impl Layout {
+    /// The services' databases.
+    pub fn services(self) -> &'static [&'static str] {
+        match self {
+            Self::ThreeServices => &["first", "second", "third"],
+            Self::OneService => &["all"],
+        }
+    }
+
+    /// Their command topics, in the same order.
+    pub fn command_topics(self) -> Vec<&'static str> {
+        match self {
+            Self::ThreeServices => vec![apart::FIRST.name, apart::SECOND.name, apart::THIRD.name],
+            Self::OneService => vec![together::FIRST.name],
+        }
+    }
+
+    /// The saga.
+    pub fn definition(self) -> Saga<Nothing> {
+        match self {
+            Self::ThreeServices => apart::definition(),
+            Self::OneService => together::definition(),
+        }
+    }
 }

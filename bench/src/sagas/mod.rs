@@ -1,7 +1,7 @@
 //! Sagas a second: three remote no-op steps, so many in flight, everything on this machine.
 //!
 //! ```text
-//!   orchestrator ─┬─ outbox ─┐             ┌─ commands ─► participants (3 databases)
+//!   orchestrator ─┬─ outbox ─┐             ┌─ commands ─► participants (3 services, or 1)
 //!                 │          ├─► relay ─► Kafka                │
 //!                 └─ replies ◄─────────────┘◄── outboxes ◄─────┘
 //! ```
@@ -24,6 +24,7 @@ use crate::{
     topics,
 };
 use anyhow::{Context as _, ensure};
+use contract::Layout;
 use hdrhistogram::Histogram;
 use orchestrator::Ended;
 use saga_core::service::{messaging_migrations, saga_migrations};
@@ -44,6 +45,8 @@ const SLOWEST: u64 = 600_000_000;
 /// The figure.
 #[derive(Debug, Clone, Serialize)]
 pub struct Sagas {
+    /// Whose the steps are.
+    pub layout: Layout,
     /// In flight.
     pub in_flight: usize,
     /// Partitions of each topic.
@@ -80,27 +83,28 @@ pub struct Latency {
 }
 
 /// Measures, and the yardstick after it.
-pub async fn run(machine: &Machine, args: &SagaArgs, progress: &Progress) -> anyhow::Result<Sagas> {
-    progress.step("sagas: preparing databases and topics");
+pub async fn run(machine: &Machine, layout: Layout, args: &SagaArgs, progress: &Progress) -> anyhow::Result<Sagas> {
+    progress.step(format!("sagas, {layout}: preparing databases and topics"));
     let orders = Database::create(machine, "orchestrator", &[messaging_migrations(), saga_migrations()]).await?;
     let mut databases = vec![orders];
-    for name in ["first", "second", "third"] {
+    for name in layout.services() {
         databases.push(Database::create(machine, name, &[messaging_migrations()]).await?);
     }
-    let mut names: Vec<String> = contract::COMMANDS.iter().map(|topic| topic.name.to_owned()).collect();
-    names.push(contract::REPLIES.to_owned());
+    let names: Vec<String> =
+        layout.command_topics().into_iter().chain([contract::REPLIES]).map(str::to_owned).collect();
     topics::create(machine.brokers(), &names, args.saga_partitions).await?;
-    let measured = measure(machine, args, &databases, &names, progress).await?;
+    let measured = measure(machine, layout, args, &databases, &names, progress).await?;
     for database in databases {
         database.drop(machine).await?;
     }
-    progress.done(format!("sagas: {:.0}/s, p50 {:.1} ms", measured.per_second, measured.latency_ms.p50));
+    progress.done(format!("sagas, {layout}: {:.0}/s, p50 {:.1} ms", measured.per_second, measured.latency_ms.p50));
     let steps = steps::run(machine, args, progress).await?;
     Ok(Sagas { steps, ..measured })
 }
 
 async fn measure(
     machine: &Machine,
+    layout: Layout,
     args: &SagaArgs,
     databases: &[Database],
     names: &[String],
@@ -110,8 +114,8 @@ async fn measure(
     let out = machine.directory().join("sagas.json");
     let all: Vec<&Database> = databases.iter().collect();
     let relay = role::start_relay(machine, &all, outbox_relay::settings::COMPRESSION)?;
-    let participants = role::start_participants(machine, &run, &all[1..])?;
-    let orchestrator = role::start_orchestrator(machine, &run, all[0], args.in_flight, &out)?;
+    let participants = role::start_participants(machine, &run, layout, &all[1..])?;
+    let orchestrator = role::start_orchestrator(machine, &run, layout, all[0], args.in_flight, &out)?;
     let processes =
         [("relay", relay.pid()), ("participants", participants.pid()), ("orchestrator", orchestrator.pid())];
 
@@ -150,6 +154,7 @@ async fn measure(
     #[allow(clippy::cast_precision_loss)]
     let per_second = histogram.len() as f64 / cost.seconds;
     Ok(Sagas {
+        layout,
         in_flight: args.in_flight,
         partitions: args.saga_partitions,
         ended: histogram.len(),

@@ -4,7 +4,7 @@
 //! does. A saga has ended for us when the transaction that
 //! ended it is committed; its latency is counted from before the transaction that starts it.
 
-use super::contract::{LAST_STEP, Nothing, REPLIES, definition};
+use super::contract::{LAST_STEP, Layout, Nothing, REPLIES};
 use anyhow::Context as _;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig, HandleError, Handler, Message},
@@ -75,13 +75,14 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 pub async fn play(
     kafka: &str,
     run: &str,
+    layout: Layout,
     url: &str,
     in_flight: usize,
     out: &Path,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let pool = database::connect(&DatabaseSettings::from_url(url)?, "bench-orchestrator").await?;
-    let saga = definition();
+    let saga = layout.definition();
     let engine = Engine::builder(pool.clone(), REPLIES).define(&saga).build()?;
     let waiting = Arc::new(Waiting::default());
     let handler = Watching { inner: engine.handler(), waiting: Arc::clone(&waiting) };

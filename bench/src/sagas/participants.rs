@@ -1,6 +1,6 @@
-//! Three participants that do nothing, with the whole of the runtime around it: inbox, fence, stored reply, outbox.
+//! Participants that do nothing, with the whole of the runtime around it: inbox, fence, stored reply, outbox.
 
-use super::contract::{COMMANDS, First, Second, Third};
+use super::contract::{Layout, apart, together};
 use async_trait::async_trait;
 use futures::future::try_join_all;
 use saga_core::{
@@ -22,17 +22,31 @@ impl<C: Command<Reply = Done>> CommandHandler<C> for DoNothing {
     }
 }
 
-/// All three, each on a database of its own, until `stop`.
-pub async fn play(kafka: &str, run: &str, databases: &[String], stop: CancellationToken) -> anyhow::Result<()> {
-    let participants = [
-        Participant::new("first").on::<First>(DoNothing),
-        Participant::new("second").on::<Second>(DoNothing),
-        Participant::new("third").on::<Third>(DoNothing),
-    ];
+/// All of them, each on a database of its own, until `stop`.
+pub async fn play(
+    kafka: &str,
+    run: &str,
+    layout: Layout,
+    databases: &[String],
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let participants = match layout {
+        Layout::ThreeServices => vec![
+            Participant::new("first").on::<apart::First>(DoNothing),
+            Participant::new("second").on::<apart::Second>(DoNothing),
+            Participant::new("third").on::<apart::Third>(DoNothing),
+        ],
+        Layout::OneService => vec![
+            Participant::new("all")
+                .on::<together::First>(DoNothing)
+                .on::<together::Second>(DoNothing)
+                .on::<together::Third>(DoNothing),
+        ],
+    };
     let mut consumers = Vec::new();
-    for ((participant, topic), url) in participants.into_iter().zip(COMMANDS).zip(databases) {
+    for ((participant, topic), url) in participants.into_iter().zip(layout.command_topics()).zip(databases) {
         let pool = database::connect(&DatabaseSettings::from_url(url)?, "bench-participant").await?;
-        let config = ConsumerConfig::new(kafka, &format!("{}.{run}", topic.name), [topic.name]);
+        let config = ConsumerConfig::new(kafka, &format!("{topic}.{run}"), [topic]);
         consumers.push(Consumer::new(config, pool, Arc::new(participant)).run(stop.clone()));
     }
     try_join_all(consumers).await?;
