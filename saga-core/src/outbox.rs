@@ -150,15 +150,14 @@ impl From<AppendError> for sqlx::Error {
 /// # Errors
 /// When a message can never be published, or the database says no.
 pub async fn append_in(tx: &mut Tx<'_>, messages: &[NewMessage]) -> Result<(), AppendError> {
-    let keys: Vec<_> = messages.iter().map(|message| Some(message.key.as_str())).collect();
-    append_keyed_in(tx, messages, &keys).await
+    append_keyed_in(tx, messages, own_keys(messages)).await
 }
 
 /// Likewise, with keys that may be absent in place of the messages' own: a dead letter has the key that its record had.
 pub(crate) async fn append_keyed_in(
     tx: &mut Tx<'_>,
     messages: &[NewMessage],
-    keys: &[Option<&str>],
+    keys: Vec<Option<&str>>,
 ) -> Result<(), AppendError> {
     if messages.is_empty() {
         return Ok(());
@@ -187,13 +186,17 @@ pub(crate) fn bind_messages<'q>(
     statement: Statement<'q>,
     messages: &'q [NewMessage],
 ) -> Result<Statement<'q>, AppendError> {
-    bind(statement, messages, &messages.iter().map(|message| Some(message.key.as_str())).collect::<Vec<_>>())
+    bind(statement, messages, own_keys(messages))
+}
+
+fn own_keys(messages: &[NewMessage]) -> Vec<Option<&str>> {
+    messages.iter().map(|message| Some(message.key.as_str())).collect()
 }
 
 fn bind<'q>(
     statement: Statement<'q>,
     messages: &'q [NewMessage],
-    keys: &[Option<&'q str>],
+    keys: Vec<Option<&'q str>>,
 ) -> Result<Statement<'q>, AppendError> {
     for message in messages {
         message.validate().map_err(|source| AppendError::Invalid { id: message.id, source })?;
@@ -202,7 +205,7 @@ fn bind<'q>(
     Ok(statement
         .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
         .bind(column(|message| &message.topic))
-        .bind(keys.to_vec())
+        .bind(keys)
         .bind(column(|message| &message.kind))
         .bind(messages.iter().map(|message| message.payload.as_deref()).collect::<Vec<_>>())
         .bind(messages.iter().map(|message| Json(&message.headers)).collect::<Vec<_>>()))

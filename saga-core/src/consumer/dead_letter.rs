@@ -155,7 +155,7 @@ pub(super) async fn append_in(
         messages.push(message);
         keys.push(key);
     }
-    outbox::append_keyed_in(tx, &messages, &keys.iter().map(Option::as_deref).collect::<Vec<_>>()).await
+    outbox::append_keyed_in(tx, &messages, keys.iter().map(Option::as_deref).collect()).await
 }
 
 #[cfg(test)]

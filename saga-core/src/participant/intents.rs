@@ -44,6 +44,10 @@ use uuid::Uuid;
 /// How often intents are counted for the gauges.
 const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
+/// A conversation with the database that takes longer is given up, and another connection used: a host that is gone closes
+/// nothing. Longer than a transaction of ours waits for a lock or for a connection.
+const DATABASE_MAX: Duration = Duration::from_secs(10);
+
 /// The limits of the intents' executor.
 #[derive(Debug, Clone)]
 pub struct IntentConfig {
@@ -116,7 +120,7 @@ impl Intents {
     async fn keep_gauges(&self) {
         loop {
             // An outage is told by readiness; the gauge keeps its last value.
-            for (state, count) in queue::counts(&self.pool).await.unwrap_or_default() {
+            for (state, count) in within(DATABASE_MAX, queue::counts(&self.pool)).await.unwrap_or_default() {
                 #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
                 metrics::gauge!("participant_intents", "participant" => self.participant.name, "state" => state)
                     .set(count as f64);
@@ -127,12 +131,20 @@ impl Intents {
 
     async fn execute_all(&self, token: CancellationToken) {
         let mut calls = JoinSet::new();
+        let mut said = false;
         while !token.is_cancelled() {
             let free = self.config.concurrency.saturating_sub(calls.len());
-            let pause = match self.start(&mut calls, free).await {
-                Ok(pause) => pause,
+            let pause = match within(DATABASE_MAX, self.start(&mut calls, free)).await {
+                Ok(pause) => {
+                    said = false;
+                    pause
+                }
                 Err(error) => {
-                    tracing::warn!(participant = self.participant.name, %error, "cannot claim intents; trying again");
+                    if !said {
+                        said = true;
+                        let participant = self.participant.name;
+                        tracing::warn!(participant, %error, "cannot claim intents; trying until it works");
+                    }
                     self.config.poll
                 }
             };
@@ -188,10 +200,13 @@ impl Intents {
         };
         // It is the service's code. A panic is an attempt like any other, or it would be repeated without an end, and
         // nobody would be told.
-        let result = AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
-            let text = panic_text(panic.as_ref());
-            Err(HandleError::Failed(anyhow::anyhow!("the effect panicked: {text}")).into())
-        });
+        let work = async {
+            AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
+                let text = panic_text(panic.as_ref());
+                Err(HandleError::Failed(anyhow::anyhow!("the effect panicked: {text}")).into())
+            })
+        };
+        let result = within(self.config.call_timeout + DATABASE_MAX, work).await;
         let Err(error) = result else { return };
         if error.is_crash() {
             return;
@@ -200,9 +215,9 @@ impl Intents {
         tracing::warn!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind, %error,
             "an intent was not settled; trying again");
         let unsettled = if claim.attempts >= self.config.max_attempts {
-            self.give_up(&claim, &error.to_string()).await
+            within(DATABASE_MAX, self.give_up(&claim, &error.to_string())).await
         } else {
-            self.back_off(&claim, &error.to_string()).await
+            within(DATABASE_MAX, self.back_off(&claim, &error.to_string())).await
         };
         if let Err(error) = unsettled {
             tracing::warn!(command = %claim.intent.cx.saga.command, %error, "the claim is left to run out");
@@ -319,6 +334,12 @@ impl Intents {
         }
         Ok(())
     }
+}
+
+/// What `work` comes to, or that the database did not answer in time.
+async fn within<T, E: From<sqlx::Error>>(bound: Duration, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+    let late = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
+    timeout(bound, work).await.unwrap_or_else(|_| Err(late().into()))
 }
 
 /// What the claim came to: its fence, and the reply that tells of it.

@@ -5,7 +5,8 @@ use saga_core::{
     envelope::{Op, Outcome::*},
     id::{CommandId, SagaId},
     participant::{IntentConfig, Ran},
-    testkit::{FailPoint, eventually, failpoints::Fault},
+    service::database::pool_options,
+    testkit::{FailPoint, FreezingProxy, eventually, failpoints::Fault},
 };
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -226,4 +227,24 @@ async fn two_executors_share_the_work_and_call_each_intent_once() {
         assert_eq!(world.provider.calls.of(key(saga)), 1);
         assert_eq!(world.outcomes(saga).await, [Succeeded]);
     }
+}
+
+#[tokio::test]
+async fn an_executor_whose_connections_fall_silent_goes_on_with_others() {
+    let world = World::new().await;
+    let (proxy, url) = FreezingProxy::of_database(&world.database.url).await;
+    let executor = world.participant.intents(pool_options(4).connect(&url).await.unwrap());
+    let token = CancellationToken::new();
+    let running = tokio::spawn({
+        let token = token.clone();
+        async move { executor.run(token).await }
+    });
+    for _ in 0..2 {
+        let saga = SagaId::new();
+        world.deliver(&[message(saga, Op::Do, &pay(&["yes"]))]).await;
+        eventually(Duration::from_secs(40), async || (world.outcomes(saga).await == [Succeeded]).then_some(())).await;
+        proxy.freeze();
+    }
+    token.cancel();
+    running.await.unwrap();
 }
