@@ -5,8 +5,8 @@ use saga_core::{
     consumer::HandleError,
     envelope::{Op, Outcome},
     id::{CommandId, SagaId},
-    saga::{Cancelled, Engine, RetryError, saga},
-    testkit::eventually,
+    saga::{Cancelled, Engine, RetryError, RetryPolicy, saga},
+    testkit::{deliver, eventually},
 };
 use serde_json::json;
 use std::time::Duration;
@@ -170,6 +170,84 @@ async fn a_sagas_deadline_is_a_cancel_and_of_the_two_at_once_one_counts() {
         let expected = if cancelled == Some(Cancelled::Accepted) { "cancelled" } else { "deadline" };
         assert_eq!((kind.as_str(), world.trail(id).await), (expected, vec!["authorize".into(), "-authorize".into()]));
     }
+}
+
+#[tokio::test]
+async fn a_steps_deadline_is_how_long_its_participant_is_waited_for_and_no_other_steps() {
+    let world = World::new().await;
+    let quick = Duration::from_millis(1);
+    let twice = RetryPolicy::exponential(2, quick, quick);
+    let hurried = saga::<Order>("hurried", 1)
+        .step("authorize", |order, ()| Authorize { order: order.order, with: None })
+        .retry(twice)
+        .deadline(quick)
+        .undo(|order, (), _| Void { order: order.order, with: None })
+        .pivot("capture", |order, (_,)| Capture { order: order.order, with: None })
+        .then("ship", |order, (_, _)| Ship { order: order.order, with: None })
+        .deadline(quick)
+        .build();
+    let engine = Engine::builder(world.database.pool.clone(), &world.reply_topic).define(&hurried).build().unwrap();
+    let until = async |saga: SagaId, what: &str| {
+        eventually(Duration::from_secs(10), async || {
+            engine.tick().await.unwrap();
+            (world.trail(saga).await.last().unwrap() == what).then_some(())
+        })
+        .await;
+    };
+    let answer = async |saga: SagaId| {
+        deliver(&world.database.pool, &engine.handler(), &[succeeded(&world.last(saga).await)]).await.unwrap();
+    };
+    let [silent, answered] = [1, 2].map(|order| (SagaId::new(), Order { order }));
+    for (saga, order) in [&silent, &answered] {
+        engine.start(*saga, &hurried, order, &order.order.to_string()).await.unwrap();
+    }
+    answer(answered.0).await;
+    until(silent.0, "-authorize").await;
+    assert_eq!(world.trail(silent.0).await, ["authorize", "authorize #2", "-authorize"]);
+    assert_eq!(world.trail(answered.0).await, ["authorize", "capture"], "it has the time that all have");
+    answer(answered.0).await;
+    until(answered.0, "ship #2").await;
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn a_pivot_in_doubt_that_is_retried_by_an_operator_ends_as_its_reply_says_and_the_log_says_who() {
+    let world = World::new().await;
+    for (number, outcome) in [(1, Outcome::Succeeded), (2, Outcome::Rejected)] {
+        let saga = world.start(number).await;
+        world.succeed(saga).await;
+        world.succeed(saga).await;
+        world.time_out().await;
+        world.deliver(&[failed(&world.last(saga).await)]).await;
+        assert_eq!(world.status(saga).await, "stuck");
+        let seen = world.revision(saga).await;
+        world.engine.retry(saga, seen, "the gateway is back", "ann").await.unwrap();
+        let again = world.engine.retry(saga, seen, "the gateway is back", "bob").await;
+        assert!(matches!(again, Err(RetryError::Version { .. })), "{again:?}");
+        let capture = world.last(saga).await;
+        assert_eq!((capture.step.as_str(), capture.attempt), ("capture", 3), "neither on nor back, but again");
+        let (end, rest) = match outcome {
+            Outcome::Succeeded => ("completed", ["ship"].as_slice()),
+            _ => ("compensated", ["-reserve", "-authorize"].as_slice()),
+        };
+        let answer = if outcome == Outcome::Succeeded { succeeded(&capture) } else { rejected(&capture) };
+        world.deliver(&[answer]).await;
+        for _ in rest {
+            world.succeed(saga).await;
+        }
+        assert_eq!(world.status(saga).await, end);
+        let trail = ["authorize", "reserve", "capture", "capture #2", "capture #3"];
+        assert_eq!(world.trail(saga).await, [&trail, rest].concat());
+        let actions: Vec<(String, String)> = sqlx::query_as(
+            "select entry ->> 'actor', entry ->> 'reason' from saga_event where saga_id = $1 and kind = 'retry'",
+        )
+        .bind(saga.0)
+        .fetch_all(&world.database.pool)
+        .await
+        .unwrap();
+        assert_eq!(actions, [("ann".into(), "the gateway is back".into())], "one line per action");
+    }
+    world.audit().await;
 }
 
 #[tokio::test]
