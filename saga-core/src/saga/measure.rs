@@ -1,4 +1,4 @@
-//! The engine's metrics. Never an id as a label.
+//! The engine's metrics; [`describe`] says what each of them is. Never an id as a label.
 //!
 //! Counters are told when a transaction has been decided, a moment before it commits: one that is repeated counts twice.
 //! Gauges are read from the database.
@@ -6,9 +6,10 @@
 use super::{
     case::Case,
     state::{Status, StuckWhy, Told},
+    store::Counts,
 };
 use crate::envelope::Op;
-use metrics::{counter, gauge, histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 /// What a transaction did to a saga.
 pub(super) fn decided(case: &Case<'_>) {
@@ -52,18 +53,35 @@ pub(super) fn unknown_saga() {
     counter!("saga_replies_ignored_total", "saga" => "", "reason" => "unknown_saga").increment(1);
 }
 
-/// What the database says of all sagas: by definition and status, those that have not ended.
-pub(super) fn active(counts: &[(String, String, i64)], definitions: impl Iterator<Item = String>, undecided: i64) {
+/// What the database says of all sagas. Those of definitions that this replica does not know are not told by name.
+pub(super) fn counted(counts: &Counts, definitions: &[String]) {
     for definition in definitions {
         let of = |status: &str| {
-            counts.iter().filter(|(d, s, _)| *d == definition && s == status).map(|(_, _, n)| *n).sum::<i64>()
+            counts.active.iter().filter(|(d, s, _)| d == definition && s == status).map(|(_, _, n)| *n).sum::<i64>()
         };
         for status in ["running", "compensating", "stuck"] {
             gauge!("saga_active", "saga" => definition.clone(), "state" => status).set(as_f64(of(status)));
         }
         gauge!("saga_stuck", "saga" => definition.clone()).set(as_f64(of("stuck")));
     }
-    gauge!("saga_replies_undecided").set(as_f64(undecided));
+    gauge!("saga_overdue_unknown").set(as_f64(counts.overdue));
+    gauge!("saga_replies_undecided").set(as_f64(counts.undecided));
+}
+
+/// Says on `/metrics` what each of them is.
+pub(super) fn describe() {
+    describe_gauge!("saga_active", "Sagas that have not ended, by definition and status");
+    describe_gauge!("saga_stuck", "Sagas that do nothing until an operator retries them, by definition");
+    describe_gauge!(
+        "saga_overdue_unknown",
+        "Sagas that are due and of a definition, version or shape that this replica does not have; for a moment during a \
+         rollout, for longer if no replica has it: GET /v1/sagas/{id} says `definition_known`"
+    );
+    describe_gauge!("saga_replies_undecided", "Replies that wait for a replica that has their saga's definition");
+    describe_counter!("saga_finished_total", "Sagas that have ended, by definition and outcome");
+    describe_counter!("saga_replies_ignored_total", "Replies that answered no open command, by reason");
+    describe_counter!("saga_compensation_failures_total", "Sagas that became stuck with an undo open, by definition");
+    describe_histogram!("saga_step_duration_seconds", Unit::Seconds, "From a step's first command to its answer");
 }
 
 /// Counts of rows are far below 2^52.

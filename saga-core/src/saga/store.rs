@@ -339,12 +339,39 @@ fn undecided(row: &PgRow) -> sqlx::Result<Undecided> {
     })
 }
 
-/// Sagas that have not ended, by definition and status; and replies that wait for a replica that knows their saga.
-pub(super) async fn count(pool: &sqlx::PgPool) -> sqlx::Result<(Vec<(String, String, i64)>, i64)> {
+/// What the gauges tell.
+#[derive(Debug)]
+pub(super) struct Counts {
+    /// Sagas that have not ended, by definition and status.
+    pub(super) active: Vec<(String, String, i64)>,
+    /// Sagas that are due, and wait for a replica that knows them.
+    pub(super) overdue: i64,
+    /// Replies that wait for a replica that knows their saga.
+    pub(super) undecided: i64,
+}
+
+/// Counts what has not ended. What is due and known is taken at once, so those that `overdue` looks at are few.
+pub(super) async fn count(pool: &sqlx::PgPool, known: &Known) -> sqlx::Result<Counts> {
     let active = sqlx::query_as("select definition, status, count(*) from saga_due group by definition, status");
     let active = active.fetch_all(pool).await?;
+    let overdue = sqlx::query_scalar(
+        "select count(*)
+           from saga_due d
+           join saga s on s.saga_id = d.saga_id
+          where d.due_at <= statement_timestamp()
+            and not exists (select
+                              from unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
+                             where k.definition = s.definition
+                               and k.version = s.version
+                               and k.fingerprint = s.fingerprint)",
+    )
+    .bind(&known.definitions)
+    .bind(&known.versions)
+    .bind(&known.fingerprints)
+    .fetch_one(pool)
+    .await?;
     let undecided = sqlx::query_scalar("select count(*) from saga_undecided").fetch_one(pool).await?;
-    Ok((active, undecided))
+    Ok(Counts { active, overdue, undecided })
 }
 
 /// Sagas that are due, without a lock: for taking them one by one.

@@ -38,6 +38,7 @@ pub struct Ticked {
 impl Engine {
     /// Works off what is due, until `token` is cancelled. When the database is away it says so once, and waits.
     pub async fn run_timers(&self, token: CancellationToken) -> Result<(), sqlx::Error> {
+        measure::describe();
         let (mut failing, mut counted) = (false, None::<Instant>);
         while !token.is_cancelled() {
             // Not raced against the token: work in flight finishes, within its bound.
@@ -151,8 +152,7 @@ impl Engine {
     }
 
     async fn count(&self) -> Result<(), sqlx::Error> {
-        let (active, undecided) = store::count(self.pool()).await?;
-        measure::active(&active, self.known().definitions.iter().cloned(), undecided);
+        measure::counted(&store::count(self.pool(), self.known()).await?, &self.known().definitions);
         Ok(())
     }
 }

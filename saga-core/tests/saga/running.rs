@@ -1,6 +1,7 @@
 //! The engine as it runs: replies through Kafka and the consumer, timers in their loop, and what stands in their way.
 
 use crate::support::*;
+use metrics_exporter_prometheus::PrometheusBuilder;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig, Message},
     envelope::Outcome,
@@ -173,4 +174,34 @@ async fn a_definition_that_was_changed_under_its_version_is_another_one() {
     assert_eq!(world.engine.tick().await.unwrap().due, 0);
     let view = world.engine.inspect(saga, saga_core::saga::view::Payloads::Redacted).await.unwrap().unwrap();
     assert!(!view.definition_known && view.waits.unwrap().why.contains("a reply has come"));
+}
+
+#[tokio::test]
+async fn sagas_that_are_due_and_that_this_replica_does_not_know_are_counted() {
+    let metrics = PrometheusBuilder::new().build_recorder();
+    let (told, _metrics) = (metrics.handle(), metrics::set_default_local_recorder(&metrics));
+    let world = World::new().await;
+    for number in 0..3 {
+        world.start(number).await;
+    }
+    world.time_passes().await;
+    // Two of another version's; the third is taken by those who know it, and another one is not due.
+    sqlx::query("update saga set version = 2 where business_key in ('0', '1')")
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    let later = world.start(3).await;
+    sqlx::query("update saga set version = 2 where saga_id = $1")
+        .bind(later.0)
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    let stop = CancellationToken::new();
+    let counted = async {
+        eventually(SOON, async || told.render().contains("\nsaga_overdue_unknown 2\n").then_some(())).await;
+        stop.cancel();
+    };
+    let (timers, ()) = tokio::join!(world.engine.run_timers(stop.clone()), counted);
+    timers.unwrap();
+    assert!(told.render().contains("# HELP saga_overdue_unknown "), "{}", told.render());
 }
