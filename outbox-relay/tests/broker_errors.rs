@@ -1,4 +1,7 @@
 //! Brokers that answer with errors. librdkafka's mock cluster injects them; nothing else here is pretended.
+//!
+//! Order is not looked at here: the mock checks sequence numbers of transactional producers only. When it refuses a batch
+//! it takes the ones behind it all the same, which no real broker does.
 
 mod common;
 
@@ -12,15 +15,15 @@ use rdkafka::{
 };
 use saga_core::{service::Health, testkit::eventually};
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     time::{Duration, Instant},
 };
 use tokio_util::sync::CancellationToken;
 
 const ROWS: i64 = 300;
 
-/// Key and payload of every record, until `count` distinct payloads are there.
-fn read(brokers: &str, topic: &str, count: usize) -> Vec<(String, i64)> {
+/// Reads until `count` distinct payloads are there.
+fn read(brokers: &str, topic: &str, count: usize) {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers)
         .set("group.id", "test")
@@ -29,16 +32,12 @@ fn read(brokers: &str, topic: &str, count: usize) -> Vec<(String, i64)> {
         .unwrap();
     consumer.subscribe(&[topic]).unwrap();
     let deadline = Instant::now() + PATIENCE;
-    let (mut records, mut seen) = (Vec::new(), HashSet::new());
+    let mut seen = HashSet::new();
     while seen.len() < count {
         assert!(Instant::now() < deadline, "{} of {count} arrived", seen.len());
         let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) else { continue };
-        let text = |bytes: Option<&[u8]>| String::from_utf8(bytes.unwrap().to_vec()).unwrap();
-        let payload: i64 = text(message.payload()).parse().unwrap();
-        seen.insert(payload);
-        records.push((text(message.key()), payload));
+        seen.insert(message.payload().unwrap().to_vec());
     }
-    records
 }
 
 async fn publish_through(errors: &[RDKafkaRespErr]) {
@@ -55,20 +54,13 @@ async fn publish_through(errors: &[RDKafkaRespErr]) {
     eventually(PATIENCE, || async { (world.count("select sum(rows) from outbox_batch").await == ROWS).then_some(()) })
         .await;
     let brokers = cluster.bootstrap_servers();
-    let records = tokio::task::spawn_blocking(move || read(&brokers, "orders.events", usize::try_from(ROWS).unwrap()))
-        .await
-        .unwrap();
-    let (mut seen, mut last) = (HashSet::new(), HashMap::new());
-    for (key, payload) in records {
-        if seen.insert(payload) {
-            assert!(last.insert(key.clone(), payload).is_none_or(|before| before < payload), "{key} is inverted");
-        }
-    }
+    let reading = move || read(&brokers, "orders.events", usize::try_from(ROWS).unwrap());
+    tokio::task::spawn_blocking(reading).await.unwrap();
     assert_eq!(world.count("select count(*) from outbox_parked").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn errors_that_pass_are_waited_out_and_nothing_is_lost_or_inverted() {
+async fn errors_that_pass_are_waited_out_and_nothing_is_lost() {
     use RDKafkaRespErr::*;
     publish_through(&[
         RD_KAFKA_RESP_ERR_NOT_LEADER_FOR_PARTITION,
@@ -81,7 +73,7 @@ async fn errors_that_pass_are_waited_out_and_nothing_is_lost_or_inverted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_producer_that_gives_up_is_rebuilt_and_nothing_is_lost_or_inverted() {
+async fn a_producer_that_gives_up_is_rebuilt_and_nothing_is_lost() {
     use RDKafkaRespErr::*;
     publish_through(&[
         RD_KAFKA_RESP_ERR_CLUSTER_AUTHORIZATION_FAILED,
