@@ -20,7 +20,10 @@ use crate::{
 };
 use saga_core::clock;
 use std::{collections::HashMap, sync::Arc, time::Duration};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinError,
+};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{info, warn};
 
@@ -69,6 +72,14 @@ pub(crate) enum OwnerError {
     /// A session ended for a reason that the next one cannot cure.
     #[error("publishing stopped: {0}")]
     Session(String),
+    /// A task of the owner's panicked.
+    #[error("publishing stopped, by a fault in the relay itself: {what} ended: {why}")]
+    Panicked {
+        /// What the task does.
+        what: &'static str,
+        /// What it said.
+        why: JoinError,
+    },
 }
 
 impl OwnerError {
@@ -134,7 +145,7 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
             Ended::Read(error) => return Err(error.into()),
             Ended::Database(error) => return Err(error.into()),
             Ended::Control => {
-                looking.await.unwrap_or(Ok(()))?;
+                joined("looking up what operators want", looking.await)??;
                 return Err(OwnerError::Session(ended.to_string()));
             }
             Ended::Reader => return Err(OwnerError::Session(ended.to_string())),
@@ -254,12 +265,18 @@ async fn session(
     };
     let ended = session.run(pages).await;
     // Reading first: what it reads from here on is of no use.
-    let read = if matches!(ended, Ended::Reader) { (&mut reader).await.unwrap_or(Ok(())) } else { Ok(()) };
+    let read =
+        if matches!(ended, Ended::Reader) { joined("reading the outbox", (&mut reader).await) } else { Ok(Ok(())) };
     drop(reader);
     let memory = session.finish(&ended).await;
-    (&mut recorder).await.unwrap_or(Ok(()))?;
-    read?;
+    joined("recording progress", (&mut recorder).await)??;
+    read??;
     Ok((ended, memory))
+}
+
+/// What a task said at its end, unless it panicked.
+fn joined<T>(what: &'static str, ended: Result<T, JoinError>) -> Result<T, OwnerError> {
+    ended.map_err(|why| OwnerError::Panicked { what, why })
 }
 
 /// Says how far behind the outbox is, for as long as this process owns it.
@@ -276,5 +293,18 @@ async fn gauges(db: sqlx::PgPool, outbox: String) {
             Err(error) => warn!(outbox, %error, "counting what is pending"),
         }
         tokio::time::sleep(GAUGES).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panicked_is_an_error_that_says_which_and_why() {
+        let ended = tokio::spawn(async { panic!("year 300000 has no calendar") }).await;
+        let error = joined::<()>("reading the outbox", ended).unwrap_err().to_string();
+        assert!(error.contains("reading the outbox") && error.contains("year 300000"), "{error}");
+        assert!(joined("reading the outbox", tokio::spawn(async {}).await).is_ok());
     }
 }

@@ -4,6 +4,7 @@
 //! holds; all other lines flow on. A parked row is a copy, made in the transaction that moves the position past it:
 //! whenever the process dies, a row is either still to come or parked, never neither.
 
+use crate::row::within_calendar;
 use sqlx::PgConnection;
 use std::collections::HashMap;
 use time::OffsetDateTime;
@@ -121,16 +122,18 @@ pub(crate) async fn next_in(
     outbox: &str,
     line: &Line,
 ) -> Result<Option<crate::row::Row>, sqlx::Error> {
-    let found = sqlx::query(
+    let found = sqlx::query(concat!(
         "select id, message_id, topic, key, type, payload,
-                coalesce(octet_length(payload), -1) as size, nullif(headers, '{}')::text as headers, created_at
+                coalesce(octet_length(payload), -1) as size, nullif(headers, '{}')::text as headers, ",
+        within_calendar!("created_at"),
+        " as created_at
            from outbox_parked
           where outbox = $1 and topic = $2 and md5(key) is not distinct from md5($3) and status = 'parked'
             and (key is not null or retry_requested_at is not null)
           order by id
           limit 1
             for update",
-    )
+    ))
     .bind(outbox)
     .bind(&line.topic)
     .bind(&line.key)

@@ -1,8 +1,9 @@
 //! What is not published yet: how many rows, and since when.
 
-use crate::position::{Position, ReadError};
 use crate::{
     pause,
+    position::{Position, ReadError},
+    row::within_calendar,
     snapshot::{Span, texts},
 };
 use sqlx::PgConnection;
@@ -46,8 +47,10 @@ pub(crate) async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> 
 /// window itself is: after a straggler the position's id may lie far below rows that were published long ago.
 async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending, ReadError> {
     let span = Span::between(&at.base, &at.target);
-    let (rows, oldest, last_id): (i64, Option<OffsetDateTime>, Option<i64>) = sqlx::query_as(
-        "select count(*), min(created_at),
+    let (rows, oldest, last_id): (i64, Option<OffsetDateTime>, Option<i64>) = sqlx::query_as(concat!(
+        "select count(*), min(",
+        within_calendar!("created_at"),
+        "),
                 pg_sequence_last_value(pg_get_serial_sequence('outbox', 'id')::regclass)
            from ((select created_at
                     from outbox
@@ -77,7 +80,7 @@ async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending
                                         limit $6) as found
                    where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
                    limit $6)) as pending",
-    )
+    ))
     .bind(span.from.to_string())
     .bind(texts(&span.running))
     .bind(at.after)
@@ -100,8 +103,10 @@ async fn left_behind(
     left: &Position,
     at: &Position,
 ) -> Result<(i64, Option<OffsetDateTime>, i64), ReadError> {
-    let found = sqlx::query_as(
-        "select count(*) filter (where missed), min(created_at) filter (where missed), count(*)
+    let found = sqlx::query_as(concat!(
+        "select count(*) filter (where missed), min(",
+        within_calendar!("created_at"),
+        ") filter (where missed), count(*)
            from (select created_at,
                         topic = $1
                         and (pg_visible_in_snapshot(xid, $5::text::pg_snapshot)
@@ -121,7 +126,7 @@ async fn left_behind(
                                                 where outbox.xid = straggler.xid
                                                 limit $10) as found
                            limit $10)) as candidate) as row",
-    )
+    ))
     .bind(topic)
     .bind(left.base.to_string())
     .bind(left.target.to_string())

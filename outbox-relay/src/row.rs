@@ -8,14 +8,27 @@ use uuid::Uuid;
 /// has a bounded size whatever is in it.
 pub(crate) const INLINE_PAYLOAD: i32 = 16 * 1024;
 
+/// A time as [`OffsetDateTime`] can hold it, and RFC 3339 can say it. PostgreSQL knows infinity and many more years, which
+/// sqlx does not refuse but panics on; the outbox refuses them as well, but may have had such rows before it did.
+macro_rules! within_calendar {
+    ($time:literal) => {
+        concat!("least(greatest(", $time, ", '0001-01-01 00:00:00+00'), '9999-12-31 23:59:59.999999+00')")
+    };
+}
+pub(crate) use within_calendar;
+
 /// The columns of a row, in the order that [`Row`] reads them. Header objects are nearly always empty or small: an empty
 /// one is not sent at all. `16384` is [`INLINE_PAYLOAD`].
 macro_rules! columns {
     () => {
-        "id, message_id, topic, key, type, \
-         case when octet_length(payload) <= 16384 then payload end as payload, \
-         coalesce(octet_length(payload), -1) as size, \
-         nullif(headers, '{}')::text as headers, created_at"
+        concat!(
+            "id, message_id, topic, key, type, \
+             case when octet_length(payload) <= 16384 then payload end as payload, \
+             coalesce(octet_length(payload), -1) as size, \
+             nullif(headers, '{}')::text as headers, ",
+            crate::row::within_calendar!("created_at"),
+            " as created_at"
+        )
     };
 }
 pub(crate) use columns;

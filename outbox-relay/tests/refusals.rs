@@ -3,29 +3,19 @@
 mod common;
 
 use common::{PATIENCE, World, append, ids, payloads, published};
-use outbox_relay::{Relay, admin};
+use outbox_relay::Relay;
 use rdkafka::{
     ClientConfig,
     admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
 };
-use saga_core::{
-    service::Role,
-    testkit::{brokers, eventually, read_to_end, unique},
-};
+use saga_core::testkit::{brokers, eventually, read_to_end, unique};
 use serde_json::{Value, json};
-use tower::ServiceExt;
 
 /// Calls an admin endpoint as an operator.
 async fn call(world: &World, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
     let relay = Relay::new(&world.settings()).unwrap();
-    let router = admin::routes(&relay).layer(axum::Extension(Role::Operator));
-    let request = http::Request::builder().method(method).uri(path).header("content-type", "application/json");
-    let body = body.map_or_else(axum::body::Body::empty, |body| body.to_string().into());
-    let response = router.oneshot(request.body(body).unwrap()).await.unwrap();
-    let status = response.status().as_u16();
-    let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
-    (status, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
+    common::call(&relay, method, path, body).await
 }
 
 fn kafka() -> AdminClient<DefaultClientContext> {

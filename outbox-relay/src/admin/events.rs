@@ -4,7 +4,7 @@
 #![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
 
 use super::request::outbox;
-use crate::{Relay, batch_log, position::Position};
+use crate::{Relay, batch_log, position::Position, row::within_calendar};
 use axum::extract::State;
 use saga_core::http::{Cursor, Json, Limit, List, Path, Problem, Query};
 use serde::{Deserialize, Serialize};
@@ -145,9 +145,13 @@ pub(super) async fn list(
 
 /// A row is published when the position covers it, unless its topic was left behind before it; what was parked has its
 /// own record.
-const FIND: &str = "
+const FIND: &str = concat!(
+    "
     select *
-      from (select o.id, o.message_id, o.topic, o.key, o.type, octet_length(o.payload) as bytes, o.headers, o.created_at,
+      from (select o.id, o.message_id, o.topic, o.key, o.type, octet_length(o.payload) as bytes, o.headers,
+                   ",
+    within_calendar!("o.created_at"),
+    " as created_at,
                    case
                        when parked.status is not null then parked.status
                        when pause.base is not null
@@ -168,4 +172,5 @@ const FIND: &str = "
                and ($10::text is null or o.type = $10)) as event
      where $7::text is null or state = $7
      order by id desc
-     limit $11";
+     limit $11"
+);

@@ -6,7 +6,7 @@ use super::{
     audit,
     request::{Reason, outbox},
 };
-use crate::Relay;
+use crate::{Relay, row::within_calendar};
 use axum::{Extension, extract::State};
 use http::StatusCode;
 use saga_core::{
@@ -96,16 +96,17 @@ pub(super) async fn list(
     let outbox = outbox(&relay, &name)?;
     let after: i64 = query.cursor.as_ref().map_or(Ok(0), Cursor::key)?;
     let limit = query.limit.unwrap_or_default();
-    let rows: Vec<ParkedView> = sqlx::query_as(
-        "select id, message_id, topic, key, type, octet_length(payload) as bytes, reason, blocked_by, created_at,
-                parked_at, attempts, retry_requested_at is not null as retrying
+    let rows: Vec<ParkedView> = sqlx::query_as(concat!(
+        "select id, message_id, topic, key, type, octet_length(payload) as bytes, reason, blocked_by, ",
+        within_calendar!("created_at"),
+        " as created_at, parked_at, attempts, retry_requested_at is not null as retrying
            from outbox_parked
           where outbox = $1 and status = 'parked' and id > $2
             and ($3::text is null or topic = $3)
             and ($4::text is null or key = $4)
           order by id
           limit $5",
-    )
+    ))
     .bind(&name)
     .bind(after)
     .bind(&query.topic)

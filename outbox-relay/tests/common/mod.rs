@@ -1,15 +1,17 @@
 //! A database with an outbox, a topic, and relays on them.
 #![allow(dead_code, unreachable_pub, clippy::missing_panics_doc)]
 
-use outbox_relay::{OutboxSettings, Relay, Settings};
+use outbox_relay::{OutboxSettings, Relay, Settings, admin};
 use saga_core::{
-    service::messaging_migrations,
+    service::{Role, messaging_migrations},
     testkit::{Record, TestDatabase, TestTopic, brokers, eventually, read_to_end},
 };
+use serde_json::Value;
 use sqlx::{PgPool, postgres::PgConnectOptions};
 use std::{str::FromStr, time::Duration};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
 
 pub const PATIENCE: Duration = Duration::from_secs(60);
 /// Short, so that a fail-over does not take long.
@@ -109,6 +111,18 @@ pub fn payloads(records: &[Record], key: &str) -> Vec<String> {
         .filter(|record| seen.insert(record.header("ce_id")))
         .map(|record| String::from_utf8(record.value.clone().unwrap_or_default()).expect("text"))
         .collect()
+}
+
+/// Calls an admin endpoint of `relay` as an operator.
+pub async fn call(relay: &Relay, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+    let router = admin::routes(relay).layer(axum::Extension(Role::Operator));
+    let request = http::Request::builder().method(method).uri(path).header("content-type", "application/json");
+    let body = body.map_or_else(axum::body::Body::empty, |body| body.to_string().into());
+    let answer = tokio::time::timeout(PATIENCE, router.oneshot(request.body(body).unwrap()));
+    let response = answer.await.expect("it answers").unwrap();
+    let status = response.status().as_u16();
+    let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
+    (status, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
 }
 
 /// A relay in this process.
