@@ -5,12 +5,13 @@
 
 use crate::{
     batch_log::{self, Entry},
+    database::Database,
     parking::{self, Park},
     pause::{self, LeftBehind},
     position::Position,
     reader::CaughtUp,
 };
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use std::{sync::Arc, time::Duration};
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
@@ -57,7 +58,7 @@ pub(crate) enum CommitError {
 
 /// Records for one lease of one outbox.
 pub(crate) struct Recorder {
-    pub(crate) db: PgPool,
+    pub(crate) db: Database,
     pub(crate) outbox: String,
     pub(crate) owner: Uuid,
     pub(crate) system_identifier: i64,
@@ -68,10 +69,11 @@ pub(crate) struct Recorder {
 impl Recorder {
     /// Records what comes, until nothing more can come.
     pub(crate) async fn run(mut self, mut progress: mpsc::Receiver<Progress>) -> Result<(), CommitError> {
-        let mut db = self.db.acquire().await?;
+        let database = self.db.clone();
+        let mut db = database.connect().await?;
         let mut batch = Vec::with_capacity(ENTRIES);
         while progress.recv_many(&mut batch, ENTRIES).await > 0 {
-            self.record(&mut db, &batch).await?;
+            database.within(self.record(&mut db, &batch)).await?;
             for done in batch.drain(..) {
                 if let Progress::Flush(told) = done {
                     // Whoever asked may have given up.
@@ -80,6 +82,7 @@ impl Recorder {
             }
             tokio::time::sleep(GATHER).await;
         }
+        db.give_back();
         Ok(())
     }
 

@@ -2,12 +2,13 @@
 //! have appeared. The database is the only channel, so any replica's admin endpoints can be used.
 
 use crate::{
+    database::Database,
     parking::{self, Line},
     pause::{self, Cause, Paused, WHOLE},
     position::ReadError,
     topics::{TopicState, Topics},
 };
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use time::OffsetDateTime;
 use tokio::{
@@ -72,19 +73,32 @@ impl Wanted {
 }
 
 /// Keeps `wanted` up to date until an error.
-pub(crate) async fn run(db: PgPool, topics: Topics, wanted: Arc<Wanted>) -> Result<(), ReadError> {
+pub(crate) async fn run(db: Database, topics: Topics, wanted: Arc<Wanted>) -> Result<(), ReadError> {
     let outbox = &wanted.outbox;
     let mut asked: HashMap<String, Instant> = HashMap::new();
     let mut upkeep = Instant::from_std(saga_core::clock::monotonic());
     loop {
         let now = Instant::from_std(saga_core::clock::monotonic());
-        let control = {
-            let mut db = db.acquire().await?;
-            if now >= upkeep {
-                upkeep = now + UPKEEP;
-                add_partition(&mut db, outbox).await;
+        if now >= upkeep {
+            upkeep = now + UPKEEP;
+            match db.ask(async |db| add_partition(db).await).await {
+                Ok(Some(partition)) => info!(outbox, partition, "made the outbox's next partition"),
+                Ok(None) => {}
+                // A lock was not to be had in time, or this role may not create tables. Rows overflow rather than fail,
+                // so there is time for another try and for an operator.
+                Err(error) => {
+                    warn!(outbox, %error, "the outbox's next partition could not be made; it is tried again");
+                }
             }
-            wanted.refresh(&mut db).await?
+        }
+        let control = match db.ask(async |db| wanted.refresh(db).await).await {
+            Ok(control) => control,
+            // Others have all the connections. Whoever finds out that the database is away, it is not this.
+            Err(ReadError::Database(sqlx::Error::PoolTimedOut)) => {
+                warn!(outbox, "no connection was free to look up what operators want; trying again");
+                continue;
+            }
+            Err(error) => return Err(error),
         };
         asked.retain(|topic, _| control.paused.contains_key(topic));
         for paused in control.paused.values().filter(|paused| !paused.resuming) {
@@ -106,7 +120,11 @@ pub(crate) async fn run(db: PgPool, topics: Topics, wanted: Arc<Wanted>) -> Resu
                         topic = paused.topic,
                         "the topic is there; its rows are published from where they were left"
                     );
-                    pause::resume(&mut *db.acquire().await?, outbox, &paused.topic).await?;
+                    match db.ask(async |db| pause::resume(db, outbox, &paused.topic).await).await {
+                        // It is asked about again.
+                        Ok(()) | Err(sqlx::Error::PoolTimedOut) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                 }
                 Ok(_) => {}
                 Err(error) => debug!(outbox, topic = paused.topic, %error, "asking about a paused topic"),
@@ -116,12 +134,38 @@ pub(crate) async fn run(db: PgPool, topics: Topics, wanted: Arc<Wanted>) -> Resu
     }
 }
 
-async fn add_partition(db: &mut PgConnection, outbox: &str) {
-    match sqlx::query_scalar::<_, Option<String>>("select outbox_add_partition()").fetch_one(db).await {
-        Ok(Some(partition)) => info!(outbox, partition, "made the outbox's next partition"),
-        Ok(None) => {}
-        // A lock was not to be had in time, or this role may not create tables. Rows overflow rather than fail, so there
-        // is time for another try and for an operator.
-        Err(error) => warn!(outbox, %error, "the outbox's next partition could not be made; it is tried again"),
+async fn add_partition(db: &mut PgConnection) -> Result<Option<String>, sqlx::Error> {
+    sqlx::query_scalar("select outbox_add_partition()").fetch_one(db).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use saga_core::testkit::{TestDatabase, brokers, eventually};
+    use std::str::FromStr;
+    use tokio_util::task::AbortOnDropHandle;
+
+    #[tokio::test]
+    async fn it_goes_on_when_all_connections_were_in_use_for_too_long() {
+        let database = TestDatabase::new(&[saga_core::service::messaging_migrations()]).await;
+        let options = sqlx::postgres::PgConnectOptions::from_str(&database.url).unwrap();
+        let patience = Duration::from_millis(200);
+        let db = Database::new(options, 1, patience);
+        let (wanted, told) = Wanted::new("orders", Control::default());
+        let all = db.connect().await.unwrap();
+        let looking = run(db.clone(), Topics::new(&brokers()).unwrap(), Arc::new(wanted));
+        let looking = AbortOnDropHandle::new(tokio::spawn(looking));
+        // The same patience, and it came later: by now `looking` has lost its own.
+        assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
+        assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
+        all.give_back();
+        sqlx::query(
+            "insert into outbox_pause (outbox, topic, cause, reason, actor) values ('orders', '*', 'operator', '', '')",
+        )
+        .execute(&database.pool)
+        .await
+        .unwrap();
+        eventually(Duration::from_secs(30), || async { told.borrow().whole.then_some(()) }).await;
+        assert!(!looking.is_finished());
     }
 }

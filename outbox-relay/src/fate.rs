@@ -85,7 +85,7 @@ impl Session {
     ) -> Result<Fate, Ended> {
         let topic = row.topic().to_owned();
         if page.lane.is_some() {
-            pause::stall(&mut *self.db.acquire().await?, &self.outbox, &topic, cause, &reason).await?;
+            self.db.ask(async |db| pause::stall(db, &self.outbox, &topic, cause, &reason).await).await?;
             return Err(Ended::Stalled(topic));
         }
         let position = Position { base: page.base.clone(), target: page.target.clone(), after: before };

@@ -3,9 +3,9 @@
 //! The database's clock judges; the owner itself stops by its own monotonic clock, before the lease ends. An owner is
 //! identified by a UUID made anew at each acquisition: a number that is counted up can repeat after a failover of the
 //! database that lost its last commits. When the process dies, the lease runs out and a stand-by takes over; a clean stop
-//! gives it back at once.
+//! gives it back at once. The lease has a connection of its own: whatever else waits for the database, renewing does not.
 
-use sqlx::PgPool;
+use crate::database::PrivateLine;
 use std::time::Duration;
 use tokio::{sync::watch, time::Instant};
 use tracing::warn;
@@ -14,6 +14,9 @@ use uuid::Uuid;
 /// The part of a lease that its owner leaves unused: it stops producing that long before the end, so that what is on its
 /// way has landed when the next owner starts.
 const UNUSED: u32 = 5;
+/// The part of a lease that one try to renew it may take, so that a connection that falls silent leaves the time for
+/// another try over a new one.
+const TRY: u32 = 5;
 
 /// A lease that this process holds.
 #[derive(Debug)]
@@ -41,7 +44,7 @@ impl Lease {
     /// a server whose clock was ahead of this one's (the primary before a failover). `before` is a lease that this process had and has
     /// let go of.
     pub(crate) async fn acquire(
-        db: &PgPool,
+        line: &mut PrivateLine,
         outbox: &str,
         holder: &str,
         length: Duration,
@@ -49,7 +52,7 @@ impl Lease {
     ) -> Result<Option<Self>, sqlx::Error> {
         let owner = Uuid::new_v4();
         let ends = Instant::from_std(saga_core::clock::monotonic()) + length - length / UNUSED;
-        let taken = sqlx::query(
+        let statement = sqlx::query(
             "insert into outbox_lease as lease (outbox, owner, holder, acquired_at, renewed_at, expires_at)
              values ($1, $2, $3, clock_timestamp(), clock_timestamp(), clock_timestamp() + $4)
              on conflict (outbox) do update
@@ -66,15 +69,13 @@ impl Lease {
         .bind(owner)
         .bind(holder)
         .bind(length)
-        .bind(before)
-        .execute(db)
-        .await?;
-        let taken = taken.rows_affected() == 1;
+        .bind(before);
+        let taken = line.execute(length, statement).await? == 1;
         Ok(taken.then(|| Self { outbox: outbox.into(), owner, length, ends: watch::channel(ends).0 }))
     }
 
     /// Renews the lease, at a third of its length, until it is lost.
-    pub(crate) async fn keep(&self, db: &PgPool) -> LeaseError {
+    pub(crate) async fn keep(&self, line: &mut PrivateLine) -> LeaseError {
         let mut pause = self.length / 3;
         let mut problem = String::from("no answer from PostgreSQL");
         loop {
@@ -84,7 +85,7 @@ impl Lease {
             if asked >= ends {
                 return LeaseError::RanOut(problem);
             }
-            match tokio::time::timeout_at(ends, self.renew(db)).await {
+            match tokio::time::timeout_at(ends, self.renew(line)).await {
                 Ok(Ok(true)) => {
                     self.ends.send_replace(asked + self.length - self.length / UNUSED);
                     pause = self.length / 3;
@@ -99,8 +100,8 @@ impl Lease {
         }
     }
 
-    async fn renew(&self, db: &PgPool) -> Result<bool, sqlx::Error> {
-        let renewed = sqlx::query(
+    async fn renew(&self, line: &mut PrivateLine) -> Result<bool, sqlx::Error> {
+        let statement = sqlx::query(
             "update outbox_lease
                 set renewed_at = clock_timestamp(),
                     expires_at = clock_timestamp() + $3
@@ -108,19 +109,16 @@ impl Lease {
         )
         .bind(&self.outbox)
         .bind(self.owner)
-        .bind(self.length)
-        .execute(db)
-        .await?;
-        Ok(renewed.rows_affected() == 1)
+        .bind(self.length);
+        Ok(line.execute(self.length / TRY, statement).await? == 1)
     }
 
     /// Gives it back, so that a stand-by need not wait for its end.
-    pub(crate) async fn release(&self, db: &PgPool) -> Result<(), sqlx::Error> {
-        sqlx::query("delete from outbox_lease where outbox = $1 and owner = $2")
+    pub(crate) async fn release(&self, line: &mut PrivateLine) -> Result<(), sqlx::Error> {
+        let statement = sqlx::query("delete from outbox_lease where outbox = $1 and owner = $2")
             .bind(&self.outbox)
-            .bind(self.owner)
-            .execute(db)
-            .await?;
+            .bind(self.owner);
+        line.execute(self.length / TRY, statement).await?;
         Ok(())
     }
 }

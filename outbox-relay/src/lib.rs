@@ -12,6 +12,7 @@
 //! | `fate`, `refusal`, `parking`, `pause`, `retry` | rows and topics that Kafka refuses |
 //! | `lease`, `owner`, [`outbox`] | who publishes; one owner's time; one outbox in this process |
 //! | `control`, `pending`, `metric` | what operators want, and what they see |
+//! | `database` | conversations with the outbox's database, each of them bounded |
 //! | [`settings`], [`config`] | what it needs to know |
 //! | [`admin`], [`app`] | HTTP for operators; the parts put together |
 
@@ -21,6 +22,7 @@ mod batch_log;
 mod commit;
 pub mod config;
 mod control;
+mod database;
 mod fate;
 mod in_flight;
 mod lease;

@@ -1,6 +1,7 @@
 //! One outbox as this process sees it: stands by, owns it, stands by again. What happens to one stops no other.
 
 use crate::{
+    database::{Database, PrivateLine},
     lease::{Lease, LeaseError},
     metric,
     owner::{self, OwnerError},
@@ -8,8 +9,8 @@ use crate::{
     settings::{OutboxSettings, Settings},
     topics::Topics,
 };
-use saga_core::service::database::{is_outage, pool_options};
-use sqlx::PgPool;
+use saga_core::service::database::is_outage;
+use sqlx::postgres::PgConnectOptions;
 use std::{
     sync::{Arc, Mutex},
     time::Duration,
@@ -18,8 +19,16 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-/// Reader, recorder, lease, control, gauges, a retry's two, and some for the admin endpoints.
-const CONNECTIONS: u32 = 10;
+/// Reader, recorder, control, gauges, a retry's two, and one to spare.
+const CONNECTIONS: u32 = 7;
+/// For the admin endpoints. They have their own, so that requests that wait keep nothing from being published.
+const ADMIN_CONNECTIONS: u32 = 4;
+/// An operator's patience; an answer that takes longer costs the database more than it is worth.
+const ADMIN_STATEMENT: &str = "5s";
+/// A request may make several statements, and wait as long for a connection.
+const ADMIN_PATIENCE: Duration = Duration::from_secs(8);
+/// Nothing here holds a lock for long. What does is somebody else's, and may hold it for hours.
+const ADMIN_LOCK: &str = "1s";
 /// Between two looks at a lease that somebody else has.
 const STAND_BY: Duration = Duration::from_millis(500);
 /// Between two tries when something is wrong with the database.
@@ -29,7 +38,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 pub struct Outbox {
     /// Its name: `ce_source` of its messages, and the key of its lease and position.
     pub name: String,
-    pub(crate) db: PgPool,
+    pub(crate) db: Database,
+    pub(crate) admin: Database,
+    options: PgConnectOptions,
     pub(crate) topics: Topics,
     pub(crate) brokers: String,
     pub(crate) compression: String,
@@ -95,7 +106,13 @@ impl Outbox {
         ]);
         Ok(Self {
             name: outbox.name.clone(),
-            db: pool_options(CONNECTIONS).connect_lazy_with(options),
+            db: Database::new(options.clone(), CONNECTIONS, settings.lease),
+            admin: Database::new(
+                options.clone().options([("statement_timeout", ADMIN_STATEMENT), ("lock_timeout", ADMIN_LOCK)]),
+                ADMIN_CONNECTIONS,
+                ADMIN_PATIENCE,
+            ),
+            options,
             topics: Topics::new(&settings.kafka_brokers)?,
             brokers: settings.kafka_brokers.clone(),
             compression: settings.compression.clone(),
@@ -107,10 +124,11 @@ impl Outbox {
 
     /// Stands by, publishes, and stands by again, until `stop`.
     pub(crate) async fn run(&self, stop: &CancellationToken) {
+        let mut line = PrivateLine::new(self.options.clone());
         let mut before = None;
         let mut trouble = Trouble::default();
         while !stop.is_cancelled() {
-            let pause = match self.run_once(&mut before, stop).await {
+            let pause = match self.run_once(&mut line, &mut before, stop).await {
                 Ok(Stood::By) => {
                     trouble.over(&self.name);
                     STAND_BY.min(self.lease / 4)
@@ -131,11 +149,16 @@ impl Outbox {
         }
     }
 
-    async fn run_once(&self, before: &mut Option<Uuid>, stop: &CancellationToken) -> Result<Stood, OwnerError> {
+    async fn run_once(
+        &self,
+        line: &mut PrivateLine,
+        before: &mut Option<Uuid>,
+        stop: &CancellationToken,
+    ) -> Result<Stood, OwnerError> {
         let holder = holder();
         let taken = tokio::select! {
             () = stop.cancelled() => return Ok(Stood::By),
-            taken = Lease::acquire(&self.db, &self.name, &holder, self.lease, *before) => taken?,
+            taken = Lease::acquire(line, &self.name, &holder, self.lease, *before) => taken?,
         };
         let Some(lease) = taken else {
             self.status.set(Role::StandingBy, None);
@@ -146,14 +169,14 @@ impl Outbox {
         info!(outbox = self.name, owner = %lease.owner, "took the lease");
         self.status.publishing();
         metric::owner(&self.name, true);
-        let ended = owner::own(self, &lease, stop).await;
+        let ended = owner::own(self, &lease, line, stop).await;
         metric::owner(&self.name, false);
         match &ended {
             Err(OwnerError::Lease(LeaseError::TakenOver)) => {}
-            _ => match tokio::time::timeout(self.lease / 5, lease.release(&self.db)).await {
-                Ok(Ok(())) => info!(outbox = self.name, owner = %lease.owner, "gave the lease back"),
+            _ => match lease.release(line).await {
+                Ok(()) => info!(outbox = self.name, owner = %lease.owner, "gave the lease back"),
                 // Then it runs out.
-                _ => warn!(outbox = self.name, "the lease could not be given back"),
+                Err(error) => warn!(outbox = self.name, %error, "the lease could not be given back"),
             },
         }
         ended.map(|()| Stood::Owner)

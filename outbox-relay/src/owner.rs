@@ -6,6 +6,7 @@ use crate::{
     batch_log,
     commit::{CommitError, Recorder},
     control::{self, Control, Wanted},
+    database::{Database, PrivateLine},
     in_flight::InFlight,
     lease::{Lease, LeaseError},
     metric,
@@ -19,6 +20,7 @@ use crate::{
     session::{Ended, Memory, Session},
 };
 use saga_core::clock;
+use sqlx::PgConnection;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
@@ -95,10 +97,15 @@ impl OwnerError {
 }
 
 /// Publishes under `lease` until it is lost, something fails, or `stop`.
-pub(crate) async fn own(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Result<(), OwnerError> {
+pub(crate) async fn own(
+    outbox: &Outbox,
+    lease: &Lease,
+    line: &mut PrivateLine,
+    stop: &CancellationToken,
+) -> Result<(), OwnerError> {
     tokio::select! {
         biased;
-        lost = lease.keep(&outbox.db) => Err(lost.into()),
+        lost = lease.keep(line) => Err(lost.into()),
         ended = publish(outbox, lease, stop) => ended,
     }
 }
@@ -108,7 +115,7 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     if !wait_for_kafka(outbox, stop).await {
         return Ok(());
     }
-    let first = control::look(&mut *outbox.db.acquire().await?, &outbox.name).await?;
+    let first = outbox.db.ask(async |db| control::look(db, &outbox.name).await).await?;
     let (wanted, control) = Wanted::new(&outbox.name, first);
     let wanted = Arc::new(wanted);
     // When the looking ends, so does the channel.
@@ -124,7 +131,7 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
             Publisher::new(&outbox.name, &outbox.brokers, &outbox.compression, limit, outbox.status.brokers.clone())?;
         let now = match weak.upgrade() {
             // What was told last may be older than what the session before recorded.
-            Some(wanted) => wanted.refresh(&mut *outbox.db.acquire().await?).await?,
+            Some(wanted) => outbox.db.ask(async |db| wanted.refresh(db).await).await?,
             None => control.borrow().clone(),
         };
         let control = (now, control.clone());
@@ -176,26 +183,36 @@ impl Rebuild {
 
 /// Checks that the position belongs to this cluster, and makes the first one if there is none.
 async fn anchor(outbox: &Outbox, lease: &Lease) -> Result<i64, OwnerError> {
-    let mut db = outbox.db.acquire().await?;
-    let found = batch_log::system_identifier(&mut db).await?;
-    match batch_log::last(&mut db, &outbox.name).await? {
+    let (found, last) = outbox.db.ask(async |db| position(db, &outbox.name).await).await?;
+    match last {
         Some(last) if last.system_identifier != found => {
             let recorded = last.system_identifier;
             return Err(OwnerError::OtherCluster { outbox: outbox.name.clone(), recorded, found });
         }
         Some(_) => {}
         None if outbox.from_now => {
-            let now: String = sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&mut *db).await?;
-            let now: crate::snapshot::Snapshot = now.parse().map_err(ReadError::from)?;
-            let entry = batch_log::Entry { base: now.clone(), target: now, from_id: 0, to_id: 0, rows: 0 };
-            if batch_log::append_in(&mut db, &outbox.name, lease.owner, found, 0, &[entry]).await? == 0 {
-                return Err(CommitError::Fenced.into());
-            }
+            outbox.db.ask(async |db| begin_now(db, outbox, lease, found).await).await?;
             info!(outbox = outbox.name, "first start: what was committed before now is not published (--from-now)");
         }
         None => info!(outbox = outbox.name, "first start: everything in the outbox is published"),
     }
     Ok(found)
+}
+
+/// Which cluster this is, and where the outbox stands.
+async fn position(db: &mut PgConnection, outbox: &str) -> Result<(i64, Option<batch_log::Last>), ReadError> {
+    Ok((batch_log::system_identifier(db).await?, batch_log::last(db, outbox).await?))
+}
+
+/// Makes the first position: all that is committed now counts as published.
+async fn begin_now(db: &mut PgConnection, outbox: &Outbox, lease: &Lease, cluster: i64) -> Result<(), OwnerError> {
+    let now: String = sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&mut *db).await?;
+    let now: crate::snapshot::Snapshot = now.parse().map_err(ReadError::from)?;
+    let entry = batch_log::Entry { base: now.clone(), target: now, from_id: 0, to_id: 0, rows: 0 };
+    match batch_log::append_in(db, &outbox.name, lease.owner, cluster, 0, &[entry]).await? {
+        0 => Err(CommitError::Fenced.into()),
+        _ => Ok(()),
+    }
 }
 
 /// Waits until a broker answers, and says so once; false when the process stops first.
@@ -229,14 +246,12 @@ async fn session(
     memory: Memory,
     (now, mut control): (Arc<Control>, watch::Receiver<Arc<Control>>),
 ) -> Result<(Ended, Memory), OwnerError> {
-    let mut db = outbox.db.acquire().await?;
-    let last = batch_log::last(&mut db, &outbox.name).await?;
+    let last = outbox.db.ask(async |db| batch_log::last(db, &outbox.name).await).await?;
     let (n, at) = last.map_or((0, Position::initial()), |last| (last.n, last.position));
-    let blocked = Blocked::load(&mut db, &outbox.name).await?;
+    let blocked = outbox.db.ask(async |db| Blocked::load(db, &outbox.name).await).await?;
     let paused = now.paused.iter().filter(|(_, p)| p.position.is_some()).map(|(topic, _)| topic.clone()).collect();
     let reader_control = control.clone();
     control.mark_changed();
-    drop(db);
 
     let (progress, recording) = mpsc::channel(UNRECORDED);
     let recorder =
@@ -280,14 +295,13 @@ fn joined<T>(what: &'static str, ended: Result<T, JoinError>) -> Result<T, Owner
 }
 
 /// Says how far behind the outbox is, for as long as this process owns it.
-async fn gauges(db: sqlx::PgPool, outbox: String) {
+async fn gauges(db: Database, outbox: String) {
     loop {
-        let looked = async {
-            let mut db = db.acquire().await?;
-            let last = batch_log::last(&mut db, &outbox).await?;
+        let looked = db.ask(async |db| {
+            let last = batch_log::last(db, &outbox).await?;
             let at = last.map_or_else(Position::initial, |last| last.position);
-            pending::look(&mut db, &outbox, &at).await
-        };
+            pending::look(db, &outbox, &at).await
+        });
         match looked.await {
             Ok(pending) => metric::pending(&outbox, &pending),
             Err(error) => warn!(outbox, %error, "counting what is pending"),

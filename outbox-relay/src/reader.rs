@@ -5,10 +5,11 @@
 
 use crate::{
     control::Control,
+    database::Database,
     position::{Cursor, Page, ReadError, UpTo},
 };
 use saga_core::clock;
-use sqlx::{PgConnection, PgPool};
+use sqlx::PgConnection;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
@@ -63,11 +64,17 @@ impl Reader {
     }
 
     /// Reads until nobody wants more.
-    pub(crate) async fn run(mut self, db: PgPool) -> Result<(), ReadError> {
-        let mut db = db.acquire().await?;
+    pub(crate) async fn run(mut self, database: Database) -> Result<(), ReadError> {
+        let mut db = database.connect().await?;
+        self.run_with(&database, &mut db).await?;
+        db.give_back();
+        Ok(())
+    }
+
+    async fn run_with(&mut self, database: &Database, db: &mut PgConnection) -> Result<(), ReadError> {
         let mut found_last = clock::monotonic();
         loop {
-            match self.run_once(&mut db).await? {
+            match self.run_once(database, db).await? {
                 Found::Rows(rows) => {
                     found_last = clock::monotonic();
                     if rows < FEW_ROWS {
@@ -88,15 +95,16 @@ impl Reader {
         }
     }
 
-    /// One page of the main flow, and one of each topic that is catching up.
-    async fn run_once(&mut self, db: &mut PgConnection) -> Result<Found, ReadError> {
+    /// One page of the main flow, and one of each topic that is catching up. The database has to answer in time; the
+    /// publisher may take a page when it likes.
+    async fn run_once(&mut self, database: &Database, db: &mut PgConnection) -> Result<Found, ReadError> {
         let control = self.control.borrow_and_update().clone();
         if control.whole {
             return Ok(Found::Nothing);
         }
         let mut found = None;
         self.open_lanes(&control);
-        if let Some(page) = self.main.next(db, UpTo::Now).await? {
+        if let Some(page) = database.within(self.main.next(db, UpTo::Now)).await? {
             *found.get_or_insert(0) += page.rows.len();
             if self.items.send(Item::Page(page)).await.is_err() {
                 return Ok(Found::Closed);
@@ -105,7 +113,7 @@ impl Reader {
         let finished = self.main.finished().cloned();
         let mut caught_up = Vec::new();
         for (topic, lane) in &mut self.lanes {
-            match lane.cursor.next(db, UpTo::Snapshot(self.main.base())).await? {
+            match database.within(lane.cursor.next(db, UpTo::Snapshot(self.main.base()))).await? {
                 Some(page) => {
                     *found.get_or_insert(0) += page.rows.len();
                     if self.items.send(Item::Page(page)).await.is_err() {

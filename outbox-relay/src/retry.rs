@@ -13,6 +13,7 @@ use crate::{
     topics,
     tracker::Ticket,
 };
+use sqlx::Connection as _;
 use std::collections::HashMap;
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
@@ -41,7 +42,7 @@ impl Session {
                 topic = line.topic,
                 "no topic can have this name; the rows can only be discarded"
             );
-            parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, None).await?;
+            self.tried(line, requested, None).await?;
             return Ok(());
         }
         let limit = match self.look(&line.topic).await? {
@@ -51,12 +52,11 @@ impl Session {
         while let Some(outcome) = self.retry_row(line, limit, requested).await? {
             if let Err((id, reason)) = outcome {
                 warn!(outbox = self.outbox, id, topic = line.topic, reason, "a parked row was refused again");
-                parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, Some((id, &reason)))
-                    .await?;
+                self.tried(line, requested, Some((id, &reason))).await?;
                 return Ok(());
             }
         }
-        parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, None).await?;
+        self.tried(line, requested, None).await?;
         self.blocked.free(line);
         info!(outbox = self.outbox, topic = line.topic, "no row of the line is parked any more");
         Ok(())
@@ -68,8 +68,17 @@ impl Session {
         self.paused.insert(line.topic.clone());
         let left = LeftBehind { topic: line.topic.clone(), cause, reason, position: self.at.clone() };
         // At once: everything before is recorded, and the session may be about to end.
-        pause::leave_in(&mut *self.db.acquire().await?, &self.outbox, &left).await?;
+        self.db.ask(async |db| pause::leave_in(db, &self.outbox, &left).await).await?;
         Ok(())
+    }
+
+    async fn tried(
+        &self,
+        line: &Line,
+        requested: OffsetDateTime,
+        failed: Option<(i64, &str)>,
+    ) -> Result<(), sqlx::Error> {
+        self.db.ask(async |db| parking::tried(db, &self.outbox, line, requested, failed).await).await
     }
 
     /// Tries the line's first row: its id, or why it was refused for good. `None` when there is none.
@@ -79,10 +88,18 @@ impl Session {
         limit: usize,
         requested: OffsetDateTime,
     ) -> Result<Option<Result<i64, (i64, String)>>, Ended> {
-        let mut tx = self.db.begin().await?;
-        let Some(row) = parking::next_in(&mut tx, &self.outbox, line).await? else { return Ok(None) };
+        let database = self.db.clone();
+        let mut db = database.connect().await?;
+        let mut tx = database.within(db.begin()).await?;
+        let Some(row) = database.within(parking::next_in(&mut tx, &self.outbox, line)).await? else {
+            database.within(tx.rollback()).await?;
+            db.give_back();
+            return Ok(None);
+        };
         let built = self.builder.build(&row);
         if built.size > limit {
+            database.within(tx.rollback()).await?;
+            db.give_back();
             let size = built.size;
             let reason = format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)");
             return Ok(Some(Err((row.id(), reason))));
@@ -101,23 +118,23 @@ impl Session {
             Ok(()) => {}
             // The producer is gone with it; the next session goes on.
             Err(Ended::Refused { code, .. }) if Refusal::of(code) == Refusal::Row => {
-                tx.rollback().await?;
+                database.within(tx.rollback()).await?;
                 let reason = format!("Kafka refused it: {code}");
-                let failed = Some((row.id(), reason.as_str()));
-                parking::tried(&mut *self.db.acquire().await?, &self.outbox, line, requested, failed).await?;
+                self.tried(line, requested, Some((row.id(), &reason))).await?;
                 return Err(Ended::Refused { id: None, code, alone: false });
             }
             Err(Ended::Refused { code, .. }) if let Refusal::Topic(cause) = Refusal::of(code) => {
-                tx.rollback().await?;
+                database.within(tx.rollback()).await?;
                 self.put_off(line, cause, format!("Kafka says: {code}")).await?;
                 return Err(Ended::Refused { id: None, code, alone: false });
             }
             Err(ended) => return Err(ended),
         }
-        if !parking::published_in(&mut tx, &self.outbox, self.owner, row.id()).await? {
+        if !database.within(parking::published_in(&mut tx, &self.outbox, self.owner, row.id())).await? {
             return Err(CommitError::Fenced.into());
         }
-        tx.commit().await?;
+        database.within(tx.commit()).await?;
+        db.give_back();
         Ok(Some(Ok(row.id())))
     }
 }

@@ -14,6 +14,7 @@
 use crate::{
     commit::{CommitError, Progress},
     control::Control,
+    database::Database,
     fate::Fate,
     in_flight::{Flight, InFlight},
     metric,
@@ -29,7 +30,6 @@ use crate::{
     tracker::Ticket,
 };
 use rdkafka::types::RDKafkaErrorCode;
-use sqlx::PgPool;
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
@@ -102,7 +102,7 @@ pub(crate) struct Memory {
 /// One producer's life.
 pub(crate) struct Session {
     pub(crate) outbox: String,
-    pub(crate) db: PgPool,
+    pub(crate) db: Database,
     pub(crate) owner: uuid::Uuid,
     pub(crate) topics: Topics,
     pub(crate) publisher: Publisher,

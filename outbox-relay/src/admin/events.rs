@@ -3,12 +3,16 @@
 
 #![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
 
-use super::request::outbox;
-use crate::{Relay, batch_log, position::Position, row::within_calendar};
+use super::request::{Failed, outbox};
+use crate::{
+    Relay, batch_log,
+    position::{Position, ReadError},
+    row::within_calendar,
+};
 use axum::extract::State;
 use saga_core::http::{Cursor, Json, Limit, List, Path, Problem, Query};
 use serde::{Deserialize, Serialize};
-use sqlx::{FromRow, Row as _, postgres::PgRow};
+use sqlx::{FromRow, PgConnection, Row as _, postgres::PgRow};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -109,12 +113,27 @@ pub(super) async fn list(
     State(relay): State<Relay>,
     Path(name): Path<String>,
     Query(query): Query<EventQuery>,
-) -> Result<Json<List<EventView>>, Problem> {
+) -> Result<Json<List<EventView>>, Failed> {
     let outbox = outbox(&relay, &name)?;
     let before: i64 = query.cursor.as_ref().map_or(Ok(i64::MAX), Cursor::key)?;
     let limit = query.limit.unwrap_or_default();
-    let mut db = outbox.db.acquire().await?;
-    let last = batch_log::last(&mut db, &name).await.map_err(|error| Problem::internal(&error))?;
+    let (oldest_looked_at, rows) = outbox.admin.ask(async |db| find(db, &name, &query, before, limit).await).await?;
+    let mut page = List::page(rows, limit, |row| row.id)?;
+    if let (None, Some(oldest)) = (&page.next_cursor, oldest_looked_at) {
+        page.next_cursor = Some(Cursor::after(&oldest)?);
+    }
+    Ok(Json(page))
+}
+
+/// The oldest row that was looked at, unless all were, and what was found.
+async fn find(
+    db: &mut PgConnection,
+    outbox: &str,
+    query: &EventQuery,
+    before: i64,
+    limit: Limit,
+) -> Result<(Option<i64>, Vec<EventView>), ReadError> {
+    let last = batch_log::last(db, outbox).await?;
     let at = last.map_or_else(Position::initial, |last| last.position);
     let oldest_looked_at: Option<i64> =
         sqlx::query_scalar("select id from outbox where id < $1 order by id desc offset $2 limit 1")
@@ -122,8 +141,8 @@ pub(super) async fn list(
             .bind(STRETCH - 1)
             .fetch_optional(&mut *db)
             .await?;
-    let rows: Vec<EventView> = sqlx::query_as(FIND)
-        .bind(&name)
+    let rows = sqlx::query_as(FIND)
+        .bind(outbox)
         .bind(before)
         .bind(oldest_looked_at.unwrap_or(0))
         .bind(at.base.to_string())
@@ -134,13 +153,9 @@ pub(super) async fn list(
         .bind(&query.key)
         .bind(&query.kind)
         .bind(limit.and_one())
-        .fetch_all(&mut *db)
+        .fetch_all(db)
         .await?;
-    let mut page = List::page(rows, limit, |row| row.id)?;
-    if let (None, Some(oldest)) = (&page.next_cursor, oldest_looked_at) {
-        page.next_cursor = Some(Cursor::after(&oldest)?);
-    }
-    Ok(Json(page))
+    Ok((oldest_looked_at, rows))
 }
 
 /// A row is published when the position covers it, unless its topic was left behind before it; what was parked has its

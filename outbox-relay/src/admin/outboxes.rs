@@ -11,6 +11,7 @@ use crate::{
 use axum::extract::State;
 use saga_core::{clock, http::Json};
 use serde::Serialize;
+use sqlx::PgConnection;
 use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -108,7 +109,7 @@ pub(super) async fn list(State(relay): State<Relay>) -> Json<Vec<OutboxView>> {
 
 async fn view(outbox: &Outbox) -> OutboxView {
     let (role, problem) = outbox.status.get();
-    let (known, error) = match known(outbox).await {
+    let (known, error) = match outbox.admin.ask(async |db| known(db, &outbox.name).await).await {
         Ok(known) => (Some(known), None),
         Err(error) => {
             tracing::warn!(outbox = outbox.name, %error, "looking at an outbox");
@@ -120,20 +121,19 @@ async fn view(outbox: &Outbox) -> OutboxView {
 
 type LeaseColumns = (Uuid, String, OffsetDateTime, OffsetDateTime, bool);
 
-async fn known(outbox: &Outbox) -> Result<Known, ReadError> {
-    let mut db = outbox.db.acquire().await?;
+async fn known(db: &mut PgConnection, outbox: &str) -> Result<Known, ReadError> {
     let lease: Option<LeaseColumns> = sqlx::query_as(
         "select owner, holder, acquired_at, expires_at, expires_at <= clock_timestamp()
            from outbox_lease
           where outbox = $1",
     )
-    .bind(&outbox.name)
+    .bind(outbox)
     .fetch_optional(&mut *db)
     .await?;
-    let last = batch_log::last(&mut db, &outbox.name).await?;
+    let last = batch_log::last(db, outbox).await?;
     let (n, at) = last.map_or_else(|| (0, Position::initial()), |last| (last.n, last.position));
-    let pending = pending::look(&mut db, &outbox.name, &at).await?;
-    let paused = pause::load(&mut db, &outbox.name).await?;
+    let pending = pending::look(db, outbox, &at).await?;
+    let paused = pause::load(db, outbox).await?;
     let age = pending.oldest.map_or(0.0, |oldest| (clock::now() - oldest).as_seconds_f64().max(0.0));
     Ok(Known {
         owner: lease.map(|(id, holder, acquired_at, expires_at, expired)| Owner {

@@ -4,7 +4,7 @@
 
 use super::{
     audit,
-    request::{Reason, outbox},
+    request::{Failed, Reason, outbox},
 };
 use crate::{Relay, row::within_calendar};
 use axum::{Extension, extract::State};
@@ -15,7 +15,7 @@ use saga_core::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use sqlx::{FromRow, Row as _, postgres::PgRow};
+use sqlx::{Connection as _, FromRow, PgConnection, Row as _, postgres::PgRow};
 use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -92,11 +92,22 @@ pub(super) async fn list(
     State(relay): State<Relay>,
     Path(name): Path<String>,
     Query(query): Query<ParkedQuery>,
-) -> Result<Json<List<ParkedView>>, Problem> {
+) -> Result<Json<List<ParkedView>>, Failed> {
     let outbox = outbox(&relay, &name)?;
     let after: i64 = query.cursor.as_ref().map_or(Ok(0), Cursor::key)?;
     let limit = query.limit.unwrap_or_default();
-    let rows: Vec<ParkedView> = sqlx::query_as(concat!(
+    let rows = outbox.admin.ask(async |db| find(db, &name, &query, after, limit).await).await?;
+    Ok(Json(List::page(rows, limit, |row| row.id)?))
+}
+
+async fn find(
+    db: &mut PgConnection,
+    outbox: &str,
+    query: &ParkedQuery,
+    after: i64,
+    limit: Limit,
+) -> Result<Vec<ParkedView>, sqlx::Error> {
+    sqlx::query_as(concat!(
         "select id, message_id, topic, key, type, octet_length(payload) as bytes, reason, blocked_by, ",
         within_calendar!("created_at"),
         " as created_at, parked_at, attempts, retry_requested_at is not null as retrying
@@ -107,15 +118,13 @@ pub(super) async fn list(
           order by id
           limit $5",
     ))
-    .bind(&name)
+    .bind(outbox)
     .bind(after)
     .bind(&query.topic)
     .bind(&query.key)
     .bind(limit.and_one())
-    .fetch_all(&outbox.db)
-    .await?;
-    let page = List::page(rows, limit, |row| row.id).map_err(|error| Problem::internal(&error))?;
-    Ok(Json(page))
+    .fetch_all(db)
+    .await
 }
 
 /// Which lines to try again, and why.
@@ -129,11 +138,14 @@ pub(super) struct RetryRequest {
     reason: Reason,
 }
 
+/// Rows that one request asks for at most; the statement's time is limited.
+const RETRIED_AT_ONCE: i64 = 10_000;
+
 /// What will be tried.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Retrying {
-    /// How many rows.
-    rows: u64,
+    /// How many rows, beside those that are being tried at this moment; 10000 at most, then repeat the request.
+    rows: i64,
 }
 
 /// Try parked lines (a topic and a key each) again: in order, until one is refused again. Afterwards look at what is
@@ -142,37 +154,68 @@ pub(super) struct Retrying {
     post, path = "/v1/outboxes/{name}/parked/retry", tag = "parked",
     params(("name" = String, Path, description = "The outbox")),
     request_body = RetryRequest,
-    responses((status = 202, body = Retrying), (status = 404, body = Problem), (status = 422, body = Problem))
+    responses((status = 202, body = Retrying), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))
 )]
 pub(super) async fn retry(
     State(relay): State<Relay>,
     Extension(role): Extension<Role>,
     Path(name): Path<String>,
     Json(request): Json<RetryRequest>,
-) -> Result<(StatusCode, Json<Retrying>), Problem> {
+) -> Result<(StatusCode, Json<Retrying>), Failed> {
     let outbox = outbox(&relay, &name)?;
     let reason = request.reason.check()?;
-    let mut tx = outbox.db.begin().await?;
-    let rows = sqlx::query(
-        "update outbox_parked
-            set retry_requested_at = clock_timestamp()
-          where outbox = $1 and status = 'parked'
-            and ($2::text is null or topic = $2)
-            and ($3::text is null or key = $3)",
-    )
-    .bind(&name)
-    .bind(&request.topic)
-    .bind(&request.key)
-    .execute(&mut *tx)
-    .await?
-    .rows_affected();
-    if rows == 0 {
-        return Err(Problem::not_found("No parked row matches."));
-    }
-    let detail = json!({ "topic": request.topic, "key": request.key, "rows": rows });
-    audit::write_in(&mut tx, &name, role, "retry-parked", reason, &detail).await?;
-    tx.commit().await?;
-    Ok((StatusCode::ACCEPTED, Json(Retrying { rows })))
+    outbox
+        .admin
+        .ask(async |db| {
+            let mut tx = db.begin().await?;
+            let (rows, matching): (i64, i64) = sqlx::query_as(RETRY)
+                .bind(&name)
+                .bind(&request.topic)
+                .bind(&request.key)
+                .bind(RETRIED_AT_ONCE)
+                .fetch_one(&mut *tx)
+                .await?;
+            match (rows, matching) {
+                (0, 0) => return Err(Problem::not_found("No parked row matches.").into()),
+                (0, _) => return Err(being_retried().into()),
+                _ => {}
+            }
+            let detail = json!({ "topic": request.topic, "key": request.key, "rows": rows });
+            audit::write_in(&mut tx, &name, role, "retry-parked", reason, &detail).await?;
+            tx.commit().await?;
+            Ok((StatusCode::ACCEPTED, Json(Retrying { rows })))
+        })
+        .await
+}
+
+/// The owner holds the row that it tries from before it is sent until Kafka has answered. It is not waited for, but left
+/// as it is: what an operator wants is happening to it.
+const RETRY: &str = "
+    with matching as (
+             select id
+               from outbox_parked
+              where outbox = $1 and status = 'parked'
+                and ($2::text is null or topic = $2)
+                and ($3::text is null or key = $3)),
+         free as materialized (
+             select id
+               from outbox_parked
+              where outbox = $1 and status = 'parked'
+                and ($2::text is null or topic = $2)
+                and ($3::text is null or key = $3)
+              order by retry_requested_at nulls first, id
+              limit $4
+                for update skip locked),
+         asked as (
+             update outbox_parked
+                set retry_requested_at = clock_timestamp()
+              where outbox = $1 and id in (select id from free)
+             returning id)
+    select (select count(*) from asked), (select count(*) from matching)";
+
+fn being_retried() -> Problem {
+    Problem::conflict("being-retried", "The row is being tried again at this moment")
+        .detail("Nothing was changed. Look at the parked rows again in a moment.")
 }
 
 /// Why a row is given up.
@@ -194,58 +237,64 @@ pub(super) struct Discarded {
     post, path = "/v1/outboxes/{name}/parked/{id}/discard", tag = "parked",
     params(("name" = String, Path, description = "The outbox"), ("id" = i64, Path, description = "The row")),
     request_body = DiscardRequest,
-    responses((status = 200, body = Discarded), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem))
+    responses((status = 200, body = Discarded), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))
 )]
 pub(super) async fn discard(
     State(relay): State<Relay>,
     Extension(role): Extension<Role>,
     Path((name, id)): Path<(String, i64)>,
     Json(request): Json<DiscardRequest>,
-) -> Result<Json<Discarded>, Problem> {
+) -> Result<Json<Discarded>, Failed> {
     let outbox = outbox(&relay, &name)?;
     let reason = request.reason.check()?;
-    let mut tx = outbox.db.begin().await?;
-    let found: Option<(String, String, Option<String>)> =
-        sqlx::query_as("select status, topic, key from outbox_parked where outbox = $1 and id = $2 for update nowait")
+    outbox
+        .admin
+        .ask(async |db| {
+            let mut tx = db.begin().await?;
+            let found: Option<(String, String, Option<String>)> = sqlx::query_as(
+                "select status, topic, key from outbox_parked where outbox = $1 and id = $2 for update nowait",
+            )
             .bind(&name)
             .bind(id)
             .fetch_optional(&mut *tx)
             .await
             .map_err(|error| match &error {
                 sqlx::Error::Database(database) if database.code().as_deref() == Some("55P03") => {
-                    Problem::conflict("being-retried", "The row is being tried again at this moment")
+                    Failed::from(being_retried())
                 }
                 _ => error.into(),
             })?;
-    let Some((status, topic, key)) = found else {
-        return Err(Problem::not_found("No such row was ever parked."));
-    };
-    if status != "parked" {
-        return Err(
-            Problem::conflict("not-parked", "The row is not parked any more").detail(format!("It is {status}."))
-        );
-    }
-    sqlx::query(
-        "update outbox_parked
-            set status = 'discarded', resolution = $3, resolved_at = clock_timestamp(), retry_requested_at = null
-          where outbox = $1 and id = $2",
-    )
-    .bind(&name)
-    .bind(id)
-    .bind(reason)
-    .execute(&mut *tx)
-    .await?;
-    let released = release(&mut tx, &name, id, &topic, key.as_deref()).await?;
-    let detail = json!({ "id": id, "topic": topic, "key": key, "released": released });
-    audit::write_in(&mut tx, &name, role, "discard-parked", reason, &detail).await?;
-    tx.commit().await?;
-    Ok(Json(Discarded { released }))
+            let Some((status, topic, key)) = found else {
+                return Err(Problem::not_found("No such row was ever parked.").into());
+            };
+            if status != "parked" {
+                let problem = Problem::conflict("not-parked", "The row is not parked any more");
+                return Err(problem.detail(format!("It is {status}.")).into());
+            }
+            sqlx::query(
+                "update outbox_parked
+                    set status = 'discarded', resolution = $3, resolved_at = clock_timestamp(),
+                        retry_requested_at = null
+                  where outbox = $1 and id = $2",
+            )
+            .bind(&name)
+            .bind(id)
+            .bind(reason)
+            .execute(&mut *tx)
+            .await?;
+            let released = release(&mut tx, &name, id, &topic, key.as_deref()).await?;
+            let detail = json!({ "id": id, "topic": topic, "key": key, "released": released });
+            audit::write_in(&mut tx, &name, role, "discard-parked", reason, &detail).await?;
+            tx.commit().await?;
+            Ok(Json(Discarded { released }))
+        })
+        .await
 }
 
 /// If no row of the line is parked before `id` any more, asks the owner to try the rest of the line. The request stands
 /// on the discarded row as well: when nothing is left, the owner learns from it that the line is free.
 async fn release(
-    tx: &mut sqlx::PgConnection,
+    tx: &mut PgConnection,
     outbox: &str,
     id: i64,
     topic: &str,

@@ -1,6 +1,8 @@
-//! What requests have in common: which outbox, and why.
+//! What requests have in common: which outbox, why, and what becomes of a request that fails.
 
-use crate::{Relay, outbox::Outbox};
+use crate::{Relay, outbox::Outbox, position::ReadError};
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
 use saga_core::http::Problem;
 use serde::Deserialize;
 use utoipa::ToSchema;
@@ -29,5 +31,59 @@ impl Reason {
             1..=LONGEST_REASON => Ok(reason),
             _ => Err(Problem::field("reason", "must not have more than 1000 characters")),
         }
+    }
+}
+
+/// Why a request fails.
+pub(super) struct Failed(Problem);
+
+impl From<Problem> for Failed {
+    fn from(problem: Problem) -> Self {
+        Self(problem)
+    }
+}
+
+impl From<sqlx::Error> for Failed {
+    /// What waited too long is told what to do about it: it is an operator who asks.
+    fn from(error: sqlx::Error) -> Self {
+        let code = error.as_database_error().and_then(|error| error.code());
+        let (kind, title, detail) = match code.as_deref() {
+            Some("55P03") => (
+                "locked",
+                "Another transaction holds a lock that this needs",
+                "Nothing was changed. Find the transaction in the outbox's database (pg_stat_activity where \
+                 wait_event_type = 'Lock', then pg_blocking_pids), let it end, and repeat the request.",
+            ),
+            Some("57014") => (
+                "too-slow",
+                "The database took too long",
+                "Nothing was changed. Ask for less (a topic, a key, a smaller limit), or see in pg_stat_activity what \
+                 keeps the outbox's database busy, and repeat the request.",
+            ),
+            _ => return Self(error.into()),
+        };
+        tracing::warn!(%error, "an operator's request waited too long");
+        Self(Problem::new(StatusCode::SERVICE_UNAVAILABLE, kind, title).detail(detail).retry_after(5))
+    }
+}
+
+impl From<ReadError> for Failed {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Database(error) => error.into(),
+            error @ ReadError::Snapshot(_) => Self(Problem::internal(&error)),
+        }
+    }
+}
+
+impl From<serde_json::Error> for Failed {
+    fn from(error: serde_json::Error) -> Self {
+        Self(error.into())
+    }
+}
+
+impl IntoResponse for Failed {
+    fn into_response(self) -> Response {
+        self.0.into_response()
     }
 }

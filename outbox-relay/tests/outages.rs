@@ -1,0 +1,135 @@
+//! A database that does not answer: the relay says so, and goes on by itself.
+
+mod common;
+
+use common::{PATIENCE, Running, World, append, call, ids};
+use outbox_relay::{OutboxSettings, Relay, Settings, admin};
+use saga_core::{
+    service::Health,
+    testkit::{FreezingProxy, eventually},
+};
+use serde_json::json;
+use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
+use std::str::FromStr;
+use tokio_util::sync::CancellationToken;
+
+async fn connect(world: &World) -> PgConnection {
+    PgConnection::connect(&world.database.url).await.expect("the database is there")
+}
+
+async fn owner(world: &World) -> Option<uuid::Uuid> {
+    sqlx::query_scalar("select owner from outbox_lease").fetch_optional(world.db()).await.unwrap()
+}
+
+#[tokio::test]
+async fn connections_that_fall_silent_again_and_again_keep_nothing_from_being_published() {
+    let world = World::new().await;
+    let (proxy, url) = FreezingProxy::of_database(&world.database.url).await;
+    let database = PgConnectOptions::from_str(&url).unwrap();
+    let outboxes = vec![OutboxSettings { name: world.name.clone(), database }];
+    let _relay = Running::start(&Settings { outboxes, ..world.settings() });
+    for round in 0..5 {
+        world.append("k", &round.to_string()).await;
+        assert_eq!(ids(&world.published(round + 1).await).len(), round + 1, "each once");
+        // It is recorded, so nothing has to be sent again.
+        eventually(PATIENCE, || async {
+            let rows = world.count("select coalesce(sum(rows), 0)::bigint from outbox_batch").await;
+            (usize::try_from(rows) == Ok(round + 1)).then_some(())
+        })
+        .await;
+        proxy.freeze();
+    }
+}
+
+#[tokio::test]
+async fn a_poll_that_gets_no_answer_ends_the_ownership_and_is_told_while_the_lease_could_be_renewed() {
+    let world = World::new().await;
+    let relay = Relay::new(&world.settings()).unwrap();
+    let stop = CancellationToken::new();
+    let health = Health::new(&stop);
+    admin::check_health(&health, &relay);
+    let running = tokio::spawn({
+        let (relay, stop) = (relay.clone(), stop.clone());
+        async move { relay.run(stop).await }
+    });
+    world.append("k", "0").await;
+    world.published(1).await;
+    let before = owner(&world).await;
+    // The reader waits for this lock as it would wait for a host that is gone; the lease's table is free.
+    let mut other = connect(&world).await;
+    let mut tx = other.begin().await.unwrap();
+    sqlx::query("lock table outbox in access exclusive mode").execute(&mut *tx).await.unwrap();
+    let problem = eventually(PATIENCE, || async {
+        let readiness = health.readiness().await;
+        readiness.checks.get("outboxes").filter(|text| text.contains("has not answered")).cloned()
+    })
+    .await;
+    assert!(problem.contains("reading the outbox"), "{problem}");
+    eventually(PATIENCE, || async { (owner(&world).await != before).then_some(()) }).await;
+    tx.rollback().await.unwrap();
+    world.append("k", "1").await;
+    world.published(2).await;
+    stop.cancel();
+    running.await.unwrap();
+}
+
+#[tokio::test]
+async fn admin_requests_that_are_blocked_say_so_and_leave_the_lease_with_its_owner() {
+    let world = World::new().await;
+    let relay = Relay::new(&world.settings()).unwrap();
+    let stop = CancellationToken::new();
+    let running = tokio::spawn({
+        let (relay, stop) = (relay.clone(), stop.clone());
+        async move { relay.run(stop).await }
+    });
+    world.append("k", "0").await;
+    world.published(1).await;
+    let before = owner(&world).await;
+    let mut other = connect(&world).await;
+    let mut tx = other.begin().await.unwrap();
+    sqlx::query("lock table outbox_audit in share mode").execute(&mut *tx).await.unwrap();
+    let pauses = (0..10).map(|n| {
+        let body = json!({ "topic": format!("t{n}"), "reason": "a test" });
+        let relay = &relay;
+        async move { call(relay, "POST", "/v1/outboxes/orders/pause", Some(body)).await }
+    });
+    for (status, problem) in futures::future::join_all(pauses).await {
+        assert_eq!((status, problem["type"].as_str()), (503, Some("/problems/locked")), "{problem}");
+        assert!(problem["detail"].as_str().unwrap().contains("pg_blocking_pids"), "{problem}");
+    }
+    append(&mut connect(&world).await, &world.topic, "k", "1").await;
+    world.published(2).await;
+    assert_eq!(owner(&world).await, before, "for longer than a lease");
+    tx.rollback().await.unwrap();
+    stop.cancel();
+    running.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_retry_does_not_wait_for_the_row_that_is_being_tried() {
+    let world = World::new().await;
+    let relay = Relay::new(&world.settings()).unwrap();
+    sqlx::query(
+        "insert into outbox_parked (outbox, id, message_id, topic, key, type, headers, created_at, reason)
+         select 'orders', id, gen_random_uuid(), 't', 'k', 'test.v1', '{}', now(), 'a test'
+           from generate_series(1, 2) as id",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    // As the owner does while it waits for Kafka.
+    let mut other = connect(&world).await;
+    let mut tx = other.begin().await.unwrap();
+    sqlx::query("select from outbox_parked where id = 1 for update").execute(&mut *tx).await.unwrap();
+    let path = "/v1/outboxes/orders/parked/retry";
+    let again = json!({ "reason": "try" });
+    let (status, answer) = call(&relay, "POST", path, Some(again.clone())).await;
+    assert_eq!((status, answer["rows"].as_i64()), (202, Some(1)), "{answer}");
+    sqlx::query("delete from outbox_parked where id = 2").execute(world.db()).await.unwrap();
+    let (status, problem) = call(&relay, "POST", path, Some(again.clone())).await;
+    assert_eq!((status, problem["type"].as_str()), (409, Some("/problems/being-retried")), "{problem}");
+    sqlx::query("delete from outbox_parked").execute(&mut *tx).await.unwrap();
+    tx.commit().await.unwrap();
+    let (status, problem) = call(&relay, "POST", path, Some(again)).await;
+    assert_eq!(status, 404, "{problem}");
+}
