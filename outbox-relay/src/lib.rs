@@ -11,7 +11,7 @@
 //! | `commit`, `batch_log` | records progress under the lease |
 //! | `fate`, `refusal`, `parking`, `pause`, `retry` | rows and topics that Kafka refuses |
 //! | `lease`, `owner`, [`outbox`] | who publishes; one owner's time; one outbox in this process |
-//! | `control`, `pending`, `metric` | what operators want, and what they see |
+//! | `control`, `pending`, `gauges`, `metric` | what operators want, and what they see |
 //! | `database` | conversations with the outbox's database, each of them bounded |
 //! | [`settings`], [`config`] | what it needs to know |
 //! | [`admin`], [`app`] | HTTP for operators; the parts put together |
@@ -24,6 +24,7 @@ pub mod config;
 mod control;
 mod database;
 mod fate;
+mod gauges;
 mod in_flight;
 mod lease;
 mod metric;

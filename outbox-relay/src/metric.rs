@@ -7,7 +7,7 @@ use saga_core::clock;
 pub(crate) fn describe() {
     metrics::describe_gauge!(
         "outbox_pending",
-        "Committed rows that are not published yet (up to 100000 counted, then estimated)"
+        "Committed rows that are not published yet (up to 100000 counted, then estimated; NaN: the database cannot be asked)"
     );
     metrics::describe_gauge!("outbox_oldest_pending_age_seconds", "Age of the oldest row that is not published yet");
     metrics::describe_gauge!("outbox_parked", "Parked rows, which wait for an operator");
@@ -42,6 +42,13 @@ pub(crate) fn parked(outbox: &str, topic: &str) {
 /// Whether this process publishes.
 pub(crate) fn owner(outbox: &str, owner: bool) {
     metrics::gauge!("outbox_owner", "outbox" => outbox.to_owned()).set(f64::from(u8::from(owner)));
+}
+
+/// Nobody here knows how far behind the outbox is.
+pub(crate) fn pending_unknown(outbox: &str) {
+    for gauge in ["outbox_pending", "outbox_oldest_pending_age_seconds", "outbox_parked", "outbox_paused_topics"] {
+        metrics::gauge!(gauge, "outbox" => outbox.to_owned()).set(f64::NAN);
+    }
 }
 
 /// How far behind the outbox is.

@@ -2,6 +2,7 @@
 
 use crate::{
     database::{Database, PrivateLine},
+    gauges,
     lease::{Lease, LeaseError},
     metric,
     owner::{self, OwnerError},
@@ -124,6 +125,13 @@ impl Outbox {
 
     /// Stands by, publishes, and stands by again, until `stop`.
     pub(crate) async fn run(&self, stop: &CancellationToken) {
+        tokio::select! {
+            () = self.take_turns(stop) => {}
+            () = gauges::run(&self.db, &self.name) => {}
+        }
+    }
+
+    async fn take_turns(&self, stop: &CancellationToken) {
         let mut line = PrivateLine::new(self.options.clone());
         let mut before = None;
         let mut trouble = Trouble::default();

@@ -6,13 +6,11 @@ use crate::{
     batch_log,
     commit::{CommitError, Recorder},
     control::{self, Control, Wanted},
-    database::{Database, PrivateLine},
+    database::PrivateLine,
     in_flight::InFlight,
     lease::{Lease, LeaseError},
-    metric,
     outbox::Outbox,
     parking::Blocked,
-    pending,
     position::{Cursor, Position, ReadError},
     producer::Publisher,
     reader::Reader,
@@ -33,8 +31,6 @@ use tracing::{info, warn};
 const PAGES_AHEAD: usize = 3;
 /// Stretches that wait to be recorded. Small things; the limit is there so that there is one.
 const UNRECORDED: usize = 1_024;
-/// How often the gauges are set.
-const GAUGES: Duration = Duration::from_secs(5);
 /// Between two producers, when one after the other fails.
 const LONGEST_REBUILD_PAUSE: Duration = Duration::from_secs(5);
 
@@ -122,7 +118,6 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let weak = Arc::downgrade(&wanted);
     let looking = control::run(outbox.db.clone(), outbox.topics.clone(), wanted);
     let looking = AbortOnDropHandle::new(tokio::spawn(looking));
-    let _gauges = AbortOnDropHandle::new(tokio::spawn(gauges(outbox.db.clone(), outbox.name.clone())));
     let mut memory = Memory::default();
     let mut limit = usize::MAX;
     let mut rebuild = Rebuild::default();
@@ -292,22 +287,6 @@ async fn session(
 /// What a task said at its end, unless it panicked.
 fn joined<T>(what: &'static str, ended: Result<T, JoinError>) -> Result<T, OwnerError> {
     ended.map_err(|why| OwnerError::Panicked { what, why })
-}
-
-/// Says how far behind the outbox is, for as long as this process owns it.
-async fn gauges(db: Database, outbox: String) {
-    loop {
-        let looked = db.ask(async |db| {
-            let last = batch_log::last(db, &outbox).await?;
-            let at = last.map_or_else(Position::initial, |last| last.position);
-            pending::look(db, &outbox, &at).await
-        });
-        match looked.await {
-            Ok(pending) => metric::pending(&outbox, &pending),
-            Err(error) => warn!(outbox, %error, "counting what is pending"),
-        }
-        tokio::time::sleep(GAUGES).await;
-    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What is not published yet: how many rows, and since when.
 
 use crate::{
-    pause,
+    batch_log, pause,
     position::{Position, ReadError},
     row::within_calendar,
     snapshot::{Span, texts},
@@ -23,12 +23,22 @@ pub(crate) struct Pending {
     pub(crate) paused: i64,
 }
 
+/// Looks at an outbox.
+pub(crate) async fn of(db: &mut PgConnection, outbox: &str) -> Result<Pending, ReadError> {
+    let Some(last) = batch_log::last(db, outbox).await? else { return look(db, outbox, &Position::initial()).await };
+    if last.system_identifier == batch_log::system_identifier(db).await? {
+        return look(db, outbox, &last.position).await;
+    }
+    // The position was another cluster's, and its transaction ids say nothing here. But ids of rows go on.
+    let (rows, oldest) = behind_id(db, outbox).await?;
+    let (parked, paused) = set_aside(db, outbox).await?;
+    Ok(Pending { rows, exact: false, oldest, parked, paused })
+}
+
 /// Looks at an outbox whose position is `at`.
-pub(crate) async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> Result<Pending, ReadError> {
+async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> Result<Pending, ReadError> {
     let mut pending = behind_position(db, at).await?;
-    let mut paused = 0;
     for topic in pause::load(db, outbox).await? {
-        paused += 1;
         if let Some(left) = &topic.position {
             let (rows, oldest, looked_at) = left_behind(db, &topic.topic, left, at).await?;
             pending.rows += rows;
@@ -36,11 +46,42 @@ pub(crate) async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> 
             pending.oldest = [pending.oldest, oldest].into_iter().flatten().min();
         }
     }
-    let parked: i64 = sqlx::query_scalar("select count(*) from outbox_parked where outbox = $1 and status = 'parked'")
-        .bind(outbox)
-        .fetch_one(db)
-        .await?;
+    let (parked, paused) = set_aside(db, outbox).await?;
     Ok(Pending { parked, paused, ..pending })
+}
+
+/// How many rows are parked, and how many topics are paused.
+async fn set_aside(db: &mut PgConnection, outbox: &str) -> Result<(i64, i64), sqlx::Error> {
+    sqlx::query_as(
+        "select (select count(*) from outbox_parked where outbox = $1 and status = 'parked'),
+                (select count(*) from outbox_pause where outbox = $1)",
+    )
+    .bind(outbox)
+    .fetch_one(db)
+    .await
+}
+
+/// Rows behind the last that were published, by id: all but those that committed late.
+async fn behind_id(db: &mut PgConnection, outbox: &str) -> Result<(i64, Option<OffsetDateTime>), sqlx::Error> {
+    sqlx::query_as(concat!(
+        "select count(*), min(",
+        within_calendar!("created_at"),
+        ")
+           from (select created_at
+                   from outbox
+                  where id > (select max(to_id)
+                                from (select to_id
+                                        from outbox_batch
+                                       where outbox = $1
+                                       order by n desc
+                                       limit 1000) as recent)
+                  order by id
+                  limit $2) as pending",
+    ))
+    .bind(outbox)
+    .bind(COUNTED)
+    .fetch_one(db)
+    .await
 }
 
 /// Rows behind the position: the rest of its window, and what its target does not see. Found by transaction, as the

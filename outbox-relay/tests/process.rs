@@ -14,7 +14,11 @@ use std::{
 };
 
 /// The relay as a process of its own; killed when it is dropped.
-struct Process(Child);
+struct Process {
+    child: Child,
+    /// Its admin listener's.
+    port: u16,
+}
 
 impl Process {
     fn start(world: &World) -> Self {
@@ -28,19 +32,29 @@ impl Process {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        Self(child)
+        Self { child, port }
     }
 
     fn signal(&self, signal: &str) {
-        let pid = self.0.id().to_string();
+        let pid = self.child.id().to_string();
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    }
+
+    /// Waits until its metrics have these lines.
+    async fn tells(&self, lines: &[&str]) {
+        let url = format!("http://127.0.0.1:{}/metrics", self.port);
+        eventually(PATIENCE, || async {
+            let metrics = reqwest::get(&url).await.ok()?.text().await.ok()?;
+            lines.iter().all(|expected| metrics.lines().any(|line| line == *expected)).then_some(())
+        })
+        .await;
     }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
+        self.child.kill().ok();
+        self.child.wait().ok();
     }
 }
 
@@ -181,5 +195,60 @@ fn every_mistake_of_a_configuration_is_listed_at_start() {
     assert!(!output.status.success());
     for variable in ["OUTBOXES", "KAFKA_BROKERS", "ADMIN_ADDR"] {
         assert!(told.contains(variable), "{told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_stands_by_tells_how_far_behind_the_outbox_is() {
+    let world = World::new().await;
+    sqlx::query(
+        "insert into outbox_pause (outbox, topic, cause, reason, actor) values ('orders', '*', 'operator', 'a test', 'me')",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    let owner = world.relay();
+    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_lease").await == 1).then_some(()) })
+        .await;
+    let replica = Process::start(&world);
+    world.append("k", "1").await;
+    world.append("k", "2").await;
+    let (owns, not) = ("outbox_owner{outbox=\"orders\"} 1", "outbox_owner{outbox=\"orders\"} 0");
+    replica.tells(&["outbox_pending{outbox=\"orders\"} 2", "outbox_paused_topics{outbox=\"orders\"} 1", not]).await;
+    owner.stop().await;
+    replica.tells(&[owns]).await;
+    // Somebody else takes the lease: what its former owner tells stays true.
+    let owner = world.relay();
+    replica.signal("-STOP");
+    sqlx::query("update outbox_lease set expires_at = now()").execute(world.db()).await.unwrap();
+    eventually(PATIENCE, || async {
+        let holder = world.count("select count(*) from outbox_lease where expires_at > clock_timestamp()").await;
+        (holder == 1).then_some(())
+    })
+    .await;
+    replica.signal("-CONT");
+    sqlx::query("delete from outbox_pause").execute(world.db()).await.unwrap();
+    world.published(2).await;
+    replica.tells(&["outbox_pending{outbox=\"orders\"} 0", "outbox_paused_topics{outbox=\"orders\"} 0", not]).await;
+    owner.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outbox_that_nobody_may_publish_still_tells_how_far_behind_it_is() {
+    let world = World::new().await;
+    world.append("k", "published").await;
+    sqlx::query(
+        "insert into outbox_batch (outbox, n, base, target, from_id, to_id, rows, owner, system_identifier)
+         values ('orders', 1, '999999999:999999999:', '999999999:999999999:', 1, 1, 1, gen_random_uuid(), 4711)",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    let relay = Process::start(&world);
+    for pending in 1..3 {
+        world.append("k", "pending").await;
+        relay
+            .tells(&[&format!("outbox_pending{{outbox=\"orders\"}} {pending}"), "outbox_owner{outbox=\"orders\"} 0"])
+            .await;
     }
 }

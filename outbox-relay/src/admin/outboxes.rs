@@ -132,7 +132,7 @@ async fn known(db: &mut PgConnection, outbox: &str) -> Result<Known, ReadError> 
     .await?;
     let last = batch_log::last(db, outbox).await?;
     let (n, at) = last.map_or_else(|| (0, Position::initial()), |last| (last.n, last.position));
-    let pending = pending::look(db, outbox, &at).await?;
+    let pending = pending::of(db, outbox).await?;
     let paused = pause::load(db, outbox).await?;
     let age = pending.oldest.map_or(0.0, |oldest| (clock::now() - oldest).as_seconds_f64().max(0.0));
     Ok(Known {
