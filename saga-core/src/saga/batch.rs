@@ -69,14 +69,9 @@ impl<'e, 'm> Batch<'e, 'm> {
     }
 
     async fn run_locals(&mut self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), BatchError> {
-        let mut savepoint = tx.begin().await?;
-        match self.try_together(&mut savepoint, at_local).await {
-            Ok(()) => {
-                savepoint.commit().await?;
-                at_local.iter().for_each(|&i| self.settle(i, &Event::LocalDone));
-            }
+        match self.try_behind_a_savepoint(tx, at_local).await? {
+            Ok(()) => at_local.iter().for_each(|&i| self.settle(i, &Event::LocalDone)),
             Err(error) => {
-                savepoint.rollback().await?;
                 let error = unless_transient(error)?;
                 if let [only] = at_local {
                     self.settle(*only, &Event::Broken { error });
@@ -86,6 +81,23 @@ impl<'e, 'm> Batch<'e, 'm> {
             }
         }
         Ok(())
+    }
+
+    /// All of it, or none: the inner error is the effect's.
+    async fn try_behind_a_savepoint(
+        &self,
+        tx: &mut Tx<'_>,
+        at_local: &[usize],
+    ) -> Result<Result<(), LocalError>, sqlx::Error> {
+        let mut savepoint = tx.begin().await?;
+        match self.try_together(&mut savepoint, at_local).await {
+            // Refused when the effect swallowed an error of the database; what is dropped is rolled back.
+            Ok(()) => Ok(savepoint.commit().await.map_err(LocalError::Database)),
+            Err(error) => {
+                savepoint.rollback().await?;
+                Ok(Err(error))
+            }
+        }
     }
 
     async fn try_together(&self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), LocalError> {
@@ -106,16 +118,9 @@ impl<'e, 'm> Batch<'e, 'm> {
 
     async fn run_one_by_one(&mut self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), BatchError> {
         for &i in at_local {
-            let mut savepoint = tx.begin().await?;
-            let event = match self.try_together(&mut savepoint, &[i]).await {
-                Ok(()) => {
-                    savepoint.commit().await?;
-                    Event::LocalDone
-                }
-                Err(error) => {
-                    savepoint.rollback().await?;
-                    Event::Broken { error: unless_transient(error)? }
-                }
+            let event = match self.try_behind_a_savepoint(tx, &[i]).await? {
+                Ok(()) => Event::LocalDone,
+                Err(error) => Event::Broken { error: unless_transient(error)? },
             };
             self.settle(i, &event);
         }

@@ -117,7 +117,17 @@ impl Engine {
             let call = LocalCall { saga: new.state.saga, name, input: &new.input, failure: None };
             self.local(call.name)?.run(tx, &call).await?;
         }
-        outbox::append_in(tx, new.message.as_slice()).await.map_err(|error| StartError::Database(error.into()))?;
+        match &new.message {
+            Some(message) => {
+                let sent = outbox::append_in(tx, std::slice::from_ref(message)).await;
+                sent.map_err(|error| StartError::Database(error.into()))?;
+            }
+            // An effect that swallowed an error of the database: PostgreSQL would answer the commit with a rollback, which
+            // sqlx calls a success. Any statement fails.
+            None => {
+                sqlx::query("select 1").execute(&mut **tx).await?;
+            }
+        }
         if new.state.is_finished() {
             measure::finished(new.definition.name(), new.state.status.as_str());
         }

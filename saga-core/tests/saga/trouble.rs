@@ -1,11 +1,13 @@
 //! Silence, duplicates, latecomers, cancels, broken effects: nothing is lost, nothing happens twice, nothing is hidden.
 
 use crate::support::*;
+use async_trait::async_trait;
 use saga_core::{
     consumer::HandleError,
     envelope::{Op, Outcome},
     id::{CommandId, SagaId},
-    saga::{Cancelled, Engine, RetryError, RetryPolicy, saga},
+    outbox::Tx,
+    saga::{Cancelled, Engine, LocalCall, LocalEffect, LocalError, RetryError, RetryPolicy, StartError, saga},
     testkit::{deliver, eventually},
 };
 use serde_json::json;
@@ -359,6 +361,54 @@ async fn two_runners_at_once_issue_each_resend_once() {
     for saga in sagas {
         assert_eq!(world.trail(saga).await, ["authorize", "authorize #2"]);
         assert_eq!(world.last(saga).await.op, Op::Do);
+    }
+    world.audit().await;
+}
+
+/// Goes on after an error of the database, as if nothing had been.
+struct Swallows;
+
+#[async_trait]
+impl LocalEffect for Swallows {
+    async fn run(&self, tx: &mut Tx<'_>, call: &LocalCall<'_>) -> Result<(), LocalError> {
+        sqlx::query("insert into note (saga_id, effect) values ($1, $2)")
+            .bind(call.saga.0)
+            .bind(call.name)
+            .execute(&mut **tx)
+            .await?;
+        sqlx::query("select 1 / 0").execute(&mut **tx).await.ok();
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_local_effect_that_swallows_an_error_of_the_database_has_failed() {
+    let world = World::new().await;
+    let first = saga::<Order>("first", 1).local("swallow").build();
+    let later = saga::<Order>("later", 1)
+        .step("authorize", |order, ()| Authorize { order: order.order, with: None })
+        .undo(|order, (), _| Void { order: order.order, with: None })
+        .local("swallow")
+        .build();
+    let engine = Engine::builder(world.database.pool.clone(), &world.reply_topic).define(&first).define(&later);
+    let engine = engine.local("swallow", Swallows).build().unwrap();
+    let started = engine.start(SagaId::new(), &first, &Order { order: 1 }, "1").await;
+    assert!(matches!(started, Err(StartError::Database(_))), "PostgreSQL has rolled it back: {started:?}");
+    let mut tx = world.database.pool.begin().await.unwrap();
+    let started = engine.start_in(&mut tx, SagaId::new(), &first, &Order { order: 2 }, "2").await;
+    assert!(matches!(started, Err(StartError::Database(_))), "PostgreSQL will roll it back: {started:?}");
+    tx.rollback().await.unwrap();
+    assert_eq!(world.count("select count(*) from saga").await, 0);
+
+    let sagas = [3, 4].map(|order| (SagaId::new(), Order { order }));
+    let mut replies = Vec::new();
+    for (saga, order) in &sagas {
+        engine.start(*saga, &later, order, &order.order.to_string()).await.unwrap();
+        replies.push(succeeded(&world.last(*saga).await));
+    }
+    deliver(&world.database.pool, &engine.handler(), &replies).await.unwrap();
+    for (saga, _) in sagas {
+        assert_eq!((world.status(saga).await.as_str(), world.notes(saga).await.len()), ("stuck", 0));
     }
     world.audit().await;
 }
