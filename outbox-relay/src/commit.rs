@@ -19,6 +19,10 @@ use uuid::Uuid;
 /// Entries that one commit records at most.
 const ENTRIES: usize = 256;
 
+/// Parked rows that one transaction copies, or the few more of its last stretch: it has to end well within a lease, whatever
+/// comes behind a blocked line.
+const PARKED: usize = 5_000;
+
 /// Between two commits. Nobody waits for them, and each is a sync of the disk that business transactions wait for too;
 /// what a crash in between costs is a few more repeats.
 const GATHER: Duration = Duration::from_millis(10);
@@ -73,7 +77,12 @@ impl Recorder {
         let mut db = database.connect().await?;
         let mut batch = Vec::with_capacity(ENTRIES);
         while progress.recv_many(&mut batch, ENTRIES).await > 0 {
-            database.within(self.record(&mut db, &batch)).await?;
+            let mut rest = &batch[..];
+            while !rest.is_empty() {
+                let (now, later) = rest.split_at(at_once(rest));
+                database.within(self.record(&mut db, now)).await?;
+                rest = later;
+            }
             for done in batch.drain(..) {
                 if let Progress::Flush(told) = done {
                     // Whoever asked may have given up.
@@ -160,5 +169,43 @@ impl Recorder {
             Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Err(CommitError::Fenced),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// How much of it one transaction records.
+fn at_once(batch: &[Progress]) -> usize {
+    let mut parked = 0;
+    let full = batch.iter().position(|progress| {
+        if let Progress::Rows(stretch) = progress {
+            parked += stretch.parked.len();
+        }
+        parked >= PARKED
+    });
+    full.map_or(batch.len(), |at| at + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::Snapshot;
+
+    fn stretch(parked: usize) -> Progress {
+        let (base, target) = (Snapshot::initial(), Snapshot::initial());
+        let park = Park { id: 1, reason: String::new(), blocked_by: None };
+        Progress::Rows(Stretch {
+            lane: None,
+            entry: Entry { base, target, from_id: 1, to_id: 1, rows: 1 },
+            parked: vec![park; parked],
+            left_behind: Vec::new(),
+        })
+    }
+
+    #[test]
+    fn many_parked_rows_are_recorded_in_several_transactions_and_everything_else_in_one() {
+        assert_eq!(at_once(&[stretch(0), Progress::Nothing, stretch(9)]), 3);
+        let many = [stretch(0), stretch(PARKED - 1), stretch(1), stretch(0), stretch(PARKED)];
+        assert_eq!(at_once(&many), 3);
+        assert_eq!(at_once(&many[3..]), 2);
+        assert_eq!(at_once(&many[4..]), 1);
     }
 }
