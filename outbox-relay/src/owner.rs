@@ -270,6 +270,7 @@ async fn session(
         in_flight: InFlight::default(),
         at,
         control,
+        retry_at: None,
         progress,
         stop: stop.clone(),
     };

@@ -1,4 +1,5 @@
 //! Tries parked lines again, when an operator asked for it: in order, one row at a time, while nothing else is in flight.
+//! So it is done in turns, and between two of them everything else goes on.
 //!
 //! A row is marked published in a transaction that holds it from before it is sent, so that it cannot be discarded
 //! meanwhile. When the process dies in between, the row is sent again.
@@ -14,10 +15,15 @@ use crate::{
     tracker::Ticket,
 };
 use sqlx::Connection as _;
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 use time::OffsetDateTime;
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 use tracing::{info, warn};
+
+/// Rows that are tried in one turn: each is a transaction and a request to Kafka, so this is about a second.
+const ROWS_PER_TURN: usize = 200;
+/// Between two turns: as long as a turn at its best, and long enough that lines which are done are not asked for any more.
+const BETWEEN_TURNS: Duration = Duration::from_millis(500);
 
 impl Session {
     pub(crate) async fn retry(&mut self, lines: &HashMap<Line, OffsetDateTime>) -> Result<(), Ended> {
@@ -26,16 +32,23 @@ impl Session {
         let (told, recorded) = oneshot::channel();
         self.progress.send(Progress::Flush(told)).await.map_err(|_| CommitError::Fenced)?;
         recorded.await.map_err(|_| CommitError::Fenced)?;
+        let mut left = ROWS_PER_TURN;
         for (line, requested) in lines {
             // It is asked for again when the topic resumes.
             if !self.paused.contains(&line.topic) {
-                self.retry_line(line, *requested).await?;
+                self.retry_line(line, *requested, &mut left).await?;
+            }
+            if left == 0 {
+                let now = Instant::from_std(saga_core::clock::monotonic());
+                self.retry_at = Some(now + BETWEEN_TURNS);
+                break;
             }
         }
         Ok(())
     }
 
-    async fn retry_line(&mut self, line: &Line, requested: OffsetDateTime) -> Result<(), Ended> {
+    /// Tries a line, until it is free, or refused again, or `left` rows are tried; then what was asked for stands.
+    async fn retry_line(&mut self, line: &Line, requested: OffsetDateTime, left: &mut usize) -> Result<(), Ended> {
         if !topics::is_legal(&line.topic) {
             warn!(
                 outbox = self.outbox,
@@ -53,6 +66,10 @@ impl Session {
             if let Err((id, reason)) = outcome {
                 warn!(outbox = self.outbox, id, topic = line.topic, reason, "a parked row was refused again");
                 self.tried(line, requested, Some((id, &reason))).await?;
+                return Ok(());
+            }
+            *left -= 1;
+            if *left == 0 {
                 return Ok(());
             }
         }

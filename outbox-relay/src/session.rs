@@ -36,7 +36,10 @@ use std::{
     time::Duration,
 };
 use time::OffsetDateTime;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -119,6 +122,8 @@ pub(crate) struct Session {
     /// Where the main flow stands.
     pub(crate) at: Position,
     pub(crate) control: watch::Receiver<Arc<Control>>,
+    /// When parked lines have their next turn, if some were left over.
+    pub(crate) retry_at: Option<Instant>,
     pub(crate) progress: mpsc::Sender<Progress>,
     pub(crate) stop: CancellationToken,
 }
@@ -140,6 +145,7 @@ impl Session {
         self.complete().await?;
         let room = self.in_flight.rows < ROWS_IN_FLIGHT && self.in_flight.bytes < BYTES_IN_FLIGHT;
         let tracker = self.publisher.tracker.clone();
+        let turn = self.retry_at.unwrap_or_else(|| Instant::from_std(saga_core::clock::monotonic()));
         tokio::select! {
             biased;
             () = self.stop.cancelled() => Err(Ended::Stopped),
@@ -149,6 +155,10 @@ impl Session {
                 Ok(()) => self.obey().await,
                 Err(_) => Err(Ended::Control),
             },
+            () = tokio::time::sleep_until(turn), if self.retry_at.is_some() => {
+                self.retry_at = None;
+                self.obey().await
+            }
             () = self.progress.closed() => Err(CommitError::Fenced.into()),
             item = items.recv(), if room => match item {
                 Some(Item::Page(page)) => self.send(page).await,
@@ -204,7 +214,8 @@ impl Session {
                 self.mark(Progress::LeftBehind(left)).await?;
             }
         }
-        if !control.retry.is_empty() && !control.whole {
+        // Those that were left over wait for their turn, whatever else changes.
+        if !control.retry.is_empty() && !control.whole && self.retry_at.is_none() {
             self.retry(&control.retry).await?;
         }
         Ok(())

@@ -9,7 +9,7 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
 };
-use saga_core::testkit::{brokers, eventually, read_to_end, unique};
+use saga_core::testkit::{Record, brokers, eventually, read_to_end, unique};
 use serde_json::{Value, json};
 
 /// Calls an admin endpoint as an operator.
@@ -273,4 +273,40 @@ async fn a_line_that_is_tried_while_its_topic_is_missing_is_tried_again_when_it_
     saga_core::testkit::create_topic(&topic, 2).await;
     parked(&world, 0).await;
     assert_eq!(payloads(&published(&topic, 2).await, "k")[1], "behind");
+}
+
+#[tokio::test]
+async fn while_many_parked_rows_are_tried_again_other_rows_are_published() {
+    const PARKED: usize = 700;
+    let world = World::with_partitions(1).await;
+    // As if the topic had been too small for them.
+    sqlx::query(
+        "insert into outbox_parked (outbox, id, message_id, topic, key, type, payload, headers, created_at, reason)
+         select 'orders', -id, gen_random_uuid(), $1, 'k' || id % 60, 'test.v1', 'x', '{}', now(), 'a test'
+           from generate_series(1, $2) as id",
+    )
+    .bind(world.topic.name())
+    .bind(i32::try_from(PARKED).unwrap())
+    .execute(world.db())
+    .await
+    .unwrap();
+    let _relay = world.relay();
+    let (status, asked) =
+        call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(json!({ "reason": "try" }))).await;
+    assert_eq!((status, asked["rows"].as_u64()), (202, Some(PARKED as u64)));
+    eventually(PATIENCE, || async {
+        let published = world.count("select count(*) from outbox_parked where status = 'published'").await;
+        (published > 0).then_some(())
+    })
+    .await;
+    let other = world.append("other", "flows").await;
+    let records = world.published(PARKED + 1).await;
+    let order = ids(&records);
+    let at = order.iter().position(|id| *id == other).unwrap();
+    assert!(at < PARKED, "it waited for all of them");
+    for key in ["k0", "k1", "k59"] {
+        let of_key = |record: &&Record| record.key.as_deref() == Some(key.as_bytes());
+        let line: Vec<Record> = records.iter().filter(of_key).cloned().collect();
+        assert!(ids(&line).is_sorted(), "{key} is in order");
+    }
 }
