@@ -168,6 +168,12 @@ pub trait Handler: Send + Sync + 'static {
     /// never an `Err`. May be called again with the same messages after an error: everything it did is rolled back.
     fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> impl Future<Output = Result<(), HandleError>> + Send;
 
+    /// Whether the last thing that `handle` does, whenever it has done anything, is a statement in `tx` whose error it
+    /// returns. If not, the runtime sends one before the commit, to find out whether an error was swallowed on the way.
+    fn ends_with_a_statement(&self) -> bool {
+        false
+    }
+
     /// Called after the batch's commit; for waking whoever works on what was written.
     fn committed(&self) {}
 }

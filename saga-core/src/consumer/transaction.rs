@@ -265,7 +265,9 @@ impl<H: Handler> Desk<H> {
         handled?;
         // A handler that swallowed an error of the database: the transaction is aborted, PostgreSQL answers its commit with
         // a rollback, and sqlx calls that a success. This statement fails there.
-        sqlx::query("select 1").execute(&mut **tx).await?;
+        if !self.handler.ends_with_a_statement() {
+            sqlx::query("select 1").execute(&mut **tx).await?;
+        }
         Ok(())
     }
 

@@ -1,7 +1,9 @@
 //! A batch of commands through fences and handlers, in memory; one bulk write at its end.
 //!
-//! Refusals leave no writes. Most batches have none, so a batch runs without savepoints; at the first refusal it is given
-//! back to the consumer, and runs again, in a new transaction, with a savepoint per command.
+//! Nearly every batch is of commands that come for the first time and are not refused. So that is what is assumed: their
+//! fences are written once, at the end, with what the commands came to, and there are no savepoints (refusals leave no
+//! writes). Where that turns out to be wrong, the batch is given back to the consumer and runs again, in a new
+//! transaction, with its fences locked first and a savepoint per command.
 
 use super::{
     entry::{Begun, Entry, Settled},
@@ -34,9 +36,11 @@ pub(super) struct Incoming<'a> {
     pub(super) span: Span,
 }
 
-/// The fences of a batch, locked, and what becomes of them.
+/// The fences of a batch, and what becomes of them.
 pub(super) struct Work {
     loaded: HashMap<FenceKey, Fence>,
+    /// They are locked, and not only taken for new.
+    locked: bool,
     changes: Changes,
 }
 
@@ -49,10 +53,20 @@ pub(super) struct Changes {
     intents: Vec<NewIntent>,
     reopened: Vec<(CommandId, Origin)>,
     closed: Vec<CommandId>,
-    refused: usize,
+    /// Commands that the short way cannot take: refused, or not the first of their run.
+    surprises: usize,
 }
 
 impl Work {
+    /// Takes the fences of `commands` for new, if all that is known of the commands allows it: to be made at the end.
+    pub(super) fn presume(commands: &[Incoming<'_>]) -> Option<Self> {
+        let first = |command: &Incoming<'_>| command.cx.saga.op == Op::Do && command.cx.saga.attempt <= 1;
+        commands.iter().all(first).then(|| {
+            let loaded = commands.iter().map(|command| (command.key.clone(), Fence::new())).collect();
+            Self { loaded, locked: false, changes: Changes::default() }
+        })
+    }
+
     /// Makes and locks, in sorted order, the fences of `commands`.
     pub(super) async fn load(tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<Self, sqlx::Error> {
         let keys: BTreeSet<&FenceKey> = commands.iter().map(|command| &command.key).collect();
@@ -61,13 +75,20 @@ impl Work {
 
     /// Fences that the caller has locked.
     pub(super) fn locked(loaded: HashMap<FenceKey, Fence>) -> Self {
-        Self { loaded, changes: Changes::default() }
+        Self { loaded, locked: true, changes: Changes::default() }
     }
 
     /// Writes all that changed: a handful of statements, whatever the batch's size.
+    ///
+    /// # Errors
+    /// [`HandleError::Again`] when a fence that was taken for new is not.
     pub(super) async fn write(self, tx: &mut Tx<'_>) -> Result<(), HandleError> {
         let Changes { fences, replies, answered, intents, reopened, closed, .. } = self.changes;
-        store::write_fences(tx, &fences, &replies).await?;
+        if self.locked {
+            store::write_fences(tx, &fences, &replies).await?;
+        } else if !store::make_fences(tx, &fences, &replies).await? {
+            return Err(HandleError::Again);
+        }
         queue::insert_intents(tx, &intents).await?;
         queue::reopen_intents(tx, &reopened).await?;
         queue::delete_intents(tx, &closed).await?;
@@ -86,7 +107,7 @@ pub(super) async fn run_together(
     commands: &[Incoming<'_>],
     work: &mut Work,
 ) -> Result<(), HandleError> {
-    let Work { loaded, changes } = work;
+    let Work { loaded, changes, .. } = work;
     for command in commands {
         let fence = changes.fence(loaded, command)?;
         let step = fence.next(command.cx.saga.op);
@@ -102,14 +123,14 @@ pub(super) async fn run_together(
     Ok(())
 }
 
-/// Runs `commands` in their order, with a savepoint for each that runs, which a refusal rolls back; tells how many were
-/// refused.
+/// Runs `commands` in their order, with a savepoint for each that runs, which a refusal rolls back; tells how many there
+/// were that the short way cannot take.
 pub(super) async fn run_apart(
     tx: &mut Tx<'_>,
     commands: &[Incoming<'_>],
     work: &mut Work,
 ) -> Result<usize, HandleError> {
-    let Work { loaded, changes } = work;
+    let Work { loaded, changes, .. } = work;
     for command in commands {
         let fence = changes.fence(loaded, command)?;
         let step = fence.next(command.cx.saga.op);
@@ -128,7 +149,7 @@ pub(super) async fn run_apart(
         };
         changes.apply(command, fence, step, begun)?;
     }
-    Ok(changes.refused)
+    Ok(changes.surprises)
 }
 
 async fn begin(
@@ -167,6 +188,7 @@ impl Changes {
         begun: Option<Begun>,
     ) -> Result<(), HandleError> {
         let op = command.cx.saga.op;
+        self.surprises += usize::from(op == Op::Do && step != Move::Run);
         fence.note(op, command.cx.saga.command);
         match step {
             Move::Run | Move::Undo(_) => match begun {
@@ -202,7 +224,7 @@ impl Changes {
     fn settle(&mut self, command: &Incoming<'_>, fence: &mut Fence, settled: &Settled) {
         self.closed.extend(fence.settle(command.cx.saga.op, settled));
         let (outcome, payload) = reply_of(settled);
-        self.refused += usize::from(outcome != Outcome::Succeeded);
+        self.surprises += usize::from(outcome != Outcome::Succeeded);
         self.reply(command, outcome, payload);
     }
 

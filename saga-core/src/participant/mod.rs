@@ -1,10 +1,10 @@
 //! A participant: command, decide, reply; fenced, so that a duplicate gets the stored reply.
 //!
 //! ```text
-//!   commands topic ──► consumer batch tx ┬─ fence rows: inserted and locked in bulk, sorted
+//!   commands topic ──► consumer batch tx ┬─ fences locked in bulk, sorted, unless all are new
 //!                                        ├─ handlers, in the batch's order
-//!                                        ├─ intents of external effects (not called yet)
-//!                                        └─ fences written, replies appended to the outbox, commit
+//!                                        ├─ fences written, replies appended to the outbox
+//!                                        └─ intents of external effects (not called yet), commit
 //!   intents ──► claim (tx) ──► call, no tx held ──► record + reply (tx) ──► an undo that waited goes on
 //! ```
 //!
@@ -44,7 +44,7 @@ use crate::{
     envelope::header,
     outbox::Tx,
 };
-use batch::Incoming;
+use batch::{Incoming, Work};
 use entry::{Entry, External, ExternalUndoing, Plain, Undoing};
 use fence::FenceKey;
 use std::{
@@ -70,14 +70,15 @@ pub struct Participant {
     name: &'static str,
     entries: HashMap<&'static str, Box<dyn Entry>>,
     wake: Arc<Notify>,
-    /// Partitions whose last batch refused something: the next one (or the same once more) has a savepoint per command.
-    refusing: Mutex<HashSet<(String, i32)>>,
+    /// Partitions whose last batch refused something, or had a command that had come before: the next one (or the same
+    /// once more) is taken the long way.
+    careful: Mutex<HashSet<(String, i32)>>,
 }
 
 impl Participant {
     /// A participant that knows no command yet. `name` stands in logs and metrics.
     pub fn new(name: &'static str) -> Self {
-        Self { name, entries: HashMap::new(), wake: Arc::new(Notify::new()), refusing: Mutex::default() }
+        Self { name, entries: HashMap::new(), wake: Arc::new(Notify::new()), careful: Mutex::default() }
     }
 
     /// Handles the command `C` within the batch's transaction.
@@ -127,8 +128,18 @@ impl Participant {
 }
 
 impl Participant {
-    fn refusing(&self) -> MutexGuard<'_, HashSet<(String, i32)>> {
-        self.refusing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn careful(&self) -> MutexGuard<'_, HashSet<(String, i32)>> {
+        self.careful.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The short way: nobody refuses, and nothing comes twice.
+    async fn take_together(&self, tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<(), HandleError> {
+        let mut work = match Work::presume(commands) {
+            Some(work) => work,
+            None => Work::load(tx, commands).await?,
+        };
+        batch::run_together(tx, commands, &mut work).await?;
+        work.write(tx).await
     }
 
     /// A command as it is to be handled, or why it never can be.
@@ -175,21 +186,24 @@ impl Participant {
 impl Handler for Participant {
     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
         let commands = batch.iter().map(|message| self.parse(message)).collect::<Result<Vec<_>, _>>()?;
-        let mut work = batch::Work::load(tx, &commands).await?;
         let here = (batch[0].at.topic.clone(), batch[0].at.partition);
-        if self.refusing().contains(&here) {
-            let refused = batch::run_apart(tx, &commands, &mut work).await?;
-            if refused == 0 {
-                self.refusing().remove(&here);
+        if self.careful().contains(&here) {
+            let mut work = Work::load(tx, &commands).await?;
+            if batch::run_apart(tx, &commands, &mut work).await? == 0 {
+                self.careful().remove(&here);
             }
-        } else {
-            let ran = batch::run_together(tx, &commands, &mut work).await;
-            if matches!(ran, Err(HandleError::Again)) {
-                self.refusing().insert(here);
-            }
-            ran?;
+            return work.write(tx).await;
         }
-        work.write(tx).await
+        let done = self.take_together(tx, &commands).await;
+        if matches!(done, Err(HandleError::Again)) {
+            self.careful().insert(here);
+        }
+        done
+    }
+
+    // Its last statement is ours, and always there: every command leaves its mark on a fence.
+    fn ends_with_a_statement(&self) -> bool {
+        true
     }
 
     fn committed(&self) {

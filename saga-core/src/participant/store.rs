@@ -3,11 +3,21 @@
 use super::fence::{DoState, Fence, FenceKey, UndoState};
 use crate::{
     id::{CommandId, SagaId},
-    outbox::{self, AppendError, NewMessage, Tx},
+    outbox::{self, AppendError, NewMessage, Statement, Tx},
 };
 use sqlx::{Row, postgres::PgRow};
 use std::collections::{BTreeSet, HashMap};
 use uuid::Uuid;
+
+/// Fences that are parameters 7 to 15, as rows `c`. The keys as a subquery: of an array PostgreSQL would see how short it
+/// is, and plan anew for each batch, which takes as long as the statement (measured).
+macro_rules! fences {
+    () => {
+        "unnest((select $7::uuid[]), $8::text[], $9::int4[],
+                $10::text[], $11::uuid[], $12::bytea[], $13::text[], $14::uuid[], $15::bytea[])
+             as c (saga_id, step, occurrence, run_state, run_command, run_reply, undo_state, undo_command, undo_reply)"
+    };
+}
 
 /// Makes the fences that are not there, and locks all of them in sorted order.
 pub(super) async fn lock_fences(
@@ -58,6 +68,34 @@ pub(super) async fn lock_fences(
     rows.iter().map(|row| Ok((key(row)?, fence(row)?))).collect()
 }
 
+/// Makes fences as they are after their first command, and appends the replies, in one statement; false when one of them
+/// was there already: then what was appended is to be rolled back.
+pub(super) async fn make_fences(
+    tx: &mut Tx<'_>,
+    fences: &HashMap<FenceKey, Fence>,
+    replies: &[NewMessage],
+) -> Result<bool, AppendError> {
+    let statement = sqlx::query(concat!(
+        "with made as (
+             insert into participant_fence (saga_id, step, occurrence,
+                                            run_state, run_command, run_reply, undo_state, undo_command, undo_reply)
+             select *
+               from ",
+        fences!(),
+        "
+              order by c.saga_id, c.step, c.occurrence
+                 on conflict do nothing
+             returning 1
+         ), sent as (",
+        outbox::insert_messages!(),
+        ")
+         select count(*) from made"
+    ));
+    let made: i64 =
+        bind_fences(outbox::bind_messages(statement, replies)?, fences).fetch_one(&mut **tx).await?.try_get(0)?;
+    Ok(usize::try_from(made).is_ok_and(|made| made == fences.len()))
+}
+
 /// Writes the fences that changed, and the replies, in one statement: a batch's fixed price is its round trips.
 pub(super) async fn write_fences(
     tx: &mut Tx<'_>,
@@ -67,24 +105,26 @@ pub(super) async fn write_fences(
     if fences.is_empty() {
         return outbox::append_in(tx, replies).await;
     }
-    let keys = || fences.keys();
-    let fence = || fences.values();
-    // The keys as a subquery: of an array PostgreSQL would see how short it is, and plan anew for each batch, which takes
-    // as long as the statement (measured).
     let statement = sqlx::query(concat!(
         "with fenced as (
              update participant_fence f
                 set run_state  = c.run_state,  run_command  = c.run_command,  run_reply  = c.run_reply,
                     undo_state = c.undo_state, undo_command = c.undo_command, undo_reply = c.undo_reply
-               from unnest((select $7::uuid[]), $8::text[], $9::int4[],
-                           $10::text[], $11::uuid[], $12::bytea[], $13::text[], $14::uuid[], $15::bytea[])
-                    as c (saga_id, step, occurrence,
-                          run_state, run_command, run_reply, undo_state, undo_command, undo_reply)
+               from ",
+        fences!(),
+        "
               where f.saga_id = c.saga_id and f.step = c.step and f.occurrence = c.occurrence
          ) ",
         outbox::insert_messages!()
     ));
-    outbox::bind_messages(statement, replies)?
+    bind_fences(outbox::bind_messages(statement, replies)?, fences).execute(&mut **tx).await?;
+    Ok(())
+}
+
+/// Binds the parameters of `fences!`, behind those of messages.
+fn bind_fences<'q>(statement: Statement<'q>, fences: &'q HashMap<FenceKey, Fence>) -> Statement<'q> {
+    let (keys, fence) = (|| fences.keys(), || fences.values());
+    statement
         .bind(keys().map(|key| key.saga.0).collect::<Vec<_>>())
         .bind(keys().map(|key| key.step.as_str()).collect::<Vec<_>>())
         .bind(keys().map(|key| key.occurrence).collect::<Vec<_>>())
@@ -94,9 +134,6 @@ pub(super) async fn write_fences(
         .bind(fence().map(|fence| fence.undo.as_str()).collect::<Vec<_>>())
         .bind(fence().map(|fence| fence.undo_command.map(|id| id.0)).collect::<Vec<_>>())
         .bind(fence().map(|fence| fence.undo.reply()).collect::<Vec<_>>())
-        .execute(&mut **tx)
-        .await?;
-    Ok(())
 }
 
 pub(super) fn key(row: &PgRow) -> Result<FenceKey, sqlx::Error> {

@@ -45,6 +45,11 @@ impl Handler for ReplyHandler {
             BatchError::Poison(why) => HandleError::Poison(why),
         })
     }
+
+    // And before it, local effects are behind savepoints that PostgreSQL does not release once an error was swallowed.
+    fn ends_with_a_statement(&self) -> bool {
+        true
+    }
 }
 
 /// A reply, from the topic or from where it was set aside.
