@@ -119,6 +119,11 @@ impl Flight {
         }
     }
 
+    /// And not a mark.
+    pub(crate) fn is_page(&self) -> bool {
+        self.mark.is_none()
+    }
+
     /// Counts a row that goes to Kafka.
     pub(crate) fn sending(&mut self, row: &Row) {
         self.oldest.get_or_insert_with(|| row.created_at());

@@ -253,7 +253,8 @@ async fn session(
         Recorder { db: outbox.db.clone(), outbox: outbox.name.clone(), owner: lease.owner, system_identifier, n };
     let mut recorder = AbortOnDropHandle::new(tokio::spawn(recorder.run(recording)));
     let (items, pages) = mpsc::channel(PAGES_AHEAD);
-    let reader = Reader::new(Cursor::new(at.clone(), None), reader_control, items);
+    let (pages_done, done) = watch::channel(0);
+    let reader = Reader::new(Cursor::new(at.clone(), None), reader_control, items, done);
     let mut reader = AbortOnDropHandle::new(tokio::spawn(reader.run(outbox.db.clone())));
     let mut session = Session {
         outbox: outbox.name.clone(),
@@ -272,6 +273,7 @@ async fn session(
         control,
         retry_at: None,
         progress,
+        pages_done,
         stop: stop.clone(),
     };
     let ended = session.run(pages).await;

@@ -129,8 +129,9 @@ impl Publisher {
             .set("acks", "all")
             .set("enable.gapless.guarantee", "true")
             .set("message.timeout.ms", "0")
-            // A batch is what has arrived: nothing waits for it to fill.
-            .set("linger.ms", "0")
+            // So that a page is one request: the library sends the first few rows of it while the others are still being
+            // handed over, and those then wait until the first are acknowledged. Its shortest wait is a millisecond.
+            .set("linger.ms", "1")
             .set("batch.size", batch_bytes.to_string())
             .set("batch.num.messages", "20000")
             // Whether a row is too large is the topic's to say, and is known before it is offered.

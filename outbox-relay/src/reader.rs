@@ -1,6 +1,6 @@
 //! Reads ahead of the producer: pages of the main flow, and of topics that catch up after a pause, in one sequence.
 //!
-//! After a page comes the next at once. When nothing is found the pauses grow with the time that nothing was found for,
+//! After a full page comes the next at once, after a small one when Kafka has it. When nothing is found the pauses grow with the time that nothing was found for,
 //! from 1 ms to 100 ms.
 
 use crate::{
@@ -17,10 +17,11 @@ use tokio::sync::{mpsc, watch};
 /// Pauses between polls that find nothing.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-/// Where writers are busy, a poll right after the last one finds a row or two. So long a breath after a page of few rows
-/// halves the polls, and what the rows cost behind them (a request to Kafka, a transaction of the consumer) is shared by
-/// more of them.
-const GATHER: Duration = Duration::from_millis(1);
+/// After a page of few rows the next is read when Kafka has acknowledged it, or so much later: what comes meanwhile shares
+/// one poll, one request to Kafka and one transaction of the consumer. It is also what keeps librdkafka quiet: while more
+/// than four records of an idempotent producer are on their way to a partition, and others are queued behind them, its
+/// thread spins.
+const ACKNOWLEDGED: Duration = Duration::from_millis(10);
 const FEW_ROWS: usize = 500;
 /// A pause is this part of the time that nothing was found for: what comes after a while waits that much longer. When
 /// pauses doubled, a message of a conversation waited as long again as the answer before it had taken: 64 sagas went
@@ -51,6 +52,9 @@ pub(crate) struct Reader {
     ended: HashMap<String, OffsetDateTime>,
     control: watch::Receiver<Arc<Control>>,
     items: mpsc::Sender<Item>,
+    /// Pages given to the publisher, and how many of them it has done with.
+    given: usize,
+    done: watch::Receiver<usize>,
 }
 
 struct Lane {
@@ -59,8 +63,13 @@ struct Lane {
 }
 
 impl Reader {
-    pub(crate) fn new(main: Cursor, control: watch::Receiver<Arc<Control>>, items: mpsc::Sender<Item>) -> Self {
-        Self { main, lanes: HashMap::new(), ended: HashMap::new(), control, items }
+    pub(crate) fn new(
+        main: Cursor,
+        control: watch::Receiver<Arc<Control>>,
+        items: mpsc::Sender<Item>,
+        done: watch::Receiver<usize>,
+    ) -> Self {
+        Self { main, lanes: HashMap::new(), ended: HashMap::new(), control, items, given: 0, done }
     }
 
     /// Reads until nobody wants more.
@@ -78,7 +87,8 @@ impl Reader {
                 Found::Rows(rows) => {
                     found_last = clock::monotonic();
                     if rows < FEW_ROWS {
-                        tokio::time::sleep(GATHER).await;
+                        let acknowledged = self.done.wait_for(|done| *done >= self.given);
+                        tokio::time::timeout(ACKNOWLEDGED, acknowledged).await.ok();
                     }
                 }
                 Found::Nothing => {
@@ -106,6 +116,7 @@ impl Reader {
         self.open_lanes(&control);
         if let Some(page) = database.within(self.main.next(db, UpTo::Now)).await? {
             *found.get_or_insert(0) += page.rows.len();
+            self.given += 1;
             if self.items.send(Item::Page(page)).await.is_err() {
                 return Ok(Found::Closed);
             }
@@ -116,6 +127,7 @@ impl Reader {
             match database.within(lane.cursor.next(db, UpTo::Snapshot(self.main.base()))).await? {
                 Some(page) => {
                     *found.get_or_insert(0) += page.rows.len();
+                    self.given += 1;
                     if self.items.send(Item::Page(page)).await.is_err() {
                         return Ok(Found::Closed);
                     }

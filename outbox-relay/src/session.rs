@@ -125,6 +125,8 @@ pub(crate) struct Session {
     /// When parked lines have their next turn, if some were left over.
     pub(crate) retry_at: Option<Instant>,
     pub(crate) progress: mpsc::Sender<Progress>,
+    /// How many of the reader's pages need nothing more.
+    pub(crate) pages_done: watch::Sender<usize>,
     pub(crate) stop: CancellationToken,
 }
 
@@ -172,6 +174,7 @@ impl Session {
     pub(crate) async fn complete(&mut self) -> Result<(), Ended> {
         for _ in 0..self.publisher.tracker.take_complete() {
             let Some(flight) = self.in_flight.pop() else { break };
+            self.pages_done.send_modify(|done| *done += usize::from(flight.is_page()));
             metric::published(&self.outbox, &flight);
             // A recorder that has gone has its own reason, which is told where it is joined.
             self.progress.send(flight.into_progress()).await.map_err(|_| CommitError::Fenced)?;
