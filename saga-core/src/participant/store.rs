@@ -1,4 +1,7 @@
 //! The SQL of fences. Locks are taken in one order: fences, sorted; then intents; then the service's rows.
+//!
+//! Fences that are taken for new are made last. That waits for somebody only where commands of one saga are in two
+//! partitions (the topic was given more); should it be a deadlock, PostgreSQL ends it, and the batch comes again.
 
 use super::fence::{DoState, Fence, FenceKey, UndoState};
 use crate::{
