@@ -51,6 +51,10 @@ impl Handler for Commands {
         self.0.handle(tx, batch).await
     }
 
+    fn ends_with_a_statement(&self) -> bool {
+        self.0.ends_with_a_statement()
+    }
+
     fn committed(&self) {
         self.0.committed();
     }

@@ -1,7 +1,7 @@
 //! Reads ahead of the producer: pages of the main flow, and of topics that catch up after a pause, in one sequence.
 //!
-//! After a full page comes the next at once, after a small one when Kafka has it. When nothing is found the pauses grow with the time that nothing was found for,
-//! from 1 ms to 100 ms.
+//! After a full page comes the next at once, after a small one when Kafka has it. When nothing is found the pauses grow
+//! with the time that nothing was found for, from 1 ms to 100 ms.
 
 use crate::{
     control::Control,
@@ -88,7 +88,9 @@ impl Reader {
                     found_last = clock::monotonic();
                     if rows < FEW_ROWS {
                         let acknowledged = self.done.wait_for(|done| *done >= self.given);
-                        tokio::time::timeout(ACKNOWLEDGED, acknowledged).await.ok();
+                        // Rows that do not go to Kafka (their topic is paused) need no acknowledgement.
+                        let breath = tokio::time::sleep(FIRST_PAUSE);
+                        tokio::join!(tokio::time::timeout(ACKNOWLEDGED, acknowledged), breath).0.ok();
                     }
                 }
                 Found::Nothing => {

@@ -81,10 +81,8 @@ impl From<HandleError> for Failure {
                 error.downcast::<crate::testkit::failpoints::Injected>().map_or(Self::Crash, Self::from)
             }
             HandleError::Failed(error) => {
-                // A handler may wrap the database's errors in words of its own.
-                let passing = error.chain().filter_map(|cause| cause.downcast_ref::<sqlx::Error>()).any(passes);
                 let reason = format!("{error:#}");
-                if passing {
+                if wraps_what_passes(&error) {
                     Self::Passing(reason)
                 } else {
                     Self::Fault(Fault::new("failed", &reason, Retry::Possible))
@@ -92,6 +90,25 @@ impl From<HandleError> for Failure {
             }
         }
     }
+}
+
+impl HandleError {
+    /// Whether it is the record's own fault, so far: not what passes by itself, nor what a test injects.
+    pub(crate) fn is_fault(&self) -> bool {
+        match self {
+            Self::Database(error) => !passes(error),
+            Self::Poison(_) => true,
+            Self::Again => false,
+            #[cfg(feature = "testkit")]
+            Self::Failed(error) if error.is::<crate::testkit::failpoints::Injected>() => false,
+            Self::Failed(error) => !wraps_what_passes(error),
+        }
+    }
+}
+
+/// A handler may wrap the database's errors in words of its own.
+fn wraps_what_passes(error: &anyhow::Error) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref::<sqlx::Error>()).any(passes)
 }
 
 impl From<AppendError> for Failure {

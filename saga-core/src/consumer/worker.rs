@@ -319,7 +319,10 @@ impl<H: Handler> Worker<H> {
                     let made = inbox::add_partitions(&self.desk.pool, self.desk.config.horizon).await;
                     made.err().map_or_else(|| "an inbox partition was missing".to_owned(), |error| error.to_string())
                 }
-                Err(Failure::Passing(reason)) => reason,
+                Err(Failure::Passing(reason)) => {
+                    again = false;
+                    reason
+                }
                 // At once, unless it wants that over and over.
                 Err(Failure::Again) if !again => {
                     again = true;

@@ -1,8 +1,9 @@
 //! What a service writes to take part in sagas: handlers of commands and of undos, and external effects.
 //!
 //! A handler runs in the transaction that also holds the fence, the inbox rows and the reply: it commits with them or
-//! not at all, and may be called again after a rollback. It must do nothing that the transaction does not undo; what
-//! lies outside the database is an [`ExternalEffect`].
+//! not at all, and may be called again after a rollback. A command that comes twice, or after its undo, may be handled and
+//! then rolled back: what the handler finds may be its own work. It must do nothing that the transaction does not undo;
+//! what lies outside the database is an [`ExternalEffect`].
 
 use crate::{
     command::{Command, Never},

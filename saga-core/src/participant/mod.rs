@@ -70,8 +70,8 @@ pub struct Participant {
     name: &'static str,
     entries: HashMap<&'static str, Box<dyn Entry>>,
     wake: Arc<Notify>,
-    /// Partitions whose last batch refused something, or had a command that had come before: the next one (or the same
-    /// once more) is taken the long way.
+    /// Partitions whose last batch refused something, had a command that had come before, or failed: the next one (or the
+    /// same once more) is taken the long way. A partition that is being worked at is among them.
     careful: Mutex<HashSet<(String, i32)>>,
 }
 
@@ -132,14 +132,19 @@ impl Participant {
         self.careful.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The short way: nobody refuses, and nothing comes twice.
+    /// The short way: nobody refuses, and nothing comes twice. A handler that fails may do so because its command has come
+    /// before, or its undo has: that is found out the long way.
     async fn take_together(&self, tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<(), HandleError> {
-        let mut work = match Work::presume(commands) {
-            Some(work) => work,
-            None => Work::load(tx, commands).await?,
+        let Some(mut work) = Work::presume(commands) else {
+            let mut work = Work::load(tx, commands).await?;
+            batch::run_together(tx, commands, &mut work).await?;
+            return work.write(tx).await;
         };
-        batch::run_together(tx, commands, &mut work).await?;
-        work.write(tx).await
+        match batch::run_together(tx, commands, &mut work).await {
+            Err(error) if error.is_fault() => Err(HandleError::Again),
+            Err(error) => Err(error),
+            Ok(()) => work.write(tx).await,
+        }
     }
 
     /// A command as it is to be handled, or why it never can be.
@@ -187,18 +192,19 @@ impl Handler for Participant {
     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
         let commands = batch.iter().map(|message| self.parse(message)).collect::<Result<Vec<_>, _>>()?;
         let here = (batch[0].at.topic.clone(), batch[0].at.partition);
-        if self.careful().contains(&here) {
+        // Until this has ended well: whatever happens, be it a panic, may be due to what the short way assumes.
+        if !self.careful().insert(here.clone()) {
             let mut work = Work::load(tx, &commands).await?;
-            if batch::run_apart(tx, &commands, &mut work).await? == 0 {
+            let surprises = batch::run_apart(tx, &commands, &mut work).await?;
+            work.write(tx).await?;
+            if surprises == 0 {
                 self.careful().remove(&here);
             }
-            return work.write(tx).await;
+            return Ok(());
         }
-        let done = self.take_together(tx, &commands).await;
-        if matches!(done, Err(HandleError::Again)) {
-            self.careful().insert(here);
-        }
-        done
+        self.take_together(tx, &commands).await?;
+        self.careful().remove(&here);
+        Ok(())
     }
 
     // Its last statement is ours, and always there: every command leaves its mark on a fence.

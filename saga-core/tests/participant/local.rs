@@ -16,6 +16,7 @@ fn add(say: &[&str]) -> Add {
 
 #[tokio::test]
 async fn a_resent_command_is_answered_again_and_happens_once() {
+    // Its handler cannot even be called twice: the effect's key is unique.
     let world = World::new().await;
     let saga = SagaId::new();
     world.deliver(&[message(saga, Op::Do, &add(&["yes"]))]).await;
@@ -26,6 +27,18 @@ async fn a_resent_command_is_answered_again_and_happens_once() {
     assert_eq!(replies[0].kind, "test.add.v1.reply");
     assert_eq!(replies[0].payload, json!({ "by_call": 1 }));
     assert_eq!(world.effects(saga).await, 1);
+}
+
+#[tokio::test]
+async fn a_handler_that_swallows_an_error_of_the_database_has_not_handled_its_command() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    // With its fence taken for new, and with its fence locked.
+    for _ in 0..2 {
+        let told = world.try_deliver(&[message(saga, Op::Do, &add(&["swallow an error"]))]).await;
+        assert!(matches!(told, Err(HandleError::Database(_))), "{told:?}");
+        assert_eq!((world.replies(saga).await.len(), world.effects(saga).await), (0, 0));
+    }
 }
 
 #[tokio::test]

@@ -98,6 +98,10 @@ impl CommandHandler<Add> for AddHandler {
         };
         sqlx::query("insert into effect (saga) values ($1)").bind(cx.saga.saga.0).execute(&mut **tx).await?;
         Ok(match word(&command.say, call) {
+            "swallow an error" => {
+                sqlx::query("select 1 / 0").execute(&mut **tx).await.ok();
+                Decision::Done(Added { by_call: call })
+            }
             "no" => Decision::Rejected(No),
             "later" => Decision::Failed("later".into()),
             _ => Decision::Done(Added { by_call: call }),
@@ -239,7 +243,7 @@ impl World {
     pub(crate) async fn new() -> Self {
         let messaging = Migrations { owner: "messaging", runner: migrations::runner() };
         let database = TestDatabase::new(&[messaging]).await;
-        sqlx::query("create table effect (saga uuid not null)").execute(&database.pool).await.unwrap();
+        sqlx::query("create table effect (saga uuid not null unique)").execute(&database.pool).await.unwrap();
         let (calls, provider) = (Arc::new(Calls::default()), Arc::new(Provider::default()));
         let name = unique("participant").leak();
         let participant = Participant::new(name)
