@@ -87,7 +87,7 @@ impl Reader {
                 Found::Rows(rows) => {
                     found_last = clock::monotonic();
                     if rows < FEW_ROWS {
-                        let acknowledged = self.done.wait_for(|done| *done >= self.given);
+                        let acknowledged = async { drop(self.done.wait_for(|done| *done >= self.given).await) };
                         // Rows that do not go to Kafka (their topic is paused) need no acknowledgement.
                         let breath = tokio::time::sleep(FIRST_PAUSE);
                         tokio::join!(tokio::time::timeout(ACKNOWLEDGED, acknowledged), breath).0.ok();
