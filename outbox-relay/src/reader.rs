@@ -18,9 +18,7 @@ use tokio::sync::{mpsc, watch};
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// After a page of few rows the next is read when Kafka has acknowledged it, or so much later: what comes meanwhile shares
-/// one poll, one request to Kafka and one transaction of the consumer. It is also what keeps librdkafka quiet: while more
-/// than four records of an idempotent producer are on their way to a partition, and others are queued behind them, its
-/// thread spins.
+/// one poll, one request to Kafka and one transaction of the consumer.
 const ACKNOWLEDGED: Duration = Duration::from_millis(10);
 const FEW_ROWS: usize = 500;
 /// A pause is this part of the time that nothing was found for: what comes after a while waits that much longer. When
