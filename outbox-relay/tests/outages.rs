@@ -45,13 +45,9 @@ async fn connections_that_fall_silent_again_and_again_keep_nothing_from_being_pu
 async fn a_poll_that_gets_no_answer_ends_the_ownership_and_is_told_while_the_lease_could_be_renewed() {
     let world = World::new().await;
     let relay = Relay::new(&world.settings()).unwrap();
-    let stop = CancellationToken::new();
-    let health = Health::new(&stop);
+    let health = Health::new(&CancellationToken::new());
     admin::check_health(&health, &relay);
-    let running = tokio::spawn({
-        let (relay, stop) = (relay.clone(), stop.clone());
-        async move { relay.run(stop).await }
-    });
+    let running = Running::of(relay.clone());
     world.append("k", "0").await;
     world.published(1).await;
     let before = owner(&world).await;
@@ -69,19 +65,14 @@ async fn a_poll_that_gets_no_answer_ends_the_ownership_and_is_told_while_the_lea
     tx.rollback().await.unwrap();
     world.append("k", "1").await;
     world.published(2).await;
-    stop.cancel();
-    running.await.unwrap();
+    running.stop().await;
 }
 
 #[tokio::test]
 async fn admin_requests_that_are_blocked_say_so_and_leave_the_lease_with_its_owner() {
     let world = World::new().await;
     let relay = Relay::new(&world.settings()).unwrap();
-    let stop = CancellationToken::new();
-    let running = tokio::spawn({
-        let (relay, stop) = (relay.clone(), stop.clone());
-        async move { relay.run(stop).await }
-    });
+    let running = Running::of(relay.clone());
     world.append("k", "0").await;
     world.published(1).await;
     let before = owner(&world).await;
@@ -101,8 +92,7 @@ async fn admin_requests_that_are_blocked_say_so_and_leave_the_lease_with_its_own
     world.published(2).await;
     assert_eq!(owner(&world).await, before, "for longer than a lease");
     tx.rollback().await.unwrap();
-    stop.cancel();
-    running.await.unwrap();
+    running.stop().await;
 }
 
 #[tokio::test]

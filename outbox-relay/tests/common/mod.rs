@@ -133,8 +133,12 @@ pub struct Running {
 
 impl Running {
     pub fn start(settings: &Settings) -> Self {
+        Self::of(Relay::new(settings).expect("the settings are good"))
+    }
+
+    /// Runs a relay that the test goes on to ask.
+    pub fn of(relay: Relay) -> Self {
         let stop = CancellationToken::new();
-        let relay = Relay::new(settings).expect("the settings are good");
         let task = tokio::spawn({
             let stop = stop.clone();
             async move { relay.run(stop).await }
