@@ -56,6 +56,10 @@ impl<H: Handler> Handler for Watching<H> {
         self.inner.handle(tx, batch).await
     }
 
+    fn ends_with_a_statement(&self) -> bool {
+        self.inner.ends_with_a_statement()
+    }
+
     fn committed(&self) {
         self.inner.committed();
         let ended = lock(&self.waiting.ending).remove(&tokio::task::id()).unwrap_or_default();
