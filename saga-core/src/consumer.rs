@@ -27,6 +27,7 @@ mod record;
 mod transaction;
 mod worker;
 
+pub(crate) use buffer::portion;
 pub use config::{ConsumerConfig, TooOld};
 pub use dead_letter::dead_letter_header;
 pub use health::ConsumerHealth;
