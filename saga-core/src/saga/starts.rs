@@ -1,7 +1,7 @@
-//! Starts that come at one moment: one transaction for all of them, and nobody waits for another's trouble.
+//! Starts that come at one moment: one transaction for a few dozen of them, and nobody waits for another's trouble.
 //!
 //! ```text
-//!   start ─> queue ─> a connection, then whoever waits by then ─> [saga, event, due | outbox] one commit
+//!   start ─> queue ─> a connection, then a portion of who waits ─> [saga, event, due | outbox] one commit
 //!                                                                   │ somebody's lock, or a mistake
 //!                                                                   └─> each alone, apart from the queue
 //! ```
@@ -88,9 +88,9 @@ async fn take_what_waits(mut queue: mpsc::UnboundedReceiver<Waiting>) {
     while let Some(first) = queue.recv().await {
         let engine = Arc::clone(&first.engine);
         let connection = engine.within(async { engine.pool().acquire().await }).await;
-        // Nobody waits for a set to fill, but whoever came while there was no connection is in it, and whoever is about to:
-        // those that one commit woke do not all run at once. Where there is no connection to be had, all are told: set
-        // after set would wait as long, to hear the same.
+        // Nobody waits for a set to fill, but whoever came while there was no connection counts, and as a rule whoever is
+        // about to come: those that one commit woke do not all run at once. Where there is no connection to be had, all
+        // are told: set after set would wait as long, to hear the same.
         let room = match connection {
             Ok(_) => portion(1 + all_that_come(&queue).await).min(SET),
             Err(_) => usize::MAX,
