@@ -67,7 +67,7 @@ pub struct SagaArgs {
     #[arg(long, env = "BENCH_IN_FLIGHT", value_name = "NUMBER", default_value_t = 64, global = true)]
     pub in_flight: usize,
     /// Seconds before it is measured: the JVM compiles, pools fill
-    #[arg(long, env = "BENCH_WARM_UP", value_name = "SECONDS", default_value_t = 30, global = true)]
+    #[arg(long, env = "BENCH_WARM_UP", value_name = "SECONDS", default_value_t = 45, global = true)]
     pub warm_up: u64,
     /// Seconds that are measured
     #[arg(long, env = "BENCH_SECONDS", value_name = "SECONDS", default_value_t = 20, global = true)]

@@ -27,7 +27,6 @@ mod record;
 mod transaction;
 mod worker;
 
-pub(crate) use buffer::portion;
 pub use config::{ConsumerConfig, TooOld};
 pub use dead_letter::dead_letter_header;
 pub use health::ConsumerHealth;

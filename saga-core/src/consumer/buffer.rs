@@ -10,18 +10,6 @@ use tokio::sync::Notify;
 /// Most bytes of one partition that wait, and most of one batch: large records must not fill the memory by their number.
 const BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// How many of those that wait one transaction takes. A few dozen are taken in equal turns: whoever comes next, the relay
-/// and the other services, has the first of them while the rest is worked on. Taken as one they stay one, all the way
-/// round, and while one stage has them all the others wait: 64 sagas went round at a sixth less of the pace (measured).
-/// Smaller turns cost more than they gain, because a transaction's fixed cost is that of dozens; and where `MANY` wait
-/// nobody is idle anyway.
-pub(crate) fn portion(waiting: usize) -> usize {
-    const TURN: usize = 32;
-    const MANY: usize = 100;
-    let turns = if waiting < MANY { waiting.div_ceil(TURN).max(1) } else { 1 };
-    waiting.div_ceil(turns)
-}
-
 /// Between the polling task and one worker. It never refuses a record: when it is full the partition is paused, which
 /// takes effect with the next poll.
 pub(super) struct Buffer {
@@ -76,7 +64,7 @@ impl Buffer {
         }
     }
 
-    /// What has arrived, or a [`portion`] of it, at most `max` records; waits for the first. Nothing is lost when this is cancelled.
+    /// What has arrived, at most `max` records; waits for the first. Nothing is lost when this is cancelled.
     pub(super) async fn take(&self, max: usize) -> Vec<Raw> {
         loop {
             let taken = self.try_take(max);
@@ -87,17 +75,11 @@ impl Buffer {
         }
     }
 
-    /// Nothing has arrived that was not taken.
-    pub(super) fn is_empty(&self) -> bool {
-        self.lock().records.is_empty()
-    }
-
     fn try_take(&self, max: usize) -> Vec<Raw> {
         let mut queue = self.lock();
-        let max = max.max(1).min(portion(queue.records.len()));
         let mut taken = Vec::new();
         let mut bytes = 0;
-        while taken.len() < max
+        while taken.len() < max.max(1)
             && bytes < BYTES_MAX
             && let Some(record) = queue.records.pop_front()
         {
@@ -124,7 +106,6 @@ impl Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures::FutureExt as _;
     use std::sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -143,23 +124,5 @@ mod tests {
         assert_eq!((buffer.take(3).await.len(), drained.load(Ordering::SeqCst)), (3, 1));
         assert_eq!(buffer.push(Raw::default()), Room::Left);
         assert_eq!((buffer.take(3).await.len(), drained.load(Ordering::SeqCst)), (1, 1));
-    }
-
-    #[test]
-    fn a_few_dozen_are_taken_in_equal_turns_fewer_and_many_in_one() {
-        let expected = [
-            (1, vec![1]),
-            (32, vec![32]),
-            (33, vec![17, 16]),
-            (64, vec![32, 32]),
-            (99, vec![25, 25, 25, 24]),
-            (100, vec![100]),
-        ];
-        for (waiting, turns) in expected {
-            let buffer = Buffer::new(1_000, || ());
-            (0..waiting).for_each(|_| assert_eq!(buffer.push(Raw::default()), Room::Left));
-            let taken: Vec<_> = std::iter::from_fn(|| Some(buffer.take(500).now_or_never()?.len())).collect();
-            assert_eq!(taken, turns, "{waiting}");
-        }
     }
 }

@@ -43,7 +43,7 @@ const RELEASE_MAX: Duration = Duration::from_secs(1);
 /// An idle partition gives its connection back after this.
 const KEEP: Duration = Duration::from_millis(100);
 /// Batches of few records begin at least so long after one another: what arrives meanwhile shares a transaction, whose
-/// fixed cost is that of dozens of records. One that comes alone does not wait, nor what has arrived already.
+/// fixed cost is that of dozens of records. One that comes alone does not wait.
 const GATHER: Duration = Duration::from_micros(1_500);
 const FEW: usize = 100;
 /// Most parked records that are tried before new ones get their turn.
@@ -118,7 +118,7 @@ impl<H: Handler> Worker<H> {
             let began = clock::monotonic();
             self.process(raws).await?;
             self.store(last)?;
-            if few && self.buffer.is_empty() {
+            if few {
                 tokio::time::sleep_until((began + GATHER).into()).await;
             }
         }

@@ -54,7 +54,7 @@ impl Engine {
     }
 
     /// Starts a saga for a caller who writes nothing else with it. Returns when its transaction is committed. Starts that
-    /// come while one is under way share the next ones' transactions; nobody waits for a set to fill, or because another's
+    /// come while one is under way share the next one's transaction; nobody waits for a set to fill, or because another's
     /// business key is locked. A caller that stops waiting stops nothing.
     ///
     /// # Errors

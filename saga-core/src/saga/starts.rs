@@ -1,7 +1,7 @@
-//! Starts that come at one moment: one transaction for a few dozen of them, and nobody waits for another's trouble.
+//! Starts that come at one moment: one transaction for all of them, and nobody waits for another's trouble.
 //!
 //! ```text
-//!   start ─> queue ─> a connection, then a portion of who waits ─> [saga, event, due | outbox] one commit
+//!   start ─> queue ─> a connection, then whoever waits by then ─> [saga, event, due | outbox] one commit
 //!                                                                   │ somebody's lock, or a mistake
 //!                                                                   └─> each alone, apart from the queue
 //! ```
@@ -16,7 +16,6 @@ use super::{
     start::New,
 };
 use crate::{
-    consumer::portion,
     fail_point::fail_point,
     id::SagaId,
     outbox,
@@ -88,13 +87,9 @@ async fn take_what_waits(mut queue: mpsc::UnboundedReceiver<Waiting>) {
     while let Some(first) = queue.recv().await {
         let engine = Arc::clone(&first.engine);
         let connection = engine.within(async { engine.pool().acquire().await }).await;
-        // Nobody waits for a set to fill, but whoever came while there was no connection counts, and as a rule whoever is
-        // about to come: those that one commit woke do not all run at once. Where there is no connection to be had, all
-        // are told: set after set would wait as long, to hear the same.
-        let room = match connection {
-            Ok(_) => portion(1 + all_that_come(&queue).await).min(SET),
-            Err(_) => usize::MAX,
-        };
+        // Nobody waits for a set to fill, but whoever came while there was no connection is in it. Where there is none to
+        // be had, all are told: set after set would wait as long, to hear the same.
+        let room = if connection.is_ok() { SET } else { usize::MAX };
         let mut set = vec![first];
         while set.len() < room
             && let Ok(waiting) = queue.try_recv()
@@ -104,17 +99,6 @@ async fn take_what_waits(mut queue: mpsc::UnboundedReceiver<Waiting>) {
         match connection {
             Ok(connection) => engine.start_together(connection, set).await,
             Err(error) => tell_all(set, &error),
-        }
-    }
-}
-
-/// Lets others run as long as that brings more starts; says how many wait.
-async fn all_that_come(queue: &mpsc::UnboundedReceiver<Waiting>) -> usize {
-    loop {
-        let waiting = queue.len();
-        tokio::task::yield_now().await;
-        if queue.len() == waiting || waiting >= SET {
-            return waiting;
         }
     }
 }
