@@ -15,7 +15,7 @@ use contracts::{OrderId, topics::ORDERS_REPLIES};
 use saga_core::{
     clock,
     id::SagaId,
-    outbox::Tx,
+    outbox::{self, Tx},
     saga::{CancelError, Cancelled, Engine, EngineErrors, Saga, StartError},
 };
 use sqlx::PgPool;
@@ -128,6 +128,7 @@ impl Orders {
         }
         let found = store::find(&mut *tx, order).await.map_err(StoreError::from)?;
         tx.commit().await.map_err(StoreError::from)?;
+        outbox::nudge(&self.pool).await;
         self.live.nudge();
         let Some(found) = found.map(Box::new) else { return Ok(CancelOutcome::Unknown) };
         match verdict {

@@ -76,6 +76,11 @@ impl Database {
         Ok(Borrowed(Some(self.pool.acquire().await?)))
     }
 
+    /// Where it is.
+    pub(crate) fn options(&self) -> PgConnectOptions {
+        self.pool.connect_options().as_ref().clone()
+    }
+
     /// One conversation over a connection of its own.
     pub(crate) async fn ask<T, E: From<sqlx::Error>>(
         &self,

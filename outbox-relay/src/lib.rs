@@ -5,7 +5,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`snapshot`], [`position`] | which rows come next: the outbox between two snapshots, by id |
-//! | `reader` | reads ahead, page by page; topics that catch up after a pause beside the main flow |
+//! | `reader`, `nudges` | reads ahead, page by page; topics that catch up after a pause beside the main flow |
 //! | `session` | decides what becomes of each row, keeps many in flight; one producer's life |
 //! | `record`, `producer`, `tracker` | a row as a record; the producer; what Kafka acknowledged |
 //! | `commit`, `batch_log` | records progress under the lease |
@@ -28,6 +28,7 @@ mod gauges;
 mod in_flight;
 mod lease;
 mod metric;
+mod nudges;
 pub mod outbox;
 mod owner;
 mod parking;

@@ -129,9 +129,8 @@ impl Publisher {
             .set("acks", "all")
             .set("enable.gapless.guarantee", "true")
             .set("message.timeout.ms", "0")
-            // So that a page is one request: the library sends the first few rows of it while the others are still being
-            // handed over, and those then wait until the first are acknowledged. Its shortest wait is a millisecond.
-            .set("linger.ms", "1")
+            // A page comes as a whole; there is nothing to wait for.
+            .set("linger.ms", "0")
             .set("batch.size", batch_bytes.to_string())
             .set("batch.num.messages", "20000")
             // Whether a row is too large is the topic's to say, and is known before it is offered.

@@ -1,22 +1,31 @@
 //! Reads ahead of the producer: pages of the main flow, and of topics that catch up after a pause, in one sequence.
 //!
 //! After a full page comes the next at once, after a small one when Kafka has it. When nothing is found the pauses grow
-//! with the time that nothing was found for, from 1 ms to 100 ms.
+//! with the time that nothing was found for, from 1 ms to 100 ms, and end when a service tells of a commit.
 
 use crate::{
     control::Control,
     database::Database,
+    nudges::Nudges,
     position::{Cursor, Page, ReadError, UpTo},
 };
 use saga_core::clock;
 use sqlx::PgConnection;
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    ops::RangeInclusive,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
 
 /// Pauses between polls that find nothing.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
-const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+const PAUSES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
+/// Shortest pause while services tell of their commits: then it is for the few that do not.
+const NUDGED_PAUSE: Duration = Duration::from_millis(5);
+/// For so long after the last time.
+const NUDGED: Duration = Duration::from_secs(1);
 /// After a page of few rows the next is read when Kafka has acknowledged it, or so much later: what comes meanwhile shares
 /// one poll, one request to Kafka and one transaction of the consumer.
 const ACKNOWLEDGED: Duration = Duration::from_millis(10);
@@ -53,6 +62,7 @@ pub(crate) struct Reader {
     /// Pages given to the publisher, and how many of them it has done with.
     given: usize,
     done: watch::Receiver<usize>,
+    pauses: RangeInclusive<Duration>,
 }
 
 struct Lane {
@@ -67,7 +77,7 @@ impl Reader {
         items: mpsc::Sender<Item>,
         done: watch::Receiver<usize>,
     ) -> Self {
-        Self { main, lanes: HashMap::new(), ended: HashMap::new(), control, items, given: 0, done }
+        Self { main, lanes: HashMap::new(), ended: HashMap::new(), control, items, given: 0, done, pauses: PAUSES }
     }
 
     /// Reads until nobody wants more.
@@ -79,7 +89,8 @@ impl Reader {
     }
 
     async fn run_with(&mut self, database: &Database, db: &mut PgConnection) -> Result<(), ReadError> {
-        let mut found_last = clock::monotonic();
+        let nudges = Nudges::listen(database.options());
+        let (mut found_last, mut nudged_last) = (clock::monotonic(), None::<Instant>);
         loop {
             match self.run_once(database, db).await? {
                 Found::Rows(rows) => {
@@ -87,15 +98,18 @@ impl Reader {
                     if rows < FEW_ROWS {
                         let acknowledged = async { drop(self.done.wait_for(|done| *done >= self.given).await) };
                         // Rows that do not go to Kafka (their topic is paused) need no acknowledgement.
-                        let breath = tokio::time::sleep(FIRST_PAUSE);
+                        let breath = tokio::time::sleep(*self.pauses.start());
                         tokio::join!(tokio::time::timeout(ACKNOWLEDGED, acknowledged), breath).0.ok();
                     }
                 }
                 Found::Nothing => {
                     let idle = clock::monotonic().duration_since(found_last);
-                    let pause = (idle / PATIENCE).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+                    let nudged = nudged_last.is_some_and(|last| last.elapsed() < NUDGED);
+                    let shortest = if nudged { NUDGED_PAUSE } else { *self.pauses.start() };
+                    let pause = (idle / PATIENCE).clamp(shortest, shortest.max(*self.pauses.end()));
                     tokio::select! {
                         () = tokio::time::sleep(pause) => {}
+                        () = nudges.heard() => nudged_last = Some(clock::monotonic()),
                         changed = self.control.changed() => if changed.is_err() { return Ok(()) },
                         () = self.items.closed() => return Ok(()),
                     }
@@ -170,4 +184,54 @@ enum Found {
     Rows(usize),
     Nothing,
     Closed,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::Position;
+    use saga_core::{
+        outbox::nudge,
+        service::messaging_migrations,
+        testkit::{TestDatabase, eventually},
+    };
+    use std::str::FromStr;
+    use tokio_util::task::AbortOnDropHandle;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+    const SOON: Duration = Duration::from_secs(30);
+
+    /// How many connections of the relay's have done what begins like this, and do nothing now.
+    async fn idle(database: &TestDatabase, after: &str) -> i64 {
+        sqlx::query_scalar(
+            "select count(*) from pg_stat_activity
+              where datname = current_database() and state = 'idle' and query ilike $1 || '%'",
+        )
+        .bind(after)
+        .fetch_one(&database.pool)
+        .await
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_would_pause_for_an_hour_reads_at_once_what_it_is_told_of() {
+        let database = TestDatabase::new(&[messaging_migrations()]).await;
+        let options = sqlx::postgres::PgConnectOptions::from_str(&database.url).unwrap();
+        let (_control, wanted) = watch::channel(Arc::new(Control::default()));
+        let (items, mut read) = mpsc::channel(1);
+        let (_done, done) = watch::channel(0);
+        let mut reader = Reader::new(Cursor::new(Position::initial(), None), wanted, items, done);
+        reader.pauses = HOUR..=HOUR;
+        let _reading = AbortOnDropHandle::new(tokio::spawn(reader.run(Database::new(options, 2, SOON))));
+        eventually(SOON, || async { (idle(&database, "listen").await == 1).then_some(()) }).await;
+        // It has looked, found nothing, and pauses.
+        eventually(SOON, || async { (idle(&database, "(select null::bigint").await == 1).then_some(()) }).await;
+        sqlx::query("select outbox_append('orders.events', 'a', 'test.v1', ''::bytea)")
+            .execute(&database.pool)
+            .await
+            .unwrap();
+        nudge(&database.pool).await;
+        let item = tokio::time::timeout(SOON, read.recv()).await.expect("it is read").unwrap();
+        assert!(matches!(item, Item::Page(page) if page.rows.len() == 1));
+    }
 }

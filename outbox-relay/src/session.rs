@@ -23,7 +23,7 @@ use crate::{
     position::{Page, Position, ReadError},
     producer::{Offered, Publisher},
     reader::{CaughtUp, Item},
-    record::RecordBuilder,
+    record::{Built, RecordBuilder},
     refusal::Refusal,
     row::Row,
     topics::Topics,
@@ -47,6 +47,9 @@ use tracing::{info, warn};
 const ROWS_IN_FLIGHT: usize = 60_000;
 /// Bytes of large payloads on their way at most. One page may exceed it alone.
 const BYTES_IN_FLIGHT: usize = 64 << 20;
+/// So many records are made before the first of them is handed over. The library begins to send with the first record that
+/// it gets: when the others follow without a pause, they are in the same request.
+const TOGETHER: usize = 500;
 /// How often a producer that reports nothing is asked whether it still lives.
 const LOOK_AT_PRODUCER: Duration = Duration::from_secs(1);
 /// How long a stop waits for what is in flight; what is not acknowledged by then is sent again by the next owner.
@@ -252,51 +255,72 @@ impl Session {
 
     async fn send_rows(&mut self, page: &Page, number: usize, flight: &mut Flight) -> Result<(), Ended> {
         let mut before = page.after;
-        for (index, row) in page.rows.iter().enumerate() {
-            let ticket = Ticket::new(number, index);
-            let fate = self.fate(page, row, before).await?;
-            before = row.id();
-            match fate {
-                Fate::Send(built) => {
-                    flight.sending(row);
-                    if let Some(refused) = self.offer(row, built, ticket).await? {
-                        return Err(Ended::Refused { id: Some(row.id()), code: refused, alone: true });
-                    }
-                    if self.memory.careful > 0 {
-                        self.acknowledged(ticket).await.map_err(|ended| match ended {
-                            // Nothing else was in flight.
-                            Ended::Refused { code, .. } => Ended::Refused { id: Some(row.id()), code, alone: true },
-                            ended => ended,
-                        })?;
-                        self.memory.careful -= 1;
-                    }
-                    continue;
+        let mut rows = page.rows.iter().enumerate();
+        loop {
+            let together = if self.memory.careful > 0 { 1 } else { TOGETHER };
+            let mut ready = Vec::new();
+            let mut taken = 0;
+            for (index, row) in rows.by_ref().take(together) {
+                taken += 1;
+                let ticket = Ticket::new(number, index);
+                if let Some(built) = self.ready(page, row, before, ticket, flight).await? {
+                    ready.push((row, built, ticket));
                 }
-                Fate::Park(park) => {
-                    warn!(
-                        outbox = self.outbox,
-                        id = park.id,
-                        topic = row.topic(),
-                        reason = park.reason,
-                        "parked a row"
-                    );
-                    metric::parked(&self.outbox, row.topic());
-                    flight.parked.push((index, park));
-                }
-                Fate::Leave(left) => {
-                    warn!(
-                        outbox = self.outbox,
-                        topic = left.topic,
-                        reason = left.reason,
-                        "the topic is paused; others go on"
-                    );
-                    self.paused.insert(left.topic.clone());
-                    flight.left_behind.push((index, left));
-                }
-                Fate::Pass => {}
+                before = row.id();
             }
-            flight.not_sent.push(index);
-            self.publisher.tracker.done(ticket);
+            if taken == 0 {
+                return Ok(());
+            }
+            for (row, built, ticket) in ready {
+                self.send_row(row, built, ticket).await?;
+            }
+        }
+    }
+
+    /// The row's record, if it goes to Kafka.
+    async fn ready(
+        &mut self,
+        page: &Page,
+        row: &Row,
+        before: i64,
+        ticket: Ticket,
+        flight: &mut Flight,
+    ) -> Result<Option<Built>, Ended> {
+        let index = ticket.row();
+        match self.fate(page, row, before).await? {
+            Fate::Send(built) => {
+                flight.sending(row);
+                return Ok(Some(built));
+            }
+            Fate::Park(park) => {
+                warn!(outbox = self.outbox, id = park.id, topic = row.topic(), reason = park.reason, "parked a row");
+                metric::parked(&self.outbox, row.topic());
+                flight.parked.push((index, park));
+            }
+            Fate::Leave(left) => {
+                let LeftBehind { topic, reason, .. } = &left;
+                warn!(outbox = self.outbox, topic, reason, "the topic is paused; others go on");
+                self.paused.insert(topic.clone());
+                flight.left_behind.push((index, left));
+            }
+            Fate::Pass => {}
+        }
+        flight.not_sent.push(index);
+        self.publisher.tracker.done(ticket);
+        Ok(None)
+    }
+
+    async fn send_row(&mut self, row: &Row, built: Built, ticket: Ticket) -> Result<(), Ended> {
+        if let Some(refused) = self.offer(row, built, ticket).await? {
+            return Err(Ended::Refused { id: Some(row.id()), code: refused, alone: true });
+        }
+        if self.memory.careful > 0 {
+            self.acknowledged(ticket).await.map_err(|ended| match ended {
+                // Nothing else was in flight.
+                Ended::Refused { code, .. } => Ended::Refused { id: Some(row.id()), code, alone: true },
+                ended => ended,
+            })?;
+            self.memory.careful -= 1;
         }
         Ok(())
     }
@@ -305,7 +329,7 @@ impl Session {
     pub(crate) async fn offer(
         &mut self,
         row: &Row,
-        built: crate::record::Built,
+        built: Built,
         ticket: Ticket,
     ) -> Result<Option<RDKafkaErrorCode>, Ended> {
         let mut built = Some(built);

@@ -1,11 +1,13 @@
 //! Appending to the outbox, on a real PostgreSQL.
 
 use saga_core::{
-    outbox::{AppendError, InvalidMessage, NewMessage, append_in},
-    service::messaging_migrations,
+    outbox::{AppendError, InvalidMessage, NewMessage, append_in, nudge},
+    service::{database::pool_options, messaging_migrations},
     testkit::TestDatabase,
 };
 use serde_json::json;
+use std::time::Duration;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 async fn database() -> TestDatabase {
@@ -71,4 +73,15 @@ async fn what_could_never_be_published_is_refused_with_its_reason_and_nothing_is
     // The transaction is still usable: nothing reached the database.
     let written: i64 = sqlx::query_scalar("select count(*) from outbox").fetch_one(&mut *tx).await.unwrap();
     assert_eq!(written, 0);
+}
+
+#[tokio::test]
+async fn a_nudge_is_heard_and_the_connection_is_as_durable_as_before() {
+    let database = database().await;
+    let mut nudges = database.nudges().await;
+    let pool = pool_options(1).connect(&database.url).await.unwrap();
+    nudge(&pool).await;
+    timeout(Duration::from_secs(10), nudges.recv()).await.expect("it is heard").unwrap();
+    let durable: String = sqlx::query_scalar("show synchronous_commit").fetch_one(&pool).await.unwrap();
+    assert_eq!(durable, "on");
 }

@@ -13,7 +13,7 @@ use saga_core::{
         Json, Problem,
         idempotency::{self, Answer, Begin, IdempotencyKey},
     },
-    outbox::Tx,
+    outbox::{self, Tx},
 };
 use std::time::Duration;
 
@@ -73,6 +73,7 @@ pub async fn place_order(
         }
     };
     tx.commit().await?;
+    outbox::nudge(&state.orders.pool).await;
     tracing::info!(order = %placed.id, saga = %placed.id, "order placed");
     match wait {
         Some(wait) => Ok(waited(&state, &placed, wait).await.unwrap_or_else(|| answer.into_response())),

@@ -23,7 +23,7 @@ use crate::{
     clock,
     fail_point::fail_point,
     inbox::{self, Delivery, Place},
-    outbox::Tx,
+    outbox::{self, Tx},
     panics::panic_text,
     trace,
 };
@@ -142,9 +142,11 @@ impl<H: Handler> Desk<H> {
         fail_point!("consumer.before-commit", group);
         tx.commit().await?;
         fail_point!("consumer.after-commit", group);
-        self.kept.keep(borrowed, &self.pool);
         if fresh > 0 {
             self.handler.committed();
+        }
+        if outbox::nudge_with(&mut borrowed.connection).await {
+            self.kept.keep(borrowed, &self.pool);
         }
         self.count("fresh", fresh);
         self.count("held", held.messages.len());

@@ -24,7 +24,7 @@ use crate::{
     consumer::HandleError,
     envelope::{Op, Outcome},
     fail_point::fail_point,
-    outbox::Tx,
+    outbox::{self, Tx},
     panics::panic_text,
 };
 use futures::FutureExt;
@@ -256,6 +256,7 @@ impl Intents {
         tx.commit().await?;
         fail_point!("participant.after-settle-commit", self.participant.name);
         batch::count_reply(&claim.kind, outcome);
+        outbox::nudge(&self.pool).await;
         Ok(())
     }
 

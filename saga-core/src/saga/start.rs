@@ -34,7 +34,8 @@ use std::{collections::HashSet, sync::Arc};
 use tokio::sync::oneshot;
 
 impl Engine {
-    /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing.
+    /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing. After the commit,
+    /// [`outbox::nudge`] makes the relay look at once.
     ///
     /// # Errors
     /// [`StartError::Exists`] leaves the transaction usable; after any other error it has to be rolled back.
@@ -74,7 +75,11 @@ impl Engine {
         if new.fits_a_set() {
             self.starts().push(Waiting { engine, new, tell });
         } else {
-            tokio::spawn(async move { tell.send(engine.within(engine.start_one(&new)).await) });
+            tokio::spawn(async move {
+                // Whoever asked may have gone.
+                tell.send(engine.within(engine.start_one(&new)).await).ok();
+                outbox::nudge(engine.pool()).await;
+            });
         }
         told.await.unwrap_or(Err(StartError::Database(sqlx::Error::WorkerCrashed)))
     }

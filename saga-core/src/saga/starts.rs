@@ -21,7 +21,7 @@ use crate::{
     outbox,
     service::database::{is_conflict, is_outage},
 };
-use sqlx::{Connection, Postgres, pool::PoolConnection};
+use sqlx::{Connection, PgConnection, Postgres, pool::PoolConnection};
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
@@ -125,13 +125,14 @@ async fn start_alone(Waiting { engine, new, tell }: Waiting) {
 }
 
 impl Engine {
-    async fn start_together(&self, connection: PoolConnection<Postgres>, mut set: Vec<Waiting>) {
+    async fn start_together(&self, mut connection: PoolConnection<Postgres>, mut set: Vec<Waiting>) {
         let sagas: Vec<&New> = set.iter().map(|waiting| &waiting.new).collect();
-        match self.within(self.start_set(connection, &sagas)).await {
+        match self.within(self.start_set(&mut connection, &sagas)).await {
             Ok(started) => {
                 for Waiting { new, tell, .. } in set {
                     tell.send(new_or_not(&started, &new)).ok();
                 }
+                outbox::nudge_with(&mut connection).await;
             }
             // Perhaps they were committed: to try again would tell their own callers that they exist.
             Err(StartError::Database(error)) if is_outage(&error) => tell_all(set, &error),
@@ -145,16 +146,12 @@ impl Engine {
     }
 
     async fn look(&self, new: &New) -> Result<(), StartError> {
-        let connection = self.pool().acquire().await?;
-        new_or_not(&self.start_set(connection, &[new]).await?, new)
+        let mut connection = self.pool().acquire().await?;
+        new_or_not(&self.start_set(&mut connection, &[new]).await?, new)
     }
 
     /// Says which of them are new.
-    async fn start_set(
-        &self,
-        mut connection: PoolConnection<Postgres>,
-        set: &[&New],
-    ) -> Result<HashSet<SagaId>, StartError> {
+    async fn start_set(&self, connection: &mut PgConnection, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
         let mut tx = connection.begin_with(BEGIN).await?;
         let started = self.insert(&mut tx, set).await?;
         let new = set.iter().filter(|new| started.contains(&new.saga()));

@@ -8,6 +8,7 @@ use super::{batch::BatchError, engine::Engine, measure, runner::Incoming, store}
 use crate::{
     fail_point::fail_point,
     id::SagaId,
+    outbox,
     service::database::{is_conflict, is_outage},
 };
 use std::{
@@ -88,6 +89,9 @@ impl Engine {
         fail_point!("saga.timers.before-commit", self.reply_topic());
         tx.commit().await?;
         fail_point!("saga.timers.after-commit", self.reply_topic());
+        if due > 0 {
+            outbox::nudge(self.pool()).await;
+        }
         Ok(due)
     }
 

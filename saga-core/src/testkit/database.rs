@@ -1,7 +1,10 @@
 //! A database per test: created with a random name on the server of `DATABASE_URL`, migrated, dropped at the end.
 
-use crate::service::{DatabaseSettings, Migrations, database::pool_options, migrate::migrate};
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
+use crate::{
+    outbox::NUDGES,
+    service::{DatabaseSettings, Migrations, database::pool_options, migrate::migrate},
+};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgListener};
 
 /// A database of one test's own. Dropped, connections and all, when this value is.
 pub struct TestDatabase {
@@ -32,6 +35,16 @@ impl TestDatabase {
         migrate(&settings, migrations).await.expect("migrations run on an empty database");
         let pool = pool_options(8).connect(&url).await.expect("a database that was just created accepts connections");
         Self { pool, url, name, server }
+    }
+
+    /// Hears what the relay is told.
+    ///
+    /// # Panics
+    /// When the server refuses.
+    pub async fn nudges(&self) -> PgListener {
+        let mut listener = PgListener::connect(&self.url).await.expect("the test's database accepts connections");
+        listener.listen(NUDGES).await.expect("anybody may listen");
+        listener
     }
 
     /// Cuts every connection to this database but the one that asks, as a crash of the server would; says how many.

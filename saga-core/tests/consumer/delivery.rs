@@ -15,6 +15,7 @@ use std::{
     },
     time::{Duration, Instant},
 };
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -47,6 +48,18 @@ async fn what_has_arrived_is_one_batch_and_keeps_its_order() {
     let largest = running.recorder.batches.lock().unwrap().iter().copied().max();
     assert!(largest > Some(100) && largest <= Some(500), "{largest:?}");
     assert_eq!(running.health.check(), Ok(()));
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_relay_is_told_when_a_batch_is_committed() {
+    let fixture = Fixture::new(1).await;
+    let mut nudges = fixture.database.nudges().await;
+    let running = fixture.start();
+    fixture.send(&[event("a", "1")]).await;
+    timeout(SOON, nudges.recv()).await.expect("the relay is told").unwrap();
+    // Not before the commit.
+    assert_eq!(fixture.until_handled(1).await.len(), 1);
     running.stop().await;
 }
 

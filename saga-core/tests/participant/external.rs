@@ -9,6 +9,7 @@ use saga_core::{
     testkit::{FailPoint, FreezingProxy, eventually, failpoints::Fault},
 };
 use std::time::Duration;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 fn pay(say: &[&str]) -> Pay {
@@ -37,6 +38,17 @@ async fn an_effect_is_called_after_the_commit_and_answered_when_it_is_certain() 
     assert_eq!(world.outcomes(no).await, [Rejected]);
     assert_eq!((world.effects(yes).await, world.effects(no).await), (1, 0));
     assert_eq!(world.intents().await, 0);
+}
+
+#[tokio::test]
+async fn the_relay_is_told_when_an_effect_is_settled() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Do, &pay(&["yes"]))]).await;
+    let mut nudges = world.database.nudges().await;
+    world.settle().await;
+    timeout(Duration::from_secs(10), nudges.recv()).await.expect("the relay is told").unwrap();
+    assert_eq!(world.outcomes(saga).await, [Succeeded]);
 }
 
 #[tokio::test]

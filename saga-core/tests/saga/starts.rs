@@ -54,6 +54,15 @@ async fn sagas_that_start_at_one_moment_share_a_transaction_and_each_sends_its_c
 }
 
 #[tokio::test]
+async fn the_relay_is_told_when_a_saga_has_started() {
+    let world = World::new().await;
+    let mut nudges = world.database.nudges().await;
+    start_all(&engine(&world), &[1]).await.remove(0).unwrap();
+    timeout(SOON, nudges.recv()).await.expect("the relay is told").unwrap();
+    assert_eq!(world.count("select count(*) from outbox").await, 1);
+}
+
+#[tokio::test]
 async fn of_starts_about_one_thing_one_starts_and_the_others_are_told() {
     let world = World::new().await;
     let engine = engine(&world);
