@@ -16,13 +16,15 @@ use stack::{
 use std::{fs, thread};
 
 /// What the server is started with, beside `stack`'s settings. Durability is PostgreSQL's default: everything.
-const SETTINGS: [(&str, &str); 6] = [
+const SETTINGS: [(&str, &str); 7] = [
     ("shared_preload_libraries", "pg_stat_statements"),
     // Counts only when a run asks for it: counting costs a few percent.
     ("pg_stat_statements.track", "none"),
     ("pg_stat_statements.track_planning", "on"),
     ("shared_buffers", "1GB"),
     ("max_wal_size", "8GB"),
+    // A checkpoint keeps all files of the WAL for use again, as those of a database that has run for a while are.
+    ("min_wal_size", "8GB"),
     ("wal_buffers", "64MB"),
 ];
 

@@ -128,7 +128,7 @@ impl Orders {
         }
         let found = store::find(&mut *tx, order).await.map_err(StoreError::from)?;
         tx.commit().await.map_err(StoreError::from)?;
-        outbox::nudge(&self.pool).await;
+        outbox::nudge(&self.pool);
         self.live.nudge();
         let Some(found) = found.map(Box::new) else { return Ok(CancelOutcome::Unknown) };
         match verdict {

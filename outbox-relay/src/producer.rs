@@ -129,7 +129,7 @@ impl Publisher {
             .set("acks", "all")
             .set("enable.gapless.guarantee", "true")
             .set("message.timeout.ms", "0")
-            // A page comes as a whole; there is nothing to wait for.
+            // Rows come by the page, hundreds without a pause: there is nothing to wait for.
             .set("linger.ms", "0")
             .set("batch.size", batch_bytes.to_string())
             .set("batch.num.messages", "20000")

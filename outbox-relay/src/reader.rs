@@ -230,7 +230,7 @@ mod tests {
             .execute(&database.pool)
             .await
             .unwrap();
-        nudge(&database.pool).await;
+        nudge(&database.pool);
         let item = tokio::time::timeout(SOON, read.recv()).await.expect("it is read").unwrap();
         assert!(matches!(item, Item::Page(page) if page.rows.len() == 1));
     }

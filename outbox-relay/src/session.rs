@@ -262,6 +262,10 @@ impl Session {
             let mut taken = 0;
             for (index, row) in rows.by_ref().take(together) {
                 taken += 1;
+                // To ask about a topic may take its time: nobody waits for that but rows of the topic, and what follows.
+                if !self.limits.contains_key(row.topic()) {
+                    self.send_all(&mut ready).await?;
+                }
                 let ticket = Ticket::new(number, index);
                 if let Some(built) = self.ready(page, row, before, ticket, flight).await? {
                     ready.push((row, built, ticket));
@@ -271,10 +275,15 @@ impl Session {
             if taken == 0 {
                 return Ok(());
             }
-            for (row, built, ticket) in ready {
-                self.send_row(row, built, ticket).await?;
-            }
+            self.send_all(&mut ready).await?;
         }
+    }
+
+    async fn send_all(&mut self, ready: &mut Vec<(&Row, Built, Ticket)>) -> Result<(), Ended> {
+        for (row, built, ticket) in ready.drain(..) {
+            self.send_row(row, built, ticket).await?;
+        }
+        Ok(())
     }
 
     /// The row's record, if it goes to Kafka.

@@ -80,7 +80,7 @@ async fn a_nudge_is_heard_and_the_connection_is_as_durable_as_before() {
     let database = database().await;
     let mut nudges = database.nudges().await;
     let pool = pool_options(1).connect(&database.url).await.unwrap();
-    nudge(&pool).await;
+    nudge(&pool);
     timeout(Duration::from_secs(10), nudges.recv()).await.expect("it is heard").unwrap();
     let durable: String = sqlx::query_scalar("show synchronous_commit").fetch_one(&pool).await.unwrap();
     assert_eq!(durable, "on");

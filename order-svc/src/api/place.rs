@@ -73,7 +73,7 @@ pub async fn place_order(
         }
     };
     tx.commit().await?;
-    outbox::nudge(&state.orders.pool).await;
+    outbox::nudge(&state.orders.pool);
     tracing::info!(order = %placed.id, saga = %placed.id, "order placed");
     match wait {
         Some(wait) => Ok(waited(&state, &placed, wait).await.unwrap_or_else(|| answer.into_response())),

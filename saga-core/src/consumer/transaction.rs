@@ -145,7 +145,8 @@ impl<H: Handler> Desk<H> {
         if fresh > 0 {
             self.handler.committed();
         }
-        if outbox::nudge_with(&mut borrowed.connection).await {
+        let nothing = fresh == 0 && batch.refused.is_empty();
+        if nothing || outbox::nudge_with(&mut borrowed.connection).await {
             self.kept.keep(borrowed, &self.pool);
         }
         self.count("fresh", fresh);

@@ -256,7 +256,7 @@ impl Intents {
         tx.commit().await?;
         fail_point!("participant.after-settle-commit", self.participant.name);
         batch::count_reply(&claim.kind, outcome);
-        outbox::nudge(&self.pool).await;
+        outbox::nudge(&self.pool);
         Ok(())
     }
 

@@ -90,7 +90,7 @@ impl Engine {
         tx.commit().await?;
         fail_point!("saga.timers.after-commit", self.reply_topic());
         if due > 0 {
-            outbox::nudge(self.pool()).await;
+            outbox::nudge(self.pool());
         }
         Ok(due)
     }
