@@ -85,3 +85,24 @@ async fn a_nudge_is_heard_and_the_connection_is_as_durable_as_before() {
     let durable: String = sqlx::query_scalar("show synchronous_commit").fetch_one(&pool).await.unwrap();
     assert_eq!(durable, "on");
 }
+
+#[tokio::test]
+async fn no_statistics_are_kept_of_what_messages_say_in_new_partitions_either() {
+    let database = database().await;
+    let made: Option<String> =
+        sqlx::query_scalar("select outbox_add_partition(20000000)").fetch_one(&database.pool).await.unwrap();
+    assert!(made.is_some());
+    let kept: Vec<(String, bool)> = sqlx::query_as(
+        "select a.attrelid::regclass || '.' || a.attname, a.attstattarget is distinct from 0
+           from pg_inherits i
+           join pg_attribute a on a.attrelid = i.inhrelid
+          where i.inhparent = 'outbox'::regclass
+            and a.attname in ('payload', 'headers')",
+    )
+    .fetch_all(&database.pool)
+    .await
+    .unwrap();
+    // The overflow, the first partition and the one that was just made.
+    assert_eq!(kept.len(), 6, "{kept:?}");
+    assert!(kept.iter().all(|(_, kept)| !kept), "{kept:?}");
+}
