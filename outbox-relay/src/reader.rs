@@ -1,7 +1,8 @@
 //! Reads ahead of the producer: pages of the main flow, and of topics that catch up after a pause, in one sequence.
 //!
-//! After a full page comes the next at once, after a small one when Kafka has it. When nothing is found the pauses grow
-//! with the time that nothing was found for, from 1 ms to 100 ms, and end when a service tells of a commit.
+//! After a full page comes the next at once, after a small one when Kafka has it and a pause is over. The pauses grow with
+//! the time that nothing was found for, from 1 ms (5 ms while services tell of their commits) to 100 ms, and end when a
+//! service tells of a commit.
 
 use crate::{
     control::Control,
@@ -20,9 +21,10 @@ use std::{
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
 
-/// Pauses between polls that find nothing.
+/// Pauses between polls that find little or nothing.
 const PAUSES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
-/// Shortest pause while services tell of their commits: then it is for the few that do not.
+/// Shortest pause while services tell of their commits: then it is for the few that do not, and a look in between, which
+/// finds nothing, is spared.
 const NUDGED_PAUSE: Duration = Duration::from_millis(5);
 /// For so long after the last time.
 const NUDGED: Duration = Duration::from_secs(1);
@@ -92,29 +94,39 @@ impl Reader {
         let nudges = Nudges::listen(database.options());
         let (mut found_last, mut nudged_last) = (clock::monotonic(), None::<Instant>);
         loop {
-            match self.run_once(database, db).await? {
+            let found = self.run_once(database, db).await?;
+            let acknowledged = match found {
+                Found::Closed => return Ok(()),
                 Found::Rows(rows) => {
                     found_last = clock::monotonic();
-                    if rows < FEW_ROWS {
-                        let acknowledged = async { drop(self.done.wait_for(|done| *done >= self.given).await) };
-                        // Rows that do not go to Kafka (their topic is paused) need no acknowledgement.
-                        let breath = tokio::time::sleep(*self.pauses.start());
-                        tokio::join!(tokio::time::timeout(ACKNOWLEDGED, acknowledged), breath).0.ok();
+                    if rows >= FEW_ROWS {
+                        continue;
                     }
+                    ACKNOWLEDGED
                 }
-                Found::Nothing => {
-                    let idle = clock::monotonic().duration_since(found_last);
-                    let nudged = nudged_last.is_some_and(|last| last.elapsed() < NUDGED);
-                    let shortest = if nudged { NUDGED_PAUSE } else { *self.pauses.start() };
-                    let pause = (idle / PATIENCE).clamp(shortest, shortest.max(*self.pauses.end()));
-                    tokio::select! {
-                        () = tokio::time::sleep(pause) => {}
-                        () = nudges.heard() => nudged_last = Some(clock::monotonic()),
-                        changed = self.control.changed() => if changed.is_err() { return Ok(()) },
-                        () = self.items.closed() => return Ok(()),
+                Found::Nothing => Duration::ZERO,
+            };
+            let idle = clock::monotonic().duration_since(found_last);
+            let nudged = nudged_last.is_some_and(|last| last.elapsed() < NUDGED);
+            let shortest = if nudged { NUDGED_PAUSE } else { *self.pauses.start() };
+            let pause = (idle / PATIENCE).clamp(shortest, shortest.max(*self.pauses.end()));
+            let (mut control, mut done) = (self.control.clone(), self.done.clone());
+            let pause = async {
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => Ok(()),
+                    () = nudges.heard() => {
+                        nudged_last = Some(clock::monotonic());
+                        Ok(())
                     }
+                    changed = control.changed() => changed.map_err(drop),
+                    () = self.items.closed() => Err(()),
                 }
-                Found::Closed => return Ok(()),
+            };
+            // Rows that do not go to Kafka (their topic is paused) need no acknowledgement, but a pause all the same.
+            let acknowledged = tokio::time::timeout(acknowledged, done.wait_for(|done| *done >= self.given));
+            let (pause, _) = tokio::join!(pause, async { drop(acknowledged.await) });
+            if pause.is_err() {
+                return Ok(());
             }
         }
     }
