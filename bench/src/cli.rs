@@ -89,6 +89,9 @@ pub struct ServerArgs {
     /// Use this Kafka instead of starting one
     #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", global = true)]
     pub kafka_brokers: Option<String>,
+    /// Connect by TCP to the PostgreSQL that is started, instead of its Unix socket
+    #[arg(long, env = "BENCH_TCP", global = true)]
+    pub tcp: bool,
     /// Start PostgreSQL with this setting
     #[arg(long = "postgres", value_name = "NAME=VALUE", global = true)]
     pub postgres: Vec<String>,

@@ -32,6 +32,7 @@ const SETTINGS: [(&str, &str); 7] = [
 pub struct Machine {
     servers: Servers,
     cache: Cache,
+    database_url: String,
 }
 
 /// What the figures were measured on.
@@ -66,7 +67,11 @@ impl Machine {
             preferred_ports: None,
         };
         let servers = Servers::start(config, progress).await?;
-        let machine = Self { servers, cache: Cache::open()? };
+        // Everything is on one machine, as a service may be with its PostgreSQL; then people connect by the socket.
+        let started = servers.postgres.as_ref().filter(|_| !args.tcp);
+        let socket = started.and_then(|postgres| postgres.socket_url("postgres"));
+        let database_url = socket.unwrap_or_else(|| servers.database_url.clone());
+        let machine = Self { servers, cache: Cache::open()?, database_url };
         machine.tune(&args.postgres).await?;
         Ok(machine)
     }
@@ -89,7 +94,7 @@ impl Machine {
 
     /// A connection to the maintenance database.
     pub async fn admin(&self) -> anyhow::Result<PgConnection> {
-        PgConnection::connect(&self.servers.database_url).await.context("connect to PostgreSQL")
+        PgConnection::connect(&self.database_url).await.context("connect to PostgreSQL")
     }
 
     /// Stops what was started.
@@ -104,7 +109,7 @@ impl Machine {
 
     /// The URL of PostgreSQL's maintenance database.
     pub fn database_url(&self) -> &str {
-        &self.servers.database_url
+        &self.database_url
     }
 
     /// The process of PostgreSQL, if it was started here.
@@ -136,8 +141,10 @@ impl Machine {
     pub async fn describe(&self) -> anyhow::Result<Description> {
         let mut admin = self.admin().await?;
         let postgres: String = sqlx::query_scalar(
-            "select format('%s; fsync %s, synchronous_commit %s, full_page_writes %s, shared_buffers %s',
-                           current_setting('server_version'), current_setting('fsync'),
+            "select format('%s by %s; fsync %s, synchronous_commit %s, full_page_writes %s, shared_buffers %s',
+                           current_setting('server_version'),
+                           case when inet_client_addr() is null then 'Unix socket' else 'TCP' end,
+                           current_setting('fsync'),
                            current_setting('synchronous_commit'), current_setting('full_page_writes'),
                            current_setting('shared_buffers'))",
         )

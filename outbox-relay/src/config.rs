@@ -141,8 +141,10 @@ fn read_outboxes(text: &str, errors: &mut ConfigErrors) -> Option<Vec<OutboxSett
                 continue;
             }
         };
-        let place =
-            |of: &PgConnectOptions| (of.get_host().to_owned(), of.get_port(), of.get_database().map(str::to_owned));
+        let place = |of: &PgConnectOptions| {
+            let socket = of.get_socket().cloned();
+            (socket, of.get_host().to_owned(), of.get_port(), of.get_database().map(str::to_owned))
+        };
         if outboxes.iter().any(|other| other.name == name) {
             wrong(format!("names {name:?} twice"));
         } else if let Some(other) = outboxes.iter().find(|other| place(&other.database) == place(&database)) {

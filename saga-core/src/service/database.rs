@@ -94,7 +94,8 @@ pub(super) async fn wait_for(options: &PgConnectOptions) -> Result<PgConnection,
             Err(error) if is_outage(&error) => {
                 if !said {
                     said = true;
-                    let (host, port) = (options.get_host(), options.get_port());
+                    let socket = options.get_socket().map(|socket| socket.display().to_string());
+                    let (host, port) = (socket.as_deref().unwrap_or(options.get_host()), options.get_port());
                     tracing::warn!(host, port, %error, "waiting for the database");
                 }
                 tokio::time::sleep(delays.next().unwrap_or(WAIT.max)).await;
