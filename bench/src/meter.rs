@@ -3,7 +3,7 @@
 use crate::machine::Machine;
 use serde::Serialize;
 use sqlx::Row as _;
-use std::{collections::BTreeMap, fs, time::Instant};
+use std::{collections::BTreeMap, fs, path::Path, time::Instant};
 
 /// Processor time is told in these parts of a second, whatever the kernel's own clock does (`USER_HZ`).
 const TICKS: f64 = 100.0;
@@ -69,7 +69,10 @@ pub async fn read(machine: &Machine, processes: &[(&str, Option<u32>)]) -> anyho
     let mut cpu = BTreeMap::new();
     for (name, pid) in all {
         // Ours alone: our children are the others.
-        let seconds = pid.and_then(|pid| if pid == std::process::id() { own(pid) } else { tree.with_children(pid) });
+        let seconds = pid.and_then(|pid| match pid == std::process::id() {
+            true => own(Path::new("/proc/self/stat")),
+            false => tree.with_children(pid),
+        });
         seconds.map(|seconds| cpu.insert(name.to_owned(), seconds));
     }
     Ok(Reading { at: Instant::now(), cpu, database: [row.try_get(0)?, row.try_get(1)?, syncs, row.try_get(2)?] })
@@ -78,6 +81,15 @@ pub async fn read(machine: &Machine, processes: &[(&str, Option<u32>)]) -> anyho
 /// Processor time of a process and its children so far.
 pub fn cpu_of(pid: Option<u32>) -> Option<f64> {
     Tree::read().with_children(pid?)
+}
+
+/// Processor time that a JVM has spent on compiling itself so far.
+pub fn compiling(jvm: u32) -> Option<f64> {
+    let threads = fs::read_dir(format!("/proc/{jvm}/task")).ok()?.flatten().map(|thread| thread.path());
+    let compilers = threads.filter(|thread| {
+        fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with("C1 ") || name.starts_with("C2 "))
+    });
+    Some(compilers.filter_map(|thread| own(&thread.join("stat"))).sum())
 }
 
 impl Reading {
@@ -98,16 +110,16 @@ impl Reading {
     }
 }
 
-/// Fields of `/proc/PID/stat` behind the name, which may contain anything: state first, then the parent.
-fn stat(pid: u32) -> Option<Vec<u64>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+/// Fields of a `/proc/PID/stat` behind the name, which may contain anything: state first, then the parent.
+fn stat(path: &Path) -> Option<Vec<u64>> {
+    let text = fs::read_to_string(path).ok()?;
     let rest = text.rsplit_once(')')?.1;
     Some(rest.split_whitespace().map(|field| field.parse().unwrap_or(0)).collect())
 }
 
-/// Processor time of a process alone.
-fn own(pid: u32) -> Option<f64> {
-    let stat = stat(pid)?;
+/// Processor time of a process, or a thread, alone.
+fn own(path: &Path) -> Option<f64> {
+    let stat = stat(path)?;
     #[allow(clippy::cast_precision_loss)]
     Some((stat.get(11)? + stat.get(12)?) as f64 / TICKS)
 }
@@ -118,10 +130,10 @@ struct Tree(Vec<(u32, u64, u64)>);
 impl Tree {
     fn read() -> Self {
         let names = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = names.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let pids = names.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
         Self(
             pids.filter_map(|pid| {
-                let stat = stat(pid)?;
+                let stat = stat(Path::new(&format!("/proc/{pid}/stat")))?;
                 // With the children that ended and were waited for: backends come and go.
                 Some((pid, *stat.get(1)?, stat.get(11..15)?.iter().sum()))
             })

@@ -39,6 +39,12 @@ use std::{
 const COUNTED: Duration = Duration::from_secs(5);
 /// The first saga ends within this, or something is broken.
 const FIRST_END: Duration = Duration::from_secs(120);
+/// A JVM compiles itself for so long at most: some of it never ends.
+const COMPILED_MAX: Duration = Duration::from_secs(120);
+/// Its compiler is looked at so often,
+const LOOK_AT_COMPILER: Duration = Duration::from_secs(5);
+/// and is quiet when it takes less than this part of a processor.
+const COMPILER_QUIET: f64 = 0.05;
 /// Microseconds; a slower saga is told as this slow.
 const SLOWEST: u64 = 600_000_000;
 
@@ -122,6 +128,7 @@ async fn measure(
     progress.step("sagas: waiting for the first to end");
     await_first_end(&databases[0]).await?;
     pass(progress, "sagas: warming up", Duration::from_secs(args.warm_up)).await;
+    await_compiler(machine, progress).await;
     // As autovacuum would within the minute: plans that were made for empty tables are made anew.
     for database in databases {
         sqlx::query("vacuum analyze").execute(&database.pool(1).await?).await?;
@@ -185,6 +192,20 @@ async fn await_first_end(orchestrator: &Database) -> anyhow::Result<()> {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     Ok(())
+}
+
+/// Until the broker's JVM has nearly done with compiling itself, which takes the longer the slower the machine is. A broker
+/// does that once in its life.
+async fn await_compiler(machine: &Machine, progress: &Progress) {
+    let compiling = || machine.kafka_pid().and_then(meter::compiling);
+    let deadline = Instant::now() + COMPILED_MAX;
+    let mut before = compiling();
+    while let Some(then) = before
+        && Instant::now() < deadline
+    {
+        pass(progress, "sagas: warming up until Kafka's JVM has compiled itself, another", LOOK_AT_COMPILER).await;
+        before = compiling().filter(|now| now - then > COMPILER_QUIET * LOOK_AT_COMPILER.as_secs_f64());
+    }
 }
 
 fn now() -> anyhow::Result<u64> {
