@@ -12,6 +12,10 @@ use clap::Parser;
 use stack::{progress::Progress, run};
 use std::process::ExitCode;
 
+/// librdkafka's too; see `mimalloc` in the workspace's `Cargo.toml`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     match obey(Cli::parse()).await {

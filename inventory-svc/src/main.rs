@@ -4,6 +4,10 @@ use clap::Parser;
 use saga_core::service::{ServiceArgs, ServiceCommand, launch};
 use std::process::ExitCode;
 
+/// librdkafka's too; see `mimalloc` in the workspace's `Cargo.toml`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Items, stock and reservations of the order platform
 #[derive(Parser)]
 #[command(name = "inventory-svc", version)]

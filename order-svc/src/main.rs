@@ -4,6 +4,10 @@ use clap::Parser;
 use saga_core::service::{ServiceArgs, ServiceCommand, launch};
 use std::process::ExitCode;
 
+/// librdkafka's too; see `mimalloc` in the workspace's `Cargo.toml`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Orders of the order platform: their API, and the saga that carries each one through
 #[derive(Parser)]
 #[command(name = "order-svc", version, about)]

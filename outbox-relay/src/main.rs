@@ -8,6 +8,10 @@ use outbox_relay::{
 use saga_core::service::{exit_code, telemetry};
 use std::process::ExitCode;
 
+/// librdkafka's too; see `mimalloc` in the workspace's `Cargo.toml`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();

@@ -8,6 +8,10 @@ use payment_svc::{
 use saga_core::service::{ConfigErrors, exit_code};
 use std::process::ExitCode;
 
+/// librdkafka's too; see `mimalloc` in the workspace's `Cargo.toml`.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     run(Cli::parse()).await.unwrap_or_else(|errors| errors.report())
