@@ -65,12 +65,10 @@ impl Platform {
             "sku": sku, "name": name, "unit_price": { "amount": price, "currency": "EUR" }
         });
         let url = format!("{}/v1/items", self.stack.url(Service::Inventory));
-        // 409: an answer was lost, and it is there.
-        self.insists(|| self.http.post(&url).json(&item), &[409]).await;
+        self.insists(&url, &unique("item"), &item).await;
         if pieces > 0 {
-            let (url, key) = (format!("{url}/{sku}/adjustments"), unique("delivery"));
             let delivery = json!({ "delta": pieces, "reason": "first delivery" });
-            self.insists(|| self.http.post(&url).header("idempotency-key", &key).json(&delivery), &[]).await;
+            self.insists(&format!("{url}/{sku}/adjustments"), &unique("delivery"), &delivery).await;
         }
         eventually(SETTLED, || async {
             let known = sqlx::query_scalar("select exists (select from catalogue where sku = $1)").bind(&sku);
@@ -80,13 +78,13 @@ impl Platform {
         sku
     }
 
-    /// Asks until there is an answer that is a success, or one of `fine`: the service may be down.
-    async fn insists(&self, request: impl Fn() -> reqwest::RequestBuilder, fine: &[u16]) {
+    /// Asks under one key until there is an answer that is a success: the service may be down.
+    async fn insists(&self, url: &str, key: &str, body: &Value) {
         eventually(PATIENCE, || async {
-            let answer = request().send().await.ok()?;
+            let answer = self.http.post(url).header("idempotency-key", key).json(body).send().await.ok()?;
             let status = answer.status();
             assert!(!status.is_client_error() || matches!(status.as_u16(), 408 | 409 | 429), "{status}");
-            (status.is_success() || fine.contains(&status.as_u16())).then_some(())
+            status.is_success().then_some(())
         })
         .await;
     }

@@ -50,7 +50,7 @@ pub fn router(pool: PgPool) -> Router {
 }
 
 /// A new item.
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct NewItem {
     /// 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-'.
@@ -149,21 +149,43 @@ struct Page {
 /// Create an item; its stock is 0.
 #[utoipa::path(
     post, path = "/v1/items", tag = "items", request_body = NewItem,
+    params(("idempotency-key" = String, Header, description = "new with each new request")),
     responses(
         (status = 201, body = ItemView, headers(("location" = String), ("etag" = String))),
-        (status = 409, description = "the sku is taken", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "a field is wrong", body = Problem, content_type = "application/problem+json"),
+        (status = 400, description = "no Idempotency-Key", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "the sku is taken, or in flight", body = Problem,
+         content_type = "application/problem+json"),
+        (status = 422, description = "a field is wrong, or the key was used for something else", body = Problem,
+         content_type = "application/problem+json"),
     )
 )]
-async fn create(State(pool): State<PgPool>, Json(body): Json<NewItem>) -> Result<Response, Problem> {
-    let name = Text::parse("name", &body.name);
-    let price = Price::parse(body.unit_price);
-    let (name, price) = both(name, price)?;
+async fn create(
+    State(pool): State<PgPool>,
+    key: IdempotencyKey,
+    Json(body): Json<NewItem>,
+) -> Result<Response, Problem> {
+    let (name, price) = both(Text::parse("name", &body.name), Price::parse(body.unit_price))?;
     let mut tx = pool.begin().await?;
-    let item = items::create_in(&mut tx, &body.sku, &name, price).await.map_err(item_problem)?;
-    tx.commit().await?;
-    let location = format!("/v1/items/{}", item.sku);
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], answer(item)).into_response())
+    let done = create_in(&mut tx, &key, &body, &name, price).await;
+    end(tx, done).await
+}
+
+async fn create_in(
+    tx: &mut Tx<'_>,
+    key: &IdempotencyKey,
+    body: &NewItem,
+    name: &Text,
+    price: Price,
+) -> Result<Done, Problem> {
+    let ticket = match idempotency::begin_in(tx, "POST /v1/items", key, body).await? {
+        Begin::Replay(answer) => return Ok(Done::Before(answer)),
+        Begin::Fresh(ticket) => ticket,
+    };
+    let item = items::create_in(tx, &body.sku, name, price).await.map_err(item_problem)?;
+    let (location, etag) = (format!("/v1/items/{}", item.sku), etag(&item));
+    let answer = Answer::json(StatusCode::CREATED, &view(item))?.location(location).etag(etag);
+    ticket.finish_in(tx, &answer).await?;
+    Ok(Done::Now(answer))
 }
 
 /// Items by sku.
@@ -243,29 +265,8 @@ async fn adjust(
     let sku = known(&sku)?;
     let (delta, reason) = both(Delta::parse(body.delta), Text::parse("reason", &body.reason))?;
     let mut tx = pool.begin().await?;
-    match adjust_in(&mut tx, &key, (sku, &body), delta, &reason).await {
-        Ok(Done::Now(answer)) => {
-            tx.commit().await?;
-            Ok(answer.into_response())
-        }
-        // Rolled back before the answer, or the client's next request finds its key still in flight.
-        Ok(Done::Before(answer)) => {
-            tx.rollback().await.ok();
-            Ok(answer.into_response())
-        }
-        Err(problem) => {
-            tx.rollback().await.ok();
-            Err(problem)
-        }
-    }
-}
-
-/// What became of an adjustment.
-enum Done {
-    /// It is made, if the transaction commits.
-    Now(Answer),
-    /// It was made before.
-    Before(Answer),
+    let done = adjust_in(&mut tx, &key, (sku, &body), delta, &reason).await;
+    end(tx, done).await
 }
 
 async fn adjust_in(
@@ -315,6 +316,33 @@ async fn movements(
     Ok(Json(List::page(rows, page.limit, |row| row.id)?.map(movement_view)))
 }
 
+/// What became of a request under an idempotency key.
+enum Done {
+    /// It is done, if the transaction commits.
+    Now(Answer),
+    /// It was done before.
+    Before(Answer),
+}
+
+/// Commits what was done now, and answers.
+async fn end(tx: Tx<'static>, done: Result<Done, Problem>) -> Result<Response, Problem> {
+    match done {
+        Ok(Done::Now(answer)) => {
+            tx.commit().await?;
+            Ok(answer.into_response())
+        }
+        // Rolled back before the answer, or the client's next request finds its key still in flight.
+        Ok(Done::Before(answer)) => {
+            tx.rollback().await.ok();
+            Ok(answer.into_response())
+        }
+        Err(problem) => {
+            tx.rollback().await.ok();
+            Err(problem)
+        }
+    }
+}
+
 fn view(item: Item) -> ItemView {
     let Item { sku, name, unit_price, version, on_hand, reserved } = item;
     ItemView { sku, name, unit_price, on_hand, reserved, version }
@@ -326,7 +354,11 @@ fn movement_view(row: Movement) -> MovementView {
 }
 
 fn answer(item: Item) -> impl IntoResponse {
-    ([(header::ETAG, format!("\"{}\"", item.version))], Json(view(item)))
+    ([(header::ETAG, etag(&item))], Json(view(item)))
+}
+
+fn etag(item: &Item) -> String {
+    format!("\"{}\"", item.version)
 }
 
 /// A sku in a path that is not well-formed is one that nobody has.

@@ -36,25 +36,28 @@ async fn a_bad_item_is_refused_by_its_field_and_nothing_is_written() {
         ("unit_price", with(good(), "/unit_price", Value::Null)),
         ("colour", extra),
     ] {
-        let answer = warehouse.request(Method::POST, "/v1/items").json(&body).send().await.unwrap();
+        let answer = warehouse.create("k", &body).send().await.unwrap();
         assert_eq!(problem(answer).await, (422, "/problems/validation".into(), vec![field.into()]), "{body}");
     }
     let both = with(with(good(), "/name", json!("")), "/unit_price/amount", json!(-1));
-    let answer = warehouse.request(Method::POST, "/v1/items").json(&both).send().await.unwrap();
+    let answer = warehouse.create("k", &both).send().await.unwrap();
     assert_eq!(problem(answer).await.2, ["name", "unit_price.amount"], "all of them at once");
 
     let raw = |body: &str, kind: &str| {
-        let request = warehouse.request(Method::POST, "/v1/items").header("content-type", kind.to_owned());
-        request.body(body.to_owned()).send()
+        let request = warehouse.request(Method::POST, "/v1/items").header("idempotency-key", "k");
+        request.header("content-type", kind.to_owned()).body(body.to_owned()).send()
     };
     assert_eq!(problem(raw("{\"sku\":", "application/json").await.unwrap()).await.0, 400);
     assert_eq!(problem(raw("{}", "text/plain").await.unwrap()).await.0, 415);
     assert_eq!(problem(raw(&" ".repeat(70_000), "application/json").await.unwrap()).await.0, 413);
 
-    let rows: i64 = sqlx::query_scalar("select (select count(*) from item) + (select count(*) from outbox)")
-        .fetch_one(&warehouse.db.pool)
-        .await
-        .unwrap();
+    assert_eq!(problem(warehouse.create("", &good()).send().await.unwrap()).await.0, 400);
+    assert_eq!(problem(warehouse.create(&"k".repeat(201), &good()).send().await.unwrap()).await.0, 400);
+
+    let rows = sqlx::query_scalar(
+        "select (select count(*) from item) + (select count(*) from outbox) + (select count(*) from idempotency_answer)",
+    );
+    let rows: i64 = rows.fetch_one(&warehouse.db.pool).await.unwrap();
     assert_eq!(rows, 0);
 }
 

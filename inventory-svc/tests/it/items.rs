@@ -20,7 +20,7 @@ async fn announced(warehouse: &Warehouse, sku: &str) -> Vec<Value> {
 #[tokio::test]
 async fn an_item_is_created_read_and_announced_once() {
     let warehouse = Warehouse::open().await;
-    let created = warehouse.request(Method::POST, "/v1/items").json(&item("A-1")).send().await.unwrap();
+    let created = warehouse.create("k1", &item("A-1")).send().await.unwrap();
     assert_eq!(created.status(), 201);
     assert_eq!(created.headers()["location"], "/v1/items/A-1");
     assert_eq!(created.headers()["etag"], "\"1\"");
@@ -29,9 +29,65 @@ async fn an_item_is_created_read_and_announced_once() {
     assert_eq!(created.json::<Value>().await.unwrap(), expected);
     assert_eq!(warehouse.get("/v1/items/A-1").await.json::<Value>().await.unwrap(), expected);
 
-    let again = warehouse.request(Method::POST, "/v1/items").json(&item("A-1")).send().await.unwrap();
-    assert_eq!(problem(again).await, (409, "/problems/item-exists".into(), vec!["sku".into()]));
+    let taken = warehouse.create("k2", &item("A-1")).send().await.unwrap();
+    assert_eq!(problem(taken).await, (409, "/problems/item-exists".into(), vec!["sku".into()]));
     assert_eq!(announced(&warehouse, "A-1").await, [item("A-1")]);
+}
+
+#[tokio::test]
+async fn a_repeated_creation_gets_the_same_answer_and_announces_nothing_more() {
+    let warehouse = Warehouse::open().await;
+    let mut answers = Vec::new();
+    for replayed in [false, true, true] {
+        let answer = warehouse.create("k1", &item("A")).send().await.unwrap();
+        assert_eq!(answer.headers().contains_key("idempotency-replayed"), replayed);
+        let header = |name: &str| answer.headers()[name].to_str().unwrap().to_owned();
+        let head = (answer.status().as_u16(), header("location"), header("etag"), header("content-type"));
+        answers.push((head, answer.text().await.unwrap()));
+        // What was answered stays what is answered, whatever became of the item since.
+        sqlx::query("update stock set on_hand = on_hand + 1").execute(&warehouse.db.pool).await.unwrap();
+    }
+    assert_eq!(answers[0].0, (201, "/v1/items/A".into(), "\"1\"".into(), "application/json".into()));
+    assert_eq!((&answers[1], &answers[2]), (&answers[0], &answers[0]));
+    assert_eq!(announced(&warehouse, "A").await, [item("A")]);
+}
+
+#[tokio::test]
+async fn a_creations_key_is_needed_and_is_good_for_that_item_only() {
+    let warehouse = Warehouse::open().await;
+    let keyless = warehouse.request(Method::POST, "/v1/items").json(&item("A")).send().await.unwrap();
+    assert_eq!(problem(keyless).await, (400, "/problems/idempotency-key".into(), vec!["Idempotency-Key".into()]));
+
+    assert_eq!(warehouse.create("k1", &item("A")).send().await.unwrap().status(), 201);
+    let dearer = json!({"sku": "A", "name": "The A", "unit_price": {"amount": 2999, "currency": "EUR"}});
+    let reused = (422, "/problems/idempotency-key-reused".into(), vec!["Idempotency-Key".into()]);
+    for other in [item("B"), dearer] {
+        assert_eq!(problem(warehouse.create("k1", &other).send().await.unwrap()).await, reused, "{other}");
+    }
+    assert_eq!(problem(warehouse.create("k2", &item("A")).send().await.unwrap()).await.0, 409);
+    let made = warehouse.create("k2", &item("B")).send().await.unwrap();
+    assert_eq!(made.status(), 201, "a refusal does not use the key up");
+    let delivery = json!({"delta": 1, "reason": "delivery"});
+    let delivered = warehouse.adjust("A", "k1", &delivery).send().await.unwrap();
+    assert_eq!(delivered.status(), 201, "each operation has keys of its own");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn twenty_repeats_at_once_create_once() {
+    let warehouse = Warehouse::open().await;
+    let body = item("A");
+    let repeats = (0..20).map(|_| warehouse.create("same", &body).send());
+    let mut created = 0;
+    for response in futures::future::join_all(repeats).await {
+        let response = response.unwrap();
+        match response.status().as_u16() {
+            201 => created += 1,
+            // Not that the sku is taken: a repeat is told of its own first request only.
+            _ => assert_eq!(problem(response).await.1, "/problems/in-flight"),
+        }
+    }
+    assert!(created > 0);
+    assert_eq!(announced(&warehouse, "A").await, [item("A")]);
 }
 
 #[tokio::test]
@@ -143,6 +199,13 @@ async fn the_openapi_document_has_every_route_and_the_docs_show_it() {
     let paths: Vec<_> = document["paths"].as_object().unwrap().keys().cloned().collect();
     assert_eq!(paths, ["/v1/items", "/v1/items/{sku}", "/v1/items/{sku}/adjustments", "/v1/items/{sku}/movements"]);
     assert!(document["components"]["schemas"]["Problem"].is_object());
+    for path in ["/v1/items", "/v1/items/{sku}/adjustments"] {
+        let post = &document["paths"][path]["post"];
+        let mut parameters = post["parameters"].as_array().unwrap().iter();
+        let key = parameters.find(|parameter| parameter["name"] == "idempotency-key").unwrap();
+        assert_eq!((&key["in"], &key["required"]), (&json!("header"), &json!(true)), "{path}");
+        assert!(post["responses"]["400"].is_object(), "{path}");
+    }
     let docs = warehouse.get("/docs/").await;
     assert_eq!(docs.status(), 200);
     assert!(docs.text().await.unwrap().contains("swagger-ui"));

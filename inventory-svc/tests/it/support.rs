@@ -56,7 +56,7 @@ impl Warehouse {
     pub(crate) async fn stocked(pieces: &[(&str, i64)]) -> Self {
         let warehouse = Self::open().await;
         for (sku, on_hand) in pieces {
-            let created = warehouse.request(Method::POST, "/v1/items").json(&item(sku)).send().await.unwrap();
+            let created = warehouse.create(&Uuid::now_v7().to_string(), &item(sku)).send().await.unwrap();
             assert_eq!(created.status(), 201);
             if *on_hand > 0 {
                 let made =
@@ -73,6 +73,10 @@ impl Warehouse {
 
     pub(crate) async fn get(&self, path: &str) -> Response {
         self.request(Method::GET, path).send().await.unwrap()
+    }
+
+    pub(crate) fn create(&self, key: &str, body: &Value) -> RequestBuilder {
+        self.request(Method::POST, "/v1/items").header("idempotency-key", key).json(body)
     }
 
     pub(crate) fn adjust(&self, sku: &str, key: &str, body: &Value) -> RequestBuilder {
