@@ -8,6 +8,10 @@
 //! Processes of a crash test are told by the environment: `FAILPOINTS="consumer.after-commit=3*off->1*return(kill)"`
 //! (the syntax of the `fail` crate) hits every scope, `consumer.after-commit@payment-svc=…` one.
 //!
+//! A fault that never fires proves nothing, and a test cannot tell it from one that was survived. So a [`FailPoint`] that
+//! fired less often than it was armed for fails its test when it is dropped, and whatever fires is a warning in the log
+//! ([`FIRES`], with the field `fail_point`), which is how another process's faults are counted.
+//!
 //! | name | scope | edge |
 //! |---|---|---|
 //! | `consumer.before-begin` | group | a batch is taken, its transaction not begun |
@@ -26,7 +30,14 @@
 //! | `saga.timers.before-commit` | reply topic | due sagas are decided and written |
 //! | `saga.timers.after-commit` | reply topic | committed, and the timers do not know |
 
-use std::sync::Once;
+use std::{
+    collections::BTreeMap,
+    panic::Location,
+    sync::{Mutex, MutexGuard, Once, PoisonError},
+};
+
+/// What a process's log says of each fault.
+pub const FIRES: &str = "a fail point fires";
 
 /// What happens at a fail point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,28 +71,44 @@ pub struct Injected(pub Fault);
 impl From<Injected> for sqlx::Error {
     fn from(injected: Injected) -> Self {
         match injected.0 {
-            Fault::Outage => Self::Io(std::io::Error::new(std::io::ErrorKind::ConnectionReset, injected)),
-            _ => Self::Encode(Box::new(injected)),
+            Fault::Error => Self::Encode(Box::new(injected)),
+            // A crash too: an error that counts as somebody's own fault is dealt with, and the dead deal with nothing.
+            Fault::Outage | Fault::Crash | Fault::Kill => {
+                Self::Io(std::io::Error::new(std::io::ErrorKind::ConnectionReset, injected))
+            }
         }
     }
 }
 
-/// An armed fail point; disarmed when dropped.
+/// How often the points that are armed in this process have fired, by key.
+static FIRED: Mutex<BTreeMap<String, usize>> = Mutex::new(BTreeMap::new());
+
+fn fired() -> MutexGuard<'static, BTreeMap<String, usize>> {
+    FIRED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An armed fail point; disarmed when dropped, which panics when it has not fired as often as it was armed for.
 #[derive(Debug)]
+#[must_use = "it is disarmed when it is dropped"]
 pub struct FailPoint {
     key: String,
+    times: usize,
+    armed_at: &'static Location<'static>,
 }
 
 impl FailPoint {
     /// Arms `name` in `scope`: the first `skip` passages go through, the next `times` get `fault`.
+    #[track_caller]
     pub fn arm(name: &str, scope: &str, fault: Fault, skip: usize, times: usize) -> Self {
         let key = format!("{name}@{scope}");
         let skipped = if skip == 0 { String::new() } else { format!("{skip}*off->") };
         fail::cfg(&key, &format!("{skipped}{times}*return({})->off", fault.as_str())).expect("the syntax is fixed");
-        Self { key }
+        fired().insert(key.clone(), 0);
+        Self { key, times, armed_at: Location::caller() }
     }
 
     /// Arms `name` in `scope` for its next passage.
+    #[track_caller]
     pub fn once(name: &str, scope: &str, fault: Fault) -> Self {
         Self::arm(name, scope, fault, 0, 1)
     }
@@ -90,6 +117,11 @@ impl FailPoint {
 impl Drop for FailPoint {
     fn drop(&mut self) {
         fail::remove(&self.key);
+        let fired = fired().remove(&self.key).unwrap_or_default();
+        let Self { key, times, armed_at } = self;
+        // A test that fails already has said why.
+        let silent = std::thread::panicking();
+        assert!(silent || fired >= *times, "{armed_at}: {key} was to fire {times} times, and fired {fired} times");
     }
 }
 
@@ -105,14 +137,21 @@ pub fn pass(name: &str, scope: &str) -> Result<(), Injected> {
         }
     });
     let scoped = format!("{name}@{scope}");
-    match fail::eval(&scoped, |fault| fault).or_else(|| fail::eval(name, |fault| fault)).map(Option::unwrap_or_default)
-    {
-        None => Ok(()),
-        Some(fault) if fault == "kill" => std::process::abort(),
-        Some(fault) if fault == "crash" => Err(Injected(Fault::Crash)),
-        Some(fault) if fault == "outage" => Err(Injected(Fault::Outage)),
-        Some(_) => Err(Injected(Fault::Error)),
+    let Some((key, fault)) = fault_at(&scoped).or_else(|| fault_at(name)) else { return Ok(()) };
+    tracing::warn!(fail_point = key, fault, "{FIRES}");
+    if let Some(count) = fired().get_mut(key) {
+        *count += 1;
     }
+    match fault.as_str() {
+        "kill" => std::process::abort(),
+        "crash" => Err(Injected(Fault::Crash)),
+        "outage" => Err(Injected(Fault::Outage)),
+        _ => Err(Injected(Fault::Error)),
+    }
+}
+
+fn fault_at(key: &str) -> Option<(&str, String)> {
+    fail::eval(key, |fault| (key, fault.unwrap_or_default()))
 }
 
 fn split(setting: &str) -> Option<(&str, &str)> {
@@ -132,5 +171,30 @@ mod tests {
         assert!(pass("test.point", "elsewhere").is_ok());
         drop(armed);
         assert!(pass("test.point", &scope).is_ok());
+    }
+
+    #[test]
+    #[should_panic(expected = "was to fire 1 times, and fired 0 times")]
+    fn a_point_that_nobody_passes_fails_the_test_that_armed_it() {
+        let scope = crate::testkit::unique("scope");
+        let _armed = FailPoint::once("test.point", &scope, Fault::Error);
+        assert!(pass("test.point", "elsewhere").is_ok());
+    }
+
+    #[test]
+    #[should_panic(expected = "was to fire 2 times, and fired 1 times")]
+    fn a_point_that_fires_less_often_than_it_was_armed_for_fails_the_test_too() {
+        let scope = crate::testkit::unique("scope");
+        let _armed = FailPoint::arm("test.point", &scope, Fault::Error, 1, 2);
+        let passages: Vec<_> = (0..2).map(|_| pass("test.point", &scope).is_ok()).collect();
+        assert_eq!(passages, [true, false]);
+    }
+
+    #[test]
+    #[should_panic(expected = "another reason")]
+    fn a_test_that_fails_already_keeps_its_reason() {
+        let scope = crate::testkit::unique("scope");
+        let _armed = FailPoint::once("test.point", &scope, Fault::Error);
+        panic!("another reason");
     }
 }

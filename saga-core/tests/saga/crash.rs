@@ -49,18 +49,25 @@ async fn drive(world: &World, saga: SagaId) -> usize {
 async fn a_crash_at_any_edge_of_any_transaction_leaves_the_same_saga() {
     let world = World::new().await;
     let mut number = 0;
-    for edge in ["saga.after-load", "saga.after-store", "saga.timers.before-commit", "saga.timers.after-commit"] {
-        for fault in [Fault::Crash, Fault::Error, Fault::Outage] {
+    // The timers take an error for one saga's mistake, and go on with one saga at a time: nobody sees it fail.
+    for (edge, seen) in [
+        ("saga.after-load", [(Fault::Crash, 1), (Fault::Error, 1), (Fault::Outage, 1)]),
+        ("saga.after-store", [(Fault::Crash, 1), (Fault::Error, 1), (Fault::Outage, 1)]),
+        ("saga.timers.before-commit", [(Fault::Crash, 1), (Fault::Error, 0), (Fault::Outage, 1)]),
+        ("saga.timers.after-commit", [(Fault::Crash, 1), (Fault::Error, 0), (Fault::Outage, 1)]),
+    ] {
+        for (fault, seen) in seen {
             for passage in [0, 1, 3] {
                 number += 1;
                 let saga = world.start(number).await;
                 let armed = FailPoint::arm(edge, &world.reply_topic, fault, passage, 1);
                 let failures = drive(&world, saga).await;
+                // Panics unless it fired.
                 drop(armed);
                 let trail = world.trail(saga).await;
                 let steps: Vec<_> = trail.iter().filter(|sent| !sent.contains('#')).collect();
                 assert_eq!(steps, ["authorize", "reserve", "capture", "-reserve", "-authorize"], "{edge} {fault:?}");
-                assert!(failures <= 1, "{edge} {fault:?} {passage}: {failures}");
+                assert_eq!(failures, seen, "{edge} {fault:?} {passage}");
                 assert_eq!(world.notes(saga).await.len(), 2, "opened once, cancelled once");
             }
         }
