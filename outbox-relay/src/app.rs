@@ -1,22 +1,21 @@
 //! The parts put together: what `serve` and `migrate` do.
 
-use crate::{Relay, admin, config::Configuration};
+use crate::{Relay, admin, config::Configuration, settings::OutboxSettings};
 use anyhow::Context;
 use saga_core::service::{
-    self, DatabaseSettings, Health, admin_router, messaging_migrations, migrate::migrate, shutdown, task,
-    telemetry::TelemetryGuard,
+    self, DatabaseSettings, Health, admin_router, messaging_migrations, migrate::migrate, shutdown, task, telemetry,
 };
 use tokio::net::TcpListener;
 
 /// Publishes until it is told to stop or a part of it fails.
-pub async fn serve(configuration: Configuration, telemetry: &TelemetryGuard) -> anyhow::Result<()> {
+pub async fn serve(configuration: Configuration) -> anyhow::Result<()> {
     let stop = shutdown::token();
     let relay = Relay::new(&configuration.relay).context("the Kafka client")?;
     let health = Health::new(&stop);
     admin::check_health(&health, &relay);
     let addr = configuration.admin.addr;
     let listener = TcpListener::bind(addr).await.with_context(|| format!("ADMIN_ADDR {addr}"))?;
-    let router = admin_router(health.clone(), telemetry.metrics(), configuration.admin.auth, admin::routes(&relay));
+    let router = admin_router(health.clone(), telemetry::metrics()?, configuration.admin.auth, admin::routes(&relay));
     tracing::info!(%addr, outboxes = relay.outboxes().len(), "the admin listener is open");
     let publishing = {
         let stop = stop.clone();
@@ -39,8 +38,8 @@ pub async fn serve(configuration: Configuration, telemetry: &TelemetryGuard) -> 
 }
 
 /// Brings the messaging tables of every outbox up to date.
-pub async fn migrate_all(configuration: &Configuration) -> anyhow::Result<()> {
-    for outbox in &configuration.relay.outboxes {
+pub async fn migrate_all(outboxes: &[OutboxSettings]) -> anyhow::Result<()> {
+    for outbox in outboxes {
         let settings = DatabaseSettings { options: outbox.database.clone(), max_connections: 1 };
         let applied =
             migrate(&settings, &[messaging_migrations()]).await.with_context(|| format!("outbox {}", outbox.name))?;

@@ -107,6 +107,14 @@ impl RelayArgs {
         };
         errors.finish(read())
     }
+
+    /// Likewise for `migrate`, which needs nothing but the databases.
+    pub fn validate_migrate(&self) -> Result<(Vec<OutboxSettings>, TelemetrySettings), ConfigErrors> {
+        let mut errors = ConfigErrors::default();
+        let outboxes = read_outboxes(self.outboxes.as_deref().unwrap_or_default(), &mut errors);
+        let telemetry = self.telemetry.read(&mut errors);
+        errors.finish(outboxes.zip(telemetry))
+    }
 }
 
 fn read_outboxes(text: &str, errors: &mut ConfigErrors) -> Option<Vec<OutboxSettings>> {

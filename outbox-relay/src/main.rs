@@ -3,28 +3,32 @@
 use clap::Parser;
 use outbox_relay::{
     app,
-    config::{Cli, Command, IDENTITY},
+    config::{Cli, Command, IDENTITY, RelayArgs},
 };
-use saga_core::service::{exit_code, telemetry};
+use saga_core::service::{ConfigErrors, launch_with};
 use std::process::ExitCode;
 
-/// librdkafka's too; see `mimalloc` in the workspace's `Cargo.toml`.
+/// See `mimalloc` in the workspace's `Cargo.toml`.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let configuration = match cli.args.validate() {
-        Ok(configuration) => configuration,
-        Err(errors) => return errors.report(),
+    let Cli { command, args } = Cli::parse();
+    let done = match command.unwrap_or(Command::Serve) {
+        Command::Serve => serve(&args).await,
+        Command::Migrate => migrate(&args).await,
     };
-    let telemetry = match telemetry::init(&configuration.telemetry, IDENTITY.name) {
-        Ok(telemetry) => telemetry,
-        Err(error) => return exit_code(Err::<(), _>(error)),
-    };
-    exit_code(match cli.command.unwrap_or(Command::Serve) {
-        Command::Serve => app::serve(configuration, &telemetry).await,
-        Command::Migrate => app::migrate_all(&configuration).await,
-    })
+    done.unwrap_or_else(|mistakes| mistakes.report())
+}
+
+async fn serve(args: &RelayArgs) -> Result<ExitCode, ConfigErrors> {
+    let configuration = args.validate()?;
+    let telemetry = configuration.telemetry.clone();
+    Ok(launch_with(&IDENTITY, &telemetry, app::serve(configuration)).await)
+}
+
+async fn migrate(args: &RelayArgs) -> Result<ExitCode, ConfigErrors> {
+    let (outboxes, telemetry) = args.validate_migrate()?;
+    Ok(launch_with(&IDENTITY, &telemetry, app::migrate_all(&outboxes)).await)
 }

@@ -43,9 +43,9 @@ pub(crate) enum OwnerError {
     /// This database is not the one that the position was recorded in.
     #[error(
         "the position of outbox {outbox:?} was recorded in another PostgreSQL cluster (system identifier {recorded}, \
-         this one is {found}): transaction ids may mean something else here, so nothing is published. \
-         After pg_upgrade or a physical copy, where they were kept: `outbox-relay reanchor --accept`. \
-         After a logical copy (pg_dump, logical replication): `outbox-relay reanchor --rewrite`"
+         this one is {found}): transaction ids may mean something else here, so nothing is published and nothing is \
+         lost. pg_upgrade and a physical copy keep them, a logical copy (pg_dump, logical replication) does not; this \
+         version has no command yet that moves the position in either case"
     )]
     OtherCluster {
         /// Which outbox.

@@ -3,7 +3,10 @@
 mod common;
 
 use common::{PATIENCE, World, append, ids};
-use saga_core::testkit::{brokers, eventually, read_to_end};
+use saga_core::{
+    service::messaging_migrations,
+    testkit::{TestDatabase, brokers, eventually, read_to_end},
+};
 use std::{
     collections::{HashMap, HashSet},
     process::{Child, Command, Stdio},
@@ -251,4 +254,16 @@ async fn an_outbox_that_nobody_may_publish_still_tells_how_far_behind_it_is() {
             .tells(&[&format!("outbox_pending{{outbox=\"orders\"}} {pending}"), "outbox_owner{outbox=\"orders\"} 0"])
             .await;
     }
+}
+
+#[tokio::test]
+async fn migrate_needs_nothing_but_the_databases() {
+    let database = TestDatabase::new(&[]).await;
+    let mut relay = Command::new(env!("CARGO_BIN_EXE_outbox-relay"));
+    let outboxes = format!("orders={}", database.url);
+    let output = relay.arg("migrate").env_clear().env("OUTBOXES", outboxes).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let applied: i64 =
+        sqlx::query_scalar("select count(*) from refinery_messaging").fetch_one(&database.pool).await.unwrap();
+    assert_eq!(usize::try_from(applied).unwrap(), messaging_migrations().count());
 }

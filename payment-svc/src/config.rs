@@ -30,6 +30,8 @@ pub enum Command {
     Serve,
     /// Bring the database's schema up to date, then exit
     Migrate,
+    /// Bring the schema of the simulated provider's database up to date, then exit
+    MigrateGatewaySim,
     /// Run a simulated payment provider, with a database of its own
     GatewaySim(SimArgs),
 }

@@ -3,12 +3,12 @@
 use clap::Parser;
 use payment_svc::{
     config::{Cli, Command, IDENTITY},
-    serve, sim,
+    migrations, serve, sim,
 };
-use saga_core::service::{ConfigErrors, exit_code};
+use saga_core::service::{ConfigErrors, exit_code, launch_migrate};
 use std::process::ExitCode;
 
-/// librdkafka's too; see `mimalloc` in the workspace's `Cargo.toml`.
+/// See `mimalloc` in the workspace's `Cargo.toml`.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -23,7 +23,8 @@ async fn run(Cli { service, gateway, command }: Cli) -> Result<ExitCode, ConfigE
             let (settings, gateway) = gateway.validate(&service)?;
             exit_code(serve::serve(settings, gateway).await)
         }
-        Command::Migrate => exit_code(serve::migrate(service.validate(&IDENTITY)?).await),
+        Command::Migrate => launch_migrate(&IDENTITY, &service, &migrations::all()).await,
+        Command::MigrateGatewaySim => launch_migrate(&sim::IDENTITY, &service, &[migrations::gateway()]).await,
         Command::GatewaySim(sim) => exit_code(sim::run(sim.validate(&service)?).await),
     })
 }

@@ -15,21 +15,13 @@ use contracts::topics;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
     participant::{IntentConfig, Participant},
-    service::{self, Health, Parts, Settings, database, migrate, task, telemetry},
+    service::{self, Health, Parts, Settings, database, task, telemetry},
     topic::Topic,
 };
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 /// What this service reads, and so creates: its commands.
 const TOPICS: [Topic; 1] = [topics::PAYMENTS_COMMANDS];
-
-/// Brings the schema up to date.
-pub async fn migrate(settings: Settings) -> anyhow::Result<()> {
-    let _telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
-    let applied = migrate::migrate(&settings.database, &migrations::all()).await?;
-    tracing::info!(applied, "the schema is up to date");
-    Ok(())
-}
 
 /// Runs the service until it is asked to stop.
 pub async fn serve(settings: Settings, gateway: GatewaySettings) -> anyhow::Result<()> {

@@ -5,5 +5,6 @@ mod api;
 mod crashes;
 mod gateway;
 mod kafka;
+mod migrate;
 mod outcomes;
 mod support;

@@ -6,12 +6,13 @@
 
 use super::{
     admin::admin_router,
-    config::{ConfigErrors, DatabaseSettings, Identity, ServiceArgs, ServiceCommand, Settings},
+    config::{ConfigErrors, Identity, ServiceArgs, ServiceCommand, Settings},
     health::Health,
     migrate::{Migrations, migrate},
     shutdown,
     supervisor::{BoxError, Task, exit_code, run_all, serve, task},
-    telemetry, topics,
+    telemetry::{self, TelemetrySettings},
+    topics,
 };
 use crate::{http::Api, topic::Topic};
 use axum::Router;
@@ -103,40 +104,48 @@ where
     S: FnOnce(Settings, CancellationToken) -> F,
     F: Future<Output = anyhow::Result<()>>,
 {
-    let mut errors = ConfigErrors::default();
-    let wanted = match command.unwrap_or(ServiceCommand::Serve) {
-        ServiceCommand::Serve => args
-            .read(identity, &mut errors)
-            .map(|settings| (settings.telemetry.clone(), Wanted::Serve(Box::new(settings)))),
-        ServiceCommand::Migrate => {
-            let (database, telemetry) = (args.database.read(&mut errors), args.telemetry.read(&mut errors));
-            telemetry.zip(database.map(|settings| Wanted::Migrate(Box::new(settings))))
+    if command.unwrap_or(ServiceCommand::Serve) == ServiceCommand::Migrate {
+        return launch_migrate(identity, args, &migrations()).await;
+    }
+    match args.validate(identity) {
+        Ok(settings) => {
+            let telemetry = settings.telemetry.clone();
+            launch_with(identity, &telemetry, serve(settings, shutdown::token())).await
         }
-    };
-    let (telemetry, wanted) = match errors.finish(wanted) {
-        Ok(settings) => settings,
-        Err(mistakes) => return mistakes.report(),
-    };
-    let _telemetry = match telemetry::init(&telemetry, identity.name) {
-        Ok(guard) => guard,
-        Err(error) => {
-            eprintln!("{error}");
-            return ExitCode::FAILURE;
-        }
-    };
-    exit_code(match wanted {
-        Wanted::Serve(settings) => serve(*settings, shutdown::token()).await,
-        Wanted::Migrate(database) => match migrate(&database, &migrations()).await {
-            Ok(applied) => {
-                tracing::info!(applied, "the schema is up to date");
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
-        },
-    })
+        Err(mistakes) => mistakes.report(),
+    }
 }
 
-enum Wanted {
-    Serve(Box<Settings>),
-    Migrate(Box<DatabaseSettings>),
+/// All that a `migrate` does: it brings the database's schema up to date, and needs nothing but the database. The exit code
+/// is [`launch`]'s.
+pub async fn launch_migrate(identity: &Identity, args: &ServiceArgs, migrations: &[Migrations]) -> ExitCode {
+    let mut errors = ConfigErrors::default();
+    let (database, telemetry) = (args.database.read(&mut errors), args.telemetry.read(&mut errors));
+    match errors.finish(database.zip(telemetry)) {
+        Ok((database, telemetry)) => {
+            let migrated = async {
+                let applied = migrate(&database, migrations).await?;
+                tracing::info!(applied, "the schema is up to date");
+                Ok(())
+            };
+            launch_with(identity, &telemetry, migrated).await
+        }
+        Err(mistakes) => mistakes.report(),
+    }
+}
+
+/// Sets telemetry up, does `work`, and tells what became of it: the part of a `main` that comes after its arguments.
+pub async fn launch_with(
+    identity: &Identity,
+    telemetry: &TelemetrySettings,
+    work: impl Future<Output = anyhow::Result<()>>,
+) -> ExitCode {
+    match telemetry::init(telemetry, identity.name) {
+        Ok(_until_the_end) => exit_code(work.await),
+        // Nobody would hear it otherwise.
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -24,7 +24,7 @@ pub mod telemetry;
 pub mod topics;
 
 pub use admin::{AdminAuth, Role, admin_router};
-pub use assembly::{Parts, launch, run};
+pub use assembly::{Parts, launch, launch_migrate, launch_with, run};
 pub use config::{
     AdminArgs, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, Identity, KafkaArgs, KafkaSettings, ServiceArgs,
     ServiceCommand, Settings, TelemetryArgs,
