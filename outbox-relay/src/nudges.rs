@@ -4,6 +4,7 @@
 //! it. Behind a pooler that hands a connection from one client to the next nothing is listened for: others would be told.
 
 use crate::database::within;
+use futures::FutureExt as _;
 use saga_core::outbox::NUDGES;
 use sqlx::{
     Connection as _, PgConnection, Row as _,
@@ -40,6 +41,11 @@ impl Nudges {
     /// Waits for the next, or returns at once when there was one since the last.
     pub(crate) async fn heard(&self) {
         self.heard.notified().await;
+    }
+
+    /// Whether there was one since the last: for who is about to look anyway.
+    pub(crate) fn take(&self) -> bool {
+        self.heard().now_or_never().is_some()
     }
 }
 

@@ -103,6 +103,11 @@ impl Cursor {
         (self.at.base == self.at.target && self.read.is_empty()).then_some(&self.at.base)
     }
 
+    /// Whether the next rows are known to be there: the window was cut, or is long.
+    pub(crate) fn knows_more(&self) -> bool {
+        !self.read.is_empty() || matches!(self.plan, Plan::Walk { .. })
+    }
+
     /// The last snapshot up to which all is handed out.
     pub(crate) fn base(&self) -> &Snapshot {
         &self.at.base

@@ -94,38 +94,48 @@ impl Reader {
         let nudges = Nudges::listen(database.options());
         let (mut found_last, mut nudged_last) = (clock::monotonic(), None::<Instant>);
         loop {
-            let found = self.run_once(database, db).await?;
-            let acknowledged = match found {
+            // What has been told of by now is in the window that is opened next.
+            if !self.main.knows_more() && nudges.take() {
+                nudged_last = Some(clock::monotonic());
+            }
+            let small_page = match self.run_once(database, db).await? {
                 Found::Closed => return Ok(()),
                 Found::Rows(rows) => {
                     found_last = clock::monotonic();
-                    if rows >= FEW_ROWS {
+                    if rows >= FEW_ROWS || self.main.knows_more() {
                         continue;
                     }
-                    ACKNOWLEDGED
+                    true
                 }
-                Found::Nothing => Duration::ZERO,
+                Found::Nothing => false,
             };
             let idle = clock::monotonic().duration_since(found_last);
             let nudged = nudged_last.is_some_and(|last| last.elapsed() < NUDGED);
             let shortest = if nudged { NUDGED_PAUSE } else { *self.pauses.start() };
             let pause = (idle / PATIENCE).clamp(shortest, shortest.max(*self.pauses.end()));
+            // Copies, in which a change is seen that stays new for `run_once`.
             let (mut control, mut done) = (self.control.clone(), self.done.clone());
-            let pause = async {
+            let paused = async {
                 tokio::select! {
-                    () = tokio::time::sleep(pause) => Ok(()),
+                    () = tokio::time::sleep(pause) => false,
                     () = nudges.heard() => {
                         nudged_last = Some(clock::monotonic());
-                        Ok(())
+                        false
                     }
-                    changed = control.changed() => changed.map_err(drop),
-                    () = self.items.closed() => Err(()),
+                    changed = control.changed() => changed.is_err(),
+                    () = self.items.closed() => true,
                 }
             };
-            // Rows that do not go to Kafka (their topic is paused) need no acknowledgement, but a pause all the same.
-            let acknowledged = tokio::time::timeout(acknowledged, done.wait_for(|done| *done >= self.given));
-            let (pause, _) = tokio::join!(pause, async { drop(acknowledged.await) });
-            if pause.is_err() {
+            let acknowledged = async {
+                if small_page {
+                    let acknowledged = async { drop(done.wait_for(|done| *done >= self.given).await) };
+                    // Rows that do not go to Kafka (their topic is paused) need no acknowledgement, but a breath all the same.
+                    let breath = tokio::time::sleep(*self.pauses.start());
+                    tokio::join!(tokio::time::timeout(ACKNOWLEDGED, acknowledged), breath).0.ok();
+                }
+            };
+            let (closed, ()) = tokio::join!(paused, acknowledged);
+            if closed {
                 return Ok(());
             }
         }
