@@ -12,7 +12,7 @@ use clap::Parser;
 use stack::{progress::Progress, run};
 use std::process::ExitCode;
 
-/// librdkafka's too; see `mimalloc` in the workspace's `Cargo.toml`.
+/// See `mimalloc` in the workspace's `Cargo.toml`.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -4,7 +4,7 @@ use clap::Parser;
 use saga_core::service::{ServiceArgs, ServiceCommand, launch};
 use std::process::ExitCode;
 
-/// librdkafka's too; see `mimalloc` in the workspace's `Cargo.toml`.
+/// See `mimalloc` in the workspace's `Cargo.toml`.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
