@@ -66,7 +66,7 @@ pub struct SagaArgs {
     /// Sagas in flight: one that ends is followed by the next
     #[arg(long, env = "BENCH_IN_FLIGHT", value_name = "NUMBER", default_value_t = 64, global = true)]
     pub in_flight: usize,
-    /// Seconds before it is measured: the JVM compiles, pools fill
+    /// Seconds before it is measured, at least: pools fill, and Kafka's JVM compiles itself, which is waited for beyond that
     #[arg(long, env = "BENCH_WARM_UP", value_name = "SECONDS", default_value_t = 45, global = true)]
     pub warm_up: u64,
     /// Seconds that are measured

@@ -3,7 +3,12 @@
 use crate::machine::Machine;
 use serde::Serialize;
 use sqlx::Row as _;
-use std::{collections::BTreeMap, fs, path::Path, time::Instant};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 /// Processor time is told in these parts of a second, whatever the kernel's own clock does (`USER_HZ`).
 const TICKS: f64 = 100.0;
@@ -83,13 +88,24 @@ pub fn cpu_of(pid: Option<u32>) -> Option<f64> {
     Tree::read().with_children(pid?)
 }
 
-/// Processor time that a JVM has spent on compiling itself so far.
-pub fn compiling(jvm: u32) -> Option<f64> {
-    let threads = fs::read_dir(format!("/proc/{jvm}/task")).ok()?.flatten().map(|thread| thread.path());
-    let compilers = threads.filter(|thread| {
-        fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with("C1 ") || name.starts_with("C2 "))
-    });
-    Some(compilers.filter_map(|thread| own(&thread.join("stat"))).sum())
+/// Processor time of each of a JVM's compilers so far, by thread. They come and go.
+#[derive(Debug)]
+pub struct Compilers(BTreeMap<PathBuf, f64>);
+
+impl Compilers {
+    /// `None` when there is no such process.
+    pub fn read(jvm: u32) -> Option<Self> {
+        let threads = fs::read_dir(format!("/proc/{jvm}/task")).ok()?.flatten().map(|thread| thread.path());
+        let compilers = threads.filter(|thread| {
+            fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with("C1 ") || name.starts_with("C2 "))
+        });
+        Some(Self(compilers.filter_map(|thread| Some((thread.clone(), own(&thread.join("stat"))?))).collect()))
+    }
+
+    /// Seconds that they worked from `before` to here.
+    pub fn since(&self, before: &Self) -> f64 {
+        self.0.iter().map(|(thread, now)| now - before.0.get(thread).unwrap_or(&0.0)).sum()
+    }
 }
 
 impl Reading {

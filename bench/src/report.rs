@@ -1,6 +1,10 @@
 //! What was measured: a table for people, JSON for machines.
 
-use crate::{drain::Drain, machine::Description, sagas::Sagas};
+use crate::{
+    drain::Drain,
+    machine::Description,
+    sagas::{COMPILERS_QUIET, Sagas},
+};
 use anyhow::Context as _;
 use comfy_table::{CellAlignment, Table, presets::UTF8_HORIZONTAL_ONLY};
 use serde::Serialize;
@@ -169,6 +173,11 @@ fn sagas(f: &mut fmt::Formatter<'_>, sagas: &Sagas) -> fmt::Result {
          p50 {:.1} ms, p99 {:.1} ms, p99.9 {:.1} ms, max {:.1} ms",
         sagas.per_second, latency_ms.p50, latency_ms.p99, latency_ms.p999, latency_ms.max
     )?;
+    match sagas.compilers {
+        Some(share) if share < COMPILERS_QUIET => {}
+        Some(share) => writeln!(f, "Kafka's JVM still took {:.0}% of a processor to compile itself", share * 100.0)?,
+        None => writeln!(f, "whether Kafka's JVM had compiled itself is not known")?,
+    }
     let ended = sagas.ended.max(1) as f64;
     let mut per_saga = table(&["per saga", ""]);
     let each = |count: i64| format!("{:.2}", count as f64 / ended);

@@ -17,7 +17,7 @@ use crate::{
     cli::SagaArgs,
     databases::Database,
     machine::Machine,
-    meter::{self, Cost},
+    meter::{self, Compilers, Cost},
     role,
     statements::{self, Statement},
     steps::{self, Steps},
@@ -41,10 +41,10 @@ const COUNTED: Duration = Duration::from_secs(5);
 const FIRST_END: Duration = Duration::from_secs(120);
 /// A JVM compiles itself for so long at most: some of it never ends.
 const COMPILED_MAX: Duration = Duration::from_secs(120);
-/// Its compiler is looked at so often,
-const LOOK_AT_COMPILER: Duration = Duration::from_secs(5);
-/// and is quiet when it takes less than this part of a processor.
-const COMPILER_QUIET: f64 = 0.05;
+/// Its compilers are looked at so often,
+const LOOK_AT_COMPILERS: Duration = Duration::from_secs(5);
+/// and are quiet when they take less than this part of a processor.
+pub const COMPILERS_QUIET: f64 = 0.05;
 /// Microseconds; a slower saga is told as this slow.
 const SLOWEST: u64 = 600_000_000;
 
@@ -63,6 +63,8 @@ pub struct Sagas {
     pub per_second: f64,
     /// Milliseconds from beginning to end.
     pub latency_ms: Latency,
+    /// The part of a processor that Kafka's JVM still took to compile itself when the measured time began.
+    pub compilers: Option<f64>,
     /// Messages in the command and reply topics.
     pub messages: i64,
     /// What it cost.
@@ -128,7 +130,7 @@ async fn measure(
     progress.step("sagas: waiting for the first to end");
     await_first_end(&databases[0]).await?;
     pass(progress, "sagas: warming up", Duration::from_secs(args.warm_up)).await;
-    await_compiler(machine, progress).await;
+    let compilers = await_compilers(machine, progress).await;
     // As autovacuum would within the minute: plans that were made for empty tables are made anew.
     for database in databases {
         sqlx::query("vacuum analyze").execute(&database.pool(1).await?).await?;
@@ -175,6 +177,7 @@ async fn measure(
             p999: ms(histogram.value_at_quantile(0.999)),
             max: ms(histogram.max()),
         },
+        compilers,
         messages,
         cost,
         statements: counted,
@@ -194,17 +197,20 @@ async fn await_first_end(orchestrator: &Database) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Until the broker's JVM has nearly done with compiling itself, which takes the longer the slower the machine is. A broker
-/// does that once in its life.
-async fn await_compiler(machine: &Machine, progress: &Progress) {
-    let compiling = || machine.kafka_pid().and_then(meter::compiling);
+/// Until the broker's JVM has nearly done with compiling itself, which takes the longer the slower the machine is, and which
+/// a broker does once in its life. Says what part of a processor the compilers took at last; `None` where nobody can tell.
+async fn await_compilers(machine: &Machine, progress: &Progress) -> Option<f64> {
+    let compilers = || machine.kafka_pid().and_then(Compilers::read);
     let deadline = Instant::now() + COMPILED_MAX;
-    let mut before = compiling();
-    while let Some(then) = before
-        && Instant::now() < deadline
-    {
-        pass(progress, "sagas: warming up until Kafka's JVM has compiled itself, another", LOOK_AT_COMPILER).await;
-        before = compiling().filter(|now| now - then > COMPILER_QUIET * LOOK_AT_COMPILER.as_secs_f64());
+    let mut before = compilers()?;
+    loop {
+        pass(progress, "sagas: waiting until Kafka's JVM has compiled itself; looking again", LOOK_AT_COMPILERS).await;
+        let now = compilers()?;
+        let share = now.since(&before) / LOOK_AT_COMPILERS.as_secs_f64();
+        if share < COMPILERS_QUIET || Instant::now() > deadline {
+            return Some(share);
+        }
+        before = now;
     }
 }
 
