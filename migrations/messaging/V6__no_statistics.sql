@@ -5,6 +5,8 @@ alter table outbox alter column payload set statistics 0;
 alter table outbox alter column headers set statistics 0;
 alter table participant_fence alter column run_reply set statistics 0;
 alter table participant_fence alter column undo_reply set statistics 0;
+alter table idempotency_answer alter column fingerprint set statistics 0;
+alter table idempotency_answer alter column body set statistics 0;
 
 
 -- As before, and a new partition gets that too: `like` does not copy it.

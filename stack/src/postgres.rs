@@ -24,8 +24,8 @@ const POM: &str = include_str!("../postgres/pom.xml");
 /// A server that recovers from a crash takes a while; a fresh one answers in 0.3 s.
 const START_BOUND: Duration = Duration::from_secs(60);
 
-/// The kernel takes 107 bytes for a socket's path, and `/.s.PGSQL.65535` comes behind the directory's.
-const SOCKET_DIRECTORY_MAX: usize = 107 - 15;
+/// Linux takes 107 bytes for a socket's path, macOS 103, and `/.s.PGSQL.65535` comes behind the directory's.
+const SOCKET_DIRECTORY_MAX: usize = 103 - 15;
 
 /// What a server promises about power failures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +112,8 @@ pub fn url(port: u16, database: &str) -> String {
 /// URL.
 fn socket_directory(data: &Path) -> Option<&str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-');
-    data.to_str().filter(|path| path.len() <= SOCKET_DIRECTORY_MAX && path.chars().all(plain))
+    let path = data.to_str().filter(|_| data.is_absolute())?;
+    (path.len() <= SOCKET_DIRECTORY_MAX && path.chars().all(plain)).then_some(path)
 }
 
 fn settings(durability: Durability) -> Vec<&'static str> {
