@@ -7,6 +7,7 @@ mod hang_up;
 mod live;
 mod placing;
 mod reads;
+mod saga_in_doubt;
 mod saga_way;
 mod schema;
 mod support;

@@ -8,6 +8,7 @@ pub mod explorer;
 pub mod failpoints;
 pub mod kafka;
 mod proxy;
+mod time;
 mod waiting;
 
 use crate::consumer::{HandleError, Handler, Message};
@@ -18,6 +19,7 @@ pub use database::TestDatabase;
 pub use failpoints::FailPoint;
 pub use kafka::{Record, TestTopic, brokers, create_topic, produce, read_to_end};
 pub use proxy::FreezingProxy;
+pub use time::time_passes;
 pub use waiting::eventually;
 
 /// Hands `batch` to a handler as a consumer does, without inbox and Kafka: in a transaction, once more when it says

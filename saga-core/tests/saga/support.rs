@@ -9,7 +9,7 @@ use saga_core::{
     outbox::Tx,
     saga::{Cancelled, Engine, EngineBuilder, Happened, LocalCall, LocalEffect, LocalError, RetryPolicy, Saga, saga},
     service::{messaging_migrations, saga_migrations},
-    testkit::{TestDatabase, deliver, unique},
+    testkit::{self, TestDatabase, deliver, unique},
     topic::Topic,
 };
 use serde::{Deserialize, Serialize};
@@ -275,21 +275,7 @@ impl World {
 
     /// Lets the open wait of every saga be over, without waiting.
     pub(crate) async fn time_passes(&self) {
-        let mut tx = self.database.pool.begin().await.unwrap();
-        let waiting: Vec<uuid::Uuid> = sqlx::query_scalar(
-            "select saga_id from saga where state #> '{status,open,due}' is not null order by saga_id for update",
-        )
-        .fetch_all(&mut *tx)
-        .await
-        .unwrap();
-        for sql in [
-            "update saga set state = jsonb_set(state, '{status,open,due}', '1000'), armed_at = '2020-01-01'
-              where saga_id = any($1)",
-            "update saga_due set due_at = '2020-01-01' where saga_id = any($1)",
-        ] {
-            sqlx::query(sql).bind(&waiting).execute(&mut *tx).await.unwrap();
-        }
-        tx.commit().await.unwrap();
+        testkit::time_passes(&self.database.pool).await;
     }
 
     /// Time passes, and the timers notice.

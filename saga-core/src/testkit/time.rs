@@ -1,0 +1,26 @@
+//! Time that passes without anybody waiting.
+
+use sqlx::PgPool;
+
+/// Lets the open wait of every saga in the database be over (a step's deadline, the pause before a resend): the engine's
+/// next `tick` takes them. Deadlines of whole sagas stay as they are.
+///
+/// # Panics
+/// When the database says no.
+pub async fn time_passes(pool: &PgPool) {
+    let mut tx = pool.begin().await.expect("a transaction begins");
+    let waiting: Vec<uuid::Uuid> = sqlx::query_scalar(
+        "select saga_id from saga where state #> '{status,open,due}' is not null order by saga_id for update",
+    )
+    .fetch_all(&mut *tx)
+    .await
+    .expect("sagas are locked");
+    for sql in [
+        "update saga set state = jsonb_set(state, '{status,open,due}', '1000'), armed_at = '2020-01-01'
+          where saga_id = any($1)",
+        "update saga_due set due_at = '2020-01-01' where saga_id = any($1)",
+    ] {
+        sqlx::query(sql).bind(&waiting).execute(&mut *tx).await.expect("their due times are moved");
+    }
+    tx.commit().await.expect("the transaction commits");
+}
