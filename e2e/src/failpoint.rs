@@ -1,13 +1,20 @@
 //! Processes in which something goes wrong at a named edge of a transaction.
 //!
-//! The names are saga-core's (`testkit::failpoints` lists them); a process arms them from its environment.
+//! The names are saga-core's (`testkit::failpoints` lists them); a process arms them from its environment, and its log
+//! says what fired. Only that counts: a process may end, and work may be done, without it.
 
 use crate::platform::Platform;
-use saga_core::testkit::eventually;
+use saga_core::testkit::{eventually, failpoints::FIRES};
+use serde_json::Value;
 use stack::{platform::Running, service::Service};
-use std::time::Duration;
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    path::Path,
+    time::Duration,
+};
 
-/// How long a process may take to come to the edge.
+/// How long a process may take to come to the edge, as often as it is to go wrong there.
 const REACHED: Duration = Duration::from_secs(30);
 
 /// What goes wrong at an edge.
@@ -44,18 +51,37 @@ impl Edge {
         };
         format!("{}={skipped}{action}", self.name)
     }
+
+    /// How often it is to go wrong.
+    fn times(self) -> usize {
+        match self.wrong {
+            Wrong::Kill => 1,
+            Wrong::Error(times) | Wrong::Outage(times) => times,
+        }
+    }
+
+    /// How often it went wrong since the process's log was so long.
+    fn fired(self, log: &Path, since: u64) -> io::Result<usize> {
+        let (mut file, mut lines) = (File::open(log)?, Vec::new());
+        file.seek(SeekFrom::Start(since))?;
+        file.read_to_end(&mut lines)?;
+        let lines = lines.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Value>(line).ok());
+        Ok(lines.filter(|line| line["message"] == FIRES && line["fail_point"] == self.name).count())
+    }
 }
 
 impl Platform {
     /// Restarts a process so that something goes wrong at the edge while `work` is done, then starts it as it was.
     ///
     /// # Panics
-    /// When a process that is to die does not: then the edge was not reached, or the binaries were built without fail
-    /// points.
+    /// When it does not go wrong there, as often as it is to: then `work` does not come to the edge, or the binaries were
+    /// built without fail points, or `RUST_LOG` leaves warnings out.
     pub async fn goes_wrong_at<T>(&self, edge: Edge, work: impl Future<Output = T>) -> T {
         let running = self.stack.service(edge.service);
         let armed = edge.armed();
         running.process.stop().await;
+        // What is in the log by now is about other edges, or about an earlier passage of this one.
+        let since = running.process.log().metadata().expect("it has written a log").len();
         running.process.start_again_with(&[("FAILPOINTS", &armed)]).expect("the program is there");
         // It may die before it is ready: what is wrong with that is said below.
         let _ = running.ready().await;
@@ -63,12 +89,12 @@ impl Platform {
             if edge.wrong == Wrong::Kill {
                 self.dies(running, &armed).await;
             }
+            self.fires(running, edge, since).await;
         };
         let (result, ()) = tokio::join!(work, meanwhile);
         if edge.wrong != Wrong::Kill {
             running.restart().await.unwrap_or_else(|error| panic!("{}: {error}", edge.service));
         }
-        self.fault_fired(edge.name);
         result
     }
 
@@ -77,6 +103,17 @@ impl Platform {
         let service = running.service;
         assert!(died.is_ok(), "{service} did not die at {armed}; were the binaries built with --workspace?");
         running.start_again().await.unwrap_or_else(|error| panic!("{service} does not come back: {error}"));
+    }
+
+    /// Waits until it went wrong at the edge as often as it is to.
+    async fn fires(&self, running: &Running, edge: Edge, since: u64) {
+        let fired = || edge.fired(running.process.log(), since).expect("the log can be read");
+        let all = eventually(REACHED * 2, || async { (fired() >= edge.times()).then_some(()) });
+        // With a bound of its own, because it can say which edge it is about.
+        let reached = tokio::time::timeout(REACHED, all).await;
+        let (service, armed, times) = (edge.service, edge.armed(), fired());
+        assert!(reached.is_ok(), "{service}: {armed} fired {times} times; were the binaries built with --workspace?");
+        (0..times).for_each(|_| self.fault_fired(edge.name));
     }
 
     /// Waits until the platform's processes all say that they are ready.
