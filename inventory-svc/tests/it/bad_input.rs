@@ -55,7 +55,8 @@ async fn a_bad_item_is_refused_by_its_field_and_nothing_is_written() {
     assert_eq!(problem(warehouse.create(&"k".repeat(201), &good()).send().await.unwrap()).await.0, 400);
 
     let rows = sqlx::query_scalar(
-        "select (select count(*) from item) + (select count(*) from outbox) + (select count(*) from idempotency_answer)",
+        "select (select count(*) from item) + (select count(*) from outbox)
+              + (select count(*) from idempotency_answer)",
     );
     let rows: i64 = rows.fetch_one(&warehouse.db.pool).await.unwrap();
     assert_eq!(rows, 0);
