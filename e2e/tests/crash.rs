@@ -266,6 +266,15 @@ fn connections_to_postgresql_are_cut_under_load() {
     });
 }
 
+/// Until whoever asks whether they are ready is told that they are not.
+async fn are_red(platform: &Platform, services: &[Service]) {
+    for service in services {
+        let url = platform.admin(*service, "/readyz");
+        let red = || async { (platform.http.get(&url).send().await.ok()?.status() == 503).then_some(()) };
+        eventually(TAKEN_OVER, red).await;
+    }
+}
+
 #[test]
 fn postgresql_is_killed_under_load_and_everything_resumes_by_itself() {
     alone(async |platform| {
@@ -276,6 +285,7 @@ fn postgresql_is_killed_under_load_and_everything_resumes_by_itself() {
             eventually(TAKEN_OVER, || async { (platform.accepted() > placed + 10).then_some(()) }).await;
             postgres.process.kill();
             platform.fault_fired("SIGKILL postgres");
+            are_red(platform, &Service::ALL).await;
             postgres.restart().await.expect("PostgreSQL comes back");
         };
         tokio::join!(load(platform, ORDERS, Chance::new("load")), crash);
@@ -296,6 +306,7 @@ fn kafka_is_killed_under_load_and_everything_resumes_by_itself() {
             // Orders are still taken: nobody waits for Kafka within a request.
             let placed = platform.accepted();
             eventually(TAKEN_OVER, || async { (platform.accepted() > placed).then_some(()) }).await;
+            are_red(platform, &[Service::Payments, Service::Inventory, Service::Orders, Service::Relay]).await;
             kafka.restart().await.expect("Kafka comes back");
         };
         tokio::join!(load(platform, ORDERS, Chance::new("load")), crash);

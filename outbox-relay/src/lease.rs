@@ -78,6 +78,7 @@ impl Lease {
     pub(crate) async fn keep(&self, line: &mut PrivateLine) -> LeaseError {
         let mut pause = self.length / 3;
         let mut problem = String::from("no answer from PostgreSQL");
+        let mut said = false;
         loop {
             let ends = *self.ends.borrow();
             tokio::time::sleep_until((Instant::from_std(saga_core::clock::monotonic()) + pause).min(ends)).await;
@@ -89,13 +90,17 @@ impl Lease {
                 Ok(Ok(true)) => {
                     self.ends.send_replace(asked + self.length - self.length / UNUSED);
                     pause = self.length / 3;
+                    said = false;
                     continue;
                 }
                 Ok(Ok(false)) => return LeaseError::TakenOver,
                 Ok(Err(error)) => problem = error.to_string(),
                 Err(_) => {}
             }
-            warn!(outbox = %self.outbox, error = %problem, "the lease could not be renewed, trying again");
+            if !said {
+                warn!(outbox = %self.outbox, error = %problem, "the lease could not be renewed, trying again");
+                said = true;
+            }
             pause = self.length / 20;
         }
     }

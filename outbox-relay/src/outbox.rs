@@ -199,8 +199,16 @@ enum Stood {
 /// Says a problem once, not at each try.
 #[derive(Default)]
 struct Trouble {
-    said: Option<String>,
+    said: Option<Said>,
     pause: Duration,
+}
+
+#[derive(PartialEq, Eq)]
+enum Said {
+    NoTables,
+    /// Whatever it looks like at present: refused, reset, starting up.
+    Outage,
+    Other(String),
 }
 
 impl Trouble {
@@ -208,19 +216,22 @@ impl Trouble {
         let text = problem.to_string();
         let database = problem.database();
         let code = database.and_then(|error| error.as_database_error()?.code());
-        let no_tables = code.as_deref() == Some("42P01");
-        let outage = database.is_some_and(is_outage);
-        if self.said.as_deref() != Some(&text) {
-            if no_tables {
-                warn!(outbox, "waiting for the outbox's tables: start its service, or run `outbox-relay migrate`");
-            } else if outage {
-                warn!(outbox, problem = text, "waiting for the database");
-            } else {
-                error!(outbox, problem = text, "publishing stopped; trying again");
+        let said = match database {
+            Some(_) if code.as_deref() == Some("42P01") => Said::NoTables,
+            Some(error) if is_outage(error) => Said::Outage,
+            _ => Said::Other(text.clone()),
+        };
+        if self.said.as_ref() != Some(&said) {
+            match said {
+                Said::NoTables => {
+                    warn!(outbox, "waiting for the outbox's tables: start its service, or run `outbox-relay migrate`");
+                }
+                Said::Outage => warn!(outbox, problem = text, "waiting for the database"),
+                Said::Other(_) => error!(outbox, problem = text, "publishing stopped; trying again"),
             }
             self.pause = Duration::ZERO;
         }
-        self.said = Some(text);
+        self.said = Some(said);
         self.pause = (self.pause * 2).clamp(Duration::from_millis(100), LONGEST_PAUSE);
         self.pause
     }

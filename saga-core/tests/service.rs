@@ -138,7 +138,7 @@ async fn every_connection_ends_a_transaction_that_nobody_continues() {
     let database = TestDatabase::new(&[]).await;
     let pool = database::connect(&settings(&database), "test").await.unwrap();
     let limit: String = sqlx::query_scalar("show idle_in_transaction_session_timeout").fetch_one(&pool).await.unwrap();
-    assert_eq!(limit, "10s");
+    assert_eq!(limit, "8s");
     let name: String = sqlx::query_scalar("show application_name").fetch_one(&pool).await.unwrap();
     assert_eq!(name, "test");
 }

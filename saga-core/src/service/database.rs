@@ -17,8 +17,8 @@ use std::time::Duration;
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A transaction that nobody continues (its process is stopped, or its machine cut off) is ended by the server, so that
-/// its locks do not hold up a duplicate for ever. Shorter than the relay's lease.
-const IDLE_IN_TRANSACTION: &str = "10s";
+/// its locks do not hold up a duplicate for ever. Shorter than the relay's usual lease, 10 s.
+const IDLE_IN_TRANSACTION: &str = "8s";
 
 /// A connection that was in use so short a time ago is given out without asking whether it is still there.
 const TRUSTED: Duration = Duration::from_millis(500);
