@@ -3,6 +3,7 @@
 mod bad_input;
 mod catalogue;
 mod consuming;
+mod explored;
 mod hang_up;
 mod live;
 mod placing;
