@@ -205,6 +205,7 @@ fn a_trace_is_carried_from_the_request_through_outbox_and_kafka_to_every_service
             assert!(service != Service::Orders || !of_order.is_empty(), "{service} says nothing about {id}");
             for line in of_order {
                 assert_eq!(line["trace_id"], trace.as_str(), "{service}: {line}");
+                assert_eq!(line["order"], id.as_str(), "{service}: {line}");
             }
         }
     });

@@ -140,6 +140,7 @@ impl Message {
             kind = envelope.kind,
             subject = envelope.subject,
             saga = saga.map(|saga| tracing::field::display(saga.saga)),
+            saga_type = saga.map(|saga| saga.definition.as_str()),
             saga_step = saga.map(|saga| saga.step.as_str()),
             correlation_id = envelope.correlation_id(),
             topic = self.at.topic,

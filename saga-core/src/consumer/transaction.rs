@@ -162,18 +162,15 @@ impl<H: Handler> Desk<H> {
         for message in &single.messages {
             let delay = self.delay(attempts, message.at.offset);
             parking::park_in(&mut tx, self.place(), single, attempts, delay, fault).await?;
-            tracing::warn!(
-                group = self.config.group,
-                topic = self.topic,
-                partition = self.partition,
-                offset = message.at.offset,
-                message_id = %message.envelope.id,
-                saga = message.envelope.saga.as_ref().map(|saga| tracing::field::display(saga.saga)),
-                class = %fault.class,
-                reason = fault.reason,
-                attempts,
-                "parked, with the records of its key behind it"
-            );
+            message.span().in_scope(|| {
+                tracing::warn!(
+                    group = self.config.group,
+                    class = %fault.class,
+                    reason = fault.reason,
+                    attempts,
+                    "parked, with the records of its key behind it"
+                );
+            });
         }
         tx.commit().await?;
         self.count("parked", single.messages.len());

@@ -267,8 +267,8 @@ impl Claimed {
     /// A span for work on it: continues its command's trace, and its ids are on every line logged within.
     pub(super) fn span(&self) -> tracing::Span {
         let saga = &self.intent.cx.saga;
-        let span = tracing::info_span!("intent", kind = self.kind, saga = %saga.saga, saga_step = saga.step,
-            command_id = %saga.command, correlation_id = self.trace.get(header::CORRELATION_ID));
+        let span = tracing::info_span!("intent", kind = self.kind, saga = %saga.saga,
+            saga_type = saga.definition, saga_step = saga.step, command_id = %saga.command, correlation_id = self.trace.get(header::CORRELATION_ID));
         let mut envelope = Envelope::new(self.intent.cx.message, "", &self.kind);
         envelope.traceparent = self.trace.get(header::TRACEPARENT).cloned();
         envelope.tracestate = self.trace.get(header::TRACESTATE).cloned();

@@ -13,6 +13,7 @@ use crate::{
     envelope::{Envelope, Op, SagaHeaders, header},
     id::SagaId,
     outbox::NewMessage,
+    trace,
 };
 use serde_json::Value;
 use std::{
@@ -90,6 +91,16 @@ impl<'m> Case<'m> {
 
     pub(super) fn state(&self) -> &State {
         &self.row.state
+    }
+
+    /// For what is said of this saga alone: it continues the trace of the message that came last, whatever else shared the
+    /// transaction.
+    pub(super) fn span(&self) -> tracing::Span {
+        let span = tracing::info_span!("saga", saga = %self.saga(), saga_type = self.definition.name());
+        if let Some(cause) = self.cause {
+            trace::continue_from(&span, cause);
+        }
+        span
     }
 
     pub(super) fn entries(&self) -> &[Entry] {

@@ -28,8 +28,14 @@ pub(super) fn decided(case: &Case<'_>) {
             let open = case.state().open();
             let undoing = open.is_some_and(|open| open.op == Op::Undo);
             let step = open.and_then(|open| case.definition().steps().get(open.step)).map(|step| step.name.as_str());
-            tracing::error!(saga = %case.saga(), definition = case.definition().name(), step, undoing, ?why,
-                "a saga is stuck; GET /v1/sagas/{{id}} says why, POST /v1/sagas/{{id}}/retry starts it again");
+            case.span().in_scope(|| {
+                tracing::error!(
+                    step,
+                    undoing,
+                    ?why,
+                    "a saga is stuck; GET /v1/sagas/{{id}} says why, POST /v1/sagas/{{id}}/retry starts it again"
+                );
+            });
             if undoing || *why == StuckWhy::NotUndone {
                 counter!("saga_compensation_failures_total", "saga" => saga()).increment(1);
             }

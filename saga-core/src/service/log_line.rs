@@ -1,7 +1,8 @@
 //! One JSON object per log event.
 //!
 //! Every line carries `service`, `trace_id`, and the fields of all spans it happened in (an inner span wins), at the
-//! top level: `saga`, `order`, `message`, `request_id` are found by their name, wherever they were set.
+//! top level: `saga`, `message_id`, `request_id` are found by their name, wherever they were set. A saga's id is there under
+//! its type's name too: of an `order` saga, `order` is found.
 
 use opentelemetry::trace::TraceContextExt;
 use serde_json::{Map, Value};
@@ -78,6 +79,10 @@ where
             line.insert("message".into(), message);
         }
         line.extend(own.into_iter().map(|(name, value)| (free_name(&name), value)));
+        if let (Some(saga), Some(Value::String(kind))) = (line.get("saga").cloned(), line.get("saga_type")) {
+            let name = free_name(kind);
+            line.entry(name).or_insert(saga);
+        }
 
         let mut text = Value::Object(line).to_string();
         text.push('\n');
@@ -175,6 +180,17 @@ mod tests {
         tracing::subscriber::with_default(subscriber, work);
         let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn the_id_of_a_saga_is_found_under_its_types_name_unless_something_else_is_there() {
+        let lines = logged(|| {
+            tracing::info!(saga = "s1", saga_type = "order", "one");
+            tracing::info!(saga = "s1", saga_type = "order", order = "o1", "two");
+            tracing::info!(saga = "s1", saga_type = "level", "three");
+        });
+        assert_eq!((&lines[0]["order"], &lines[1]["order"]), (&"s1".into(), &"o1".into()));
+        assert_eq!((&lines[2]["level"], &lines[2]["field_level"]), (&"INFO".into(), &"s1".into()));
     }
 
     #[test]
