@@ -4,8 +4,10 @@ use crate::{
     audit::{Answer, Request},
     platform::{Platform, SETTLED},
 };
+use contracts::topics::PAYMENTS_COMMANDS;
 use saga_core::testkit::{eventually, unique};
 use serde_json::{Value, json};
+use sqlx::{Connection as _, PgConnection};
 use stack::service::Service;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -199,5 +201,24 @@ impl Platform {
         let theirs: Vec<_> = facts.authorizations.iter().filter(|a| a.order == name).map(|a| &a.reference).collect();
         let movements = facts.movements.iter().filter(|m| theirs.contains(&&m.reference));
         movements.map(|movement| format!("{} {}", movement.kind, movement.amount)).collect()
+    }
+
+    /// How often the payment provider was asked under one key, at most, of those that an order's commands have.
+    pub async fn asked_under_one_key(&self, order: Uuid) -> i32 {
+        let database = async |name| {
+            PgConnection::connect(&self.stack.database_url(name)).await.expect("the stack's own database is there")
+        };
+        let keys: Vec<String> =
+            sqlx::query_scalar("select headers ->> 'ce_commandid' from outbox where topic = $1 and key = $2")
+                .bind(PAYMENTS_COMMANDS.name)
+                .bind(order.to_string())
+                .fetch_all(&mut database("orders").await)
+                .await
+                .expect("the outbox can be read");
+        sqlx::query_scalar("select coalesce(max(count), 0) from gateway_arrival where key = any($1)")
+            .bind(keys)
+            .fetch_one(&mut database("gateway").await)
+            .await
+            .expect("the arrivals can be read")
     }
 }

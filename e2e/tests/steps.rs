@@ -72,6 +72,10 @@ async fn run(platform: &Platform, case: &Case) -> Uuid {
     let name = format!("{} {} ({order})", case.step, case.fault);
     assert_eq!(platform.outcome(order).await, case.outcome, "{name}");
     assert_eq!(platform.at_gateway(order).await, case.gateway, "{name}");
+    // The provider did misbehave, and was asked again under the same key.
+    if matches!(case.fault, "fails and recovers" | "is in doubt") {
+        assert!(platform.asked_under_one_key(order).await >= 2, "{name}: asked once");
+    }
     let left = if case.outcome == "confirmed" { pieces - 7 } else { pieces };
     eventually(SETTLED, || async { (platform.stock_of(&sku).await == (left, 0)).then_some(()) }).await;
     order
