@@ -162,9 +162,17 @@ impl<H: Handler> Desk<H> {
         for message in &single.messages {
             let delay = self.delay(attempts, message.at.offset);
             parking::park_in(&mut tx, self.place(), single, attempts, delay, fault).await?;
+            let saga = message.envelope.saga.as_ref();
+            // The ids once more: with `RUST_LOG=warn` there are no spans.
             message.span().in_scope(|| {
                 tracing::warn!(
                     group = self.config.group,
+                    topic = self.topic,
+                    partition = self.partition,
+                    offset = message.at.offset,
+                    message_id = %message.envelope.id,
+                    saga = saga.map(|saga| tracing::field::display(saga.saga)),
+                    saga_type = saga.map(|saga| saga.definition.as_str()),
                     class = %fault.class,
                     reason = fault.reason,
                     attempts,

@@ -28,8 +28,11 @@ pub(super) fn decided(case: &Case<'_>) {
             let open = case.state().open();
             let undoing = open.is_some_and(|open| open.op == Op::Undo);
             let step = open.and_then(|open| case.definition().steps().get(open.step)).map(|step| step.name.as_str());
+            // The ids once more: with `RUST_LOG=warn` there are no spans.
             case.span().in_scope(|| {
                 tracing::error!(
+                    saga = %case.saga(),
+                    saga_type = case.definition().name(),
                     step,
                     undoing,
                     ?why,
