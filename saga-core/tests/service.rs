@@ -1,5 +1,6 @@
 //! What every service is started with, on a real PostgreSQL and Kafka.
 
+use refinery::{Migration, Runner};
 use saga_core::{
     service::{
         self, AdminArgs, DatabaseArgs, DatabaseSettings, Health, HttpArgs, Identity, KafkaArgs, KafkaSettings,
@@ -9,7 +10,7 @@ use saga_core::{
         migrate::migrate,
         saga_migrations, topics,
     },
-    testkit::{TestDatabase, brokers, eventually, unique},
+    testkit::{Log, TestDatabase, brokers, eventually, unique},
     topic::Topic,
 };
 use sqlx::{Connection, PgConnection};
@@ -43,8 +44,8 @@ async fn a_second_start_applies_nothing_and_an_edited_migration_is_refused() {
     let database = TestDatabase::new(&[messaging_migrations()]).await;
     assert_eq!(migrate(&settings(&database), &[messaging_migrations()]).await.unwrap(), 0);
 
-    let edited = refinery::Migration::unapplied("V1__outbox", "select 'edited'").unwrap();
-    let edited = Migrations { owner: "messaging", runner: refinery::Runner::new(&[edited]) };
+    let edited = Migration::unapplied("V1__outbox", "select 'edited'").unwrap();
+    let edited = Migrations { owner: "messaging", runner: Runner::new(&[edited]) };
     let error = migrate(&settings(&database), &[edited]).await.unwrap_err().to_string();
     assert!(error.contains("messaging"), "{error}");
 }
@@ -54,7 +55,7 @@ async fn the_previous_release_starts_beside_the_next_one() {
     let database = TestDatabase::new(&[messaging_migrations()]).await;
     let all = messaging_migrations();
     let older: Vec<_> = all.runner.get_migrations().iter().take(1).cloned().collect();
-    let older = Migrations { owner: "messaging", runner: refinery::Runner::new(&older) };
+    let older = Migrations { owner: "messaging", runner: Runner::new(&older) };
     assert_eq!(migrate(&settings(&database), &[older]).await.unwrap(), 0);
 }
 
@@ -83,6 +84,56 @@ async fn migrating_waits_for_its_turn_and_lets_go_of_the_lock() {
     .await
     .unwrap();
     assert_eq!(held, 0);
+}
+
+#[tokio::test]
+async fn a_migration_that_waits_for_a_lock_says_for_whom_and_so_does_who_waits_for_its_turn() {
+    const SOON: Duration = Duration::from_secs(30);
+    let log = Log::hear("warn");
+    let database = TestDatabase::new(&[]).await;
+    sqlx::query("create table item (id int)").execute(&database.pool).await.unwrap();
+    let options = settings(&database).options.application_name("nightly-report");
+    let mut report = PgConnection::connect_with(&options).await.unwrap();
+    let report_pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut report).await.unwrap();
+    let mut reading = report.begin().await.unwrap();
+    sqlx::query("select from item").execute(&mut *reading).await.unwrap();
+
+    let start = || {
+        let settings = settings(&database);
+        let weight = Migration::unapplied("V1__weight", "alter table item add weight int").unwrap();
+        let migrations = Migrations { owner: "shop", runner: Runner::new(&[weight]) };
+        tokio::spawn(async move { migrate(&settings, &[migrations]).await })
+    };
+    let says = async |message: &str| eventually(SOON, || async { log.said(message).pop() }).await;
+    let first = start();
+    let line = says("a migration waits for a lock").await;
+    let name: String = sqlx::query_scalar("select current_database()::text").fetch_one(&database.pool).await.unwrap();
+    assert_eq!((&line["level"], &line["database"]), (&"WARN".into(), &name.as_str().into()), "{line}");
+    assert_eq!((&line["owner"], &line["migration"]), (&"shop".into(), &"V1__weight".into()), "{line}");
+    let expected = format!("pid {report_pid} (nightly-report, idle in transaction, its transaction is ");
+    assert!(line["blocked_by"].as_str().unwrap().starts_with(&expected), "{line}");
+    let second = start();
+    let line = says("another process migrates this database").await;
+    assert_eq!((&line["level"], &line["database"]), (&"WARN".into(), &name.as_str().into()), "{line}");
+    assert!(line["blocked_by"].as_str().unwrap().contains("(migrate, active, "), "{line}");
+
+    // Both look once more, and find nothing new to say.
+    let looked_at = async || -> time::OffsetDateTime {
+        sqlx::query_scalar(
+            "select min(query_start) from pg_stat_activity
+              where datname = current_database() and application_name = 'migrate-watch' and state = 'idle'",
+        )
+        .fetch_one(&database.pool)
+        .await
+        .unwrap()
+    };
+    let before = looked_at().await;
+    eventually(SOON, || async { (looked_at().await > before).then_some(()) }).await;
+    reading.rollback().await.unwrap();
+    assert_eq!((first.await.unwrap().unwrap(), second.await.unwrap().unwrap()), (1, 0));
+    for message in ["a migration waits for a lock", "another process migrates this database"] {
+        assert_eq!(log.said(message).len(), 1, "{message}");
+    }
 }
 
 #[tokio::test]

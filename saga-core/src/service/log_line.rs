@@ -16,7 +16,7 @@ use tracing::{
 use tracing_subscriber::{Layer, layer::Context, registry::LookupSpan};
 
 /// Writes events as lines of JSON to `make_writer`'s writers.
-pub(super) struct JsonLines<F> {
+pub(crate) struct JsonLines<F> {
     service: &'static str,
     writer: F,
     dispatch: OnceLock<WeakDispatch>,
@@ -26,7 +26,7 @@ pub(super) struct JsonLines<F> {
 struct SpanFields(Map<String, Value>);
 
 impl<F> JsonLines<F> {
-    pub(super) fn new(service: &'static str, writer: F) -> Self {
+    pub(crate) fn new(service: &'static str, writer: F) -> Self {
         Self { service, writer, dispatch: OnceLock::new() }
     }
 }

@@ -4,14 +4,16 @@
 //! PostgreSQL advisory lock around it, on a connection of its own, and all but the first find nothing left to do. A
 //! process that dies here loses its connection, and with it the lock and the migration that was running: each is one
 //! transaction. An applied migration that was edited afterwards is refused, never run.
+//!
+//! Whoever waits, for its turn or for a lock that a migration needs, says for whom, and waits on.
 
-use super::{config::DatabaseSettings, database};
+use super::{config::DatabaseSettings, database, lock_watch::LockWatch};
 use refinery::Runner;
 use refinery_core::{
     AsyncMigrate, Migration,
     traits::r#async::{AsyncQuery, AsyncTransaction},
 };
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgConnectOptions};
 use std::collections::BTreeSet;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
@@ -73,32 +75,34 @@ pub enum MigrateError {
 /// Brings the schema up to date, in the order of `all`; waits for the database. Says how many migrations it applied.
 pub async fn migrate(settings: &DatabaseSettings, all: &[Migrations]) -> Result<usize, MigrateError> {
     let options = database::prepare(&settings.options, "migrate");
-    let mut connection = Session(database::wait_for(&options).await?);
-    sqlx::query("select pg_advisory_lock($1)").bind(LOCK).execute(&mut connection.0).await?;
+    let mut session = Session::open(&options).await?;
+    session.take_turn().await?;
     let mut applied = 0;
     for migrations in all {
-        applied += run(&mut connection, migrations).await?;
+        applied += run(&mut session, migrations).await?;
     }
     // Closing the connection would release the lock as well, only later.
-    sqlx::query("select pg_advisory_unlock($1)").bind(LOCK).execute(&mut connection.0).await?;
-    connection.0.close().await?;
+    sqlx::query("select pg_advisory_unlock($1)").bind(LOCK).execute(&mut session.connection).await?;
+    session.connection.close().await?;
     Ok(applied)
 }
 
-async fn run(connection: &mut Session, migrations: &Migrations) -> Result<usize, MigrateError> {
+async fn run(session: &mut Session, migrations: &Migrations) -> Result<usize, MigrateError> {
     let owner = migrations.owner;
     let history = format!("refinery_{owner}");
     if migrations.count() == 0 {
         return Ok(0);
     }
-    if is_current(connection, &history, migrations).await? {
+    if is_current(&mut session.connection, &history, migrations).await? {
         tracing::debug!(owner, "the schema is up to date");
         return Ok(0);
     }
-    let mut runner = Runner::new(migrations.runner.get_migrations());
+    session.owner = owner;
+    session.embedded.clone_from(migrations.runner.get_migrations());
+    let mut runner = Runner::new(&session.embedded);
     let report = runner
         .set_migration_table_name(&history)
-        .run_async(connection)
+        .run_async(session)
         .await
         .map_err(|source| MigrateError::Refinery { owner, source })?;
     for migration in report.applied_migrations() {
@@ -110,15 +114,19 @@ async fn run(connection: &mut Session, migrations: &Migrations) -> Result<usize,
 /// Whether the history holds all that is embedded. Then there is nothing to run, and nothing is written: refinery would
 /// issue `create table if not exists` at every start. It may hold more: the previous release starts again beside the
 /// next one in a rolling deployment.
-async fn is_current(connection: &mut Session, history: &str, migrations: &Migrations) -> Result<bool, sqlx::Error> {
+async fn is_current(
+    connection: &mut PgConnection,
+    history: &str,
+    migrations: &Migrations,
+) -> Result<bool, sqlx::Error> {
     let exists: bool =
-        sqlx::query_scalar("select to_regclass($1) is not null").bind(history).fetch_one(&mut connection.0).await?;
+        sqlx::query_scalar("select to_regclass($1) is not null").bind(history).fetch_one(&mut *connection).await?;
     if !exists {
         return Ok(false);
     }
     // The table's name is ours: `refinery_` and an owner, a literal of the program.
     let applied: BTreeSet<String> = sqlx::query_scalar(AssertSqlSafe(format!("select checksum::text from {history}")))
-        .fetch_all(&mut connection.0)
+        .fetch_all(connection)
         .await?
         .into_iter()
         .collect();
@@ -127,27 +135,72 @@ async fn is_current(connection: &mut Session, history: &str, migrations: &Migrat
 }
 
 /// refinery over sqlx, so that TLS, passwords and `sslmode` work for migrations as they do for the pool.
-struct Session(PgConnection);
+struct Session {
+    connection: PgConnection,
+    database: String,
+    watch: LockWatch,
+    /// Whose migrations run at present, and which there are.
+    owner: &'static str,
+    embedded: Vec<Migration>,
+}
+
+impl Session {
+    async fn open(options: &PgConnectOptions) -> Result<Self, sqlx::Error> {
+        let mut connection = database::wait_for(options).await?;
+        let watch = LockWatch::of(&mut connection, options).await?;
+        let database = options.get_database().unwrap_or(options.get_username()).to_owned();
+        Ok(Self { connection, database, watch, owner: "", embedded: Vec::new() })
+    }
+
+    /// Waits until no other process migrates this database.
+    async fn take_turn(&mut self) -> Result<(), sqlx::Error> {
+        let turn = sqlx::query("select pg_advisory_lock($1)").bind(LOCK).execute(&mut self.connection);
+        let say = |blocked_by: &str| {
+            tracing::warn!(
+                database = self.database,
+                blocked_by,
+                "another process migrates this database; waiting until it has. Its log says what it waits for; \
+                 pg_terminate_backend(pid) ends one that hangs"
+            );
+        };
+        self.watch.during(turn, say).await.map(drop)
+    }
+}
 
 impl AsyncTransaction for Session {
     type Error = sqlx::Error;
 
+    /// One migration and its line in the history, or the statement that makes the history.
     async fn execute<'a, T: Iterator<Item = &'a str> + Send + 'a>(&mut self, queries: T) -> Result<usize, sqlx::Error> {
-        let mut tx = self.0.begin().await?;
-        let mut count = 0;
-        for sql in queries {
-            // A migration, embedded in the binary.
-            sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut *tx).await?;
-            count += 1;
-        }
-        tx.commit().await?;
-        Ok(count)
+        let queries: Vec<&str> = queries.collect();
+        let named = self.embedded.iter().find(|migration| migration.sql() == queries.first().copied());
+        let migration = named.map_or_else(|| "the history table".to_owned(), ToString::to_string);
+        let say = |blocked_by: &str| {
+            tracing::warn!(
+                database = self.database,
+                owner = self.owner,
+                migration,
+                blocked_by,
+                "a migration waits for a lock, and this start with it; who wants the same table now waits behind them. \
+                 Let those who have it finish, or end them: pg_terminate_backend(pid)"
+            );
+        };
+        let work = async {
+            let mut tx = self.connection.begin().await?;
+            for sql in &queries {
+                // A migration, embedded in the binary.
+                sqlx::raw_sql(AssertSqlSafe((*sql).to_owned())).execute(&mut *tx).await?;
+            }
+            tx.commit().await?;
+            Ok(queries.len())
+        };
+        self.watch.during(work, say).await
     }
 }
 
 impl AsyncQuery<Vec<Migration>> for Session {
     async fn query(&mut self, sql: &str) -> Result<Vec<Migration>, sqlx::Error> {
-        let rows = sqlx::query(AssertSqlSafe(sql.to_owned())).fetch_all(&mut self.0).await?;
+        let rows = sqlx::query(AssertSqlSafe(sql.to_owned())).fetch_all(&mut self.connection).await?;
         rows.iter().map(applied).collect()
     }
 }
