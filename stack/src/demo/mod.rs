@@ -5,11 +5,13 @@
 
 mod books;
 mod client;
+mod pace;
 mod report;
 mod scenes;
 
 use anyhow::Context;
 use client::Client;
+use pace::Pace;
 use stack::{
     platform::{Stack, StackConfig},
     progress::Progress,
@@ -17,7 +19,7 @@ use stack::{
     service::Service,
     up,
 };
-use std::{process::ExitCode, time::Instant};
+use std::process::ExitCode;
 
 /// How long the simulated provider takes over a `tok_slow`: long enough to cancel an order or kill a service meanwhile,
 /// by a reader's own eyes.
@@ -25,7 +27,6 @@ const SLOW_MS: &str = "800";
 
 /// Runs it, start to end.
 pub(crate) async fn demo() -> anyhow::Result<ExitCode> {
-    let start = Instant::now();
     let progress = Progress::for_people();
     let interrupted = run::interrupted()?;
     let done = tokio::select! {
@@ -33,23 +34,26 @@ pub(crate) async fn demo() -> anyhow::Result<ExitCode> {
         signal = interrupted => Err(anyhow::anyhow!("interrupted ({signal})")),
     };
     progress.finish();
-    done?;
-    println!("\nAll of it in {:.1} s. Nothing is left running.", start.elapsed().as_secs_f32());
+    println!("\n{}\nNothing is left running.", done?.said());
     println!("To look around yourself: `make up`, then the URLs that it prints.");
     Ok(ExitCode::SUCCESS)
 }
 
-async fn everything(progress: &Progress) -> anyhow::Result<()> {
+async fn everything(progress: &Progress) -> anyhow::Result<Pace> {
+    let mut pace = Pace::begin();
     // On the ports that `make up` takes too, so that what is printed at the end is where to look later.
     let mut config = StackConfig::for_tests().env(Service::Gateway, "GATEWAY_SIM_SLOW_MS", SLOW_MS);
     config.preferred_ports = true;
     config.servers.preferred_ports = Some(up::SERVER_PORTS);
     let stack = Stack::start(config, progress).await?;
+    pace.phase("to start everything");
     let played = play(&stack, progress).await.with_context(|| what_to_do(&stack));
+    pace.phase("for the stock and the orders");
     // Also after a failure: an orderly end writes the last lines of the logs that somebody is about to read.
     progress.step("stopping everything");
     stack.stop().await;
-    played
+    pace.phase("to stop everything");
+    played.map(|()| pace)
 }
 
 fn what_to_do(stack: &Stack) -> String {
