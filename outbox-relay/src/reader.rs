@@ -21,17 +21,28 @@ use std::{
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
 
-/// Pauses between polls that find little or nothing.
-const PAUSES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_millis(100);
-/// Shortest pause while services tell of their commits: then it is for the few that do not, and a look in between, which
-/// finds nothing, is spared.
-const NUDGED_PAUSE: Duration = Duration::from_millis(5);
-/// For so long after the last time.
+/// How long nothing is read.
+struct Pauses {
+    /// Between polls that find little or nothing.
+    idle: RangeInclusive<Duration>,
+    /// The shortest while services tell of their commits: then it is for the few that do not, and a look in between, which
+    /// finds nothing, is spared.
+    nudged: Duration,
+    /// After a page of few rows the next is read when Kafka has acknowledged it, or so much later: what comes meanwhile
+    /// shares one poll, one request to Kafka and one transaction of the consumer.
+    acknowledged: Duration,
+}
+
+const PAUSES: Pauses = Pauses {
+    idle: Duration::from_millis(1)..=Duration::from_millis(100),
+    nudged: Duration::from_millis(5),
+    acknowledged: Duration::from_millis(10),
+};
+/// Services tell of their commits for so long after the last time.
 const NUDGED: Duration = Duration::from_secs(1);
-/// After a page of few rows the next is read when Kafka has acknowledged it, or so much later: what comes meanwhile shares
-/// one poll, one request to Kafka and one transaction of the consumer.
-const ACKNOWLEDGED: Duration = Duration::from_millis(10);
 const FEW_ROWS: usize = 500;
+/// Rows that do not go to Kafka (their topic is paused) need no acknowledgement, but a breath all the same.
+const BREATH: Duration = Duration::from_millis(1);
 /// A pause is this part of the time that nothing was found for: what comes after a while waits that much longer. When
 /// pauses doubled, a message of a conversation waited as long again as the answer before it had taken: 64 sagas went
 /// round in one convoy, at a sixth of the pace (measured).
@@ -64,7 +75,7 @@ pub(crate) struct Reader {
     /// Pages given to the publisher, and how many of them it has done with.
     given: usize,
     done: watch::Receiver<usize>,
-    pauses: RangeInclusive<Duration>,
+    pauses: Pauses,
 }
 
 struct Lane {
@@ -111,8 +122,8 @@ impl Reader {
             };
             let idle = clock::monotonic().duration_since(found_last);
             let nudged = nudged_last.is_some_and(|last| last.elapsed() < NUDGED);
-            let shortest = if nudged { NUDGED_PAUSE } else { *self.pauses.start() };
-            let pause = (idle / PATIENCE).clamp(shortest, shortest.max(*self.pauses.end()));
+            let shortest = if nudged { self.pauses.nudged } else { *self.pauses.idle.start() };
+            let pause = (idle / PATIENCE).clamp(shortest, shortest.max(*self.pauses.idle.end()));
             // Copies, in which a change is seen that stays new for `run_once`.
             let (mut control, mut done) = (self.control.clone(), self.done.clone());
             let paused = async {
@@ -129,9 +140,8 @@ impl Reader {
             let acknowledged = async {
                 if small_page {
                     let acknowledged = async { drop(done.wait_for(|done| *done >= self.given).await) };
-                    // Rows that do not go to Kafka (their topic is paused) need no acknowledgement, but a breath all the same.
-                    let breath = tokio::time::sleep(*self.pauses.start());
-                    tokio::join!(tokio::time::timeout(ACKNOWLEDGED, acknowledged), breath).0.ok();
+                    let acknowledged = tokio::time::timeout(self.pauses.acknowledged, acknowledged);
+                    tokio::join!(acknowledged, tokio::time::sleep(BREATH)).0.ok();
                 }
             };
             let (closed, ()) = tokio::join!(paused, acknowledged);
@@ -211,11 +221,14 @@ enum Found {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::Position;
+    use crate::{
+        pause::{Cause, Paused},
+        position::Position,
+    };
     use saga_core::{
         outbox::nudge,
         service::messaging_migrations,
-        testkit::{TestDatabase, eventually},
+        testkit::{Log, TestDatabase, eventually},
     };
     use std::str::FromStr;
     use tokio_util::task::AbortOnDropHandle;
@@ -223,37 +236,139 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
     const SOON: Duration = Duration::from_secs(30);
 
-    /// How many connections of the relay's have done what begins like this, and do nothing now.
-    async fn idle(database: &TestDatabase, after: &str) -> i64 {
-        sqlx::query_scalar(
-            "select count(*) from pg_stat_activity
-              where datname = current_database() and state = 'idle' and query ilike $1 || '%'",
-        )
-        .bind(after)
-        .fetch_one(&database.pool)
-        .await
-        .unwrap()
+    /// A reader that would pause for an hour, whatever it waits for, on a database of its own; the test is its publisher.
+    struct Reading {
+        database: TestDatabase,
+        control: watch::Sender<Arc<Control>>,
+        items: mpsc::Receiver<Item>,
+        done: watch::Sender<usize>,
+        _reader: AbortOnDropHandle<Result<(), ReadError>>,
+    }
+
+    impl Reading {
+        /// It listens, has looked, found nothing, and pauses.
+        async fn start() -> Self {
+            let database = TestDatabase::new(&[messaging_migrations()]).await;
+            let options = sqlx::postgres::PgConnectOptions::from_str(&database.url).unwrap();
+            let (control, wanted) = watch::channel(Arc::new(Control::default()));
+            let (sender, items) = mpsc::channel(1);
+            let (done, seen) = watch::channel(0);
+            let mut reader = Reader::new(Cursor::new(Position::initial(), None), wanted, sender, seen);
+            reader.pauses = Pauses { idle: HOUR..=HOUR, nudged: HOUR, acknowledged: HOUR };
+            let _reader = AbortOnDropHandle::new(tokio::spawn(reader.run(Database::new(options, 2, SOON))));
+            let reading = Self { database, control, items, done, _reader };
+            for last in ["listen", "(select null::bigint"] {
+                eventually(SOON, || async { (reading.idle_after(last).await == 1).then_some(()) }).await;
+            }
+            reading
+        }
+
+        /// How many connections of the relay's have done what begins like this, and do nothing now.
+        async fn idle_after(&self, last: &str) -> i64 {
+            sqlx::query_scalar(
+                "select count(*) from pg_stat_activity
+                  where datname = current_database() and state = 'idle' and query ilike $1 || '%'",
+            )
+            .bind(last)
+            .fetch_one(&self.database.pool)
+            .await
+            .unwrap()
+        }
+
+        /// Commits a row of each topic, and does not tell of them.
+        async fn append(&self, topics: &[&str]) {
+            sqlx::query("select outbox_append(topic, 'a', 'test.v1', ''::bytea) from unnest($1::text[]) as topic")
+                .bind(topics)
+                .execute(&self.database.pool)
+                .await
+                .unwrap();
+        }
+
+        async fn item(&mut self) -> Item {
+            tokio::time::timeout(SOON, self.items.recv()).await.expect("it is read").unwrap()
+        }
+
+        /// The lane, and the topics of the rows.
+        async fn page(&mut self) -> (Option<String>, Vec<String>) {
+            let Item::Page(Page { lane, rows, .. }) = self.item().await else { panic!("a topic has caught up") };
+            (lane.map(|lane| lane.to_string()), rows.iter().map(|row| row.topic().to_owned()).collect())
+        }
+
+        fn page_is_done(&self) {
+            self.done.send_modify(|done| *done += 1);
+        }
+
+        fn tell(&self, paused: Option<Paused>) {
+            let paused = paused.into_iter().map(|paused| (paused.topic.clone(), paused)).collect();
+            self.control.send_replace(Arc::new(Control { paused, ..Control::default() }));
+        }
     }
 
     #[tokio::test]
     async fn a_reader_that_would_pause_for_an_hour_reads_at_once_what_it_is_told_of() {
-        let database = TestDatabase::new(&[messaging_migrations()]).await;
-        let options = sqlx::postgres::PgConnectOptions::from_str(&database.url).unwrap();
-        let (_control, wanted) = watch::channel(Arc::new(Control::default()));
-        let (items, mut read) = mpsc::channel(1);
-        let (_done, done) = watch::channel(0);
-        let mut reader = Reader::new(Cursor::new(Position::initial(), None), wanted, items, done);
-        reader.pauses = HOUR..=HOUR;
-        let _reading = AbortOnDropHandle::new(tokio::spawn(reader.run(Database::new(options, 2, SOON))));
-        eventually(SOON, || async { (idle(&database, "listen").await == 1).then_some(()) }).await;
-        // It has looked, found nothing, and pauses.
-        eventually(SOON, || async { (idle(&database, "(select null::bigint").await == 1).then_some(()) }).await;
-        sqlx::query("select outbox_append('orders.events', 'a', 'test.v1', ''::bytea)")
-            .execute(&database.pool)
-            .await
-            .unwrap();
-        nudge(&database.pool);
-        let item = tokio::time::timeout(SOON, read.recv()).await.expect("it is read").unwrap();
-        assert!(matches!(item, Item::Page(page) if page.rows.len() == 1));
+        let mut reading = Reading::start().await;
+        reading.append(&["orders"]).await;
+        nudge(&reading.database.pool);
+        assert_eq!(reading.page().await, (None, vec!["orders".to_owned()]));
+    }
+
+    #[tokio::test]
+    async fn what_is_told_of_while_a_small_page_is_being_acknowledged_is_read_as_soon_as_it_is() {
+        let mut reading = Reading::start().await;
+        let mut others = reading.database.nudges().await;
+        reading.append(&["first"]).await;
+        nudge(&reading.database.pool);
+        assert_eq!(reading.page().await, (None, vec!["first".to_owned()]));
+        others.recv().await.unwrap();
+        // It waits for Kafka, and is told meanwhile.
+        reading.append(&["second"]).await;
+        nudge(&reading.database.pool);
+        others.recv().await.unwrap();
+        assert!(reading.items.try_recv().is_err(), "not before the first is acknowledged");
+        reading.page_is_done();
+        assert_eq!(reading.page().await, (None, vec!["second".to_owned()]));
+    }
+
+    #[tokio::test]
+    async fn a_paused_topic_that_services_tell_of_costs_one_look_each_time_and_its_rows_come_when_it_resumes() {
+        const TIMES: usize = 20;
+        let log = Log::hear("sqlx::query=debug");
+        let looks = || log.statements().iter().filter(|sql| sql.contains("null::bigint")).count();
+        let mut reading = Reading::start().await;
+        let at = |resuming| Paused {
+            topic: "paused".to_owned(),
+            cause: Cause::Operator,
+            paused_at: OffsetDateTime::UNIX_EPOCH,
+            resuming,
+            position: Some(Position::initial()),
+        };
+        reading.tell(Some(at(false)));
+        let both = ["paused".to_owned(), "flows".to_owned()];
+        for _ in 0..TIMES {
+            reading.append(&["paused", "flows"]).await;
+            nudge(&reading.database.pool);
+            // The publisher passes over the one, and has the other acknowledged.
+            assert_eq!(reading.page().await, (None, both.to_vec()));
+            reading.page_is_done();
+        }
+        reading.tell(Some(at(true)));
+        assert_eq!(reading.page().await, (Some("paused".to_owned()), vec!["paused".to_owned(); TIMES]));
+        reading.page_is_done();
+        // And one that is appended meanwhile, which the main flow passes over first; then it has caught up.
+        reading.append(&["paused"]).await;
+        nudge(&reading.database.pool);
+        assert_eq!(reading.page().await, (None, vec!["paused".to_owned()]));
+        reading.page_is_done();
+        nudge(&reading.database.pool);
+        assert_eq!(reading.page().await, (Some("paused".to_owned()), vec!["paused".to_owned()]));
+        reading.page_is_done();
+        nudge(&reading.database.pool);
+        assert!(matches!(reading.item().await, Item::CaughtUp(CaughtUp { topic, .. }) if &*topic == "paused"));
+        reading.tell(None);
+        reading.append(&["paused"]).await;
+        nudge(&reading.database.pool);
+        assert_eq!(reading.page().await, (None, vec!["paused".to_owned()]));
+        // The first, one for each of the three changes of the pause, and one for each time that it was told.
+        assert!((TIMES..=1 + 3 + TIMES + 4).contains(&looks()), "{} looks", looks());
     }
 }

@@ -9,7 +9,10 @@ use rdkafka::{
     admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
     client::DefaultClientContext,
 };
-use saga_core::testkit::{Record, brokers, eventually, read_to_end, unique};
+use saga_core::{
+    outbox::nudge,
+    testkit::{Record, brokers, eventually, read_to_end, unique},
+};
 use serde_json::{Value, json};
 
 /// Calls an admin endpoint as an operator.
@@ -200,6 +203,8 @@ async fn an_operator_pauses_a_topic_while_others_flow_and_resumes_it_in_order() 
     for i in 1..=5 {
         world.append("k", &i.to_string()).await;
         append(world.db(), &other, "k", &i.to_string()).await;
+        // Whoever commits does not know what is paused.
+        nudge(world.db());
     }
     published(&other, 5).await;
     assert_eq!(read_to_end(&world.topic).await.len(), 1);

@@ -4,9 +4,12 @@ use crate::service::log_line::JsonLines;
 use serde_json::Value;
 use std::{
     io,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, LazyLock, Mutex, PoisonError},
 };
-use tracing::subscriber::DefaultGuard;
+use tracing::{
+    Dispatch,
+    subscriber::{DefaultGuard, NoSubscriber},
+};
 use tracing_subscriber::{EnvFilter, Registry, layer::SubscriberExt};
 
 /// Hears what is logged on the thread that made it, until it is dropped: all that a test's tasks say, if its runtime has
@@ -31,12 +34,17 @@ impl io::Write for Lines {
     }
 }
 
+/// Where there is only one subscriber, tracing asks the thread that comes to an event first whether it is wanted, and
+/// remembers the answer for all: with another test's thread, which hears nothing, that would be no. With two, both are asked.
+static ANOTHER: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(NoSubscriber::default()));
+
 impl Log {
     /// Hears what a process with this `RUST_LOG` would write.
     ///
     /// # Panics
     /// When the filter cannot be read.
     pub fn hear(filter: &str) -> Self {
+        LazyLock::force(&ANOTHER);
         let lines = Lines::default();
         let writer = lines.clone();
         let subscriber = Registry::default()
@@ -46,13 +54,27 @@ impl Log {
     }
 
     /// The lines whose message begins like this, oldest first.
-    ///
-    /// # Panics
-    /// When the log is not lines of JSON.
     pub fn said(&self, message: &str) -> Vec<Value> {
+        let mut lines = self.lines();
+        lines.retain(|line| line["message"].as_str().is_some_and(|text| text.starts_with(message)));
+        lines
+    }
+
+    /// The SQL that was run, oldest first, if the filter lets `sqlx::query=debug` through. Whoever runs it is not asked, so
+    /// this counts statements as they are sent; only `begin` is not among them, which sqlx does not tell of.
+    pub fn statements(&self) -> Vec<String> {
+        let lines = self.lines().into_iter().filter(|line| line["target"] == "sqlx::query");
+        let texts = lines.map(|line| {
+            // Long ones are in a field of their own.
+            let [whole, summary] = ["db.statement", "summary"].map(|field| line[field].as_str().unwrap_or_default());
+            if whole.is_empty() { summary.to_owned() } else { whole.trim().to_owned() }
+        });
+        texts.collect()
+    }
+
+    fn lines(&self) -> Vec<Value> {
         let text = self.lines.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let lines = serde_json::Deserializer::from_slice(&text).into_iter::<Value>();
-        let lines = lines.map(|line| line.expect("a line of JSON"));
-        lines.filter(|line| line["message"].as_str().is_some_and(|text| text.starts_with(message))).collect()
+        let lines = serde_json::Deserializer::from_slice(&text).into_iter();
+        lines.map(|line| line.expect("a log is lines of JSON")).collect()
     }
 }
