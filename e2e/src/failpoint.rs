@@ -29,12 +29,13 @@ pub enum Wrong {
 }
 
 /// An edge of a transaction in one of the processes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Edge {
     /// Which process.
     pub service: Service,
-    /// The fail point with its scope, as in `consumer.after-commit@payment-svc`.
-    pub name: &'static str,
+    /// The fail point with its scope, as in `consumer.after-commit@payment-svc`, and perhaps a step, as in
+    /// `consumer.after-commit@payment-svc/undo authorize-payment`.
+    pub name: String,
     /// How often it is passed before.
     pub skip: usize,
     /// What happens there.
@@ -42,7 +43,12 @@ pub struct Edge {
 }
 
 impl Edge {
-    fn armed(self) -> String {
+    /// The process dies there the first time.
+    pub fn kill(service: Service, name: impl Into<String>) -> Self {
+        Self { service, name: name.into(), skip: 0, wrong: Wrong::Kill }
+    }
+
+    fn armed(&self) -> String {
         let skipped = if self.skip == 0 { String::new() } else { format!("{}*off->", self.skip) };
         let action = match self.wrong {
             Wrong::Kill => "1*return(kill)->off".to_owned(),
@@ -53,7 +59,7 @@ impl Edge {
     }
 
     /// How often it is to go wrong.
-    fn times(self) -> usize {
+    fn times(&self) -> usize {
         match self.wrong {
             Wrong::Kill => 1,
             Wrong::Error(times) | Wrong::Outage(times) => times,
@@ -61,7 +67,7 @@ impl Edge {
     }
 
     /// How often it went wrong since the process's log was so long.
-    fn fired(self, log: &Path, since: u64) -> io::Result<usize> {
+    fn fired(&self, log: &Path, since: u64) -> io::Result<usize> {
         let (mut file, mut lines) = (File::open(log)?, Vec::new());
         file.seek(SeekFrom::Start(since))?;
         file.read_to_end(&mut lines)?;
@@ -76,7 +82,7 @@ impl Platform {
     /// # Panics
     /// When it does not go wrong there, as often as it is to: then `work` does not come to the edge, or the binaries were
     /// built without fail points, or `RUST_LOG` leaves warnings out.
-    pub async fn goes_wrong_at<T>(&self, edge: Edge, work: impl Future<Output = T>) -> T {
+    pub async fn goes_wrong_at<T>(&self, edge: &Edge, work: impl Future<Output = T>) -> T {
         let running = self.stack.service(edge.service);
         let armed = edge.armed();
         running.process.stop().await;
@@ -106,14 +112,14 @@ impl Platform {
     }
 
     /// Waits until it went wrong at the edge as often as it is to.
-    async fn fires(&self, running: &Running, edge: Edge, since: u64) {
+    async fn fires(&self, running: &Running, edge: &Edge, since: u64) {
         let fired = || edge.fired(running.process.log(), since).expect("the log can be read");
         let all = eventually(REACHED * 2, || async { (fired() >= edge.times()).then_some(()) });
         // With a bound of its own, because it can say which edge it is about.
         let reached = tokio::time::timeout(REACHED, all).await;
         let (service, armed, times) = (edge.service, edge.armed(), fired());
         assert!(reached.is_ok(), "{service}: {armed} fired {times} times; were the binaries built with --workspace?");
-        (0..times).for_each(|_| self.fault_fired(edge.name));
+        (0..times).for_each(|_| self.fault_fired(&edge.name));
     }
 
     /// Waits until the platform's processes all say that they are ready.

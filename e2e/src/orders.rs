@@ -7,7 +7,6 @@ use crate::{
 use contracts::topics::PAYMENTS_COMMANDS;
 use saga_core::testkit::{eventually, unique};
 use serde_json::{Value, json};
-use sqlx::{Connection as _, PgConnection};
 use stack::service::Service;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -181,6 +180,19 @@ impl Platform {
         .await
     }
 
+    /// Gives a stuck saga a fresh start, as an operator who has looked at it does.
+    ///
+    /// # Panics
+    /// When that is refused.
+    pub async fn retries(&self, order: Uuid, reason: &str) {
+        let seen = self.saga(order).await["revision"].clone();
+        let retry = self.http.post(self.admin(Service::Orders, &format!("/v1/sagas/{order}/retry")));
+        let answer = retry.json(&json!({ "reason": reason, "expected_revision": seen })).send().await;
+        let answer = answer.expect("the admin listener answers");
+        assert!(answer.status().is_success(), "{}: {:?}", answer.status(), answer.text().await);
+        *self.expected().operator_actions.entry("retry-saga".to_owned()).or_default() += 1;
+    }
+
     /// An item's pieces: (on hand, reserved).
     pub async fn stock_of(&self, sku: &str) -> (i64, i64) {
         let url = format!("{}/v1/items/{sku}", self.stack.url(Service::Inventory));
@@ -205,19 +217,16 @@ impl Platform {
 
     /// How often the payment provider was asked under one key, at most, of those that an order's commands have.
     pub async fn asked_under_one_key(&self, order: Uuid) -> i32 {
-        let database = async |name| {
-            PgConnection::connect(&self.stack.database_url(name)).await.expect("the stack's own database is there")
-        };
         let keys: Vec<String> =
             sqlx::query_scalar("select headers ->> 'ce_commandid' from outbox where topic = $1 and key = $2")
                 .bind(PAYMENTS_COMMANDS.name)
                 .bind(order.to_string())
-                .fetch_all(&mut database("orders").await)
+                .fetch_all(&mut self.database("orders").await)
                 .await
                 .expect("the outbox can be read");
         sqlx::query_scalar("select coalesce(max(count), 0) from gateway_arrival where key = any($1)")
             .bind(keys)
-            .fetch_one(&mut database("gateway").await)
+            .fetch_one(&mut self.database("gateway").await)
             .await
             .expect("the arrivals can be read")
     }

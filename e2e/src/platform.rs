@@ -7,7 +7,7 @@
 
 use crate::audit::{Answer, Expectations, Facts, Finding, Sources, audit};
 use anyhow::Result;
-use sqlx::{PgPool, postgres::PgPoolOptions};
+use sqlx::{Connection as _, PgConnection, PgPool, postgres::PgPoolOptions};
 use stack::{
     platform::{Stack, StackConfig},
     progress::Progress,
@@ -131,6 +131,25 @@ impl Platform {
     /// Where Kafka is.
     pub fn brokers(&self) -> String {
         self.stack.servers().kafka_brokers.clone()
+    }
+
+    /// One of the services' databases.
+    ///
+    /// # Panics
+    /// When PostgreSQL does not answer.
+    pub async fn database(&self, name: &str) -> PgConnection {
+        PgConnection::connect(&self.stack.database_url(name)).await.expect("the stack's own database is there")
+    }
+
+    /// A gauge as `/metrics` tells it, over all its labels; 0 when it is not there.
+    ///
+    /// # Panics
+    /// When the process does not answer.
+    pub async fn gauge(&self, service: Service, name: &str) -> f64 {
+        let answer = self.http.get(self.admin(service, "/metrics")).send().await.expect("the admin listener answers");
+        let text = answer.text().await.expect("the metrics can be read");
+        let series = text.lines().filter(|line| line.split(['{', ' ']).next() == Some(name));
+        series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
     /// The admin listener of one of the processes, with a path.

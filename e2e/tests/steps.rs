@@ -1,18 +1,17 @@
 //! For every step of the order saga: it succeeds, is refused, fails and recovers, stays in doubt, and each command, undo
-//! and reply comes twice or late, and the process dies before and after each commit. Money and stock add up.
+//! and reply comes twice or late, or never. Money and stock add up. (`edges.rs` kills the processes meanwhile.)
 //!
 //! One platform, many orders at once: a case is a line of a table, and the audit judges all of them together.
 
 use contracts::topics::{INVENTORY_COMMANDS, ORDERS_REPLIES, PAYMENTS_COMMANDS};
 use e2e::{
     audit::RecordFact,
-    failpoint::{Edge, Wrong},
     orders::Wish,
     platform::{Platform, SETTLED, alone},
     topics::{self, Echo},
 };
 use futures::future::join_all;
-use saga_core::testkit::eventually;
+use saga_core::testkit::{eventually, time_passes};
 use stack::service::Service;
 use uuid::Uuid;
 
@@ -170,96 +169,58 @@ fn a_step_in_doubt_is_undone_at_once_when_the_customer_cancels_and_its_late_repl
     });
 }
 
-/// Kills of one process, each with an order that is confirmed, one that is short of stock, and one that is not captured.
-async fn edges(platform: &Platform, edges: Vec<Edge>) {
-    let sku = platform.item("edge", 100, 1_000).await;
-    for edge in edges {
-        let orders = platform.goes_wrong_at(edge, async {
-            let paid = platform.place(&Wish::of(&sku, 1)).await;
-            let short = platform.place(&Wish::of(&sku, 100_000)).await;
-            let refused = platform.place(&Wish::of(&sku, 1).paid_with("tok_capture_refused")).await;
-            [(paid, "confirmed"), (short, "out_of_stock"), (refused, "payment_not_captured")]
-        });
-        for (order, outcome) in orders.await {
-            assert_eq!(platform.outcome(order).await, outcome, "{edge:?}");
+/// Lets every pause of the engine and of the provider's callers be over, again and again, until `done`.
+async fn time_flies_until(platform: &Platform, done: impl AsyncFn() -> bool) {
+    eventually(SETTLED, || async {
+        time_passes(&platform.orders).await;
+        let mut payments = platform.database("payments").await;
+        let soon =
+            "update participant_intent set due_at = clock_timestamp() where state = 'open' and claimed_by is null";
+        sqlx::query(soon).execute(&mut payments).await.expect("the intents can be hurried");
+        done().await.then_some(())
+    })
+    .await;
+}
+
+/// Whether the saga is stuck, and its participant has given up too: nothing moves by itself any more.
+async fn is_stuck(platform: &Platform, order: Uuid) -> bool {
+    let doubtful = "select exists (select from participant_intent where saga_id = $1 and state = 'in_doubt')";
+    let mut payments = platform.database("payments").await;
+    let doubtful: bool =
+        sqlx::query_scalar(doubtful).bind(order).fetch_one(&mut payments).await.expect("the intents can be read");
+    doubtful && platform.saga(order).await["status"] == "stuck"
+}
+
+#[test]
+fn what_the_provider_never_answers_is_stuck_and_alarmed_until_an_operator_retries_it() {
+    alone(async |platform| {
+        for (token, pieces, why, outcome, gateway) in [
+            ("tok_capture_error", 20, "capture-payment", "confirmed", PAID),
+            ("tok_void_error", 6, "authorize-payment", "out_of_stock", VOIDED),
+        ] {
+            let sku = platform.item("stuck", 100, pieces).await;
+            let order = platform.place(&Wish::of(&sku, 7).paid_with(token)).await;
+            time_flies_until(platform, async || is_stuck(platform, order).await).await;
+            let saga = platform.saga(order).await;
+            assert!(saga["waits"]["why"].as_str().is_some_and(|text| text.contains(why)), "{saga}");
+            assert_eq!(
+                platform.order(order).await.expect("it is there")["status"],
+                "pending",
+                "neither kept nor given up"
+            );
+            eventually(SETTLED, || async {
+                (platform.gauge(Service::Orders, "saga_stuck").await == 1.0).then_some(())
+            })
+            .await;
+            // The provider is well again: its simulator goes by the token that it remembers.
+            sqlx::query("update gateway_authorization set method = 'tok_visa' where \"order\" = $1")
+                .bind(order.to_string())
+                .execute(&mut platform.database("gateway").await)
+                .await
+                .expect("the provider can be cured");
+            platform.retries(order, "the provider is well again").await;
+            assert_eq!(platform.outcome(order).await, outcome, "{token}");
+            assert_eq!(platform.at_gateway(order).await, gateway, "{token}");
         }
-    }
-}
-
-/// The edges of the consumer's transaction, each scoped to the group.
-macro_rules! consumer_edges {
-    ($group:literal) => {
-        [
-            concat!("consumer.before-begin@", $group),
-            concat!("consumer.after-inbox@", $group),
-            concat!("consumer.before-commit@", $group),
-            concat!("consumer.after-commit@", $group),
-            concat!("consumer.before-store@", $group),
-        ]
-    };
-}
-
-const PAYMENT_CALLS: [&str; 4] = [
-    "participant.before-call@payment-svc",
-    "participant.after-call@payment-svc",
-    "participant.before-settle-commit@payment-svc",
-    "participant.after-settle-commit@payment-svc",
-];
-
-/// A table of edges: each at its first passage, and at later ones, where other steps pass it.
-fn kills(service: Service, names: &[&'static str], skips: &[usize]) -> Vec<Edge> {
-    let each = names.iter().flat_map(|name| skips.iter().map(move |skip| (*name, *skip)));
-    each.map(|(name, skip)| Edge { service, name, skip, wrong: Wrong::Kill }).collect()
-}
-
-#[test]
-fn a_process_dies_before_and_after_each_commit() {
-    alone(async |platform| {
-        let payments = kills(Service::Payments, &consumer_edges!("payment-svc"), &[0, 2]);
-        let calls = kills(Service::Payments, &PAYMENT_CALLS, &[0, 1, 3]);
-        let inventory = kills(Service::Inventory, &consumer_edges!("inventory-svc"), &[0, 2]);
-        let saga = kills(Service::Orders, &consumer_edges!("order-svc.saga"), &[0, 3]);
-        let decisions = ["saga.after-load@orders.replies", "saga.after-store@orders.replies"];
-        let decisions = kills(Service::Orders, &decisions, &[0, 1, 4]);
-        // Side by side: deaths of one process meet those of another.
-        tokio::join!(
-            edges(platform, [payments, calls].concat()),
-            edges(platform, inventory),
-            edges(platform, [saga, decisions].concat()),
-        );
-    });
-}
-
-#[test]
-fn a_transaction_fails_for_its_own_reasons_or_for_want_of_a_connection_and_recovers() {
-    let wrong = |service, name, wrong| Edge { service, name, skip: 0, wrong };
-    alone(async |platform| {
-        tokio::join!(
-            edges(
-                platform,
-                vec![
-                    wrong(Service::Payments, "consumer.after-inbox@payment-svc", Wrong::Error(2)),
-                    wrong(Service::Payments, "consumer.before-commit@payment-svc", Wrong::Outage(3)),
-                    wrong(Service::Payments, "consumer.after-commit@payment-svc", Wrong::Outage(3)),
-                    wrong(Service::Payments, "participant.after-call@payment-svc", Wrong::Outage(2)),
-                ]
-            ),
-            edges(
-                platform,
-                vec![
-                    wrong(Service::Inventory, "consumer.after-inbox@inventory-svc", Wrong::Error(2)),
-                    wrong(Service::Inventory, "consumer.before-commit@inventory-svc", Wrong::Outage(3)),
-                    wrong(Service::Inventory, "consumer.after-commit@inventory-svc", Wrong::Outage(3)),
-                ]
-            ),
-            edges(
-                platform,
-                vec![
-                    wrong(Service::Orders, "saga.after-store@orders.replies", Wrong::Error(2)),
-                    wrong(Service::Orders, "consumer.before-commit@order-svc.saga", Wrong::Outage(3)),
-                    wrong(Service::Orders, "consumer.after-commit@order-svc.saga", Wrong::Outage(3)),
-                ]
-            ),
-        );
     });
 }

@@ -20,7 +20,7 @@ use saga_core::{
         Cursor, Json, Limit, List, Path, Problem, Query,
         idempotency::{self, Answer, Begin, IdempotencyKey},
     },
-    outbox::Tx,
+    outbox::{self, Tx},
 };
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
@@ -167,7 +167,7 @@ async fn create(
     let (name, price) = both(Text::parse("name", &body.name), Price::parse(body.unit_price))?;
     let mut tx = pool.begin().await?;
     let done = create_in(&mut tx, &key, &body, &name, price).await;
-    end(tx, done).await
+    end(&pool, tx, done).await
 }
 
 async fn create_in(
@@ -238,7 +238,7 @@ async fn change(
     let (name, unit_price) = both(name, unit_price)?;
     let mut tx = pool.begin().await?;
     let item = items::change_in(&mut tx, &sku, &Change { name, unit_price }, expected).await.map_err(item_problem)?;
-    tx.commit().await?;
+    outbox::commit(tx, &pool).await?;
     Ok(answer(item).into_response())
 }
 
@@ -266,7 +266,7 @@ async fn adjust(
     let (delta, reason) = both(Delta::parse(body.delta), Text::parse("reason", &body.reason))?;
     let mut tx = pool.begin().await?;
     let done = adjust_in(&mut tx, &key, (sku, &body), delta, &reason).await;
-    end(tx, done).await
+    end(&pool, tx, done).await
 }
 
 async fn adjust_in(
@@ -325,10 +325,10 @@ enum Done {
 }
 
 /// Commits what was done now, and answers.
-async fn end(tx: Tx<'static>, done: Result<Done, Problem>) -> Result<Response, Problem> {
+async fn end(pool: &PgPool, tx: Tx<'static>, done: Result<Done, Problem>) -> Result<Response, Problem> {
     match done {
         Ok(Done::Now(answer)) => {
-            tx.commit().await?;
+            outbox::commit(tx, pool).await?;
             Ok(answer.into_response())
         }
         // Rolled back before the answer, or the client's next request finds its key still in flight.

@@ -127,8 +127,7 @@ impl Orders {
             store::change_in(&mut tx, &[(order, Change::RequestCancel(reason))], clock::now()).await?;
         }
         let found = store::find(&mut *tx, order).await.map_err(StoreError::from)?;
-        tx.commit().await.map_err(StoreError::from)?;
-        outbox::nudge(&self.pool);
+        outbox::commit(tx, &self.pool).await.map_err(StoreError::from)?;
         self.live.nudge();
         let Some(found) = found.map(Box::new) else { return Ok(CancelOutcome::Unknown) };
         match verdict {

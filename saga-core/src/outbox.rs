@@ -6,6 +6,7 @@
 
 use crate::{
     envelope::{Envelope, Headers, SagaHeaders, header},
+    fail_point::fail_point,
     id::MessageId,
     trace,
 };
@@ -172,12 +173,31 @@ pub(crate) async fn append_keyed_in(
     Ok(())
 }
 
+/// Commits a transaction of the caller's own in which messages were appended, and tells the relay of them ([`nudge`]).
+///
+/// # Errors
+/// That of the commit. When the connection was lost it is in doubt: it may have been committed, and the relay then finds the
+/// messages by itself. Ids that the caller made tell, when they are looked for.
+pub async fn commit(tx: Tx<'static>, pool: &PgPool) -> Result<(), sqlx::Error> {
+    fail_point!("outbox.before-commit", database_of(pool).as_str());
+    tx.commit().await?;
+    fail_point!("outbox.after-commit", database_of(pool).as_str());
+    nudge(pool);
+    Ok(())
+}
+
+/// For tests: which of a machine's outboxes it is.
+#[cfg(feature = "testkit")]
+fn database_of(pool: &PgPool) -> String {
+    pool.connect_options().get_database().unwrap_or_default().to_owned()
+}
+
 /// Tells the relay that something was committed, so that it looks at once and not after its pause. Returns at once: a task
 /// tells, over a connection of `pool` if there is one to spare. A hint: where it is lost, the row is found by the relay's
 /// next look, a few milliseconds later while there is traffic, 0.1 s when there was none for a while.
 ///
-/// Batches of a consumer and sagas that start by themselves are told of by the library; this is for whoever commits messages
-/// in a transaction of their own. It comes *after* that commit. Within a business transaction never notify: PostgreSQL lets
+/// Batches of a consumer and sagas that start by themselves are told of by the library, and so is what [`commit`] commits;
+/// this is for whoever commits messages in another way. It comes *after* that commit. Within a business transaction never notify: PostgreSQL lets
 /// such transactions commit one after another. Needs a tokio runtime around it.
 pub fn nudge(pool: &PgPool) {
     if pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections() {

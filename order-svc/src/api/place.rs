@@ -72,8 +72,7 @@ pub async fn place_order(
             return Err(problem);
         }
     };
-    tx.commit().await?;
-    outbox::nudge(&state.orders.pool);
+    outbox::commit(tx, &state.orders.pool).await?;
     tracing::info!(order = %placed.id, saga = %placed.id, "order placed");
     match wait {
         Some(wait) => Ok(waited(&state, &placed, wait).await.unwrap_or_else(|| answer.into_response())),

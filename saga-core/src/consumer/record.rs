@@ -70,6 +70,12 @@ pub(super) struct Batch {
 }
 
 impl Batch {
+    /// Whose steps it is about.
+    #[cfg(feature = "testkit")]
+    pub(super) fn sagas(&self) -> impl Iterator<Item = &crate::envelope::SagaHeaders> {
+        self.messages.iter().filter_map(|message| message.envelope.saga.as_ref())
+    }
+
     /// Decodes; what cannot be decoded, or is of an age that the inbox does not remember, is refused.
     pub(super) fn decode(
         topic: &str,

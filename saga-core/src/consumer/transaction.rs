@@ -117,7 +117,7 @@ impl<H: Handler> Desk<H> {
     /// Handles what is new in `batch` and says how many that were.
     pub(super) async fn take(&self, batch: &Batch) -> Result<usize, Failure> {
         let group = &self.config.group;
-        fail_point!("consumer.before-begin", group);
+        fail_point!("consumer.before-begin", group, batch.sagas());
         // Kept only after a commit: whatever fails gives it back, and the pool looks after it.
         let mut borrowed = self.kept.take_or_borrow(&self.pool).await?;
         let mut tx = borrowed.connection.begin_with(self.begin_and_lock()).await?;
@@ -125,7 +125,7 @@ impl<H: Handler> Desk<H> {
             true => Vec::new(),
             false => inbox::receive_in(&mut tx, self.place(), &batch.arrivals(&self.config)).await?,
         };
-        fail_point!("consumer.after-inbox", group);
+        fail_point!("consumer.after-inbox", group, batch.sagas());
         let held = pick(batch, &deliveries, Delivery::Held);
         if !held.messages.is_empty() {
             parking::hold_in(&mut tx, self.place(), &held).await?;
@@ -139,9 +139,9 @@ impl<H: Handler> Desk<H> {
         if !batch.refused.is_empty() {
             dead_letter::append_in(&mut tx, group, batch.refused.iter().map(DeadLetter::refused)).await?;
         }
-        fail_point!("consumer.before-commit", group);
+        fail_point!("consumer.before-commit", group, batch.sagas());
         tx.commit().await?;
-        fail_point!("consumer.after-commit", group);
+        fail_point!("consumer.after-commit", group, batch.sagas());
         if fresh > 0 {
             self.handler.committed();
         }

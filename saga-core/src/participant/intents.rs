@@ -225,9 +225,9 @@ impl Intents {
     }
 
     async fn call(&self, claim: &Claimed, entry: &dyn Entry) -> Result<(), Unsettled> {
-        fail_point!("participant.before-call", self.participant.name);
+        fail_point!("participant.before-call", self.participant.name, [&claim.intent.cx.saga]);
         let performed = timeout(self.config.call_timeout, entry.perform(&claim.intent)).await;
-        fail_point!("participant.after-call", self.participant.name);
+        fail_point!("participant.after-call", self.participant.name, [&claim.intent.cx.saga]);
         match performed.unwrap_or_else(|_| Performed::InDoubt("the call took too long".into())) {
             Performed::Answered(answer) => self.settle(claim, entry, answer).await,
             Performed::InDoubt(reason) if claim.attempts >= self.config.max_attempts => {
@@ -252,9 +252,9 @@ impl Intents {
         }
         let (outcome, payload) = batch::reply_of(&settled);
         write(&mut tx, claim, &fences, outcome, payload).await?;
-        fail_point!("participant.before-settle-commit", self.participant.name);
+        fail_point!("participant.before-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
         tx.commit().await?;
-        fail_point!("participant.after-settle-commit", self.participant.name);
+        fail_point!("participant.after-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
         batch::count_reply(&claim.kind, outcome);
         outbox::nudge(&self.pool);
         Ok(())

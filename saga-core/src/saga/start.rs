@@ -34,8 +34,8 @@ use std::{collections::HashSet, sync::Arc};
 use tokio::sync::oneshot;
 
 impl Engine {
-    /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing. After the commit,
-    /// [`outbox::nudge`] makes the relay look at once.
+    /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing. Committed with
+    /// [`outbox::commit`], the relay looks at once.
     ///
     /// # Errors
     /// [`StartError::Exists`] leaves the transaction usable; after any other error it has to be rolled back.

@@ -86,12 +86,14 @@ impl Engine {
         let mut tx = self.begin().await?;
         let rows = store::claim_due(&mut tx, self.known(), BATCH).await?;
         let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows).await? };
+        if due == 0 {
+            tx.commit().await?;
+            return Ok(due);
+        }
         fail_point!("saga.timers.before-commit", self.reply_topic());
         tx.commit().await?;
         fail_point!("saga.timers.after-commit", self.reply_topic());
-        if due > 0 {
-            outbox::nudge(self.pool());
-        }
+        outbox::nudge(self.pool());
         Ok(due)
     }
 

@@ -6,30 +6,36 @@
 //! ran, then there was an error".
 //!
 //! Processes of a crash test are told by the environment: `FAILPOINTS="consumer.after-commit=3*off->1*return(kill)"`
-//! (the syntax of the `fail` crate) hits every scope, `consumer.after-commit@payment-svc=…` one.
+//! (the syntax of the `fail` crate) hits every scope, `consumer.after-commit@payment-svc=…` one, and
+//! `consumer.after-commit@payment-svc/undo authorize-payment=…` one step there, by itself or with others in its batch.
 //!
 //! A fault that never fires proves nothing, and a test cannot tell it from one that was survived. So a [`FailPoint`] that
 //! fired less often than it was armed for fails its test when it is dropped, and whatever fires is a warning in the log
 //! ([`FIRES`], with the field `fail_point`), which is how another process's faults are counted.
 //!
+//! Those with a step are marked.
+//!
 //! | name | scope | edge |
 //! |---|---|---|
-//! | `consumer.before-begin` | group | a batch is taken, its transaction not begun |
-//! | `consumer.after-inbox` | group | the inbox rows are written, the handler not called |
-//! | `consumer.before-commit` | group | the handler is done |
-//! | `consumer.after-commit` | group | committed, and the process does not know |
+//! | `consumer.before-begin` | group/step | a batch is taken, its transaction not begun |
+//! | `consumer.after-inbox` | group/step | the inbox rows are written, the handler not called |
+//! | `consumer.before-commit` | group/step | the handler is done |
+//! | `consumer.after-commit` | group/step | committed, and the process does not know |
 //! | `consumer.before-store` | group | committed and known, the offsets not stored |
 //! | `consumer.after-attempt` | group | an attempt at a single record is counted, and not yet made |
-//! | `participant.before-call` | participant | an intent is claimed, nobody called |
-//! | `participant.after-call` | participant | the call was made, and nobody remembers its answer |
-//! | `participant.before-settle-commit` | participant | the answer is recorded and replied to, not committed |
-//! | `participant.after-settle-commit` | participant | committed, and the process does not know |
+//! | `participant.before-call` | participant/step | an intent is claimed, nobody called |
+//! | `participant.after-call` | participant/step | the call was made, and nobody remembers its answer |
+//! | `participant.before-settle-commit` | participant/step | the answer is recorded and replied to, not committed |
+//! | `participant.after-settle-commit` | participant/step | committed, and the process does not know |
 //! | `saga.after-load` | reply topic | the sagas of a batch of replies are locked, nothing is decided |
 //! | `saga.after-store` | reply topic | a batch of replies is decided and written, not committed |
 //! | `saga.before-start` | reply topic | sagas that start by themselves are written, not committed |
-//! | `saga.timers.before-commit` | reply topic | due sagas are decided and written |
+//! | `saga.timers.before-commit` | reply topic | sagas that were due are decided and written |
 //! | `saga.timers.after-commit` | reply topic | committed, and the timers do not know |
+//! | `outbox.before-commit` | database | a transaction of a service's own is done ([`outbox::commit`](crate::outbox::commit)) |
+//! | `outbox.after-commit` | database | committed, and the service does not know |
 
+use crate::envelope::SagaHeaders;
 use std::{
     collections::BTreeMap,
     panic::Location,
@@ -130,6 +136,18 @@ impl Drop for FailPoint {
 /// # Errors
 /// When it is armed, by a test or by `FAILPOINTS`.
 pub fn pass(name: &str, scope: &str) -> Result<(), Injected> {
+    pass_with(name, scope, [])
+}
+
+/// Likewise, where it is known whose steps pass it.
+///
+/// # Errors
+/// When it is armed, for one of the steps or for any.
+pub fn pass_with<'a>(
+    name: &str,
+    scope: &str,
+    sagas: impl IntoIterator<Item = &'a SagaHeaders>,
+) -> Result<(), Injected> {
     static ENVIRONMENT: Once = Once::new();
     ENVIRONMENT.call_once(|| {
         for (key, actions) in std::env::var("FAILPOINTS").iter().flat_map(|all| all.split(';')).filter_map(split) {
@@ -137,9 +155,11 @@ pub fn pass(name: &str, scope: &str) -> Result<(), Injected> {
         }
     });
     let scoped = format!("{name}@{scope}");
-    let Some((key, fault)) = fault_at(&scoped).or_else(|| fault_at(name)) else { return Ok(()) };
+    let steps = sagas.into_iter().map(|saga| format!("{scoped}/{} {}", saga.op.as_str(), saga.step));
+    let mut keys = steps.chain([scoped.clone(), name.to_owned()]);
+    let Some((key, fault)) = keys.find_map(fault_at) else { return Ok(()) };
     tracing::warn!(fail_point = key, fault, "{FIRES}");
-    if let Some(count) = fired().get_mut(key) {
+    if let Some(count) = fired().get_mut(&key) {
         *count += 1;
     }
     match fault.as_str() {
@@ -150,8 +170,9 @@ pub fn pass(name: &str, scope: &str) -> Result<(), Injected> {
     }
 }
 
-fn fault_at(key: &str) -> Option<(&str, String)> {
-    fail::eval(key, |fault| (key, fault.unwrap_or_default()))
+fn fault_at(key: String) -> Option<(String, String)> {
+    let fault = fail::eval(&key, Option::unwrap_or_default)?;
+    Some((key, fault))
 }
 
 fn split(setting: &str) -> Option<(&str, &str)> {
