@@ -1,0 +1,178 @@
+//! Processes die before and after each commit that an order passes on its way, step by step; and transactions fail for
+//! other reasons. Money and stock add up.
+//!
+//! A kill is tied to a step: the fail point fires when a batch has the step's command, or its reply, in it. The claim of a
+//! call is one statement; what is before it is `consumer.after-commit`, and what is after it `participant.before-call`.
+
+use contracts::topics::ORDERS_REPLIES;
+use e2e::{
+    failpoint::{Edge, Wrong},
+    orders::Wish,
+    platform::{Platform, SETTLED, alone},
+};
+use saga_core::testkit::{eventually, time_passes};
+use stack::service::Service;
+use uuid::Uuid;
+
+const PAYMENT_STEPS: [&str; 3] = ["do authorize-payment", "undo authorize-payment", "do capture-payment"];
+const STOCK_STEPS: [&str; 3] = ["do reserve-stock", "undo reserve-stock", "do commit-stock"];
+
+/// One after another: each with an order that is confirmed, one that is short of stock, and one that is not captured.
+async fn at(platform: &Platform, edges: Vec<Edge>) {
+    let sku = platform.item("edge", 100, 1_000).await;
+    for edge in edges {
+        let orders = platform.goes_wrong_at(&edge, async {
+            let paid = platform.place(&Wish::of(&sku, 1)).await;
+            let short = platform.place(&Wish::of(&sku, 100_000)).await;
+            let refused = platform.place(&Wish::of(&sku, 1).paid_with("tok_capture_refused")).await;
+            [(paid, "confirmed"), (short, "out_of_stock"), (refused, "payment_not_captured")]
+        });
+        for (order, outcome) in orders.await {
+            assert_eq!(platform.outcome(order).await, outcome, "{edge:?}");
+        }
+    }
+}
+
+/// A process dies at each of the points, once for each of the steps.
+fn kills(service: Service, scope: &str, points: &[&str], steps: &[&str]) -> Vec<Edge> {
+    let each = steps.iter().flat_map(|step| points.iter().map(move |point| format!("{point}@{scope}/{step}")));
+    each.map(|name| Edge::kill(service, name)).collect()
+}
+
+/// Around a consumer's commits, for each step; and where nothing is committed, once.
+fn consumer_kills(service: Service, group: &str, steps: &[&str]) -> Vec<Edge> {
+    let commits = kills(service, group, &["consumer.before-commit", "consumer.after-commit"], steps);
+    let others = ["consumer.before-begin", "consumer.after-inbox", "consumer.before-store"];
+    let others = others.map(|point| Edge::kill(service, format!("{point}@{group}")));
+    commits.into_iter().chain(others).collect()
+}
+
+#[test]
+fn a_participant_or_the_orchestrator_dies_before_and_after_each_commit_of_each_step() {
+    let calls = [
+        "participant.before-call",
+        "participant.after-call",
+        "participant.before-settle-commit",
+        "participant.after-settle-commit",
+    ];
+    let decisions = ["saga.after-load", "saga.after-store"];
+    let decisions = decisions.map(|point| Edge::kill(Service::Orders, format!("{point}@{}", ORDERS_REPLIES.name)));
+    alone(async |platform| {
+        let mut payments = consumer_kills(Service::Payments, "payment-svc", &PAYMENT_STEPS);
+        payments.extend(kills(Service::Payments, "payment-svc", &calls, &PAYMENT_STEPS));
+        let inventory = consumer_kills(Service::Inventory, "inventory-svc", &STOCK_STEPS);
+        let mut saga = consumer_kills(Service::Orders, "order-svc.saga", &[PAYMENT_STEPS, STOCK_STEPS].concat());
+        saga.extend(decisions);
+        // Side by side: deaths of one process meet those of another.
+        tokio::join!(at(platform, payments), at(platform, inventory), at(platform, saga));
+    });
+}
+
+#[test]
+fn a_request_whose_process_dies_before_or_after_its_commit_has_one_effect_when_it_is_repeated() {
+    alone(async |platform| {
+        for point in ["outbox.before-commit", "outbox.after-commit"] {
+            let (orders, stock) = (format!("{point}@orders"), format!("{point}@inventory"));
+            let dies = Edge::kill(Service::Inventory, stock);
+            // The item's own POST, then that of its first delivery.
+            for skip in [0, 1] {
+                let edge = Edge { skip, ..dies.clone() };
+                let sku = platform.goes_wrong_at(&edge, platform.item("edge", 100, 20)).await;
+                assert_eq!(platform.stock_of(&sku).await, (20, 0), "{edge:?}");
+            }
+            let sku = platform.item("edge", 100, 20).await;
+            let dies = Edge::kill(Service::Orders, orders);
+            let payments = &platform.stack.service(Service::Payments).process;
+            payments.pause();
+            let order = platform.goes_wrong_at(&dies, platform.place(&Wish::of(&sku, 2))).await;
+            let cancelled = eventually(SETTLED, || async { (platform.cancel(order).await == 202).then_some(()) });
+            platform.goes_wrong_at(&dies, cancelled).await;
+            payments.resume();
+            assert_eq!(platform.outcome(order).await, "cancelled_by_customer", "{point}");
+        }
+    });
+}
+
+/// How often a command was sent.
+async fn sent(platform: &Platform, order: Uuid, op: &str, step: &str) -> i64 {
+    let count = sqlx::query_scalar(
+        "select count(*)
+           from outbox
+          where key = $1 and topic like '%.commands' and headers ->> 'ce_sagaop' = $2 and headers ->> 'ce_sagastep' = $3",
+    );
+    let count = count.bind(order.to_string()).bind(op).bind(step);
+    count.fetch_one(&platform.orders).await.expect("the outbox can be read")
+}
+
+/// A command was sent and is not answered: its deadline passes, and order-svc dies in the timers' transaction.
+async fn is_late(platform: &Platform, edge: &Edge, order: Uuid, op: &str, step: &str) {
+    let sent_times = async |times: i64| {
+        let enough = || async { (sent(platform, order, op, step).await >= times).then_some(()) };
+        eventually(SETTLED, enough).await;
+    };
+    sent_times(1).await;
+    platform.goes_wrong_at(edge, time_passes(&platform.orders)).await;
+    sent_times(2).await;
+    assert_eq!(sent(platform, order, op, step).await, 2, "{op} {step}, {edge:?}: one resend");
+}
+
+#[test]
+fn order_svc_dies_before_and_after_it_commits_that_a_command_of_each_step_is_late_and_resends_it_once() {
+    alone(async |platform| {
+        let payments = &platform.stack.service(Service::Payments).process;
+        let inventory = &platform.stack.service(Service::Inventory).process;
+        let sku = platform.item("late", 100, 100).await;
+        let wish = Wish::of(&sku, 2);
+        for point in ["saga.timers.before-commit", "saga.timers.after-commit"] {
+            let edge = Edge::kill(Service::Orders, format!("{point}@{}", ORDERS_REPLIES.name));
+            // Who has to answer stands still; and the next one does before this one goes on.
+            payments.pause();
+            let order = platform.place(&wish).await;
+            let way = [
+                ("authorize-payment", payments, inventory),
+                ("reserve-stock", inventory, payments),
+                ("capture-payment", payments, inventory),
+                ("commit-stock", inventory, payments),
+            ];
+            for (step, answers, next) in way {
+                is_late(platform, &edge, order, "do", step).await;
+                next.pause();
+                answers.resume();
+            }
+            payments.resume();
+            assert_eq!(platform.outcome(order).await, "confirmed", "{point}");
+            for (step, answers) in [("authorize-payment", payments), ("reserve-stock", inventory)] {
+                answers.pause();
+                let order = platform.place(&wish).await;
+                let issued = || async { (sent(platform, order, "do", step).await == 1).then_some(()) };
+                eventually(SETTLED, issued).await;
+                assert_eq!(platform.cancel(order).await, 202, "{point}");
+                is_late(platform, &edge, order, "undo", step).await;
+                answers.resume();
+                assert_eq!(platform.outcome(order).await, "cancelled_by_customer", "{point}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_transaction_fails_for_its_own_reasons_or_for_want_of_a_connection_and_recovers() {
+    let edges = |service, scope: &str, edges: &[(&str, Wrong)]| -> Vec<Edge> {
+        let named = edges.iter().map(|(point, wrong)| (format!("{point}@{scope}"), *wrong));
+        named.map(|(name, wrong)| Edge { service, name, skip: 0, wrong }).collect()
+    };
+    let consumer = [
+        ("consumer.after-inbox", Wrong::Error(2)),
+        ("consumer.before-commit", Wrong::Outage(3)),
+        ("consumer.after-commit", Wrong::Outage(3)),
+    ];
+    let calls = [("participant.after-call", Wrong::Outage(2))];
+    let decisions = [("saga.after-store", Wrong::Error(2))];
+    alone(async |platform| {
+        let payments = edges(Service::Payments, "payment-svc", &[&consumer[..], &calls].concat());
+        let inventory = edges(Service::Inventory, "inventory-svc", &consumer);
+        let mut saga = edges(Service::Orders, "order-svc.saga", &consumer[1..]);
+        saga.extend(edges(Service::Orders, ORDERS_REPLIES.name, &decisions));
+        tokio::join!(at(platform, payments), at(platform, inventory), at(platform, saga));
+    });
+}
