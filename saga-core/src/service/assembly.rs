@@ -7,10 +7,11 @@
 use super::{
     admin::admin_router,
     config::{ConfigErrors, Identity, ServiceArgs, ServiceCommand, Settings},
+    connections::serve,
     health::Health,
     migrate::{Migrations, migrate},
     shutdown,
-    supervisor::{BoxError, Task, exit_code, run_all, serve, task},
+    supervisor::{BoxError, Task, exit_code, run_all, task},
     telemetry::{self, TelemetrySettings},
     topics,
 };

@@ -8,12 +8,14 @@
 //! | [`database`], [`migrate`] | a pool that is safe to cancel on; migrations under a lock |
 //! | [`topics`] | creates declared topics, reports mismatches |
 //! | [`health`], [`admin`] | readiness by named checks; the admin listener with its roles |
+//! | [`serve()`] | HTTP connections, each with a bound on silence |
 //! | [`supervisor`], [`shutdown`] | named tasks that start, fail and stop together, within a bound |
 //! | [`assembly`] | a service from its parts, the same way for every service |
 
 pub mod admin;
 pub mod assembly;
 pub mod config;
+mod connections;
 pub mod database;
 pub mod health;
 mod lock_watch;
@@ -30,6 +32,7 @@ pub use config::{
     AdminArgs, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, Identity, KafkaArgs, KafkaSettings, ServiceArgs,
     ServiceCommand, Settings, TelemetryArgs,
 };
+pub use connections::serve;
 pub use health::Health;
 pub use migrate::{Migrations, messaging_migrations, saga_migrations};
-pub use supervisor::{exit_code, run_all, serve, task};
+pub use supervisor::{exit_code, run_all, task};

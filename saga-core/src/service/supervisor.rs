@@ -5,10 +5,9 @@
 //! [`GRACE`] to finish what is in flight; what is left then is dropped, which is what a crash would do and therefore
 //! safe.
 
-use crate::http::Api;
 use futures::{FutureExt, future::BoxFuture};
 use std::{panic::AssertUnwindSafe, process::ExitCode, time::Duration};
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 /// How long work in flight may take once the process is asked to stop. Shorter than the 30 s after which orchestrators
@@ -106,16 +105,6 @@ fn verdict(task: &'static str, result: Result<(), BoxError>, asked: bool) -> Opt
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
-}
-
-/// Serves HTTP on `listener` until `token` is cancelled, then finishes the requests in flight, also those whose client
-/// hung up.
-pub async fn serve(listener: TcpListener, api: impl Into<Api>, token: CancellationToken) -> Result<(), std::io::Error> {
-    let Api { router, in_flight } = api.into();
-    axum::serve(listener, router).with_graceful_shutdown(token.cancelled_owned()).await?;
-    in_flight.close();
-    in_flight.wait().await;
-    Ok(())
 }
 
 /// Logs why the process ends, if it is not because it was asked to, and says so to whoever started it.
