@@ -60,6 +60,13 @@ impl Log {
         lines
     }
 
+    /// The warnings and errors, oldest first.
+    pub fn warnings(&self) -> Vec<Value> {
+        let mut lines = self.lines();
+        lines.retain(|line| line["level"] == "WARN" || line["level"] == "ERROR");
+        lines
+    }
+
     /// The SQL that was run, oldest first, if the filter lets `sqlx::query=debug` through. Whoever runs it is not asked, so
     /// this counts statements as they are sent; only `begin` is not among them, which sqlx does not tell of.
     pub fn statements(&self) -> Vec<String> {

@@ -1,7 +1,13 @@
-//! A server whose connections fall silent: as when its host is gone and nobody says so.
+//! A server whose connections fall silent, as when its host is gone and nobody says so; or that is down for a while.
 
 use sqlx::{ConnectOptions, postgres::PgConnectOptions};
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -11,11 +17,13 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 /// Passes TCP connections on, until they are frozen: from then on nothing comes through and nothing is closed, while
-/// connections that are made later work. Ends when it is dropped.
+/// connections that are made later work. While it is shut, it closes what there is and what comes. Ends when it is dropped.
 #[derive(Debug)]
 pub struct FreezingProxy {
     address: SocketAddr,
     frozen: watch::Sender<u64>,
+    shut: watch::Sender<bool>,
+    refused: Arc<AtomicUsize>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -25,14 +33,26 @@ impl FreezingProxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("it is bound");
         let (frozen, freezes) = watch::channel(0);
-        let server = server.to_owned();
+        let (shut, shuts) = watch::channel(false);
+        let (server, refused) = (server.to_owned(), Arc::new(AtomicUsize::new(0)));
+        let refusals = Arc::clone(&refused);
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
-                connections.spawn(pass(client, server.clone(), freezes.clone()));
+                let (passed, mut shuts) = (pass(client, server.clone(), freezes.clone()), shuts.clone());
+                if *shuts.borrow_and_update() {
+                    refusals.fetch_add(1, Ordering::SeqCst);
+                    continue;
+                }
+                connections.spawn(async move {
+                    tokio::select! {
+                        _ = shuts.changed() => {}
+                        () = passed => {}
+                    }
+                });
             }
         });
-        Self { address, frozen, _task: AbortOnDropHandle::new(task) }
+        Self { address, frozen, shut, refused, _task: AbortOnDropHandle::new(task) }
     }
 
     /// A proxy for the server of a database, and the database's URL through it.
@@ -46,6 +66,21 @@ impl FreezingProxy {
     /// Lets every connection that there is fall silent, for good.
     pub fn freeze(&self) {
         self.frozen.send_modify(|frozen| *frozen += 1);
+    }
+
+    /// The server is down, until [`FreezingProxy::open`].
+    pub fn shut(&self) {
+        self.shut.send_replace(true);
+    }
+
+    /// It is up again.
+    pub fn open(&self) {
+        self.shut.send_replace(false);
+    }
+
+    /// How many connections were refused so far.
+    pub fn refused(&self) -> usize {
+        self.refused.load(Ordering::SeqCst)
     }
 }
 

@@ -4,5 +4,6 @@ mod adversity;
 mod crashes;
 mod delivery;
 mod failures;
+mod outages;
 
 mod support;
