@@ -146,16 +146,19 @@ fn health(answer: &Result<(), String>) -> String {
     answer.as_ref().map_or_else(|why| format!("NOT READY: {why}"), |()| "ready".into())
 }
 
-/// The end of every log, and with `follow` what comes.
+/// The end of every log, and with `follow` what comes. Without a platform that runs, the logs that the last one left.
 pub fn logs(directory: &StateDirectory, follow: Follow) -> Result<()> {
     let files = match directory.running()? {
         Some(State { logs, .. }) => logs,
         None => {
-            let logs = std::fs::read_dir(directory.path().join("logs"));
-            logs.map_err(|_| Error::Other("there are no logs yet; `make up` makes some".into()))?
-                .flatten()
-                .map(|entry| entry.path())
-                .collect::<Vec<PathBuf>>()
+            let left = logs_left(directory);
+            // `tail` without files would read what is typed.
+            if left.is_empty() {
+                return Err(Error::Other("there are no logs yet; `make up` makes some".into()));
+            }
+            let next = if follow == Follow::Yes { ", and what `make up` adds to them" } else { "" };
+            eprintln!("Nothing runs. These are the logs of the last time{next}.");
+            left
         }
     };
     let mut tail = Command::new("tail");
@@ -165,6 +168,13 @@ pub fn logs(directory: &StateDirectory, follow: Follow) -> Result<()> {
     }
     // Becomes `tail`: it does this better than we would, and Ctrl-C is its own.
     Err(Error::io("run tail")(tail.args(files).exec()))
+}
+
+fn logs_left(directory: &StateDirectory) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory.path().join("logs")).into_iter().flatten().flatten();
+    let mut files: Vec<_> = entries.map(|entry| entry.path()).collect();
+    files.sort();
+    files
 }
 
 /// Whether to go on with what comes.
