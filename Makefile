@@ -1,6 +1,6 @@
 # The few commands people type. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo up down reset logs status test test-pg15 check bench tools-build tools-servers binaries fmt clippy doc arch deny
+.PHONY: help demo up down reset logs status test test-pg15 check bench tools-build tools-servers tools-servers-unless-named binaries fmt clippy doc arch deny
 
 # Where cargo puts what it builds.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -15,7 +15,7 @@ help: ## This list
 demo: tools-servers binaries ## Starts everything, drives orders through every outcome, shows what happened, stops
 	@$(STACK) demo
 
-up: tools-servers binaries ## Starts everything and leaves it running; Ctrl-C or `make down` ends it, data is kept
+up: tools-servers-unless-named binaries ## Starts everything and leaves it running; Ctrl-C or `make down` ends it, data is kept
 	@$(STACK) up
 
 down: binaries ## Ends what `make up` started
@@ -33,6 +33,8 @@ status: binaries ## What runs, and whether it is healthy
 # The programs before the tests that start them as processes, and in one go with the tests: asked for alone, cargo would
 # build them a second time, for other features. Cargo runs one test binary after another, which suits two cores: side by
 # side they would make every deadline a guess. Inside each, tests run in parallel.
+#
+# What DATABASE_URL and KAFKA_BROKERS name is used, and not alone: tests that kill servers start their own.
 test: tools-build tools-servers ## The whole suite against a PostgreSQL and a Kafka of its own (or DATABASE_URL, KAFKA_BROKERS)
 	cargo build --workspace --bins --tests
 	$(STACK) run -- sh stack/test.sh --workspace
@@ -48,7 +50,8 @@ check: fmt clippy doc arch deny ## fmt, clippy, rustdoc (warnings denied), the a
 
 # `make bench ARGS='sagas --in-flight 256'`: one figure, with other settings; ARGS=--help tells which there are. Only this
 # package: with the others beside it, their test features would be in what is measured.
-bench: tools-servers ## The figures, each beside its yardstick of the same run
+# The relay's yardstick is a tool of Kafka's, so only the other figure can do without a JVM, on servers that are named.
+bench: tools-servers$(if $(filter sagas,$(ARGS)),-unless-named) ## The figures, each beside its yardstick of the same run
 	cargo build --release -p bench
 	$(TARGET)/release/bench $(ARGS)
 
@@ -58,8 +61,12 @@ binaries: tools-build
 tools-build:
 	@sh stack/tools.sh build
 
+# For what starts servers of its own, whatever is named.
 tools-servers:
 	@sh stack/tools.sh servers
+
+tools-servers-unless-named:
+	@sh stack/tools.sh servers-unless-named
 
 fmt: tools-build
 	cargo fmt --all --check

@@ -1,11 +1,13 @@
 #!/bin/sh
 # Are the programs here that building and running need? On Debian as root, installs what is missing; elsewhere says
-# what to install. `sh stack/tools.sh build` looks for what compiles, `... servers` for what runs Kafka and PostgreSQL.
+# what to install. `sh stack/tools.sh build` looks for what compiles, `... servers` for what fetches and runs PostgreSQL
+# and Kafka, `... servers-unless-named` for the same where DATABASE_URL and KAFKA_BROKERS do not name both.
 set -eu
 
 debian() { [ -e /etc/debian_version ] && command -v apt-get >/dev/null 2>&1; }
 missing=
 packages=
+note=
 need() { # what, its Debian package
   missing="$missing $1"
   packages="$packages $2"
@@ -14,6 +16,14 @@ need() { # what, its Debian package
 # The first number of `openjdk version "17.0.15"`; nothing when there is no java.
 java_version() {
   "${JAVA_HOME:+$JAVA_HOME/bin/}java" -version 2>&1 | sed -n 's/[^"]*"\([0-9][0-9]*\).*/\1/p' | head -n 1
+}
+
+named() { [ -n "${DATABASE_URL:-}" ] && [ -n "${KAFKA_BROKERS:-}" ]; }
+
+servers() {
+  version=$(java_version || true)
+  [ "${version:-0}" -ge 17 ] || need "java (17 or later)" default-jre-headless
+  command -v mvn >/dev/null 2>&1 || need mvn maven
 }
 
 for kind in "$@"; do
@@ -26,16 +36,18 @@ for kind in "$@"; do
         exit 1
       fi ;;
     servers)
-      # What DATABASE_URL and KAFKA_BROKERS name is used; nothing has to be fetched or run then.
-      [ -n "${DATABASE_URL:-}" ] && [ -n "${KAFKA_BROKERS:-}" ] && continue
-      version=$(java_version || true)
-      [ "${version:-0}" -ge 17 ] || need "java (17 or later)" default-jre-headless
-      command -v mvn >/dev/null 2>&1 || need mvn maven ;;
-    *) echo "usage: $0 build|servers ..." >&2; exit 2 ;;
+      servers
+      if named; then
+        note="DATABASE_URL and KAFKA_BROKERS are set, but this starts servers of its own all the same"
+      fi ;;
+    servers-unless-named)
+      named || servers ;;
+    *) echo "usage: $0 build|servers|servers-unless-named ..." >&2; exit 2 ;;
   esac
 done
 
 [ -n "$missing" ] || exit 0
+missing=$missing${note:+" ($note)"}
 if debian && [ "$(id -u)" = 0 ]; then
   echo "Not installed:$missing. Installing:$packages" >&2
   # shellcheck disable=SC2086 # a list of words

@@ -61,11 +61,49 @@ fn root_on_debian_gets_what_is_missing_after_an_update() {
     assert_eq!(lines[1..], ["apt-get update -q", "apt-get install -y -q maven"]);
 }
 
+/// What the two variables say when servers run already.
+const NAMED: [(&str, &str); 2] = [("DATABASE_URL", "postgres://there"), ("KAFKA_BROKERS", "there:9092")];
+
 #[test]
-fn servers_that_are_named_need_nothing_to_run_them() {
+fn servers_that_are_named_need_nothing_to_run_them_unless_only_one_is() {
     let machine = machine(&[PERSON]);
-    let named = [("DATABASE_URL", "postgres://there"), ("KAFKA_BROKERS", "there:9092")];
-    assert_eq!(tools(machine.path(), &["servers"], &named), (true, String::new()));
+    assert_eq!(tools(machine.path(), &["servers-unless-named"], &NAMED), (true, String::new()));
+    for named in [&[][..], &NAMED[..1], &NAMED[1..], &[NAMED[0], ("KAFKA_BROKERS", "")]] {
+        let (done, said) = tools(machine.path(), &["servers-unless-named"], named);
+        assert!(!done && said.contains("not installed: java (17 or later) mvn\n"), "{named:?}: {said}");
+    }
+}
+
+#[test]
+fn what_starts_servers_of_its_own_needs_them_however_many_are_named_and_says_why() {
+    let without = machine(&[PERSON]);
+    let (done, said) = tools(without.path(), &["servers"], &NAMED);
+    assert!(!done && said.contains("java (17 or later) mvn (DATABASE_URL and KAFKA_BROKERS are set, but"), "{said}");
+    assert!(said.contains("Install"), "{said}");
+    let (_, said) = tools(without.path(), &["servers"], &[]);
+    assert!(said.contains("java (17 or later) mvn\n"), "{said}");
+    let with = machine(&[JAVA_17, MAVEN, PERSON]);
+    assert_eq!(tools(with.path(), &["servers"], &NAMED), (true, String::new()));
+}
+
+#[test]
+fn make_asks_for_what_each_of_its_targets_starts() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    for (arguments, kind) in [
+        (&["demo"][..], "servers"),
+        (&["up"], "servers-unless-named"),
+        (&["test"], "servers"),
+        (&["test-pg15"], "servers"),
+        (&["bench"], "servers"),
+        (&["bench", "ARGS=sagas --tcp"], "servers-unless-named"),
+    ] {
+        let mut make = Command::new("make");
+        // Under `make test`, that make's own flags are in the environment.
+        make.arg("--dry-run").args(arguments).current_dir(root).env_remove("MAKEFLAGS").env_remove("ARGS");
+        let said = String::from_utf8(make.output().unwrap().stdout).unwrap();
+        let asked: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("sh stack/tools.sh servers")).collect();
+        assert_eq!(asked, [kind.strip_prefix("servers").unwrap()], "make {arguments:?}: {said}");
+    }
 }
 
 #[test]
