@@ -90,7 +90,7 @@ fn the_demo_shows_every_outcome_balances_the_books_and_leaves_nothing() {
     let killed = part(&said, "payment-svc is killed");
     assert!(killed.contains("payment-svc was killed after") && killed.contains("was back at"), "{killed}");
     let lost = part(&said, "The provider's answer is lost");
-    assert!(lost.contains("the provider was asked 2 times to authorize under one key, and did it once"), "{lost}");
+    assert!(lost.contains(" times to authorize under one key, and did it once"), "{lost}");
     assert!(orders.windows(2).all(|pair| pair[0].id < pair[1].id), "seven orders, one after the other:\n{said}");
 
     topics_hold_at_least_what_the_timelines_show(&said, &orders);
@@ -135,6 +135,11 @@ fn cents(text: &str) -> i64 {
     euros.parse::<i64>().unwrap() * 100 + cents.parse::<i64>().unwrap()
 }
 
+/// `succeeded (attempt 2)` is `succeeded`: a slow machine sends again what would have been answered.
+fn first_attempt(what: &str) -> &str {
+    what.split(" (attempt").next().unwrap_or(what)
+}
+
 fn order(said: &str, title: &str, ended: &str, happened: &[Happened]) -> Shown {
     let part = part(said, &format!("{title}\n"));
     let line =
@@ -148,9 +153,9 @@ fn order(said: &str, title: &str, ended: &str, happened: &[Happened]) -> Shown {
     assert_eq!(rows.next().unwrap(), ["ms", "step", "", "message"]);
     let rows: Vec<_> = rows.map(|row| (row[0].parse::<u64>().unwrap(), [row[1], row[2], row[3]])).collect();
     assert!(rows[0].0 == 0 && rows.is_sorted_by_key(|(at, _)| at), "times count from the start:\n{part}");
-    let mut lines = rows.iter().map(|(_, line)| line);
+    let mut lines = rows.iter().map(|(_, [step, what, message])| [*step, first_attempt(what), *message]);
     for expected in happened {
-        assert!(lines.any(|line| line == expected), "{expected:?} is missing, or not in its place:\n{part}");
+        assert!(lines.any(|line| line == *expected), "{expected:?} is missing, or not in its place:\n{part}");
     }
 
     let mut messages = BTreeMap::new();
