@@ -11,7 +11,7 @@ use rdkafka::{
 };
 use saga_core::{
     outbox::nudge,
-    testkit::{Record, brokers, eventually, read_to_end, unique},
+    testkit::{Log, Record, brokers, eventually, read_to_end, unique},
 };
 use serde_json::{Value, json};
 
@@ -44,15 +44,21 @@ async fn parked(world: &World, count: i64) {
 #[tokio::test]
 async fn a_row_that_is_too_large_is_parked_with_its_keys_successors_and_retried_in_order() {
     let world = World::new().await;
+    let log = Log::hear("warn");
     let topic = limited_topic("3000").await;
     let _relay = world.relay();
     append(world.db(), &topic, "k", "before").await;
     let large = "x".repeat(5_000);
     let culprit = append(world.db(), &topic, "k", &large).await;
-    append(world.db(), &topic, "k", "after").await;
+    let successor = append(world.db(), &topic, "k", "after").await;
     append(world.db(), &topic, "other", "flows").await;
     world.append("k", "another topic flows").await;
     parked(&world, 2).await;
+    for (line, id) in log.said("parked a row").iter().zip([culprit, successor]) {
+        assert_eq!((&line["outbox"], &line["topic"]), (&world.name.as_str().into(), &topic.as_str().into()), "{line}");
+        assert_eq!(line["id"], id, "{line}");
+    }
+    assert_eq!(log.said("parked a row").len(), 2);
     assert_eq!(payloads(&published(&topic, 2).await, "k"), ["before"]);
     assert_eq!(payloads(&read_to_end(&topic).await, "other"), ["flows"]);
     world.published(1).await;

@@ -146,6 +146,7 @@ pub(super) async fn append_in(
             offset = letter.at.offset,
             message_id = letter.headers.get(header::ID),
             saga = letter.headers.get(header::SAGA_ID),
+            saga_type = letter.headers.get(header::SAGA_TYPE),
             class = letter.class,
             reason = letter.reason,
             attempts = letter.attempts,

@@ -220,7 +220,8 @@ impl Intents {
             within(DATABASE_MAX, self.back_off(&claim, &error.to_string())).await
         };
         if let Err(error) = unsettled {
-            tracing::warn!(command = %claim.intent.cx.saga.command, %error, "the claim is left to run out");
+            tracing::warn!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, %error,
+                "the claim is left to run out");
         }
     }
 

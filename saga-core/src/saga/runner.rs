@@ -169,8 +169,15 @@ impl Engine {
             tracing::warn!(%saga, replies = replies.len(), "replies to a saga that does not exist are ignored");
             replies.iter().for_each(|_| measure::unknown_saga());
         }
-        if !aside.is_empty() {
-            tracing::warn!(replies = aside.len(), "replies to sagas of unknown definitions are set aside");
+        if let Some(first) = aside.first() {
+            // One of them: in a rollout they are many, and of the same definition.
+            tracing::warn!(
+                saga = %first.saga,
+                saga_type = first.definition,
+                version = first.version,
+                replies = aside.len(),
+                "replies to sagas of unknown definitions, this one first, are set aside"
+            );
             store::set_aside(tx, &aside).await?;
         }
         Batch::new(self, cases, clock::now()).run(tx).await?;

@@ -151,7 +151,17 @@ impl Engine {
             Err(BatchError::Database(error)) => return Err(error),
             Err(BatchError::Poison(why)) => {
                 attempt.rollback().await?;
-                tracing::error!(%why, "a reply that was set aside cannot be understood; it is dropped");
+                for reply in &replies {
+                    tracing::error!(
+                        saga = %reply.saga,
+                        saga_type = reply.definition,
+                        step = reply.step,
+                        command = %reply.command,
+                        message_id = %reply.message,
+                        why,
+                        "a reply that was set aside cannot be understood; it is dropped"
+                    );
+                }
             }
         }
         tx.commit().await

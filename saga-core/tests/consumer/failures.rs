@@ -3,8 +3,9 @@
 use crate::support::{Fixture, SOON, assert_complete, event, events, says, with_id};
 use saga_core::{
     consumer::{HandleError, TooOld},
-    id::MessageId,
-    testkit::{Record, eventually, produce},
+    envelope::{Envelope, Op, SagaHeaders},
+    id::{CommandId, MessageId, SagaId},
+    testkit::{Log, Record, eventually, produce},
 };
 use std::sync::{
     Arc,
@@ -315,5 +316,42 @@ async fn a_source_that_no_index_can_hold_is_dead_lettered_and_the_partition_goes
     assert_eq!(values(&fixture.until_handled(1).await, "k"), ["good"]);
     let letters = fixture.until_dead_letters(1).await;
     assert_eq!((letters[0].1.as_deref(), letters[0].2["ce_source"].as_str()), (Some("long"), Some(source.as_str())));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_parked_and_what_is_dead_lettered_say_their_ids_where_there_are_no_spans() {
+    let log = Log::hear("warn");
+    let fixture = Fixture::new(1).await;
+    let running = fixture.start_with(|message| match says(message, "bad") {
+        true => Err(anyhow::anyhow!("the shelf is gone").into()),
+        false => Ok(()),
+    });
+    let mut envelope = Envelope::new(MessageId::new(), "orders", "stock.reserve.v1");
+    let saga = SagaId::new();
+    envelope.saga = Some(SagaHeaders {
+        saga,
+        definition: "order".into(),
+        version: 1,
+        step: "reserve".into(),
+        op: Op::Do,
+        occurrence: 0,
+        command: CommandId::derive(saga, "reserve", Op::Do, 0),
+        attempt: 1,
+        reply_to: Some("replies".into()),
+        outcome: None,
+    });
+    let headers = envelope.encode().into_iter().map(|(name, value)| (name, Some(value.into_bytes())));
+    fixture.send(&[event("a", "good"), Record { headers: headers.collect(), ..event("b", "bad") }]).await;
+    fixture.until_dead_letters(1).await;
+    for message in ["parked", "dead-lettered"] {
+        let [line] = &log.said(message)[..] else { panic!("{message}: {:?}", log.warnings()) };
+        assert_eq!(line["trace_id"], "", "there are spans: {line}");
+        assert_eq!((&line["topic"], &line["group"]), (&fixture.topic.name().into(), &(*fixture.config.group).into()));
+        assert_eq!((&line["partition"], &line["offset"]), (&0.into(), &1.into()), "{line}");
+        assert_eq!(line["message_id"], envelope.id.to_string(), "{line}");
+        let id = serde_json::Value::from(saga.to_string());
+        assert_eq!((&line["saga"], &line["saga_type"], &line["order"]), (&id, &"order".into(), &id), "{line}");
+    }
     running.stop().await;
 }

@@ -6,7 +6,7 @@ use saga_core::{
     id::{CommandId, SagaId},
     participant::{IntentConfig, Ran},
     service::database::pool_options,
-    testkit::{FailPoint, FreezingProxy, eventually, failpoints::Fault},
+    testkit::{FailPoint, FreezingProxy, Log, eventually, failpoints::Fault},
 };
 use std::time::Duration;
 use tokio::time::timeout;
@@ -78,6 +78,7 @@ async fn a_lost_answer_is_asked_for_again_under_the_same_key() {
 
 #[tokio::test]
 async fn when_attempts_run_out_the_command_fails_in_doubt_and_a_resend_starts_anew() {
+    let log = Log::hear("warn");
     let world = World::new().await;
     let saga = SagaId::new();
     let resend = || message(saga, Op::Do, &pay(&["silence", "silence", "silence", "yes"]));
@@ -86,6 +87,8 @@ async fn when_attempts_run_out_the_command_fails_in_doubt_and_a_resend_starts_an
     assert_eq!(world.outcomes(saga).await, [Failed]);
     world.settle().await;
     assert_eq!(world.provider.calls.of(key(saga)), 3, "given up");
+    let [line] = &log.said("no certain answer in all attempts")[..] else { panic!("{:?}", log.warnings()) };
+    assert_eq!((&line["saga"], &line["command"]), (&saga.to_string().into(), &key(saga).to_string().into()), "{line}");
     world.deliver(&[resend()]).await;
     world.settle().await;
     assert_eq!(world.outcomes(saga).await, [Failed, Succeeded]);

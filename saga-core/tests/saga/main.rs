@@ -2,6 +2,7 @@
 
 mod crash;
 mod forward;
+mod ids;
 mod inspection;
 mod running;
 mod starts;

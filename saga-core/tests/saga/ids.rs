@@ -1,0 +1,72 @@
+//! With `RUST_LOG=warn` there are no spans: what does not go on by itself says on its own line whose it is.
+
+use crate::support::*;
+use saga_core::{envelope::Outcome, id::SagaId, testkit::Log};
+use serde_json::{Value, json};
+
+fn is_of(line: &Value, saga: SagaId) {
+    let id = json!(saga.to_string());
+    assert_eq!((&line["saga"], &line["saga_type"], &line["order"]), (&id, &json!("order"), &id), "{line}");
+    assert_eq!(line["trace_id"], "", "there are spans: {line}");
+}
+
+#[tokio::test]
+async fn a_stuck_saga_says_its_id_and_its_step_on_the_line_itself() {
+    let log = Log::hear("warn");
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    world.cancel(saga).await;
+    world.time_out().await;
+    world.deliver(&[failed(&world.last(saga).await)]).await;
+    assert_eq!(world.status(saga).await, "stuck");
+    let [line] = &log.said("a saga is stuck")[..] else { panic!("{:?}", log.warnings()) };
+    is_of(line, saga);
+    assert_eq!((&line["level"], &line["step"], &line["undoing"]), (&json!("ERROR"), &json!("authorize"), &json!(true)));
+}
+
+#[tokio::test]
+async fn a_reply_that_waits_for_another_replica_and_one_that_is_dropped_then_say_their_sagas_id() {
+    let log = Log::hear("warn");
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let (sent, other) = (world.last(saga).await, "another shape");
+    let shape = async |shape: &str| -> String {
+        sqlx::query_scalar(
+            "update saga set fingerprint = $1
+               from (select saga_id, fingerprint from saga for update) as before
+             returning before.fingerprint",
+        )
+        .bind(shape)
+        .fetch_one(&world.database.pool)
+        .await
+        .unwrap()
+    };
+    let ours = shape(other).await;
+    let unreadable = reply(&sent, Outcome::Succeeded, &json!({ "referenz": "x" }));
+    world.deliver(std::slice::from_ref(&unreadable)).await;
+    let [line] = &log.said("replies to sagas of unknown definitions")[..] else { panic!("{:?}", log.warnings()) };
+    is_of(line, saga);
+    assert_eq!((&line["version"], &line["replies"]), (&json!(1), &json!(1)));
+
+    // The replica that knows it is there.
+    shape(&ours).await;
+    sqlx::query("update saga_undecided set fingerprint = $1").bind(&ours).execute(&world.database.pool).await.unwrap();
+    world.engine.tick().await.unwrap();
+    let [line] = &log.said("a reply that was set aside cannot be understood")[..] else {
+        panic!("{:?}", log.warnings())
+    };
+    is_of(line, saga);
+    assert_eq!((&line["step"], &line["command"]), (&json!("authorize"), &json!(sent.command.to_string())));
+    assert_eq!(line["message_id"], unreadable.envelope.id.to_string());
+}
+
+#[tokio::test]
+async fn replies_to_a_saga_that_does_not_exist_say_which() {
+    let log = Log::hear("warn");
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let stranger = Sent { saga: SagaId::new(), ..world.last(saga).await };
+    world.deliver(&[succeeded(&stranger)]).await;
+    let [line] = &log.said("replies to a saga that does not exist")[..] else { panic!("{:?}", log.warnings()) };
+    assert_eq!(line["saga"], stranger.saga.to_string());
+}
