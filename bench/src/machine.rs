@@ -50,6 +50,8 @@ pub struct Description {
     pub postgres: String,
     /// One synced write, as PostgreSQL's WAL does it: the median of a few hundred, in microseconds.
     pub sync_us: u64,
+    /// How the kernel schedules this process, and all that it starts; `None` where nobody can tell.
+    pub scheduling: Option<&'static str>,
     /// How many processes wanted a processor when this began, beside it (the 1-minute load).
     pub load_before: f64,
 }
@@ -164,6 +166,7 @@ impl Machine {
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             postgres,
             sync_us: self.sync().await?,
+            scheduling: scheduling(&read("/proc/self/stat")),
             load_before: read("/proc/loadavg").split_whitespace().next().and_then(|l| l.parse().ok()).unwrap_or(0.0),
         })
     }
@@ -190,4 +193,15 @@ impl Machine {
         })
         .await?
     }
+}
+
+/// The policy in `/proc/…/stat`, see `sched(7)`.
+fn scheduling(stat: &str) -> Option<&'static str> {
+    // The name of the program, in parentheses, may have spaces in it.
+    let policy = stat.rsplit_once(')')?.1.split_whitespace().nth(38)?;
+    Some(match policy {
+        "0" => "as usual",
+        "3" => "in batches",
+        _ => "in another way",
+    })
 }

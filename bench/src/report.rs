@@ -97,6 +97,9 @@ impl fmt::Display for Report {
             machine.sync_us,
             machine.load_before
         )?;
+        if let Some(scheduling) = machine.scheduling {
+            writeln!(f, "processes are scheduled {scheduling}")?;
+        }
         writeln!(f, "PostgreSQL {}", machine.postgres)?;
         if let Some(drain) = &self.relay {
             relay(f, drain)?;

@@ -3,7 +3,7 @@
 //! The names are saga-core's (`testkit::failpoints` lists them); a process arms them from its environment, and its log
 //! says what fired. Only that counts: a process may end, and work may be done, without it.
 
-use crate::platform::Platform;
+use crate::platform::{Platform, SETTLED};
 use saga_core::testkit::{eventually, failpoints::FIRES};
 use serde_json::Value;
 use stack::{platform::Running, service::Service};
@@ -15,7 +15,7 @@ use std::{
 };
 
 /// How long a process may take to come to the edge, as often as it is to go wrong there.
-const REACHED: Duration = Duration::from_secs(30);
+const REACHED: Duration = SETTLED;
 
 /// What goes wrong at an edge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,8 +1,9 @@
 //! Places where a test may inject a fault.
 
 /// `fail_point!("consumer.before-commit", &self.group)`: the name of the edge, and the scope that tells one instance from
-/// another. A third argument is whose steps pass it: an iterator of `&SagaHeaders`. Returns from the function with `Err(Injected.into())` when a test armed it
-/// (`testkit::failpoints`, which also lists all names); nothing at all without the `testkit` feature.
+/// another. A third argument is whose steps pass it: an iterator of `&SagaHeaders`. Returns from the function with
+/// `Err(Injected.into())` when a test armed it (`testkit::failpoints`, which also lists all names); nothing at all without
+/// the `testkit` feature.
 #[allow(unused_macros, reason = "used from wherever a transaction has an edge")]
 macro_rules! fail_point {
     ($name:literal, $scope:expr) => {

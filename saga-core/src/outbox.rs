@@ -173,7 +173,9 @@ pub(crate) async fn append_keyed_in(
     Ok(())
 }
 
-/// Commits a transaction of the caller's own in which messages were appended, and tells the relay of them ([`nudge`]).
+/// Commits a transaction of the caller's own in which messages were appended, and tells the relay of them ([`nudge`]) over a
+/// connection of `pool`, which is of the same database. A transaction in which a statement failed must not come here: PostgreSQL
+/// answers its commit with a rollback, and the driver calls that a success.
 ///
 /// # Errors
 /// That of the commit. When the connection was lost it is in doubt: it may have been committed, and the relay then finds the
@@ -197,8 +199,8 @@ fn database_of(pool: &PgPool) -> String {
 /// next look, a few milliseconds later while there is traffic, 0.1 s when there was none for a while.
 ///
 /// Batches of a consumer and sagas that start by themselves are told of by the library, and so is what [`commit`] commits;
-/// this is for whoever commits messages in another way. It comes *after* that commit. Within a business transaction never notify: PostgreSQL lets
-/// such transactions commit one after another. Needs a tokio runtime around it.
+/// this is for whoever commits messages in another way. It comes *after* that commit. Within a business transaction never
+/// notify: PostgreSQL lets such transactions commit one after another. Needs a tokio runtime around it.
 pub fn nudge(pool: &PgPool) {
     if pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections() {
         let pool = pool.clone();

@@ -121,7 +121,7 @@ async fn a_migration_that_waits_for_a_lock_says_for_whom_and_so_does_who_waits_f
     let looked_at = async || -> time::OffsetDateTime {
         sqlx::query_scalar(
             "select min(query_start) from pg_stat_activity
-              where datname = current_database() and application_name = 'migrate-watch' and state = 'idle'",
+              where datname = current_database() and application_name = 'migrate-watch'",
         )
         .fetch_one(&database.pool)
         .await

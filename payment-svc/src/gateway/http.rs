@@ -50,7 +50,12 @@ impl HttpGateway {
             return Err(SetupError::Base(base.to_string()));
         }
         // A redirect would be followed with the body dropped or repeated elsewhere: it is an answer that cannot be read.
-        let client = Client::builder().timeout(timeout).redirect(reqwest::redirect::Policy::none()).build()?;
+        let client = Client::builder()
+            .timeout(timeout)
+            .redirect(reqwest::redirect::Policy::none())
+            // Sooner than servers hang up on idle connections: a request that is sent at that moment is in doubt.
+            .pool_idle_timeout(Duration::from_secs(30))
+            .build()?;
         Ok(Self { client, base: base.clone() })
     }
 

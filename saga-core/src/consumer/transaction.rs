@@ -195,7 +195,7 @@ impl<H: Handler> Desk<H> {
         let letters = fresh.messages.iter().zip(&fresh.timestamps);
         let letters = letters.map(|(message, timestamp)| DeadLetter::failed(message, *timestamp, fault, attempts));
         dead_letter::append_in(&mut tx, &self.config.group, letters).await?;
-        tx.commit().await?;
+        outbox::commit(tx, &self.pool).await?;
         fresh.messages.iter().for_each(|_| self.count_dead_letter(&fault.class));
         Ok(())
     }
@@ -204,7 +204,7 @@ impl<H: Handler> Desk<H> {
     pub(super) async fn retry(&self, parked: &Parked) -> Result<(), Failure> {
         let mut tx = self.begin().await?;
         self.handle_parked(&mut tx, std::slice::from_ref(parked)).await?;
-        tx.commit().await?;
+        outbox::commit(tx, &self.pool).await?;
         self.handler.committed();
         Ok(())
     }
@@ -215,7 +215,7 @@ impl<H: Handler> Desk<H> {
         let mut tx = self.begin().await?;
         let parked = parking::lane_in(&mut tx, self.place(), lane, self.config.batch_max).await?;
         self.handle_parked(&mut tx, &parked).await?;
-        tx.commit().await?;
+        outbox::commit(tx, &self.pool).await?;
         self.handler.committed();
         Ok(parked.len())
     }
@@ -229,7 +229,7 @@ impl<H: Handler> Desk<H> {
             self.count_dead_letter(&fault.class);
         }
         parking::leave_in(&mut tx, self.place(), &[parked.id], parked.lane).await?;
-        tx.commit().await?;
+        outbox::commit(tx, &self.pool).await?;
         Ok(())
     }
 

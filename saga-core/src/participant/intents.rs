@@ -285,7 +285,7 @@ impl Intents {
         }
         let (outcome, payload) = batch::reply_of(&Settled::Failed(reason.to_owned()));
         write(&mut tx, claim, &fences, outcome, payload).await?;
-        tx.commit().await?;
+        outbox::commit(tx, &self.pool).await?;
         batch::count_reply(&claim.kind, outcome);
         tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
             "no certain answer in all attempts: the effect stays in doubt, and the saga is told; it asks again");
@@ -323,7 +323,7 @@ impl Intents {
         };
         batch::run_apart(&mut tx, &[command], &mut work).await?;
         work.write(&mut tx).await?;
-        tx.commit().await?;
+        outbox::commit(tx, &self.pool).await?;
         self.participant.wake.notify_one();
         Ok(())
     }

@@ -15,7 +15,11 @@ use super::{
     state::{Event, Ignored, Verdict},
     store::{self, Known, Row},
 };
-use crate::{clock, id::SagaId, outbox::Tx};
+use crate::{
+    clock,
+    id::SagaId,
+    outbox::{self, Tx},
+};
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgPool};
 use std::{
@@ -108,7 +112,7 @@ impl Engine {
             Verdict::Taken => {}
             Verdict::Ignored(_) => return Err(RetryError::NotStuck(status.to_owned())),
         }
-        Ok(tx.commit().await?)
+        Ok(outbox::commit(tx, self.pool()).await?)
     }
 
     /// What takes the replies: give it to the consumer of the reply topic.

@@ -166,11 +166,12 @@ impl Engine {
             }
         }
         for (saga, replies) in by_saga {
-            tracing::warn!(%saga, replies = replies.len(), "replies to a saga that does not exist are ignored");
+            let saga_type = replies.first().map(|reply| reply.headers.definition.as_str());
+            tracing::warn!(%saga, saga_type, replies = replies.len(), "replies to a saga that does not exist are ignored");
             replies.iter().for_each(|_| measure::unknown_saga());
         }
         if let Some(first) = aside.first() {
-            // One of them: in a rollout they are many, and of the same definition.
+            // One of them: in a rollout they are many, and most are of one definition.
             tracing::warn!(
                 saga = %first.saga,
                 saga_type = first.definition,

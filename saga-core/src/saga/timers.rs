@@ -120,7 +120,7 @@ impl Engine {
         let mut tx = self.begin().await?;
         let rows = store::load(&mut tx, &[saga]).await?;
         self.take_due(&mut tx, rows).await?;
-        Ok(tx.commit().await?)
+        Ok(outbox::commit(tx, self.pool()).await?)
     }
 
     async fn tick_undecided(&self) -> Result<usize, sqlx::Error> {
@@ -130,7 +130,7 @@ impl Engine {
             return Ok(0);
         }
         match self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await {
-            Ok(()) => tx.commit().await?,
+            Ok(()) => outbox::commit(tx, self.pool()).await?,
             Err(BatchError::Database(error)) => return Err(error),
             Err(BatchError::Poison(_)) => {
                 tx.rollback().await?;

@@ -1,51 +1,63 @@
-//! HTTP connections: accepted until the process is asked to stop, and closed when their client keeps silent.
+//! HTTP connections: accepted until the process is asked to stop, and closed when no request comes.
 //!
 //! What a client sends is bounded in size and time by `http::Limits` once its request's head is there. Before that nothing
 //! of axum's sees it: a client that connects and says nothing, or a header line a minute, would hold a file descriptor for
-//! ever, and some thousand of them the whole service.
+//! ever, and some thousand of them the whole service. (Who does not read its answer still does.)
 
 use crate::http::Api;
 use axum::{Router, serve::Listener};
+use hyper::server::conn::http1;
 use hyper_util::{
-    rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
     service::TowerToHyperService,
 };
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-/// Within this the head of a request has to be there, the first of a connection or the next: more than any network needs. A
-/// client that wants to use a connection again after longer connects anew.
-const HEAD_MAX: Duration = Duration::from_secs(30);
+/// Within this the head of a request has to be there, the first of a connection or the next. It is also how long an idle
+/// connection is kept, and proxies keep theirs for 60 s: whoever hangs up has to be the client, because a request that it
+/// sends at that moment is lost.
+const HEAD_MAX: Duration = Duration::from_secs(75);
+/// How long connections may take to end when the process is asked to stop: half a head, or an answer that nobody reads, must
+/// not take the whole of [`GRACE`](super::supervisor::GRACE). The requests that were understood are waited for anyway.
+const LAST_ANSWERS_MAX: Duration = Duration::from_secs(10);
 
 /// Serves HTTP/1.1 on `listener` until `token` is cancelled, then finishes the requests in flight, also those whose client
 /// hung up.
 pub async fn serve(listener: TcpListener, api: impl Into<Api>, token: CancellationToken) -> Result<(), std::io::Error> {
     let Api { router, in_flight } = api.into();
-    accept(listener, router, HEAD_MAX, token).await;
+    let connections = accept(listener, router, HEAD_MAX, token).await;
+    if timeout(LAST_ANSWERS_MAX, connections.shutdown()).await.is_err() {
+        tracing::warn!("clients that send or read nothing are left");
+    }
     in_flight.close();
     in_flight.wait().await;
     Ok(())
 }
 
-async fn accept(mut listener: TcpListener, router: Router, head_max: Duration, token: CancellationToken) {
-    // Not told apart from HTTP/2 by the first bytes, which could be waited for without an end.
-    let mut http = auto::Builder::new(TokioExecutor::new()).http1_only();
-    http.http1().timer(TokioTimer::new()).header_read_timeout(head_max);
-    let service = TowerToHyperService::new(router);
+/// The connections that there are when `token` is cancelled.
+async fn accept(
+    mut listener: TcpListener,
+    router: Router,
+    head_max: Duration,
+    token: CancellationToken,
+) -> GracefulShutdown {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(head_max);
+    // Its routes are made ready once, not for each request.
+    let service = TowerToHyperService::new(router.with_state(()));
     let connections = GracefulShutdown::new();
     // Errors of accepting are seen to by axum's listener: it waits when there are no file descriptors left.
     while let Some((stream, _)) = token.run_until_cancelled(Listener::accept(&mut listener)).await {
-        let connection = http.serve_connection(TokioIo::new(stream), service.clone()).into_owned();
-        let connection = connections.watch(connection);
+        let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
         tokio::spawn(async move {
             // The client's doing: it hung up, kept silent, or does not speak HTTP.
-            connection.await.unwrap_or_else(|error| tracing::debug!(error, "a connection ended"));
+            connection.await.unwrap_or_else(|error| tracing::debug!(%error, "a connection ended"));
         });
     }
-    drop(listener);
-    connections.shutdown().await;
+    connections
 }
 
 #[cfg(test)]
@@ -55,29 +67,73 @@ mod tests {
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::TcpStream,
+        sync::mpsc,
+        task::JoinHandle,
     };
 
-    #[tokio::test]
-    async fn a_client_that_says_nothing_or_half_a_head_or_nothing_more_is_hung_up_on() {
+    /// Long enough that what is meant to end by itself has ended.
+    const SOON: Duration = Duration::from_secs(20);
+    const REQUEST: &str = "GET / HTTP/1.1\r\nhost: x\r\n\r\n";
+
+    struct Served {
+        address: std::net::SocketAddr,
+        token: CancellationToken,
+        accepting: JoinHandle<GracefulShutdown>,
+        begun: mpsc::Receiver<()>,
+    }
+
+    /// A service that takes `work` to answer.
+    async fn served(head_max: Duration, work: Duration) -> Served {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let token = CancellationToken::new();
-        let router = Router::new().route("/", get(|| async { "here" }));
-        let serving = tokio::spawn(accept(listener, router, Duration::from_millis(100), token.clone()));
-        for (said, answered) in [
-            ("", ""),
-            ("GET / HTTP/1.1\r\nhost: x\r\nx-slow", ""),
-            ("GET / HTTP/1.1\r\nhost: x\r\n\r\n", "here"),
+        let (begin, begun) = mpsc::channel(8);
+        let handler = async move || {
+            begin.send(()).await.unwrap();
+            tokio::time::sleep(work).await;
+            "here"
+        };
+        let router = Router::new().route("/", get(handler));
+        let accepting = tokio::spawn(accept(listener, router, head_max, token.clone()));
+        Served { address, token, accepting, begun }
+    }
+
+    /// What a client hears that says this, until it is hung up on.
+    async fn heard(client: &mut TcpStream, said: &str) -> String {
+        client.write_all(said.as_bytes()).await.unwrap();
+        let mut heard = String::new();
+        timeout(SOON, client.read_to_string(&mut heard)).await.expect("it is hung up on").unwrap();
+        heard
+    }
+
+    #[tokio::test]
+    async fn a_client_that_sends_no_request_is_hung_up_on_and_one_that_waits_for_its_answer_is_not() {
+        let served = served(Duration::from_millis(100), Duration::from_millis(300)).await;
+        for (said, answers) in [
+            ("", 0),
+            ("GET / HTTP/1.1\r\nhost: x\r\nx-slow", 0),
             // What HTTP/2 begins with.
-            ("PRI * HT", ""),
+            ("PRI * HT", 0),
+            (REQUEST, 1),
+            // Two on one connection, and then nothing more.
+            (&REQUEST.repeat(2), 2),
         ] {
-            let mut client = TcpStream::connect(address).await.unwrap();
-            client.write_all(said.as_bytes()).await.unwrap();
-            let mut heard = String::new();
-            client.read_to_string(&mut heard).await.unwrap();
-            assert!(heard.ends_with(answered) && heard.is_empty() == answered.is_empty(), "{said:?}: {heard:?}");
+            let mut client = TcpStream::connect(served.address).await.unwrap();
+            let heard = heard(&mut client, said).await;
+            assert_eq!(heard.matches("\r\n\r\nhere").count(), answers, "{said:?}: {heard:?}");
         }
-        token.cancel();
-        serving.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_stop_waits_for_the_answers_that_are_under_way_and_hangs_up_on_who_sends_nothing() {
+        let mut served = served(Duration::from_secs(3600), Duration::from_millis(300)).await;
+        let mut silent = TcpStream::connect(served.address).await.unwrap();
+        let mut client = TcpStream::connect(served.address).await.unwrap();
+        client.write_all(REQUEST.as_bytes()).await.unwrap();
+        served.begun.recv().await.unwrap();
+        served.token.cancel();
+        served.accepting.await.unwrap().shutdown().await;
+        assert!(heard(&mut client, "").await.ends_with("here"));
+        assert_eq!(heard(&mut silent, "").await, "");
     }
 }

@@ -37,7 +37,7 @@ impl LockWatch {
     }
 
     async fn look(&self, say: impl Fn(&str)) -> Infallible {
-        let (mut connection, mut told) = (None, BTreeSet::new());
+        let (mut connection, mut told, mut blind) = (None, BTreeSet::new(), false);
         loop {
             tokio::time::sleep(LOOK).await;
             match self.blockers(&mut connection).await {
@@ -49,8 +49,10 @@ impl LockWatch {
                 }
                 // Without knowing it, either, whether there is somebody: it may be a statement that takes long.
                 Err(error) => {
-                    tracing::debug!(backend = self.backend, %error, "who is waited for cannot be looked up");
                     connection = None;
+                    if !std::mem::replace(&mut blind, true) {
+                        tracing::warn!(backend = self.backend, %error, "it takes long; whether it waits for somebody cannot be seen");
+                    }
                 }
             }
         }

@@ -7,7 +7,8 @@
 //!
 //! Processes of a crash test are told by the environment: `FAILPOINTS="consumer.after-commit=3*off->1*return(kill)"`
 //! (the syntax of the `fail` crate) hits every scope, `consumer.after-commit@payment-svc=…` one, and
-//! `consumer.after-commit@payment-svc/undo authorize-payment=…` one step there, by itself or with others in its batch.
+//! `consumer.after-commit@payment-svc/undo authorize-payment=…` one step there, by itself or with others in its batch (whose
+//! messages count one by one, where some are to be let through).
 //!
 //! A fault that never fires proves nothing, and a test cannot tell it from one that was survived. So a [`FailPoint`] that
 //! fired less often than it was armed for fails its test when it is dropped, and whatever fires is a warning in the log
