@@ -6,16 +6,16 @@ set -u
 # What `make test` is meant to stay under, on 2 cores. Said, not enforced: how busy a machine is, is not the suite's doing.
 promised_minutes=15
 
-code=$(mktemp)
-trap 'rm -f "$code"' EXIT
+code=$(mktemp) said=$(mktemp)
+trap 'rm -f "$code" "$said"' EXIT
 began=$(date +%s)
-# Both of cargo's streams in one pipe, which keeps their order: a binary's name is in the one, its result in the other.
+# Both of cargo's streams in one pipe, which keeps their order: a binary's name is in the one, its result in the other. And
+# read when all is said: some awks keep what they read from a pipe for a while, and progress is to be seen.
 {
   cargo test --no-fail-fast "$@" 2>&1
   echo $? > "$code"
-} | awk -v began="$began" -v promised="$promised_minutes" '
-  { print; fflush() }
-
+} | tee "$said"
+awk -v began="$began" -v promised="$promised_minutes" '
   { gsub(/\033\[[0-9;]*m/, "") } # of CARGO_TERM_COLOR=always
   # `Running unittests src/lib.rs (target/debug/deps/saga_core-0123456789abcdef)`: each package begins with one of these,
   # and only there cargo tells the name of the package.
@@ -46,5 +46,5 @@ began=$(date +%s)
     over = took - promised * 60
     if (over > 0) printf "That is %s over the %d min that the suite is meant to take on 2 cores.\n", duration(over), promised
   }
-'
+' "$said"
 exit "$(cat "$code")"
