@@ -13,7 +13,7 @@ use e2e::{
     platform::{Platform, SETTLED, alone},
 };
 use saga_core::testkit::{eventually, time_passes};
-use stack::service::Service;
+use stack::{process::Process, service::Service};
 use uuid::Uuid;
 
 const PAYMENT_STEPS: [&str; 3] = ["do authorize-payment", "undo authorize-payment", "do capture-payment"];
@@ -85,6 +85,7 @@ fn a_request_whose_process_dies_before_or_after_its_commit_has_one_effect_when_i
             let sku = platform.item("edge", 100, 20).await;
             let dies = Edge::kill(Service::Orders, orders);
             let payments = &platform.stack.service(Service::Payments).process;
+            let _goes_on = GoesOn(payments);
             payments.pause();
             let order = platform.goes_wrong_at(&dies, platform.place(&Wish::of(&sku, 2))).await;
             let cancelled = eventually(SETTLED, || async { (platform.cancel(order).await == 202).then_some(()) });
@@ -93,6 +94,15 @@ fn a_request_whose_process_dies_before_or_after_its_commit_has_one_effect_when_i
             assert_eq!(platform.outcome(order).await, "cancelled_by_customer", "{point}");
         }
     });
+}
+
+/// Who was paused goes on, also when the test fails: the next one needs it.
+struct GoesOn<'a>(&'a Process);
+
+impl Drop for GoesOn<'_> {
+    fn drop(&mut self) {
+        self.0.resume();
+    }
 }
 
 /// How often a command was sent.
@@ -127,6 +137,7 @@ fn order_svc_dies_before_and_after_it_commits_that_a_command_of_each_step_is_lat
     alone(async |platform| {
         let payments = &platform.stack.service(Service::Payments).process;
         let inventory = &platform.stack.service(Service::Inventory).process;
+        let _go_on = (GoesOn(payments), GoesOn(inventory));
         let sku = platform.item("late", 100, 100).await;
         let wish = Wish::of(&sku, 2);
         for point in ["saga.timers.before-commit", "saga.timers.after-commit"] {

@@ -23,18 +23,28 @@ const HEAD_MAX: Duration = Duration::from_secs(75);
 /// How long connections may take to end when the process is asked to stop: half a head, or an answer that nobody reads, must
 /// not take the whole of [`GRACE`](super::supervisor::GRACE). The requests that were understood are waited for anyway.
 const LAST_ANSWERS_MAX: Duration = Duration::from_secs(10);
+const _: () = assert!(LAST_ANSWERS_MAX.as_secs() < super::supervisor::GRACE.as_secs());
 
 /// Serves HTTP/1.1 on `listener` until `token` is cancelled, then finishes the requests in flight, also those whose client
 /// hung up.
 pub async fn serve(listener: TcpListener, api: impl Into<Api>, token: CancellationToken) -> Result<(), std::io::Error> {
-    let Api { router, in_flight } = api.into();
-    let connections = accept(listener, router, HEAD_MAX, token).await;
-    if timeout(LAST_ANSWERS_MAX, connections.shutdown()).await.is_err() {
-        tracing::warn!("clients that send or read nothing are left");
+    serve_within(HEAD_MAX, LAST_ANSWERS_MAX, listener, api.into(), token).await;
+    Ok(())
+}
+
+async fn serve_within(
+    head_max: Duration,
+    last_answers_max: Duration,
+    listener: TcpListener,
+    Api { router, in_flight }: Api,
+    token: CancellationToken,
+) {
+    let connections = accept(listener, router, head_max, token).await;
+    if timeout(last_answers_max, connections.shutdown()).await.is_err() {
+        tracing::info!("stopping without the clients that send half a request, or do not read their answer");
     }
     in_flight.close();
     in_flight.wait().await;
-    Ok(())
 }
 
 /// The connections that there are when `token` is cancelled.
@@ -73,17 +83,18 @@ mod tests {
 
     /// Long enough that what is meant to end by itself has ended.
     const SOON: Duration = Duration::from_secs(20);
+    const NEVER: Duration = Duration::from_secs(3_600);
     const REQUEST: &str = "GET / HTTP/1.1\r\nhost: x\r\n\r\n";
 
     struct Served {
         address: std::net::SocketAddr,
         token: CancellationToken,
-        accepting: JoinHandle<GracefulShutdown>,
+        serving: JoinHandle<()>,
         begun: mpsc::Receiver<()>,
     }
 
-    /// A service that takes `work` to answer.
-    async fn served(head_max: Duration, work: Duration) -> Served {
+    /// A service that takes `work` to answer, and waits for connections to end as long when it is stopped.
+    async fn served(head_max: Duration, last_answers_max: Duration, work: Duration) -> Served {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let token = CancellationToken::new();
@@ -94,8 +105,8 @@ mod tests {
             "here"
         };
         let router = Router::new().route("/", get(handler));
-        let accepting = tokio::spawn(accept(listener, router, head_max, token.clone()));
-        Served { address, token, accepting, begun }
+        let serving = serve_within(head_max, last_answers_max, listener, router.into(), token.clone());
+        Served { address, token, serving: tokio::spawn(serving), begun }
     }
 
     /// What a client hears that says this, until it is hung up on.
@@ -108,7 +119,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_sends_no_request_is_hung_up_on_and_one_that_waits_for_its_answer_is_not() {
-        let served = served(Duration::from_millis(100), Duration::from_millis(300)).await;
+        let served = served(Duration::from_millis(100), NEVER, Duration::from_millis(300)).await;
         for (said, answers) in [
             ("", 0),
             ("GET / HTTP/1.1\r\nhost: x\r\nx-slow", 0),
@@ -126,14 +137,32 @@ mod tests {
 
     #[tokio::test]
     async fn a_stop_waits_for_the_answers_that_are_under_way_and_hangs_up_on_who_sends_nothing() {
-        let mut served = served(Duration::from_secs(3600), Duration::from_millis(300)).await;
+        let mut served = served(NEVER, NEVER, Duration::from_millis(300)).await;
         let mut silent = TcpStream::connect(served.address).await.unwrap();
         let mut client = TcpStream::connect(served.address).await.unwrap();
         client.write_all(REQUEST.as_bytes()).await.unwrap();
         served.begun.recv().await.unwrap();
         served.token.cancel();
-        served.accepting.await.unwrap().shutdown().await;
+        timeout(SOON, served.serving).await.expect("it stops").unwrap();
         assert!(heard(&mut client, "").await.ends_with("here"));
         assert_eq!(heard(&mut silent, "").await, "");
+    }
+
+    #[tokio::test]
+    async fn a_stop_does_not_wait_for_the_other_half_of_a_head() {
+        let served = served(NEVER, Duration::from_millis(300), Duration::ZERO).await;
+        let mut half = TcpStream::connect(served.address).await.unwrap();
+        half.write_all(b"GET / HT").await.unwrap();
+        // It was read when another, that came later, is answered.
+        let mut other = TcpStream::connect(served.address).await.unwrap();
+        other.write_all(REQUEST.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"here") {
+            timeout(SOON, other.read_buf(&mut answer)).await.expect("it answers").unwrap();
+        }
+        let stopped = std::time::Instant::now();
+        served.token.cancel();
+        timeout(SOON, served.serving).await.expect("it stops").unwrap();
+        assert!(stopped.elapsed() >= Duration::from_millis(300), "as long as for an answer, and no longer");
     }
 }

@@ -51,7 +51,10 @@ impl LockWatch {
                 Err(error) => {
                     connection = None;
                     if !std::mem::replace(&mut blind, true) {
-                        tracing::warn!(backend = self.backend, %error, "it takes long; whether it waits for somebody cannot be seen");
+                        let database = self.options.get_database();
+                        tracing::warn!(database, pid = self.backend, %error,
+                            "a migration takes long, and whether it waits for a lock cannot be looked up from here; \
+                             `select pg_blocking_pids(pid)` tells");
                     }
                 }
             }
