@@ -1,9 +1,10 @@
-//! One running platform, shared by the tests of a binary, and the judgement over it.
+//! Running platforms that the tests of a binary use, and the judgement over them.
 //!
-//! Starting it costs seconds, so each test binary has one; tests keep apart by orders and items of their own. A test
-//! that runs beside others holds the platform shared; judging wants it alone, because what moves looks like a
-//! contradiction. Everything lives in one runtime that outlives the tests; when the binary ends, however it ends, the
-//! stack's guard ends the processes.
+//! Starting one costs seconds, so they are used again; tests keep apart by orders and items of their own. Tests that break
+//! nothing share one, and hold it shared; judging wants it alone, because what moves looks like a contradiction. A test that
+//! breaks things has one for itself for as long as it runs: most of its time it waits, for sessions, leases and claims to run
+//! out, and meanwhile another can do the same next door. Everything lives in one runtime that outlives the tests; when the
+//! binary ends, however it ends, the stack's guard ends the processes.
 
 use crate::audit::{Answer, Expectations, Facts, Finding, Sources, audit};
 use anyhow::Result;
@@ -16,12 +17,13 @@ use stack::{
 use std::{
     collections::BTreeSet,
     future::Future,
+    ops::Deref,
     sync::{LazyLock, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 use tokio::{
     runtime::Runtime,
-    sync::{OnceCell, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{OnceCell, RwLock, Semaphore},
 };
 use uuid::Uuid;
 
@@ -36,6 +38,10 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     runtime.expect("a runtime can be made")
 });
 static SHARED: OnceCell<Platform> = OnceCell::const_new();
+/// Those for one test at a time that nobody uses now.
+static FREE: Mutex<Vec<Platform>> = Mutex::new(Vec::new());
+/// How many of those there are at most: each is two servers and five processes. (Fewer where fewer tests run at once.)
+static ROOM: Semaphore = Semaphore::const_new(4);
 
 /// A platform under test.
 pub struct Platform {
@@ -51,30 +57,48 @@ pub struct Platform {
     turn: RwLock<()>,
 }
 
-/// Runs a test on this binary's platform, beside others.
+/// Runs a test on the platform that this binary's tests share, beside others.
 pub fn beside_others<F: Future<Output = ()>>(test: impl FnOnce(&'static Platform) -> F) {
     RUNTIME.block_on(async {
-        let platform = shared().await;
-        let turn = platform.shared_turn().await;
+        let platform = SHARED.get_or_init(|| Platform::start(StackConfig::for_tests())).await;
+        let turn = platform.turn.read().await;
         test(platform).await;
         drop(turn);
-        let _alone = platform.own_turn().await;
+        let _alone = platform.turn.write().await;
         platform.passes_the_audit().await;
     });
 }
 
-/// Runs a test on this binary's platform while no other does: it breaks things that others need.
-pub fn alone<F: Future<Output = ()>>(test: impl FnOnce(&'static Platform) -> F) {
+/// Runs a test on a platform that no other test uses meanwhile: it breaks things that others need.
+pub fn alone(test: impl AsyncFnOnce(&Platform)) {
     RUNTIME.block_on(async {
-        let platform = shared().await;
-        let _alone = platform.own_turn().await;
-        test(platform).await;
+        let _room = ROOM.acquire().await.expect("nobody closes it");
+        let free = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let platform = match free {
+            Some(platform) => platform,
+            None => Platform::start(StackConfig::for_tests()).await,
+        };
+        let platform = Taken(Some(platform));
+        test(&platform).await;
         platform.passes_the_audit().await;
     });
 }
 
-async fn shared() -> &'static Platform {
-    SHARED.get_or_init(|| Platform::start(StackConfig::for_tests())).await
+/// Given back at the end of a test, also of one that fails: the next one's findings are told apart.
+struct Taken(Option<Platform>);
+
+impl Deref for Taken {
+    type Target = Platform;
+
+    fn deref(&self) -> &Platform {
+        self.0.as_ref().expect("it is given back by drop alone")
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        FREE.lock().unwrap_or_else(PoisonError::into_inner).extend(self.0.take());
+    }
 }
 
 impl Platform {
@@ -90,14 +114,6 @@ impl Platform {
         let http = reqwest::Client::builder().timeout(Duration::from_secs(40)).build().expect("a client");
         let expected = Mutex::new(Expectations { least_accepted_percent: 60, ..Expectations::default() });
         Self { stack, orders, http, expected, known: Mutex::default(), turn: RwLock::new(()) }
-    }
-
-    async fn shared_turn(&self) -> RwLockReadGuard<'_, ()> {
-        self.turn.read().await
-    }
-
-    async fn own_turn(&self) -> RwLockWriteGuard<'_, ()> {
-        self.turn.write().await
     }
 
     /// What the audit is to expect; tests add to it.

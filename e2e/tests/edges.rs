@@ -50,23 +50,33 @@ fn consumer_kills(service: Service, group: &str, steps: &[&str]) -> Vec<Edge> {
 }
 
 #[test]
-fn a_participant_or_the_orchestrator_dies_before_and_after_each_commit_of_each_step() {
+fn payment_svc_dies_before_and_after_each_commit_of_each_step() {
     let calls = [
         "participant.before-call",
         "participant.after-call",
         "participant.before-settle-commit",
         "participant.after-settle-commit",
     ];
+    alone(async |platform| {
+        let mut edges = consumer_kills(Service::Payments, "payment-svc", &PAYMENT_STEPS);
+        edges.extend(kills(Service::Payments, "payment-svc", &calls, &PAYMENT_STEPS));
+        at(platform, edges).await;
+    });
+}
+
+#[test]
+fn inventory_svc_dies_before_and_after_each_commit_of_each_step() {
+    alone(async |platform| at(platform, consumer_kills(Service::Inventory, "inventory-svc", &STOCK_STEPS)).await);
+}
+
+#[test]
+fn the_orchestrator_dies_before_and_after_each_commit_of_each_step() {
     let decisions = ["saga.after-load", "saga.after-store"];
     let decisions = decisions.map(|point| Edge::kill(Service::Orders, format!("{point}@{}", ORDERS_REPLIES.name)));
     alone(async |platform| {
-        let mut payments = consumer_kills(Service::Payments, "payment-svc", &PAYMENT_STEPS);
-        payments.extend(kills(Service::Payments, "payment-svc", &calls, &PAYMENT_STEPS));
-        let inventory = consumer_kills(Service::Inventory, "inventory-svc", &STOCK_STEPS);
-        let mut saga = consumer_kills(Service::Orders, "order-svc.saga", &[PAYMENT_STEPS, STOCK_STEPS].concat());
-        saga.extend(decisions);
-        // Side by side: deaths of one process meet those of another.
-        tokio::join!(at(platform, payments), at(platform, inventory), at(platform, saga));
+        let mut edges = consumer_kills(Service::Orders, "order-svc.saga", &[PAYMENT_STEPS, STOCK_STEPS].concat());
+        edges.extend(decisions);
+        at(platform, edges).await;
     });
 }
 
