@@ -43,22 +43,25 @@ pub(super) enum Due {
 pub(super) enum LeftBehind {
     /// Whoever had it let go in good order, or nobody ever had it.
     Clean,
-    /// Whoever had it may have died of one of its records.
-    Unclean,
+    /// Whoever had it may have died of one of its records: of one up to `noted`, when it died trying what it had noted.
+    Unclean {
+        /// The last record that was noted, alone or as the end of a batch; it may be done by now.
+        noted: Option<i64>,
+    },
 }
 
 /// Takes the partition for `owner`.
 pub(super) async fn claim(pool: &PgPool, place: Place<'_>, owner: Uuid) -> Result<LeftBehind, sqlx::Error> {
-    let clean: Option<bool> = sqlx::query_scalar(
+    let (clean, noted): (Option<bool>, Option<i64>) = sqlx::query_as(
         "with before as (
-             select clean from inbox_partition where consumer = $1 and topic = $2 and partition = $3
+             select clean, record_offset from inbox_partition where consumer = $1 and topic = $2 and partition = $3
          ), taken as (
              insert into inbox_partition (consumer, topic, partition, owner)
              values ($1, $2, $3, $4)
                  on conflict (consumer, topic, partition)
                  do update set owner = excluded.owner, clean = false, taken_at = now()
          )
-         select (select clean from before)",
+         select (select clean from before), (select record_offset from before)",
     )
     .bind(place.consumer)
     .bind(place.topic)
@@ -66,7 +69,7 @@ pub(super) async fn claim(pool: &PgPool, place: Place<'_>, owner: Uuid) -> Resul
     .bind(owner)
     .fetch_one(pool)
     .await?;
-    Ok(if clean.unwrap_or(true) { LeftBehind::Clean } else { LeftBehind::Unclean })
+    Ok(if clean.unwrap_or(true) { LeftBehind::Clean } else { LeftBehind::Unclean { noted } })
 }
 
 /// Says that `owner` let go in good order; nothing if somebody else has taken the partition.
@@ -100,6 +103,22 @@ pub(super) async fn count_attempt(pool: &PgPool, place: Place<'_>, offset: i64) 
     .fetch_one(pool)
     .await?;
     Ok(attempts.unsigned_abs())
+}
+
+/// Notes that the records up to the one at `last` are about to be tried together, in a commit of its own.
+pub(super) async fn note_batch(pool: &PgPool, place: Place<'_>, last: i64) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update inbox_partition
+            set attempts = 0, record_offset = $4
+          where consumer = $1 and topic = $2 and partition = $3",
+    )
+    .bind(place.consumer)
+    .bind(place.topic)
+    .bind(place.partition)
+    .bind(last)
+    .execute(pool)
+    .await?;
+    Ok(())
 }
 
 /// Parks records behind what is parked of their keys. Where nothing is any more (a copy that was parked at another

@@ -251,6 +251,7 @@ impl<H: Handler> Poll<H> {
             pulse: Arc::clone(&self.pulse),
             stop: stop.clone(),
             careful: self.config.batch_max,
+            suspects: None,
             look_at_parked: clock::monotonic(),
             stumbling: HashSet::new(),
             alone: Mutex::default(),

@@ -4,8 +4,10 @@
 //!  parked records that are due  ->  a batch of what has arrived  ->  its offset  ->  again
 //! ```
 //!
-//! Every attempt that is counted is made alone in the process: when it ends with the process, the record that was tried
-//! is the one that killed it, and nobody else's count tells of it.
+//! After an unclean stop one of the records that come again may be what killed the process, though most such stops have
+//! another reason. So the first batches are noted before they are tried, and only when the process ends during one that
+//! was noted its records are taken one by one, each attempt counted. What is noted or counted is tried alone in the
+//! process: when it ends with the process, it is what killed it, and nobody else's count tells of it.
 //!
 //! Its invariant: an offset is stored only when every record up to it is handled, parked or dead-lettered in a
 //! transaction that is committed. When the process dies anywhere, the partition's next worker starts at or before what
@@ -69,8 +71,10 @@ pub(super) struct Worker<H> {
     pub(super) offsets: Offsets,
     pub(super) pulse: Arc<Pulse>,
     pub(super) stop: CancellationToken,
-    /// How many fresh records are still to be taken one by one, because one of them may kill.
+    /// How many fresh records are still to be noted before they are tried, because one of them may kill.
     pub(super) careful: usize,
+    /// Up to this offset they are taken one by one meanwhile, because the process ended when it had noted them.
+    pub(super) suspects: Option<i64>,
     pub(super) look_at_parked: Instant,
     /// Lanes in which something failed when they were taken in batches.
     pub(super) stumbling: HashSet<i64>,
@@ -97,9 +101,9 @@ impl<H: Handler> Worker<H> {
     async fn work(&mut self, owner: Uuid) -> Result<std::convert::Infallible, Ended> {
         let desk = &self.desk;
         let left = self.must(|| async { Ok(parking::claim(&desk.pool, desk.place(), owner).await?) }).await?;
-        self.careful = match left {
-            LeftBehind::Clean => 0,
-            LeftBehind::Unclean => desk.config.batch_max,
+        (self.careful, self.suspects) = match left {
+            LeftBehind::Clean => (0, None),
+            LeftBehind::Unclean { noted } => (desk.config.batch_max, noted),
         };
         loop {
             self.retry_what_is_due().await?;
@@ -125,16 +129,40 @@ impl<H: Handler> Worker<H> {
     }
 
     /// Sees to it that every record is handled, parked or dead-lettered.
-    async fn process(&mut self, raws: Vec<Raw>) -> Result<(), Ended> {
+    async fn process(&mut self, mut raws: Vec<Raw>) -> Result<(), Ended> {
+        let suspected = |raw: &Raw| self.careful > 0 && self.suspects.is_some_and(|last| raw.offset <= last);
+        let others = raws.split_off(raws.partition_point(suspected));
+        if !raws.is_empty() {
+            self.one_by_one(self.decode(raws)).await?;
+        }
+        let Some(last) = others.last().map(|raw| raw.offset) else { return Ok(()) };
+        let batch = self.decode(others);
+        let taken = match self.careful {
+            0 => self.insist(|| self.desk.take(&batch)).await?,
+            _ => self.take_noted(&batch, last).await?,
+        };
+        match taken {
+            Ok(fresh) => self.careful = self.careful.saturating_sub(fresh),
+            Err(_) => self.one_by_one(batch).await?,
+        }
+        Ok(())
+    }
+
+    fn decode(&self, raws: Vec<Raw>) -> Batch {
+        Batch::decode(&self.desk.topic, self.desk.partition, raws, &self.desk.config, clock::now())
+    }
+
+    /// In one transaction like any batch, but alone, and when the process ends with it that is known.
+    async fn take_noted(&self, batch: &Batch, last: i64) -> Result<Result<usize, Fault>, Ended> {
         let desk = &self.desk;
-        let batch = Batch::decode(&desk.topic, desk.partition, raws, &desk.config, clock::now());
-        if self.careful > 0 {
-            return self.one_by_one(batch).await;
-        }
-        match self.insist(|| desk.take(&batch)).await? {
-            Ok(_) => Ok(()),
-            Err(_) => self.one_by_one(batch).await,
-        }
+        self.be_alone().await?;
+        let noted = self.must(|| async { Ok(parking::note_batch(&desk.pool, desk.place(), last).await?) }).await;
+        let taken = match noted {
+            Ok(()) => self.insist(|| desk.take(batch)).await,
+            Err(ended) => Err(ended),
+        };
+        self.be_with_others();
+        taken
     }
 
     /// Each record in a transaction of its own, its attempt counted before.
