@@ -1,7 +1,7 @@
 //! Running platforms that the tests of a binary use, and the judgement over them.
 //!
 //! Starting one costs seconds, so they are used again; tests keep apart by orders and items of their own. Tests that break
-//! nothing share one, and hold it shared; judging wants it alone, because what moves looks like a contradiction. A test that
+//! nothing for others share one, and hold it shared; judging wants it alone, because what moves looks like a contradiction. A test that
 //! breaks things has one for itself for as long as it runs: most of its time it waits, for sessions, leases and claims to run
 //! out, and meanwhile another can do the same next door. Everything lives in one runtime that outlives the tests; when the
 //! binary ends, however it ends, the stack's guard ends the processes.
@@ -76,7 +76,7 @@ pub fn alone(test: impl AsyncFnOnce(&Platform)) {
         let free = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let platform = match free {
             Some(platform) => platform,
-            None => Platform::start(StackConfig::for_tests()).await,
+            None => Platform::start(for_breaking()).await,
         };
         let platform = Taken(Some(platform));
         test(&platform).await;
@@ -84,7 +84,13 @@ pub fn alone(test: impl AsyncFnOnce(&Platform)) {
     });
 }
 
-/// Given back at the end of a test, also of one that fails: the next one's findings are told apart.
+/// Claims of calls that died outlive the gateway's timeout, and tests that kill processes wait for that.
+fn for_breaking() -> StackConfig {
+    let hasty = StackConfig::for_tests().env(Service::Payments, "GATEWAY_TIMEOUT_MS", "1000");
+    hasty.env(Service::Gateway, "GATEWAY_SIM_SLOW_MS", "500")
+}
+
+/// Given back at the end of a test; not by one that fails, which may leave anything behind.
 struct Taken(Option<Platform>);
 
 impl Deref for Taken {
@@ -97,7 +103,10 @@ impl Deref for Taken {
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        FREE.lock().unwrap_or_else(PoisonError::into_inner).extend(self.0.take());
+        let platform = self.0.take();
+        if !std::thread::panicking() {
+            FREE.lock().unwrap_or_else(PoisonError::into_inner).extend(platform);
+        }
     }
 }
 

@@ -13,7 +13,8 @@
 //! What holds: a message is handled once, whatever dies when; messages of one key are handled in their order; no record
 //! stops its partition. What a process that dies leaves behind: at most one open transaction per partition, rolled back
 //! by the database; offsets that are behind what is done, which the inbox makes up for; and a mark that makes the next
-//! worker take the first records one by one, each attempt counted, because one of them may be what killed it.
+//! worker note its first batches before it tries them, because one of their records may be what killed it. When the process
+//! dies in a batch that was noted, its records are taken one by one, each attempt counted.
 
 mod buffer;
 mod client;

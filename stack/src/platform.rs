@@ -1,7 +1,7 @@
 //! The order platform on this machine: servers, databases, the gateway simulator, the services, the relay.
 //!
 //! One stack owns one Kafka, because topics have fixed names: two platforms on one Kafka would eat each other's
-//! commands. Tests share one stack per test binary and keep their orders apart by ids.
+//! commands. Tests that share a stack keep their orders apart by ids.
 
 use crate::{
     Error, Result,
@@ -37,15 +37,12 @@ pub struct StackConfig {
 }
 
 impl StackConfig {
-    /// For tests: servers of its own whatever the environment names, nothing kept, any ports. Tests that kill processes
-    /// wait less for their partitions (its Kafka allows a shorter session than brokers do by default) and for their calls,
-    /// whose claims outlive the gateway's timeouts.
+    /// For tests: servers of its own whatever the environment names, nothing kept, any ports. Its Kafka allows a shorter
+    /// session than brokers do by default: tests that kill processes wait less for their partitions.
     pub fn for_tests() -> Self {
         let servers = ServersConfig { database_url: None, kafka_brokers: None, ..ServersConfig::for_tests() };
         let log_level = std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into());
         let tests = Self { servers, preferred_ports: false, log_level, env: BTreeMap::new() };
-        let tests = tests.env(Service::Payments, "GATEWAY_TIMEOUT_MS", "1000");
-        let tests = tests.env(Service::Gateway, "GATEWAY_SIM_SLOW_MS", "700");
         let consumers = [Service::Orders, Service::Payments, Service::Inventory];
         consumers.into_iter().fold(tests, |tests, service| tests.env(service, "KAFKA_SESSION_TIMEOUT_MS", "2000"))
     }

@@ -11,7 +11,7 @@ use crate::{
     state::{State, StateDirectory},
 };
 use comfy_table::{Table, presets};
-use std::{os::unix::process::CommandExt, path::PathBuf, process::Command, time::Duration};
+use std::{collections::BTreeMap, os::unix::process::CommandExt, path::PathBuf, process::Command, time::Duration};
 
 /// Where PostgreSQL and Kafka listen when nobody else does.
 pub const SERVER_PORTS: (u16, u16) = (5432, 9092);
@@ -88,6 +88,8 @@ fn config(directory: &StateDirectory) -> StackConfig {
             ..ServersConfig::for_tests()
         },
         preferred_ports: true,
+        // What the binaries do by themselves is what people want to see.
+        env: BTreeMap::new(),
         ..StackConfig::for_tests()
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     outbox::Tx,
 };
 use sqlx::{PgPool, Row, postgres::PgRow, types::Json};
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, ops::Range, time::Duration};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -43,25 +43,42 @@ pub(super) enum Due {
 pub(super) enum LeftBehind {
     /// Whoever had it let go in good order, or nobody ever had it.
     Clean,
-    /// Whoever had it may have died of one of its records: of one up to `noted`, when it died trying what it had noted.
-    Unclean {
-        /// The last record that was noted, alone or as the end of a batch; it may be done by now.
-        noted: Option<i64>,
-    },
+    /// Whoever had it may have died of one of its records, perhaps of what it had noted; or that is done by now.
+    Unclean { noted: Option<Noted> },
+}
+
+/// What was noted last before it was tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Noted {
+    /// The offset of the record that was tried alone, or of the last one of a batch.
+    offset: i64,
+    /// 0: it was a batch.
+    attempts: i32,
+}
+
+impl Noted {
+    /// The offsets of what may have killed. What is before them survived: a record is tried alone when all before it in its
+    /// partition is done. (A batch begins where what is done ends.)
+    pub(super) fn suspects(self) -> Range<i64> {
+        let end = self.offset.saturating_add(1);
+        if self.attempts > 0 { self.offset..end } else { i64::MIN..end }
+    }
 }
 
 /// Takes the partition for `owner`.
 pub(super) async fn claim(pool: &PgPool, place: Place<'_>, owner: Uuid) -> Result<LeftBehind, sqlx::Error> {
-    let (clean, noted): (Option<bool>, Option<i64>) = sqlx::query_as(
+    let (clean, offset, attempts): (Option<bool>, Option<i64>, Option<i32>) = sqlx::query_as(
         "with before as (
-             select clean, record_offset from inbox_partition where consumer = $1 and topic = $2 and partition = $3
+             select clean, record_offset, attempts
+               from inbox_partition
+              where consumer = $1 and topic = $2 and partition = $3
          ), taken as (
              insert into inbox_partition (consumer, topic, partition, owner)
              values ($1, $2, $3, $4)
                  on conflict (consumer, topic, partition)
                  do update set owner = excluded.owner, clean = false, taken_at = now()
          )
-         select (select clean from before), (select record_offset from before)",
+         select before.* from (values (1)) as always left join before on true",
     )
     .bind(place.consumer)
     .bind(place.topic)
@@ -69,6 +86,7 @@ pub(super) async fn claim(pool: &PgPool, place: Place<'_>, owner: Uuid) -> Resul
     .bind(owner)
     .fetch_one(pool)
     .await?;
+    let noted = offset.zip(attempts).map(|(offset, attempts)| Noted { offset, attempts });
     Ok(if clean.unwrap_or(true) { LeftBehind::Clean } else { LeftBehind::Unclean { noted } })
 }
 
@@ -105,17 +123,42 @@ pub(super) async fn count_attempt(pool: &PgPool, place: Place<'_>, offset: i64) 
     Ok(attempts.unsigned_abs())
 }
 
-/// Notes that the records up to the one at `last` are about to be tried together, in a commit of its own.
-pub(super) async fn note_batch(pool: &PgPool, place: Place<'_>, last: i64) -> Result<(), sqlx::Error> {
+/// Notes that the records up to the one at `last` are about to be tried together, in a commit of its own; nothing if
+/// somebody else has taken the partition.
+pub(super) async fn note_batch(pool: &PgPool, place: Place<'_>, owner: Uuid, last: i64) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update inbox_partition
-            set attempts = 0, record_offset = $4
-          where consumer = $1 and topic = $2 and partition = $3",
+            set record_offset = $5, attempts = 0
+          where consumer = $1 and topic = $2 and partition = $3 and owner = $4",
     )
     .bind(place.consumer)
     .bind(place.topic)
     .bind(place.partition)
+    .bind(owner)
     .bind(last)
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// Says again what was noted before `owner` took the partition: what it noted itself it has survived. What it counts stays.
+pub(super) async fn withdraw(
+    pool: &PgPool,
+    place: Place<'_>,
+    owner: Uuid,
+    before: Option<Noted>,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update inbox_partition
+            set record_offset = $5, attempts = $6
+          where consumer = $1 and topic = $2 and partition = $3 and owner = $4 and attempts = 0",
+    )
+    .bind(place.consumer)
+    .bind(place.topic)
+    .bind(place.partition)
+    .bind(owner)
+    .bind(before.map(|noted| noted.offset))
+    .bind(before.map_or(0, |noted| noted.attempts))
     .execute(pool)
     .await?;
     Ok(())

@@ -35,6 +35,7 @@ use std::{
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use uuid::Uuid;
 
 /// How long a worker may finish its open transaction when its partition is taken away or the process stops. Well below
 /// what the group allows a member to take (five minutes).
@@ -251,7 +252,8 @@ impl<H: Handler> Poll<H> {
             pulse: Arc::clone(&self.pulse),
             stop: stop.clone(),
             careful: self.config.batch_max,
-            suspects: None,
+            noted: None,
+            owner: Uuid::new_v4(),
             look_at_parked: clock::monotonic(),
             stumbling: HashSet::new(),
             alone: Mutex::default(),

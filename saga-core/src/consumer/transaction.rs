@@ -114,16 +114,17 @@ impl<H: Handler> Desk<H> {
         AssertSqlSafe(format!("begin; select pg_advisory_xact_lock({lock})"))
     }
 
-    /// Handles what is new in `batch` and says how many that were.
+    /// Handles what is new in `batch` and says how many that were, of those that the inbox remembers.
     pub(super) async fn take(&self, batch: &Batch) -> Result<usize, Failure> {
         let group = &self.config.group;
         fail_point!("consumer.before-begin", group, batch.sagas());
         // Kept only after a commit: whatever fails gives it back, and the pool looks after it.
         let mut borrowed = self.kept.take_or_borrow(&self.pool).await?;
         let mut tx = borrowed.connection.begin_with(self.begin_and_lock()).await?;
-        let deliveries = match batch.messages.is_empty() {
+        let arrivals = batch.arrivals(&self.config);
+        let deliveries = match arrivals.is_empty() {
             true => Vec::new(),
-            false => inbox::receive_in(&mut tx, self.place(), &batch.arrivals(&self.config)).await?,
+            false => inbox::receive_in(&mut tx, self.place(), &arrivals).await?,
         };
         fail_point!("consumer.after-inbox", group, batch.sagas());
         let held = pick(batch, &deliveries, Delivery::Held);
@@ -153,7 +154,8 @@ impl<H: Handler> Desk<H> {
         self.count("held", held.messages.len());
         self.count_duplicates(deliveries.len() - fresh - held.messages.len());
         batch.refused.iter().for_each(|refused| self.count_dead_letter(refused.class));
-        Ok(fresh)
+        let remembered = arrivals.iter().zip(&deliveries).filter(|(arrival, _)| arrival.remembered);
+        Ok(remembered.filter(|&(_, &delivery)| delivery == Delivery::Fresh).count())
     }
 
     /// Parks a record that failed, unless somebody handled it meanwhile.

@@ -6,8 +6,8 @@
 //!
 //! After an unclean stop one of the records that come again may be what killed the process, though most such stops have
 //! another reason. So the first batches are noted before they are tried, and only when the process ends during one that
-//! was noted its records are taken one by one, each attempt counted. What is noted or counted is tried alone in the
-//! process: when it ends with the process, it is what killed it, and nobody else's count tells of it.
+//! was noted its records are taken one by one, each attempt counted. What is noted or counted is the only such thing that
+//! is tried in the process at that time: no two are suspected because of one death.
 //!
 //! Its invariant: an offset is stored only when every record up to it is handled, parked or dead-lettered in a
 //! transaction that is committed. When the process dies anywhere, the partition's next worker starts at or before what
@@ -18,7 +18,7 @@ use super::{
     buffer::Buffer,
     failure::{Failure, Fault, Retry},
     health::Pulse,
-    parking::{self, Due, LeftBehind, Parked},
+    parking::{self, Due, LeftBehind, Noted, Parked},
     poll::Offsets,
     record::{Batch, Raw},
     transaction::Desk,
@@ -53,7 +53,7 @@ const RETRIES_PER_TURN: usize = 32;
 /// Repeats of what will pass by itself: soon at first (a deadlock is over at once), then at leisure (an outage is not).
 const PATIENCE: Backoff = Backoff::doubling(Duration::from_millis(10), Duration::from_secs(2));
 
-/// Held by whoever makes an attempt that is counted.
+/// Held by whoever makes an attempt that is noted or counted.
 static ALONE: Semaphore = Semaphore::const_new(1);
 
 /// Why a worker ended.
@@ -71,37 +71,46 @@ pub(super) struct Worker<H> {
     pub(super) offsets: Offsets,
     pub(super) pulse: Arc<Pulse>,
     pub(super) stop: CancellationToken,
+    /// Made anew by each worker.
+    pub(super) owner: Uuid,
     /// How many fresh records are still to be noted before they are tried, because one of them may kill.
     pub(super) careful: usize,
-    /// Up to this offset they are taken one by one meanwhile, because the process ended when it had noted them.
-    pub(super) suspects: Option<i64>,
+    /// What the process had noted when it ended: that is taken one by one.
+    pub(super) noted: Option<Noted>,
     pub(super) look_at_parked: Instant,
     /// Lanes in which something failed when they were taken in batches.
     pub(super) stumbling: HashSet<i64>,
-    /// While an attempt is made that is counted.
+    /// While an attempt is made that is noted or counted.
     pub(super) alone: Mutex<Option<SemaphorePermit<'static>>>,
 }
 
 impl<H: Handler> Worker<H> {
     /// Works until told to stop; the transaction that is open then is finished.
     pub(super) async fn run(mut self) -> Ended {
-        let owner = Uuid::new_v4();
-        let ended = match self.work(owner).await {
+        let ended = match self.work().await {
             Ok(never) => match never {},
             Err(ended) => ended,
         };
         // Without this the next worker is careful, which is slower and as right.
-        if ended == Ended::Stopped && self.careful == 0 {
-            let released = parking::release(&self.desk.pool, self.desk.place(), owner);
-            tokio::time::timeout(RELEASE_MAX, released).await.ok();
+        if ended == Ended::Stopped {
+            tokio::time::timeout(RELEASE_MAX, self.release()).await.ok();
         }
         ended
     }
 
-    async fn work(&mut self, owner: Uuid) -> Result<std::convert::Infallible, Ended> {
+    async fn release(&self) -> Result<(), sqlx::Error> {
+        let (pool, place) = (&self.desk.pool, self.desk.place());
+        match self.careful {
+            0 => parking::release(pool, place, self.owner).await,
+            // Nothing died of what we noted.
+            _ => parking::withdraw(pool, place, self.owner, self.noted).await,
+        }
+    }
+
+    async fn work(&mut self) -> Result<std::convert::Infallible, Ended> {
         let desk = &self.desk;
-        let left = self.must(|| async { Ok(parking::claim(&desk.pool, desk.place(), owner).await?) }).await?;
-        (self.careful, self.suspects) = match left {
+        let left = self.must(|| async { Ok(parking::claim(&desk.pool, desk.place(), self.owner).await?) }).await?;
+        (self.careful, self.noted) = match left {
             LeftBehind::Clean => (0, None),
             LeftBehind::Unclean { noted } => (desk.config.batch_max, noted),
         };
@@ -130,16 +139,29 @@ impl<H: Handler> Worker<H> {
 
     /// Sees to it that every record is handled, parked or dead-lettered.
     async fn process(&mut self, mut raws: Vec<Raw>) -> Result<(), Ended> {
-        let suspected = |raw: &Raw| self.careful > 0 && self.suspects.is_some_and(|last| raw.offset <= last);
-        let others = raws.split_off(raws.partition_point(suspected));
-        if !raws.is_empty() {
-            self.one_by_one(self.decode(raws)).await?;
+        let suspects = self.noted.filter(|_| self.careful > 0).map_or(0..0, Noted::suspects);
+        let mut rest = raws.split_off(raws.partition_point(|raw| raw.offset < suspects.start));
+        let others = rest.split_off(rest.partition_point(|raw| raw.offset < suspects.end));
+        let (survived, suspects) = (raws, rest);
+        if !survived.is_empty() {
+            self.in_one(survived, false).await?;
         }
-        let Some(last) = others.last().map(|raw| raw.offset) else { return Ok(()) };
-        let batch = self.decode(others);
-        let taken = match self.careful {
-            0 => self.insist(|| self.desk.take(&batch)).await?,
-            _ => self.take_noted(&batch, last).await?,
+        if !suspects.is_empty() {
+            self.one_by_one(self.decode(suspects)).await?;
+        }
+        if !others.is_empty() {
+            self.in_one(others, self.careful > 0).await?;
+        }
+        Ok(())
+    }
+
+    /// All of them in one transaction; when that goes wrong, each in one of its own.
+    async fn in_one(&mut self, raws: Vec<Raw>, noted: bool) -> Result<(), Ended> {
+        let last = raws.last().map_or(0, |raw| raw.offset);
+        let batch = self.decode(raws);
+        let taken = match noted {
+            true => self.take_noted(&batch, last).await?,
+            false => self.insist(|| self.desk.take(&batch)).await?,
         };
         match taken {
             Ok(fresh) => self.careful = self.careful.saturating_sub(fresh),
@@ -154,15 +176,21 @@ impl<H: Handler> Worker<H> {
 
     /// In one transaction like any batch, but alone, and when the process ends with it that is known.
     async fn take_noted(&self, batch: &Batch, last: i64) -> Result<Result<usize, Fault>, Ended> {
-        let desk = &self.desk;
         self.be_alone().await?;
-        let noted = self.must(|| async { Ok(parking::note_batch(&desk.pool, desk.place(), last).await?) }).await;
-        let taken = match noted {
-            Ok(()) => self.insist(|| desk.take(batch)).await,
-            Err(ended) => Err(ended),
-        };
+        let taken = self.note_and_take(batch, last).await;
         self.be_with_others();
         taken
+    }
+
+    async fn note_and_take(&self, batch: &Batch, last: i64) -> Result<Result<usize, Fault>, Ended> {
+        let desk = &self.desk;
+        self.must(|| async { Ok(parking::note_batch(&desk.pool, desk.place(), self.owner, last).await?) }).await?;
+        let passed = || -> Result<(), Failure> {
+            fail_point!("consumer.after-note", &desk.config.group);
+            Ok(())
+        };
+        passed().map_err(|_| Ended::Crashed)?;
+        self.insist(|| desk.take(batch)).await
     }
 
     /// Each record in a transaction of its own, its attempt counted before.

@@ -23,6 +23,7 @@
 //! | `consumer.before-commit` | group/step | the handler is done |
 //! | `consumer.after-commit` | group/step | committed, and the process does not know |
 //! | `consumer.before-store` | group | committed and known, the offsets not stored |
+//! | `consumer.after-note` | group | a batch is noted after an unclean stop, and not yet tried |
 //! | `consumer.after-attempt` | group | an attempt at a single record is counted, and not yet made |
 //! | `participant.before-call` | participant/step | an intent is claimed, nobody called |
 //! | `participant.after-call` | participant/step | the call was made, and nobody remembers its answer |
