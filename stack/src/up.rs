@@ -57,7 +57,7 @@ pub async fn up(directory: &StateDirectory) -> Result<()> {
 
 /// Starts again what ends by itself (kill one and watch), up to a number of times each; never returns.
 async fn supervise(stack: &Stack) {
-    let mut restarts = std::collections::BTreeMap::<Service, u32>::new();
+    let mut restarts = BTreeMap::<Service, u32>::new();
     loop {
         for service in Service::ALL {
             let process = &stack.service(service).process;

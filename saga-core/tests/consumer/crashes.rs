@@ -54,7 +54,7 @@ async fn a_process_that_dies_again_and_again_loses_nothing_and_repeats_nothing()
         &["consumer.after-note"],
         &["consumer.after-inbox", "consumer.after-attempt"],
         &["consumer.before-commit", "consumer.before-commit", "consumer.after-note"],
-        &["consumer.after-commit", "consumer.after-attempt", "consumer.after-attempt"],
+        &["consumer.before-begin", "consumer.after-attempt", "consumer.after-attempt"],
     ];
     futures::future::join_all(again.map(|again| dies_at("consumer.before-commit", 1, again))).await;
 }
