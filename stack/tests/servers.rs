@@ -140,6 +140,7 @@ fn without_a_jvm_or_maven_it_says_what_to_install() {
         let said = text(&output);
         assert!(!output.status.success());
         assert!(said.contains(missing) && said.contains("Install") && said.contains("DATABASE_URL"), "{said}");
-        assert!(processes_of(place.path()).is_empty());
+        // What cleans up after it ends a moment later.
+        wait_until("no process is left", || processes_of(place.path()).is_empty());
     }
 }
