@@ -1,8 +1,8 @@
 //! Running platforms that the tests of a binary use, and the judgement over them.
 //!
 //! Starting one costs seconds, so they are used again; tests keep apart by orders and items of their own. Tests that break
-//! nothing for others share one, and hold it shared; judging wants it alone, because what moves looks like a contradiction. A test that
-//! breaks things has one for itself for as long as it runs: most of its time it waits, for sessions, leases and claims to run
+//! nothing for others share one, and hold it shared; judging wants it alone, because what moves looks like a
+//! contradiction. A test that breaks things has one for itself for as long as it runs: most of its time it waits, for sessions, leases and claims to run
 //! out, and meanwhile another can do the same next door. Everything lives in one runtime that outlives the tests; when the
 //! binary ends, however it ends, the stack's guard ends the processes.
 

@@ -2,6 +2,7 @@
 
 use crate::support::{Fixture, SOON, assert_complete, event, events, says};
 use saga_core::{
+    consumer::HandleError,
     retry::Backoff,
     testkit::{
         FailPoint, eventually,
@@ -160,6 +161,12 @@ async fn a_parked_record_that_kills_its_process_is_given_up_too() {
     survivor.stop().await;
 }
 
+/// Starts a consumer that dies in its first batch.
+async fn dies(fixture: &Fixture) {
+    let _armed = FailPoint::once("consumer.before-commit", &fixture.config.group, Fault::Crash);
+    fixture.start().dies().await;
+}
+
 /// Starts a consumer that handles everything there is, stops it, and says how large its batches were.
 async fn batches(fixture: &Fixture, handled: usize) -> Vec<usize> {
     let running = fixture.start();
@@ -169,42 +176,65 @@ async fn batches(fixture: &Fixture, handled: usize) -> Vec<usize> {
     sizes
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn only_after_an_unclean_stop_in_a_batch_that_was_noted_its_records_are_taken_singly() {
+/// Whether the partition was let go in good order, and what is noted of it.
+async fn left_behind(fixture: &Fixture) -> (bool, Option<i64>, i32) {
+    let row = sqlx::query_as("select clean, record_offset, attempts from inbox_partition");
+    row.fetch_one(&fixture.database.pool).await.unwrap()
+}
+
+async fn a_batch_of_thirty_at_most() -> Fixture {
     let mut fixture = Fixture::new(1).await;
     fixture.config.batch_max = 30;
-    let dies = async || {
-        let _armed = FailPoint::once("consumer.before-commit", &fixture.config.group, Fault::Crash);
-        fixture.start().dies().await;
-    };
-    fixture.send(&events(5, 200)).await;
-    dies().await;
-    let sizes = batches(&fixture, 200).await;
-    assert!(sizes.len() < 20, "one death is nobody's fault: {sizes:?}");
-
-    fixture.send(&events(5, 200)).await;
-    dies().await;
-    dies().await;
-    let sizes = batches(&fixture, 400).await;
-    let singles = sizes.iter().take_while(|size| **size == 1).count();
-    assert!((1..=30).contains(&singles), "those of the second death's batch, no more: {sizes:?}");
-    assert!(sizes.len() < singles + 20, "then in batches again: {sizes:?}");
+    fixture
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_in_good_order_leaves_nothing_under_suspicion() {
-    let mut fixture = Fixture::new(1).await;
-    fixture.config.batch_max = 30;
-    let dies = async || {
-        let _armed = FailPoint::once("consumer.before-commit", &fixture.config.group, Fault::Crash);
-        fixture.start().dies().await;
-    };
+async fn only_after_an_unclean_stop_in_a_batch_that_was_noted_its_records_are_taken_singly() {
+    let fixture = a_batch_of_thirty_at_most().await;
+    fixture.send(&events(5, 200)).await;
+    dies(&fixture).await;
+    assert_eq!(left_behind(&fixture).await, (false, None, 0));
+    let sizes = batches(&fixture, 200).await;
+    assert!(sizes.len() < 20, "one death is nobody's fault: {sizes:?}");
+
+    assert!(left_behind(&fixture).await.0, "it was let go in good order");
+    fixture.send(&events(5, 200)).await;
+    dies(&fixture).await;
+    dies(&fixture).await;
+    let (clean, noted, attempts) = left_behind(&fixture).await;
+    assert_eq!((clean, attempts), (false, 0));
+    // The topic's offsets begin at 0 and have no gaps.
+    let suspects = usize::try_from(noted.unwrap() + 1 - 200).unwrap();
+    assert!((1..=30).contains(&suspects), "{suspects}");
+    let sizes = batches(&fixture, 400).await;
+    assert!(sizes[..suspects].iter().all(|size| *size == 1), "those of the second death's batch: {sizes:?}");
+    assert_eq!(sizes.iter().sum::<usize>(), 200, "each once: {sizes:?}");
+    assert!(sizes.len() < suspects + 20, "then in batches again: {sizes:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_stop_in_good_order_nothing_is_noted_any_more() {
+    let fixture = a_batch_of_thirty_at_most().await;
     fixture.send(&events(5, 60)).await;
-    dies().await;
+    dies(&fixture).await;
     batches(&fixture, 60).await;
-    // Were it still careful, it would die in a batch that it had noted, and singles would follow.
+    assert!(left_behind(&fixture).await.0);
     fixture.send(&events(5, 60)).await;
-    dies().await;
+    dies(&fixture).await;
     let sizes = batches(&fixture, 120).await;
     assert!(sizes.len() < 15, "{sizes:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_in_good_order_while_a_noted_batch_waits_for_its_next_try_withdraws_the_note() {
+    let fixture = a_batch_of_thirty_at_most().await;
+    fixture.send(&events(5, 20)).await;
+    dies(&fixture).await;
+    let stalled = fixture.start_with(|_| Err(HandleError::Again));
+    eventually(SOON, || async { left_behind(&fixture).await.1 }).await;
+    stalled.stop().await;
+    assert_eq!(left_behind(&fixture).await, (false, None, 0), "nothing died of it");
+    let next = fixture.start();
+    assert_complete(&fixture.until_handled(20).await, 5, 20);
+    next.stop().await;
 }
