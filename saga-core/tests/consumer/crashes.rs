@@ -1,6 +1,6 @@
 //! The process dies at the edges of a transaction, or an error strikes there: every message is handled once, in order.
 
-use crate::support::{Fixture, SOON, assert_complete, event, events, says};
+use crate::support::{Fixture, Running, SOON, assert_complete, event, events};
 use saga_core::{
     consumer::HandleError,
     retry::Backoff,
@@ -66,30 +66,32 @@ async fn an_error_at_an_edge_loses_nothing_and_repeats_nothing() {
     futures::future::join_all(errors).await;
 }
 
+/// Starts consumers, one after another, that fail at `fail` and die of `kill`, until there are so many dead letters: how many
+/// died, and the one that did not.
+async fn outlives(fixture: &Fixture, letters: usize) -> (u32, Running) {
+    for deaths in 0..20 {
+        let running = fixture.start_with(|message| match message.payload.as_deref() {
+            Some(b"fail") => Err(anyhow::anyhow!("it fails").into()),
+            Some(b"kill") => Err(anyhow::Error::from(Injected(Fault::Crash)).into()),
+            _ => Ok(()),
+        });
+        let died = eventually(SOON, || async {
+            let given_up = fixture.dead_letters().await.len() == letters;
+            if running.is_over() { Some(true) } else { given_up.then_some(false) }
+        });
+        if !died.await {
+            return (deaths, running);
+        }
+        running.dies().await;
+    }
+    panic!("it loops for ever");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_record_that_kills_its_process_is_given_up_after_its_attempts() {
     let fixture = Fixture::new(1).await;
     fixture.send(&[event("a", "1"), event("b", "kill"), event("b", "2"), event("c", "3")]).await;
-    let mut deaths = 0;
-    let survivor = loop {
-        let running = fixture.start_with(|message| match says(message, "kill") {
-            true => Err(anyhow::Error::from(Injected(Fault::Crash)).into()),
-            false => Ok(()),
-        });
-        let gone = eventually(SOON, || async {
-            match (running.is_over(), fixture.dead_letters().await.is_empty()) {
-                (true, _) => Some(true),
-                (false, false) => Some(false),
-                (false, true) => None,
-            }
-        })
-        .await;
-        if !gone {
-            break running;
-        }
-        running.dies().await;
-        deaths += 1;
-    };
+    let (deaths, survivor) = outlives(&fixture, 1).await;
     // Twice in a batch, where nothing is counted (the second was noted); then as often as it may be tried.
     assert_eq!(deaths, 2 + fixture.config.attempts);
     let letters = fixture.dead_letters().await;
@@ -106,25 +108,7 @@ async fn a_record_that_kills_its_process_behind_one_that_only_fails_is_given_up_
     fixture.config.attempts = 4;
     fixture.config.backoff = Backoff::doubling(SOON, SOON);
     fixture.send(&[event("a", "fail"), event("b", "kill"), event("c", "1")]).await;
-    let mut deaths = 0;
-    let survivor = loop {
-        let running = fixture.start_with(|message| match message.payload.as_deref() {
-            Some(b"fail") => Err(anyhow::anyhow!("it fails").into()),
-            Some(b"kill") => Err(anyhow::Error::from(Injected(Fault::Crash)).into()),
-            _ => Ok(()),
-        });
-        let gone = eventually(SOON, || async {
-            let given_up = !fixture.dead_letters().await.is_empty();
-            if running.is_over() { Some(true) } else { given_up.then_some(false) }
-        })
-        .await;
-        if !gone {
-            break running;
-        }
-        running.dies().await;
-        deaths += 1;
-        assert!(deaths < 20, "it loops for ever");
-    };
+    let (deaths, survivor) = outlives(&fixture, 1).await;
     // It was alone from the first time when they came in one batch; otherwise it died in two batches before.
     let attempts = fixture.config.attempts;
     assert!((attempts..=attempts + 2).contains(&deaths), "{deaths} deaths");
@@ -137,25 +121,7 @@ async fn a_record_that_kills_its_process_behind_one_that_only_fails_is_given_up_
 async fn a_parked_record_that_kills_its_process_is_given_up_too() {
     let fixture = Fixture::new(1).await;
     fixture.send(&[event("a", "fail"), event("a", "kill"), event("a", "1")]).await;
-    let mut deaths = 0;
-    let survivor = loop {
-        let running = fixture.start_with(|message| match message.payload.as_deref() {
-            Some(b"fail") => Err(anyhow::anyhow!("it fails").into()),
-            Some(b"kill") => Err(anyhow::Error::from(Injected(Fault::Crash)).into()),
-            _ => Ok(()),
-        });
-        let gone = eventually(SOON, || async {
-            let given_up = fixture.dead_letters().await.len() == 2;
-            if running.is_over() { Some(true) } else { given_up.then_some(false) }
-        })
-        .await;
-        if !gone {
-            break running;
-        }
-        running.dies().await;
-        deaths += 1;
-        assert!(deaths < 20, "it loops for ever");
-    };
+    let (_, survivor) = outlives(&fixture, 2).await;
     assert_eq!(fixture.until_handled(1).await, [("a".into(), "1".into())]);
     fixture.until_unparked().await;
     survivor.stop().await;
