@@ -18,9 +18,9 @@ use http::{HeaderMap, StatusCode, header};
 use saga_core::{
     http::{
         Cursor, Json, Limit, List, Path, Problem, Query,
-        idempotency::{self, Answer, Begin, IdempotencyKey},
+        idempotency::{self, Answer, IdempotencyKey},
     },
-    outbox::{self, Tx},
+    outbox,
 };
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
@@ -165,27 +165,15 @@ async fn create(
     Json(body): Json<NewItem>,
 ) -> Result<Response, Problem> {
     let (name, price) = both(Text::parse("name", &body.name), Price::parse(body.unit_price))?;
-    let mut tx = pool.begin().await?;
-    let done = create_in(&mut tx, &key, &body, &name, price).await;
-    end(&pool, tx, done).await
-}
-
-async fn create_in(
-    tx: &mut Tx<'_>,
-    key: &IdempotencyKey,
-    body: &NewItem,
-    name: &Text,
-    price: Price,
-) -> Result<Done, Problem> {
-    let ticket = match idempotency::begin_in(tx, "POST /v1/items", key, body).await? {
-        Begin::Replay(answer) => return Ok(Done::Before(answer)),
-        Begin::Fresh(ticket) => ticket,
-    };
-    let item = items::create_in(tx, &body.sku, name, price).await.map_err(item_problem)?;
-    let (location, etag) = (format!("/v1/items/{}", item.sku), etag(&item));
-    let answer = Answer::json(StatusCode::CREATED, &view(item))?.location(location).etag(etag);
-    ticket.finish_in(tx, &answer).await?;
-    Ok(Done::Now(answer))
+    let sku = body.sku.clone();
+    let done = idempotency::once(&pool, "POST /v1/items", &key, &body, move |tx| {
+        Box::pin(async move {
+            let item = items::create_in(tx, &sku, &name, price).await.map_err(item_problem)?;
+            let (location, etag) = (format!("/v1/items/{}", item.sku), etag(&item));
+            Ok((Answer::json(StatusCode::CREATED, &view(item))?.location(location).etag(etag), ()))
+        })
+    });
+    Ok(done.await?.into_response())
 }
 
 /// Items by sku.
@@ -264,34 +252,21 @@ async fn adjust(
 ) -> Result<Response, Problem> {
     let sku = known(&sku)?;
     let (delta, reason) = both(Delta::parse(body.delta), Text::parse("reason", &body.reason))?;
-    let mut tx = pool.begin().await?;
-    let done = adjust_in(&mut tx, &key, (sku, &body), delta, &reason).await;
-    end(&pool, tx, done).await
-}
-
-async fn adjust_in(
-    tx: &mut Tx<'_>,
-    key: &IdempotencyKey,
-    (sku, body): (Sku, &Adjustment),
-    delta: Delta,
-    reason: &Text,
-) -> Result<Done, Problem> {
-    let request = (sku.as_str(), body);
-    let ticket = match idempotency::begin_in(tx, "POST /v1/items/{sku}/adjustments", key, &request).await? {
-        Begin::Replay(answer) => return Ok(Done::Before(answer)),
-        Begin::Fresh(ticket) => ticket,
-    };
-    let adjusted = stock::adjust_in(tx, &sku, delta, reason).await.map_err(adjust_problem)?;
-    let view = AdjustmentView {
-        movement: adjusted.movement,
-        sku,
-        delta: delta.get(),
-        on_hand: adjusted.on_hand,
-        reserved: adjusted.reserved,
-    };
-    let answer = Answer::json(StatusCode::CREATED, &view)?;
-    ticket.finish_in(tx, &answer).await?;
-    Ok(Done::Now(answer))
+    let request = (sku.clone(), body);
+    let done = idempotency::once(&pool, "POST /v1/items/{sku}/adjustments", &key, &request, move |tx| {
+        Box::pin(async move {
+            let adjusted = stock::adjust_in(tx, &sku, delta, &reason).await.map_err(adjust_problem)?;
+            let view = AdjustmentView {
+                movement: adjusted.movement,
+                sku,
+                delta: delta.get(),
+                on_hand: adjusted.on_hand,
+                reserved: adjusted.reserved,
+            };
+            Ok((Answer::json(StatusCode::CREATED, &view)?, ()))
+        })
+    });
+    Ok(done.await?.into_response())
 }
 
 /// An item's ledger, newest first: why its stock is what it is.
@@ -314,33 +289,6 @@ async fn movements(
         return Err(unknown(&sku));
     }
     Ok(Json(List::page(rows, page.limit, |row| row.id)?.map(movement_view)))
-}
-
-/// What became of a request under an idempotency key.
-enum Done {
-    /// It is done, if the transaction commits.
-    Now(Answer),
-    /// It was done before.
-    Before(Answer),
-}
-
-/// Commits what was done now, and answers.
-async fn end(pool: &PgPool, tx: Tx<'static>, done: Result<Done, Problem>) -> Result<Response, Problem> {
-    match done {
-        Ok(Done::Now(answer)) => {
-            outbox::commit(tx, pool).await?;
-            Ok(answer.into_response())
-        }
-        // Rolled back before the answer, or the client's next request finds its key still in flight.
-        Ok(Done::Before(answer)) => {
-            tx.rollback().await.ok();
-            Ok(answer.into_response())
-        }
-        Err(problem) => {
-            tx.rollback().await.ok();
-            Err(problem)
-        }
-    }
 }
 
 fn view(item: Item) -> ItemView {

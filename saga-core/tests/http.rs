@@ -12,7 +12,7 @@ use reqwest::Method;
 use saga_core::{
     http::{
         Api, Json, Limits, Path, Problem, Query,
-        idempotency::{Answer, Begin, IdempotencyKey, begin_in},
+        idempotency::{Answer, IdempotencyKey, once},
     },
     service::{AdminAuth, Health, Role, admin_router, messaging_migrations, serve},
     testkit::{TestDatabase, eventually},
@@ -200,23 +200,23 @@ async fn count(
     key: IdempotencyKey,
     Json(body): Json<Body>,
 ) -> Result<Response, Problem> {
-    let mut tx = state.pool.begin().await?;
-    let ticket = match begin_in(&mut tx, "POST /count", &key, &body).await? {
-        Begin::Replay(answer) => return Ok(answer.into_response()),
-        Begin::Fresh(ticket) => ticket,
-    };
-    if body.text == "hold" {
-        state.held.notify_one();
-        state.hold.notified().await;
-    }
-    let n: i32 = sqlx::query_scalar("insert into counted default values returning n").fetch_one(&mut *tx).await?;
-    if body.text == "refuse" {
-        return Err(Problem::conflict("no", "No"));
-    }
-    let answer = Answer::json(StatusCode::CREATED, &json!({"n": n}))?.location(format!("/counted/{n}"));
-    ticket.finish_in(&mut tx, &answer).await?;
-    tx.commit().await?;
-    Ok(answer.into_response())
+    let Counting { pool, hold, held } = state;
+    let text = body.text.clone();
+    let done = once(&pool, "POST /count", &key, &body, move |tx| {
+        Box::pin(async move {
+            if text == "hold" {
+                held.notify_one();
+                hold.notified().await;
+            }
+            let n: i32 =
+                sqlx::query_scalar("insert into counted default values returning n").fetch_one(&mut **tx).await?;
+            if text == "refuse" {
+                return Err(Problem::conflict("no", "No"));
+            }
+            Ok((Answer::json(StatusCode::CREATED, &json!({"n": n}))?.location(format!("/counted/{n}")), ()))
+        })
+    });
+    Ok(done.await?.into_response())
 }
 
 #[tokio::test]
@@ -250,8 +250,8 @@ async fn one_key_has_one_effect_and_one_answer() {
     assert_eq!(send("b", "hold").await.unwrap().status(), 201, "the stored answer");
 
     // A refusal is not remembered: the same request may succeed later.
-    assert_eq!(problem(send("c", "refuse").await.unwrap()).await.0, 409);
-    assert_eq!(problem(send("c", "refuse").await.unwrap()).await.0, 409);
+    assert_eq!(problem(send("c", "refuse").await.unwrap()).await.1, "/problems/no");
+    assert_eq!(problem(send("c", "refuse").await.unwrap()).await.1, "/problems/no");
 
     let effects: i64 = sqlx::query_scalar("select count(*) from counted").fetch_one(&database.pool).await.unwrap();
     assert_eq!(effects, 2);

@@ -1,7 +1,7 @@
 //! `POST /v1/orders`.
 
 use super::{ApiState, etag, etag_header, prefer, prefer::PreferWait, refused, view::OrderView};
-use crate::domain::{NewOrder, Order, OrderStatus, PlaceOrder, PlaceOrderRequest};
+use crate::domain::{Order, OrderStatus, PlaceOrder, PlaceOrderRequest};
 use axum::{
     extract::State,
     response::{IntoResponse, Response},
@@ -11,9 +11,8 @@ use saga_core::{
     clock,
     http::{
         Json, Problem,
-        idempotency::{self, Answer, Begin, IdempotencyKey},
+        idempotency::{self, Answer, IdempotencyKey, Once},
     },
-    outbox::{self, Tx},
 };
 use std::time::Duration;
 
@@ -59,52 +58,25 @@ pub async fn place_order(
     Json(request): Json<PlaceOrderRequest>,
 ) -> Result<Response, Problem> {
     let order = request.validate().map_err(refused)?;
-    let mut tx = state.orders.pool.begin().await?;
-    let (placed, answer) = match place_in(&state, &mut tx, &key, &request, order).await {
-        Ok(Outcome::Placed(placed, answer)) => (placed, answer),
-        // Rolled back before the answer, or the client's next request finds its key still in flight.
-        Ok(Outcome::Replayed(answer)) => {
-            tx.rollback().await.ok();
-            return Ok(answer.into_response());
-        }
-        Err(problem) => {
-            tx.rollback().await.ok();
-            return Err(problem);
-        }
+    let orders = state.orders.clone();
+    let done = idempotency::once(&state.orders.pool, SCOPE, &key, &request, move |tx| {
+        Box::pin(async move {
+            let placed = placed(orders.place_in(tx, order, clock::now()).await?);
+            let answer = Answer::json(StatusCode::ACCEPTED, &OrderView::from(placed.clone()))?
+                .location(location(&placed))
+                .etag(etag(&placed));
+            Ok((answer, placed))
+        })
+    });
+    let (answer, placed) = match done.await? {
+        Once::Now(answer, placed) => (answer, placed),
+        Once::Before(answer) => return Ok(answer.into_response()),
     };
-    outbox::commit(tx, &state.orders.pool).await?;
     tracing::info!(order = %placed.id, saga = %placed.id, "order placed");
     match wait {
         Some(wait) => Ok(waited(&state, &placed, wait).await.unwrap_or_else(|| answer.into_response())),
         None => Ok(answer.into_response()),
     }
-}
-
-/// What became of a request.
-enum Outcome {
-    /// It was answered before.
-    Replayed(Answer),
-    /// It is written, if the transaction commits.
-    Placed(Box<Order>, Answer),
-}
-
-async fn place_in(
-    state: &ApiState,
-    tx: &mut Tx<'_>,
-    key: &IdempotencyKey,
-    request: &PlaceOrderRequest,
-    order: NewOrder,
-) -> Result<Outcome, Problem> {
-    let ticket = match idempotency::begin_in(tx, SCOPE, key, request).await? {
-        Begin::Replay(answer) => return Ok(Outcome::Replayed(answer)),
-        Begin::Fresh(ticket) => ticket,
-    };
-    let placed = placed(state.orders.place_in(tx, order, clock::now()).await?);
-    let answer = Answer::json(StatusCode::ACCEPTED, &OrderView::from(placed.clone()))?
-        .location(location(&placed))
-        .etag(etag(&placed));
-    ticket.finish_in(tx, &answer).await?;
-    Ok(Outcome::Placed(Box::new(placed), answer))
 }
 
 /// The answer after waiting; `None` when nobody could wait, in which case the first answer is as good: the order is

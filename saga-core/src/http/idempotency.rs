@@ -6,45 +6,29 @@
 //!
 //! ```ignore
 //! async fn post(key: IdempotencyKey, Json(body): Json<Body>) -> Result<Response, Problem> {
-//!     let mut tx = pool.begin().await?;
-//!     match post_in(&mut tx, &key, &body).await {
-//!         Ok((answer, fresh)) => {
-//!             if fresh { tx.commit().await? } else { tx.rollback().await? }
-//!             Ok(answer.into_response())
-//!         }
-//!         // Rolled back here: a transaction that is merely dropped ends a moment after the answer, and the client's
-//!         // next request would find its key still in flight.
-//!         Err(problem) => {
-//!             tx.rollback().await.ok();
-//!             Err(problem)
-//!         }
-//!     }
-//! }
-//!
-//! async fn post_in(tx: &mut Tx<'_>, key: &IdempotencyKey, body: &Body) -> Result<(Answer, bool), Problem> {
-//!     let ticket = match idempotency::begin_in(tx, "POST /v1/orders alice", key, body).await? {
-//!         Begin::Replay(answer) => return Ok((answer, false)),
-//!         Begin::Fresh(ticket) => ticket,
-//!     };
-//!     // ... the effect, in tx; a refusal returns its Problem here, and is not remembered ...
-//!     let answer = Answer::json(StatusCode::CREATED, &view)?.location("/v1/orders/1");
-//!     ticket.finish_in(tx, &answer).await?;
-//!     Ok((answer, true))
+//!     let done = idempotency::once(&pool, "POST /v1/orders alice", &key, &body, move |tx| {
+//!         Box::pin(async move {
+//!             // ... the effect, in tx; a refusal returns its Problem here, and is not remembered ...
+//!             Ok((Answer::json(StatusCode::CREATED, &view)?.location("/v1/orders/1"), ()))
+//!         })
+//!     });
+//!     Ok(done.await?.into_response())
 //! }
 //! ```
 //!
 //! Keys are never forgotten yet; `idempotency_answer.created_at` is what a retention will go by.
 
 use super::problem::Problem;
-use crate::outbox::Tx;
+use crate::outbox::{self, Tx};
 use axum::{
     extract::FromRequestParts,
     response::{IntoResponse, Response},
 };
+use futures::future::BoxFuture;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, request::Parts};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use sqlx::Row;
+use sqlx::{PgPool, Row};
 
 /// The request header.
 pub const HEADER: &str = "idempotency-key";
@@ -90,22 +74,20 @@ impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
     }
 }
 
-/// What [`begin_in`] found.
+/// What became of a request.
 #[derive(Debug)]
-pub enum Begin {
-    /// Nobody used this key: do the work, then [`Ticket::finish_in`].
-    Fresh(Ticket),
-    /// The work was done: give this answer again.
-    Replay(Answer),
+pub enum Once<T> {
+    /// The work was done now, and is committed; what it returned beside the answer.
+    Now(Answer, T),
+    /// The work was done before; its answer is given again.
+    Before(Answer),
 }
 
-/// The right to answer under a key. While its transaction lives, nobody else has it.
-#[derive(Debug)]
-#[must_use = "an answer that is not stored is given twice"]
-pub struct Ticket {
-    scope: String,
-    key: String,
-    fingerprint: Vec<u8>,
+impl<T> IntoResponse for Once<T> {
+    fn into_response(self) -> Response {
+        let (Self::Now(answer, _) | Self::Before(answer)) = self;
+        answer.into_response()
+    }
 }
 
 /// An answer as it is stored and given.
@@ -154,18 +136,50 @@ impl IntoResponse for Answer {
     }
 }
 
-/// Looks `key` up and takes hold of it, in the caller's transaction: call it first in that transaction.
+/// Does `work` once under `key`, in a transaction of its own that is committed with its answer by [`outbox::commit`].
 ///
 /// `scope` keeps keys apart: the operation, and whoever calls it (`"POST /v1/orders alice"`); keys of different
 /// customers never meet. `request` is everything that decides the effect: the parsed body, and path parameters if there
-/// are any. The same key with another request is 422; while the first is still at work, 409.
-pub async fn begin_in<R: Serialize>(
+/// are any.
+///
+/// # Errors
+/// The same key with another request is 422; while the first is still at work, 409. The [`Problem`] of `work` is given as
+/// it is, nothing is written, and the same request may succeed later.
+pub async fn once<T>(
+    pool: &PgPool,
+    scope: &str,
+    key: &IdempotencyKey,
+    request: &impl Serialize,
+    work: impl for<'t> FnOnce(&'t mut Tx<'static>) -> BoxFuture<'t, Result<(Answer, T), Problem>>,
+) -> Result<Once<T>, Problem> {
+    let fingerprint = Sha256::digest(serde_json::to_vec(request)?).to_vec();
+    let mut tx = pool.begin().await?;
+    let done = async {
+        if let Some(answer) = find_in(&mut tx, scope, key, &fingerprint).await? {
+            return Ok(Once::Before(answer));
+        }
+        let (answer, beside) = work(&mut tx).await?;
+        store_in(&mut tx, scope, key, &fingerprint, &answer).await?;
+        Ok(Once::Now(answer, beside))
+    };
+    let done = done.await;
+    if let Ok(Once::Now(..)) = done {
+        outbox::commit(tx, pool).await?;
+    } else {
+        // Before the answer: a transaction that is merely dropped ends a moment after it, and the client's next request
+        // would find its key in flight.
+        tx.rollback().await.ok();
+    }
+    done
+}
+
+/// Takes hold of `key` until the transaction ends, and looks whether it was answered.
+async fn find_in(
     tx: &mut Tx<'_>,
     scope: &str,
     key: &IdempotencyKey,
-    request: &R,
-) -> Result<Begin, Problem> {
-    let fingerprint = Sha256::digest(serde_json::to_vec(request)?).to_vec();
+    fingerprint: &[u8],
+) -> Result<Option<Answer>, Problem> {
     // An insert would wait for a concurrent one to end; the lock says at once that there is one.
     let free: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 7305))")
         .bind(format!("{scope}\n{}", key.0))
@@ -185,9 +199,7 @@ pub async fn begin_in<R: Serialize>(
     .bind(&key.0)
     .fetch_optional(&mut **tx)
     .await?;
-    let Some(row) = row else {
-        return Ok(Begin::Fresh(Ticket { scope: scope.to_owned(), key: key.0.clone(), fingerprint }));
-    };
+    let Some(row) = row else { return Ok(None) };
     if row.try_get::<Vec<u8>, _>("fingerprint")? != fingerprint {
         return Err(Problem::new(
             StatusCode::UNPROCESSABLE_ENTITY,
@@ -197,7 +209,7 @@ pub async fn begin_in<R: Serialize>(
         .with_field("Idempotency-Key", "use a new one for a new request"));
     }
     let status = u16::try_from(row.try_get::<i16, _>("status")?).ok().and_then(|code| StatusCode::from_u16(code).ok());
-    Ok(Begin::Replay(Answer {
+    Ok(Some(Answer {
         status: status.unwrap_or(StatusCode::OK),
         location: row.try_get("location")?,
         etag: row.try_get("etag")?,
@@ -206,22 +218,25 @@ pub async fn begin_in<R: Serialize>(
     }))
 }
 
-impl Ticket {
-    /// Stores the answer in the transaction of its effect. The caller commits, then gives the answer.
-    pub async fn finish_in(self, tx: &mut Tx<'_>, answer: &Answer) -> Result<(), sqlx::Error> {
-        sqlx::query(
-            "insert into idempotency_answer (scope, key, fingerprint, status, location, etag, body)
-             values ($1, $2, $3, $4, $5, $6, $7)",
-        )
-        .bind(&self.scope)
-        .bind(&self.key)
-        .bind(&self.fingerprint)
-        .bind(i16::try_from(answer.status.as_u16()).unwrap_or(200))
-        .bind(&answer.location)
-        .bind(&answer.etag)
-        .bind(&answer.body)
-        .execute(&mut **tx)
-        .await
-        .map(drop)
-    }
+async fn store_in(
+    tx: &mut Tx<'_>,
+    scope: &str,
+    key: &IdempotencyKey,
+    fingerprint: &[u8],
+    answer: &Answer,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "insert into idempotency_answer (scope, key, fingerprint, status, location, etag, body)
+         values ($1, $2, $3, $4, $5, $6, $7)",
+    )
+    .bind(scope)
+    .bind(&key.0)
+    .bind(fingerprint)
+    .bind(i16::try_from(answer.status.as_u16()).unwrap_or(200))
+    .bind(&answer.location)
+    .bind(&answer.etag)
+    .bind(&answer.body)
+    .execute(&mut **tx)
+    .await
+    .map(drop)
 }
