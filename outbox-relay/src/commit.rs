@@ -25,7 +25,7 @@ const PARKED: usize = 5_000;
 
 /// Between two commits. Nobody waits for them, and each is a sync of the disk that business transactions wait for too;
 /// what a crash in between costs is a few more repeats.
-const GATHER: Duration = Duration::from_millis(10);
+const GATHER: Duration = Duration::from_millis(25);
 
 /// Something that is now true, and has to be recorded behind all that became true before it.
 pub(crate) enum Progress {

@@ -48,15 +48,16 @@ impl Engine {
         business_key: &str,
     ) -> Result<(), StartError> {
         let new = self.prepare(id, saga, input, business_key)?;
-        match self.insert(tx, &[&new]).await?.is_empty() {
+        match self.insert(tx, &[&new], &[]).await?.is_empty() {
             true => Err(StartError::Exists),
             false => self.follow(tx, &new).await,
         }
     }
 
     /// Starts a saga for a caller who writes nothing else with it. Returns when its transaction is committed. Starts that
-    /// come while one is under way share the next one's transaction; nobody waits for a set to fill, or because another's
-    /// business key is locked. A caller that stops waiting stops nothing.
+    /// come while one is under way share the next one's transaction, and where they follow each other closely one waits a
+    /// millisecond for others; nobody waits because another's business key is locked. A caller that stops waiting stops
+    /// nothing.
     ///
     /// # Errors
     /// As [`Engine::start_in`]. After [`StartError::Database`] the saga may have been started all the same, if the
@@ -86,7 +87,7 @@ impl Engine {
 
     async fn start_one(&self, new: &New) -> Result<(), StartError> {
         let mut tx = self.begin().await?;
-        if self.insert(&mut tx, &[new]).await?.is_empty() {
+        if self.insert(&mut tx, &[new], &[]).await?.is_empty() {
             return Err(StartError::Exists);
         }
         self.follow(&mut tx, new).await?;
@@ -109,10 +110,15 @@ impl Engine {
         New::begin(Arc::clone(definition), id, input, business_key.to_owned(), self.reply_topic())
     }
 
-    /// Says which of them are new.
-    pub(super) async fn insert(&self, tx: &mut Tx<'_>, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
+    /// Says which of them are new; `messages` are sent whichever are.
+    pub(super) async fn insert(
+        &self,
+        tx: &mut Tx<'_>,
+        set: &[&New],
+        messages: &[NewMessage],
+    ) -> Result<HashSet<SagaId>, StartError> {
         let rows: Vec<NewSaga<'_>> = set.iter().map(|new| new.row()).collect();
-        Ok(store::insert(tx, &rows, clock::now()).await?.into_iter().collect())
+        Ok(store::insert(tx, &rows, messages, clock::now()).await?.into_iter().collect())
     }
 
     /// What comes after a new saga's row.

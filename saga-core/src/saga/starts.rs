@@ -1,7 +1,7 @@
 //! Starts that come at one moment: one transaction for all of them, and nobody waits for another's trouble.
 //!
 //! ```text
-//!   start ─> queue ─> a connection, then whoever waits by then ─> [saga, event, due | outbox] one commit
+//!   start ─> queue ─> a moment, a connection, then whoever waits ─> [saga, event, due | outbox] one commit
 //!                                                                   │ somebody's lock, or a mistake
 //!                                                                   └─> each alone, apart from the queue
 //! ```
@@ -16,16 +16,17 @@ use super::{
     start::New,
 };
 use crate::{
+    clock,
     fail_point::fail_point,
     id::SagaId,
-    outbox,
+    outbox::{self, NewMessage},
     service::database::{is_conflict, is_outage},
 };
 use sqlx::{Connection, PgConnection, Postgres, pool::PoolConnection};
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -35,6 +36,14 @@ const SET: usize = 256;
 /// How long a set waits for a lock (somebody has written one of its keys and not committed yet), and how long a start
 /// that is alone waits between two looks. Short, because everybody waits with a set; far longer than a commit takes.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// Where starts follow one another, a set waits so long for more after its first. Whoever starts sagas when others end
+/// does so for all that ended in one batch, one after the other; and what starts apart stays apart, a batch of its own at
+/// every hop (a fifth more processor time for a saga: measured).
+const GATHER: Duration = Duration::from_millis(1);
+
+/// A start that comes later than this after the last set is alone, and does not wait.
+const BUSY: Duration = Duration::from_millis(100);
 
 /// [`LOOK`] comes with the begin, in the same round trip. PostgreSQL looks for deadlocks after a second: this is sooner.
 const BEGIN: &str = "begin; set local lock_timeout = '100ms'";
@@ -84,11 +93,12 @@ impl Starts {
 
 /// Ends when the engine does.
 async fn take_what_waits(mut queue: mpsc::UnboundedReceiver<Waiting>) {
-    while let Some(first) = queue.recv().await {
+    let mut last = None;
+    while let Some(first) = first_of_a_set(&mut queue, last).await {
         let engine = Arc::clone(&first.engine);
         let connection = engine.within(async { engine.pool().acquire().await }).await;
-        // Nobody waits for a set to fill, but whoever came while there was no connection is in it. Where there is none to
-        // be had, all are told: set after set would wait as long, to hear the same.
+        // Whoever came while there was no connection is in the set, too. Where there is none to be had, all are told: set
+        // after set would wait as long, to hear the same.
         let room = if connection.is_ok() { SET } else { usize::MAX };
         let mut set = vec![first];
         while set.len() < room
@@ -100,7 +110,17 @@ async fn take_what_waits(mut queue: mpsc::UnboundedReceiver<Waiting>) {
             Ok(connection) => engine.start_together(connection, set).await,
             Err(error) => tell_all(set, &error),
         }
+        last = Some(clock::monotonic());
     }
+}
+
+/// The next that waits; where starts follow one another, after a moment in which others may join it.
+async fn first_of_a_set<W>(queue: &mut mpsc::UnboundedReceiver<W>, last: Option<Instant>) -> Option<W> {
+    let first = queue.recv().await?;
+    if last.is_some_and(|last| last.elapsed() < BUSY) {
+        tokio::time::sleep(GATHER).await;
+    }
+    Some(first)
 }
 
 /// A start apart from the queue. It looks again and again rather than to wait in PostgreSQL: no connection waits with it,
@@ -152,15 +172,24 @@ impl Engine {
 
     /// Says which of them are new.
     async fn start_set(&self, connection: &mut PgConnection, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
+        // Nearly always all of them, so their commands are written by the same statement.
         let mut tx = connection.begin_with(BEGIN).await?;
-        let started = self.insert(&mut tx, set).await?;
-        let new = set.iter().filter(|new| started.contains(&new.saga()));
-        let messages: Vec<_> = new.filter_map(|new| new.message().cloned()).collect();
-        outbox::append_in(&mut tx, &messages).await.map_err(|error| StartError::Database(error.into()))?;
+        let mut started = self.insert(&mut tx, set, &messages(set.iter())).await?;
+        if started.len() < set.len() {
+            tx.rollback().await?;
+            tx = connection.begin_with(BEGIN).await?;
+            started = self.insert(&mut tx, set, &[]).await?;
+            let sent = messages(set.iter().filter(|new| started.contains(&new.saga())));
+            outbox::append_in(&mut tx, &sent).await.map_err(|error| StartError::Database(error.into()))?;
+        }
         fail_point!("saga.before-start", self.reply_topic());
         tx.commit().await?;
         Ok(started)
     }
+}
+
+fn messages<'n>(sagas: impl Iterator<Item = &'n &'n New>) -> Vec<NewMessage> {
+    sagas.filter_map(|new| new.message().cloned()).collect()
 }
 
 fn new_or_not(started: &HashSet<SagaId>, new: &New) -> Result<(), StartError> {
@@ -180,4 +209,24 @@ fn tell_all(set: Vec<Waiting>, error: &sqlx::Error) {
 fn is_in_the_way(error: &sqlx::Error) -> bool {
     let locked = matches!(error, sqlx::Error::Database(database) if database.code().as_deref() == Some("55P03"));
     locked || is_conflict(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_that_comes_alone_does_not_wait_for_others_and_one_that_follows_them_does_for_a_moment() {
+        let (sender, mut queue) = mpsc::unbounded_channel();
+        let began = tokio::time::Instant::now();
+        for last in [None, clock::monotonic().checked_sub(BUSY)] {
+            sender.send("alone").unwrap();
+            assert_eq!(first_of_a_set(&mut queue, last).await, Some("alone"));
+            assert_eq!(began.elapsed(), Duration::ZERO);
+        }
+
+        sender.send("one of many").unwrap();
+        assert_eq!(first_of_a_set(&mut queue, Some(clock::monotonic())).await, Some("one of many"));
+        assert!(began.elapsed() >= GATHER);
+    }
 }

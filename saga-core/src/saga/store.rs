@@ -93,17 +93,23 @@ pub(super) struct Known {
     pub(super) fingerprints: Vec<String>,
 }
 
-/// Inserts sagas that do not exist yet, with the first line of their logs and their due times; says which were new.
-pub(super) async fn insert(tx: &mut Tx<'_>, sagas: &[NewSaga<'_>], now: OffsetDateTime) -> sqlx::Result<Vec<SagaId>> {
+/// Inserts sagas that do not exist yet, with the first line of their logs and their due times, and appends `messages` to the
+/// outbox, whichever were new; says which were.
+pub(super) async fn insert(
+    tx: &mut Tx<'_>,
+    sagas: &[NewSaga<'_>],
+    messages: &[NewMessage],
+    now: OffsetDateTime,
+) -> sqlx::Result<Vec<SagaId>> {
     let column = |of: fn(&NewSaga<'_>) -> String| sagas.iter().map(of).collect::<Vec<String>>();
-    let started: Vec<Uuid> = sqlx::query_scalar(
+    let statement = sqlx::query(concat!(
         "with started as (
              insert into saga (saga_id, definition, version, fingerprint, business_key, status, revision, state, armed_at,
                                input, created_at, updated_at, finished_at)
              select n.saga_id, n.definition, n.version, n.fingerprint, n.business_key, n.status, 1, n.state, n.due_at,
-                    n.input, $11, $11, case when n.status = 'completed' then $11 end
-               from unnest($1::uuid[], $2::text[], $3::int[], $4::text[], $5::text[], $6::text[], $7::jsonb[],
-                           $8::timestamptz[], $9::jsonb[])
+                    n.input, $17, $17, case when n.status = 'completed' then $17 end
+               from unnest($7::uuid[], $8::text[], $9::int[], $10::text[], $11::text[], $12::text[], $13::jsonb[],
+                           $14::timestamptz[], $15::jsonb[])
                       as n(saga_id, definition, version, fingerprint, business_key, status, state, due_at, input)
               order by n.saga_id
                  on conflict do nothing
@@ -113,26 +119,30 @@ pub(super) async fn insert(tx: &mut Tx<'_>, sagas: &[NewSaga<'_>], now: OffsetDa
              select saga_id, definition, version, status, armed_at from started where status <> 'completed'
          ), told as (
              insert into saga_event (saga_id, revision, at, kind, entry)
-             select e.saga_id, 1, $11, 'started', e.entry
-               from unnest($1::uuid[], $10::jsonb[]) as e(saga_id, entry)
+             select e.saga_id, 1, $17, 'started', e.entry
+               from unnest($7::uuid[], $16::jsonb[]) as e(saga_id, entry)
                join started using (saga_id)
-         )
-         select saga_id from started",
-    )
-    .bind(sagas.iter().map(|s| s.state.saga.0).collect::<Vec<Uuid>>())
-    .bind(column(|s| s.definition.into()))
-    .bind(sagas.iter().map(|s| s.version).collect::<Vec<i32>>())
-    .bind(column(|s| s.fingerprint.into()))
-    .bind(column(|s| s.business_key.into()))
-    .bind(column(|s| s.state.status.as_str().into()))
-    .bind(sagas.iter().map(|s| Json(s.state)).collect::<Vec<_>>())
-    .bind(sagas.iter().map(|s| s.state.due()).collect::<Vec<_>>())
-    .bind(sagas.iter().map(|s| Json(s.input)).collect::<Vec<_>>())
-    .bind(sagas.iter().map(|s| Json(s.entry)).collect::<Vec<_>>())
-    .bind(now)
-    .fetch_all(&mut **tx)
-    .await?;
-    Ok(started.into_iter().map(SagaId).collect())
+         ), sent as (
+             ",
+        outbox::insert_messages!(),
+        ")
+         select saga_id from started"
+    ));
+    outbox::bind_messages(statement, messages)?
+        .bind(sagas.iter().map(|s| s.state.saga.0).collect::<Vec<Uuid>>())
+        .bind(column(|s| s.definition.into()))
+        .bind(sagas.iter().map(|s| s.version).collect::<Vec<i32>>())
+        .bind(column(|s| s.fingerprint.into()))
+        .bind(column(|s| s.business_key.into()))
+        .bind(column(|s| s.state.status.as_str().into()))
+        .bind(sagas.iter().map(|s| Json(s.state)).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| s.state.due()).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| Json(s.input)).collect::<Vec<_>>())
+        .bind(sagas.iter().map(|s| Json(s.entry)).collect::<Vec<_>>())
+        .bind(now)
+        .try_map(|found: PgRow| found.try_get(0).map(SagaId))
+        .fetch_all(&mut **tx)
+        .await
 }
 
 /// Locks and loads sagas, in the order of their ids. Ids without a saga are not in the answer.
