@@ -232,12 +232,15 @@ async fn tell(connection: impl PgExecutor<'_>) -> bool {
 //
 // `order by ordinality`: without it ids are given in any order, and the order of ids is the order of publishing.
 macro_rules! insert_messages {
-    () => {
-        "insert into outbox (message_id, topic, key, type, payload, headers)
-         select message_id, topic, key, type, payload, headers
-           from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::jsonb[])
-                with ordinality as message (message_id, topic, key, type, payload, headers, ordinality)
-          order by ordinality"
+    ($($only:literal)?) => {
+        concat!(
+            "insert into outbox (message_id, topic, key, type, payload, headers)
+             select message_id, topic, key, type, payload, headers
+               from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::jsonb[])
+                    with ordinality as message (message_id, topic, key, type, payload, headers, ordinality) ",
+            $($only,)?
+            " order by ordinality"
+        )
     };
 }
 pub(crate) use insert_messages;

@@ -144,7 +144,8 @@ impl IntoResponse for Answer {
 ///
 /// # Errors
 /// The same key with another request is 422; while the first is still at work, 409. The [`Problem`] of `work` is given as
-/// it is, nothing is written, and the same request may succeed later.
+/// it is, nothing is written, and the same request may succeed later. When the connection is lost during the commit, 503:
+/// it may be done, and a repetition under the key finds out.
 pub async fn once<T>(
     pool: &PgPool,
     scope: &str,

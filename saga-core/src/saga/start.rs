@@ -110,15 +110,15 @@ impl Engine {
         New::begin(Arc::clone(definition), id, input, business_key.to_owned(), self.reply_topic())
     }
 
-    /// Says which of them are new; `messages` are sent whichever are.
+    /// Says which of them are new; of `commands` theirs are sent.
     pub(super) async fn insert(
         &self,
         tx: &mut Tx<'_>,
         set: &[&New],
-        messages: &[NewMessage],
+        commands: &[NewMessage],
     ) -> Result<HashSet<SagaId>, StartError> {
         let rows: Vec<NewSaga<'_>> = set.iter().map(|new| new.row()).collect();
-        Ok(store::insert(tx, &rows, messages, clock::now()).await?.into_iter().collect())
+        Ok(store::insert(tx, &rows, commands, clock::now()).await?.into_iter().collect())
     }
 
     /// What comes after a new saga's row.

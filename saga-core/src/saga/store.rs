@@ -93,12 +93,12 @@ pub(super) struct Known {
     pub(super) fingerprints: Vec<String>,
 }
 
-/// Inserts sagas that do not exist yet, with the first line of their logs and their due times, and appends `messages` to the
-/// outbox, whichever were new; says which were.
+/// Inserts sagas that do not exist yet, with the first line of their logs, their due times and their commands; says which
+/// were new. A command's key is its saga's id.
 pub(super) async fn insert(
     tx: &mut Tx<'_>,
     sagas: &[NewSaga<'_>],
-    messages: &[NewMessage],
+    commands: &[NewMessage],
     now: OffsetDateTime,
 ) -> sqlx::Result<Vec<SagaId>> {
     let column = |of: fn(&NewSaga<'_>) -> String| sagas.iter().map(of).collect::<Vec<String>>();
@@ -124,11 +124,11 @@ pub(super) async fn insert(
                join started using (saga_id)
          ), sent as (
              ",
-        outbox::insert_messages!(),
+        outbox::insert_messages!("where key in (select saga_id::text from started)"),
         ")
          select saga_id from started"
     ));
-    outbox::bind_messages(statement, messages)?
+    outbox::bind_messages(statement, commands)?
         .bind(sagas.iter().map(|s| s.state.saga.0).collect::<Vec<Uuid>>())
         .bind(column(|s| s.definition.into()))
         .bind(sagas.iter().map(|s| s.version).collect::<Vec<i32>>())

@@ -1,14 +1,16 @@
 //! The process dies at the edges of a transaction, or an error strikes there: every message is handled once, in order.
 
-use crate::support::{Fixture, Running, SOON, assert_complete, event, events};
+use crate::support::{Fixture, Running, SOON, assert_complete, event, events, with_id};
 use saga_core::{
-    consumer::HandleError,
+    consumer::{HandleError, TooOld},
+    id::MessageId,
     retry::Backoff,
     testkit::{
         FailPoint, eventually,
         failpoints::{Fault, Injected},
     },
 };
+use uuid::{NoContext, Timestamp, Uuid};
 
 /// Once at the edge, and then, `again` and again, in the lives that are careful because of that.
 async fn dies_at(edge: &str, skip: usize, again: &[&str]) {
@@ -203,4 +205,20 @@ async fn a_stop_in_good_order_while_a_noted_batch_waits_for_its_next_try_withdra
     let next = fixture.start();
     assert_complete(&fixture.until_handled(20).await, 5, 20);
     next.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_inbox_does_not_remember_comes_again_at_every_start_and_says_nothing_of_what_comes_behind_it() {
+    let mut fixture = a_batch_of_thirty_at_most().await;
+    fixture.config.too_old = TooOld::Handle;
+    let old = || MessageId(Uuid::new_v7(Timestamp::from_unix(NoContext, 1_600_000_000, 0)));
+    let sent: Vec<_> = (0..60).map(|_| with_id(old(), "a", "old")).collect();
+    fixture.send(&sent).await;
+    dies(&fixture).await;
+    let running = fixture.start();
+    fixture.until_handled(60).await;
+    fixture.send(&[event("a", "new")]).await;
+    fixture.until_handled(61).await;
+    assert_eq!(left_behind(&fixture).await, (false, Some(60), 0), "the batch of the new one was noted");
+    running.stop().await;
 }
