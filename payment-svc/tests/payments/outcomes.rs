@@ -55,7 +55,7 @@ async fn a_refund_that_is_refused_can_be_tried_anew_and_one_whose_answer_is_lost
 
 #[tokio::test]
 async fn a_provider_that_never_answers_fails_every_attempt_and_moves_nothing() {
-    let world = World::new().await;
+    let world = World::impatient().await;
     let order = authorized(&world, "tok_capture_error").await;
     for _ in 0..2 {
         assert_eq!(world.do_and_settle(order, CAPTURE, Do, &capture(order)).await.0, Failed);
@@ -90,7 +90,7 @@ async fn a_decline_is_a_rejection_with_the_gateways_reason_and_moves_nothing() {
 
 #[tokio::test]
 async fn whatever_happens_to_an_answer_the_money_is_held_once() {
-    let world = World::new().await;
+    let world = World::impatient().await;
     for method in ["tok_lost_answer", "tok_error_once", "tok_slow"] {
         // Slower than the time-out: in doubt, then the stored answer (the second is as slow, but the first has been
         // performed by then; after all attempts it stays in doubt and fails).
@@ -171,7 +171,7 @@ async fn a_void_waits_for_the_authorization_that_is_under_way() {
 
 #[tokio::test]
 async fn a_void_of_what_stayed_in_doubt_takes_back_what_the_gateway_did_and_nobody_heard_of() {
-    let world = World::new().await;
+    let world = World::impatient().await;
     // Held at the gateway, but no answer ever comes in time.
     let order = new_order();
     assert_eq!(world.do_and_settle(order, AUTHORIZE, Do, &authorize(order, "tok_slow")).await.0, Failed);
