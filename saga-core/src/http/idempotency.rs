@@ -4,17 +4,31 @@
 //! a process that dies before the commit leaves neither, and the client's repetition does the work; one that dies after
 //! it leaves both, and the repetition gets the stored answer. How a handler uses it:
 //!
-//! ```ignore
-//! async fn post(key: IdempotencyKey, Json(body): Json<Body>) -> Result<Response, Problem> {
-//!     let done = idempotency::once(&pool, "POST /v1/orders alice", &key, &body, move |tx| {
+//! ```
+//! # use axum::{extract::State, response::{IntoResponse, Response}};
+//! # use http::StatusCode;
+//! # use saga_core::http::{Json, Problem, idempotency::{self, Answer, IdempotencyKey}};
+//! # #[derive(serde::Serialize, serde::Deserialize)]
+//! # struct Body { name: String }
+//! async fn post(
+//!     State(pool): State<sqlx::PgPool>,
+//!     key: IdempotencyKey,
+//!     Json(body): Json<Body>,
+//! ) -> Result<Response, Problem> {
+//!     let name = body.name.clone();
+//!     let done = idempotency::once(&pool, "POST /v1/things", &key, &body, move |tx| {
 //!         Box::pin(async move {
-//!             // ... the effect, in tx; a refusal returns its Problem here, and is not remembered ...
-//!             Ok((Answer::json(StatusCode::CREATED, &view)?.location("/v1/orders/1"), ()))
+//!             // The effect, in this transaction; a refusal returns its Problem here, and is not remembered.
+//!             sqlx::query("insert into things (name) values ($1)").bind(&name).execute(&mut **tx).await?;
+//!             Ok((Answer::json(StatusCode::CREATED, &name)?.location(format!("/v1/things/{name}")), ()))
 //!         })
 //!     });
 //!     Ok(done.await?.into_response())
 //! }
+//! # let _routes: axum::Router<sqlx::PgPool> = axum::Router::new().route("/v1/things", axum::routing::post(post));
 //! ```
+//!
+//! (Boxed, because axum wants to know that the future is `Send`, which the compiler cannot tell of an async closure's.)
 //!
 //! Keys are never forgotten yet; `idempotency_answer.created_at` is what a retention will go by.
 
