@@ -234,41 +234,57 @@ pub enum ReadError {
     Snapshot(#[from] crate::snapshot::NotASnapshot),
 }
 
+/// The snapshot, once and in a row of its own (with hundreds of transactions running it is long), and up to `$2` rows of
+/// the transactions that began after the snapshot whose end is `$1`.
+macro_rules! new_rows {
+    () => {
+        concat!(
+            "(select null::bigint, null::uuid, null, null, null, null::bytea, null::integer, null, null::timestamptz,
+                     pg_current_snapshot()::text)
+             union all
+             (select ",
+            columns!(),
+            ", null
+                from outbox
+               where xid >= $1::text::xid8
+               order by xid, id
+               limit $2)"
+        )
+    };
+}
+
+const POLL: &str = new_rows!();
+
+/// And rows of `$3`, which were running then: only of those that ended, so that one that is writing a million rows costs
+/// nothing meanwhile. Where none was, this is left out: it is half of the plan, and to start the plan is a third of a poll.
+const POLL_WITH_STRAGGLERS: &str = concat!(
+    new_rows!(),
+    "
+     union all
+     (select found.*
+        from unnest($3::text[]::xid8[]) as straggler (xid)
+       cross join lateral (select ",
+    columns!(),
+    ", null
+                             from outbox
+                            where outbox.xid = straggler.xid
+                            order by id
+                            limit $2) as found
+       where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
+       limit $2)"
+);
+
 /// Takes the snapshot that becomes a window's target, and the window's rows: all of them in no order if they fit a page,
 /// else one row more than fits. One statement, so that it is one snapshot, in a transaction that has no id of its own, so
-/// that the snapshot holds nothing of ours; and one round trip from a commit to its rows. Of the transactions that were
-/// running at `base` only those that ended are looked up: one that is writing a million rows costs nothing meanwhile.
+/// that the snapshot holds nothing of ours; and one round trip from a commit to its rows.
 async fn poll(db: &mut PgConnection, base: &Snapshot) -> Result<(Snapshot, Vec<Row>), ReadError> {
-    // The snapshot comes once, in a row of its own: with hundreds of transactions running it is long.
-    let found = sqlx::query(concat!(
-        "(select null::bigint, null::uuid, null, null, null, null::bytea, null::integer, null, null::timestamptz,
-                 pg_current_snapshot()::text)
-         union all
-         (select ",
-        columns!(),
-        ", null
-            from outbox
-           where xid >= $1::text::xid8
-           order by xid, id
-           limit $3)
-         union all
-         (select found.*
-            from unnest($2::text[]::xid8[]) as straggler (xid)
-           cross join lateral (select ",
-        columns!(),
-        ", null
-                                 from outbox
-                                where outbox.xid = straggler.xid
-                                order by id
-                                limit $3) as found
-           where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
-           limit $3)",
-    ))
-    .bind(base.xmax().to_string())
-    .bind(texts(base.running()))
-    .bind(PAGE_ROWS + 1)
-    .fetch_all(db)
-    .await?;
+    let stragglers = texts(base.running());
+    let mut query = sqlx::query(if stragglers.is_empty() { POLL } else { POLL_WITH_STRAGGLERS });
+    query = query.bind(base.xmax().to_string()).bind(PAGE_ROWS + 1);
+    if !stragglers.is_empty() {
+        query = query.bind(stragglers);
+    }
+    let found = query.fetch_all(db).await?;
     let mut target = None;
     let mut rows = Vec::with_capacity(found.len());
     for row in found {

@@ -23,6 +23,7 @@ pub mod command;
 pub mod consumer;
 pub mod envelope;
 mod fail_point;
+mod gather;
 pub mod http;
 pub mod id;
 pub mod inbox;

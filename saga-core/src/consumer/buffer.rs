@@ -67,7 +67,8 @@ impl Buffer {
     /// What has arrived, at most `max` records; waits for the first. Nothing is lost when this is cancelled.
     pub(super) async fn take(&self, max: usize) -> Vec<Raw> {
         loop {
-            let taken = self.try_take(max);
+            let mut taken = Vec::new();
+            self.take_more(&mut taken, max.max(1));
             if !taken.is_empty() {
                 return taken;
             }
@@ -75,18 +76,18 @@ impl Buffer {
         }
     }
 
-    fn try_take(&self, max: usize) -> Vec<Raw> {
+    /// Adds what has arrived, until there are `max` records; waits for nothing.
+    pub(super) fn take_more(&self, taken: &mut Vec<Raw>, max: usize) {
+        let mut bytes: usize = taken.iter().map(Raw::size).sum();
         let mut queue = self.lock();
-        let mut taken = Vec::new();
-        let mut bytes = 0;
-        while taken.len() < max.max(1)
+        while taken.len() < max
             && bytes < BYTES_MAX
             && let Some(record) = queue.records.pop_front()
         {
             bytes += record.size();
+            queue.bytes -= record.size();
             taken.push(record);
         }
-        queue.bytes -= bytes;
         // Half: pausing throws away what was fetched ahead, so it should not happen at every record.
         let room = queue.records.len() <= self.limit / 2 && queue.bytes <= BYTES_MAX / 2;
         let resume = queue.paused && room;
@@ -95,7 +96,6 @@ impl Buffer {
         if resume {
             (self.drained)();
         }
-        taken
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {

@@ -26,6 +26,7 @@ use super::{
 use crate::{
     clock,
     fail_point::fail_point,
+    gather::{Gathering, MOMENT},
     inbox::{self, FUTURE_MAX},
     retry::Backoff,
 };
@@ -114,9 +115,10 @@ impl<H: Handler> Worker<H> {
             LeftBehind::Clean => (0, None),
             LeftBehind::Unclean { noted } => (desk.config.batch_max, noted),
         };
+        let mut gathering = Gathering::default();
         loop {
             self.retry_what_is_due().await?;
-            let raws = tokio::select! {
+            let mut raws = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(Ended::Stopped),
                 raws = self.buffer.take(self.desk.config.batch_max) => raws,
@@ -126,9 +128,14 @@ impl<H: Handler> Worker<H> {
                     continue;
                 }
             };
+            if gathering.waits(raws.len(), clock::monotonic()) {
+                tokio::time::sleep(MOMENT).await;
+                self.buffer.take_more(&mut raws, self.desk.config.batch_max);
+            }
             let Some(last) = raws.last().map(|raw| raw.offset) else { continue };
             let few = raws.len() < FEW;
             let began = clock::monotonic();
+            gathering.begins(raws.len(), began);
             self.process(raws).await?;
             self.store(last)?;
             if few {

@@ -18,6 +18,7 @@ use super::{
 use crate::{
     clock,
     fail_point::fail_point,
+    gather::{Gathering, MOMENT},
     id::SagaId,
     outbox,
     service::database::{is_conflict, is_outage},
@@ -26,7 +27,7 @@ use sqlx::{Connection, PgConnection, Postgres, pool::PoolConnection};
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -36,15 +37,6 @@ const SET: usize = 256;
 /// How long a set waits for a lock (somebody has written one of its keys and not committed yet), and how long a start
 /// that is alone waits between two looks. Short, because everybody waits with a set; far longer than a commit takes.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// Where starts follow one another, a set waits so long for more after its first. Whoever starts sagas when others end
-/// does so for all that ended in one batch, one after the other; and what starts apart stays apart, a batch of its own at
-/// every hop (18% of a saga's processor time: measured).
-const GATHER: Duration = Duration::from_millis(1);
-
-/// A start that comes later than this after the last set does not wait. (One caller who starts one after another does, one
-/// or two milliseconds each.)
-const BUSY: Duration = Duration::from_millis(100);
 
 /// [`LOOK`] comes with the begin, in the same round trip. PostgreSQL looks for deadlocks after a second: this is sooner.
 const BEGIN: &str = "begin; set local lock_timeout = '100ms'";
@@ -87,7 +79,7 @@ impl Starts {
         let (sender, receiver) = mpsc::unbounded_channel();
         // The receiver is here.
         sender.send(waiting).ok();
-        tokio::spawn(take_what_waits(Queue { receiver, last: None }));
+        tokio::spawn(take_what_waits(Queue { receiver, gathering: Gathering::default() }));
         *queue = Some(sender);
     }
 }
@@ -106,6 +98,7 @@ async fn take_what_waits(mut queue: Queue<Waiting>) {
         {
             set.push(waiting);
         }
+        queue.gathering.begins(set.len(), clock::monotonic());
         match connection {
             Ok(connection) => engine.start_together(connection, set).await,
             Err(error) => tell_all(set, &error),
@@ -116,17 +109,16 @@ async fn take_what_waits(mut queue: Queue<Waiting>) {
 /// What waits.
 struct Queue<W> {
     receiver: mpsc::UnboundedReceiver<W>,
-    /// When the last set began.
-    last: Option<Instant>,
+    gathering: Gathering,
 }
 
 impl<W> Queue<W> {
-    /// The next that waits; where starts follow one another, after a moment in which others may join it.
+    /// The next that waits; after a moment in which others may join it, where many start together. Whoever starts sagas when
+    /// others end does so for all that ended in one batch, one after the other.
     async fn first_of_a_set(&mut self) -> Option<W> {
         let first = self.receiver.recv().await?;
-        let last = self.last.replace(clock::monotonic());
-        if last.is_some_and(|last| last.elapsed() < BUSY) && self.receiver.len() + 1 < SET {
-            tokio::time::sleep(GATHER).await;
+        if self.gathering.waits(self.receiver.len() + 1, clock::monotonic()) {
+            tokio::time::sleep(MOMENT).await;
         }
         Some(first)
     }
@@ -215,29 +207,20 @@ mod tests {
     use futures::FutureExt;
 
     #[tokio::test]
-    async fn a_start_that_comes_alone_does_not_wait_for_others_and_one_that_follows_another_does_for_a_moment() {
+    async fn where_many_start_together_one_waits_a_moment_for_others_and_a_full_set_for_nobody() {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let mut queue = Queue { receiver, last: None };
-        sender.send(1).unwrap();
-        assert_eq!(queue.first_of_a_set().now_or_never(), Some(Some(1)));
-        assert!(queue.last.is_some());
+        let mut queue = Queue { receiver, gathering: Gathering::default() };
+        sender.send(0).unwrap();
+        assert_eq!(queue.first_of_a_set().now_or_never(), Some(Some(0)));
 
         // However long this process is kept from running, it was not long ago.
-        queue.last = clock::monotonic().checked_add(Duration::from_secs(3600));
-        sender.send(2).unwrap();
+        let late = clock::monotonic() + Duration::from_secs(3600);
+        queue.gathering.begins(SET, late);
+        sender.send(1).unwrap();
         let mut follows = Box::pin(queue.first_of_a_set());
         assert_eq!(follows.as_mut().now_or_never(), None);
-        assert_eq!(follows.await, Some(2));
+        assert_eq!(follows.await, Some(1));
 
-        queue.last = clock::monotonic().checked_sub(BUSY);
-        sender.send(3).unwrap();
-        assert_eq!(queue.first_of_a_set().now_or_never(), Some(Some(3)));
-    }
-
-    #[tokio::test]
-    async fn a_set_that_is_full_waits_for_nobody() {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        let mut queue = Queue { receiver, last: Some(clock::monotonic()) };
         (0..SET).for_each(|n| sender.send(n).unwrap());
         assert_eq!(queue.first_of_a_set().now_or_never(), Some(Some(0)));
     }
