@@ -7,11 +7,12 @@ mod codec;
 
 use crate::id::{CommandId, MessageId, SagaId};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fmt, str::FromStr};
+use std::{borrow::Cow, collections::BTreeMap, fmt, str::FromStr};
 use time::OffsetDateTime;
 
-/// Header name to value. Kafka allows a name twice and any bytes; we write each once, in UTF-8, and read the last.
-pub type Headers = BTreeMap<String, String>;
+/// Header name to value. Kafka allows a name twice and any bytes; we write each once, in UTF-8, and read the last. Most names
+/// are ours, and not copied.
+pub type Headers = BTreeMap<Cow<'static, str>, String>;
 
 /// Header names.
 pub mod header {

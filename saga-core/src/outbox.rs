@@ -100,7 +100,7 @@ impl NewMessage {
             return Err(InvalidMessage::Key);
         }
         match self.headers.iter().find(|(name, value)| name.is_empty() || name.contains('\0') || value.contains('\0')) {
-            Some((name, _)) => Err(InvalidMessage::Header(name.clone())),
+            Some((name, _)) => Err(InvalidMessage::Header(name.to_string())),
             None => Ok(()),
         }
     }

@@ -21,7 +21,7 @@ pub fn inject_current(headers: &mut Headers) {
         return;
     }
     TraceContextPropagator::new().inject_context(&context, &mut Writer(headers));
-    headers.entry(header::CORRELATION_ID.to_owned()).or_insert_with(|| span.trace_id().to_string());
+    headers.entry(header::CORRELATION_ID.into()).or_insert_with(|| span.trace_id().to_string());
 }
 
 /// The context that a message came with; `None` when it has none that is valid.
@@ -52,7 +52,7 @@ impl Injector for Writer<'_> {
     fn set(&mut self, key: &str, value: String) {
         // An empty tracestate is what most traces have; it says nothing.
         if !value.is_empty() {
-            self.0.insert(key.to_owned(), value);
+            self.0.insert(key.to_owned().into(), value);
         }
     }
 }

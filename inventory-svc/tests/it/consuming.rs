@@ -26,7 +26,7 @@ async fn a_command_on_the_topic_moves_stock_once_and_is_answered_and_garbage_sto
     let record = Record {
         key: message.key.clone(),
         value: message.payload.clone(),
-        headers: headers.into_iter().map(|(name, value)| (name, Some(value.into_bytes()))).collect(),
+        headers: headers.into_iter().map(|(name, value)| (name.into_owned(), Some(value.into_bytes()))).collect(),
         ..Record::default()
     };
     let garbage = Record { value: Some(b"garbage".to_vec()), ..Record::default() };

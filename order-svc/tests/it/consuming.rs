@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn record(message: &Message) -> Record {
-    let headers = message.envelope.encode().into_iter().map(|(name, value)| (name, Some(value.into_bytes())));
+    let headers =
+        message.envelope.encode().into_iter().map(|(name, value)| (name.into_owned(), Some(value.into_bytes())));
     let (key, value) = (message.key.clone(), message.payload.clone());
     Record { key, value, headers: headers.collect(), ..Record::default() }
 }

@@ -10,7 +10,8 @@ use saga_core::{
 use tokio_util::sync::CancellationToken;
 
 fn record(message: &Message) -> Record {
-    let headers = message.envelope.encode().into_iter().map(|(name, value)| (name, Some(value.into_bytes())));
+    let headers =
+        message.envelope.encode().into_iter().map(|(name, value)| (name.into_owned(), Some(value.into_bytes())));
     Record { key: message.key.clone(), value: message.payload.clone(), headers: headers.collect(), ..Record::default() }
 }
 

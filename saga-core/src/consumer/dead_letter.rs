@@ -96,8 +96,8 @@ impl<'a> DeadLetter<'a> {
         let id =
             self.headers.get(header::ID).and_then(|id| id.parse().ok()).unwrap_or_else(|| derive_id(group, self.at));
         let kind = self.headers.get(header::TYPE).filter(|kind| !kind.is_empty()).cloned();
-        self.headers.retain(|name, _| !SET_BY_THE_RELAY.contains(&name.as_str()));
-        let mut set = |name: &str, value: String| self.headers.insert(name.to_owned(), value);
+        self.headers.retain(|name, _| !SET_BY_THE_RELAY.contains(&&**name));
+        let mut set = |name: &'static str, value: String| self.headers.insert(name.into(), value);
         set(dead_letter_header::TOPIC, self.at.topic.clone());
         set(dead_letter_header::PARTITION, self.at.partition.to_string());
         set(dead_letter_header::OFFSET, self.at.offset.to_string());
@@ -169,7 +169,7 @@ mod tests {
             timestamp: Some(OffsetDateTime::UNIX_EPOCH),
             key: key.map(<[u8]>::to_vec),
             payload: None,
-            headers: headers.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect(),
+            headers: headers.iter().map(|&(name, value)| (name.to_owned().into(), value.to_owned())).collect(),
             class: "undecodable",
             reason: "no\0good".into(),
         }
@@ -180,7 +180,7 @@ mod tests {
         let record = refused(Some(b"k"), &[("ce_type", "a.b.v1"), ("x-shop", "1"), ("ce_sequence", "9")]);
         let (message, key) = DeadLetter::refused(&record).into_message("g");
         assert_eq!((message.topic.as_str(), message.kind.as_str(), key.as_deref()), ("t.dlt", "a.b.v1", Some("k")));
-        let headers: Vec<_> = message.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let headers: Vec<_> = message.headers.iter().map(|(name, value)| (&**name, value.as_str())).collect();
         assert_eq!(
             headers,
             [

@@ -339,7 +339,7 @@ pub(super) async fn count(pool: &PgPool, consumer: &str) -> Result<i64, sqlx::Er
 fn read(row: &PgRow) -> Result<Parked, sqlx::Error> {
     let Json(headers) = row.try_get::<Json<Headers>, _>("headers")?;
     // They were an envelope when they were parked.
-    let envelope = Envelope::decode(headers.iter().map(|(name, value)| (name.as_str(), Some(value.as_bytes()))))
+    let envelope = Envelope::decode(headers.iter().map(|(name, value)| (&**name, Some(value.as_bytes()))))
         .map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
     Ok(Parked {
         id: row.try_get("id")?,

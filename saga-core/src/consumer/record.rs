@@ -19,15 +19,47 @@ pub(super) struct Raw {
     key: Option<Vec<u8>>,
     payload: Option<Vec<u8>>,
     /// `None` when a header's name is not UTF-8.
-    headers: Option<Vec<(String, Option<Vec<u8>>)>>,
+    headers: Option<RawHeaders>,
+}
+
+/// Headers in a few pieces of memory: a message has some twenty, and they are freed by another thread.
+#[derive(Debug, Default)]
+struct RawHeaders {
+    names: String,
+    values: Vec<u8>,
+    /// Where each one's name and value end; the value is `None` when it is null.
+    ends: Vec<(usize, Option<usize>)>,
+}
+
+impl RawHeaders {
+    /// Room for those of a saga's message.
+    fn with_room() -> Self {
+        Self { names: String::with_capacity(256), values: Vec::with_capacity(512), ends: Vec::with_capacity(24) }
+    }
+
+    fn push(&mut self, name: &str, value: Option<&[u8]>) {
+        self.names.push_str(name);
+        self.values.extend_from_slice(value.unwrap_or_default());
+        self.ends.push((self.names.len(), value.map(|_| self.values.len())));
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&str, Option<&[u8]>)> {
+        let (mut name, mut value) = (0, 0);
+        self.ends.iter().map(move |&(name_end, value_end)| {
+            let names = &self.names[std::mem::replace(&mut name, name_end)..name_end];
+            (names, value_end.map(|end| &self.values[std::mem::replace(&mut value, end)..end]))
+        })
+    }
 }
 
 impl Raw {
     pub(super) fn copy(record: &BorrowedMessage<'_>) -> Self {
         // The client library panics at a header name that is not UTF-8: a record that anybody can write.
         let headers = catch_unwind(AssertUnwindSafe(|| {
-            let headers = record.headers().into_iter().flat_map(|headers| headers.iter());
-            headers.map(|header| (header.key.to_owned(), header.value.map(<[u8]>::to_vec))).collect()
+            let Some(headers) = record.headers() else { return RawHeaders::default() };
+            let mut copied = RawHeaders::with_room();
+            headers.iter().for_each(|header| copied.push(header.key, header.value));
+            copied
         }));
         // A producer may write any number there; what lies before 1970 is none.
         let timestamp = record.timestamp().to_millis().filter(|millis| *millis >= 0);
@@ -44,8 +76,12 @@ impl Raw {
     /// Roughly what it takes in memory.
     pub(super) fn size(&self) -> usize {
         let bytes = |bytes: &Option<Vec<u8>>| bytes.as_ref().map_or(0, Vec::len);
-        let headers = self.headers.iter().flatten().map(|(name, value)| name.len() + bytes(value) + 64);
-        bytes(&self.key) + bytes(&self.payload) + headers.sum::<usize>() + 128
+        let headers = self.headers.as_ref().map_or(0, |headers| {
+            headers.names.capacity()
+                + headers.values.capacity()
+                + headers.ends.capacity() * size_of::<(usize, Option<usize>)>()
+        });
+        bytes(&self.key) + bytes(&self.payload) + headers + 128
     }
 }
 
@@ -87,11 +123,10 @@ impl Batch {
         let mut batch = Self::default();
         for raw in raws {
             let at = Coordinates { topic: topic.into(), partition, offset: raw.offset };
-            let headers = raw.headers.as_deref();
+            let headers = raw.headers.as_ref();
             let decoded = headers.ok_or(("undecodable", "the name of a header is not UTF-8".to_owned()));
             let envelope = decoded.and_then(|headers| {
-                let headers = headers.iter().map(|(name, value)| (name.as_str(), value.as_deref()));
-                let envelope = Envelope::decode(headers).map_err(|error| ("undecodable", error.to_string()))?;
+                let envelope = Envelope::decode(headers.iter()).map_err(|error| ("undecodable", error.to_string()))?;
                 match inbox::admissible(envelope.id, config.horizon, now) {
                     Ok(()) => Ok(envelope),
                     Err(Inadmissible::TooOld) if config.too_old == TooOld::Handle => Ok(envelope),
@@ -108,7 +143,7 @@ impl Batch {
                     timestamp: raw.timestamp,
                     key: raw.key,
                     payload: raw.payload,
-                    headers: lossy(raw.headers.unwrap_or_default()),
+                    headers: lossy(&raw.headers.unwrap_or_default()),
                     class,
                     reason,
                 }),
@@ -158,14 +193,32 @@ pub(super) fn hash(bytes: &[u8]) -> i64 {
 }
 
 /// Headers as far as they can be said in text that PostgreSQL stores.
-fn lossy(raw: Vec<(String, Option<Vec<u8>>)>) -> Headers {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).replace('\0', "\u{fffd}");
-    let headers = raw.into_iter().filter_map(|(name, value)| Some((text(name.as_bytes()), text(&value?))));
-    headers.filter(|(name, _)| !name.is_empty()).collect()
+fn lossy(raw: &RawHeaders) -> Headers {
+    let text = |text: &str| text.replace('\0', "\u{fffd}");
+    let headers = raw.iter().filter_map(|(name, value)| Some((name, String::from_utf8_lossy(value?))));
+    headers.filter(|(name, _)| !name.is_empty()).map(|(name, value)| (text(name).into(), text(&value))).collect()
 }
 
 /// The headers of a decoded message, likewise.
 pub(super) fn storable_headers(envelope: &Envelope) -> Headers {
     let headers = envelope.encode().into_iter().filter(|(name, _)| !name.is_empty());
-    headers.map(|(name, value)| (name.replace('\0', "\u{fffd}"), value.replace('\0', "\u{fffd}"))).collect()
+    headers.map(|(name, value)| (name.replace('\0', "\u{fffd}").into(), value.replace('\0', "\u{fffd}"))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn headers_that_are_copied_are_as_they_were(
+            headers in proptest::collection::vec((".{0,6}", proptest::option::of(any::<Vec<u8>>())), 0..8),
+        ) {
+            let mut copied = RawHeaders::default();
+            headers.iter().for_each(|(name, value)| copied.push(name, value.as_deref()));
+            let read: Vec<_> = copied.iter().map(|(name, value)| (name.to_owned(), value.map(<[u8]>::to_vec))).collect();
+            prop_assert_eq!(read, headers);
+        }
+    }
 }

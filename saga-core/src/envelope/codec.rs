@@ -88,7 +88,7 @@ impl Envelope {
             saga.write_to(&mut headers);
         }
         let mut set =
-            |name: &str, value: Option<String>| value.and_then(|value| headers.insert(name.to_owned(), value));
+            |name: &'static str, value: Option<String>| value.and_then(|value| headers.insert(name.into(), value));
         set(header::SPECVERSION, Some("1.0".into()));
         set(header::ID, Some(self.id.to_string()));
         set(header::SOURCE, Some(self.source.clone()));
@@ -111,7 +111,7 @@ impl Envelope {
 impl SagaHeaders {
     /// Writes them into `headers`. Those of a reply (with an outcome) name the command as `ce_causationid`.
     pub fn write_to(&self, headers: &mut Headers) {
-        let mut set = |name: &str, value: String| headers.insert(name.to_owned(), value);
+        let mut set = |name: &'static str, value: String| headers.insert(name.into(), value);
         set(header::SAGA_ID, self.saga.to_string());
         set(header::SAGA_TYPE, self.definition.clone());
         set(header::SAGA_VERSION, self.version.to_string());
@@ -134,7 +134,7 @@ impl SagaHeaders {
     /// # Errors
     /// When there is one, and another is missing or does not parse.
     pub fn read_from(headers: &Headers) -> Result<Option<Self>, EnvelopeError> {
-        let borrowed = headers.iter().map(|(name, value)| (name.as_str(), Cow::Borrowed(value.as_str())));
+        let borrowed = headers.iter().map(|(name, value)| (&**name, Cow::Borrowed(value.as_str())));
         Found(borrowed.collect()).saga()
     }
 }
@@ -180,7 +180,7 @@ impl Found<'_> {
 
     fn rest(self) -> Headers {
         let unknown = self.0.into_iter().filter(|(name, _)| !KNOWN.contains(name));
-        unknown.map(|(name, value)| (name.to_owned(), value.into_owned())).collect()
+        unknown.map(|(name, value)| (name.to_owned().into(), value.into_owned())).collect()
     }
 }
 

@@ -182,7 +182,7 @@ impl Participant {
             span: message.span(),
             trace: trace
                 .into_iter()
-                .filter_map(|(name, value)| Some((name.to_owned(), value?.replace('\0', ""))))
+                .filter_map(|(name, value)| Some((name.into(), value?.replace('\0', ""))))
                 .collect(),
         })
     }

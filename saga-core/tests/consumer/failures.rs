@@ -341,7 +341,7 @@ async fn what_is_parked_and_what_is_dead_lettered_say_their_ids_where_there_are_
         reply_to: Some("replies".into()),
         outcome: None,
     });
-    let headers = envelope.encode().into_iter().map(|(name, value)| (name, Some(value.into_bytes())));
+    let headers = envelope.encode().into_iter().map(|(name, value)| (name.into_owned(), Some(value.into_bytes())));
     fixture.send(&[event("a", "good"), Record { headers: headers.collect(), ..event("b", "bad") }]).await;
     fixture.until_dead_letters(1).await;
     for message in ["parked", "dead-lettered"] {

@@ -208,7 +208,7 @@ pub(crate) fn with_id(id: MessageId, key: &str, value: &str) -> Record {
     Record {
         key: Some(key.into()),
         value: Some(value.into()),
-        headers: headers.into_iter().map(|(name, value)| (name, Some(value.into_bytes()))).collect(),
+        headers: headers.into_iter().map(|(name, value)| (name.into_owned(), Some(value.into_bytes()))).collect(),
         ..Record::default()
     }
 }
