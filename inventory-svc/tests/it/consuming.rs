@@ -22,13 +22,7 @@ async fn a_command_on_the_topic_moves_stock_once_and_is_answered_and_garbage_sto
 
     let mine = order();
     let message = command(mine, "reserve-stock", Op::Do, &ReserveStock { order: mine, lines: lines(&[("A", 4)]) });
-    let headers = message.envelope.encode();
-    let record = Record {
-        key: message.key.clone(),
-        value: message.payload.clone(),
-        headers: headers.into_iter().map(|(name, value)| (name.into_owned(), Some(value.into_bytes()))).collect(),
-        ..Record::default()
-    };
+    let record = Record::from(&message);
     let garbage = Record { value: Some(b"garbage".to_vec()), ..Record::default() };
     produce(topic.name(), &[garbage, record.clone(), record]).await;
 

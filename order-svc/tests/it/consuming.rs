@@ -6,7 +6,7 @@ use crate::{
 };
 use order_svc::{catalogue::CatalogueHandler, live::Nudging};
 use saga_core::{
-    consumer::{Consumer, ConsumerConfig, Handler, Message},
+    consumer::{Consumer, ConsumerConfig, Handler},
     envelope::Outcome,
     testkit::{Record, TestTopic, brokers, eventually, produce, unique},
 };
@@ -17,13 +17,6 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn record(message: &Message) -> Record {
-    let headers =
-        message.envelope.encode().into_iter().map(|(name, value)| (name.into_owned(), Some(value.into_bytes())));
-    let (key, value) = (message.key.clone(), message.payload.clone());
-    Record { key, value, headers: headers.collect(), ..Record::default() }
-}
 
 fn consume<H: Handler>(topic: &TestTopic, pool: &PgPool, handler: H, stop: &CancellationToken) -> JoinHandle<()> {
     let config = ConsumerConfig::new(&brokers(), &unique("order-svc"), [topic.name()]);
@@ -41,8 +34,8 @@ async fn items_reach_the_catalogue_and_garbage_between_them_is_dead_lettered() {
     let garbage = Record { key: Some(b"NEW-1".to_vec()), value: Some(b"garbage".to_vec()), ..Record::default() };
     let mut unknown_version = item("NEW-1", 2, 250);
     unknown_version.envelope.kind = "inventory.item-changed.v2".into();
-    let last = record(&item("NEW-1", 3, 300));
-    let records = [record(&item("NEW-1", 1, 200)), garbage, record(&unknown_version), last.clone(), last];
+    let last = Record::from(&item("NEW-1", 3, 300));
+    let records = [Record::from(&item("NEW-1", 1, 200)), garbage, Record::from(&unknown_version), last.clone(), last];
     produce(topic.name(), &records).await;
     eventually(PATIENCE, || async {
         let dead: i64 = sqlx::query_scalar("select count(*) from outbox where topic = $1")
@@ -74,7 +67,7 @@ async fn a_reply_on_the_topic_moves_the_order_and_wakes_whoever_waits() {
     .await;
     let declined = shop.reply(order, Outcome::Rejected, json!({ "reason": "insufficient_funds" })).await;
     // Published twice, as a relay may; and an answer to nobody.
-    let record = record(&declined);
+    let record = Record::from(&declined);
     let garbage = Record { key: Some(order.to_string().into_bytes()), value: None, ..Record::default() };
     produce(topic.name(), &[garbage, record.clone(), record]).await;
     let response = waiting.await.unwrap().unwrap();

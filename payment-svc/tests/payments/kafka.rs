@@ -3,17 +3,11 @@
 use crate::support::{DEADLINE, World, do_authorize, do_capture, new_order};
 use contracts::OrderId;
 use saga_core::{
-    consumer::{Consumer, ConsumerConfig, Message},
+    consumer::{Consumer, ConsumerConfig},
     envelope::Outcome::Succeeded,
     testkit::{FailPoint, Record, TestTopic, brokers, eventually, failpoints::Fault, produce, unique},
 };
 use tokio_util::sync::CancellationToken;
-
-fn record(message: &Message) -> Record {
-    let headers =
-        message.envelope.encode().into_iter().map(|(name, value)| (name.into_owned(), Some(value.into_bytes())));
-    Record { key: message.key.clone(), value: message.payload.clone(), headers: headers.collect(), ..Record::default() }
-}
 
 /// Reads commands and executes intents, as the service's process does.
 fn run(world: &World, config: ConsumerConfig, stop: &CancellationToken) {
@@ -47,7 +41,7 @@ async fn commands_from_kafka_are_answered_once_although_the_process_dies_in_betw
     let first = CancellationToken::new();
     let armed = FailPoint::arm("participant.after-call", world.name, Fault::Crash, 0, 5);
     run(&world, config(), &first);
-    let records: Vec<_> = orders.iter().map(|&order| record(&do_authorize(order, "tok_visa"))).collect();
+    let records: Vec<_> = orders.iter().map(|&order| Record::from(&do_authorize(order, "tok_visa"))).collect();
     // Everything twice: a producer that repeats itself (same message id).
     produce(topic.name(), &[records.clone(), records].concat()).await;
     eventually(DEADLINE, async || (world.provider.totals().await[0] > 0).then_some(())).await;
@@ -60,7 +54,7 @@ async fn commands_from_kafka_are_answered_once_although_the_process_dies_in_betw
     // A resend of each (new message id), and the captures.
     let again: Vec<_> = orders
         .iter()
-        .flat_map(|&order| [record(&do_authorize(order, "tok_visa")), record(&do_capture(order))])
+        .flat_map(|&order| [Record::from(&do_authorize(order, "tok_visa")), Record::from(&do_capture(order))])
         .collect();
     produce(topic.name(), &again).await;
     answered(&world, &orders, 3).await;
@@ -84,8 +78,8 @@ async fn what_is_no_command_of_ours_goes_to_the_dead_letters_and_the_partition_g
     let mut broken = do_authorize(new_order(), "tok_visa");
     broken.payload = Some(b"{\"order\":".to_vec());
     let garbage = Record { value: Some(vec![0, 159, 146]), ..Record::default() };
-    let good = record(&do_authorize(order, "tok_visa"));
-    produce(topic.name(), &[record(&unknown), garbage, record(&broken), good]).await;
+    let good = Record::from(&do_authorize(order, "tok_visa"));
+    produce(topic.name(), &[Record::from(&unknown), garbage, Record::from(&broken), good]).await;
     answered(&world, &[order], 1).await;
     let dead: Vec<String> = eventually(DEADLINE, async || {
         let dead: Vec<String> = sqlx::query_scalar("select topic from outbox where topic like '%.dlt'")

@@ -130,11 +130,13 @@ pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<Telem
     };
     // The filter was valid when the settings were read.
     let filter = EnvFilter::try_new(&settings.filter).unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
-    Registry::default()
-        .with(filter)
-        .with(tracing_opentelemetry::layer().with_tracer(provider.tracer(service)))
-        .with(lines)
-        .try_init()?;
+    // Without what is computed at every poll of a span, or says where in the code it is: a batch has one for each message.
+    let spans = tracing_opentelemetry::layer()
+        .with_tracer(provider.tracer(service))
+        .with_location(false)
+        .with_threads(false)
+        .with_tracked_inactivity(false);
+    Registry::default().with(filter).with(spans).with(lines).try_init()?;
     Ok(TelemetryGuard { provider, metrics: metrics()? })
 }
 

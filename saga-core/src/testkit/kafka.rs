@@ -1,5 +1,6 @@
 //! Topics of a test's own on the brokers of `KAFKA_BROKERS`; writing raw records and reading a topic to its end.
 
+use crate::{consumer::Message, envelope::Envelope};
 use rdkafka::{
     ClientConfig, Message as _, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
@@ -124,10 +125,24 @@ pub struct Record {
 }
 
 impl Record {
+    /// One with the headers of `envelope`, and nothing else yet.
+    pub fn of(envelope: &Envelope) -> Self {
+        let headers = envelope.encode().into_iter();
+        let headers = headers.map(|(name, value)| (name.into_owned(), Some(value.into_bytes()))).collect();
+        Self { headers, ..Self::default() }
+    }
+
     /// The last value of a header, as text.
     pub fn header(&self, name: &str) -> Option<String> {
         let value = self.headers.iter().rev().find(|(header, _)| header == name)?.1.as_deref()?;
         Some(String::from_utf8_lossy(value).into_owned())
+    }
+}
+
+/// The record that `message` was, to be written.
+impl From<&Message> for Record {
+    fn from(message: &Message) -> Self {
+        Self { key: message.key.clone(), value: message.payload.clone(), ..Self::of(&message.envelope) }
     }
 }
 

@@ -204,13 +204,8 @@ pub(crate) fn event(key: &str, value: &str) -> Record {
 }
 
 pub(crate) fn with_id(id: MessageId, key: &str, value: &str) -> Record {
-    let headers = Envelope::new(id, "orders", "test.happened.v1").encode();
-    Record {
-        key: Some(key.into()),
-        value: Some(value.into()),
-        headers: headers.into_iter().map(|(name, value)| (name.into_owned(), Some(value.into_bytes()))).collect(),
-        ..Record::default()
-    }
+    let envelope = Envelope::new(id, "orders", "test.happened.v1");
+    Record { key: Some(key.into()), value: Some(value.into()), ..Record::of(&envelope) }
 }
 
 /// `count` events of `keys` keys in turn; the values of one key count up.

@@ -3,7 +3,7 @@
 use crate::support::*;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use saga_core::{
-    consumer::{Consumer, ConsumerConfig, Message},
+    consumer::{Consumer, ConsumerConfig},
     envelope::Outcome,
     saga::definition::Definition,
     service::database::pool_options,
@@ -15,16 +15,6 @@ use tokio_util::sync::CancellationToken;
 
 const SOON: Duration = Duration::from_secs(40);
 
-fn record(message: &Message) -> Record {
-    let headers = message.envelope.encode();
-    Record {
-        key: message.key.clone(),
-        value: message.payload.clone(),
-        headers: headers.into_iter().map(|(name, value)| (name, Some(value.into_bytes()))).collect(),
-        ..Record::default()
-    }
-}
-
 #[tokio::test]
 async fn replies_come_through_kafka_and_one_that_cannot_be_read_is_dead_lettered_while_the_others_go_on() {
     let world = World::new().await;
@@ -35,13 +25,13 @@ async fn replies_come_through_kafka_and_one_that_cannot_be_read_is_dead_lettered
     let running = tokio::spawn(consumer.run(stop.clone()));
     let (good, bad) = (world.start(1).await, world.start(2).await);
     let nonsense = reply(&world.last(bad).await, Outcome::Succeeded, &json!({ "what": 1 }));
-    produce(&topic, &[record(&nonsense)]).await;
+    produce(&topic, &[Record::from(&nonsense)]).await;
     for step in ["authorize", "reserve", "capture", "ship"] {
         let sent = eventually(SOON, || async {
             let last = world.last(good).await;
             (last.step == step).then_some(last)
         });
-        let answer = record(&succeeded(&sent.await));
+        let answer = Record::from(&succeeded(&sent.await));
         produce(&topic, &[answer.clone(), answer]).await;
     }
     eventually(SOON, || async { (world.status(good).await == "completed").then_some(()) }).await;
