@@ -10,6 +10,7 @@ use opentelemetry::{
     trace::TraceContextExt,
 };
 use opentelemetry_sdk::propagation::TraceContextPropagator;
+use std::borrow::Cow;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
@@ -52,7 +53,8 @@ impl Injector for Writer<'_> {
     fn set(&mut self, key: &str, value: String) {
         // An empty tracestate is what most traces have; it says nothing.
         if !value.is_empty() {
-            self.0.insert(key.to_owned().into(), value);
+            let name = [header::TRACEPARENT, header::TRACESTATE].into_iter().find(|name| *name == key);
+            self.0.insert(name.map_or_else(|| key.to_owned().into(), Cow::Borrowed), value);
         }
     }
 }

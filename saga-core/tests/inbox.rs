@@ -42,6 +42,36 @@ async fn of_a_batch_the_new_messages_are_fresh_once() {
 }
 
 #[tokio::test]
+async fn a_message_waits_while_something_of_its_key_or_it_itself_is_parked_and_nothing_else_does() {
+    let database = database().await;
+    let parked = MessageId::new();
+    sqlx::query(
+        "insert into inbox_parked (consumer, topic, partition, record_offset, lane, source, message_id, headers)
+         values ('group', 'topic', 0, 7, 1, 'orders', $1, '{}')",
+    )
+    .bind(parked.0)
+    .execute(&database.pool)
+    .await
+    .unwrap();
+    let of_lane = |lane| Arrival { lane, ..arrival(MessageId::new()) };
+    let elsewhere = Place { partition: 1, ..PLACE };
+    let others = Place { consumer: "other group", ..PLACE };
+
+    let mut tx = database.pool.begin().await.unwrap();
+    let batch = [of_lane(Some(1)), of_lane(Some(2)), of_lane(None), arrival(parked)];
+    let expected = [Delivery::Held, Delivery::Fresh, Delivery::Fresh, Delivery::Held];
+    assert_eq!(receive_in(&mut tx, PLACE, &batch).await.unwrap(), expected);
+    let batch = [of_lane(Some(1)), Arrival { lane: Some(2), ..arrival(parked) }];
+    assert_eq!(receive_in(&mut tx, elsewhere, &batch).await.unwrap(), [Delivery::Fresh, Delivery::Held]);
+    let batch = [of_lane(Some(1)), arrival(parked)];
+    assert_eq!(receive_in(&mut tx, others, &batch).await.unwrap(), [Delivery::Fresh; 2]);
+
+    sqlx::query("delete from inbox_parked").execute(&mut *tx).await.unwrap();
+    let batch = [of_lane(Some(1)), arrival(parked)];
+    assert_eq!(receive_in(&mut tx, PLACE, &batch).await.unwrap(), [Delivery::Fresh; 2]);
+}
+
+#[tokio::test]
 async fn every_message_within_the_horizon_has_a_partition_and_upkeep_repeats_safely() {
     let database = database().await;
     assert_eq!(add_partitions(&database.pool, HORIZON).await.unwrap(), 0);

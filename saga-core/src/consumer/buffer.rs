@@ -1,6 +1,10 @@
 //! What has been polled of one partition and waits for its worker.
 
 use super::record::Raw;
+use crate::{
+    clock,
+    gather::{Gathering, MOMENT},
+};
 use std::{
     collections::VecDeque,
     sync::{Mutex, MutexGuard, PoisonError},
@@ -64,21 +68,23 @@ impl Buffer {
         }
     }
 
-    /// What has arrived, at most `max` records; waits for the first. Nothing is lost when this is cancelled.
-    pub(super) async fn take(&self, max: usize) -> Vec<Raw> {
+    /// What has arrived, at most `max` records; waits for the first, and a moment for more when those are far fewer than
+    /// usual. Nothing is lost when this is cancelled.
+    pub(super) async fn take(&self, max: usize, gathering: &Gathering) -> Vec<Raw> {
         loop {
-            let mut taken = Vec::new();
-            self.take_more(&mut taken, max.max(1));
-            if !taken.is_empty() {
-                return taken;
+            let waiting = self.lock().records.len();
+            if waiting > 0 {
+                if gathering.waits(waiting.min(max), clock::monotonic()) {
+                    tokio::time::sleep(MOMENT).await;
+                }
+                return self.take_now(max.max(1));
             }
             self.arrived.notified().await;
         }
     }
 
-    /// Adds what has arrived, until there are `max` records; waits for nothing.
-    pub(super) fn take_more(&self, taken: &mut Vec<Raw>, max: usize) {
-        let mut bytes: usize = taken.iter().map(Raw::size).sum();
+    fn take_now(&self, max: usize) -> Vec<Raw> {
+        let (mut taken, mut bytes) = (Vec::new(), 0);
         let mut queue = self.lock();
         while taken.len() < max
             && bytes < BYTES_MAX
@@ -96,6 +102,7 @@ impl Buffer {
         if resume {
             (self.drained)();
         }
+        taken
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue> {
@@ -106,6 +113,7 @@ impl Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::FutureExt;
     use std::sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -120,9 +128,30 @@ mod tests {
         });
         let rooms: Vec<_> = (0..6).map(|_| buffer.push(Raw::default())).collect();
         assert_eq!(rooms, [Room::Left, Room::Left, Room::Left, Room::Full, Room::Left, Room::Left]);
-        assert_eq!((buffer.take(3).await.len(), drained.load(Ordering::SeqCst)), (3, 0));
-        assert_eq!((buffer.take(3).await.len(), drained.load(Ordering::SeqCst)), (3, 1));
+        let gathering = Gathering::default();
+        assert_eq!((buffer.take(3, &gathering).await.len(), drained.load(Ordering::SeqCst)), (3, 0));
+        assert_eq!((buffer.take(3, &gathering).await.len(), drained.load(Ordering::SeqCst)), (3, 1));
         assert_eq!(buffer.push(Raw::default()), Room::Left);
-        assert_eq!((buffer.take(3).await.len(), drained.load(Ordering::SeqCst)), (1, 1));
+        assert_eq!((buffer.take(3, &gathering).await.len(), drained.load(Ordering::SeqCst)), (1, 1));
+    }
+
+    #[tokio::test]
+    async fn far_fewer_records_than_usual_wait_a_moment_for_those_that_come_behind_them() {
+        let buffer = Buffer::new(100, || {});
+        let mut gathering = Gathering::default();
+        // However long this process is kept from running, it was not long ago.
+        let late = clock::monotonic() + std::time::Duration::from_secs(3600);
+        (0..20).for_each(|_| gathering.begins(10, late));
+        let push = |_| assert_eq!(buffer.push(Raw::default()), Room::Left);
+
+        push(0);
+        let mut taking = Box::pin(buffer.take(10, &gathering));
+        assert!(taking.as_mut().now_or_never().is_none());
+        (1..12).for_each(push);
+        assert_eq!(taking.await.len(), 10);
+
+        (12..16).for_each(push);
+        let taken = buffer.take(10, &gathering).now_or_never();
+        assert_eq!(taken.map(|taken| taken.len()), Some(6), "more than half of what is usual does not wait");
     }
 }

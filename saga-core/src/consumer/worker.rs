@@ -26,7 +26,7 @@ use super::{
 use crate::{
     clock,
     fail_point::fail_point,
-    gather::{Gathering, MOMENT},
+    gather::Gathering,
     inbox::{self, FUTURE_MAX},
     retry::Backoff,
 };
@@ -46,7 +46,7 @@ const RELEASE_MAX: Duration = Duration::from_secs(1);
 /// An idle partition gives its connection back after this.
 const KEEP: Duration = Duration::from_millis(100);
 /// Batches of few records begin at least so long after one another: what arrives meanwhile shares a transaction, whose
-/// fixed cost is that of dozens of records. One that comes alone does not wait.
+/// fixed cost is that of dozens of records. One that comes alone does not wait for this.
 const GATHER: Duration = Duration::from_micros(1_500);
 const FEW: usize = 100;
 /// Most parked records that are tried before new ones get their turn.
@@ -118,23 +118,18 @@ impl<H: Handler> Worker<H> {
         let mut gathering = Gathering::default();
         loop {
             self.retry_what_is_due().await?;
-            let mut raws = tokio::select! {
+            let raws = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(Ended::Stopped),
-                raws = self.buffer.take(self.desk.config.batch_max) => raws,
+                raws = self.buffer.take(self.desk.config.batch_max, &gathering) => raws,
                 () = tokio::time::sleep_until(self.look_at_parked.into()) => continue,
                 () = tokio::time::sleep(KEEP), if !self.desk.kept.is_empty() => {
                     self.desk.kept.give_back();
                     continue;
                 }
             };
-            if gathering.waits(raws.len(), clock::monotonic()) {
-                tokio::time::sleep(MOMENT).await;
-                self.buffer.take_more(&mut raws, self.desk.config.batch_max);
-            }
             let Some(last) = raws.last().map(|raw| raw.offset) else { continue };
-            let few = raws.len() < FEW;
-            let began = clock::monotonic();
+            let (few, began) = (raws.len() < FEW, clock::monotonic());
             gathering.begins(raws.len(), began);
             self.process(raws).await?;
             self.store(last)?;

@@ -98,7 +98,7 @@ async fn take_what_waits(mut queue: Queue<Waiting>) {
         {
             set.push(waiting);
         }
-        queue.gathering.begins(set.len(), clock::monotonic());
+        queue.gathering.begins(set.len().min(SET), clock::monotonic());
         match connection {
             Ok(connection) => engine.start_together(connection, set).await,
             Err(error) => tell_all(set, &error),
@@ -221,6 +221,7 @@ mod tests {
         assert_eq!(follows.as_mut().now_or_never(), None);
         assert_eq!(follows.await, Some(1));
 
+        (0..100).for_each(|_| queue.gathering.begins(SET, late));
         (0..SET).for_each(|n| sender.send(n).unwrap());
         assert_eq!(queue.first_of_a_set().now_or_never(), Some(Some(0)));
     }

@@ -130,7 +130,8 @@ pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<Telem
     };
     // The filter was valid when the settings were read.
     let filter = EnvFilter::try_new(&settings.filter).unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
-    // Without what is computed at every poll of a span, or says where in the code it is: a batch has one for each message.
+    // Without what is measured whenever a span's task is polled, and where in the code a span is: a batch has a span for each
+    // message, and those are always the same place.
     let spans = tracing_opentelemetry::layer()
         .with_tracer(provider.tracer(service))
         .with_location(false)
