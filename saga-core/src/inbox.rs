@@ -83,8 +83,7 @@ pub fn admissible(id: MessageId, horizon: Duration, now: OffsetDateTime) -> Resu
 }
 
 /// Writes the rows of what is new in `arrivals` and says of each what it is: one statement, rows in the order of ids.
-/// Of two arrivals with one id the first is fresh. What is held gets no row. Nearly always nothing is parked, which is asked
-/// once and not of each (in the order of an index: without one PostgreSQL may read the table, all its dead rows too).
+/// Of two arrivals with one id the first is fresh. What is held gets no row.
 ///
 /// # Errors
 /// When the database says no.
@@ -98,16 +97,10 @@ pub async fn receive_in(
          select $1, a.source, a.message_id
            from unnest($4::text[], $5::uuid[], $6::bigint[], $7::boolean[]) as a (source, message_id, lane, remembered)
           where a.remembered
-            and ((select not exists (select
-                                       from (select
-                                               from inbox_parked p
-                                              where p.consumer = $1
-                                              order by p.consumer, p.topic, p.partition, p.lane, p.record_offset
-                                              limit 1) as parked))
-                 or not exists (select from inbox_parked p
-                                 where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.lane = a.lane)
-                and not exists (select from inbox_parked p
-                                 where p.consumer = $1 and p.source = a.source and p.message_id = a.message_id))
+            and not exists (select from inbox_parked p
+                             where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.lane = a.lane)
+            and not exists (select from inbox_parked p
+                             where p.consumer = $1 and p.source = a.source and p.message_id = a.message_id)
           order by a.message_id, a.source
              on conflict do nothing
          returning source, message_id",
