@@ -262,12 +262,14 @@ async fn what_passes_by_itself_is_repeated_and_counts_nothing_however_a_handler_
 async fn a_deadlock_with_another_transaction_is_repeated_and_counts_nothing() {
     let mut fixture = Fixture::new(1).await;
     fixture.config.attempts = 1;
-    // The server's own detector must find the handler's transaction, not ours: ours is patient.
+    // The server looks for deadlocks once in each wait, so the handler's last wait has to begin when ours has: lock 3 is a gate
+    // before it. It must find the handler's transaction, not ours: ours is patient.
     sqlx::query(
         "create function locks_a_then_b() returns trigger language plpgsql as $$
          begin
              set local deadlock_timeout = '50ms';
              perform pg_advisory_xact_lock(1);
+             perform pg_advisory_xact_lock(3);
              perform pg_advisory_xact_lock(2);
              return new;
          end $$",
@@ -279,25 +281,41 @@ async fn a_deadlock_with_another_transaction_is_repeated_and_counts_nothing() {
         .execute(&fixture.database.pool)
         .await
         .unwrap();
+    let mut gate = fixture.database.pool.begin().await.unwrap();
+    sqlx::query("select pg_advisory_xact_lock(3)").execute(&mut *gate).await.unwrap();
     let mut other = fixture.database.pool.begin().await.unwrap();
     sqlx::query("set local deadlock_timeout = '1h'").execute(&mut *other).await.unwrap();
     sqlx::query("select pg_advisory_xact_lock(2)").execute(&mut *other).await.unwrap();
     fixture.send(&[event("a", "1")]).await;
     let running = fixture.start();
-    // It holds lock 1 and waits for 2; now we wait for 1, and one of us has to give way.
-    eventually(SOON, || async {
-        let waits: bool = sqlx::query_scalar("select exists (select from pg_locks where locktype = 'advisory' and objid = 2 and not granted and database = (select oid from pg_database where datname = current_database()))")
-            .fetch_one(&fixture.database.pool)
-            .await
-            .unwrap();
-        waits.then_some(())
-    })
-    .await;
-    sqlx::query("select pg_advisory_xact_lock(1)").execute(&mut *other).await.unwrap();
+    until_somebody_waits_for(&fixture, 3).await;
+    // It holds lock 1; now we wait for that, then it waits for 2, and one of us has to give way.
+    let ours = sqlx::query("select pg_advisory_xact_lock(1)").execute(&mut *other);
+    let opened = async {
+        until_somebody_waits_for(&fixture, 1).await;
+        gate.commit().await.unwrap();
+    };
+    tokio::join!(ours, opened).0.unwrap();
     other.commit().await.unwrap();
     fixture.until_handled(1).await;
     assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
     running.stop().await;
+}
+
+async fn until_somebody_waits_for(fixture: &Fixture, lock: i64) {
+    eventually(SOON, || async {
+        let waits: bool = sqlx::query_scalar(
+            "select exists (select from pg_locks
+                             where locktype = 'advisory' and objid::bigint = $1 and not granted
+                               and database = (select oid from pg_database where datname = current_database()))",
+        )
+        .bind(lock)
+        .fetch_one(&fixture.database.pool)
+        .await
+        .unwrap();
+        waits.then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
