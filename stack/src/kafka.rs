@@ -99,12 +99,15 @@ impl Java {
         Ok(Self { program, class_path, options })
     }
 
-    /// One of Kafka's programs; `dir` holds the logging configuration.
+    /// One of Kafka's programs; `dir` holds the logging configuration, and the library that it unpacks for lz4: a JVM that is
+    /// killed would leave that where nobody looks.
     pub fn spec(&self, name: &str, log: &Path, dir: &Path, class: &str) -> Spec {
         let logging = dir.join("log4j2.properties");
         Spec::new(name, &self.program, log)
             .args(self.options.iter().copied())
             .args([format!("-Dlog4j2.configurationFile={}", logging.display())])
+            // The directory is a broker's: there is none where somebody named brokers that run.
+            .args(dir.is_dir().then(|| format!("-Djava.io.tmpdir={}", dir.display())))
             .args(["-cp".into(), self.class_path.clone(), class.into()])
     }
 }
