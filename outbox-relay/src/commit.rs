@@ -23,8 +23,8 @@ const ENTRIES: usize = 256;
 /// comes behind a blocked line.
 const PARKED: usize = 5_000;
 
-/// Between two commits. Only a turn of retries and the end of a session wait for them, and each is a sync of the disk that business transactions wait for too;
-/// what a crash in between costs is a few more repeats.
+/// Between two commits. Only a turn of retries and the end of a session wait for them, and each is a sync of the disk that
+/// business transactions wait for too; what a crash in between costs is a few more repeats.
 const GATHER: Duration = Duration::from_millis(25);
 
 /// Something that is now true, and has to be recorded behind all that became true before it.

@@ -70,14 +70,16 @@ impl Buffer {
 
     /// What has arrived, at most `max` records; waits for the first, and a moment for more when those are far fewer than
     /// usual. Nothing is lost when this is cancelled.
-    pub(super) async fn take(&self, max: usize, gathering: &Gathering) -> Vec<Raw> {
+    pub(super) async fn take(&self, max: usize, gathering: &mut Gathering) -> Vec<Raw> {
         loop {
             let waiting = self.lock().records.len();
             if waiting > 0 {
                 if gathering.waits(waiting.min(max), clock::monotonic()) {
                     tokio::time::sleep(MOMENT).await;
                 }
-                return self.take_now(max.max(1));
+                let taken = self.take_now(max.max(1));
+                gathering.begins(taken.len(), clock::monotonic());
+                return taken;
             }
             self.arrived.notified().await;
         }
@@ -128,11 +130,11 @@ mod tests {
         });
         let rooms: Vec<_> = (0..6).map(|_| buffer.push(Raw::default())).collect();
         assert_eq!(rooms, [Room::Left, Room::Left, Room::Left, Room::Full, Room::Left, Room::Left]);
-        let gathering = Gathering::default();
-        assert_eq!((buffer.take(3, &gathering).await.len(), drained.load(Ordering::SeqCst)), (3, 0));
-        assert_eq!((buffer.take(3, &gathering).await.len(), drained.load(Ordering::SeqCst)), (3, 1));
+        let mut gathering = Gathering::default();
+        assert_eq!((buffer.take(3, &mut gathering).await.len(), drained.load(Ordering::SeqCst)), (3, 0));
+        assert_eq!((buffer.take(3, &mut gathering).await.len(), drained.load(Ordering::SeqCst)), (3, 1));
         assert_eq!(buffer.push(Raw::default()), Room::Left);
-        assert_eq!((buffer.take(3, &gathering).await.len(), drained.load(Ordering::SeqCst)), (1, 1));
+        assert_eq!((buffer.take(3, &mut gathering).await.len(), drained.load(Ordering::SeqCst)), (1, 1));
     }
 
     #[tokio::test]
@@ -145,13 +147,20 @@ mod tests {
         let push = |_| assert_eq!(buffer.push(Raw::default()), Room::Left);
 
         push(0);
-        let mut taking = Box::pin(buffer.take(10, &gathering));
+        let mut taking = Box::pin(buffer.take(10, &mut gathering));
         assert!(taking.as_mut().now_or_never().is_none());
         (1..12).for_each(push);
         assert_eq!(taking.await.len(), 10);
 
         (12..16).for_each(push);
-        let taken = buffer.take(10, &gathering).now_or_never();
+        let taken = buffer.take(10, &mut gathering).now_or_never();
         assert_eq!(taken.map(|taken| taken.len()), Some(6), "more than half of what is usual does not wait");
+
+        for _ in 0..60 {
+            push(0);
+            assert_eq!(buffer.take(10, &mut gathering).await.len(), 1);
+        }
+        push(0);
+        assert!(buffer.take(10, &mut gathering).now_or_never().is_some(), "what is usual is told by what is taken");
     }
 }

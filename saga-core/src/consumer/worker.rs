@@ -121,7 +121,7 @@ impl<H: Handler> Worker<H> {
             let raws = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(Ended::Stopped),
-                raws = self.buffer.take(self.desk.config.batch_max, &gathering) => raws,
+                raws = self.buffer.take(self.desk.config.batch_max, &mut gathering) => raws,
                 () = tokio::time::sleep_until(self.look_at_parked.into()) => continue,
                 () = tokio::time::sleep(KEEP), if !self.desk.kept.is_empty() => {
                     self.desk.kept.give_back();
@@ -130,7 +130,6 @@ impl<H: Handler> Worker<H> {
             };
             let Some(last) = raws.last().map(|raw| raw.offset) else { continue };
             let (few, began) = (raws.len() < FEW, clock::monotonic());
-            gathering.begins(raws.len(), began);
             self.process(raws).await?;
             self.store(last)?;
             if few {

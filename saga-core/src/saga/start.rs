@@ -56,7 +56,7 @@ impl Engine {
 
     /// Starts a saga for a caller who writes nothing else with it. Returns when its transaction is committed. Starts that
     /// come while one is under way share the next one's transaction, and where many come together the first waits a
-    /// millisecond for the others; nobody waits because another's business key is locked. A caller that stops waiting stops
+    /// millisecond or two for the others; nobody waits because another's business key is locked. A caller that stops waiting stops
     /// nothing.
     ///
     /// # Errors
