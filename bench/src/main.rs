@@ -12,9 +12,9 @@ use clap::Parser;
 use stack::{progress::Progress, run};
 use std::process::ExitCode;
 
-/// See `mimalloc` in the workspace's `Cargo.toml`.
+/// See `tikv-jemallocator` in the workspace's `Cargo.toml`.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {

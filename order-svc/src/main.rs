@@ -4,9 +4,9 @@ use clap::Parser;
 use saga_core::service::{ServiceArgs, ServiceCommand, launch};
 use std::process::ExitCode;
 
-/// See `mimalloc` in the workspace's `Cargo.toml`.
+/// See `tikv-jemallocator` in the workspace's `Cargo.toml`.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Orders of the order platform: their API, and the saga that carries each one through
 #[derive(Parser)]

@@ -40,11 +40,14 @@ const COUNTED: Duration = Duration::from_secs(5);
 /// The first saga ends within this, or something is broken.
 const FIRST_END: Duration = Duration::from_secs(120);
 /// A JVM compiles itself for so long at most: some of it never ends.
-const COMPILED_MAX: Duration = Duration::from_secs(120);
+const COMPILED_MAX: Duration = Duration::from_secs(180);
 /// Its compilers are looked at so often,
 const LOOK_AT_COMPILERS: Duration = Duration::from_secs(5);
-/// and are quiet when they take less than this part of a processor.
+/// are quiet when they take less than this part of a processor,
 pub const COMPILERS_QUIET: f64 = 0.05;
+/// and have done when they were at so many looks in a row: they rest between their last large pieces of work, one of which
+/// was a third of a processor for 10 s.
+const QUIET_LOOKS: usize = 4;
 /// Microseconds; a slower saga is told as this slow.
 const SLOWEST: u64 = 600_000_000;
 
@@ -63,7 +66,7 @@ pub struct Sagas {
     pub per_second: f64,
     /// Milliseconds from beginning to end.
     pub latency_ms: Latency,
-    /// The part of a processor that Kafka's JVM still took to compile itself when the measured time began.
+    /// The part of a processor that Kafka's JVM took to compile itself in the measured time.
     pub compilers: Option<f64>,
     /// Messages in the command and reply topics.
     pub messages: i64,
@@ -130,7 +133,6 @@ async fn measure(
     progress.step("sagas: waiting for the first to end");
     await_first_end(&databases[0]).await?;
     pass(progress, "sagas: warming up", Duration::from_secs(args.warm_up)).await;
-    let compilers = await_compilers(machine, progress).await;
     // As autovacuum would within the minute: plans that were made for empty tables are made anew.
     for database in databases {
         sqlx::query("vacuum analyze").execute(&database.pool(1).await?).await?;
@@ -138,10 +140,13 @@ async fn measure(
     // From here on the WAL is written to files that were there before. New ones would be filled with zeros first, by
     // whoever commits, once a second: a cost that a database has only while it is new.
     sqlx::query("checkpoint").execute(&databases[0].pool(1).await?).await?;
+    await_compilers(machine, progress).await;
+    let compiled = compilers(machine);
     let (from, before, written) =
         (now()?, meter::read(machine, &processes).await?, topics::messages_in(machine, names).await?);
     pass(progress, "sagas: measuring", Duration::from_secs(args.seconds)).await;
     let (to, after) = (now()?, meter::read(machine, &processes).await?);
+    let compiled = compiled.zip(compilers(machine)).map(|(before, after)| after.since(&before));
     let messages = topics::messages_in(machine, names).await? - written;
     let counting = statements::begin(machine).await?;
     let counted_from = now()?;
@@ -177,7 +182,7 @@ async fn measure(
             p999: ms(histogram.value_at_quantile(0.999)),
             max: ms(histogram.max()),
         },
-        compilers,
+        compilers: compiled.map(|seconds| seconds / cost.seconds),
         messages,
         cost,
         statements: counted,
@@ -198,20 +203,20 @@ async fn await_first_end(orchestrator: &Database) -> anyhow::Result<()> {
 }
 
 /// Until the broker's JVM has nearly done with compiling itself, which takes the longer the slower the machine is, and which
-/// a broker does once in its life. Says what part of a processor the compilers took at last; `None` where nobody can tell.
-async fn await_compilers(machine: &Machine, progress: &Progress) -> Option<f64> {
-    let compilers = || machine.kafka_pid().and_then(Compilers::read);
+/// a broker does once in its life. Where nobody can tell, at once.
+async fn await_compilers(machine: &Machine, progress: &Progress) {
     let deadline = Instant::now() + COMPILED_MAX;
-    let mut before = compilers()?;
-    loop {
+    let mut quiet = 0;
+    while let Some(before) = compilers(machine).filter(|_| quiet < QUIET_LOOKS && Instant::now() < deadline) {
         pass(progress, "sagas: waiting until Kafka's JVM has compiled itself; looking again", LOOK_AT_COMPILERS).await;
-        let now = compilers()?;
-        let share = now.since(&before) / LOOK_AT_COMPILERS.as_secs_f64();
-        if share < COMPILERS_QUIET || Instant::now() > deadline {
-            return Some(share);
-        }
-        before = now;
+        let worked = compilers(machine).map_or(0.0, |now| now.since(&before));
+        quiet = if worked < COMPILERS_QUIET * LOOK_AT_COMPILERS.as_secs_f64() { quiet + 1 } else { 0 };
     }
+}
+
+/// `None` where the broker is not ours.
+fn compilers(machine: &Machine) -> Option<Compilers> {
+    machine.kafka_pid().and_then(Compilers::read)
 }
 
 fn now() -> anyhow::Result<u64> {
