@@ -178,9 +178,7 @@ fn sagas(f: &mut fmt::Formatter<'_>, sagas: &Sagas) -> fmt::Result {
     )?;
     match sagas.compilers {
         Some(share) if share < COMPILERS_QUIET => {}
-        Some(share) => {
-            writeln!(f, "Kafka's JVM took {:.0}% of a processor to compile itself meanwhile", share * 100.0)?
-        }
+        Some(share) => writeln!(f, "Kafka's JVM took {:.0}% of a processor to compile itself", share * 100.0)?,
         None => writeln!(f, "whether Kafka's JVM had compiled itself is not known")?,
     }
     let ended = sagas.ended.max(1) as f64;

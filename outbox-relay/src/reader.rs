@@ -41,8 +41,6 @@ const PAUSES: Pauses = Pauses {
 /// Services tell of their commits for so long after the last time.
 const NUDGED: Duration = Duration::from_secs(1);
 const FEW_ROWS: usize = 500;
-/// Rows that do not go to Kafka (their topic is paused) need no acknowledgement, but a breath all the same.
-const BREATH: Duration = Duration::from_millis(1);
 /// A pause is this part of the time that nothing was found for: what comes after a while waits that much longer. When
 /// pauses doubled, a message of a conversation waited as long again as the answer before it had taken: 64 sagas went
 /// round in one convoy, at a sixth of the pace (measured).
@@ -140,8 +138,7 @@ impl Reader {
             let acknowledged = async {
                 if small_page {
                     let acknowledged = async { drop(done.wait_for(|done| *done >= self.given).await) };
-                    let acknowledged = tokio::time::timeout(self.pauses.acknowledged, acknowledged);
-                    tokio::join!(acknowledged, tokio::time::sleep(BREATH)).0.ok();
+                    tokio::time::timeout(self.pauses.acknowledged, acknowledged).await.ok();
                 }
             };
             let (closed, ()) = tokio::join!(paused, acknowledged);

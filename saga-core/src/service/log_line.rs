@@ -22,8 +22,10 @@ pub(crate) struct JsonLines<F> {
     dispatch: OnceLock<WeakDispatch>,
 }
 
-/// A span's fields, kept beside the span.
-struct SpanFields(Map<String, Value>);
+/// The fields of an event, or of a span, beside which they are kept. Nearly no span is ever written of, but each message has
+/// one: so this is as little as can be.
+#[derive(Default)]
+struct Fields(Vec<(&'static str, Value)>);
 
 impl<F> JsonLines<F> {
     pub(crate) fn new(service: &'static str, writer: F) -> Self {
@@ -44,15 +46,15 @@ where
 
     fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         let Some(span) = context.span(id) else { return };
-        let mut fields = SpanFields(Map::new());
-        attributes.record(&mut Fields(&mut fields.0));
+        let mut fields = Fields(Vec::with_capacity(attributes.fields().len()));
+        attributes.record(&mut fields);
         span.extensions_mut().insert(fields);
     }
 
     fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
         let Some(span) = context.span(id) else { return };
-        if let Some(fields) = span.extensions_mut().get_mut::<SpanFields>() {
-            values.record(&mut Fields(&mut fields.0));
+        if let Some(fields) = span.extensions_mut().get_mut::<Fields>() {
+            values.record(fields);
         }
     }
 
@@ -67,18 +69,18 @@ where
         line.insert("message".into(), Value::Null);
         line.insert("trace_id".into(), self.trace_id(event, &context).into());
         for span in context.event_scope(event).into_iter().flat_map(tracing_subscriber::registry::Scope::from_root) {
-            if let Some(SpanFields(fields)) = span.extensions().get() {
+            if let Some(Fields(fields)) = span.extensions().get() {
                 for (name, value) in fields {
                     line.insert(free_name(name), value.clone());
                 }
             }
         }
-        let mut own = Map::new();
-        event.record(&mut Fields(&mut own));
-        if let Some(message) = own.remove("message") {
-            line.insert("message".into(), message);
+        let mut own = Fields::default();
+        event.record(&mut own);
+        for (name, value) in own.0 {
+            let name = if name == "message" { name.to_owned() } else { free_name(name) };
+            line.insert(name, value);
         }
-        line.extend(own.into_iter().map(|(name, value)| (free_name(&name), value)));
         if let (Some(saga), Some(Value::String(kind))) = (line.get("saga").cloned(), line.get("saga_type")) {
             let name = free_name(kind);
             line.entry(name).or_insert(saga);
@@ -116,32 +118,39 @@ fn free_name(name: &str) -> String {
     }
 }
 
-/// Collects fields as JSON.
-struct Fields<'a>(&'a mut Map<String, Value>);
+impl Fields {
+    /// Of two values the later counts.
+    fn set(&mut self, field: &Field, value: impl Into<Value>) {
+        match self.0.iter_mut().find(|(name, _)| *name == field.name()) {
+            Some((_, known)) => *known = value.into(),
+            None => self.0.push((field.name(), value.into())),
+        }
+    }
+}
 
-impl Visit for Fields<'_> {
+impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.0.insert(field.name().into(), format!("{value:?}").into());
+        self.set(field, format!("{value:?}"));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.0.insert(field.name().into(), value.into());
+        self.set(field, value);
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.0.insert(field.name().into(), value.into());
+        self.set(field, value);
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.0.insert(field.name().into(), value.into());
+        self.set(field, value);
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        self.0.insert(field.name().into(), value.into());
+        self.set(field, value);
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.0.insert(field.name().into(), value.into());
+        self.set(field, value);
     }
 }
 
