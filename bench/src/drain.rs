@@ -10,7 +10,7 @@ use crate::{
     machine::Machine,
     meter::{self, Cost},
     producer_tool,
-    role::start_relay,
+    role::{Threads, start_relay},
     topics,
 };
 use anyhow::ensure;
@@ -99,7 +99,7 @@ async fn drain(machine: &Machine, args: &RelayArgs, of: &str, progress: &Progres
     // What filling left to be written is not the relay's to pay for.
     sqlx::query("checkpoint").execute(&pool).await?;
     let before = meter::read(machine, &[]).await?;
-    let relay = start_relay(machine, &[&database], &args.compression)?;
+    let relay = start_relay(machine, &[&database], &args.compression, Threads::All)?;
     let seconds = wait(&pool, args.rows, of, progress).await;
     let after = meter::read(machine, &[("relay", relay.pid())]).await?;
     relay.stop().await;

@@ -97,13 +97,30 @@ async fn relay(kafka: &str, outboxes: &[String], compression: &str, stop: Cancel
     Ok(outbox_relay::run(settings, stop).await?)
 }
 
+/// What tokio takes for the number of its threads.
+const WORKER_THREADS: &str = "TOKIO_WORKER_THREADS";
+
+/// How many threads a process works with, unless the environment says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    /// One for each processor.
+    All,
+    /// One. Where several processes share few processors with PostgreSQL and Kafka, more hand the same work to each other.
+    One,
+}
+
 /// Starts a relay over outboxes named by their databases.
-pub fn start_relay(machine: &Machine, databases: &[&Database], compression: &str) -> anyhow::Result<Process> {
+pub fn start_relay(
+    machine: &Machine,
+    databases: &[&Database],
+    compression: &str,
+    threads: Threads,
+) -> anyhow::Result<Process> {
     let outboxes = databases
         .iter()
         .flat_map(|database| [String::from("--outbox"), format!("{0}={1}", database.name, database.url)]);
     let args = ["relay".to_owned(), "--compression".to_owned(), compression.to_owned()].into_iter().chain(outboxes);
-    start(machine, "relay", args)
+    start(machine, "relay", threads, args)
 }
 
 /// Starts the participants, one on each database.
@@ -115,7 +132,7 @@ pub fn start_participants(
 ) -> anyhow::Result<Process> {
     let databases = databases.iter().flat_map(|database| [String::from("--database"), database.url.clone()]);
     let args = ["participants", "--run", run, "--layout", &name_of(layout)].map(str::to_owned);
-    start(machine, "participants", args.into_iter().chain(databases))
+    start(machine, "participants", Threads::One, args.into_iter().chain(databases))
 }
 
 /// Starts the orchestrator.
@@ -130,7 +147,7 @@ pub fn start_orchestrator(
     let args = ["orchestrator", "--run", run, "--layout", &name_of(layout), "--database", &database.url];
     let in_flight = ["--in-flight".to_owned(), in_flight.to_string()];
     let out = ["--out".to_owned(), out.display().to_string()];
-    start(machine, "orchestrator", args.map(str::to_owned).into_iter().chain(in_flight).chain(out))
+    start(machine, "orchestrator", Threads::One, args.map(str::to_owned).into_iter().chain(in_flight).chain(out))
 }
 
 /// As the command line knows it.
@@ -138,8 +155,15 @@ fn name_of(layout: Layout) -> String {
     layout.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
-fn start(machine: &Machine, name: &str, args: impl Iterator<Item = String>) -> anyhow::Result<Process> {
+fn start(
+    machine: &Machine,
+    name: &str,
+    threads: Threads,
+    args: impl Iterator<Item = String>,
+) -> anyhow::Result<Process> {
     let role = ["role".to_owned(), "--kafka".to_owned(), machine.brokers().to_owned()];
     let log = machine.logs().join(format!("bench-{name}.log"));
-    Ok(Process::start(Spec::new(name, std::env::current_exe()?, log).args(role.into_iter().chain(args)))?)
+    let spec = Spec::new(name, std::env::current_exe()?, log).args(role.into_iter().chain(args));
+    let said = std::env::var_os(WORKER_THREADS).is_some();
+    Ok(Process::start(if threads == Threads::All || said { spec } else { spec.env(WORKER_THREADS, "1") })?)
 }

@@ -124,7 +124,7 @@ async fn measure(
     let run = uuid::Uuid::new_v4().simple().to_string();
     let out = machine.directory().join("sagas.json");
     let all: Vec<&Database> = databases.iter().collect();
-    let relay = role::start_relay(machine, &all, outbox_relay::settings::COMPRESSION)?;
+    let relay = role::start_relay(machine, &all, outbox_relay::settings::COMPRESSION, role::Threads::One)?;
     let participants = role::start_participants(machine, &run, layout, &all[1..])?;
     let orchestrator = role::start_orchestrator(machine, &run, layout, all[0], args.in_flight, &out)?;
     let processes =
