@@ -29,7 +29,8 @@ struct Pauses {
     /// finds nothing, is spared.
     nudged: Duration,
     /// After a page of few rows the next is read when Kafka has acknowledged it, or so much later: what comes meanwhile
-    /// shares one poll, one request to Kafka and one transaction of the consumer.
+    /// shares one poll, one request to Kafka and one transaction of the consumer. Rows that do not go to Kafka, as their topic
+    /// is paused, wait for nothing: there is one look for what was told of during the last.
     acknowledged: Duration,
 }
 

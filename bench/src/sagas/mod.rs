@@ -137,10 +137,10 @@ async fn measure(
     for database in databases {
         sqlx::query("vacuum analyze").execute(&database.pool(1).await?).await?;
     }
+    await_compilers(machine, progress).await;
     // From here on the WAL is written to files that were there before. New ones would be filled with zeros first, by
     // whoever commits, once a second: a cost that a database has only while it is new.
     sqlx::query("checkpoint").execute(&databases[0].pool(1).await?).await?;
-    await_compilers(machine, progress).await;
     let compiled = compilers(machine);
     let (from, before, written) =
         (now()?, meter::read(machine, &processes).await?, topics::messages_in(machine, names).await?);
