@@ -56,8 +56,8 @@ impl Engine {
 
     /// Starts a saga for a caller who writes nothing else with it. Returns when its transaction is committed. Starts that
     /// come while one is under way share the next one's transaction, and where many come together the first waits a
-    /// millisecond or two for the others; nobody waits because another's business key is locked. A caller that stops waiting stops
-    /// nothing.
+    /// millisecond or two for the others; nobody waits because another's business key is locked. A caller that stops waiting
+    /// stops nothing.
     ///
     /// # Errors
     /// As [`Engine::start_in`]. After [`StartError::Database`] the saga may have been started all the same, if the

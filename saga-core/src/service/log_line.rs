@@ -210,6 +210,7 @@ mod tests {
                 tracing::info_span!("message", saga = "s1", order = %7).in_scope(|| {
                     tracing::warn!(attempt = 2, "tried \"again\"");
                 });
+                outer.record("status", 503);
                 outer.record("status", 202);
                 tracing::info!("done");
             });
