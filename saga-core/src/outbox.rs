@@ -10,8 +10,9 @@ use crate::{
     id::MessageId,
     trace,
 };
+use futures::TryStreamExt as _;
 use serde::Serialize;
-use sqlx::{PgConnection, PgExecutor, PgPool, postgres::PgArguments, types::Json};
+use sqlx::{AssertSqlSafe, Either, PgConnection, PgExecutor, PgPool, Row as _, postgres::PgArguments, types::Json};
 use std::time::Duration;
 
 /// The caller's transaction. Whatever takes it is atomic with the rest of that transaction.
@@ -213,11 +214,12 @@ pub(crate) async fn nudge_with(connection: &mut PgConnection) -> bool {
     tell(connection).await
 }
 
+/// A transaction of its own. It waits for no disk, as a notification does not survive a crash anyway, and not for others who
+/// notify: all of them commit one after another.
+const TELL: &str = "set local synchronous_commit = off; set local lock_timeout = '100ms'; notify outbox";
+
 async fn tell(connection: impl PgExecutor<'_>) -> bool {
-    // One round trip, one transaction of its own. It waits for no disk, as a notification does not survive a crash anyway,
-    // and not for others who notify: all of them commit one after another.
-    let told = "set local synchronous_commit = off; set local lock_timeout = '100ms'; notify outbox";
-    match tokio::time::timeout(NUDGE_MAX, sqlx::raw_sql(told).execute(connection)).await {
+    match tokio::time::timeout(NUDGE_MAX, sqlx::raw_sql(TELL).execute(connection)).await {
         Ok(Ok(_)) => true,
         Ok(Err(error)) => {
             tracing::debug!(%error, "the relay was not nudged");
@@ -225,6 +227,33 @@ async fn tell(connection: impl PgExecutor<'_>) -> bool {
         }
         Err(_) => false,
     }
+}
+
+/// Commits, tells the relay like [`nudge`] if there is something to `tell`, and begins the next transaction on the same
+/// connection, under the advisory lock `lock`: one round trip instead of three. Says whether the next has begun; if not, as
+/// somebody else has the lock or the relay could not be told, `tx` is good for nothing but to be dropped.
+///
+/// # Errors
+/// As of [`commit`]: whatever goes wrong behind the commit is none.
+pub(crate) async fn commit_and_begin(tx: &mut Tx<'_>, tell: bool, lock: i64) -> Result<bool, sqlx::Error> {
+    let tell = if tell { format!("begin; {TELL}; commit;") } else { String::new() };
+    let all = AssertSqlSafe(format!("commit; {tell} begin; select pg_try_advisory_xact_lock({lock})"));
+    let mut answers = sqlx::raw_sql(all).fetch_many(&mut **tx);
+    // The first is the commit's.
+    answers.try_next().await?;
+    let begun = async {
+        let mut begun = false;
+        while let Some(answer) = answers.try_next().await? {
+            if let Either::Right(row) = answer {
+                begun = row.try_get(0)?;
+            }
+        }
+        Ok::<_, sqlx::Error>(begun)
+    };
+    Ok(begun.await.unwrap_or_else(|error| {
+        tracing::debug!(%error, "the next transaction did not begin with the commit");
+        false
+    }))
 }
 
 /// The append as SQL, of messages that are the parameters 1 to 6: also a part of statements that write what a batch

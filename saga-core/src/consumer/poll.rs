@@ -240,7 +240,7 @@ impl<H: Handler> Poll<H> {
         let stop = CancellationToken::new();
         let worker = Worker {
             desk: Desk {
-                kept: super::transaction::Kept::default(),
+                ahead: super::transaction::Ahead::default(),
                 pool: self.pool.clone(),
                 handler: Arc::clone(&self.handler),
                 config: Arc::clone(&self.config),

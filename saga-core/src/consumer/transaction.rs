@@ -1,11 +1,11 @@
 //! One batch, one transaction: lock, inbox, handler, commit.
 //!
 //! ```text
-//!  begin + advisory lock (group, topic, partition)
+//!  begin + advisory lock (group, topic, partition)       with the last batch's commit, where that was just before
 //!  inbox rows of what is new        duplicates fall out, what waits behind a parked record is parked behind it
 //!  handler                          business writes, outbox rows
 //!  dead letters of what is refused
-//!  commit                           and only then, elsewhere: the offset
+//!  commit + a hint to the relay + the next begin         and only then, elsewhere: the offset
 //! ```
 //!
 //! The lock keeps a worker that lost its partition without noticing and the partition's new worker apart: each works
@@ -28,7 +28,7 @@ use crate::{
     trace,
 };
 use futures::FutureExt;
-use sqlx::{AssertSqlSafe, Connection as _, PgPool, Postgres, pool::PoolConnection};
+use sqlx::{AssertSqlSafe, PgPool};
 use std::{
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -46,37 +46,38 @@ pub(super) struct Desk<H> {
     pub(super) config: Arc<ConsumerConfig>,
     pub(super) topic: String,
     pub(super) partition: i32,
-    pub(super) kept: Kept,
+    pub(super) ahead: Ahead,
 }
 
 /// A partition that is always busy gives its connection back now and then, for the pool to look at its age.
 const KEPT_MAX: Duration = Duration::from_secs(60);
 
-/// A connection that is kept from batch to batch.
-struct Borrowed {
-    connection: PoolConnection<Postgres>,
-    since: Instant,
+/// A transaction that has begun before there was a batch for it: if none comes within this it is given back, connection and
+/// all. So long it looks `idle in transaction`, and `now()` in it is at most as old. It holds nothing but the partition's
+/// lock: no snapshot, no transaction id.
+pub(super) const AHEAD_MAX: Duration = Duration::from_millis(100);
+
+/// A transaction that has begun, under the partition's lock.
+struct Open {
+    tx: Tx<'static>,
+    began: Instant,
+    /// When the pool gave us its connection.
+    borrowed: Instant,
 }
 
-/// The connection of the last batch, for the next one: to give it back and to get it again costs two round trips.
+/// The next transaction, where it began in the round trip that committed the last one. To give the connection back, to get
+/// it again, and to begin would be three more.
 #[derive(Default)]
-pub(super) struct Kept(Mutex<Option<Borrowed>>);
+pub(super) struct Ahead(Mutex<Option<Open>>);
 
-impl Kept {
-    async fn take_or_borrow(&self, pool: &PgPool) -> Result<Borrowed, sqlx::Error> {
-        let kept = self.lock().take();
-        match kept {
-            Some(kept) => Ok(kept),
-            None => Ok(Borrowed { connection: pool.acquire().await?, since: clock::monotonic() }),
-        }
+impl Ahead {
+    fn take(&self) -> Option<Open> {
+        // One that is too old is dropped, and so is its lock, which whoever begins anew waits for.
+        self.lock().take().filter(|open| clock::monotonic().saturating_duration_since(open.began) < AHEAD_MAX)
     }
 
-    /// Keeps it while there are others to spare; whoever waits for one gets it at the end of a batch.
-    fn keep(&self, borrowed: Borrowed, pool: &PgPool) {
-        let to_spare = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
-        if to_spare && clock::monotonic().saturating_duration_since(borrowed.since) < KEPT_MAX {
-            *self.lock() = Some(borrowed);
-        }
+    fn keep(&self, open: Open) {
+        *self.lock() = Some(open);
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -84,11 +85,11 @@ impl Kept {
     }
 
     pub(super) fn give_back(&self) {
-        let kept = self.lock().take();
-        drop(kept);
+        let open = self.lock().take();
+        drop(open);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Borrowed>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Open>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -103,52 +104,67 @@ impl<H: Handler> Desk<H> {
         self.config.backoff.delay(attempts.max(1), offset.cast_unsigned())
     }
 
-    async fn begin(&self) -> Result<Tx<'static>, sqlx::Error> {
-        self.pool.begin_with(self.begin_and_lock()).await
+    /// The transaction that has begun ahead, if there is one: another would wait for its lock.
+    async fn begin(&self) -> Result<Open, sqlx::Error> {
+        if let Some(open) = self.ahead.take() {
+            return Ok(open);
+        }
+        // One round trip for both; the lock is a number of ours.
+        let begin = AssertSqlSafe(format!("begin; select pg_advisory_xact_lock({})", self.lock()));
+        let tx = self.pool.begin_with(begin).await?;
+        let began = clock::monotonic();
+        Ok(Open { tx, began, borrowed: began })
     }
 
-    /// One round trip for both; the lock is a number of ours.
-    fn begin_and_lock(&self) -> AssertSqlSafe<String> {
+    /// Commits, tells the relay if there is something for it, and keeps the next transaction while the pool has connections
+    /// to spare: whoever waits for one gets it at the end of a batch. Whatever fails gives it back, and the pool looks after
+    /// it.
+    async fn commit(&self, mut open: Open, tell: bool) -> Result<(), sqlx::Error> {
+        let begun = outbox::commit_and_begin(&mut open.tx, tell, self.lock()).await?;
+        let (pool, now) = (&self.pool, clock::monotonic());
+        let to_spare = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
+        if begun && to_spare && now.saturating_duration_since(open.borrowed) < KEPT_MAX {
+            self.ahead.keep(Open { began: now, ..open });
+        }
+        Ok(())
+    }
+
+    /// What keeps apart whoever works through this partition.
+    fn lock(&self) -> i64 {
         let Place { consumer, topic, partition } = self.place();
-        let lock = hash(format!("{consumer}/{topic}/{partition}").as_bytes());
-        AssertSqlSafe(format!("begin; select pg_advisory_xact_lock({lock})"))
+        hash(format!("{consumer}/{topic}/{partition}").as_bytes())
     }
 
     /// Handles what is new in `batch` and says how many that were, of those that the inbox remembers.
     pub(super) async fn take(&self, batch: &Batch) -> Result<usize, Failure> {
         let group = &self.config.group;
         fail_point!("consumer.before-begin", group, batch.sagas());
-        // Kept only after a commit: whatever fails gives it back, and the pool looks after it.
-        let mut borrowed = self.kept.take_or_borrow(&self.pool).await?;
-        let mut tx = borrowed.connection.begin_with(self.begin_and_lock()).await?;
+        let mut open = self.begin().await?;
+        let tx = &mut open.tx;
         let arrivals = batch.arrivals(&self.config);
         let deliveries = match arrivals.is_empty() {
             true => Vec::new(),
-            false => inbox::receive_in(&mut tx, self.place(), &arrivals).await?,
+            false => inbox::receive_in(tx, self.place(), &arrivals).await?,
         };
         fail_point!("consumer.after-inbox", group, batch.sagas());
         let held = pick(batch, &deliveries, Delivery::Held);
         if !held.messages.is_empty() {
-            parking::hold_in(&mut tx, self.place(), &held).await?;
+            parking::hold_in(tx, self.place(), &held).await?;
         }
         let fresh = deliveries.iter().filter(|&&delivery| delivery == Delivery::Fresh).count();
         if fresh == batch.messages.len() {
-            self.handle(&mut tx, &batch.messages).await?;
+            self.handle(tx, &batch.messages).await?;
         } else {
-            self.handle(&mut tx, &pick(batch, &deliveries, Delivery::Fresh).messages).await?;
+            self.handle(tx, &pick(batch, &deliveries, Delivery::Fresh).messages).await?;
         }
         if !batch.refused.is_empty() {
-            dead_letter::append_in(&mut tx, group, batch.refused.iter().map(DeadLetter::refused)).await?;
+            dead_letter::append_in(tx, group, batch.refused.iter().map(DeadLetter::refused)).await?;
         }
         fail_point!("consumer.before-commit", group, batch.sagas());
-        tx.commit().await?;
+        self.commit(open, fresh > 0 || !batch.refused.is_empty()).await?;
         fail_point!("consumer.after-commit", group, batch.sagas());
         if fresh > 0 {
             self.handler.committed();
-        }
-        let nothing = fresh == 0 && batch.refused.is_empty();
-        if nothing || outbox::nudge_with(&mut borrowed.connection).await {
-            self.kept.keep(borrowed, &self.pool);
         }
         self.count("fresh", fresh);
         self.count("held", held.messages.len());
@@ -160,7 +176,7 @@ impl<H: Handler> Desk<H> {
 
     /// Parks a record that failed, unless somebody handled it meanwhile.
     pub(super) async fn park(&self, single: &Batch, attempts: u32, fault: &Fault) -> Result<(), Failure> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin().await?.tx;
         for message in &single.messages {
             let delay = self.delay(attempts, message.at.offset);
             parking::park_in(&mut tx, self.place(), single, attempts, delay, fault).await?;
@@ -189,7 +205,7 @@ impl<H: Handler> Desk<H> {
 
     /// Gives up a record that was tried `attempts` times.
     pub(super) async fn give_up(&self, single: &Batch, attempts: u32, fault: &Fault) -> Result<(), Failure> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin().await?.tx;
         let deliveries = inbox::receive_in(&mut tx, self.place(), &single.arrivals(&self.config)).await?;
         let held = pick(single, &deliveries, Delivery::Held);
         parking::hold_in(&mut tx, self.place(), &held).await?;
@@ -204,7 +220,7 @@ impl<H: Handler> Desk<H> {
 
     /// Handles a parked record; it leaves, and the next of its lane is due.
     pub(super) async fn retry(&self, parked: &Parked) -> Result<(), Failure> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin().await?.tx;
         self.handle_parked(&mut tx, std::slice::from_ref(parked)).await?;
         outbox::commit(tx, &self.pool).await?;
         self.handler.committed();
@@ -214,7 +230,7 @@ impl<H: Handler> Desk<H> {
     /// Handles what waits in a lane, as much as a batch takes; says how many rows that were. Nothing is counted, so one
     /// that fails leaves all as it was, to be tried one by one.
     pub(super) async fn drain(&self, lane: i64) -> Result<usize, Failure> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin().await?.tx;
         let parked = parking::lane_in(&mut tx, self.place(), lane, self.config.batch_max).await?;
         self.handle_parked(&mut tx, &parked).await?;
         outbox::commit(tx, &self.pool).await?;
@@ -224,7 +240,7 @@ impl<H: Handler> Desk<H> {
 
     /// Gives up a parked record; the next of its lane is due.
     pub(super) async fn give_up_parked(&self, parked: &Parked, attempts: u32, fault: &Fault) -> Result<(), Failure> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin().await?.tx;
         if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message, &self.config)]).await?[0] {
             let letter = DeadLetter::failed(&parked.message, parked.timestamp, fault, attempts);
             dead_letter::append_in(&mut tx, &self.config.group, [letter]).await?;

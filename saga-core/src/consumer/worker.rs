@@ -21,7 +21,7 @@ use super::{
     parking::{self, Due, LeftBehind, Noted, Parked},
     poll::Offsets,
     record::{Batch, Raw},
-    transaction::Desk,
+    transaction::{AHEAD_MAX, Desk},
 };
 use crate::{
     clock,
@@ -43,8 +43,6 @@ use uuid::Uuid;
 const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
 /// How long letting go of a partition in good order may take; while the database is away nobody should wait for that.
 const RELEASE_MAX: Duration = Duration::from_secs(1);
-/// An idle partition gives its connection back after this.
-const KEEP: Duration = Duration::from_millis(100);
 /// Batches of few records begin at least so long after one another: what arrives meanwhile shares a transaction, whose
 /// fixed cost is that of dozens of records. One that comes alone does not wait for this.
 const GATHER: Duration = Duration::from_micros(1_500);
@@ -123,8 +121,8 @@ impl<H: Handler> Worker<H> {
                 () = self.stop.cancelled() => return Err(Ended::Stopped),
                 raws = self.buffer.take(self.desk.config.batch_max, &mut gathering) => raws,
                 () = tokio::time::sleep_until(self.look_at_parked.into()) => continue,
-                () = tokio::time::sleep(KEEP), if !self.desk.kept.is_empty() => {
-                    self.desk.kept.give_back();
+                () = tokio::time::sleep(AHEAD_MAX), if !self.desk.ahead.is_empty() => {
+                    self.desk.ahead.give_back();
                     continue;
                 }
             };

@@ -6,8 +6,9 @@ use saga_core::{
     envelope::header,
     id::MessageId,
     outbox::{NewMessage, Tx},
-    testkit::{Record, TestTopic, brokers, eventually, produce, unique},
+    testkit::{Log, Record, TestTopic, brokers, eventually, produce, unique},
 };
+use sqlx::postgres::PgPoolOptions;
 use std::{
     sync::{
         Arc, Mutex,
@@ -61,6 +62,74 @@ async fn the_relay_is_told_when_a_batch_is_committed() {
     // Not before the commit.
     assert_eq!(fixture.until_handled(1).await.len(), 1);
     running.stop().await;
+}
+
+#[tokio::test]
+async fn a_batch_is_committed_and_the_next_one_begun_in_one_round_trip_and_nothing_is_held_when_no_batch_comes() {
+    let fixture = Fixture::new(1).await;
+    let log = Log::hear("sqlx::query=debug");
+    let running = fixture.start();
+    for (count, value) in [(1, "1"), (2, "2")] {
+        fixture.send(&[event("a", value)]).await;
+        fixture.until_handled(count).await;
+        eventually(SOON, || async { fixture.locks(true).await.is_empty().then_some(()) }).await;
+    }
+    running.stop().await;
+    let ends: Vec<_> =
+        log.statements().into_iter().filter(|sql| sql.contains("commit") || sql.contains("notify")).collect();
+    let in_one = |sql: &String| {
+        ["commit; begin;", "notify outbox", "pg_try_advisory_xact_lock"].iter().all(|part| sql.contains(part))
+    };
+    assert!(ends.len() == 2 && ends.iter().all(in_one), "{ends:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_waits_for_a_partition_gets_it_with_the_next_commit() {
+    let fixture = Fixture::new(1).await;
+    let running = fixture.start();
+    running.gate.send_replace(false);
+    fixture.send(&[event("a", "1")]).await;
+    let lock = eventually(SOON, || async { fixture.locks(true).await.first().copied() }).await;
+    let mut other = fixture.database.pool.begin().await.unwrap();
+    let waits = sqlx::query("select pg_advisory_xact_lock($1)").bind(lock).execute(&mut *other);
+    let commits = async {
+        fixture.until_somebody_waits_for(lock).await;
+        running.gate.send_replace(true);
+    };
+    tokio::join!(waits, commits).0.unwrap();
+    // The batch is done, whoever has the partition now; what comes next waits.
+    eventually(SOON, || async { (running.recorder.commits.load(Ordering::SeqCst) == 1).then_some(()) }).await;
+    fixture.send(&[event("a", "2")]).await;
+    fixture.until_somebody_waits_for(lock).await;
+    assert_eq!(fixture.handled().await.len(), 1);
+    other.rollback().await.unwrap();
+    fixture.until_handled(2).await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_goes_wrong_behind_a_commit_is_no_failure_of_its_batch() {
+    let mut fixture = Fixture::new(1).await;
+    // The next transaction never begins with a commit.
+    sqlx::query(
+        "create function pg_try_advisory_xact_lock(bigint) returns boolean language plpgsql as $$
+         begin raise exception 'not today'; end $$",
+    )
+    .execute(&fixture.database.pool)
+    .await
+    .unwrap();
+    let ours_first =
+        fixture.database.pool.connect_options().as_ref().clone().options([("search_path", "public,pg_catalog")]);
+    fixture.database.pool = PgPoolOptions::new().connect_with(ours_first).await.unwrap();
+    let running = fixture.start();
+    for (count, value) in [(1, "1"), (2, "2"), (3, "3")] {
+        fixture.send(&[event("a", value)]).await;
+        fixture.until_handled(count).await;
+    }
+    let recorder = Arc::clone(&running.recorder);
+    running.stop().await;
+    assert_eq!((recorder.batches.lock().unwrap().clone(), recorder.commits.load(Ordering::SeqCst)), (vec![1; 3], 3));
+    assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -288,11 +288,11 @@ async fn a_deadlock_with_another_transaction_is_repeated_and_counts_nothing() {
     sqlx::query("select pg_advisory_xact_lock(2)").execute(&mut *other).await.unwrap();
     fixture.send(&[event("a", "1")]).await;
     let running = fixture.start();
-    until_somebody_waits_for(&fixture, 3).await;
+    fixture.until_somebody_waits_for(3).await;
     // It holds lock 1; now we wait for that, then it waits for 2, and one of us has to give way.
     let ours = sqlx::query("select pg_advisory_xact_lock(1)").execute(&mut *other);
     let opened = async {
-        until_somebody_waits_for(&fixture, 1).await;
+        fixture.until_somebody_waits_for(1).await;
         gate.commit().await.unwrap();
     };
     tokio::join!(ours, opened).0.unwrap();
@@ -302,20 +302,28 @@ async fn a_deadlock_with_another_transaction_is_repeated_and_counts_nothing() {
     running.stop().await;
 }
 
-async fn until_somebody_waits_for(fixture: &Fixture, lock: i64) {
-    eventually(SOON, || async {
-        let waits: bool = sqlx::query_scalar(
-            "select exists (select from pg_locks
-                             where locktype = 'advisory' and objid::bigint = $1 and not granted
-                               and database = (select oid from pg_database where datname = current_database()))",
-        )
-        .bind(lock)
-        .fetch_one(&fixture.database.pool)
-        .await
-        .unwrap();
-        waits.then_some(())
-    })
-    .await;
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_whose_commit_the_database_refuses_is_dead_lettered_and_the_partition_goes_on() {
+    let fixture = Fixture::new(1).await;
+    for sql in [
+        "create function refuse() returns trigger language plpgsql as $$
+         begin if new.value = 'bad' then raise exception 'not this one'; end if; return null; end $$",
+        "create constraint trigger refuse after insert on handled deferrable initially deferred
+         for each row execute function refuse()",
+    ] {
+        sqlx::query(sql).execute(&fixture.database.pool).await.unwrap();
+    }
+    fixture.send(&[event("a", "good"), event("b", "bad"), event("c", "good")]).await;
+    let running = fixture.start();
+    let letters = fixture.until_dead_letters(1).await;
+    assert_eq!(letters[0].1.as_deref(), Some("bad"));
+    assert!(
+        letters[0].2["x-error-message"].as_str().is_some_and(|reason| reason.contains("not this one")),
+        "{letters:?}"
+    );
+    let good = |key: &str| (key.to_owned(), "good".to_owned());
+    assert_eq!(fixture.until_handled(2).await, [good("a"), good("c")]);
+    running.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

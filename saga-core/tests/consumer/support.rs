@@ -174,6 +174,25 @@ impl Fixture {
         eventually(SOON, || async { self.parked().await.is_empty().then_some(()) }).await;
     }
 
+    /// Waits until somebody waits for this advisory lock.
+    pub(crate) async fn until_somebody_waits_for(&self, lock: i64) {
+        eventually(SOON, || async { self.locks(false).await.contains(&lock).then_some(()) }).await;
+    }
+
+    /// The advisory locks in this database that somebody has (`granted`), or waits for.
+    pub(crate) async fn locks(&self, granted: bool) -> Vec<i64> {
+        sqlx::query_scalar(
+            "select (classid::bigint << 32) | objid::bigint
+               from pg_locks
+              where locktype = 'advisory' and granted = $1
+                and database = (select oid from pg_database where datname = current_database())",
+        )
+        .bind(granted)
+        .fetch_all(&self.database.pool)
+        .await
+        .unwrap()
+    }
+
     /// The dead letters, in their order: key, value, headers.
     pub(crate) async fn dead_letters(&self) -> Vec<(Option<String>, Option<String>, serde_json::Value)> {
         sqlx::query_as(
