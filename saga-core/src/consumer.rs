@@ -57,9 +57,7 @@ pub struct Consumer<H> {
 }
 
 impl<H: Handler> Consumer<H> {
-    /// Nothing happens before [`Consumer::run`]. `pool` should have a connection for each partition that is read, and be made
-    /// as [`database::pool`](crate::service::database::pool) makes it, or have an `idle_in_transaction_session_timeout`: a
-    /// connection that falls silent has its partition's lock until the server ends it.
+    /// Nothing happens before [`Consumer::run`]. `pool` should have a connection for each partition that is read.
     pub fn new(config: ConsumerConfig, pool: PgPool, handler: Arc<H>) -> Self {
         let pulse = Arc::new(health::Pulse::new(&config.group));
         Self { config: Arc::new(config), pool, handler, pulse }
@@ -170,7 +168,7 @@ pub struct Coordinates {
 pub trait Handler: Send + Sync + 'static {
     /// Handles `batch` (never empty, in partition order) in `tx`; the runtime commits. A business refusal is a reply,
     /// never an `Err`. May be called again with the same messages after an error: everything it did is rolled back.
-    /// `tx` may have begun 0.1 s before the batch was there, and `now()` is the time when it did.
+    /// `tx` is read committed, and may have begun 0.1 s before the batch was there: `now()` is the time when it did.
     fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> impl Future<Output = Result<(), HandleError>> + Send;
 
     /// Whether the last thing that `handle` does, whenever it has done anything, is a statement in `tx` whose error it

@@ -209,51 +209,65 @@ pub fn nudge(pool: &PgPool) {
     }
 }
 
-/// Likewise over a connection that has just committed; says whether the connection is as it was.
-pub(crate) async fn nudge_with(connection: &mut PgConnection) -> bool {
-    tell(connection).await
+/// Likewise over a connection that has just committed.
+pub(crate) async fn nudge_with(connection: &mut PgConnection) {
+    tell(connection).await;
 }
 
 /// A transaction of its own. It waits for no disk, as a notification does not survive a crash anyway, and not for others who
 /// notify: all of them commit one after another.
 const TELL: &str = "set local synchronous_commit = off; set local lock_timeout = '100ms'; notify outbox";
 
-async fn tell(connection: impl PgExecutor<'_>) -> bool {
-    match tokio::time::timeout(NUDGE_MAX, sqlx::raw_sql(TELL).execute(connection)).await {
-        Ok(Ok(_)) => true,
-        Ok(Err(error)) => {
-            tracing::debug!(%error, "the relay was not nudged");
-            false
-        }
-        Err(_) => false,
+async fn tell(connection: impl PgExecutor<'_>) {
+    let told = tokio::time::timeout(NUDGE_MAX, sqlx::raw_sql(TELL).execute(connection)).await;
+    if let Ok(Err(error)) = told {
+        tracing::debug!(%error, "the relay was not nudged");
     }
 }
 
-/// Commits, tells the relay like [`nudge`] if there is something to `tell`, and begins the next transaction on the same
-/// connection, under the advisory lock `lock`: one round trip instead of three. Says whether the next has begun; if not, as
-/// somebody else has the lock or the relay could not be told, `tx` is good for nothing but to be dropped.
+/// What begins in one round trip with the commit of what was before it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Next<'a> {
+    /// Tell the relay like [`nudge`].
+    pub(crate) tell: bool,
+    /// The beginning of the next transaction on this connection, whose last column says whether it shall be; `None`: none.
+    pub(crate) begin: Option<&'a str>,
+}
+
+/// Commits, tells the relay, and begins the next transaction on the same connection: one round trip instead of three. Returns
+/// the next if it has begun.
 ///
 /// # Errors
-/// As of [`commit`]: whatever goes wrong behind the commit is none.
-pub(crate) async fn commit_and_begin(tx: &mut Tx<'_>, tell: bool, lock: i64) -> Result<bool, sqlx::Error> {
-    let tell = if tell { format!("begin; {TELL}; commit;") } else { String::new() };
-    let all = AssertSqlSafe(format!("commit; {tell} begin; select pg_try_advisory_xact_lock({lock})"));
-    let mut answers = sqlx::raw_sql(all).fetch_many(&mut **tx);
-    // The first is the commit's.
-    answers.try_next().await?;
+/// As of [`commit`]: an error of what comes behind the commit is none. If that *hangs*, the commit is in doubt like one whose
+/// connection was lost, because PostgreSQL answers all of it at once; so nothing in it waits for anybody for long.
+pub(crate) async fn commit_and_begin(mut tx: Tx<'static>, next: Next<'_>) -> Result<Option<Tx<'static>>, sqlx::Error> {
+    let tell = if next.tell { format!("begin; {TELL}; commit;") } else { String::new() };
+    // In any case: whatever is dropped is rolled back, and the server warns when there is nothing to roll back.
+    let begin = next.begin.unwrap_or("begin");
+    let mut answers = sqlx::raw_sql(AssertSqlSafe(format!("commit; {tell} {begin}"))).fetch_many(&mut *tx);
+    // Of the commit.
+    let Some(Either::Left(_)) = answers.try_next().await? else {
+        return Err(sqlx::Error::Protocol("there is no answer to a commit".into()));
+    };
     let begun = async {
         let mut begun = false;
         while let Some(answer) = answers.try_next().await? {
             if let Either::Right(row) = answer {
-                begun = row.try_get(0)?;
+                begun = row.try_get(row.len() - 1)?;
             }
         }
         Ok::<_, sqlx::Error>(begun)
     };
-    Ok(begun.await.unwrap_or_else(|error| {
-        tracing::debug!(%error, "the next transaction did not begin with the commit");
-        false
-    }))
+    let begun = begun.await;
+    drop(answers);
+    match begun {
+        Ok(begun) => Ok(begun.then_some(tx)),
+        Err(error) => {
+            tracing::debug!(%error, "the next transaction did not begin with the commit");
+            sqlx::raw_sql("begin").execute(&mut *tx).await.ok();
+            Ok(None)
+        }
+    }
 }
 
 /// The append as SQL, of messages that are the parameters 1 to 6: also a part of statements that write what a batch

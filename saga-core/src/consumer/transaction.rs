@@ -23,7 +23,7 @@ use crate::{
     clock,
     fail_point::fail_point,
     inbox::{self, Delivery, Place},
-    outbox::{self, Tx},
+    outbox::{self, Next, Tx},
     panics::panic_text,
     trace,
 };
@@ -52,10 +52,10 @@ pub(super) struct Desk<H> {
 /// A partition that is always busy gives its connection back now and then, for the pool to look at its age.
 const KEPT_MAX: Duration = Duration::from_secs(60);
 
-/// A transaction that has begun before there was a batch for it: if none comes within this it is given back, connection and
-/// all. So long it looks `idle in transaction`, and `now()` in it is at most as old. It holds nothing but the partition's
-/// lock: no snapshot, no transaction id.
-pub(super) const AHEAD_MAX: Duration = Duration::from_millis(100);
+/// A transaction that has begun before there was a batch for it is given back after this, connection and all: `now()` in it is
+/// not much older. So long it looks `idle in transaction`. It holds the partition's lock and nothing else: no snapshot, no
+/// transaction id.
+const AHEAD_MAX: Duration = Duration::from_millis(100);
 
 /// A transaction that has begun, under the partition's lock.
 struct Open {
@@ -73,17 +73,19 @@ pub(super) struct Ahead(Mutex<Option<Open>>);
 impl Ahead {
     fn take(&self) -> Option<Open> {
         // One that is too old is dropped, and so is its lock, which whoever begins anew waits for.
-        self.lock().take().filter(|open| clock::monotonic().saturating_duration_since(open.began) < AHEAD_MAX)
+        self.lock().take().filter(|open| clock::monotonic() < open.began + AHEAD_MAX)
     }
 
     fn keep(&self, open: Open) {
         *self.lock() = Some(open);
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.lock().is_none()
+    /// Until when it may wait for a batch, if there is one.
+    pub(super) fn until(&self) -> Option<Instant> {
+        self.lock().as_ref().map(|open| open.began + AHEAD_MAX)
     }
 
+    /// Gives it back, before anything is waited for that takes longer.
     pub(super) fn give_back(&self) {
         let open = self.lock().take();
         drop(open);
@@ -109,30 +111,38 @@ impl<H: Handler> Desk<H> {
         if let Some(open) = self.ahead.take() {
             return Ok(open);
         }
-        // One round trip for both; the lock is a number of ours.
-        let begin = AssertSqlSafe(format!("begin; select pg_advisory_xact_lock({})", self.lock()));
-        let tx = self.pool.begin_with(begin).await?;
+        let tx = self.pool.begin_with(AssertSqlSafe(self.begin_and("pg_advisory_xact_lock"))).await?;
         let began = clock::monotonic();
         Ok(Open { tx, began, borrowed: began })
     }
 
-    /// Commits, tells the relay if there is something for it, and keeps the next transaction while the pool has connections
+    /// Commits, tells the relay if there is something for it, and begins the next transaction while the pool has connections
     /// to spare: whoever waits for one gets it at the end of a batch. Whatever fails gives it back, and the pool looks after
     /// it.
-    async fn commit(&self, mut open: Open, tell: bool) -> Result<(), sqlx::Error> {
-        let begun = outbox::commit_and_begin(&mut open.tx, tell, self.lock()).await?;
-        let (pool, now) = (&self.pool, clock::monotonic());
+    async fn commit(&self, Open { tx, borrowed, .. }: Open, tell: bool) -> Result<(), sqlx::Error> {
+        let pool = &self.pool;
         let to_spare = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
-        if begun && to_spare && now.saturating_duration_since(open.borrowed) < KEPT_MAX {
-            self.ahead.keep(Open { began: now, ..open });
+        let young = clock::monotonic().saturating_duration_since(borrowed) < KEPT_MAX;
+        let begin = (to_spare && young && !pool.is_closed()).then(|| self.begin_and("pg_try_advisory_xact_lock"));
+        if let Some(tx) = outbox::commit_and_begin(tx, Next { tell, begin: begin.as_deref() }).await? {
+            self.ahead.keep(Open { tx, began: clock::monotonic(), borrowed });
         }
         Ok(())
     }
 
-    /// What keeps apart whoever works through this partition.
-    fn lock(&self) -> i64 {
+    /// Begins, and takes the lock that keeps apart whoever works through this partition, in one round trip. Read committed: who
+    /// has waited for the lock sees what was done under it. A session that nobody ends when it falls silent would have the lock
+    /// for ever.
+    fn begin_and(&self, lock: &str) -> String {
         let Place { consumer, topic, partition } = self.place();
-        hash(format!("{consumer}/{topic}/{partition}").as_bytes())
+        let key = hash(format!("{consumer}/{topic}/{partition}").as_bytes());
+        let silent = self.config.attempt_timeout.as_millis();
+        format!(
+            "begin isolation level read committed;
+             select case when current_setting('idle_in_transaction_session_timeout') = '0'
+                         then set_config('idle_in_transaction_session_timeout', '{silent}', true) end,
+                    {lock}({key})"
+        )
     }
 
     /// Handles what is new in `batch` and says how many that were, of those that the inbox remembers.

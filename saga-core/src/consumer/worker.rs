@@ -21,7 +21,7 @@ use super::{
     parking::{self, Due, LeftBehind, Noted, Parked},
     poll::Offsets,
     record::{Batch, Raw},
-    transaction::{AHEAD_MAX, Desk},
+    transaction::Desk,
 };
 use crate::{
     clock,
@@ -90,6 +90,7 @@ impl<H: Handler> Worker<H> {
             Ok(never) => match never {},
             Err(ended) => ended,
         };
+        self.desk.ahead.give_back();
         // Without this the next worker is careful, which is slower and as right.
         if ended == Ended::Stopped {
             tokio::time::timeout(RELEASE_MAX, self.release()).await.ok();
@@ -116,12 +117,13 @@ impl<H: Handler> Worker<H> {
         let mut gathering = Gathering::default();
         loop {
             self.retry_what_is_due().await?;
+            let ahead = self.desk.ahead.until();
             let raws = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(Ended::Stopped),
                 raws = self.buffer.take(self.desk.config.batch_max, &mut gathering) => raws,
                 () = tokio::time::sleep_until(self.look_at_parked.into()) => continue,
-                () = tokio::time::sleep(AHEAD_MAX), if !self.desk.ahead.is_empty() => {
+                () = tokio::time::sleep_until(ahead.unwrap_or(self.look_at_parked).into()), if ahead.is_some() => {
                     self.desk.ahead.give_back();
                     continue;
                 }
@@ -392,6 +394,7 @@ impl<H: Handler> Worker<H> {
 
     /// Waits; others may be alone meanwhile.
     async fn pause(&self, time: Duration) -> Result<(), Ended> {
+        self.desk.ahead.give_back();
         let alone = self.be_with_others();
         tokio::select! {
             () = self.stop.cancelled() => return Err(Ended::Stopped),
@@ -401,6 +404,7 @@ impl<H: Handler> Worker<H> {
     }
 
     async fn be_alone(&self) -> Result<(), Ended> {
+        self.desk.ahead.give_back();
         let alone = tokio::select! {
             () = self.stop.cancelled() => return Err(Ended::Stopped),
             // It is never closed.

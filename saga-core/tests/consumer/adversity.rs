@@ -13,9 +13,7 @@ use saga_core::{
         produce,
     },
 };
-use sqlx::postgres::PgConnectOptions;
 use std::{
-    str::FromStr,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -82,9 +80,7 @@ async fn a_connection_that_falls_silent_is_given_up_and_another_one_used() {
     fixture.config.attempt_timeout = Duration::from_secs(2);
     let (proxy, url) = FreezingProxy::of_database(&fixture.database.url).await;
     // Whether it fell silent within a batch or behind one: the server has the partition's lock until it ends that session.
-    let ended_soon = PgConnectOptions::from_str(&url).unwrap().options([("idle_in_transaction_session_timeout", "1s")]);
-    let proxied = pool_options(4).connect_with(ended_soon).await.unwrap();
-    let direct = std::mem::replace(&mut fixture.database.pool, proxied);
+    let direct = std::mem::replace(&mut fixture.database.pool, pool_options(4).connect(&url).await.unwrap());
     let running = fixture.start();
     fixture.database.pool = direct;
     for (n, value) in ["1", "2", "3"].into_iter().enumerate() {

@@ -16,6 +16,7 @@ use std::{
     },
     time::Duration,
 };
+use time::OffsetDateTime;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -104,7 +105,8 @@ impl Fixture {
         let (database, topic) =
             futures::future::join(TestDatabase::new(&migrations), TestTopic::create("events", partitions)).await;
         sqlx::query(
-            "create table handled (n bigint generated always as identity, key text, value text, message_id uuid)",
+            "create table handled (n bigint generated always as identity, key text, value text, message_id uuid,
+                                   began timestamptz not null default now())",
         )
         .execute(&database.pool)
         .await
@@ -157,6 +159,16 @@ impl Fixture {
         })
         .await;
         self.handled().await
+    }
+
+    /// Sends something; whether the transaction that it was handled in had begun before.
+    pub(crate) async fn handles_in_what_has_begun(&self, nth: usize) -> bool {
+        let sent: OffsetDateTime =
+            sqlx::query_scalar("select clock_timestamp()").fetch_one(&self.database.pool).await.unwrap();
+        self.send(&[event("a", &nth.to_string())]).await;
+        self.until_handled(nth).await;
+        let began = sqlx::query_scalar("select began < $1 from handled order by n desc limit 1").bind(sent);
+        began.fetch_one(&self.database.pool).await.unwrap()
     }
 
     pub(crate) async fn parked(&self) -> Vec<(String, i32, bool)> {
