@@ -1,9 +1,11 @@
-//! Chance with a seed, and processes that die at moments that it picks.
+//! Chance with a seed, processes that die at moments that it picks, time that flies, and a provider that gets well.
 
-use crate::platform::Platform;
+use crate::platform::{Platform, SETTLED};
+use saga_core::testkit::{eventually, time_passes};
 use stack::service::Service;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 /// Reproducible chance: the seed is printed, and `E2E_SEED` sets it. (The moments are drawn again from the same seed;
 /// what else the machine does at those moments is not.)
@@ -18,7 +20,7 @@ impl Chance {
     pub fn new(what: &str) -> Self {
         let seed = match std::env::var("E2E_SEED") {
             Ok(seed) => seed.parse().expect("E2E_SEED is a number"),
-            Err(_) => uuid::Uuid::new_v4().as_u64_pair().0,
+            Err(_) => Uuid::new_v4().as_u64_pair().0,
         };
         println!("{what}: E2E_SEED={seed}");
         Self(seed)
@@ -65,5 +67,33 @@ impl Platform {
             running.start_again().await.unwrap_or_else(|error| panic!("{service} does not come back: {error}"));
         }
         killed
+    }
+
+    /// Lets every pause of the engine and of the provider's callers be over, again and again, until `done`.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    pub async fn time_flies_until(&self, done: impl AsyncFn() -> bool) {
+        eventually(SETTLED, || async {
+            time_passes(&self.orders).await;
+            let mut payments = self.database("payments").await;
+            let soon =
+                "update participant_intent set due_at = clock_timestamp() where state = 'open' and claimed_by is null";
+            sqlx::query(soon).execute(&mut payments).await.expect("the intents can be hurried");
+            done().await.then_some(())
+        })
+        .await;
+    }
+
+    /// The provider does what it is asked for an order's payment: its simulator goes by the token that it remembers.
+    ///
+    /// # Panics
+    /// When its database does not answer.
+    pub async fn provider_is_well_for(&self, order: Uuid) {
+        sqlx::query("update gateway_authorization set method = 'tok_visa' where \"order\" = $1")
+            .bind(order.to_string())
+            .execute(&mut self.database("gateway").await)
+            .await
+            .expect("the provider can be cured");
     }
 }

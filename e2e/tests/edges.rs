@@ -3,8 +3,8 @@
 //!
 //! A kill is tied to a step: the fail point fires when a batch has the step's command, or its reply, in it. The claim of a
 //! call is one statement; what is before it is `consumer.after-commit`, and what is after it `participant.before-call`. The
-//! relay is killed in `crash.rs`. Not died at: the commits of what went wrong already (an intent that is given up, an undo that
-//! waited for one, a saga or a reply taken alone).
+//! relay is killed in `crash.rs`. A saga or a reply that is taken alone, and a record that failed, lose their commits in
+//! saga-core's own tests (`crash.rs`, `crashes.rs`).
 
 use contracts::topics::ORDERS_REPLIES;
 use e2e::{
@@ -103,6 +103,63 @@ fn a_request_whose_process_dies_before_or_after_its_commit_has_one_effect_when_i
             platform.goes_wrong_at(&dies, cancelled).await;
             payments.resume();
             assert_eq!(platform.outcome(order).await, "cancelled_by_customer", "{point}");
+        }
+    });
+}
+
+/// Around the commits of payment-svc that are no batch's, and no answer's of the gateway.
+const AROUND_OTHER_COMMITS: [&str; 2] = ["outbox.before-commit@payments", "outbox.after-commit@payments"];
+
+/// How many calls of an order's are in this state.
+async fn calls(platform: &Platform, order: Uuid, state: &str) -> i64 {
+    let count = sqlx::query_scalar("select count(*) from participant_intent where saga_id = $1 and state = $2");
+    let count = count.bind(order).bind(state);
+    count.fetch_one(&mut platform.database("payments").await).await.expect("the intents can be read")
+}
+
+#[test]
+fn payment_svc_dies_before_and_after_it_commits_that_a_call_is_given_up_in_doubt() {
+    alone(async |platform| {
+        let sku = platform.item("doubt", 100, 100).await;
+        for point in AROUND_OTHER_COMMITS {
+            let edge = Edge::kill(Service::Payments, point);
+            let given_up = async {
+                let order = platform.place(&Wish::of(&sku, 2).paid_with("tok_capture_error")).await;
+                platform.time_flies_until(async || calls(platform, order, "in_doubt").await == 1).await;
+                order
+            };
+            let order = platform.goes_wrong_at(&edge, given_up).await;
+            platform.time_flies_until(async || platform.saga(order).await["status"] == "stuck").await;
+            assert_eq!(platform.at_gateway(order).await, ["authorized 200"], "{point}");
+            platform.provider_is_well_for(order).await;
+            platform.retries(order, "the provider is well again").await;
+            assert_eq!(platform.outcome(order).await, "confirmed", "{point}");
+            assert_eq!(platform.at_gateway(order).await, ["authorized 200", "captured 200"], "{point}");
+        }
+    });
+}
+
+#[test]
+fn payment_svc_dies_before_and_after_it_commits_an_undo_that_waited_for_a_call() {
+    alone(async |platform| {
+        let gateway = &platform.stack.service(Service::Gateway).process;
+        let _goes_on = GoesOn(gateway);
+        let sku = platform.item("waits", 100, 100).await;
+        for point in AROUND_OTHER_COMMITS {
+            let undone = async {
+                gateway.pause();
+                let order = platform.place(&Wish::of(&sku, 2)).await;
+                eventually(SETTLED, || async { (calls(platform, order, "open").await == 1).then_some(()) }).await;
+                assert_eq!(platform.cancel(order).await, 202, "{point}");
+                eventually(SETTLED, || async { (calls(platform, order, "waiting").await == 1).then_some(()) }).await;
+                gateway.resume();
+                order
+            };
+            let order = platform.goes_wrong_at(&Edge::kill(Service::Payments, point), undone).await;
+            assert_eq!(platform.outcome(order).await, "cancelled_by_customer", "{point}");
+            platform.settles().await;
+            let [kept @ .., last] = &platform.at_gateway(order).await[..] else { panic!("{point}: nothing was asked") };
+            assert_eq!((kept, last.as_str()), (&["authorized 200".to_owned()][..], "voided 200"), "{point}");
         }
     });
 }

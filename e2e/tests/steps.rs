@@ -11,7 +11,7 @@ use e2e::{
     topics::{self, Echo},
 };
 use futures::future::join_all;
-use saga_core::testkit::{eventually, time_passes};
+use saga_core::testkit::eventually;
 use stack::service::Service;
 use uuid::Uuid;
 
@@ -169,19 +169,6 @@ fn a_step_in_doubt_is_undone_at_once_when_the_customer_cancels_and_its_late_repl
     });
 }
 
-/// Lets every pause of the engine and of the provider's callers be over, again and again, until `done`.
-async fn time_flies_until(platform: &Platform, done: impl AsyncFn() -> bool) {
-    eventually(SETTLED, || async {
-        time_passes(&platform.orders).await;
-        let mut payments = platform.database("payments").await;
-        let soon =
-            "update participant_intent set due_at = clock_timestamp() where state = 'open' and claimed_by is null";
-        sqlx::query(soon).execute(&mut payments).await.expect("the intents can be hurried");
-        done().await.then_some(())
-    })
-    .await;
-}
-
 /// Whether the saga is stuck, and its participant has given up too: nothing moves by itself any more.
 async fn is_stuck(platform: &Platform, order: Uuid) -> bool {
     let doubtful = "select exists (select from participant_intent where saga_id = $1 and state = 'in_doubt')";
@@ -200,7 +187,7 @@ fn what_the_provider_never_answers_is_stuck_and_alarmed_until_an_operator_retrie
         ] {
             let sku = platform.item("stuck", 100, pieces).await;
             let order = platform.place(&Wish::of(&sku, 7).paid_with(token)).await;
-            time_flies_until(platform, async || is_stuck(platform, order).await).await;
+            platform.time_flies_until(async || is_stuck(platform, order).await).await;
             let saga = platform.saga(order).await;
             assert!(saga["waits"]["why"].as_str().is_some_and(|text| text.contains(why)), "{saga}");
             assert_eq!(
@@ -212,12 +199,7 @@ fn what_the_provider_never_answers_is_stuck_and_alarmed_until_an_operator_retrie
                 (platform.gauge(Service::Orders, "saga_stuck").await == 1.0).then_some(())
             })
             .await;
-            // The provider is well again: its simulator goes by the token that it remembers.
-            sqlx::query("update gateway_authorization set method = 'tok_visa' where \"order\" = $1")
-                .bind(order.to_string())
-                .execute(&mut platform.database("gateway").await)
-                .await
-                .expect("the provider can be cured");
+            platform.provider_is_well_for(order).await;
             platform.retries(order, "the provider is well again").await;
             assert_eq!(platform.outcome(order).await, outcome, "{token}");
             assert_eq!(platform.at_gateway(order).await, gateway, "{token}");

@@ -10,6 +10,10 @@ use saga_core::{
         failpoints::{Fault, Injected},
     },
 };
+use std::{
+    collections::BTreeSet,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 use uuid::{NoContext, Timestamp, Uuid};
 
 /// Once at the edge, and then, `again` and again, in the lives that are careful because of that.
@@ -66,6 +70,46 @@ async fn a_process_that_dies_again_and_again_loses_nothing_and_repeats_nothing()
 async fn an_error_at_an_edge_loses_nothing_and_repeats_nothing() {
     let errors = EDGES.iter().flat_map(|edge| [goes_wrong_at(edge, Fault::Error), goes_wrong_at(edge, Fault::Outage)]);
     futures::future::join_all(errors).await;
+}
+
+/// What failed is given up, retried, and what waited behind it is handled: the connection is lost around one of those commits.
+async fn loses_a_commit_of_what_failed(edge: &str, skip: usize) {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.attempts = 2;
+    let database = fixture.database.pool.connect_options().get_database().unwrap().to_owned();
+    let armed = FailPoint::arm(edge, &database, Fault::Outage, skip, 1);
+    let told =
+        [("a", "twice"), ("a", "1"), ("b", "poison"), ("c", "never"), ("a", "2"), ("b", "3"), ("c", "4"), ("d", "5")];
+    fixture.send(&told.map(|(key, value)| event(key, value))).await;
+    let tries = AtomicUsize::new(0);
+    // In the batch, and alone.
+    let fails_twice = move || tries.fetch_add(1, Ordering::SeqCst) < 2;
+    let running = fixture.start_with(move |message| match message.payload.as_deref() {
+        Some(b"twice") if fails_twice() => Err(anyhow::anyhow!("not yet").into()),
+        Some(b"never") => Err(anyhow::anyhow!("never").into()),
+        Some(b"poison") => Err(HandleError::Poison("unknown".into())),
+        _ => Ok(()),
+    });
+    let mut handled = fixture.until_handled(6).await;
+    fixture.until_unparked().await;
+    running.stop().await;
+    drop(armed);
+    assert_eq!(fixture.handled().await.len(), 6, "{edge}, {skip}");
+    handled.sort_by_key(|(key, _)| key.clone());
+    let values: Vec<_> = handled.iter().map(|(_, value)| value.as_str()).collect();
+    assert_eq!(values, ["twice", "1", "2", "3", "4", "5"], "{edge}, {skip}");
+    let letters = fixture.dead_letters().await;
+    let letters: BTreeSet<_> = letters.iter().map(|(_, value, _)| value.as_deref().unwrap()).collect();
+    assert_eq!(letters, BTreeSet::from(["never", "poison"]), "{edge}, {skip}");
+    assert_eq!(fixture.dead_letters().await.len(), 2, "{edge}, {skip}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_of_what_failed_that_is_lost_or_not_heard_of_loses_nothing_and_repeats_nothing() {
+    let edges = ["outbox.before-commit", "outbox.after-commit"];
+    // One is given up at once and one in the end, one is retried, and what waited behind two of them is handled.
+    let commits = edges.iter().flat_map(|edge| (0..5).map(move |skip| loses_a_commit_of_what_failed(edge, skip)));
+    futures::future::join_all(commits).await;
 }
 
 /// Starts consumers, one after another, that fail at `fail` and die of `kill`, until there are so many dead letters: how many

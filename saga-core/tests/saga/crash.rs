@@ -3,7 +3,7 @@
 
 use crate::support::*;
 use saga_core::{
-    consumer::Message,
+    consumer::{Handler, Message},
     envelope::Op,
     id::SagaId,
     saga::Engine,
@@ -72,6 +72,56 @@ async fn a_crash_at_any_edge_of_any_transaction_leaves_the_same_saga() {
             }
         }
     }
+    world.audit().await;
+}
+
+/// Before and after a commit of the timers' that is about one saga, or about replies that were set aside.
+fn around_other_commits(world: &World) -> [FailPoint; 2] {
+    let database = world.database.pool.connect_options().get_database().unwrap().to_owned();
+    ["outbox.before-commit", "outbox.after-commit"].map(|edge| FailPoint::once(edge, &database, Fault::Crash))
+}
+
+#[tokio::test]
+async fn a_crash_around_the_commit_of_a_saga_that_is_taken_alone_leaves_the_same_saga() {
+    let world = World::new().await;
+    let mut sagas = Vec::new();
+    for number in 0..3 {
+        sagas.push(world.start(number).await);
+    }
+    world.time_passes().await;
+    let armed = around_other_commits(&world);
+    for _crash in &armed {
+        // Together they do not work, so each is taken alone.
+        let _together = FailPoint::once("saga.timers.before-commit", &world.reply_topic, Fault::Error);
+        world.engine.tick().await.unwrap_err();
+    }
+    world.engine.tick().await.unwrap();
+    drop(armed);
+    for saga in sagas {
+        let attempts: Vec<_> = world.sent(saga).await.iter().map(|sent| sent.attempt).collect();
+        assert_eq!(attempts, [1, 2], "resent once");
+    }
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn a_crash_around_the_commit_of_a_reply_that_was_set_aside_leaves_the_same_saga() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let reply = succeeded(&world.last(saga).await);
+    let other = engine_of(&world.database, &world.reply_topic, 2);
+    let mut tx = world.database.pool.begin().await.unwrap();
+    Handler::handle(&other.handler(), &mut tx, &[reply]).await.unwrap();
+    tx.commit().await.unwrap();
+    let armed = around_other_commits(&world);
+    for _crash in &armed {
+        assert_eq!(world.count("select count(*) from saga_undecided").await, 1);
+        world.engine.tick().await.unwrap_err();
+    }
+    drop(armed);
+    assert_eq!(world.engine.tick().await.unwrap().undecided, 0, "it was committed the second time");
+    assert_eq!(world.trail(saga).await, ["authorize", "reserve"]);
+    assert_eq!(world.count("select count(*) from saga_undecided").await, 0);
     world.audit().await;
 }
 
