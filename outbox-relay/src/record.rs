@@ -4,7 +4,10 @@
 
 use crate::row::Row;
 use rdkafka::message::{Header, OwnedHeaders};
-use saga_core::envelope::header;
+use saga_core::{
+    envelope::{Envelope, header},
+    trace,
+};
 use serde::{
     Deserializer as _,
     de::{MapAccess, Visitor},
@@ -81,6 +84,33 @@ impl RecordBuilder {
         write!(self.text, "{number}").expect("writing to memory does not fail");
         &self.text
     }
+}
+
+/// What is said of a row within this has the ids that its consumers log, and its trace. A warning like what is said in it:
+/// there are no other spans with `RUST_LOG=warn`.
+pub(crate) fn span(row: &Row) -> tracing::Span {
+    let own = row.headers().map(parse).unwrap_or_default();
+    let id = row.message_id().to_string();
+    let ours = [(header::SPECVERSION, "1.0"), (header::ID, &id), (header::TYPE, row.kind())];
+    let theirs = own.iter().map(|(name, value)| (name.as_ref(), value.as_ref()));
+    // Of a name that comes twice, the last counts.
+    let all = [(header::SOURCE, "outbox")].into_iter().chain(theirs).chain(ours);
+    // Whoever wrote the row may have written anything.
+    let Ok(envelope) = Envelope::decode(all.map(|(name, value)| (name, Some(value.as_bytes())))) else {
+        return tracing::warn_span!("row", message_id = id);
+    };
+    let saga = envelope.saga.as_ref();
+    let span = tracing::warn_span!(
+        "row",
+        message_id = id,
+        kind = envelope.kind,
+        saga = saga.map(|saga| tracing::field::display(saga.saga)),
+        saga_type = saga.map(|saga| saga.definition.as_str()),
+        saga_step = saga.map(|saga| saga.step.as_str()),
+        correlation_id = envelope.correlation_id()
+    );
+    trace::continue_from(&span, &envelope);
+    span
 }
 
 /// What stands before the records of a batch (magic 2).

@@ -9,7 +9,9 @@ use crate::{
     in_flight::Flight,
     parking::{self, Line},
     pause::{self, Cause, LeftBehind},
+    record,
     refusal::Refusal,
+    row::Row,
     session::{Ended, Session},
     topics,
     tracker::Ticket,
@@ -64,7 +66,6 @@ impl Session {
         };
         while let Some(outcome) = self.retry_row(line, limit, requested).await? {
             if let Err((id, reason)) = outcome {
-                warn!(outbox = self.outbox, id, topic = line.topic, reason, "a parked row was refused again");
                 self.tried(line, requested, Some((id, &reason))).await?;
                 return Ok(());
             }
@@ -87,6 +88,13 @@ impl Session {
         // At once: everything before is recorded, and the session may be about to end.
         self.db.ask(async |db| pause::leave_in(db, &self.outbox, &left).await).await?;
         Ok(())
+    }
+
+    fn refused_again(&self, row: &Row, reason: &str) {
+        record::span(row).in_scope(|| {
+            let (id, topic) = (row.id(), row.topic());
+            warn!(outbox = self.outbox, id, topic, reason, "a parked row was refused again");
+        });
     }
 
     async fn tried(
@@ -119,6 +127,7 @@ impl Session {
             db.give_back();
             let size = built.size;
             let reason = format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)");
+            self.refused_again(&row, &reason);
             return Ok(Some(Err((row.id(), reason))));
         }
         let number = self.publisher.tracker.open(1);
@@ -137,6 +146,7 @@ impl Session {
             Err(Ended::Refused { code, .. }) if Refusal::of(code) == Refusal::Row => {
                 database.within(tx.rollback()).await?;
                 let reason = format!("Kafka refused it: {code}");
+                self.refused_again(&row, &reason);
                 self.tried(line, requested, Some((row.id(), &reason))).await?;
                 return Err(Ended::Refused { id: None, code, alone: false });
             }

@@ -23,7 +23,7 @@ use crate::{
     position::{Page, Position, ReadError},
     producer::{Offered, Publisher},
     reader::{CaughtUp, Item},
-    record::{Built, RecordBuilder},
+    record::{self, Built, RecordBuilder},
     refusal::Refusal,
     row::Row,
     topics::Topics,
@@ -302,7 +302,8 @@ impl Session {
                 return Ok(Some(built));
             }
             Fate::Park(park) => {
-                warn!(outbox = self.outbox, id = park.id, topic = row.topic(), reason = park.reason, "parked a row");
+                let (id, topic, reason) = (park.id, row.topic(), &park.reason);
+                record::span(row).in_scope(|| warn!(outbox = self.outbox, id, topic, reason, "parked a row"));
                 metric::parked(&self.outbox, row.topic());
                 flight.parked.push((index, park));
             }

@@ -10,7 +10,9 @@ use rdkafka::{
     client::DefaultClientContext,
 };
 use saga_core::{
-    outbox::nudge,
+    envelope::{Op, SagaHeaders},
+    id::{CommandId, SagaId},
+    outbox::{self, NewMessage, nudge},
     testkit::{Log, Record, brokers, eventually, read_to_end, unique},
 };
 use serde_json::{Value, json};
@@ -93,6 +95,41 @@ async fn a_row_that_is_too_large_is_parked_with_its_keys_successors_and_retried_
     assert_eq!(payloads(&published(&topic, 6).await, "k").last().unwrap(), "free again");
     assert_eq!(world.count("select count(*) from outbox_parked where status = 'published'").await, 3);
     assert_eq!(world.count("select count(*) from outbox_audit where action = 'retry-parked'").await, 2);
+}
+
+#[tokio::test]
+async fn what_is_said_of_a_row_says_whose_it_is() {
+    let world = World::new().await;
+    let log = Log::hear("warn");
+    let topic = limited_topic("3000").await;
+    let id = SagaId::new();
+    let saga = SagaHeaders {
+        saga: id,
+        definition: "order".into(),
+        version: 1,
+        step: "reserve".into(),
+        op: Op::Do,
+        occurrence: 0,
+        command: CommandId::derive(id, "reserve", Op::Do, 0),
+        attempt: 1,
+        reply_to: None,
+        outcome: None,
+    };
+    let large = NewMessage::json(&topic, "k", "test.v1", &"x".repeat(5_000)).unwrap().with_saga(&saga);
+    let mut tx = world.db().begin().await.unwrap();
+    outbox::append_in(&mut tx, std::slice::from_ref(&large)).await.unwrap();
+    tx.commit().await.unwrap();
+    let _relay = world.relay();
+    parked(&world, 1).await;
+    let again = json!({ "reason": "try" });
+    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
+    assert_eq!(status, 202);
+    for said in ["parked a row", "a parked row was refused again"] {
+        let line = eventually(PATIENCE, || async { log.said(said).pop() }).await;
+        let ids = ["saga", "order", "saga_type", "saga_step", "message_id"].map(|name| line[name].clone());
+        let id = json!(id.to_string());
+        assert_eq!(ids, [id.clone(), id, json!("order"), json!("reserve"), json!(large.id.to_string())], "{line}");
+    }
 }
 
 #[tokio::test]
