@@ -1,13 +1,21 @@
 //! The database refuses what the code must never write, by constraints with names.
 
-use order_svc::domain::{CancelReason, OrderStatus, StatusName};
-use saga_core::testkit::TestDatabase;
+use futures::future::join_all;
+use order_svc::{
+    domain::{CancelReason, OrderStatus, StatusName},
+    migrations::own,
+};
+use saga_core::{
+    service::{messaging_migrations, saga_migrations},
+    testkit::TestDatabase,
+};
 use sqlx::{AssertSqlSafe, PgPool};
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, process::Stdio};
+use tokio::process::Command;
 use uuid::Uuid;
 
 async fn database() -> TestDatabase {
-    TestDatabase::new(&[order_svc::migrations::own()]).await
+    TestDatabase::new(&[own()]).await
 }
 
 /// Runs `sql` and says which constraint refused it.
@@ -25,9 +33,30 @@ fn order(id: Uuid, columns: &str, values: &str) -> String {
 
 #[tokio::test]
 async fn every_migration_file_is_embedded() {
-    let embedded = order_svc::migrations::own().count();
+    let embedded = own().count();
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../migrations/order");
     assert_eq!(std::fs::read_dir(folder).unwrap().count(), embedded);
+}
+
+#[tokio::test]
+async fn fifty_processes_that_migrate_an_empty_database_at_once_all_succeed() {
+    let empty = TestDatabase::new(&[]).await;
+    let migrate = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_order-svc"));
+        command.arg("migrate").env_clear().env("DATABASE_URL", &empty.url).stdin(Stdio::null()).kill_on_drop(true);
+        command.output()
+    };
+    for output in join_all((0..50).map(|_| migrate())).await {
+        let output = output.unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
+    for (owner, all) in [("messaging", messaging_migrations()), ("saga", saga_migrations()), ("order", own())] {
+        let applied: i64 = sqlx::query_scalar(AssertSqlSafe(format!("select count(*) from refinery_{owner}")))
+            .fetch_one(&empty.pool)
+            .await
+            .unwrap();
+        assert_eq!(usize::try_from(applied).unwrap(), all.count(), "{owner}");
+    }
 }
 
 #[tokio::test]
