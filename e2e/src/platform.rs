@@ -8,6 +8,7 @@
 
 use crate::audit::{Answer, Expectations, Facts, Finding, Sources, audit};
 use anyhow::Result;
+use serde_json::Value;
 use sqlx::{Connection as _, PgConnection, PgPool, postgres::PgPoolOptions};
 use stack::{
     platform::{Stack, StackConfig},
@@ -16,6 +17,7 @@ use stack::{
 };
 use std::{
     collections::BTreeSet,
+    fs,
     future::Future,
     ops::Deref,
     sync::{LazyLock, Mutex, MutexGuard, PoisonError},
@@ -177,6 +179,19 @@ impl Platform {
         series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
+    /// The lines that one of the processes wrote to its log after the first `skip` bytes, as far as they are JSON.
+    pub fn lines(&self, service: Service, skip: usize) -> Vec<Value> {
+        let text = fs::read(self.stack.service(service).process.log()).unwrap_or_default();
+        let text = String::from_utf8_lossy(text.get(skip..).unwrap_or_default()).into_owned();
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    /// How many bytes one of the processes wrote to its log by now.
+    pub fn log_size(&self, service: Service) -> usize {
+        let log = self.stack.service(service).process.log();
+        fs::metadata(log).map_or(0, |meta| usize::try_from(meta.len()).unwrap_or_default())
+    }
+
     /// The admin listener of one of the processes, with a path.
     pub fn admin(&self, service: Service, path: &str) -> String {
         format!("{}{path}", self.stack.admin_url(service))
@@ -199,8 +214,8 @@ impl Platform {
         }
     }
 
-    async fn open_sagas(&self) -> sqlx::Result<Vec<(Uuid, String, serde_json::Value)>> {
-        let open: Vec<(Uuid, String, serde_json::Value)> = sqlx::query_as(
+    async fn open_sagas(&self) -> sqlx::Result<Vec<(Uuid, String, Value)>> {
+        let open: Vec<(Uuid, String, Value)> = sqlx::query_as(
             "select saga_id, status, state from saga where status not in ('completed', 'compensated') order by saga_id",
         )
         .fetch_all(&self.orders)

@@ -13,8 +13,8 @@ use rdkafka::{
 };
 use saga_core::envelope::header;
 use std::{
-    collections::BTreeMap,
-    sync::{Mutex, PoisonError},
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 use tokio::task::JoinHandle;
@@ -157,7 +157,8 @@ fn producer(brokers: &str) -> Result<FutureProducer> {
     if let Some(producer) = producers.get(brokers) {
         return Ok(producer.clone());
     }
-    let producer: FutureProducer = ClientConfig::new().set("bootstrap.servers", brokers).create()?;
+    let producer: FutureProducer =
+        ClientConfig::new().set("bootstrap.servers", brokers).set("linger.ms", "0").create()?;
     producers.insert(brokers.to_owned(), producer.clone());
     Ok(producer)
 }
@@ -193,7 +194,8 @@ pub fn resent(record: &RecordFact) -> RecordFact {
 #[derive(Debug)]
 pub struct Echo {
     stop: CancellationToken,
-    echoing: JoinHandle<Result<usize>>,
+    repeated: Arc<Mutex<BTreeSet<String>>>,
+    echoing: JoinHandle<Result<()>>,
 }
 
 impl Echo {
@@ -209,26 +211,34 @@ impl Echo {
         let asked = brokers.clone();
         let positions = tokio::task::spawn_blocking(move || positions_at_end(&asked, &ends)).await??;
         consumer.assign(&positions)?;
-        let token = stop.clone();
+        let (token, repeated) = (stop.clone(), Arc::<Mutex<BTreeSet<String>>>::default());
+        let said = Arc::clone(&repeated);
         let echoing = tokio::spawn(async move {
-            let mut repeated = 0;
             loop {
                 let message = tokio::select! {
-                    () = token.cancelled() => return Ok(repeated),
+                    () = token.cancelled() => return Ok(()),
                     message = consumer.recv() => message?,
                 };
                 let record = own(&message);
                 if record.header(header::SOURCE) != Some(ECHO) {
                     write(&brokers, &resent(&record)).await?;
-                    repeated += 1;
+                    let [op, step] =
+                        [header::SAGA_OP, header::SAGA_STEP].map(|name| record.header(name).unwrap_or_default());
+                    let what = format!("{op} {step} in {}", record.topic);
+                    said.lock().unwrap_or_else(PoisonError::into_inner).insert(what);
                 }
             }
         });
-        Ok(Self { stop, echoing })
+        Ok(Self { stop, repeated, echoing })
     }
 
-    /// Ends it; how many records it said again.
-    pub async fn stop(self) -> Result<usize> {
+    /// What it has said again by now: `do authorize-payment in payments.commands`.
+    pub fn repeated(&self) -> BTreeSet<String> {
+        self.repeated.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Ends it.
+    pub async fn stop(self) -> Result<()> {
         self.stop.cancel();
         self.echoing.await?
     }

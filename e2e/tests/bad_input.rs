@@ -11,7 +11,7 @@ use e2e::{
 use saga_core::testkit::{eventually, unique};
 use serde_json::Value;
 use stack::service::{Service, binary};
-use std::{collections::BTreeMap, fs, path::Path, process::Command};
+use std::{collections::BTreeMap, process::Command};
 
 const READ: [&str; 3] = [PAYMENTS_COMMANDS.name, INVENTORY_COMMANDS.name, ORDERS_REPLIES.name];
 
@@ -108,17 +108,6 @@ fn every_mistake_in_the_configuration_is_listed_and_the_program_ends() {
     }
 }
 
-/// The lines that a process wrote to its log after the first `skip` bytes, as far as they are JSON.
-fn lines(log: &Path, skip: usize) -> Vec<Value> {
-    let text = fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(text.get(skip..).unwrap_or_default()).into_owned();
-    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-}
-
-fn size(log: &Path) -> usize {
-    fs::metadata(log).map_or(0, |meta| usize::try_from(meta.len()).unwrap_or_default())
-}
-
 fn waits_for(lines: &[Value], what: &str) -> usize {
     let of = |line: &&Value| {
         let said = line["message"].as_str().unwrap_or_default().to_lowercase();
@@ -127,46 +116,64 @@ fn waits_for(lines: &[Value], what: &str) -> usize {
     lines.iter().filter(of).count()
 }
 
+/// Starts processes while a server is down, and it only when all of them wait for it.
+async fn start_without<B>(platform: &Platform, services: &[Service], what: &str, comes_back: B) -> B::Output
+where
+    B: Future,
+{
+    let before: Vec<_> = services.iter().map(|&service| platform.log_size(service)).collect();
+    for &service in services {
+        platform.stack.service(service).process.start_again().expect("the program is there");
+    }
+    let waiting = |n: usize| waits_for(&platform.lines(services[n], before[n]), what);
+    // The relay speaks of each outbox.
+    let once = |n: usize| if services[n] == Service::Relay { 3 } else { 1 };
+    for (n, &service) in services.iter().enumerate() {
+        eventually(SETTLED, || async { (waiting(n) >= once(n)).then_some(()) }).await;
+        assert!(not_ready(platform, service).await, "{service}");
+    }
+    let output = comes_back.await;
+    for (n, &service) in services.iter().enumerate() {
+        platform.stack.service(service).ready().await.unwrap_or_else(|error| panic!("{service}: {error}"));
+        assert_eq!(waiting(n), once(n), "{service} says so once");
+    }
+    platform.all_ready().await;
+    output
+}
+
 #[test]
-fn a_service_whose_database_is_not_there_at_its_start_waits_says_so_once_and_resumes_by_itself() {
+fn who_is_started_without_the_database_waits_says_so_once_and_resumes_by_itself() {
     alone(async |platform| {
-        let orders = platform.stack.service(Service::Orders);
         let postgres = platform.stack.servers().postgres.as_ref().expect("the stack started its own");
-        orders.process.stop().await;
+        for service in Service::ALL {
+            platform.stack.service(service).process.stop().await;
+        }
         postgres.process.kill();
-        let before = size(orders.process.log());
-        orders.process.start_again().expect("the program is there");
-        let waiting = || waits_for(&lines(orders.process.log(), before), "database");
-        eventually(SETTLED, || async { (waiting() > 0).then_some(()) }).await;
-        assert!(not_ready(platform, Service::Orders).await);
-        assert_eq!(waiting(), 1, "it says so once");
-        postgres.restart().await.expect("PostgreSQL comes back");
-        orders.ready().await.expect("it resumes");
-        platform.all_ready().await;
-        assert_eq!(waiting(), 1, "it says so once");
+        let comes_back = async { postgres.restart().await.expect("PostgreSQL comes back") };
+        start_without(platform, &Service::ALL, "database", comes_back).await;
     });
 }
 
 #[test]
-fn a_service_without_kafka_at_its_start_waits_says_so_once_and_resumes_by_itself() {
+fn who_is_started_without_kafka_waits_says_so_once_and_resumes_by_itself() {
+    const NEED_IT: [Service; 4] = [Service::Relay, Service::Payments, Service::Inventory, Service::Orders];
     alone(async |platform| {
-        let inventory = platform.stack.service(Service::Inventory);
         let kafka = platform.stack.servers().kafka.as_ref().expect("the stack started its own");
         let sku = platform.item("no-kafka", 100, 5).await;
-        inventory.process.stop().await;
+        let (last, others) = NEED_IT.split_last().expect("there are some");
+        for service in others {
+            platform.stack.service(*service).process.stop().await;
+        }
         kafka.process.kill();
-        let before = size(inventory.process.log());
-        inventory.process.start_again().expect("the program is there");
-        let waiting = || waits_for(&lines(inventory.process.log(), before), "kafka");
-        eventually(SETTLED, || async { (waiting() > 0).then_some(()) }).await;
-        assert!(not_ready(platform, Service::Inventory).await);
-        // An order is taken all the same.
-        let order = platform.place(&Wish::of(&sku, 1)).await;
-        kafka.restart().await.expect("Kafka comes back");
-        inventory.ready().await.expect("it resumes");
-        platform.all_ready().await;
-        assert_eq!(waiting(), 1, "it says so once");
-        assert_eq!(platform.outcome(order).await, "confirmed");
+        let order = start_without(platform, others, "kafka", async {
+            // An order is taken all the same.
+            let order = platform.place(&Wish::of(&sku, 1)).await;
+            platform.stack.service(*last).process.stop().await;
+            start_without(platform, &[*last], "kafka", async { kafka.restart().await.expect("Kafka comes back") })
+                .await;
+            order
+        });
+        assert_eq!(platform.outcome(order.await).await, "confirmed");
     });
 }
 
@@ -198,10 +205,10 @@ fn a_trace_is_carried_from_the_request_through_outbox_and_kafka_to_every_service
         }
         assert!(carried >= 8, "four commands and their replies, not {carried}");
         let id = order.to_string();
-        for service in [Service::Orders, Service::Payments] {
-            let log = lines(platform.stack.service(service).process.log(), 0);
+        for service in [Service::Orders, Service::Payments, Service::Inventory] {
+            let log = platform.lines(service, 0);
             let of_order: Vec<_> = log.iter().filter(|line| line["saga"] == id.as_str()).collect();
-            // payment-svc speaks of an order only when something is wrong with it.
+            // The others speak of an order only when something is wrong with it (`edges.rs`).
             assert!(service != Service::Orders || !of_order.is_empty(), "{service} says nothing about {id}");
             for line in of_order {
                 assert_eq!(line["trace_id"], trace.as_str(), "{service}: {line}");

@@ -246,24 +246,43 @@ fn order_svc_dies_before_and_after_it_commits_that_a_command_of_each_step_is_lat
     });
 }
 
+/// A batch's transaction fails before its commit for each of the steps, and their records with it, which are tried again.
+fn failures(service: Service, group: &str, steps: &[&str]) -> Vec<Edge> {
+    let name = |step| format!("consumer.before-commit@{group}/{step}");
+    steps.iter().map(|step| Edge { service, name: name(step), skip: 0, wrong: Wrong::Error(2) }).collect()
+}
+
 #[test]
-fn a_transaction_fails_for_its_own_reasons_or_for_want_of_a_connection_and_recovers() {
-    let edges = |service, scope: &str, edges: &[(&str, Wrong)]| -> Vec<Edge> {
-        let named = edges.iter().map(|(point, wrong)| (format!("{point}@{scope}"), *wrong));
-        named.map(|(name, wrong)| Edge { service, name, skip: 0, wrong }).collect()
-    };
-    let consumer = [
-        ("consumer.after-inbox", Wrong::Error(2)),
-        ("consumer.before-commit", Wrong::Outage(3)),
-        ("consumer.after-commit", Wrong::Outage(3)),
-    ];
-    let calls = [("participant.after-call", Wrong::Outage(2))];
-    let decisions = [("saga.after-store", Wrong::Error(2))];
+fn the_transaction_of_each_step_fails_for_its_own_reasons_and_recovers() {
     alone(async |platform| {
-        let payments = edges(Service::Payments, "payment-svc", &[&consumer[..], &calls].concat());
+        let payments = failures(Service::Payments, "payment-svc", &PAYMENT_STEPS);
+        let inventory = failures(Service::Inventory, "inventory-svc", &STOCK_STEPS);
+        let saga = failures(Service::Orders, "order-svc.saga", &[PAYMENT_STEPS, STOCK_STEPS].concat());
+        tokio::join!(at(platform, payments), at(platform, inventory), at(platform, saga));
+        for service in [Service::Orders, Service::Payments, Service::Inventory] {
+            let log = platform.lines(service, 0);
+            let of_orders: Vec<_> = log.iter().filter(|line| line.get("saga").is_some()).collect();
+            assert!(of_orders.iter().any(|line| line["level"] == "WARN"), "{service} says of no order what failed");
+            for line in of_orders {
+                assert_eq!(line["order"], line["saga"], "{service}: {line}");
+                assert!(line["trace_id"].as_str().is_some_and(|trace| trace.len() == 32), "{service}: {line}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_connection_is_lost_at_any_edge_and_another_one_used() {
+    let edges = |service, scope: &str, points: &[&str]| -> Vec<Edge> {
+        let name = |point| format!("{point}@{scope}");
+        points.iter().map(|point| Edge { service, name: name(point), skip: 0, wrong: Wrong::Outage(3) }).collect()
+    };
+    let consumer = ["consumer.after-inbox", "consumer.before-commit", "consumer.after-commit"];
+    alone(async |platform| {
+        let payments = edges(Service::Payments, "payment-svc", &[&consumer[..], &["participant.after-call"]].concat());
         let inventory = edges(Service::Inventory, "inventory-svc", &consumer);
-        let mut saga = edges(Service::Orders, "order-svc.saga", &consumer[1..]);
-        saga.extend(edges(Service::Orders, ORDERS_REPLIES.name, &decisions));
+        let mut saga = edges(Service::Orders, "order-svc.saga", &consumer);
+        saga.extend(edges(Service::Orders, ORDERS_REPLIES.name, &["saga.after-store"]));
         tokio::join!(at(platform, payments), at(platform, inventory), at(platform, saga));
     });
 }
