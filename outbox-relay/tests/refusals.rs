@@ -358,3 +358,40 @@ async fn while_many_parked_rows_are_tried_again_other_rows_are_published() {
         assert!(ids(&line).is_sorted(), "{key} is in order");
     }
 }
+
+#[tokio::test]
+async fn an_operator_sees_position_and_lag_of_an_outbox_and_what_became_of_each_row() {
+    let world = World::new().await;
+    let topic = limited_topic("3000").await;
+    let outbox = async || call(&world, "GET", "/v1/outboxes", None).await.1[0].clone();
+    let ids = async |state: &str| {
+        let (status, page) = call(&world, "GET", &format!("/v1/outboxes/orders/events?state={state}"), None).await;
+        assert_eq!(status, 200, "{page}");
+        let items = page["items"].as_array().unwrap().clone();
+        assert!(items.iter().all(|item| item["state"] == state && item["topic"] == topic.as_str()), "{page}");
+        items.iter().map(|item| item["id"].as_i64().unwrap()).collect::<Vec<_>>()
+    };
+    let first = append(world.db(), &topic, "k", "an hour old").await;
+    sqlx::query("update outbox set created_at = created_at - interval '1 hour'").execute(world.db()).await.unwrap();
+    let second = append(world.db(), &topic, "k", "new").await;
+    let behind = outbox().await;
+    assert_eq!(
+        (&behind["owner"], &behind["position"]["n"], &behind["lag"]["rows"]),
+        (&Value::Null, &json!(0), &json!(2))
+    );
+    assert!(behind["lag"]["seconds"].as_f64().is_some_and(|age| (3_600.0..3_700.0).contains(&age)), "{behind}");
+    assert_eq!(ids("pending").await, [second, first]);
+
+    let _relay = world.relay();
+    let culprit = append(world.db(), &topic, "k", &"x".repeat(5_000)).await;
+    parked(&world, 1).await;
+    let ahead = eventually(PATIENCE, || async {
+        let outbox = outbox().await;
+        (outbox["lag"]["rows"] == 0).then_some(outbox)
+    })
+    .await;
+    assert!(ahead["owner"].is_object() && ahead["position"]["n"].as_i64() > Some(0), "{ahead}");
+    assert_eq!((&ahead["position"]["to_id"], &ahead["lag"]["seconds"]), (&json!(culprit), &json!(0.0)), "{ahead}");
+    assert_eq!((ids("published").await, ids("parked").await), (vec![second, first], vec![culprit]));
+    assert!(ids("pending").await.is_empty());
+}
