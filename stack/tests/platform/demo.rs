@@ -1,8 +1,19 @@
 //! `stack demo`: what it shows of seven orders is what happened to them, and it adds up.
 
 use super::{nothing_runs, place, stack, text};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use stack::service::Service;
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead as _, BufReader},
+    os::unix::fs::{PermissionsExt as _, symlink},
+    path::Path,
+    process::Stdio,
+};
 use uuid::Uuid;
 
 /// A line of a timeline: the step, what happened to it, the message.
@@ -238,5 +249,39 @@ fn a_demo_that_cannot_start_says_what_to_do() {
     let output = stack(place.path(), &["demo"]).env("STACK_BIN_DIR", place.path()).output().unwrap();
     assert!(!output.status.success());
     assert!(text(&output).contains("cargo build --workspace --bins"), "{}", text(&output));
+    nothing_runs(place.path());
+}
+
+#[test]
+fn a_demo_of_which_a_process_does_not_start_shows_the_end_of_its_log_and_where_the_rest_is() {
+    let (place, programs) = (place(), place());
+    let real = Path::new(env!("CARGO_BIN_EXE_stack")).parent().unwrap();
+    for program in ["outbox-relay", "order-svc", "inventory-svc"] {
+        symlink(real.join(program), programs.path().join(program)).unwrap();
+    }
+    let broken = programs.path().join("payment-svc");
+    fs::write(&broken, "#!/bin/sh\necho 'the till is locked' >&2\nexit 3\n").unwrap();
+    fs::set_permissions(&broken, fs::Permissions::from_mode(0o755)).unwrap();
+    let output = stack(place.path(), &["demo"]).env("STACK_BIN_DIR", programs.path()).output().unwrap();
+    let said = text(&output);
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("ended while it was starting") && said.contains("| the till is locked"), "{said}");
+    let log = said.lines().find_map(|line| line.trim().strip_prefix("The log: ")).expect("it says where the log is");
+    assert!(fs::read_to_string(log).is_ok_and(|log| log.contains("the till is locked")), "{log} is gone");
+    nothing_runs(place.path());
+}
+
+#[test]
+fn a_demo_that_is_interrupted_ends_and_leaves_nothing_running() {
+    let place = place();
+    let mut demo = stack(place.path(), &["demo"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut progress = BufReader::new(demo.stderr.take().unwrap()).lines().map(Result::unwrap);
+    for step in ["starting PostgreSQL and Kafka", "waiting for payment-svc", "seeding stock", "The payment is declined"]
+    {
+        assert!(progress.any(|line| line.contains(step)), "it does not say: {step}");
+    }
+    kill(Pid::from_raw(i32::try_from(demo.id()).unwrap()), Signal::SIGINT).unwrap();
+    progress.for_each(drop);
+    assert!(!demo.wait().unwrap().success());
     nothing_runs(place.path());
 }
