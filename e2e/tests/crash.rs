@@ -9,7 +9,7 @@ use saga_core::testkit::eventually;
 use serde_json::Value;
 use sqlx::{Connection, PgConnection};
 use stack::{platform::Running, service::Service};
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 /// How many orders a test places: enough that every fault meets some of them, few enough for two cores.
@@ -276,10 +276,33 @@ async fn are_red(platform: &Platform, services: &[Service]) {
     }
 }
 
+/// What the processes said of an outage that began when their logs were so long: nothing over and over. Requests that
+/// failed are told each.
+fn nothing_is_said_over_and_over(platform: &Platform, logs: &[(Service, usize)]) {
+    let mut said = BTreeMap::<_, usize>::new();
+    for &(service, since) in logs {
+        for line in platform.lines(service, since) {
+            let text = |field: &str| line[field].as_str().unwrap_or_default().to_owned();
+            let loud = matches!(&*text("level"), "WARN" | "ERROR") && text("target") != "saga_core::http::problem";
+            if loud {
+                *said.entry((service.name(), ["message", "group", "outbox", "check"].map(text))).or_default() += 1;
+            }
+        }
+    }
+    assert!(!said.is_empty(), "nobody said anything");
+    said.retain(|_, times| *times > 2);
+    assert!(said.is_empty(), "{said:#?}");
+}
+
+fn logs(platform: &Platform) -> Vec<(Service, usize)> {
+    Service::ALL.iter().map(|&service| (service, platform.log_size(service))).collect()
+}
+
 #[test]
 fn postgresql_is_killed_under_load_and_everything_resumes_by_itself() {
     alone(async |platform| {
         platform.wants_fault("SIGKILL postgres", 1);
+        let logs = logs(platform);
         let postgres = platform.stack.servers().postgres.as_ref().expect("the stack started its own");
         let crash = async {
             let placed = platform.accepted();
@@ -291,6 +314,7 @@ fn postgresql_is_killed_under_load_and_everything_resumes_by_itself() {
         };
         tokio::join!(load(platform, ORDERS, Chance::new("load")), crash);
         platform.all_ready().await;
+        nothing_is_said_over_and_over(platform, &logs);
     });
 }
 
@@ -298,6 +322,7 @@ fn postgresql_is_killed_under_load_and_everything_resumes_by_itself() {
 fn kafka_is_killed_under_load_and_everything_resumes_by_itself() {
     alone(async |platform| {
         platform.wants_fault("SIGKILL kafka", 1);
+        let logs = logs(platform);
         let kafka = platform.stack.servers().kafka.as_ref().expect("the stack started its own");
         let crash = async {
             let placed = platform.accepted();
@@ -312,6 +337,7 @@ fn kafka_is_killed_under_load_and_everything_resumes_by_itself() {
         };
         tokio::join!(load(platform, ORDERS, Chance::new("load")), crash);
         platform.all_ready().await;
+        nothing_is_said_over_and_over(platform, &logs);
         let relay: Value = platform
             .http
             .get(platform.admin(Service::Relay, "/v1/outboxes"))

@@ -106,7 +106,7 @@ pub struct AdminArgs {
 /// Logs and traces.
 #[derive(Debug, Clone, Default, Args)]
 pub struct TelemetryArgs {
-    /// What is logged, in the syntax of tracing's EnvFilter [default: info]
+    /// What is logged, in the syntax of tracing's EnvFilter; what libraries repeat in an outage only by their names [default: info]
     #[arg(long, env = "RUST_LOG", value_name = "FILTER", global = true)]
     pub rust_log: Option<String>,
     /// `json` (a line per event, for machines) or `text` (for people) [default: json]

@@ -13,9 +13,12 @@ use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
 use std::{io, sync::OnceLock, time::Duration};
 use tracing_subscriber::{EnvFilter, Layer, Registry, layer::SubscriberExt, util::SubscriberInitExt};
 
-/// librdkafka logs each failed reconnect as an error; whoever uses it here says once that Kafka is away. SQL notices
-/// are PostgreSQL's chatter.
-const DEFAULT_FILTER: &str = "info,librdkafka=off,rdkafka=off,sqlx::postgres::notice=warn,refinery_core=warn";
+/// What libraries say over and over is not heard unless it is asked for by its name: whoever uses them here says once that
+/// Kafka or the database is away, while librdkafka tells each failed reconnect, and sqlx each connection that it finds
+/// broken and each that somebody waits for. SQL notices are PostgreSQL's chatter.
+const QUIET: &str = "librdkafka=off,rdkafka=off,sqlx::postgres::notice=warn,refinery_core=warn,\
+                     sqlx_core::pool=error,sqlx::pool=error";
+const DEFAULT_FILTER: &str = "info";
 
 /// Seconds; from half a millisecond (one transaction) to half a minute (a step's deadline).
 const LATENCY_BUCKETS: [f64; 16] =
@@ -34,8 +37,13 @@ pub struct TelemetrySettings {
 
 impl Default for TelemetrySettings {
     fn default() -> Self {
-        Self { filter: DEFAULT_FILTER.into(), format: Format::Json, otlp_endpoint: None }
+        Self { filter: with_quiet(DEFAULT_FILTER), format: Format::Json, otlp_endpoint: None }
     }
+}
+
+/// Of two directives for one target the last counts.
+fn with_quiet(filter: &str) -> String {
+    format!("{QUIET},{filter}")
 }
 
 /// For whom the logs are.
@@ -54,7 +62,7 @@ impl TelemetrySettings {
     ) -> Option<Self> {
         let filter = filter.unwrap_or(DEFAULT_FILTER);
         let filter = match EnvFilter::try_new(filter) {
-            Ok(_) => Some(filter.to_owned()),
+            Ok(_) => Some(with_quiet(filter)),
             Err(error) => errors.add("RUST_LOG", format!("cannot be read ({error})"), "for example `info,sqlx=debug`"),
         };
         let format = match format {
@@ -154,5 +162,28 @@ pub fn metrics() -> Result<PrometheusHandle, BuildError> {
         // Somebody else was faster.
         (Err(_), Some(handle)) => Ok(handle.clone()),
         (Err(error), None) => Err(error),
+    }
+}
+
+#[cfg(all(test, feature = "testkit"))]
+mod tests {
+    use super::*;
+    use crate::testkit::Log;
+
+    fn heard(rust_log: Option<&str>) -> Vec<String> {
+        let settings = TelemetrySettings::read(rust_log, None, None, &mut ConfigErrors::default()).unwrap();
+        let log = Log::hear(&settings.filter);
+        tracing::warn!(target: "sqlx_core::pool::inner", "a broken connection");
+        tracing::error!(target: "librdkafka", "a failed reconnect");
+        tracing::info!("ours");
+        log.said("").iter().map(|line| line["message"].as_str().unwrap_or_default().to_owned()).collect()
+    }
+
+    #[test]
+    fn what_libraries_say_over_and_over_is_heard_when_it_is_asked_for_by_name() {
+        assert_eq!(heard(None), ["ours"]);
+        assert_eq!(heard(Some("info")), ["ours"]);
+        assert_eq!(heard(Some("warn,librdkafka=error")), ["a failed reconnect"]);
+        assert_eq!(heard(Some("info,sqlx_core::pool=warn")), ["a broken connection", "ours"]);
     }
 }
