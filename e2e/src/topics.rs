@@ -233,7 +233,11 @@ impl Echo {
     }
 
     /// What it has said again by now: `do authorize-payment in payments.commands`.
+    ///
+    /// # Panics
+    /// When it has ended: the topics could not be read, or written.
     pub fn repeated(&self) -> BTreeSet<String> {
+        assert!(!self.echoing.is_finished(), "the echo has ended");
         self.repeated.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

@@ -109,11 +109,7 @@ fn every_mistake_in_the_configuration_is_listed_and_the_program_ends() {
 }
 
 fn waits_for(lines: &[Value], what: &str) -> usize {
-    let of = |line: &&Value| {
-        let said = line["message"].as_str().unwrap_or_default().to_lowercase();
-        said.contains("waiting for") && said.contains(what)
-    };
-    lines.iter().filter(of).count()
+    lines.iter().filter(|line| line["message"] == what).count()
 }
 
 /// Starts processes while a server is down, and it only when all of them wait for it.
@@ -150,7 +146,7 @@ fn who_is_started_without_the_database_waits_says_so_once_and_resumes_by_itself(
         }
         postgres.process.kill();
         let comes_back = async { postgres.restart().await.expect("PostgreSQL comes back") };
-        start_without(platform, &Service::ALL, "database", comes_back).await;
+        start_without(platform, &Service::ALL, "waiting for the database", comes_back).await;
     });
 }
 
@@ -165,12 +161,14 @@ fn who_is_started_without_kafka_waits_says_so_once_and_resumes_by_itself() {
             platform.stack.service(*service).process.stop().await;
         }
         kafka.process.kill();
-        let order = start_without(platform, others, "kafka", async {
+        let order = start_without(platform, others, "waiting for Kafka", async {
             // An order is taken all the same.
             let order = platform.place(&Wish::of(&sku, 1)).await;
             platform.stack.service(*last).process.stop().await;
-            start_without(platform, &[*last], "kafka", async { kafka.restart().await.expect("Kafka comes back") })
-                .await;
+            start_without(platform, &[*last], "waiting for Kafka", async {
+                kafka.restart().await.expect("Kafka comes back")
+            })
+            .await;
             order
         });
         assert_eq!(platform.outcome(order.await).await, "confirmed");

@@ -277,15 +277,16 @@ async fn are_red(platform: &Platform, services: &[Service]) {
 }
 
 /// What the processes said of an outage that began when their logs were so long: nothing over and over. Requests that
-/// failed are told each.
+/// failed, and statements that were slow, are told each.
 fn nothing_is_said_over_and_over(platform: &Platform, logs: &[(Service, usize)]) {
     let mut said = BTreeMap::<_, usize>::new();
     for &(service, since) in logs {
         for line in platform.lines(service, since) {
             let text = |field: &str| line[field].as_str().unwrap_or_default().to_owned();
-            let loud = matches!(&*text("level"), "WARN" | "ERROR") && text("target") != "saga_core::http::problem";
-            if loud {
-                *said.entry((service.name(), ["message", "group", "outbox", "check"].map(text))).or_default() += 1;
+            let of_one = ["saga_core::http::problem", "sqlx::query"].contains(&&*text("target"));
+            if matches!(&*text("level"), "WARN" | "ERROR") && !of_one {
+                let what = ["message", "group", "outbox", "check", "saga"].map(text);
+                *said.entry((service.name(), what)).or_default() += 1;
             }
         }
     }

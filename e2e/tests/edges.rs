@@ -255,12 +255,14 @@ fn failures(service: Service, group: &str, steps: &[&str]) -> Vec<Edge> {
 #[test]
 fn the_transaction_of_each_step_fails_for_its_own_reasons_and_recovers() {
     alone(async |platform| {
+        let services = [Service::Orders, Service::Payments, Service::Inventory];
+        let logs = services.map(|service| (service, platform.log_size(service)));
         let payments = failures(Service::Payments, "payment-svc", &PAYMENT_STEPS);
         let inventory = failures(Service::Inventory, "inventory-svc", &STOCK_STEPS);
         let saga = failures(Service::Orders, "order-svc.saga", &[PAYMENT_STEPS, STOCK_STEPS].concat());
         tokio::join!(at(platform, payments), at(platform, inventory), at(platform, saga));
-        for service in [Service::Orders, Service::Payments, Service::Inventory] {
-            let log = platform.lines(service, 0);
+        for (service, since) in logs {
+            let log = platform.lines(service, since);
             let of_orders: Vec<_> = log.iter().filter(|line| line.get("saga").is_some()).collect();
             assert!(of_orders.iter().any(|line| line["level"] == "WARN"), "{service} says of no order what failed");
             for line in of_orders {

@@ -23,6 +23,7 @@ mod dead_letter;
 mod failure;
 mod health;
 mod parking;
+mod patience;
 mod poll;
 mod record;
 mod transaction;

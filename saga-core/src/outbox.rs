@@ -72,15 +72,20 @@ impl NewMessage {
         self
     }
 
-    /// Continues what `cause` belongs to: its correlation id, and its trace unless a span of our own continues it.
+    /// Continues what `cause` belongs to: its correlation id, and its trace, unless the current span is of that trace already.
+    /// (The span of a batch of many is not: it has a trace of its own.)
     #[must_use]
     pub fn caused_by(mut self, cause: &Envelope) -> Self {
         if let Some(id) = cause.correlation_id() {
             self.headers.insert(header::CORRELATION_ID.into(), id.into());
         }
-        if !self.headers.contains_key(header::TRACEPARENT) {
+        let trace = |parent: &String| parent.split('-').nth(1).map(str::to_owned);
+        let ours = self.headers.get(header::TRACEPARENT).and_then(trace);
+        let theirs = cause.traceparent.as_ref().and_then(trace);
+        if theirs.is_some() && ours != theirs {
             let theirs = [(header::TRACEPARENT, &cause.traceparent), (header::TRACESTATE, &cause.tracestate)];
             for (name, value) in theirs {
+                self.headers.remove(name);
                 value.iter().for_each(|value| drop(self.headers.insert(name.into(), value.clone())));
             }
         }

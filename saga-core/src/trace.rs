@@ -78,7 +78,7 @@ impl Extractor for Reader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::id::MessageId;
+    use crate::{id::MessageId, outbox::NewMessage};
     use opentelemetry::trace::TracerProvider;
     use tracing_subscriber::layer::SubscriberExt;
 
@@ -99,6 +99,26 @@ mod tests {
 
             assert_eq!(headers[header::CORRELATION_ID], further[header::CORRELATION_ID]);
             assert_ne!(headers[header::TRACEPARENT], further[header::TRACEPARENT]);
+        });
+    }
+
+    #[test]
+    fn what_a_message_of_a_batch_causes_is_of_that_messages_trace_and_not_of_the_batchs() {
+        let tracer = opentelemetry_sdk::trace::SdkTracerProvider::builder().build().tracer("test");
+        let subscriber = tracing_subscriber::registry().with(tracing_opentelemetry::layer().with_tracer(tracer));
+        tracing::subscriber::with_default(subscriber, || {
+            let mut cause = Envelope::new(MessageId::new(), "payments", "payments.authorize.v1.reply");
+            cause.traceparent = Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".into());
+            let traceparent = |span: Span| {
+                let caused = span.in_scope(|| NewMessage::tombstone("topic", "key", "type.v1").caused_by(&cause));
+                caused.headers[header::TRACEPARENT].clone()
+            };
+            assert_eq!(Some(traceparent(tracing::info_span!("batch"))), cause.traceparent);
+            let message = tracing::info_span!("message");
+            continue_from(&message, &cause);
+            let ours = traceparent(message);
+            assert!(ours.starts_with("00-4bf92f3577b34da6a3ce929d0e0e4736-"), "{ours}");
+            assert_ne!(Some(ours), cause.traceparent, "it is our span's");
         });
     }
 

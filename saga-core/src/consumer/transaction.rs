@@ -136,7 +136,8 @@ impl<H: Handler> Desk<H> {
     fn begin_and(&self, lock: &str) -> String {
         let Place { consumer, topic, partition } = self.place();
         let key = hash(format!("{consumer}/{topic}/{partition}").as_bytes());
-        let silent = self.config.attempt_timeout.as_millis();
+        // What PostgreSQL takes: not 0, which is no bound.
+        let silent = self.config.attempt_timeout.as_millis().clamp(1, i32::MAX.unsigned_abs().into());
         format!(
             "begin isolation level read committed;
              select case when current_setting('idle_in_transaction_session_timeout') = '0'

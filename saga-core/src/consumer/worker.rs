@@ -49,12 +49,6 @@ const GATHER: Duration = Duration::from_micros(1_500);
 const FEW: usize = 100;
 /// Most parked records that are tried before new ones get their turn.
 const RETRIES_PER_TURN: usize = 32;
-/// Repeats of what will pass by itself: soon at first (a deadlock is over at once), then at leisure (an outage is not).
-const PATIENCE: Backoff = Backoff::doubling(Duration::from_millis(10), Duration::from_secs(2));
-
-/// Held by whoever makes an attempt that is noted or counted.
-static ALONE: Semaphore = Semaphore::const_new(1);
-
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
@@ -196,6 +190,7 @@ impl<H: Handler> Worker<H> {
 
     /// Each record in a transaction of its own, its attempt counted before.
     async fn one_by_one(&mut self, batch: Batch) -> Result<(), Ended> {
+        self.desk.ahead.give_back();
         // After an unclean stop most of what comes again is done: one question spares two commits for each of those.
         let arrivals = batch.arrivals(&self.desk.config);
         let pool = &self.desk.pool;
@@ -261,6 +256,7 @@ impl<H: Handler> Worker<H> {
             if clock::monotonic() < self.look_at_parked {
                 return Ok(());
             }
+            self.desk.ahead.give_back();
             let desk = &self.desk;
             let due = self.must(|| async { Ok(parking::next_due(&desk.pool, desk.place()).await?) }).await?;
             match due {
@@ -343,101 +339,6 @@ impl<H: Handler> Worker<H> {
             Ok(())
         };
         passed().map_err(|_| Ended::Crashed)
-    }
-
-    /// Repeats what will pass by itself for as long as it takes, counting nothing. A record's fault is an answer.
-    async fn insist<T, F, Fut>(&self, mut attempt: F) -> Result<Result<T, Fault>, Ended>
-    where
-        F: FnMut() -> Fut,
-        Fut: Future<Output = Result<T, Failure>>,
-    {
-        let mut delays = PATIENCE.delays();
-        let mut again = false;
-        loop {
-            let bound = self.desk.config.attempt_timeout;
-            let attempted = tokio::time::timeout(bound, attempt()).await;
-            let attempted = attempted.unwrap_or_else(|_| {
-                Err(Failure::Passing(format!("no answer within {} s; another connection is tried", bound.as_secs())))
-            });
-            let reason = match attempted {
-                Ok(value) => {
-                    self.pulse.database_answers();
-                    return Ok(Ok(value));
-                }
-                Err(Failure::Fault(fault)) => {
-                    self.pulse.database_answers();
-                    return Ok(Err(fault));
-                }
-                #[cfg(feature = "testkit")]
-                Err(Failure::Crash) => return Err(Ended::Crashed),
-                Err(Failure::Unprepared) => {
-                    // Upkeep is behind. What is refused for its age never comes here, so a partition can be made.
-                    debug_assert!(FUTURE_MAX < Duration::from_secs(14 * 24 * 3600));
-                    let made = inbox::add_partitions(&self.desk.pool, self.desk.config.horizon).await;
-                    made.err().map_or_else(|| "an inbox partition was missing".to_owned(), |error| error.to_string())
-                }
-                Err(Failure::Passing(reason)) => {
-                    again = false;
-                    reason
-                }
-                // At once, unless it wants that over and over.
-                Err(Failure::Again) if !again => {
-                    again = true;
-                    continue;
-                }
-                Err(Failure::Again) => HandleError::Again.to_string(),
-            };
-            self.pulse.database_fails(&reason);
-            self.pause(delays.next().unwrap_or(PATIENCE.max)).await?;
-        }
-    }
-
-    /// Waits; others may be alone meanwhile.
-    async fn pause(&self, time: Duration) -> Result<(), Ended> {
-        self.desk.ahead.give_back();
-        let alone = self.be_with_others();
-        tokio::select! {
-            () = self.stop.cancelled() => return Err(Ended::Stopped),
-            () = tokio::time::sleep(time) => {}
-        }
-        if alone { self.be_alone().await } else { Ok(()) }
-    }
-
-    async fn be_alone(&self) -> Result<(), Ended> {
-        self.desk.ahead.give_back();
-        let alone = tokio::select! {
-            () = self.stop.cancelled() => return Err(Ended::Stopped),
-            // It is never closed.
-            alone = ALONE.acquire() => alone.ok(),
-        };
-        *self.alone.lock().unwrap_or_else(PoisonError::into_inner) = alone;
-        Ok(())
-    }
-
-    /// Says whether it was alone.
-    fn be_with_others(&self) -> bool {
-        self.alone.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()
-    }
-
-    /// Likewise, for our own statements: there a fault is ours, and there is nobody else to try.
-    async fn must<T, F, Fut>(&self, mut attempt: F) -> Result<T, Ended>
-    where
-        F: FnMut() -> Fut,
-        Fut: Future<Output = Result<T, Failure>>,
-    {
-        let attempt = || {
-            let attempt = attempt();
-            async move {
-                attempt.await.map_err(|failure| match failure {
-                    Failure::Fault(fault) => Failure::Passing(format!("{}: {}", fault.class, fault.reason)),
-                    passing => passing,
-                })
-            }
-        };
-        match self.insist(attempt).await? {
-            Ok(value) => Ok(value),
-            Err(fault) => unreachable!("every fault was made passing: {fault:?}"),
-        }
     }
 }
 

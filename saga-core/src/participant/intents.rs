@@ -26,6 +26,7 @@ use crate::{
     fail_point::fail_point,
     outbox::{self, Tx},
     panics::panic_text,
+    service::database::is_outage,
 };
 use futures::FutureExt;
 use serde_json::Value;
@@ -212,16 +213,14 @@ impl Intents {
             return;
         }
         // Nothing was committed: whoever claims it next calls again and gets the same answer.
-        tracing::warn!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind, %error,
-            "an intent was not settled; trying again");
+        tell(&claim, &error, "an intent was not settled; trying again");
         let unsettled = if claim.attempts >= self.config.max_attempts {
             within(DATABASE_MAX, self.give_up(&claim, &error.to_string())).await
         } else {
             within(DATABASE_MAX, self.back_off(&claim, &error.to_string())).await
         };
         if let Err(error) = unsettled {
-            tracing::warn!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, %error,
-                "the claim is left to run out");
+            tell(&claim, &error, "the claim is left to run out");
         }
     }
 
@@ -338,6 +337,16 @@ impl Intents {
     }
 }
 
+/// In an outage of the database that is every call under way: whoever knows of the outage has told it once.
+fn tell(claim: &Claimed, error: &Unsettled, what: &str) {
+    let (command, saga, kind) = (claim.intent.cx.saga.command, claim.key.saga, &claim.kind);
+    if error.is_outage() {
+        tracing::debug!(%command, %saga, kind, %error, "{what}");
+    } else {
+        tracing::warn!(%command, %saga, kind, %error, "{what}");
+    }
+}
+
 /// What `work` comes to, or that the database did not answer in time.
 async fn within<T, E: From<sqlx::Error>>(bound: Duration, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
     let late = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
@@ -387,6 +396,15 @@ enum Unsettled {
 }
 
 impl Unsettled {
+    fn is_outage(&self) -> bool {
+        match self {
+            Self::Database(error) => is_outage(error),
+            Self::Handle(error) => !error.is_fault(),
+            #[cfg(feature = "testkit")]
+            Self::Injected(_) => false,
+        }
+    }
+
     /// The process is to look dead: the claim must run out.
     fn is_crash(&self) -> bool {
         match self {

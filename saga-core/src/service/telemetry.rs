@@ -11,13 +11,21 @@ use opentelemetry::{KeyValue, trace::TracerProvider};
 use opentelemetry_otlp::WithExportConfig;
 use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
 use std::{io, sync::OnceLock, time::Duration};
-use tracing_subscriber::{EnvFilter, Layer, Registry, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry, filter::LevelFilter, layer::SubscriberExt, util::SubscriberInitExt,
+};
 
-/// What libraries say over and over is not heard unless it is asked for by its name: whoever uses them here says once that
+/// What libraries say over and over is not heard unless it is asked for by name: whoever uses them here says once that
 /// Kafka or the database is away, while librdkafka tells each failed reconnect, and sqlx each connection that it finds
 /// broken and each that somebody waits for. SQL notices are PostgreSQL's chatter.
-const QUIET: &str = "librdkafka=off,rdkafka=off,sqlx::postgres::notice=warn,refinery_core=warn,\
-                     sqlx_core::pool=error,sqlx::pool=error";
+const QUIET: [(&str, LevelFilter); 6] = [
+    ("librdkafka", LevelFilter::OFF),
+    ("rdkafka", LevelFilter::OFF),
+    ("sqlx::pool", LevelFilter::ERROR),
+    ("sqlx_core::pool", LevelFilter::ERROR),
+    ("sqlx::postgres::notice", LevelFilter::WARN),
+    ("refinery_core", LevelFilter::WARN),
+];
 const DEFAULT_FILTER: &str = "info";
 
 /// Seconds; from half a millisecond (one transaction) to half a minute (a step's deadline).
@@ -41,9 +49,21 @@ impl Default for TelemetrySettings {
     }
 }
 
-/// Of two directives for one target the last counts.
+/// The filter, and the libraries' directives where it does not name them; they make nothing louder.
 fn with_quiet(filter: &str) -> String {
-    format!("{QUIET},{filter}")
+    let level = |directive: &str| directive.parse::<LevelFilter>().ok();
+    let everything = filter.split(',').filter_map(|directive| level(directive.trim())).next_back();
+    let named: Vec<_> = filter
+        .split(',')
+        .map(str::trim)
+        .filter(|directive| !directive.is_empty() && level(directive).is_none())
+        .filter_map(|directive| directive.split(['=', '[']).next())
+        .collect();
+    let quiet = QUIET
+        .iter()
+        .filter(|(target, _)| !named.iter().any(|name| target.starts_with(name) || name.starts_with(target)))
+        .map(|(target, most)| format!("{target}={}", everything.unwrap_or(LevelFilter::OFF).min(*most)));
+    quiet.chain([filter.to_owned()]).collect::<Vec<_>>().join(",")
 }
 
 /// For whom the logs are.
@@ -175,15 +195,24 @@ mod tests {
         let log = Log::hear(&settings.filter);
         tracing::warn!(target: "sqlx_core::pool::inner", "a broken connection");
         tracing::error!(target: "librdkafka", "a failed reconnect");
+        tracing::warn!(target: "sqlx::postgres::notice", "a notice");
         tracing::info!("ours");
         log.said("").iter().map(|line| line["message"].as_str().unwrap_or_default().to_owned()).collect()
     }
 
     #[test]
     fn what_libraries_say_over_and_over_is_heard_when_it_is_asked_for_by_name() {
-        assert_eq!(heard(None), ["ours"]);
-        assert_eq!(heard(Some("info")), ["ours"]);
-        assert_eq!(heard(Some("warn,librdkafka=error")), ["a failed reconnect"]);
-        assert_eq!(heard(Some("info,sqlx_core::pool=warn")), ["a broken connection", "ours"]);
+        assert_eq!(heard(None), ["a notice", "ours"]);
+        assert_eq!(heard(Some("info")), ["a notice", "ours"]);
+        assert_eq!(heard(Some("warn,librdkafka=error")), ["a failed reconnect", "a notice"]);
+        assert_eq!(heard(Some("info, sqlx_core::pool=warn")), ["a broken connection", "a notice", "ours"]);
+        assert_eq!(heard(Some("info,sqlx=debug")), ["a broken connection", "a notice", "ours"]);
+    }
+
+    #[test]
+    fn where_less_is_asked_for_less_is_heard() {
+        assert!(heard(Some("error")).is_empty());
+        assert!(heard(Some("off")).is_empty());
+        assert!(heard(Some("saga_core::other=info")).is_empty());
     }
 }
