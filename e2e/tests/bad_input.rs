@@ -166,7 +166,7 @@ fn who_is_started_without_kafka_waits_says_so_once_and_resumes_by_itself() {
             let order = platform.place(&Wish::of(&sku, 1)).await;
             platform.stack.service(*last).process.stop().await;
             start_without(platform, &[*last], "waiting for Kafka", async {
-                kafka.restart().await.expect("Kafka comes back")
+                kafka.restart().await.expect("Kafka comes back");
             })
             .await;
             order

@@ -14,7 +14,7 @@
 //! is done, and the inbox takes out what was.
 
 use super::{
-    HandleError, Handler,
+    Handler,
     buffer::Buffer,
     failure::{Failure, Fault, Retry},
     health::Pulse,
@@ -23,19 +23,13 @@ use super::{
     record::{Batch, Raw},
     transaction::Desk,
 };
-use crate::{
-    clock,
-    fail_point::fail_point,
-    gather::Gathering,
-    inbox::{self, FUTURE_MAX},
-    retry::Backoff,
-};
+use crate::{clock, fail_point::fail_point, gather::Gathering, inbox};
 use std::{
     collections::HashSet,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::SemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 

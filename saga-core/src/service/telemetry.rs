@@ -205,7 +205,7 @@ mod tests {
         assert_eq!(heard(None), ["a notice", "ours"]);
         assert_eq!(heard(Some("info")), ["a notice", "ours"]);
         assert_eq!(heard(Some("warn,librdkafka=error")), ["a failed reconnect", "a notice"]);
-        assert_eq!(heard(Some("info, sqlx_core::pool=warn")), ["a broken connection", "a notice", "ours"]);
+        assert_eq!(heard(Some("info,sqlx_core::pool=warn")), ["a broken connection", "a notice", "ours"]);
         assert_eq!(heard(Some("info,sqlx=debug")), ["a broken connection", "a notice", "ours"]);
     }
 
