@@ -13,8 +13,6 @@ use serde_json::json;
 use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
-const SOON: Duration = Duration::from_secs(40);
-
 #[tokio::test]
 async fn replies_come_through_kafka_and_one_that_cannot_be_read_is_dead_lettered_while_the_others_go_on() {
     let world = World::new().await;

@@ -57,6 +57,8 @@ pub(crate) struct Order {
     pub(crate) order: u32,
 }
 
+pub(crate) const SOON: Duration = Duration::from_secs(40);
+
 pub(crate) fn order_saga(version: u32) -> Saga<Order> {
     let twice = RetryPolicy::exponential(2, Duration::from_millis(10), Duration::from_secs(1));
     saga::<Order>("order", version)
