@@ -21,7 +21,7 @@ pub struct ConsumerConfig {
     pub buffer: usize,
     /// After so long without an end, a transaction with what its handler does is given up, and repeated on another
     /// connection: a database whose machine is gone says nothing, for a quarter of an hour. Counts nothing. Longer than
-    /// any handler takes. PostgreSQL ends a session of ours that is silent for so long, unless the pool says less.
+    /// any handler takes. PostgreSQL ends a session of ours that is silent for so long, unless the pool says otherwise.
     pub attempt_timeout: Duration,
     /// How often a record is tried before it is dead-lettered.
     pub attempts: u32,
