@@ -152,6 +152,10 @@ fn mistakes() -> Vec<(&'static str, Decide)> {
             }
             _ => decide(definition, state, event, now),
         }),
+        ("a deadline that has passed counts only when the timers look", |definition, state, event, now| {
+            let now = if matches!(event, Event::Reply(_)) { OffsetDateTime::UNIX_EPOCH } else { now };
+            decide(definition, state, event, now)
+        }),
         ("a cancel is taken after the pivot's command was issued", |definition, state, event, now| {
             let (after, effects) = decide(definition, state, event, now);
             if matches!(event, Event::Cancel { .. })
@@ -173,7 +177,7 @@ fn mistakes() -> Vec<(&'static str, Decide)> {
 
 #[test]
 fn every_seeded_mistake_is_found_and_its_schedule_replays() {
-    let order = definition(&ORDER, 2, None);
+    let order = definition(&ORDER, 2, HOUR);
     for (mistake, wrong) in mistakes() {
         let model = Model::new(&order, Limits { breaks: 0, external: false, ..EVERYTHING }, wrong);
         let violation = model.walk(1_000_000).err().unwrap_or_else(|| panic!("not found: {mistake}"));

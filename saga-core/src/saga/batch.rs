@@ -13,6 +13,7 @@ use super::{
     store::{self, Change},
 };
 use crate::{
+    id::SagaId,
     outbox::Tx,
     panics::panic_text,
     service::database::{is_conflict, is_outage},
@@ -132,6 +133,13 @@ impl<'e, 'm> Batch<'e, 'm> {
     }
 
     async fn store(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
+        let with_strays: Vec<SagaId> = self.cases.iter().filter(|case| case.has_strays()).map(Case::saga).collect();
+        if !with_strays.is_empty() {
+            let told = store::strays(tx, &with_strays).await?;
+            for case in &mut self.cases {
+                case.forget(told.get(&case.saga()).map_or(&[], Vec::as_slice));
+            }
+        }
         let messages: Vec<_> = self.cases.iter_mut().flat_map(|case| std::mem::take(&mut case.messages)).collect();
         let changes: Vec<Change<'_>> = self.cases.iter().filter_map(|case| case.change(self.now)).collect();
         let events: Vec<_> = self.cases.iter().flat_map(Case::events).collect();

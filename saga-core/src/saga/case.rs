@@ -23,6 +23,9 @@ use std::{
 };
 use time::OffsetDateTime;
 
+/// After so many kinds of replies that nobody waited for, a saga's log is told of no more; they are counted.
+const STRAYS_MAX: usize = 64;
+
 /// Something that happens to a saga, with what its log will say.
 pub(super) struct Incident<'m> {
     pub(super) event: Event,
@@ -43,6 +46,8 @@ pub(super) struct Case<'m> {
     cause: Option<&'m Envelope>,
     local: Option<(usize, Op)>,
     entries: Vec<Entry>,
+    /// Why replies were ignored here, also those that the log knows already.
+    pub(super) ignored: Vec<Ignored>,
     pub(super) messages: Vec<NewMessage>,
     pub(super) verdicts: Vec<Verdict>,
     /// Attempts that were settled here, with how long they took: what the step's duration is measured by.
@@ -75,6 +80,7 @@ impl<'m> Case<'m> {
             cause: None,
             local: None,
             entries: Vec::new(),
+            ignored: Vec::new(),
             messages: Vec::new(),
             verdicts: Vec::new(),
             settled: Vec::new(),
@@ -122,7 +128,7 @@ impl<'m> Case<'m> {
     }
 
     fn take(&mut self, incident: Incident<'m>, reply_topic: &str, now: OffsetDateTime) -> Result<(), BatchError> {
-        let Incident { event, mut what, cause, flaw } = incident;
+        let Incident { event, what, cause, flaw } = incident;
         let before = self.row.state.open().copied();
         if let Event::Reply(reply) = &event
             && let Ok(open) = answers(&self.definition, &self.row.state, reply)
@@ -132,15 +138,9 @@ impl<'m> Case<'m> {
         }
         let (state, effects) = decide(&self.definition, &self.row.state, &event, now);
         self.verdicts.push(effects.verdict);
-        match effects.verdict {
-            Verdict::Taken => {}
-            Verdict::Ignored(why) => match (&event, what) {
-                (Event::Reply(_), What::Reply { step, op, attempt, outcome }) => {
-                    what = What::Ignored { step, op, attempt, outcome, why };
-                }
-                // Nothing was due, or the caller is told: nothing for the log.
-                _ => return Ok(()),
-            },
+        if let Verdict::Ignored(why) = effects.verdict {
+            self.ignore(what, why);
+            return Ok(());
         }
         if let Some(open) = before
             && state.open().is_none_or(|now_open| (now_open.step, now_open.op) != (open.step, open.op))
@@ -149,9 +149,31 @@ impl<'m> Case<'m> {
         }
         self.cause = cause;
         self.entries.push(Entry { what, then: Vec::new() });
-        self.row.revision += 1;
         self.apply(state, effects, reply_topic, now);
         Ok(())
+    }
+
+    /// A reply that nobody waits for is for the log, once. Anything else was not due, or its caller is told.
+    fn ignore(&mut self, what: What, why: Ignored) {
+        let What::Reply { step, op, attempt, outcome } = what else { return };
+        self.ignored.push(why);
+        let what = What::Ignored { step, op, attempt, outcome, why };
+        if self.entries.iter().all(|entry| entry.what.stray() != what.stray()) {
+            self.entries.push(Entry { what, then: Vec::new() });
+        }
+    }
+
+    /// Whether the log may know already some of what it would be told: [`Case::forget`] wants to hear what that is.
+    pub(super) fn has_strays(&self) -> bool {
+        self.entries.iter().any(|entry| entry.what.stray().is_some())
+    }
+
+    /// Leaves out replies of a kind that the log has `told`, or all of them once it has told enough.
+    pub(super) fn forget(&mut self, told: &[Entry]) {
+        self.entries.retain(|entry| {
+            let stray = entry.what.stray();
+            stray.is_none() || (told.len() < STRAYS_MAX && told.iter().all(|told| told.what.stray() != stray))
+        });
     }
 
     /// What became of the local effect that stood in the way.
@@ -210,7 +232,7 @@ impl<'m> Case<'m> {
             definition: &self.row.definition,
             version: self.row.version,
             from_revision: self.from_revision,
-            to_revision: self.row.revision,
+            to_revision: self.from_revision + i32::try_from(self.entries.len()).unwrap_or(i32::MAX),
             state,
             due,
             armed_at,
@@ -241,16 +263,6 @@ impl<'m> Case<'m> {
         message(&self.definition, &self.row.state, &self.row.input, send, reply_topic).map(|message| match self.cause {
             Some(cause) => message.caused_by(cause),
             None => message,
-        })
-    }
-}
-
-impl Case<'_> {
-    /// Whether a reply was ignored, and why.
-    pub(super) fn ignored(&self) -> impl Iterator<Item = Ignored> {
-        self.entries.iter().filter_map(|entry| match entry.what {
-            What::Ignored { why, .. } => Some(why),
-            _ => None,
         })
     }
 }

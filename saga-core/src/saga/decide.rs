@@ -8,6 +8,7 @@
 //!   whenever it comes.
 //! - A cancel, and the saga's deadline, work until the pivot's command is issued; the open step is undone at once, as
 //!   in doubt.
+//! - A deadline that has passed counts whatever comes next: a reply is taken for what it says, and nothing new is begun.
 //! - Never `compensated` with an undo open; never stuck without a word why.
 //! - What does not answer the open command is ignored by name, and is no error.
 
@@ -38,7 +39,7 @@ pub fn start(definition: &Definition, saga: SagaId, now: OffsetDateTime) -> (Sta
         steps: Vec::with_capacity(definition.steps().len()),
         status: Status::Completed,
         failure: None,
-        deadline: definition.deadline().map(|deadline| now + deadline),
+        deadline: definition.deadline().map(|deadline| moment::after(now, deadline)),
     };
     let mut turn = Turn::new(definition, state, now);
     turn.advance_to(0);
@@ -146,9 +147,7 @@ impl<'d> Turn<'d> {
     }
 
     fn on_due(mut self) -> (State, Effects) {
-        if self.state.deadline.is_some_and(|deadline| self.now >= deadline)
-            && let Some(open) = self.cancellable()
-        {
+        if let Some(open) = self.late() {
             self.cancel(&open, FailureKind::Deadline, None);
             return self.taken();
         }
@@ -179,6 +178,10 @@ impl<'d> Turn<'d> {
     }
 
     fn on_retry(mut self) -> (State, Effects) {
+        if let Some(open) = self.late() {
+            self.cancel(&open, FailureKind::Deadline, None);
+            return self.taken();
+        }
         match self.state.status.clone() {
             Status::Stuck { open, .. } => {
                 self.issue(Open { attempt: open.attempt + 1, tries: 1, ..open });
@@ -216,8 +219,12 @@ impl<'d> Turn<'d> {
     // Forward.
 
     fn done(&mut self, step: usize, reply: Value) {
+        let late = self.late().is_some();
         self.state.steps[step] = StepState::Done(reply);
-        self.advance_to(step + 1);
+        match late {
+            true => self.compensate(step, FailureKind::Deadline, None, None),
+            false => self.advance_to(step + 1),
+        }
     }
 
     fn advance_to(&mut self, step: usize) {
@@ -242,6 +249,12 @@ impl<'d> Turn<'d> {
     }
 
     // Backward.
+
+    /// The open step, if the saga's deadline has passed while it could still be undone.
+    fn late(&self) -> Option<Open> {
+        let passed = self.state.deadline.is_some_and(|deadline| self.now >= deadline);
+        self.cancellable().filter(|_| passed)
+    }
 
     fn cancel(&mut self, open: &Open, kind: FailureKind, reason: Option<String>) {
         if open.wait == Wait::Local {
@@ -300,7 +313,7 @@ impl<'d> Turn<'d> {
             }
             Some(remote) => {
                 // A silent participant is given more time with each attempt, or resends would pile up in its topic.
-                let patience = remote.deadline + self.pause_before(remote, op, step, tries);
+                let patience = remote.deadline.saturating_add(self.pause_before(remote, op, step, tries));
                 (open.wait, open.due) = (Wait::Reply, Some(self.later(patience)));
                 let command = command_id(self.definition, self.state.saga, step, op);
                 self.actions.push(Action::Send(Send { step, op, occurrence: OCCURRENCE, command, attempt }));
@@ -320,6 +333,9 @@ impl<'d> Turn<'d> {
 
     /// The participant says that it did not work: the command stays open, and is resent after a pause.
     fn attempt_failed(&mut self, open: Open, error: &str) {
+        if self.late().is_some() {
+            return self.cancel(&open, FailureKind::Deadline, Some(error.to_owned()));
+        }
         let stuck = matches!(self.state.status, Status::Stuck { .. });
         match self.remote(open.step) {
             Some(remote) if !stuck && !self.is_exhausted(&open) => {
@@ -372,6 +388,6 @@ impl<'d> Turn<'d> {
     }
 
     fn later(&self, by: Duration) -> OffsetDateTime {
-        moment::cut(self.now + by)
+        moment::after(self.now, by)
     }
 }

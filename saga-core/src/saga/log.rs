@@ -62,7 +62,27 @@ pub enum What {
     },
 }
 
+/// What a reply that nobody waits for tells of its saga, whatever the attempt. A saga's log tells each of them once: a
+/// participant, or a stranger, may send the same thing for ever.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Stray<'w> {
+    /// `None` where the command is none of the saga's: then the reply may say anything.
+    answers: Option<(&'w str, Op, Outcome)>,
+    why: Ignored,
+}
+
 impl What {
+    /// `None` for what is no such reply.
+    pub(super) fn stray(&self) -> Option<Stray<'_>> {
+        match self {
+            Self::Ignored { why: why @ Ignored::Unknown, .. } => Some(Stray { answers: None, why: *why }),
+            Self::Ignored { step, op, outcome, why, .. } => {
+                Some(Stray { answers: Some((step, *op, *outcome)), why: *why })
+            }
+            _ => None,
+        }
+    }
+
     /// As it stands in the log's column.
     pub fn kind(&self) -> &'static str {
         match self {

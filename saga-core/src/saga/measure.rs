@@ -20,7 +20,7 @@ pub(super) fn decided(case: &Case<'_>) {
         histogram!("saga_step_duration_seconds", "saga" => saga(), "step" => step, "op" => open.op.as_str())
             .record(seconds);
     }
-    for why in case.ignored() {
+    for why in &case.ignored {
         counter!("saga_replies_ignored_total", "saga" => saga(), "reason" => why.as_str()).increment(1);
     }
     for told in case.entries().iter().flat_map(|entry| &entry.then) {

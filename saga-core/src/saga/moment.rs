@@ -1,12 +1,21 @@
 //! Times in a saga's JSON: whole milliseconds since 1970, thirteen digits instead of thirty characters.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
-use time::OffsetDateTime;
+use std::time::Duration;
+use time::{OffsetDateTime, PrimitiveDateTime};
 
 /// As fine as the state is stored, so that what is decided twice is the same before and after a crash.
 pub(super) fn cut(at: OffsetDateTime) -> OffsetDateTime {
     at.replace_millisecond(at.millisecond()).unwrap_or(at)
 }
+
+/// So much later; a time that no calendar has (year 10,000 and on) is the last one that it has.
+pub(super) fn after(at: OffsetDateTime, by: Duration) -> OffsetDateTime {
+    let by = by.try_into().unwrap_or(time::Duration::MAX);
+    cut(at.checked_add(by).unwrap_or(LAST))
+}
+
+const LAST: OffsetDateTime = PrimitiveDateTime::MAX.assume_utc();
 
 fn to_millis(at: OffsetDateTime) -> i64 {
     at.unix_timestamp() * 1000 + i64::from(at.millisecond())

@@ -11,6 +11,7 @@ use crate::{
 };
 use serde_json::Value;
 use sqlx::{Row as _, postgres::PgRow, types::Json};
+use std::collections::HashMap;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -277,6 +278,29 @@ async fn rearm(tx: &mut Tx<'_>, changes: &[Change<'_>]) -> sqlx::Result<()> {
     .execute(&mut **tx)
     .await?;
     Ok(())
+}
+
+/// The replies that nobody waited for, as far as the logs of `sagas` tell them: one of each kind. Asked only when there is
+/// such a reply.
+pub(super) async fn strays(tx: &mut Tx<'_>, sagas: &[SagaId]) -> sqlx::Result<HashMap<SagaId, Vec<Entry>>> {
+    let found: Vec<(Uuid, Json<Value>)> = sqlx::query_as(
+        "select distinct on (saga_id, entry ->> 'step', entry ->> 'op', entry ->> 'outcome', entry ->> 'why')
+                saga_id, entry
+           from saga_event
+          where saga_id = any($1)
+            and kind = 'ignored'",
+    )
+    .bind(sagas.iter().map(|saga| saga.0).collect::<Vec<Uuid>>())
+    .fetch_all(&mut **tx)
+    .await?;
+    let mut told: HashMap<SagaId, Vec<Entry>> = HashMap::new();
+    for (saga, Json(entry)) in found {
+        // One that this build cannot read is of a kind that this build does not write.
+        if let Ok(entry) = serde_json::from_value(entry) {
+            told.entry(SagaId(saga)).or_default().push(entry);
+        }
+    }
+    Ok(told)
 }
 
 /// Keeps replies for a replica that can decide them.

@@ -7,4 +7,5 @@ mod inspection;
 mod running;
 mod starts;
 mod support;
+mod time;
 mod trouble;

@@ -85,7 +85,7 @@ pub(crate) fn order_saga(version: u32) -> Saga<Order> {
         .build()
 }
 
-fn told(happened: &Happened<'_, Ref>) -> String {
+pub(crate) fn told(happened: &Happened<'_, Ref>) -> String {
     match happened {
         Happened::Yes(reply) => format!("undo {}", reply.reference),
         Happened::InDoubt => "in doubt".into(),

@@ -1,7 +1,7 @@
 //! What the builder's types cannot see: names. Checked when the engine is built, every mistake at once.
 
 use super::{Definition, StepKind};
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 /// A mistake in a definition that only its values show.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +33,9 @@ pub enum DefinitionError {
         /// Which step.
         step: String,
     },
+    /// A saga that is late before it has begun would do nothing.
+    #[error("saga `{0}` has less than a millisecond until its deadline")]
+    NoTime(String),
 }
 
 impl Definition {
@@ -43,6 +46,9 @@ impl Definition {
         let mut names = BTreeSet::new();
         if self.steps.is_empty() {
             errors.push(DefinitionError::NoSteps(saga()));
+        }
+        if self.deadline.is_some_and(|deadline| deadline < Duration::from_millis(1)) {
+            errors.push(DefinitionError::NoTime(saga()));
         }
         let all_names = std::iter::once(self.name.as_str())
             .chain(self.steps.iter().map(|step| step.name.as_str()))

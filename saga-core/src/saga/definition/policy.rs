@@ -50,7 +50,7 @@ impl RetryPolicy {
         let (high, low) = saga.0.as_u64_pair();
         let seed = high ^ low.rotate_left(17) ^ ((step as u64) << 32) ^ u64::from(tries);
         let quarter = u32::try_from(spread(seed) % 256).unwrap_or(0);
-        pause - pause / 4 * quarter / 256
+        pause - pause / 1024 * quarter
     }
 }
 

@@ -70,6 +70,8 @@ pub struct World {
     messages: u128,
     pub(super) fences: [Fence; STEPS],
     breaks: u8,
+    /// The saga's deadline has passed, and the saga can still be undone.
+    pub(super) late: bool,
 }
 
 /// A message, by what it says.
@@ -96,10 +98,10 @@ pub enum Move {
     Record(usize, Choice),
     /// The orchestrator gets a reply; a local effect that follows may break.
     Reply(usize, Op, Note, Local),
-    /// The open wait is over.
+    /// The saga's deadline passes; nothing looks at the saga yet.
+    Deadline,
+    /// The timers look at the saga: the open wait is over, or the saga is late.
     Due(Local),
-    /// The saga's deadline passes.
-    Deadline(Local),
     /// Somebody cancels.
     Cancel(Local),
     /// An operator retries.
@@ -156,7 +158,8 @@ impl<'d> Model<'d> {
     pub fn begin(&self) -> Result<World, Violation> {
         let (state, effects) = start(self.definition, saga(), morning());
         let breaks = self.limits.breaks;
-        let world = World { state: self.intern(state), messages: 0, fences: [Fence::Absent; STEPS], breaks };
+        let (state, fences) = (self.intern(state), [Fence::Absent; STEPS]);
+        let world = World { state, messages: 0, fences, breaks, late: false };
         self.carry_out(world, Rc::new(effects), Local::Works)
     }
 
@@ -190,9 +193,9 @@ impl<'d> Model<'d> {
         let state = self.state(world);
         let Some(open) = state.open() else { return moves };
         let stuck = matches!(state.status, Status::Stuck { .. });
+        moves.extend((!world.late && self.can_be_late(&state)).then_some(Move::Deadline));
         for local in locals.iter().copied() {
-            moves.extend(open.due.map(|_| Move::Due(local)));
-            moves.extend(state.deadline.map(|_| Move::Deadline(local)));
+            moves.extend((open.due.is_some() || world.late).then_some(Move::Due(local)));
             moves.extend(self.limits.cancels.then_some(Move::Cancel(local)));
             moves.extend((stuck && open.attempt < self.limits.attempts).then_some(Move::Retry(local)));
         }
@@ -214,6 +217,12 @@ impl<'d> Model<'d> {
         }
     }
 
+    /// Held against the definition and not against the deadline that the saga remembers.
+    fn can_be_late(&self, state: &State) -> bool {
+        let past = self.definition.pivot().is_some_and(|pivot| state.steps.len() > pivot);
+        self.definition.deadline().is_some() && state.failure.is_none() && !past && !state.is_finished()
+    }
+
     fn refusable(&self, step: usize) -> bool {
         !matches!(&self.definition.steps()[step].kind, StepKind::Remote(remote) if remote.role == Role::Retriable)
     }
@@ -221,7 +230,7 @@ impl<'d> Model<'d> {
     /// What becomes of `world`, or the rule that is broken.
     pub fn take(&self, world: &World, next: Move) -> Result<World, Violation> {
         let mut after = *world;
-        let (event, local, now) = match next {
+        let (event, local) = match next {
             Move::Deliver(step, op, attempt, choice) => {
                 self.deliver(&mut after, step, op, attempt, choice);
                 return self.checked(after);
@@ -234,13 +243,16 @@ impl<'d> Model<'d> {
                 self.settle(&mut after, step, choice);
                 return self.checked(after);
             }
-            Move::Reply(step, op, note, local) => (self.reply(step, op, note), local, morning()),
-            Move::Due(local) => (Event::Due, local, noon()),
-            Move::Deadline(local) => (Event::Due, local, evening()),
-            Move::Cancel(local) => (Event::Cancel { reason: String::new() }, local, morning()),
-            Move::Retry(local) => (Event::Retry, local, morning()),
+            Move::Deadline => {
+                after.late = true;
+                return self.checked(after);
+            }
+            Move::Reply(step, op, note, local) => (self.reply(step, op, note), local),
+            Move::Due(local) => (Event::Due, local),
+            Move::Cancel(local) => (Event::Cancel { reason: String::new() }, local),
+            Move::Retry(local) => (Event::Retry, local),
         };
-        let (state, effects) = self.decided(world.state, event, now);
+        let (state, effects) = self.decided(world, event);
         after.state = state;
         let after = self.carry_out(after, effects, local)?;
         rules::check_step(self, world, &after)?;
@@ -309,8 +321,10 @@ impl<'d> Model<'d> {
                     Event::LocalDone
                 }
             };
-            (world.state, effects) = self.decided(world.state, event, morning());
+            (world.state, effects) = self.decided(&world, event);
         }
+        let state = self.state(&world);
+        world.late &= state.failure.is_none();
         self.checked(world)
     }
 
@@ -320,10 +334,13 @@ impl<'d> Model<'d> {
     }
 
     /// `decide`, asked once for each state and event: it is a function.
-    fn decided(&self, state: u32, event: Event, now: OffsetDateTime) -> Decided {
-        let deadline = now == evening();
-        // The two times that can pass are two events here; the key has to tell them apart.
-        let key = (if deadline { state | DEADLINE } else { state }, event);
+    fn decided(&self, &World { state, late, .. }: &World, event: Event) -> Decided {
+        let now = match event {
+            _ if late => evening(),
+            Event::Due => noon(),
+            _ => morning(),
+        };
+        let key = (if late { state | LATE } else { state }, event);
         if let Some((state, effects)) = self.memo.borrow().get(&key) {
             return (*state, Rc::clone(effects));
         }
@@ -357,7 +374,7 @@ impl<'d> Model<'d> {
     }
 }
 
-const DEADLINE: u32 = 1 << 31;
+const LATE: u32 = 1 << 31;
 
 fn saga() -> SagaId {
     SagaId(uuid::Uuid::from_u128(1))

@@ -42,6 +42,7 @@ pub(super) fn check_action(model: &Model<'_>, world: &World, action: &Action) ->
     let state = model.state(world);
     let steps = model.definition.steps();
     if op == Op::Do {
+        hold(!world.late, "nothing, above all no pivot, is begun after the saga's deadline")?;
         let earlier = state.steps[..step].iter().all(|how| matches!(how, StepState::Done(_)));
         hold(earlier, "a step is begun when every step before it is done")?;
         return hold(state.failure.is_none(), "nothing is begun once the saga is being undone");
@@ -86,7 +87,8 @@ fn check_ends(model: &Model<'_>, world: &World, state: &State) -> Result<(), Vio
     match &state.status {
         Status::Completed => {
             let all = world.fences[..steps.len()].iter().all(|fence| *fence == Fence::Done);
-            hold(all && state.steps.len() == steps.len(), "completed means that every effect is there, for ever")
+            hold(all && state.steps.len() == steps.len(), "completed means that every effect is there, for ever")?;
+            hold(!world.late, "a saga without a pivot completes before its deadline")
         }
         Status::Compensated => {
             let pivot = model.definition.pivot();

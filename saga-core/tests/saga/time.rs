@@ -1,0 +1,135 @@
+//! Time passing: deadlines that nobody looked at in time, and what comes long after it was wanted.
+
+use crate::support::*;
+use saga_core::{
+    id::{CommandId, SagaId},
+    saga::{Engine, RetryPolicy, Saga, saga},
+    testkit::deliver,
+};
+use std::{sync::Arc, time::Duration};
+
+/// An order that has an hour until its money is taken.
+fn hurried(retry: RetryPolicy) -> Saga<Order> {
+    saga::<Order>("hurried", 1)
+        .saga_deadline(Duration::from_secs(3600))
+        .step("authorize", |order, ()| Authorize { order: order.order, with: None })
+        .retry(retry)
+        .undo(|order, (), happened| Void { order: order.order, with: Some(told(&happened)) })
+        .pivot("capture", |order, (_,)| Capture { order: order.order, with: None })
+        .build()
+}
+
+fn engine(world: &World, saga: &Saga<Order>) -> Arc<Engine> {
+    Engine::builder(world.database.pool.clone(), &world.reply_topic).define(saga).build().unwrap()
+}
+
+async fn begin(engine: &Arc<Engine>, saga: &Saga<Order>, order: u32) -> SagaId {
+    let id = SagaId::new();
+    engine.start(id, saga, &Order { order }, &order.to_string()).await.unwrap();
+    id
+}
+
+impl World {
+    /// Lets the deadlines of all sagas be over; the timers do not notice.
+    async fn deadlines_pass(&self) {
+        sqlx::query("update saga set state = jsonb_set(state, '{deadline}', '1000') where state ? 'deadline'")
+            .execute(&self.database.pool)
+            .await
+            .unwrap();
+    }
+
+    async fn failure(&self, saga: SagaId) -> String {
+        sqlx::query_scalar("select state -> 'failure' ->> 'kind' from saga where saga_id = $1")
+            .bind(saga.0)
+            .fetch_one(&self.database.pool)
+            .await
+            .unwrap()
+    }
+}
+
+#[tokio::test]
+async fn a_reply_after_the_sagas_deadline_issues_no_pivot_though_no_timer_has_looked() {
+    let (world, hurried) = (World::new().await, hurried(RetryPolicy::COMPENSABLE));
+    let engine = engine(&world, &hurried);
+    let [done, refused, failed_once] =
+        [begin(&engine, &hurried, 1).await, begin(&engine, &hurried, 2).await, begin(&engine, &hurried, 3).await];
+    world.deadlines_pass().await;
+    let answers = [
+        succeeded(&world.last(done).await),
+        rejected(&world.last(refused).await),
+        failed(&world.last(failed_once).await),
+    ];
+    deliver(&world.database.pool, &engine.handler(), &answers).await.unwrap();
+    assert_eq!(world.trail(done).await, ["authorize", "-authorize"]);
+    assert_eq!(world.last(done).await.with.as_deref(), Some("undo authorize 1"), "what the reply said is known");
+    assert_eq!(world.trail(failed_once).await, ["authorize", "-authorize"], "nothing is tried again");
+    assert_eq!(world.status(refused).await, "compensated");
+    for (saga, why) in [(done, "deadline"), (failed_once, "deadline"), (refused, "rejected")] {
+        assert_eq!(world.failure(saga).await, why);
+    }
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn a_deadline_of_forever_is_as_late_as_a_calendar_knows() {
+    let world = World::new().await;
+    let forever = RetryPolicy { max: Duration::MAX, first: Duration::MAX, ..RetryPolicy::COMPENSABLE };
+    let patient = saga::<Order>("patient", 1)
+        .saga_deadline(Duration::MAX)
+        .step("authorize", |order, ()| Authorize { order: order.order, with: None })
+        .deadline(Duration::MAX)
+        .retry(forever)
+        .undo(|order, (), _| Void { order: order.order, with: None })
+        .pivot("capture", |order, (_,)| Capture { order: order.order, with: None })
+        .deadline(Duration::MAX)
+        .build();
+    let engine = engine(&world, &patient);
+    let saga = begin(&engine, &patient, 1).await;
+    let authorize = world.last(saga).await;
+    deliver(&world.database.pool, &engine.handler(), &[failed(&authorize)]).await.unwrap();
+    deliver(&world.database.pool, &engine.handler(), &[succeeded(&authorize)]).await.unwrap();
+    assert_eq!(world.trail(saga).await, ["authorize", "capture"]);
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn latecomers_move_no_revision_and_each_kind_of_them_is_logged_once() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let authorize = world.last(saga).await;
+    world.succeed(saga).await;
+    world.succeed(saga).await;
+    world.time_out().await;
+    world.time_out().await;
+    assert_eq!(world.status(saga).await, "stuck");
+    let strays = |n: u32| {
+        let stranger =
+            Sent { command: CommandId(uuid::Uuid::new_v4()), step: format!("step {n}"), ..authorize.clone() };
+        let again = Sent { attempt: n + 2, ..authorize.clone() };
+        [succeeded(&authorize), rejected(&authorize), succeeded(&again), succeeded(&stranger)]
+    };
+    world.deliver(&strays(0)).await;
+    let (seen, log) = (world.revision(saga).await, world.kinds(saga).await);
+    for n in 1..50 {
+        world.deliver(&strays(n)).await;
+    }
+    assert_eq!((world.revision(saga).await, world.kinds(saga).await), (seen, log.clone()));
+    let ignored = log.iter().filter(|kind| *kind == "ignored").count();
+    assert_eq!(ignored, 3, "a duplicate, a late one, one that is a stranger's: {log:?}");
+    world.engine.retry(saga, seen, "the gateway is back", "ann").await.unwrap();
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn a_log_that_has_told_enough_kinds_of_latecomers_is_told_no_more() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let authorize = world.last(saga).await;
+    world.succeed(saga).await;
+    for n in 0..100 {
+        world.deliver(&[succeeded(&Sent { step: format!("step {n}"), ..authorize.clone() })]).await;
+    }
+    let ignored = world.kinds(saga).await.iter().filter(|kind| *kind == "ignored").count();
+    assert!(ignored <= 64, "{ignored}");
+    world.audit().await;
+}
