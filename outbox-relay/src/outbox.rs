@@ -10,7 +10,7 @@ use crate::{
     settings::{OutboxSettings, Settings},
     topics::Topics,
 };
-use saga_core::service::database::is_outage;
+use saga_core::error_class::is_outage;
 use sqlx::postgres::PgConnectOptions;
 use std::{
     sync::{Arc, Mutex},

@@ -15,6 +15,9 @@
 //! | [`participant`] | command, decide, reply: fenced and idempotent, external effects by intent |
 //! | [`saga`] | define a saga, decide (pure), persist, run, inspect |
 //! | [`http`] | problem details, health, metrics, mountable inspection routes |
+//! | [`error_class`] | what an error of PostgreSQL or Kafka means: the one classifier |
+//! | [`transaction`] | the transaction that every part uses: bounded here and in the server |
+//! | [`outage`] | what is away, since when: the one place that knows outages |
 //! | [`retry`], [`clock`] | the only users of `backoff` and of time |
 //! | [`service`] | what a `main` needs: configuration, telemetry, pools, migrations, topics, shutdown |
 
@@ -22,11 +25,13 @@ pub mod clock;
 pub mod command;
 pub mod consumer;
 pub mod envelope;
+pub mod error_class;
 mod fail_point;
 mod gather;
 pub mod http;
 pub mod id;
 pub mod inbox;
+pub mod outage;
 pub mod outbox;
 mod panics;
 pub mod participant;
@@ -37,3 +42,4 @@ pub mod service;
 pub mod testkit;
 pub mod topic;
 pub mod trace;
+pub mod transaction;

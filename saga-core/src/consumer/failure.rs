@@ -5,7 +5,7 @@
 //! otherwise, and counted.
 
 use super::HandleError;
-use crate::{outbox::AppendError, service::database};
+use crate::{error_class, outbox::AppendError};
 use std::borrow::Cow;
 
 /// Why a transaction did not commit.
@@ -131,7 +131,7 @@ impl From<crate::testkit::failpoints::Injected> for Failure {
 
 /// Whether the database's answer says nothing about the record: the same will do another time.
 fn passes(error: &sqlx::Error) -> bool {
-    if database::is_outage(error) || database::is_conflict(error) {
+    if error_class::is_outage(error) || error_class::is_conflict(error) {
         return true;
     }
     match error {

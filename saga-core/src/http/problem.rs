@@ -4,7 +4,7 @@
 //! inside (SQL, paths, other customers' data) is in it: an unexpected error is logged with its cause and answered
 //! with the request's id, by which the log line is found.
 
-use crate::service::database::{is_conflict, is_outage};
+use crate::error_class::{is_conflict, is_outage};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde::Serialize;

@@ -23,10 +23,10 @@ use super::{
 use crate::{
     consumer::HandleError,
     envelope::{Op, Outcome},
+    error_class::is_outage,
     fail_point::fail_point,
     outbox::{self, Tx},
     panics::panic_text,
-    service::database::is_outage,
 };
 use futures::FutureExt;
 use serde_json::Value;

@@ -13,10 +13,10 @@ use super::{
     store::{self, Change},
 };
 use crate::{
+    error_class::{is_conflict, is_outage},
     id::SagaId,
     outbox::Tx,
     panics::panic_text,
-    service::database::{is_conflict, is_outage},
 };
 use futures::FutureExt;
 use sqlx::Acquire;

@@ -17,11 +17,11 @@ use super::{
 };
 use crate::{
     clock,
+    error_class::{is_conflict, is_outage},
     fail_point::fail_point,
     gather::{Gathering, MOMENT},
     id::SagaId,
     outbox,
-    service::database::{is_conflict, is_outage},
 };
 use sqlx::{Connection, PgConnection, Postgres, pool::PoolConnection};
 use std::{

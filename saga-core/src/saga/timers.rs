@@ -6,10 +6,10 @@
 
 use super::{batch::BatchError, engine::Engine, measure, runner::Incoming, store};
 use crate::{
+    error_class::{is_conflict, is_outage},
     fail_point::fail_point,
     id::SagaId,
     outbox,
-    service::database::{is_conflict, is_outage},
 };
 use std::{
     io::ErrorKind,

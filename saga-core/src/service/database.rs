@@ -6,7 +6,10 @@
 //! says about itself, before anybody else gets it.
 
 use super::config::DatabaseSettings;
-use crate::retry::Backoff;
+use crate::{
+    error_class::{is_current, is_outage},
+    retry::Backoff,
+};
 use sqlx::{
     Connection, Error, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
@@ -53,6 +56,9 @@ pub fn pool_options(max_connections: u32) -> PgPoolOptions {
         .test_before_acquire(false)
         .before_acquire(|connection, use_| {
             Box::pin(async move {
+                if !is_current(use_.age) {
+                    return Ok(false);
+                }
                 if use_.idle_for > TRUSTED {
                     connection.ping().await?;
                 }
@@ -103,28 +109,4 @@ pub(super) async fn wait_for(options: &PgConnectOptions) -> Result<PgConnection,
             Err(error) => return Err(error),
         }
     }
-}
-
-/// Whether `error` says that the database is away, so that the same thing may work later: it counts no attempt.
-#[must_use]
-pub fn is_outage(error: &Error) -> bool {
-    match error {
-        Error::Io(_) | Error::PoolTimedOut | Error::PoolClosed | Error::WorkerCrashed => true,
-        // A cut connection may show itself as half a message.
-        Error::Protocol(_) => true,
-        Error::Database(database) => database.code().is_some_and(|code| {
-            // 08: connection; 53: no resources (too many connections); 57P01..5: shutting down, starting up, idle
-            // session ended; 25P03: idle transaction ended; 25006: a standby that is not yet a primary.
-            code.starts_with("08")
-                || code.starts_with("53")
-                || matches!(&*code, "57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "25P03" | "25006")
-        }),
-        _ => false,
-    }
-}
-
-/// Whether `error` says that a concurrent transaction was in the way: the same thing, repeated at once, may work.
-#[must_use]
-pub fn is_conflict(error: &Error) -> bool {
-    matches!(error, Error::Database(database) if matches!(database.code().as_deref(), Some("40001" | "40P01")))
 }

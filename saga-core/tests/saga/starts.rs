@@ -3,9 +3,10 @@
 use crate::support::*;
 use futures::future::join_all;
 use saga_core::{
+    error_class::is_outage,
     id::SagaId,
     saga::{Engine, Saga, StartError, saga},
-    service::database::{is_outage, pool_options},
+    service::database::pool_options,
     testkit::{
         FreezingProxy, eventually,
         failpoints::{FailPoint, Fault},

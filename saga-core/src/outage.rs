@@ -1,0 +1,156 @@
+//! What is away, since when: the one place that knows outages, for all parts of a process.
+//!
+//! Every part that needs a dependency reports what it saw. The first failure of an outage is logged, and so is its end,
+//! once each, however many parts report and however often. An outage ends when a part worked and no part failed for
+//! two seconds after: a server that starts up accepts one connection and refuses the next. Nothing survives the process; a
+//! new process sees the outage itself.
+
+use crate::clock;
+use sqlx::PgPool;
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+/// No part may fail for so long after one worked, or the outage goes on.
+const CALM: Duration = Duration::from_secs(2);
+
+/// One dependency or part of this process, and whether it is away. Metrics: `outage{dependency}` is 1 during an outage,
+/// `outages_total{dependency}` counts them.
+#[derive(Debug)]
+pub struct Outage {
+    dependency: String,
+    now: Mutex<Option<Away>>,
+}
+
+#[derive(Debug, Clone)]
+struct Away {
+    since: Instant,
+    reason: String,
+    failed: Instant,
+    /// Whether a part worked after the last failure.
+    worked: bool,
+}
+
+/// The outages of this process, by dependency.
+static ALL: Mutex<Option<HashMap<String, Weak<Outage>>>> = Mutex::new(None);
+
+impl Outage {
+    /// The outage of `dependency`, one for all parts that name it so.
+    #[must_use]
+    pub fn of(dependency: &str) -> Arc<Self> {
+        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = all.get_or_insert_default();
+        if let Some(known) = all.get(dependency).and_then(Weak::upgrade) {
+            return known;
+        }
+        all.retain(|_, known| known.strong_count() > 0);
+        let new = Arc::new(Self { dependency: dependency.to_owned(), now: Mutex::new(None) });
+        all.insert(dependency.to_owned(), Arc::downgrade(&new));
+        new
+    }
+
+    /// The outage of the database that `pool` connects to.
+    #[must_use]
+    pub fn of_database(pool: &PgPool) -> Arc<Self> {
+        let options = pool.connect_options();
+        let socket = options.get_socket().map(|socket| socket.display().to_string());
+        let host = socket.unwrap_or_else(|| options.get_host().to_owned());
+        let name = options.get_database().unwrap_or_else(|| options.get_username());
+        Self::of(&format!("database {name} at {host}:{}", options.get_port()))
+    }
+
+    /// A part could not use it, for this reason.
+    pub fn failing(&self, reason: &str) {
+        if self.fails(reason, clock::monotonic()) {
+            let dependency = &self.dependency;
+            metrics::counter!("outages_total", "dependency" => dependency.clone()).increment(1);
+            self.gauge(1.0);
+            tracing::warn!(dependency, reason, "cannot be used; what needs it waits, and resumes by itself");
+        }
+    }
+
+    /// A part used it.
+    pub fn working(&self) {
+        self.works(clock::monotonic());
+    }
+
+    /// Fine, or the reason and since when.
+    ///
+    /// # Errors
+    /// In words, during an outage.
+    pub fn check(&self) -> Result<(), String> {
+        let now = clock::monotonic();
+        self.end_if_over(now);
+        match &*self.lock() {
+            None => Ok(()),
+            Some(Away { since, reason, .. }) => {
+                let seconds = now.saturating_duration_since(*since).as_secs();
+                Err(format!("{} cannot be used for {seconds} s: {reason}", self.dependency))
+            }
+        }
+    }
+
+    /// Says whether this is the first failure of an outage.
+    fn fails(&self, reason: &str, now: Instant) -> bool {
+        let mut away = self.lock();
+        let first = away.is_none();
+        let since = away.as_ref().map_or(now, |away| away.since);
+        *away = Some(Away { since, reason: reason.to_owned(), failed: now, worked: false });
+        first
+    }
+
+    fn works(&self, now: Instant) {
+        if let Some(away) = &mut *self.lock() {
+            away.worked = true;
+        }
+        self.end_if_over(now);
+    }
+
+    fn end_if_over(&self, now: Instant) {
+        let ended = self.lock().take_if(|away| away.worked && now.saturating_duration_since(away.failed) >= CALM);
+        if let Some(ended) = ended {
+            let seconds = now.saturating_duration_since(ended.since).as_secs();
+            self.gauge(0.0);
+            tracing::info!(dependency = self.dependency, seconds, "can be used again");
+        }
+    }
+
+    fn gauge(&self, value: f64) {
+        metrics::gauge!("outage", "dependency" => self.dependency.clone()).set(value);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Away>> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_outage_begins_once_and_ends_when_all_was_calm_for_a_while() {
+        let outage = Outage::of("database of this test");
+        let start = clock::monotonic();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!(outage.fails("refused", at(0)), "the first failure is the beginning");
+        assert!(!outage.fails("refused", at(1)), "the next is not");
+        outage.works(at(2));
+        assert!(!outage.fails("starting up", at(3)), "one answer in between is no end");
+        outage.works(at(4));
+        assert!(outage.lock().is_some(), "a second after a failure it is not over");
+        outage.works(at(5));
+        assert!(outage.lock().is_none());
+        assert!(outage.fails("refused", at(6)), "the second outage has a beginning, too");
+    }
+
+    #[test]
+    fn all_parts_that_name_one_dependency_share_its_outage() {
+        let (one, other) = (Outage::of("shared by this test"), Outage::of("shared by this test"));
+        one.failing("refused");
+        assert!(other.check().unwrap_err().contains("shared by this test cannot be used for 0 s: refused"));
+        assert!(Outage::of("another of this test").check().is_ok());
+    }
+}

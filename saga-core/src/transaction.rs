@@ -1,0 +1,160 @@
+//! The one transaction type of all parts: it knows its bound, the server knows it too, and its commit wakes the relay.
+//!
+//! Dropping a future ends nothing in PostgreSQL: a backend that waits for a lock does not look at its socket. So a
+//! transaction cannot begin without a [`Bound`]. The part gives it up after [`Bound::client`]; PostgreSQL ends the statement a
+//! little later (`statement_timeout`), and from version 17 on the whole transaction (`transaction_timeout`). That is before
+//! the pool gives up on the connection, so an attempt that was abandoned never costs a backend beside the pool's.
+//!
+//! When the process dies, the server ends the statement within the bound, and rolls back.
+
+use crate::outbox::{self, Tx};
+use sqlx::{AssertSqlSafe, PgPool};
+use std::{
+    io,
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
+
+/// How long one attempt at a transaction may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bound(Duration);
+
+impl Bound {
+    /// At least 1 ms; at most what PostgreSQL can be given (24 days).
+    #[must_use]
+    pub const fn new(client: Duration) -> Self {
+        Self(client)
+    }
+
+    /// When the part gives the attempt up.
+    #[must_use]
+    pub const fn client(self) -> Duration {
+        self.0
+    }
+
+    /// When PostgreSQL ends a statement of it: a tenth later than [`Bound::client`], 0.1 to 0.5 s, so that the part's own
+    /// bound comes first, and the server's before the pool closes the connection.
+    #[must_use]
+    pub fn server(self) -> Duration {
+        self.0.saturating_add(self.margin())
+    }
+
+    fn margin(self) -> Duration {
+        (self.0 / 10).clamp(Duration::from_millis(100), Duration::from_millis(500))
+    }
+
+    /// What `work` comes to, or a time-out of the kind that an outage is. What `work` holds is dropped.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`io::ErrorKind::TimedOut`].
+    pub async fn within<T, E: From<sqlx::Error>>(self, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        tokio::time::timeout(self.0, work).await.unwrap_or_else(|_| Err(self.no_answer().into()))
+    }
+
+    /// The error of an attempt that was given up.
+    #[must_use]
+    pub fn no_answer(self) -> sqlx::Error {
+        let text = format!("no answer from the database within {:?}", self.0);
+        sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, text))
+    }
+
+    /// Begins a read committed transaction under this bound; `columns`, if any, are evaluated under it in the same round trip.
+    pub(crate) fn begin_sql(self, columns: &str) -> String {
+        let statement = milliseconds(self.server());
+        let transaction = milliseconds(self.server().saturating_add(self.margin()));
+        let comma = if columns.is_empty() { "" } else { ", " };
+        format!(
+            "begin isolation level read committed;
+             set local statement_timeout = {statement};
+             select case when current_setting('server_version_num')::int >= 170000
+                         then set_config('transaction_timeout', '{transaction}', true) end{comma}{columns}"
+        )
+    }
+}
+
+/// Whether an attempt was given up by its [`Bound`], here or in the server.
+#[must_use]
+pub fn is_timeout(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => error.kind() == io::ErrorKind::TimedOut,
+        sqlx::Error::Database(answer) => matches!(answer.code().as_deref(), Some("57014" | "25P04")),
+        _ => false,
+    }
+}
+
+/// What PostgreSQL takes: not 0, which is no bound.
+fn milliseconds(bound: Duration) -> u128 {
+    bound.as_millis().clamp(1, i32::MAX.unsigned_abs().into())
+}
+
+/// A transaction of a part's own, read committed. Dropped, it is rolled back. Give it, as [`Tx`], to whatever works within it.
+#[must_use = "a transaction that is dropped is rolled back"]
+pub struct Transaction {
+    tx: Tx<'static>,
+    pool: PgPool,
+}
+
+impl Transaction {
+    /// Begins on a connection of `pool`, in one round trip. Run it, with the work and the commit, inside [`Bound::within`].
+    ///
+    /// # Errors
+    /// When the pool has no connection in time, or the database says no.
+    pub async fn begin(pool: &PgPool, bound: Bound) -> Result<Self, sqlx::Error> {
+        let tx = pool.begin_with(AssertSqlSafe(bound.begin_sql(""))).await?;
+        Ok(Self { tx, pool: pool.clone() })
+    }
+
+    /// Commits, and tells the relay that there may be messages to publish. A transaction in which a statement failed must not
+    /// come here: PostgreSQL answers its commit with a rollback, and the driver calls that a success.
+    ///
+    /// # Errors
+    /// That of the commit. When the connection was lost, the commit is in doubt: ids that the caller made tell, when they are
+    /// looked for.
+    pub async fn commit(self) -> Result<(), sqlx::Error> {
+        outbox::commit(self.tx, &self.pool).await
+    }
+
+    /// Commits a transaction that appended no message.
+    ///
+    /// # Errors
+    /// As of [`Transaction::commit`].
+    pub async fn commit_quietly(self) -> Result<(), sqlx::Error> {
+        self.tx.commit().await
+    }
+
+    /// Rolls back now, rather than when the connection is next used.
+    ///
+    /// # Errors
+    /// When the connection is lost; then the server rolls back by itself.
+    pub async fn rollback(self) -> Result<(), sqlx::Error> {
+        self.tx.rollback().await
+    }
+}
+
+impl Deref for Transaction {
+    type Target = Tx<'static>;
+
+    fn deref(&self) -> &Tx<'static> {
+        &self.tx
+    }
+}
+
+impl DerefMut for Transaction {
+    fn deref_mut(&mut self) -> &mut Tx<'static> {
+        &mut self.tx
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_servers_bound_is_a_little_above_the_parts_own() {
+        for (client, server) in [(200, 300), (1_000, 1_100), (2_000, 2_200), (30_000, 30_500), (60_000, 60_500)] {
+            assert_eq!(Bound::new(Duration::from_millis(client)).server(), Duration::from_millis(server));
+        }
+        assert_eq!(milliseconds(Bound::new(Duration::MAX).server()), i32::MAX.unsigned_abs().into());
+        assert_eq!(milliseconds(Duration::ZERO), 1, "0 would be no bound");
+    }
+}
