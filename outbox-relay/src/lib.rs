@@ -7,10 +7,10 @@
 //! | [`snapshot`], [`position`] | which rows come next: the outbox between two snapshots, by id |
 //! | `reader`, `nudges` | reads ahead, page by page; topics that catch up after a pause beside the main flow |
 //! | `session` | decides what becomes of each row, keeps many in flight; one producer's life |
-//! | `record`, `producer`, `tracker` | a row as a record; the producer; what Kafka acknowledged |
+//! | `record`, `producer`, `in_flight` | a row as a record; the producer; what is on its way, and what Kafka acknowledged |
 //! | `commit`, `batch_log` | records progress under the lease |
 //! | `fate`, `refusal`, `parking`, `pause`, `retry` | rows and topics that Kafka refuses |
-//! | `lease`, `owner`, [`outbox`] | who publishes; one owner's time; one outbox in this process |
+//! | `lease`, `owner`, [`outbox`], `supervisor` | who publishes; one owner's time; one outbox in this process; its panics |
 //! | `control`, `pending`, `gauges`, `metric` | what operators want, and what they see |
 //! | `database` | conversations with the outbox's database, each of them bounded |
 //! | [`settings`], [`config`] | what it needs to know |
@@ -44,8 +44,8 @@ mod row;
 mod session;
 pub mod settings;
 pub mod snapshot;
+mod supervisor;
 mod topics;
-mod tracker;
 
 use outbox::Outbox;
 pub use settings::{OutboxSettings, Settings};
@@ -74,12 +74,8 @@ impl Relay {
 
     /// Publishes until `stop`; then hands over what it owns. A failing outbox is tried again and stops no other.
     pub async fn run(&self, stop: CancellationToken) {
-        let mut running = tokio::task::JoinSet::new();
-        for outbox in &*self.outboxes {
-            let (outbox, stop) = (outbox.clone(), stop.clone());
-            running.spawn(async move { outbox.run(&stop).await });
-        }
-        running.join_all().await;
+        let running = self.outboxes.iter().map(|outbox| supervisor::supervise(outbox.clone(), stop.clone()));
+        futures::future::join_all(running).await;
     }
 }
 

@@ -24,11 +24,11 @@ pub(crate) fn describe() {
 
 /// A page is acknowledged.
 pub(crate) fn published(outbox: &str, flight: &Flight) {
-    for (topic, rows) in &flight.topics {
-        metrics::counter!("outbox_published_total", "outbox" => outbox.to_owned(), "topic" => topic.clone())
-            .increment(*rows);
+    for (topic, rows) in flight.published() {
+        metrics::counter!("outbox_published_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned())
+            .increment(rows);
     }
-    if let Some(oldest) = flight.oldest {
+    if let Some(oldest) = flight.oldest() {
         let age = (clock::now() - oldest).as_seconds_f64().max(0.0);
         metrics::histogram!("outbox_publish_duration_seconds", "outbox" => outbox.to_owned()).record(age);
     }

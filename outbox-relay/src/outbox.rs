@@ -85,6 +85,11 @@ impl Status {
         self.set(Role::Owner, Some(problem.to_owned()));
     }
 
+    /// The outbox was ended by a fault in the relay itself.
+    pub(crate) fn fault(&self, panic: String) {
+        self.set(Role::Failing, Some(panic));
+    }
+
     pub(crate) fn publishing(&self) {
         self.set(Role::Owner, None);
     }

@@ -7,7 +7,6 @@ use crate::{
     commit::{CommitError, Recorder},
     control::{self, Control, Wanted},
     database::PrivateLine,
-    in_flight::InFlight,
     lease::{Lease, LeaseError},
     outbox::Outbox,
     parking::Blocked,
@@ -17,9 +16,10 @@ use crate::{
     record::RecordBuilder,
     session::{Ended, Memory, Session},
 };
+use futures::FutureExt as _;
 use saga_core::clock;
 use sqlx::PgConnection;
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{any::Any, collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinError,
@@ -76,7 +76,7 @@ pub(crate) enum OwnerError {
         /// What the task does.
         what: &'static str,
         /// What it said.
-        why: JoinError,
+        why: String,
     },
 }
 
@@ -102,7 +102,10 @@ pub(crate) async fn own(
     tokio::select! {
         biased;
         lost = lease.keep(line) => Err(lost.into()),
-        ended = publish(outbox, lease, stop) => ended,
+        // The lease is given back also after a panic, and the outbox tries again.
+        ended = AssertUnwindSafe(publish(outbox, lease, stop)).catch_unwind() => ended.unwrap_or_else(|panic| {
+            Err(OwnerError::Panicked { what: "publishing", why: message(&*panic) })
+        }),
     }
 }
 
@@ -268,7 +271,6 @@ async fn session(
         paused,
         resumed: HashMap::new(),
         limits: HashMap::new(),
-        in_flight: InFlight::default(),
         at,
         control,
         retry_at: None,
@@ -289,7 +291,13 @@ async fn session(
 
 /// What a task said at its end, unless it panicked.
 fn joined<T>(what: &'static str, ended: Result<T, JoinError>) -> Result<T, OwnerError> {
-    ended.map_err(|why| OwnerError::Panicked { what, why })
+    ended.map_err(|why| OwnerError::Panicked { what, why: why.to_string() })
+}
+
+/// What a panic said.
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| String::from("it said nothing"))
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@
 //! waits for its remaining reports: some never come.
 
 use crate::{
+    in_flight::{InFlight, Ticket},
     topics::Topics,
-    tracker::{Ticket, Tracker},
 };
 use rdkafka::{
     ClientConfig, ClientContext,
@@ -54,7 +54,7 @@ impl Brokers {
 /// Receives the delivery reports, on the producer's polling thread.
 pub(crate) struct Reports {
     outbox: String,
-    tracker: Arc<Tracker>,
+    in_flight: Arc<InFlight>,
     brokers: Arc<Brokers>,
 }
 
@@ -78,13 +78,13 @@ impl ProducerContext for Reports {
         match result {
             Ok(_) => {
                 self.brokers.back(&self.outbox);
-                self.tracker.delivered(Ticket(ticket));
+                self.in_flight.delivered(Ticket(ticket));
             }
             Err((error, _)) => {
                 let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
                 // Purged by ourselves: the producer is being dropped.
                 if !matches!(code, RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight) {
-                    self.tracker.failed(Ticket(ticket), code);
+                    self.in_flight.failed(Ticket(ticket), code);
                 }
             }
         }
@@ -104,7 +104,7 @@ pub(crate) enum Offered {
 /// Publishes to Kafka; drop it to give up what it still holds.
 pub(crate) struct Publisher {
     producer: Option<ThreadedProducer<Reports>>,
-    pub(crate) tracker: Arc<Tracker>,
+    pub(crate) in_flight: Arc<InFlight>,
     brokers: Arc<Brokers>,
     /// Batches are no larger than this.
     pub(crate) batch_bytes: usize,
@@ -119,8 +119,8 @@ impl Publisher {
         limit: usize,
         state: Arc<Brokers>,
     ) -> Result<Self, KafkaError> {
-        let tracker = Arc::new(Tracker::default());
-        let context = Reports { outbox: outbox.to_owned(), tracker: tracker.clone(), brokers: state.clone() };
+        let in_flight = Arc::new(InFlight::default());
+        let context = Reports { outbox: outbox.to_owned(), in_flight: in_flight.clone(), brokers: state.clone() };
         let batch_bytes = BATCH_BYTES.min(limit.saturating_sub(crate::record::BATCH_HEADER)).max(1);
         let producer = ClientConfig::new()
             .set("bootstrap.servers", brokers)
@@ -143,7 +143,7 @@ impl Publisher {
             .set("allow.auto.create.topics", "false")
             .set("topic.metadata.propagation.max.ms", "10000")
             .create_with_context(context)?;
-        Ok(Self { producer: Some(producer), tracker, brokers: state, batch_bytes })
+        Ok(Self { producer: Some(producer), in_flight, brokers: state, batch_bytes })
     }
 
     fn producer(&self) -> &ThreadedProducer<Reports> {
@@ -155,9 +155,9 @@ impl Publisher {
         let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(row.topic(), ticket.0).headers(built.headers);
         record.key = row.key().map(str::as_bytes);
         record.payload = row.payload();
-        self.tracker.sending();
+        self.in_flight.sending();
         let Err((error, _)) = self.producer().send(record) else { return Offered::Taken };
-        self.tracker.not_sent();
+        self.in_flight.not_sent();
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::QueueFull) => Offered::Full,
             code => Offered::Refused(code.unwrap_or(RDKafkaErrorCode::Unknown)),

@@ -6,7 +6,7 @@
 
 use crate::{
     commit::{CommitError, Progress},
-    in_flight::Flight,
+    in_flight::{Decided, Flight, Ticket},
     parking::{self, Line},
     pause::{self, Cause, LeftBehind},
     record,
@@ -14,7 +14,6 @@ use crate::{
     row::Row,
     session::{Ended, Session},
     topics,
-    tracker::Ticket,
 };
 use sqlx::Connection as _;
 use std::{collections::HashMap, time::Duration};
@@ -130,11 +129,8 @@ impl Session {
             self.refused_again(&row, &reason);
             return Ok(Some(Err((row.id(), reason))));
         }
-        let number = self.publisher.tracker.open(1);
-        let mut flight = Flight::mark(Progress::Nothing);
-        flight.sending(&row);
-        self.in_flight.push(flight);
-        self.publisher.tracker.seal(number);
+        let number = self.publisher.in_flight.open(Flight::parked(&row));
+        self.publisher.in_flight.seal(number, Decided { oldest: Some(row.created_at()), ..Decided::default() });
         let ticket = Ticket::new(number, 0);
         let sent = match self.offer(&row, built, ticket).await? {
             Some(code) => Err(Ended::Refused { id: Some(row.id()), code, alone: true }),

@@ -4,7 +4,7 @@
 //!  reader ──pages──▶ session ──records──▶ librdkafka ──▶ Kafka
 //!                      ▲  │                   │
 //!                      │  └──progress──▶ recorder ──▶ batch log
-//!                      └──── tracker ◀── delivery reports
+//!                      └── in flight ◀── delivery reports
 //! ```
 //!
 //! One session is one producer. Whatever goes wrong ends it; the next one reads the position from the batch log and sends
@@ -16,7 +16,7 @@ use crate::{
     control::Control,
     database::Database,
     fate::Fate,
-    in_flight::{Flight, InFlight},
+    in_flight::{Decided, Flight, GivenUp, Ticket},
     metric,
     parking::Blocked,
     pause::{Cause, LeftBehind},
@@ -27,7 +27,6 @@ use crate::{
     refusal::Refusal,
     row::Row,
     topics::Topics,
-    tracker::Ticket,
 };
 use rdkafka::types::RDKafkaErrorCode;
 use std::{
@@ -121,7 +120,6 @@ pub(crate) struct Session {
     pub(crate) resumed: HashMap<String, OffsetDateTime>,
     /// `max.message.bytes` of the topics seen.
     pub(crate) limits: HashMap<String, usize>,
-    pub(crate) in_flight: InFlight,
     /// Where the main flow stands.
     pub(crate) at: Position,
     pub(crate) control: watch::Receiver<Arc<Control>>,
@@ -148,13 +146,13 @@ impl Session {
 
     async fn run_once(&mut self, items: &mut mpsc::Receiver<Item>) -> Result<(), Ended> {
         self.complete().await?;
-        let room = self.in_flight.rows < ROWS_IN_FLIGHT && self.in_flight.bytes < BYTES_IN_FLIGHT;
-        let tracker = self.publisher.tracker.clone();
+        let in_flight = self.publisher.in_flight.clone();
+        let room = in_flight.has_room(ROWS_IN_FLIGHT, BYTES_IN_FLIGHT);
         let turn = self.retry_at.unwrap_or_else(|| Instant::from_std(saga_core::clock::monotonic()));
         tokio::select! {
             biased;
             () = self.stop.cancelled() => Err(Ended::Stopped),
-            () = tracker.changed.notified() => Ok(()),
+            () = in_flight.changed.notified() => Ok(()),
             () = tokio::time::sleep(LOOK_AT_PRODUCER) => self.look_at_producer(),
             changed = self.control.changed() => match changed {
                 Ok(()) => self.obey().await,
@@ -175,16 +173,15 @@ impl Session {
 
     /// Hands on what is complete, and notices a failure.
     pub(crate) async fn complete(&mut self) -> Result<(), Ended> {
-        for _ in 0..self.publisher.tracker.take_complete() {
-            let Some(flight) = self.in_flight.pop() else { break };
+        while let Some(flight) = self.publisher.in_flight.take_complete() {
             self.pages_done.send_modify(|done| *done += usize::from(flight.is_page()));
             metric::published(&self.outbox, &flight);
             // A recorder that has gone has its own reason, which is told where it is joined.
             self.progress.send(flight.into_progress()).await.map_err(|_| CommitError::Fenced)?;
         }
-        if let Some((ticket, code)) = self.publisher.tracker.failure() {
+        if let Some((id, code)) = self.publisher.in_flight.failure() {
             let alone = self.memory.careful > 0;
-            return Err(Ended::Refused { id: self.in_flight.id(ticket), code, alone });
+            return Err(Ended::Refused { id, code, alone });
         }
         Ok(())
     }
@@ -199,9 +196,7 @@ impl Session {
 
     /// Puts something into the sequence that is true as soon as all before it is.
     async fn mark(&mut self, progress: Progress) -> Result<(), Ended> {
-        let number = self.publisher.tracker.open(0);
-        self.in_flight.push(Flight::mark(progress));
-        self.publisher.tracker.seal(number);
+        self.publisher.in_flight.mark(progress);
         self.complete().await
     }
 
@@ -241,19 +236,19 @@ impl Session {
     }
 
     async fn send(&mut self, page: Page) -> Result<(), Ended> {
-        let number = self.publisher.tracker.open(page.rows.len());
-        let mut flight = Flight::of(&page, number);
-        let sent = self.send_rows(&page, number, &mut flight).await;
+        let number = self.publisher.in_flight.open(Flight::of(&page));
+        let mut decided = Decided::default();
+        let sent = self.send_rows(&page, number, &mut decided).await;
         if page.lane.is_none() && sent.is_ok() {
             let after = page.rows.last().map_or(page.after, Row::id);
             self.at = Position { base: page.base, target: page.target, after };
         }
-        self.in_flight.push(flight);
-        self.publisher.tracker.seal(number);
+        // Also where sending failed: what is acknowledged of the page has still to be told from what is not.
+        self.publisher.in_flight.seal(number, decided);
         sent
     }
 
-    async fn send_rows(&mut self, page: &Page, number: usize, flight: &mut Flight) -> Result<(), Ended> {
+    async fn send_rows(&mut self, page: &Page, number: usize, decided: &mut Decided) -> Result<(), Ended> {
         let mut before = page.after;
         let mut rows = page.rows.iter().enumerate();
         loop {
@@ -267,7 +262,7 @@ impl Session {
                     self.send_all(&mut ready).await?;
                 }
                 let ticket = Ticket::new(number, index);
-                if let Some(built) = self.ready(page, row, before, ticket, flight).await? {
+                if let Some(built) = self.ready(page, row, before, ticket, decided).await? {
                     ready.push((row, built, ticket));
                 }
                 before = row.id();
@@ -293,30 +288,29 @@ impl Session {
         row: &Row,
         before: i64,
         ticket: Ticket,
-        flight: &mut Flight,
+        decided: &mut Decided,
     ) -> Result<Option<Built>, Ended> {
         let index = ticket.row();
         match self.fate(page, row, before).await? {
             Fate::Send(built) => {
-                flight.sending(row);
+                decided.oldest.get_or_insert_with(|| row.created_at());
                 return Ok(Some(built));
             }
             Fate::Park(park) => {
                 let (id, topic, reason) = (park.id, row.topic(), &park.reason);
                 record::span(row).in_scope(|| warn!(outbox = self.outbox, id, topic, reason, "parked a row"));
                 metric::parked(&self.outbox, row.topic());
-                flight.parked.push((index, park));
+                decided.parked.push((index, park));
             }
             Fate::Leave(left) => {
                 let LeftBehind { topic, reason, .. } = &left;
                 warn!(outbox = self.outbox, topic, reason, "the topic is paused; others go on");
                 self.paused.insert(topic.clone());
-                flight.left_behind.push((index, left));
+                decided.left_behind.push((index, left));
             }
             Fate::Pass => {}
         }
-        flight.not_sent.push(index);
-        self.publisher.tracker.done(ticket);
+        self.publisher.in_flight.passed(ticket);
         Ok(None)
     }
 
@@ -349,8 +343,8 @@ impl Session {
                 Offered::Taken => return Ok(None),
                 Offered::Refused(code) => return Ok(Some(code)),
                 Offered::Full => {
-                    let sent = self.publisher.tracker.sent();
-                    self.wait_until(|session| session.publisher.tracker.sent() < sent).await?;
+                    let sent = self.publisher.in_flight.sent();
+                    self.wait_until(|session| session.publisher.in_flight.sent() < sent).await?;
                 }
             }
         }
@@ -358,19 +352,19 @@ impl Session {
 
     /// Waits until a row that was just sent is acknowledged.
     pub(crate) async fn acknowledged(&mut self, ticket: Ticket) -> Result<(), Ended> {
-        self.wait_until(|session| session.publisher.tracker.is_done(ticket)).await
+        self.wait_until(|session| session.publisher.in_flight.is_done(ticket)).await
     }
 
     /// Waits until everything sent so far is acknowledged.
     pub(crate) async fn settle(&mut self) -> Result<(), Ended> {
-        self.wait_until(|session| session.publisher.tracker.sent() == 0).await?;
+        self.wait_until(|session| session.publisher.in_flight.sent() == 0).await?;
         // The last of it may have been acknowledged since completed pages were looked for.
         self.complete().await
     }
 
     async fn wait_until(&mut self, done: impl Fn(&Self) -> bool) -> Result<(), Ended> {
-        let tracker = self.publisher.tracker.clone();
-        tracker.set_eager(true);
+        let in_flight = self.publisher.in_flight.clone();
+        in_flight.set_eager(true);
         let waited = loop {
             if let Err(ended) = self.complete().await {
                 break Err(ended);
@@ -381,13 +375,13 @@ impl Session {
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break Err(Ended::Stopped),
-                () = tracker.changed.notified() => {}
+                () = in_flight.changed.notified() => {}
                 () = tokio::time::sleep(LOOK_AT_PRODUCER) => if let Err(ended) = self.look_at_producer() {
                     break Err(ended);
                 },
             }
         };
-        tracker.set_eager(false);
+        in_flight.set_eager(false);
         waited
     }
 
@@ -395,11 +389,11 @@ impl Session {
     /// first; a stop waits a while for the rest.
     pub(crate) async fn finish(mut self, ended: &Ended) -> Memory {
         if matches!(ended, Ended::Stopped) {
-            let tracker = self.publisher.tracker.clone();
-            tracker.set_eager(true);
+            let in_flight = self.publisher.in_flight.clone();
+            in_flight.set_eager(true);
             let delivered = async {
-                while tracker.sent() > 0 && tracker.failure().is_none() {
-                    tracker.changed.notified().await;
+                while in_flight.sent() > 0 && in_flight.failure().is_none() {
+                    in_flight.changed.notified().await;
                 }
             };
             if tokio::time::timeout(LAST_DELIVERIES, delivered).await.is_err() {
@@ -411,9 +405,8 @@ impl Session {
         }
         // Its failure is why we are here.
         self.complete().await.ok();
-        let Self { publisher, in_flight, progress, memory, .. } = self;
-        let rows = in_flight.rows;
-        let (beginning, mut beyond) = in_flight.give_up(&publisher.tracker.acknowledged());
+        let Self { publisher, progress, memory, .. } = self;
+        let GivenUp { beginning, mut beyond, rows } = publisher.in_flight.give_up();
         if let Some(beginning) = beginning {
             progress.send(beginning).await.ok();
         }

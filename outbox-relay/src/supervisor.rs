@@ -1,0 +1,70 @@
+//! Runs an outbox, and starts it again when a fault in the relay itself ends it. What happens to one stops no other.
+
+use crate::outbox::Outbox;
+use std::{sync::Arc, time::Duration};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tracing::error;
+
+/// Between a panic and the next start: doubles from one panic to the next, up to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+
+/// Runs `outbox` until `stop`.
+pub(crate) async fn supervise(outbox: Arc<Outbox>, stop: CancellationToken) {
+    let run = || {
+        let (outbox, stop) = (outbox.clone(), stop.clone());
+        async move { outbox.run(&stop).await }
+    };
+    let reported = |panic: String| {
+        error!(
+            outbox = outbox.name,
+            panic, "a fault in the relay itself ended this outbox; it is started again, and the others go on"
+        );
+        outbox.status.fault(panic);
+    };
+    restart(run, reported, PAUSES, &stop).await;
+}
+
+/// Starts what `run` makes, and again after each panic, until it ends by itself or `stop`.
+async fn restart<F>(
+    run: impl Fn() -> F,
+    reported: impl Fn(String),
+    (mut pause, longest): (Duration, Duration),
+    stop: &CancellationToken,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    while let Err(panic) = AbortOnDropHandle::new(tokio::spawn(run())).await {
+        reported(panic.to_string());
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(longest),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    #[tokio::test]
+    async fn what_panics_is_started_again_and_each_panic_is_told() {
+        let starts = Arc::new(AtomicUsize::new(0));
+        let reported = Mutex::new(Vec::new());
+        let run = || {
+            let starts = starts.clone();
+            async move {
+                let start = starts.fetch_add(1, Ordering::SeqCst);
+                assert!(start >= 2, "fault {start}");
+            }
+        };
+        let soon = Duration::from_millis(1);
+        restart(run, |panic| reported.lock().unwrap().push(panic), (soon, soon), &CancellationToken::new()).await;
+        assert_eq!(starts.load(Ordering::SeqCst), 3);
+        let reported = reported.into_inner().unwrap();
+        assert!(reported.len() == 2 && reported[1].contains("fault 1"), "{reported:?}");
+    }
+}
