@@ -17,10 +17,10 @@ use contracts::{OrderId, money::Money, product::Sku};
 use http::{HeaderMap, StatusCode, header};
 use saga_core::{
     http::{
-        Cursor, Json, Limit, List, Path, Problem, Query,
+        Cursor, Json, Limit, List, Path, Problem, Query, REQUEST_MAX,
         idempotency::{self, Answer, IdempotencyKey},
     },
-    outbox,
+    transaction::Transaction,
 };
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
@@ -224,9 +224,9 @@ async fn change(
     let name = body.name.map(|name| Text::parse("name", &name)).transpose();
     let unit_price = body.unit_price.map(Price::parse).transpose();
     let (name, unit_price) = both(name, unit_price)?;
-    let mut tx = pool.begin().await?;
+    let mut tx = Transaction::begin(&pool, REQUEST_MAX).await?;
     let item = items::change_in(&mut tx, &sku, &Change { name, unit_price }, expected).await.map_err(item_problem)?;
-    outbox::commit(tx, &pool).await?;
+    tx.commit().await?;
     Ok(answer(item).into_response())
 }
 

@@ -14,9 +14,11 @@ use crate::{
 use contracts::{OrderId, topics::ORDERS_REPLIES};
 use saga_core::{
     clock,
+    http::REQUEST_MAX,
     id::SagaId,
-    outbox::{self, Tx},
+    outbox::Tx,
     saga::{CancelError, Cancelled, Engine, EngineErrors, Saga, StartError},
+    transaction::Transaction,
 };
 use sqlx::PgPool;
 use std::{sync::Arc, time::Duration};
@@ -113,7 +115,7 @@ impl Orders {
         if store::find(&self.pool, order).await.map_err(StoreError::from)?.is_none() {
             return Ok(CancelOutcome::Unknown);
         }
-        let mut tx = self.pool.begin().await.map_err(StoreError::from)?;
+        let mut tx = Transaction::begin(&self.pool, REQUEST_MAX).await.map_err(StoreError::from)?;
         // The saga decides, and its row is locked first, as everywhere.
         let reason = CancelReason::CancelledByCustomer;
         let verdict = self.engine.cancel_in(&mut tx, SagaId(order.0), reason.as_str()).await?;
@@ -126,8 +128,8 @@ impl Orders {
         if verdict == Cancelled::Accepted && status.name() == StatusName::Pending {
             store::change_in(&mut tx, &[(order, Change::RequestCancel(reason))], clock::now()).await?;
         }
-        let found = store::find(&mut *tx, order).await.map_err(StoreError::from)?;
-        outbox::commit(tx, &self.pool).await.map_err(StoreError::from)?;
+        let found = store::find(&mut **tx, order).await.map_err(StoreError::from)?;
+        tx.commit().await.map_err(StoreError::from)?;
         self.live.nudge();
         let Some(found) = found.map(Box::new) else { return Ok(CancelOutcome::Unknown) };
         match verdict {

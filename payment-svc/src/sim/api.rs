@@ -19,8 +19,8 @@ use axum::{
 use contracts::money::Money;
 use http::StatusCode;
 use saga_core::{
-    http::{Json, Path, Problem, Query, idempotency::IdempotencyKey},
-    outbox::Tx,
+    http::{Json, Path, Problem, Query, REQUEST_MAX, idempotency::IdempotencyKey},
+    transaction::Transaction,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -209,7 +209,7 @@ pub(super) async fn void_by_key(
     if let Some(known) = store::lock_by_key(&mut call.tx, &body.authorization_key).await? {
         return let_go(call, key.as_str(), &known).await;
     }
-    if store::answer(&mut *call.tx, &body.authorization_key).await?.is_none() {
+    if store::answer(&mut **call.tx, &body.authorization_key).await?.is_none() {
         let tombstone =
             Answered { request: None, status: 402, body: refused("voided", "It was voided before it came.") };
         store::store_answer(&mut call.tx, &body.authorization_key, &tombstone).await?;
@@ -256,7 +256,7 @@ pub(super) async fn ledger(State(sim): State<Sim>) -> Result<Json<Vec<Totals>>, 
 
 /// A request that moves money, in its transaction, with its key locked.
 struct Call {
-    tx: Tx<'static>,
+    tx: Transaction,
     key: String,
     request: Value,
     /// Perform, then drop the connection.
@@ -288,7 +288,7 @@ impl Sim {
             Some(Quirk::LoseFirstAnswer) => first,
             _ => self.chance(self.behaviour.lost_answer_rate),
         };
-        let mut tx = self.pool.begin().await?;
+        let mut tx = Transaction::begin(&self.pool, REQUEST_MAX).await?;
         store::lock_key(&mut tx, key.as_str()).await?;
         Ok(Call { tx, key: key.as_str().to_owned(), request: serde_json::to_value(request)?, lose_answer })
     }
@@ -304,7 +304,7 @@ impl Sim {
 impl Call {
     /// What this key was answered before.
     async fn stored(&mut self) -> Result<Option<Response>, Problem> {
-        let Some(stored) = store::answer(&mut *self.tx, &self.key).await? else { return Ok(None) };
+        let Some(stored) = store::answer(&mut **self.tx, &self.key).await? else { return Ok(None) };
         if stored.request.is_some_and(|request| request != self.request) {
             return Err(Problem::field("Idempotency-Key", "was used for another request"));
         }
@@ -324,7 +324,7 @@ impl Call {
         let answered = Answered { request: Some(self.request.clone()), status: status.as_u16(), body: body.clone() };
         store::store_answer(&mut self.tx, &self.key, &answered).await?;
         let response = self.respond(status, body);
-        self.tx.commit().await?;
+        self.tx.commit_quietly().await?;
         Ok(response)
     }
 

@@ -12,7 +12,7 @@
 //! committed, and the client's retry under the same Idempotency-Key finds out.
 
 use super::{extract::body_problem, problem::Problem};
-use crate::{clock, panics::panic_text};
+use crate::{clock, panics::panic_text, transaction::Bound};
 use axum::{
     Router,
     body::Body,
@@ -34,6 +34,9 @@ use uuid::Uuid;
 
 /// The header that names a request in logs and in answers.
 pub const REQUEST_ID: &str = "x-request-id";
+
+/// Bound of the transaction of one request: shorter than [`Limits::timeout`], so that the client hears what became of it.
+pub const REQUEST_MAX: Bound = Bound::new(Duration::from_secs(30));
 
 /// What one request may take.
 #[derive(Debug, Clone, Copy)]

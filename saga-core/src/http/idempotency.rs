@@ -32,8 +32,8 @@
 //!
 //! Keys are never forgotten yet; `idempotency_answer.created_at` is what a retention will go by.
 
-use super::problem::Problem;
-use crate::outbox::{self, Tx};
+use super::{REQUEST_MAX, problem::Problem};
+use crate::{outbox::Tx, transaction::Transaction};
 use axum::{
     extract::FromRequestParts,
     response::{IntoResponse, Response},
@@ -150,7 +150,7 @@ impl IntoResponse for Answer {
     }
 }
 
-/// Does `work` once under `key`, in a transaction of its own that is committed with its answer by [`outbox::commit`].
+/// Does `work` once under `key`, in a transaction of its own that is committed with its answer. It is bounded by [`REQUEST_MAX`].
 ///
 /// `scope` keeps keys apart: the operation, and whoever calls it (`"POST /v1/orders alice"`); keys of different
 /// customers never meet. `request` is everything that decides the effect: the parsed body, and path parameters if there
@@ -168,7 +168,7 @@ pub async fn once<T>(
     work: impl for<'t> FnOnce(&'t mut Tx<'static>) -> BoxFuture<'t, Result<(Answer, T), Problem>>,
 ) -> Result<Once<T>, Problem> {
     let fingerprint = Sha256::digest(serde_json::to_vec(request)?).to_vec();
-    let mut tx = pool.begin().await?;
+    let mut tx = Transaction::begin(pool, REQUEST_MAX).await?;
     let done = async {
         if let Some(answer) = find_in(&mut tx, scope, key, &fingerprint).await? {
             return Ok(Once::Before(answer));
@@ -177,9 +177,9 @@ pub async fn once<T>(
         store_in(&mut tx, scope, key, &fingerprint, &answer).await?;
         Ok(Once::Now(answer, beside))
     };
-    let done = done.await;
+    let done = REQUEST_MAX.within(done).await;
     if let Ok(Once::Now(..)) = done {
-        outbox::commit(tx, pool).await?;
+        tx.commit().await?;
     } else {
         // Before the answer: a transaction that is merely dropped ends a moment after it, and the client's next request
         // would find its key in flight.

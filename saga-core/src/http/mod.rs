@@ -16,7 +16,7 @@ pub mod paging;
 pub mod problem;
 pub mod sagas;
 
-pub use api::{Api, Limits};
+pub use api::{Api, Limits, REQUEST_MAX};
 pub use extract::{Json, Path, Query};
 pub use paging::{Cursor, Limit, List};
 pub use problem::{FieldError, Problem};

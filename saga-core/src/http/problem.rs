@@ -4,7 +4,7 @@
 //! inside (SQL, paths, other customers' data) is in it: an unexpected error is logged with its cause and answered
 //! with the request's id, by which the log line is found.
 
-use crate::error_class::{is_conflict, is_outage};
+use crate::error_class::{ErrorClass, classify, is_outage, renew_connections};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde::Serialize;
@@ -168,14 +168,21 @@ impl IntoResponse for Problem {
 }
 
 impl From<sqlx::Error> for Problem {
-    /// An outage or a lost race is 503, and the client may repeat it; anything else is our mistake. A constraint that a
-    /// client can violate is mapped by its name where the SQL is, before it comes here.
+    /// What [`classify`] does not call the item's own is 503, and the client may repeat it; anything else is our mistake. A
+    /// constraint that a client can violate is mapped by its name where the SQL is, before it comes here.
     fn from(error: sqlx::Error) -> Self {
-        if is_outage(&error) || is_conflict(&error) {
-            tracing::warn!(%error, "the database did not take part");
-            return Self::unavailable();
+        match classify(&error) {
+            ErrorClass::Own => return Self::internal(&error),
+            ErrorClass::Stale => renew_connections(),
+            ErrorClass::Passing | ErrorClass::Configuration => {}
         }
-        Self::internal(&error)
+        // In an outage that is every request; the health check logs the outage once.
+        if is_outage(&error) {
+            tracing::debug!(%error, "a request failed: the database cannot be used now");
+        } else {
+            tracing::warn!(%error, "a request failed in the database; the client may repeat it");
+        }
+        Self::unavailable()
     }
 }
 

@@ -17,16 +17,18 @@ use super::{
     entry::{Entry, Settled, StoredIntent},
     fence::{Fence, FenceKey, UndoState},
     handler::Performed,
-    queue::{self, Claimed},
+    queue::{self, Claimed, Counted},
     store,
 };
 use crate::{
     consumer::HandleError,
     envelope::{Op, Outcome},
-    error_class::is_outage,
+    error_class::{ErrorClass, classify, classify_chain, renew_connections},
     fail_point::fail_point,
-    outbox::{self, Tx},
+    outage::Outage,
+    outbox::Tx,
     panics::panic_text,
+    transaction::{Bound, Transaction},
 };
 use futures::FutureExt;
 use serde_json::Value;
@@ -45,10 +47,6 @@ use uuid::Uuid;
 /// How often intents are counted for the gauges.
 const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
-/// A conversation with the database that takes longer is given up, and another connection used: a host that is gone closes
-/// nothing. Longer than a transaction of ours waits for a lock or for a connection.
-const DATABASE_MAX: Duration = Duration::from_secs(10);
-
 /// The limits of the intents' executor.
 #[derive(Debug, Clone)]
 pub struct IntentConfig {
@@ -66,6 +64,9 @@ pub struct IntentConfig {
     pub max_delay: Duration,
     /// How often to look for intents that nothing here announced (another process's, whose claim ran out).
     pub poll: Duration,
+    /// Bound of each transaction, here and in the server. One that takes longer is given up and repeated on another
+    /// connection, which counts nothing: a host that is gone closes nothing.
+    pub database_timeout: Duration,
 }
 
 impl Default for IntentConfig {
@@ -78,6 +79,7 @@ impl Default for IntentConfig {
             first_delay: Duration::from_millis(100),
             max_delay: Duration::from_secs(10),
             poll: Duration::from_secs(1),
+            database_timeout: Duration::from_secs(10),
         }
     }
 }
@@ -94,12 +96,13 @@ impl IntentConfig {
 pub struct Intents {
     participant: Arc<Participant>,
     pool: PgPool,
+    database: Arc<Outage>,
     config: IntentConfig,
 }
 
 impl Intents {
     pub(super) fn new(participant: Arc<Participant>, pool: PgPool) -> Self {
-        Self { participant, pool, config: IntentConfig::default() }
+        Self { participant, database: Outage::of_database(&pool), pool, config: IntentConfig::default() }
     }
 
     /// Other limits than the default.
@@ -121,7 +124,7 @@ impl Intents {
     async fn keep_gauges(&self) {
         loop {
             // An outage is told by readiness; the gauge keeps its last value.
-            for (state, count) in within(DATABASE_MAX, queue::counts(&self.pool)).await.unwrap_or_default() {
+            for (state, count) in self.bound().within(self.counts()).await.unwrap_or_default() {
                 #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
                 metrics::gauge!("participant_intents", "participant" => self.participant.name, "state" => state)
                     .set(count as f64);
@@ -132,20 +135,18 @@ impl Intents {
 
     async fn execute_all(&self, token: CancellationToken) {
         let mut calls = JoinSet::new();
-        let mut said = false;
         while !token.is_cancelled() {
             let free = self.config.concurrency.saturating_sub(calls.len());
-            let pause = match within(DATABASE_MAX, self.start(&mut calls, free)).await {
+            let pause = match self.start(&mut calls, free).await {
                 Ok(pause) => {
-                    said = false;
+                    self.database.working();
                     pause
                 }
                 Err(error) => {
-                    if !said {
-                        said = true;
-                        let participant = self.participant.name;
-                        tracing::warn!(participant, %error, "cannot claim intents; trying until it works");
+                    if classify(&error) == ErrorClass::Stale {
+                        renew_connections();
                     }
+                    self.database.failing(&format!("{} cannot claim intents: {error}", self.participant.name));
                     self.config.poll
                 }
             };
@@ -175,7 +176,7 @@ impl Intents {
         }
         let kinds: Vec<&str> = self.participant.entries.keys().copied().collect();
         let lease = self.config.call_timeout + self.config.claim_margin;
-        let claims = queue::claim(&self.pool, &kinds, free, Uuid::now_v7(), lease).await?;
+        let (claims, due) = self.bound().within(self.claim(&kinds, free, lease)).await?;
         let full = claims.len() == free;
         for claim in claims {
             let this = self.clone();
@@ -185,8 +186,36 @@ impl Intents {
         if full {
             return Ok(Duration::ZERO);
         }
-        let due = queue::next_due(&self.pool, &kinds).await?;
         Ok(due.map_or(self.config.poll, |due| due.min(self.config.poll)))
+    }
+
+    /// What is claimed, and how long until the next intent is due.
+    async fn claim(
+        &self,
+        kinds: &[&str],
+        free: usize,
+        lease: Duration,
+    ) -> Result<(Vec<Claimed>, Option<Duration>), sqlx::Error> {
+        let mut tx = self.begin().await?;
+        let claims = queue::claim(&mut tx, kinds, free, Uuid::now_v7(), lease).await?;
+        let due = if claims.len() == free { None } else { queue::next_due(&mut tx, kinds).await? };
+        tx.commit_quietly().await?;
+        Ok((claims, due))
+    }
+
+    async fn counts(&self) -> Result<Vec<(String, i64)>, sqlx::Error> {
+        let mut tx = self.begin().await?;
+        let counts = queue::counts(&mut tx).await?;
+        tx.commit_quietly().await?;
+        Ok(counts)
+    }
+
+    async fn begin(&self) -> Result<Transaction, sqlx::Error> {
+        Transaction::begin(&self.pool, self.bound()).await
+    }
+
+    fn bound(&self) -> Bound {
+        Bound::new(self.config.database_timeout)
     }
 
     /// One claim, to the end of its claim.
@@ -207,17 +236,24 @@ impl Intents {
                 Err(HandleError::Failed(anyhow::anyhow!("the effect panicked: {text}")).into())
             })
         };
-        let result = within(self.config.call_timeout + DATABASE_MAX, work).await;
+        let result =
+            Bound::new(self.config.call_timeout.saturating_add(self.config.database_timeout)).within(work).await;
         let Err(error) = result else { return };
         if error.is_crash() {
             return;
         }
         // Nothing was committed: whoever claims it next calls again and gets the same answer.
         tell(&claim, &error, "an intent was not settled; trying again");
-        let unsettled = if claim.attempts >= self.config.max_attempts {
-            within(DATABASE_MAX, self.give_up(&claim, &error.to_string())).await
+        let (class, reason) = (error.class(), error.to_string());
+        if class == ErrorClass::Stale {
+            renew_connections();
+        }
+        let unsettled = if class.counts_nothing() {
+            self.bound().within(self.back_off(&claim, Counted::No, &reason)).await
+        } else if claim.attempts >= self.config.max_attempts {
+            self.bound().within(self.give_up(&claim, &reason)).await
         } else {
-            within(DATABASE_MAX, self.back_off(&claim, &error.to_string())).await
+            self.bound().within(self.back_off(&claim, Counted::Yes, &reason)).await
         };
         if let Err(error) = unsettled {
             tell(&claim, &error, "the claim is left to run out");
@@ -233,13 +269,13 @@ impl Intents {
             Performed::InDoubt(reason) if claim.attempts >= self.config.max_attempts => {
                 self.give_up(claim, &reason).await
             }
-            Performed::InDoubt(reason) => self.back_off(claim, &reason).await,
+            Performed::InDoubt(reason) => self.back_off(claim, Counted::Yes, &reason).await,
         }
     }
 
     /// The answer is certain: record it, reply, close the intent.
     async fn settle(&self, claim: &Claimed, entry: &dyn Entry, answer: Value) -> Result<(), Unsettled> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
         if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
@@ -256,7 +292,6 @@ impl Intents {
         tx.commit().await?;
         fail_point!("participant.after-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
         batch::count_reply(&claim.kind, outcome);
-        outbox::nudge(&self.pool);
         Ok(())
     }
 
@@ -264,7 +299,7 @@ impl Intents {
     async fn give_up(&self, claim: &Claimed, reason: &str) -> Result<(), Unsettled> {
         let op = claim.intent.cx.saga.op;
         let command = claim.intent.cx.saga.command;
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
         let held = if claim.ready {
             queue::close_intent(&mut tx, command, claim.owner).await?
@@ -284,25 +319,26 @@ impl Intents {
         }
         let (outcome, payload) = batch::reply_of(&Settled::Failed(reason.to_owned()));
         write(&mut tx, claim, &fences, outcome, payload).await?;
-        outbox::commit(tx, &self.pool).await?;
+        tx.commit().await?;
         batch::count_reply(&claim.kind, outcome);
         tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
             "no certain answer in all attempts: the effect stays in doubt, and the saga is told; it asks again");
         Ok(())
     }
 
-    async fn back_off(&self, claim: &Claimed, reason: &str) -> Result<(), Unsettled> {
+    async fn back_off(&self, claim: &Claimed, counted: Counted, reason: &str) -> Result<(), Unsettled> {
         let delay = self.config.delay(claim.attempts);
         // In an outage that is every command, again and again: whoever knows of the outage has told it once.
         tracing::debug!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
             attempts = claim.attempts, reason, ?delay, "no certain answer yet");
-        queue::release(&self.pool, claim.intent.cx.saga.command, claim.owner, delay, reason).await?;
-        Ok(())
+        let mut tx = self.begin().await?;
+        queue::release(&mut tx, claim, counted, delay, reason).await?;
+        Ok(tx.commit_quietly().await?)
     }
 
     /// An undo that waited is handled like one that has just come.
     async fn resume(&self, claim: &Claimed, kind: &'static str, entry: &dyn Entry) -> Result<(), Unsettled> {
-        let mut tx = self.pool.begin().await?;
+        let mut tx = self.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
         if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
@@ -322,7 +358,7 @@ impl Intents {
         };
         batch::run_apart(&mut tx, &[command], &mut work).await?;
         work.write(&mut tx).await?;
-        outbox::commit(tx, &self.pool).await?;
+        tx.commit().await?;
         self.participant.wake.notify_one();
         Ok(())
     }
@@ -337,20 +373,14 @@ impl Intents {
     }
 }
 
-/// In an outage of the database that is every call under way: whoever knows of the outage has told it once.
+/// In an outage of the database that is every call under way, and the outage is logged once, elsewhere.
 fn tell(claim: &Claimed, error: &Unsettled, what: &str) {
     let (command, saga, kind) = (claim.intent.cx.saga.command, claim.key.saga, &claim.kind);
-    if error.is_outage() {
+    if error.class() == ErrorClass::Passing {
         tracing::debug!(%command, %saga, kind, %error, "{what}");
     } else {
         tracing::warn!(%command, %saga, kind, %error, "{what}");
     }
-}
-
-/// What `work` comes to, or that the database did not answer in time.
-async fn within<T, E: From<sqlx::Error>>(bound: Duration, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
-    let late = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
-    timeout(bound, work).await.unwrap_or_else(|_| Err(late().into()))
 }
 
 /// What the claim came to: its fence, and the reply that tells of it.
@@ -396,12 +426,14 @@ enum Unsettled {
 }
 
 impl Unsettled {
-    fn is_outage(&self) -> bool {
+    fn class(&self) -> ErrorClass {
         match self {
-            Self::Database(error) => is_outage(error),
-            Self::Handle(error) => !error.is_fault(),
+            Self::Database(error) | Self::Handle(HandleError::Database(error)) => classify(error),
+            Self::Handle(HandleError::Failed(error)) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own),
+            Self::Handle(HandleError::Again) => ErrorClass::Passing,
+            Self::Handle(_) => ErrorClass::Own,
             #[cfg(feature = "testkit")]
-            Self::Injected(_) => false,
+            Self::Injected(_) => ErrorClass::Own,
         }
     }
 

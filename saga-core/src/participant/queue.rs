@@ -9,7 +9,7 @@ use crate::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use sqlx::{PgPool, Row, postgres::PgRow, types::Json};
+use sqlx::{Row, postgres::PgRow, types::Json};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -139,10 +139,18 @@ pub(super) async fn delete_intents(tx: &mut Tx<'_>, intents: &[CommandId]) -> Re
     Ok(())
 }
 
+/// Whether an attempt that came to nothing counts against the most that there may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Counted {
+    Yes,
+    /// The database was at fault, not the call.
+    No,
+}
+
 /// Claims up to `limit` due intents of the given types for `lease`, counting an attempt of each. `owner` is a new id: a
 /// process that claims an intent again must not be taken for the one that held it before.
 pub(super) async fn claim(
-    pool: &PgPool,
+    tx: &mut Tx<'_>,
     kinds: &[&str],
     limit: usize,
     owner: Uuid,
@@ -168,33 +176,33 @@ pub(super) async fn claim(
     .bind(i64::try_from(limit).unwrap_or(i64::MAX))
     .bind(owner)
     .bind(lease.as_secs_f64())
-    .fetch_all(pool)
+    .fetch_all(&mut **tx)
     .await?;
     rows.iter().map(|row| claimed(row, owner)).collect()
 }
 
 /// How long until the next intent is due; `None` when there is none.
-pub(super) async fn next_due(pool: &PgPool, kinds: &[&str]) -> Result<Option<Duration>, sqlx::Error> {
+pub(super) async fn next_due(tx: &mut Tx<'_>, kinds: &[&str]) -> Result<Option<Duration>, sqlx::Error> {
     let seconds: Option<f64> = sqlx::query_scalar(
         "select extract(epoch from min(due_at) - clock_timestamp())::float8
            from participant_intent
           where state in ('ready', 'open') and type = any($1)",
     )
     .bind(kinds)
-    .fetch_one(pool)
+    .fetch_one(&mut **tx)
     .await?;
     Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default()))
 }
 
 /// How many intents are in each state, also in those that none is in.
-pub(super) async fn counts(pool: &PgPool) -> Result<Vec<(String, i64)>, sqlx::Error> {
+pub(super) async fn counts(tx: &mut Tx<'_>) -> Result<Vec<(String, i64)>, sqlx::Error> {
     sqlx::query_as(
         "select s.state, count(i.state)
            from unnest(array['waiting', 'ready', 'open', 'in_doubt']) as s (state)
            left join participant_intent i on i.state = s.state
           group by s.state",
     )
-    .fetch_all(pool)
+    .fetch_all(&mut **tx)
     .await
 }
 
@@ -230,22 +238,24 @@ pub(super) async fn doubt_intent(
 
 /// Ends a claim; the intent is due again after `delay`.
 pub(super) async fn release(
-    pool: &PgPool,
-    command: CommandId,
-    owner: Uuid,
+    tx: &mut Tx<'_>,
+    claim: &Claimed,
+    counted: Counted,
     delay: Duration,
     reason: &str,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update participant_intent
-            set claimed_by = null, due_at = clock_timestamp() + make_interval(secs => $3), last_error = $4
+            set claimed_by = null, due_at = clock_timestamp() + make_interval(secs => $3), last_error = $4,
+                attempts = attempts - $5
           where command_id = $1 and claimed_by = $2",
     )
-    .bind(command.0)
-    .bind(owner)
+    .bind(claim.intent.cx.saga.command.0)
+    .bind(claim.owner)
     .bind(delay.as_secs_f64())
     .bind(reason)
-    .execute(pool)
+    .bind(i32::from(counted == Counted::No))
+    .execute(&mut **tx)
     .await?;
     Ok(())
 }

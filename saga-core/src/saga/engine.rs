@@ -18,13 +18,13 @@ use super::{
 use crate::{
     clock,
     id::SagaId,
-    outbox::{self, Tx},
+    outbox::Tx,
+    transaction::{Bound, Transaction},
 };
 use serde_json::Value;
-use sqlx::{AssertSqlSafe, PgPool};
+use sqlx::PgPool;
 use std::{
     collections::{BTreeMap, VecDeque},
-    io,
     sync::Arc,
     time::Duration,
 };
@@ -32,7 +32,7 @@ use std::{
 /// After so long a transaction of the engine's own is given up and its connection with it: the database's machine may be
 /// gone without a word, which the operating system notices after a quarter of an hour. Far longer than any of them takes,
 /// and than PostgreSQL lets another transaction hold locks while it does nothing (10 s).
-const ATTEMPT_MAX: Duration = Duration::from_secs(30);
+const ATTEMPT_MAX: Bound = Bound::new(Duration::from_secs(30));
 
 /// Runs the sagas of one service.
 pub struct Engine {
@@ -42,7 +42,7 @@ pub struct Engine {
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
     known: Known,
     starts: Starts,
-    attempt_max: Duration,
+    bound: Bound,
 }
 
 /// Puts an [`Engine`] together.
@@ -52,7 +52,7 @@ pub struct EngineBuilder {
     reply_topic: String,
     definitions: Vec<Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
-    attempt_max: Duration,
+    bound: Bound,
 }
 
 impl Engine {
@@ -63,7 +63,7 @@ impl Engine {
             reply_topic: reply_topic.into(),
             definitions: Vec::new(),
             locals: BTreeMap::new(),
-            attempt_max: ATTEMPT_MAX,
+            bound: ATTEMPT_MAX,
         }
     }
 
@@ -112,7 +112,7 @@ impl Engine {
             Verdict::Taken => {}
             Verdict::Ignored(_) => return Err(RetryError::NotStuck(status.to_owned())),
         }
-        Ok(outbox::commit(tx, self.pool()).await?)
+        Ok(tx.commit().await?)
     }
 
     /// What takes the replies: give it to the consumer of the reply topic.
@@ -177,16 +177,14 @@ impl Engine {
         &self.starts
     }
 
-    pub(super) fn attempt_max(&self) -> Duration {
-        self.attempt_max
+    /// Of each transaction of the engine's own.
+    pub(super) fn bound(&self) -> Bound {
+        self.bound
     }
 
-    /// A transaction of the engine's own. When [`Engine::within`] gives it up, PostgreSQL has to as well: to a statement that
-    /// waits for a lock, and holds others meanwhile, it makes no difference that its client is gone. A little later, so
-    /// that it is not the statement that fails.
-    pub(super) async fn begin(&self) -> Result<Tx<'static>, sqlx::Error> {
-        let statement_max = (self.attempt_max * 11 / 10).as_millis();
-        self.pool.begin_with(AssertSqlSafe(format!("begin; set local statement_timeout = {statement_max}"))).await
+    /// A transaction of the engine's own.
+    pub(super) async fn begin(&self) -> Result<Transaction, sqlx::Error> {
+        Transaction::begin(&self.pool, self.bound).await
     }
 
     /// Gives `work` up when it takes too long. The pool rolls its connection back, or closes it if it does not answer.
@@ -194,7 +192,7 @@ impl Engine {
         &self,
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
-        tokio::time::timeout(self.attempt_max, work).await.unwrap_or_else(|_| Err(no_answer().into()))
+        self.bound.within(work).await
     }
 }
 
@@ -214,7 +212,7 @@ impl EngineBuilder {
     /// How long a transaction of the engine's own may take (30 s): a start by itself, a batch of due sagas, a retry. One that
     /// is not done by then is given up, and its connection is not used again.
     pub fn attempt_max(mut self, attempt_max: Duration) -> Self {
-        self.attempt_max = attempt_max;
+        self.bound = Bound::new(attempt_max);
         self
     }
 
@@ -223,7 +221,7 @@ impl EngineBuilder {
     /// # Errors
     /// With every mistake, not only the first.
     pub fn build(self) -> Result<Arc<Engine>, EngineErrors> {
-        let Self { pool, reply_topic, definitions, locals, attempt_max } = self;
+        let Self { pool, reply_topic, definitions, locals, bound } = self;
         let (mut errors, mut defined, mut known) = (Vec::new(), BTreeMap::new(), Known::default());
         for definition in definitions {
             errors.extend(definition.check().into_iter().map(EngineError::Definition));
@@ -242,16 +240,11 @@ impl EngineBuilder {
         }
         if errors.is_empty() {
             let starts = Starts::default();
-            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known, starts, attempt_max }))
+            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known, starts, bound }))
         } else {
             Err(EngineErrors(errors))
         }
     }
-}
-
-/// Of the kind that an outage is.
-pub(super) fn no_answer() -> sqlx::Error {
-    sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, "the database did not answer in time"))
 }
 
 pub(super) fn version_of(definition: &Definition) -> i32 {

@@ -79,7 +79,6 @@ impl Engine {
             tokio::spawn(async move {
                 // Whoever asked may have gone.
                 tell.send(engine.within(engine.start_one(&new)).await).ok();
-                outbox::nudge(engine.pool());
             });
         }
         told.await.unwrap_or(Err(StartError::Database(sqlx::Error::WorkerCrashed)))

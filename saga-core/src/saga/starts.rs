@@ -10,11 +10,7 @@
 //! runtime did or because it panicked, all who wait are told so, and the next start begins another. When the process
 //! dies nobody is told, and what was committed is started.
 
-use super::{
-    engine::{Engine, no_answer},
-    error::StartError,
-    start::New,
-};
+use super::{engine::Engine, error::StartError, start::New};
 use crate::{
     clock,
     error_class::{is_conflict, is_outage},
@@ -23,7 +19,7 @@ use crate::{
     id::SagaId,
     outbox,
 };
-use sqlx::{Connection, PgConnection, Postgres, pool::PoolConnection};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, pool::PoolConnection};
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
@@ -39,7 +35,7 @@ const SET: usize = 256;
 const LOOK: Duration = Duration::from_millis(100);
 
 /// [`LOOK`] comes with the begin, in the same round trip. PostgreSQL looks for deadlocks after a second: this is sooner.
-const BEGIN: &str = "begin; set local lock_timeout = '100ms'";
+const LOOK_COLUMN: &str = "set_config('lock_timeout', '100ms', true)";
 
 /// How many starts that are alone use a connection at one time: the pool is there for others too.
 const ALONE: usize = 4;
@@ -139,8 +135,9 @@ async fn start_alone(Waiting { engine, new, tell }: Waiting) {
             tokio::time::sleep(LOOK).await;
         }
     };
-    let answer = tokio::time::timeout(engine.attempt_max(), looks).await;
-    let answer = answer.unwrap_or_else(|_| Err(StartError::Database(obstacle.unwrap_or_else(no_answer))));
+    let answer = tokio::time::timeout(engine.bound().client(), looks).await;
+    let answer =
+        answer.unwrap_or_else(|_| Err(StartError::Database(obstacle.unwrap_or_else(|| engine.bound().no_answer()))));
     // Whoever asked may have gone.
     tell.send(answer).ok();
 }
@@ -174,7 +171,7 @@ impl Engine {
     /// Says which of them are new.
     async fn start_set(&self, connection: &mut PgConnection, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
         let commands: Vec<_> = set.iter().filter_map(|new| new.message().cloned()).collect();
-        let mut tx = connection.begin_with(BEGIN).await?;
+        let mut tx = connection.begin_with(AssertSqlSafe(self.bound().begin_sql(LOOK_COLUMN))).await?;
         let started = self.insert(&mut tx, set, &commands).await?;
         fail_point!("saga.before-start", self.reply_topic());
         tx.commit().await?;

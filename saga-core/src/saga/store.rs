@@ -385,9 +385,9 @@ pub(super) struct Counts {
 }
 
 /// Counts what has not ended. What is due and known is taken at once, so those that `overdue` looks at are few.
-pub(super) async fn count(pool: &sqlx::PgPool, known: &Known) -> sqlx::Result<Counts> {
+pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts> {
     let active = sqlx::query_as("select definition, status, count(*) from saga_due group by definition, status");
-    let active = active.fetch_all(pool).await?;
+    let active = active.fetch_all(&mut **tx).await?;
     let overdue = sqlx::query_scalar(
         "select count(*)
            from saga_due d
@@ -402,14 +402,14 @@ pub(super) async fn count(pool: &sqlx::PgPool, known: &Known) -> sqlx::Result<Co
     .bind(&known.definitions)
     .bind(&known.versions)
     .bind(&known.fingerprints)
-    .fetch_one(pool)
+    .fetch_one(&mut **tx)
     .await?;
-    let undecided = sqlx::query_scalar("select count(*) from saga_undecided").fetch_one(pool).await?;
+    let undecided = sqlx::query_scalar("select count(*) from saga_undecided").fetch_one(&mut **tx).await?;
     Ok(Counts { active, overdue, undecided })
 }
 
 /// Sagas that are due, without a lock: for taking them one by one.
-pub(super) async fn due_ids(pool: &sqlx::PgPool, known: &Known, limit: i64) -> sqlx::Result<Vec<Uuid>> {
+pub(super) async fn due_ids(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Uuid>> {
     sqlx::query_scalar(
         "select d.saga_id
            from saga_due d
@@ -422,15 +422,15 @@ pub(super) async fn due_ids(pool: &sqlx::PgPool, known: &Known, limit: i64) -> s
     .bind(&known.definitions)
     .bind(&known.versions)
     .bind(limit)
-    .fetch_all(pool)
+    .fetch_all(&mut **tx)
     .await
 }
 
 /// Looks at a saga again in a minute, whatever its state says.
-pub(super) async fn put_off(pool: &sqlx::PgPool, saga: SagaId) -> sqlx::Result<()> {
+pub(super) async fn put_off(tx: &mut Tx<'_>, saga: SagaId) -> sqlx::Result<()> {
     sqlx::query("update saga_due set due_at = clock_timestamp() + interval '1 minute' where saga_id = $1")
         .bind(saga.0)
-        .execute(pool)
+        .execute(&mut **tx)
         .await
         .map(drop)
 }

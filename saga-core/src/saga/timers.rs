@@ -9,7 +9,6 @@ use crate::{
     error_class::{is_conflict, is_outage},
     fail_point::fail_point,
     id::SagaId,
-    outbox,
 };
 use std::{
     io::ErrorKind,
@@ -87,19 +86,18 @@ impl Engine {
         let rows = store::claim_due(&mut tx, self.known(), BATCH).await?;
         let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows).await? };
         if due == 0 {
-            tx.commit().await?;
+            tx.commit_quietly().await?;
             return Ok(due);
         }
         fail_point!("saga.timers.before-commit", self.reply_topic());
         tx.commit().await?;
         fail_point!("saga.timers.after-commit", self.reply_topic());
-        outbox::nudge(self.pool());
         Ok(due)
     }
 
     /// One saga that cannot be decided, or not in time, must not stop the others: it is put off, and said aloud.
     async fn tick_one_by_one(&self) -> Result<usize, sqlx::Error> {
-        let ids: Vec<Uuid> = self.within(store::due_ids(self.pool(), self.known(), BATCH)).await?;
+        let ids = self.within(self.due_ids()).await?;
         for id in &ids {
             let saga = SagaId(*id);
             match self.within(self.tick_one(saga)).await {
@@ -109,18 +107,31 @@ impl Engine {
                 }
                 Err(error) => {
                     tracing::error!(%saga, %error, "a due saga cannot be decided; it is put off for a minute");
-                    self.within(store::put_off(self.pool(), saga)).await?;
+                    self.within(self.put_off(saga)).await?;
                 }
             }
         }
         Ok(ids.len())
     }
 
+    async fn due_ids(&self) -> Result<Vec<Uuid>, sqlx::Error> {
+        let mut tx = self.begin().await?;
+        let ids = store::due_ids(&mut tx, self.known(), BATCH).await?;
+        tx.commit_quietly().await?;
+        Ok(ids)
+    }
+
+    async fn put_off(&self, saga: SagaId) -> Result<(), sqlx::Error> {
+        let mut tx = self.begin().await?;
+        store::put_off(&mut tx, saga).await?;
+        tx.commit_quietly().await
+    }
+
     async fn tick_one(&self, saga: SagaId) -> Result<(), BatchError> {
         let mut tx = self.begin().await?;
         let rows = store::load(&mut tx, &[saga]).await?;
         self.take_due(&mut tx, rows).await?;
-        Ok(outbox::commit(tx, self.pool()).await?)
+        Ok(tx.commit().await?)
     }
 
     async fn tick_undecided(&self) -> Result<usize, sqlx::Error> {
@@ -130,7 +141,7 @@ impl Engine {
             return Ok(0);
         }
         match self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await {
-            Ok(()) => outbox::commit(tx, self.pool()).await?,
+            Ok(()) => tx.commit().await?,
             Err(BatchError::Database(error)) => return Err(error),
             Err(BatchError::Poison(_)) => {
                 tx.rollback().await?;
@@ -145,7 +156,7 @@ impl Engine {
     async fn tick_undecided_one(&self) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
         let replies = store::take_undecided(&mut tx, self.known(), 1).await?;
-        let mut attempt = sqlx::Acquire::begin(&mut tx).await?;
+        let mut attempt = sqlx::Acquire::begin(&mut *tx).await?;
         match self.take_replies(&mut attempt, replies.iter().map(Incoming::from_undecided).collect()).await {
             Ok(()) => attempt.commit().await?,
             Err(BatchError::Database(error)) => return Err(error),
@@ -168,8 +179,9 @@ impl Engine {
     }
 
     async fn count(&self) -> Result<(), sqlx::Error> {
-        measure::counted(&store::count(self.pool(), self.known()).await?, &self.known().definitions);
-        Ok(())
+        let mut tx = self.begin().await?;
+        measure::counted(&store::count(&mut tx, self.known()).await?, &self.known().definitions);
+        tx.commit_quietly().await
     }
 }
 

@@ -23,6 +23,10 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// its locks do not hold up a duplicate for ever. Shorter than the relay's usual lease, 10 s.
 const IDLE_IN_TRANSACTION: &str = "8s";
 
+/// A statement outside of a [`Transaction`](crate::transaction::Transaction) is ended by the server after this: a request that
+/// was given up would leave it waiting. Transactions have bounds of their own.
+const STATEMENT: &str = "30s";
+
 /// A connection that was in use so short a time ago is given out without asking whether it is still there.
 const TRUSTED: Duration = Duration::from_millis(500);
 
@@ -43,7 +47,8 @@ pub async fn connect(settings: &DatabaseSettings, application: &str) -> Result<P
 /// The pool without waiting: it connects when it is first used. Needs a tokio runtime around it.
 #[must_use]
 pub fn pool(settings: &DatabaseSettings, application: &str) -> PgPool {
-    pool_options(settings.max_connections).connect_lazy_with(prepare(&settings.options, application))
+    let options = prepare(&settings.options, application).options([("statement_timeout", STATEMENT)]);
+    pool_options(settings.max_connections).connect_lazy_with(options)
 }
 
 /// The pool's behaviour, apart from where it connects to.

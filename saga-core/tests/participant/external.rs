@@ -52,6 +52,49 @@ async fn the_relay_is_told_when_an_effect_is_settled() {
 }
 
 #[tokio::test]
+async fn attempts_that_wait_for_a_locked_table_leave_no_backend_beside_the_pools() {
+    let world = World::new().await;
+    let sagas: Vec<_> = (0..21).map(|_| SagaId::new()).collect();
+    let messages: Vec<_> = sagas.iter().map(|&saga| message(saga, Op::Do, &pay(&["yes"]))).collect();
+    world.deliver(&messages).await;
+    let pool = pool_options(4).connect(&world.database.url).await.unwrap();
+    let config = IntentConfig {
+        call_timeout: Duration::from_millis(100),
+        claim_margin: Duration::from_millis(100),
+        first_delay: Duration::from_millis(1),
+        max_delay: Duration::from_millis(1),
+        poll: Duration::from_millis(10),
+        max_attempts: 2,
+        database_timeout: Duration::from_millis(300),
+        ..IntentConfig::default()
+    };
+    let executor = world.participant.intents(pool).with_config(config);
+    let stop = CancellationToken::new();
+    let running = tokio::spawn({
+        let (executor, stop) = (executor.clone(), stop.clone());
+        async move { executor.run(stop).await }
+    });
+
+    let mut other = world.database.pool.begin().await.unwrap();
+    sqlx::query("lock participant_fence in access exclusive mode").execute(&mut *other).await.unwrap();
+    let mut most = 0;
+    let calls = || sagas.iter().map(|&saga| world.provider.calls.of(key(saga))).sum::<usize>();
+    while calls() < 100 {
+        most = most.max(world.waiting_for_locks().await);
+    }
+    assert!((1..=4).contains(&most), "{most} backends waited at once");
+
+    // The database was at fault: no attempt is counted, and all are settled once it works.
+    other.rollback().await.unwrap();
+    eventually(Duration::from_secs(30), || async { (world.intents().await == 0).then_some(()) }).await;
+    for saga in sagas {
+        assert_eq!((world.outcomes(saga).await, world.effects(saga).await), (vec![Succeeded], 1));
+    }
+    stop.cancel();
+    running.await.unwrap();
+}
+
+#[tokio::test]
 async fn a_resend_while_the_call_is_open_adds_nothing_and_later_gets_the_stored_reply() {
     let world = World::new().await;
     let saga = SagaId::new();
