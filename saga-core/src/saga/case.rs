@@ -211,7 +211,7 @@ impl<'m> Case<'m> {
         let (step, op) = self.local?;
         let step = &self.definition.steps()[step];
         let name = match (&step.kind, op) {
-            (StepKind::Local { undo: Some(undo) }, Op::Undo) => undo,
+            (StepKind::Local { undo: Some(undo), .. }, Op::Undo) => undo,
             _ => &step.name,
         };
         Some(Pending { saga: self.saga(), name, input: &self.row.input, state: &self.row.state })

@@ -129,10 +129,7 @@ impl Engine {
     ) -> Result<Verdict, sqlx::Error> {
         let case = Case::new(definition, row, VecDeque::from([incident]));
         let mut batch = Batch::new(self, vec![case], clock::now());
-        batch.run(tx).await.map_err(|error| match error {
-            BatchError::Database(error) => error,
-            BatchError::Poison(why) => sqlx::Error::InvalidArgument(why),
-        })?;
+        batch.run(tx).await.map_err(BatchError::into_database)?;
         let verdict = batch.cases.first().and_then(|case| case.verdicts.first()).copied();
         verdict.ok_or(sqlx::Error::RowNotFound)
     }

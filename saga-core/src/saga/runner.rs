@@ -42,6 +42,7 @@ impl Handler for ReplyHandler {
         let replies = batch.iter().map(Incoming::from_message).collect::<Result<Vec<_>, _>>()?;
         self.engine.take_replies(tx, replies).await.map_err(|error| match error {
             BatchError::Database(error) => HandleError::Database(error),
+            BatchError::Effect(error) => HandleError::Failed(error),
             BatchError::Poison(why) => HandleError::Poison(why),
         })
     }

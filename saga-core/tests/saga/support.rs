@@ -62,6 +62,7 @@ pub(crate) const SOON: Duration = Duration::from_secs(40);
 pub(crate) fn order_saga(version: u32) -> Saga<Order> {
     let twice = RetryPolicy::exponential(2, Duration::from_millis(10), Duration::from_secs(1));
     saga::<Order>("order", version)
+        .local_retry(twice)
         .local_with_undo("open order", "cancel order")
         .step("authorize", |order, ()| Authorize { order: order.order, with: None })
         .retry(twice)
