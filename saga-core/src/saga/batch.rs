@@ -96,9 +96,9 @@ impl<'e, 'm> Batch<'e, 'm> {
         match self.try_behind_a_savepoint(tx, at_local).await? {
             Ok(()) => at_local.iter().for_each(|&i| self.settle(i, &Event::LocalDone)),
             Err(error) => {
-                let error = if_its_own(error)?;
+                let broken = Event::broken(&if_its_own(error)?);
                 if let [only] = at_local {
-                    self.settle(*only, &Event::Broken { error });
+                    self.settle(*only, &broken);
                 } else {
                     self.run_one_by_one(tx, at_local).await?;
                 }
@@ -144,7 +144,7 @@ impl<'e, 'm> Batch<'e, 'm> {
         for &i in at_local {
             let event = match self.try_behind_a_savepoint(tx, &[i]).await? {
                 Ok(()) => Event::LocalDone,
-                Err(error) => Event::Broken { error: if_its_own(error)? },
+                Err(error) => Event::broken(&if_its_own(error)?),
             };
             self.settle(i, &event);
         }

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     envelope::{Envelope, Op, SagaHeaders, header},
     id::SagaId,
+    json,
     outbox::NewMessage,
     trace,
 };
@@ -192,7 +193,7 @@ impl<'m> Case<'m> {
                 Action::Send(send) => match self.message(&send, reply_topic) {
                     Ok(message) => self.messages.push(message),
                     Err(error) => {
-                        let broken = decide(&self.definition, &self.row.state, &Event::Broken { error }, now);
+                        let broken = decide(&self.definition, &self.row.state, &Event::broken(&error), now);
                         self.row.state = broken.0;
                         // It was not sent, so the log must not say that it was.
                         told.pop();
@@ -291,6 +292,9 @@ pub(super) fn message(
     let payload = catch_unwind(AssertUnwindSafe(|| (call.build)(from)))
         .map_err(|_| format!("building `{}` panicked", call.kind))?
         .map_err(|error| format!("building `{}`: {error}", call.kind))?;
+    if let Some(flaw) = json::flaw_of_text(&payload) {
+        return Err(format!("building `{}`: {flaw}", call.kind));
+    }
     let headers = SagaHeaders {
         saga: state.saga,
         definition: definition.name().to_owned(),

@@ -7,6 +7,7 @@
 use crate::{
     envelope::Op,
     id::{CommandId, SagaId},
+    reason::reason,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -189,6 +190,13 @@ pub enum Event {
         /// How.
         error: String,
     },
+}
+
+impl Event {
+    /// What the engine itself was asked to do did not work, for this reason, which is cleaned: it is stored.
+    pub fn broken(error: &str) -> Self {
+        Self::Broken { error: reason(error) }
+    }
 }
 
 /// A participant's answer.

@@ -10,3 +10,4 @@ mod starts;
 mod support;
 mod time;
 mod trouble;
+mod untrusted;

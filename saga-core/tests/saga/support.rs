@@ -52,6 +52,18 @@ command!(Release, "stock.release.v1", Done, Never);
 command!(Capture, "pay.capture.v1", Ref, No);
 command!(Ship, "stock.ship.v1", Done, Never);
 
+/// A command that nests as deep as it is asked to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Deep {
+    pub(crate) more: Value,
+}
+impl Command for Deep {
+    const TYPE: &'static str = "test.deep.v1";
+    const TOPIC: &'static Topic = &COMMANDS;
+    type Reply = Done;
+    type Rejection = Never;
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Order {
     pub(crate) order: u32,
