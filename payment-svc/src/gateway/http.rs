@@ -96,7 +96,7 @@ impl PaymentGateway for HttpGateway {
         let sent = self.client.post(url).header("idempotency-key", key.to_string()).json(&body).send().await;
         let response = sent.map_err(doubt)?;
         let status = response.status();
-        interpret(status, &body(response).await?)
+        interpret(status, &read(response).await?)
     }
 }
 
@@ -119,7 +119,7 @@ fn interpret(status: StatusCode, body: &[u8]) -> Result<Answer, Doubt> {
 }
 
 /// The body, as long as it is no longer than any answer of the provider's API.
-async fn body(mut response: Response) -> Result<Vec<u8>, Doubt> {
+async fn read(mut response: Response) -> Result<Vec<u8>, Doubt> {
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await.map_err(doubt)? {
         body.extend_from_slice(&chunk);

@@ -7,11 +7,10 @@ use saga_core::{
     envelope::Outcome,
     id::SagaId,
     outbox::Tx,
-    saga::{Engine, LocalCall, LocalEffect, LocalError, RetryPolicy, StartError, saga, view::Payloads},
+    saga::{Engine, LocalCall, LocalEffect, LocalError, StartError, saga, view::Payloads},
     testkit::deliver,
 };
 use serde_json::{Value, json};
-use std::time::Duration;
 
 /// `levels` arrays within one another.
 fn nested(levels: usize) -> Value {
@@ -55,34 +54,6 @@ async fn a_nul_in_an_effects_error_or_panic_sticks_its_saga_alone() {
         assert!(view.waits.unwrap().why.contains('\u{fffd}'));
     }
     assert_eq!(world.last(other).await.step, "reserve", "the others of the batch go on");
-}
-
-#[tokio::test]
-async fn a_deadline_without_an_end_is_the_end_of_the_calendar_and_no_panic() {
-    let world = World::new().await;
-    let never = RetryPolicy { max: Duration::MAX, ..RetryPolicy::exponential(9, Duration::MAX, Duration::MAX) };
-    let definition = saga::<Order>("patient", 1)
-        .step("authorize", |order, ()| Authorize { order: order.order, with: None })
-        .deadline(Duration::MAX)
-        .retry(never)
-        .undo(|order, (), _| Void { order: order.order, with: None })
-        .step("reserve", |order, _| Reserve { order: order.order, with: None })
-        .deadline(Duration::MAX)
-        .undo(|order, _, _| Release { order: order.order, with: None })
-        .saga_deadline(Duration::MAX)
-        .build();
-    let engine = Engine::builder(world.database.pool.clone(), &world.reply_topic).define(&definition).build().unwrap();
-    let saga = SagaId::new();
-    engine.start(saga, &definition, &Order { order: 1 }, "1").await.unwrap();
-    let first = world.last(saga).await;
-    deliver(&world.database.pool, &engine.handler(), &[failed(&first)]).await.unwrap();
-    let view = engine.inspect(saga, Payloads::Redacted).await.unwrap().unwrap();
-    assert_eq!(view.waits.unwrap().until.unwrap().year(), 9999);
-    world.time_passes().await;
-    assert_eq!(engine.tick().await.unwrap().due, 1, "the pause before the second attempt is over");
-    deliver(&world.database.pool, &engine.handler(), &[succeeded(&world.last(saga).await)]).await.unwrap();
-    assert_eq!(world.trail(saga).await, ["authorize", "authorize #2", "reserve"]);
-    assert_eq!(engine.tick().await.unwrap().due, 0);
 }
 
 #[tokio::test]
