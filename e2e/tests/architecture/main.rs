@@ -4,6 +4,7 @@
 //! found wrong, so that a test can show it something wrong and see it found.
 
 mod arrows;
+mod expand;
 mod files;
 mod purity;
 mod seeded;
@@ -43,6 +44,11 @@ fn the_engine_knows_no_orders() {
 #[test]
 fn every_migration_is_embedded() {
     none(&files::migrations(&Tree::of_this_workspace()));
+}
+
+#[test]
+fn no_migration_of_this_release_keeps_an_older_build_from_writing() {
+    none(&expand::only(&Tree::of_this_workspace()));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The checks can fail: each is shown something wrong, and finds it, and something right, and finds nothing.
 
 use crate::{
-    Violation, arrows, files, purity,
+    Violation, arrows, expand, files, purity,
     source::{Tree, code, paths, without_tests},
 };
 
@@ -122,4 +122,33 @@ fn the_reader_of_sources_sees_paths_and_not_what_only_looks_like_them() {
     let flat = paths(&code("use a::{self, b::{c, d as e}, f::*};\nfn g() { h::i::<J>(k::L); \"m::n\"; }"));
     assert_eq!(flat, ["a", "a::b::c", "a::b::d", "a::f", "h::i", "k::L"]);
     assert_eq!(without_tests("a #[cfg(test)] mod t { { } } b #[cfg(test)] use c; d").replace(' ', ""), "abd");
+}
+
+#[test]
+fn a_migration_under_which_an_older_build_cannot_write_is_found() {
+    for sql in [
+        "alter table outbox drop column key;",
+        "alter table saga rename column revision to version;",
+        "alter table saga add column orchestrator text not null;",
+        "alter table saga alter column step set not null;",
+        "alter table inbox add unique (source);",
+        "create unique index once on inbox (source);",
+        "drop function outbox_append(text);",
+        "alter table saga drop constraint saga_is_woken;",
+    ] {
+        let found = expand::only(&Tree::of(&[("migrations/messaging/V8__next.sql", sql)]));
+        assert_eq!(found.len(), 1, "{sql}: {found:?}");
+        assert!(expand::only(&Tree::of(&[("migrations/messaging/V7__released.sql", sql)])).is_empty());
+    }
+    for sql in [
+        "alter table saga add column orchestrator text not null default '';",
+        "alter table saga add column orchestrator text; -- drop column",
+        "create table fence (id uuid primary key, step text not null);",
+        "create index by_step on fence (step);",
+        "create or replace function f() returns void language sql as $$ drop table x; $$;",
+        "alter table saga drop constraint saga_is_woken; alter table saga add constraint saga_is_woken check (true) not valid;",
+    ] {
+        let found = expand::only(&Tree::of(&[("migrations/messaging/V8__next.sql", sql)]));
+        assert!(found.is_empty(), "{sql}: {found:?}");
+    }
 }
