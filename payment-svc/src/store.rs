@@ -48,12 +48,21 @@ pub struct Filter {
     pub customer: Option<String>,
 }
 
+/// The columns of a payment, by name: a statement that is prepared keeps working when a later release adds one.
+macro_rules! payments {
+    ($rest:literal) => {
+        concat!(
+            "select order_id, customer, currency, amount, status, authorize_key, \"authorization\", capture, decline_reason,
+                    held, captured, refunded, refunding, created_at, updated_at
+               from payment ",
+            $rest
+        )
+    };
+}
+
 /// The order's payment, locked.
 pub async fn lock(tx: &mut Tx<'_>, order: OrderId) -> Result<Option<Payment>, sqlx::Error> {
-    let row = sqlx::query("select * from payment where order_id = $1 for update")
-        .bind(order.0)
-        .fetch_optional(&mut **tx)
-        .await?;
+    let row = sqlx::query(payments!("where order_id = $1 for update")).bind(order.0).fetch_optional(&mut **tx).await?;
     row.as_ref().map(payment).transpose()
 }
 
@@ -136,7 +145,7 @@ async fn enter(
 
 /// The order's payment.
 pub async fn find(pool: &PgPool, order: OrderId) -> Result<Option<Recorded>, sqlx::Error> {
-    let row = sqlx::query("select * from payment where order_id = $1").bind(order.0).fetch_optional(pool).await?;
+    let row = sqlx::query(payments!("where order_id = $1")).bind(order.0).fetch_optional(pool).await?;
     row.as_ref().map(recorded).transpose()
 }
 
@@ -171,16 +180,14 @@ pub async fn list(
 ) -> Result<List<Recorded>, Problem> {
     let after: Option<(i64, Uuid)> = cursor.map(Cursor::key).transpose()?;
     let after = after.map(|(micros, order)| Ok::<_, Problem>((from_micros(micros)?, order))).transpose()?;
-    let rows = sqlx::query(
-        "select *
-           from payment
-          where ($1::text is null or status = $1)
+    let rows = sqlx::query(payments!(
+        "where ($1::text is null or status = $1)
             and ($2::text is null or customer = $2)
             and ($3::timestamptz is null
                  or (created_at, order_id) < ($3, $4))
           order by created_at desc, order_id desc
-          limit $5",
-    )
+          limit $5"
+    ))
     .bind(&filter.status)
     .bind(&filter.customer)
     .bind(after.map(|(at, _)| at))

@@ -2,6 +2,8 @@
 
 use refinery::{Migration, Runner};
 use saga_core::{
+    error_class::{self, ErrorClass},
+    http::Problem,
     service::{
         self, AdminArgs, DatabaseArgs, DatabaseSettings, Health, HttpArgs, Identity, KafkaArgs, KafkaSettings,
         Migrations, Parts, ServiceArgs,
@@ -192,6 +194,44 @@ async fn every_connection_ends_a_transaction_that_nobody_continues() {
     assert_eq!(limit, "8s");
     let name: String = sqlx::query_scalar("show application_name").fetch_one(&pool).await.unwrap();
     assert_eq!(name, "test");
+}
+
+#[tokio::test]
+async fn a_column_that_is_added_under_warm_connections_costs_one_request() {
+    let database = TestDatabase::new(&[]).await;
+    let pool = pool_options(8).connect(&database.url).await.unwrap();
+    sqlx::query("create table item (sku text)").execute(&pool).await.unwrap();
+    let all = async || sqlx::query("select * from item").fetch_all(&pool).await;
+    // Eight at once, so that each connection has the statement prepared.
+    let mut held = Vec::new();
+    for _ in 0..8 {
+        let mut connection = pool.acquire().await.unwrap();
+        sqlx::query("select * from item").fetch_all(&mut *connection).await.unwrap();
+        held.push(connection);
+    }
+    drop(held);
+    sqlx::query("alter table item add column price bigint").execute(&pool).await.unwrap();
+
+    let stale = all().await.expect_err("PostgreSQL refuses a plan for another row type");
+    assert_eq!(error_class::classify(&stale), ErrorClass::Stale);
+    assert_eq!(Problem::from(stale).status(), 503, "the client may repeat it");
+    for _ in 0..24 {
+        all().await.expect("every connection was replaced");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_to_a_server_that_became_a_standby_is_replaced() {
+    let database = TestDatabase::new(&[]).await;
+    let pool = pool_options(1).connect(&database.url).await.unwrap();
+    sqlx::query("create table written (n int)").execute(&pool).await.unwrap();
+    // As a failover does it: sessions that are there may only read, new ones may write.
+    sqlx::query("set default_transaction_read_only = on").execute(&pool).await.unwrap();
+    let write = async || sqlx::query("insert into written values (1)").execute(&pool).await;
+    let refused = write().await.expect_err("the session may only read");
+    assert_eq!(error_class::classify(&refused), ErrorClass::Stale, "{refused}");
+    drop(Problem::from(refused));
+    write().await.expect("a new session may write");
 }
 
 #[tokio::test]

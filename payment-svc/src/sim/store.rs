@@ -163,8 +163,19 @@ async fn movement(tx: &mut Tx<'_>, reference: &str, key: &str, kind: &str, amoun
     Ok(())
 }
 
+/// The columns of an authorization, by name, as in payment-svc's own store.
+macro_rules! authorizations {
+    ($rest:literal) => {
+        concat!(
+            r#"select reference, "order", method, currency, amount, held, captured, voided, refunded
+                 from gateway_authorization "#,
+            $rest
+        )
+    };
+}
+
 pub(super) async fn lock_by_reference(tx: &mut Tx<'_>, reference: &str) -> Result<Option<Authorization>, sqlx::Error> {
-    let row = sqlx::query("select * from gateway_authorization where reference = $1 for update")
+    let row = sqlx::query(authorizations!("where reference = $1 for update"))
         .bind(reference)
         .fetch_optional(&mut **tx)
         .await?;
@@ -172,10 +183,7 @@ pub(super) async fn lock_by_reference(tx: &mut Tx<'_>, reference: &str) -> Resul
 }
 
 pub(super) async fn lock_by_key(tx: &mut Tx<'_>, key: &str) -> Result<Option<Authorization>, sqlx::Error> {
-    let row = sqlx::query("select * from gateway_authorization where key = $1 for update")
-        .bind(key)
-        .fetch_optional(&mut **tx)
-        .await?;
+    let row = sqlx::query(authorizations!("where key = $1 for update")).bind(key).fetch_optional(&mut **tx).await?;
     row.as_ref().map(authorization).transpose()
 }
 
@@ -188,7 +196,7 @@ pub(super) async fn method(pool: &PgPool, reference_or_key: &str) -> Result<Opti
 }
 
 pub(super) async fn of_order(pool: &PgPool, order: &str) -> Result<Vec<Authorization>, sqlx::Error> {
-    let rows = sqlx::query(r#"select * from gateway_authorization where "order" = $1 order by created_at, reference"#)
+    let rows = sqlx::query(authorizations!(r#"where "order" = $1 order by created_at, reference"#))
         .bind(order)
         .fetch_all(pool)
         .await?;
