@@ -1,6 +1,6 @@
 //! Flags and environment of the binary. Every mistake is told at once.
 
-use crate::settings::{COMPRESSION, LEASE, OutboxSettings, Settings};
+use crate::settings::{COMPRESSION, LEASE, OutboxSettings, READING, Settings};
 use clap::{Args, Parser, Subcommand};
 use saga_core::service::{
     AdminArgs, ConfigErrors, Identity, KafkaArgs, TelemetryArgs, config::AdminSettings, telemetry::TelemetrySettings,
@@ -101,6 +101,7 @@ impl RelayArgs {
                 kafka_brokers: kafka?.brokers,
                 from_now: self.from_now,
                 lease: lease?,
+                reading: READING,
                 compression: compression?,
             };
             Some(Configuration { relay, admin: admin?, telemetry: telemetry? })

@@ -1,55 +1,58 @@
-//! Conversations with the outbox's database, each of them bounded.
+//! Conversations with the outbox's database, each of them bounded, here and in the server.
 //!
-//! A host that is lost says nothing: its connections neither answer nor end, and whoever waits for one waits for ever. An
-//! owner that waits like that publishes nothing while its lease is renewed over another connection, so nobody takes over
+//! A host that is lost says nothing: its connections neither answer nor end, and a task that waits for one waits for ever. An
+//! owner that waits like that publishes nothing while its lease is renewed over another connection, so no replica takes over
 //! either. So every conversation has a bound, and a connection whose conversation did not come to its end is closed: only
 //! what is given back is used again.
+//!
+//! A statement that waits for a lock does not notice that its client is gone. So every statement has a bound in the server
+//! as well, a little above ours, and a connection that is given up keeps its place in the pool until the server has ended its
+//! statement: there are never more server processes than the pools have places.
 
+use saga_core::{clock, transaction::Bound};
 use sqlx::{
     Connection as _, PgConnection, PgPool, Postgres,
     pool::PoolConnection,
-    postgres::{PgArguments, PgConnectOptions, PgPoolOptions},
-    query::Query,
+    postgres::{PgConnectOptions, PgPoolOptions},
 };
 use std::{
     future::Future,
-    io,
     ops::{Deref, DerefMut},
-    time::Duration,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
 };
+use time::OffsetDateTime;
 
 /// A connection that was in use so short a time ago is given out without asking whether it is still there.
 const TRUSTED: Duration = Duration::from_millis(500);
 /// To be asked that takes one round trip, so it has only this part of a conversation's time: several may be silent.
 const PING: u32 = 8;
+/// A server that has ended a statement answers within this.
+const ANSWER: Duration = Duration::from_millis(250);
 
-/// `conversation`, if it comes to its end in time.
-pub(crate) async fn within<T, E: From<sqlx::Error>>(
-    patience: Duration,
-    conversation: impl Future<Output = Result<T, E>>,
-) -> Result<T, E> {
-    match tokio::time::timeout(patience, conversation).await {
-        Ok(said) => said,
-        Err(_) => Err(silent(patience).into()),
-    }
-}
-
-/// Looks like any other lost connection to those who ask what an error means.
-fn silent(patience: Duration) -> sqlx::Error {
-    let text = format!("PostgreSQL has not answered for {:.1} s", patience.as_secs_f64());
-    sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, text))
-}
-
-/// The database, as the owner's tasks use it.
+/// A pool of connections to the outbox's database for one purpose, with the bound of its conversations.
 #[derive(Debug, Clone)]
 pub(crate) struct Database {
     pool: PgPool,
     patience: Duration,
+    /// How long the server may take to end the statement of a connection that is given up.
+    ends: Duration,
 }
 
 impl Database {
     /// Connects when it is first used. A conversation, and getting a connection for it, may take `patience` each.
     pub(crate) fn new(options: PgConnectOptions, connections: u32, patience: Duration) -> Self {
+        Self::with_statements(options, connections, patience, Bound::new(patience).server())
+    }
+
+    /// Likewise, with statements of which the server ends each after `longest`.
+    pub(crate) fn with_statements(
+        options: PgConnectOptions,
+        connections: u32,
+        patience: Duration,
+        longest: Duration,
+    ) -> Self {
+        let options = options.options([("statement_timeout", longest.as_millis().to_string())]);
         let ping = patience / PING;
         let pool = PgPoolOptions::new()
             .max_connections(connections)
@@ -58,22 +61,22 @@ impl Database {
             .before_acquire(move |connection, use_| {
                 Box::pin(async move {
                     if use_.idle_for > TRUSTED {
-                        within(ping, connection.ping()).await?;
+                        Bound::new(ping).within(connection.ping()).await?;
                     }
                     Ok::<_, sqlx::Error>(true)
                 })
             })
             // sqlx asks as well, but without a bound: a silent connection would keep its place in the pool for ever.
             .after_release(move |connection, _| {
-                Box::pin(async move { within(ping, connection.ping()).await.map(|()| true) })
+                Box::pin(async move { Bound::new(ping).within(connection.ping()).await.map(|()| true) })
             })
             .connect_lazy_with(options);
-        Self { pool, patience }
+        Self { pool, patience, ends: longest + ANSWER }
     }
 
     /// A connection, for one conversation or several.
     pub(crate) async fn connect(&self) -> Result<Borrowed, sqlx::Error> {
-        Ok(Borrowed(Some(self.pool.acquire().await?)))
+        Ok(Borrowed { connection: Some(self.pool.acquire().await?), ends: self.ends })
     }
 
     /// Where it is.
@@ -97,19 +100,22 @@ impl Database {
         &self,
         conversation: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
-        within(self.patience, conversation).await
+        Bound::new(self.patience).within(conversation).await
     }
 }
 
 /// A connection from the pool. It is closed when it is dropped, as it is by an error or in the middle of a conversation.
-pub(crate) struct Borrowed(Option<PoolConnection<Postgres>>);
+pub(crate) struct Borrowed {
+    connection: Option<PoolConnection<Postgres>>,
+    ends: Duration,
+}
 
 const THERE: &str = "it is taken only when this is given back or dropped";
 
 impl Borrowed {
     /// For others to use: the conversation is over.
     pub(crate) fn give_back(mut self) {
-        drop(self.0.take());
+        drop(self.connection.take());
     }
 }
 
@@ -117,52 +123,52 @@ impl Deref for Borrowed {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        self.0.as_ref().expect(THERE)
+        self.connection.as_ref().expect(THERE)
     }
 }
 
 impl DerefMut for Borrowed {
     fn deref_mut(&mut self) -> &mut PgConnection {
-        self.0.as_mut().expect(THERE)
+        self.connection.as_mut().expect(THERE)
     }
 }
 
 impl Drop for Borrowed {
     fn drop(&mut self) {
-        // Without a word: there may be nobody to hear it.
-        if let Some(connection) = self.0.take() {
+        let Some(mut connection) = self.connection.take() else { return };
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             drop(connection.detach());
+            return;
+        };
+        // The server answers when it has ended the statement; a host that is gone does not, and is not waited for.
+        let ends = self.ends;
+        runtime.spawn(async move {
+            tokio::time::timeout(ends, connection.ping()).await.ok();
+            drop(connection.detach());
+        });
+    }
+}
+
+/// The database's clock, as it was when it was last asked: what times mean does not depend on the clock of this host.
+#[derive(Debug, Default)]
+pub(crate) struct DatabaseClock(Mutex<Option<(OffsetDateTime, Instant)>>);
+
+impl DatabaseClock {
+    /// It was `now` at some moment since `asked`.
+    pub(crate) fn set(&self, now: OffsetDateTime, asked: Instant) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, asked));
+    }
+
+    /// What it shows now. The host's clock, before the database was ever asked.
+    pub(crate) fn now(&self) -> OffsetDateTime {
+        match *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some((now, asked)) => now + clock::monotonic().duration_since(asked),
+            None => clock::now(),
         }
     }
-}
 
-/// One connection of one's own, that nobody else can keep busy; made again after a failure.
-#[derive(Debug)]
-pub(crate) struct PrivateLine {
-    options: PgConnectOptions,
-    idle: Option<PgConnection>,
-}
-
-impl PrivateLine {
-    pub(crate) fn new(options: PgConnectOptions) -> Self {
-        Self { options, idle: None }
-    }
-
-    /// Runs one statement; says how many rows it changed.
-    pub(crate) async fn execute(
-        &mut self,
-        patience: Duration,
-        statement: Query<'_, Postgres, PgArguments>,
-    ) -> Result<u64, sqlx::Error> {
-        within(patience, async {
-            let mut connection = match self.idle.take() {
-                Some(connection) => connection,
-                None => PgConnection::connect_with(&self.options).await?,
-            };
-            let done = statement.execute(&mut connection).await?;
-            self.idle = Some(connection);
-            Ok(done.rows_affected())
-        })
-        .await
+    /// How long ago `at` was; zero for what is still to come.
+    pub(crate) fn since(&self, at: OffsetDateTime) -> f64 {
+        (self.now() - at).as_seconds_f64().max(0.0)
     }
 }

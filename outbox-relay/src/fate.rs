@@ -5,7 +5,7 @@ use crate::{
     pause::{self, Cause, LeftBehind},
     position::{Page, Position},
     refusal::Refusal,
-    row::Row,
+    row::{Body, DELETED, Row},
     session::{Ended, Session},
     topics::{self, TopicState},
 };
@@ -53,20 +53,43 @@ impl Session {
                 Refusal::Transient => {}
             }
         }
-        let built = self.builder.build(row);
-        if built.size > limit {
+        let built = (!row.lacks_body()).then(|| self.builder.build(row));
+        let size = built.as_ref().map_or(row.bytes(), |built| built.size);
+        let mut limit = limit;
+        if size > limit {
             // The limit may have been raised since it was read.
-            let size = built.size;
-            let limit = match self.look(topic).await? {
+            limit = match self.look(topic).await? {
                 Ok(limit) => limit,
                 Err((cause, reason)) => return self.leave(page, row, before, cause, reason).await,
             };
             if size > limit {
-                let reason = format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)");
-                return Ok(self.park(row, reason));
+                return Ok(self.park(row, too_large(size, limit)));
             }
         }
+        let built = match built {
+            Some(built) => built,
+            None if !self.read_body(row).await? => return Ok(Fate::Pass),
+            None => self.builder.build(row),
+        };
+        if built.size > limit {
+            return Ok(self.park(row, too_large(built.size, limit)));
+        }
         Ok(Fate::Send(built))
+    }
+
+    /// Reads what its page left out of a row; false when the row was deleted meanwhile.
+    async fn read_body(&self, row: &Row) -> Result<bool, sqlx::Error> {
+        let body = self.db.ask(async |db| Body::read(db, &[row.id()]).await).await?.pop();
+        match body {
+            Some(body) => {
+                row.set_body(body);
+                Ok(true)
+            }
+            None => {
+                warn!(outbox = self.outbox, id = row.id(), "{DELETED}");
+                Ok(false)
+            }
+        }
     }
 
     fn park(&mut self, row: &Row, reason: String) -> Fate {
@@ -123,4 +146,9 @@ impl Session {
             }
         }
     }
+}
+
+/// Why a row is parked without being sent.
+pub(crate) fn too_large(size: usize, limit: usize) -> String {
+    format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)")
 }

@@ -3,7 +3,10 @@
 //! What an owner told would stay as it was when it lost the lease, and where nobody may publish (the position is another
 //! cluster's) nobody would tell at all, just when it matters. What cannot be looked up is told as unknown (NaN).
 
-use crate::{database::Database, metric, pending};
+use crate::{
+    database::{Database, DatabaseClock},
+    metric, pending,
+};
 use std::time::Duration;
 use tracing::{debug, warn};
 
@@ -11,12 +14,12 @@ use tracing::{debug, warn};
 const EVERY: Duration = Duration::from_secs(5);
 
 /// Sets the gauges until it is dropped.
-pub(crate) async fn run(db: &Database, outbox: &str) {
+pub(crate) async fn run(db: &Database, outbox: &str, clock: &DatabaseClock) {
     let mut told = true;
     loop {
         match db.ask(async |db| pending::of(db, outbox).await).await {
             Ok(pending) => {
-                metric::pending(outbox, &pending);
+                metric::pending(outbox, &pending, clock);
                 told = true;
             }
             Err(error) => {

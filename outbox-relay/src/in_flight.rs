@@ -275,12 +275,12 @@ impl Flight {
     /// A page. It keeps of each row what a report needs.
     pub(crate) fn of(page: &Page) -> Self {
         let what = What::Page { lane: page.lane.clone(), base: page.base.clone(), target: page.target.clone() };
-        Self::new(what, page.rows.iter().map(|row| (row.id(), row.topic(), row.size().unwrap_or(0))))
+        Self::new(what, page.rows.iter().map(|row| (row.id(), row.topic(), row.bytes())))
     }
 
     /// A parked row that is tried again.
     pub(crate) fn parked(row: &Row) -> Self {
-        Self::new(What::Parked, [(row.id(), row.topic(), row.size().unwrap_or(0))])
+        Self::new(What::Parked, [(row.id(), row.topic(), row.bytes())])
     }
 
     fn empty(what: What) -> Self {

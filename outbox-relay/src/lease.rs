@@ -5,8 +5,11 @@
 //! database that lost its last commits. When the process dies, the lease runs out and a stand-by takes over; a clean stop
 //! gives it back at once. The lease has a connection of its own: whatever else waits for the database, renewing does not.
 
-use crate::database::PrivateLine;
-use std::time::Duration;
+use crate::database::{Database, DatabaseClock};
+use saga_core::transaction::Bound;
+use sqlx::{PgConnection, postgres::PgConnectOptions};
+use std::{sync::Arc, time::Duration};
+use time::OffsetDateTime;
 use tokio::{sync::watch, time::Instant};
 use tracing::warn;
 use uuid::Uuid;
@@ -14,9 +17,35 @@ use uuid::Uuid;
 /// The part of a lease that its owner leaves unused: it stops producing that long before the end, so that what is on its
 /// way has landed when the next owner starts.
 const UNUSED: u32 = 5;
-/// The part of a lease that one try to renew it may take, so that a connection that falls silent leaves the time for
+/// The part of a lease that one try to take or renew it may take, so that a connection that falls silent leaves the time for
 /// another try over a new one.
 const TRY: u32 = 5;
+
+/// Where leases are taken: a connection that nothing else can keep busy.
+#[derive(Debug)]
+pub(crate) struct Leases {
+    db: Database,
+    /// How long a lease is.
+    pub(crate) length: Duration,
+    /// It is read each time that a lease is looked at.
+    pub(crate) clock: Arc<DatabaseClock>,
+}
+
+impl Leases {
+    pub(crate) fn new(options: PgConnectOptions, length: Duration) -> Self {
+        Self { db: Database::new(options, 1, length / TRY), length, clock: Arc::default() }
+    }
+
+    async fn ask<T>(
+        &self,
+        conversation: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
+    ) -> Result<T, sqlx::Error> {
+        self.db.ask(conversation).await.map_err(|error| match error {
+            sqlx::Error::PoolTimedOut => Bound::new(self.length / TRY).no_answer(),
+            error => error,
+        })
+    }
+}
 
 /// A lease that this process holds.
 #[derive(Debug)]
@@ -42,14 +71,35 @@ pub(crate) enum LeaseError {
 impl Lease {
     /// Takes the lease if nobody has it. An expiry further ahead than one lease counts as expired: it was written by
     /// a server whose clock was ahead of this one's (the primary before a failover). `before` is a lease that this process had and has
-    /// let go of.
+    /// let go of. While another process has it, this only reads.
     pub(crate) async fn acquire(
-        line: &mut PrivateLine,
+        leases: &Leases,
         outbox: &str,
         holder: &str,
-        length: Duration,
         before: Option<Uuid>,
     ) -> Result<Option<Self>, sqlx::Error> {
+        let length = leases.length;
+        let asked = saga_core::clock::monotonic();
+        let (now, free): (OffsetDateTime, bool) = leases
+            .ask(async |db| {
+                sqlx::query_as(
+                    "select now, not exists (select
+                                               from outbox_lease
+                                              where outbox = $1 and expires_at > now and expires_at <= now + $2
+                                                and owner is distinct from $3)
+                       from clock_timestamp() as now",
+                )
+                .bind(outbox)
+                .bind(length)
+                .bind(before)
+                .fetch_one(db)
+                .await
+            })
+            .await?;
+        leases.clock.set(now, asked);
+        if !free {
+            return Ok(None);
+        }
         let owner = Uuid::new_v4();
         let ends = Instant::from_std(saga_core::clock::monotonic()) + length - length / UNUSED;
         let statement = sqlx::query(
@@ -70,12 +120,12 @@ impl Lease {
         .bind(holder)
         .bind(length)
         .bind(before);
-        let taken = line.execute(length, statement).await? == 1;
+        let taken = leases.ask(async |db| statement.execute(db).await).await?.rows_affected() == 1;
         Ok(taken.then(|| Self { outbox: outbox.into(), owner, length, ends: watch::channel(ends).0 }))
     }
 
     /// Renews the lease, at a third of its length, until it is lost.
-    pub(crate) async fn keep(&self, line: &mut PrivateLine) -> LeaseError {
+    pub(crate) async fn keep(&self, leases: &Leases) -> LeaseError {
         let mut pause = self.length / 3;
         let mut problem = String::from("no answer from PostgreSQL");
         let mut said = false;
@@ -86,7 +136,7 @@ impl Lease {
             if asked >= ends {
                 return LeaseError::RanOut(problem);
             }
-            match tokio::time::timeout_at(ends, self.renew(line)).await {
+            match tokio::time::timeout_at(ends, self.renew(leases)).await {
                 Ok(Ok(true)) => {
                     self.ends.send_replace(asked + self.length - self.length / UNUSED);
                     pause = self.length / 3;
@@ -105,25 +155,31 @@ impl Lease {
         }
     }
 
-    async fn renew(&self, line: &mut PrivateLine) -> Result<bool, sqlx::Error> {
-        let statement = sqlx::query(
+    async fn renew(&self, leases: &Leases) -> Result<bool, sqlx::Error> {
+        let asked = saga_core::clock::monotonic();
+        let statement = sqlx::query_scalar(
             "update outbox_lease
                 set renewed_at = clock_timestamp(),
                     expires_at = clock_timestamp() + $3
-              where outbox = $1 and owner = $2",
+              where outbox = $1 and owner = $2
+             returning renewed_at",
         )
         .bind(&self.outbox)
         .bind(self.owner)
         .bind(self.length);
-        Ok(line.execute(self.length / TRY, statement).await? == 1)
+        let renewed: Option<OffsetDateTime> = leases.ask(async |db| statement.fetch_optional(db).await).await?;
+        if let Some(now) = renewed {
+            leases.clock.set(now, asked);
+        }
+        Ok(renewed.is_some())
     }
 
     /// Gives it back, so that a stand-by need not wait for its end.
-    pub(crate) async fn release(&self, line: &mut PrivateLine) -> Result<(), sqlx::Error> {
+    pub(crate) async fn release(&self, leases: &Leases) -> Result<(), sqlx::Error> {
         let statement = sqlx::query("delete from outbox_lease where outbox = $1 and owner = $2")
             .bind(&self.outbox)
             .bind(self.owner);
-        line.execute(self.length / TRY, statement).await?;
+        leases.ask(async |db| statement.execute(db).await).await?;
         Ok(())
     }
 }

@@ -4,7 +4,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`snapshot`], [`position`] | which rows come next: the outbox between two snapshots, by id |
+//! | [`snapshot`], [`position`], `window` | which rows come next: the outbox between two snapshots, by id |
 //! | `reader`, `nudges` | reads ahead, page by page; topics that catch up after a pause beside the main flow |
 //! | `session` | decides what becomes of each row, keeps many in flight; one producer's life |
 //! | `record`, `producer`, `in_flight` | a row as a record; the producer; what is on its way, and what Kafka acknowledged |
@@ -46,6 +46,7 @@ pub mod settings;
 pub mod snapshot;
 mod supervisor;
 mod topics;
+mod window;
 
 use outbox::Outbox;
 pub use settings::{OutboxSettings, Settings};

@@ -1,7 +1,6 @@
 //! The relay's metrics. Never an id or a key as a label.
 
-use crate::{in_flight::Flight, pending::Pending};
-use saga_core::clock;
+use crate::{database::DatabaseClock, in_flight::Flight, pending::Pending};
 
 /// Says what the metrics mean.
 pub(crate) fn describe() {
@@ -23,14 +22,14 @@ pub(crate) fn describe() {
 }
 
 /// A page is acknowledged.
-pub(crate) fn published(outbox: &str, flight: &Flight) {
+pub(crate) fn published(outbox: &str, flight: &Flight, clock: &DatabaseClock) {
     for (topic, rows) in flight.published() {
         metrics::counter!("outbox_published_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned())
             .increment(rows);
     }
     if let Some(oldest) = flight.oldest() {
-        let age = (clock::now() - oldest).as_seconds_f64().max(0.0);
-        metrics::histogram!("outbox_publish_duration_seconds", "outbox" => outbox.to_owned()).record(age);
+        let duration = metrics::histogram!("outbox_publish_duration_seconds", "outbox" => outbox.to_owned());
+        duration.record(clock.since(oldest));
     }
 }
 
@@ -53,8 +52,8 @@ pub(crate) fn pending_unknown(outbox: &str) {
 
 /// How far behind the outbox is.
 #[allow(clippy::cast_precision_loss)]
-pub(crate) fn pending(outbox: &str, pending: &Pending) {
-    let age = pending.oldest.map_or(0.0, |oldest| (clock::now() - oldest).as_seconds_f64().max(0.0));
+pub(crate) fn pending(outbox: &str, pending: &Pending, clock: &DatabaseClock) {
+    let age = pending.oldest.map_or(0.0, |oldest| clock.since(oldest));
     metrics::gauge!("outbox_pending", "outbox" => outbox.to_owned()).set(pending.rows as f64);
     metrics::gauge!("outbox_oldest_pending_age_seconds", "outbox" => outbox.to_owned()).set(age);
     metrics::gauge!("outbox_parked", "outbox" => outbox.to_owned()).set(pending.parked as f64);

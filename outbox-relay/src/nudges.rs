@@ -3,9 +3,8 @@
 //! A hint and nothing more: whatever is lost of it, the reader looks by itself after its pause. One connection is held for
 //! it. Behind a pooler that hands a connection from one client to the next nothing is listened for: others would be told.
 
-use crate::database::within;
 use futures::FutureExt as _;
-use saga_core::outbox::NUDGES;
+use saga_core::{outbox::NUDGES, transaction::Bound};
 use sqlx::{
     Connection as _, PgConnection, Row as _,
     postgres::{PgConnectOptions, PgListener, PgPoolOptions},
@@ -50,6 +49,7 @@ impl Nudges {
 }
 
 async fn listen(options: PgConnectOptions, heard: Arc<Notify>) {
+    let options = options.options([("statement_timeout", ANSWER.as_millis().to_string())]);
     loop {
         match hear(&options, &heard).await {
             Ok(Pooled) => {
@@ -66,12 +66,12 @@ async fn listen(options: PgConnectOptions, heard: Arc<Notify>) {
 }
 
 async fn hear(options: &PgConnectOptions, heard: &Notify) -> Result<Pooled, sqlx::Error> {
-    if within(ANSWER, is_pooled(options)).await? {
+    if Bound::new(ANSWER).within(is_pooled(options)).await? {
         return Ok(Pooled);
     }
     let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ANSWER).connect_lazy_with(options.clone());
     let mut listener = PgListener::connect_with(&pool).await?;
-    within(ANSWER, listener.listen(NUDGES)).await?;
+    Bound::new(ANSWER).within(listener.listen(NUDGES)).await?;
     loop {
         match tokio::time::timeout(QUIET, listener.try_recv()).await {
             Ok(Ok(Some(_))) => {
@@ -83,7 +83,7 @@ async fn hear(options: &PgConnectOptions, heard: &Notify) -> Result<Pooled, sqlx
             Ok(Err(error)) => return Err(error),
             // A host that is gone says nothing, either.
             Err(_) => {
-                within(ANSWER, sqlx::query("select 1").execute(&mut listener)).await?;
+                Bound::new(ANSWER).within(sqlx::query("select 1").execute(&mut listener)).await?;
             }
         }
     }

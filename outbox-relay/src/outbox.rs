@@ -1,9 +1,9 @@
 //! One outbox as this process sees it: stands by, owns it, stands by again. What happens to one stops no other.
 
 use crate::{
-    database::{Database, PrivateLine},
+    database::Database,
     gauges,
-    lease::{Lease, LeaseError},
+    lease::{Lease, LeaseError, Leases},
     metric,
     owner::{self, OwnerError},
     producer::Brokers,
@@ -11,7 +11,6 @@ use crate::{
     topics::Topics,
 };
 use saga_core::error_class::is_outage;
-use sqlx::postgres::PgConnectOptions;
 use std::{
     sync::{Arc, Mutex},
     time::Duration,
@@ -20,12 +19,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-/// Reader, recorder, control, gauges, a retry's two, and one to spare.
-const CONNECTIONS: u32 = 7;
+/// Recorder, control, session, retry, and one to spare.
+const CONNECTIONS: u32 = 5;
+/// Reader, and what counts and looks after the outbox.
+const READING_CONNECTIONS: u32 = 2;
 /// For the admin endpoints. They have their own, so that requests that wait keep nothing from being published.
 const ADMIN_CONNECTIONS: u32 = 4;
 /// An operator's patience; an answer that takes longer costs the database more than it is worth.
-const ADMIN_STATEMENT: &str = "5s";
+const ADMIN_STATEMENT: Duration = Duration::from_secs(5);
 /// A request may make several statements, and wait as long for a connection.
 const ADMIN_PATIENCE: Duration = Duration::from_secs(8);
 /// Nothing here holds a lock for long. What does is somebody else's, and may hold it for hours.
@@ -35,18 +36,30 @@ const STAND_BY: Duration = Duration::from_millis(500);
 /// Between two tries when something is wrong with the database.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
+/// How statements on the outbox are planned.
+pub(crate) const PLANS: [(&str, &str); 4] = [
+    // Every statement here has one index that answers it; statistics of a table that grows this fast are always old, and a
+    // plan made from them must not read the whole of it.
+    ("enable_seqscan", "off"),
+    ("enable_bitmapscan", "off"),
+    ("jit", "off"),
+    // And so one plan for all parameters: to make one for each poll costs more than the poll.
+    ("plan_cache_mode", "force_generic_plan"),
+];
+
 /// One outbox.
 pub struct Outbox {
     /// Its name: `ce_source` of its messages, and the key of its lease and position.
     pub name: String,
     pub(crate) db: Database,
+    /// For statements that may read much: their bound is not the lease's.
+    pub(crate) reading: Database,
     pub(crate) admin: Database,
-    options: PgConnectOptions,
+    pub(crate) leases: Leases,
     pub(crate) topics: Topics,
     pub(crate) brokers: String,
     pub(crate) compression: String,
     pub(crate) from_now: bool,
-    pub(crate) lease: Duration,
     pub(crate) status: Status,
 }
 
@@ -97,33 +110,28 @@ impl Status {
 
 impl Outbox {
     pub(crate) fn new(settings: &Settings, outbox: &OutboxSettings) -> Result<Self, rdkafka::error::KafkaError> {
-        let options = outbox.database.clone().application_name("outbox-relay").options([
+        let idle = (settings.lease.as_millis() * 3 / 4).to_string();
+        let options = outbox.database.clone().application_name("outbox-relay").options(PLANS).options([
             // What is recorded as published must survive a crash of the server, or it is published twice.
             ("synchronous_commit", "on"),
-            // Every statement here has one index that answers it; statistics of a table that grows this fast are
-            // always old, and a plan made from them must not read the whole of it.
-            ("enable_seqscan", "off"),
-            ("enable_bitmapscan", "off"),
-            ("jit", "off"),
-            // And so one plan for all parameters: to make one for each poll costs more than the poll.
-            ("plan_cache_mode", "force_generic_plan"),
             // An owner that is stopped inside a transaction holds the lease's row: no longer than the lease.
-            ("idle_in_transaction_session_timeout", &(settings.lease.as_millis() * 3 / 4).to_string()),
+            ("idle_in_transaction_session_timeout", &idle),
         ]);
         Ok(Self {
             name: outbox.name.clone(),
             db: Database::new(options.clone(), CONNECTIONS, settings.lease),
-            admin: Database::new(
-                options.clone().options([("statement_timeout", ADMIN_STATEMENT), ("lock_timeout", ADMIN_LOCK)]),
+            reading: Database::new(options.clone(), READING_CONNECTIONS, settings.reading),
+            admin: Database::with_statements(
+                options.clone().options([("lock_timeout", ADMIN_LOCK)]),
                 ADMIN_CONNECTIONS,
                 ADMIN_PATIENCE,
+                ADMIN_STATEMENT,
             ),
-            options,
+            leases: Leases::new(options, settings.lease),
             topics: Topics::new(&settings.kafka_brokers)?,
             brokers: settings.kafka_brokers.clone(),
             compression: settings.compression.clone(),
             from_now: settings.from_now,
-            lease: settings.lease,
             status: Status { now: Mutex::new((Role::Starting, None)), brokers: Arc::default() },
         })
     }
@@ -132,19 +140,18 @@ impl Outbox {
     pub(crate) async fn run(&self, stop: &CancellationToken) {
         tokio::select! {
             () = self.take_turns(stop) => {}
-            () = gauges::run(&self.db, &self.name) => {}
+            () = gauges::run(&self.reading, &self.name, &self.leases.clock) => {}
         }
     }
 
     async fn take_turns(&self, stop: &CancellationToken) {
-        let mut line = PrivateLine::new(self.options.clone());
         let mut before = None;
         let mut trouble = Trouble::default();
         while !stop.is_cancelled() {
-            let pause = match self.run_once(&mut line, &mut before, stop).await {
+            let pause = match self.run_once(&mut before, stop).await {
                 Ok(Stood::By) => {
                     trouble.over(&self.name);
-                    STAND_BY.min(self.lease / 4)
+                    STAND_BY.min(self.leases.length / 4)
                 }
                 Ok(Stood::Owner) => {
                     trouble.over(&self.name);
@@ -162,16 +169,11 @@ impl Outbox {
         }
     }
 
-    async fn run_once(
-        &self,
-        line: &mut PrivateLine,
-        before: &mut Option<Uuid>,
-        stop: &CancellationToken,
-    ) -> Result<Stood, OwnerError> {
+    async fn run_once(&self, before: &mut Option<Uuid>, stop: &CancellationToken) -> Result<Stood, OwnerError> {
         let holder = holder();
         let taken = tokio::select! {
             () = stop.cancelled() => return Ok(Stood::By),
-            taken = Lease::acquire(line, &self.name, &holder, self.lease, *before) => taken?,
+            taken = Lease::acquire(&self.leases, &self.name, &holder, *before) => taken?,
         };
         let Some(lease) = taken else {
             self.status.set(Role::StandingBy, None);
@@ -182,11 +184,11 @@ impl Outbox {
         info!(outbox = self.name, owner = %lease.owner, "took the lease");
         self.status.publishing();
         metric::owner(&self.name, true);
-        let ended = owner::own(self, &lease, line, stop).await;
+        let ended = owner::own(self, &lease, stop).await;
         metric::owner(&self.name, false);
         match &ended {
             Err(OwnerError::Lease(LeaseError::TakenOver)) => {}
-            _ => match lease.release(line).await {
+            _ => match lease.release(&self.leases).await {
                 Ok(()) => info!(outbox = self.name, owner = %lease.owner, "gave the lease back"),
                 // Then it runs out.
                 Err(error) => warn!(outbox = self.name, %error, "the lease could not be given back"),

@@ -6,7 +6,6 @@ use crate::{
     batch_log,
     commit::{CommitError, Recorder},
     control::{self, Control, Wanted},
-    database::PrivateLine,
     lease::{Lease, LeaseError},
     outbox::Outbox,
     parking::Blocked,
@@ -93,15 +92,10 @@ impl OwnerError {
 }
 
 /// Publishes under `lease` until it is lost, something fails, or `stop`.
-pub(crate) async fn own(
-    outbox: &Outbox,
-    lease: &Lease,
-    line: &mut PrivateLine,
-    stop: &CancellationToken,
-) -> Result<(), OwnerError> {
+pub(crate) async fn own(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Result<(), OwnerError> {
     tokio::select! {
         biased;
-        lost = lease.keep(line) => Err(lost.into()),
+        lost = lease.keep(&outbox.leases) => Err(lost.into()),
         // The lease is given back also after a panic, and the outbox tries again.
         ended = AssertUnwindSafe(publish(outbox, lease, stop)).catch_unwind() => ended.unwrap_or_else(|panic| {
             Err(OwnerError::Panicked { what: "publishing", why: message(&*panic) })
@@ -258,14 +252,14 @@ async fn session(
     let (items, pages) = mpsc::channel(PAGES_AHEAD);
     let (pages_done, done) = watch::channel(0);
     let reader = Reader::new(Cursor::new(at.clone(), None), reader_control, items, done);
-    let mut reader = AbortOnDropHandle::new(tokio::spawn(reader.run(outbox.db.clone())));
+    let mut reader = AbortOnDropHandle::new(tokio::spawn(reader.run(outbox.reading.clone())));
     let mut session = Session {
         outbox: outbox.name.clone(),
         db: outbox.db.clone(),
         owner: lease.owner,
         topics: outbox.topics.clone(),
         publisher,
-        builder: RecordBuilder::new(&outbox.name),
+        builder: RecordBuilder::new(&outbox.name, outbox.leases.clock.clone()),
         memory,
         blocked,
         paused,

@@ -126,7 +126,7 @@ pub(crate) async fn next_in(
         "select id, message_id, topic, key, type, payload,
                 coalesce(octet_length(payload), -1) as size, nullif(headers, '{}')::text as headers, ",
         within_calendar!("created_at"),
-        " as created_at
+        " as created_at, 0::bigint as bytes, 0 as key_bytes
            from outbox_parked
           where outbox = $1 and topic = $2 and md5(key) is not distinct from md5($3) and status = 'parked'
             and (key is not null or retry_requested_at is not null)
@@ -140,9 +140,7 @@ pub(crate) async fn next_in(
     .fetch_optional(tx)
     .await?;
     let Some(found) = found else { return Ok(None) };
-    let mut row = crate::row::Row::new(found)?;
-    row.is_whole();
-    Ok(Some(row))
+    Ok(Some(crate::row::Row::new(found)?))
 }
 
 /// The row is published, in the caller's transaction, if `owner` still holds the lease; false means: fenced.

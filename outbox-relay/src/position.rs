@@ -12,25 +12,26 @@
 //! anybody. `target` is never made smaller to bound a window (rows of a transaction that got its id early and the lock
 //! late would then overtake): a window is cut by id only.
 //!
+//! No step of reading touches more rows than a stretch has, whatever lies in the window or outside it: a long window is
+//! first searched for its lowest and greatest id, piece by piece, then walked between them, stretch by stretch.
+//!
 //! When the process dies, a new owner starts from the last position that was recorded in the batch log and
 //! publishes again what was not.
 
 use crate::{
-    row::{Row, columns},
-    snapshot::{Snapshot, Span, texts},
+    row::{Body, DELETED, Row},
+    snapshot::{Snapshot, Span},
+    window::{self, PAGE_ROWS, Search},
 };
-use sqlx::{PgConnection, Row as _};
+use sqlx::PgConnection;
 use std::{collections::VecDeque, sync::Arc};
+use tracing::warn;
 
-/// Rows that are read at once. Large enough that a round trip costs nothing per row, small enough that the first one
-/// is not kept waiting.
-pub(crate) const PAGE_ROWS: i64 = 5_000;
-
-/// The column behind those of a row.
-const SNAPSHOT: usize = 9;
-
-/// Payload bytes beyond the inline ones that a page may carry. One row may exceed it alone.
-const PAGE_LARGE_BYTES: usize = 8 << 20;
+/// Bytes of rows that a page may carry. One row may exceed it alone.
+const PAGE_BYTES: usize = 8 << 20;
+/// A body up to this size is read with its page: Kafka's default for `max.message.bytes`. A larger one is read when the
+/// topic is known to take it.
+const READ_AHEAD_BYTES: usize = 1_048_588;
 
 /// Where reading stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,7 +56,7 @@ impl Position {
     }
 }
 
-/// Rows to publish, in order, and where they stand.
+/// Rows to publish, in order, and where they stand. There may be none: then a stretch of ids held nothing to publish.
 pub(crate) struct Page {
     /// The topic whose rows these are, when it is catching up after a pause; else rows of any topic.
     pub(crate) lane: Option<Arc<str>>,
@@ -64,6 +65,8 @@ pub(crate) struct Page {
     /// The position before the first row.
     pub(crate) after: i64,
     pub(crate) rows: Vec<Row>,
+    /// The position behind the page; no row of the window is left up to this id.
+    pub(crate) to: i64,
 }
 
 /// How far a cursor may go.
@@ -80,8 +83,10 @@ enum Plan {
     Untried,
     /// All of it has been read.
     Read,
-    /// Too many for one page: stragglers below `floor` first, then along the primary key.
-    Walk { floor: i64 },
+    /// Too many for one page: look for the ids between which they lie.
+    Search(Search),
+    /// Along the primary key from `floor` to `top`; rows of stragglers lie below and above as well.
+    Walk { floor: i64, top: i64 },
 }
 
 /// Reads the outbox in publishing order.
@@ -89,13 +94,16 @@ pub(crate) struct Cursor {
     at: Position,
     plan: Plan,
     lane: Option<Arc<str>>,
-    /// Read, but not handed out: large payloads cut a page into several.
+    /// Read, but not handed out: large rows cut a page into several.
     read: VecDeque<Row>,
+    /// The window is read up to this id.
+    reached: i64,
 }
 
 impl Cursor {
     pub(crate) fn new(at: Position, lane: Option<Arc<str>>) -> Self {
-        Self { at, plan: Plan::Untried, lane, read: VecDeque::new() }
+        let reached = at.after;
+        Self { at, plan: Plan::Untried, lane, read: VecDeque::new(), reached }
     }
 
     /// The snapshot up to which all is handed out, if the cursor stands between two windows.
@@ -105,7 +113,7 @@ impl Cursor {
 
     /// Whether the next rows are known to be there: the window was cut, or is long.
     pub(crate) fn knows_more(&self) -> bool {
-        !self.read.is_empty() || matches!(self.plan, Plan::Walk { .. })
+        !self.read.is_empty() || matches!(self.plan, Plan::Search(_) | Plan::Walk { .. })
     }
 
     /// The last snapshot up to which all is handed out.
@@ -113,7 +121,8 @@ impl Cursor {
         &self.at.base
     }
 
-    /// The next rows, or `None` when there are none up to `up_to`.
+    /// The next rows, or `None` when there are none up to `up_to`. An empty page means that a stretch of a long window held
+    /// none, and that the next one is to be read.
     pub(crate) async fn next(&mut self, db: &mut PgConnection, up_to: UpTo<'_>) -> Result<Option<Page>, ReadError> {
         let mut up_to = Some(up_to);
         loop {
@@ -127,6 +136,9 @@ impl Cursor {
                 }
             } else {
                 self.fill(db).await?;
+                if self.read.is_empty() && self.knows_more() {
+                    return Ok(Some(self.page(Vec::new())));
+                }
             }
         }
     }
@@ -136,91 +148,166 @@ impl Cursor {
         let (target, rows) = match up_to {
             UpTo::Snapshot(target) if *target == self.at.base => (target.clone(), Vec::new()),
             UpTo::Snapshot(target) => {
-                self.plan = Plan::Untried;
-                (self.at.target, self.at.after) = (target.clone(), 0);
+                self.begin(target.clone());
                 return Ok(true);
             }
-            UpTo::Now => poll(db, &self.at.base).await?,
+            UpTo::Now => window::poll(db, &self.at.base).await?,
         };
         if rows.is_empty() {
             // Nothing between the two: the new snapshot is as good a base, and a cheaper one to look from.
             self.at = Position::at(target);
             return Ok(false);
         }
-        (self.at.target, self.at.after) = (target, 0);
-        let span = Span::between(&self.at.base, &self.at.target);
-        self.take_whole(db, &span, rows).await?;
+        self.begin(target);
+        self.take_whole(db, rows).await?;
         Ok(true)
     }
 
+    fn begin(&mut self, target: Snapshot) {
+        self.plan = Plan::Untried;
+        (self.at.target, self.at.after, self.reached) = (target, 0, 0);
+    }
+
     /// Takes the rows of a window that was tried as a whole: all of them, or one more than a page may hold.
-    async fn take_whole(&mut self, db: &mut PgConnection, span: &Span, rows: Vec<Row>) -> Result<(), ReadError> {
+    async fn take_whole(&mut self, db: &mut PgConnection, rows: Vec<Row>) -> Result<(), ReadError> {
         if i64::try_from(rows.len()).is_ok_and(|found| found > PAGE_ROWS) {
-            let floor = if self.at.base.is_initial() { 0 } else { lowest_id(db, span).await? };
-            self.plan = Plan::Walk { floor };
+            return self.search(db).await;
+        }
+        self.plan = Plan::Read;
+        self.read = rows.into();
+        self.read.make_contiguous().sort_unstable_by_key(Row::id);
+        self.reached = self.read.back().map_or(self.reached, Row::id);
+        Ok(())
+    }
+
+    /// A long window: looks for the ids between which it lies.
+    async fn search(&mut self, db: &mut PgConnection) -> Result<(), ReadError> {
+        self.plan = if self.at.base.is_initial() {
+            // The whole outbox: what is there now holds it.
+            Plan::Walk { floor: 0, top: window::greatest_id(db).await? }
         } else {
-            self.plan = Plan::Read;
-            self.read = rows.into();
-            self.read.make_contiguous().sort_unstable_by_key(Row::id);
+            Plan::Search(Search::of(&self.span()))
+        };
+        Ok(())
+    }
+
+    fn span(&self) -> Span {
+        Span::between(&self.at.base, &self.at.target)
+    }
+
+    /// Reads the next rows of the window; an exhausted one is closed. It may find none on its way.
+    async fn fill(&mut self, db: &mut PgConnection) -> Result<(), ReadError> {
+        match &mut self.plan {
+            // How many of its rows were published before is not known, and they would be passed over one by one.
+            Plan::Untried if self.at.after > 0 => return self.search(db).await,
+            Plan::Untried => return self.try_whole(db).await,
+            Plan::Read => self.close(),
+            Plan::Search(search) => {
+                if let Some((floor, top)) = search.step(db).await? {
+                    self.plan = Plan::Walk { floor, top };
+                }
+            }
+            &mut Plan::Walk { floor, top } => self.walk(db, floor, top).await?,
         }
         Ok(())
     }
 
-    /// Reads the next rows of the window; an exhausted one is closed.
-    async fn fill(&mut self, db: &mut PgConnection) -> Result<(), ReadError> {
-        let span = Span::between(&self.at.base, &self.at.target);
-        let after = self.at.after.max(self.read.back().map_or(0, Row::id));
-        let mut rows = match self.plan {
-            Plan::Untried => {
-                let rows = whole_window(db, &span, after, self.lane.as_deref()).await?;
-                return self.take_whole(db, &span, rows).await;
-            }
-            Plan::Read => Vec::new(),
-            Plan::Walk { floor } => {
-                let mut rows = Vec::new();
-                if after < floor && !span.stragglers.is_empty() {
-                    rows = stragglers(db, &span, after, floor, self.lane.as_deref()).await?;
-                }
-                if rows.is_empty() {
-                    rows = walk(db, &self.at, after.max(floor - 1), self.lane.as_deref()).await?;
-                }
-                rows
-            }
-        };
-        if rows.is_empty() {
-            self.close();
+    /// A window that was not polled: of a topic that catches up, or begun by an owner before.
+    async fn try_whole(&mut self, db: &mut PgConnection) -> Result<(), ReadError> {
+        let span = self.span();
+        let lane = self.lane.as_deref();
+        if lane.is_some() && window::is_long(db, &span).await? {
+            // Its rows of this topic may be few, and would be looked for among all.
+            return self.search(db).await;
         }
-        self.read.extend(rows.drain(..));
+        let rows = window::whole(db, &span, lane).await?;
+        self.take_whole(db, rows).await
+    }
+
+    /// The next stretch of a long window.
+    async fn walk(&mut self, db: &mut PgConnection, floor: i64, top: i64) -> Result<(), ReadError> {
+        let lane = self.lane.as_deref();
+        let stragglers = self.span().stragglers;
+        if self.reached < floor.saturating_sub(1) {
+            let rows = window::stragglers(db, &stragglers, self.reached, floor, lane).await?;
+            self.reached = rows.last().map_or(floor - 1, Row::id);
+            self.read.extend(rows);
+        } else if self.reached < top {
+            let (rows, reached) = window::stretch(db, &self.at, self.reached, top, lane).await?;
+            self.reached = reached;
+            self.read.extend(rows);
+        } else {
+            let rows = window::stragglers(db, &stragglers, self.reached, i64::MAX, lane).await?;
+            match rows.last() {
+                Some(last) => self.reached = last.id(),
+                None => self.close(),
+            }
+            self.read.extend(rows);
+        }
         Ok(())
     }
 
     fn close(&mut self) {
         self.at = Position::at(self.at.target.clone());
         self.plan = Plan::Untried;
+        self.reached = 0;
     }
 
-    /// Hands out as many of the read rows as a page may hold, with their large payloads.
+    /// Hands out as many of the read rows as a page may hold, with the large bodies that it may carry.
     async fn cut(&mut self, db: &mut PgConnection) -> Result<Page, ReadError> {
         let mut bytes = 0;
         let mut take = 0;
         for row in &self.read {
-            if row.wants_payload() {
-                bytes += row.size().unwrap_or(0);
-                if bytes > PAGE_LARGE_BYTES && take > 0 {
-                    break;
-                }
+            bytes += row.bytes();
+            if bytes > PAGE_BYTES && take > 0 {
+                break;
             }
             take += 1;
         }
         let mut rows: Vec<Row> = self.read.drain(..take).collect();
-        if bytes > 0 {
-            fetch_payloads(db, &mut rows).await?;
-        }
-        let after = self.at.after;
-        self.at.after = rows.last().map_or(after, Row::id);
-        let (base, target) = (self.at.base.clone(), self.at.target.clone());
-        Ok(Page { lane: self.lane.clone(), base, target, after, rows })
+        read_large(db, &mut rows).await?;
+        Ok(self.page(rows))
     }
+
+    /// A page of these rows, behind which the cursor then stands.
+    fn page(&mut self, rows: Vec<Row>) -> Page {
+        let after = self.at.after;
+        self.at.after = self.read.front().map_or(self.reached, |next| next.id() - 1);
+        let (base, target) = (self.at.base.clone(), self.at.target.clone());
+        Page { lane: self.lane.clone(), base, target, after, rows, to: self.at.after }
+    }
+}
+
+/// Reads what the rows of a page lack, but for bodies that are too large to be read before the topic is known to take them.
+/// A row that was deleted since its page was read is left out: without its body it would be sent as a tombstone.
+async fn read_large(db: &mut PgConnection, rows: &mut Vec<Row>) -> Result<(), ReadError> {
+    let (unread, lacking): (Vec<&Row>, Vec<&Row>) =
+        rows.iter().filter(|row| row.lacks_body()).partition(|row| row.bytes() > READ_AHEAD_BYTES);
+    let keys: Vec<i64> = unread.iter().filter(|row| row.lacks_key()).map(|row| row.id()).collect();
+    let bodies: Vec<i64> = lacking.iter().map(|row| row.id()).collect();
+    if !bodies.is_empty() {
+        for body in Body::read(db, &bodies).await? {
+            if let Ok(at) = rows.binary_search_by_key(&body.id, Row::id) {
+                rows[at].set_body(body);
+            }
+        }
+    }
+    if !keys.is_empty() {
+        for (id, key) in window::keys(db, &keys).await? {
+            if let Ok(at) = rows.binary_search_by_key(&id, Row::id) {
+                rows[at].set_key(key);
+            }
+        }
+    }
+    let deleted = |row: &Row| row.lacks_key() || row.lacks_body() && row.bytes() <= READ_AHEAD_BYTES;
+    rows.retain(|row| {
+        let keep = !deleted(row);
+        if !keep {
+            warn!(id = row.id(), "{DELETED}");
+        }
+        keep
+    });
+    Ok(())
 }
 
 /// Reading the outbox failed.
@@ -232,209 +319,4 @@ pub enum ReadError {
     /// A snapshot in the batch log, or from the server, does not parse.
     #[error(transparent)]
     Snapshot(#[from] crate::snapshot::NotASnapshot),
-}
-
-/// The snapshot, once and in a row of its own (with hundreds of transactions running it is long), and up to `$2` rows of
-/// the transactions that began after the snapshot whose end is `$1`.
-macro_rules! new_rows {
-    () => {
-        concat!(
-            "(select null::bigint, null::uuid, null, null, null, null::bytea, null::integer, null, null::timestamptz,
-                     pg_current_snapshot()::text)
-             union all
-             (select ",
-            columns!(),
-            ", null
-                from outbox
-               where xid >= $1::text::xid8
-               order by xid, id
-               limit $2)"
-        )
-    };
-}
-
-const POLL: &str = new_rows!();
-
-/// And rows of `$3`, which were running then: only of those that ended, so that one that is writing a million rows costs
-/// nothing meanwhile. Where none was, this is left out: it is half of the plan, and to start the plan is a third of a poll.
-const POLL_WITH_STRAGGLERS: &str = concat!(
-    new_rows!(),
-    "
-     union all
-     (select found.*
-        from unnest($3::text[]::xid8[]) as straggler (xid)
-       cross join lateral (select ",
-    columns!(),
-    ", null
-                             from outbox
-                            where outbox.xid = straggler.xid
-                            order by id
-                            limit $2) as found
-       where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
-       limit $2)"
-);
-
-/// Takes the snapshot that becomes a window's target, and the window's rows: all of them in no order if they fit a page,
-/// else one row more than fits. One statement, so that it is one snapshot, in a transaction that has no id of its own, so
-/// that the snapshot holds nothing of ours; and one round trip from a commit to its rows.
-async fn poll(db: &mut PgConnection, base: &Snapshot) -> Result<(Snapshot, Vec<Row>), ReadError> {
-    let stragglers = texts(base.running());
-    let mut query = sqlx::query(if stragglers.is_empty() { POLL } else { POLL_WITH_STRAGGLERS });
-    query = query.bind(base.xmax().to_string()).bind(PAGE_ROWS + 1);
-    if !stragglers.is_empty() {
-        query = query.bind(stragglers);
-    }
-    let found = query.fetch_all(db).await?;
-    let mut target = None;
-    let mut rows = Vec::with_capacity(found.len());
-    for row in found {
-        match row.try_get::<Option<&str>, _>(SNAPSHOT)? {
-            Some(snapshot) => target = Some(snapshot.parse()?),
-            None => rows.push(Row::new(row)?),
-        }
-    }
-    Ok((target.ok_or(sqlx::Error::RowNotFound)?, rows))
-}
-
-/// All rows of a window in no order, if they fit a page; else one row more than fits.
-async fn whole_window(
-    db: &mut PgConnection,
-    span: &Span,
-    after: i64,
-    lane: Option<&str>,
-) -> Result<Vec<Row>, sqlx::Error> {
-    macro_rules! sql {
-        ($topic:literal) => {
-            concat!(
-                "(select ",
-                columns!(),
-                "
-                    from outbox
-                   where xid >= $1::text::xid8 and xid < $2::text::xid8 and xid <> all ($3::text[]::xid8[])
-                     and id > $5 ",
-                $topic,
-                "
-                   order by xid, id
-                   limit $6)
-                 union all
-                 (select found.*
-                    from unnest($4::text[]::xid8[]) as straggler (xid)
-                   cross join lateral (select ",
-                columns!(),
-                "
-                                         from outbox
-                                        where outbox.xid = straggler.xid and id > $5 ",
-                $topic,
-                "
-                                        order by id
-                                        limit $6) as found
-                   limit $6)"
-            )
-        };
-    }
-    let sql = if lane.is_some() { sql!("and topic = $7") } else { sql!("") };
-    let mut query = sqlx::query(sql)
-        .bind(span.from.to_string())
-        .bind(span.to.to_string())
-        .bind(texts(&span.running))
-        .bind(texts(&span.stragglers))
-        .bind(after)
-        .bind(PAGE_ROWS + 1);
-    if let Some(topic) = lane {
-        query = query.bind(topic.to_owned());
-    }
-    query.fetch_all(db).await?.into_iter().map(Row::new).collect()
-}
-
-/// The lowest id of a long window's range. One pass over an index, once per window; `+ 0` keeps the planner from looking
-/// for it along the primary key, which would begin at the oldest row there is.
-async fn lowest_id(db: &mut PgConnection, span: &Span) -> Result<i64, sqlx::Error> {
-    let lowest: Option<i64> =
-        sqlx::query_scalar("select min(id + 0) from outbox where xid >= $1::text::xid8 and xid < $2::text::xid8")
-            .bind(span.from.to_string())
-            .bind(span.to.to_string())
-            .fetch_one(db)
-            .await?;
-    Ok(lowest.unwrap_or(i64::MAX))
-}
-
-/// A page of a long window's rows that lie below its range: each straggling transaction's rows come in order from the
-/// index, so the page costs the same however many it wrote and however long ago.
-async fn stragglers(
-    db: &mut PgConnection,
-    span: &Span,
-    after: i64,
-    floor: i64,
-    lane: Option<&str>,
-) -> Result<Vec<Row>, sqlx::Error> {
-    macro_rules! sql {
-        ($topic:literal) => {
-            concat!(
-                "select found.*
-                   from unnest($1::text[]::xid8[]) as straggler (xid)
-                  cross join lateral (select ",
-                columns!(),
-                "
-                                        from outbox
-                                       where outbox.xid = straggler.xid and id > $2 and id < $3 ",
-                $topic,
-                "
-                                       order by id
-                                       limit $4) as found
-                  order by id
-                  limit $4"
-            )
-        };
-    }
-    let sql = if lane.is_some() { sql!("and topic = $5") } else { sql!("") };
-    let mut query = sqlx::query(sql).bind(texts(&span.stragglers)).bind(after).bind(floor).bind(PAGE_ROWS);
-    if let Some(topic) = lane {
-        query = query.bind(topic.to_owned());
-    }
-    query.fetch_all(db).await?.into_iter().map(Row::new).collect()
-}
-
-/// A page of a long window along the primary key. Visibility is asked by function on purpose: no index can answer it, so
-/// the primary key, which gives the order, is the only way the planner has.
-async fn walk(db: &mut PgConnection, at: &Position, after: i64, lane: Option<&str>) -> Result<Vec<Row>, sqlx::Error> {
-    macro_rules! sql {
-        ($topic:literal) => {
-            concat!(
-                "select ",
-                columns!(),
-                "
-                   from outbox
-                  where id > $1
-                    and pg_visible_in_snapshot(xid, (select $2::text::pg_snapshot))
-                    and not pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot)) ",
-                $topic,
-                "
-                  order by id
-                  limit $4"
-            )
-        };
-    }
-    let sql = if lane.is_some() { sql!("and topic = $5") } else { sql!("") };
-    let mut query = sqlx::query(sql).bind(after).bind(at.target.to_string()).bind(at.base.to_string()).bind(PAGE_ROWS);
-    if let Some(topic) = lane {
-        query = query.bind(topic.to_owned());
-    }
-    query.fetch_all(db).await?.into_iter().map(Row::new).collect()
-}
-
-/// Fetches the payloads that were too large to come with their page.
-async fn fetch_payloads(db: &mut PgConnection, rows: &mut [Row]) -> Result<(), sqlx::Error> {
-    let ids: Vec<i64> = rows.iter().filter(|row| row.wants_payload()).map(Row::id).collect();
-    let payloads: Vec<(i64, Vec<u8>)> =
-        sqlx::query_as("select id, payload from outbox where id = any ($1) order by id")
-            .bind(ids)
-            .fetch_all(db)
-            .await?;
-    for (id, payload) in payloads {
-        // Page rows are in the order of their ids.
-        if let Ok(at) = rows.binary_search_by_key(&id, Row::id) {
-            rows[at].set_payload(payload);
-        }
-    }
-    Ok(())
 }

@@ -155,6 +155,7 @@ impl Publisher {
         let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(row.topic(), ticket.0).headers(built.headers);
         record.key = row.key().map(str::as_bytes);
         record.payload = row.payload();
+        record.timestamp = Some(built.timestamp);
         self.in_flight.sending();
         let Err((error, _)) = self.producer().send(record) else { return Offered::Taken };
         self.in_flight.not_sent();

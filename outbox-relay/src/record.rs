@@ -2,7 +2,7 @@
 //!
 //! The payload passes through as it is. What the row's own headers say wins, except for what identifies the row.
 
-use crate::row::Row;
+use crate::{database::DatabaseClock, row::Row};
 use rdkafka::message::{Header, OwnedHeaders};
 use saga_core::{
     envelope::{Envelope, header},
@@ -12,7 +12,7 @@ use serde::{
     Deserializer as _,
     de::{MapAccess, Visitor},
 };
-use std::{borrow::Cow, fmt, io::Write as _};
+use std::{borrow::Cow, fmt, io::Write as _, sync::Arc};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 /// What the row's headers may not override.
@@ -21,6 +21,9 @@ const OURS: [&str; 5] = [header::SPECVERSION, header::ID, header::TYPE, header::
 /// Builds records of one outbox. Reuses its buffers.
 pub(crate) struct RecordBuilder {
     source: String,
+    /// A record's timestamp is when it was sent, by the database's clock: Kafka refuses what is far ahead of its own, and
+    /// keeps a record for so long after it.
+    pub(crate) clock: Arc<DatabaseClock>,
     text: Vec<u8>,
 }
 
@@ -29,11 +32,13 @@ pub(crate) struct RecordBuilder {
 pub(crate) struct Built {
     pub(crate) headers: OwnedHeaders,
     pub(crate) size: usize,
+    /// Milliseconds since 1970.
+    pub(crate) timestamp: i64,
 }
 
 impl RecordBuilder {
-    pub(crate) fn new(source: &str) -> Self {
-        Self { source: source.to_owned(), text: Vec::with_capacity(64) }
+    pub(crate) fn new(source: &str, clock: Arc<DatabaseClock>) -> Self {
+        Self { source: source.to_owned(), clock, text: Vec::with_capacity(64) }
     }
 
     pub(crate) fn build(&mut self, row: &Row) -> Built {
@@ -52,10 +57,8 @@ impl RecordBuilder {
         headers = add(headers, header::TYPE, row.kind().as_bytes());
         headers = add(headers, header::TIME, self.time(row.created_at()));
         headers = add(headers, header::SEQUENCE, self.number(row.id()));
-        for (default, value) in [(header::SOURCE, self.source.as_str()), (header::CONTENT_TYPE, "application/json")] {
-            if !own.iter().any(|(key, _)| key == default) {
-                headers = add(headers, default, value.as_bytes());
-            }
+        if !own.iter().any(|(key, _)| key == header::SOURCE) {
+            headers = add(headers, header::SOURCE, self.source.as_bytes());
         }
         for (key, value) in &own {
             if !OURS.contains(&key.as_ref()) {
@@ -66,7 +69,7 @@ impl RecordBuilder {
         let value = row.size().unwrap_or(0);
         // Attributes, and two deltas that are zero in a batch of one; a null length is -1, which also takes one byte.
         let body = 3 + varint(key) + key + varint(value) + value + varint(count) + size;
-        Built { headers, size: BATCH_HEADER + varint(body) + body }
+        Built { headers, size: BATCH_HEADER + varint(body) + body, timestamp: self.timestamp() }
     }
 
     fn time(&mut self, at: OffsetDateTime) -> &[u8] {
@@ -77,6 +80,10 @@ impl RecordBuilder {
             self.text.extend_from_slice(b"9999-12-31T23:59:59Z");
         }
         &self.text
+    }
+
+    fn timestamp(&self) -> i64 {
+        i64::try_from(self.clock.now().unix_timestamp_nanos() / 1_000_000).unwrap_or(0)
     }
 
     fn number(&mut self, number: i64) -> &[u8] {

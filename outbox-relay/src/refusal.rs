@@ -2,6 +2,7 @@
 
 use crate::pause::Cause;
 use rdkafka::types::RDKafkaErrorCode as Code;
+use saga_core::error_class::{ErrorClass, classify_kafka};
 
 /// What is to become of what was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,16 +18,14 @@ pub(crate) enum Refusal {
 impl Refusal {
     pub(crate) fn of(code: Code) -> Self {
         match code {
-            Code::MessageSizeTooLarge
-            | Code::MessageBatchTooLarge
-            | Code::InvalidRecord
-            | Code::InvalidTimestamp
-            | Code::PolicyViolation
-            | Code::InvalidMessageSize => Self::Row,
             Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition | Code::InvalidTopic => {
                 Self::Topic(Cause::Missing)
             }
             Code::TopicAuthorizationFailed => Self::Topic(Cause::Forbidden),
+            // A batch of one record, where it is told of a row.
+            Code::MessageBatchTooLarge => Self::Row,
+            // A timestamp, above all, tells of a clock and not of the row.
+            code if classify_kafka(code) == ErrorClass::Own => Self::Row,
             _ => Self::Transient,
         }
     }

@@ -175,7 +175,7 @@ impl Session {
     pub(crate) async fn complete(&mut self) -> Result<(), Ended> {
         while let Some(flight) = self.publisher.in_flight.take_complete() {
             self.pages_done.send_modify(|done| *done += usize::from(flight.is_page()));
-            metric::published(&self.outbox, &flight);
+            metric::published(&self.outbox, &flight, &self.builder.clock);
             // A recorder that has gone has its own reason, which is told where it is joined.
             self.progress.send(flight.into_progress()).await.map_err(|_| CommitError::Fenced)?;
         }
@@ -240,7 +240,7 @@ impl Session {
         let mut decided = Decided::default();
         let sent = self.send_rows(&page, number, &mut decided).await;
         if page.lane.is_none() && sent.is_ok() {
-            let after = page.rows.last().map_or(page.after, Row::id);
+            let after = page.to;
             self.at = Position { base: page.base, target: page.target, after };
         }
         // Also where sending failed: what is acknowledged of the page has still to be told from what is not.

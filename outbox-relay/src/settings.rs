@@ -7,6 +7,9 @@ use std::time::Duration;
 /// long pause of a healthy process.
 pub const LEASE: Duration = Duration::from_secs(10);
 
+/// A statement that reads the outbox takes so long at most. It reads a bounded number of rows, from a cold disk if need be.
+pub const READING: Duration = Duration::from_secs(30);
+
 /// Compression of record batches: cheap, and headers repeat themselves.
 pub const COMPRESSION: &str = "lz4";
 
@@ -21,6 +24,8 @@ pub struct Settings {
     pub from_now: bool,
     /// How long a lease is.
     pub lease: Duration,
+    /// The bound of statements that read the outbox, which is not the lease's.
+    pub reading: Duration,
     /// `compression.type`.
     pub compression: String,
 }
@@ -42,6 +47,7 @@ impl Settings {
             kafka_brokers: kafka_brokers.into(),
             from_now: false,
             lease: LEASE,
+            reading: READING,
             compression: COMPRESSION.to_owned(),
         }
     }

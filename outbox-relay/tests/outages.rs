@@ -57,7 +57,7 @@ async fn a_poll_that_gets_no_answer_ends_the_ownership_and_is_told_while_the_lea
     sqlx::query("lock table outbox in access exclusive mode").execute(&mut *tx).await.unwrap();
     let problem = eventually(PATIENCE, || async {
         let readiness = health.readiness().await;
-        readiness.checks.get("outboxes").filter(|text| text.contains("has not answered")).cloned()
+        readiness.checks.get("outboxes").filter(|text| text.contains("no answer from the database")).cloned()
     })
     .await;
     assert!(problem.contains("reading the outbox"), "{problem}");
@@ -122,4 +122,37 @@ async fn a_retry_does_not_wait_for_the_row_that_is_being_tried() {
     tx.commit().await.unwrap();
     let (status, problem) = call(&relay, "POST", path, Some(again)).await;
     assert_eq!(status, 404, "{problem}");
+}
+
+#[tokio::test]
+async fn a_locked_outbox_leaves_no_server_process_behind() {
+    // Recorder, control, session, retry and a spare one; two that read; the lease's; a listener, which looks with two.
+    const CONNECTIONS: i64 = 5 + 2 + 1 + 2;
+    let world = World::new().await;
+    let _relay = world.relay();
+    world.append("k", "0").await;
+    world.published(1).await;
+    let mut other = connect(&world).await;
+    let mut tx = other.begin().await.unwrap();
+    sqlx::query("lock table outbox in access exclusive mode").execute(&mut *tx).await.unwrap();
+    // In no transaction: within one, what the server's processes do is remembered.
+    let mut watching = connect(&world).await;
+    let (mut most, mut owners) = (0, std::collections::HashSet::new());
+    while owners.len() < 6 {
+        let processes: i64 = sqlx::query_scalar(
+            "select count(*) from pg_stat_activity where application_name = 'outbox-relay' and datname = current_database()",
+        )
+        .fetch_one(&mut watching)
+        .await
+        .unwrap();
+        most = most.max(processes);
+        let owner: Option<uuid::Uuid> =
+            sqlx::query_scalar("select owner from outbox_lease").fetch_optional(&mut watching).await.unwrap();
+        owners.extend(owner);
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert!(most <= CONNECTIONS, "{most} server processes");
+    tx.rollback().await.unwrap();
+    world.append("k", "1").await;
+    world.published(2).await;
 }

@@ -4,12 +4,13 @@
 
 use crate::{
     Relay, batch_log,
+    database::DatabaseClock,
     outbox::{Outbox, Role},
     pause, pending,
     position::{Position, ReadError},
 };
 use axum::extract::State;
-use saga_core::{clock, http::Json};
+use saga_core::http::Json;
 use serde::Serialize;
 use sqlx::PgConnection;
 use time::OffsetDateTime;
@@ -109,7 +110,7 @@ pub(super) async fn list(State(relay): State<Relay>) -> Json<Vec<OutboxView>> {
 
 async fn view(outbox: &Outbox) -> OutboxView {
     let (role, problem) = outbox.status.get();
-    let (known, error) = match outbox.admin.ask(async |db| known(db, &outbox.name).await).await {
+    let (known, error) = match outbox.admin.ask(async |db| known(db, &outbox.name, &outbox.leases.clock).await).await {
         Ok(known) => (Some(known), None),
         Err(error) => {
             tracing::warn!(outbox = outbox.name, %error, "looking at an outbox");
@@ -121,7 +122,7 @@ async fn view(outbox: &Outbox) -> OutboxView {
 
 type LeaseColumns = (Uuid, String, OffsetDateTime, OffsetDateTime, bool);
 
-async fn known(db: &mut PgConnection, outbox: &str) -> Result<Known, ReadError> {
+async fn known(db: &mut PgConnection, outbox: &str, clock: &DatabaseClock) -> Result<Known, ReadError> {
     let lease: Option<LeaseColumns> = sqlx::query_as(
         "select owner, holder, acquired_at, expires_at, expires_at <= clock_timestamp()
            from outbox_lease
@@ -134,7 +135,7 @@ async fn known(db: &mut PgConnection, outbox: &str) -> Result<Known, ReadError> 
     let (n, at) = last.map_or_else(|| (0, Position::initial()), |last| (last.n, last.position));
     let pending = pending::of(db, outbox).await?;
     let paused = pause::load(db, outbox).await?;
-    let age = pending.oldest.map_or(0.0, |oldest| (clock::now() - oldest).as_seconds_f64().max(0.0));
+    let age = pending.oldest.map_or(0.0, |oldest| clock.since(oldest));
     Ok(Known {
         owner: lease.map(|(id, holder, acquired_at, expires_at, expired)| Owner {
             id,

@@ -47,7 +47,7 @@ impl World {
     pub fn settings(&self) -> Settings {
         let database = PgConnectOptions::from_str(&self.database.url).expect("the test's own URL");
         let outbox = OutboxSettings { name: self.name.clone(), database };
-        Settings { lease: LEASE, ..Settings::new(brokers(), vec![outbox]) }
+        Settings { lease: LEASE, reading: LEASE, ..Settings::new(brokers(), vec![outbox]) }
     }
 
     pub fn relay(&self) -> Running {

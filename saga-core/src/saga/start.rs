@@ -12,7 +12,7 @@ use super::{
     case,
     decide::{decide, start},
     definition::{Definition, Saga},
-    engine::{Engine, version_of},
+    engine::{Engine, contains_nul, version_of},
     error::StartError,
     local::LocalCall,
     log::{Entry, What},
@@ -26,7 +26,6 @@ use crate::{
     envelope::Op,
     fail_point::fail_point,
     id::SagaId,
-    json,
     outbox::{self, NewMessage, Tx},
 };
 use serde::Serialize;
@@ -104,11 +103,8 @@ impl Engine {
     ) -> Result<New, StartError> {
         let definition = self.same(saga)?;
         let input = serde_json::to_value(input).map_err(|error| StartError::Input(error.to_string()))?;
-        if business_key.contains('\0') {
-            return Err(StartError::Input("the business key contains NUL".into()));
-        }
-        if let Some(flaw) = json::flaw(&input) {
-            return Err(StartError::Input(flaw));
+        if contains_nul(&input) || business_key.contains('\0') {
+            return Err(StartError::Input("it contains NUL".into()));
         }
         New::begin(Arc::clone(definition), id, input, business_key.to_owned(), self.reply_topic())
     }

@@ -40,8 +40,7 @@ pub fn saga<I>(name: impl Into<String>, version: u32) -> SagaBuilder<I, (), Befo
 where
     I: Serialize + DeserializeOwned + Send + Sync + 'static,
 {
-    let (steps, local_retry) = (Vec::new(), RetryPolicy::LOCAL);
-    SagaBuilder { name: name.into(), version, steps, deadline: None, local_retry, types: PhantomData }
+    SagaBuilder { name: name.into(), version, steps: Vec::new(), deadline: None, types: PhantomData }
 }
 
 /// A saga in the making: input `I`, replies so far `R`, and where it stands to its pivot.
@@ -51,7 +50,6 @@ pub struct SagaBuilder<I, R, P> {
     version: u32,
     steps: Vec<Step>,
     deadline: Option<Duration>,
-    local_retry: RetryPolicy,
     types: PhantomData<fn(I, R, P)>,
 }
 
@@ -174,7 +172,7 @@ where
         P: AfterLocal,
     {
         let mut next = self.retype();
-        next.steps.push(local(effect.into(), None));
+        next.steps.push(Step { name: effect.into(), kind: StepKind::Local { undo: None } });
         next
     }
 
@@ -183,7 +181,7 @@ where
     where
         P: BeforeThePivot,
     {
-        self.steps.push(local(effect.into(), Some(undo.into())));
+        self.steps.push(Step { name: effect.into(), kind: StepKind::Local { undo: Some(undo.into()) } });
         self
     }
 
@@ -193,20 +191,8 @@ where
         self
     }
 
-    /// How the saga's local effects, all of them, are tried again when they failed by their own fault
-    /// ([`RetryPolicy::LOCAL`]). After the last attempt the saga is stuck.
-    pub fn local_retry(mut self, policy: RetryPolicy) -> Self {
-        self.local_retry = policy;
-        self
-    }
-
     /// The definition, ready for the engine.
-    pub fn build(mut self) -> Saga<I> {
-        for step in &mut self.steps {
-            if let StepKind::Local { retry, .. } = &mut step.kind {
-                *retry = self.local_retry;
-            }
-        }
+    pub fn build(self) -> Saga<I> {
         let definition = Definition::new(self.name, self.version, self.steps, self.deadline);
         Saga { definition: Arc::new(definition), input: PhantomData }
     }
@@ -218,8 +204,8 @@ where
     }
 
     fn retype<N, Q>(self) -> SagaBuilder<I, N, Q> {
-        let Self { name, version, steps, deadline, local_retry, types: _ } = self;
-        SagaBuilder { name, version, steps, deadline, local_retry, types: PhantomData }
+        let Self { name, version, steps, deadline, types: _ } = self;
+        SagaBuilder { name, version, steps, deadline, types: PhantomData }
     }
 }
 
@@ -304,10 +290,6 @@ impl AfterLocal for AfterPivot {
 }
 impl AfterLocal for AfterPivotCommand {
     type Phase = AfterPivot;
-}
-
-fn local(name: String, undo: Option<String>) -> Step {
-    Step { name, kind: StepKind::Local { undo, retry: RetryPolicy::LOCAL } }
 }
 
 fn remote<I, R, C, F>(role: Role, retry: RetryPolicy, command: F) -> Remote

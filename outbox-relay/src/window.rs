@@ -1,0 +1,519 @@
+//! The statements that find the rows of a window. Each touches a bounded number of rows, whatever the outbox holds.
+
+use crate::{
+    position::{Position, ReadError},
+    row::{Row, columns, sized},
+    snapshot::{Snapshot, Span, texts},
+};
+use sqlx::{PgConnection, Row as _};
+
+/// Rows that are read at once. Large enough that a round trip costs nothing per row, small enough that the first one
+/// is not kept waiting.
+pub(crate) const PAGE_ROWS: i64 = 5_000;
+
+/// Ids that one step of a walk covers: rows of other windows and topics among them are passed over.
+const STRETCH_IDS: i64 = 20_000;
+
+/// Index entries that one step of a search looks at.
+const SEARCHED: i64 = 20_000;
+
+/// The column behind those of a row.
+const SNAPSHOT: usize = 11;
+
+/// The snapshot, once and in a row of its own (with hundreds of transactions running it is long), and up to `$2` rows of
+/// the transactions that began after the snapshot whose end is `$1`. A transaction id that this cluster has not given yet
+/// came with a copy of another cluster's rows, and means nothing here.
+macro_rules! new_rows {
+    () => {
+        concat!(
+            "(select null::bigint, null::uuid, null, null, null, null::bytea, null::integer, null, null::timestamptz,
+                     null::bigint, null::integer, pg_current_snapshot()::text)
+             union all
+             (select ",
+            columns!(),
+            ", null
+                from ",
+            sized!("outbox"),
+            "
+               where xid >= $1::text::xid8 and xid < pg_snapshot_xmax(pg_current_snapshot())
+               order by xid, id
+               limit $2)"
+        )
+    };
+}
+
+const POLL: &str = new_rows!();
+
+/// And rows of `$3`, which were running then: only of those that ended, so that one that is writing a million rows costs
+/// nothing meanwhile. Where none was, this is left out: it is half of the plan, and to start the plan is a third of a poll.
+const POLL_WITH_STRAGGLERS: &str = concat!(
+    new_rows!(),
+    "
+     union all
+     (select found.*
+        from unnest($3::text[]::xid8[]) as straggler (xid)
+       cross join lateral (select ",
+    columns!(),
+    ", null
+                             from ",
+    sized!("outbox"),
+    "
+                            where outbox.xid = straggler.xid
+                            order by id
+                            limit $2) as found
+       where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
+       limit $2)"
+);
+
+/// Takes the snapshot that becomes a window's target, and the window's rows: all of them in no order if they fit a page,
+/// else one row more than fits. One statement, so that it is one snapshot, in a transaction that has no id of its own, so
+/// that the snapshot holds nothing of ours; and one round trip from a commit to its rows.
+pub(crate) async fn poll(db: &mut PgConnection, base: &Snapshot) -> Result<(Snapshot, Vec<Row>), ReadError> {
+    let stragglers = texts(base.running());
+    let mut query = sqlx::query(if stragglers.is_empty() { POLL } else { POLL_WITH_STRAGGLERS });
+    query = query.bind(base.xmax().to_string()).bind(PAGE_ROWS + 1);
+    if !stragglers.is_empty() {
+        query = query.bind(stragglers);
+    }
+    let found = query.fetch_all(db).await?;
+    let mut target = None;
+    let mut rows = Vec::with_capacity(found.len());
+    for row in found {
+        match row.try_get::<Option<&str>, _>(SNAPSHOT)? {
+            Some(snapshot) => target = Some(snapshot.parse()?),
+            None => rows.push(Row::new(row)?),
+        }
+    }
+    Ok((target.ok_or(sqlx::Error::RowNotFound)?, rows))
+}
+
+/// Whether a window has more rows than a page.
+pub(crate) async fn is_long(db: &mut PgConnection, span: &Span) -> Result<bool, sqlx::Error> {
+    let rows: i64 = sqlx::query_scalar(
+        "select count(*)
+           from ((select 1
+                    from outbox
+                   where xid >= $1::text::xid8 and xid < $2::text::xid8
+                   order by xid, id
+                   limit $4)
+                 union all
+                 (select 1
+                    from unnest($3::text[]::xid8[]) as straggler (xid)
+                   cross join lateral (select 1 from outbox where outbox.xid = straggler.xid limit $4) as found
+                   limit $4)) as row",
+    )
+    .bind(span.from.to_string())
+    .bind(span.to.to_string())
+    .bind(texts(&span.stragglers))
+    .bind(PAGE_ROWS + 1)
+    .fetch_one(db)
+    .await?;
+    Ok(rows > PAGE_ROWS)
+}
+
+/// All rows of a window in no order, if they fit a page; else one row more than fits.
+pub(crate) async fn whole(db: &mut PgConnection, span: &Span, lane: Option<&str>) -> Result<Vec<Row>, sqlx::Error> {
+    macro_rules! sql {
+        ($topic:literal) => {
+            concat!(
+                "(select ",
+                columns!(),
+                "
+                    from ",
+                sized!("outbox"),
+                "
+                   where xid >= $1::text::xid8 and xid < $2::text::xid8 and xid <> all ($3::text[]::xid8[]) ",
+                $topic,
+                "
+                   order by xid, id
+                   limit $5)
+                 union all
+                 (select found.*
+                    from unnest($4::text[]::xid8[]) as straggler (xid)
+                   cross join lateral (select ",
+                columns!(),
+                "
+                                         from ",
+                sized!("outbox"),
+                "
+                                        where outbox.xid = straggler.xid ",
+                $topic,
+                "
+                                        order by id
+                                        limit $5) as found
+                   limit $5)"
+            )
+        };
+    }
+    let sql = if lane.is_some() { sql!("and topic = $6") } else { sql!("") };
+    let mut query = sqlx::query(sql)
+        .bind(span.from.to_string())
+        .bind(span.to.to_string())
+        .bind(texts(&span.running))
+        .bind(texts(&span.stragglers))
+        .bind(PAGE_ROWS + 1);
+    if let Some(topic) = lane {
+        query = query.bind(topic.to_owned());
+    }
+    query.fetch_all(db).await?.into_iter().map(Row::new).collect()
+}
+
+/// The greatest id that there is.
+pub(crate) async fn greatest_id(db: &mut PgConnection) -> Result<i64, sqlx::Error> {
+    let id: Option<i64> =
+        sqlx::query_scalar("select id from outbox order by id desc limit 1").fetch_optional(db).await?;
+    Ok(id.unwrap_or(0))
+}
+
+/// Looks for the ids between which the range of a long window lies: along the index on transaction ids, which holds the
+/// window and nothing else, a bounded piece at a time.
+pub(crate) struct Search {
+    /// What the last piece ended with.
+    xid: String,
+    id: i64,
+    /// The transaction id behind the range.
+    to: String,
+    lowest: i64,
+    greatest: i64,
+}
+
+impl Search {
+    pub(crate) fn of(span: &Span) -> Self {
+        let (xid, to) = (span.from.to_string(), span.to.to_string());
+        Self { xid, id: i64::MIN, to, lowest: i64::MAX, greatest: 0 }
+    }
+
+    /// Looks at the next piece; when it was the last, tells the lowest and the greatest id.
+    pub(crate) async fn step(&mut self, db: &mut PgConnection) -> Result<Option<(i64, i64)>, sqlx::Error> {
+        type Found = (i64, Option<i64>, Option<i64>, Option<String>, Option<i64>);
+        let (rows, lowest, greatest, xid, id): Found = sqlx::query_as(
+            "with piece as materialized (
+                      select xid, id
+                        from outbox
+                       where (xid, id) > ($1::text::xid8, $2) and xid < $3::text::xid8
+                       order by xid, id
+                       limit $4),
+                  last as (select xid, id from piece offset $4 - 1)
+             select (select count(*) from piece), (select min(id) from piece), (select max(id) from piece),
+                    (select xid::text from last), (select id from last)",
+        )
+        .bind(&self.xid)
+        .bind(self.id)
+        .bind(&self.to)
+        .bind(SEARCHED)
+        .fetch_one(db)
+        .await?;
+        self.lowest = self.lowest.min(lowest.unwrap_or(i64::MAX));
+        self.greatest = self.greatest.max(greatest.unwrap_or(0));
+        if let (Some(xid), Some(id)) = (xid, id) {
+            (self.xid, self.id) = (xid, id);
+        }
+        Ok((rows < SEARCHED).then_some((self.lowest, self.greatest)))
+    }
+}
+
+/// A page of a long window's rows that are not in its range, with ids above `after` and below `before`: each straggling
+/// transaction's rows come in order from the index, so the page costs the same however many it wrote and however long ago.
+pub(crate) async fn stragglers(
+    db: &mut PgConnection,
+    stragglers: &[u64],
+    after: i64,
+    before: i64,
+    lane: Option<&str>,
+) -> Result<Vec<Row>, sqlx::Error> {
+    if stragglers.is_empty() {
+        return Ok(Vec::new());
+    }
+    macro_rules! sql {
+        ($topic:literal) => {
+            concat!(
+                "select found.*
+                   from unnest($1::text[]::xid8[]) as straggler (xid)
+                  cross join lateral (select ",
+                columns!(),
+                "
+                                        from ",
+                sized!("outbox"),
+                "
+                                       where outbox.xid = straggler.xid and id > $2 and id < $3 ",
+                $topic,
+                "
+                                       order by id
+                                       limit $4) as found
+                  order by id
+                  limit $4"
+            )
+        };
+    }
+    let sql = if lane.is_some() { sql!("and topic = $5") } else { sql!("") };
+    let mut query = sqlx::query(sql).bind(texts(stragglers)).bind(after).bind(before).bind(PAGE_ROWS);
+    if let Some(topic) = lane {
+        query = query.bind(topic.to_owned());
+    }
+    query.fetch_all(db).await?.into_iter().map(Row::new).collect()
+}
+
+/// A page of a long window along the primary key, and the id up to which there is no other row of the window. Visibility is
+/// asked by function on purpose: no index can answer it, so the primary key, which gives the order, is the only way the
+/// planner has. The upper bound keeps partitions out that hold nothing of the window.
+pub(crate) async fn stretch(
+    db: &mut PgConnection,
+    at: &Position,
+    after: i64,
+    top: i64,
+    lane: Option<&str>,
+) -> Result<(Vec<Row>, i64), sqlx::Error> {
+    macro_rules! sql {
+        ($topic:literal) => {
+            concat!(
+                "select ",
+                columns!(),
+                "
+                   from ",
+                sized!("outbox"),
+                "
+                  where id > $1 and id <= $2
+                    and pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot))
+                    and not pg_visible_in_snapshot(xid, (select $4::text::pg_snapshot)) ",
+                $topic,
+                "
+                  order by id
+                  limit $5"
+            )
+        };
+    }
+    let end = top.min(after.saturating_add(STRETCH_IDS));
+    let sql = if lane.is_some() { sql!("and topic = $6") } else { sql!("") };
+    let mut query =
+        sqlx::query(sql).bind(after).bind(end).bind(at.target.to_string()).bind(at.base.to_string()).bind(PAGE_ROWS);
+    if let Some(topic) = lane {
+        query = query.bind(topic.to_owned());
+    }
+    let rows: Vec<Row> = query.fetch_all(&mut *db).await?.into_iter().map(Row::new).collect::<Result<_, _>>()?;
+    let full = i64::try_from(rows.len()).is_ok_and(|rows| rows >= PAGE_ROWS);
+    let reached = match rows.last() {
+        Some(last) if full => last.id(),
+        Some(_) => end,
+        // A gap in the ids may be long.
+        None => before_next(db, end, top).await?,
+    };
+    Ok((rows, reached))
+}
+
+/// The id before the next row's behind `after`, or `top` when there is none up to it.
+async fn before_next(db: &mut PgConnection, after: i64, top: i64) -> Result<i64, sqlx::Error> {
+    let next: Option<i64> = sqlx::query_scalar("select id from outbox where id > $1 and id <= $2 order by id limit 1")
+        .bind(after)
+        .bind(top)
+        .fetch_optional(db)
+        .await?;
+    Ok(next.map_or(top, |id| id - 1))
+}
+
+/// The keys of these rows.
+pub(crate) async fn keys(db: &mut PgConnection, ids: &[i64]) -> Result<Vec<(i64, Option<String>)>, sqlx::Error> {
+    sqlx::query_as("select id, key from outbox where id = any ($1)").bind(ids).fetch_all(db).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::{Cursor, UpTo};
+    use saga_core::{service::messaging_migrations, testkit::TestDatabase};
+    use sqlx::{Connection as _, postgres::PgConnectOptions};
+    use std::str::FromStr as _;
+
+    struct Reading {
+        database: TestDatabase,
+        db: PgConnection,
+    }
+
+    impl Reading {
+        async fn new() -> Self {
+            let database = TestDatabase::new(&[messaging_migrations()]).await;
+            let options = PgConnectOptions::from_str(&database.url).unwrap().options(crate::outbox::PLANS);
+            let db = PgConnection::connect_with(&options).await.unwrap();
+            Self { database, db }
+        }
+
+        /// Rows of a topic, in a transaction of their own.
+        async fn append(&self, topic: &str, rows: i32) {
+            self.append_bodies(topic, rows, 1, "{}").await;
+        }
+
+        async fn append_bodies(&self, topic: &str, rows: i32, payload_bytes: i32, headers: &str) {
+            sqlx::query(
+                "insert into outbox (message_id, topic, key, type, payload, headers)
+                 select gen_random_uuid(), $1, 'k', 'test.v1', convert_to(repeat('x', $3), 'UTF8'), $4::jsonb
+                   from generate_series(1, $2) as i order by i",
+            )
+            .bind(topic)
+            .bind(rows)
+            .bind(payload_bytes)
+            .bind(headers)
+            .execute(&self.database.pool)
+            .await
+            .unwrap();
+        }
+
+        async fn snapshot(&self) -> Snapshot {
+            let text: String =
+                sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&self.database.pool).await.unwrap();
+            text.parse().unwrap()
+        }
+
+        /// Rows that come from here on are in a partition of their own.
+        async fn next_partition(&self) {
+            sqlx::raw_sql(
+                "create table later partition of outbox for values from (20000001) to (30000001);
+                 alter sequence outbox_id_seq restart 20000001;
+                 analyze outbox",
+            )
+            .execute(&self.database.pool)
+            .await
+            .unwrap();
+        }
+
+        /// One step of a cursor, and how many rows it touched.
+        async fn step(&mut self, cursor: &mut Cursor, target: &Snapshot) -> (Option<Vec<i64>>, i64) {
+            // What transactions before touched may still be among it.
+            let before = touched(&mut self.db).await;
+            let page = cursor.next(&mut self.db, UpTo::Snapshot(target)).await.unwrap();
+            let touched = touched(&mut self.db).await - before;
+            (page.map(|page| page.rows.iter().map(Row::id).collect()), touched)
+        }
+
+        /// All that a cursor finds up to `target`, and how many rows its dearest step touched.
+        async fn read(&mut self, mut cursor: Cursor, target: &Snapshot) -> (Vec<i64>, i64) {
+            // One transaction: only for so long the server counts what it touches apart.
+            sqlx::raw_sql("begin").execute(&mut self.db).await.unwrap();
+            let (mut found, mut dearest) = (Vec::new(), 0);
+            loop {
+                let (page, touched) = self.step(&mut cursor, target).await;
+                dearest = dearest.max(touched);
+                let Some(page) = page else { break };
+                found.extend(page);
+            }
+            sqlx::raw_sql("rollback").execute(&mut self.db).await.unwrap();
+            (found, dearest)
+        }
+    }
+
+    async fn touched(db: &mut PgConnection) -> i64 {
+        sqlx::query_scalar(
+            "select coalesce(sum(coalesce(idx_tup_fetch, 0) + seq_tup_read), 0)::bigint
+               from pg_stat_xact_user_tables
+              where relname in (select inhrelid::regclass::text from pg_inherits)",
+        )
+        .fetch_one(db)
+        .await
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn pages_of_a_long_window_touch_no_rows_of_later_partitions() {
+        let mut reading = Reading::new().await;
+        reading.append("before", 10).await;
+        let base = reading.snapshot().await;
+        reading.append("window", 7_000).await;
+        let target = reading.snapshot().await;
+        reading.next_partition().await;
+        reading.append("later", 30_000).await;
+        let cursor = Cursor::new(Position { base, target: target.clone(), after: 0 }, None);
+        let (found, dearest) = reading.read(cursor, &target).await;
+        assert_eq!(found, (11..=7_010).collect::<Vec<i64>>());
+        assert!(dearest <= 7_100, "{dearest} rows");
+        // Begun by an owner that died in the middle of it, when everything was new.
+        let cursor = Cursor::new(Position { base: Snapshot::initial(), target: target.clone(), after: 3_000 }, None);
+        let (found, dearest) = reading.read(cursor, &target).await;
+        assert_eq!(found, (3_001..=7_010).collect::<Vec<i64>>());
+        assert!(dearest <= STRETCH_IDS + 10, "{dearest} rows");
+    }
+
+    #[tokio::test]
+    async fn few_rows_of_a_topic_among_many_of_others_are_found_stretch_by_stretch() {
+        let mut reading = Reading::new().await;
+        reading.append("few", 2).await;
+        reading.append("many", 30_000).await;
+        let base = reading.snapshot().await;
+        reading.append("few", 1).await;
+        reading.append("many", 45_000).await;
+        reading.append("few", 1).await;
+        let target = reading.snapshot().await;
+        let cursor = Cursor::new(Position::at(base), Some("few".into()));
+        let (found, dearest) = reading.read(cursor, &target).await;
+        assert_eq!(found, [30_003, 75_004]);
+        assert!(dearest <= STRETCH_IDS + 10, "{dearest} rows");
+    }
+
+    #[tokio::test]
+    async fn stragglers_below_and_above_a_long_window_are_in_it_by_id() {
+        let mut reading = Reading::new().await;
+        let mut early = PgConnection::connect(&reading.database.url).await.unwrap();
+        let mut early = early.begin().await.unwrap();
+        let append = "insert into outbox (message_id, topic, type) values (gen_random_uuid(), 't', 'test.v1')";
+        sqlx::query(append).execute(&mut *early).await.unwrap();
+        reading.append("before", 10).await;
+        let base = reading.snapshot().await;
+        reading.append("window", 6_000).await;
+        sqlx::query(append).execute(&mut *early).await.unwrap();
+        early.commit().await.unwrap();
+        let target = reading.snapshot().await;
+        let (found, _) = reading.read(Cursor::new(Position::at(base), None), &target).await;
+        let expected: Vec<i64> = [1].into_iter().chain(12..=6_011).chain([6_012]).collect();
+        assert_eq!(found, expected);
+    }
+
+    #[tokio::test]
+    async fn the_bytes_of_a_page_are_bounded_whatever_its_rows_are_made_of() {
+        let reading = &mut Reading::new().await;
+        let headers = format!(r#"{{"h": "{}"}}"#, "x".repeat(100_000));
+        reading.append_bodies("headers", 200, 1, &headers).await;
+        reading.append_bodies("payloads", 20, 1_000_000, "{}").await;
+        reading.append_bodies("beyond any limit", 2, 20_000_000, "{}").await;
+        let target = reading.snapshot().await;
+        let mut cursor = Cursor::new(Position::initial(), None);
+        let (mut rows, mut unread) = (0, 0);
+        while let Some(page) = cursor.next(&mut reading.db, UpTo::Snapshot(&target)).await.unwrap() {
+            let bytes: usize = page.rows.iter().filter(|row| !row.lacks_body()).map(Row::bytes).sum();
+            assert!(bytes <= 9 << 20, "{bytes} bytes in a page");
+            rows += page.rows.len();
+            unread += page.rows.iter().filter(|row| row.lacks_body()).count();
+            assert!(page.rows.iter().all(|row| row.key() == Some("k") && row.kind() == "test.v1"));
+        }
+        assert_eq!((rows, unread), (222, 2), "what is beyond any limit is not read");
+    }
+
+    #[tokio::test]
+    async fn a_large_row_that_was_deleted_before_its_body_was_read_is_left_out() {
+        let reading = &mut Reading::new().await;
+        reading.append_bodies("t", 10, 1_000_000, "{}").await;
+        let target = reading.snapshot().await;
+        let mut cursor = Cursor::new(Position::initial(), None);
+        let first = cursor.next(&mut reading.db, UpTo::Snapshot(&target)).await.unwrap().unwrap();
+        assert!((1..10).contains(&first.rows.len()));
+        sqlx::query("delete from outbox where id = 10").execute(&reading.database.pool).await.unwrap();
+        let second = cursor.next(&mut reading.db, UpTo::Snapshot(&target)).await.unwrap().unwrap();
+        assert_eq!(first.rows.len() + second.rows.len(), 9);
+        assert!(second.rows.iter().all(|row| row.payload().is_some()), "none would be sent as a tombstone");
+    }
+
+    #[tokio::test]
+    async fn transaction_ids_that_the_cluster_has_not_given_yet_are_not_read() {
+        let reading = &mut Reading::new().await;
+        sqlx::query(
+            "insert into outbox (xid, message_id, topic, type)
+             values ('9000000000000000000', gen_random_uuid(), 't', 'test.v1')",
+        )
+        .execute(&reading.database.pool)
+        .await
+        .unwrap();
+        reading.append("t", 1).await;
+        let mut cursor = Cursor::new(Position::initial(), None);
+        let page = cursor.next(&mut reading.db, UpTo::Now).await.unwrap().unwrap();
+        assert_eq!(page.rows.iter().map(Row::id).collect::<Vec<_>>(), [2]);
+        for _ in 0..3 {
+            assert!(cursor.next(&mut reading.db, UpTo::Now).await.unwrap().is_none());
+        }
+    }
+}
