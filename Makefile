@@ -1,6 +1,6 @@
 # The few commands people type. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo up down reset logs status test test-pg15 check bench tools-build tools-servers tools-servers-unless-named binaries fmt clippy doc arch deny
+.PHONY: help demo up down reset logs status test test-pg15 upgrade check bench tools-build tools-servers tools-servers-unless-named binaries fmt clippy doc arch deny
 
 # Where cargo puts what it builds.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -45,6 +45,9 @@ test-pg15: tools-build tools-servers ## The whole suite on the system's own Post
 	@test -x $(PG15)/bin/postgres || { echo "error: no PostgreSQL 15 in $(PG15) (PG15=... says where)" >&2; exit 1; }
 	cargo build --workspace --bins --tests
 	STACK_POSTGRES=$(PG15) $(STACK) run -- sh stack/test.sh --workspace
+
+upgrade: tools-build tools-servers ## The last release's programs and today's together under load, upgraded and rolled back
+	sh e2e/upgrade.sh
 
 check: fmt clippy doc arch deny ## fmt, clippy, rustdoc (warnings denied), the architecture test, cargo-deny
 

@@ -1,11 +1,12 @@
 //! Money: integer minor units with an ISO 4217 currency. No floats anywhere.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::{fmt, str::FromStr};
 
+// It is part of messages, which are read tolerantly: a field that a later version adds is ignored. What people send is read
+// [`strictly`].
 /// An amount in minor units (cents) of a currency.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields)]
 pub struct Money {
     /// Minor units, for example cents.
     #[schema(example = 1999)]
@@ -30,6 +31,30 @@ impl Money {
     pub fn checked_mul(self, factor: i64) -> Option<Self> {
         self.amount.checked_mul(factor).map(|amount| Self { amount, ..self })
     }
+}
+
+/// For `#[serde(deserialize_with)]` in requests of people: a field that [`Money`] does not have is refused.
+///
+/// # Errors
+/// As for any other malformed money.
+pub fn strictly<'de, D: Deserializer<'de>>(from: D) -> Result<Money, D::Error> {
+    Strict::deserialize(from).map(|Strict { amount, currency }| Money { amount, currency })
+}
+
+/// [`strictly`] for money that may be `null`. It also needs `#[serde(default)]` where it may be left out.
+///
+/// # Errors
+/// As [`strictly`].
+pub fn strictly_if_any<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Money>, D::Error> {
+    let strict = Option::<Strict>::deserialize(from)?;
+    Ok(strict.map(|Strict { amount, currency }| Money { amount, currency }))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Strict {
+    amount: i64,
+    currency: Currency,
 }
 
 /// An active ISO 4217 currency code.
@@ -101,6 +126,29 @@ mod tests {
         assert_eq!("EUR".parse::<Currency>().unwrap().as_str(), "EUR");
         for wrong in ["eur", "EURO", "", "XXX", "ЕВР", "AA A"] {
             assert!(wrong.parse::<Currency>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_field_too_many_is_ignored_in_a_message_and_refused_in_a_request() {
+        #[derive(Debug, Deserialize)]
+        struct Request {
+            #[serde(deserialize_with = "strictly")]
+            price: Money,
+            #[serde(default, deserialize_with = "strictly_if_any")]
+            discount: Option<Money>,
+        }
+        let (good, more) = (r#"{"amount":1,"currency":"EUR"}"#, r#"{"amount":1,"currency":"EUR","digits":2}"#);
+        let euro = Money { amount: 1, currency: "EUR".parse().unwrap() };
+        assert_eq!(serde_json::from_str::<Money>(more).unwrap(), euro);
+        let request =
+            |price: &str, discount: &str| serde_json::from_str::<Request>(&format!(r#"{{"price":{price}{discount}}}"#));
+        let read = request(good, "").unwrap();
+        assert_eq!((read.price, read.discount), (euro, None));
+        assert_eq!(request(good, &format!(r#","discount":{good}"#)).unwrap().discount, Some(euro));
+        assert!(request(good, r#","discount":null"#).is_ok());
+        for wrong in [request(more, ""), request(good, &format!(r#","discount":{more}"#))] {
+            assert!(wrong.unwrap_err().to_string().contains("unknown field `digits`"));
         }
     }
 

@@ -35,16 +35,39 @@ fn lines() -> Vec<Line> {
     vec![line("WIDGET-1", 2), line("GADGET-2", 1)]
 }
 
-/// Writes `message`, reads it back, reads it with a field that this version does not know, and returns what was written.
+/// Writes `message`, reads it back, reads it with fields that this version does not know, one at each of its objects and
+/// then one at all of them, and returns what was written.
 fn on_the_wire<T: Serialize + DeserializeOwned + PartialEq + Debug>(message: &T) -> Value {
-    let mut json = serde_json::to_value(message).unwrap();
-    assert_eq!(&serde_json::from_value::<T>(json.clone()).unwrap(), message);
-    let written = json.clone();
-    if let Value::Object(fields) = &mut json {
-        fields.insert("a_field_of_tomorrow".into(), Value::Bool(true));
+    let written = serde_json::to_value(message).unwrap();
+    assert_eq!(&serde_json::from_value::<T>(written.clone()).unwrap(), message);
+    let places = objects(&written);
+    let alone = places.iter().map(std::slice::from_ref);
+    for places in alone.chain([&places[..]]) {
+        let mut of_tomorrow = written.clone();
+        for place in places {
+            let fields = of_tomorrow.pointer_mut(place).and_then(Value::as_object_mut).unwrap();
+            fields.insert("a_field_of_tomorrow".into(), serde_json::json!({ "with": ["parts"] }));
+        }
+        let read = serde_json::from_value::<T>(of_tomorrow.clone());
+        assert_eq!(&read.unwrap_or_else(|error| panic!("{of_tomorrow}: {error}")), message);
     }
-    assert_eq!(&serde_json::from_value::<T>(json).expect("readers are tolerant"), message);
     written
+}
+
+/// Where in `json` there are objects, as JSON pointers.
+fn objects(json: &Value) -> Vec<String> {
+    let below =
+        |name: &str, value: &Value| objects(value).into_iter().map(|at| format!("/{name}{at}")).collect::<Vec<_>>();
+    match json {
+        Value::Object(fields) => {
+            let nested = fields.iter().flat_map(|(name, value)| below(name, value));
+            std::iter::once(String::new()).chain(nested).collect()
+        }
+        Value::Array(values) => {
+            values.iter().enumerate().flat_map(|(index, value)| below(&index.to_string(), value)).collect()
+        }
+        _ => Vec::new(),
+    }
 }
 
 fn snapshot<C>(command: &C, reply: &C::Reply, rejection: Option<&C::Rejection>) -> Value

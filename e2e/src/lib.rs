@@ -6,6 +6,7 @@
 //! | [`audit`] | the invariants that hold whatever happened, checked over everything that was written |
 //! | [`platform`] | one running platform, shared by the tests of a binary; settling it, judging it |
 //! | [`orders`] | placing, cancelling and following orders as a customer does |
+//! | [`load`] | orders of every kind, by many customers at once |
 //! | [`topics`] | reading topics to their end, writing records into them, consumer groups' lag |
 //! | [`faults`] | a seeded source of chance, and processes that die or stop at moments that it picks |
 //! | [`failpoint`] | processes that die at a named edge of a transaction |
@@ -16,6 +17,7 @@
 pub mod audit;
 pub mod failpoint;
 pub mod faults;
+pub mod load;
 pub mod orders;
 pub mod platform;
 pub mod topics;

@@ -86,8 +86,18 @@ pub fn alone(test: impl AsyncFnOnce(&Platform)) {
     });
 }
 
-/// Claims of calls that died outlive the gateway's timeout, and tests that kill processes wait for that.
-fn for_breaking() -> StackConfig {
+/// Runs a test on a platform of this configuration, which ends with it.
+pub fn alone_with(config: StackConfig, test: impl AsyncFnOnce(&Platform)) {
+    RUNTIME.block_on(async {
+        let _room = ROOM.acquire().await.expect("nobody closes it");
+        let platform = Platform::start(config).await;
+        test(&platform).await;
+        platform.passes_the_audit().await;
+    });
+}
+
+/// For tests that stop processes: claims of calls that died outlive the gateway's timeout, and tests wait for that.
+pub fn for_breaking() -> StackConfig {
     let hasty = StackConfig::for_tests().env(Service::Payments, "GATEWAY_TIMEOUT_MS", "1000");
     hasty.env(Service::Gateway, "GATEWAY_SIM_SLOW_MS", "500")
 }

@@ -13,7 +13,11 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use contracts::{OrderId, money::Money, product::Sku};
+use contracts::{
+    OrderId,
+    money::{self, Money},
+    product::Sku,
+};
 use http::{HeaderMap, StatusCode, header};
 use saga_core::{
     http::{
@@ -60,6 +64,7 @@ struct NewItem {
     #[schema(min_length = 1, max_length = 200, example = "Widget")]
     name: String,
     /// What one piece costs.
+    #[serde(deserialize_with = "money::strictly")]
     unit_price: Money,
 }
 
@@ -71,6 +76,7 @@ struct ItemPatch {
     #[schema(min_length = 1, max_length = 200)]
     name: Option<String>,
     /// What one piece costs from now on. Orders that were placed keep their price.
+    #[serde(default, deserialize_with = "money::strictly_if_any")]
     unit_price: Option<Money>,
 }
 

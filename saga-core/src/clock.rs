@@ -3,7 +3,7 @@
 //! Rules that depend on time take `now` as a parameter, so that tests choose it and a retry decides as the first
 //! attempt did. SQL may use the server's `now()` and `clock_timestamp()`; what compares times across processes should.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
 /// The wall clock, UTC, cut to the microseconds that PostgreSQL keeps: what is written is what is read back.
@@ -17,6 +17,13 @@ pub fn now() -> OffsetDateTime {
 #[must_use]
 pub fn monotonic() -> Instant {
     Instant::now()
+}
+
+/// `wait` for SQL's `make_interval(secs => …)`. What is longer than a thousand years is a thousand years: added to a time, it
+/// is one that PostgreSQL can write.
+pub(crate) fn seconds(wait: Duration) -> f64 {
+    const LONGEST: Duration = Duration::from_secs(1_000 * 365 * 24 * 3_600);
+    wait.min(LONGEST).as_secs_f64()
 }
 
 #[cfg(test)]

@@ -32,6 +32,8 @@ pub struct StackConfig {
     pub preferred_ports: bool,
     /// What `RUST_LOG` says.
     pub log_level: String,
+    /// Where the services' programs are, when not where [`binary`] looks.
+    pub programs: Option<PathBuf>,
     /// Variables in addition, for one of the processes: fail points, timeouts.
     pub env: BTreeMap<Service, Vec<(String, String)>>,
 }
@@ -42,7 +44,7 @@ impl StackConfig {
     pub fn for_tests() -> Self {
         let servers = ServersConfig { database_url: None, kafka_brokers: None, ..ServersConfig::for_tests() };
         let log_level = std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into());
-        let tests = Self { servers, preferred_ports: false, log_level, env: BTreeMap::new() };
+        let tests = Self { servers, preferred_ports: false, log_level, programs: None, env: BTreeMap::new() };
         let consumers = [Service::Orders, Service::Payments, Service::Inventory];
         consumers.into_iter().fold(tests, |tests, service| tests.env(service, "KAFKA_SESSION_TIMEOUT_MS", "2000"))
     }
@@ -78,6 +80,12 @@ impl Running {
     pub async fn start_again(&self) -> Result<()> {
         self.process.start_again()?;
         self.ready().await
+    }
+
+    /// Stops it in an orderly way and starts the program of that name in `programs` in its place: an upgrade, or the way back.
+    pub async fn becomes(&self, programs: &Path) -> Result<()> {
+        self.process.replace_program(programs.join(self.service.program().0));
+        self.restart().await
     }
 
     /// Stops it in an orderly way, starts it again, waits until it is ready.
@@ -163,7 +171,11 @@ impl Stack {
     fn launch(&self, service: Service, name: &str, address: Address) -> Result<Running> {
         let (program, subcommand) = service.program();
         let log = self.servers.logs.join(format!("{name}.log"));
-        let mut spec = Spec::new(name, binary(program)?, log).args([subcommand]);
+        let file = match &self.config.programs {
+            Some(folder) => folder.join(program),
+            None => binary(program)?,
+        };
+        let mut spec = Spec::new(name, file, log).args([subcommand]);
         for (variable, value) in self.environment(service, &address) {
             spec = spec.env(variable, value);
         }

@@ -110,13 +110,15 @@ fn text(status: Option<ExitStatus>) -> String {
 #[derive(Debug)]
 pub struct Process {
     spec: Spec,
+    /// Starts as the spec's; another build's while a test upgrades it.
+    program: Mutex<PathBuf>,
     child: Mutex<Option<Child>>,
 }
 
 impl Process {
     /// Starts it; says nothing about its health.
     pub fn start(spec: Spec) -> Result<Self> {
-        let process = Self { spec, child: Mutex::new(None) };
+        let process = Self { program: Mutex::new(spec.program.clone()), spec, child: Mutex::new(None) };
         process.start_again()?;
         Ok(process)
     }
@@ -126,12 +128,18 @@ impl Process {
         self.start_again_with(&[])
     }
 
+    /// From the next start on, it is this program: another build of the same.
+    pub fn replace_program(&self, program: PathBuf) {
+        *self.program.lock().unwrap_or_else(PoisonError::into_inner) = program;
+    }
+
     /// Starts it again with these variables in addition, for this one life: an armed fail point, for example.
     pub fn start_again_with(&self, env: &[(&str, &str)]) -> Result<()> {
         if self.is_running() {
             return Ok(());
         }
-        let mut command = self.spec.command()?;
+        let program = self.program.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut command = Spec { program, ..self.spec.clone() }.command()?;
         let child = command.envs(env.iter().copied()).spawn().map_err(self.spec.spawn_error())?;
         guard::watch(child.id(), self.spec.orphan.as_str().trim_start_matches("SIG"));
         *self.child() = Some(child);

@@ -113,6 +113,9 @@ async fn a_price_changes_for_whoever_read_the_current_one_and_is_announced() {
         assert_eq!(problem(patch(Some(stale), price(7)).await.unwrap()).await.0, 412, "{stale}");
     }
     assert_eq!(problem(patch(Some("\"2\""), price(-1)).await.unwrap()).await.2, ["unit_price.amount"]);
+    let misspelt = json!({"unit_price": {"amount": 5, "currency": "EUR", "digits": 2}});
+    let (status, _, fields) = problem(patch(Some("\"2\""), misspelt).await.unwrap()).await;
+    assert_eq!((status, fields), (422, vec!["unit_price.digits".to_owned()]), "people's requests are read strictly");
     let same = patch(Some("\"2\""), price(5)).await.unwrap();
     assert_eq!(same.headers()["etag"], "\"2\"", "a change to what it is changes nothing");
 

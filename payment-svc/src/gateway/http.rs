@@ -3,11 +3,14 @@
 use super::{Answer, Doubt, PaymentGateway, Request};
 use async_trait::async_trait;
 use contracts::money::Money;
-use reqwest::{Client, StatusCode, Url};
+use reqwest::{Client, Response, StatusCode, Url};
 use saga_core::id::CommandId;
 use serde::Deserialize;
 use serde_json::json;
 use std::time::Duration;
+
+/// Longest answer that is read, in bytes. The provider's have some hundred.
+const BODY_MAX: usize = 64 * 1024;
 
 /// The provider's REST API.
 #[derive(Debug, Clone)]
@@ -93,8 +96,7 @@ impl PaymentGateway for HttpGateway {
         let sent = self.client.post(url).header("idempotency-key", key.to_string()).json(&body).send().await;
         let response = sent.map_err(doubt)?;
         let status = response.status();
-        let body = response.bytes().await.map_err(doubt)?;
-        interpret(status, &body)
+        interpret(status, &read(response).await?)
     }
 }
 
@@ -103,14 +105,29 @@ fn interpret(status: StatusCode, body: &[u8]) -> Result<Answer, Doubt> {
     match status {
         StatusCode::OK | StatusCode::CREATED => {
             let done: DoneBody = serde_json::from_slice(body).map_err(|e| Doubt::Unreadable(e.to_string()))?;
+            if done.reference.as_ref().is_some_and(|reference| reference.contains('\0')) {
+                return Err(Doubt::Unreadable("the reference contains NUL".into()));
+            }
             Ok(Answer::Done { reference: done.reference, amount: done.amount })
         }
         StatusCode::PAYMENT_REQUIRED | StatusCode::CONFLICT => match serde_json::from_slice::<RefusedBody>(body) {
-            Ok(body) => Ok(Answer::Refused { code: body.refused.code }),
+            Ok(body) => Ok(Answer::Refused { code: body.refused.code.replace(char::is_control, "\u{fffd}") }),
             Err(_) => Err(Doubt::Status { status: status.as_u16() }),
         },
         other => Err(Doubt::Status { status: other.as_u16() }),
     }
+}
+
+/// The body, as long as it is no longer than any answer of the provider's API.
+async fn read(mut response: Response) -> Result<Vec<u8>, Doubt> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(doubt)? {
+        body.extend_from_slice(&chunk);
+        if body.len() > BODY_MAX {
+            return Err(Doubt::Unreadable(format!("the answer is longer than {BODY_MAX} bytes")));
+        }
+    }
+    Ok(body)
 }
 
 fn doubt(error: reqwest::Error) -> Doubt {
@@ -134,6 +151,10 @@ mod tests {
             assert!(matches!(interpret(status, refused), Err(Doubt::Status { .. })), "{status}");
         }
         assert!(matches!(interpret(StatusCode::OK, b"{"), Err(Doubt::Unreadable(_))));
+        // Neither can be stored: a code is for people to read, a reference for the provider.
+        let nul = interpret(StatusCode::CONFLICT, br#"{"refused":{"code":"a\u0000b"}}"#).unwrap();
+        assert_eq!(nul, Answer::Refused { code: "a\u{fffd}b".into() });
+        assert!(matches!(interpret(StatusCode::OK, br#"{"reference":"a\u0000b"}"#), Err(Doubt::Unreadable(_))));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use contracts::money::Money;
+use contracts::money::{self, Money};
 use http::StatusCode;
 use saga_core::{
     http::{Json, Path, Problem, Query, REQUEST_MAX, idempotency::IdempotencyKey},
@@ -33,6 +33,7 @@ use uuid::Uuid;
 pub(super) struct AuthorizeRequest {
     order: String,
     customer: String,
+    #[serde(deserialize_with = "money::strictly")]
     amount: Money,
     method: String,
 }
@@ -41,6 +42,7 @@ pub(super) struct AuthorizeRequest {
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct AmountRequest {
+    #[serde(deserialize_with = "money::strictly")]
     amount: Money,
 }
 

@@ -44,13 +44,9 @@ pub(super) enum Retry {
     Pointless,
 }
 
-/// Longest reason that is kept.
-const REASON_MAX: usize = 1_000;
-
 impl Fault {
     pub(super) fn new(class: impl Into<Cow<'static, str>>, reason: &str, retry: Retry) -> Self {
-        let reason = reason.replace('\0', "\u{fffd}").chars().take(REASON_MAX).collect();
-        Self { class: class.into(), reason, retry }
+        Self { class: class.into(), reason: crate::reason::reason(reason), retry }
     }
 }
 

@@ -9,6 +9,7 @@ use super::{
     record::{Batch, lane, storable_headers},
 };
 use crate::{
+    clock,
     envelope::{Envelope, Headers},
     inbox::Place,
     outbox::Tx,
@@ -211,7 +212,7 @@ async fn insert(
     .bind(place.topic)
     .bind(place.partition)
     .bind(attempts.cast_signed())
-    .bind(delay.map(|delay| delay.as_secs_f64()))
+    .bind(delay.map(clock::seconds))
     .bind(fault.map(|fault| &fault.class))
     .bind(fault.map(|fault| &fault.reason))
     .bind(messages.iter().map(|message| message.at.offset).collect::<Vec<_>>())
@@ -256,7 +257,7 @@ pub(super) async fn count_retry(pool: &PgPool, id: i64, delay: Duration) -> Resu
          returning attempts",
     )
     .bind(id)
-    .bind(delay.as_secs_f64())
+    .bind(clock::seconds(delay))
     .fetch_optional(pool)
     .await?;
     Ok(attempts.map(i32::unsigned_abs))

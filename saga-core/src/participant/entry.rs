@@ -8,7 +8,9 @@ use crate::{
     command::{Command, Never},
     consumer::HandleError,
     envelope::Op,
+    json,
     outbox::Tx,
+    reason::reason,
 };
 use async_trait::async_trait;
 use serde::{Serialize, de::DeserializeOwned};
@@ -216,7 +218,11 @@ where
 }
 
 fn decode<T: DeserializeOwned>(kind: &str, payload: &[u8]) -> Result<T, HandleError> {
-    serde_json::from_slice(payload).map_err(|e| HandleError::Poison(format!("payload is not a {kind}: {e}")))
+    let poison = |why: String| HandleError::Poison(format!("payload is not a {kind}: {why}"));
+    match json::flaw_of_text(payload) {
+        Some(flaw) => Err(poison(flaw)),
+        None => serde_json::from_slice(payload).map_err(|e| poison(e.to_string())),
+    }
 }
 
 fn decode_ran<D: Command>(reply: Option<&[u8]>) -> Result<Ran<D::Reply>, HandleError> {
@@ -228,8 +234,13 @@ fn decode_ran<D: Command>(reply: Option<&[u8]>) -> Result<Ran<D::Reply>, HandleE
     }
 }
 
+/// A reply as it is stored and sent: it must be readable again, here and by the orchestrator.
 fn encode<T: Serialize>(reply: &T) -> Result<Vec<u8>, HandleError> {
-    serde_json::to_vec(reply).map_err(|e| HandleError::Failed(e.into()))
+    let text = serde_json::to_vec(reply).map_err(|e| HandleError::Failed(e.into()))?;
+    match json::flaw_of_text(&text) {
+        Some(flaw) => Err(HandleError::Poison(format!("the handler's reply cannot be kept: {flaw}"))),
+        None => Ok(text),
+    }
 }
 
 fn typed<C: Command, P: DeserializeOwned>(stored: StoredIntent) -> Result<Intent<C, P>, HandleError> {
@@ -244,13 +255,19 @@ fn settled<C: Command>(decision: anyhow::Result<Decision<C>>) -> Result<Settled,
     match decision.map_err(classify)? {
         Decision::Done(reply) => encode(&reply).map(Settled::Done),
         Decision::Rejected(rejection) => encode(&rejection).map(Settled::Rejected),
-        Decision::Failed(reason) => Ok(Settled::Failed(reason)),
+        Decision::Failed(why) => Ok(Settled::Failed(reason(&why))),
     }
 }
 
 fn begun<C: Command, P: Serialize>(prepared: anyhow::Result<Prepare<C, P>>) -> Result<Begun, HandleError> {
     match prepared.map_err(classify)? {
-        Prepare::Call(prepared) => Ok(Begun::Call(serde_json::to_value(prepared).map_err(anyhow::Error::from)?)),
+        Prepare::Call(prepared) => {
+            let prepared = serde_json::to_value(prepared).map_err(anyhow::Error::from)?;
+            match json::flaw(&prepared) {
+                Some(flaw) => Err(HandleError::Poison(format!("what the effect prepared cannot be kept: {flaw}"))),
+                None => Ok(Begun::Call(prepared)),
+            }
+        }
         Prepare::Decided(decision) => settled(Ok(decision)).map(Begun::Settled),
     }
 }

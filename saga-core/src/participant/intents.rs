@@ -28,6 +28,7 @@ use crate::{
     outage::Outage,
     outbox::Tx,
     panics::panic_text,
+    reason::reason,
     transaction::{Bound, Transaction},
 };
 use futures::FutureExt;
@@ -175,7 +176,7 @@ impl Intents {
             return Ok(self.config.poll);
         }
         let kinds: Vec<&str> = self.participant.entries.keys().copied().collect();
-        let lease = self.config.call_timeout + self.config.claim_margin;
+        let lease = self.config.call_timeout.saturating_add(self.config.claim_margin);
         let (claims, due) = self.bound().within(self.claim(&kinds, free, lease)).await?;
         let full = claims.len() == free;
         for claim in claims {
@@ -296,7 +297,8 @@ impl Intents {
     }
 
     /// The attempts ran out: the effect stays in doubt, and the orchestrator is told.
-    async fn give_up(&self, claim: &Claimed, reason: &str) -> Result<(), Unsettled> {
+    async fn give_up(&self, claim: &Claimed, why: &str) -> Result<(), Unsettled> {
+        let reason = &reason(why);
         let op = claim.intent.cx.saga.op;
         let command = claim.intent.cx.saga.command;
         let mut tx = self.begin().await?;
@@ -317,7 +319,7 @@ impl Intents {
             }
             self.wake_undo(&mut tx, claim, fence).await?;
         }
-        let (outcome, payload) = batch::reply_of(&Settled::Failed(reason.to_owned()));
+        let (outcome, payload) = batch::reply_of(&Settled::Failed(reason.clone()));
         write(&mut tx, claim, &fences, outcome, payload).await?;
         tx.commit().await?;
         batch::count_reply(&claim.kind, outcome);
@@ -326,7 +328,8 @@ impl Intents {
         Ok(())
     }
 
-    async fn back_off(&self, claim: &Claimed, counted: Counted, reason: &str) -> Result<(), Unsettled> {
+    async fn back_off(&self, claim: &Claimed, counted: Counted, why: &str) -> Result<(), Unsettled> {
+        let reason = &reason(why);
         let delay = self.config.delay(claim.attempts);
         // In an outage that is every command, again and again: whoever knows of the outage has told it once.
         tracing::debug!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,

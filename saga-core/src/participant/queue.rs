@@ -2,6 +2,7 @@
 
 use super::{entry::StoredIntent, fence::FenceKey, handler::CommandContext, store::key};
 use crate::{
+    clock,
     envelope::{Envelope, Headers, Op, SagaHeaders, header},
     id::{CommandId, MessageId},
     outbox::Tx,
@@ -175,7 +176,7 @@ pub(super) async fn claim(
     .bind(kinds)
     .bind(i64::try_from(limit).unwrap_or(i64::MAX))
     .bind(owner)
-    .bind(lease.as_secs_f64())
+    .bind(clock::seconds(lease))
     .fetch_all(&mut **tx)
     .await?;
     rows.iter().map(|row| claimed(row, owner)).collect()
@@ -252,7 +253,7 @@ pub(super) async fn release(
     )
     .bind(claim.intent.cx.saga.command.0)
     .bind(claim.owner)
-    .bind(delay.as_secs_f64())
+    .bind(clock::seconds(delay))
     .bind(reason)
     .bind(i32::from(counted == Counted::No))
     .execute(&mut **tx)

@@ -1,8 +1,8 @@
 //! Many sagas in one transaction: each takes its events in order, in memory; then all are written at once.
 //!
 //! Local effects are run where `decide` asks for them: for all sagas that stand at one together, behind one savepoint.
-//! When that fails, one by one, each behind a savepoint of its own, so that only the saga whose effect fails becomes
-//! stuck. Nothing here survives the process; the transaction does, or does not.
+//! When that fails, one by one, each behind a savepoint of its own, so that only the saga whose effect fails has to wait, or
+//! becomes stuck. An error that is nobody's fault repeats the batch. Nothing here survives the process; the transaction does, or does not.
 
 use super::{
     case::{Case, Pending},
@@ -13,7 +13,7 @@ use super::{
     store::{self, Change},
 };
 use crate::{
-    error_class::{is_conflict, is_outage},
+    error_class::{ErrorClass, classify, classify_chain},
     id::SagaId,
     outbox::Tx,
     panics::panic_text,
@@ -29,9 +29,32 @@ pub(super) enum BatchError {
     /// The database said no.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
+    /// A local effect met an error of the database that is not its own fault, and wrapped it in words of its own.
+    #[error("a local effect: {0:#}")]
+    Effect(anyhow::Error),
     /// A reply that answers its saga's open command cannot be understood.
     #[error("{0}")]
     Poison(String),
+}
+
+impl BatchError {
+    /// For a caller that is told of the database's errors alone.
+    pub(super) fn into_database(self) -> sqlx::Error {
+        match self {
+            Self::Database(error) => error,
+            Self::Effect(error) => sqlx::Error::Io(std::io::Error::other(format!("{error:#}"))),
+            Self::Poison(why) => sqlx::Error::InvalidArgument(why),
+        }
+    }
+
+    /// What it says of the work that met it.
+    pub(super) fn class(&self) -> ErrorClass {
+        match self {
+            Self::Database(error) => classify(error),
+            Self::Effect(error) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own),
+            Self::Poison(_) => ErrorClass::Own,
+        }
+    }
 }
 
 #[cfg(feature = "testkit")]
@@ -73,9 +96,9 @@ impl<'e, 'm> Batch<'e, 'm> {
         match self.try_behind_a_savepoint(tx, at_local).await? {
             Ok(()) => at_local.iter().for_each(|&i| self.settle(i, &Event::LocalDone)),
             Err(error) => {
-                let error = unless_transient(error)?;
+                let broken = Event::broken(&if_its_own(error)?);
                 if let [only] = at_local {
-                    self.settle(*only, &Event::Broken { error });
+                    self.settle(*only, &broken);
                 } else {
                     self.run_one_by_one(tx, at_local).await?;
                 }
@@ -121,7 +144,7 @@ impl<'e, 'm> Batch<'e, 'm> {
         for &i in at_local {
             let event = match self.try_behind_a_savepoint(tx, &[i]).await? {
                 Ok(()) => Event::LocalDone,
-                Err(error) => Event::Broken { error: unless_transient(error)? },
+                Err(error) => Event::broken(&if_its_own(error)?),
             };
             self.settle(i, &event);
         }
@@ -149,16 +172,19 @@ impl<'e, 'm> Batch<'e, 'm> {
     }
 }
 
-/// The text of an error that is the effect's own fault; one that is nobody's is passed on, to repeat the batch.
-fn unless_transient(error: LocalError) -> Result<String, sqlx::Error> {
-    let transient = |error: &sqlx::Error| is_outage(error) || is_conflict(error);
+/// The text of an error that is the effect's own fault. One that is not, wherever it stands in the chain of causes, is
+/// passed on: the batch is repeated, and no saga is blamed.
+fn if_its_own(error: LocalError) -> Result<String, BatchError> {
+    let class = match &error {
+        LocalError::Database(error) => classify(error),
+        LocalError::Failed(error) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own),
+    };
     match error {
-        LocalError::Database(error) if transient(&error) => Err(error),
-        LocalError::Failed(error) => match error.downcast::<sqlx::Error>() {
-            Ok(error) if transient(&error) => Err(error),
-            Ok(error) => Ok(error.to_string()),
-            Err(error) => Ok(format!("{error:#}")),
-        },
-        LocalError::Database(error) => Ok(error.to_string()),
+        error if class == ErrorClass::Own => Ok(match error {
+            LocalError::Database(error) => error.to_string(),
+            LocalError::Failed(error) => format!("{error:#}"),
+        }),
+        LocalError::Database(error) => Err(BatchError::Database(error)),
+        LocalError::Failed(error) => Err(BatchError::Effect(error)),
     }
 }

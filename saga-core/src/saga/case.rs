@@ -12,6 +12,7 @@ use super::{
 use crate::{
     envelope::{Envelope, Op, SagaHeaders, header},
     id::SagaId,
+    json,
     outbox::NewMessage,
     trace,
 };
@@ -192,7 +193,7 @@ impl<'m> Case<'m> {
                 Action::Send(send) => match self.message(&send, reply_topic) {
                     Ok(message) => self.messages.push(message),
                     Err(error) => {
-                        let broken = decide(&self.definition, &self.row.state, &Event::Broken { error }, now);
+                        let broken = decide(&self.definition, &self.row.state, &Event::broken(&error), now);
                         self.row.state = broken.0;
                         // It was not sent, so the log must not say that it was.
                         told.pop();
@@ -211,7 +212,7 @@ impl<'m> Case<'m> {
         let (step, op) = self.local?;
         let step = &self.definition.steps()[step];
         let name = match (&step.kind, op) {
-            (StepKind::Local { undo: Some(undo) }, Op::Undo) => undo,
+            (StepKind::Local { undo: Some(undo), .. }, Op::Undo) => undo,
             _ => &step.name,
         };
         Some(Pending { saga: self.saga(), name, input: &self.row.input, state: &self.row.state })
@@ -291,6 +292,9 @@ pub(super) fn message(
     let payload = catch_unwind(AssertUnwindSafe(|| (call.build)(from)))
         .map_err(|_| format!("building `{}` panicked", call.kind))?
         .map_err(|error| format!("building `{}`: {error}", call.kind))?;
+    if let Some(flaw) = json::flaw_of_text(&payload) {
+        return Err(format!("building `{}`: {flaw}", call.kind));
+    }
     let headers = SagaHeaders {
         saga: state.saga,
         definition: definition.name().to_owned(),

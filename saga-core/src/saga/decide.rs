@@ -13,7 +13,7 @@
 //! - What does not answer the open command is ignored by name, and is no error.
 
 use super::{
-    definition::{Definition, Remote, Role, StepKind},
+    definition::{Definition, Remote, RetryPolicy, Role, StepKind},
     moment,
     state::{
         Action, Answer, Effects, Event, Failure, FailureKind, Ignored, Open, Reply, Send, State, Status, StepState,
@@ -208,6 +208,10 @@ impl<'d> Turn<'d> {
 
     fn on_broken(mut self, error: &str) -> (State, Effects) {
         match self.state.open().copied() {
+            Some(open) if open.wait == Wait::Local => {
+                self.attempt_failed(open, error);
+                self.taken()
+            }
             Some(open) => {
                 self.stick(open, StuckWhy::Broken { error: error.to_owned() });
                 self.taken()
@@ -282,7 +286,7 @@ impl<'d> Turn<'d> {
         let steps = self.definition.steps();
         let newest = self.state.steps.iter().enumerate().rev().find(|(step, how)| {
             let undoable = match &steps[*step].kind {
-                StepKind::Local { undo } => undo.is_some(),
+                StepKind::Local { undo, .. } => undo.is_some(),
                 StepKind::Remote(remote) => remote.undo.is_some(),
             };
             undoable && matches!(how, StepState::Issued | StepState::Done(_))
@@ -331,35 +335,44 @@ impl<'d> Turn<'d> {
         if tries < 2 { Duration::ZERO } else { remote.retry(op).pause(self.state.saga, step, tries - 1) }
     }
 
-    /// The participant says that it did not work: the command stays open, and is resent after a pause.
+    /// The participant, or a local effect, says that it did not work: it is tried again after a pause.
     fn attempt_failed(&mut self, open: Open, error: &str) {
         if self.late().is_some() {
             return self.cancel(&open, FailureKind::Deadline, Some(error.to_owned()));
         }
-        let stuck = matches!(self.state.status, Status::Stuck { .. });
-        match self.remote(open.step) {
-            Some(remote) if !stuck && !self.is_exhausted(&open) => {
-                let until = self.later(remote.retry(open.op).pause(self.state.saga, open.step, open.tries));
-                self.told.push(Told::Pausing { until });
-                let open = Open { wait: Wait::Pause, due: Some(until), ..open };
+        match self.state.status {
+            // A stuck saga's last attempt has now been answered, with nothing new: it stays as it is.
+            Status::Stuck { .. } => {}
+            _ if self.is_exhausted(&open) => self.give_up(open, error),
+            _ => {
+                let pause = self.policy(open.step, open.op).pause(self.state.saga, open.step, open.tries);
+                let until = self.later(pause);
+                self.told.push(Told::Pausing { until, error: Some(error.to_owned()) });
+                let wait = if open.wait == Wait::Local { Wait::Local } else { Wait::Pause };
+                let open = Open { wait, due: Some(until), ..open };
                 self.state.status = match open.op {
                     Op::Do => Status::Running { open },
                     Op::Undo => Status::Compensating { open },
                 };
             }
-            // A stuck saga's last attempt has now been answered, with nothing new: it stays as it is.
-            _ if stuck => {}
-            _ => self.give_up(open, error),
         }
     }
 
     fn is_exhausted(&self, open: &Open) -> bool {
-        self.remote(open.step).is_some_and(|remote| remote.retry(open.op).is_exhausted(open.tries))
+        self.policy(open.step, open.op).is_exhausted(open.tries)
+    }
+
+    fn policy(&self, step: usize, op: Op) -> &'d RetryPolicy {
+        match &self.definition.steps()[step].kind {
+            StepKind::Remote(remote) => remote.retry(op),
+            StepKind::Local { retry, .. } => retry,
+        }
     }
 
     /// The last attempt came to nothing.
     fn give_up(&mut self, open: Open, error: &str) {
         match (open.op, self.role(open.step)) {
+            _ if open.wait == Wait::Local => self.stick(open, StuckWhy::Broken { error: error.to_owned() }),
             (Op::Undo, _) => self.stick(open, StuckWhy::NotUndone),
             (Op::Do, Role::Pivot) => self.stick(open, StuckWhy::PivotInDoubt),
             (Op::Do, Role::Retriable) => self.stick(open, StuckWhy::NotDone),

@@ -112,7 +112,7 @@ impl Definition {
         self.steps
             .iter()
             .filter_map(|step| match &step.kind {
-                StepKind::Local { undo } => Some(std::iter::once(step.name.as_str()).chain(undo.as_deref())),
+                StepKind::Local { undo, .. } => Some(std::iter::once(step.name.as_str()).chain(undo.as_deref())),
                 StepKind::Remote(_) => None,
             })
             .flatten()
@@ -127,7 +127,7 @@ impl Definition {
         for step in &self.steps {
             field(&step.name);
             match &step.kind {
-                StepKind::Local { undo } => {
+                StepKind::Local { undo, .. } => {
                     field("local");
                     field(undo.as_deref().unwrap_or_default());
                 }
@@ -160,6 +160,8 @@ pub enum StepKind {
     Local {
         /// The name of the effect that takes it back.
         undo: Option<String>,
+        /// How either is tried again when it failed by its own fault.
+        retry: RetryPolicy,
     },
     /// A command to a participant.
     Remote(Box<Remote>),

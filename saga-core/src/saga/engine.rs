@@ -19,9 +19,9 @@ use crate::{
     clock,
     id::SagaId,
     outbox::Tx,
+    reason::reason as text,
     transaction::{Bound, Transaction},
 };
-use serde_json::Value;
 use sqlx::PgPool;
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -77,7 +77,7 @@ impl Engine {
         let Some(definition) = self.definition_of(&row) else {
             return Err(CancelError::Undefined(row.definition, u32::try_from(row.version).unwrap_or(0)));
         };
-        let reason = reason.replace('\0', "");
+        let reason = text(reason);
         let event = Event::Cancel { reason: reason.clone() };
         let cancel = Incident { event, what: What::Cancel { reason }, cause: None, flaw: None };
         Ok(match self.decide_one(tx, definition, row, cancel).await? {
@@ -106,7 +106,7 @@ impl Engine {
             return Err(RetryError::Undefined(row.definition, u32::try_from(row.version).unwrap_or(0)));
         };
         let status = row.state.status.as_str();
-        let what = What::Retry { reason: reason.replace('\0', ""), actor: actor.replace('\0', "") };
+        let what = What::Retry { reason: text(reason), actor: text(actor) };
         let retry = Incident { event: Event::Retry, what, cause: None, flaw: None };
         match self.decide_one(&mut tx, definition, row, retry).await? {
             Verdict::Taken => {}
@@ -129,10 +129,7 @@ impl Engine {
     ) -> Result<Verdict, sqlx::Error> {
         let case = Case::new(definition, row, VecDeque::from([incident]));
         let mut batch = Batch::new(self, vec![case], clock::now());
-        batch.run(tx).await.map_err(|error| match error {
-            BatchError::Database(error) => error,
-            BatchError::Poison(why) => sqlx::Error::InvalidArgument(why),
-        })?;
+        batch.run(tx).await.map_err(BatchError::into_database)?;
         let verdict = batch.cases.first().and_then(|case| case.verdicts.first()).copied();
         verdict.ok_or(sqlx::Error::RowNotFound)
     }
@@ -249,14 +246,4 @@ impl EngineBuilder {
 
 pub(super) fn version_of(definition: &Definition) -> i32 {
     i32::try_from(definition.version()).unwrap_or(i32::MAX)
-}
-
-/// PostgreSQL's jsonb has no place for NUL, which JSON can say.
-pub(super) fn contains_nul(value: &Value) -> bool {
-    match value {
-        Value::String(text) => text.contains('\0'),
-        Value::Array(values) => values.iter().any(contains_nul),
-        Value::Object(fields) => fields.iter().any(|(name, value)| name.contains('\0') || contains_nul(value)),
-        Value::Null | Value::Bool(_) | Value::Number(_) => false,
-    }
 }

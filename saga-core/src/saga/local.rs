@@ -27,7 +27,8 @@ pub struct LocalCall<'a> {
 /// one row per saga, or lock them in an order of its own.
 #[async_trait]
 pub trait LocalEffect: Send + Sync + 'static {
-    /// Does it. An error rolls back what this call wrote, and the saga becomes stuck; the rest of the batch goes on.
+    /// Does it. An error rolls back what this call wrote. One that is the effect's own is tried again after a pause, a few
+    /// times ([`RetryPolicy::LOCAL`](super::RetryPolicy::LOCAL)), then the saga is stuck; the rest of the batch goes on.
     async fn run(&self, tx: &mut Tx<'_>, call: &LocalCall<'_>) -> Result<(), LocalError>;
 
     /// Does it for many sagas. Worth writing where one statement can do what many would.
@@ -42,10 +43,11 @@ pub trait LocalEffect: Send + Sync + 'static {
 /// A local effect did not work.
 #[derive(Debug, thiserror::Error)]
 pub enum LocalError {
-    /// The database said no. Serialization failures, deadlocks and outages repeat the batch.
+    /// The database said no. What is not the effect's own fault ([`error_class`](crate::error_class)) repeats the batch and
+    /// counts nothing.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
-    /// The effect said no.
+    /// The effect said no; or the database, in the effect's own words.
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
 }

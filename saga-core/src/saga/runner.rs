@@ -11,7 +11,7 @@
 use super::{
     batch::{Batch, BatchError},
     case::{Case, Incident},
-    engine::{Engine, contains_nul},
+    engine::Engine,
     log::What,
     measure,
     state::{Answer, Event, Reply, Verdict},
@@ -23,7 +23,9 @@ use crate::{
     envelope::{Envelope, Outcome, SagaHeaders},
     fail_point::fail_point,
     id::{MessageId, SagaId},
+    json,
     outbox::Tx,
+    reason::reason,
 };
 use serde_json::Value;
 use std::{
@@ -42,6 +44,7 @@ impl Handler for ReplyHandler {
         let replies = batch.iter().map(Incoming::from_message).collect::<Result<Vec<_>, _>>()?;
         self.engine.take_replies(tx, replies).await.map_err(|error| match error {
             BatchError::Database(error) => HandleError::Database(error),
+            BatchError::Effect(error) => HandleError::Failed(error),
             BatchError::Poison(why) => HandleError::Poison(why),
         })
     }
@@ -122,11 +125,9 @@ fn read_answer(outcome: Outcome, payload: Option<&[u8]>) -> (Answer, Option<Stri
         return (Answer::Failed(error_text(payload)), None);
     }
     let (value, flaw) = match serde_json::from_slice(payload) {
-        // PostgreSQL's jsonb has no place for NUL, which JSON can say. Only what spells one is looked at a second time.
         Ok(value) => {
-            let spelt = payload.windows(6).any(|six| six == b"\\u0000");
-            let nul = spelt && contains_nul(&value);
-            (value, nul.then(|| "it contains NUL".to_owned()))
+            let flaw = json::flaw(&value);
+            (value, flaw)
         }
         Err(error) => (Value::Null, Some(error.to_string())),
     };
@@ -136,12 +137,12 @@ fn read_answer(outcome: Outcome, payload: Option<&[u8]>) -> (Answer, Option<Stri
     }
 }
 
-/// What a participant said when it failed, in at most 500 characters.
+/// What a participant said when it failed.
 fn error_text(payload: &[u8]) -> String {
     let told = serde_json::from_slice::<Value>(payload).ok();
     let error = told.as_ref().and_then(|told| told.get("error")).and_then(Value::as_str);
     let text = error.map_or_else(|| String::from_utf8_lossy(payload).into_owned(), ToOwned::to_owned);
-    text.chars().filter(|c| *c != '\0').take(500).collect()
+    reason(&text)
 }
 
 impl Engine {

@@ -12,7 +12,7 @@ use super::{
     case,
     decide::{decide, start},
     definition::{Definition, Saga},
-    engine::{Engine, contains_nul, version_of},
+    engine::{Engine, version_of},
     error::StartError,
     local::LocalCall,
     log::{Entry, What},
@@ -26,6 +26,7 @@ use crate::{
     envelope::Op,
     fail_point::fail_point,
     id::SagaId,
+    json,
     outbox::{self, NewMessage, Tx},
 };
 use serde::Serialize;
@@ -103,8 +104,11 @@ impl Engine {
     ) -> Result<New, StartError> {
         let definition = self.same(saga)?;
         let input = serde_json::to_value(input).map_err(|error| StartError::Input(error.to_string()))?;
-        if contains_nul(&input) || business_key.contains('\0') {
-            return Err(StartError::Input("it contains NUL".into()));
+        if business_key.contains('\0') {
+            return Err(StartError::Input("the business key contains NUL".into()));
+        }
+        if let Some(flaw) = json::flaw(&input) {
+            return Err(StartError::Input(flaw));
         }
         New::begin(Arc::clone(definition), id, input, business_key.to_owned(), self.reply_topic())
     }

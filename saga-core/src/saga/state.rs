@@ -7,6 +7,7 @@
 use crate::{
     envelope::Op,
     id::{CommandId, SagaId},
+    reason::reason,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -117,8 +118,8 @@ pub enum Wait {
     Reply,
     /// The pause before the next attempt: the participant said that it did not work.
     Pause,
-    /// The engine itself, which runs the local effect in the same transaction. Never seen in a committed row, unless
-    /// the effect failed and the saga is stuck on it.
+    /// The engine itself, which runs the local effect in the same transaction. Seen in a committed row only when the
+    /// effect failed: it is tried again when it is due, or the saga is stuck on it.
     Local,
 }
 
@@ -189,6 +190,13 @@ pub enum Event {
         /// How.
         error: String,
     },
+}
+
+impl Event {
+    /// What the engine itself was asked to do did not work, for this reason, which is cleaned: it is stored.
+    pub fn broken(error: &str) -> Self {
+        Self::Broken { error: reason(error) }
+    }
 }
 
 /// A participant's answer.
@@ -328,6 +336,9 @@ pub enum Told {
         /// Until then.
         #[serde(with = "super::moment")]
         until: OffsetDateTime,
+        /// What did not work; lines of older builds do not say.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
     },
     /// The saga is undone from here on.
     Compensating {

@@ -11,7 +11,7 @@ use crate::{
 };
 use serde_json::Value;
 use sqlx::{Row as _, postgres::PgRow, types::Json};
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -426,10 +426,11 @@ pub(super) async fn due_ids(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx:
     .await
 }
 
-/// Looks at a saga again in a minute, whatever its state says.
-pub(super) async fn put_off(tx: &mut Tx<'_>, saga: SagaId) -> sqlx::Result<()> {
-    sqlx::query("update saga_due set due_at = clock_timestamp() + interval '1 minute' where saga_id = $1")
+/// Looks at a saga again after `wait`, whatever its state says.
+pub(super) async fn put_off(tx: &mut Tx<'_>, saga: SagaId, wait: Duration) -> sqlx::Result<()> {
+    sqlx::query("update saga_due set due_at = clock_timestamp() + make_interval(secs => $2) where saga_id = $1")
         .bind(saga.0)
+        .bind(wait.as_secs_f64())
         .execute(&mut **tx)
         .await
         .map(drop)

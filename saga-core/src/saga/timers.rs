@@ -6,14 +6,12 @@
 
 use super::{batch::BatchError, engine::Engine, measure, runner::Incoming, store};
 use crate::{
-    error_class::{is_conflict, is_outage},
+    error_class::{ErrorClass, is_outage},
     fail_point::fail_point,
     id::SagaId,
+    transaction::is_timeout,
 };
-use std::{
-    io::ErrorKind,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -23,6 +21,10 @@ const BATCH: i64 = 200;
 const PAUSE: Duration = Duration::from_millis(200);
 /// How long to wait when the database does not answer.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(1);
+/// How long a saga is left alone that cannot be decided.
+const PUT_OFF: Duration = Duration::from_secs(60);
+/// The same, where it was not the saga's fault: another transaction was in the way, a table or a right is missing.
+const PUT_OFF_WHAT_PASSES: Duration = Duration::from_secs(5);
 /// How old the gauges may be.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
@@ -71,9 +73,9 @@ impl Engine {
     pub async fn tick(&self) -> Result<Ticked, sqlx::Error> {
         let due = match self.within(self.tick_due()).await {
             Ok(due) => due,
-            Err(BatchError::Database(error)) if nobodys_fault(&error) && !took_too_long(&error) => return Err(error),
+            Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
             Err(error) => {
-                tracing::warn!(%error, "a batch of due sagas did not work; taking them one by one");
+                tracing::debug!(%error, "a batch of due sagas did not work; taking them one by one");
                 self.tick_one_by_one().await?
             }
         };
@@ -102,12 +104,15 @@ impl Engine {
             let saga = SagaId(*id);
             match self.within(self.tick_one(saga)).await {
                 Ok(()) => {}
-                Err(BatchError::Database(error)) if nobodys_fault(&error) && !took_too_long(&error) => {
-                    return Err(error);
-                }
+                Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
                 Err(error) => {
-                    tracing::error!(%saga, %error, "a due saga cannot be decided; it is put off for a minute");
-                    self.within(self.put_off(saga)).await?;
+                    let wait = match error.class() {
+                        ErrorClass::Own => PUT_OFF,
+                        _ if matches!(&error, BatchError::Database(error) if is_timeout(error)) => PUT_OFF,
+                        _ => PUT_OFF_WHAT_PASSES,
+                    };
+                    tracing::error!(%saga, %error, ?wait, "a due saga cannot be decided now; it is put off, and tried again");
+                    self.within(self.put_off(saga, wait)).await?;
                 }
             }
         }
@@ -121,9 +126,9 @@ impl Engine {
         Ok(ids)
     }
 
-    async fn put_off(&self, saga: SagaId) -> Result<(), sqlx::Error> {
+    async fn put_off(&self, saga: SagaId, wait: Duration) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
-        store::put_off(&mut tx, saga).await?;
+        store::put_off(&mut tx, saga, wait).await?;
         tx.commit_quietly().await
     }
 
@@ -142,7 +147,7 @@ impl Engine {
         }
         match self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await {
             Ok(()) => tx.commit().await?,
-            Err(BatchError::Database(error)) => return Err(error),
+            Err(error @ (BatchError::Database(_) | BatchError::Effect(_))) => return Err(error.into_database()),
             Err(BatchError::Poison(_)) => {
                 tx.rollback().await?;
                 self.tick_undecided_one().await?;
@@ -159,7 +164,7 @@ impl Engine {
         let mut attempt = sqlx::Acquire::begin(&mut *tx).await?;
         match self.take_replies(&mut attempt, replies.iter().map(Incoming::from_undecided).collect()).await {
             Ok(()) => attempt.commit().await?,
-            Err(BatchError::Database(error)) => return Err(error),
+            Err(error @ (BatchError::Database(_) | BatchError::Effect(_))) => return Err(error.into_database()),
             Err(BatchError::Poison(why)) => {
                 attempt.rollback().await?;
                 for reply in &replies {
@@ -185,12 +190,8 @@ impl Engine {
     }
 }
 
-/// The database was away, or another transaction in the way: the same thing will work later.
-fn nobodys_fault(error: &sqlx::Error) -> bool {
-    is_outage(error) || is_conflict(error)
-}
-
-/// It was given up. That was its own fault or a silent connection's: what comes next, on another one, shows which.
-fn took_too_long(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::Io(error) if error.kind() == ErrorKind::TimedOut)
+/// The database is away: no other saga will fare better. An attempt that was given up is another matter: that was its own
+/// fault or a silent connection's, and what comes next, on another one, shows which.
+fn is_everybodys(error: &sqlx::Error) -> bool {
+    is_outage(error) && !is_timeout(error)
 }

@@ -247,7 +247,10 @@ fn wait_view(names: &Names<'_>, state: &State, open: &Open, undecided: i64) -> W
             format!("{what} failed and is tried again after a pause"),
             "the end of the pause, or a late reply to an earlier attempt".to_owned(),
         ),
-        (_, Wait::Reply | Wait::Local) => {
+        (_, Wait::Local) => {
+            (format!("{what} did not work here and is tried again after a pause"), "the end of the pause".to_owned())
+        }
+        (_, Wait::Reply) => {
             (format!("{what} has not been answered yet"), "the participant's reply, or the end of the wait".to_owned())
         }
     };
@@ -272,7 +275,7 @@ fn stuck(why: &StuckWhy, what: &str) -> (String, String) {
 fn steps(definition: &Definition, state: &State, shown: impl Fn(&Value) -> Option<Value>) -> Vec<StepView> {
     let step = |(index, step): (usize, &super::definition::Step)| {
         let (kind, command, undo) = match &step.kind {
-            StepKind::Local { undo } => ("local", None, undo.clone()),
+            StepKind::Local { undo, .. } => ("local", None, undo.clone()),
             StepKind::Remote(remote) => {
                 (remote.role.as_str(), Some(remote.action.kind), remote.undo.as_ref().map(|undo| undo.kind.to_owned()))
             }
@@ -303,7 +306,7 @@ fn undo_path(definition: &Definition, state: &State) -> Vec<String> {
         return Vec::new();
     }
     let undoable = |step: usize| match &definition.steps()[step].kind {
-        StepKind::Local { undo } => undo.is_some(),
+        StepKind::Local { undo, .. } => undo.is_some(),
         StepKind::Remote(remote) => remote.undo.is_some() && remote.role == Role::Compensable,
     };
     let begun = state.steps.iter().enumerate().rev();
@@ -349,7 +352,10 @@ fn lines(names: &Names<'_>, revision: i32, at: OffsetDateTime, entry: Entry) -> 
     lines.extend(entry.then.into_iter().map(|told| match told {
         Told::Sent { step, op, attempt } => Line { attempt: Some(attempt), ..of("sent", names.step(step), op) },
         Told::Ran { step, op } => of("ran", names.step(step), op),
-        Told::Pausing { until } => Line { note: Some(format!("until {until}")), ..plain("pausing") },
+        Told::Pausing { until, error } => {
+            let error = error.map(|error| format!(": {error}")).unwrap_or_default();
+            Line { note: Some(format!("until {until}{error}")), ..plain("pausing") }
+        }
         Told::Compensating { kind } => {
             let kind = serde_json::to_value(kind).ok().and_then(|kind| kind.as_str().map(str::to_owned));
             Line { note: kind, ..plain("compensating") }

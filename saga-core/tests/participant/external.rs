@@ -218,6 +218,25 @@ async fn wherever_the_process_dies_the_effect_happens_once_and_is_answered_once(
 }
 
 #[tokio::test]
+async fn a_nul_in_what_an_effect_says_keeps_nobody_from_being_answered() {
+    let world = World::new().await;
+    for words in [["panic with NUL"; 3], ["doubt with NUL"; 3]] {
+        let saga = SagaId::new();
+        world.deliver(&[message(saga, Op::Do, &pay(&words))]).await;
+        world.settle().await;
+        let [reply] = &world.replies(saga).await[..] else { panic!("it was not given up: {words:?}") };
+        assert_eq!(reply.outcome, Failed);
+        assert!(reply.payload["error"].as_str().unwrap().contains('\u{fffd}'), "{reply:?}");
+        let error: String = sqlx::query_scalar("select last_error from participant_intent where saga_id = $1")
+            .bind(saga.0)
+            .fetch_one(&world.database.pool)
+            .await
+            .unwrap();
+        assert!(error.contains('\u{fffd}'), "{error:?}");
+    }
+}
+
+#[tokio::test]
 async fn an_effect_that_panics_is_given_up_like_one_without_an_answer() {
     let world = World::new().await;
     let saga = SagaId::new();

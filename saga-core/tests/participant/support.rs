@@ -104,6 +104,7 @@ impl CommandHandler<Add> for AddHandler {
             }
             "no" => Decision::Rejected(No),
             "later" => Decision::Failed("later".into()),
+            "later, with NUL" => Decision::Failed("later\0".into()),
             _ => Decision::Done(Added { by_call: call }),
         })
     }
@@ -165,6 +166,8 @@ impl ExternalEffect<Pay> for PayEffect {
                 Performed::InDoubt("it hung".into())
             }
             "panic" => panic!("a mistake in the effect"),
+            "panic with NUL" => panic!("a mistake\0in the effect"),
+            "doubt with NUL" => Performed::InDoubt("no\0answer".into()),
             said => {
                 let by_call = *self.0.done.lock().unwrap().entry(key).or_insert(call);
                 match said {

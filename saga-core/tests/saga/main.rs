@@ -1,6 +1,7 @@
 //! The saga engine on a real PostgreSQL: what is decided is what is stored, sent and told.
 
 mod crash;
+mod effects;
 mod forward;
 mod ids;
 mod inspection;
@@ -9,3 +10,4 @@ mod starts;
 mod support;
 mod time;
 mod trouble;
+mod untrusted;

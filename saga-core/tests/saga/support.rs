@@ -52,6 +52,18 @@ command!(Release, "stock.release.v1", Done, Never);
 command!(Capture, "pay.capture.v1", Ref, No);
 command!(Ship, "stock.ship.v1", Done, Never);
 
+/// A command that nests as deep as it is asked to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Deep {
+    pub(crate) more: Value,
+}
+impl Command for Deep {
+    const TYPE: &'static str = "test.deep.v1";
+    const TOPIC: &'static Topic = &COMMANDS;
+    type Reply = Done;
+    type Rejection = Never;
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Order {
     pub(crate) order: u32,
@@ -62,6 +74,7 @@ pub(crate) const SOON: Duration = Duration::from_secs(40);
 pub(crate) fn order_saga(version: u32) -> Saga<Order> {
     let twice = RetryPolicy::exponential(2, Duration::from_millis(10), Duration::from_secs(1));
     saga::<Order>("order", version)
+        .local_retry(twice)
         .local_with_undo("open order", "cancel order")
         .step("authorize", |order, ()| Authorize { order: order.order, with: None })
         .retry(twice)

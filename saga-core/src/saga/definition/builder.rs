@@ -40,7 +40,8 @@ pub fn saga<I>(name: impl Into<String>, version: u32) -> SagaBuilder<I, (), Befo
 where
     I: Serialize + DeserializeOwned + Send + Sync + 'static,
 {
-    SagaBuilder { name: name.into(), version, steps: Vec::new(), deadline: None, types: PhantomData }
+    let (steps, local_retry) = (Vec::new(), RetryPolicy::LOCAL);
+    SagaBuilder { name: name.into(), version, steps, deadline: None, local_retry, types: PhantomData }
 }
 
 /// A saga in the making: input `I`, replies so far `R`, and where it stands to its pivot.
@@ -50,6 +51,7 @@ pub struct SagaBuilder<I, R, P> {
     version: u32,
     steps: Vec<Step>,
     deadline: Option<Duration>,
+    local_retry: RetryPolicy,
     types: PhantomData<fn(I, R, P)>,
 }
 
@@ -172,7 +174,7 @@ where
         P: AfterLocal,
     {
         let mut next = self.retype();
-        next.steps.push(Step { name: effect.into(), kind: StepKind::Local { undo: None } });
+        next.steps.push(local(effect.into(), None));
         next
     }
 
@@ -181,7 +183,7 @@ where
     where
         P: BeforeThePivot,
     {
-        self.steps.push(Step { name: effect.into(), kind: StepKind::Local { undo: Some(undo.into()) } });
+        self.steps.push(local(effect.into(), Some(undo.into())));
         self
     }
 
@@ -191,8 +193,20 @@ where
         self
     }
 
+    /// How the saga's local effects, all of them, are tried again when they failed by their own fault
+    /// ([`RetryPolicy::LOCAL`]). After the last attempt the saga is stuck.
+    pub fn local_retry(mut self, policy: RetryPolicy) -> Self {
+        self.local_retry = policy;
+        self
+    }
+
     /// The definition, ready for the engine.
-    pub fn build(self) -> Saga<I> {
+    pub fn build(mut self) -> Saga<I> {
+        for step in &mut self.steps {
+            if let StepKind::Local { retry, .. } = &mut step.kind {
+                *retry = self.local_retry;
+            }
+        }
         let definition = Definition::new(self.name, self.version, self.steps, self.deadline);
         Saga { definition: Arc::new(definition), input: PhantomData }
     }
@@ -204,8 +218,8 @@ where
     }
 
     fn retype<N, Q>(self) -> SagaBuilder<I, N, Q> {
-        let Self { name, version, steps, deadline, types: _ } = self;
-        SagaBuilder { name, version, steps, deadline, types: PhantomData }
+        let Self { name, version, steps, deadline, local_retry, types: _ } = self;
+        SagaBuilder { name, version, steps, deadline, local_retry, types: PhantomData }
     }
 }
 
@@ -290,6 +304,10 @@ impl AfterLocal for AfterPivot {
 }
 impl AfterLocal for AfterPivotCommand {
     type Phase = AfterPivot;
+}
+
+fn local(name: String, undo: Option<String>) -> Step {
+    Step { name, kind: StepKind::Local { undo, retry: RetryPolicy::LOCAL } }
 }
 
 fn remote<I, R, C, F>(role: Role, retry: RetryPolicy, command: F) -> Remote

@@ -62,9 +62,11 @@ impl Definition {
             if !names.insert(step.name.as_str()) {
                 errors.push(DefinitionError::DuplicateStep { saga: saga(), step: step.name.clone() });
             }
-            if let StepKind::Remote(remote) = &step.kind
-                && [remote.retry.attempts, remote.undo_retry.attempts].contains(&Some(0))
-            {
+            let policies = match &step.kind {
+                StepKind::Remote(remote) => [remote.retry, remote.undo_retry],
+                StepKind::Local { retry, .. } => [*retry; 2],
+            };
+            if policies.iter().any(|policy| policy.attempts == Some(0)) {
                 errors.push(DefinitionError::NoAttempts { saga: saga(), step: step.name.clone() });
             }
         }

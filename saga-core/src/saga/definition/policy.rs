@@ -1,9 +1,9 @@
-//! How often and how fast a command is resent. Pure: the jitter is derived from who waits, not drawn.
+//! How often and how fast a command is resent, or a local effect tried again. Pure: the jitter is derived from who waits, not drawn.
 
 use crate::id::SagaId;
 use std::time::Duration;
 
-/// When a command is resent, and how often.
+/// When a command is resent, or a local effect tried again, and how often.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetryPolicy {
     /// The pause after the first attempt.
@@ -25,6 +25,10 @@ impl RetryPolicy {
     pub const RETRIABLE: Self = Self::exponential(300, Duration::from_millis(500), Duration::from_secs(300));
     /// For an undo: it has to be done. After half an hour or so somebody has to look.
     pub const UNDO: Self = Self::exponential(15, Duration::from_millis(500), Duration::from_secs(300));
+
+    /// For a local effect: what fails for a moment (a row that is not there yet) gets another seven seconds or so; then
+    /// somebody has to look.
+    pub const LOCAL: Self = Self::exponential(5, Duration::from_millis(500), Duration::from_secs(30));
 
     /// `attempts` in all, with pauses that double from `first` up to `max`.
     pub const fn exponential(attempts: u32, first: Duration, max: Duration) -> Self {

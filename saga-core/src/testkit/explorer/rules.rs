@@ -63,7 +63,7 @@ pub(super) fn check_action(model: &Model<'_>, world: &World, action: &Action) ->
 
 fn undoable(kind: &StepKind) -> bool {
     match kind {
-        StepKind::Local { undo } => undo.is_some(),
+        StepKind::Local { undo, .. } => undo.is_some(),
         StepKind::Remote(remote) => remote.undo.is_some(),
     }
 }

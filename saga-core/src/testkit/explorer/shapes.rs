@@ -30,8 +30,8 @@ pub fn definition(shapes: &[Shape], attempts: u32, deadline: Option<Duration>) -
     let step = |(index, shape): (usize, &Shape)| Step {
         name: format!("s{index}"),
         kind: match shape {
-            Shape::Local => StepKind::Local { undo: None },
-            Shape::LocalWithUndo => StepKind::Local { undo: Some(format!("undo s{index}")) },
+            Shape::Local => StepKind::Local { undo: None, retry },
+            Shape::LocalWithUndo => StepKind::Local { undo: Some(format!("undo s{index}")), retry },
             Shape::Step => remote(Role::Compensable, Some(call("undo"))),
             Shape::StepWithoutUndo => remote(Role::Compensable, None),
             Shape::Pivot => remote(Role::Pivot, None),
