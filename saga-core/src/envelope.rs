@@ -72,6 +72,9 @@ macro_rules! text_enum {
         pub enum $name { $($(#[$vdoc])* $variant),+ }
 
         impl $name {
+            /// All of them, as they stand in a header.
+            pub(crate) const NAMES: &'static [&'static str] = &[$($text),+];
+
             /// As it stands in a header.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text),+ }

@@ -196,6 +196,9 @@ fn refused(error: RetryError) -> Problem {
         RetryError::Undefined(..) => {
             Problem::conflict("definition-unknown", "This replica does not know the saga's definition").detail(detail)
         }
+        RetryError::Unreadable(..) => {
+            Problem::conflict("saga-unreadable", "This replica cannot read the saga").detail(detail)
+        }
         RetryError::Database(error) => error.into(),
     }
 }

@@ -6,6 +6,7 @@ use crate::{
     envelope::{Envelope, Headers, Op, SagaHeaders, header},
     id::{CommandId, MessageId},
     outbox::Tx,
+    reason::reason,
     trace,
 };
 use serde::{Deserialize, Serialize};
@@ -179,7 +180,39 @@ pub(super) async fn claim(
     .bind(clock::seconds(lease))
     .fetch_all(&mut **tx)
     .await?;
-    rows.iter().map(|row| claimed(row, owner)).collect()
+    let (mut claims, mut unreadable) = (Vec::with_capacity(rows.len()), Vec::new());
+    for row in &rows {
+        match claimed(row, owner) {
+            Ok(claim) => claims.push(claim),
+            Err(error) => unreadable.push((CommandId(row.try_get("command_id")?), error.to_string())),
+        }
+    }
+    if !unreadable.is_empty() {
+        put_off(tx, &unreadable).await?;
+    }
+    Ok(claims)
+}
+
+/// Ends the claims of intents that this build cannot read, for a minute: another build may have them before. The others of
+/// their set go on.
+async fn put_off(tx: &mut Tx<'_>, intents: &[(CommandId, String)]) -> Result<(), sqlx::Error> {
+    for (command, error) in intents {
+        tracing::error!(%command, error, "this build cannot read an intent: it is put off for a minute, and its effect is not \
+            performed meanwhile; another build wrote it, which can perform it, or its row is damaged");
+        metrics::counter!("participant_intents_unreadable_total").increment(1);
+    }
+    sqlx::query(
+        "update participant_intent i
+            set claimed_by = null, due_at = clock_timestamp() + interval '1 minute', attempts = i.attempts - 1,
+                last_error = u.error
+           from unnest($1::uuid[], $2::text[]) as u (command_id, error)
+          where i.command_id = u.command_id",
+    )
+    .bind(intents.iter().map(|(id, _)| id.0).collect::<Vec<_>>())
+    .bind(intents.iter().map(|(_, error)| reason(error)).collect::<Vec<_>>())
+    .execute(&mut **tx)
+    .await
+    .map(drop)
 }
 
 /// How long until the next intent is due; `None` when there is none.
@@ -296,7 +329,7 @@ fn claimed(row: &PgRow, owner: Uuid) -> Result<Claimed, sqlx::Error> {
         definition: origin.definition,
         version: origin.version,
         step: key.step.clone(),
-        op: if row.try_get::<&str, _>("op")? == "do" { Op::Do } else { Op::Undo },
+        op: row.try_get::<&str, _>("op")?.parse().map_err(|()| sqlx::Error::Decode("not a known op".into()))?,
         occurrence: key.occurrence.unsigned_abs(),
         command: CommandId(row.try_get("command_id")?),
         attempt: origin.attempt,

@@ -13,7 +13,7 @@ use super::{
     runner::ReplyHandler,
     starts::Starts,
     state::{Event, Ignored, Verdict},
-    store::{self, Known, Row},
+    store::{self, Known, Locked, Row},
 };
 use crate::{
     clock,
@@ -33,6 +33,13 @@ use std::{
 /// gone without a word, which the operating system notices after a quarter of an hour. Far longer than any of them takes,
 /// and than PostgreSQL lets another transaction hold locks while it does nothing (10 s).
 const ATTEMPT_MAX: Bound = Bound::new(Duration::from_secs(30));
+
+/// A saga that this replica cannot read, and therefore leaves alone.
+pub(super) struct Unread {
+    pub(super) locked: Locked,
+    /// What is wrong with its row; `None` where the replica does not have its definition.
+    pub(super) flaw: Option<String>,
+}
 
 /// Runs the sagas of one service.
 pub struct Engine {
@@ -73,10 +80,8 @@ impl Engine {
     /// # Errors
     /// When this engine does not know the saga's definition, or the database says no.
     pub async fn cancel_in(&self, tx: &mut Tx<'_>, id: SagaId, reason: &str) -> Result<Cancelled, CancelError> {
-        let Some(row) = store::load(tx, &[id]).await?.pop() else { return Ok(Cancelled::Unknown) };
-        let Some(definition) = self.definition_of(&row) else {
-            return Err(CancelError::Undefined(row.definition, u32::try_from(row.version).unwrap_or(0)));
-        };
+        let Some(locked) = store::load(tx, &[id]).await?.pop() else { return Ok(Cancelled::Unknown) };
+        let (definition, row) = self.read(locked)?;
         let reason = text(reason);
         let event = Event::Cancel { reason: reason.clone() };
         let cancel = Incident { event, what: What::Cancel { reason }, cause: None, flaw: None };
@@ -98,13 +103,11 @@ impl Engine {
 
     async fn retry_once(&self, id: SagaId, expected: i32, reason: &str, actor: &str) -> Result<(), RetryError> {
         let mut tx = self.begin().await?;
-        let row = store::load(&mut tx, &[id]).await?.pop().ok_or(RetryError::Unknown(id))?;
-        if row.revision != expected {
-            return Err(RetryError::Version { expected, found: row.revision });
+        let locked = store::load(&mut tx, &[id]).await?.pop().ok_or(RetryError::Unknown(id))?;
+        if locked.revision != expected {
+            return Err(RetryError::Version { expected, found: locked.revision });
         }
-        let Some(definition) = self.definition_of(&row) else {
-            return Err(RetryError::Undefined(row.definition, u32::try_from(row.version).unwrap_or(0)));
-        };
+        let (definition, row) = self.read(locked)?;
         let status = row.state.status.as_str();
         let what = What::Retry { reason: text(reason), actor: text(actor) };
         let retry = Incident { event: Event::Retry, what, cause: None, flaw: None };
@@ -151,9 +154,16 @@ impl Engine {
         effect.ok_or_else(|| LocalError::Failed(anyhow::anyhow!("the local effect `{name}` is not bound")))
     }
 
-    /// The definition that a saga began with, if this replica has that very one.
-    pub(super) fn definition_of(&self, row: &Row) -> Option<Arc<Definition>> {
-        self.find(&row.definition, row.version, &row.fingerprint)
+    /// A saga with the definition that it began with. The state is read only by a replica that has that very one: what
+    /// another build wrote may look alike and mean something else.
+    pub(super) fn read(&self, locked: Locked) -> Result<(Arc<Definition>, Row), Unread> {
+        let Some(definition) = self.find(&locked.definition, locked.version, &locked.fingerprint) else {
+            return Err(Unread { locked, flaw: None });
+        };
+        match locked.read() {
+            Ok(row) => Ok((definition, row)),
+            Err(error) => Err(Unread { flaw: Some(error.to_string()), locked }),
+        }
     }
 
     pub(super) fn find(&self, name: &str, version: i32, fingerprint: &str) -> Option<Arc<Definition>> {

@@ -1,6 +1,6 @@
 //! Why an engine cannot be built, and why it does not do what it was asked.
 
-use super::{definition::DefinitionError, local::LocalError};
+use super::{definition::DefinitionError, engine::Unread, local::LocalError};
 use crate::id::SagaId;
 
 /// What is wrong with an engine that cannot be built.
@@ -90,9 +90,21 @@ pub enum CancelError {
     /// The saga is of a definition version that this engine does not know.
     #[error("saga `{0}` version {1} is not defined in this engine")]
     Undefined(String, u32),
+    /// This build cannot read the saga's row: another build wrote it, or it is damaged.
+    #[error("this build cannot read saga {0}: {1}")]
+    Unreadable(SagaId, String),
     /// The database said no.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
+}
+
+impl From<Unread> for CancelError {
+    fn from(Unread { locked, flaw }: Unread) -> Self {
+        match flaw {
+            Some(flaw) => Self::Unreadable(locked.saga, flaw),
+            None => Self::Undefined(locked.definition, locked.version.unsigned_abs()),
+        }
+    }
 }
 
 /// Why a retry was not done.
@@ -115,7 +127,19 @@ pub enum RetryError {
     /// The saga is of a definition version that this engine does not know.
     #[error("saga `{0}` version {1} is not defined in this engine")]
     Undefined(String, u32),
+    /// This build cannot read the saga's row: another build wrote it, or it is damaged.
+    #[error("this build cannot read saga {0}: {1}")]
+    Unreadable(SagaId, String),
     /// The database said no.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
+}
+
+impl From<Unread> for RetryError {
+    fn from(Unread { locked, flaw }: Unread) -> Self {
+        match flaw {
+            Some(flaw) => Self::Unreadable(locked.saga, flaw),
+            None => Self::Undefined(locked.definition, locked.version.unsigned_abs()),
+        }
+    }
 }

@@ -1,14 +1,17 @@
 //! Looking at sagas: lists and one saga with its log, read without a lock.
 
 use super::{
+    definition::Definition,
     engine::Engine,
     log::Entry,
     state::State,
+    store,
     view::{Found, Names, Payloads, SagaSummary, SagaView, view},
 };
 use crate::id::SagaId;
 use serde_json::Value;
 use sqlx::{Row as _, postgres::PgRow, types::Json};
+use std::sync::Arc;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -26,7 +29,7 @@ pub struct Filter {
 }
 
 impl Engine {
-    /// The newest sagas first, whatever their definition; at most `limit`.
+    /// The newest sagas first, whatever their definition, and whether or not this build can read them; at most `limit`.
     ///
     /// # Errors
     /// When the database says no.
@@ -42,7 +45,7 @@ impl Engine {
             .bind(limit)
             .fetch_all(self.pool())
             .await?;
-        rows.iter().map(|row| self.summary(row)).collect()
+        rows.iter().map(|row| self.summary(row).map(|(summary, ..)| summary)).collect()
     }
 
     /// One saga with its timeline.
@@ -51,44 +54,51 @@ impl Engine {
     /// When the database says no.
     pub async fn inspect(&self, id: SagaId, payloads: Payloads) -> Result<Option<SagaView>, sqlx::Error> {
         let Some(row) = sqlx::query(ONE).bind(id.0).fetch_optional(self.pool()).await? else { return Ok(None) };
-        let summary = self.summary(&row)?;
-        let Json(state): Json<State> = row.try_get("state")?;
-        let Json(input): Json<Value> = row.try_get("input")?;
-        let log: Vec<(i32, OffsetDateTime, Json<Entry>)> = sqlx::query_as(
+        let (summary, definition, state) = self.summary(&row)?;
+        let log = sqlx::query(
             "select revision, at, entry from saga_event where saga_id = $1 and revision <= $2 order by revision",
         )
         .bind(id.0)
         .bind(summary.revision)
+        .try_map(|line: PgRow| {
+            let entry = line.try_get::<Json<Entry>, _>("entry").map(|Json(entry)| entry);
+            Ok((line.try_get("revision")?, line.try_get("at")?, entry.map_err(|error| error.to_string())))
+        })
         .fetch_all(self.pool())
         .await?;
-        let log = log.into_iter().map(|(revision, at, Json(entry))| (revision, at, entry)).collect();
-        let definition = self.find(&summary.definition, summary.version, row.try_get("fingerprint")?);
+        let input = row.try_get::<Json<Value>, _>("input").ok().map(|Json(input)| input);
         let found = Found { summary, state, input, log, undecided: row.try_get("undecided")? };
         Ok(Some(view(found, definition.as_deref(), payloads)))
     }
 
-    fn summary(&self, row: &PgRow) -> sqlx::Result<SagaSummary> {
-        let Json(state): Json<State> = row.try_get("state")?;
+    /// What a list shows of a saga, whether or not this build can read its state.
+    fn summary(&self, row: &PgRow) -> sqlx::Result<(SagaSummary, Option<Arc<Definition>>, Option<State>)> {
         let (name, version) = (row.try_get::<String, _>("definition")?, row.try_get("version")?);
         let definition = self.find(&name, version, row.try_get("fingerprint")?);
+        let state = definition.as_ref().and_then(|_| store::state(row).ok());
         let id = SagaId(row.try_get("saga_id")?);
-        Ok(SagaSummary {
+        let names = Names { saga: id, definition: definition.as_deref() };
+        let summary = SagaSummary {
             id,
             version,
             definition: name,
             business_key: row.try_get("business_key")?,
             status: row.try_get("status")?,
             revision: row.try_get("revision")?,
-            step: Names { saga: id, definition: definition.as_deref() }.open_step(&state),
+            readable: state.is_some(),
+            step: state.as_ref().and_then(|state| names.open_step(state)),
             created_at: row.try_get("created_at")?,
             updated_at: row.try_get("updated_at")?,
             finished_at: row.try_get("finished_at")?,
-        })
+        };
+        Ok((summary, definition, state))
     }
 }
 
 const ONE: &str = "
-    select s.*, (select count(*) from saga_undecided u where u.saga_id = s.saga_id) as undecided
+    select s.saga_id, s.definition, s.version, s.fingerprint, s.business_key, s.status, s.revision, s.state, s.input,
+           s.created_at, s.updated_at, s.finished_at,
+           (select count(*) from saga_undecided u where u.saga_id = s.saga_id) as undecided
       from saga s
      where s.saga_id = $1";
 

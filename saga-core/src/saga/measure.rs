@@ -5,6 +5,7 @@
 
 use super::{
     case::Case,
+    engine::Unread,
     state::{Status, StuckWhy, Told},
     store::Counts,
 };
@@ -62,6 +63,19 @@ pub(super) fn unknown_saga() {
     counter!("saga_replies_ignored_total", "saga" => "", "reason" => "unknown_saga").increment(1);
 }
 
+/// A saga whose row this replica cannot read, although it has the saga's definition: said and counted each time. One whose
+/// definition it does not have is another replica's, which is in order.
+pub(super) fn unread(unread: &Unread, consequence: &str) {
+    let Unread { locked, flaw: Some(flaw) } = unread else { return };
+    tracing::error!(
+        saga = %locked.saga,
+        saga_type = locked.definition,
+        flaw,
+        "this build cannot read a saga's row: {consequence}; another build wrote it, which can go on with it, or it is damaged"
+    );
+    counter!("saga_unreadable_total", "saga" => locked.definition.clone()).increment(1);
+}
+
 /// What the database says of all sagas. Those of definitions that this replica does not know are not told by name.
 pub(super) fn counted(counts: &Counts, definitions: &[String]) {
     for definition in definitions {
@@ -89,6 +103,10 @@ pub(super) fn describe() {
     describe_gauge!("saga_replies_undecided", "Replies that wait for a replica that has their saga's definition");
     describe_counter!("saga_finished_total", "Sagas that have ended, by definition and outcome");
     describe_counter!("saga_replies_ignored_total", "Replies that answered no open command, by reason");
+    describe_counter!(
+        "saga_unreadable_total",
+        "How often a saga's row could not be read by this build, and was put off: GET /v1/sagas/{id} says `readable`"
+    );
     describe_counter!("saga_compensation_failures_total", "Sagas that became stuck with an undo open, by definition");
     describe_histogram!("saga_step_duration_seconds", Unit::Seconds, "From a step's first command to its answer");
 }

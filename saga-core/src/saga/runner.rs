@@ -11,11 +11,12 @@
 use super::{
     batch::{Batch, BatchError},
     case::{Case, Incident},
-    engine::Engine,
+    engine::{Engine, Unread},
     log::What,
     measure,
     state::{Answer, Event, Reply, Verdict},
-    store::{self, Row, Undecided},
+    store::{self, Locked, Undecided},
+    timers::PUT_OFF,
 };
 use crate::{
     clock,
@@ -31,6 +32,7 @@ use serde_json::Value;
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
+    time::Duration,
 };
 
 /// Takes the replies of the engine's participants: give it to the consumer of the reply topic.
@@ -101,19 +103,21 @@ impl<'m> Incoming<'m> {
         Incident { event, what: What::Reply { step, op, attempt, outcome }, cause, flaw }
     }
 
-    fn set_aside(self, row: &Row) -> Undecided {
+    fn set_aside(self, unread: &Unread) -> Undecided {
+        let Unread { locked, flaw } = unread;
         Undecided {
             message: self.message,
             saga: self.headers.saga,
-            definition: row.definition.clone(),
-            version: row.version,
-            fingerprint: row.fingerprint.clone(),
+            definition: locked.definition.clone(),
+            version: locked.version,
+            fingerprint: locked.fingerprint.clone(),
             step: self.headers.step,
             op: self.headers.op,
             command: self.headers.command,
             attempt: i32::try_from(self.headers.attempt).unwrap_or(i32::MAX),
             outcome: self.outcome,
             payload: self.payload.map(<[u8]>::to_vec),
+            put_off: if flaw.is_some() { PUT_OFF } else { Duration::ZERO },
         }
     }
 }
@@ -156,14 +160,17 @@ impl Engine {
         let rows = store::load(tx, &ids).await?;
         fail_point!("saga.after-load", self.reply_topic());
         let (mut cases, mut aside) = (Vec::with_capacity(rows.len()), Vec::new());
-        for row in rows {
-            let replies = by_saga.remove(&row.state.saga).unwrap_or_default();
-            match self.definition_of(&row) {
-                Some(definition) => {
+        for locked in rows {
+            let replies = by_saga.remove(&locked.saga).unwrap_or_default();
+            match self.read(locked) {
+                Ok((definition, row)) => {
                     let incidents = replies.into_iter().map(Incoming::incident).collect();
                     cases.push(Case::new(definition, row, incidents));
                 }
-                None => aside.extend(replies.into_iter().map(|reply| reply.set_aside(&row))),
+                Err(unread) => {
+                    measure::unread(&unread, "its replies are set aside, and tried again every minute");
+                    aside.extend(replies.into_iter().map(|reply| reply.set_aside(&unread)));
+                }
             }
         }
         for (saga, replies) in by_saga {
@@ -171,7 +178,7 @@ impl Engine {
             tracing::warn!(%saga, saga_type, replies = replies.len(), "replies to a saga that does not exist are ignored");
             replies.iter().for_each(|_| measure::unknown_saga());
         }
-        if let Some(first) = aside.first() {
+        if let Some(first) = aside.iter().find(|reply| reply.put_off.is_zero()) {
             // One of them: in a rollout they are many, and most are of one definition.
             tracing::warn!(
                 saga = %first.saga,
@@ -180,6 +187,8 @@ impl Engine {
                 replies = aside.len(),
                 "replies to sagas of unknown definitions, this one first, are set aside"
             );
+        }
+        if !aside.is_empty() {
             store::set_aside(tx, &aside).await?;
         }
         Batch::new(self, cases, clock::now()).run(tx).await?;
@@ -188,13 +197,23 @@ impl Engine {
     }
 
     /// Lets time pass for sagas that were claimed; says for how many something was due. A row that another replica
-    /// settled between the look at `saga_due` and the lock is claimed in vain.
-    pub(super) async fn take_due(&self, tx: &mut Tx<'_>, rows: Vec<Row>) -> Result<usize, BatchError> {
-        let cases = rows.into_iter().filter_map(|row| {
+    /// settled between the look at `saga_due` and the lock is claimed in vain. One that cannot be read is put off.
+    pub(super) async fn take_due(&self, tx: &mut Tx<'_>, rows: Vec<Locked>) -> Result<usize, BatchError> {
+        let (mut cases, mut put_off) = (Vec::with_capacity(rows.len()), Vec::new());
+        for locked in rows {
             let due = Incident { event: Event::Due, what: What::Due, cause: None, flaw: None };
-            Some(Case::new(self.definition_of(&row)?, row, VecDeque::from([due])))
-        });
-        let mut batch = Batch::new(self, cases.collect(), clock::now());
+            match self.read(locked) {
+                Ok((definition, row)) => cases.push(Case::new(definition, row, VecDeque::from([due]))),
+                Err(unread) => {
+                    measure::unread(&unread, "what is due for it is put off for a minute");
+                    put_off.push(unread.locked.saga);
+                }
+            }
+        }
+        if !put_off.is_empty() {
+            store::put_off(tx, &put_off, PUT_OFF).await?;
+        }
+        let mut batch = Batch::new(self, cases, clock::now());
         batch.run(tx).await?;
         Ok(batch.cases.iter().flat_map(|case| &case.verdicts).filter(|verdict| **verdict == Verdict::Taken).count())
     }

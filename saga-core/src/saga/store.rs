@@ -15,12 +15,22 @@ use std::{collections::HashMap, time::Duration};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// A saga's row, locked.
+/// A saga's row, locked, of which only what every build writes in the same way is read. The state is for builds that have
+/// its definition and know its format.
+pub(super) struct Locked {
+    pub(super) saga: SagaId,
+    pub(super) definition: String,
+    pub(super) version: i32,
+    pub(super) fingerprint: String,
+    pub(super) revision: i32,
+    row: PgRow,
+}
+
+/// A saga's row, locked and read.
 #[derive(Debug)]
 pub(super) struct Row {
     pub(super) definition: String,
     pub(super) version: i32,
-    pub(super) fingerprint: String,
     pub(super) revision: i32,
     pub(super) state: State,
     pub(super) armed_at: Option<OffsetDateTime>,
@@ -84,6 +94,8 @@ pub(super) struct Undecided {
     pub(super) attempt: i32,
     pub(super) outcome: Outcome,
     pub(super) payload: Option<Vec<u8>>,
+    /// For how long it is left alone: a replica that has its saga's definition could not read the saga.
+    pub(super) put_off: Duration,
 }
 
 /// The definitions that a replica knows, as columns.
@@ -147,7 +159,7 @@ pub(super) async fn insert(
 }
 
 /// Locks and loads sagas, in the order of their ids. Ids without a saga are not in the answer.
-pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Row>> {
+pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Locked>> {
     let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
     sqlx::query(
         "select saga_id, definition, version, fingerprint, revision, state, armed_at, input
@@ -157,7 +169,7 @@ pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Ro
             for update",
     )
     .bind(ids)
-    .try_map(|found: PgRow| row(&found))
+    .try_map(Locked::new)
     .fetch_all(&mut **tx)
     .await
 }
@@ -165,7 +177,7 @@ pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Ro
 /// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out what somebody else holds.
 /// (`statement_timestamp()`: with `clock_timestamp()`, which changes while the statement runs, no index can answer.)
 /// The due time that counts is the one in the state: the row was read again when it was locked.
-pub(super) async fn claim_due(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Row>> {
+pub(super) async fn claim_due(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Locked>> {
     sqlx::query(
         "select s.saga_id, s.definition, s.version, s.fingerprint, s.revision, s.state, s.armed_at, s.input
            from saga_due d
@@ -181,24 +193,48 @@ pub(super) async fn claim_due(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sql
     .bind(&known.versions)
     .bind(&known.fingerprints)
     .bind(limit)
-    .try_map(|found: PgRow| row(&found))
+    .try_map(Locked::new)
     .fetch_all(&mut **tx)
     .await
 }
 
-fn row(row: &PgRow) -> sqlx::Result<Row> {
+impl Locked {
+    fn new(row: PgRow) -> sqlx::Result<Self> {
+        Ok(Self {
+            saga: SagaId(row.try_get("saga_id")?),
+            definition: row.try_get("definition")?,
+            version: row.try_get("version")?,
+            fingerprint: row.try_get("fingerprint")?,
+            revision: row.try_get("revision")?,
+            row,
+        })
+    }
+
+    /// The rest of it.
+    ///
+    /// # Errors
+    /// When this build cannot read the state or the input.
+    pub(super) fn read(&self) -> sqlx::Result<Row> {
+        let Json(input): Json<Value> = self.row.try_get("input")?;
+        Ok(Row {
+            definition: self.definition.clone(),
+            version: self.version,
+            revision: self.revision,
+            state: state(&self.row)?,
+            armed_at: self.row.try_get("armed_at")?,
+            input,
+        })
+    }
+}
+
+/// The state in a row of `saga`.
+///
+/// # Errors
+/// When this build cannot read it.
+pub(super) fn state(row: &PgRow) -> sqlx::Result<State> {
     let Json(mut state): Json<State> = row.try_get("state")?;
-    let Json(input): Json<Value> = row.try_get("input")?;
     state.saga = SagaId(row.try_get("saga_id")?);
-    Ok(Row {
-        definition: row.try_get("definition")?,
-        version: row.try_get("version")?,
-        fingerprint: row.try_get("fingerprint")?,
-        revision: row.try_get("revision")?,
-        state,
-        armed_at: row.try_get("armed_at")?,
-        input,
-    })
+    Ok(state)
 }
 
 /// Writes sagas back, each under the revision that it was loaded with, appends `events` to their logs and `messages` to
@@ -303,14 +339,18 @@ pub(super) async fn strays(tx: &mut Tx<'_>, sagas: &[SagaId]) -> sqlx::Result<Ha
     Ok(told)
 }
 
-/// Keeps replies for a replica that can decide them.
+/// Keeps replies for a replica that can decide them. `received_at` of one that is put off is when it may be tried again.
 pub(super) async fn set_aside(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::Result<()> {
     let text = |of: fn(&Undecided) -> String| replies.iter().map(of).collect::<Vec<String>>();
     sqlx::query(
         "insert into saga_undecided (message_id, saga_id, definition, version, fingerprint, step, op, command_id,
-                                     attempt, outcome, payload)
-         select * from unnest($1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[],
-                              $8::uuid[], $9::int[], $10::text[], $11::bytea[])
+                                     attempt, outcome, payload, received_at)
+         select r.message_id, r.saga_id, r.definition, r.version, r.fingerprint, r.step, r.op, r.command_id, r.attempt,
+                r.outcome, r.payload, clock_timestamp() + make_interval(secs => r.put_off)
+           from unnest($1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[],
+                       $8::uuid[], $9::int[], $10::text[], $11::bytea[], $12::float8[])
+                  as r(message_id, saga_id, definition, version, fingerprint, step, op, command_id, attempt, outcome,
+                       payload, put_off)
              on conflict do nothing",
     )
     .bind(replies.iter().map(|r| r.message.0).collect::<Vec<Uuid>>())
@@ -324,35 +364,61 @@ pub(super) async fn set_aside(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::R
     .bind(replies.iter().map(|r| r.attempt).collect::<Vec<i32>>())
     .bind(text(|r| r.outcome.to_string()))
     .bind(replies.iter().map(|r| r.payload.clone()).collect::<Vec<_>>())
+    .bind(replies.iter().map(|r| r.put_off.as_secs_f64()).collect::<Vec<f64>>())
     .execute(&mut **tx)
     .await?;
     Ok(())
 }
 
-/// Takes replies that were set aside and that this replica can decide, in the order of their arrival.
-pub(super) async fn take_undecided(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Undecided>> {
+/// Takes replies that were set aside and that this replica can decide, in the order of their arrival. Those that say what
+/// this build has no word for stay where they are.
+pub(super) async fn take_undecided(
+    tx: &mut Tx<'_>,
+    known: &Known,
+    limit: i64,
+    only: Option<MessageId>,
+) -> sqlx::Result<Vec<Undecided>> {
     sqlx::query(
         "with taken as (
              select u.message_id
                from saga_undecided u
                join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
                  on k.definition = u.definition and k.version = u.version and k.fingerprint = u.fingerprint
-              order by u.received_at
+              where u.received_at <= statement_timestamp()
+                and u.op = any($5) and u.outcome = any($6)
+                and ($7::uuid is null or u.message_id = $7)
+              order by u.received_at, u.message_id
               limit $4
                 for update of u skip locked
          )
          delete from saga_undecided u
           using taken
           where u.message_id = taken.message_id
-         returning u.*",
+         returning u.message_id, u.saga_id, u.definition, u.version, u.fingerprint, u.step, u.op, u.command_id,
+                   u.attempt, u.outcome, u.payload",
     )
     .bind(&known.definitions)
     .bind(&known.versions)
     .bind(&known.fingerprints)
     .bind(limit)
+    .bind(Op::NAMES)
+    .bind(Outcome::NAMES)
+    .bind(only.map(|message| message.0))
     .try_map(|found: PgRow| undecided(&found))
     .fetch_all(&mut **tx)
     .await
+}
+
+/// Tries a reply that was set aside again after `wait`.
+pub(super) async fn put_off_undecided(tx: &mut Tx<'_>, message: MessageId, wait: Duration) -> sqlx::Result<()> {
+    sqlx::query(
+        "update saga_undecided set received_at = clock_timestamp() + make_interval(secs => $2) where message_id = $1",
+    )
+    .bind(message.0)
+    .bind(wait.as_secs_f64())
+    .execute(&mut **tx)
+    .await
+    .map(drop)
 }
 
 fn undecided(row: &PgRow) -> sqlx::Result<Undecided> {
@@ -370,6 +436,7 @@ fn undecided(row: &PgRow) -> sqlx::Result<Undecided> {
         attempt: row.try_get("attempt")?,
         outcome: row.try_get::<&str, _>("outcome")?.parse().map_err(|()| malformed("outcome"))?,
         payload: row.try_get("payload")?,
+        put_off: Duration::ZERO,
     })
 }
 
@@ -413,23 +480,25 @@ pub(super) async fn due_ids(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx:
     sqlx::query_scalar(
         "select d.saga_id
            from saga_due d
-           join unnest($1::text[], $2::int[]) as k(definition, version)
-             on k.definition = d.definition and k.version = d.version
+           join saga s on s.saga_id = d.saga_id
+           join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
+             on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
           where d.due_at <= statement_timestamp()
           order by d.due_at
-          limit $3",
+          limit $4",
     )
     .bind(&known.definitions)
     .bind(&known.versions)
+    .bind(&known.fingerprints)
     .bind(limit)
     .fetch_all(&mut **tx)
     .await
 }
 
-/// Looks at a saga again after `wait`, whatever its state says.
-pub(super) async fn put_off(tx: &mut Tx<'_>, saga: SagaId, wait: Duration) -> sqlx::Result<()> {
-    sqlx::query("update saga_due set due_at = clock_timestamp() + make_interval(secs => $2) where saga_id = $1")
-        .bind(saga.0)
+/// Looks at sagas again after `wait`, whatever their states say.
+pub(super) async fn put_off(tx: &mut Tx<'_>, sagas: &[SagaId], wait: Duration) -> sqlx::Result<()> {
+    sqlx::query("update saga_due set due_at = clock_timestamp() + make_interval(secs => $2) where saga_id = any($1)")
+        .bind(sagas.iter().map(|saga| saga.0).collect::<Vec<_>>())
         .bind(wait.as_secs_f64())
         .execute(&mut **tx)
         .await

@@ -4,11 +4,17 @@
 //! with a batch in hand has changed nothing, and the rows are claimed again at once. No transaction is waited for without
 //! a bound: one that is given up, its connection silent, is repeated on another.
 
-use super::{batch::BatchError, engine::Engine, measure, runner::Incoming, store};
+use super::{
+    batch::BatchError,
+    engine::Engine,
+    measure,
+    runner::Incoming,
+    store::{self, Undecided},
+};
 use crate::{
     error_class::{ErrorClass, is_outage},
     fail_point::fail_point,
-    id::SagaId,
+    id::{MessageId, SagaId},
     transaction::is_timeout,
 };
 use std::time::{Duration, Instant};
@@ -21,8 +27,8 @@ const BATCH: i64 = 200;
 const PAUSE: Duration = Duration::from_millis(200);
 /// How long to wait when the database does not answer.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(1);
-/// How long a saga is left alone that cannot be decided.
-const PUT_OFF: Duration = Duration::from_secs(60);
+/// How long a saga, or a reply, is left alone that cannot be decided.
+pub(super) const PUT_OFF: Duration = Duration::from_secs(60);
 /// The same, where it was not the saga's fault: another transaction was in the way, a table or a right is missing.
 const PUT_OFF_WHAT_PASSES: Duration = Duration::from_secs(5);
 /// How old the gauges may be.
@@ -79,7 +85,7 @@ impl Engine {
                 self.tick_one_by_one().await?
             }
         };
-        let undecided = self.within(self.tick_undecided()).await?;
+        let undecided = self.tick_undecided().await?;
         Ok(Ticked { due, undecided })
     }
 
@@ -106,11 +112,7 @@ impl Engine {
                 Ok(()) => {}
                 Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
                 Err(error) => {
-                    let wait = match error.class() {
-                        ErrorClass::Own => PUT_OFF,
-                        _ if matches!(&error, BatchError::Database(error) if is_timeout(error)) => PUT_OFF,
-                        _ => PUT_OFF_WHAT_PASSES,
-                    };
+                    let wait = put_off_after(&error);
                     tracing::error!(%saga, %error, ?wait, "a due saga cannot be decided now; it is put off, and tried again");
                     self.within(self.put_off(saga, wait)).await?;
                 }
@@ -128,7 +130,7 @@ impl Engine {
 
     async fn put_off(&self, saga: SagaId, wait: Duration) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
-        store::put_off(&mut tx, saga, wait).await?;
+        store::put_off(&mut tx, &[saga], wait).await?;
         tx.commit_quietly().await
     }
 
@@ -140,53 +142,89 @@ impl Engine {
     }
 
     async fn tick_undecided(&self) -> Result<usize, sqlx::Error> {
-        let mut tx = self.begin().await?;
-        let replies = store::take_undecided(&mut tx, self.known(), BATCH).await?;
-        if replies.is_empty() {
-            return Ok(0);
+        match self.within(self.take_undecided()).await {
+            Ok(taken) => Ok(taken),
+            Err(BatchError::Database(error)) if is_everybodys(&error) => Err(error),
+            Err(error) => {
+                tracing::debug!(%error, "a batch of replies that were set aside did not work; taking them one by one");
+                self.take_undecided_one_by_one().await
+            }
         }
-        match self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await {
-            Ok(()) => tx.commit().await?,
-            Err(error @ (BatchError::Database(_) | BatchError::Effect(_))) => return Err(error.into_database()),
-            Err(BatchError::Poison(_)) => {
-                tx.rollback().await?;
-                self.tick_undecided_one().await?;
+    }
+
+    async fn put_off_undecided(&self, message: MessageId, wait: Duration) -> Result<(), sqlx::Error> {
+        let mut tx = self.begin().await?;
+        store::put_off_undecided(&mut tx, message, wait).await?;
+        tx.commit_quietly().await
+    }
+
+    async fn take_undecided(&self) -> Result<usize, BatchError> {
+        let mut tx = self.begin().await?;
+        let replies = store::take_undecided(&mut tx, self.known(), BATCH, None).await?;
+        if !replies.is_empty() {
+            self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await?;
+            tx.commit().await?;
+        }
+        Ok(replies.len())
+    }
+
+    /// One reply that cannot be taken must not stop the others: it is put off, or dropped if it cannot be understood.
+    async fn take_undecided_one_by_one(&self) -> Result<usize, sqlx::Error> {
+        let mut tx = self.begin().await?;
+        let replies = store::take_undecided(&mut tx, self.known(), BATCH, None).await?;
+        tx.rollback().await?;
+        for reply in &replies {
+            match self.within(self.take_undecided_one(reply)).await {
+                Ok(()) => {}
+                Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
+                Err(error) => {
+                    let (saga, message_id, wait) = (reply.saga, reply.message, put_off_after(&error));
+                    tracing::error!(%saga, %message_id, %error, ?wait,
+                        "a reply that was set aside cannot be taken now; it is put off, and tried again");
+                    self.within(self.put_off_undecided(message_id, wait)).await?;
+                }
             }
         }
         Ok(replies.len())
     }
 
-    /// The oldest reply that was set aside, alone. If it cannot be understood it is dropped: its command will be sent
-    /// again, and answered again.
-    async fn tick_undecided_one(&self) -> Result<(), sqlx::Error> {
+    /// If it cannot be understood it is dropped: its command will be sent again, and answered again.
+    async fn take_undecided_one(&self, reply: &Undecided) -> Result<(), BatchError> {
         let mut tx = self.begin().await?;
-        let replies = store::take_undecided(&mut tx, self.known(), 1).await?;
+        let replies = store::take_undecided(&mut tx, self.known(), 1, Some(reply.message)).await?;
         let mut attempt = sqlx::Acquire::begin(&mut *tx).await?;
         match self.take_replies(&mut attempt, replies.iter().map(Incoming::from_undecided).collect()).await {
             Ok(()) => attempt.commit().await?,
-            Err(error @ (BatchError::Database(_) | BatchError::Effect(_))) => return Err(error.into_database()),
             Err(BatchError::Poison(why)) => {
                 attempt.rollback().await?;
-                for reply in &replies {
-                    tracing::error!(
-                        saga = %reply.saga,
-                        saga_type = reply.definition,
-                        step = reply.step,
-                        command = %reply.command,
-                        message_id = %reply.message,
-                        why,
-                        "a reply that was set aside cannot be understood; it is dropped"
-                    );
-                }
+                tracing::error!(
+                    saga = %reply.saga,
+                    saga_type = reply.definition,
+                    step = reply.step,
+                    command = %reply.command,
+                    message_id = %reply.message,
+                    why,
+                    "a reply that was set aside cannot be understood; it is dropped"
+                );
             }
+            Err(error) => return Err(error),
         }
-        tx.commit().await
+        Ok(tx.commit().await?)
     }
 
     async fn count(&self) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
         measure::counted(&store::count(&mut tx, self.known()).await?, &self.known().definitions);
         tx.commit_quietly().await
+    }
+}
+
+/// How long what did not work is left alone.
+fn put_off_after(error: &BatchError) -> Duration {
+    match error.class() {
+        ErrorClass::Own => PUT_OFF,
+        _ if matches!(error, BatchError::Database(error) if is_timeout(error)) => PUT_OFF,
+        _ => PUT_OFF_WHAT_PASSES,
     }
 }
 

@@ -31,7 +31,10 @@ pub struct SagaSummary {
     pub status: String,
     /// Counts its events; an operator's command names the one it was meant for.
     pub revision: i32,
-    /// The step that is open; `null` when it has ended or this replica does not know its definition.
+    /// Whether this replica can read its state. If not, it does not know its definition, or another build wrote the row in a
+    /// format of its own, or the row is damaged.
+    pub readable: bool,
+    /// The step that is open; `null` when it has ended or is not readable.
     pub step: Option<String>,
     /// When it began.
     #[serde(with = "time::serde::rfc3339")]
@@ -50,7 +53,7 @@ pub struct SagaView {
     /// As in the list.
     #[serde(flatten)]
     pub summary: SagaSummary,
-    /// Whether this replica knows its definition; otherwise steps have numbers for names.
+    /// Whether this replica knows its definition; otherwise only the timeline is shown, with numbers for the names of steps.
     pub definition_known: bool,
     /// Why it is, or was, undone.
     pub failure: Option<FailureView>,
@@ -95,9 +98,9 @@ pub struct WaitView {
     pub why: String,
     /// What would move it on, in words.
     pub unblocked_by: String,
-    /// Which attempt is open.
+    /// Which attempt is open; 0 where its state is not readable.
     pub attempt: u32,
-    /// Since when, counted from the first attempt.
+    /// Since when, counted from the first attempt; where its state is not readable, when something happened to it last.
     #[serde(with = "time::serde::rfc3339")]
     pub since: OffsetDateTime,
     /// When something happens by itself; `null` when nothing will.
@@ -133,7 +136,7 @@ pub struct Line {
     /// In which event; lines of one event happened in one transaction.
     pub revision: i32,
     /// `started`, `reply`, `ignored`, `due`, `cancel`, `retry`, and what followed: `sent`, `ran`, `pausing`,
-    /// `compensating`, `stuck`, `completed`, `compensated`.
+    /// `compensating`, `stuck`, `completed`, `compensated`. `unreadable`: another build wrote it.
     pub what: &'static str,
     /// Which step.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -171,27 +174,32 @@ pub enum Payloads {
 /// A saga's row and log, as they are.
 pub(super) struct Found {
     pub(super) summary: SagaSummary,
-    pub(super) state: State,
-    pub(super) input: Value,
-    pub(super) log: Vec<(i32, OffsetDateTime, Entry)>,
+    /// `None` where it cannot be read, as for the input.
+    pub(super) state: Option<State>,
+    pub(super) input: Option<Value>,
+    /// An entry, or why it cannot be read.
+    pub(super) log: Vec<(i32, OffsetDateTime, Result<Entry, String>)>,
     pub(super) undecided: i64,
 }
 
 /// What is shown of a saga.
 pub(super) fn view(found: Found, definition: Option<&Definition>, payloads: Payloads) -> SagaView {
     let names = Names { saga: found.summary.id, definition };
-    let Found { mut summary, state, input, log, undecided } = found;
-    summary.step = names.open_step(&state);
+    let Found { summary, state, input, log, undecided } = found;
     let shown = |value: &Value| (payloads == Payloads::Shown).then(|| value.clone());
+    let read = definition.zip(state.as_ref());
     SagaView {
         definition_known: definition.is_some(),
-        failure: state.failure.as_ref().map(|failure| failure_view(failure, shown)),
-        waits: state.open().map(|open| wait_view(&names, &state, open, undecided)),
-        steps: definition.map(|definition| steps(definition, &state, shown)).unwrap_or_default(),
-        remaining: definition.map(|definition| remaining(definition, &state)).unwrap_or_default(),
-        undo_path: definition.map(|definition| undo_path(definition, &state)).unwrap_or_default(),
+        failure: state.as_ref().and_then(|state| state.failure.as_ref()).map(|failure| failure_view(failure, shown)),
+        waits: match &state {
+            Some(state) => state.open().map(|open| wait_view(&names, state, open, undecided)),
+            None => unread_wait(&summary, definition.is_some(), undecided),
+        },
+        steps: read.map(|(definition, state)| steps(definition, state, shown)).unwrap_or_default(),
+        remaining: read.map(|(definition, state)| remaining(definition, state)).unwrap_or_default(),
+        undo_path: read.map(|(definition, state)| undo_path(definition, state)).unwrap_or_default(),
         undecided_replies: undecided,
-        input: shown(&input),
+        input: input.as_ref().and_then(shown),
         timeline: log.into_iter().flat_map(|(revision, at, entry)| lines(&names, revision, at, entry)).collect(),
         summary,
     }
@@ -229,6 +237,24 @@ fn failure_view(failure: &Failure, shown: impl Fn(&Value) -> Option<Value>) -> F
         reason: failure.reason.clone(),
         rejection: failure.rejection.as_ref().and_then(shown),
     }
+}
+
+/// Of a saga that has not ended and that this replica cannot read.
+fn unread_wait(summary: &SagaSummary, definition_known: bool, undecided: i64) -> Option<WaitView> {
+    let (why, unblocked_by) = match definition_known {
+        _ if summary.finished_at.is_some() => return None,
+        false if undecided > 0 => (
+            "a reply has come, but no replica that took it knows this version of the definition",
+            "a replica that runs this version of the definition",
+        ),
+        false => ("this replica does not know this version of the definition", "a replica that runs it"),
+        true => (
+            "this replica cannot read the saga's row: another build wrote it, or it is damaged",
+            "a replica of the build that wrote it; what is due and what was answered is tried again every minute",
+        ),
+    };
+    let (why, unblocked_by) = (why.to_owned(), unblocked_by.to_owned());
+    Some(WaitView { why, unblocked_by, attempt: 0, since: summary.updated_at, until: None })
 }
 
 fn wait_view(names: &Names<'_>, state: &State, open: &Open, undecided: i64) -> WaitView {
@@ -316,7 +342,7 @@ fn undo_path(definition: &Definition, state: &State) -> Vec<String> {
         .collect()
 }
 
-fn lines(names: &Names<'_>, revision: i32, at: OffsetDateTime, entry: Entry) -> Vec<Line> {
+fn lines(names: &Names<'_>, revision: i32, at: OffsetDateTime, entry: Result<Entry, String>) -> Vec<Line> {
     let plain = |what| Line {
         at,
         revision,
@@ -338,6 +364,10 @@ fn lines(names: &Names<'_>, revision: i32, at: OffsetDateTime, entry: Entry) -> 
         attempt: Some(attempt),
         outcome: Some(outcome.as_str()),
         ..line
+    };
+    let entry = match entry {
+        Ok(entry) => entry,
+        Err(error) => return vec![Line { note: Some(error), ..plain("unreadable") }],
     };
     let kind = entry.what.kind();
     let mut lines = vec![match entry.what {

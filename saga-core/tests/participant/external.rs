@@ -325,3 +325,39 @@ async fn an_executor_whose_connections_fall_silent_goes_on_with_others() {
     token.cancel();
     running.await.unwrap();
 }
+
+#[tokio::test]
+async fn an_intent_that_cannot_be_read_is_put_off_and_the_others_are_performed() {
+    let log = Log::hear("warn");
+    let world = World::new().await;
+    let sagas: [SagaId; 3] = std::array::from_fn(|_| SagaId::new());
+    world.deliver(&sagas.map(|saga| message(saga, Op::Do, &pay(&["yes"])))).await;
+    let set_origin = async |origin: &str| {
+        sqlx::query("update participant_intent set origin = origin || $2::jsonb where saga_id = $1")
+            .bind(sagas[1].0)
+            .bind(origin)
+            .execute(&world.database.pool)
+            .await
+            .unwrap();
+    };
+    set_origin(r#"{"version": "a later build's"}"#).await;
+    world.settle().await;
+    for (saga, outcomes) in sagas.into_iter().zip([&[Succeeded][..], &[], &[Succeeded]]) {
+        assert_eq!(world.outcomes(saga).await, outcomes);
+    }
+    let [line] = &log.said("this build cannot read an intent")[..] else { panic!("{:?}", log.warnings()) };
+    assert_eq!(line["command"], key(sagas[1]).to_string());
+    let (attempts, error): (i32, String) = sqlx::query_as("select attempts, last_error from participant_intent")
+        .fetch_one(&world.database.pool)
+        .await
+        .unwrap();
+    assert!(attempts == 0 && error.contains("origin"), "{attempts} {error}");
+
+    set_origin(r#"{"version": 1}"#).await;
+    sqlx::query("update participant_intent set due_at = clock_timestamp()")
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    world.settle().await;
+    assert_eq!(world.outcomes(sagas[1]).await, [Succeeded]);
+}

@@ -2,13 +2,14 @@
 
 use crate::support::*;
 use async_trait::async_trait;
+use metrics_exporter_prometheus::PrometheusBuilder;
 use saga_core::{
-    consumer::HandleError,
+    consumer::{HandleError, Message},
     envelope::Outcome,
     id::SagaId,
     outbox::Tx,
-    saga::{Engine, LocalCall, LocalEffect, LocalError, StartError, saga, view::Payloads},
-    testkit::deliver,
+    saga::{Engine, LocalCall, LocalEffect, LocalError, RetryError, StartError, inspect::Filter, saga, view::Payloads},
+    testkit::{Log, deliver},
 };
 use serde_json::{Value, json};
 
@@ -102,4 +103,132 @@ async fn an_input_and_a_command_that_nest_too_deep_start_no_saga() {
     let view = engine.inspect(saga, Payloads::Shown).await.unwrap().unwrap();
     assert_eq!(view.input, Some(nested(100)));
     engine.start(SagaId::new(), &of_command, &99, "deep enough").await.unwrap();
+}
+
+/// Gives a saga a state that this build has no word for, and perhaps the fingerprint of the build that has.
+async fn of_another_build(world: &World, saga: SagaId, fingerprint: Option<&str>) {
+    sqlx::query(
+        "update saga
+            set state = jsonb_set(state, '{status,open,wait}', '\"signal\"'), fingerprint = coalesce($2, fingerprint)
+          where saga_id = $1",
+    )
+    .bind(saga.0)
+    .bind(fingerprint)
+    .execute(&world.database.pool)
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn a_state_of_another_build_costs_its_neighbours_nothing() {
+    let world = World::new().await;
+    let mut sagas = Vec::new();
+    for number in 0..4 {
+        sagas.push(world.start(number).await);
+    }
+    let [good, same_shape, other_shape, also_good] = sagas[..] else { panic!("{sagas:?}") };
+    of_another_build(&world, same_shape, None).await;
+    of_another_build(&world, other_shape, Some("another shape")).await;
+
+    // Timers.
+    let log = Log::hear("warn");
+    let metrics = PrometheusBuilder::new().build_recorder();
+    let (told, _metrics) = (metrics.handle(), metrics::set_default_local_recorder(&metrics));
+    world.time_passes().await;
+    of_another_build(&world, same_shape, None).await;
+    assert_eq!(world.engine.tick().await.unwrap().due, 2);
+    assert_eq!(log.said("this build cannot read a saga's row").len(), 1, "{:?}", log.warnings());
+    assert!(told.render().contains("saga_unreadable_total{saga=\"order\"} 1"), "{}", told.render());
+    assert_eq!(world.engine.tick().await.unwrap().due, 0, "it is put off");
+    assert_eq!(log.said("this build cannot read a saga's row").len(), 1);
+
+    // Replies.
+    let mut replies = Vec::new();
+    for saga in &sagas {
+        replies.push(succeeded(&world.last(*saga).await));
+    }
+    world.deliver(&replies).await;
+    assert_eq!(world.count("select count(*) from saga_undecided").await, 2);
+    for (saga, last) in
+        [(good, "reserve"), (also_good, "reserve"), (same_shape, "authorize"), (other_shape, "authorize")]
+    {
+        assert_eq!(world.last(saga).await.step, last);
+    }
+
+    // Replies that were set aside: a good one behind the others.
+    sqlx::query("update saga_undecided set received_at = '2020-01-01'").execute(&world.database.pool).await.unwrap();
+    let late = succeeded(&world.last(good).await);
+    set_aside(&world, &late).await;
+    assert_eq!(world.engine.tick().await.unwrap().undecided, 2);
+    assert_eq!(world.last(good).await.step, "capture");
+    assert_eq!(world.engine.tick().await.unwrap().undecided, 0, "the unreadable saga's is put off");
+
+    // Lists and views.
+    let list = world.engine.list(&Filter::default(), 10).await.unwrap();
+    let shown: Vec<_> = list.iter().rev().map(|saga| (saga.readable, saga.step.as_deref())).collect();
+    assert_eq!(shown, [(true, Some("capture")), (false, None), (false, None), (true, Some("reserve"))]);
+    for saga in [same_shape, other_shape] {
+        let view = world.engine.inspect(saga, Payloads::Shown).await.unwrap().unwrap();
+        assert!(!view.summary.readable && view.timeline.len() > 1);
+        assert_eq!(
+            (view.input, view.undecided_replies),
+            (Some(json!({ "order": 1 + i32::from(saga == other_shape) })), 1)
+        );
+        let told = world.engine.retry(saga, view.summary.revision, "again", "ann").await;
+        assert!(matches!(told, Err(RetryError::Unreadable(..) | RetryError::Undefined(..))), "{told:?}");
+    }
+
+    // A build that can read it goes on.
+    sqlx::query("update saga set state = jsonb_set(state, '{status,open,wait}', '\"reply\"') where saga_id = $1")
+        .bind(same_shape.0)
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    sqlx::query("update saga_undecided set received_at = '2020-01-01'").execute(&world.database.pool).await.unwrap();
+    assert_eq!(world.engine.tick().await.unwrap().undecided, 1);
+    assert_eq!(world.last(same_shape).await.step, "reserve");
+}
+
+/// As a replica without the definition would.
+async fn set_aside(world: &World, reply: &Message) {
+    let other = engine_of(&world.database, &world.reply_topic, 2);
+    deliver(&world.database.pool, &other.handler(), std::slice::from_ref(reply)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_reply_that_was_set_aside_by_a_newer_build_waits_for_one() {
+    let world = World::new().await;
+    let (newer, older) = (world.start(1).await, world.start(2).await);
+    for saga in [newer, older] {
+        set_aside(&world, &succeeded(&world.last(saga).await)).await;
+    }
+    for sql in [
+        "alter table saga_undecided drop constraint saga_undecided_outcome",
+        "update saga_undecided set outcome = 'accepted' where saga_id = (select saga_id from saga where business_key = '1')",
+    ] {
+        sqlx::query(sql).execute(&world.database.pool).await.unwrap();
+    }
+    assert_eq!(world.engine.tick().await.unwrap().undecided, 1);
+    assert_eq!(
+        (world.last(newer).await.step.as_str(), world.last(older).await.step.as_str()),
+        ("authorize", "reserve")
+    );
+    assert_eq!(world.count("select count(*) from saga_undecided").await, 1, "kept, and counted");
+}
+
+#[tokio::test]
+async fn a_line_of_the_log_that_cannot_be_read_is_shown_as_that() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    world.succeed(saga).await;
+    for sql in [
+        "alter table saga_event drop constraint saga_event_kind",
+        "update saga_event set kind = 'signal', entry = '{\"kind\":\"signal\",\"name\":\"x\"}' where revision = 2",
+    ] {
+        sqlx::query(sql).execute(&world.database.pool).await.unwrap();
+    }
+    let view = world.engine.inspect(saga, Payloads::Redacted).await.unwrap().unwrap();
+    let lines: Vec<_> = view.timeline.iter().map(|line| line.what).collect();
+    assert_eq!(lines, ["started", "ran", "sent", "unreadable"]);
+    assert!(view.summary.readable);
 }
