@@ -1,6 +1,6 @@
 # The few commands people type. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo up down reset logs status test test-pg15 upgrade check bench tools-build tools-servers tools-servers-unless-named binaries fmt clippy doc arch deny
+.PHONY: help demo up down reset logs status test test-pg15 edges soak upgrade check bench tools-build tools-servers tools-servers-unless-named binaries fmt clippy doc arch deny
 
 # Where cargo puts what it builds.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -45,6 +45,18 @@ test-pg15: tools-build tools-servers ## The whole suite on the system's own Post
 	@test -x $(PG15)/bin/postgres || { echo "error: no PostgreSQL 15 in $(PG15) (PG15=... says where)" >&2; exit 1; }
 	cargo build --workspace --bins --tests
 	STACK_POSTGRES=$(PG15) $(STACK) run -- sh stack/test.sh --workspace
+
+# The tests of e2e/edges.txt: what lies outside the model that the explorer walks (slow, half dead, another build, another
+# clock, one bad item among many), with small sizes.
+EDGES = $$(sed -n 's/^[0-9][0-9]* //p' e2e/edges.txt)
+edges: tools-build tools-servers ## Only the tests of the edges: slow servers, partial rights, clocks, bad neighbours
+	cargo build --workspace --bins --tests
+	$(STACK) run -- sh stack/test.sh --workspace -- $(EDGES)
+
+soak: tools-build tools-servers ## The same with the sizes that faults were reported with, and the explorer's larger worlds; long
+	cargo build --workspace --bins --tests
+	SOAK=1 $(STACK) run -- sh stack/test.sh --workspace -- $(EDGES)
+	EXPLORE=full cargo test --release --workspace --test explorer
 
 upgrade: tools-build tools-servers ## The last release's programs and today's together under load, upgraded and rolled back
 	sh e2e/upgrade.sh

@@ -90,3 +90,15 @@ fn version(name: &str) -> Option<u32> {
     let legal = !what.is_empty() && what.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
     legal.then(|| version.parse().ok()).flatten()
 }
+
+/// Each line of `e2e/edges.txt` that is no comment is a topic and the name of a test.
+pub(crate) fn edges(tree: &Tree, list: &str) -> Vec<Violation> {
+    let lines = list.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines
+        .filter_map(|line| {
+            let name = line.split_once(' ').filter(|(topic, _)| topic.parse::<u8>().is_ok()).map(|(_, name)| name);
+            let test = name.is_some_and(|name| tree.0.values().any(|text| text.contains(&format!("fn {name}("))));
+            (!test).then(|| format!("e2e/edges.txt: `{line}` is not a topic and a test"))
+        })
+        .collect()
+}

@@ -4,6 +4,7 @@
 //! found wrong, so that a test can show it something wrong and see it found.
 
 mod arrows;
+mod bounds;
 mod expand;
 mod files;
 mod purity;
@@ -44,6 +45,16 @@ fn the_engine_knows_no_orders() {
 #[test]
 fn every_migration_is_embedded() {
     none(&files::migrations(&Tree::of_this_workspace()));
+}
+
+#[test]
+fn the_list_of_edges_names_tests() {
+    none(&files::edges(&Tree::of_this_workspace(), include_str!("../../edges.txt")));
+}
+
+#[test]
+fn a_transaction_begins_with_a_bound_or_not_at_all() {
+    none(&bounds::only_one_place_begins(&Tree::of_this_workspace()));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The checks can fail: each is shown something wrong, and finds it, and something right, and finds nothing.
 
 use crate::{
-    Violation, arrows, expand, files, purity,
+    Violation, arrows, bounds, expand, files, purity,
     source::{Tree, code, paths, without_tests},
 };
 
@@ -151,4 +151,23 @@ fn a_migration_under_which_an_older_build_cannot_write_is_found() {
         let found = expand::only(&Tree::of(&[("migrations/messaging/V8__next.sql", sql)]));
         assert!(found.is_empty(), "{sql}: {found:?}");
     }
+}
+
+#[test]
+fn a_transaction_without_a_bound_is_found() {
+    let begins = |path: &str, text: &str| bounds::only_one_place_begins(&Tree::of(&[(path, text)]));
+    one(&begins("order-svc/src/orders.rs", "async fn f() { let tx = self.pool.begin().await?; }"), "has a bound");
+    one(&begins("outbox-relay/src/retry.rs", "let tx = db.begin_with(SQL);"), "has a bound");
+    for text in ["let mut savepoint = tx.begin().await?;", "// pool.begin()", "Transaction::begin(&pool, BOUND)"] {
+        assert!(begins("order-svc/src/orders.rs", text).is_empty(), "{text}");
+    }
+    assert!(begins("saga-core/src/transaction.rs", "pool.begin_with(SQL)").is_empty());
+}
+
+#[test]
+fn an_edge_that_is_no_test_is_found() {
+    let tree = Tree::of(&[("e2e/tests/x.rs", "#[test]\nfn it_holds() {}")]);
+    assert!(files::edges(&tree, "# topics\n3 it_holds\n").is_empty());
+    one(&files::edges(&tree, "3 it_fell\n"), "it_fell");
+    one(&files::edges(&tree, "it_holds\n"), "not a topic");
 }

@@ -44,6 +44,11 @@ pub async fn deliver(pool: &PgPool, handler: &impl Handler, batch: &[Message]) -
     }
 }
 
+/// How large a test is: `small` in the suite, and under `make soak` (`SOAK=1`) the size that a fault was reported with.
+pub fn size(small: usize, reported: usize) -> usize {
+    if std::env::var_os("SOAK").is_some() { reported } else { small }
+}
+
 /// `prefix` with a random suffix: for databases, topics, groups and fail point scopes.
 pub fn unique(prefix: &str) -> String {
     format!("{prefix}-{}", &uuid::Uuid::new_v4().simple().to_string()[..12])

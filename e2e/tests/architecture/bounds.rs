@@ -1,0 +1,37 @@
+//! Transactions have a bound: nothing begins one but `saga_core::transaction`, which cannot begin without.
+
+use crate::{
+    Violation,
+    source::{Tree, code, without_tests},
+};
+
+/// Where a transaction may begin in another way, and why.
+const ALLOWED: [(&str, &str); 4] = [
+    ("saga-core/src/transaction.rs", "it is the one place"),
+    ("saga-core/src/consumer/transaction.rs", "begins the next with the last commit, under the same bound"),
+    ("saga-core/src/saga/starts.rs", "keeps its connection to tell the relay, under the same bound"),
+    ("saga-core/src/service/migrate.rs", "a migration takes as long as it takes"),
+];
+
+/// How a top-level transaction begins; `tx.begin()` is a savepoint.
+const BEGINS: [&str; 7] =
+    ["pool.begin(", "pool().begin(", "db.begin(", "connection.begin(", "begin_with(", "try_begin(", "outbox::commit("];
+
+pub(crate) fn only_one_place_begins(tree: &Tree) -> Vec<Violation> {
+    let product = ["saga-core/src/", "outbox-relay/src/", "order-svc/src/", "payment-svc/src/", "inventory-svc/src/"];
+    let sources = tree.0.iter().filter(|(path, _)| {
+        path.ends_with(".rs")
+            && product.iter().any(|folder| path.starts_with(folder))
+            && !path.contains("/testkit/")
+            && ALLOWED.iter().all(|(allowed, _)| path != allowed)
+    });
+    let found = sources.flat_map(|(path, text)| {
+        let code = without_tests(&code(text));
+        let lines: Vec<_> = code.lines().map(str::to_owned).collect();
+        lines.into_iter().filter_map(move |line| {
+            let begin = BEGINS.iter().find(|begin| line.contains(**begin))?;
+            Some(format!("{path}: `{begin}…)`: begin with `Transaction::begin`, which has a bound"))
+        })
+    });
+    found.collect()
+}
