@@ -157,7 +157,7 @@ fn a_migration_under_which_an_older_build_cannot_write_is_found() {
 fn a_transaction_without_a_bound_is_found() {
     let begins = |path: &str, text: &str| bounds::only_one_place_begins(&Tree::of(&[(path, text)]));
     one(&begins("order-svc/src/orders.rs", "async fn f() { let tx = self.pool.begin().await?; }"), "has a bound");
-    one(&begins("outbox-relay/src/retry.rs", "let tx = db.begin_with(SQL);"), "has a bound");
+    one(&begins("outbox-relay/src/retry.rs", "let pool = PgPoolOptions::new();"), "has a bound");
     for text in ["let mut savepoint = tx.begin().await?;", "// pool.begin()", "Transaction::begin(&pool, BOUND)"] {
         assert!(begins("order-svc/src/orders.rs", text).is_empty(), "{text}");
     }
