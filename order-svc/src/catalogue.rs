@@ -52,7 +52,7 @@ impl Handler for CatalogueHandler {
         // Sorted by sku, as rows are locked in one order everywhere; the last word of each sku in this batch.
         let mut latest: BTreeMap<String, Said> = BTreeMap::new();
         for message in batch {
-            let (sku, said) = read(message)?;
+            let (sku, said) = read(message).map_err(|error| error.of(message.envelope.id))?;
             match latest.get(&sku) {
                 Some(known) if known.sequence >= said.sequence => {}
                 _ => drop(latest.insert(sku, said)),
@@ -66,7 +66,8 @@ fn read(message: &Message) -> Result<(String, Said), HandleError> {
     let poison = |why: String| HandleError::Poison(why);
     let kind = &message.envelope.kind;
     if kind != ItemChanged::TYPE {
-        return Err(poison(format!("type {kind:?} is not {:?}", ItemChanged::TYPE)));
+        // A later build may know it.
+        return Err(anyhow::anyhow!("type {kind:?} is not {:?}", ItemChanged::TYPE).into());
     }
     let sequence = message.envelope.sequence.ok_or_else(|| poison("an item record needs a ce_sequence".into()))?;
     match &message.payload {

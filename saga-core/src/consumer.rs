@@ -16,7 +16,9 @@
 //! worker note its first batches before it tries them, because one of their records may be what killed it. When the process
 //! dies in a batch that was noted, its records are taken one by one, each attempt counted.
 
+mod age;
 mod buffer;
+mod claim;
 mod client;
 mod config;
 mod dead_letter;
@@ -25,6 +27,7 @@ mod health;
 mod parking;
 mod patience;
 mod poll;
+mod portion;
 mod record;
 mod transaction;
 mod worker;
@@ -35,9 +38,11 @@ pub use health::ConsumerHealth;
 
 use crate::{
     envelope::Envelope,
+    id::MessageId,
     inbox,
     outbox::{AppendError, Tx},
     trace,
+    transaction::{Bound, Transaction},
 };
 use rdkafka::error::KafkaError;
 use sqlx::PgPool;
@@ -46,7 +51,7 @@ use tokio_util::sync::CancellationToken;
 
 /// How often inbox partitions are made ahead; they are made for two weeks.
 const UPKEEP_EVERY: Duration = Duration::from_secs(3600);
-/// How often the number of parked records is looked at; also how soon failed upkeep is tried again.
+/// How often parked records are counted and the database's clock is read; also how soon failed upkeep is tried again.
 const GAUGE_EVERY: Duration = Duration::from_secs(15);
 
 /// Reads topics as a member of a group and has a [`Handler`] handle what is new.
@@ -60,7 +65,7 @@ pub struct Consumer<H> {
 impl<H: Handler> Consumer<H> {
     /// Nothing happens before [`Consumer::run`]. `pool` should have a connection for each partition that is read.
     pub fn new(config: ConsumerConfig, pool: PgPool, handler: Arc<H>) -> Self {
-        let pulse = Arc::new(health::Pulse::new(&config.group));
+        let pulse = Arc::new(health::Pulse::new(&config.group, &config.brokers, &pool));
         Self { config: Arc::new(config), pool, handler, pulse }
     }
 
@@ -75,27 +80,32 @@ impl<H: Handler> Consumer<H> {
     /// # Errors
     /// When the client is misconfigured or broken for good; the process should end and be started again.
     pub async fn run(self, stop: CancellationToken) -> Result<(), ConsumerError> {
+        let clock = Arc::clone(&self.pulse.clock);
         let poll = poll::Poll::new(Arc::clone(&self.config), self.pool.clone(), Arc::clone(&self.handler), self.pulse)?;
         tokio::select! {
             ended = poll.run(&stop) => ended,
-            never = upkeep(&self.pool, &self.config) => match never {},
+            never = upkeep(&self.pool, &self.config, &clock) => match never {},
         }
     }
 }
 
-/// Makes inbox partitions ahead, and counts what is parked.
-async fn upkeep(pool: &PgPool, config: &ConsumerConfig) -> std::convert::Infallible {
+/// Makes inbox partitions ahead, counts what is parked, and reads the database's clock.
+async fn upkeep(pool: &PgPool, config: &ConsumerConfig, clock: &age::DatabaseClock) -> std::convert::Infallible {
+    let bound = Bound::new(config.attempt_timeout);
     let mut made: Option<std::time::Instant> = None;
     loop {
         let now = crate::clock::monotonic();
         if made.is_none_or(|made| now.saturating_duration_since(made) > UPKEEP_EVERY) {
-            match inbox::add_partitions(pool, config.horizon).await {
+            match bound.within(inbox::add_partitions(pool, config.horizon)).await {
                 Ok(_) => made = Some(now),
                 // Two weeks are made ahead: an outage now matters to nobody. At first start the worker makes them.
                 Err(error) => tracing::debug!(%error, "inbox partitions could not be made"),
             }
         }
-        if let Ok(parked) = parking::count(pool, &config.group).await {
+        let counted = async { parking::count(Transaction::begin(pool, bound).await?, &config.group).await };
+        let asked = crate::clock::monotonic();
+        if let Ok((parked, time)) = bound.within(counted).await {
+            clock.set(time, asked);
             #[allow(clippy::cast_precision_loss)]
             metrics::gauge!("inbox_parked", "consumer" => config.group.clone()).set(parked as f64);
         }
@@ -185,20 +195,48 @@ pub trait Handler: Send + Sync + 'static {
 /// Why a batch was not handled.
 #[derive(Debug, thiserror::Error)]
 pub enum HandleError {
-    /// The database said no. Serialization failures, deadlocks and outages are repeated and count nothing; anything
-    /// else counts as an attempt.
+    /// The database refused. Serialization failures, deadlocks and outages are repeated and count nothing. A missing table
+    /// or right stops the partition until it is there. Anything else counts as an attempt.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
-    /// It will never work: undecodable, unknown type or version. Dead-lettered at once.
+    /// It can never work, in this build or in a later one: undecodable. Dead-lettered at once.
     #[error("{0}")]
     Poison(String),
     /// It did not work this time: counted, retried with back-off, then dead-lettered.
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
+    /// An error of one message of the batch; made by [`HandleError::of`].
+    #[error("message {message}: {error}")]
+    Of {
+        /// Whose it is.
+        message: MessageId,
+        /// What went wrong with it.
+        error: Box<HandleError>,
+    },
     /// Nothing is wrong with the messages: roll back, and hand them in again at once. Counts nothing. For a handler that
     /// takes a batch the short way first and has found out that this batch needs the long one.
     #[error("the batch is to be handled again")]
     Again,
+}
+
+impl HandleError {
+    /// Names the message whose error this is. Only that message is then set aside, and the rest of its batch is handled
+    /// together. The culprit of an error without a name is searched for by halving the batch.
+    #[must_use]
+    pub fn of(self, message: MessageId) -> Self {
+        match self {
+            named @ (Self::Of { .. } | Self::Again) => named,
+            error => Self::Of { message, error: Box::new(error) },
+        }
+    }
+
+    /// The message that it names, and the error itself.
+    pub(crate) fn parts(self) -> (Option<MessageId>, Self) {
+        match self {
+            Self::Of { message, error } => (Some(message), error.parts().1),
+            error => (None, error),
+        }
+    }
 }
 
 /// A message that can never be published is the handler's fault; anything else is the database's word.

@@ -1,22 +1,34 @@
 //! What went wrong, and whose fault it is.
 //!
-//! The line that everything hangs on: what will pass by itself (a deadlock, a lost connection, a server that restarts)
-//! is repeated and counted nowhere, however long it takes; anything else is the record's own fault until proven
-//! otherwise, and counted.
+//! The line that everything hangs on is [`error_class`]: what passes by itself (a deadlock, a lost connection, a server
+//! that restarts), what is stale, and what an operator has to set right are repeated and counted nowhere, however long that
+//! takes. Anything else is the fault of a record, and counted. So is a handler that needs longer than its bounds: which
+//! records it needs so long for is found by making the batch smaller.
 
 use super::HandleError;
-use crate::{error_class, outbox::AppendError};
-use std::borrow::Cow;
+use crate::{
+    error_class::{ErrorClass, classify, classify_chain},
+    id::MessageId,
+    outbox::AppendError,
+};
+use std::{borrow::Cow, time::Duration};
 
 /// Why a transaction did not commit.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// It will pass; the text is for the log.
     Passing(String),
+    /// The connection cannot be used any more, though another one can.
+    Stale(String),
+    /// Nothing works until an operator sets it right.
+    Configuration(String),
     /// The handler wants the same once more, at once.
     Again,
     /// There is no inbox partition for a message that ought to have one.
     Unprepared,
+    /// The connection was lost while the handler had it, and the handler had it for longer than the server lets a
+    /// transaction be silent. Either the handler was silent, or the database went away.
+    Silent(Fault),
     /// It is the record's fault.
     Fault(Fault),
     /// A test let us die here.
@@ -31,59 +43,88 @@ pub(super) struct Fault {
     pub(super) class: Cow<'static, str>,
     /// In words.
     pub(super) reason: String,
-    /// Whether trying again could help.
-    pub(super) retry: Retry,
+    /// What helps against it.
+    pub(super) remedy: Remedy,
+    /// Which message's fault it is, where the handler names it.
+    pub(super) culprit: Option<MessageId>,
 }
 
-/// Whether trying again could help.
+/// What helps against a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Retry {
-    /// Perhaps.
-    Possible,
-    /// It cannot.
-    Pointless,
+pub(super) enum Remedy {
+    /// Perhaps another attempt.
+    Retry,
+    /// A smaller batch; for a single record, perhaps another attempt.
+    Smaller,
+    /// Nothing.
+    Nothing,
 }
+
+/// The class of what its handler called poison.
+pub(super) const POISON: &str = "poison";
 
 impl Fault {
-    pub(super) fn new(class: impl Into<Cow<'static, str>>, reason: &str, retry: Retry) -> Self {
-        Self { class: class.into(), reason: crate::reason::reason(reason), retry }
+    pub(super) fn new(class: impl Into<Cow<'static, str>>, reason: &str, remedy: Remedy) -> Self {
+        Self { class: class.into(), reason: crate::reason::reason(reason), remedy, culprit: None }
+    }
+
+    /// An attempt did not end within `bound`.
+    pub(super) fn timed_out(bound: Duration) -> Self {
+        let reason = format!("the attempt took longer than `attempt_timeout`, {bound:?}");
+        Self::new("timed-out", &reason, Remedy::Smaller)
+    }
+
+    /// The server ended the connection, because the handler said nothing on it for longer than `bound`.
+    fn silent(bound: Duration, error: &str) -> Self {
+        let reason = format!(
+            "the handler was silent on its connection for longer than `idle_in_transaction_session_timeout`, {bound:?}: {error}"
+        );
+        Self::new("silent", &reason, Remedy::Smaller)
+    }
+
+    fn of(self, culprit: Option<MessageId>) -> Self {
+        Self { culprit, ..self }
     }
 }
 
 impl From<sqlx::Error> for Failure {
     fn from(error: sqlx::Error) -> Self {
-        if passes(&error) {
-            return Self::Passing(error.to_string());
+        let database = error.as_database_error();
+        // check_violation without a constraint: "no partition of relation found for row".
+        if database.is_some_and(|error| error.code().as_deref() == Some("23514") && error.table() == Some("inbox")) {
+            return Self::Unprepared;
         }
-        let code = error.as_database_error().and_then(|error| error.code());
-        match (code.as_deref(), error.as_database_error().and_then(|error| error.table())) {
-            // check_violation without a constraint: "no partition of relation found for row".
-            (Some("23514"), Some("inbox")) => Self::Unprepared,
-            (Some(code), _) => Self::Fault(Fault::new(format!("database-{code}"), &error.to_string(), Retry::Possible)),
-            (None, _) => Self::Fault(Fault::new("database", &error.to_string(), Retry::Possible)),
-        }
+        let class = database
+            .and_then(|error| error.code())
+            .map_or_else(|| "database".into(), |code| format!("database-{code}"));
+        let reason = error.to_string();
+        let own = || Self::Fault(Fault::new(class, &reason, Remedy::Retry));
+        Self::not_own(classify(&error), &reason).unwrap_or_else(own)
     }
 }
 
 impl From<HandleError> for Failure {
     fn from(error: HandleError) -> Self {
-        match error {
+        let (culprit, error) = error.parts();
+        let failure = match error {
             HandleError::Database(error) => error.into(),
-            HandleError::Poison(reason) => Self::Fault(Fault::new("poison", &reason, Retry::Pointless)),
-            HandleError::Again => Self::Again,
+            HandleError::Poison(reason) => Self::Fault(Fault::new(POISON, &reason, Remedy::Nothing)),
+            HandleError::Again | HandleError::Of { .. } => Self::Again,
             // A test's handler lets the process die by handing on what a fail point would have said.
             #[cfg(feature = "testkit")]
             HandleError::Failed(error) if error.is::<crate::testkit::failpoints::Injected>() => {
                 error.downcast::<crate::testkit::failpoints::Injected>().map_or(Self::Crash, Self::from)
             }
+            // A handler may wrap the database's errors in words of its own.
             HandleError::Failed(error) => {
                 let reason = format!("{error:#}");
-                if wraps_what_passes(&error) {
-                    Self::Passing(reason)
-                } else {
-                    Self::Fault(Fault::new("failed", &reason, Retry::Possible))
-                }
+                let class = classify_chain(error.as_ref()).and_then(|class| Self::not_own(class, &reason));
+                class.unwrap_or_else(|| Self::Fault(Fault::new("failed", &reason, Remedy::Retry)))
             }
+        };
+        match failure {
+            Self::Fault(fault) => Self::Fault(fault.of(culprit)),
+            other => other,
         }
     }
 }
@@ -92,19 +133,57 @@ impl HandleError {
     /// Whether it is the record's own fault, so far: not what passes by itself, nor what a test injects.
     pub(crate) fn is_fault(&self) -> bool {
         match self {
-            Self::Database(error) => !passes(error),
+            Self::Database(error) => classify(error) == ErrorClass::Own,
             Self::Poison(_) => true,
+            Self::Of { error, .. } => error.is_fault(),
             Self::Again => false,
             #[cfg(feature = "testkit")]
             Self::Failed(error) if error.is::<crate::testkit::failpoints::Injected>() => false,
-            Self::Failed(error) => !wraps_what_passes(error),
+            Self::Failed(error) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own) == ErrorClass::Own,
+        }
+    }
+
+    /// The database's error behind it, however the handler has wrapped it.
+    fn database(&self) -> Option<&sqlx::Error> {
+        match self {
+            Self::Database(error) => Some(error),
+            Self::Failed(error) => database_error(error),
+            Self::Of { error, .. } => error.database(),
+            Self::Poison(_) | Self::Again => None,
         }
     }
 }
 
-/// A handler may wrap the database's errors in words of its own.
-fn wraps_what_passes(error: &anyhow::Error) -> bool {
-    error.chain().filter_map(|cause| cause.downcast_ref::<sqlx::Error>()).any(passes)
+impl Failure {
+    /// A failure that is no fault of a record.
+    fn not_own(class: ErrorClass, reason: &str) -> Option<Self> {
+        match class {
+            ErrorClass::Passing => Some(Self::Passing(reason.to_owned())),
+            ErrorClass::Stale => Some(Self::Stale(reason.to_owned())),
+            ErrorClass::Configuration => Some(Self::Configuration(reason.to_owned())),
+            ErrorClass::Own => None,
+        }
+    }
+
+    /// Of a handler that had its connection for `taken`, where the server lets a transaction be silent for `silence`.
+    pub(super) fn of_handler(error: HandleError, taken: Duration, silence: Duration) -> Self {
+        let Some(database) = error.database() else { return error.into() };
+        let code = database.as_database_error().and_then(|error| error.code());
+        let lost = matches!(database, sqlx::Error::Io(_) | sqlx::Error::Protocol(_));
+        match code.as_deref() {
+            // The server gave up the statement or the transaction: after our bound, if the runtime was kept from giving up
+            // before, or after one that the handler has set.
+            Some("57014" | "25P04") => Self::Fault(Fault::new("timed-out", &error.to_string(), Remedy::Smaller)),
+            // idle_in_transaction_session_timeout.
+            Some("25P03") => Self::Fault(Fault::silent(silence, &database.to_string())),
+            None if lost && taken >= silence => Self::Silent(Fault::silent(silence, &database.to_string())),
+            _ => error.into(),
+        }
+    }
+}
+
+fn database_error(error: &anyhow::Error) -> Option<&sqlx::Error> {
+    error.chain().find_map(|cause| cause.downcast_ref::<sqlx::Error>())
 }
 
 impl From<AppendError> for Failure {
@@ -120,21 +199,8 @@ impl From<crate::testkit::failpoints::Injected> for Failure {
         match injected.0 {
             Kind::Crash | Kind::Kill => Self::Crash,
             Kind::Outage => Self::Passing(injected.to_string()),
-            Kind::Error => Self::Fault(Fault::new("failed", &injected.to_string(), Retry::Possible)),
+            Kind::Error => Self::Fault(Fault::new("failed", &injected.to_string(), Remedy::Retry)),
         }
-    }
-}
-
-/// Whether the database's answer says nothing about the record: the same will do another time.
-fn passes(error: &sqlx::Error) -> bool {
-    if error_class::is_outage(error) || error_class::is_conflict(error) {
-        return true;
-    }
-    match error {
-        sqlx::Error::Tls(_) | sqlx::Error::BeginFailed => true,
-        // A lock that was not to be had in time; the server's own troubles (58: I/O, a file).
-        sqlx::Error::Database(error) => error.code().is_some_and(|code| code == "55P03" || code.starts_with("58")),
-        _ => false,
     }
 }
 
@@ -142,18 +208,47 @@ fn passes(error: &sqlx::Error) -> bool {
 mod tests {
     use super::*;
 
+    fn lost() -> sqlx::Error {
+        sqlx::Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionReset))
+    }
+
+    fn remedy(error: HandleError) -> Option<(Remedy, Option<MessageId>)> {
+        match Failure::from(error) {
+            Failure::Fault(fault) => Some((fault.remedy, fault.culprit)),
+            _ => None,
+        }
+    }
+
     #[test]
     fn an_outage_is_recognised_under_a_handlers_own_words() {
-        let lost = || sqlx::Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        let message = MessageId::new();
         assert!(matches!(Failure::from(lost()), Failure::Passing(_)));
-        let wrapped = anyhow::Error::from(lost()).context("could not read the stock");
-        assert!(matches!(Failure::from(HandleError::Failed(wrapped)), Failure::Passing(_)));
-        let own = anyhow::anyhow!("the shelf is gone");
-        assert!(matches!(
-            Failure::from(HandleError::Failed(own)),
-            Failure::Fault(Fault { retry: Retry::Possible, .. })
-        ));
-        let poison = HandleError::Poison("unknown version".into());
-        assert!(matches!(Failure::from(poison), Failure::Fault(Fault { retry: Retry::Pointless, .. })));
+        let wrapped = || HandleError::Failed(anyhow::Error::from(lost()).context("could not read the stock"));
+        assert!(matches!(Failure::from(wrapped()), Failure::Passing(_)));
+        assert!(matches!(Failure::from(wrapped().of(message)), Failure::Passing(_)));
+        assert!(!wrapped().of(message).is_fault());
+    }
+
+    #[test]
+    fn a_fault_knows_its_message_where_the_handler_names_it() {
+        let message = MessageId::new();
+        let own = || HandleError::Failed(anyhow::anyhow!("the shelf is gone"));
+        assert_eq!(remedy(own()), Some((Remedy::Retry, None)));
+        assert_eq!(remedy(own().of(message)), Some((Remedy::Retry, Some(message))));
+        let poison = HandleError::Poison("no JSON".into()).of(message);
+        assert_eq!(
+            remedy(poison.of(MessageId::new())),
+            Some((Remedy::Nothing, Some(message))),
+            "the first name counts"
+        );
+    }
+
+    #[test]
+    fn a_lost_connection_is_a_silent_handler_only_where_that_was_possible() {
+        let bound = Duration::from_secs(8);
+        let after = |taken| Failure::of_handler(lost().into(), Duration::from_secs(taken), bound);
+        assert!(matches!(after(7), Failure::Passing(_)));
+        let Failure::Silent(fault) = after(9) else { panic!("it was possible") };
+        assert!(fault.reason.contains("idle_in_transaction_session_timeout`, 8s"), "{}", fault.reason);
     }
 }

@@ -1,8 +1,13 @@
-//! Whether a consumer does its work: what readiness asks, and outages said once.
+//! Whether a consumer does its work: what health asks.
+//!
+//! Outages are told by [`Outage`]. What an operator has to set right (a missing table or right, clocks that differ) is kept
+//! here for each partition that waits for it, and logged once for each.
 
-use crate::clock;
+use super::age::DatabaseClock;
+use crate::{clock, outage::Outage};
 use rdkafka::Statistics;
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -10,49 +15,64 @@ use std::{
 /// A consumer that has not polled for this long is stuck.
 const POLL_MAX: Duration = Duration::from_secs(10);
 
-/// What readiness asks. Cheap to clone.
+/// What health asks. Cheap to clone.
 #[derive(Clone)]
 pub struct ConsumerHealth(pub(super) Arc<Pulse>);
 
 impl ConsumerHealth {
-    /// Fine, or why not: connected to a broker, a member of the group, polling, and its database answers.
+    /// Fine, or why not: connected to a broker, a member of the group, polling, its database answers, no partition waits for an
+    /// operator, and the host's clock is the database's.
     ///
     /// # Errors
     /// In words, when it is not.
     pub fn check(&self) -> Result<(), String> {
-        let state = self.0.lock();
-        match &*state {
-            State { polled: None, .. } => Err("it has not started".into()),
-            State { polled: Some(at), .. } if clock::monotonic().saturating_duration_since(*at) > POLL_MAX => {
-                Err(format!("no poll for more than {} s", POLL_MAX.as_secs()))
-            }
-            State { connected: Some(false), .. } => Err("no Kafka broker can be reached".into()),
-            State { database: Some(reason), .. } => Err(format!("the database: {reason}")),
-            State { assigned: false, .. } => Err("no partitions have been assigned yet".into()),
-            _ => Ok(()),
+        self.0.check_client()?;
+        self.0.kafka.check()?;
+        self.0.database.check()?;
+        if let Some(((topic, partition), reason)) = self.0.lock().waiting.first_key_value() {
+            return Err(format!("partition {partition} of {topic} waits until this is set right: {reason}"));
         }
+        self.0.clock.check()?;
+        if self.0.lock().assigned { Ok(()) } else { Err("no partitions have been assigned yet".into()) }
     }
 }
 
 /// The state behind [`ConsumerHealth`].
 pub(super) struct Pulse {
     group: String,
+    kafka: Arc<Outage>,
+    database: Arc<Outage>,
+    pub(super) clock: Arc<DatabaseClock>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
     polled: Option<Instant>,
-    /// Unknown until the first statistics.
-    connected: Option<bool>,
     assigned: bool,
-    /// Why the database does not answer.
-    database: Option<String>,
+    /// The partitions that wait for an operator, and what for.
+    waiting: BTreeMap<(String, i32), String>,
 }
 
 impl Pulse {
-    pub(super) fn new(group: &str) -> Self {
-        Self { group: group.into(), state: Mutex::default() }
+    pub(super) fn new(group: &str, brokers: &str, pool: &sqlx::PgPool) -> Self {
+        Self {
+            group: group.into(),
+            kafka: Outage::of(&format!("Kafka at {brokers}")),
+            database: Outage::of_database(pool),
+            clock: Arc::default(),
+            state: Mutex::default(),
+        }
+    }
+
+    fn check_client(&self) -> Result<(), String> {
+        match self.lock().polled {
+            None => Err("it has not started".into()),
+            Some(at) if clock::monotonic().saturating_duration_since(at) > POLL_MAX => {
+                Err(format!("no poll for more than {} s", POLL_MAX.as_secs()))
+            }
+            Some(_) => Ok(()),
+        }
     }
 
     pub(super) fn polled(&self) {
@@ -91,33 +111,56 @@ impl Pulse {
     }
 
     pub(super) fn connected(&self, connected: bool) {
-        let before = self.lock().connected.replace(connected);
-        match (before, connected) {
-            (None | Some(true), false) => {
-                tracing::warn!(group = self.group, "no Kafka broker can be reached; waiting until one can");
-            }
-            (Some(false), true) => tracing::info!(group = self.group, "Kafka is there again"),
-            (None | Some(true), true) | (Some(false), false) => {}
-        }
-    }
-
-    pub(super) fn database_fails(&self, reason: &str) {
-        if self.lock().database.replace(reason.to_owned()).is_none() {
-            tracing::warn!(
-                group = self.group,
-                reason,
-                "the database refused for now; the batch is repeated until it does not"
-            );
-        }
-    }
-
-    pub(super) fn database_answers(&self) {
-        if self.lock().database.take().is_some() {
-            tracing::info!(group = self.group, "the database answers again");
+        match connected {
+            true => self.kafka.working(),
+            false => self.kafka.failing("no broker can be reached"),
         }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What one partition's worker reports. When it is dropped, the partition no longer waits here.
+pub(super) struct Report {
+    pub(super) pulse: Arc<Pulse>,
+    pub(super) partition: (String, i32),
+}
+
+impl Report {
+    /// The database cannot be used.
+    pub(super) fn fails(&self, reason: &str) {
+        self.pulse.database.failing(reason);
+    }
+
+    /// An operator has to set this right; nothing is counted or given up meanwhile.
+    pub(super) fn is_misconfigured(&self, reason: &str) {
+        let known = self.pulse.lock().waiting.insert(self.partition.clone(), reason.to_owned());
+        if known.as_deref() != Some(reason) {
+            let ((topic, partition), group) = (&self.partition, &self.pulse.group);
+            tracing::error!(
+                group,
+                topic,
+                partition,
+                reason,
+                "the partition waits until this is set right; nothing is given up"
+            );
+        }
+    }
+
+    /// The database did what it was asked.
+    pub(super) fn works(&self) {
+        self.pulse.database.working();
+        if self.pulse.lock().waiting.remove(&self.partition).is_some() {
+            let ((topic, partition), group) = (&self.partition, &self.pulse.group);
+            tracing::info!(group, topic, partition, "the partition goes on: what it waited for was set right");
+        }
+    }
+}
+
+impl Drop for Report {
+    fn drop(&mut self) {
+        self.pulse.lock().waiting.remove(&self.partition);
     }
 }

@@ -1,4 +1,4 @@
-//! The SQL of `inbox_parked` and `inbox_partition`.
+//! The SQL of `inbox_parked`.
 //!
 //! A lane is what shares a key. Its first row has a time for its next attempt, the rows behind it have none; when the
 //! first leaves, the next gets one, in the same transaction. So a lane is never without somebody who will wake it.
@@ -13,14 +13,14 @@ use crate::{
     envelope::{Envelope, Headers},
     inbox::Place,
     outbox::Tx,
+    transaction::Transaction,
 };
-use sqlx::{PgPool, Row, postgres::PgRow, types::Json};
-use std::{collections::BTreeSet, ops::Range, time::Duration};
+use sqlx::{Row, postgres::PgRow, types::Json};
+use std::{collections::BTreeSet, time::Duration};
 use time::OffsetDateTime;
-use uuid::Uuid;
 
 /// A parked record.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Parked {
     pub(super) id: i64,
     pub(super) attempts: u32,
@@ -37,132 +37,6 @@ pub(super) enum Due {
     In(Duration),
     /// It is.
     Now(Box<Parked>),
-}
-
-/// What a row of `inbox_partition` said before we took the partition.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum LeftBehind {
-    /// Whoever had it let go in good order, or nobody ever had it.
-    Clean,
-    /// Whoever had it may have died of one of its records, perhaps of what it had noted; or that is done by now.
-    Unclean { noted: Option<Noted> },
-}
-
-/// What was noted last before it was tried.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Noted {
-    /// The offset of the record that was tried alone, or of the last one of a batch.
-    offset: i64,
-    /// 0: it was a batch.
-    attempts: i32,
-}
-
-impl Noted {
-    /// The offsets of what may have killed. What is before them survived: a record is tried alone when all before it in its
-    /// partition is done. (A batch begins where what is done ends.)
-    pub(super) fn suspects(self) -> Range<i64> {
-        let end = self.offset.saturating_add(1);
-        if self.attempts > 0 { self.offset..end } else { i64::MIN..end }
-    }
-}
-
-/// Takes the partition for `owner`.
-pub(super) async fn claim(pool: &PgPool, place: Place<'_>, owner: Uuid) -> Result<LeftBehind, sqlx::Error> {
-    let (clean, offset, attempts): (Option<bool>, Option<i64>, Option<i32>) = sqlx::query_as(
-        "with before as (
-             select clean, record_offset, attempts
-               from inbox_partition
-              where consumer = $1 and topic = $2 and partition = $3
-         ), taken as (
-             insert into inbox_partition (consumer, topic, partition, owner)
-             values ($1, $2, $3, $4)
-                 on conflict (consumer, topic, partition)
-                 do update set owner = excluded.owner, clean = false, taken_at = now()
-         )
-         select before.* from (values (1)) as always left join before on true",
-    )
-    .bind(place.consumer)
-    .bind(place.topic)
-    .bind(place.partition)
-    .bind(owner)
-    .fetch_one(pool)
-    .await?;
-    let noted = offset.zip(attempts).map(|(offset, attempts)| Noted { offset, attempts });
-    Ok(if clean.unwrap_or(true) { LeftBehind::Clean } else { LeftBehind::Unclean { noted } })
-}
-
-/// Says that `owner` let go in good order; nothing if somebody else has taken the partition.
-pub(super) async fn release(pool: &PgPool, place: Place<'_>, owner: Uuid) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "update inbox_partition
-            set clean = true
-          where consumer = $1 and topic = $2 and partition = $3 and owner = $4",
-    )
-    .bind(place.consumer)
-    .bind(place.topic)
-    .bind(place.partition)
-    .bind(owner)
-    .execute(pool)
-    .await?;
-    Ok(())
-}
-
-/// Counts an attempt at the record at `offset`, in a commit of its own, and says which it is.
-pub(super) async fn count_attempt(pool: &PgPool, place: Place<'_>, offset: i64) -> Result<u32, sqlx::Error> {
-    let attempts: i32 = sqlx::query_scalar(
-        "update inbox_partition
-            set attempts = case when record_offset = $4 then attempts + 1 else 1 end, record_offset = $4
-          where consumer = $1 and topic = $2 and partition = $3
-         returning attempts",
-    )
-    .bind(place.consumer)
-    .bind(place.topic)
-    .bind(place.partition)
-    .bind(offset)
-    .fetch_one(pool)
-    .await?;
-    Ok(attempts.unsigned_abs())
-}
-
-/// Notes that the records up to the one at `last` are about to be tried together, in a commit of its own; nothing if
-/// somebody else has taken the partition.
-pub(super) async fn note_batch(pool: &PgPool, place: Place<'_>, owner: Uuid, last: i64) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "update inbox_partition
-            set record_offset = $5, attempts = 0
-          where consumer = $1 and topic = $2 and partition = $3 and owner = $4",
-    )
-    .bind(place.consumer)
-    .bind(place.topic)
-    .bind(place.partition)
-    .bind(owner)
-    .bind(last)
-    .execute(pool)
-    .await?;
-    Ok(())
-}
-
-/// Says again what was noted before `owner` took the partition: what it noted itself it has survived. What it counts stays.
-pub(super) async fn withdraw(
-    pool: &PgPool,
-    place: Place<'_>,
-    owner: Uuid,
-    before: Option<Noted>,
-) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "update inbox_partition
-            set record_offset = $5, attempts = $6
-          where consumer = $1 and topic = $2 and partition = $3 and owner = $4 and attempts = 0",
-    )
-    .bind(place.consumer)
-    .bind(place.topic)
-    .bind(place.partition)
-    .bind(owner)
-    .bind(before.map(|noted| noted.offset))
-    .bind(before.map_or(0, |noted| noted.attempts))
-    .execute(pool)
-    .await?;
-    Ok(())
 }
 
 /// Parks records behind what is parked of their keys. Where nothing is any more (a copy that was parked at another
@@ -229,7 +103,7 @@ async fn insert(
 }
 
 /// The row of this partition whose attempt is due first.
-pub(super) async fn next_due(pool: &PgPool, place: Place<'_>) -> Result<Due, sqlx::Error> {
+pub(super) async fn next_due(mut tx: Transaction, place: Place<'_>) -> Result<Due, sqlx::Error> {
     let row = sqlx::query(
         "select *, greatest(0, extract(epoch from next_attempt_at - clock_timestamp()))::float8 as wait
            from inbox_parked
@@ -240,16 +114,17 @@ pub(super) async fn next_due(pool: &PgPool, place: Place<'_>) -> Result<Due, sql
     .bind(place.consumer)
     .bind(place.topic)
     .bind(place.partition)
-    .fetch_optional(pool)
+    .fetch_optional(&mut **tx)
     .await?;
+    tx.commit_quietly().await?;
     let Some(row) = row else { return Ok(Due::Nothing) };
     let wait = Duration::try_from_secs_f64(row.try_get("wait")?).unwrap_or_default();
     if wait.is_zero() { Ok(Due::Now(Box::new(read(&row)?))) } else { Ok(Due::In(wait)) }
 }
 
-/// Counts an attempt at a parked record, in a commit of its own, and sets the time of the one after it. `None` when the
-/// row is gone.
-pub(super) async fn count_retry(pool: &PgPool, id: i64, delay: Duration) -> Result<Option<u32>, sqlx::Error> {
+/// Counts an attempt at a parked record, before it is made, and sets the time of the one after it, should the process die of this one. `None`
+/// when the row is gone.
+pub(super) async fn count_retry(mut tx: Transaction, id: i64, delay: Duration) -> Result<Option<u32>, sqlx::Error> {
     let attempts: Option<i32> = sqlx::query_scalar(
         "update inbox_parked
             set attempts = attempts + 1, next_attempt_at = clock_timestamp() + make_interval(secs => $2)
@@ -258,20 +133,26 @@ pub(super) async fn count_retry(pool: &PgPool, id: i64, delay: Duration) -> Resu
     )
     .bind(id)
     .bind(clock::seconds(delay))
-    .fetch_optional(pool)
+    .fetch_optional(&mut **tx)
     .await?;
+    tx.commit_quietly().await?;
     Ok(attempts.map(i32::unsigned_abs))
 }
 
-/// Notes why a parked record failed this time.
-pub(super) async fn note(pool: &PgPool, id: i64, fault: &Fault) -> Result<(), sqlx::Error> {
-    sqlx::query("update inbox_parked set error_class = $2, reason = $3 where id = $1")
-        .bind(id)
-        .bind(&fault.class)
-        .bind(&fault.reason)
-        .execute(pool)
-        .await?;
-    Ok(())
+/// Notes why a parked record failed this time, and that it waits for so long from now on: the attempt may have taken longer.
+pub(super) async fn note(mut tx: Transaction, id: i64, delay: Duration, fault: &Fault) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update inbox_parked
+            set error_class = $2, reason = $3, next_attempt_at = clock_timestamp() + make_interval(secs => $4)
+          where id = $1",
+    )
+    .bind(id)
+    .bind(&fault.class)
+    .bind(&fault.reason)
+    .bind(clock::seconds(delay))
+    .execute(&mut **tx)
+    .await?;
+    tx.commit_quietly().await
 }
 
 /// The first rows of a lane, in order.
@@ -332,9 +213,14 @@ async fn wake_in(tx: &mut Tx<'_>, place: Place<'_>, lanes: &[i64]) -> Result<(),
     Ok(())
 }
 
-/// How many records of a consumer are parked.
-pub(super) async fn count(pool: &PgPool, consumer: &str) -> Result<i64, sqlx::Error> {
-    sqlx::query_scalar("select count(*) from inbox_parked where consumer = $1").bind(consumer).fetch_one(pool).await
+/// How many records of a consumer are parked, and the database's clock.
+pub(super) async fn count(mut tx: Transaction, consumer: &str) -> Result<(i64, OffsetDateTime), sqlx::Error> {
+    let counted = sqlx::query_as("select count(*), clock_timestamp() from inbox_parked where consumer = $1")
+        .bind(consumer)
+        .fetch_one(&mut **tx)
+        .await?;
+    tx.commit_quietly().await?;
+    Ok(counted)
 }
 
 fn read(row: &PgRow) -> Result<Parked, sqlx::Error> {

@@ -1,69 +1,108 @@
-//! A worker's patience: what will pass by itself is repeated for as long as it takes, and an attempt that is noted or counted
-//! is the only one of its kind in the process.
+//! A worker's patience: what counts nothing is repeated for as long as it takes, and a counted attempt is the only one of its
+//! kind in the process.
 
 use super::{
     HandleError, Handler,
-    failure::{Failure, Fault},
+    failure::{Failure, Fault, Remedy},
     worker::{Ended, Worker},
 };
 use crate::{
+    error_class::renew_connections,
     inbox::{self, FUTURE_MAX},
     retry::Backoff,
 };
-use std::{sync::PoisonError, time::Duration};
+use std::{
+    sync::{PoisonError, atomic::Ordering},
+    time::Duration,
+};
 use tokio::sync::Semaphore;
 
-/// Repeats of what will pass by itself: soon at first (a deadlock is over at once), then at leisure (an outage is not).
+/// Repeats of what counts nothing: soon at first (a deadlock is over at once), then at leisure (an outage is not).
 const PATIENCE: Backoff = Backoff::doubling(Duration::from_millis(10), Duration::from_secs(2));
 
-/// Held by whoever makes an attempt that is noted or counted.
+/// How long the database may take to answer a question that it can answer at once.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// Held by whoever makes an attempt that is counted.
 static ALONE: Semaphore = Semaphore::const_new(1);
 
 impl<H: Handler> Worker<H> {
-    /// Repeats what will pass by itself for as long as it takes, counting nothing. A record's fault is an answer.
+    /// Repeats what counts nothing for as long as it takes. A record's fault is an answer.
     pub(super) async fn insist<T, F, Fut>(&self, mut attempt: F) -> Result<Result<T, Fault>, Ended>
     where
         F: FnMut() -> Fut,
         Fut: Future<Output = Result<T, Failure>>,
     {
         let mut delays = PATIENCE.delays();
-        let mut again = false;
+        let (mut again, mut silent, mut failures) = (false, false, 0_usize);
         loop {
-            let bound = self.desk.config.attempt_timeout;
-            let attempted = tokio::time::timeout(bound, attempt()).await;
-            let attempted = attempted.unwrap_or_else(|_| {
-                Err(Failure::Passing(format!("no answer within {} s; another connection is tried", bound.as_secs())))
-            });
-            let reason = match attempted {
+            let failure = match self.within_bound(attempt()).await {
                 Ok(value) => {
-                    self.pulse.database_answers();
+                    self.report.works();
                     return Ok(Ok(value));
                 }
-                Err(Failure::Fault(fault)) => {
-                    self.pulse.database_answers();
+                Err(failure) => failure,
+            };
+            let was_silent = std::mem::take(&mut silent);
+            match failure {
+                Failure::Fault(fault) => {
+                    self.report.works();
                     return Ok(Err(fault));
                 }
+                // Twice in a row, each time after so long: it is no outage.
+                Failure::Silent(fault) if was_silent => return Ok(Err(fault)),
+                Failure::Silent(_) => silent = true,
                 #[cfg(feature = "testkit")]
-                Err(Failure::Crash) => return Err(Ended::Crashed),
-                Err(Failure::Unprepared) => {
-                    // Upkeep is behind. What is refused for its age never comes here, so a partition can be made.
-                    debug_assert!(FUTURE_MAX < Duration::from_secs(14 * 24 * 3600));
-                    let made = inbox::add_partitions(&self.desk.pool, self.desk.config.horizon).await;
-                    made.err().map_or_else(|| "an inbox partition was missing".to_owned(), |error| error.to_string())
-                }
-                Err(Failure::Passing(reason)) => {
-                    again = false;
-                    reason
-                }
+                Failure::Crash => return Err(Ended::Crashed),
                 // At once, unless it wants that over and over.
-                Err(Failure::Again) if !again => {
+                Failure::Again if !again => {
                     again = true;
                     continue;
                 }
-                Err(Failure::Again) => HandleError::Again.to_string(),
-            };
-            self.pulse.database_fails(&reason);
+                Failure::Again => self.report.fails(&HandleError::Again.to_string()),
+                Failure::Configuration(reason) => self.report.is_misconfigured(&reason),
+                Failure::Unprepared => self.prepare().await,
+                // What works at the second try is not worth a word.
+                Failure::Passing(_) if failures == 0 => {}
+                Failure::Passing(reason) => self.report.fails(&reason),
+                Failure::Stale(reason) => {
+                    renew_connections();
+                    if failures > 0 {
+                        self.report.fails(&reason);
+                    }
+                }
+            }
+            failures += 1;
+            again = false;
             self.pause(delays.next().unwrap_or(PATIENCE.max)).await?;
+        }
+    }
+
+    /// What an attempt comes to, which is a time-out when its handler needs too long, and an outage when the database does.
+    async fn within_bound<T>(&self, attempt: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let bound = self.desk.config.attempt_timeout;
+        self.desk.handling.store(false, Ordering::Relaxed);
+        match tokio::time::timeout(bound, attempt).await {
+            Ok(attempted) => attempted,
+            Err(_) if self.desk.handling.load(Ordering::Relaxed) && self.database_answers().await => {
+                Err(Failure::Fault(Fault::timed_out(bound)))
+            }
+            Err(_) => Err(Failure::Passing(format!("no answer within {bound:?}; another connection is tried"))),
+        }
+    }
+
+    async fn database_answers(&self) -> bool {
+        let asked = sqlx::query("select 1").execute(&self.desk.pool);
+        tokio::time::timeout(ANSWER_MAX, asked).await.is_ok_and(|answer| answer.is_ok())
+    }
+
+    /// Makes the inbox's partitions: upkeep is behind.
+    async fn prepare(&self) {
+        // What is refused for its age never comes here, so a partition can be made.
+        const { assert!(FUTURE_MAX.as_secs() < 14 * 24 * 3600) };
+        let made = self.desk.bound().within(inbox::add_partitions(&self.desk.pool, self.desk.config.horizon)).await;
+        if let Err(error) = made {
+            self.report.fails(&format!("an inbox partition is missing and could not be made: {error}"));
         }
     }
 
@@ -94,7 +133,7 @@ impl<H: Handler> Worker<H> {
         self.alone.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()
     }
 
-    /// Likewise, for our own statements: there a fault is ours, and there is nobody else to try.
+    /// Likewise, for our own statements: there a fault is ours, there is no record to try instead, and health says so.
     pub(super) async fn must<T, F, Fut>(&self, mut attempt: F) -> Result<T, Ended>
     where
         F: FnMut() -> Fut,
@@ -104,8 +143,9 @@ impl<H: Handler> Worker<H> {
             let attempt = attempt();
             async move {
                 attempt.await.map_err(|failure| match failure {
-                    Failure::Fault(fault) => Failure::Passing(format!("{}: {}", fault.class, fault.reason)),
-                    passing => passing,
+                    Failure::Fault(Fault { remedy: Remedy::Smaller, reason, .. }) => Failure::Passing(reason),
+                    Failure::Fault(fault) => Failure::Configuration(format!("{}: {}", fault.class, fault.reason)),
+                    other => other,
                 })
             }
         };

@@ -13,7 +13,8 @@ use super::{
     ConsumerConfig, ConsumerError, Handler,
     buffer::{Buffer, Room},
     client::{self, Client, Context, Rebalance},
-    health::Pulse,
+    health::{Pulse, Report},
+    portion::Portions,
     record::Raw,
     transaction::Desk,
     worker::{Ended, Worker},
@@ -28,7 +29,7 @@ use rdkafka::{
 };
 use sqlx::PgPool;
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, Weak, atomic::AtomicBool},
     time::Duration,
@@ -246,16 +247,20 @@ impl<H: Handler> Poll<H> {
                 config: Arc::clone(&self.config),
                 topic: topic.to_owned(),
                 partition,
+                clock: Arc::clone(&self.pulse.clock),
+                silence: self.config.attempt_timeout,
+                handling: AtomicBool::new(false),
             },
             buffer: Arc::clone(&buffer),
             offsets: Offsets(Arc::clone(&self.client)),
-            pulse: Arc::clone(&self.pulse),
+            report: Report { pulse: Arc::clone(&self.pulse), partition: (topic.to_owned(), partition) },
             stop: stop.clone(),
-            careful: self.config.batch_max,
+            careful: 0,
             noted: None,
             owner: Uuid::new_v4(),
             look_at_parked: clock::monotonic(),
-            stumbling: HashSet::new(),
+            portions: Portions::new(self.config.batch_max),
+            counted: None,
             alone: Mutex::default(),
         };
         let broken = self.broken.0.clone();

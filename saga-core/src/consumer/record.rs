@@ -1,14 +1,17 @@
 //! From a Kafka record to what a transaction works on.
 
-use super::{ConsumerConfig, Coordinates, Message, TooOld};
+use super::{ConsumerConfig, Coordinates, Message, TooOld, failure::Fault};
 use crate::{
-    clock,
     envelope::{Envelope, Headers},
+    id::MessageId,
     inbox::{self, Arrival, Inadmissible},
 };
 use rdkafka::message::{BorrowedMessage, Headers as _, Message as _};
 use sha2::{Digest, Sha256};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{
+    collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 use time::OffsetDateTime;
 
 /// A record as it was polled, its memory our own.
@@ -103,7 +106,11 @@ pub(super) struct Batch {
     pub(super) messages: Vec<Message>,
     pub(super) timestamps: Vec<Option<OffsetDateTime>>,
     pub(super) refused: Vec<Refused>,
+    pub(super) poison: Poison,
 }
+
+/// What its handler called poison, and why: dead-lettered in the transaction that handles the others.
+pub(super) type Poison = HashMap<MessageId, Fault>;
 
 impl Batch {
     /// Whose steps it is about.
@@ -112,39 +119,26 @@ impl Batch {
         self.messages.iter().filter_map(|message| message.envelope.saga.as_ref())
     }
 
-    /// Decodes; what cannot be decoded, or is of an age that the inbox does not remember, is refused.
-    pub(super) fn decode(
-        topic: &str,
-        partition: i32,
-        raws: Vec<Raw>,
-        config: &ConsumerConfig,
-        now: OffsetDateTime,
-    ) -> Self {
+    /// Decodes; what cannot be decoded is refused.
+    pub(super) fn decode(topic: &str, partition: i32, raws: Vec<Raw>) -> Self {
         let mut batch = Self::default();
         for raw in raws {
             let at = Coordinates { topic: topic.into(), partition, offset: raw.offset };
-            let headers = raw.headers.as_ref();
-            let decoded = headers.ok_or(("undecodable", "the name of a header is not UTF-8".to_owned()));
-            let envelope = decoded.and_then(|headers| {
-                let envelope = Envelope::decode(headers.iter()).map_err(|error| ("undecodable", error.to_string()))?;
-                match inbox::admissible(envelope.id, config.horizon, now) {
-                    Ok(()) => Ok(envelope),
-                    Err(Inadmissible::TooOld) if config.too_old == TooOld::Handle => Ok(envelope),
-                    Err(error) => Err(("inadmissible", error.to_string())),
-                }
-            });
+            let headers = raw.headers.as_ref().ok_or_else(|| "the name of a header is not UTF-8".to_owned());
+            let envelope =
+                headers.and_then(|headers| Envelope::decode(headers.iter()).map_err(|error| error.to_string()));
             match envelope {
                 Ok(envelope) => {
                     batch.messages.push(Message { envelope, key: raw.key, payload: raw.payload, at });
                     batch.timestamps.push(raw.timestamp);
                 }
-                Err((class, reason)) => batch.refused.push(Refused {
+                Err(reason) => batch.refused.push(Refused {
                     at,
                     timestamp: raw.timestamp,
                     key: raw.key,
                     payload: raw.payload,
                     headers: lossy(&raw.headers.unwrap_or_default()),
-                    class,
+                    class: "undecodable",
                     reason,
                 }),
             }
@@ -152,30 +146,81 @@ impl Batch {
         batch
     }
 
-    pub(super) fn arrivals(&self, config: &ConsumerConfig) -> Vec<Arrival<'_>> {
-        self.messages.iter().map(|message| arrival(message, config)).collect()
+    pub(super) fn is_empty(&self) -> bool {
+        self.messages.is_empty() && self.refused.is_empty()
     }
 
-    /// One batch per record, in the order of their offsets.
-    pub(super) fn into_singles(self) -> Vec<Self> {
-        let messages = self.messages.into_iter().zip(self.timestamps).map(|(message, timestamp)| {
-            (message.at.offset, Self { messages: vec![message], timestamps: vec![timestamp], refused: Vec::new() })
-        });
-        let refused = self
-            .refused
-            .into_iter()
-            .map(|refused| (refused.at.offset, Self { refused: vec![refused], ..Self::default() }));
-        let mut singles: Vec<_> = messages.chain(refused).collect();
-        singles.sort_by_key(|(offset, _)| *offset);
-        singles.into_iter().map(|(_, single)| single).collect()
+    /// Whether the inbox remembers all that is of the age of these, at `now`.
+    pub(super) fn is_admissible(&self, config: &ConsumerConfig, now: OffsetDateTime) -> bool {
+        self.messages.iter().all(|message| inadmissible(message, config, now).is_none())
+    }
+
+    /// Whether that depends on `now`.
+    pub(super) fn has_doubtful_ages(&self, config: &ConsumerConfig, now: OffsetDateTime) -> bool {
+        let doubtful = |error| error != Inadmissible::NotV7;
+        self.messages.iter().any(|message| inadmissible(message, config, now).is_some_and(doubtful))
+    }
+
+    /// Where a message is, unless several have its id.
+    pub(super) fn position(&self, id: MessageId) -> Option<usize> {
+        let mut positions = self.messages.iter().enumerate().filter(|(_, message)| message.envelope.id == id);
+        positions.next().map(|(position, _)| position).filter(|_| positions.next().is_none())
+    }
+
+    /// Refuses what the inbox does not remember.
+    pub(super) fn refuse_inadmissible(&mut self, config: &ConsumerConfig, now: OffsetDateTime) {
+        let messages = std::mem::take(&mut self.messages).into_iter().zip(std::mem::take(&mut self.timestamps));
+        for (message, timestamp) in messages {
+            match inadmissible(&message, config, now) {
+                None => {
+                    self.messages.push(message);
+                    self.timestamps.push(timestamp);
+                }
+                Some(error) => self.refused.push(Refused {
+                    headers: storable_headers(&message.envelope),
+                    at: message.at,
+                    timestamp,
+                    key: message.key,
+                    payload: message.payload,
+                    class: "inadmissible",
+                    reason: error.to_string(),
+                }),
+            }
+        }
+    }
+
+    /// The first `count` messages; the others stay, and so does what is refused.
+    pub(super) fn split_first(&mut self, count: usize) -> Self {
+        let messages = self.messages.split_off(count.min(self.messages.len()));
+        let timestamps = self.timestamps.split_off(count.min(self.timestamps.len()));
+        let rest =
+            Self { messages, timestamps, refused: std::mem::take(&mut self.refused), poison: self.poison.clone() };
+        std::mem::replace(self, rest)
+    }
+
+    /// Puts `rest` behind it.
+    pub(super) fn append(&mut self, rest: Self) {
+        self.messages.extend(rest.messages);
+        self.timestamps.extend(rest.timestamps);
+        self.refused.extend(rest.refused);
+    }
+
+    pub(super) fn arrivals(&self, config: &ConsumerConfig, now: OffsetDateTime) -> Vec<Arrival<'_>> {
+        self.messages.iter().map(|message| arrival(message, config, now)).collect()
     }
 }
 
+/// Why the inbox does not take a message at `now`.
+fn inadmissible(message: &Message, config: &ConsumerConfig, now: OffsetDateTime) -> Option<Inadmissible> {
+    let error = inbox::admissible(message.envelope.id, config.horizon, now).err()?;
+    (error != Inadmissible::TooOld || config.too_old == TooOld::DeadLetter).then_some(error)
+}
+
 /// What the inbox needs to know of a message.
-pub(super) fn arrival<'m>(message: &'m Message, config: &ConsumerConfig) -> Arrival<'m> {
+pub(super) fn arrival<'m>(message: &'m Message, config: &ConsumerConfig, now: OffsetDateTime) -> Arrival<'m> {
     let Envelope { source, id, .. } = &message.envelope;
     let remembered = config.too_old == TooOld::DeadLetter
-        || inbox::admissible(*id, config.horizon, clock::now()) != Err(Inadmissible::TooOld);
+        || inbox::admissible(*id, config.horizon, now) != Err(Inadmissible::TooOld);
     Arrival { source, id: *id, lane: lane(message), remembered }
 }
 

@@ -14,26 +14,34 @@
 
 use super::{
     ConsumerConfig, HandleError, Handler, Message,
+    age::DatabaseClock,
     dead_letter::{self, DeadLetter},
-    failure::{Failure, Fault},
+    failure::{Failure, Fault, POISON},
     parking::{self, Parked},
-    record::{Batch, arrival, hash},
+    record::{Batch, Poison, arrival, hash},
 };
 use crate::{
     clock,
     fail_point::fail_point,
+    id::MessageId,
     inbox::{self, Delivery, Place},
     outbox::{self, Next, Tx},
     panics::panic_text,
     trace,
+    transaction::{Bound, Transaction},
 };
 use futures::FutureExt;
 use sqlx::{AssertSqlSafe, PgPool};
 use std::{
+    collections::HashMap,
     panic::AssertUnwindSafe,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
+use time::OffsetDateTime;
 use tracing::Instrument;
 
 /// Most links of one span: what a batch of many traces shows.
@@ -46,6 +54,11 @@ pub(super) struct Desk<H> {
     pub(super) config: Arc<ConsumerConfig>,
     pub(super) topic: String,
     pub(super) partition: i32,
+    pub(super) clock: Arc<DatabaseClock>,
+    /// How long the server lets a transaction of the handler's be silent.
+    pub(super) silence: Duration,
+    /// Whether the handler is at work, or was when the attempt was given up.
+    pub(super) handling: AtomicBool,
     pub(super) ahead: Ahead,
 }
 
@@ -106,6 +119,15 @@ impl<H: Handler> Desk<H> {
         self.config.backoff.delay(attempts.max(1), offset.cast_unsigned())
     }
 
+    pub(super) fn bound(&self) -> Bound {
+        Bound::new(self.config.attempt_timeout)
+    }
+
+    /// A transaction of a statement of our own, without the partition's lock.
+    pub(super) async fn brief(&self) -> Result<Transaction, sqlx::Error> {
+        Transaction::begin(&self.pool, self.bound()).await
+    }
+
     /// The transaction that has begun ahead, if there is one: another would wait for its lock.
     async fn begin(&self) -> Result<Open, sqlx::Error> {
         if let Some(open) = self.ahead.take() {
@@ -138,21 +160,21 @@ impl<H: Handler> Desk<H> {
         let key = hash(format!("{consumer}/{topic}/{partition}").as_bytes());
         // What PostgreSQL takes: not 0, which is no bound.
         let silent = self.config.attempt_timeout.as_millis().clamp(1, i32::MAX.unsigned_abs().into());
-        format!(
-            "begin isolation level read committed;
-             select case when current_setting('idle_in_transaction_session_timeout') = '0'
-                         then set_config('idle_in_transaction_session_timeout', '{silent}', true) end,
-                    {lock}({key})"
-        )
+        self.bound().begin_sql(&format!(
+            "case when current_setting('idle_in_transaction_session_timeout') = '0'
+                  then set_config('idle_in_transaction_session_timeout', '{silent}', true) end,
+             {lock}({key})"
+        ))
     }
 
-    /// Handles what is new in `batch` and says how many that were, of those that the inbox remembers.
+    /// Handles what is new in `batch` and says how many that were, of those that the inbox remembers. What its handler has
+    /// called poison before is dead-lettered.
     pub(super) async fn take(&self, batch: &Batch) -> Result<usize, Failure> {
         let group = &self.config.group;
         fail_point!("consumer.before-begin", group, batch.sagas());
         let mut open = self.begin().await?;
         let tx = &mut open.tx;
-        let arrivals = batch.arrivals(&self.config);
+        let arrivals = batch.arrivals(&self.config, self.clock.now());
         let deliveries = match arrivals.is_empty() {
             true => Vec::new(),
             false => inbox::receive_in(tx, self.place(), &arrivals).await?,
@@ -163,11 +185,14 @@ impl<H: Handler> Desk<H> {
             parking::hold_in(tx, self.place(), &held).await?;
         }
         let fresh = deliveries.iter().filter(|&&delivery| delivery == Delivery::Fresh).count();
-        if fresh == batch.messages.len() {
+        let given_up = if fresh == batch.messages.len() && batch.poison.is_empty() {
             self.handle(tx, &batch.messages).await?;
+            0
         } else {
-            self.handle(tx, &pick(batch, &deliveries, Delivery::Fresh).messages).await?;
-        }
+            let Batch { messages, timestamps, .. } = pick(batch, &deliveries, Delivery::Fresh);
+            let fresh = messages.into_iter().zip(timestamps).map(|(message, timestamp)| (message, timestamp, 1));
+            self.handle_but(tx, &batch.poison, fresh).await?
+        };
         if !batch.refused.is_empty() {
             dead_letter::append_in(tx, group, batch.refused.iter().map(DeadLetter::refused)).await?;
         }
@@ -180,9 +205,34 @@ impl<H: Handler> Desk<H> {
         self.count("fresh", fresh);
         self.count("held", held.messages.len());
         self.count_duplicates(deliveries.len() - fresh - held.messages.len());
-        batch.refused.iter().for_each(|refused| self.count_dead_letter(refused.class));
+        self.count_dead_letters(POISON, given_up);
+        batch.refused.iter().for_each(|refused| self.count_dead_letters(refused.class, 1));
         let remembered = arrivals.iter().zip(&deliveries).filter(|(arrival, _)| arrival.remembered);
         Ok(remembered.filter(|&(_, &delivery)| delivery == Delivery::Fresh).count())
+    }
+
+    /// Handles `fresh` (with the number of the attempt) without what is poison of it, which is dead-lettered; says how many
+    /// those were.
+    async fn handle_but(
+        &self,
+        tx: &mut Tx<'_>,
+        poison: &Poison,
+        fresh: impl Iterator<Item = (Message, Option<OffsetDateTime>, u32)>,
+    ) -> Result<usize, Failure> {
+        let fresh: Vec<_> = fresh.collect();
+        let mut named: HashMap<MessageId, usize> = HashMap::new();
+        fresh.iter().for_each(|(message, ..)| *named.entry(message.envelope.id).or_default() += 1);
+        // An id that several messages have names none of them.
+        let is_poison = |id: MessageId| poison.contains_key(&id) && named[&id] == 1;
+        let (given_up, fresh): (Vec<_>, Vec<_>) =
+            fresh.into_iter().partition(|(message, ..)| is_poison(message.envelope.id));
+        let messages: Vec<_> = fresh.into_iter().map(|(message, ..)| message).collect();
+        self.handle(tx, &messages).await?;
+        let letters = given_up.iter().filter_map(|(message, timestamp, attempts)| {
+            Some(DeadLetter::failed(message, *timestamp, poison.get(&message.envelope.id)?, *attempts))
+        });
+        dead_letter::append_in(tx, &self.config.group, letters).await?;
+        Ok(given_up.len())
     }
 
     /// Parks a record that failed, unless somebody handled it meanwhile.
@@ -217,7 +267,8 @@ impl<H: Handler> Desk<H> {
     /// Gives up a record that was tried `attempts` times.
     pub(super) async fn give_up(&self, single: &Batch, attempts: u32, fault: &Fault) -> Result<(), Failure> {
         let mut tx = self.begin().await?.tx;
-        let deliveries = inbox::receive_in(&mut tx, self.place(), &single.arrivals(&self.config)).await?;
+        let deliveries =
+            inbox::receive_in(&mut tx, self.place(), &single.arrivals(&self.config, self.clock.now())).await?;
         let held = pick(single, &deliveries, Delivery::Held);
         parking::hold_in(&mut tx, self.place(), &held).await?;
         let fresh = pick(single, &deliveries, Delivery::Fresh);
@@ -225,53 +276,58 @@ impl<H: Handler> Desk<H> {
         let letters = letters.map(|(message, timestamp)| DeadLetter::failed(message, *timestamp, fault, attempts));
         dead_letter::append_in(&mut tx, &self.config.group, letters).await?;
         outbox::commit(tx, &self.pool).await?;
-        fresh.messages.iter().for_each(|_| self.count_dead_letter(&fault.class));
+        self.count_dead_letters(&fault.class, fresh.messages.len());
         Ok(())
     }
 
     /// Handles a parked record; it leaves, and the next of its lane is due.
     pub(super) async fn retry(&self, parked: &Parked) -> Result<(), Failure> {
         let mut tx = self.begin().await?.tx;
-        self.handle_parked(&mut tx, std::slice::from_ref(parked)).await?;
+        self.handle_parked(&mut tx, vec![parked.clone()], &Poison::new()).await?;
         outbox::commit(tx, &self.pool).await?;
         self.handler.committed();
         Ok(())
     }
 
-    /// Handles what waits in a lane, as much as a batch takes; says how many rows that were. Nothing is counted, so one
-    /// that fails leaves all as it was, to be tried one by one.
-    pub(super) async fn drain(&self, lane: i64) -> Result<usize, Failure> {
+    /// Handles the first `limit` records that wait in a lane; says how many those were. Nothing is counted, so where one fails
+    /// all of it is left as it was.
+    pub(super) async fn drain(&self, lane: i64, limit: usize, poison: &Poison) -> Result<usize, Failure> {
         let mut tx = self.begin().await?.tx;
-        let parked = parking::lane_in(&mut tx, self.place(), lane, self.config.batch_max).await?;
-        self.handle_parked(&mut tx, &parked).await?;
+        let parked = parking::lane_in(&mut tx, self.place(), lane, limit).await?;
+        let drained = parked.len();
+        let given_up = self.handle_parked(&mut tx, parked, poison).await?;
         outbox::commit(tx, &self.pool).await?;
         self.handler.committed();
-        Ok(parked.len())
+        self.count_dead_letters(POISON, given_up);
+        Ok(drained)
     }
 
     /// Gives up a parked record; the next of its lane is due.
     pub(super) async fn give_up_parked(&self, parked: &Parked, attempts: u32, fault: &Fault) -> Result<(), Failure> {
         let mut tx = self.begin().await?.tx;
-        if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message, &self.config)]).await?[0] {
+        if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message, &self.config, self.clock.now())])
+            .await?[0]
+        {
             let letter = DeadLetter::failed(&parked.message, parked.timestamp, fault, attempts);
             dead_letter::append_in(&mut tx, &self.config.group, [letter]).await?;
-            self.count_dead_letter(&fault.class);
         }
         parking::leave_in(&mut tx, self.place(), &[parked.id], parked.lane).await?;
         outbox::commit(tx, &self.pool).await?;
+        self.count_dead_letters(&fault.class, 1);
         Ok(())
     }
 
-    async fn handle_parked(&self, tx: &mut Tx<'_>, parked: &[Parked]) -> Result<(), Failure> {
-        let Some(first) = parked.first() else { return Ok(()) };
-        let arrivals: Vec<_> = parked.iter().map(|parked| arrival(&parked.message, &self.config)).collect();
+    async fn handle_parked(&self, tx: &mut Tx<'_>, parked: Vec<Parked>, poison: &Poison) -> Result<usize, Failure> {
+        let Some(lane) = parked.first().map(|first| first.lane) else { return Ok(0) };
+        let now = self.clock.now();
+        let arrivals: Vec<_> = parked.iter().map(|parked| arrival(&parked.message, &self.config, now)).collect();
         let fresh = inbox::record_in(tx, &self.config.group, &arrivals).await?;
-        let messages: Vec<_> =
-            parked.iter().zip(fresh).filter(|(_, fresh)| *fresh).map(|(parked, _)| parked.message.clone()).collect();
-        self.handle(tx, &messages).await?;
         let ids: Vec<_> = parked.iter().map(|parked| parked.id).collect();
-        parking::leave_in(tx, self.place(), &ids, first.lane).await?;
-        Ok(())
+        let fresh = parked.into_iter().zip(fresh).filter(|(_, fresh)| *fresh);
+        let fresh = fresh.map(|(parked, _)| (parked.message, parked.timestamp, parked.attempts + 1));
+        let given_up = self.handle_but(tx, poison, fresh).await?;
+        parking::leave_in(tx, self.place(), &ids, lane).await?;
+        Ok(given_up)
     }
 
     /// Runs the handler within the span that its logs and its messages belong to. A panic is the record's fault.
@@ -295,17 +351,20 @@ impl<H: Handler> Desk<H> {
         };
         metrics::histogram!("consumer_batch_messages", "group" => self.config.group.clone())
             .record(f64::from(u32::try_from(messages.len()).unwrap_or(u32::MAX)));
+        let began = clock::monotonic();
+        self.handling.store(true, Ordering::Relaxed);
         let handled = AssertUnwindSafe(self.handler.handle(tx, messages)).catch_unwind().instrument(span).await;
-        let handled = handled.unwrap_or_else(|panic| {
+        let mut handled = handled.unwrap_or_else(|panic| {
             Err(HandleError::Failed(anyhow::anyhow!("the handler panicked: {}", panic_text(panic.as_ref()))))
         });
-        handled?;
         // A handler that swallowed an error of the database: the transaction is aborted, PostgreSQL answers its commit with
         // a rollback, and sqlx calls that a success. This statement fails there.
-        if !self.handler.ends_with_a_statement() {
-            sqlx::query("select 1").execute(&mut **tx).await?;
+        if handled.is_ok() && !self.handler.ends_with_a_statement() {
+            handled = sqlx::query("select 1").execute(&mut **tx).await.map(drop).map_err(HandleError::from);
         }
-        Ok(())
+        self.handling.store(false, Ordering::Relaxed);
+        let taken = clock::monotonic().saturating_duration_since(began);
+        handled.map_err(|error| Failure::of_handler(error, taken, self.silence))
     }
 
     fn count(&self, outcome: &'static str, messages: usize) {
@@ -320,10 +379,10 @@ impl<H: Handler> Desk<H> {
         .increment(messages as u64);
     }
 
-    fn count_dead_letter(&self, class: &str) {
+    fn count_dead_letters(&self, class: &str, messages: usize) {
         metrics::counter!("dlt_messages_total", "group" => self.config.group.clone(), "topic" => self.topic.clone(),
             "class" => class.to_owned())
-        .increment(1);
+        .increment(messages as u64);
     }
 }
 

@@ -2,30 +2,35 @@
 //!
 //! ```text
 //!  parked records that are due  ->  a batch of what has arrived  ->  its offset  ->  again
+//!                                     | it fails, or takes too long
+//!                                     v
+//!                                   portions: smaller ones, and the culprit alone
 //! ```
 //!
 //! After an unclean stop one of the records that come again may be what killed the process, though most such stops have
 //! another reason. So the first batches are noted before they are tried, and only when the process ends during one that
-//! was noted its records are taken one by one, each attempt counted. What is noted or counted is the only such thing that
-//! is tried in the process at that time: no two are suspected because of one death.
+//! was noted its records are taken one by one, each attempt counted. A counted attempt is the only one in its process: were
+//! another one made meanwhile, a death would be counted against both.
 //!
 //! Its invariant: an offset is stored only when every record up to it is handled, parked or dead-lettered in a
 //! transaction that is committed. When the process dies anywhere, the partition's next worker starts at or before what
 //! is done, and the inbox takes out what was.
 
 use super::{
-    Handler,
+    Handler, Message,
     buffer::Buffer,
-    failure::{Failure, Fault, Retry},
-    health::Pulse,
-    parking::{self, Due, LeftBehind, Noted, Parked},
+    claim::{self, Counted, Noted},
+    failure::{Failure, Fault, Remedy},
+    health::Report,
+    parking::{self, Due, Parked},
     poll::Offsets,
-    record::{Batch, Raw},
+    portion::{Portion, Portions},
+    record::{Batch, Poison, Raw},
     transaction::Desk,
 };
 use crate::{clock, fail_point::fail_point, gather::Gathering, inbox};
 use std::{
-    collections::HashSet,
+    convert::Infallible,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -35,14 +40,18 @@ use uuid::Uuid;
 
 /// How often a partition looks for parked records that somebody else made due.
 const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
-/// How long letting go of a partition in good order may take; while the database is away nobody should wait for that.
-const RELEASE_MAX: Duration = Duration::from_secs(1);
+/// How long the transaction that is open when the worker is to stop may take. With [`RELEASE_MAX`], less than the worker gets.
+const FINISH_MAX: Duration = Duration::from_secs(7);
+/// How long letting go of a partition in good order may take.
+const RELEASE_MAX: Duration = Duration::from_secs(2);
 /// Batches of few records begin at least so long after one another: what arrives meanwhile shares a transaction, whose
 /// fixed cost is that of dozens of records. One that comes alone does not wait for this.
 const GATHER: Duration = Duration::from_micros(1_500);
 const FEW: usize = 100;
-/// Most parked records that are tried before new ones get their turn.
+/// Most parked records that are tried before new ones get their turn, and how long trying them may take.
 const RETRIES_PER_TURN: usize = 32;
+const RETRIES_TURN: Duration = Duration::from_secs(1);
+
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
@@ -56,7 +65,7 @@ pub(super) struct Worker<H> {
     pub(super) desk: Desk<H>,
     pub(super) buffer: Arc<Buffer>,
     pub(super) offsets: Offsets,
-    pub(super) pulse: Arc<Pulse>,
+    pub(super) report: Report,
     pub(super) stop: CancellationToken,
     /// Made anew by each worker.
     pub(super) owner: Uuid,
@@ -65,20 +74,34 @@ pub(super) struct Worker<H> {
     /// What the process had noted when it ended: that is taken one by one.
     pub(super) noted: Option<Noted>,
     pub(super) look_at_parked: Instant,
-    /// Lanes in which something failed when they were taken in batches.
-    pub(super) stumbling: HashSet<i64>,
-    /// While an attempt is made that is noted or counted.
+    pub(super) portions: Portions,
+    /// The attempt that is counted and not decided.
+    pub(super) counted: Option<Counted>,
+    /// While a counted attempt is made.
     pub(super) alone: Mutex<Option<SemaphorePermit<'static>>>,
 }
 
 impl<H: Handler> Worker<H> {
-    /// Works until told to stop; the transaction that is open then is finished.
+    /// Works until told to stop; the transaction that is open then is finished, if that takes no longer than a bound.
     pub(super) async fn run(mut self) -> Ended {
-        let ended = match self.work().await {
-            Ok(never) => match never {},
-            Err(ended) => ended,
+        let stop = self.stop.clone();
+        let overdue = async {
+            stop.cancelled().await;
+            tokio::time::sleep(FINISH_MAX).await;
+        };
+        let ended = tokio::select! {
+            Err(ended) = self.work() => ended,
+            () = overdue => {
+                tracing::warn!(
+                    topic = self.desk.topic,
+                    partition = self.desk.partition,
+                    "the open transaction did not end within {FINISH_MAX:?} and is rolled back; its messages are handled again"
+                );
+                Ended::Stopped
+            }
         };
         self.desk.ahead.give_back();
+        self.be_with_others();
         // Without this the next worker is careful, which is slower and as right.
         if ended == Ended::Stopped {
             tokio::time::timeout(RELEASE_MAX, self.release()).await.ok();
@@ -87,21 +110,11 @@ impl<H: Handler> Worker<H> {
     }
 
     async fn release(&self) -> Result<(), sqlx::Error> {
-        let (pool, place) = (&self.desk.pool, self.desk.place());
-        match self.careful {
-            0 => parking::release(pool, place, self.owner).await,
-            // Nothing died of what we noted.
-            _ => parking::withdraw(pool, place, self.owner, self.noted).await,
-        }
+        claim::release(self.desk.brief().await?, self.desk.place(), self.owner, self.counted).await
     }
 
-    async fn work(&mut self) -> Result<std::convert::Infallible, Ended> {
-        let desk = &self.desk;
-        let left = self.must(|| async { Ok(parking::claim(&desk.pool, desk.place(), self.owner).await?) }).await?;
-        (self.careful, self.noted) = match left {
-            LeftBehind::Clean => (0, None),
-            LeftBehind::Unclean { noted } => (desk.config.batch_max, noted),
-        };
+    async fn work(&mut self) -> Result<Infallible, Ended> {
+        self.claim().await?;
         let mut gathering = Gathering::default();
         loop {
             self.retry_what_is_due().await?;
@@ -109,7 +122,7 @@ impl<H: Handler> Worker<H> {
             let raws = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return Err(Ended::Stopped),
-                raws = self.buffer.take(self.desk.config.batch_max, &mut gathering) => raws,
+                raws = self.buffer.take(self.portions.most(), &mut gathering) => raws,
                 () = tokio::time::sleep_until(self.look_at_parked.into()) => continue,
                 () = tokio::time::sleep_until(ahead.unwrap_or(self.look_at_parked).into()), if ahead.is_some() => {
                     self.desk.ahead.give_back();
@@ -126,6 +139,23 @@ impl<H: Handler> Worker<H> {
         }
     }
 
+    async fn claim(&mut self) -> Result<(), Ended> {
+        let desk = &self.desk;
+        let claim = || async {
+            let asked = clock::monotonic();
+            let claimed = claim::claim(desk.brief().await?, desk.place(), self.owner).await?;
+            desk.clock.set(claimed.time, asked);
+            Ok(claimed)
+        };
+        let claimed = self.must(claim).await?;
+        if !claimed.clean {
+            (self.careful, self.noted) = (desk.config.batch_max, claimed.noted);
+        }
+        // Where the server has no bound of its own, each transaction brings one.
+        self.desk.silence = if claimed.silence.is_zero() { self.desk.config.attempt_timeout } else { claimed.silence };
+        Ok(())
+    }
+
     /// Sees to it that every record is handled, parked or dead-lettered.
     async fn process(&mut self, mut raws: Vec<Raw>) -> Result<(), Ended> {
         let suspects = self.noted.filter(|_| self.careful > 0).map_or(0..0, Noted::suspects);
@@ -133,137 +163,222 @@ impl<H: Handler> Worker<H> {
         let others = rest.split_off(rest.partition_point(|raw| raw.offset < suspects.end));
         let (survived, suspects) = (raws, rest);
         if !survived.is_empty() {
-            self.in_one(survived, false).await?;
+            self.in_portions(survived, false).await?;
         }
         if !suspects.is_empty() {
-            self.one_by_one(self.decode(suspects)).await?;
+            self.one_by_one(suspects).await?;
         }
         if !others.is_empty() {
-            self.in_one(others, self.careful > 0).await?;
+            self.in_portions(others, self.careful > 0).await?;
         }
         Ok(())
     }
 
-    /// All of them in one transaction; when that goes wrong, each in one of its own.
-    async fn in_one(&mut self, raws: Vec<Raw>, noted: bool) -> Result<(), Ended> {
-        let last = raws.last().map_or(0, |raw| raw.offset);
-        let batch = self.decode(raws);
-        let taken = match noted {
-            true => self.take_noted(&batch, last).await?,
-            false => self.insist(|| self.desk.take(&batch)).await?,
-        };
-        match taken {
-            Ok(fresh) => self.careful = self.careful.saturating_sub(fresh),
-            Err(_) => self.one_by_one(batch).await?,
-        }
-        Ok(())
-    }
-
-    fn decode(&self, raws: Vec<Raw>) -> Batch {
-        Batch::decode(&self.desk.topic, self.desk.partition, raws, &self.desk.config, clock::now())
-    }
-
-    /// In one transaction like any batch, but alone, and when the process ends with it that is known.
-    async fn take_noted(&self, batch: &Batch, last: i64) -> Result<Result<usize, Fault>, Ended> {
-        self.be_alone().await?;
-        let taken = self.note_and_take(batch, last).await;
-        self.be_with_others();
-        taken
-    }
-
-    async fn note_and_take(&self, batch: &Batch, last: i64) -> Result<Result<usize, Fault>, Ended> {
-        let desk = &self.desk;
-        self.must(|| async { Ok(parking::note_batch(&desk.pool, desk.place(), self.owner, last).await?) }).await?;
-        let passed = || -> Result<(), Failure> {
-            fail_point!("consumer.after-note", &desk.config.group);
-            Ok(())
-        };
-        passed().map_err(|_| Ended::Crashed)?;
-        self.insist(|| desk.take(batch)).await
-    }
-
-    /// Each record in a transaction of its own, its attempt counted before.
-    async fn one_by_one(&mut self, batch: Batch) -> Result<(), Ended> {
-        self.desk.ahead.give_back();
-        // After an unclean stop most of what comes again is done: one question spares two commits for each of those.
-        let arrivals = batch.arrivals(&self.desk.config);
-        let pool = &self.desk.pool;
-        let known = self
-            .insist(|| async { Ok(inbox::known(pool, &self.desk.config.group, &arrivals).await?) })
-            .await?
-            .unwrap_or_else(|_| vec![false; arrivals.len()]);
-        let done: HashSet<i64> = batch
-            .messages
-            .iter()
-            .zip(known)
-            .filter(|(_, known)| *known)
-            .map(|(message, _)| message.at.offset)
-            .collect();
-        self.desk.count_duplicates(done.len());
-        for single in batch.into_singles() {
+    /// All of them in one transaction; when that goes wrong, in portions.
+    async fn in_portions(&mut self, raws: Vec<Raw>, noted: bool) -> Result<(), Ended> {
+        let mut rest = self.decode(raws).await?;
+        while !rest.is_empty() {
             // What is done is in the inbox; whoever has the partition next passes over it.
             if self.stop.is_cancelled() {
                 return Err(Ended::Stopped);
             }
-            if single.messages.iter().all(|message| !done.contains(&message.at.offset)) {
-                self.be_alone().await?;
-                let done = self.one(&single).await;
-                self.be_with_others();
-                done?;
+            match self.portions.next(rest.messages.len()) {
+                Portion::Together(size) if size >= rest.messages.len() => {
+                    let whole = std::mem::take(&mut rest);
+                    rest = self.together(whole, noted).await?;
+                }
+                Portion::Together(size) => {
+                    self.dead_letter_refused(&mut rest).await?;
+                    let portion = rest.split_first(size);
+                    let mut left = self.together(portion, noted).await?;
+                    left.append(rest);
+                    rest = left;
+                }
+                Portion::Alone => {
+                    self.dead_letter_refused(&mut rest).await?;
+                    let single = rest.split_first(1);
+                    self.alone(&single).await?;
+                }
             }
         }
         Ok(())
     }
 
-    async fn one(&mut self, single: &Batch) -> Result<(), Ended> {
+    /// What the inbox does not remember is refused, unless the clocks differ so much that nobody knows what that is.
+    async fn decode(&self, raws: Vec<Raw>) -> Result<Batch, Ended> {
         let desk = &self.desk;
-        let Some(message) = single.messages.first() else {
-            // Nothing to handle, a dead letter to write: no fault of the record can keep it from being written.
-            return self.must(|| desk.take(single)).await.map(drop);
-        };
-        let offset = message.at.offset;
-        let attempt =
-            self.must(|| async { Ok(parking::count_attempt(&desk.pool, desk.place(), offset).await?) }).await?;
-        self.pass_attempt_counted()?;
-        if attempt > desk.config.attempts {
-            let fault = fatal(desk.config.attempts);
-            return self.must(|| desk.give_up(single, desk.config.attempts, &fault)).await;
+        let mut batch = Batch::decode(&desk.topic, desk.partition, raws);
+        if batch.is_admissible(&desk.config, desk.clock.now()) {
+            return Ok(batch);
         }
-        match self.insist(|| desk.take(single)).await? {
-            Ok(fresh) => self.careful = self.careful.saturating_sub(fresh),
-            Err(fault) if fault.retry == Retry::Pointless || attempt >= desk.config.attempts => {
-                self.must(|| desk.give_up(single, attempt, &fault)).await?;
-                self.careful = self.careful.saturating_sub(1);
+        let judge = || async {
+            let asked = clock::monotonic();
+            desk.clock.set(claim::time(desk.brief().await?).await?, asked);
+            match desk.clock.check() {
+                Err(reason) if batch.has_doubtful_ages(&desk.config, desk.clock.now()) => Err(Failure::Configuration(
+                    format!("{reason}; messages that are too old for the inbox, or from the future, wait for that"),
+                )),
+                _ => Ok(()),
+            }
+        };
+        self.must(judge).await?;
+        batch.refuse_inadmissible(&desk.config, desk.clock.now());
+        Ok(batch)
+    }
+
+    /// Dead-letters what was refused, apart from what is handled in portions.
+    async fn dead_letter_refused(&self, batch: &mut Batch) -> Result<(), Ended> {
+        let refused = Batch { refused: std::mem::take(&mut batch.refused), ..Batch::default() };
+        if refused.is_empty() {
+            return Ok(());
+        }
+        self.must(|| self.desk.take(&refused)).await.map(drop)
+    }
+
+    /// In one transaction; gives back what is not handled.
+    async fn together(&mut self, mut batch: Batch, noted: bool) -> Result<Batch, Ended> {
+        let (size, began) = (batch.messages.len(), clock::monotonic());
+        if let (true, Some(last)) = (noted, batch.messages.last()) {
+            self.note(last.at.offset).await?;
+        }
+        loop {
+            let mut fault = match self.insist(|| self.desk.take(&batch)).await? {
+                Ok(fresh) => {
+                    let took = clock::monotonic().saturating_duration_since(began);
+                    self.careful = self.careful.saturating_sub(fresh);
+                    self.portions.handled(size, took, self.desk.config.attempt_timeout);
+                    return Ok(Batch::default());
+                }
+                Err(fault) => fault,
+            };
+            if let [message] = &batch.messages[..] {
+                fault.culprit = Some(message.envelope.id);
+            }
+            if is_poison(&mut batch.poison, &fault) {
+                continue;
+            }
+            let culprit = fault.culprit.and_then(|culprit| batch.position(culprit));
+            self.fails(size, &fault, culprit);
+            return Ok(batch);
+        }
+    }
+
+    fn fails(&mut self, size: usize, fault: &Fault, culprit: Option<usize>) {
+        let was_slow = self.portions.is_slow();
+        self.portions.failed(size, fault.remedy, culprit);
+        if self.portions.is_slow() && !was_slow {
+            let Desk { config, topic, partition, .. } = &self.desk;
+            tracing::warn!(
+                group = config.group,
+                topic,
+                partition,
+                messages = size,
+                reason = fault.reason,
+                "a batch took too long; smaller ones are tried until one is handled in time"
+            );
+        }
+    }
+
+    async fn note(&self, last: i64) -> Result<(), Ended> {
+        let desk = &self.desk;
+        let note = || async { Ok(claim::note_batch(desk.brief().await?, desk.place(), self.owner, last).await?) };
+        self.must(note).await?;
+        let passed = || -> Result<(), Failure> {
+            fail_point!("consumer.after-note", &desk.config.group);
+            Ok(())
+        };
+        passed().map_err(|_| Ended::Crashed)
+    }
+
+    /// Each record in a transaction of its own, its attempt counted before.
+    async fn one_by_one(&mut self, raws: Vec<Raw>) -> Result<(), Ended> {
+        self.desk.ahead.give_back();
+        let mut rest = self.decode(raws).await?;
+        self.dead_letter_refused(&mut rest).await?;
+        // After an unclean stop most of what comes again is done: one question spares two commits for each of those.
+        let desk = &self.desk;
+        let arrivals = rest.arrivals(&desk.config, desk.clock.now());
+        let known = || async {
+            let mut tx = desk.brief().await?;
+            Ok(inbox::known(&mut **tx, &desk.config.group, &arrivals).await?)
+        };
+        let known = self.must(known).await?;
+        desk.count_duplicates(known.iter().filter(|known| **known).count());
+        for known in known {
+            if self.stop.is_cancelled() {
+                return Err(Ended::Stopped);
+            }
+            let single = rest.split_first(1);
+            if !known {
+                self.alone(&single).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A single record, counted, while no other counted attempt is made in the process.
+    async fn alone(&mut self, single: &Batch) -> Result<(), Ended> {
+        let Some(message) = single.messages.first() else { return Ok(()) };
+        self.be_alone().await?;
+        let done = self.count_and_take(single, message).await;
+        self.be_with_others();
+        done?;
+        self.counted = None;
+        Ok(())
+    }
+
+    async fn count_and_take(&mut self, single: &Batch, message: &Message) -> Result<(), Ended> {
+        let (desk, offset, began) = (&self.desk, message.at.offset, clock::monotonic());
+        let count = || async { Ok(claim::count_attempt(desk.brief().await?, desk.place(), offset).await?) };
+        let attempt = self.must(count).await?;
+        self.counted = Some(Counted::Fresh);
+        self.pass_attempt_counted()?;
+        let desk = &self.desk;
+        let taken = match attempt > desk.config.attempts {
+            true => Err(fatal(desk.config.attempts)),
+            false => self.insist(|| desk.take(single)).await?,
+        };
+        match taken {
+            Ok(fresh) => {
+                let took = clock::monotonic().saturating_duration_since(began);
+                self.careful = self.careful.saturating_sub(fresh);
+                self.portions.handled(1, took, self.desk.config.attempt_timeout);
+                return Ok(());
+            }
+            Err(fault) if fault.remedy == Remedy::Nothing || attempt >= desk.config.attempts => {
+                self.must(|| desk.give_up(single, attempt.min(desk.config.attempts), &fault)).await?;
             }
             Err(fault) => {
                 self.must(|| desk.park(single, attempt, &fault)).await?;
-                self.careful = self.careful.saturating_sub(1);
                 self.look_at_parked = self.look_at_parked.min(clock::monotonic() + desk.delay(attempt, offset));
             }
         }
+        self.careful = self.careful.saturating_sub(1);
+        self.portions.set_aside();
         Ok(())
     }
 
-    /// Tries the parked records whose time has come, within a turn's bound.
+    /// Tries the parked records whose time has come, within a turn's bounds.
     async fn retry_what_is_due(&mut self) -> Result<(), Ended> {
+        let began = clock::monotonic();
         for _ in 0..RETRIES_PER_TURN {
-            if clock::monotonic() < self.look_at_parked {
+            let now = clock::monotonic();
+            if now < self.look_at_parked || now > began + RETRIES_TURN {
                 return Ok(());
             }
             self.desk.ahead.give_back();
             let desk = &self.desk;
-            let due = self.must(|| async { Ok(parking::next_due(&desk.pool, desk.place()).await?) }).await?;
-            match due {
-                Due::Nothing => {
-                    self.stumbling.clear();
-                    self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED;
-                }
+            let due = || async { Ok(parking::next_due(desk.brief().await?, desk.place()).await?) };
+            match self.must(due).await? {
+                Due::Nothing => self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED,
                 Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
                 Due::Now(parked) => {
                     self.be_alone().await?;
-                    let retried = self.retry(&parked).await;
+                    let retried = self.count_and_retry(&parked).await;
                     self.be_with_others();
-                    if let Some(lane) = retried? {
+                    let handled = retried?;
+                    self.counted = None;
+                    if let (true, Some(lane)) = (handled, parked.lane) {
                         self.drain(lane).await?;
                     }
                 }
@@ -272,47 +387,49 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// Tries a parked record once more; names the lane that waited behind it when it is handled.
-    async fn retry(&mut self, parked: &Parked) -> Result<Option<i64>, Ended> {
-        let desk = &self.desk;
-        let delay = desk.delay(parked.attempts + 1, parked.message.at.offset);
-        let counted = self.must(|| async { Ok(parking::count_retry(&desk.pool, parked.id, delay).await?) }).await?;
-        let Some(attempt) = counted else { return Ok(None) };
+    /// Tries a parked record once more; says whether it is handled.
+    async fn count_and_retry(&mut self, parked: &Parked) -> Result<bool, Ended> {
+        let (desk, offset) = (&self.desk, parked.message.at.offset);
+        let delay = desk.delay(parked.attempts + 1, offset);
+        let count = || async { Ok(parking::count_retry(desk.brief().await?, parked.id, delay).await?) };
+        let Some(attempt) = self.must(count).await? else { return Ok(false) };
+        self.counted = Some(Counted::Parked { id: parked.id });
         self.pass_attempt_counted()?;
-        if attempt > desk.config.attempts {
-            let fault = fatal(desk.config.attempts);
-            return self.must(|| desk.give_up_parked(parked, desk.config.attempts, &fault)).await.map(|()| None);
+        let desk = &self.desk;
+        let retried = match attempt > desk.config.attempts {
+            true => Err(fatal(desk.config.attempts)),
+            false => self.insist(|| desk.retry(parked)).await?,
+        };
+        let Err(fault) = retried else { return Ok(true) };
+        if fault.remedy == Remedy::Nothing || attempt >= desk.config.attempts {
+            self.must(|| desk.give_up_parked(parked, attempt.min(desk.config.attempts), &fault)).await?;
+        } else {
+            let note = || async { Ok(parking::note(desk.brief().await?, parked.id, delay, &fault).await?) };
+            self.must(note).await?;
         }
-        match self.insist(|| desk.retry(parked)).await? {
-            Ok(()) => Ok(parked.lane),
-            Err(fault) => {
-                if let Some(lane) = parked.lane {
-                    self.stumbling.remove(&lane);
-                }
-                let desk = &self.desk;
-                if fault.retry == Retry::Pointless || attempt >= desk.config.attempts {
-                    self.must(|| desk.give_up_parked(parked, attempt, &fault)).await?;
-                } else {
-                    self.must(|| async { Ok(parking::note(&desk.pool, parked.id, &fault).await?) }).await?;
-                }
-                Ok(None)
-            }
-        }
+        Ok(false)
     }
 
-    /// Handles in batches what waited behind a record that is now handled. When one of it fails, all of it is taken one
-    /// by one until the culprit has been found; likewise while a record may kill, as nothing is counted here.
+    /// Handles together what waited behind a record that is now handled, until a culprit is the first of it, which is due.
+    /// While a record may kill, each is tried alone, as nothing is counted here.
     async fn drain(&mut self, lane: i64) -> Result<(), Ended> {
-        while self.careful == 0 && !self.stumbling.contains(&lane) && !self.stop.is_cancelled() {
-            let desk = &self.desk;
-            match self.insist(|| desk.drain(lane)).await? {
-                Ok(drained) if drained < desk.config.batch_max => break,
-                Ok(_) => {}
-                Err(_) => {
-                    self.stumbling.insert(lane);
+        let (mut portions, mut poison) = (self.portions, Poison::new());
+        while self.careful == 0 && !self.stop.is_cancelled() {
+            let (desk, began) = (&self.desk, clock::monotonic());
+            let Portion::Together(size) = portions.next(desk.config.batch_max) else { break };
+            match self.insist(|| desk.drain(lane, size, &poison)).await? {
+                Ok(drained) => {
+                    let took = clock::monotonic().saturating_duration_since(began);
+                    portions.handled(drained, took, desk.config.attempt_timeout);
+                    if drained < size {
+                        break;
+                    }
                 }
+                Err(fault) if is_poison(&mut poison, &fault) => {}
+                Err(fault) => portions.failed(size, fault.remedy, None),
             }
         }
+        self.portions.fit_like(&portions);
         Ok(())
     }
 
@@ -336,7 +453,15 @@ impl<H: Handler> Worker<H> {
     }
 }
 
+/// Notes that a message, which the handler has named, is poison; not if that has not helped.
+fn is_poison(known: &mut Poison, fault: &Fault) -> bool {
+    match (fault.remedy, fault.culprit) {
+        (Remedy::Nothing, Some(message)) => known.insert(message, fault.clone()).is_none(),
+        _ => false,
+    }
+}
+
 /// The fault of a record that was never seen to fail and has used up its attempts: the process died each time.
 fn fatal(attempts: u32) -> Fault {
-    Fault::new("unclean-stop", &format!("the process ended during each of {attempts} attempts"), Retry::Pointless)
+    Fault::new("unclean-stop", &format!("the process ended during each of {attempts} attempts"), Remedy::Nothing)
 }

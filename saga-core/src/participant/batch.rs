@@ -162,7 +162,8 @@ async fn begin(
         Op::Do => (command.cx.clone(), None),
         Op::Undo => (CommandContext { undoes: fence.run_command, ..command.cx.clone() }, ran),
     };
-    command.entry.begin(tx, &cx, command.payload, ran).instrument(command.span.clone()).await
+    let begun = command.entry.begin(tx, &cx, command.payload, ran).instrument(command.span.clone()).await;
+    begun.map_err(|error| error.of(command.cx.message))
 }
 
 impl Changes {
@@ -175,7 +176,8 @@ impl Changes {
             Some(known) if known != command.cx.saga.command => Err(HandleError::Poison(format!(
                 "command {} of step {:?} has the place of command {known}",
                 command.cx.saga.command, command.key.step
-            ))),
+            ))
+            .of(command.cx.message)),
             _ => Ok(fence),
         }
     }

@@ -147,12 +147,14 @@ impl Participant {
         }
     }
 
-    /// A command as it is to be handled, or why it never can be.
+    /// A command as it is to be handled, or why it never can be. A type that this build does not know may be one of a build
+    /// that is being rolled out: it is tried again, and its saga's orchestrator resends it.
     fn parse<'a>(&'a self, message: &'a Message) -> Result<Incoming<'a>, HandleError> {
         let envelope = &message.envelope;
         let poison = |reason: String| HandleError::Poison(reason);
         let Some((kind, entry)) = self.entries.get_key_value(envelope.kind.as_str()) else {
-            return Err(poison(format!("{} does not know the command type {:?}", self.name, envelope.kind)));
+            let unknown = anyhow::anyhow!("{} does not know the command type {:?}", self.name, envelope.kind);
+            return Err(HandleError::Failed(unknown));
         };
         let saga = envelope.saga.clone().ok_or_else(|| poison("the command has no saga headers".into()))?;
         if saga.op != entry.op() {
@@ -190,7 +192,8 @@ impl Participant {
 
 impl Handler for Participant {
     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
-        let commands = batch.iter().map(|message| self.parse(message)).collect::<Result<Vec<_>, _>>()?;
+        let parse = |message| self.parse(message).map_err(|error| error.of(message.envelope.id));
+        let commands = batch.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
         let here = (batch[0].at.topic.clone(), batch[0].at.partition);
         // Until this has ended well: whatever happens, be it a panic, may be due to what the short way assumes.
         if !self.careful().insert(here.clone()) {

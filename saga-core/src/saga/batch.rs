@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     error_class::{ErrorClass, classify, classify_chain},
-    id::SagaId,
+    id::{MessageId, SagaId},
     outbox::Tx,
     panics::panic_text,
 };
@@ -34,7 +34,7 @@ pub(super) enum BatchError {
     Effect(anyhow::Error),
     /// A reply that answers its saga's open command cannot be understood.
     #[error("{0}")]
-    Poison(String),
+    Poison(String, Option<MessageId>),
 }
 
 impl BatchError {
@@ -43,7 +43,7 @@ impl BatchError {
         match self {
             Self::Database(error) => error,
             Self::Effect(error) => sqlx::Error::Io(std::io::Error::other(format!("{error:#}"))),
-            Self::Poison(why) => sqlx::Error::InvalidArgument(why),
+            Self::Poison(why, _) => sqlx::Error::InvalidArgument(why),
         }
     }
 
@@ -52,7 +52,7 @@ impl BatchError {
         match self {
             Self::Database(error) => classify(error),
             Self::Effect(error) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own),
-            Self::Poison(_) => ErrorClass::Own,
+            Self::Poison(..) => ErrorClass::Own,
         }
     }
 }

@@ -135,7 +135,7 @@ impl<'m> Case<'m> {
             && let Ok(open) = answers(&self.definition, &self.row.state, reply)
             && let Err(flaw) = self.check(&open, reply, flaw)
         {
-            return Err(BatchError::Poison(flaw));
+            return Err(BatchError::Poison(flaw, cause.map(|cause| cause.id)));
         }
         let (state, effects) = decide(&self.definition, &self.row.state, &event, now);
         self.verdicts.push(effects.verdict);

@@ -43,11 +43,13 @@ pub struct ReplyHandler {
 
 impl Handler for ReplyHandler {
     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
-        let replies = batch.iter().map(Incoming::from_message).collect::<Result<Vec<_>, _>>()?;
+        let read = |message| Incoming::from_message(message).map_err(|error| error.of(message.envelope.id));
+        let replies = batch.iter().map(read).collect::<Result<Vec<_>, _>>()?;
         self.engine.take_replies(tx, replies).await.map_err(|error| match error {
             BatchError::Database(error) => HandleError::Database(error),
             BatchError::Effect(error) => HandleError::Failed(error),
-            BatchError::Poison(why) => HandleError::Poison(why),
+            BatchError::Poison(why, Some(message)) => HandleError::Poison(why).of(message),
+            BatchError::Poison(why, None) => HandleError::Poison(why),
         })
     }
 

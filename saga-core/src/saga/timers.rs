@@ -195,7 +195,7 @@ impl Engine {
         let mut attempt = sqlx::Acquire::begin(&mut *tx).await?;
         match self.take_replies(&mut attempt, replies.iter().map(Incoming::from_undecided).collect()).await {
             Ok(()) => attempt.commit().await?,
-            Err(BatchError::Poison(why)) => {
+            Err(BatchError::Poison(why, _)) => {
                 attempt.rollback().await?;
                 tracing::error!(
                     saga = %reply.saga,

@@ -28,13 +28,13 @@ pub use waiting::eventually;
 /// [`HandleError::Again`], then the commit.
 ///
 /// # Errors
-/// What the handler says otherwise, or the database; nothing is committed then.
+/// What the handler says otherwise, without the name of its message, or the database; nothing is committed then.
 pub async fn deliver(pool: &PgPool, handler: &impl Handler, batch: &[Message]) -> Result<(), HandleError> {
     loop {
         let mut tx = pool.begin().await?;
         match handler.handle(&mut tx, batch).await {
             Err(HandleError::Again) => tx.rollback().await?,
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.parts().1),
             Ok(()) => {
                 tx.commit().await?;
                 handler.committed();

@@ -1,0 +1,167 @@
+//! The SQL of `inbox_partition`: which worker has a partition, and what it is trying that its process may die of.
+//!
+//! A process that dies leaves `clean` unset. One death is nobody's fault, so the next worker notes its first batches before it
+//! tries them. A record of a batch that a process died in after it was noted is tried alone, and counted before.
+//! A worker that stops in good order takes back what it has noted, and the attempt that it has counted and not decided.
+
+use crate::{inbox::Place, transaction::Transaction};
+use sqlx::Row;
+use std::{ops::Range, time::Duration};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// What a row of `inbox_partition` said before we took the partition, and what the database says of itself.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Claimed {
+    /// The worker before let go in good order, or there was none. If not, its process may have died of one of its records.
+    pub(super) clean: bool,
+    /// What was noted last before it was tried.
+    pub(super) noted: Option<Noted>,
+    /// The database's clock.
+    pub(super) time: OffsetDateTime,
+    /// How long the server lets a transaction be silent, unless the transaction says otherwise. 0: for ever.
+    pub(super) silence: Duration,
+}
+
+/// What was noted last before it was tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Noted {
+    /// The offset of the record that was tried alone, or of the last one of a batch.
+    offset: i64,
+    /// 0: it was a batch.
+    attempts: i32,
+}
+
+impl Noted {
+    /// The offsets of what may have killed. What is before them survived: a record is tried alone when all before it in its
+    /// partition is done. (A batch begins where what is done ends.)
+    pub(super) fn suspects(self) -> Range<i64> {
+        let end = self.offset.saturating_add(1);
+        if self.attempts > 0 { self.offset..end } else { i64::MIN..end }
+    }
+}
+
+/// An attempt at a single record that is counted, and not yet decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Counted {
+    /// At the record that `inbox_partition` names.
+    Fresh,
+    /// At a parked record.
+    Parked {
+        /// Its row's.
+        id: i64,
+    },
+}
+
+/// Takes the partition for `owner`.
+pub(super) async fn claim(mut tx: Transaction, place: Place<'_>, owner: Uuid) -> Result<Claimed, sqlx::Error> {
+    let row = sqlx::query(
+        "with before as (
+             select clean, record_offset, attempts
+               from inbox_partition
+              where consumer = $1 and topic = $2 and partition = $3
+         ), taken as (
+             insert into inbox_partition (consumer, topic, partition, owner)
+             values ($1, $2, $3, $4)
+                 on conflict (consumer, topic, partition)
+                 do update set owner = excluded.owner, clean = false, taken_at = now()
+         )
+         select coalesce(clean, true) as clean, record_offset, attempts, clock_timestamp() as time,
+                extract(epoch from current_setting('idle_in_transaction_session_timeout')::interval)::float8 as silence
+           from (values (1)) as always left join before on true",
+    )
+    .bind(place.consumer)
+    .bind(place.topic)
+    .bind(place.partition)
+    .bind(owner)
+    .fetch_one(&mut **tx)
+    .await?;
+    tx.commit_quietly().await?;
+    let noted = row.try_get::<Option<i64>, _>("record_offset")?.zip(row.try_get("attempts")?);
+    Ok(Claimed {
+        clean: row.try_get("clean")?,
+        noted: noted.map(|(offset, attempts)| Noted { offset, attempts }),
+        time: row.try_get("time")?,
+        silence: Duration::try_from_secs_f64(row.try_get("silence")?).unwrap_or_default(),
+    })
+}
+
+/// Says that `owner` let go in good order: nothing died of what it had, so the batch that it noted is forgotten, and an
+/// attempt that is not decided was none. Nothing if another worker has taken the partition.
+pub(super) async fn release(
+    mut tx: Transaction,
+    place: Place<'_>,
+    owner: Uuid,
+    undecided: Option<Counted>,
+) -> Result<(), sqlx::Error> {
+    let released = sqlx::query(
+        "update inbox_partition
+            set clean = true, attempts = greatest(attempts - $5, 0),
+                record_offset = case when attempts > $5 then record_offset end
+          where consumer = $1 and topic = $2 and partition = $3 and owner = $4",
+    )
+    .bind(place.consumer)
+    .bind(place.topic)
+    .bind(place.partition)
+    .bind(owner)
+    .bind(i32::from(undecided == Some(Counted::Fresh)))
+    .execute(&mut **tx)
+    .await?;
+    if let (Some(Counted::Parked { id }), 1) = (undecided, released.rows_affected()) {
+        sqlx::query(
+            "update inbox_parked set attempts = attempts - 1, next_attempt_at = clock_timestamp() where id = $1",
+        )
+        .bind(id)
+        .execute(&mut **tx)
+        .await?;
+    }
+    tx.commit_quietly().await
+}
+
+/// Counts an attempt at the record at `offset`, before it is made, and says which it is.
+pub(super) async fn count_attempt(mut tx: Transaction, place: Place<'_>, offset: i64) -> Result<u32, sqlx::Error> {
+    let attempts: i32 = sqlx::query_scalar(
+        "update inbox_partition
+            set attempts = case when record_offset = $4 then attempts + 1 else 1 end, record_offset = $4
+          where consumer = $1 and topic = $2 and partition = $3
+         returning attempts",
+    )
+    .bind(place.consumer)
+    .bind(place.topic)
+    .bind(place.partition)
+    .bind(offset)
+    .fetch_one(&mut **tx)
+    .await?;
+    tx.commit_quietly().await?;
+    Ok(attempts.unsigned_abs())
+}
+
+/// Notes that the records up to the one at `last` are about to be tried together; nothing if another worker has taken
+/// the partition.
+pub(super) async fn note_batch(
+    mut tx: Transaction,
+    place: Place<'_>,
+    owner: Uuid,
+    last: i64,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update inbox_partition
+            set record_offset = $5, attempts = 0
+          where consumer = $1 and topic = $2 and partition = $3 and owner = $4",
+    )
+    .bind(place.consumer)
+    .bind(place.topic)
+    .bind(place.partition)
+    .bind(owner)
+    .bind(last)
+    .execute(&mut **tx)
+    .await?;
+    tx.commit_quietly().await
+}
+
+/// What the database's clock says.
+pub(super) async fn time(mut tx: Transaction) -> Result<OffsetDateTime, sqlx::Error> {
+    let time = sqlx::query_scalar("select clock_timestamp()").fetch_one(&mut **tx).await?;
+    tx.commit_quietly().await?;
+    Ok(time)
+}
