@@ -150,12 +150,11 @@ mod tests {
     }
 
     #[test]
-    fn one_culprit_in_five_hundred_is_found_in_eleven_attempts_at_most() {
+    fn one_culprit_in_five_hundred_costs_eleven_attempts_more_at_most() {
         for culprit in 0..500 {
             let mut portions = Portions::new(500);
             let (sizes, alone) = handle(&mut portions, 500, &BTreeSet::from([culprit]), Duration::ZERO);
-            let growing = if culprit == 0 { 9 } else { 2 };
-            assert!(sizes.len() <= 10 + growing, "{culprit}: {sizes:?}");
+            assert!(sizes.len() <= 12, "{culprit}: {sizes:?}");
             assert!(alone.contains(&culprit) && alone.len() <= 2, "{culprit}: {alone:?}");
         }
     }
@@ -163,7 +162,8 @@ mod tests {
     #[test]
     fn where_all_fail_hardly_any_attempt_is_in_vain() {
         let (sizes, alone) = handle(&mut Portions::new(500), 500, &(0..500).collect(), Duration::ZERO);
-        assert_eq!((sizes.len(), alone.len()), (509, 500), "{sizes:?}");
+        // But for those that find the first, and the second.
+        assert_eq!((sizes.len(), alone.len()), (518, 500), "{sizes:?}");
     }
 
     #[test]

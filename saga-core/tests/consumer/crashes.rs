@@ -82,10 +82,10 @@ async fn loses_a_commit_of_what_failed(edge: &str, skip: usize) {
         [("a", "twice"), ("a", "1"), ("b", "poison"), ("c", "never"), ("a", "2"), ("b", "3"), ("c", "4"), ("d", "5")];
     fixture.send(&told.map(|(key, value)| event(key, value))).await;
     let tries = AtomicUsize::new(0);
-    // In the batch, and alone.
+    // In the batch, and alone: it names its message.
     let fails_twice = move || tries.fetch_add(1, Ordering::SeqCst) < 2;
     let running = fixture.start_with(move |message| match message.payload.as_deref() {
-        Some(b"twice") if fails_twice() => Err(anyhow::anyhow!("not yet").into()),
+        Some(b"twice") if fails_twice() => Err(HandleError::Failed(anyhow::anyhow!("not yet")).of(message.envelope.id)),
         Some(b"never") => Err(anyhow::anyhow!("never").into()),
         Some(b"poison") => Err(HandleError::Poison("unknown".into())),
         _ => Ok(()),
@@ -238,14 +238,14 @@ async fn after_a_stop_in_good_order_nothing_is_noted_any_more() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stop_in_good_order_while_a_noted_batch_waits_for_its_next_try_withdraws_the_note() {
+async fn a_stop_in_good_order_while_a_noted_batch_is_tried_withdraws_the_note() {
     let fixture = a_batch_of_thirty_at_most().await;
     fixture.send(&events(5, 20)).await;
     dies(&fixture).await;
     let stalled = fixture.start_with(|_| Err(HandleError::Again));
     eventually(SOON, || async { left_behind(&fixture).await.1 }).await;
     stalled.stop().await;
-    assert_eq!(left_behind(&fixture).await, (false, None, 0), "nothing died of it");
+    assert_eq!(left_behind(&fixture).await, (true, None, 0), "nothing died of it");
     let next = fixture.start();
     assert_complete(&fixture.until_handled(20).await, 5, 20);
     next.stop().await;

@@ -76,8 +76,8 @@ async fn after_the_last_attempt_a_record_is_dead_lettered_and_its_successors_pro
     assert_eq!((header("x-attempts"), header("x-error-class")), ("3".into(), "failed".into()));
     assert_eq!(header("x-error-message"), "could not pick: the shelf is gone");
     assert_eq!(header("id"), failing.to_string());
-    // Three counted attempts; and the one within the batch that showed that something is wrong, if it was in one.
-    assert!((3..=4).contains(&attempts.load(Ordering::SeqCst)), "{attempts:?}");
+    // Three counted attempts; and those that found it in its batch of at most four.
+    assert!((3..=5).contains(&attempts.load(Ordering::SeqCst)), "{attempts:?}");
     fixture.until_unparked().await;
 
     // Published once more, it is known: given up is given up.
@@ -220,7 +220,7 @@ async fn while_the_database_is_away_it_is_not_ready_and_then_goes_on_by_itself()
     fixture.database.shut().await;
     fixture.send(&sent[200..]).await;
     eventually(SOON, || async {
-        running.health.check().is_err_and(|reason| reason.starts_with("the database")).then_some(())
+        running.health.check().is_err_and(|reason| reason.starts_with("database ")).then_some(())
     })
     .await;
     fixture.database.open().await;

@@ -5,5 +5,7 @@ mod crashes;
 mod delivery;
 mod failures;
 mod outages;
+mod setup;
+mod slow;
 
 mod support;

@@ -9,6 +9,7 @@ use saga_core::{
     service::messaging_migrations,
     testkit::{Record, TestDatabase, TestTopic, brokers, eventually, produce, unique},
 };
+use sqlx::PgPool;
 use std::{
     sync::{
         Arc, Mutex,
@@ -121,8 +122,21 @@ impl Fixture {
         self.start_with(|_| Ok(()))
     }
 
+    /// With a pool of its own.
+    pub(crate) fn start_on(&self, pool: &PgPool) -> Running {
+        self.start_on_with(pool, |_| Ok(()))
+    }
+
     pub(crate) fn start_with(
         &self,
+        opinion: impl Fn(&Message) -> Result<(), HandleError> + Send + Sync + 'static,
+    ) -> Running {
+        self.start_on_with(&self.database.pool, opinion)
+    }
+
+    fn start_on_with(
+        &self,
+        pool: &PgPool,
         opinion: impl Fn(&Message) -> Result<(), HandleError> + Send + Sync + 'static,
     ) -> Running {
         let (gate, gated) = tokio::sync::watch::channel(true);
@@ -132,7 +146,7 @@ impl Fixture {
             commits: AtomicUsize::default(),
             batches: Mutex::default(),
         });
-        let consumer = Consumer::new(self.config.clone(), self.database.pool.clone(), Arc::clone(&recorder));
+        let consumer = Consumer::new(self.config.clone(), pool.clone(), Arc::clone(&recorder));
         let (health, stop) = (consumer.health(), CancellationToken::new());
         let task = tokio::spawn(consumer.run(stop.clone()));
         Running { recorder, gate, health, stop, task }
