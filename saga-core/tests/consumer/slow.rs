@@ -36,7 +36,9 @@ impl Handler for Obedient {
                     let lock = sqlx::query("select pg_advisory_xact_lock($1)").bind(LOCK);
                     lock.execute(&mut **tx).await?;
                 }
-                "slow" => drop(sqlx::query("select pg_sleep(0.02)").execute(&mut **tx).await?),
+                "slow" => {
+                    sqlx::query("select pg_sleep(0.02)").execute(&mut **tx).await?;
+                }
                 _ => {}
             }
             let key = String::from_utf8_lossy(message.key.as_deref().unwrap_or_default()).into_owned();
