@@ -29,6 +29,7 @@ mod patience;
 mod poll;
 mod portion;
 mod record;
+mod retries;
 mod transaction;
 mod worker;
 

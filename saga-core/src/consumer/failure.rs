@@ -1,6 +1,6 @@
 //! What went wrong, and whose fault it is.
 //!
-//! The line that everything hangs on is [`error_class`]: what passes by itself (a deadlock, a lost connection, a server
+//! The line that everything hangs on is drawn by `error_class`: what passes by itself (a deadlock, a lost connection, a server
 //! that restarts), what is stale, and what an operator has to set right are repeated and counted nowhere, however long that
 //! takes. Anything else is the fault of a record, and counted. So is a handler that needs longer than its bounds: which
 //! records it needs so long for is found by making the batch smaller.

@@ -2,12 +2,12 @@
 //! kind in the process.
 
 use super::{
-    HandleError, Handler,
+    Handler,
     failure::{Failure, Fault, Remedy},
     worker::{Ended, Worker},
 };
 use crate::{
-    error_class::renew_connections,
+    error_class::{ErrorClass, classify, renew_connections},
     inbox::{self, FUTURE_MAX},
     retry::Backoff,
 };
@@ -43,7 +43,7 @@ impl<H: Handler> Worker<H> {
                 }
                 Err(failure) => failure,
             };
-            let was_silent = std::mem::take(&mut silent);
+            let (was_silent, was_again) = (std::mem::take(&mut silent), std::mem::take(&mut again));
             match failure {
                 Failure::Fault(fault) => {
                     self.report.works();
@@ -55,13 +55,16 @@ impl<H: Handler> Worker<H> {
                 #[cfg(feature = "testkit")]
                 Failure::Crash => return Err(Ended::Crashed),
                 // At once, unless it wants that over and over.
-                Failure::Again if !again => {
+                Failure::Again if !was_again => {
                     again = true;
                     continue;
                 }
-                Failure::Again => self.report.fails(&HandleError::Again.to_string()),
+                Failure::Again => {
+                    again = true;
+                    self.report.is_misconfigured("its handler wants the same batch again and again");
+                }
                 Failure::Configuration(reason) => self.report.is_misconfigured(&reason),
-                Failure::Unprepared => self.prepare().await,
+                Failure::Unprepared => self.prepare(failures).await,
                 // What works at the second try is not worth a word.
                 Failure::Passing(_) if failures == 0 => {}
                 Failure::Passing(reason) => self.report.fails(&reason),
@@ -73,7 +76,6 @@ impl<H: Handler> Worker<H> {
                 }
             }
             failures += 1;
-            again = false;
             self.pause(delays.next().unwrap_or(PATIENCE.max)).await?;
         }
     }
@@ -97,12 +99,17 @@ impl<H: Handler> Worker<H> {
     }
 
     /// Makes the inbox's partitions: upkeep is behind.
-    async fn prepare(&self) {
+    async fn prepare(&self, failures: usize) {
         // What is refused for its age never comes here, so a partition can be made.
         const { assert!(FUTURE_MAX.as_secs() < 14 * 24 * 3600) };
         let made = self.desk.bound().within(inbox::add_partitions(&self.desk.pool, self.desk.config.horizon)).await;
-        if let Err(error) = made {
-            self.report.fails(&format!("an inbox partition is missing and could not be made: {error}"));
+        match made {
+            Ok(_) if failures == 0 => {}
+            Ok(_) => self.report.is_misconfigured("the inbox has no partition for a message that it ought to remember"),
+            Err(error) if classify(&error) == ErrorClass::Configuration => {
+                self.report.is_misconfigured(&format!("the inbox's partitions cannot be made: {error}"));
+            }
+            Err(error) => self.report.fails(&error.to_string()),
         }
     }
 

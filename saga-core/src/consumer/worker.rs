@@ -22,7 +22,6 @@ use super::{
     claim::{self, Counted, Noted},
     failure::{Failure, Fault, Remedy},
     health::Report,
-    parking::{self, Due, Parked},
     poll::Offsets,
     portion::{Portion, Portions},
     record::{Batch, Poison, Raw},
@@ -38,19 +37,14 @@ use tokio::sync::SemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// How often a partition looks for parked records that somebody else made due.
-const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
 /// How long the transaction that is open when the worker is to stop may take. With [`RELEASE_MAX`], less than the worker gets.
-const FINISH_MAX: Duration = Duration::from_secs(7);
+const FINISH_MAX: Duration = Duration::from_secs(6);
 /// How long letting go of a partition in good order may take.
-const RELEASE_MAX: Duration = Duration::from_secs(2);
+const RELEASE_MAX: Duration = Duration::from_secs(3);
 /// Batches of few records begin at least so long after one another: what arrives meanwhile shares a transaction, whose
 /// fixed cost is that of dozens of records. One that comes alone does not wait for this.
 const GATHER: Duration = Duration::from_micros(1_500);
 const FEW: usize = 100;
-/// Most parked records that are tried before new ones get their turn, and how long trying them may take.
-const RETRIES_PER_TURN: usize = 32;
-const RETRIES_TURN: Duration = Duration::from_secs(1);
 
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -358,81 +352,6 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// Tries the parked records whose time has come, within a turn's bounds.
-    async fn retry_what_is_due(&mut self) -> Result<(), Ended> {
-        let began = clock::monotonic();
-        for _ in 0..RETRIES_PER_TURN {
-            let now = clock::monotonic();
-            if now < self.look_at_parked || now > began + RETRIES_TURN {
-                return Ok(());
-            }
-            self.desk.ahead.give_back();
-            let desk = &self.desk;
-            let due = || async { Ok(parking::next_due(desk.brief().await?, desk.place()).await?) };
-            match self.must(due).await? {
-                Due::Nothing => self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED,
-                Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
-                Due::Now(parked) => {
-                    self.be_alone().await?;
-                    let retried = self.count_and_retry(&parked).await;
-                    self.be_with_others();
-                    let handled = retried?;
-                    self.counted = None;
-                    if let (true, Some(lane)) = (handled, parked.lane) {
-                        self.drain(lane).await?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Tries a parked record once more; says whether it is handled.
-    async fn count_and_retry(&mut self, parked: &Parked) -> Result<bool, Ended> {
-        let (desk, offset) = (&self.desk, parked.message.at.offset);
-        let delay = desk.delay(parked.attempts + 1, offset);
-        let count = || async { Ok(parking::count_retry(desk.brief().await?, parked.id, delay).await?) };
-        let Some(attempt) = self.must(count).await? else { return Ok(false) };
-        self.counted = Some(Counted::Parked { id: parked.id });
-        self.pass_attempt_counted()?;
-        let desk = &self.desk;
-        let retried = match attempt > desk.config.attempts {
-            true => Err(fatal(desk.config.attempts)),
-            false => self.insist(|| desk.retry(parked)).await?,
-        };
-        let Err(fault) = retried else { return Ok(true) };
-        if fault.remedy == Remedy::Nothing || attempt >= desk.config.attempts {
-            self.must(|| desk.give_up_parked(parked, attempt.min(desk.config.attempts), &fault)).await?;
-        } else {
-            let note = || async { Ok(parking::note(desk.brief().await?, parked.id, delay, &fault).await?) };
-            self.must(note).await?;
-        }
-        Ok(false)
-    }
-
-    /// Handles together what waited behind a record that is now handled, until a culprit is the first of it, which is due.
-    /// While a record may kill, each is tried alone, as nothing is counted here.
-    async fn drain(&mut self, lane: i64) -> Result<(), Ended> {
-        let (mut portions, mut poison) = (self.portions, Poison::new());
-        while self.careful == 0 && !self.stop.is_cancelled() {
-            let (desk, began) = (&self.desk, clock::monotonic());
-            let Portion::Together(size) = portions.next(desk.config.batch_max) else { break };
-            match self.insist(|| desk.drain(lane, size, &poison)).await? {
-                Ok(drained) => {
-                    let took = clock::monotonic().saturating_duration_since(began);
-                    portions.handled(drained, took, desk.config.attempt_timeout);
-                    if drained < size {
-                        break;
-                    }
-                }
-                Err(fault) if is_poison(&mut poison, &fault) => {}
-                Err(fault) => portions.failed(size, fault.remedy, None),
-            }
-        }
-        self.portions.fit_like(&portions);
-        Ok(())
-    }
-
     /// Stores the offset of what is done; Kafka hears of it with the next automatic commit, or when the partition goes.
     fn store(&self, last: i64) -> Result<(), Ended> {
         let passed = || -> Result<(), Failure> {
@@ -444,7 +363,7 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    fn pass_attempt_counted(&self) -> Result<(), Ended> {
+    pub(super) fn pass_attempt_counted(&self) -> Result<(), Ended> {
         let passed = || -> Result<(), Failure> {
             fail_point!("consumer.after-attempt", &self.desk.config.group);
             Ok(())
@@ -454,7 +373,7 @@ impl<H: Handler> Worker<H> {
 }
 
 /// Notes that a message, which the handler has named, is poison; not if that has not helped.
-fn is_poison(known: &mut Poison, fault: &Fault) -> bool {
+pub(super) fn is_poison(known: &mut Poison, fault: &Fault) -> bool {
     match (fault.remedy, fault.culprit) {
         (Remedy::Nothing, Some(message)) => known.insert(message, fault.clone()).is_none(),
         _ => false,
@@ -462,6 +381,6 @@ fn is_poison(known: &mut Poison, fault: &Fault) -> bool {
 }
 
 /// The fault of a record that was never seen to fail and has used up its attempts: the process died each time.
-fn fatal(attempts: u32) -> Fault {
+pub(super) fn fatal(attempts: u32) -> Fault {
     Fault::new("unclean-stop", &format!("the process ended during each of {attempts} attempts"), Remedy::Nothing)
 }

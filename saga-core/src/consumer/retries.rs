@@ -1,0 +1,99 @@
+//! What a worker does with parked records: the first of a lane is tried alone, counted; what waits behind it is handled
+//! together once the first is.
+//!
+//! A process that dies during such an attempt has counted it, and the next worker makes the next one when it is due.
+
+use super::{
+    Handler,
+    claim::Counted,
+    failure::Remedy,
+    parking::{self, Due, Parked},
+    portion::Portion,
+    record::Poison,
+    worker::{Ended, Worker, fatal, is_poison},
+};
+use crate::clock;
+use std::time::Duration;
+
+/// How often a partition looks for parked records that another process made due.
+const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
+/// Most parked records that are tried before new ones get their turn, and how long trying them may take.
+const RETRIES_PER_TURN: usize = 32;
+const RETRIES_TURN: Duration = Duration::from_secs(1);
+
+impl<H: Handler> Worker<H> {
+    /// Tries the parked records whose time has come, within a turn's bounds.
+    pub(super) async fn retry_what_is_due(&mut self) -> Result<(), Ended> {
+        let began = clock::monotonic();
+        for _ in 0..RETRIES_PER_TURN {
+            let now = clock::monotonic();
+            if now < self.look_at_parked || now > began + RETRIES_TURN {
+                return Ok(());
+            }
+            self.desk.ahead.give_back();
+            let desk = &self.desk;
+            let due = || async { Ok(parking::next_due(desk.brief().await?, desk.place()).await?) };
+            match self.must(due).await? {
+                Due::Nothing => self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED,
+                Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
+                Due::Now(parked) => {
+                    self.be_alone().await?;
+                    let retried = self.count_and_retry(&parked).await;
+                    self.be_with_others();
+                    let handled = retried?;
+                    self.counted = None;
+                    if let (true, Some(lane)) = (handled, parked.lane) {
+                        self.drain(lane).await?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Tries a parked record once more; says whether it is handled.
+    async fn count_and_retry(&mut self, parked: &Parked) -> Result<bool, Ended> {
+        let (desk, offset) = (&self.desk, parked.message.at.offset);
+        let delay = desk.delay(parked.attempts + 1, offset);
+        let count = || async { Ok(parking::count_retry(desk.brief().await?, parked.id, delay).await?) };
+        let Some(attempt) = self.must(count).await? else { return Ok(false) };
+        self.counted = Some(Counted::Parked { id: parked.id });
+        self.pass_attempt_counted()?;
+        let desk = &self.desk;
+        let retried = match attempt > desk.config.attempts {
+            true => Err(fatal(desk.config.attempts)),
+            false => self.insist(|| desk.retry(parked)).await?,
+        };
+        let Err(fault) = retried else { return Ok(true) };
+        if fault.remedy == Remedy::Nothing || attempt >= desk.config.attempts {
+            self.must(|| desk.give_up_parked(parked, attempt.min(desk.config.attempts), &fault)).await?;
+        } else {
+            let note = || async { Ok(parking::note(desk.brief().await?, parked.id, delay, &fault).await?) };
+            self.must(note).await?;
+        }
+        Ok(false)
+    }
+
+    /// Handles together what waited behind a record that is now handled, until a culprit is the first of it, which is due.
+    /// While a record may kill, each is tried alone, as nothing is counted here.
+    async fn drain(&mut self, lane: i64) -> Result<(), Ended> {
+        let (mut portions, mut poison) = (self.portions, Poison::new());
+        while self.careful == 0 && !self.stop.is_cancelled() {
+            let (desk, began) = (&self.desk, clock::monotonic());
+            let Portion::Together(size) = portions.next(desk.config.batch_max) else { break };
+            match self.insist(|| desk.drain(lane, size, &poison)).await? {
+                Ok(drained) => {
+                    let took = clock::monotonic().saturating_duration_since(began);
+                    portions.handled(drained, took, desk.config.attempt_timeout);
+                    if drained < size {
+                        break;
+                    }
+                }
+                Err(fault) if is_poison(&mut poison, &fault) => {}
+                Err(fault) => portions.failed(size, fault.remedy, None),
+            }
+        }
+        self.portions.fit_like(&portions);
+        Ok(())
+    }
+}
