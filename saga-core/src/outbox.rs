@@ -5,6 +5,7 @@
 //! before its commit has sent nothing; after it, the relay sends what is there.
 
 use crate::{
+    clock,
     envelope::{Envelope, Headers, SagaHeaders, header},
     fail_point::fail_point,
     id::MessageId,
@@ -62,7 +63,14 @@ impl NewMessage {
     pub fn tombstone(topic: &str, key: &str, kind: &str) -> Self {
         let mut headers = Headers::new();
         trace::inject_current(&mut headers);
-        Self { id: MessageId::new(), topic: topic.into(), key: key.into(), kind: kind.into(), payload: None, headers }
+        Self {
+            id: MessageId(clock::uuid()),
+            topic: topic.into(),
+            key: key.into(),
+            kind: kind.into(),
+            payload: None,
+            headers,
+        }
     }
 
     /// Adds the saga headers of a command or a reply.

@@ -13,6 +13,7 @@ use super::{
     store::{self, Change},
 };
 use crate::{
+    clock,
     error_class::{ErrorClass, classify, classify_chain},
     id::{MessageId, SagaId},
     outbox::Tx,
@@ -72,8 +73,10 @@ pub(super) struct Batch<'e, 'm> {
 }
 
 impl<'e, 'm> Batch<'e, 'm> {
-    pub(super) fn new(engine: &'e Engine, mut cases: Vec<Case<'m>>, now: OffsetDateTime) -> Self {
+    /// The time is that of the last of the locks.
+    pub(super) fn new(engine: &'e Engine, mut cases: Vec<Case<'m>>) -> Self {
         cases.sort_by_key(Case::saga);
+        let now = cases.iter().map(Case::locked_at).max().unwrap_or_else(clock::now);
         Self { engine, now, cases }
     }
 

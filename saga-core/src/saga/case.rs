@@ -92,6 +92,10 @@ impl<'m> Case<'m> {
         self.row.state.saga
     }
 
+    pub(super) fn locked_at(&self) -> OffsetDateTime {
+        self.row.now
+    }
+
     pub(super) fn definition(&self) -> &Definition {
         &self.definition
     }

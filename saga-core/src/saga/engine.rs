@@ -16,7 +16,6 @@ use super::{
     store::{self, Known, Locked, Row},
 };
 use crate::{
-    clock,
     id::SagaId,
     outbox::Tx,
     reason::reason as text,
@@ -131,7 +130,7 @@ impl Engine {
         incident: Incident<'_>,
     ) -> Result<Verdict, sqlx::Error> {
         let case = Case::new(definition, row, VecDeque::from([incident]));
-        let mut batch = Batch::new(self, vec![case], clock::now());
+        let mut batch = Batch::new(self, vec![case]);
         batch.run(tx).await.map_err(BatchError::into_database)?;
         let verdict = batch.cases.first().and_then(|case| case.verdicts.first()).copied();
         verdict.ok_or(sqlx::Error::RowNotFound)

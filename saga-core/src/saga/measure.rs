@@ -5,9 +5,9 @@
 
 use super::{
     case::Case,
+    due::Counts,
     engine::Unread,
     state::{Status, StuckWhy, Told},
-    store::Counts,
 };
 use crate::envelope::Op;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -17,7 +17,7 @@ pub(super) fn decided(case: &Case<'_>) {
     let saga = || case.definition().name().to_owned();
     for (open, now) in &case.settled {
         let step = case.definition().steps()[open.step].name.clone();
-        let seconds = (*now - open.since).as_seconds_f64();
+        let seconds = (*now - open.since).as_seconds_f64().max(0.0);
         histogram!("saga_step_duration_seconds", "saga" => saga(), "step" => step, "op" => open.op.as_str())
             .record(seconds);
     }

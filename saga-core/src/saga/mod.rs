@@ -15,6 +15,7 @@
 //! | [`engine`] | definitions and effects bound together; cancel, retry |
 //! | `start`, `starts` | starting, in the caller's transaction or several in one |
 //! | [`runner`], [`timers`] | batches of replies and due times, each batch one transaction |
+//! | `store`, `due` | the SQL: of sagas, and of when they are looked at again |
 //! | [`log`] | the lines of a saga's timeline |
 //! | [`inspect`], [`view`] | lists, and one saga with its timeline and why it waits |
 
@@ -22,6 +23,7 @@ mod batch;
 mod case;
 pub mod decide;
 pub mod definition;
+mod due;
 pub mod engine;
 pub mod error;
 pub mod inspect;

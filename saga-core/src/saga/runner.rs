@@ -11,6 +11,7 @@
 use super::{
     batch::{Batch, BatchError},
     case::{Case, Incident},
+    due,
     engine::{Engine, Unread},
     log::What,
     measure,
@@ -19,7 +20,6 @@ use super::{
     timers::PUT_OFF,
 };
 use crate::{
-    clock,
     consumer::{HandleError, Handler, Message},
     envelope::{Envelope, Outcome, SagaHeaders},
     fail_point::fail_point,
@@ -193,7 +193,7 @@ impl Engine {
         if !aside.is_empty() {
             store::set_aside(tx, &aside).await?;
         }
-        Batch::new(self, cases, clock::now()).run(tx).await?;
+        Batch::new(self, cases).run(tx).await?;
         fail_point!("saga.after-store", self.reply_topic());
         Ok(())
     }
@@ -213,9 +213,9 @@ impl Engine {
             }
         }
         if !put_off.is_empty() {
-            store::put_off(tx, &put_off, PUT_OFF).await?;
+            due::put_off(tx, &put_off, PUT_OFF).await?;
         }
-        let mut batch = Batch::new(self, cases, clock::now());
+        let mut batch = Batch::new(self, cases);
         batch.run(tx).await?;
         Ok(batch.cases.iter().flat_map(|case| &case.verdicts).filter(|verdict| **verdict == Verdict::Taken).count())
     }

@@ -28,6 +28,7 @@ use crate::{
     id::SagaId,
     json,
     outbox::{self, NewMessage, Tx},
+    service::database::hear_clock,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -48,6 +49,9 @@ impl Engine {
         input: &I,
         business_key: &str,
     ) -> Result<(), StartError> {
+        if !clock::is_known() {
+            hear_clock(&mut **tx).await?;
+        }
         let new = self.prepare(id, saga, input, business_key)?;
         match self.insert(tx, &[&new], &[]).await?.is_empty() {
             true => Err(StartError::Exists),
@@ -70,6 +74,9 @@ impl Engine {
         input: &I,
         business_key: &str,
     ) -> Result<(), StartError> {
+        if !clock::is_known() {
+            self.within(hear_clock(self.pool())).await?;
+        }
         let new = self.prepare(id, saga, input, business_key)?;
         let engine = Arc::clone(self);
         let (tell, told) = oneshot::channel();

@@ -5,13 +5,17 @@
 
 use super::{log::Entry, state::State};
 use crate::{
+    clock,
     envelope::{Op, Outcome},
     id::{CommandId, MessageId, SagaId},
     outbox::{self, NewMessage, Tx},
 };
 use serde_json::Value;
 use sqlx::{Row as _, postgres::PgRow, types::Json};
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -23,6 +27,8 @@ pub(super) struct Locked {
     pub(super) version: i32,
     pub(super) fingerprint: String,
     pub(super) revision: i32,
+    /// The database's clock when it was locked.
+    pub(super) now: OffsetDateTime,
     row: PgRow,
 }
 
@@ -35,6 +41,8 @@ pub(super) struct Row {
     pub(super) state: State,
     pub(super) armed_at: Option<OffsetDateTime>,
     pub(super) input: Value,
+    /// The database's clock when the row was locked: what is decided of it goes by that.
+    pub(super) now: OffsetDateTime,
 }
 
 /// A new saga.
@@ -161,51 +169,41 @@ pub(super) async fn insert(
 /// Locks and loads sagas, in the order of their ids. Ids without a saga are not in the answer.
 pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Locked>> {
     let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
-    sqlx::query(
-        "select saga_id, definition, version, fingerprint, revision, state, armed_at, input
-           from saga
-          where saga_id = any($1)
-          order by saga_id
-            for update",
+    let asked = clock::monotonic();
+    let rows = sqlx::query(
+        "with locked as materialized (
+             select saga_id, definition, version, fingerprint, revision, state, armed_at, input
+               from saga
+              where saga_id = any($1)
+              order by saga_id
+                for update
+         )
+         select locked.*, clock_timestamp() as now from locked",
     )
     .bind(ids)
     .try_map(Locked::new)
     .fetch_all(&mut **tx)
-    .await
+    .await?;
+    Ok(heard(rows, asked))
 }
 
-/// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out what somebody else holds.
-/// (`statement_timestamp()`: with `clock_timestamp()`, which changes while the statement runs, no index can answer.)
-/// The due time that counts is the one in the state: the row was read again when it was locked.
-pub(super) async fn claim_due(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Locked>> {
-    sqlx::query(
-        "select s.saga_id, s.definition, s.version, s.fingerprint, s.revision, s.state, s.armed_at, s.input
-           from saga_due d
-           join saga s on s.saga_id = d.saga_id
-           join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
-             on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
-          where d.due_at <= statement_timestamp()
-          order by d.due_at
-          limit $4
-            for update of s skip locked",
-    )
-    .bind(&known.definitions)
-    .bind(&known.versions)
-    .bind(&known.fingerprints)
-    .bind(limit)
-    .try_map(Locked::new)
-    .fetch_all(&mut **tx)
-    .await
+/// What the rows say of the time goes for all of this process.
+pub(super) fn heard(rows: Vec<Locked>, asked: Instant) -> Vec<Locked> {
+    if let Some(locked) = rows.last() {
+        clock::heard(locked.now, asked);
+    }
+    rows
 }
 
 impl Locked {
-    fn new(row: PgRow) -> sqlx::Result<Self> {
+    pub(super) fn new(row: PgRow) -> sqlx::Result<Self> {
         Ok(Self {
             saga: SagaId(row.try_get("saga_id")?),
             definition: row.try_get("definition")?,
             version: row.try_get("version")?,
             fingerprint: row.try_get("fingerprint")?,
             revision: row.try_get("revision")?,
+            now: row.try_get("now")?,
             row,
         })
     }
@@ -223,6 +221,7 @@ impl Locked {
             state: state(&self.row)?,
             armed_at: self.row.try_get("armed_at")?,
             input,
+            now: self.now,
         })
     }
 }
@@ -438,69 +437,4 @@ fn undecided(row: &PgRow) -> sqlx::Result<Undecided> {
         payload: row.try_get("payload")?,
         put_off: Duration::ZERO,
     })
-}
-
-/// What the gauges tell.
-#[derive(Debug)]
-pub(super) struct Counts {
-    /// Sagas that have not ended, by definition and status.
-    pub(super) active: Vec<(String, String, i64)>,
-    /// Sagas that are due, and wait for a replica that knows them.
-    pub(super) overdue: i64,
-    /// Replies that wait for a replica that knows their saga.
-    pub(super) undecided: i64,
-}
-
-/// Counts what has not ended. What is due and known is taken at once, so those that `overdue` looks at are few.
-pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts> {
-    let active = sqlx::query_as("select definition, status, count(*) from saga_due group by definition, status");
-    let active = active.fetch_all(&mut **tx).await?;
-    let overdue = sqlx::query_scalar(
-        "select count(*)
-           from saga_due d
-           join saga s on s.saga_id = d.saga_id
-          where d.due_at <= statement_timestamp()
-            and not exists (select
-                              from unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
-                             where k.definition = s.definition
-                               and k.version = s.version
-                               and k.fingerprint = s.fingerprint)",
-    )
-    .bind(&known.definitions)
-    .bind(&known.versions)
-    .bind(&known.fingerprints)
-    .fetch_one(&mut **tx)
-    .await?;
-    let undecided = sqlx::query_scalar("select count(*) from saga_undecided").fetch_one(&mut **tx).await?;
-    Ok(Counts { active, overdue, undecided })
-}
-
-/// Sagas that are due, without a lock: for taking them one by one.
-pub(super) async fn due_ids(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Uuid>> {
-    sqlx::query_scalar(
-        "select d.saga_id
-           from saga_due d
-           join saga s on s.saga_id = d.saga_id
-           join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
-             on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
-          where d.due_at <= statement_timestamp()
-          order by d.due_at
-          limit $4",
-    )
-    .bind(&known.definitions)
-    .bind(&known.versions)
-    .bind(&known.fingerprints)
-    .bind(limit)
-    .fetch_all(&mut **tx)
-    .await
-}
-
-/// Looks at sagas again after `wait`, whatever their states say.
-pub(super) async fn put_off(tx: &mut Tx<'_>, sagas: &[SagaId], wait: Duration) -> sqlx::Result<()> {
-    sqlx::query("update saga_due set due_at = clock_timestamp() + make_interval(secs => $2) where saga_id = any($1)")
-        .bind(sagas.iter().map(|saga| saga.0).collect::<Vec<_>>())
-        .bind(wait.as_secs_f64())
-        .execute(&mut **tx)
-        .await
-        .map(drop)
 }

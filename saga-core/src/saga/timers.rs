@@ -6,6 +6,7 @@
 
 use super::{
     batch::BatchError,
+    due,
     engine::Engine,
     measure,
     runner::Incoming,
@@ -91,7 +92,7 @@ impl Engine {
 
     async fn tick_due(&self) -> Result<usize, BatchError> {
         let mut tx = self.begin().await?;
-        let rows = store::claim_due(&mut tx, self.known(), BATCH).await?;
+        let rows = due::claim(&mut tx, self.known(), BATCH).await?;
         let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows).await? };
         if due == 0 {
             tx.commit_quietly().await?;
@@ -123,14 +124,14 @@ impl Engine {
 
     async fn due_ids(&self) -> Result<Vec<Uuid>, sqlx::Error> {
         let mut tx = self.begin().await?;
-        let ids = store::due_ids(&mut tx, self.known(), BATCH).await?;
+        let ids = due::ids(&mut tx, self.known(), BATCH).await?;
         tx.commit_quietly().await?;
         Ok(ids)
     }
 
     async fn put_off(&self, saga: SagaId, wait: Duration) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
-        store::put_off(&mut tx, &[saga], wait).await?;
+        due::put_off(&mut tx, &[saga], wait).await?;
         tx.commit_quietly().await
     }
 
@@ -214,7 +215,7 @@ impl Engine {
 
     async fn count(&self) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
-        measure::counted(&store::count(&mut tx, self.known()).await?, &self.known().definitions);
+        measure::counted(&due::count(&mut tx, self.known()).await?, &self.known().definitions);
         tx.commit_quietly().await
     }
 }

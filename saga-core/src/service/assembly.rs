@@ -8,6 +8,7 @@ use super::{
     admin::admin_router,
     config::{ConfigErrors, Identity, ServiceArgs, ServiceCommand, Settings},
     connections::serve,
+    database::hear_clock,
     health::Health,
     migrate::{Migrations, migrate},
     shutdown,
@@ -82,6 +83,8 @@ async fn prepare(
     declared: &[Topic],
 ) -> Result<(), BoxError> {
     migrate(&settings.database, migrations).await?;
+    // Before anything gets a time of its own. If the database is just away, the check asks again.
+    hear_clock(pool).await.ok();
     health.database(pool);
     topics::ensure(&settings.kafka, declared).await?;
     health.kafka(&settings.kafka)?;

@@ -7,11 +7,12 @@
 
 use super::config::DatabaseSettings;
 use crate::{
+    clock,
     error_class::{is_current, is_outage},
     retry::Backoff,
 };
 use sqlx::{
-    Connection, Error, PgConnection, PgPool,
+    Connection, Error, PgConnection, PgExecutor, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 use std::time::Duration;
@@ -88,6 +89,17 @@ pub(super) fn prepare(options: &PgConnectOptions, application: &str) -> PgConnec
         .clone()
         .application_name(application)
         .options([("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION)])
+}
+
+/// Asks the database for the time, which decides from now on ([`clock`]).
+///
+/// # Errors
+/// When the database does not answer.
+pub(crate) async fn hear_clock<'e>(executor: impl PgExecutor<'e>) -> Result<(), Error> {
+    let asked = clock::monotonic();
+    let time = sqlx::query_scalar("select clock_timestamp()").fetch_one(executor).await?;
+    clock::heard(time, asked);
+    Ok(())
 }
 
 /// One connection, as soon as there is one.

@@ -61,7 +61,7 @@ where
     fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
         let mut line = Map::new();
         let metadata = event.metadata();
-        let now = crate::clock::now().format(&time::format_description::well_known::Rfc3339);
+        let now = crate::clock::host().format(&time::format_description::well_known::Rfc3339);
         line.insert("timestamp".into(), now.unwrap_or_default().into());
         line.insert("level".into(), metadata.level().as_str().into());
         line.insert("service".into(), self.service.into());

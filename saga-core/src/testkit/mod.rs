@@ -21,7 +21,7 @@ pub use failpoints::FailPoint;
 pub use kafka::{Record, TestTopic, brokers, create_topic, produce, read_to_end};
 pub use log::Log;
 pub use proxy::FreezingProxy;
-pub use time::time_passes;
+pub use time::{WrongClock, time_passes};
 pub use waiting::eventually;
 
 /// Hands `batch` to a handler as a consumer does, without inbox and Kafka: in a transaction, once more when it says

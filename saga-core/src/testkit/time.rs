@@ -1,6 +1,8 @@
-//! Time that passes without anybody waiting.
+//! Time that passes without anybody waiting, and a host whose clock is wrong.
 
+use crate::clock::HOST_IS_OFF_BY;
 use sqlx::PgPool;
+use std::sync::atomic::Ordering;
 
 /// Lets the open wait of every saga in the database be over (a step's deadline, the pause before a resend): the engine's
 /// next `tick` takes them. Deadlines of whole sagas stay as they are.
@@ -23,4 +25,23 @@ pub async fn time_passes(pool: &PgPool) {
         sqlx::query(sql).bind(&waiting).execute(&mut *tx).await.expect("their due times are moved");
     }
     tx.commit().await.expect("the transaction commits");
+}
+
+/// The clock of this process's host is off, until this value is dropped. It is one clock for all tests of the process.
+#[derive(Debug)]
+#[must_use = "the clock is right again when this is dropped"]
+pub struct WrongClock(());
+
+impl WrongClock {
+    /// So many seconds ahead; negative for behind.
+    pub fn ahead_by(seconds: i64) -> Self {
+        HOST_IS_OFF_BY.store(seconds, Ordering::Relaxed);
+        Self(())
+    }
+}
+
+impl Drop for WrongClock {
+    fn drop(&mut self) {
+        HOST_IS_OFF_BY.store(0, Ordering::Relaxed);
+    }
 }

@@ -4,9 +4,11 @@ use crate::support::*;
 use saga_core::{
     id::{CommandId, SagaId},
     saga::{Engine, RetryPolicy, Saga, saga},
-    testkit::deliver,
+    service::Health,
+    testkit::{WrongClock, deliver},
 };
 use std::{sync::Arc, time::Duration};
+use tokio_util::sync::CancellationToken;
 
 /// An order that has an hour until its money is taken.
 fn hurried(retry: RetryPolicy) -> Saga<Order> {
@@ -68,6 +70,54 @@ async fn a_reply_after_the_sagas_deadline_issues_no_pivot_though_no_timer_has_lo
         assert_eq!(world.failure(saga).await, why);
     }
     world.audit().await;
+}
+
+/// A saga's life on a host whose clock is off: how it ends, and how far its times are from the database's.
+async fn lives_by_the_databases_clock(world: &World, order: u32) {
+    let saga = world.start(order).await;
+    assert_eq!(world.engine.tick().await.unwrap().due, 0, "nothing is due before its time");
+    world.succeed(saga).await;
+    assert_eq!(world.engine.tick().await.unwrap().due, 0);
+    assert_eq!(world.time_out().await, 1, "what is due is taken");
+    world.deliver(&[failed(&world.last(saga).await)]).await;
+    assert_eq!(world.trail(saga).await, ["authorize", "reserve", "reserve #2", "-reserve"]);
+    world.succeed(saga).await;
+    world.succeed(saga).await;
+    assert_eq!(world.status(saga).await, "compensated");
+    for (what, sql) in [
+        (
+            "a saga's times",
+            "select count(*) from saga where greatest(clock_timestamp() - created_at, clock_timestamp() - updated_at) > interval '5 minutes' or updated_at > clock_timestamp() + interval '1 second'",
+        ),
+        (
+            "its log",
+            "select count(*) from saga_event where at not between clock_timestamp() - interval '5 minutes' and clock_timestamp() + interval '1 second'",
+        ),
+        ("its waits", "select count(*) from saga_due where due_at > clock_timestamp() + interval '5 minutes'"),
+        (
+            "its messages",
+            "select count(*) from outbox where message_id not between inbox_bound(clock_timestamp() - interval '5 minutes') and inbox_bound(clock_timestamp() + interval '1 second')",
+        ),
+    ] {
+        assert_eq!(world.count(sql).await, 0, "{what}");
+    }
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn a_host_an_hour_off_or_in_1970_runs_sagas_as_one_with_a_right_clock() {
+    let world = World::new().await;
+    let health = Health::new(&CancellationToken::new());
+    health.database(&world.database.pool);
+    for (order, seconds) in [3_600, -3_600, 14 * 86_400, -1_790_000_000].into_iter().enumerate() {
+        let _wrong = WrongClock::ahead_by(seconds);
+        lives_by_the_databases_clock(&world, u32::try_from(order).unwrap()).await;
+        health.readiness().await;
+        let said = health.readiness().await.checks["clock"].clone();
+        assert!(said.contains("synchronize"), "{said}");
+    }
+    health.readiness().await;
+    assert_eq!(health.readiness().await.checks["clock"], "ok");
 }
 
 #[tokio::test]

@@ -1,0 +1,103 @@
+//! The SQL of time: which sagas are due, and how many wait.
+//!
+//! `saga_due` is the index that the timers walk. What a row of it says may be too early, never too late: whoever claims a
+//! saga reads the due time in its state.
+
+use super::store::{Known, Locked, heard};
+use crate::{clock, id::SagaId, outbox::Tx};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out what somebody else holds.
+/// (`statement_timestamp()`: with `clock_timestamp()`, which changes while the statement runs, no index can answer.)
+/// The due time that counts is the one in the state: the row was read again when it was locked.
+pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Locked>> {
+    let asked = clock::monotonic();
+    let rows = sqlx::query(
+        "with locked as materialized (
+             select s.saga_id, s.definition, s.version, s.fingerprint, s.revision, s.state, s.armed_at, s.input
+               from saga_due d
+               join saga s on s.saga_id = d.saga_id
+               join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
+                 on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
+              where d.due_at <= statement_timestamp()
+              order by d.due_at
+              limit $4
+                for update of s skip locked
+         )
+         select locked.*, clock_timestamp() as now from locked",
+    )
+    .bind(&known.definitions)
+    .bind(&known.versions)
+    .bind(&known.fingerprints)
+    .bind(limit)
+    .try_map(Locked::new)
+    .fetch_all(&mut **tx)
+    .await?;
+    Ok(heard(rows, asked))
+}
+
+/// What the gauges tell.
+#[derive(Debug)]
+pub(super) struct Counts {
+    /// Sagas that have not ended, by definition and status.
+    pub(super) active: Vec<(String, String, i64)>,
+    /// Sagas that are due, and wait for a replica that knows them.
+    pub(super) overdue: i64,
+    /// Replies that wait for a replica that knows their saga.
+    pub(super) undecided: i64,
+}
+
+/// Counts what has not ended. What is due and known is taken at once, so those that `overdue` looks at are few.
+pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts> {
+    let active = sqlx::query_as("select definition, status, count(*) from saga_due group by definition, status");
+    let active = active.fetch_all(&mut **tx).await?;
+    let overdue = sqlx::query_scalar(
+        "select count(*)
+           from saga_due d
+           join saga s on s.saga_id = d.saga_id
+          where d.due_at <= statement_timestamp()
+            and not exists (select
+                              from unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
+                             where k.definition = s.definition
+                               and k.version = s.version
+                               and k.fingerprint = s.fingerprint)",
+    )
+    .bind(&known.definitions)
+    .bind(&known.versions)
+    .bind(&known.fingerprints)
+    .fetch_one(&mut **tx)
+    .await?;
+    let undecided = sqlx::query_scalar("select count(*) from saga_undecided").fetch_one(&mut **tx).await?;
+    Ok(Counts { active, overdue, undecided })
+}
+
+/// Sagas that are due, without a lock: for taking them one by one.
+pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Uuid>> {
+    sqlx::query_scalar(
+        "select d.saga_id
+           from saga_due d
+           join saga s on s.saga_id = d.saga_id
+           join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
+             on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
+          where d.due_at <= statement_timestamp()
+          order by d.due_at
+          limit $4",
+    )
+    .bind(&known.definitions)
+    .bind(&known.versions)
+    .bind(&known.fingerprints)
+    .bind(limit)
+    .fetch_all(&mut **tx)
+    .await
+}
+
+/// Looks at sagas again after `wait`, whatever their states say.
+pub(super) async fn put_off(tx: &mut Tx<'_>, sagas: &[SagaId], wait: Duration) -> sqlx::Result<()> {
+    sqlx::query("update saga_due set due_at = clock_timestamp() + make_interval(secs => $2) where saga_id = any($1)")
+        .bind(sagas.iter().map(|saga| saga.0).collect::<Vec<_>>())
+        .bind(clock::seconds(wait))
+        .execute(&mut **tx)
+        .await
+        .map(drop)
+}
