@@ -1,6 +1,11 @@
 //! The parts put together: what `serve` and `migrate` do.
 
-use crate::{Relay, admin, config::Configuration, settings::OutboxSettings};
+use crate::{
+    Relay, admin,
+    config::{Command, Configuration, Reanchor},
+    moved::{self, Cure},
+    settings::OutboxSettings,
+};
 use anyhow::Context;
 use saga_core::service::{
     self, DatabaseSettings, Health, admin_router, messaging_migrations, migrate::migrate, shutdown, task, telemetry,
@@ -37,8 +42,24 @@ pub async fn serve(configuration: Configuration) -> anyhow::Result<()> {
     Ok(service::run_all(&stop, tasks).await?)
 }
 
+/// Does what needs nothing but the databases, and ends.
+pub async fn run_once(outboxes: Vec<OutboxSettings>, command: Command) -> anyhow::Result<()> {
+    let named = |name: &str| {
+        let found = outboxes.iter().find(|outbox| outbox.name == name);
+        found.with_context(|| format!("OUTBOXES names no outbox {name:?}"))
+    };
+    match command {
+        Command::Serve | Command::Migrate => migrate_all(&outboxes).await,
+        Command::Reanchor(Reanchor { outbox, cure }) => {
+            let cure = if cure.accept { Cure::Accept } else { Cure::Rewrite };
+            Ok(moved::reanchor(named(&outbox)?, cure).await?)
+        }
+        Command::Rename { from, to } => Ok(moved::rename(named(&to)?, &from).await?),
+    }
+}
+
 /// Brings the messaging tables of every outbox up to date.
-pub async fn migrate_all(outboxes: &[OutboxSettings]) -> anyhow::Result<()> {
+async fn migrate_all(outboxes: &[OutboxSettings]) -> anyhow::Result<()> {
     for outbox in outboxes {
         let settings = DatabaseSettings { options: outbox.database.clone(), max_connections: 1 };
         let applied =

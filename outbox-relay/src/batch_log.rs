@@ -47,7 +47,8 @@ pub(crate) struct Entry {
     pub(crate) rows: i32,
 }
 
-/// Appends entries behind entry `n`, if `owner` still holds the lease; says how many were written. None means: fenced.
+/// Appends what one commit records, as one entry behind entry `n`, if `owner` still holds the lease; false means: fenced. The log
+/// grows by commits, however many pages each covers.
 ///
 /// The lease row is locked until the caller's transaction ends, so that nobody takes over between the check and the
 /// commit; the primary key on `n` would catch even that.
@@ -58,30 +59,26 @@ pub(crate) async fn append_in(
     system_identifier: i64,
     n: i64,
     entries: &[Entry],
-) -> Result<u64, sqlx::Error> {
-    let bases: Vec<String> = entries.iter().map(|entry| entry.base.to_string()).collect();
-    let targets: Vec<String> = entries.iter().map(|entry| entry.target.to_string()).collect();
-    let from_ids: Vec<i64> = entries.iter().map(|entry| entry.from_id).collect();
-    let to_ids: Vec<i64> = entries.iter().map(|entry| entry.to_id).collect();
-    let rows: Vec<i32> = entries.iter().map(|entry| entry.rows).collect();
+) -> Result<bool, sqlx::Error> {
+    let Some(last) = entries.last() else { return Ok(true) };
+    // The ids of one window may all be lower than those of the window before.
+    let from_id = entries.iter().map(|entry| entry.from_id).min().unwrap_or(last.from_id).min(last.to_id);
+    let rows = entries.iter().fold(0_i32, |rows, entry| rows.saturating_add(entry.rows));
     let written = sqlx::query(
         "insert into outbox_batch (outbox, n, base, target, from_id, to_id, rows, owner, system_identifier)
-         select lease.outbox, $4 + entry.ordinality, entry.base::pg_snapshot, entry.target::pg_snapshot,
-                entry.from_id, entry.to_id, entry.rows, lease.owner, $3
-           from (select outbox, owner from outbox_lease where outbox = $1 and owner = $2 for share) as lease
-          cross join unnest($5::text[], $6::text[], $7::bigint[], $8::bigint[], $9::integer[])
-                with ordinality as entry (base, target, from_id, to_id, rows, ordinality)",
+         select lease.outbox, $4 + 1, $5::text::pg_snapshot, $6::text::pg_snapshot, $7, $8, $9, lease.owner, $3
+           from (select outbox, owner from outbox_lease where outbox = $1 and owner = $2 for share) as lease",
     )
     .bind(outbox)
     .bind(owner)
     .bind(system_identifier)
     .bind(n)
-    .bind(bases)
-    .bind(targets)
-    .bind(from_ids)
-    .bind(to_ids)
+    .bind(last.base.to_string())
+    .bind(last.target.to_string())
+    .bind(from_id)
+    .bind(last.to_id)
     .bind(rows)
     .execute(tx)
     .await?;
-    Ok(written.rows_affected())
+    Ok(written.rows_affected() == 1)
 }

@@ -13,7 +13,7 @@ use crate::{
 };
 use sqlx::PgConnection;
 use std::{sync::Arc, time::Duration};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use uuid::Uuid;
 
 /// Entries that one commit records at most.
@@ -37,8 +37,6 @@ pub(crate) enum Progress {
     CaughtUp(CaughtUp),
     /// Something passed that leaves no trace here.
     Nothing,
-    /// Tell when everything before this is recorded.
-    Flush(oneshot::Sender<()>),
 }
 
 /// Rows that are dealt with: published, parked, or left behind with their topic.
@@ -83,12 +81,7 @@ impl Recorder {
                 database.within(self.record(&mut db, now)).await?;
                 rest = later;
             }
-            for done in batch.drain(..) {
-                if let Progress::Flush(told) = done {
-                    // Whoever asked may have given up.
-                    told.send(()).ok();
-                }
-            }
+            batch.clear();
             tokio::time::sleep(GATHER).await;
         }
         db.give_back();
@@ -108,7 +101,7 @@ impl Recorder {
                 stretch.lane.is_none() && stretch.parked.is_empty() && stretch.left_behind.is_empty()
             }
             Progress::CaughtUp(_) | Progress::LeftBehind(_) => false,
-            Progress::Flush(_) | Progress::Nothing => true,
+            Progress::Nothing => true,
         };
         if batch.iter().all(plain) {
             return self.append(db, &entries).await;
@@ -148,7 +141,7 @@ impl Recorder {
             }
             Progress::LeftBehind(left) => pause::leave_in(tx, &self.outbox, left).await?,
             Progress::CaughtUp(caught_up) => pause::end_in(tx, &self.outbox, caught_up).await?,
-            Progress::Flush(_) | Progress::Nothing => {}
+            Progress::Nothing => {}
         }
         Ok(())
     }
@@ -160,9 +153,9 @@ impl Recorder {
         let appended =
             batch_log::append_in(db, &self.outbox, self.owner, self.system_identifier, self.n, entries).await;
         match appended {
-            Ok(0) => Err(CommitError::Fenced),
-            Ok(_) => {
-                self.n += i64::try_from(entries.len()).expect("a batch has few entries");
+            Ok(false) => Err(CommitError::Fenced),
+            Ok(true) => {
+                self.n += 1;
                 Ok(())
             }
             // Somebody else wrote entry n: he is the owner, or was, and knows better than we where the outbox stands.

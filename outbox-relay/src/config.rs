@@ -1,6 +1,6 @@
 //! Flags and environment of the binary. Every mistake is told at once.
 
-use crate::settings::{COMPRESSION, LEASE, OutboxSettings, READING, Settings};
+use crate::settings::{COMPRESSION, LEASE, OutboxSettings, READING, RESOLVED_KEPT, Settings};
 use clap::{Args, Parser, Subcommand};
 use saga_core::service::{
     AdminArgs, ConfigErrors, Identity, KafkaArgs, TelemetryArgs, config::AdminSettings, telemetry::TelemetrySettings,
@@ -27,33 +27,67 @@ pub struct Cli {
 }
 
 /// What the binary does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 pub enum Command {
     /// Publish (the default). The outbox's tables are its service's; this waits for them
     Serve,
     /// Bring the messaging tables of every outbox's database up to date, then exit
     Migrate,
+    /// Let an outbox be published that was moved to another PostgreSQL cluster. The relays and its writers are stopped
+    Reanchor(Reanchor),
+    /// Give the position of an outbox to its new name. The relays are stopped
+    Rename {
+        /// How it was called
+        from: String,
+        /// How it is called in OUTBOXES
+        to: String,
+    },
+}
+
+/// Which outbox, and how it was moved.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub struct Reanchor {
+    /// How it is called in OUTBOXES
+    pub outbox: String,
+    /// How.
+    #[command(flatten)]
+    pub cure: CureArgs,
+}
+
+/// One of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Args)]
+#[group(required = true, multiple = false)]
+pub struct CureArgs {
+    /// By pg_upgrade or a physical copy: transaction ids were kept
+    #[arg(long)]
+    pub accept: bool,
+    /// By a logical copy (pg_dump, logical replication): every row gets a transaction id of this cluster
+    #[arg(long)]
+    pub rewrite: bool,
 }
 
 /// What the relay takes.
 #[derive(Debug, Clone, Default, Args)]
 pub struct RelayArgs {
     /// The outboxes to publish and their databases: `orders=postgres://user:secret@db:5432/orders,payments=…`.
-    /// The name is the messages' `ce_source`, and what the position is kept under: renaming starts from the beginning
+    /// The name is the messages' `ce_source`, and what the position is kept under: `rename` gives it another
     #[arg(long, env = "OUTBOXES", value_name = "NAME=URL,...", hide_env_values = true, global = true)]
     pub outboxes: Option<String>,
     /// At the first start of an outbox, leave out what was committed before
     #[arg(long, env = "FROM_NOW", global = true)]
     pub from_now: bool,
+    /// Publish all of an outbox again that was published under another name
+    #[arg(long, env = "PUBLISH_AGAIN", global = true)]
+    pub publish_again: bool,
     /// How long a stand-by waits for an owner that was killed or is stuck [default: 10]
     #[arg(long, env = "LEASE_SECONDS", value_name = "SECONDS", global = true)]
     pub lease_seconds: Option<String>,
     /// Compression of what is sent: `none`, `lz4`, `zstd`, `gzip` or `snappy` [default: lz4]
     #[arg(long, env = "COMPRESSION", value_name = "TYPE", global = true)]
     pub compression: Option<String>,
-    /// Kafka.
-    #[command(flatten)]
-    pub kafka: KafkaArgs,
+    /// Kafka brokers to start from, `host:port`, several separated by commas
+    #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", global = true)]
+    pub kafka_brokers: Option<String>,
     /// The admin listener.
     #[command(flatten)]
     pub admin: AdminArgs,
@@ -78,7 +112,8 @@ impl RelayArgs {
     pub fn validate(&self) -> Result<Configuration, ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let outboxes = read_outboxes(self.outboxes.as_deref().unwrap_or_default(), &mut errors);
-        let kafka = self.kafka.read(&mut errors);
+        // Of what else there is for Kafka, a relay needs nothing: it makes no topics and consumes none.
+        let kafka = KafkaArgs { kafka_brokers: self.kafka_brokers.clone(), ..KafkaArgs::default() }.read(&mut errors);
         let lease = match self.lease_seconds.as_deref().map(str::trim).filter(|text| !text.is_empty()) {
             None => Some(LEASE),
             Some(text) => match text.parse() {
@@ -100,8 +135,10 @@ impl RelayArgs {
                 outboxes: outboxes?,
                 kafka_brokers: kafka?.brokers,
                 from_now: self.from_now,
+                publish_again: self.publish_again,
                 lease: lease?,
                 reading: READING,
+                resolved_kept: RESOLVED_KEPT,
                 compression: compression?,
             };
             Some(Configuration { relay, admin: admin?, telemetry: telemetry? })
@@ -109,8 +146,8 @@ impl RelayArgs {
         errors.finish(read())
     }
 
-    /// Likewise for `migrate`, which needs nothing but the databases.
-    pub fn validate_migrate(&self) -> Result<(Vec<OutboxSettings>, TelemetrySettings), ConfigErrors> {
+    /// Likewise for what needs nothing but the databases: `migrate`, `reanchor` and `rename`.
+    pub fn validate_databases(&self) -> Result<(Vec<OutboxSettings>, TelemetrySettings), ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let outboxes = read_outboxes(self.outboxes.as_deref().unwrap_or_default(), &mut errors);
         let telemetry = self.telemetry.read(&mut errors);
@@ -178,7 +215,7 @@ mod tests {
     fn args(outboxes: &str) -> RelayArgs {
         RelayArgs {
             outboxes: Some(outboxes.to_owned()),
-            kafka: KafkaArgs { kafka_brokers: Some("localhost:9092".to_owned()), ..KafkaArgs::default() },
+            kafka_brokers: Some("localhost:9092".to_owned()),
             ..RelayArgs::default()
         }
     }
@@ -197,7 +234,7 @@ mod tests {
             args("postgres://root:hunter2@h/x,a=mysql://h/x,b=postgres://h/b,b=postgres://h/c,c=postgres://h/b");
         wrong.lease_seconds = Some("0".into());
         wrong.compression = Some("rar".into());
-        wrong.kafka.kafka_brokers = None;
+        wrong.kafka_brokers = None;
         let errors = wrong.validate().unwrap_err();
         let variables: Vec<_> = errors.mistakes().iter().map(|mistake| mistake.variable).collect();
         let expected =

@@ -23,8 +23,6 @@ const LOOK: Duration = Duration::from_millis(250);
 const ASK_MISSING: Duration = Duration::from_secs(1);
 /// … and about one that is there but may not be written to: each try costs a producer.
 const ASK_FORBIDDEN: Duration = Duration::from_secs(30);
-/// How often partitions are looked after. One holds ten million rows, and a whole one is kept ahead.
-const UPKEEP: Duration = Duration::from_secs(30);
 
 /// What is wanted.
 #[derive(Debug, Default, PartialEq)]
@@ -76,21 +74,8 @@ impl Wanted {
 pub(crate) async fn run(db: Database, topics: Topics, wanted: Arc<Wanted>) -> Result<(), ReadError> {
     let outbox = &wanted.outbox;
     let mut asked: HashMap<String, Instant> = HashMap::new();
-    let mut upkeep = Instant::from_std(saga_core::clock::monotonic());
     loop {
         let now = Instant::from_std(saga_core::clock::monotonic());
-        if now >= upkeep {
-            upkeep = now + UPKEEP;
-            match db.ask(async |db| add_partition(db).await).await {
-                Ok(Some(partition)) => info!(outbox, partition, "made the outbox's next partition"),
-                Ok(None) => {}
-                // A lock was not to be had in time, or this role may not create tables. Rows overflow rather than fail,
-                // so there is time for another try and for an operator.
-                Err(error) => {
-                    warn!(outbox, %error, "the outbox's next partition could not be made; it is tried again");
-                }
-            }
-        }
         let control = match db.ask(async |db| wanted.refresh(db).await).await {
             Ok(control) => control,
             // Others have all the connections. Whoever finds out that the database is away, it is not this.
@@ -132,10 +117,6 @@ pub(crate) async fn run(db: Database, topics: Topics, wanted: Arc<Wanted>) -> Re
         }
         tokio::time::sleep(LOOK).await;
     }
-}
-
-async fn add_partition(db: &mut PgConnection) -> Result<Option<String>, sqlx::Error> {
-    sqlx::query_scalar("select outbox_add_partition()").fetch_one(db).await
 }
 
 #[cfg(test)]

@@ -172,3 +172,18 @@ impl DatabaseClock {
         (self.now() - at).as_seconds_f64().max(0.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_by_the_clock_of_the_database_whatever_the_hosts_shows() {
+        let theirs = OffsetDateTime::UNIX_EPOCH + Duration::from_secs(3_600);
+        let database = DatabaseClock::default();
+        database.set(theirs, clock::monotonic());
+        let passed = database.now() - theirs;
+        assert!(passed >= time::Duration::ZERO && passed < time::Duration::minutes(1), "{passed}");
+        assert!(database.since(OffsetDateTime::UNIX_EPOCH) >= 3_600.0);
+    }
+}

@@ -7,8 +7,9 @@ use crate::{
     refusal::Refusal,
     row::{Body, DELETED, Row},
     session::{Ended, Session},
-    topics::{self, TopicState},
+    topics::TopicState,
 };
+use saga_core::topic::is_legal_name;
 use std::time::Duration;
 use tracing::warn;
 
@@ -30,13 +31,13 @@ impl Session {
         if !self.memory.acknowledged.is_empty() && self.memory.acknowledged.remove(&row.id()) {
             return Ok(Fate::Pass);
         }
-        if let Some(by) = self.blocked.by(topic, row.key()) {
+        if let Some(by) = self.blocked.behind(topic, row.key(), row.id()) {
             let reason = format!("row {by} of the same topic and key is parked");
             return Ok(Fate::Park(Park { id: row.id(), reason, blocked_by: Some(by) }));
         }
         let limit = match self.limits.get(topic) {
             Some(&limit) => limit,
-            None if !topics::is_legal(topic) => {
+            None if !is_legal_name(topic) => {
                 return Ok(self.park(row, format!("{topic:?} is not a legal topic name")));
             }
             None => match self.look(topic).await? {

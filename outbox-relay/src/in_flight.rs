@@ -9,7 +9,6 @@ use crate::{
     parking::Park,
     pause::LeftBehind,
     position::Page,
-    row::Row,
     snapshot::Snapshot,
 };
 use rdkafka::types::RDKafkaErrorCode;
@@ -119,8 +118,6 @@ enum What {
     Page { lane: Option<Arc<str>>, base: Snapshot, target: Snapshot },
     /// Something that is true as soon as all before it is.
     Mark(Progress),
-    /// A parked row, which is recorded apart.
-    Parked,
 }
 
 /// What the sender decided while it went through a page, by index of the row.
@@ -278,11 +275,6 @@ impl Flight {
         Self::new(what, page.rows.iter().map(|row| (row.id(), row.topic(), row.bytes())))
     }
 
-    /// A parked row that is tried again.
-    pub(crate) fn parked(row: &Row) -> Self {
-        Self::new(What::Parked, [(row.id(), row.topic(), row.bytes())])
-    }
-
     fn empty(what: What) -> Self {
         Self::new(what, [])
     }
@@ -343,7 +335,6 @@ impl Flight {
         let (lane, base, target) = match self.what {
             What::Page { lane, base, target } => (lane, base, target),
             What::Mark(progress) => return progress,
-            What::Parked => return Progress::Nothing,
         };
         let (Some(from), Some(to)) = (self.rows.first(), self.rows.last()) else { return Progress::Nothing };
         let rows = i32::try_from(self.rows.len()).expect("a page has few rows");

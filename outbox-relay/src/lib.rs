@@ -10,13 +10,16 @@
 //! | `record`, `producer`, `in_flight` | a row as a record; the producer; what is on its way, and what Kafka acknowledged |
 //! | `commit`, `batch_log` | records progress under the lease |
 //! | `fate`, `refusal`, `parking`, `pause`, `retry` | rows and topics that Kafka refuses |
+//! | `anchor`, [`moved`] | whether the position holds in this database; what to run when it does not |
 //! | `lease`, `owner`, [`outbox`], `supervisor` | who publishes; one owner's time; one outbox in this process; its panics |
 //! | `control`, `pending`, `gauges`, `metric` | what operators want, and what they see |
+//! | `upkeep` | partitions made ahead, resolved rows deleted |
 //! | `database` | conversations with the outbox's database, each of them bounded |
 //! | [`settings`], [`config`] | what it needs to know |
 //! | [`admin`], [`app`] | HTTP for operators; the parts put together |
 
 pub mod admin;
+mod anchor;
 pub mod app;
 mod batch_log;
 mod commit;
@@ -28,6 +31,7 @@ mod gauges;
 mod in_flight;
 mod lease;
 mod metric;
+pub mod moved;
 mod nudges;
 pub mod outbox;
 mod owner;
@@ -46,6 +50,7 @@ pub mod settings;
 pub mod snapshot;
 mod supervisor;
 mod topics;
+mod upkeep;
 mod window;
 
 use outbox::Outbox;

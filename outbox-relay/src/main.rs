@@ -17,7 +17,7 @@ async fn main() -> ExitCode {
     let Cli { command, args } = Cli::parse();
     let done = match command.unwrap_or(Command::Serve) {
         Command::Serve => serve(&args).await,
-        Command::Migrate => migrate(&args).await,
+        other => with_databases(&args, other).await,
     };
     done.unwrap_or_else(|mistakes| mistakes.report())
 }
@@ -28,7 +28,7 @@ async fn serve(args: &RelayArgs) -> Result<ExitCode, ConfigErrors> {
     Ok(launch_with(&IDENTITY, &telemetry, app::serve(configuration)).await)
 }
 
-async fn migrate(args: &RelayArgs) -> Result<ExitCode, ConfigErrors> {
-    let (outboxes, telemetry) = args.validate_migrate()?;
-    Ok(launch_with(&IDENTITY, &telemetry, app::migrate_all(&outboxes)).await)
+async fn with_databases(args: &RelayArgs, command: Command) -> Result<ExitCode, ConfigErrors> {
+    let (outboxes, telemetry) = args.validate_databases()?;
+    Ok(launch_with(&IDENTITY, &telemetry, app::run_once(outboxes, command)).await)
 }

@@ -9,6 +9,7 @@ use crate::{
     producer::Brokers,
     settings::{OutboxSettings, Settings},
     topics::Topics,
+    upkeep,
 };
 use saga_core::error_class::is_outage;
 use std::{
@@ -21,8 +22,10 @@ use uuid::Uuid;
 
 /// Recorder, control, session, retry, and one to spare.
 const CONNECTIONS: u32 = 5;
-/// Reader, and what counts and looks after the outbox.
+/// Reader, and what counts.
 const READING_CONNECTIONS: u32 = 2;
+/// A check on the overflow reads all of it, however large it is; it is in nobody's way.
+const UPKEEP: Duration = Duration::from_secs(3_600);
 /// For the admin endpoints. They have their own, so that requests that wait keep nothing from being published.
 const ADMIN_CONNECTIONS: u32 = 4;
 /// An operator's patience; an answer that takes longer costs the database more than it is worth.
@@ -56,10 +59,13 @@ pub struct Outbox {
     pub(crate) reading: Database,
     pub(crate) admin: Database,
     pub(crate) leases: Leases,
+    upkeep: Database,
+    resolved_kept: Duration,
     pub(crate) topics: Topics,
     pub(crate) brokers: String,
     pub(crate) compression: String,
     pub(crate) from_now: bool,
+    pub(crate) publish_again: bool,
     pub(crate) status: Status,
 }
 
@@ -127,11 +133,14 @@ impl Outbox {
                 ADMIN_PATIENCE,
                 ADMIN_STATEMENT,
             ),
+            upkeep: Database::new(options.clone(), 1, UPKEEP),
+            resolved_kept: settings.resolved_kept,
             leases: Leases::new(options, settings.lease),
             topics: Topics::new(&settings.kafka_brokers)?,
             brokers: settings.kafka_brokers.clone(),
             compression: settings.compression.clone(),
             from_now: settings.from_now,
+            publish_again: settings.publish_again,
             status: Status { now: Mutex::new((Role::Starting, None)), brokers: Arc::default() },
         })
     }
@@ -141,6 +150,7 @@ impl Outbox {
         tokio::select! {
             () = self.take_turns(stop) => {}
             () = gauges::run(&self.reading, &self.name, &self.leases.clock) => {}
+            () = upkeep::run(&self.upkeep, &self.name, self.resolved_kept) => {}
         }
     }
 

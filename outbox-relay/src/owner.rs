@@ -3,6 +3,7 @@
 //! When the process dies, the lease runs out, and whoever takes it next starts from the batch log.
 
 use crate::{
+    anchor::{AnchorError, anchor},
     batch_log,
     commit::{CommitError, Recorder},
     control::{self, Control, Wanted},
@@ -13,11 +14,11 @@ use crate::{
     producer::Publisher,
     reader::Reader,
     record::RecordBuilder,
+    retry::Retries,
     session::{Ended, Memory, Session},
 };
 use futures::FutureExt as _;
 use saga_core::clock;
-use sqlx::PgConnection;
 use std::{any::Any, collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
@@ -39,21 +40,9 @@ pub(crate) enum OwnerError {
     /// The lease is lost.
     #[error(transparent)]
     Lease(#[from] LeaseError),
-    /// This database is not the one that the position was recorded in.
-    #[error(
-        "the position of outbox {outbox:?} was recorded in another PostgreSQL cluster (system identifier {recorded}, \
-         this one is {found}): transaction ids may mean something else here, so nothing is published and nothing is \
-         lost. pg_upgrade and a physical copy keep them, a logical copy (pg_dump, logical replication) does not; this \
-         version has no command yet that moves the position in either case"
-    )]
-    OtherCluster {
-        /// Which outbox.
-        outbox: String,
-        /// In the position.
-        recorded: i64,
-        /// Here.
-        found: i64,
-    },
+    /// The position may not be followed here.
+    #[error(transparent)]
+    Anchor(#[from] AnchorError),
     /// Progress could not be recorded.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -86,6 +75,7 @@ impl OwnerError {
             Self::Commit(CommitError::Database(error))
             | Self::Read(ReadError::Database(error))
             | Self::Database(error) => Some(error),
+            Self::Anchor(error) => error.database(),
             _ => None,
         }
     }
@@ -115,6 +105,9 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let weak = Arc::downgrade(&wanted);
     let looking = control::run(outbox.db.clone(), outbox.topics.clone(), wanted);
     let looking = AbortOnDropHandle::new(tokio::spawn(looking));
+    let blocked = Arc::new(Blocked::default());
+    let retries = Retries::new(outbox, lease.owner, blocked.clone(), control.clone());
+    let mut retrying = AbortOnDropHandle::new(tokio::spawn(retries.run()));
     let mut memory = Memory::default();
     let mut limit = usize::MAX;
     let mut rebuild = Rebuild::default();
@@ -127,7 +120,11 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
             None => control.borrow().clone(),
         };
         let control = (now, control.clone());
-        let (ended, left) = session(outbox, lease, stop, system_identifier, publisher, memory, control).await?;
+        let session = session(outbox, lease, stop, system_identifier, publisher, memory, blocked.clone(), control);
+        let (ended, left) = tokio::select! {
+            ended = session => ended?,
+            fault = &mut retrying => return joined("trying parked rows again", fault),
+        };
         memory = left;
         match ended {
             Ended::Stopped => return Ok(()),
@@ -173,40 +170,6 @@ impl Rebuild {
     }
 }
 
-/// Checks that the position belongs to this cluster, and makes the first one if there is none.
-async fn anchor(outbox: &Outbox, lease: &Lease) -> Result<i64, OwnerError> {
-    let (found, last) = outbox.db.ask(async |db| position(db, &outbox.name).await).await?;
-    match last {
-        Some(last) if last.system_identifier != found => {
-            let recorded = last.system_identifier;
-            return Err(OwnerError::OtherCluster { outbox: outbox.name.clone(), recorded, found });
-        }
-        Some(_) => {}
-        None if outbox.from_now => {
-            outbox.db.ask(async |db| begin_now(db, outbox, lease, found).await).await?;
-            info!(outbox = outbox.name, "first start: what was committed before now is not published (--from-now)");
-        }
-        None => info!(outbox = outbox.name, "first start: everything in the outbox is published"),
-    }
-    Ok(found)
-}
-
-/// Which cluster this is, and where the outbox stands.
-async fn position(db: &mut PgConnection, outbox: &str) -> Result<(i64, Option<batch_log::Last>), ReadError> {
-    Ok((batch_log::system_identifier(db).await?, batch_log::last(db, outbox).await?))
-}
-
-/// Makes the first position: all that is committed now counts as published.
-async fn begin_now(db: &mut PgConnection, outbox: &Outbox, lease: &Lease, cluster: i64) -> Result<(), OwnerError> {
-    let now: String = sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&mut *db).await?;
-    let now: crate::snapshot::Snapshot = now.parse().map_err(ReadError::from)?;
-    let entry = batch_log::Entry { base: now.clone(), target: now, from_id: 0, to_id: 0, rows: 0 };
-    match batch_log::append_in(db, &outbox.name, lease.owner, cluster, 0, &[entry]).await? {
-        0 => Err(CommitError::Fenced.into()),
-        _ => Ok(()),
-    }
-}
-
 /// Waits until a broker answers, and says so once; false when the process stops first.
 async fn wait_for_kafka(outbox: &Outbox, stop: &CancellationToken) -> bool {
     let mut said = false;
@@ -236,11 +199,12 @@ async fn session(
     system_identifier: i64,
     publisher: Publisher,
     memory: Memory,
+    blocked: Arc<Blocked>,
     (now, mut control): (Arc<Control>, watch::Receiver<Arc<Control>>),
 ) -> Result<(Ended, Memory), OwnerError> {
     let last = outbox.db.ask(async |db| batch_log::last(db, &outbox.name).await).await?;
     let (n, at) = last.map_or((0, Position::initial()), |last| (last.n, last.position));
-    let blocked = outbox.db.ask(async |db| Blocked::load(db, &outbox.name).await).await?;
+    blocked.load(&outbox.db, &outbox.name, |_| true).await?;
     let paused = now.paused.iter().filter(|(_, p)| p.position.is_some()).map(|(topic, _)| topic.clone()).collect();
     let reader_control = control.clone();
     control.mark_changed();
@@ -256,7 +220,6 @@ async fn session(
     let mut session = Session {
         outbox: outbox.name.clone(),
         db: outbox.db.clone(),
-        owner: lease.owner,
         topics: outbox.topics.clone(),
         publisher,
         builder: RecordBuilder::new(&outbox.name, outbox.leases.clock.clone()),
@@ -267,7 +230,6 @@ async fn session(
         limits: HashMap::new(),
         at,
         control,
-        retry_at: None,
         progress,
         pages_done,
         stop: stop.clone(),

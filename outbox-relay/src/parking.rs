@@ -1,20 +1,46 @@
 //! Rows that Kafka will never take as they are, and the lines behind them.
 //!
 //! A line is a topic and a key. While a row of it is parked, every later row of it is parked behind, so that its order
-//! holds; all other lines flow on. A parked row is a copy, made in the transaction that moves the position past it:
-//! whenever the process dies, a row is either still to come or parked, never neither.
+//! holds; all other lines flow on. A row without a key is a line of its own. A parked row is a copy, made in the transaction
+//! that moves the position past it: whenever the process dies, a row is either still to come or parked, never neither.
+//!
+//! A line may hold a million rows. Every statement here follows an index to the rows that it is about. Where it has their ids,
+//! it says `status || '' = 'parked'`, so that the planner does not take the index on lines for that.
 
-use crate::row::within_calendar;
+use crate::{
+    database::Database,
+    row::{Row, columns, sized, within_calendar},
+};
 use sqlx::PgConnection;
-use std::collections::HashMap;
+use std::{
+    collections::HashMap,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Lines with parked rows. Nearly always empty.
+/// Lines that are loaded by one statement.
+const LINES_AT_ONCE: i64 = 2_000;
+
+/// Lines with parked rows. Nearly always none. Shared by the session, which parks rows, and whatever tries them again.
 #[derive(Debug, Default)]
 pub(crate) struct Blocked {
-    /// Topic to key to the row that later ones wait behind.
-    lines: HashMap<String, HashMap<String, i64>>,
+    /// Topic to key to what is parked there.
+    lines: Mutex<HashMap<String, HashMap<String, Waiting>>>,
+    any: AtomicBool,
+    /// Held while lines are loaded and while one is freed: what is loaded is not older than what is freed.
+    turn: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    /// The row that later ones wait behind.
+    first: i64,
+    /// The last row that was decided to be parked. It may not be recorded yet.
+    last: i64,
 }
 
 /// A topic and a key. Rows without a key have no order and block nothing.
@@ -25,45 +51,145 @@ pub(crate) struct Line {
 }
 
 impl Blocked {
-    pub(crate) async fn load(db: &mut PgConnection, outbox: &str) -> Result<Self, sqlx::Error> {
-        let parked: Vec<(String, String, i64)> = sqlx::query_as(
-            "select topic, key, min(id)
-               from outbox_parked
-              where outbox = $1 and status = 'parked' and key is not null
-              group by topic, key",
-        )
-        .bind(outbox)
-        .fetch_all(db)
-        .await?;
-        let mut blocked = Self::default();
-        for (topic, key, id) in parked {
-            blocked.lines.entry(topic).or_default().insert(key, id);
-        }
-        Ok(blocked)
-    }
-
-    /// The row that rows of this line wait behind.
-    pub(crate) fn by(&self, topic: &str, key: Option<&str>) -> Option<i64> {
-        if self.lines.is_empty() {
-            return None;
-        }
-        self.lines.get(topic)?.get(key?).copied()
-    }
-
-    pub(crate) fn block(&mut self, topic: &str, key: Option<&str>, by: i64) {
-        let Some(key) = key else { return };
-        self.lines.entry(topic.to_owned()).or_default().entry(key.to_owned()).or_insert(by);
-    }
-
-    pub(crate) fn free(&mut self, line: &Line) {
-        let Some(key) = &line.key else { return };
-        if let Some(keys) = self.lines.get_mut(&line.topic) {
-            keys.remove(key);
-            if keys.is_empty() {
-                self.lines.remove(&line.topic);
+    /// Reads which lines are blocked, in place of what was known of the topics that are `mine`: what a session decided that
+    /// ended before it was recorded is decided again.
+    pub(crate) async fn load(
+        &self,
+        db: &Database,
+        outbox: &str,
+        mine: impl Fn(&str) -> bool,
+    ) -> Result<(), sqlx::Error> {
+        let _turn = self.turn.lock().await;
+        let mut lines: HashMap<String, HashMap<String, Waiting>> = HashMap::new();
+        let (mut topic, mut hash) = (String::new(), String::new());
+        loop {
+            let found = db.ask(async |db| lines_behind(db, outbox, &topic, &hash).await).await?;
+            let full = i64::try_from(found.len()).is_ok_and(|found| found == LINES_AT_ONCE);
+            for (line_topic, line_hash, key, first, last) in found {
+                (topic, hash) = (line_topic, line_hash);
+                lines.entry(topic.clone()).or_default().insert(key, Waiting { first, last });
+            }
+            if !full {
+                break;
             }
         }
+        lines.retain(|topic, _| mine(topic));
+        let mut known = self.lines();
+        known.retain(|topic, _| !mine(topic));
+        known.extend(lines);
+        self.any.store(!known.is_empty(), Ordering::Release);
+        Ok(())
     }
+
+    fn lines(&self) -> MutexGuard<'_, HashMap<String, HashMap<String, Waiting>>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The row that row `id` of this line has to wait behind, if there is one; then `id` is to be parked as well.
+    pub(crate) fn behind(&self, topic: &str, key: Option<&str>, id: i64) -> Option<i64> {
+        if !self.any.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut lines = self.lines();
+        let waiting = lines.get_mut(topic)?.get_mut(key?)?;
+        waiting.last = waiting.last.max(id);
+        Some(waiting.first)
+    }
+
+    /// Row `id` is to be parked; later rows of its line wait behind it.
+    pub(crate) fn block(&self, topic: &str, key: Option<&str>, id: i64) {
+        let Some(key) = key else { return };
+        let mut lines = self.lines();
+        self.any.store(true, Ordering::Release);
+        let line = lines.entry(topic.to_owned()).or_default().entry(key.to_owned());
+        line.or_insert(Waiting { first: id, last: id }).last = id;
+    }
+
+    /// Lets a line flow again if none of its rows is parked, and none is about to be; says whether it flows.
+    pub(crate) async fn free(&self, db: &mut PgConnection, outbox: &str, line: &Line) -> Result<bool, sqlx::Error> {
+        let _turn = self.turn.lock().await;
+        let Some(last) = self.last(line) else { return Ok(true) };
+        let (parked, recorded): (bool, bool) = sqlx::query_as(
+            "select exists (select
+                              from outbox_parked
+                             where outbox = $1 and topic = $2 and md5(key) = md5($3) and status = 'parked'),
+                    exists (select from outbox_parked where outbox = $1 and id = $4)",
+        )
+        .bind(outbox)
+        .bind(&line.topic)
+        .bind(&line.key)
+        .bind(last)
+        .fetch_one(db)
+        .await?;
+        Ok(!parked && recorded && self.remove(line, last))
+    }
+
+    fn last(&self, line: &Line) -> Option<i64> {
+        Some(self.lines().get(&line.topic)?.get(line.key.as_ref()?)?.last)
+    }
+
+    /// Forgets the line, unless another row was parked behind `last`.
+    fn remove(&self, line: &Line, last: i64) -> bool {
+        let mut lines = self.lines();
+        let (Some(keys), Some(key)) = (lines.get_mut(&line.topic), &line.key) else { return true };
+        if keys.get(key).is_some_and(|waiting| waiting.last != last) {
+            return false;
+        }
+        keys.remove(key);
+        if keys.is_empty() {
+            lines.remove(&line.topic);
+        }
+        self.any.store(!lines.is_empty(), Ordering::Release);
+        true
+    }
+}
+
+/// Topic, hash of the key, key, first and last parked row of a line.
+type LineColumns = (String, String, String, i64, i64);
+
+/// Lines with parked rows, in the order of topic and hash, behind these: from one to the next by the index, whatever is
+/// parked in them.
+async fn lines_behind(
+    db: &mut PgConnection,
+    outbox: &str,
+    topic: &str,
+    hash: &str,
+) -> Result<Vec<LineColumns>, sqlx::Error> {
+    sqlx::query_as(
+        "with recursive line as (
+                  (select topic, md5(key) as hash
+                     from outbox_parked
+                    where outbox = $1 and status = 'parked' and (topic, md5(key)) > ($2, $3)
+                    order by topic, md5(key)
+                    limit 1)
+                  union all
+                  (select next.topic, next.hash
+                     from line
+                    cross join lateral (select topic, md5(key) as hash
+                                          from outbox_parked as parked
+                                         where outbox = $1 and status = 'parked'
+                                           and (parked.topic, md5(key)) > (line.topic, line.hash)
+                                         order by topic, md5(key)
+                                         limit 1) as next))
+         select line.topic, line.hash, first.key, first.id, last.id
+           from (select topic, hash from line limit $4) as line
+          cross join lateral (select key, id
+                                from outbox_parked
+                               where outbox = $1 and topic = line.topic and md5(key) = line.hash and status = 'parked'
+                               order by id
+                               limit 1) as first
+          cross join lateral (select id
+                                from outbox_parked
+                               where outbox = $1 and topic = line.topic and md5(key) = line.hash and status = 'parked'
+                               order by id desc
+                               limit 1) as last",
+    )
+    .bind(outbox)
+    .bind(topic)
+    .bind(hash)
+    .bind(LINES_AT_ONCE)
+    .fetch_all(db)
+    .await
 }
 
 /// A row that is to be parked.
@@ -98,7 +224,7 @@ pub(crate) async fn park_in(tx: &mut PgConnection, outbox: &str, rows: &[Park]) 
     Ok(())
 }
 
-/// Lines that an operator wants tried again, and when he last said so.
+/// Lines that an operator wants tried again, and when the request was last made.
 pub(crate) async fn requested(
     db: &mut PgConnection,
     outbox: &str,
@@ -115,97 +241,244 @@ pub(crate) async fn requested(
     Ok(lines.into_iter().map(|(topic, key, at)| (Line { topic, key }, at)).collect())
 }
 
-/// The next row of a line that is to be tried again, locked against a discard while it is. A row without a key is a
-/// line of its own, so only those that were asked for are taken.
-pub(crate) async fn next_in(
-    tx: &mut PgConnection,
+/// The next rows of a line that is to be tried again; the bodies of large ones are not read. A row without a key is a line of
+/// its own, so only those that were asked for are taken.
+pub(crate) async fn waiting(
+    db: &mut PgConnection,
     outbox: &str,
     line: &Line,
-) -> Result<Option<crate::row::Row>, sqlx::Error> {
-    let found = sqlx::query(concat!(
-        "select id, message_id, topic, key, type, payload,
-                coalesce(octet_length(payload), -1) as size, nullif(headers, '{}')::text as headers, ",
-        within_calendar!("created_at"),
-        " as created_at, 0::bigint as bytes, 0 as key_bytes
-           from outbox_parked
-          where outbox = $1 and topic = $2 and md5(key) is not distinct from md5($3) and status = 'parked'
-            and (key is not null or retry_requested_at is not null)
-          order by id
-          limit 1
-            for update",
-    ))
-    .bind(outbox)
-    .bind(&line.topic)
-    .bind(&line.key)
-    .fetch_optional(tx)
-    .await?;
-    let Some(found) = found else { return Ok(None) };
-    Ok(Some(crate::row::Row::new(found)?))
+    rows: usize,
+) -> Result<Vec<Row>, sqlx::Error> {
+    const KEYED: &str = concat!(
+        "select ",
+        columns!(),
+        " from ",
+        sized!("outbox_parked"),
+        " where outbox = $1 and topic = $2 and md5(key) = md5($3) and status = 'parked' order by id limit $4",
+    );
+    const KEYLESS: &str = concat!(
+        "select ",
+        columns!(),
+        " from ",
+        sized!("outbox_parked"),
+        " where outbox = $1 and topic = $2 and md5(key) is null and status || '' = 'parked' and $3::text is null
+            and retry_requested_at is not null
+          order by md5(key), id limit $4",
+    );
+    let found = sqlx::query(if line.key.is_some() { KEYED } else { KEYLESS })
+        .bind(outbox)
+        .bind(&line.topic)
+        .bind(&line.key)
+        .bind(i64::try_from(rows).unwrap_or(i64::MAX))
+        .fetch_all(db)
+        .await?;
+    found.into_iter().map(Row::new).collect()
 }
 
-/// The row is published, in the caller's transaction, if `owner` still holds the lease; false means: fenced.
-pub(crate) async fn published_in(
-    tx: &mut PgConnection,
+/// Takes parked rows to send them, if `owner` still holds the lease. From here on, and until it is known what became of
+/// them, they cannot be discarded. A row that was discarded just now is not among those that are returned.
+pub(crate) async fn claim(
+    db: &mut PgConnection,
     outbox: &str,
     owner: Uuid,
-    id: i64,
-) -> Result<bool, sqlx::Error> {
-    let published = sqlx::query(
+    ids: &[i64],
+) -> Result<Vec<Row>, sqlx::Error> {
+    let found = sqlx::query(concat!(
         "update outbox_parked
-            set status = 'published', resolved_at = clock_timestamp(), retry_requested_at = null, attempts = attempts + 1
-          where outbox = $1 and id = $2 and status = 'parked'
-            and exists (select from outbox_lease where outbox = $1 and owner = $3 for share)",
+            set sending_by = $2
+          where outbox = $1 and id = any ($3) and status || '' = 'parked'
+            and exists (select from outbox_lease where outbox = $1 and owner = $2 for share)
+        returning id, message_id, topic, key, type, payload, coalesce(octet_length(payload), -1),
+                  nullif(headers, '{}')::text, ",
+        within_calendar!("created_at"),
+        ", 0::bigint, 0",
+    ))
+    .bind(outbox)
+    .bind(owner)
+    .bind(ids)
+    .fetch_all(db)
+    .await?;
+    let mut rows = found.into_iter().map(Row::new).collect::<Result<Vec<_>, _>>()?;
+    rows.sort_unstable_by_key(Row::id);
+    Ok(rows)
+}
+
+/// These rows were not sent: they can be discarded again.
+pub(crate) async fn release(db: &mut PgConnection, outbox: &str, ids: &[i64]) -> Result<(), sqlx::Error> {
+    sqlx::query("update outbox_parked set sending_by = null where outbox = $1 and id = any ($2)")
+        .bind(outbox)
+        .bind(ids)
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
+/// Published rows of a line, and the request by which they were tried: it stands for what is left of the line.
+pub(crate) struct Published {
+    pub(crate) line: Line,
+    pub(crate) requested: OffsetDateTime,
+    pub(crate) ids: Vec<i64>,
+}
+
+/// The rows are published, if `owner` still holds the lease; false means: fenced.
+pub(crate) async fn published(
+    db: &mut PgConnection,
+    outbox: &str,
+    owner: Uuid,
+    lines: &[Published],
+) -> Result<bool, sqlx::Error> {
+    let ids: Vec<i64> = lines.iter().flat_map(|line| line.ids.iter().copied()).collect();
+    let keyed = || lines.iter().filter(|line| line.line.key.is_some());
+    let topics: Vec<&str> = keyed().map(|line| line.line.topic.as_str()).collect();
+    let keys: Vec<&str> = keyed().filter_map(|line| line.line.key.as_deref()).collect();
+    let last: Vec<i64> = keyed().map(|line| line.ids.iter().copied().max().unwrap_or(0)).collect();
+    let requested: Vec<OffsetDateTime> = keyed().map(|line| line.requested).collect();
+    let done: i64 = sqlx::query_scalar(
+        "with done as (
+                  update outbox_parked
+                     set status = 'published', resolved_at = clock_timestamp(), retry_requested_at = null,
+                         sending_by = null, attempts = attempts + 1
+                   where outbox = $1 and id = any ($3) and status || '' = 'parked'
+                     and exists (select from outbox_lease where outbox = $1 and owner = $2 for share)
+                  returning id),
+              next as (
+                  select next.id, line.requested
+                    from unnest($4::text[], $5::text[], $6::bigint[], $7::timestamptz[])
+                             as line (topic, key, last, requested)
+                   cross join lateral (select id
+                                         from outbox_parked as parked
+                                        where outbox = $1 and parked.topic = line.topic
+                                          and md5(parked.key) = md5(line.key) and status = 'parked' and id > line.last
+                                        order by id
+                                        limit 1) as next),
+              asked as (
+                  update outbox_parked as parked
+                     set retry_requested_at = next.requested
+                    from next
+                   where parked.outbox = $1 and parked.id = next.id and parked.retry_requested_at is null
+                     and exists (select from done))
+         select count(*) from done",
+    )
+    .bind(outbox)
+    .bind(owner)
+    .bind(&ids)
+    .bind(topics)
+    .bind(keys)
+    .bind(last)
+    .bind(requested)
+    .fetch_one(db)
+    .await?;
+    Ok(done > 0 || ids.is_empty())
+}
+
+/// A row was refused again, for this reason.
+pub(crate) async fn refused(db: &mut PgConnection, outbox: &str, id: i64, reason: &str) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update outbox_parked
+            set attempts = attempts + 1, reason = $3, blocked_by = null, sending_by = null,
+                retry_requested_at = case when key is not null then retry_requested_at end
+          where outbox = $1 and id = $2 and status || '' = 'parked'",
     )
     .bind(outbox)
     .bind(id)
-    .bind(owner)
-    .execute(tx)
+    .bind(reason)
+    .execute(db)
     .await?;
-    Ok(published.rows_affected() == 1)
+    Ok(())
 }
 
-/// The line has been tried, as was asked for at `requested`; a later request stands. A row that failed keeps why.
+/// The line has been tried, as was asked for at `requested`; a later request stands.
 pub(crate) async fn tried(
     db: &mut PgConnection,
     outbox: &str,
     line: &Line,
     requested: OffsetDateTime,
-    failed: Option<(i64, &str)>,
 ) -> Result<(), sqlx::Error> {
-    sqlx::query(
-        "update outbox_parked
-            set retry_requested_at = case when retry_requested_at > $6 then retry_requested_at end,
-                attempts           = attempts + case when id = $4 then 1 else 0 end,
-                reason             = case when id = $4 then $5 else reason end,
-                blocked_by         = case when id = $4 then null else blocked_by end
-          where outbox = $1 and topic = $2 and md5(key) is not distinct from md5($3)
-            and (retry_requested_at is not null or id = $4)",
-    )
-    .bind(outbox)
-    .bind(&line.topic)
-    .bind(&line.key)
-    .bind(failed.map(|(id, _)| id))
-    .bind(failed.map(|(_, reason)| reason))
-    .bind(requested)
-    .execute(db)
-    .await?;
+    const KEYED: &str = "update outbox_parked
+                            set retry_requested_at = null
+                          where outbox = $1 and topic = $2 and md5(key) = md5($3)
+                            and retry_requested_at is not null and retry_requested_at <= $4";
+    const KEYLESS: &str = "update outbox_parked
+                              set retry_requested_at = null
+                            where outbox = $1 and topic = $2 and md5(key) is null and $3::text is null
+                              and retry_requested_at is not null and retry_requested_at <= $4";
+    sqlx::query(if line.key.is_some() { KEYED } else { KEYLESS })
+        .bind(outbox)
+        .bind(&line.topic)
+        .bind(&line.key)
+        .bind(requested)
+        .execute(db)
+        .await?;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use saga_core::{service::messaging_migrations, testkit::TestDatabase};
+    use sqlx::{Connection as _, postgres::PgConnectOptions};
+    use std::str::FromStr as _;
 
     #[test]
-    fn a_line_is_blocked_by_its_first_row_until_it_is_freed() {
-        let mut blocked = Blocked::default();
+    fn a_line_is_blocked_by_its_first_row_until_it_is_freed_behind_its_last() {
+        let blocked = Blocked::default();
         blocked.block("t", Some("k"), 3);
-        blocked.block("t", Some("k"), 5);
+        assert_eq!(blocked.behind("t", Some("k"), 5), Some(3));
         blocked.block("t", None, 6);
-        assert_eq!(blocked.by("t", Some("k")), Some(3));
-        assert_eq!(blocked.by("t", Some("other")), None);
-        assert_eq!(blocked.by("t", None), None);
-        blocked.free(&Line { topic: "t".into(), key: Some("k".into()) });
-        assert_eq!(blocked.by("t", Some("k")), None);
+        assert_eq!(blocked.behind("t", Some("other"), 7), None);
+        assert_eq!(blocked.behind("t", None, 8), None);
+        let line = Line { topic: "t".into(), key: Some("k".into()) };
+        assert_eq!(blocked.last(&line), Some(5));
+        blocked.behind("t", Some("k"), 9);
+        assert!(!blocked.remove(&line, 5), "row 9 is to be parked behind it");
+        assert!(blocked.remove(&line, 9));
+        assert_eq!(blocked.behind("t", Some("k"), 10), None);
+    }
+
+    async fn touched(db: &mut PgConnection) -> i64 {
+        sqlx::query_scalar(
+            "select coalesce(sum(coalesce(idx_tup_fetch, 0) + seq_tup_read), 0)::bigint
+               from pg_stat_xact_user_tables
+              where relname = 'outbox_parked'",
+        )
+        .fetch_one(db)
+        .await
+        .unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_a_turn_of_a_long_line_touches_does_not_depend_on_its_length() {
+        const ROWS: i64 = 20_000;
+        let database = TestDatabase::new(&[messaging_migrations()]).await;
+        let options = PgConnectOptions::from_str(&database.url).unwrap().options(crate::outbox::PLANS);
+        let mut db = PgConnection::connect_with(&options).await.unwrap();
+        sqlx::query(
+            "insert into outbox_parked (outbox, id, message_id, topic, key, type, headers, created_at, reason)
+             select 'orders', id, gen_random_uuid(), 't', 'k' || (id > $1)::int * (id % 7), 'test.v1', '{}', now(), ''
+               from generate_series(1, $1 + 100) as id",
+        )
+        .bind(ROWS)
+        .execute(&mut db)
+        .await
+        .unwrap();
+        let owner = Uuid::new_v4();
+        sqlx::query("insert into outbox_lease values ('orders', $1, '', now(), now(), now() + interval '1 hour')")
+            .bind(owner)
+            .execute(&mut db)
+            .await
+            .unwrap();
+        let line = Line { topic: "t".into(), key: Some("k0".into()) };
+        let mut tx = sqlx::Connection::begin(&mut db).await.unwrap();
+        let before = touched(&mut tx).await;
+        let ids: Vec<i64> = waiting(&mut tx, "orders", &line, 10).await.unwrap().iter().map(Row::id).collect();
+        assert_eq!(ids, (1..=10).collect::<Vec<_>>());
+        assert_eq!(claim(&mut tx, "orders", owner, &ids).await.unwrap().len(), 10);
+        let requested = OffsetDateTime::UNIX_EPOCH;
+        let done = [Published { line: line.clone(), requested, ids }];
+        assert!(published(&mut tx, "orders", owner, &done).await.unwrap());
+        tried(&mut tx, "orders", &line, requested).await.unwrap();
+        assert_eq!(lines_behind(&mut tx, "orders", "", "").await.unwrap().len(), 7);
+        let touched = touched(&mut tx).await - before;
+        assert!(touched < 300, "{touched} rows of {ROWS}");
     }
 }

@@ -180,3 +180,25 @@ pub(crate) async fn resume(db: &mut PgConnection, outbox: &str, topic: &str) -> 
     .await?;
     Ok(())
 }
+
+/// The topic takes nothing now, so it is paused; the owner records where it is left behind.
+pub(crate) async fn begin(
+    db: &mut PgConnection,
+    outbox: &str,
+    topic: &str,
+    cause: Cause,
+    reason: &str,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "insert into outbox_pause (outbox, topic, cause, reason, actor)
+         values ($1, $2, $3, $4, 'outbox-relay')
+         on conflict (outbox, topic) do nothing",
+    )
+    .bind(outbox)
+    .bind(topic)
+    .bind(cause.as_str())
+    .bind(reason)
+    .execute(db)
+    .await?;
+    Ok(())
+}

@@ -6,12 +6,13 @@
 
 use crate::{
     in_flight::{InFlight, Ticket},
+    record,
     topics::Topics,
 };
 use rdkafka::{
     ClientConfig, ClientContext,
     error::{KafkaError, RDKafkaErrorCode},
-    producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext, ThreadedProducer},
+    producer::{DeliveryResult, Producer as _, ProducerContext, ThreadedProducer},
 };
 use std::sync::{
     Arc,
@@ -101,6 +102,37 @@ pub(crate) enum Offered {
     Refused(RDKafkaErrorCode),
 }
 
+/// Batches are no larger than this where a topic allows `limit` bytes.
+fn batch_bytes(limit: usize) -> usize {
+    BATCH_BYTES.min(limit.saturating_sub(record::BATCH_HEADER)).max(1)
+}
+
+/// How every producer of an outbox is configured.
+pub(crate) fn config(outbox: &str, brokers: &str, compression: &str, limit: usize) -> ClientConfig {
+    let mut config = ClientConfig::new();
+    config
+        .set("bootstrap.servers", brokers)
+        .set("client.id", format!("outbox-relay-{outbox}"))
+        .set("enable.idempotence", "true")
+        .set("acks", "all")
+        .set("enable.gapless.guarantee", "true")
+        .set("message.timeout.ms", "0")
+        // Rows come by the page, hundreds without a pause: there is nothing to wait for.
+        .set("linger.ms", "0")
+        .set("batch.size", batch_bytes(limit).to_string())
+        .set("batch.num.messages", "20000")
+        // Whether a row is too large is the topic's to say, and is known before it is offered.
+        .set("message.max.bytes", "1000000000")
+        .set("queue.buffering.max.messages", QUEUE_RECORDS)
+        .set("queue.buffering.max.kbytes", "2097151")
+        .set("compression.type", compression)
+        // As every Java producer does it: a key's partition must not depend on who writes.
+        .set("partitioner", "murmur2_random")
+        .set("allow.auto.create.topics", "false")
+        .set("topic.metadata.propagation.max.ms", "10000");
+    config
+}
+
 /// Publishes to Kafka; drop it to give up what it still holds.
 pub(crate) struct Publisher {
     producer: Option<ThreadedProducer<Reports>>,
@@ -121,29 +153,8 @@ impl Publisher {
     ) -> Result<Self, KafkaError> {
         let in_flight = Arc::new(InFlight::default());
         let context = Reports { outbox: outbox.to_owned(), in_flight: in_flight.clone(), brokers: state.clone() };
-        let batch_bytes = BATCH_BYTES.min(limit.saturating_sub(crate::record::BATCH_HEADER)).max(1);
-        let producer = ClientConfig::new()
-            .set("bootstrap.servers", brokers)
-            .set("client.id", format!("outbox-relay-{outbox}"))
-            .set("enable.idempotence", "true")
-            .set("acks", "all")
-            .set("enable.gapless.guarantee", "true")
-            .set("message.timeout.ms", "0")
-            // Rows come by the page, hundreds without a pause: there is nothing to wait for.
-            .set("linger.ms", "0")
-            .set("batch.size", batch_bytes.to_string())
-            .set("batch.num.messages", "20000")
-            // Whether a row is too large is the topic's to say, and is known before it is offered.
-            .set("message.max.bytes", "1000000000")
-            .set("queue.buffering.max.messages", QUEUE_RECORDS)
-            .set("queue.buffering.max.kbytes", "2097151")
-            .set("compression.type", compression)
-            // As every Java producer does it: a key's partition must not depend on who writes.
-            .set("partitioner", "murmur2_random")
-            .set("allow.auto.create.topics", "false")
-            .set("topic.metadata.propagation.max.ms", "10000")
-            .create_with_context(context)?;
-        Ok(Self { producer: Some(producer), in_flight, brokers: state, batch_bytes })
+        let producer = config(outbox, brokers, compression, limit).create_with_context(context)?;
+        Ok(Self { producer: Some(producer), in_flight, brokers: state, batch_bytes: batch_bytes(limit) })
     }
 
     fn producer(&self) -> &ThreadedProducer<Reports> {
@@ -151,13 +162,9 @@ impl Publisher {
     }
 
     /// Offers a row; never blocks.
-    pub(crate) fn offer(&self, row: &crate::row::Row, built: crate::record::Built, ticket: Ticket) -> Offered {
-        let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(row.topic(), ticket.0).headers(built.headers);
-        record.key = row.key().map(str::as_bytes);
-        record.payload = row.payload();
-        record.timestamp = Some(built.timestamp);
+    pub(crate) fn offer(&self, row: &crate::row::Row, built: record::Built, ticket: Ticket) -> Offered {
         self.in_flight.sending();
-        let Err((error, _)) = self.producer().send(record) else { return Offered::Taken };
+        let Err((error, _)) = self.producer().send(record::of(row, built, ticket.0)) else { return Offered::Taken };
         self.in_flight.not_sent();
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::QueueFull) => Offered::Full,

@@ -3,7 +3,10 @@
 //! The payload passes through as it is. What the row's own headers say wins, except for what identifies the row.
 
 use crate::{database::DatabaseClock, row::Row};
-use rdkafka::message::{Header, OwnedHeaders};
+use rdkafka::{
+    message::{Header, OwnedHeaders},
+    producer::BaseRecord,
+};
 use saga_core::{
     envelope::{Envelope, header},
     trace,
@@ -118,6 +121,15 @@ pub(crate) fn span(row: &Row) -> tracing::Span {
     );
     trace::continue_from(&span, &envelope);
     span
+}
+
+/// The record of a row, to be given to a producer with what names it there.
+pub(crate) fn of(row: &Row, built: Built, opaque: usize) -> BaseRecord<'_, [u8], [u8], usize> {
+    let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(row.topic(), opaque).headers(built.headers);
+    record.key = row.key().map(str::as_bytes);
+    record.payload = row.payload();
+    record.timestamp = Some(built.timestamp);
+    record
 }
 
 /// What stands before the records of a batch (magic 2).

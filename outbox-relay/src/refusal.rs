@@ -30,3 +30,15 @@ impl Refusal {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_timestamp_is_a_clocks_fault_and_not_the_rows() {
+        assert_eq!(Refusal::of(Code::InvalidTimestamp), Refusal::Transient);
+        assert_eq!(Refusal::of(Code::MessageSizeTooLarge), Refusal::Row);
+        assert_eq!(Refusal::of(Code::UnknownTopicOrPartition), Refusal::Topic(Cause::Missing));
+    }
+}

@@ -1,163 +1,456 @@
-//! Tries parked lines again, when an operator asked for it: in order, one row at a time, while nothing else is in flight.
-//! So it is done in turns, and between two of them everything else goes on.
+//! Tries parked lines again, when an operator asked for it: in order, many rows at a time, beside everything else.
 //!
-//! A row is marked published in a transaction that holds it from before it is sent, so that it cannot be discarded
-//! meanwhile. When the process dies in between, the row is sent again.
+//! ```text
+//!  parked ──claim──▶ being sent ──report──▶ published
+//!    ▲                   │
+//!    └──── refused ──────┘
+//! ```
+//!
+//! A row is claimed, in a commit of its own, before it is sent, and until its fate is known it cannot be discarded: what was
+//! discarded is never published. Retries have a producer of their own, so that a row that Kafka refuses costs no other row
+//! anything. When the process dies in between, the next owner sends the claimed rows again: the request still stands.
 
 use crate::{
-    commit::{CommitError, Progress},
-    in_flight::{Decided, Flight, Ticket},
-    parking::{self, Line},
-    pause::{self, Cause, LeftBehind},
-    record,
+    control::Control,
+    database::{Database, DatabaseClock},
+    fate::too_large,
+    outbox::Outbox,
+    parking::{self, Blocked, Line, Published},
+    pause::{self, Cause},
+    producer,
+    record::{self, Built, RecordBuilder},
     refusal::Refusal,
     row::Row,
-    session::{Ended, Session},
-    topics,
+    topics::{TopicState, Topics},
 };
-use sqlx::Connection as _;
-use std::{collections::HashMap, time::Duration};
+use rdkafka::{
+    ClientContext,
+    error::RDKafkaErrorCode as Code,
+    producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer},
+};
+use saga_core::topic::is_legal_name;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 use time::OffsetDateTime;
-use tokio::{sync::oneshot, time::Instant};
-use tracing::{info, warn};
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, info, warn};
+use uuid::Uuid;
 
-/// Rows that are tried in one turn: each is a transaction and a request to Kafka, so this is about a second.
-const ROWS_PER_TURN: usize = 200;
-/// Between two turns: as long as a turn at its best, and long enough that lines which are done are not asked for any more.
-const BETWEEN_TURNS: Duration = Duration::from_millis(500);
+/// Rows that are sent together at most; what was sent is marked by one statement.
+const ROWS: usize = 500;
+/// Bytes that are sent together at most. One row may exceed it alone.
+const BYTES: usize = 4 << 20;
+/// Kafka acknowledges at least one row within this, or the topic is left alone for as long, so that others are tried.
+const REPORT: Duration = Duration::from_secs(10);
+/// Between two turns, after one that could do nothing.
+const PAUSE: Duration = Duration::from_millis(250);
 
-impl Session {
-    pub(crate) async fn retry(&mut self, lines: &HashMap<Line, OffsetDateTime>) -> Result<(), Ended> {
-        // Rows behind a parked one may be decided on, but not be in the table yet.
-        self.settle().await?;
-        let (told, recorded) = oneshot::channel();
-        self.progress.send(Progress::Flush(told)).await.map_err(|_| CommitError::Fenced)?;
-        recorded.await.map_err(|_| CommitError::Fenced)?;
-        let mut left = ROWS_PER_TURN;
-        for (line, requested) in lines {
-            // It is asked for again when the topic resumes.
-            if !self.paused.contains(&line.topic) {
-                self.retry_line(line, *requested, &mut left).await?;
+/// Tries parked lines again, for one owner.
+pub(crate) struct Retries {
+    outbox: String,
+    db: Database,
+    owner: Uuid,
+    topics: Topics,
+    brokers: String,
+    compression: String,
+    builder: RecordBuilder,
+    blocked: Arc<Blocked>,
+    control: watch::Receiver<Arc<Control>>,
+    /// Requests that were met, by when they were made: what is known of them may be a moment old.
+    met: HashMap<Line, OffsetDateTime>,
+    /// Rows that are still to be sent one at a time, because a batch was refused and the culprit is not known.
+    one_by_one: usize,
+    /// Topics that acknowledged nothing, until when they are left alone.
+    silent: HashMap<String, std::time::Instant>,
+    producer: Option<Retrying>,
+}
+
+/// The rows of a line that are being sent.
+struct Sending {
+    line: Line,
+    requested: OffsetDateTime,
+    rows: Vec<Row>,
+}
+
+impl Retries {
+    pub(crate) fn new(
+        outbox: &Outbox,
+        owner: Uuid,
+        blocked: Arc<Blocked>,
+        control: watch::Receiver<Arc<Control>>,
+    ) -> Self {
+        let clock: Arc<DatabaseClock> = outbox.leases.clock.clone();
+        Self {
+            outbox: outbox.name.clone(),
+            db: outbox.db.clone(),
+            owner,
+            topics: outbox.topics.clone(),
+            brokers: outbox.brokers.clone(),
+            compression: outbox.compression.clone(),
+            builder: RecordBuilder::new(&outbox.name, clock),
+            blocked,
+            control,
+            met: HashMap::new(),
+            one_by_one: 0,
+            silent: HashMap::new(),
+            producer: None,
+        }
+    }
+
+    /// Tries what is asked for until it is dropped.
+    pub(crate) async fn run(mut self) {
+        loop {
+            let lines = self.wanted();
+            if lines.is_empty() {
+                self.producer = None;
+                if self.control.changed().await.is_err() {
+                    // The owner's time ends, and this with it.
+                    return std::future::pending().await;
+                }
+                continue;
             }
-            if left == 0 {
-                let now = Instant::from_std(saga_core::clock::monotonic());
-                self.retry_at = Some(now + BETWEEN_TURNS);
+            match self.turn(lines).await {
+                Ok(true) => {}
+                Ok(false) => tokio::time::sleep(PAUSE).await,
+                // The owner's other parts meet it too, and report it.
+                Err(error) => {
+                    debug!(outbox = self.outbox, %error, "trying parked rows again");
+                    tokio::time::sleep(PAUSE * 4).await;
+                }
+            }
+        }
+    }
+
+    /// The lines that are to be tried now. Those of a paused topic are tried when it resumes.
+    fn wanted(&mut self) -> Vec<(Line, OffsetDateTime)> {
+        let control = self.control.borrow_and_update().clone();
+        self.met.retain(|line, at| control.retry.get(line) == Some(at));
+        if control.whole {
+            return Vec::new();
+        }
+        let now = saga_core::clock::monotonic();
+        self.silent.retain(|_, until| *until > now);
+        let open = |line: &&Line| !control.paused.contains_key(&line.topic);
+        let lines = control.retry.iter().filter(|(line, at)| open(line) && self.met.get(*line) != Some(*at));
+        lines.map(|(line, at)| (line.clone(), *at)).collect()
+    }
+
+    /// Sends rows of these lines, as many as go together; says whether anything was done.
+    async fn turn(&mut self, lines: Vec<(Line, OffsetDateTime)>) -> Result<bool, sqlx::Error> {
+        let mut limits = HashMap::new();
+        let (mut chosen, mut rows, mut bytes, mut done) = (Vec::new(), 0, 0, false);
+        let most = if self.one_by_one > 0 { 1 } else { ROWS };
+        for (line, requested) in lines {
+            if rows >= most || bytes >= BYTES {
                 break;
             }
+            if !is_legal_name(&line.topic) {
+                warn!(
+                    outbox = self.outbox,
+                    topic = line.topic,
+                    "no topic can have this name; its rows can only be discarded"
+                );
+                self.met(line, requested).await?;
+                continue;
+            }
+            let Some(limit) = self.limit(&line.topic, &mut limits).await? else { continue };
+            let (ids, their_bytes, refused) = self.choose(&line, limit, most - rows, BYTES - bytes).await?;
+            done |= refused;
+            if !ids.is_empty() {
+                rows += ids.len();
+                bytes += their_bytes;
+                chosen.push((line, requested, limit, ids));
+            } else if refused && line.key.is_some() {
+                self.met(line, requested).await?;
+            } else if !refused && bytes < BYTES {
+                done |= self.finish(line, requested).await?;
+            }
         }
-        Ok(())
+        if chosen.is_empty() {
+            return Ok(done);
+        }
+        self.send(chosen).await
     }
 
-    /// Tries a line, until it is free, or refused again, or `left` rows are tried; then what was asked for stands.
-    async fn retry_line(&mut self, line: &Line, requested: OffsetDateTime, left: &mut usize) -> Result<(), Ended> {
-        if !topics::is_legal(&line.topic) {
-            warn!(
-                outbox = self.outbox,
-                topic = line.topic,
-                "no topic can have this name; the rows can only be discarded"
-            );
-            self.tried(line, requested, None).await?;
-            return Ok(());
+    /// The first rows of a line that fit, and their bytes. A row that its topic does not take is refused unread: alone if it
+    /// has no key, else with all behind it.
+    async fn choose(
+        &self,
+        line: &Line,
+        limit: usize,
+        most: usize,
+        room: usize,
+    ) -> Result<(Vec<i64>, usize, bool), sqlx::Error> {
+        let found = self.db.ask(async |db| parking::waiting(db, &self.outbox, line, most).await).await?;
+        let (mut ids, mut bytes, mut refused) = (Vec::new(), 0, false);
+        for row in found {
+            let size = row.bytes();
+            if size > limit {
+                if line.key.is_some() && !ids.is_empty() {
+                    break;
+                }
+                self.refuse(&row, &too_large(size, limit)).await?;
+                refused = true;
+                if line.key.is_some() {
+                    break;
+                }
+                continue;
+            }
+            if bytes + size > room && !(ids.is_empty() && room == BYTES) {
+                break;
+            }
+            ids.push(row.id());
+            bytes += size;
         }
-        let limit = match self.look(&line.topic).await? {
-            Ok(limit) => limit,
-            Err((cause, reason)) => return self.put_off(line, cause, reason).await,
+        Ok((ids, bytes, refused))
+    }
+
+    /// How large a record of the topic may be; `None` when it takes none now.
+    async fn limit(
+        &mut self,
+        topic: &str,
+        known: &mut HashMap<String, Option<usize>>,
+    ) -> Result<Option<usize>, sqlx::Error> {
+        if self.silent.contains_key(topic) {
+            return Ok(None);
+        }
+        if let Some(limit) = known.get(topic) {
+            return Ok(*limit);
+        }
+        let limit = match self.topics.look(topic).await {
+            Ok(TopicState::Ready { max_message_bytes }) => Some(max_message_bytes),
+            Ok(TopicState::Missing(reason)) => self.put_off(topic, Cause::Missing, reason).await?,
+            Ok(TopicState::Forbidden(reason)) => self.put_off(topic, Cause::Forbidden, reason).await?,
+            Err(error) => {
+                debug!(outbox = self.outbox, topic, %error, "asking about the topic of parked rows");
+                None
+            }
         };
-        while let Some(outcome) = self.retry_row(line, limit, requested).await? {
-            if let Err((id, reason)) = outcome {
-                self.tried(line, requested, Some((id, &reason))).await?;
-                return Ok(());
+        known.insert(topic.to_owned(), limit);
+        Ok(limit)
+    }
+
+    /// The topic takes nothing now: it is paused, so that it is looked for. Then its lines are tried again.
+    async fn put_off(&self, topic: &str, cause: Cause, reason: String) -> Result<Option<usize>, sqlx::Error> {
+        warn!(outbox = self.outbox, topic, reason, "parked rows cannot be tried again yet");
+        self.db.ask(async |db| pause::begin(db, &self.outbox, topic, cause, &reason).await).await?;
+        Ok(None)
+    }
+
+    /// Claims the rows, sends them, and records what became of them.
+    async fn send(&mut self, chosen: Vec<(Line, OffsetDateTime, usize, Vec<i64>)>) -> Result<bool, sqlx::Error> {
+        let ids: Vec<i64> = chosen.iter().flat_map(|(.., ids)| ids.iter().copied()).collect();
+        let claimed = self.db.ask(async |db| parking::claim(db, &self.outbox, self.owner, &ids).await).await?;
+        let mut claimed: HashMap<i64, Row> = claimed.into_iter().map(|row| (row.id(), row)).collect();
+        let (mut lines, mut records, mut unsent) = (Vec::new(), Vec::new(), Vec::new());
+        for (line, requested, limit, ids) in chosen {
+            let mut sending = Sending { line, requested, rows: Vec::new() };
+            let mut blocked = false;
+            for row in ids.iter().filter_map(|id| claimed.remove(id)) {
+                let built = self.builder.build(&row);
+                if blocked {
+                    unsent.push(row.id());
+                } else if built.size > limit {
+                    self.refuse(&row, &too_large(built.size, limit)).await?;
+                    blocked = sending.line.key.is_some();
+                    if blocked {
+                        self.met(sending.line.clone(), requested).await?;
+                    }
+                } else {
+                    records.push(built);
+                    sending.rows.push(row);
+                }
             }
-            *left -= 1;
-            if *left == 0 {
-                return Ok(());
+            lines.push(sending);
+        }
+        let reports = self.deliver(&lines, records).await;
+        let (done, more) = self.settle(lines, reports).await?;
+        unsent.extend(more);
+        if !unsent.is_empty() {
+            self.db.ask(async |db| parking::release(db, &self.outbox, &unsent).await).await?;
+        }
+        Ok(done)
+    }
+
+    /// Sends the rows and waits for their reports; what has none is in doubt.
+    async fn deliver(&mut self, lines: &[Sending], records: Vec<Built>) -> Vec<Option<Result<(), Code>>> {
+        let mut reports = vec![None; records.len()];
+        let rows = || lines.iter().flat_map(|line| &line.rows);
+        if self.producer.is_none() {
+            self.producer = Retrying::new(&self.outbox, &self.brokers, &self.compression);
+        }
+        let Some(producer) = &mut self.producer else { return reports };
+        let mut open = 0;
+        for (index, (row, built)) in rows().zip(records).enumerate() {
+            if let Err(code) = producer.send(record::of(row, built, index)) {
+                reports[index] = Some(Err(code));
+                break;
+            }
+            open += 1;
+        }
+        while open > 0 {
+            let Ok(Some((index, report))) = tokio::time::timeout(REPORT, producer.reports.recv()).await else {
+                let until = saga_core::clock::monotonic() + REPORT;
+                let unreported = rows().zip(&reports).filter(|(_, report)| report.is_none());
+                let topics: HashSet<String> = unreported.map(|(row, _)| row.topic().to_owned()).collect();
+                for topic in topics {
+                    warn!(
+                        outbox = self.outbox,
+                        topic, "Kafka acknowledges no parked row of the topic; they are tried again"
+                    );
+                    self.silent.insert(topic, until);
+                }
+                self.producer = None;
+                return reports;
+            };
+            reports[index] = Some(report);
+            open -= 1;
+            if report.is_err() {
+                // The producer sends nothing more, and some rows behind this one never get a report.
+                self.producer = None;
+                return reports;
             }
         }
-        self.tried(line, requested, None).await?;
-        self.blocked.free(line);
-        info!(outbox = self.outbox, topic = line.topic, "no row of the line is parked any more");
-        Ok(())
+        reports
     }
 
-    /// The topic takes nothing now: it is paused, so that somebody asks when it does. Then its lines are tried again.
-    async fn put_off(&mut self, line: &Line, cause: Cause, reason: String) -> Result<(), Ended> {
-        warn!(outbox = self.outbox, topic = line.topic, reason, "parked rows cannot be tried again yet");
-        self.paused.insert(line.topic.clone());
-        let left = LeftBehind { topic: line.topic.clone(), cause, reason, position: self.at.clone() };
-        // At once: everything before is recorded, and the session may be about to end.
-        self.db.ask(async |db| pause::leave_in(db, &self.outbox, &left).await).await?;
-        Ok(())
+    /// Records what became of the rows; says whether anything was done, and which rows were surely not sent.
+    async fn settle(
+        &mut self,
+        lines: Vec<Sending>,
+        reports: Vec<Option<Result<(), Code>>>,
+    ) -> Result<(bool, Vec<i64>), sqlx::Error> {
+        let alone = reports.len() == 1;
+        let mut reports = reports.into_iter();
+        let (mut published, mut unsent, mut failed) = (Vec::new(), Vec::new(), None);
+        for Sending { line, requested, rows } in lines {
+            let mut ids = Vec::new();
+            let mut behind = false;
+            for row in rows {
+                match reports.next().flatten() {
+                    Some(Ok(())) => ids.push(row.id()),
+                    Some(Err(code)) => {
+                        behind = line.key.is_some();
+                        unsent.push(row.id());
+                        failed = Some((line.clone(), requested, row, code));
+                    }
+                    // Kafka takes no record of a partition behind one that it refused.
+                    None if behind => unsent.push(row.id()),
+                    None => {}
+                }
+            }
+            if !ids.is_empty() {
+                published.push(Published { line, requested, ids });
+            }
+        }
+        let rows = published.iter().map(|line| line.ids.len()).sum::<usize>();
+        self.one_by_one = self.one_by_one.saturating_sub(rows);
+        if rows > 0 {
+            let recorded = async |db: &mut _| parking::published(db, &self.outbox, self.owner, &published).await;
+            if !self.db.ask(recorded).await? {
+                debug!(outbox = self.outbox, "the lease is lost; published parked rows are sent again");
+                return Ok((false, Vec::new()));
+            }
+        }
+        let Some((line, requested, row, code)) = failed else { return Ok((rows > 0, unsent)) };
+        match Refusal::of(code) {
+            Refusal::Row if alone => {
+                self.one_by_one = self.one_by_one.saturating_sub(1);
+                self.refuse(&row, &format!("Kafka refused it: {code}")).await?;
+                if line.key.is_some() {
+                    self.met(line, requested).await?;
+                }
+            }
+            Refusal::Topic(cause) => {
+                self.put_off(&line.topic, cause, format!("Kafka says: {code}")).await?;
+            }
+            _ if !alone => self.one_by_one = ROWS,
+            _ => return Ok((false, unsent)),
+        }
+        Ok((true, unsent))
     }
 
-    fn refused_again(&self, row: &Row, reason: &str) {
+    async fn refuse(&self, row: &Row, reason: &str) -> Result<(), sqlx::Error> {
         record::span(row).in_scope(|| {
             let (id, topic) = (row.id(), row.topic());
             warn!(outbox = self.outbox, id, topic, reason, "a parked row was refused again");
         });
+        self.db.ask(async |db| parking::refused(db, &self.outbox, row.id(), reason).await).await
     }
 
-    async fn tried(
-        &self,
-        line: &Line,
-        requested: OffsetDateTime,
-        failed: Option<(i64, &str)>,
-    ) -> Result<(), sqlx::Error> {
-        self.db.ask(async |db| parking::tried(db, &self.outbox, line, requested, failed).await).await
+    /// Nothing of what was asked for is left of the line.
+    async fn finish(&mut self, line: Line, requested: OffsetDateTime) -> Result<bool, sqlx::Error> {
+        if !self.db.ask(async |db| self.blocked.free(db, &self.outbox, &line).await).await? {
+            return Ok(false);
+        }
+        if line.key.is_some() {
+            info!(outbox = self.outbox, topic = line.topic, "no row of the line is parked any more");
+        }
+        self.met(line, requested).await?;
+        Ok(true)
     }
 
-    /// Tries the line's first row: its id, or why it was refused for good. `None` when there is none.
-    async fn retry_row(
-        &mut self,
-        line: &Line,
-        limit: usize,
-        requested: OffsetDateTime,
-    ) -> Result<Option<Result<i64, (i64, String)>>, Ended> {
-        let database = self.db.clone();
-        let mut db = database.connect().await?;
-        let mut tx = database.within(db.begin()).await?;
-        let Some(row) = database.within(parking::next_in(&mut tx, &self.outbox, line)).await? else {
-            database.within(tx.rollback()).await?;
-            db.give_back();
-            return Ok(None);
-        };
-        let built = self.builder.build(&row);
-        if built.size > limit {
-            database.within(tx.rollback()).await?;
-            db.give_back();
-            let size = built.size;
-            let reason = format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)");
-            self.refused_again(&row, &reason);
-            return Ok(Some(Err((row.id(), reason))));
-        }
-        let number = self.publisher.in_flight.open(Flight::parked(&row));
-        self.publisher.in_flight.seal(number, Decided { oldest: Some(row.created_at()), ..Decided::default() });
-        let ticket = Ticket::new(number, 0);
-        let sent = match self.offer(&row, built, ticket).await? {
-            Some(code) => Err(Ended::Refused { id: Some(row.id()), code, alone: true }),
-            None => self.acknowledged(ticket).await,
-        };
-        match sent {
-            Ok(()) => {}
-            // The producer is gone with it; the next session goes on.
-            Err(Ended::Refused { code, .. }) if Refusal::of(code) == Refusal::Row => {
-                database.within(tx.rollback()).await?;
-                let reason = format!("Kafka refused it: {code}");
-                self.refused_again(&row, &reason);
-                self.tried(line, requested, Some((row.id(), &reason))).await?;
-                return Err(Ended::Refused { id: None, code, alone: false });
+    /// The request is met, whatever came of it.
+    async fn met(&mut self, line: Line, requested: OffsetDateTime) -> Result<(), sqlx::Error> {
+        self.db.ask(async |db| parking::tried(db, &self.outbox, &line, requested).await).await?;
+        self.met.insert(line, requested);
+        Ok(())
+    }
+}
+
+/// A producer of parked rows, and its reports.
+struct Retrying {
+    producer: Option<ThreadedProducer<Reports>>,
+    reports: mpsc::UnboundedReceiver<(usize, Result<(), Code>)>,
+}
+
+impl Retrying {
+    fn new(outbox: &str, brokers: &str, compression: &str) -> Option<Self> {
+        let (report, reports) = mpsc::unbounded_channel();
+        let made = producer::config(outbox, brokers, compression, usize::MAX).create_with_context(Reports(report));
+        match made {
+            Ok(producer) => Some(Self { producer: Some(producer), reports }),
+            Err(error) => {
+                warn!(outbox, %error, "parked rows cannot be tried again: the Kafka producer could not be made");
+                None
             }
-            Err(Ended::Refused { code, .. }) if let Refusal::Topic(cause) = Refusal::of(code) => {
-                database.within(tx.rollback()).await?;
-                self.put_off(line, cause, format!("Kafka says: {code}")).await?;
-                return Err(Ended::Refused { id: None, code, alone: false });
-            }
-            Err(ended) => return Err(ended),
         }
-        if !database.within(parking::published_in(&mut tx, &self.outbox, self.owner, row.id())).await? {
-            return Err(CommitError::Fenced.into());
-        }
-        database.within(tx.commit()).await?;
-        db.give_back();
-        Ok(Some(Ok(row.id())))
+    }
+
+    fn send(&self, record: BaseRecord<'_, [u8], [u8], usize>) -> Result<(), Code> {
+        let producer = self.producer.as_ref().expect("it is taken only when this is dropped");
+        producer.send(record).map_err(|(error, _)| error.rdkafka_error_code().unwrap_or(Code::Unknown))
+    }
+}
+
+impl Drop for Retrying {
+    fn drop(&mut self) {
+        // Dropping purges the queue and waits for the polling thread: not on a thread that drives futures.
+        let producer = self.producer.take();
+        std::thread::spawn(move || drop(producer));
+    }
+}
+
+struct Reports(mpsc::UnboundedSender<(usize, Result<(), Code>)>);
+
+impl ClientContext for Reports {
+    fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
+        debug!(%error, reason, "the Kafka producer of parked rows");
+    }
+}
+
+impl ProducerContext for Reports {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
+        let report = match result {
+            Ok(_) => Ok(()),
+            Err((error, _)) => Err(error.rdkafka_error_code().unwrap_or(Code::Unknown)),
+        };
+        // Rows are purged when the producer is given up; their reports are not waited for then.
+        self.0.send((index, report)).ok();
     }
 }

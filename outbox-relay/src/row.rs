@@ -27,7 +27,7 @@ macro_rules! within_calendar {
 pub(crate) use within_calendar;
 
 /// The columns of a row of [`sized!`], in the order that [`Row`] reads them. `4096` is [`INLINE_BYTES`], `512` is
-/// [`INLINE_TEXT`]. An empty header object, as nearly all are small or empty, is not sent at all.
+/// [`INLINE_TEXT`]. Headers of 2048 bytes come with it in any case: they say whose row it is. An empty header object, as nearly all are small or empty, is not sent at all.
 macro_rules! columns {
     () => {
         concat!(
@@ -36,7 +36,7 @@ macro_rules! columns {
              case when bytes <= 4096 or octet_length(type) <= 512 then type end as type, \
              case when bytes <= 4096 then payload end as payload, \
              coalesce(octet_length(payload), -1) as size, \
-             case when bytes <= 4096 then header_text end as header_text, ",
+             case when bytes <= 4096 or octet_length(header_text) <= 2048 then header_text end as header_text, ",
             crate::row::within_calendar!("created_at"),
             " as created_at, bytes, coalesce(octet_length(key), 0) as key_bytes"
         )

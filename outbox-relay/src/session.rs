@@ -35,10 +35,7 @@ use std::{
     time::Duration,
 };
 use time::OffsetDateTime;
-use tokio::{
-    sync::{mpsc, watch},
-    time::Instant,
-};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -108,12 +105,11 @@ pub(crate) struct Memory {
 pub(crate) struct Session {
     pub(crate) outbox: String,
     pub(crate) db: Database,
-    pub(crate) owner: uuid::Uuid,
     pub(crate) topics: Topics,
     pub(crate) publisher: Publisher,
     pub(crate) builder: RecordBuilder,
     pub(crate) memory: Memory,
-    pub(crate) blocked: Blocked,
+    pub(crate) blocked: Arc<Blocked>,
     /// Passed over in the main flow.
     pub(crate) paused: HashSet<String>,
     /// Pauses that ended in this session, by when they began.
@@ -123,8 +119,6 @@ pub(crate) struct Session {
     /// Where the main flow stands.
     pub(crate) at: Position,
     pub(crate) control: watch::Receiver<Arc<Control>>,
-    /// When parked lines have their next turn, if some were left over.
-    pub(crate) retry_at: Option<Instant>,
     pub(crate) progress: mpsc::Sender<Progress>,
     /// How many of the reader's pages need nothing more.
     pub(crate) pages_done: watch::Sender<usize>,
@@ -148,7 +142,6 @@ impl Session {
         self.complete().await?;
         let in_flight = self.publisher.in_flight.clone();
         let room = in_flight.has_room(ROWS_IN_FLIGHT, BYTES_IN_FLIGHT);
-        let turn = self.retry_at.unwrap_or_else(|| Instant::from_std(saga_core::clock::monotonic()));
         tokio::select! {
             biased;
             () = self.stop.cancelled() => Err(Ended::Stopped),
@@ -158,10 +151,6 @@ impl Session {
                 Ok(()) => self.obey().await,
                 Err(_) => Err(Ended::Control),
             },
-            () = tokio::time::sleep_until(turn), if self.retry_at.is_some() => {
-                self.retry_at = None;
-                self.obey().await
-            }
             () = self.progress.closed() => Err(CommitError::Fenced.into()),
             item = items.recv(), if room => match item {
                 Some(Item::Page(page)) => self.send(page).await,
@@ -200,7 +189,7 @@ impl Session {
         self.complete().await
     }
 
-    /// Does what operators want: leaves a topic behind, tries parked lines again.
+    /// Does what operators want: leaves a topic behind.
     async fn obey(&mut self) -> Result<(), Ended> {
         let control = self.control.borrow_and_update().clone();
         for (topic, paused) in &control.paused {
@@ -214,10 +203,6 @@ impl Session {
                 let left = LeftBehind { topic: topic.clone(), cause, reason: String::new(), position };
                 self.mark(Progress::LeftBehind(left)).await?;
             }
-        }
-        // Those that were left over wait for their turn, whatever else changes.
-        if !control.retry.is_empty() && !control.whole && self.retry_at.is_none() {
-            self.retry(&control.retry).await?;
         }
         Ok(())
     }

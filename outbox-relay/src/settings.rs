@@ -10,6 +10,9 @@ pub const LEASE: Duration = Duration::from_secs(10);
 /// A statement that reads the outbox takes so long at most. It reads a bounded number of rows, from a cold disk if need be.
 pub const READING: Duration = Duration::from_secs(30);
 
+/// Parked rows that are resolved are kept for so long: for whoever asks what became of them.
+pub const RESOLVED_KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
+
 /// Compression of record batches: cheap, and headers repeat themselves.
 pub const COMPRESSION: &str = "lz4";
 
@@ -22,10 +25,14 @@ pub struct Settings {
     pub kafka_brokers: String,
     /// An outbox without a position begins with what is committed from now on.
     pub from_now: bool,
+    /// An outbox that was published under another name begins from its first row.
+    pub publish_again: bool,
     /// How long a lease is.
     pub lease: Duration,
     /// The bound of statements that read the outbox, which is not the lease's.
     pub reading: Duration,
+    /// Parked rows that are resolved (published, or discarded and gone from the outbox) are deleted after so long.
+    pub resolved_kept: Duration,
     /// `compression.type`.
     pub compression: String,
 }
@@ -46,8 +53,10 @@ impl Settings {
             outboxes,
             kafka_brokers: kafka_brokers.into(),
             from_now: false,
+            publish_again: false,
             lease: LEASE,
             reading: READING,
+            resolved_kept: RESOLVED_KEPT,
             compression: COMPRESSION.to_owned(),
         }
     }

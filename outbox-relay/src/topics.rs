@@ -11,28 +11,21 @@ use std::{sync::Arc, time::Duration};
 /// How long the brokers may take to answer; they are asked again after that.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Kafka's default for `max.message.bytes`, used where the topic's may not be read.
-const DEFAULT_LIMIT: usize = 1_048_588;
+/// Where the topic's `max.message.bytes` may not be read: the broker judges.
+const UNKNOWN_LIMIT: usize = usize::MAX;
 
 /// What a topic is like.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TopicState {
     /// It can be written to.
     Ready {
-        /// Its `max.message.bytes`.
+        /// Its `max.message.bytes`; `usize::MAX` where it may not be read.
         max_message_bytes: usize,
     },
     /// It is not there.
     Missing(String),
     /// This process may not write to it.
     Forbidden(String),
-}
-
-/// Whether a topic of this name can exist. A row for another name will be refused for ever; `*` would, as the name of a
-/// pause, even stop everything.
-pub(crate) fn is_legal(name: &str) -> bool {
-    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    (1..=249).contains(&name.len()) && name.chars().all(legal) && !matches!(name, "." | "..")
 }
 
 /// Logs nothing by itself: who asks says what it means.
@@ -93,7 +86,7 @@ impl Topics {
             Ok::<_, KafkaError>(metadata.topics().first().and_then(|topic| topic.error()).map(RDKafkaErrorCode::from))
         });
         match asked.await.unwrap_or(Err(KafkaError::Canceled))? {
-            None => Ok(TopicState::Ready { max_message_bytes: DEFAULT_LIMIT }),
+            None => Ok(TopicState::Ready { max_message_bytes: UNKNOWN_LIMIT }),
             Some(RDKafkaErrorCode::UnknownTopicOrPartition) => {
                 Ok(TopicState::Missing(format!("the topic {topic:?} does not exist")))
             }

@@ -126,8 +126,9 @@ async fn a_retry_does_not_wait_for_the_row_that_is_being_tried() {
 
 #[tokio::test]
 async fn a_locked_outbox_leaves_no_server_process_behind() {
-    // Recorder, control, session, retry and a spare one; two that read; the lease's; a listener, which looks with two.
-    const CONNECTIONS: i64 = 5 + 2 + 1 + 2;
+    // Recorder, control, session, retry and a spare one; two that read; upkeep; the lease's; a listener, which looks
+    // with two.
+    const CONNECTIONS: i64 = 5 + 2 + 1 + 1 + 2;
     let world = World::new().await;
     let _relay = world.relay();
     world.append("k", "0").await;

@@ -325,7 +325,7 @@ async fn a_line_that_is_tried_while_its_topic_is_missing_is_tried_again_when_it_
 
 #[tokio::test]
 async fn while_many_parked_rows_are_tried_again_other_rows_are_published() {
-    const PARKED: usize = 700;
+    const PARKED: usize = 20_000;
     let world = World::with_partitions(1).await;
     // As if the topic had been too small for them.
     sqlx::query(

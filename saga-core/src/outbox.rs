@@ -9,7 +9,7 @@ use crate::{
     envelope::{Envelope, Headers, SagaHeaders, header},
     fail_point::fail_point,
     id::MessageId,
-    trace,
+    topic, trace,
 };
 use futures::TryStreamExt as _;
 use serde::Serialize;
@@ -21,9 +21,6 @@ pub type Tx<'a> = sqlx::Transaction<'a, sqlx::Postgres>;
 
 /// A statement whose parameters are being bound.
 pub(crate) type Statement<'q> = sqlx::query::Query<'q, sqlx::Postgres, PgArguments>;
-
-/// Longest topic name that Kafka accepts.
-const TOPIC_MAX: usize = 249;
 
 /// What a nudge is told on, in the outbox's own database: `notify outbox`.
 pub const NUDGES: &str = "outbox";
@@ -103,9 +100,8 @@ impl NewMessage {
     /// Whether it could ever be published. What PostgreSQL or Kafka would refuse later is refused here, so that it
     /// fails the transaction that made it and not the relay.
     fn validate(&self) -> Result<(), InvalidMessage> {
-        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if self.topic.is_empty() || self.topic.len() > TOPIC_MAX || !self.topic.chars().all(legal) {
-            return Err(InvalidMessage::Topic(self.topic.chars().take(TOPIC_MAX).collect()));
+        if !topic::is_legal_name(&self.topic) {
+            return Err(InvalidMessage::Topic(self.topic.chars().take(topic::NAME_MAX).collect()));
         }
         if self.kind.is_empty() || self.kind.contains('\0') {
             return Err(InvalidMessage::Kind);
@@ -124,7 +120,10 @@ impl NewMessage {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidMessage {
     /// Kafka has no topic of this name.
-    #[error("{0:?} is not a topic: 1 to {TOPIC_MAX} characters of a-z, A-Z, 0-9, '.', '_' and '-'")]
+    #[error(
+        "{0:?} is not a topic: 1 to {max} characters of a-z, A-Z, 0-9, '.', '_' and '-', and neither '.' nor '..'",
+        max = topic::NAME_MAX
+    )]
     Topic(String),
     /// It must say what it is.
     #[error("the type is empty or contains NUL")]

@@ -38,6 +38,17 @@ impl From<&Topic> for String {
     }
 }
 
+/// Longest name of a topic that Kafka accepts, in bytes.
+pub const NAME_MAX: usize = 249;
+
+/// Whether Kafka can have a topic of this name: 1 to [`NAME_MAX`] of a-z, A-Z, 0-9, `.`, `_` and `-`, and neither `.` nor `..`.
+/// What a message or a relay says of a topic is judged by this rule alone.
+#[must_use]
+pub fn is_legal_name(name: &str) -> bool {
+    let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    (1..=NAME_MAX).contains(&name.len()) && name.chars().all(legal) && !matches!(name, "." | "..")
+}
+
 /// The name of the topic that takes what a consumer of `topic` could not handle.
 pub fn dead_letter_topic(topic: &str) -> String {
     format!("{topic}.dlt")

@@ -17,6 +17,7 @@ mod outboxes;
 mod parked;
 mod pauses;
 mod request;
+mod retries;
 
 use crate::{Relay, outbox::Role};
 use axum::Router;
@@ -47,7 +48,7 @@ fn documented() -> OpenApiRouter<Relay> {
         .routes(routes!(pauses::pause))
         .routes(routes!(pauses::resume))
         .routes(routes!(parked::list))
-        .routes(routes!(parked::retry))
+        .routes(routes!(retries::retry))
         .routes(routes!(parked::discard))
 }
 

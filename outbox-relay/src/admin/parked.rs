@@ -1,4 +1,4 @@
-//! Parked rows: look at them, try their lines again in order, discard one.
+//! Parked rows: look at them, discard one.
 
 #![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
 
@@ -8,7 +8,6 @@ use super::{
 };
 use crate::{Relay, row::within_calendar};
 use axum::{Extension, extract::State};
-use http::StatusCode;
 use saga_core::{
     http::{Cursor, Json, Limit, List, Path, Problem, Query},
     service::Role,
@@ -127,93 +126,7 @@ async fn find(
     .await
 }
 
-/// Which lines to try again, and why.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RetryRequest {
-    /// Of this topic; of all topics when left out.
-    topic: Option<String>,
-    /// Of this key; of all keys when left out.
-    key: Option<String>,
-    reason: Reason,
-}
-
-/// Rows that one request asks for at most; the statement's time is limited.
-const RETRIED_AT_ONCE: i64 = 10_000;
-
-/// What will be tried.
-#[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Retrying {
-    /// How many rows, beside those that are being tried at this moment; 10000 at most, then repeat the request.
-    rows: i64,
-}
-
-/// Try parked lines (a topic and a key each) again: in order, until one is refused again. Afterwards look at what is
-/// still parked.
-#[utoipa::path(
-    post, path = "/v1/outboxes/{name}/parked/retry", tag = "parked",
-    params(("name" = String, Path, description = "The outbox")),
-    request_body = RetryRequest,
-    responses((status = 202, body = Retrying), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))
-)]
-pub(super) async fn retry(
-    State(relay): State<Relay>,
-    Extension(role): Extension<Role>,
-    Path(name): Path<String>,
-    Json(request): Json<RetryRequest>,
-) -> Result<(StatusCode, Json<Retrying>), Failed> {
-    let outbox = outbox(&relay, &name)?;
-    let reason = request.reason.check()?;
-    outbox
-        .admin
-        .ask(async |db| {
-            let mut tx = db.begin().await?;
-            let (rows, matching): (i64, i64) = sqlx::query_as(RETRY)
-                .bind(&name)
-                .bind(&request.topic)
-                .bind(&request.key)
-                .bind(RETRIED_AT_ONCE)
-                .fetch_one(&mut *tx)
-                .await?;
-            match (rows, matching) {
-                (0, 0) => return Err(Problem::not_found("No parked row matches.").into()),
-                (0, _) => return Err(being_retried().into()),
-                _ => {}
-            }
-            let detail = json!({ "topic": request.topic, "key": request.key, "rows": rows });
-            audit::write_in(&mut tx, &name, role, "retry-parked", reason, &detail).await?;
-            tx.commit().await?;
-            Ok((StatusCode::ACCEPTED, Json(Retrying { rows })))
-        })
-        .await
-}
-
-/// The owner holds the row that it tries from before it is sent until Kafka has answered. It is not waited for, but left
-/// as it is: what an operator wants is happening to it.
-const RETRY: &str = "
-    with matching as (
-             select id
-               from outbox_parked
-              where outbox = $1 and status = 'parked'
-                and ($2::text is null or topic = $2)
-                and ($3::text is null or key = $3)),
-         free as materialized (
-             select id
-               from outbox_parked
-              where outbox = $1 and status = 'parked'
-                and ($2::text is null or topic = $2)
-                and ($3::text is null or key = $3)
-              order by retry_requested_at nulls first, id
-              limit $4
-                for update skip locked),
-         asked as (
-             update outbox_parked
-                set retry_requested_at = clock_timestamp()
-              where outbox = $1 and id in (select id from free)
-             returning id)
-    select (select count(*) from asked), (select count(*) from matching)";
-
-fn being_retried() -> Problem {
+pub(super) fn being_retried() -> Problem {
     Problem::conflict("being-retried", "The row is being tried again at this moment")
         .detail("Nothing was changed. Look at the parked rows again in a moment.")
 }
@@ -228,7 +141,8 @@ pub(super) struct DiscardRequest {
 /// What became of it.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Discarded {
-    /// Rows that waited behind it and are tried now. They stay when another row before them is parked.
+    /// Rows that waited behind it and are tried now, 10000 of them counted at most. They stay when another row before them is
+    /// parked.
     released: i64,
 }
 
@@ -251,8 +165,11 @@ pub(super) async fn discard(
         .admin
         .ask(async |db| {
             let mut tx = db.begin().await?;
-            let found: Option<(String, String, Option<String>)> = sqlx::query_as(
-                "select status, topic, key from outbox_parked where outbox = $1 and id = $2 for update nowait",
+            let found: Option<(String, String, Option<String>, bool)> = sqlx::query_as(
+                "select status, topic, key, sending_by is not null
+                   from outbox_parked
+                  where outbox = $1 and id = $2
+                    for update nowait",
             )
             .bind(&name)
             .bind(id)
@@ -264,12 +181,16 @@ pub(super) async fn discard(
                 }
                 _ => error.into(),
             })?;
-            let Some((status, topic, key)) = found else {
+            let Some((status, topic, key, sending)) = found else {
                 return Err(Problem::not_found("No such row was ever parked.").into());
             };
             if status != "parked" {
                 let problem = Problem::conflict("not-parked", "The row is not parked any more");
                 return Err(problem.detail(format!("It is {status}.")).into());
+            }
+            // Kafka may take it at any moment, or has: only its answer tells.
+            if sending {
+                return Err(being_retried().into());
             }
             sqlx::query(
                 "update outbox_parked
@@ -291,8 +212,9 @@ pub(super) async fn discard(
         .await
 }
 
-/// If no row of the line is parked before `id` any more, asks the owner to try the rest of the line. The request stands
-/// on the discarded row as well: when nothing is left, the owner learns from it that the line is free.
+/// If no row of the line is parked before `id` any more, asks the owner to try the rest of the line, by a request that stands
+/// on its first row. It stands on the discarded row as well: when nothing is left, the owner learns from it that the line is
+/// free.
 async fn release(
     tx: &mut PgConnection,
     outbox: &str,
@@ -302,17 +224,31 @@ async fn release(
 ) -> Result<i64, sqlx::Error> {
     let Some(key) = key else { return Ok(0) };
     let released: i64 = sqlx::query_scalar(
-        "with line as (
+        "with first as (
+             select 1
+              where not exists (select
+                                  from outbox_parked
+                                 where outbox = $1 and topic = $3 and md5(key) = md5($4) and status = 'parked'
+                                   and id < $2)),
+              asked as (
              update outbox_parked
                 set retry_requested_at = clock_timestamp()
-              where outbox = $1 and topic = $3 and md5(key) = md5($4)
-                and (id = $2 or status = 'parked')
-                and not exists (select
-                                  from outbox_parked as before
-                                 where before.outbox = $1 and before.topic = $3 and md5(before.key) = md5($4)
-                                   and before.status = 'parked' and before.id < $2)
-             returning id)
-         select count(*) from line where id <> $2",
+              where outbox = $1
+                and id in (select $2
+                           union all
+                           (select id
+                              from outbox_parked
+                             where outbox = $1 and topic = $3 and md5(key) = md5($4) and status = 'parked' and id > $2
+                             order by id
+                             limit 1))
+                and exists (select from first))
+         select count(*)
+           from (select
+                   from outbox_parked
+                  where outbox = $1 and topic = $3 and md5(key) = md5($4) and status = 'parked' and id > $2
+                    and exists (select from first)
+                  order by id
+                  limit 10000) as waiting",
     )
     .bind(outbox)
     .bind(id)

@@ -12,6 +12,7 @@ use http::StatusCode;
 use saga_core::{
     http::{Json, Path, Problem},
     service::Role,
+    topic::is_legal_name,
 };
 use serde::Deserialize;
 use serde_json::json;
@@ -31,9 +32,7 @@ impl PauseRequest {
     fn topic(&self) -> Result<&str, Problem> {
         match self.topic.as_deref() {
             None => Ok(WHOLE),
-            Some(topic) if topic.is_empty() || topic.len() > 249 || topic == WHOLE => {
-                Err(Problem::field("topic", "is not a topic name"))
-            }
+            Some(topic) if !is_legal_name(topic) => Err(Problem::field("topic", "is not a topic name")),
             Some(topic) => Ok(topic),
         }
     }

@@ -1,0 +1,184 @@
+//! An operator wants parked lines tried again.
+
+#![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
+
+use super::{
+    audit,
+    parked::being_retried,
+    request::{Failed, Reason, outbox},
+};
+use crate::Relay;
+use axum::{Extension, extract::State};
+use http::StatusCode;
+use saga_core::{
+    http::{Json, Path, Problem},
+    service::Role,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use sqlx::{Connection as _, PgConnection};
+use utoipa::ToSchema;
+
+/// Lines, and rows without a key, that one request asks for at most; the statement's time is limited.
+const RETRIED_AT_ONCE: i64 = 10_000;
+
+/// Which lines to try again, and why.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RetryRequest {
+    /// Of this topic; of all topics when left out.
+    topic: Option<String>,
+    /// Of this key; of all keys when left out.
+    key: Option<String>,
+    reason: Reason,
+}
+
+/// What will be tried.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Retrying {
+    /// How many rows of the lines that will be tried are parked. Of one line, 10000 are counted at most; of one topic, 10000
+    /// lines are asked for at most, then repeat the request.
+    rows: i64,
+}
+
+/// Try parked lines (a topic and a key each) again: in order, until one is refused again. Afterwards look at what is
+/// still parked.
+#[utoipa::path(
+    post, path = "/v1/outboxes/{name}/parked/retry", tag = "parked",
+    params(("name" = String, Path, description = "The outbox")),
+    request_body = RetryRequest,
+    responses((status = 202, body = Retrying), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))
+)]
+pub(super) async fn retry(
+    State(relay): State<Relay>,
+    Extension(role): Extension<Role>,
+    Path(name): Path<String>,
+    Json(request): Json<RetryRequest>,
+) -> Result<(StatusCode, Json<Retrying>), Failed> {
+    let outbox = outbox(&relay, &name)?;
+    let reason = request.reason.check()?;
+    outbox
+        .admin
+        .ask(async |db| {
+            let mut tx = db.begin().await?;
+            let topics = match &request.topic {
+                Some(topic) => vec![topic.clone()],
+                None => topics(&mut tx, &name).await?,
+            };
+            let (mut rows, mut any) = (0, false);
+            for topic in &topics {
+                let (asked, matching) = ask(&mut tx, &name, topic, request.key.as_deref()).await?;
+                rows += asked;
+                any |= matching;
+            }
+            match (rows, any) {
+                (0, false) => return Err(Problem::not_found("No parked row matches.").into()),
+                (0, true) => return Err(being_retried().into()),
+                _ => {}
+            }
+            let detail = json!({ "topic": request.topic, "key": request.key, "rows": rows });
+            audit::write_in(&mut tx, &name, role, "retry-parked", reason, &detail).await?;
+            tx.commit().await?;
+            Ok((StatusCode::ACCEPTED, Json(Retrying { rows })))
+        })
+        .await
+}
+
+/// Topics with parked rows, from one to the next by the index.
+async fn topics(db: &mut PgConnection, outbox: &str) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "with recursive found (topic) as (
+                  (select topic
+                     from outbox_parked
+                    where outbox = $1 and status = 'parked'
+                    order by topic
+                    limit 1)
+                  union all
+                  (select next.topic
+                     from found
+                    cross join lateral (select topic
+                                          from outbox_parked as parked
+                                         where outbox = $1 and status = 'parked' and parked.topic > found.topic
+                                         order by topic
+                                         limit 1) as next))
+         select topic from found",
+    )
+    .bind(outbox)
+    .fetch_all(db)
+    .await
+}
+
+/// Asks for the lines of a topic; says how many rows are parked in them, and whether there are any at all. The request
+/// stands on the first row of a line, and on each row without a key. A row that is locked is left as it is.
+async fn ask(db: &mut PgConnection, outbox: &str, topic: &str, key: Option<&str>) -> Result<(i64, bool), sqlx::Error> {
+    let (lines, any): (i64, bool) =
+        sqlx::query_as(ASK_LINES).bind(outbox).bind(topic).bind(key).bind(RETRIED_AT_ONCE).fetch_one(&mut *db).await?;
+    if key.is_some() {
+        return Ok((lines, any));
+    }
+    let (keyless, matching): (i64, bool) =
+        sqlx::query_as(ASK_KEYLESS).bind(outbox).bind(topic).bind(RETRIED_AT_ONCE).fetch_one(db).await?;
+    Ok((lines + keyless, any || matching))
+}
+
+/// Lines by their keys' hashes, from one to the next by the index, whatever is parked in them.
+const ASK_LINES: &str = "
+    with recursive line (hash) as (
+             (select md5(key)
+                from outbox_parked
+               where outbox = $1 and topic = $2 and status = 'parked' and md5(key) >= coalesce(md5($3), '')
+               order by md5(key)
+               limit 1)
+             union all
+             (select next.hash
+                from line
+               cross join lateral (select md5(key) as hash
+                                     from outbox_parked as parked
+                                    where outbox = $1 and topic = $2 and status = 'parked' and md5(key) > line.hash
+                                    order by md5(key)
+                                    limit 1) as next
+               where $3 is null)),
+         matching as materialized (
+             select hash from line where $3 is null or hash = md5($3) limit $4),
+         first as materialized (
+             select found.id, matching.hash
+               from matching
+              cross join lateral (select id
+                                    from outbox_parked
+                                   where outbox = $1 and topic = $2 and md5(key) = matching.hash and status = 'parked'
+                                   order by id
+                                   limit 1
+                                     for update skip locked) as found),
+         asked as (
+             update outbox_parked
+                set retry_requested_at = clock_timestamp()
+              where outbox = $1 and id in (select id from first))
+    select coalesce(sum(waiting.rows), 0)::bigint, exists (select from matching)
+      from first
+     cross join lateral (select count(*) as rows
+                           from (select
+                                   from outbox_parked
+                                  where outbox = $1 and topic = $2 and md5(key) = first.hash and status = 'parked'
+                                    and id >= first.id
+                                  order by id
+                                  limit 10000) as row) as waiting";
+
+/// Rows without a key, each of which is a line of its own. In the order of the index on lines: that of ids would lead through
+/// every row that was ever parked.
+const ASK_KEYLESS: &str = "
+    with free as materialized (
+             select id
+               from outbox_parked
+              where outbox = $1 and topic = $2 and md5(key) is null and status = 'parked' and retry_requested_at is null
+              order by md5(key), id
+              limit $3
+                for update skip locked),
+         asked as (
+             update outbox_parked
+                set retry_requested_at = clock_timestamp()
+              where outbox = $1 and id in (select id from free)
+             returning id)
+    select (select count(*) from asked),
+           exists (select
+                     from outbox_parked
+                    where outbox = $1 and topic = $2 and md5(key) is null and status = 'parked')";

@@ -1,0 +1,176 @@
+//! What an operator runs, once, after an outbox was moved to another PostgreSQL cluster or has got another name. The relays
+//! are stopped meanwhile: each command holds the leases' table, and refuses while one is in use.
+
+use crate::{batch_log, position::Position, position::ReadError, settings::OutboxSettings};
+use sqlx::{Connection as _, PgConnection, PgTransaction};
+use tracing::info;
+
+/// How transaction ids came to this cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cure {
+    /// They were kept (`pg_upgrade`, a physical copy): the position holds here as well.
+    Accept,
+    /// They mean nothing here (a logical copy): rows that are published and rows that are not are told apart by the position,
+    /// and get transaction ids of this cluster.
+    Rewrite,
+}
+
+/// Why nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum MoveError {
+    /// A relay publishes the outbox.
+    #[error("{holder} publishes outbox {outbox:?} at this moment; stop the relays first. Nothing was changed")]
+    InUse {
+        /// Which outbox.
+        outbox: String,
+        /// Host and process.
+        holder: String,
+    },
+    /// There is nothing to take over.
+    #[error("outbox {0:?} has no position in this database; nothing was changed")]
+    NoPosition(String),
+    /// There is something already.
+    #[error("outbox {0:?} has a position of its own in this database; nothing was changed")]
+    HasPosition(String),
+    /// The position does not parse.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// PostgreSQL said so, or is not there.
+    #[error("nothing was changed: {0}")]
+    Database(#[from] sqlx::Error),
+}
+
+/// Lets the outbox be published in this cluster.
+///
+/// # Errors
+/// [`MoveError`]; then nothing was changed.
+pub async fn reanchor(outbox: &OutboxSettings, cure: Cure) -> Result<(), MoveError> {
+    let mut db = PgConnection::connect_with(&outbox.database).await?;
+    let mut tx = begin(&mut db, &[&outbox.name]).await?;
+    let last = batch_log::last(&mut tx, &outbox.name).await?;
+    let (n, at) = match (last, cure) {
+        (Some(last), _) => (last.n, last.position),
+        (None, Cure::Rewrite) => (0, Position::initial()),
+        (None, Cure::Accept) => return Err(MoveError::NoPosition(outbox.name.clone())),
+    };
+    let (base, target, after) = match cure {
+        Cure::Accept => (at.base.to_string(), at.target.to_string(), at.after),
+        Cure::Rewrite => {
+            let base = rewrite_in(&mut tx, &outbox.name, &at).await?;
+            (base.clone(), base, 0)
+        }
+    };
+    sqlx::query(
+        "insert into outbox_batch (outbox, n, base, target, from_id, to_id, rows, owner, system_identifier)
+         select $1, $2, $3::text::pg_snapshot, $4::text::pg_snapshot, $5, $5, 0, gen_random_uuid(), system_identifier
+           from pg_control_system()",
+    )
+    .bind(&outbox.name)
+    .bind(n + 1)
+    .bind(base)
+    .bind(target)
+    .bind(after)
+    .execute(&mut *tx)
+    .await?;
+    audit_in(&mut tx, &outbox.name, "reanchor", &format!("{cure:?}").to_lowercase()).await?;
+    tx.commit().await?;
+    info!(outbox = outbox.name, ?cure, "the position holds in this cluster; start the relays");
+    Ok(())
+}
+
+/// Rows that are not published are of this transaction from now on, all others of one that everything sees; returns the
+/// snapshot behind the latter and before the former.
+async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Result<String, sqlx::Error> {
+    sqlx::query(
+        "update outbox as row
+            set xid = pg_current_xact_id()
+          where not (pg_visible_in_snapshot(xid, $2::text::pg_snapshot)
+                     or pg_visible_in_snapshot(xid, $3::text::pg_snapshot) and id <= $4)
+             or exists (select
+                          from outbox_pause as pause
+                         where pause.outbox = $1 and pause.topic = row.topic and pause.base is not null
+                           and not (pg_visible_in_snapshot(row.xid, pause.base)
+                                    or pg_visible_in_snapshot(row.xid, pause.target) and row.id <= pause.after_id))",
+    )
+    .bind(outbox)
+    .bind(at.base.to_string())
+    .bind(at.target.to_string())
+    .bind(at.after)
+    .execute(&mut *tx)
+    .await?;
+    let base: String = sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&mut *tx).await?;
+    // The first transaction id that is given to anybody.
+    sqlx::query(
+        "update outbox
+            set xid = '3'
+          where xid <> pg_current_xact_id() and not pg_visible_in_snapshot(xid, $1::text::pg_snapshot)",
+    )
+    .bind(&base)
+    .execute(&mut *tx)
+    .await?;
+    sqlx::query(
+        "update outbox_pause
+            set base = $2::text::pg_snapshot, target = $2::text::pg_snapshot, after_id = 0
+          where outbox = $1 and base is not null",
+    )
+    .bind(outbox)
+    .bind(&base)
+    .execute(tx)
+    .await?;
+    Ok(base)
+}
+
+/// Gives what is known of an outbox to another name.
+///
+/// # Errors
+/// [`MoveError`]; then nothing was changed.
+pub async fn rename(outbox: &OutboxSettings, from: &str) -> Result<(), MoveError> {
+    let to = &outbox.name;
+    let mut db = PgConnection::connect_with(&outbox.database).await?;
+    let mut tx = begin(&mut db, &[from, to]).await?;
+    if batch_log::last(&mut tx, from).await?.is_none() {
+        return Err(MoveError::NoPosition(from.to_owned()));
+    }
+    if batch_log::last(&mut tx, to).await?.is_some() {
+        return Err(MoveError::HasPosition(to.clone()));
+    }
+    for sql in [
+        "update outbox_batch set outbox = $2 where outbox = $1",
+        "update outbox_parked set outbox = $2 where outbox = $1",
+        "update outbox_pause set outbox = $2 where outbox = $1",
+        "update outbox_audit set outbox = $2 where outbox = $1",
+        "delete from outbox_lease where outbox in ($1, $2)",
+    ] {
+        sqlx::query(sql).bind(from).bind(to).execute(&mut *tx).await?;
+    }
+    audit_in(&mut tx, to, "rename", &format!("it was called {from}")).await?;
+    tx.commit().await?;
+    info!(outbox = to, from, "the outbox has its new name; start the relays");
+    Ok(())
+}
+
+/// No relay takes a lease from here to the end, and none has one.
+async fn begin<'c>(db: &'c mut PgConnection, outboxes: &[&str]) -> Result<PgTransaction<'c>, MoveError> {
+    let mut tx = db.begin().await?;
+    sqlx::query("lock table outbox_lease in share row exclusive mode").execute(&mut *tx).await?;
+    let used: Option<(String, String)> = sqlx::query_as(
+        "select outbox, holder from outbox_lease where outbox = any ($1) and expires_at > clock_timestamp() limit 1",
+    )
+    .bind(outboxes)
+    .fetch_optional(&mut *tx)
+    .await?;
+    match used {
+        Some((outbox, holder)) => Err(MoveError::InUse { outbox, holder }),
+        None => Ok(tx),
+    }
+}
+
+async fn audit_in(tx: &mut PgConnection, outbox: &str, action: &str, reason: &str) -> Result<(), sqlx::Error> {
+    sqlx::query("insert into outbox_audit (outbox, actor, action, reason) values ($1, 'command line', $2, $3)")
+        .bind(outbox)
+        .bind(action)
+        .bind(reason)
+        .execute(tx)
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! The outbox's partitions: made ahead by every replica, and in nobody's way.
+
+mod common;
+
+use common::{PATIENCE, Running, World};
+use outbox_relay::Settings;
+use saga_core::testkit::eventually;
+use sqlx::{Connection as _, PgConnection};
+
+/// Rows have overflowed, as if no relay had run for long.
+async fn overflowed() -> World {
+    let world = World::new().await;
+    sqlx::raw_sql("alter sequence outbox_id_seq restart 25000001").execute(world.db()).await.unwrap();
+    for i in 0..50 {
+        world.append("k", &i.to_string()).await;
+    }
+    assert_eq!(world.count("select count(*) from outbox_overflow").await, 50);
+    world
+}
+
+async fn partitions(world: &World) -> i64 {
+    world.count("select count(*) from pg_inherits where inhparent = 'outbox'::regclass").await
+}
+
+#[tokio::test]
+async fn no_insert_waits_while_the_overflow_is_searched_for_rows() {
+    let world = overflowed().await;
+    let mut maker = PgConnection::connect(&world.database.url).await.unwrap();
+    let mut made: Option<String> = None;
+    let mut searched = 0;
+    while made.is_none() {
+        assert!(searched < 5, "it makes no partition");
+        searched += 1;
+        let read = "select coalesce(pg_stat_get_xact_tuples_returned('outbox_overflow'::regclass), 0)";
+        let mut tx = maker.begin().await.unwrap();
+        let before: i64 = sqlx::query_scalar(read).fetch_one(&mut *tx).await.unwrap();
+        made = sqlx::query_scalar("select outbox_add_partition()").fetch_one(&mut *tx).await.unwrap();
+        let after: i64 = sqlx::query_scalar(read).fetch_one(&mut *tx).await.unwrap();
+        let modes: Vec<String> = sqlx::query_scalar(
+            "select mode from pg_locks where relation = 'outbox_overflow'::regclass and pid = pg_backend_pid()",
+        )
+        .fetch_all(&mut *tx)
+        .await
+        .unwrap();
+        if after - before >= 50 {
+            assert!(!modes.contains(&"AccessExclusiveLock".to_owned()), "it holds {modes:?} while it searches");
+            world.append("k", "meanwhile").await;
+        }
+        tx.commit().await.unwrap();
+    }
+    assert_eq!(partitions(&world).await, 3);
+    assert_eq!(world.count("select count(*) from pg_constraint where conname like 'outbox_ahead%'").await, 0);
+    // And rows of its range go to it.
+    let first: i64 = made.unwrap().trim_start_matches("outbox_").parse().unwrap();
+    sqlx::query("select setval('outbox_id_seq', $1)").bind(first).execute(world.db()).await.unwrap();
+    let before = world.count("select count(*) from outbox_overflow").await;
+    world.append("k", "there").await;
+    assert_eq!(world.count("select count(*) from outbox_overflow").await, before);
+}
+
+#[tokio::test]
+async fn a_check_that_rows_come_near_to_is_dropped_before_it_refuses_one() {
+    let world = overflowed().await;
+    let step = async || {
+        let made: Option<String> =
+            sqlx::query_scalar("select outbox_add_partition()").fetch_one(world.db()).await.unwrap();
+        made
+    };
+    let checks = async || world.count("select count(*) from pg_constraint where conname like 'outbox_ahead%'").await;
+    assert_eq!(step().await, None);
+    assert_eq!(checks().await, 1);
+    // The relay was away while ten million rows came.
+    let first = world
+        .count(
+            "select (regexp_match(conname, '\\d+'))[1]::bigint from pg_constraint where conname like 'outbox_ahead%'",
+        )
+        .await;
+    sqlx::query("select setval('outbox_id_seq', $1)").bind(first - 500_000).execute(world.db()).await.unwrap();
+    assert_eq!(step().await, None);
+    assert_eq!(checks().await, 0);
+    for _ in 0..2 {
+        assert_eq!(step().await, None);
+    }
+    assert!(step().await.is_some());
+}
+
+#[tokio::test]
+async fn a_long_reader_of_the_overflow_makes_no_insert_wait() {
+    let world = overflowed().await;
+    let mut reader = PgConnection::connect(&world.database.url).await.unwrap();
+    let mut reading = reader.begin().await.unwrap();
+    sqlx::query("select count(*) from outbox_overflow").execute(&mut *reading).await.unwrap();
+    let mut inserter = PgConnection::connect(&world.database.url).await.unwrap();
+    sqlx::query("set lock_timeout = '1s'").execute(&mut inserter).await.unwrap();
+    let making =
+        async { sqlx::query_scalar::<_, Option<String>>("select outbox_add_partition()").fetch_one(world.db()).await };
+    let inserting = async {
+        // As soon as it waits for its lock, and so stands before all others.
+        eventually(PATIENCE, || async {
+            let tried = "select count(*) from pg_stat_activity
+                          where datname = current_database() and query like '%outbox_add_partition%'
+                            and pid <> pg_backend_pid()";
+            (world.count(tried).await > 0).then_some(())
+        })
+        .await;
+        common::append(&mut inserter, &world.topic, "k", "meanwhile").await
+    };
+    let (made, _) = futures::future::join(making, inserting).await;
+    let code = made.unwrap_err().as_database_error().unwrap().code().unwrap().into_owned();
+    assert_eq!(code, "55P03", "it gives up and is tried again");
+}
+
+#[tokio::test]
+async fn a_replica_that_neither_owns_the_outbox_nor_sees_kafka_makes_partitions() {
+    let world = overflowed().await;
+    sqlx::query(
+        "insert into outbox_lease values
+         ('orders', gen_random_uuid(), 'another', now(), now(), clock_timestamp() + interval '2 seconds')",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    let _relay = Running::start(&Settings { kafka_brokers: "127.0.0.1:9".to_owned(), ..world.settings() });
+    eventually(PATIENCE, || async { (partitions(&world).await == 3).then_some(()) }).await;
+    assert_eq!(world.count("select count(*) from outbox_batch").await, 0, "it has published nothing");
+}
