@@ -19,9 +19,10 @@ pub struct ConsumerConfig {
     /// Records of one partition that may wait for its worker before the partition is paused (or 16 MiB of them, if that
     /// is less). It is resumed at half, so half of it should last until the next fetch arrives.
     pub buffer: usize,
-    /// After so long without an end, a transaction with what its handler does is given up, and repeated on another
-    /// connection: a database whose machine is gone says nothing, for a quarter of an hour. Counts nothing. Longer than
-    /// any handler takes. PostgreSQL ends a session of ours that is silent for so long, unless the pool says otherwise.
+    /// Upper bound of one transaction, handler included; PostgreSQL ends its statements a little later. A batch whose handler
+    /// needs longer is halved until it fits. A single record whose handler needs longer has failed its attempt. While the
+    /// database does not answer, the attempt is repeated on another connection and counts nothing. Choose a value well above
+    /// what your slowest record needs. A session of ours that is silent for so long is ended, unless the pool says otherwise.
     pub attempt_timeout: Duration,
     /// How often a record is tried before it is dead-lettered.
     pub attempts: u32,

@@ -7,18 +7,22 @@ use super::{
     worker::{Ended, Worker},
 };
 use crate::{
+    clock,
     error_class::{ErrorClass, classify, renew_connections},
     inbox::{self, FUTURE_MAX},
     retry::Backoff,
 };
 use std::{
     sync::{PoisonError, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::Semaphore;
 
 /// Repeats of what counts nothing: soon at first (a deadlock is over at once), then at leisure (an outage is not).
 const PATIENCE: Backoff = Backoff::doubling(Duration::from_millis(10), Duration::from_secs(2));
+
+/// What works again within this is no outage: a deadlock, one connection that was lost.
+const UNSAID: Duration = Duration::from_millis(500);
 
 /// How long the database may take to answer a question that it can answer at once.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
@@ -34,7 +38,7 @@ impl<H: Handler> Worker<H> {
         Fut: Future<Output = Result<T, Failure>>,
     {
         let mut delays = PATIENCE.delays();
-        let (mut again, mut silent, mut failures) = (false, false, 0_usize);
+        let (mut again, mut silent, mut failed) = (false, false, None);
         loop {
             let failure = match self.within_bound(attempt()).await {
                 Ok(value) => {
@@ -43,7 +47,7 @@ impl<H: Handler> Worker<H> {
                 }
                 Err(failure) => failure,
             };
-            let (was_silent, was_again) = (std::mem::take(&mut silent), std::mem::take(&mut again));
+            let (was_silent, first) = (std::mem::take(&mut silent), *failed.get_or_insert_with(clock::monotonic));
             match failure {
                 Failure::Fault(fault) => {
                     self.report.works();
@@ -55,28 +59,24 @@ impl<H: Handler> Worker<H> {
                 #[cfg(feature = "testkit")]
                 Failure::Crash => return Err(Ended::Crashed),
                 // At once, unless it wants that over and over.
-                Failure::Again if !was_again => {
-                    again = true;
-                    continue;
-                }
-                Failure::Again => {
-                    again = true;
-                    self.report.is_misconfigured("its handler wants the same batch again and again");
-                }
+                Failure::Again if !std::mem::replace(&mut again, true) => continue,
+                Failure::Again => self.report.is_misconfigured("its handler wants the same batch again and again"),
                 Failure::Configuration(reason) => self.report.is_misconfigured(&reason),
-                Failure::Unprepared => self.prepare(failures).await,
-                // What works at the second try is not worth a word.
-                Failure::Passing(_) if failures == 0 => {}
-                Failure::Passing(reason) => self.report.fails(&reason),
+                Failure::Unprepared => self.prepare(first).await,
+                Failure::Passing(reason) => self.repeat(&reason, first),
                 Failure::Stale(reason) => {
                     renew_connections();
-                    if failures > 0 {
-                        self.report.fails(&reason);
-                    }
+                    self.repeat(&reason, first);
                 }
             }
-            failures += 1;
             self.pause(delays.next().unwrap_or(PATIENCE.max)).await?;
+        }
+    }
+
+    /// The database cannot be used, since `first`.
+    fn repeat(&self, reason: &str, first: Instant) {
+        if clock::monotonic().saturating_duration_since(first) > UNSAID {
+            self.report.fails(reason);
         }
     }
 
@@ -89,7 +89,11 @@ impl<H: Handler> Worker<H> {
             Err(_) if self.desk.handling.load(Ordering::Relaxed) && self.database_answers().await => {
                 Err(Failure::Fault(Fault::timed_out(bound)))
             }
-            Err(_) => Err(Failure::Passing(format!("no answer within {bound:?}; another connection is tried"))),
+            Err(_) => {
+                let reason = format!("no answer within {bound:?}; another connection is tried");
+                self.report.fails(&reason);
+                Err(Failure::Passing(reason))
+            }
         }
     }
 
@@ -99,17 +103,18 @@ impl<H: Handler> Worker<H> {
     }
 
     /// Makes the inbox's partitions: upkeep is behind.
-    async fn prepare(&self, failures: usize) {
+    async fn prepare(&self, first: Instant) {
         // What is refused for its age never comes here, so a partition can be made.
         const { assert!(FUTURE_MAX.as_secs() < 14 * 24 * 3600) };
         let made = self.desk.bound().within(inbox::add_partitions(&self.desk.pool, self.desk.config.horizon)).await;
+        let late = clock::monotonic().saturating_duration_since(first) > UNSAID;
         match made {
-            Ok(_) if failures == 0 => {}
-            Ok(_) => self.report.is_misconfigured("the inbox has no partition for a message that it ought to remember"),
+            Ok(_) if late => self.report.is_misconfigured("the inbox has no partition for a message that it remembers"),
+            Ok(_) => {}
             Err(error) if classify(&error) == ErrorClass::Configuration => {
                 self.report.is_misconfigured(&format!("the inbox's partitions cannot be made: {error}"));
             }
-            Err(error) => self.report.fails(&error.to_string()),
+            Err(error) => self.repeat(&error.to_string(), first),
         }
     }
 

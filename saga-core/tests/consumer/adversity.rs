@@ -89,6 +89,7 @@ async fn a_connection_that_falls_silent_is_given_up_and_another_one_used() {
         proxy.freeze();
     }
     eventually(SOON, || async { running.health.check().ok() }).await;
+    assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
     running.stop().await;
 }
 

@@ -5,7 +5,7 @@ use saga_core::{
     consumer::{Consumer, ConsumerHealth, HandleError, Handler, Message},
     outbox::Tx,
     service::database::pool_options,
-    testkit::{FailPoint, Record, eventually, failpoints::Fault, produce},
+    testkit::{FailPoint, FreezingProxy, Record, eventually, failpoints::Fault, produce},
 };
 use sqlx::PgPool;
 use std::{
@@ -134,6 +134,33 @@ async fn a_handler_that_is_silent_on_its_connection_is_counted_and_given_up() {
     assert_eq!((&headers["x-error-class"], &headers["x-attempts"]), (&"silent".into(), &"2".into()));
     let reason = headers["x-error-message"].as_str().unwrap();
     assert!(reason.contains("`idle_in_transaction_session_timeout`, 400ms"), "{reason}");
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_while_a_handler_is_at_work_counts_nothing() {
+    let mut fixture = Fixture::new(1).await;
+    (fixture.config.attempt_timeout, fixture.config.attempts) = (Duration::from_millis(500), 1);
+    let (proxy, url) = FreezingProxy::of_database(&fixture.database.url).await;
+    let pool = pool_options(4).connect(&url).await.unwrap();
+    let running = fixture.start_on(&pool);
+    running.gate.send_replace(false);
+    fixture.send(&[event("k", "1")]).await;
+    let is_called = || !running.recorder.batches.lock().unwrap().is_empty();
+    eventually(SOON, || async { is_called().then_some(()) }).await;
+
+    proxy.shut();
+    // The handler takes longer than its bound, and does not touch its connection, which is lost meanwhile.
+    eventually(SOON, || async { running.health.check().is_err_and(|e| e.starts_with("database ")).then_some(()) })
+        .await;
+    running.gate.send_replace(true);
+    proxy.open();
+
+    fixture.until_handled(1).await;
+    assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
+    let counted: i32 =
+        sqlx::query_scalar("select attempts from inbox_partition").fetch_one(&fixture.database.pool).await.unwrap();
+    assert_eq!(counted, 0);
     running.stop().await;
 }
 
