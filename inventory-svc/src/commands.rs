@@ -12,10 +12,10 @@ use contracts::{
     product::Sku,
 };
 use saga_core::{
-    command::{Command, Done},
+    command::{Command, Done, Happened},
     consumer::{HandleError, Handler, Message},
     outbox::Tx,
-    participant::{CommandContext, CommandHandler, Decision, Participant, Ran, UndoHandler},
+    participant::{CommandContext, CommandHandler, Decision, Participant, UndoHandler},
 };
 
 /// The handler of `inventory.commands`: the participant, behind the locks of a whole batch.
@@ -116,7 +116,7 @@ impl UndoHandler<ReserveStock, ReleaseStock> for Release {
         tx: &mut Tx<'_>,
         _: &CommandContext,
         command: ReleaseStock,
-        _: Ran<Reserved>,
+        _: Happened<Reserved>,
     ) -> anyhow::Result<Decision<ReleaseStock>> {
         Ok(match stock::close_in(tx, command.order, Closing::Release).await? {
             // Without a reservation there is nothing to put back.

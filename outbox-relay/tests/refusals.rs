@@ -112,6 +112,8 @@ async fn what_is_said_of_a_row_says_whose_it_is() {
         occurrence: 0,
         command: CommandId::derive(id, "reserve", Op::Do, 0),
         attempt: 1,
+        undoes: None,
+        happened: None,
         reply_to: None,
         outcome: None,
     };

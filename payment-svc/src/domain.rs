@@ -16,7 +16,7 @@ use saga_core::id::CommandId;
 pub struct Payment {
     /// The order that is paid.
     pub order: OrderId,
-    /// Who pays.
+    /// Who pays; empty where the row was lost and only the gateway knew of the payment.
     pub customer: String,
     /// How much.
     pub amount: Money,
@@ -133,6 +133,14 @@ pub struct Movement {
     pub reference: String,
 }
 
+impl Movement {
+    /// It was held, and nobody here had heard of it: both movements enter when it is let go.
+    pub fn held_and_let_go(amount: i64, reference: &str) -> [Self; 2] {
+        let both = [MovementKind::Authorize, MovementKind::Void];
+        both.map(|kind| Self { kind, amount, reference: reference.to_owned() })
+    }
+}
+
 /// A move that the payment's graph does not have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a payment that is {status} cannot become {event:?}")]
@@ -163,6 +171,11 @@ pub enum Refusal {
 }
 
 impl Payment {
+    /// A payment whose row was lost and whose money the gateway has let go: all that is known comes from the gateway.
+    pub fn lost(order: OrderId, amount: Money, authorize_key: CommandId) -> Self {
+        Self { order, customer: String::new(), amount, authorize_key, status: Status::Voided }
+    }
+
     /// What happened, happens to the payment: its next state, and the money that moved.
     pub fn apply(mut self, event: Event) -> Result<(Self, Vec<Movement>), IllegalMove> {
         let total = self.amount.amount;
@@ -175,9 +188,7 @@ impl Payment {
             }
             (Status::Authorizing, Event::Declined { reason }) => (Status::Declined { reason }, vec![]),
             (Status::Authorizing, Event::Voided { released: Some(reference) }) => {
-                // It was held, and nobody had heard of it: both movements enter now.
-                let both = [MovementKind::Authorize, MovementKind::Void];
-                (Status::Voided, both.map(|kind| moved(kind, total, &reference)).to_vec())
+                (Status::Voided, Movement::held_and_let_go(total, &reference).to_vec())
             }
             (Status::Authorizing | Status::Declined { .. } | Status::Voided, Event::Voided { released: None }) => {
                 (Status::Voided, vec![])

@@ -66,7 +66,7 @@ pub async fn lock(tx: &mut Tx<'_>, order: OrderId) -> Result<Option<Payment>, sq
     row.as_ref().map(payment).transpose()
 }
 
-/// Inserts a payment that is authorizing; false when the order has one already.
+/// Inserts a payment of which nothing is held; false when the order has one already.
 pub async fn insert(tx: &mut Tx<'_>, payment: &Payment) -> Result<bool, sqlx::Error> {
     let done = sqlx::query(
         "insert into payment (order_id, customer, currency, amount, status, authorize_key)

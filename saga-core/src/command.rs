@@ -2,6 +2,7 @@
 
 use crate::topic::Topic;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::str::FromStr;
 
 /// A command that a saga sends to a participant.
 ///
@@ -25,3 +26,37 @@ pub enum Never {}
 /// The reply of a command that has nothing to say but that it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Done {}
+
+/// What is known of a step that is to be undone. An undo must handle both.
+///
+/// The orchestrator's undo is built from it and says it (`ce_sagahappened`); the participant's undo is given what its
+/// own record says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Happened<R = ()> {
+    /// The step was done, and this was its reply.
+    Yes(R),
+    /// The step's command was issued and not answered: it may have been done, or may still arrive.
+    InDoubt,
+}
+
+impl<R> Happened<R> {
+    /// As it stands in a header.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Yes(_) => "yes",
+            Self::InDoubt => "in_doubt",
+        }
+    }
+}
+
+impl FromStr for Happened {
+    type Err = ();
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "yes" => Ok(Self::Yes(())),
+            "in_doubt" => Ok(Self::InDoubt),
+            _ => Err(()),
+        }
+    }
+}

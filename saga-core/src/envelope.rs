@@ -5,7 +5,10 @@
 
 mod codec;
 
-use crate::id::{CommandId, MessageId, SagaId};
+use crate::{
+    command::Happened,
+    id::{CommandId, MessageId, SagaId},
+};
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, collections::BTreeMap, fmt, str::FromStr};
 use time::OffsetDateTime;
@@ -50,6 +53,10 @@ pub mod header {
     pub const SAGA_OP: &str = "ce_sagaop";
     /// Which run of the step: 0, and more after a retry with edited input.
     pub const SAGA_OCCURRENCE: &str = "ce_sagaoccurrence";
+    /// In an undo: the id of the command that it undoes.
+    pub const SAGA_UNDOES: &str = "ce_sagaundoes";
+    /// In an undo: `yes` when the orchestrator took the step's success, `in_doubt` otherwise.
+    pub const SAGA_HAPPENED: &str = "ce_sagahappened";
     /// Stable across resends.
     pub const COMMAND_ID: &str = "ce_commandid";
     /// 1 for the first send of a command.
@@ -164,6 +171,10 @@ pub struct SagaHeaders {
     pub command: CommandId,
     /// 1 for the first send (in a reply: of the command that is answered).
     pub attempt: u32,
+    /// Undo only: the command that it undoes. `None` in the undo of an orchestrator that does not say it yet.
+    pub undoes: Option<CommandId>,
+    /// Undo only: what the orchestrator knows of the step. `None` where it does not say it yet, which is in doubt.
+    pub happened: Option<Happened>,
     /// Command only: the topic that wants the reply.
     pub reply_to: Option<String>,
     /// Reply only.

@@ -4,19 +4,21 @@
 
 use proptest::prelude::*;
 use saga_core::{
+    command::Happened,
     saga::{
         decide::decide,
         definition::Definition,
-        state::{Answer, Effects, Event, Failure, FailureKind, Reply, State, Status, StuckWhy, Wait},
+        state::{Action, Answer, Effects, Event, Failure, FailureKind, Reply, Send, State, Status, StuckWhy, Wait},
     },
-    testkit::explorer::{Decide, Limits, Model, Shape, definition, walk_pairs},
+    testkit::explorer::{Decide, Limits, Model, Move, Shape, definition, walk_pairs},
 };
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
 const ORDER: [Shape; 6] = [Shape::LocalWithUndo, Shape::Step, Shape::Step, Shape::Pivot, Shape::Local, Shape::Then];
 const RESERVE: usize = 2;
-const EVERYTHING: Limits = Limits { attempts: 2, breaks: 1, external: true, failures: true, cancels: true };
+const EVERYTHING: Limits =
+    Limits { attempts: 2, breaks: 1, losses: 0, external: true, failures: true, cancels: true, trusting: false };
 const HOUR: Option<Duration> = Some(Duration::from_secs(3600));
 
 fn explored(what: &str, definition: &Definition, limits: Limits) -> usize {
@@ -51,7 +53,7 @@ fn an_order_keeps_every_rule_in_every_world() {
 fn two_orders_at_once_that_want_the_last_piece_keep_every_rule_in_more_than_a_million_worlds() {
     let started = Instant::now();
     let order = definition(&ORDER, 2, None);
-    let limits = Limits { attempts: 2, breaks: 0, external: false, failures: false, cancels: true };
+    let limits = Limits { breaks: 0, external: false, failures: false, ..EVERYTHING };
     let model = Model::new(&order, limits, decide);
     let walk = model.walk(100_000).unwrap();
     let pairs = walk_pairs(&model, &walk, RESERVE).unwrap();
@@ -75,11 +77,14 @@ fn every_definition_of_up_to_three_steps_keeps_every_rule_in_every_world() {
         }
         if !prefix.is_empty() {
             let small = definition(&prefix, 1, HOUR);
-            let limits = Limits { failures: prefix.len() < 3, ..EVERYTHING };
-            let model = Model::new(&small, limits, decide);
-            let walk = model.walk(1_000_000).unwrap_or_else(|violation| panic!("{prefix:?}: {violation}"));
+            let failures = prefix.len() < 3;
+            for (breaks, losses) in [(1, 0), (0, 1)] {
+                let limits = Limits { failures, breaks, losses, ..EVERYTHING };
+                let model = Model::new(&small, limits, decide);
+                let walk = model.walk(1_000_000).unwrap_or_else(|violation| panic!("{prefix:?}: {violation}"));
+                worlds += walk.worlds();
+            }
             definitions += 1;
-            worlds += walk.worlds();
         }
     }
     println!("{definitions} definitions, {worlds} worlds in {:?}", started.elapsed());
@@ -98,10 +103,26 @@ fn mistakes() -> Vec<(&'static str, Decide)> {
         }),
         ("a pivot in doubt is given up", |definition, state, event, now| {
             let (mut state, effects) = decide(definition, state, event, now);
-            if let Status::Stuck { why: StuckWhy::PivotInDoubt, .. } = state.status {
+            if let Status::Stuck { why: StuckWhy::PivotInDoubt { .. }, .. } = state.status {
                 let step = String::new();
                 state.failure = Some(Failure { step, kind: FailureKind::Failed, rejection: None, reason: None });
                 state.status = Status::Compensated;
+            }
+            (state, effects)
+        }),
+        ("an undo says that it is in doubt whatever is known", |definition, state, event, now| {
+            let (after, mut effects) = decide(definition, state, event, now);
+            for action in &mut effects.actions {
+                if let Action::Send(Send { undoes: Some((_, happened)), .. }) = action {
+                    *happened = Happened::InDoubt;
+                }
+            }
+            (after, effects)
+        }),
+        ("a command that could not be built is taken for sent", |definition, state, event, now| {
+            let (mut state, effects) = decide(definition, state, event, now);
+            if let (Event::Unsent { .. }, Status::Stuck { open, .. }) = (event, &mut state.status) {
+                open.attempt += 1;
             }
             (state, effects)
         }),
@@ -179,15 +200,41 @@ fn mistakes() -> Vec<(&'static str, Decide)> {
 fn every_seeded_mistake_is_found_and_its_schedule_replays() {
     let order = definition(&ORDER, 2, HOUR);
     for (mistake, wrong) in mistakes() {
-        let model = Model::new(&order, Limits { breaks: 0, external: false, ..EVERYTHING }, wrong);
+        let limits = Limits { external: false, ..EVERYTHING };
+        let model = Model::new(&order, limits, wrong);
         let violation = model.walk(1_000_000).err().unwrap_or_else(|| panic!("not found: {mistake}"));
         println!("{mistake}: {violation}");
         let replayed = model.replay(&violation.schedule).unwrap_err();
         assert_eq!(replayed.rule, violation.rule, "{mistake}");
-        let right = Model::new(&order, Limits { breaks: 0, external: false, ..EVERYTHING }, decide);
+        let right = Model::new(&order, limits, decide);
         let fine = right.replay(&violation.schedule[..violation.schedule.len() - 1]);
         assert!(fine.is_ok(), "{mistake}: the right one has no trouble with it");
     }
+}
+
+#[test]
+fn a_lost_fence_leaves_no_effect_behind_that_the_saga_calls_undone() {
+    let order = definition(&ORDER, 1, None);
+    for external in [false, true] {
+        let limits = Limits { attempts: 1, breaks: 0, losses: 1, external, ..EVERYTHING };
+        explored(&format!("an order whose fence is lost, external: {external}"), &order, limits);
+    }
+    let trusting = Limits { breaks: 0, losses: 1, trusting: true, ..EVERYTHING };
+    let violation = Model::new(&order, trusting, decide).walk(2_000_000).expect_err("absence is no proof");
+    println!("absence is taken for proof: {violation}");
+    assert!(violation.schedule.iter().any(|by| matches!(by, Move::Lose(_))), "{violation}");
+}
+
+#[test]
+fn a_step_that_is_undone_elsewhere_is_found_and_no_engine_takes_it() {
+    let order = definition(&[Shape::StepUndoneElsewhere, Shape::Pivot], 1, None);
+    let limits = Limits { breaks: 0, external: false, ..EVERYTHING };
+    let violation = Model::new(&order, limits, decide).walk(1_000_000).expect_err("the effect is left");
+    println!("undone elsewhere: {violation}");
+    let [error] = &order.check()[..] else { panic!("{:?}", order.check()) };
+    let says = "saga `explored`, step `s0`: its command goes to topic `explored` and its undo to `elsewhere`; \
+        both go to one topic";
+    assert_eq!(error.to_string(), says);
 }
 
 /// Takes a path through worlds that are too many to visit: each choice picks one of what can happen.
@@ -235,7 +282,7 @@ proptest! {
 
     #[test]
     fn an_order_keeps_every_rule_on_random_paths(choices in prop::collection::vec(any::<u16>(), 0..120)) {
-        take_a_path(&definition(&ORDER, 3, HOUR), Limits { attempts: 3, breaks: 2, ..EVERYTHING }, &choices)?;
+        take_a_path(&definition(&ORDER, 3, HOUR), Limits { attempts: 3, breaks: 2, losses: 2, ..EVERYTHING }, &choices)?;
     }
 
     #[test]
@@ -246,7 +293,7 @@ proptest! {
         external: bool,
     ) {
         let generated = definition(&shapes, attempts, HOUR);
-        take_a_path(&generated, Limits { attempts: 3, breaks: 2, external, ..EVERYTHING }, &choices)?;
+        take_a_path(&generated, Limits { attempts: 3, breaks: 2, losses: 2, external, ..EVERYTHING }, &choices)?;
     }
 
     #[test]

@@ -178,6 +178,8 @@ pub(crate) fn command<C: Command>(order: OrderId, step: &str, op: Op, command: &
         occurrence: 0,
         command: CommandId::derive(saga, step, op, 0),
         attempt: 1,
+        undoes: None,
+        happened: None,
         reply_to: Some("orders.replies".into()),
         outcome: None::<Outcome>,
     });

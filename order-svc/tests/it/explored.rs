@@ -11,7 +11,8 @@ use saga_core::{
     testkit::explorer::{Limits, Model},
 };
 
-const EVERYTHING: Limits = Limits { attempts: 2, breaks: 1, external: true, failures: true, cancels: true };
+const EVERYTHING: Limits =
+    Limits { attempts: 2, breaks: 1, losses: 0, external: true, failures: true, cancels: true, trusting: false };
 
 /// The order saga, but each command is issued so many times at most: the worlds of a third attempt are like those of
 /// the second, and too many.
@@ -48,6 +49,11 @@ fn the_order_saga_keeps_every_rule_in_every_world_with_resends() {
     explored(2, Limits { external: false, failures: false, ..EVERYTHING });
 }
 
+#[test]
+fn the_order_saga_keeps_every_rule_in_every_world_where_a_participants_fence_is_lost() {
+    explored(1, Limits { attempts: 1, breaks: 0, losses: 1, ..EVERYTHING });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
         cases: 300,
@@ -59,7 +65,7 @@ proptest! {
     #[test]
     fn the_order_saga_keeps_every_rule_on_random_paths(choices in prop::collection::vec(any::<u16>(), 0..200)) {
         let order = order_saga();
-        let model = Model::new(&order, Limits { attempts: 3, breaks: 2, ..EVERYTHING }, decide);
+        let model = Model::new(&order, Limits { attempts: 3, breaks: 2, losses: 2, ..EVERYTHING }, decide);
         let mut world = model.begin().map_err(|violation| TestCaseError::fail(violation.to_string()))?;
         let mut schedule = Vec::new();
         for choice in choices {

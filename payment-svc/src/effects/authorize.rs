@@ -43,7 +43,11 @@ impl ExternalEffect<AuthorizePayment> for Authorize {
         if store::insert(tx, &payment).await? {
             return Ok(Prepare::Call(()));
         }
-        if locked(tx, command.order).await?.may_authorize_again() {
+        let found = locked(tx, command.order).await?;
+        if found.authorize_key == payment.authorize_key {
+            return Ok(again(found));
+        }
+        if found.may_authorize_again() {
             store::save(tx, &payment, cx.idempotency_key(), &[]).await?;
             return Ok(Prepare::Call(()));
         }
@@ -80,6 +84,18 @@ impl ExternalEffect<AuthorizePayment> for Authorize {
                 Ok(Decision::Rejected(Declined { reason: code }))
             }
         }
+    }
+}
+
+/// This command's own payment is there, and its fence was lost. To refuse it would say that nothing happened.
+fn again(payment: Payment) -> Prepare<AuthorizePayment, ()> {
+    match payment.status {
+        Status::Authorizing => Prepare::Call(()),
+        Status::Authorized { authorization } | Status::Captured { authorization, .. } => {
+            Prepare::Decided(Decision::Done(Authorized { authorization, amount: payment.amount }))
+        }
+        Status::Declined { reason } => Prepare::Decided(Decision::Rejected(Declined { reason })),
+        Status::Voided => Prepare::Decided(Decision::Rejected(Declined { reason: "voided".into() })),
     }
 }
 

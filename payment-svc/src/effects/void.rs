@@ -1,21 +1,27 @@
 //! Let go of what an authorization held, or may have held.
 //!
 //! The gateway is asked by the authorization's idempotency key, not by its reference: so it is safe where nobody knows
-//! whether the authorization ever came, and keeps one that is still under way from holding money later.
+//! whether the authorization ever came, and keeps one that is still under way from holding money later. It needs no row of
+//! ours: after an asynchronous failover the payment may be lost while the gateway holds its money. What the gateway then
+//! lets go is entered in the ledger all the same, or it would not say the same as the gateway's.
 
-use super::{ask, happened, locked};
+use super::{ask, happened};
 use crate::{
-    domain::{Event, Status},
+    domain::{Event, Movement, Payment, Status},
     gateway::{Answer, PaymentGateway, Request},
+    store,
 };
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use async_trait::async_trait;
-use contracts::payments::{AuthorizePayment, Authorized, VoidPayment};
+use contracts::{
+    money::Money,
+    payments::{AuthorizePayment, Authorized, VoidPayment},
+};
 use saga_core::{
-    command::Done,
+    command::{Done, Happened},
     id::CommandId,
     outbox::Tx,
-    participant::{CommandContext, Decision, ExternalUndo, Intent, Performed, Prepare, Ran},
+    participant::{CommandContext, Decision, ExternalUndo, Intent, Performed, Prepare},
 };
 use std::sync::Arc;
 
@@ -32,11 +38,11 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
         tx: &mut Tx<'_>,
         cx: &CommandContext,
         command: &VoidPayment,
-        _ran: Ran<Authorized>,
+        _happened: Happened<Authorized>,
     ) -> anyhow::Result<Prepare<VoidPayment, CommandId>> {
         let authorize_key = cx.undoes.context("an undo that runs knows what it undoes")?;
-        let payment = locked(tx, command.order).await?;
-        if payment.authorize_key == authorize_key && matches!(payment.status, Status::Captured { .. }) {
+        let payment = store::lock(tx, command.order).await?.filter(|payment| payment.authorize_key == authorize_key);
+        if payment.is_some_and(|payment| matches!(payment.status, Status::Captured { .. })) {
             return Ok(Prepare::Decided(Decision::Failed("the payment is captured: refund it instead".into())));
         }
         Ok(Prepare::Call(authorize_key))
@@ -58,12 +64,45 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
                 return Ok(Decision::Failed(format!("the gateway does not let go of the money: {code}")));
             }
         };
-        let payment = locked(tx, intent.command.order).await?;
-        // A payment that was tried anew since is another authorization's.
-        if payment.authorize_key == intent.prepared {
-            let released = reference.filter(|_| amount.is_some());
-            happened(tx, payment, intent.cx.idempotency_key(), Event::Voided { released }).await?;
+        let released = reference.zip(amount);
+        let (order, command) = (intent.command.order, intent.cx.idempotency_key());
+        match store::lock(tx, order).await? {
+            // Its record was lost after it was entered here; the gateway repeats what it said.
+            Some(payment) if payment.authorize_key == intent.prepared && payment.status == Status::Voided => {}
+            Some(payment) if payment.authorize_key == intent.prepared => {
+                let released = released.map(|(reference, _)| reference);
+                happened(tx, payment, command, Event::Voided { released }).await?;
+            }
+            // No row is of this authorization: it was lost, or a payment that was tried anew has its place.
+            found => {
+                if let Some((reference, amount)) = released {
+                    tracing::warn!(%order, reference, "the gateway held money that this database has no record of, and \
+                        let it go; rows were lost: compare the ledger with the gateway's");
+                    enter_lost(tx, found, &intent, reference, amount).await?;
+                }
+            }
         }
         Ok(Decision::Done(Done {}))
     }
+}
+
+/// Enters what the gateway held and let go of an authorization that no row is of.
+async fn enter_lost(
+    tx: &mut Tx<'_>,
+    found: Option<Payment>,
+    intent: &Intent<VoidPayment, CommandId>,
+    reference: String,
+    amount: Money,
+) -> anyhow::Result<()> {
+    let payment = match found {
+        Some(payment) => payment,
+        None => {
+            let payment = Payment::lost(intent.command.order, amount, intent.prepared);
+            ensure!(store::insert(tx, &payment).await?, "a payment was made meanwhile");
+            payment
+        }
+    };
+    let movements = Movement::held_and_let_go(amount.amount, &reference);
+    store::save(tx, &payment, intent.cx.idempotency_key(), &movements).await?;
+    Ok(())
 }

@@ -222,6 +222,8 @@ pub(crate) fn message<C: Command>(order: OrderId, step: &str, op: Op, command: &
         occurrence: 0,
         command: CommandId::derive(saga, step, op, 0),
         attempt: 1,
+        undoes: None,
+        happened: None,
         reply_to: Some("orders.replies".into()),
         outcome: None,
     };

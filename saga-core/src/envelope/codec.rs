@@ -9,7 +9,7 @@ use std::{borrow::Cow, collections::BTreeMap, str::FromStr};
 use time::{OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339};
 
 /// The headers that have a field of their own; whatever else a record carries is passed through.
-const KNOWN: [&str; 20] = [
+const KNOWN: [&str; 22] = [
     header::SPECVERSION,
     header::ID,
     header::SOURCE,
@@ -26,6 +26,8 @@ const KNOWN: [&str; 20] = [
     header::SAGA_STEP,
     header::SAGA_OP,
     header::SAGA_OCCURRENCE,
+    header::SAGA_UNDOES,
+    header::SAGA_HAPPENED,
     header::COMMAND_ID,
     header::ATTEMPT,
     header::REPLY_TO,
@@ -121,6 +123,12 @@ impl SagaHeaders {
         set(header::ATTEMPT, self.attempt.to_string());
         let command = if self.outcome.is_some() { header::CAUSATION_ID } else { header::COMMAND_ID };
         set(command, self.command.to_string());
+        if let Some(undoes) = self.undoes {
+            set(header::SAGA_UNDOES, undoes.to_string());
+        }
+        if let Some(happened) = self.happened {
+            set(header::SAGA_HAPPENED, happened.as_str().to_owned());
+        }
         if let Some(reply_to) = &self.reply_to {
             set(header::REPLY_TO, reply_to.clone());
         }
@@ -170,6 +178,8 @@ impl Found<'_> {
             occurrence: self.parse(header::SAGA_OCCURRENCE, "a number")?.unwrap_or(0),
             command: CommandId(self.require(command, "a UUID")?),
             attempt: self.parse(header::ATTEMPT, "a number")?.unwrap_or(1),
+            undoes: self.parse(header::SAGA_UNDOES, "a UUID")?.map(CommandId),
+            happened: self.parse(header::SAGA_HAPPENED, "yes or in_doubt")?,
             reply_to: self.text(header::REPLY_TO),
             outcome,
         };
@@ -213,7 +223,10 @@ impl FromStr for Text {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::{Op, Outcome};
+    use crate::{
+        command::Happened,
+        envelope::{Op, Outcome},
+    };
     use proptest::prelude::*;
     use uuid::Uuid;
 
@@ -228,7 +241,7 @@ mod tests {
     prop_compose! {
         fn saga_headers()(
             ids in any::<[u128; 2]>(), definition in text(), step in text(), version: u32, occurrence: u32, attempt: u32,
-            undo: bool, reply_to in proptest::option::of(text()),
+            undo: bool, undoes: Option<u128>, happened: Option<bool>, reply_to in proptest::option::of(text()),
             outcome in proptest::option::of(prop_oneof![
                 Just(Outcome::Succeeded), Just(Outcome::Rejected), Just(Outcome::Failed)
             ]),
@@ -237,6 +250,8 @@ mod tests {
                 saga: SagaId(Uuid::from_u128(ids[0])), definition, version, step,
                 op: if undo { Op::Undo } else { Op::Do }, occurrence,
                 command: CommandId(Uuid::from_u128(ids[1])), attempt, reply_to, outcome,
+                undoes: undoes.map(|id| CommandId(Uuid::from_u128(id))),
+                happened: happened.map(|yes| if yes { Happened::Yes(()) } else { Happened::InDoubt }),
             }
         }
     }

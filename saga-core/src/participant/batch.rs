@@ -7,7 +7,7 @@
 
 use super::{
     entry::{Begun, Entry, Settled},
-    fence::{Fence, FenceKey, Move, UndoState},
+    fence::{Asked, Fence, FenceKey, Move, UndoState},
     handler::CommandContext,
     queue::{self, IntentState, NewIntent, Origin},
     store,
@@ -26,6 +26,7 @@ use tracing::{Instrument, Span};
 /// A command that is to be handled.
 pub(super) struct Incoming<'a> {
     pub(super) key: FenceKey,
+    pub(super) asked: Asked,
     pub(super) kind: &'static str,
     pub(super) entry: &'a dyn Entry,
     pub(super) cx: CommandContext,
@@ -110,9 +111,9 @@ pub(super) async fn run_together(
     let Work { loaded, changes, .. } = work;
     for command in commands {
         let fence = changes.fence(loaded, command)?;
-        let step = fence.next(command.cx.saga.op);
+        let step = fence.next(command.asked);
         let begun = match step.runs() {
-            Some(ran) => Some(begin(tx, command, &fence, ran).await?),
+            Some(reply) => Some(begin(tx, command, &fence, reply).await?),
             None => None,
         };
         if begun.as_ref().is_some_and(Begun::is_refusal) {
@@ -133,11 +134,11 @@ pub(super) async fn run_apart(
     let Work { loaded, changes, .. } = work;
     for command in commands {
         let fence = changes.fence(loaded, command)?;
-        let step = fence.next(command.cx.saga.op);
+        let step = fence.next(command.asked);
         let begun = match step.runs() {
-            Some(ran) => {
+            Some(reply) => {
                 let mut savepoint = tx.begin().await?;
-                let begun = begin(&mut savepoint, command, &fence, ran).await?;
+                let begun = begin(&mut savepoint, command, &fence, reply).await?;
                 if begun.is_refusal() {
                     savepoint.rollback().await?;
                 } else {
@@ -156,13 +157,10 @@ async fn begin(
     tx: &mut Tx<'_>,
     command: &Incoming<'_>,
     fence: &Fence,
-    ran: Option<&[u8]>,
+    reply: Option<&[u8]>,
 ) -> Result<Begun, HandleError> {
-    let (cx, ran) = match command.cx.saga.op {
-        Op::Do => (command.cx.clone(), None),
-        Op::Undo => (CommandContext { undoes: fence.run_command, ..command.cx.clone() }, ran),
-    };
-    let begun = command.entry.begin(tx, &cx, command.payload, ran).instrument(command.span.clone()).await;
+    let cx = CommandContext { undoes: command.undoes(fence), ..command.cx.clone() };
+    let begun = command.entry.begin(tx, &cx, command.payload, reply).instrument(command.span.clone()).await;
     begun.map_err(|error| error.of(command.cx.message))
 }
 
@@ -172,14 +170,20 @@ impl Changes {
         let fence = self.fences.get(&command.key).or_else(|| loaded.get(&command.key)).cloned();
         // To take it for a new one would be to forget what was done.
         let fence = fence.ok_or_else(|| anyhow::anyhow!("the fence of step {:?} is not locked", command.key.step))?;
-        match fence.command(command.cx.saga.op) {
-            Some(known) if known != command.cx.saga.command => Err(HandleError::Poison(format!(
-                "command {} of step {:?} has the place of command {known}",
-                command.cx.saga.command, command.key.step
-            ))
-            .of(command.cx.message)),
-            _ => Ok(fence),
+        let saga = &command.cx.saga;
+        let other = |known: Option<CommandId>, said: CommandId| known.filter(|known| *known != said);
+        let poison = |why: String| Err(HandleError::Poison(why).of(command.cx.message));
+        if let Some(known) = other(fence.command(saga.op), saga.command) {
+            let (command, step) = (saga.command, &saga.step);
+            return poison(format!("command {command} of step {step:?} has the place of command {known}"));
         }
+        if let Some(undoes) = saga.undoes
+            && let Some(known) = other(fence.run_command, undoes)
+        {
+            let step = &saga.step;
+            return poison(format!("the undo of step {step:?} undoes {undoes}, but {known} was done"));
+        }
+        Ok(fence)
     }
 
     fn apply(
@@ -196,13 +200,18 @@ impl Changes {
             Move::Run | Move::Undo(_) => match begun {
                 Some(Begun::Call(prepared)) => {
                     fence.calling(op);
-                    self.intents.push(command.intent(IntentState::Open, Some(prepared), fence.run_command));
+                    self.intents.push(command.intent(IntentState::Open, Some(prepared), &fence));
                 }
                 Some(Begun::Settled(settled)) => self.settle(command, &mut fence, &settled),
                 None => return Err(HandleError::Failed(anyhow::anyhow!("a command that runs has begun"))),
             },
             Move::NothingToUndo => {
                 self.settle(command, &mut fence, &Settled::Done(command.entry.nothing_to_undo()?));
+            }
+            Move::Fail(reason) => {
+                let (saga, undo) = (command.key.saga, command.cx.saga.command);
+                tracing::warn!(%saga, command = %undo, step = command.key.step, "an undo fails: {reason}");
+                self.settle(command, &mut fence, &Settled::Failed(reason.to_owned()));
             }
             Move::Refuse => {
                 fence.refuse();
@@ -212,11 +221,11 @@ impl Changes {
             Move::Ignore => {}
             Move::CallAgain => {
                 fence.calling(op);
-                self.reopened.push((command.cx.saga.command, command.origin(fence.run_command)));
+                self.reopened.push((command.cx.saga.command, command.origin(&fence)));
             }
             Move::Wait => {
                 fence.undo = UndoState::Waiting;
-                self.intents.push(command.intent(IntentState::Waiting, None, fence.run_command));
+                self.intents.push(command.intent(IntentState::Waiting, None, &fence));
             }
         }
         self.fences.insert(command.key.clone(), fence);
@@ -237,18 +246,23 @@ impl Changes {
 }
 
 impl Incoming<'_> {
-    fn origin(&self, undoes: Option<CommandId>) -> Origin {
-        Origin::new(&self.cx, undoes.filter(|_| self.cx.saga.op == Op::Undo), self.trace.clone())
+    /// What an undo undoes: what was done here, or else what the orchestrator says.
+    fn undoes(&self, fence: &Fence) -> Option<CommandId> {
+        self.cx.undoes.map(|said| fence.run_command.unwrap_or(said))
     }
 
-    fn intent(&self, state: IntentState, prepared: Option<Value>, undoes: Option<CommandId>) -> NewIntent {
+    fn origin(&self, fence: &Fence) -> Origin {
+        Origin::new(&self.cx, self.undoes(fence), self.trace.clone())
+    }
+
+    fn intent(&self, state: IntentState, prepared: Option<Value>, fence: &Fence) -> NewIntent {
         NewIntent {
             command: self.cx.saga.command,
             key: self.key.clone(),
             op: self.cx.saga.op,
             kind: self.kind,
             state,
-            origin: self.origin(undoes),
+            origin: self.origin(fence),
             payload: self.payload.to_vec(),
             prepared,
         }
@@ -286,6 +300,7 @@ pub(super) fn reply(
 ) -> NewMessage {
     let mut saga = cx.saga.clone();
     saga.outcome = Some(outcome);
+    (saga.undoes, saga.happened) = (None, None);
     let topic = saga.reply_to.take().unwrap_or_default();
     let mut message = NewMessage::tombstone(&topic, &saga.saga.to_string(), &format!("{kind}.reply")).with_saga(&saga);
     message.payload = Some(payload);

@@ -1,11 +1,10 @@
 //! A registered command type without its type: payloads and answers as JSON, so that one table can hold every kind.
 
 use super::handler::{
-    CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, Performed, Prepare, Ran,
-    UndoHandler,
+    CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, Performed, Prepare, UndoHandler,
 };
 use crate::{
-    command::{Command, Never},
+    command::{Command, Happened, Never},
     consumer::HandleError,
     envelope::Op,
     json,
@@ -46,18 +45,28 @@ pub(super) trait Entry: Send + Sync {
     /// Which way the command goes.
     fn op(&self) -> Op;
 
+    /// The type of the command that an undo undoes.
+    fn undoes(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Whether its effect is outside the database.
+    fn is_external(&self) -> bool {
+        false
+    }
+
     /// The reply of an undo that has nothing to undo.
     fn nothing_to_undo(&self) -> Result<Vec<u8>, HandleError> {
         Err(HandleError::Poison("not an undo".into()))
     }
 
-    /// Runs the handler, or prepares the effect. `ran` is an undo's: the do's reply, or `None` in doubt.
+    /// Runs the handler, or prepares the effect. `reply` is the do's, for its undo; `None` in doubt.
     async fn begin(
         &self,
         tx: &mut Tx<'_>,
         cx: &CommandContext,
         payload: &[u8],
-        ran: Option<&[u8]>,
+        reply: Option<&[u8]>,
     ) -> Result<Begun, HandleError>;
 
     /// Calls.
@@ -93,7 +102,7 @@ impl<C: Command, H: CommandHandler<C>> Entry for Plain<C, H> {
         tx: &mut Tx<'_>,
         cx: &CommandContext,
         payload: &[u8],
-        _ran: Option<&[u8]>,
+        _reply: Option<&[u8]>,
     ) -> Result<Begun, HandleError> {
         let command = decode::<C>(C::TYPE, payload)?;
         settled(self.0.decide(tx, cx, command).await).map(Begun::Settled)
@@ -114,6 +123,10 @@ impl<D: Command, U: Command<Rejection = Never, Reply: Default>, H: UndoHandler<D
         Op::Undo
     }
 
+    fn undoes(&self) -> Option<&'static str> {
+        Some(D::TYPE)
+    }
+
     fn nothing_to_undo(&self) -> Result<Vec<u8>, HandleError> {
         encode(&U::Reply::default())
     }
@@ -123,10 +136,10 @@ impl<D: Command, U: Command<Rejection = Never, Reply: Default>, H: UndoHandler<D
         tx: &mut Tx<'_>,
         cx: &CommandContext,
         payload: &[u8],
-        ran: Option<&[u8]>,
+        reply: Option<&[u8]>,
     ) -> Result<Begun, HandleError> {
         let command = decode::<U>(U::TYPE, payload)?;
-        settled(self.0.undo(tx, cx, command, decode_ran::<D>(ran)?).await).map(Begun::Settled)
+        settled(self.0.undo(tx, cx, command, happened::<D>(reply)?).await).map(Begun::Settled)
     }
 }
 
@@ -144,12 +157,16 @@ impl<C: Command, E: ExternalEffect<C>> Entry for External<C, E> {
         Op::Do
     }
 
+    fn is_external(&self) -> bool {
+        true
+    }
+
     async fn begin(
         &self,
         tx: &mut Tx<'_>,
         cx: &CommandContext,
         payload: &[u8],
-        _ran: Option<&[u8]>,
+        _reply: Option<&[u8]>,
     ) -> Result<Begun, HandleError> {
         let command = decode::<C>(C::TYPE, payload)?;
         begun(self.0.prepare(tx, cx, &command).await)
@@ -188,6 +205,14 @@ where
         Op::Undo
     }
 
+    fn undoes(&self) -> Option<&'static str> {
+        Some(D::TYPE)
+    }
+
+    fn is_external(&self) -> bool {
+        true
+    }
+
     fn nothing_to_undo(&self) -> Result<Vec<u8>, HandleError> {
         encode(&U::Reply::default())
     }
@@ -197,10 +222,10 @@ where
         tx: &mut Tx<'_>,
         cx: &CommandContext,
         payload: &[u8],
-        ran: Option<&[u8]>,
+        reply: Option<&[u8]>,
     ) -> Result<Begun, HandleError> {
         let command = decode::<U>(U::TYPE, payload)?;
-        begun(self.0.prepare(tx, cx, &command, decode_ran::<D>(ran)?).await)
+        begun(self.0.prepare(tx, cx, &command, happened::<D>(reply)?).await)
     }
 
     async fn perform(&self, intent: &StoredIntent) -> Performed<Value> {
@@ -225,12 +250,12 @@ fn decode<T: DeserializeOwned>(kind: &str, payload: &[u8]) -> Result<T, HandleEr
     }
 }
 
-fn decode_ran<D: Command>(reply: Option<&[u8]>) -> Result<Ran<D::Reply>, HandleError> {
+fn happened<D: Command>(reply: Option<&[u8]>) -> Result<Happened<D::Reply>, HandleError> {
     match reply {
-        Some(reply) => Ok(Ran::Yes(serde_json::from_slice(reply).map_err(|e| {
+        Some(reply) => Ok(Happened::Yes(serde_json::from_slice(reply).map_err(|e| {
             HandleError::Poison(format!("the stored reply is not that of a {}, which this undoes: {e}", D::TYPE))
         })?)),
-        None => Ok(Ran::InDoubt),
+        None => Ok(Happened::InDoubt),
     }
 }
 

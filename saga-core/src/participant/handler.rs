@@ -6,7 +6,7 @@
 //! what lies outside the database is an [`ExternalEffect`].
 
 use crate::{
-    command::{Command, Never},
+    command::{Command, Happened, Never},
     envelope::SagaHeaders,
     id::{CommandId, MessageId},
     outbox::Tx,
@@ -31,7 +31,7 @@ pub struct CommandContext {
     pub saga: SagaHeaders,
     /// The message that brought it; new with every resend.
     pub message: MessageId,
-    /// For an undo: the command that it undoes, when that one was ever seen here.
+    /// For an undo: the command that it undoes, whether or not that one was ever seen here. `None` for other commands.
     pub undoes: Option<CommandId>,
 }
 
@@ -40,15 +40,6 @@ impl CommandContext {
     pub fn idempotency_key(&self) -> CommandId {
         self.saga.command
     }
-}
-
-/// What the command that is to be undone came to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ran<R> {
-    /// It was done, with this reply.
-    Yes(R),
-    /// Nobody knows: an external effect whose attempts ran out without an answer.
-    InDoubt,
 }
 
 /// Handles a command within the batch's transaction.
@@ -62,13 +53,13 @@ pub trait CommandHandler<C: Command>: Send + Sync + 'static {
 /// Takes back, within the batch's transaction, what `Do` did.
 #[async_trait]
 pub trait UndoHandler<Do: Command, Undo: Command<Rejection = Never>>: Send + Sync + 'static {
-    /// Called only where `Do` was done, or may have been.
+    /// Called only where `Do` was done, or may have been: that it is in doubt is said of external effects alone.
     async fn undo(
         &self,
         tx: &mut Tx<'_>,
         cx: &CommandContext,
         command: Undo,
-        ran: Ran<Do::Reply>,
+        happened: Happened<Do::Reply>,
     ) -> anyhow::Result<Decision<Undo>>;
 }
 
@@ -132,6 +123,10 @@ pub trait ExternalEffect<C: Command>: Send + Sync + 'static {
 }
 
 /// Takes back, outside the database, what `Do` did or may have done. Same life as an [`ExternalEffect`].
+///
+/// In doubt it must work without any trace of `Do` in this database: the record may have been lost, while the effect
+/// outside was not. [`CommandContext::undoes`] is the key that `Do` was, or is still being, called under. A call under
+/// that key that arrives after the undo must have no effect any more; providers offer that as a void by idempotency key.
 #[async_trait]
 pub trait ExternalUndo<Do: Command, Undo: Command<Rejection = Never>>: Send + Sync + 'static {
     /// What the call needs beside the command; stored with the intent.
@@ -139,13 +134,14 @@ pub trait ExternalUndo<Do: Command, Undo: Command<Rejection = Never>>: Send + Sy
     /// What the outside world answers for certain.
     type Answer: Serialize + DeserializeOwned + Send + Sync;
 
-    /// In a transaction, before the call; only where `Do` was done or may have been, and only after its intent settled.
+    /// In a transaction, before the call; only where `Do` was done or may have been, and only after its intent, if there
+    /// is one, settled.
     async fn prepare(
         &self,
         tx: &mut Tx<'_>,
         cx: &CommandContext,
         command: &Undo,
-        ran: Ran<Do::Reply>,
+        happened: Happened<Do::Reply>,
     ) -> anyhow::Result<Prepare<Undo, Self::Prepared>>;
 
     /// The call; see [`ExternalEffect::perform`].

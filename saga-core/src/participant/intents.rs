@@ -352,6 +352,7 @@ impl Intents {
         let mut work = batch::Work::locked(fences);
         let command = batch::Incoming {
             key: claim.key.clone(),
+            asked: self.participant.asked(entry, &claim.intent.cx.saga),
             kind,
             entry,
             cx: claim.intent.cx.clone(),

@@ -32,21 +32,22 @@ pub mod intents;
 mod queue;
 mod store;
 
+pub use crate::command::Happened;
 pub use handler::{
-    CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, Performed, Prepare, Ran,
-    UndoHandler,
+    CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, Performed, Prepare, UndoHandler,
 };
 pub use intents::{IntentConfig, Intents};
 
 use crate::{
     command::{Command, Never},
     consumer::{HandleError, Handler, Message},
-    envelope::header,
+    envelope::{Op, SagaHeaders, header},
+    id::CommandId,
     outbox::Tx,
 };
 use batch::{Incoming, Work};
 use entry::{Entry, External, ExternalUndoing, Plain, Undoing};
-use fence::FenceKey;
+use fence::{Asked, FenceKey, Place};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -87,8 +88,9 @@ impl Participant {
         self.register(C::TYPE, Box::new(Plain::new(handler)))
     }
 
-    /// Handles `Undo`, which takes back what `Do` did. Where `Do` never ran, or was rejected, the undo succeeds without
-    /// the handler being called, and a `Do` that comes later is refused.
+    /// Handles `Undo`, which takes back what `Do` did. Where there is no record that `Do` ran, the undo succeeds without
+    /// the handler being called if the orchestrator is in doubt as well, and fails if it took `Do`'s success: then the
+    /// record was lost, or was never here. Either way a `Do` that comes later is refused.
     #[must_use]
     pub fn on_undo<Do, Undo>(self, handler: impl UndoHandler<Do, Undo>) -> Self
     where
@@ -104,8 +106,8 @@ impl Participant {
         self.register(C::TYPE, Box::new(External::new(effect)))
     }
 
-    /// Performs `Undo` outside the database, by intent; as for [`Participant::on_undo`] it is not called where `Do`
-    /// never ran or was rejected.
+    /// Performs `Undo` outside the database, by intent. Other than that of [`Participant::on_undo`] it is also called
+    /// where there is no record of `Do` and the orchestrator is in doubt: the record may be lost, and the effect not.
     #[must_use]
     pub fn external_undo<Do, Undo>(self, effect: impl ExternalUndo<Do, Undo>) -> Self
     where
@@ -147,6 +149,19 @@ impl Participant {
         }
     }
 
+    /// What a command asks of its fence. An orchestrator that does not say yet what it knows is in doubt.
+    fn asked(&self, entry: &dyn Entry, saga: &SagaHeaders) -> Asked {
+        let Op::Undo = saga.op else { return Asked::Do };
+        let undone = entry.undoes().and_then(|kind| self.entries.get(kind));
+        let place = match undone {
+            _ if entry.is_external() => Place::Outside,
+            Some(undone) if undone.is_external() => Place::Outside,
+            Some(_) => Place::Here,
+            None => Place::Unknown,
+        };
+        Asked::Undo(saga.happened.unwrap_or(Happened::InDoubt), place)
+    }
+
     /// A command as it is to be handled, or why it never can be. A type that this build does not know may be one of a build
     /// that is being rolled out: it is tried again, and its saga's orchestrator resends it.
     fn parse<'a>(&'a self, message: &'a Message) -> Result<Incoming<'a>, HandleError> {
@@ -175,11 +190,15 @@ impl Participant {
             (header::TRACESTATE, envelope.tracestate.as_ref()),
             (header::CORRELATION_ID, envelope.other.get(header::CORRELATION_ID)),
         ];
+        // Of an orchestrator that does not say yet which command its undo undoes: it is of the first derivation.
+        let derived = || CommandId::derive(saga.saga, &saga.step, Op::Do, saga.occurrence);
+        let undoes = (saga.op == Op::Undo).then(|| saga.undoes.unwrap_or_else(derived));
         Ok(Incoming {
+            asked: self.asked(entry.as_ref(), &saga),
             key: FenceKey { saga: saga.saga, step: saga.step.clone(), occurrence },
             kind,
             entry: entry.as_ref(),
-            cx: CommandContext { saga, message: envelope.id, undoes: None },
+            cx: CommandContext { saga, message: envelope.id, undoes },
             payload,
             span: message.span(),
             trace: trace

@@ -3,6 +3,7 @@
 use super::{entry::StoredIntent, fence::FenceKey, handler::CommandContext, store::key};
 use crate::{
     clock,
+    command::Happened,
     envelope::{Envelope, Headers, Op, SagaHeaders, header},
     id::{CommandId, MessageId},
     outbox::Tx,
@@ -24,6 +25,9 @@ pub(super) struct Origin {
     reply_to: Option<String>,
     message: MessageId,
     undoes: Option<CommandId>,
+    /// An older build does not write it: in doubt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    happened: Option<Happened>,
     pub(super) trace: Headers,
 }
 
@@ -36,6 +40,7 @@ impl Origin {
             reply_to: cx.saga.reply_to.clone(),
             message: cx.message,
             undoes,
+            happened: cx.saga.happened,
             trace,
         }
     }
@@ -333,6 +338,8 @@ fn claimed(row: &PgRow, owner: Uuid) -> Result<Claimed, sqlx::Error> {
         occurrence: key.occurrence.unsigned_abs(),
         command: CommandId(row.try_get("command_id")?),
         attempt: origin.attempt,
+        undoes: origin.undoes,
+        happened: origin.happened,
         reply_to: origin.reply_to,
         outcome: None,
     };

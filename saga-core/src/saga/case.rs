@@ -189,6 +189,7 @@ impl<'m> Case<'m> {
     }
 
     fn apply(&mut self, state: State, effects: Effects, reply_topic: &str, now: OffsetDateTime) {
+        let deadline = self.row.state.deadline;
         self.row.state = state;
         let mut told = effects.told;
         for action in effects.actions {
@@ -197,11 +198,12 @@ impl<'m> Case<'m> {
                 Action::Send(send) => match self.message(&send, reply_topic) {
                     Ok(message) => self.messages.push(message),
                     Err(error) => {
-                        let broken = decide(&self.definition, &self.row.state, &Event::broken(&error), now);
-                        self.row.state = broken.0;
+                        let unsent = Event::unsent(&error, deadline);
+                        let (state, effects) = decide(&self.definition, &self.row.state, &unsent, now);
+                        self.row.state = state;
                         // It was not sent, so the log must not say that it was.
                         told.pop();
-                        told.extend(broken.1.told);
+                        told.extend(effects.told);
                     }
                 },
             }
@@ -308,6 +310,8 @@ pub(super) fn message(
         occurrence: send.occurrence,
         command: send.command,
         attempt: send.attempt,
+        undoes: send.undoes.map(|(command, _)| command),
+        happened: send.undoes.map(|(_, happened)| happened),
         reply_to: Some(reply_topic.to_owned()),
         outcome: None,
     };

@@ -7,8 +7,9 @@
 //! - A pivot in doubt neither goes on nor back: it is resent up to a cap, then the saga is stuck; it takes the reply
 //!   whenever it comes.
 //! - A cancel, and the saga's deadline, work until the pivot's command is issued; the open step is undone at once, as
-//!   in doubt.
+//!   in doubt. A command that could not be built was not issued: there is nothing of it to undo.
 //! - A deadline that has passed counts whatever comes next: a reply is taken for what it says, and nothing new is begun.
+//! - An undo says whether its step's success was taken.
 //! - Never `compensated` with an undo open; never stuck without a word why.
 //! - What does not answer the open command is ignored by name, and is no error.
 
@@ -21,6 +22,7 @@ use super::{
     },
 };
 use crate::{
+    command::Happened,
     envelope::Op,
     id::{CommandId, SagaId},
 };
@@ -56,6 +58,7 @@ pub fn decide(definition: &Definition, state: &State, event: &Event, now: Offset
         Event::Retry => turn.on_retry(),
         Event::LocalDone => turn.on_local_done(),
         Event::Broken { error } => turn.on_broken(error),
+        Event::Unsent { error, deadline } => turn.on_unsent(error, *deadline),
     }
 }
 
@@ -63,6 +66,7 @@ pub fn decide(definition: &Definition, state: &State, event: &Event, now: Offset
 pub fn answers(definition: &Definition, state: &State, reply: &Reply) -> Result<Open, Ignored> {
     if let Some(open) = state.open()
         && open.wait != Wait::Local
+        && open.attempt > 0
         && command_id(definition, state.saga, open.step, open.op) == reply.command
     {
         let stale = reply.attempt != open.attempt || open.wait == Wait::Pause;
@@ -212,8 +216,16 @@ impl<'d> Turn<'d> {
                 self.attempt_failed(open, error);
                 self.taken()
             }
+            _ => self.ignored(Ignored::NotLocal),
+        }
+    }
+
+    fn on_unsent(mut self, error: &str, deadline: Option<OffsetDateTime>) -> (State, Effects) {
+        match self.state.open().copied() {
             Some(open) => {
-                self.stick(open, StuckWhy::Broken { error: error.to_owned() });
+                self.state.deadline = deadline;
+                let attempt = open.attempt.saturating_sub(1);
+                self.stick(Open { attempt, ..open }, StuckWhy::Broken { error: error.to_owned() });
                 self.taken()
             }
             None => self.ignored(Ignored::Finished),
@@ -248,7 +260,7 @@ impl<'d> Turn<'d> {
     /// The open step, as long as the saga goes forward and its pivot's command is not issued.
     fn cancellable(&self) -> Option<Open> {
         let open = self.state.open()?;
-        let past = self.definition.pivot().is_some_and(|pivot| open.step >= pivot);
+        let past = self.definition.pivot().is_some_and(|pivot| self.state.issued() > pivot);
         (self.state.failure.is_none() && !past).then_some(*open)
     }
 
@@ -261,8 +273,8 @@ impl<'d> Turn<'d> {
     }
 
     fn cancel(&mut self, open: &Open, kind: FailureKind, reason: Option<String>) {
-        if open.wait == Wait::Local {
-            // Its effect failed and was rolled back, or the saga would not be standing here.
+        if open.wait == Wait::Local || open.attempt == 0 {
+            // Its effect failed and was rolled back, or its command was never sent.
             self.state.steps[open.step] = StepState::NotDone;
         }
         self.compensate(open.step, kind, None, reason);
@@ -320,7 +332,8 @@ impl<'d> Turn<'d> {
                 let patience = remote.deadline.saturating_add(self.pause_before(remote, op, step, tries));
                 (open.wait, open.due) = (Wait::Reply, Some(self.later(patience)));
                 let command = command_id(self.definition, self.state.saga, step, op);
-                self.actions.push(Action::Send(Send { step, op, occurrence: OCCURRENCE, command, attempt }));
+                let undoes = self.undoes(step, op);
+                self.actions.push(Action::Send(Send { step, op, occurrence: OCCURRENCE, command, undoes, attempt }));
                 self.told.push(Told::Sent { step, op, attempt });
             }
         }
@@ -328,6 +341,15 @@ impl<'d> Turn<'d> {
             Op::Do => Status::Running { open },
             Op::Undo => Status::Compensating { open },
         };
+    }
+
+    /// What an undo says of its step.
+    fn undoes(&self, step: usize, op: Op) -> Option<(CommandId, Happened)> {
+        let happened = match &self.state.steps[step] {
+            StepState::Done(_) => Happened::Yes(()),
+            StepState::Issued | StepState::NotDone | StepState::Undone => Happened::InDoubt,
+        };
+        (op == Op::Undo).then(|| (command_id(self.definition, self.state.saga, step, Op::Do), happened))
     }
 
     /// The pause that stood, or would have stood, before attempt `tries`.
@@ -371,11 +393,12 @@ impl<'d> Turn<'d> {
 
     /// The last attempt came to nothing.
     fn give_up(&mut self, open: Open, error: &str) {
+        let last = || error.to_owned();
         match (open.op, self.role(open.step)) {
-            _ if open.wait == Wait::Local => self.stick(open, StuckWhy::Broken { error: error.to_owned() }),
-            (Op::Undo, _) => self.stick(open, StuckWhy::NotUndone),
-            (Op::Do, Role::Pivot) => self.stick(open, StuckWhy::PivotInDoubt),
-            (Op::Do, Role::Retriable) => self.stick(open, StuckWhy::NotDone),
+            _ if open.wait == Wait::Local => self.stick(open, StuckWhy::Broken { error: last() }),
+            (Op::Undo, _) => self.stick(open, StuckWhy::NotUndone { error: last() }),
+            (Op::Do, Role::Pivot) => self.stick(open, StuckWhy::PivotInDoubt { error: last() }),
+            (Op::Do, Role::Retriable) => self.stick(open, StuckWhy::NotDone { error: last() }),
             (Op::Do, Role::Compensable) => {
                 let reason = format!("{error} in {} attempts", open.tries);
                 self.compensate(open.step, FailureKind::Failed, None, Some(reason));

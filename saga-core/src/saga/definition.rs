@@ -13,7 +13,7 @@ mod check;
 mod policy;
 mod replies;
 
-pub use builder::{AfterPivot, AfterPivotCommand, BeforePivot, Happened, SagaBuilder, UndoUndecided, saga};
+pub use builder::{AfterPivot, AfterPivotCommand, BeforePivot, SagaBuilder, UndoUndecided, saga};
 pub use builder::{BeforeThePivot, HasPivot, NeverRefusedAfterPivot, NeverRefusedUndo, NoPivotYet};
 pub use check::DefinitionError;
 pub use policy::RetryPolicy;
@@ -191,6 +191,12 @@ impl Remote {
             Op::Do => Some(&self.action),
             Op::Undo => self.undo.as_ref(),
         }
+    }
+
+    /// The topics of the command and of its undo, where they are two.
+    pub fn undone_elsewhere(&self) -> Option<(&'static str, &'static str)> {
+        let topics = (self.action.topic, self.undo.as_ref()?.topic);
+        (topics.0 != topics.1).then_some(topics)
     }
 
     /// How the command or its undo is resent.

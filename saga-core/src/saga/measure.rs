@@ -7,7 +7,7 @@ use super::{
     case::Case,
     due::Counts,
     engine::Unread,
-    state::{Status, StuckWhy, Told},
+    state::{Status, Told},
 };
 use crate::envelope::Op;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
@@ -40,7 +40,7 @@ pub(super) fn decided(case: &Case<'_>) {
                     "a saga is stuck; GET /v1/sagas/{{id}} says why, POST /v1/sagas/{{id}}/retry starts it again"
                 );
             });
-            if undoing || *why == StuckWhy::NotUndone {
+            if undoing {
                 counter!("saga_compensation_failures_total", "saga" => saga()).increment(1);
             }
         }

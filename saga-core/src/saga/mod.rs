@@ -39,7 +39,8 @@ mod store;
 pub mod timers;
 pub mod view;
 
-pub use definition::{Definition, Happened, RetryPolicy, Saga, saga};
+pub use crate::command::Happened;
+pub use definition::{Definition, RetryPolicy, Saga, saga};
 pub use engine::{Engine, EngineBuilder};
 pub use error::{CancelError, Cancelled, EngineErrors, RetryError, StartError};
 pub use local::{LocalCall, LocalEffect, LocalError};

@@ -91,6 +91,8 @@ impl<'m> Incoming<'m> {
             occurrence: 0,
             command: reply.command,
             attempt: u32::try_from(reply.attempt).unwrap_or(0),
+            undoes: None,
+            happened: None,
             reply_to: None,
             outcome: Some(reply.outcome),
         };

@@ -5,6 +5,7 @@
 //! way or the other. When the process dies, the state in the row is all there is, and it is enough.
 
 use crate::{
+    command::Happened,
     envelope::Op,
     id::{CommandId, SagaId},
     reason::reason,
@@ -96,7 +97,7 @@ pub struct Open {
     pub step: usize,
     /// Do or undo.
     pub op: Op,
-    /// How often the command was issued, in all; travels as `ce_attempt`.
+    /// How often the command was issued, in all; travels as `ce_attempt`. 0 when it could not be built: it was never sent.
     pub attempt: u32,
     /// How often since somebody last gave it a fresh start: what the retry policy's cap is held against.
     pub tries: u32,
@@ -128,11 +129,23 @@ pub enum Wait {
 #[serde(tag = "why", rename_all = "snake_case")]
 pub enum StuckWhy {
     /// Nobody knows whether the pivot happened: neither going on nor undoing would be right.
-    PivotInDoubt,
+    PivotInDoubt {
+        /// What the participant said last; empty in a state that an older build stored.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        error: String,
+    },
     /// A step after the pivot does not get done.
-    NotDone,
+    NotDone {
+        /// As above.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        error: String,
+    },
     /// An undo does not get done.
-    NotUndone,
+    NotUndone {
+        /// As above.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        error: String,
+    },
     /// A local effect failed, or a command could not be built.
     Broken {
         /// How.
@@ -185,17 +198,29 @@ pub enum Event {
     Retry,
     /// The local effect that the last decision asked for was run.
     LocalDone,
-    /// What the last decision asked the engine itself to do did not work, and was rolled back.
+    /// The local effect that the last decision asked for did not work, and was rolled back.
     Broken {
         /// How.
         error: String,
     },
+    /// The command that the last decision asked for could not be built, and was not sent.
+    Unsent {
+        /// How.
+        error: String,
+        /// The saga's deadline before that decision: what was not sent does not end it.
+        deadline: Option<OffsetDateTime>,
+    },
 }
 
 impl Event {
-    /// What the engine itself was asked to do did not work, for this reason, which is cleaned: it is stored.
+    /// A local effect did not work, for this reason, which is cleaned: it is stored.
     pub fn broken(error: &str) -> Self {
         Self::Broken { error: reason(error) }
+    }
+
+    /// A command could not be built, for this reason, which is cleaned; before that decision the saga's deadline was this.
+    pub fn unsent(error: &str, deadline: Option<OffsetDateTime>) -> Self {
+        Self::Unsent { error: reason(error), deadline }
     }
 }
 
@@ -307,6 +332,8 @@ pub struct Send {
     pub occurrence: u32,
     /// Stable across resends.
     pub command: CommandId,
+    /// Of an undo: the command that it undoes, and what is known of it.
+    pub undoes: Option<(CommandId, Happened)>,
     /// From 1.
     pub attempt: u32,
 }
@@ -360,6 +387,12 @@ impl State {
             Status::Running { open } | Status::Compensating { open } | Status::Stuck { open, .. } => Some(open),
             Status::Completed | Status::Compensated => None,
         }
+    }
+
+    /// How many steps were begun whose command, if it is one, was sent.
+    pub fn issued(&self) -> usize {
+        let unsent = self.open().is_some_and(|open| open.op == Op::Do && open.attempt == 0);
+        self.steps.len() - usize::from(unsent)
     }
 
     /// When something happens by itself. Every saga that is neither stuck nor finished has such a time.

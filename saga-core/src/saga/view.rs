@@ -286,16 +286,27 @@ fn wait_view(names: &Names<'_>, state: &State, open: &Open, undecided: i64) -> W
 fn stuck(why: &StuckWhy, what: &str) -> (String, String) {
     let reply_or_retry = "a late reply, or `retry` once the participant works".to_owned();
     match why {
-        StuckWhy::PivotInDoubt => (
-            format!("nobody knows whether the pivot {what} happened, so neither going on nor undoing would be right"),
+        StuckWhy::PivotInDoubt { error } => (
+            with(
+                format!(
+                    "nobody knows whether the pivot {what} happened, so neither going on nor undoing would be right"
+                ),
+                error,
+            ),
             reply_or_retry,
         ),
-        StuckWhy::NotDone => (format!("{what} did not get done in all its attempts"), reply_or_retry),
-        StuckWhy::NotUndone => (format!("{what} did not get done in all its attempts"), reply_or_retry),
+        StuckWhy::NotDone { error } | StuckWhy::NotUndone { error } => {
+            (with(format!("{what} did not get done in all its attempts"), error), reply_or_retry)
+        }
         StuckWhy::Broken { error } => {
             (format!("{what} does not work here: {error}"), "`retry` once its cause is mended".to_owned())
         }
     }
+}
+
+/// What is so, and what the participant said last, if it said something.
+fn with(what: String, error: &str) -> String {
+    if error.is_empty() { what } else { format!("{what}: {error}") }
 }
 
 fn steps(definition: &Definition, state: &State, shown: impl Fn(&Value) -> Option<Value>) -> Vec<StepView> {
@@ -308,6 +319,7 @@ fn steps(definition: &Definition, state: &State, shown: impl Fn(&Value) -> Optio
         };
         let (state, reply) = match state.steps.get(index) {
             None => ("waiting", None),
+            Some(StepState::Issued) if index >= state.issued() => ("waiting", None),
             Some(StepState::Issued) => ("issued", None),
             Some(StepState::Done(reply)) => ("done", shown(reply).filter(|_| kind != "local")),
             Some(StepState::NotDone) => ("not_done", None),
@@ -327,7 +339,7 @@ fn remaining(definition: &Definition, state: &State) -> Vec<String> {
 }
 
 fn undo_path(definition: &Definition, state: &State) -> Vec<String> {
-    let past_pivot = definition.pivot().is_some_and(|pivot| state.steps.len() > pivot);
+    let past_pivot = definition.pivot().is_some_and(|pivot| state.issued() > pivot);
     if state.is_finished() || (past_pivot && state.failure.is_none()) {
         return Vec::new();
     }
@@ -335,7 +347,7 @@ fn undo_path(definition: &Definition, state: &State) -> Vec<String> {
         StepKind::Local { undo, .. } => undo.is_some(),
         StepKind::Remote(remote) => remote.undo.is_some() && remote.role == Role::Compensable,
     };
-    let begun = state.steps.iter().enumerate().rev();
+    let begun = state.steps.iter().take(state.issued()).enumerate().rev();
     begun
         .filter(|(step, how)| undoable(*step) && matches!(how, StepState::Issued | StepState::Done(_)))
         .map(|(step, _)| definition.steps()[step].name.clone())

@@ -4,19 +4,25 @@
 //! The network never forgets a message: each may be delivered at any time, in any order, any number of times, or never.
 //! That is delivery, duplication, reordering and delay at once; and a crash as well, because an orchestrator or a
 //! participant that dies before its commit has done nothing, and one that dies after it sees the message again. An
-//! external effect has a crash of its own: between the call and its record lies any amount of time.
+//! external effect has a crash of its own: between the call and its record lies any amount of time. A participant's
+//! database may forget (a restore, an asynchronous failover): then a fence is lost, and an effect beside it, and an
+//! effect outside is not.
 //!
 //! [`Model`] says what can happen to a [`World`] and checks the rules at each step; [`walk`](Model::walk) visits all
 //! worlds there are; property tests take random paths through worlds that are too many to visit. A violation says which
 //! rule, and the schedule that leads to it, which [`Model::replay`] takes again.
 
+mod fences;
+mod messages;
 mod model;
 mod pair;
 mod rules;
 mod shapes;
 mod walk;
 
-pub use model::{Choice, Decide, Fence, Limits, Local, Model, Move, Note, World};
+pub use fences::Fence;
+pub use messages::Note;
+pub use model::{Choice, Decide, Limits, Local, Model, Move, World};
 pub use pair::{Pairs, walk_pairs};
 pub use rules::Violation;
 pub use shapes::{Shape, definition};

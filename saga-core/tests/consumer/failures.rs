@@ -364,6 +364,8 @@ async fn what_is_parked_and_what_is_dead_lettered_say_their_ids_where_there_are_
         occurrence: 0,
         command: CommandId::derive(saga, "reserve", Op::Do, 0),
         attempt: 1,
+        undoes: None,
+        happened: None,
         reply_to: Some("replies".into()),
         outcome: None,
     });

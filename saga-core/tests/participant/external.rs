@@ -4,7 +4,7 @@ use crate::support::{Pay, Repay, World, message, words};
 use saga_core::{
     envelope::{Op, Outcome::*},
     id::{CommandId, SagaId},
-    participant::{IntentConfig, Ran},
+    participant::{Happened, IntentConfig},
     service::database::pool_options,
     testkit::{FailPoint, FreezingProxy, Log, eventually, failpoints::Fault},
 };
@@ -141,8 +141,8 @@ async fn when_attempts_run_out_the_command_fails_in_doubt_and_a_resend_starts_an
 #[tokio::test]
 async fn an_undo_waits_for_the_open_call_and_is_told_what_it_came_to() {
     let world = World::new().await;
-    let cases: [(&[&str], Option<Ran<usize>>); 3] =
-        [(&["yes"], Some(Ran::Yes(1))), (&["no"], None), (&["done, silence"], Some(Ran::InDoubt))];
+    let cases: [(&[&str], Option<Happened<usize>>); 3] =
+        [(&["yes"], Some(Happened::Yes(1))), (&["no"], None), (&["done, silence"], Some(Happened::InDoubt))];
     for (say, told) in cases {
         let saga = SagaId::new();
         // The undo, and a duplicate of it, come while the intent is open.
@@ -151,9 +151,9 @@ async fn an_undo_waits_for_the_open_call_and_is_told_what_it_came_to() {
         assert_eq!(world.outcomes(saga).await, [], "{say:?}");
         world.settle().await;
         let last = world.provider.told.lock().unwrap().pop();
-        let last = last.map(|ran| match ran {
-            Ran::Yes(added) => Ran::Yes(added.by_call),
-            Ran::InDoubt => Ran::InDoubt,
+        let last = last.map(|happened| match happened {
+            Happened::Yes(added) => Happened::Yes(added.by_call),
+            Happened::InDoubt => Happened::InDoubt,
         });
         assert_eq!(last, told, "{say:?}");
         assert_eq!(*world.outcomes(saga).await.last().unwrap(), Succeeded, "{say:?}");
@@ -169,13 +169,15 @@ async fn an_undo_waits_for_the_open_call_and_is_told_what_it_came_to() {
 }
 
 #[tokio::test]
-async fn an_undo_of_what_never_came_calls_nobody() {
+async fn an_undo_of_what_never_came_asks_outside_and_refuses_the_command_that_follows() {
     let world = World::new().await;
     let saga = SagaId::new();
     world.deliver(&[message(saga, Op::Undo, &Repay), message(saga, Op::Do, &pay(&["yes"]))]).await;
+    assert_eq!(world.outcomes(saga).await, [Rejected], "before anybody is called");
     world.settle().await;
-    assert_eq!(world.outcomes(saga).await, [Succeeded, Rejected]);
+    assert_eq!(world.outcomes(saga).await, [Rejected, Succeeded]);
     assert_eq!(world.provider.calls.of(key(saga)), 0);
+    assert_eq!(*world.provider.voided.lock().unwrap(), [key(saga)]);
 }
 
 #[tokio::test]

@@ -2,4 +2,5 @@
 
 mod external;
 mod local;
+mod lost;
 mod support;

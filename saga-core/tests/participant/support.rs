@@ -2,14 +2,14 @@
 
 use async_trait::async_trait;
 use saga_core::{
-    command::{Command, Done, Never},
+    command::{Command, Done, Happened, Never},
     consumer::{Coordinates, HandleError, Message},
     envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     outbox::Tx,
     participant::{
         CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, IntentConfig, Intents,
-        Participant, Performed, Prepare, Ran, UndoHandler,
+        Participant, Performed, Prepare, UndoHandler,
     },
     testkit::{Migrations, TestDatabase, deliver, unique},
     topic::Topic,
@@ -110,7 +110,7 @@ impl CommandHandler<Add> for AddHandler {
     }
 }
 
-struct RemoveHandler(Arc<Calls>);
+pub(crate) struct RemoveHandler(pub(crate) Arc<Calls>);
 
 #[async_trait]
 impl UndoHandler<Add, Remove> for RemoveHandler {
@@ -119,10 +119,10 @@ impl UndoHandler<Add, Remove> for RemoveHandler {
         tx: &mut Tx<'_>,
         cx: &CommandContext,
         _command: Remove,
-        ran: Ran<Added>,
+        happened: Happened<Added>,
     ) -> anyhow::Result<Decision<Remove>> {
         self.0.next(cx.idempotency_key());
-        assert!(matches!(ran, Ran::Yes(_)), "a local step is never in doubt");
+        assert!(matches!(happened, Happened::Yes(_)), "a local step is never in doubt");
         sqlx::query("delete from effect where saga = $1").bind(cx.saga.saga.0).execute(&mut **tx).await?;
         Ok(Decision::Done(Done {}))
     }
@@ -134,10 +134,18 @@ pub(crate) struct Provider {
     pub(crate) calls: Calls,
     pub(crate) done: Mutex<HashMap<CommandId, usize>>,
     pub(crate) voided: Mutex<Vec<CommandId>>,
-    pub(crate) told: Mutex<Vec<Ran<Added>>>,
+    pub(crate) told: Mutex<Vec<Happened<Added>>>,
     /// A call hangs now, until it may go on.
     pub(crate) hangs: Notify,
     pub(crate) go_on: Notify,
+}
+
+impl Provider {
+    /// Does it once per key, and not at all once the key was voided: then it refuses.
+    fn charge(&self, key: CommandId, call: usize) -> Option<usize> {
+        let voided = self.voided.lock().unwrap().contains(&key);
+        (!voided).then(|| *self.done.lock().unwrap().entry(key).or_insert(call))
+    }
 }
 
 struct PayEffect(Arc<Provider>);
@@ -168,11 +176,16 @@ impl ExternalEffect<Pay> for PayEffect {
             "panic" => panic!("a mistake in the effect"),
             "panic with NUL" => panic!("a mistake\0in the effect"),
             "doubt with NUL" => Performed::InDoubt("no\0answer".into()),
+            "arrive late" => {
+                self.0.hangs.notify_one();
+                self.0.go_on.notified().await;
+                Performed::Answered(self.0.charge(key, call))
+            }
             said => {
-                let by_call = *self.0.done.lock().unwrap().entry(key).or_insert(call);
+                let by_call = self.0.charge(key, call);
                 match said {
                     "done, silence" => Performed::InDoubt("the answer was lost".into()),
-                    _ => Performed::Answered(Some(by_call)),
+                    _ => Performed::Answered(by_call),
                 }
             }
         }
@@ -202,10 +215,10 @@ impl ExternalUndo<Pay, Repay> for RepayEffect {
         _: &mut Tx<'_>,
         cx: &CommandContext,
         _: &Repay,
-        ran: Ran<Added>,
+        happened: Happened<Added>,
     ) -> anyhow::Result<Prepare<Repay, CommandId>> {
-        self.0.told.lock().unwrap().push(ran);
-        Ok(Prepare::Call(cx.undoes.expect("it is called only where the do was seen")))
+        self.0.told.lock().unwrap().push(happened);
+        Ok(Prepare::Call(cx.undoes.expect("an undo knows what it undoes")))
     }
 
     async fn perform(&self, intent: &Intent<Repay, CommandId>) -> Performed<()> {
@@ -316,6 +329,17 @@ impl World {
         .unwrap()
     }
 
+    /// What an asynchronous failover loses: the fence and its intent, and what was written with them.
+    pub(crate) async fn lose(&self, saga: SagaId) {
+        for sql in [
+            "delete from participant_intent where saga_id = $1",
+            "delete from participant_fence where saga_id = $1",
+            "delete from effect where saga = $1",
+        ] {
+            sqlx::query(sql).bind(saga.0).execute(&self.database.pool).await.unwrap();
+        }
+    }
+
     pub(crate) async fn intents(&self) -> i64 {
         sqlx::query_scalar("select count(*) from participant_intent").fetch_one(&self.database.pool).await.unwrap()
     }
@@ -331,6 +355,16 @@ pub(crate) fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|&word| word.to_owned()).collect()
 }
 
+/// An undo of an orchestrator that says what it knows.
+pub(crate) fn undo<C: Command>(saga: SagaId, happened: Happened, command: &C) -> Message {
+    let mut message = message(saga, Op::Undo, command);
+    if let Some(headers) = &mut message.envelope.saga {
+        headers.happened = Some(happened);
+        headers.undoes = Some(CommandId::derive(saga, "step", Op::Do, 0));
+    }
+    message
+}
+
 /// A new message with the command; called again, a resend.
 pub(crate) fn message<C: Command>(saga: SagaId, op: Op, command: &C) -> Message {
     let headers = SagaHeaders {
@@ -342,6 +376,8 @@ pub(crate) fn message<C: Command>(saga: SagaId, op: Op, command: &C) -> Message 
         occurrence: 0,
         command: CommandId::derive(saga, "step", op, 0),
         attempt: 1,
+        undoes: None,
+        happened: None,
         reply_to: Some("replies".into()),
         outcome: None,
     };

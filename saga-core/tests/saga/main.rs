@@ -10,4 +10,5 @@ mod starts;
 mod support;
 mod time;
 mod trouble;
+mod undo;
 mod untrusted;

@@ -98,7 +98,7 @@ pub(crate) fn order_saga(version: u32) -> Saga<Order> {
         .build()
 }
 
-pub(crate) fn told(happened: &Happened<'_, Ref>) -> String {
+pub(crate) fn told(happened: &Happened<&Ref>) -> String {
     match happened {
         Happened::Yes(reply) => format!("undo {}", reply.reference),
         Happened::InDoubt => "in doubt".into(),
@@ -282,8 +282,12 @@ impl World {
     }
 
     pub(crate) async fn cancel(&self, saga: SagaId) -> Cancelled {
+        self.cancel_with(&self.engine, saga).await
+    }
+
+    pub(crate) async fn cancel_with(&self, engine: &Engine, saga: SagaId) -> Cancelled {
         let mut tx = self.database.pool.begin().await.unwrap();
-        let cancelled = self.engine.cancel_in(&mut tx, saga, "changed my mind").await.unwrap();
+        let cancelled = engine.cancel_in(&mut tx, saga, "changed my mind").await.unwrap();
         tx.commit().await.unwrap();
         cancelled
     }
@@ -338,6 +342,8 @@ pub(crate) fn reply(sent: &Sent, outcome: Outcome, payload: &Value) -> Message {
         occurrence: 0,
         command: sent.command,
         attempt: sent.attempt,
+        undoes: None,
+        happened: None,
         reply_to: None,
         outcome: Some(outcome),
     };

@@ -1,7 +1,10 @@
 //! The typed builder. What must not be said does not compile: see `saga-core/tests/compile_fail`.
 
 use super::{And, BuildError, BuildFrom, Call, Definition, Remote, Replies, RetryPolicy, Role, Saga, Step, StepKind};
-use crate::command::{Command, Never};
+use crate::{
+    command::{Command, Happened, Never},
+    topic::Topic,
+};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::{marker::PhantomData, sync::Arc, time::Duration};
 
@@ -62,15 +65,6 @@ pub struct UndoUndecided<I, R, C> {
     name: String,
     remote: Remote,
     command: PhantomData<fn(C)>,
-}
-
-/// What an undo is told of the step that it undoes. It must handle both.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Happened<'a, R> {
-    /// The step was done, and this was its reply.
-    Yes(&'a R),
-    /// The step's command was issued and not answered: it may have been done, or may still arrive.
-    InDoubt,
 }
 
 /// The pivot is still to come.
@@ -268,13 +262,16 @@ where
         self
     }
 
-    /// The command that undoes the step, built from the input, the replies before the step, and what is known of it.
+    /// The command that undoes the step, built from the input, the replies before the step, and what is known of it. It
+    /// goes to the topic of the step's command, or it is not compiled: elsewhere no participant knows what there is to
+    /// undo, and nothing keeps the two in their order.
     pub fn undo<U, F>(mut self, command: F) -> SagaBuilder<I, R::With, BeforePivot>
     where
         U: Command,
         U::Rejection: NeverRefusedUndo,
-        F: Fn(&I, &R, Happened<'_, C::Reply>) -> U + Send + Sync + 'static,
+        F: Fn(&I, &R, Happened<&C::Reply>) -> U + Send + Sync + 'static,
     {
+        const { assert!(same(C::TOPIC, U::TOPIC), "an undo goes to the topic of the step that it undoes") };
         self.remote.undo = Some(call::<U>(Arc::new(move |from: BuildFrom<'_>| {
             let (input, replies) = read::<I, R>(from)?;
             let reply = from.happened.map(C::Reply::deserialize).transpose();
@@ -342,4 +339,14 @@ fn read<I: DeserializeOwned, R: Replies>(from: BuildFrom<'_>) -> Result<(I, R), 
 
 fn write<C: Command>(command: &C) -> Result<Vec<u8>, BuildError> {
     serde_json::to_vec(command).map_err(|source| BuildError { what: "write the command", source })
+}
+
+/// Whether two topics have one name. For the compiler: texts cannot be compared there yet.
+const fn same(a: &Topic, b: &Topic) -> bool {
+    let (a, b) = (a.name.as_bytes(), b.name.as_bytes());
+    let mut at = 0;
+    while at < a.len() && at < b.len() && a[at] == b[at] {
+        at += 1;
+    }
+    at == a.len() && at == b.len()
 }

@@ -25,6 +25,20 @@ pub enum DefinitionError {
         /// Which name.
         step: String,
     },
+    /// Elsewhere no participant knows what there is to undo, and nothing keeps the two in their order.
+    #[error(
+        "saga `{saga}`, step `{step}`: its command goes to topic `{topic}` and its undo to `{undo_topic}`; both go to one topic"
+    )]
+    UndoElsewhere {
+        /// Which saga.
+        saga: String,
+        /// Which step.
+        step: String,
+        /// Where the step's command goes.
+        topic: &'static str,
+        /// Where its undo goes.
+        undo_topic: &'static str,
+    },
     /// Attempts are counted from one.
     #[error("saga `{saga}`, step `{step}`: zero attempts")]
     NoAttempts {
@@ -61,6 +75,16 @@ impl Definition {
         for step in &self.steps {
             if !names.insert(step.name.as_str()) {
                 errors.push(DefinitionError::DuplicateStep { saga: saga(), step: step.name.clone() });
+            }
+            if let StepKind::Remote(remote) = &step.kind
+                && let Some((topic, undo_topic)) = remote.undone_elsewhere()
+            {
+                errors.push(DefinitionError::UndoElsewhere {
+                    saga: saga(),
+                    step: step.name.clone(),
+                    topic,
+                    undo_topic,
+                });
             }
             let policies = match &step.kind {
                 StepKind::Remote(remote) => [remote.retry, remote.undo_retry],

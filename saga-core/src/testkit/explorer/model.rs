@@ -1,13 +1,18 @@
 //! What can happen to a saga, its messages and its participants.
 
-use super::rules::{self, Violation};
+use super::{
+    fences::{self, Fence},
+    messages::{ATTEMPTS, Note, bit, notes},
+    rules::{self, Violation},
+};
 use crate::{
+    command::Happened,
     envelope::Op,
     id::{CommandId, SagaId},
     saga::{
         decide::start,
-        definition::{Definition, Role, StepKind},
-        state::{Action, Answer, Effects, Event, Open, Reply, State, Status},
+        definition::{Definition, Remote, Role, StepKind},
+        state::{Action, Answer, Effects, Event, Open, Reply, State, Status, StuckWhy},
     },
 };
 use serde_json::Value;
@@ -22,69 +27,35 @@ pub type Decide = fn(&Definition, &State, &Event, OffsetDateTime) -> (State, Eff
 pub struct Limits {
     /// How often one command is issued at most; later attempts are like earlier ones.
     pub attempts: u32,
-    /// How often a local effect breaks.
+    /// How often a local effect breaks, or a command cannot be built.
     pub breaks: u8,
+    /// How many participants' fences are lost: after the do, before the undo.
+    pub losses: u8,
     /// Whether the effects of steps are external: called, and recorded any time later.
     pub external: bool,
     /// Whether participants say that it did not work this time.
     pub failures: bool,
     /// Whether somebody may cancel.
     pub cancels: bool,
-}
-
-/// How far a step's effect has come, at its participant (or, for a local effect, in the database).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Fence {
-    /// Nothing came yet.
-    Absent,
-    /// External: the intent is committed, the call is not made.
-    Calling,
-    /// External: the call has had its effect, and nobody has recorded it.
-    Called,
-    /// It is done.
-    Done,
-    /// It was refused.
-    Rejected,
-    /// It was done and is undone.
-    Undone,
-    /// The undo came first.
-    Tombstone,
-}
-
-impl Fence {
-    /// Whether there is an effect, or one may come of what is under way.
-    pub(super) fn has_effect(self) -> bool {
-        matches!(self, Self::Calling | Self::Called | Self::Done)
-    }
+    /// Whether participants take the absence of a fence for proof: a mistake that has to be found.
+    pub trusting: bool,
 }
 
 /// Most steps of an explored definition: a message is one bit of 128.
 pub(super) const STEPS: usize = 8;
-/// Most attempts of a command.
-const ATTEMPTS: u32 = 3;
-
 /// A saga, all messages that were ever sent for it, and its participants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct World {
     pub(super) state: u32,
-    messages: u128,
+    pub(super) messages: u128,
     pub(super) fences: [Fence; STEPS],
     breaks: u8,
     /// The saga's deadline has passed, and the saga can still be undone.
     pub(super) late: bool,
-}
-
-/// A message, by what it says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Note {
-    /// A command, by attempt.
-    Command(u32),
-    /// It is done.
-    Succeeded,
-    /// Certainly nothing happened.
-    Rejected,
-    /// That attempt did not work.
-    Failed(u32),
+    /// A bit for each step whose fence was lost.
+    pub(super) lost: u8,
+    /// A bit for each step whose undo says that it happened.
+    pub(super) known: u8,
 }
 
 /// Something that can happen.
@@ -94,6 +65,8 @@ pub enum Move {
     Deliver(usize, Op, u32, Choice),
     /// An external call has its effect.
     Call(usize),
+    /// A participant's fence is lost, with its intent, and with an effect in the same database.
+    Lose(usize),
     /// An external call is recorded and answered.
     Record(usize, Choice),
     /// The orchestrator gets a reply; a local effect that follows may break.
@@ -121,12 +94,12 @@ pub enum Choice {
     Repeat,
 }
 
-/// Whether local effects work.
+/// Whether local effects work, and commands can be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Local {
-    /// They do.
+    /// They do, and they can.
     Works,
-    /// The first one that is run breaks.
+    /// The first one that follows does not.
     Breaks,
 }
 
@@ -159,8 +132,8 @@ impl<'d> Model<'d> {
         let (state, effects) = start(self.definition, saga(), morning());
         let breaks = self.limits.breaks;
         let (state, fences) = (self.intern(state), [Fence::Absent; STEPS]);
-        let world = World { state, messages: 0, fences, breaks, late: false };
-        self.carry_out(world, Rc::new(effects), Local::Works)
+        let world = World { state, messages: 0, fences, breaks, late: false, lost: 0, known: 0 };
+        self.carry_out(world, state, Rc::new(effects), Local::Works)
     }
 
     /// The saga's state in `world`.
@@ -180,8 +153,10 @@ impl<'d> Model<'d> {
                     }
                 }
                 Fence::Called => moves.push(Move::Record(step, Choice::Succeed)),
+                Fence::Adrift | Fence::MarkedAdrift => moves.push(Move::Call(step)),
                 _ => {}
             }
+            moves.extend(self.loses(world, step).map(|_| Move::Lose(step)));
         }
         let locals: &[Local] = if world.breaks > 0 { &[Local::Works, Local::Breaks] } else { &[Local::Works] };
         for (step, op, note) in notes(world.messages) {
@@ -203,28 +178,40 @@ impl<'d> Model<'d> {
     }
 
     fn deliveries(&self, world: &World, step: usize, op: Op, attempt: u32, moves: &mut Vec<Move>) {
-        use Fence::{Absent, Called, Calling, Done};
-        let deliver = |choice| Move::Deliver(step, op, attempt, choice);
-        match (op, world.fences[step]) {
-            // The call is under way: a do is answered when it is recorded, an undo waits until then.
-            (_, Calling | Called) => {}
-            (Op::Do, Absent) | (Op::Undo, Done) => {
-                moves.push(deliver(Choice::Succeed));
-                moves.extend((op == Op::Do && self.refusable(step)).then(|| deliver(Choice::Reject)));
-                moves.extend(self.limits.failures.then(|| deliver(Choice::Fail)));
-            }
-            _ => moves.push(deliver(Choice::Repeat)),
+        let choices = match op {
+            Op::Undo if self.is_undone_elsewhere(step) => vec![Choice::Repeat],
+            _ => fences::choices(self.limits, op, world.fences[step], self.refusable(step)),
+        };
+        moves.extend(choices.into_iter().map(|choice| Move::Deliver(step, op, attempt, choice)));
+    }
+
+    /// What the loss of the step's fence leaves, where it can be lost.
+    fn loses(&self, world: &World, step: usize) -> Option<Fence> {
+        let may = self.remote(step).is_some()
+            && !world.has_lost(step)
+            && world.lost.count_ones() < u32::from(self.limits.losses);
+        may.then(|| world.fences[step].lost(self.limits.external)).flatten()
+    }
+
+    fn remote(&self, step: usize) -> Option<&Remote> {
+        match &self.definition.steps()[step].kind {
+            StepKind::Remote(remote) => Some(remote),
+            StepKind::Local { .. } => None,
         }
     }
 
     /// Held against the definition and not against the deadline that the saga remembers.
     fn can_be_late(&self, state: &State) -> bool {
-        let past = self.definition.pivot().is_some_and(|pivot| state.steps.len() > pivot);
+        let past = self.definition.pivot().is_some_and(|pivot| state.issued() > pivot);
         self.definition.deadline().is_some() && state.failure.is_none() && !past && !state.is_finished()
     }
 
+    fn is_undone_elsewhere(&self, step: usize) -> bool {
+        self.remote(step).is_some_and(|remote| remote.undone_elsewhere().is_some())
+    }
+
     fn refusable(&self, step: usize) -> bool {
-        !matches!(&self.definition.steps()[step].kind, StepKind::Remote(remote) if remote.role == Role::Retriable)
+        self.remote(step).is_none_or(|remote| remote.role != Role::Retriable)
     }
 
     /// What becomes of `world`, or the rule that is broken.
@@ -236,7 +223,12 @@ impl<'d> Model<'d> {
                 return self.checked(after);
             }
             Move::Call(step) => {
-                after.fences[step] = Fence::Called;
+                after.fences[step] = world.fences[step].called();
+                return self.checked(after);
+            }
+            Move::Lose(step) => {
+                after.fences[step] = self.loses(world, step).unwrap_or(world.fences[step]);
+                after.lost |= 1 << step;
                 return self.checked(after);
             }
             Move::Record(step, choice) => {
@@ -253,29 +245,30 @@ impl<'d> Model<'d> {
             Move::Retry(local) => (Event::Retry, local),
         };
         let (state, effects) = self.decided(world, event);
+        if let Move::Cancel(_) = next {
+            rules::check_cancel(self, world, effects.verdict)?;
+        }
         after.state = state;
-        let after = self.carry_out(after, effects, local)?;
+        let after = self.carry_out(after, world.state, effects, local)?;
         rules::check_step(self, world, &after)?;
         Ok(after)
     }
 
     fn deliver(&self, world: &mut World, step: usize, op: Op, attempt: u32, choice: Choice) {
-        let fence = &mut world.fences[step];
-        match (op, *fence, choice) {
-            (_, _, Choice::Fail) => world.messages |= bit(step, op, Note::Failed(attempt)),
-            (Op::Do, Fence::Absent, _) if self.limits.external && choice == Choice::Succeed => *fence = Fence::Calling,
-            (Op::Do, Fence::Absent, _) => self.settle(world, step, choice),
-            (Op::Do, Fence::Done, _) => world.messages |= bit(step, op, Note::Succeeded),
-            (Op::Do, _, _) => world.messages |= bit(step, op, Note::Rejected),
-            (Op::Undo, before, _) => {
-                *fence = match before {
-                    Fence::Absent => Fence::Tombstone,
-                    Fence::Done => Fence::Undone,
-                    settled => settled,
-                };
-                world.messages |= bit(step, op, Note::Succeeded);
+        let (limits, fence, knows) = (self.limits, world.fences[step], world.knows(step));
+        let (fence, note) = match op {
+            Op::Do => fences::act(limits, fence, choice, attempt),
+            // Another participant, whose fence of this step is always absent.
+            Op::Undo if self.is_undone_elsewhere(step) => {
+                (fence, Some(fences::undo(limits, Fence::Absent, choice, knows, attempt).1))
             }
-        }
+            Op::Undo => {
+                let (fence, note) = fences::undo(limits, fence, choice, knows, attempt);
+                (fence, Some(note))
+            }
+        };
+        world.fences[step] = fence;
+        world.messages |= note.map_or(0, |note| bit(step, op, note));
     }
 
     fn settle(&self, world: &mut World, step: usize, choice: Choice) {
@@ -299,11 +292,26 @@ impl<'d> Model<'d> {
     }
 
     /// Does what was decided: commands go out, local effects are run in the same transaction.
-    fn carry_out(&self, mut world: World, mut effects: Rc<Effects>, mut local: Local) -> Result<World, Violation> {
+    fn carry_out(
+        &self,
+        mut world: World,
+        mut before: u32,
+        mut effects: Rc<Effects>,
+        mut local: Local,
+    ) -> Result<World, Violation> {
         while let Some(action) = effects.actions.first() {
             rules::check_action(self, &world, action)?;
             let event = match action {
+                Action::Send(_) if local == Local::Breaks => {
+                    world.breaks -= 1;
+                    local = Local::Works;
+                    let deadline = self.states.borrow()[before as usize].deadline;
+                    Event::Unsent { error: String::new(), deadline }
+                }
                 Action::Send(send) => {
+                    if let Some((_, Happened::Yes(()))) = send.undoes {
+                        world.known |= 1 << send.step;
+                    }
                     world.messages |= bit(send.step, send.op, Note::Command(send.attempt.min(ATTEMPTS)));
                     break;
                 }
@@ -321,6 +329,7 @@ impl<'d> Model<'d> {
                     Event::LocalDone
                 }
             };
+            before = world.state;
             (world.state, effects) = self.decided(&world, event);
         }
         let state = self.state(&world);
@@ -352,15 +361,19 @@ impl<'d> Model<'d> {
     }
 
     /// Times differ from path to path and mean nothing here but "later": all waits end at noon, all deadlines at night.
+    /// Words for people differ as well, and decide nothing.
     fn intern(&self, mut state: State) -> u32 {
         let canonical = |open: Open| Open { since: morning(), due: open.due.map(|_| noon()), ..open };
         state.deadline = state.deadline.map(|_| evening());
         state.status = match state.status {
             Status::Running { open } => Status::Running { open: canonical(open) },
             Status::Compensating { open } => Status::Compensating { open: canonical(open) },
-            Status::Stuck { open, why } => Status::Stuck { open: canonical(open), why },
+            Status::Stuck { open, why } => Status::Stuck { open: canonical(open), why: without_words(why) },
             ended => ended,
         };
+        if let Some(reason) = state.failure.as_mut().and_then(|failure| failure.reason.as_mut()) {
+            reason.clear();
+        }
         let mut states = self.states.borrow_mut();
         *self.known.borrow_mut().entry(state).or_insert_with_key(|state| {
             states.push(Rc::new(state.clone()));
@@ -376,6 +389,16 @@ impl<'d> Model<'d> {
 
 const LATE: u32 = 1 << 31;
 
+fn without_words(mut why: StuckWhy) -> StuckWhy {
+    match &mut why {
+        StuckWhy::PivotInDoubt { error }
+        | StuckWhy::NotDone { error }
+        | StuckWhy::NotUndone { error }
+        | StuckWhy::Broken { error } => error.clear(),
+    }
+    why
+}
+
 fn saga() -> SagaId {
     SagaId(uuid::Uuid::from_u128(1))
 }
@@ -390,31 +413,4 @@ fn noon() -> OffsetDateTime {
 
 fn evening() -> OffsetDateTime {
     morning() + Duration::hours(20)
-}
-
-/// Eight messages per step and direction: three attempts of the command, three failures, two final answers.
-fn bit(step: usize, op: Op, note: Note) -> u128 {
-    let note = match note {
-        Note::Command(attempt) => attempt - 1,
-        Note::Failed(attempt) => 2 + attempt,
-        Note::Succeeded => 6,
-        Note::Rejected => 7,
-    };
-    1 << (step * 16 + usize::from(op == Op::Undo) * 8 + note as usize)
-}
-
-fn notes(messages: u128) -> impl Iterator<Item = (usize, Op, Note)> {
-    let mut left = messages;
-    std::iter::from_fn(move || {
-        let index = (left != 0).then(|| left.trailing_zeros())?;
-        left &= left - 1;
-        let note = match index % 8 {
-            attempt @ 0..=2 => Note::Command(attempt + 1),
-            attempt @ 3..=5 => Note::Failed(attempt - 2),
-            6 => Note::Succeeded,
-            _ => Note::Rejected,
-        };
-        let op = if index % 16 < 8 { Op::Do } else { Op::Undo };
-        Some((index as usize / 16, op, note))
-    })
 }

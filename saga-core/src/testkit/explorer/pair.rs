@@ -4,7 +4,8 @@
 //! single piece in stock. So the worlds of two are pairs of the worlds of one, less those in which both have the piece.
 
 use super::{
-    model::{Fence, Model, World},
+    fences::Fence,
+    model::{Model, World},
     rules::Violation,
     walk::Walk,
 };

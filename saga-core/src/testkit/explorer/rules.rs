@@ -1,11 +1,15 @@
 //! The rules of a saga, held against the world as it is and not as the saga believes it to be.
 
-use super::model::{Fence, Model, Move, World};
+use super::{
+    fences::Fence,
+    model::{Model, Move, World},
+};
 use crate::{
+    command::Happened,
     envelope::Op,
     saga::{
         definition::{Role, StepKind},
-        state::{Action, State, Status, StepState, StuckWhy},
+        state::{Action, State, Status, StepState, StuckWhy, Verdict},
     },
 };
 use std::fmt;
@@ -48,6 +52,12 @@ pub(super) fn check_action(model: &Model<'_>, world: &World, action: &Action) ->
         return hold(state.failure.is_none(), "nothing is begun once the saga is being undone");
     }
     hold(state.failure.is_some(), "nothing is undone without a reason")?;
+    if let Action::Send(send) = action {
+        let knows = matches!(send.undoes, Some((_, Happened::Yes(()))));
+        let done = matches!(state.steps[step], StepState::Done(_));
+        hold(knows == done, "an undo says whether the saga took its step's success")?;
+        hold(world.was_sent(step, Op::Do), "nothing is undone that was never sent")?;
+    }
     hold(
         matches!(state.steps[step], StepState::Issued | StepState::Done(_)),
         "only a step that was issued and not rejected is undone",
@@ -72,8 +82,8 @@ fn undoable(kind: &StepKind) -> bool {
 pub(super) fn check_world(model: &Model<'_>, world: &World) -> Result<(), Violation> {
     let state = model.state(world);
     check_ends(model, world, &state)?;
-    let believes = state.steps.iter().zip(&world.fences).all(|(how, fence)| match how {
-        StepState::Done(_) => matches!(fence, Fence::Done | Fence::Undone),
+    let believes = state.steps.iter().zip(&world.fences).enumerate().all(|(step, (how, fence))| match how {
+        StepState::Done(_) => matches!(fence, Fence::Done | Fence::Undone) || world.has_lost(step),
         StepState::NotDone | StepState::Undone => !fence.has_effect(),
         StepState::Issued => true,
     });
@@ -86,7 +96,7 @@ fn check_ends(model: &Model<'_>, world: &World, state: &State) -> Result<(), Vio
     let steps = model.definition.steps();
     match &state.status {
         Status::Completed => {
-            let all = world.fences[..steps.len()].iter().all(|fence| *fence == Fence::Done);
+            let all = (0..steps.len()).all(|step| world.fences[step] == Fence::Done || world.has_lost(step));
             hold(all && state.steps.len() == steps.len(), "completed means that every effect is there, for ever")?;
             hold(!world.late, "a saga without a pivot completes before its deadline")
         }
@@ -98,6 +108,9 @@ fn check_ends(model: &Model<'_>, world: &World, state: &State) -> Result<(), Vio
                 !must_not || !fence.has_effect()
             });
             hold(none, "compensated means that no effect is left, and none comes later")?;
+            let excused = (0..steps.len())
+                .find(|step| world.has_lost(*step) && world.knows(*step) && world.fences[*step] != Fence::Undone);
+            hold(excused.is_none(), "what the saga knows to have happened is undone, or the saga is stuck")?;
             hold(state.failure.is_some(), "compensated has a reason")
         }
         Status::Stuck { open, why } => {
@@ -107,9 +120,9 @@ fn check_ends(model: &Model<'_>, world: &World, state: &State) -> Result<(), Vio
                 StepKind::Local { .. } => Role::Compensable,
             };
             let truthful = match why {
-                StuckWhy::PivotInDoubt => open.op == Op::Do && role == Role::Pivot,
-                StuckWhy::NotDone => open.op == Op::Do && role == Role::Retriable,
-                StuckWhy::NotUndone => open.op == Op::Undo,
+                StuckWhy::PivotInDoubt { .. } => open.op == Op::Do && role == Role::Pivot,
+                StuckWhy::NotDone { .. } => open.op == Op::Do && role == Role::Retriable,
+                StuckWhy::NotUndone { .. } => open.op == Op::Undo,
                 StuckWhy::Broken { .. } => true,
             };
             hold(truthful, "a stuck saga says why")
@@ -121,6 +134,23 @@ fn check_ends(model: &Model<'_>, world: &World, state: &State) -> Result<(), Vio
             hold(backward == state.failure.is_some(), "only what is undone has a reason")
         }
     }
+}
+
+/// Whether a saga waits for a person, because a record that it needs was lost.
+pub(super) fn needs_a_person(world: &World, state: &State) -> bool {
+    match &state.status {
+        Status::Stuck { open, .. } => open.op == Op::Undo && world.has_lost(open.step) && world.knows(open.step),
+        _ => false,
+    }
+}
+
+/// What holds of the answer to a cancel.
+pub(super) fn check_cancel(model: &Model<'_>, world: &World, verdict: Verdict) -> Result<(), Violation> {
+    let state = model.state(world);
+    let forward = !state.is_finished() && state.failure.is_none();
+    let sent = model.definition.pivot().is_some_and(|pivot| world.was_sent(pivot, Op::Do));
+    let rule = "a saga can be cancelled until its pivot's command is sent, and not after";
+    hold(!forward || (verdict == Verdict::Taken) != sent, rule)
 }
 
 /// What holds between a world and the next.

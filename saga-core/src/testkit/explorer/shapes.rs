@@ -12,6 +12,8 @@ pub enum Shape {
     LocalWithUndo,
     /// A command with an undo.
     Step,
+    /// A command whose undo goes to another topic: no engine takes it.
+    StepUndoneElsewhere,
     /// A command with nothing to undo.
     StepWithoutUndo,
     /// The pivot.
@@ -33,6 +35,7 @@ pub fn definition(shapes: &[Shape], attempts: u32, deadline: Option<Duration>) -
             Shape::Local => StepKind::Local { undo: None, retry },
             Shape::LocalWithUndo => StepKind::Local { undo: Some(format!("undo s{index}")), retry },
             Shape::Step => remote(Role::Compensable, Some(call("undo"))),
+            Shape::StepUndoneElsewhere => remote(Role::Compensable, Some(Call { topic: "elsewhere", ..call("undo") })),
             Shape::StepWithoutUndo => remote(Role::Compensable, None),
             Shape::Pivot => remote(Role::Pivot, None),
             Shape::Then => remote(Role::Retriable, None),

@@ -2,7 +2,7 @@
 
 use super::{
     model::{Model, Move, World},
-    rules::Violation,
+    rules::{Violation, needs_a_person},
 };
 use std::collections::{BTreeMap, HashMap};
 
@@ -38,7 +38,7 @@ impl Walk {
 
 impl Model<'_> {
     /// Visits every world that can be reached, each by a shortest way, and checks every rule in each of them; then that
-    /// from each of them the saga can still end.
+    /// from each of them the saga can still end, or be stuck where only a person can know.
     ///
     /// # Errors
     /// With the first rule that is broken, and the shortest schedule that breaks it.
@@ -99,7 +99,10 @@ impl Model<'_> {
             }
         }
         let mut can_end = vec![false; walk.worlds.len()];
-        let ended = (0..walk.worlds.len()).filter(|at| self.state(&walk.worlds[*at]).is_finished());
+        let ended = (0..walk.worlds.len()).filter(|at| {
+            let state = self.state(&walk.worlds[*at]);
+            state.is_finished() || needs_a_person(&walk.worlds[*at], &state)
+        });
         let mut todo: Vec<usize> = ended.collect();
         while let Some(at) = todo.pop() {
             if !std::mem::replace(&mut can_end[at], true) {
