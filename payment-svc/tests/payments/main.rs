@@ -5,6 +5,7 @@ mod api;
 mod crashes;
 mod gateway;
 mod kafka;
+mod lost;
 mod migrate;
 mod outcomes;
 mod support;

@@ -150,7 +150,7 @@ async fn a_void_that_comes_first_keeps_the_money_from_ever_being_held() {
     world.deliver(&[undo_authorize(order)]).await;
     world.deliver(&[do_authorize(order, "tok_visa")]).await;
     world.settle().await;
-    assert_eq!(world.outcomes(order).await, [Succeeded, Rejected]);
+    assert_eq!(world.outcomes(order).await, [Rejected, Succeeded]);
     assert_eq!(world.provider.totals().await, [0; 5]);
 }
 

@@ -13,7 +13,7 @@ use payment_svc::{
     store,
 };
 use saga_core::{
-    command::Command,
+    command::{Command, Happened},
     consumer::{Coordinates, Message},
     envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
@@ -122,6 +122,15 @@ impl World {
         saga_core::testkit::eventually(DEADLINE, async || (self.open_intents().await == 0).then_some(())).await;
         token.cancel();
         running.await.unwrap();
+    }
+
+    /// The participant's record of an order's commands is lost.
+    pub(crate) async fn lose_fences(&self, order: OrderId) {
+        for sql in
+            ["delete from participant_intent where saga_id = $1", "delete from participant_fence where saga_id = $1"]
+        {
+            sqlx::query(sql).bind(order.0).execute(&self.database.pool).await.unwrap();
+        }
     }
 
     pub(crate) async fn open_intents(&self) -> i64 {
@@ -253,6 +262,16 @@ pub(crate) fn do_authorize(order: OrderId, method: &str) -> Message {
 
 pub(crate) fn undo_authorize(order: OrderId) -> Message {
     message(order, "authorize-payment", Op::Undo, &void(order))
+}
+
+/// The undo of an orchestrator that says what it knows.
+pub(crate) fn undo_knowing(order: OrderId, happened: Happened) -> Message {
+    let mut message = undo_authorize(order);
+    if let Some(headers) = &mut message.envelope.saga {
+        headers.happened = Some(happened);
+        headers.undoes = Some(CommandId::derive(headers.saga, &headers.step, Op::Do, 0));
+    }
+    message
 }
 
 pub(crate) fn do_capture(order: OrderId) -> Message {

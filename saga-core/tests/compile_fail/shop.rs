@@ -6,16 +6,20 @@ use saga_core::{
 use serde::{Deserialize, Serialize};
 
 static SHOP: Topic = Topic::events("shop", 1);
+static STORE: Topic = Topic::events("store", 1);
 
 macro_rules! command {
     ($name:ident, $rejection:ty) => {
+        command!($name, $rejection, SHOP);
+    };
+    ($name:ident, $rejection:ty, $topic:ident) => {
         #[derive(Serialize, Deserialize)]
         pub struct $name {
             pub id: u32,
         }
         impl Command for $name {
             const TYPE: &'static str = stringify!($name);
-            const TOPIC: &'static Topic = &SHOP;
+            const TOPIC: &'static Topic = &$topic;
             type Reply = Done;
             type Rejection = $rejection;
         }
@@ -32,6 +36,7 @@ pub struct Order {
 
 command!(Reserve, SoldOut);
 command!(Release, Never);
+command!(ReleaseAtStore, Never, STORE);
 command!(RefusableRelease, SoldOut);
 command!(Pay, SoldOut);
 command!(Ship, Never);
