@@ -50,7 +50,7 @@ fn the_order_saga_keeps_every_rule_in_every_world_with_resends() {
 }
 
 #[test]
-fn the_order_saga_keeps_every_rule_in_every_world_where_a_participants_fence_is_lost() {
+fn the_order_saga_keeps_every_rule_where_a_participants_fence_is_lost() {
     explored(1, Limits { attempts: 1, breaks: 0, losses: 1, ..EVERYTHING });
 }
 

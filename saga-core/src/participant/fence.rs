@@ -362,6 +362,10 @@ mod tests {
                     // A refusal says that certainly nothing happened.
                     End::Rejected if self.effect && op == Op::Do => self.settle(op, End::Done),
                     End::Done | End::Rejected | End::Failed => self.settle(op, end),
+                    // What is in the same database is not called.
+                    End::Call | End::DoubtDone | End::DoubtNot if self.place == Place::Here => {
+                        self.settle(op, End::Failed);
+                    }
                     End::Call | End::DoubtDone | End::DoubtNot => self.fence.calling(op),
                 },
                 Move::Fail(_) => {

@@ -251,9 +251,6 @@ impl<'d> Turn<'d> {
             return;
         }
         self.state.steps.push(StepState::Issued);
-        if self.definition.pivot() == Some(step) {
-            self.state.deadline = None;
-        }
         self.issue_first(step, Op::Do);
     }
 
@@ -322,6 +319,9 @@ impl<'d> Turn<'d> {
     /// Issues the command of `open`, or has its local effect run.
     fn issue(&mut self, mut open: Open) {
         let Open { step, op, attempt, tries, .. } = open;
+        if self.definition.pivot() == Some(step) {
+            self.state.deadline = None;
+        }
         match self.remote(step) {
             None => {
                 (open.wait, open.due) = (Wait::Local, None);

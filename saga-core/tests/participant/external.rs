@@ -169,7 +169,7 @@ async fn an_undo_waits_for_the_open_call_and_is_told_what_it_came_to() {
 }
 
 #[tokio::test]
-async fn an_undo_of_what_never_came_asks_outside_and_refuses_the_command_that_follows() {
+async fn an_undo_of_what_never_came_asks_outside_and_refuses_what_follows() {
     let world = World::new().await;
     let saga = SagaId::new();
     world.deliver(&[message(saga, Op::Undo, &Repay), message(saga, Op::Do, &pay(&["yes"]))]).await;

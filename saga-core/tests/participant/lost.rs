@@ -104,7 +104,7 @@ async fn an_undo_that_says_nothing_is_in_doubt_and_undoes_the_command_of_its_ste
 }
 
 #[tokio::test]
-async fn a_call_that_is_under_way_while_its_record_is_lost_has_no_effect_after_the_undo() {
+async fn a_call_that_is_under_way_when_its_record_is_lost_has_no_effect_later() {
     let world = World::new().await;
     let saga = SagaId::new();
     world.deliver(&[message(saga, Op::Do, &pay(&["arrive late"]))]).await;

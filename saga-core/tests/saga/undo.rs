@@ -62,21 +62,24 @@ async fn an_undo_that_finds_no_record_leaves_its_saga_stuck_with_the_reason() {
     world.audit().await;
 }
 
-/// A saga whose capture cannot be built for order 13, as long as that is so.
+/// A saga whose undo of the first step cannot be built for order 11, nor its second step for order 12, nor its pivot for
+/// order 13, until that is mended.
 fn unlucky(builds: bool) -> Saga<Order> {
     let twice = RetryPolicy::exponential(2, Duration::from_millis(10), Duration::from_secs(1));
-    let luck = move |order: &Order| assert!(builds || order.order != 13, "bad luck");
     saga::<Order>("unlucky", 1)
         .saga_deadline(Duration::from_secs(3600))
         .step("authorize", |order, ()| Authorize { order: order.order, with: None })
-        .undo(|order, (), _| Void { order: order.order, with: None })
+        .undo(move |order, (), _| {
+            assert!(builds || order.order != 11, "bad luck");
+            Void { order: order.order, with: None }
+        })
         .step("reserve", move |order, (_,)| {
             assert!(builds || order.order != 12, "bad luck");
             Reserve { order: order.order, with: None }
         })
         .undo(|order, (_,), _| Release { order: order.order, with: None })
         .pivot("capture", move |order, (_, _)| {
-            luck(order);
+            assert!(builds || order.order != 13, "bad luck");
             Capture { order: order.order, with: None }
         })
         .retry(twice)
@@ -100,7 +103,7 @@ async fn stuck(world: &World, order: u32, steps: usize) -> SagaId {
 }
 
 #[tokio::test]
-async fn a_command_that_could_not_be_built_was_never_sent_and_its_saga_can_be_cancelled() {
+async fn a_saga_whose_command_could_not_be_built_can_be_cancelled() {
     let world = World::new().await;
     for (order, done, undone) in [(12, 1, &["-authorize"][..]), (13, 2, &["-reserve", "-authorize"])] {
         let saga = stuck(&world, order, done).await;
@@ -157,5 +160,19 @@ async fn a_command_that_could_not_be_built_is_sent_for_the_first_time_by_a_retry
     assert_eq!(world.cancel_with(&broken, saga).await, Cancelled::TooLate);
     deliver(&world.database.pool, &broken.handler(), &[succeeded(&world.last(saga).await)]).await.unwrap();
     assert_eq!(world.status(saga).await, "completed");
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn an_undo_that_could_not_be_built_is_sent_for_the_first_time_by_a_retry() {
+    let world = World::new().await;
+    let (saga, broken, mended) = (SagaId::new(), engine(&world, false), engine(&world, true));
+    broken.start(saga, &unlucky(false), &Order { order: 11 }, "11").await.unwrap();
+    assert_eq!(world.cancel_with(&broken, saga).await, Cancelled::Accepted);
+    assert_eq!((world.status(saga).await.as_str(), world.trail(saga).await.len()), ("stuck", 1));
+    mended.retry(saga, world.revision(saga).await, "deployed", "ann").await.unwrap();
+    assert_eq!(world.trail(saga).await, ["authorize", "-authorize"]);
+    deliver(&world.database.pool, &mended.handler(), &[succeeded(&world.last(saga).await)]).await.unwrap();
+    assert_eq!(world.status(saga).await, "compensated");
     world.audit().await;
 }

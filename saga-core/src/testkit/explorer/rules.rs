@@ -82,6 +82,8 @@ fn undoable(kind: &StepKind) -> bool {
 pub(super) fn check_world(model: &Model<'_>, world: &World) -> Result<(), Violation> {
     let state = model.state(world);
     check_ends(model, world, &state)?;
+    let past = model.definition.pivot().is_some_and(|pivot| world.was_sent(pivot, Op::Do));
+    hold(state.deadline.is_none() || !past, "the saga's deadline ends when its pivot's command is sent")?;
     let believes = state.steps.iter().zip(&world.fences).enumerate().all(|(step, (how, fence))| match how {
         StepState::Done(_) => matches!(fence, Fence::Done | Fence::Undone) || world.has_lost(step),
         StepState::NotDone | StepState::Undone => !fence.has_effect(),
