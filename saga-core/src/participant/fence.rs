@@ -284,7 +284,7 @@ mod tests {
         place: Place,
         effect: bool,
         effects: usize,
-        /// Outside: the undo was taken there, and nothing comes under the do's key any more.
+        /// Outside: the undo was taken there, or the do was refused there; nothing comes under the do's key any more.
         voided: bool,
         /// A call whose intent was lost is under way.
         stray: bool,
@@ -340,6 +340,9 @@ mod tests {
                 self.take(op);
                 self.success.0 |= op == Op::Do;
                 self.undone |= op == Op::Undo;
+            }
+            if let Settled::Rejected(_) = settled {
+                self.voided |= self.place == Place::Outside;
             }
             self.fence.settle(op, &settled);
         }

@@ -100,7 +100,8 @@ pub trait ExternalEffect<C: Command>: Send + Sync + 'static {
     /// What the outside world answers for certain.
     type Answer: Serialize + DeserializeOwned + Send + Sync;
 
-    /// In the batch's transaction, before the call.
+    /// In the batch's transaction, before the call. What it refuses it must always have refused: a call of this command may
+    /// be under way, or may have had its effect, and the record of that may be lost.
     async fn prepare(
         &self,
         tx: &mut Tx<'_>,
