@@ -19,11 +19,12 @@ use super::{
     handler::Performed,
     queue::{self, Claimed, Counted},
     store,
+    unsettled::Unsettled,
 };
 use crate::{
     consumer::HandleError,
     envelope::{Op, Outcome},
-    error_class::{ErrorClass, classify, classify_chain, renew_connections},
+    error_class::{ErrorClass, classify, renew_connections},
     fail_point::fail_point,
     outage::Outage,
     outbox::Tx,
@@ -414,39 +415,4 @@ async fn record(
         savepoint.commit().await?;
     }
     Ok(settled)
-}
-
-/// Why an intent was not settled.
-#[derive(Debug, thiserror::Error)]
-enum Unsettled {
-    #[error(transparent)]
-    Database(#[from] sqlx::Error),
-    #[error(transparent)]
-    Handle(#[from] HandleError),
-    /// A test's simulated fault.
-    #[cfg(feature = "testkit")]
-    #[error(transparent)]
-    Injected(#[from] crate::testkit::failpoints::Injected),
-}
-
-impl Unsettled {
-    fn class(&self) -> ErrorClass {
-        match self {
-            Self::Database(error) | Self::Handle(HandleError::Database(error)) => classify(error),
-            Self::Handle(HandleError::Failed(error)) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own),
-            Self::Handle(HandleError::Again) => ErrorClass::Passing,
-            Self::Handle(_) => ErrorClass::Own,
-            #[cfg(feature = "testkit")]
-            Self::Injected(_) => ErrorClass::Own,
-        }
-    }
-
-    /// The process is to look dead: the claim must run out.
-    fn is_crash(&self) -> bool {
-        match self {
-            Self::Database(_) | Self::Handle(_) => false,
-            #[cfg(feature = "testkit")]
-            Self::Injected(injected) => injected.0 == crate::testkit::failpoints::Fault::Crash,
-        }
-    }
 }

@@ -31,6 +31,7 @@ pub mod handler;
 pub mod intents;
 mod queue;
 mod store;
+mod unsettled;
 
 pub use crate::command::Happened;
 pub use handler::{

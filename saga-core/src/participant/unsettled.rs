@@ -1,0 +1,44 @@
+//! Why an external effect's intent was not settled, and what that means for it.
+//!
+//! Nothing was committed: the intent is claimed again, by this process or another, and the provider is called again under
+//! the same idempotency key.
+
+use crate::{
+    consumer::HandleError,
+    error_class::{ErrorClass, classify, classify_chain},
+};
+
+/// Why an intent was not settled.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unsettled {
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+    #[error(transparent)]
+    Handle(#[from] HandleError),
+    /// A test's simulated fault.
+    #[cfg(feature = "testkit")]
+    #[error(transparent)]
+    Injected(#[from] crate::testkit::failpoints::Injected),
+}
+
+impl Unsettled {
+    pub(super) fn class(&self) -> ErrorClass {
+        match self {
+            Self::Database(error) | Self::Handle(HandleError::Database(error)) => classify(error),
+            Self::Handle(HandleError::Failed(error)) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own),
+            Self::Handle(HandleError::Again) => ErrorClass::Passing,
+            Self::Handle(_) => ErrorClass::Own,
+            #[cfg(feature = "testkit")]
+            Self::Injected(_) => ErrorClass::Own,
+        }
+    }
+
+    /// The process is to look dead: the claim must run out.
+    pub(super) fn is_crash(&self) -> bool {
+        match self {
+            Self::Database(_) | Self::Handle(_) => false,
+            #[cfg(feature = "testkit")]
+            Self::Injected(injected) => injected.0 == crate::testkit::failpoints::Fault::Crash,
+        }
+    }
+}
