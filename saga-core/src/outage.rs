@@ -9,7 +9,7 @@ use crate::clock;
 use sqlx::PgPool;
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -34,21 +34,15 @@ struct Away {
 }
 
 /// The outages of this process, by dependency.
-static ALL: Mutex<Option<HashMap<String, Weak<Outage>>>> = Mutex::new(None);
+static ALL: Mutex<Option<HashMap<String, Arc<Outage>>>> = Mutex::new(None);
 
 impl Outage {
     /// The outage of `dependency`, one for all parts that name it so.
     #[must_use]
     pub fn of(dependency: &str) -> Arc<Self> {
         let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
-        let all = all.get_or_insert_default();
-        if let Some(known) = all.get(dependency).and_then(Weak::upgrade) {
-            return known;
-        }
-        all.retain(|_, known| known.strong_count() > 0);
-        let new = Arc::new(Self { dependency: dependency.to_owned(), now: Mutex::new(None) });
-        all.insert(dependency.to_owned(), Arc::downgrade(&new));
-        new
+        let new = || Arc::new(Self { dependency: dependency.to_owned(), now: Mutex::new(None) });
+        Arc::clone(all.get_or_insert_default().entry(dependency.to_owned()).or_insert_with(new))
     }
 
     /// The outage of the database that `pool` connects to.

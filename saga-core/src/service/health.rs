@@ -5,7 +5,7 @@
 //! of a check is logged once, by [`Health::watch`], however often it is asked.
 
 use super::{config::KafkaSettings, database, topics};
-use crate::clock;
+use crate::{clock, outage::Outage};
 use futures::future::BoxFuture;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde::Serialize;
@@ -70,10 +70,17 @@ impl Health {
     /// The check `database`: a query answers. And the check `clock`: the host's clock and the database's are less than two
     /// minutes apart.
     pub fn database(&self, pool: &PgPool) {
-        let pool = pool.clone();
+        let (pool, outage) = (pool.clone(), Outage::of_database(pool));
         self.check("database", move || {
-            let pool = pool.clone();
-            async move { database::hear_clock(&pool).await.map_err(|error| error.to_string()) }
+            let (pool, outage) = (pool.clone(), Arc::clone(&outage));
+            async move {
+                let answer = database::hear_clock(&pool).await.map_err(|error| error.to_string());
+                match &answer {
+                    Ok(()) => outage.working(),
+                    Err(reason) => outage.failing(reason),
+                }
+                answer
+            }
         });
         let said = Arc::new(AtomicBool::new(false));
         self.check("clock", move || std::future::ready(check_clock(clock::skew(), &said)));
