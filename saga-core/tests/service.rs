@@ -288,7 +288,7 @@ async fn a_service_gets_ready_serves_turns_red_without_its_database_and_green_ag
     let hello = client.get(format!("http://{http}/hello")).send().await.unwrap();
     assert_eq!(hello.text().await.unwrap(), "hello", "whoever is ready also listens");
     let ready = health.readiness().await;
-    assert_eq!(ready.checks.keys().copied().collect::<Vec<_>>(), ["database", "kafka", "startup"]);
+    assert_eq!(ready.checks.keys().copied().collect::<Vec<_>>(), ["clock", "database", "kafka", "startup"]);
 
     let name: String = sqlx::query_scalar("select current_database()::text").fetch_one(&database.pool).await.unwrap();
     let mut server = PgConnection::connect(&std::env::var("DATABASE_URL").unwrap()).await.unwrap();
