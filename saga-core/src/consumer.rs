@@ -28,6 +28,7 @@ mod parking;
 mod patience;
 mod poll;
 mod portion;
+mod reading;
 mod record;
 mod retries;
 mod transaction;
@@ -186,6 +187,12 @@ pub trait Handler: Send + Sync + 'static {
     /// Whether the last thing that `handle` does, whenever it has done anything, is a statement in `tx` whose error it
     /// returns. If not, the runtime sends one before the commit, to find out whether an error was swallowed on the way.
     fn ends_with_a_statement(&self) -> bool {
+        false
+    }
+
+    /// Whether somebody waits for what this handler reads (the saga timers, for replies): then each partition's consumer says
+    /// every few seconds, in `inbox_partition.read_until`, until when it has been read.
+    fn says_how_far_it_read(&self) -> bool {
         false
     }
 

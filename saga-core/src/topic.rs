@@ -49,7 +49,44 @@ pub fn is_legal_name(name: &str) -> bool {
     (1..=NAME_MAX).contains(&name.len()) && name.chars().all(legal) && !matches!(name, "." | "..")
 }
 
+/// What Kafka's default partitioner makes of a record's key, as the relay's does (`murmur2`): modulo the number of partitions it
+/// is the record's partition. Never negative.
+#[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap)]
+pub(crate) fn key_hash(key: &[u8]) -> i32 {
+    const MIX: u32 = 0x5bd1_e995;
+    let (words, rest) = key.as_chunks::<4>();
+    let mut hash = 0x9747_b28c ^ key.len() as u32;
+    for word in words {
+        let word = u32::from_le_bytes(*word).wrapping_mul(MIX);
+        hash = hash.wrapping_mul(MIX) ^ (word ^ (word >> 24)).wrapping_mul(MIX);
+    }
+    if !rest.is_empty() {
+        let tail = rest.iter().rev().fold(0_u32, |tail, byte| (tail << 8) | u32::from(*byte));
+        hash = (hash ^ tail).wrapping_mul(MIX);
+    }
+    hash = (hash ^ (hash >> 13)).wrapping_mul(MIX);
+    ((hash ^ (hash >> 15)) & 0x7fff_ffff) as i32
+}
+
 /// The name of the topic that takes what a consumer of `topic` could not handle.
 pub fn dead_letter_topic(topic: &str) -> String {
     format!("{topic}.dlt")
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_keys_hash_is_that_of_kafkas_default_partitioner() {
+        // The vectors of Kafka's own tests, whose sign the partitioner takes off.
+        for (key, hash) in [
+            ("21", -973_932_308),
+            ("foobar", -790_332_482),
+            ("a-little-bit-long-string", -985_981_536),
+            ("a-little-bit-longer-string", -1_486_304_829),
+            ("lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8", -58_897_971),
+            ("abc", 479_470_107),
+        ] {
+            assert_eq!(super::key_hash(key.as_bytes()), hash & 0x7fff_ffff, "{key}");
+        }
+    }
 }

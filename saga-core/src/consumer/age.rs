@@ -68,11 +68,11 @@ impl State {
             let since = clock::monotonic().saturating_duration_since(at);
             time.checked_add(since.try_into().ok()?)
         });
-        read.unwrap_or_else(clock::now)
+        read.unwrap_or_else(clock::host)
     }
 
     fn skew(&self) -> Duration {
-        (self.now() - clock::now()).unsigned_abs()
+        (self.now() - clock::host()).unsigned_abs()
     }
 }
 
@@ -83,10 +83,10 @@ mod tests {
     #[test]
     fn ages_are_judged_by_the_database_unless_the_clocks_differ_by_minutes() {
         let clock = DatabaseClock::default();
-        let ahead = |seconds| clock.set(clock::now() + time::Duration::seconds(seconds), clock::monotonic());
+        let ahead = |seconds| clock.set(clock::host() + time::Duration::seconds(seconds), clock::monotonic());
         assert!(clock.check().is_ok());
         ahead(60);
-        assert!(clock.check().is_ok() && clock.now() > clock::now() + time::Duration::seconds(50));
+        assert!(clock.check().is_ok() && clock.now() > clock::host() + time::Duration::seconds(50));
         for days in [14, -20_000] {
             ahead(days * 24 * 3600);
             let said = clock.check().unwrap_err();

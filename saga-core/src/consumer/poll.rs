@@ -15,6 +15,7 @@ use super::{
     client::{self, Client, Context, Rebalance},
     health::{Pulse, Report},
     portion::Portions,
+    reading::{self, Reading},
     record::Raw,
     transaction::Desk,
     worker::{Ended, Worker},
@@ -23,7 +24,7 @@ use crate::clock;
 use futures::{FutureExt, StreamExt};
 use rdkafka::{
     Message as _, TopicPartitionList,
-    consumer::Consumer as _,
+    consumer::{BaseConsumer, Consumer as _},
     error::{KafkaError, RDKafkaErrorCode},
     message::BorrowedMessage,
 };
@@ -34,7 +35,10 @@ use std::{
     sync::{Arc, Mutex, Weak, atomic::AtomicBool},
     time::Duration,
 };
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{
+    mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    watch,
+};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use uuid::Uuid;
 
@@ -47,12 +51,17 @@ const CLOSE_MAX: Duration = Duration::from_secs(10);
 const RECORDS_PER_TURN: usize = 256;
 
 /// Stores offsets for a worker.
-pub(super) struct Offsets(Arc<Client>);
+pub(super) struct Offsets {
+    client: Arc<Client>,
+    /// The offset after what is done.
+    done: watch::Sender<i64>,
+}
 
 impl Offsets {
     pub(super) fn store(&self, topic: &str, partition: i32, last: i64) {
         // The library refuses offsets of partitions that are not ours: that is what we want it to do.
-        if let Err(error) = self.0.store_offset(topic, partition, last) {
+        self.done.send_replace(last.saturating_add(1));
+        if let Err(error) = self.client.store_offset(topic, partition, last) {
             tracing::debug!(topic, partition, offset = last, %error, "an offset was not stored");
         }
     }
@@ -64,6 +73,7 @@ struct Held {
     buffer: Arc<Buffer>,
     stop: CancellationToken,
     task: AbortOnDropHandle<()>,
+    _reading: Option<AbortOnDropHandle<()>>,
 }
 
 /// Rebalances that wait for our answer. The library waits for it, also when it is closed: when the polling future is
@@ -101,6 +111,8 @@ pub(super) struct Poll<H> {
     /// Before the client: fields are dropped in their order.
     rebalances: Unanswered,
     client: Arc<Client>,
+    /// For a handler that somebody waits for.
+    ends: Option<Arc<BaseConsumer>>,
     held: HashMap<String, HashMap<i32, Held>>,
     drained: Channel<(String, i32)>,
     broken: Channel<ConsumerError>,
@@ -120,7 +132,8 @@ impl<H: Handler> Poll<H> {
         let rebalances = Unanswered { receiver, client: Arc::downgrade(&client) };
         let (drained, broken) = (unbounded_channel(), unbounded_channel());
         let held = HashMap::new();
-        Ok(Self { config, pool, handler, pulse, client, held, rebalances, drained, broken, last_error: None })
+        let ends = if handler.says_how_far_it_read() { Some(Arc::new(reading::client(&config)?)) } else { None };
+        Ok(Self { config, pool, handler, pulse, client, ends, held, rebalances, drained, broken, last_error: None })
     }
 
     /// Polls until `stop`, then lets go of everything in good order, within bounds.
@@ -238,7 +251,8 @@ impl<H: Handler> Poll<H> {
             // The receiver is gone only when the poll has ended.
             sender.send((name.clone(), partition)).ok();
         }));
-        let stop = CancellationToken::new();
+        let (stop, owner) = (CancellationToken::new(), Uuid::new_v4());
+        let (done, is_done) = watch::channel(-1);
         let worker = Worker {
             desk: Desk {
                 ahead: super::transaction::Ahead::default(),
@@ -252,12 +266,12 @@ impl<H: Handler> Poll<H> {
                 handling: AtomicBool::new(false),
             },
             buffer: Arc::clone(&buffer),
-            offsets: Offsets(Arc::clone(&self.client)),
+            offsets: Offsets { client: Arc::clone(&self.client), done },
             report: Report { pulse: Arc::clone(&self.pulse), partition: (topic.to_owned(), partition) },
             stop: stop.clone(),
             careful: 0,
             noted: None,
-            owner: Uuid::new_v4(),
+            owner,
             look_at_parked: clock::monotonic(),
             portions: Portions::new(self.config.batch_max),
             counted: None,
@@ -272,7 +286,20 @@ impl<H: Handler> Poll<H> {
             };
             broken.send(error).ok();
         }));
-        Held { buffer, stop, task }
+        Held { buffer, stop, task, _reading: self.read(topic, partition, owner, is_done) }
+    }
+
+    fn read(
+        &self,
+        topic: &str,
+        partition: i32,
+        owner: Uuid,
+        done: watch::Receiver<i64>,
+    ) -> Option<AbortOnDropHandle<()>> {
+        let (client, pool) = (self.ends.clone()?, self.pool.clone());
+        let (group, topic) = (self.config.group.clone(), topic.to_owned());
+        let reading = Reading { client, pool, group, topic, partition, owner, done };
+        Some(AbortOnDropHandle::new(tokio::spawn(reading.say())))
     }
 }
 

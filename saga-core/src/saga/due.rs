@@ -3,15 +3,19 @@
 //! `saga_due` is the index that the timers walk. What a row of it says may be too early, never too late: whoever claims a
 //! saga reads the due time in its state.
 
-use super::store::{Known, Locked, heard};
-use crate::{clock, id::SagaId, outbox::Tx};
+use super::{
+    backlog::Backlog,
+    store::{Change, Due, Known, Locked, heard},
+};
+use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
 use std::time::Duration;
 use uuid::Uuid;
 
 /// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out what somebody else holds.
 /// (`statement_timestamp()`: with `clock_timestamp()`, which changes while the statement runs, no index can answer.)
+/// What the backlog holds is passed over; an expression does that, and no join, so that the index still gives the order.
 /// The due time that counts is the one in the state: the row was read again when it was locked.
-pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Locked>> {
+pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit: i64) -> sqlx::Result<Vec<Locked>> {
     let asked = clock::monotonic();
     let rows = sqlx::query(
         "with locked as materialized (
@@ -21,6 +25,7 @@ pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::R
                join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
                  on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
               where d.due_at <= statement_timestamp()
+                and coalesce(d.due_at <= ($6::timestamptz[])[array_position($5::int[], d.key_hash % $7)], true)
               order by d.due_at
               limit $4
                 for update of s skip locked
@@ -31,10 +36,41 @@ pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::R
     .bind(&known.versions)
     .bind(&known.fingerprints)
     .bind(limit)
+    .bind(&backlog.behind)
+    .bind(&backlog.read_until)
+    .bind(backlog.partitions.max(1))
     .try_map(Locked::new)
     .fetch_all(&mut **tx)
     .await?;
     Ok(heard(rows, asked))
+}
+
+/// Says which partition a saga's replies come from: its id is their key.
+pub(super) fn key_hash_of(saga: SagaId) -> i32 {
+    key_hash(saga.to_string().as_bytes())
+}
+
+/// Keeps `saga_due` in step: sagas whose time or status it no longer tells are set.
+pub(super) async fn rearm(tx: &mut Tx<'_>, changes: &[Change<'_>]) -> sqlx::Result<()> {
+    let set: Vec<&Change<'_>> = changes.iter().filter(|c| c.due == Due::Set).collect();
+    if set.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(
+        "insert into saga_due as d (saga_id, definition, version, status, due_at, key_hash)
+         select *
+           from unnest($1::uuid[], $2::text[], $3::int[], $4::text[], $5::timestamptz[], $6::int[])
+             on conflict (saga_id) do update set status = excluded.status, due_at = excluded.due_at",
+    )
+    .bind(set.iter().map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
+    .bind(set.iter().map(|c| c.definition).collect::<Vec<&str>>())
+    .bind(set.iter().map(|c| c.version).collect::<Vec<i32>>())
+    .bind(set.iter().map(|c| c.state.status.as_str()).collect::<Vec<&str>>())
+    .bind(set.iter().map(|c| c.armed_at).collect::<Vec<_>>())
+    .bind(set.iter().map(|c| key_hash_of(c.state.saga)).collect::<Vec<i32>>())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
 }
 
 /// What the gauges tell.
@@ -73,7 +109,7 @@ pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts
 }
 
 /// Sagas that are due, without a lock: for taking them one by one.
-pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Result<Vec<Uuid>> {
+pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit: i64) -> sqlx::Result<Vec<Uuid>> {
     sqlx::query_scalar(
         "select d.saga_id
            from saga_due d
@@ -81,6 +117,7 @@ pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Res
            join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
              on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
           where d.due_at <= statement_timestamp()
+            and coalesce(d.due_at <= ($6::timestamptz[])[array_position($5::int[], d.key_hash % $7)], true)
           order by d.due_at
           limit $4",
     )
@@ -88,6 +125,9 @@ pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, limit: i64) -> sqlx::Res
     .bind(&known.versions)
     .bind(&known.fingerprints)
     .bind(limit)
+    .bind(&backlog.behind)
+    .bind(&backlog.read_until)
+    .bind(backlog.partitions.max(1))
     .fetch_all(&mut **tx)
     .await
 }

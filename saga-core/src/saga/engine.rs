@@ -5,6 +5,7 @@
 
 pub use super::error::{CancelError, Cancelled, EngineError, EngineErrors, RetryError, StartError};
 use super::{
+    backlog::{Patience, WAIT_MAX},
     batch::{Batch, BatchError},
     case::{Case, Incident},
     definition::{Definition, Saga},
@@ -48,6 +49,7 @@ pub struct Engine {
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
     known: Known,
     starts: Starts,
+    patience: Patience,
     bound: Bound,
 }
 
@@ -58,6 +60,7 @@ pub struct EngineBuilder {
     reply_topic: String,
     definitions: Vec<Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
+    patience: Patience,
     bound: Bound,
 }
 
@@ -69,6 +72,7 @@ impl Engine {
             reply_topic: reply_topic.into(),
             definitions: Vec::new(),
             locals: BTreeMap::new(),
+            patience: Patience::new(WAIT_MAX),
             bound: ATTEMPT_MAX,
         }
     }
@@ -183,6 +187,10 @@ impl Engine {
         &self.starts
     }
 
+    pub(super) fn patience(&self) -> &Patience {
+        &self.patience
+    }
+
     /// Of each transaction of the engine's own.
     pub(super) fn bound(&self) -> Bound {
         self.bound
@@ -222,12 +230,19 @@ impl EngineBuilder {
         self
     }
 
+    /// How long timers wait at most for a partition of the reply topic to be read (5 min): what was answered in time must not be
+    /// resent or undone. A partition that is read as usual holds nobody up.
+    pub fn wait_for_replies(mut self, max: Duration) -> Self {
+        self.patience = Patience::new(max);
+        self
+    }
+
     /// The engine, if every definition is sound and every local effect that they name is bound.
     ///
     /// # Errors
     /// With every mistake, not only the first.
     pub fn build(self) -> Result<Arc<Engine>, EngineErrors> {
-        let Self { pool, reply_topic, definitions, locals, bound } = self;
+        let Self { pool, reply_topic, definitions, locals, patience, bound } = self;
         let (mut errors, mut defined, mut known) = (Vec::new(), BTreeMap::new(), Known::default());
         for definition in definitions {
             errors.extend(definition.check().into_iter().map(EngineError::Definition));
@@ -246,7 +261,7 @@ impl EngineBuilder {
         }
         if errors.is_empty() {
             let starts = Starts::default();
-            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known, starts, bound }))
+            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known, starts, patience, bound }))
         } else {
             Err(EngineErrors(errors))
         }

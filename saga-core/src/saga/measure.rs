@@ -101,6 +101,10 @@ pub(super) fn describe() {
          rollout, for longer if no replica has it: GET /v1/sagas/{id} says `definition_known`"
     );
     describe_gauge!("saga_replies_undecided", "Replies that wait for a replica that has their saga's definition");
+    describe_counter!(
+        "saga_timers_not_waiting_total",
+        "Times that the timers of a partition's sagas went on though its replies were not read for minutes"
+    );
     describe_counter!("saga_finished_total", "Sagas that have ended, by definition and outcome");
     describe_counter!("saga_replies_ignored_total", "Replies that answered no open command, by reason");
     describe_counter!(

@@ -15,10 +15,12 @@
 //! | [`engine`] | definitions and effects bound together; cancel, retry |
 //! | `start`, `starts` | starting, in the caller's transaction or several in one |
 //! | [`runner`], [`timers`] | batches of replies and due times, each batch one transaction |
+//! | `backlog` | timers wait for the replies that have come already |
 //! | `store`, `due` | the SQL: of sagas, and of when they are looked at again |
 //! | [`log`] | the lines of a saga's timeline |
 //! | [`inspect`], [`view`] | lists, and one saga with its timeline and why it waits |
 
+mod backlog;
 mod batch;
 mod case;
 pub mod decide;

@@ -9,6 +9,7 @@
 //! it, the inbox knows the records, and the relay sends the commands.
 
 use super::{
+    backlog::Backlog,
     batch::{Batch, BatchError},
     case::{Case, Incident},
     due,
@@ -51,6 +52,10 @@ impl Handler for ReplyHandler {
             BatchError::Poison(why, Some(message)) => HandleError::Poison(why).of(message),
             BatchError::Poison(why, None) => HandleError::Poison(why),
         })
+    }
+
+    fn says_how_far_it_read(&self) -> bool {
+        true
     }
 
     // And before it, local effects are behind savepoints that PostgreSQL does not release once an error was swallowed.
@@ -202,11 +207,20 @@ impl Engine {
 
     /// Lets time pass for sagas that were claimed; says for how many something was due. A row that another replica
     /// settled between the look at `saga_due` and the lock is claimed in vain. One that cannot be read is put off.
-    pub(super) async fn take_due(&self, tx: &mut Tx<'_>, rows: Vec<Locked>) -> Result<usize, BatchError> {
+    pub(super) async fn take_due(
+        &self,
+        tx: &mut Tx<'_>,
+        rows: Vec<Locked>,
+        backlog: &Backlog,
+    ) -> Result<usize, BatchError> {
         let (mut cases, mut put_off) = (Vec::with_capacity(rows.len()), Vec::new());
         for locked in rows {
             let due = Incident { event: Event::Due, what: What::Due, cause: None, flaw: None };
             match self.read(locked) {
+                // `saga_due` said too early a time: it is set right.
+                Ok((definition, row)) if backlog.holds(row.state.saga, row.state.due()) => {
+                    cases.push(Case::new(definition, row, VecDeque::new()));
+                }
                 Ok((definition, row)) => cases.push(Case::new(definition, row, VecDeque::from([due]))),
                 Err(unread) => {
                     measure::unread(&unread, "what is due for it is put off for a minute");

@@ -3,7 +3,7 @@
 //! Locks are taken in the order of the saga ids. Whoever holds a saga's row lock decides; the revision is checked all
 //! the same, because a lost update here would be a lost undo.
 
-use super::{log::Entry, state::State};
+use super::{due, log::Entry, state::State};
 use crate::{
     clock,
     envelope::{Op, Outcome},
@@ -136,8 +136,11 @@ pub(super) async fn insert(
                  on conflict do nothing
              returning saga_id, definition, version, status, armed_at
          ), due as (
-             insert into saga_due (saga_id, definition, version, status, due_at)
-             select saga_id, definition, version, status, armed_at from started where status <> 'completed'
+             insert into saga_due (saga_id, definition, version, status, due_at, key_hash)
+             select saga_id, definition, version, status, armed_at, h.key_hash
+               from started
+               join unnest($7::uuid[], $18::int[]) as h(saga_id, key_hash) using (saga_id)
+              where status <> 'completed'
          ), told as (
              insert into saga_event (saga_id, revision, at, kind, entry)
              select e.saga_id, 1, $17, 'started', e.entry
@@ -161,6 +164,7 @@ pub(super) async fn insert(
         .bind(sagas.iter().map(|s| Json(s.input)).collect::<Vec<_>>())
         .bind(sagas.iter().map(|s| Json(s.entry)).collect::<Vec<_>>())
         .bind(now)
+        .bind(sagas.iter().map(|s| due::key_hash_of(s.state.saga)).collect::<Vec<i32>>())
         .try_map(|found: PgRow| found.try_get(0).map(SagaId))
         .fetch_all(&mut **tx)
         .await
@@ -290,29 +294,7 @@ pub(super) async fn update(
         let wanted = changes.len();
         return Err(sqlx::Error::InvalidArgument(format!("{updated} of {wanted} locked sagas were at their revision")));
     }
-    rearm(tx, changes).await
-}
-
-/// Keeps `saga_due` in step: sagas whose time or status it no longer tells are set.
-async fn rearm(tx: &mut Tx<'_>, changes: &[Change<'_>]) -> sqlx::Result<()> {
-    let set: Vec<&Change<'_>> = changes.iter().filter(|c| c.due == Due::Set).collect();
-    if set.is_empty() {
-        return Ok(());
-    }
-    sqlx::query(
-        "insert into saga_due as d (saga_id, definition, version, status, due_at)
-         select *
-           from unnest($1::uuid[], $2::text[], $3::int[], $4::text[], $5::timestamptz[])
-             on conflict (saga_id) do update set status = excluded.status, due_at = excluded.due_at",
-    )
-    .bind(set.iter().map(|c| c.state.saga.0).collect::<Vec<Uuid>>())
-    .bind(set.iter().map(|c| c.definition).collect::<Vec<&str>>())
-    .bind(set.iter().map(|c| c.version).collect::<Vec<i32>>())
-    .bind(set.iter().map(|c| c.state.status.as_str()).collect::<Vec<&str>>())
-    .bind(set.iter().map(|c| c.armed_at).collect::<Vec<_>>())
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
+    due::rearm(tx, changes).await
 }
 
 /// The replies that nobody waited for, as far as the logs of `sagas` tell them: one of each kind. Asked only when there is

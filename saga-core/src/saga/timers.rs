@@ -5,6 +5,7 @@
 //! a bound: one that is given up, its connection silent, is repeated on another.
 
 use super::{
+    backlog::Backlog,
     batch::BatchError,
     due,
     engine::Engine,
@@ -76,8 +77,13 @@ impl Engine {
         Ok(())
     }
 
-    /// One round: a batch of what is due, and a batch of what was set aside.
+    /// One round: a batch of what was set aside, and, when that was all of it, a batch of what is due.
     pub async fn tick(&self) -> Result<Ticked, sqlx::Error> {
+        // First: what has been answered in time is not resent.
+        let undecided = self.tick_undecided().await?;
+        if undecided >= BATCH as usize {
+            return Ok(Ticked { due: 0, undecided });
+        }
         let due = match self.within(self.tick_due()).await {
             Ok(due) => due,
             Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
@@ -86,14 +92,14 @@ impl Engine {
                 self.tick_one_by_one().await?
             }
         };
-        let undecided = self.tick_undecided().await?;
         Ok(Ticked { due, undecided })
     }
 
     async fn tick_due(&self) -> Result<usize, BatchError> {
         let mut tx = self.begin().await?;
-        let rows = due::claim(&mut tx, self.known(), BATCH).await?;
-        let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows).await? };
+        let backlog = self.backlog(&mut tx).await?;
+        let rows = due::claim(&mut tx, self.known(), &backlog, BATCH).await?;
+        let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows, &backlog).await? };
         if due == 0 {
             tx.commit_quietly().await?;
             return Ok(due);
@@ -106,10 +112,10 @@ impl Engine {
 
     /// One saga that cannot be decided, or not in time, must not stop the others: it is put off, and said aloud.
     async fn tick_one_by_one(&self) -> Result<usize, sqlx::Error> {
-        let ids = self.within(self.due_ids()).await?;
+        let (ids, backlog) = self.within(self.due_ids()).await?;
         for id in &ids {
             let saga = SagaId(*id);
-            match self.within(self.tick_one(saga)).await {
+            match self.within(self.tick_one(saga, &backlog)).await {
                 Ok(()) => {}
                 Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
                 Err(error) => {
@@ -122,11 +128,12 @@ impl Engine {
         Ok(ids.len())
     }
 
-    async fn due_ids(&self) -> Result<Vec<Uuid>, sqlx::Error> {
+    async fn due_ids(&self) -> Result<(Vec<Uuid>, Backlog), sqlx::Error> {
         let mut tx = self.begin().await?;
-        let ids = due::ids(&mut tx, self.known(), BATCH).await?;
+        let backlog = self.backlog(&mut tx).await?;
+        let ids = due::ids(&mut tx, self.known(), &backlog, BATCH).await?;
         tx.commit_quietly().await?;
-        Ok(ids)
+        Ok((ids, backlog))
     }
 
     async fn put_off(&self, saga: SagaId, wait: Duration) -> Result<(), sqlx::Error> {
@@ -135,10 +142,10 @@ impl Engine {
         tx.commit_quietly().await
     }
 
-    async fn tick_one(&self, saga: SagaId) -> Result<(), BatchError> {
+    async fn tick_one(&self, saga: SagaId, backlog: &Backlog) -> Result<(), BatchError> {
         let mut tx = self.begin().await?;
         let rows = store::load(&mut tx, &[saga]).await?;
-        self.take_due(&mut tx, rows).await?;
+        self.take_due(&mut tx, rows, backlog).await?;
         Ok(tx.commit().await?)
     }
 

@@ -71,6 +71,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_participant_silent_for_ten_minutes_gets_a_command_a_dozen_times_at_most() {
+        let (saga, patience) = (SagaId::new(), Duration::from_secs(30));
+        for policy in [RetryPolicy::COMPENSABLE, RetryPolicy::PIVOT, RetryPolicy::RETRIABLE, RetryPolicy::UNDO] {
+            let (mut sent, mut waited) = (1, patience);
+            while waited < Duration::from_secs(600) && !policy.is_exhausted(sent) {
+                waited += patience + policy.pause(saga, 0, sent);
+                sent += 1;
+            }
+            assert!(sent <= 12, "{sent} times: {policy:?}");
+        }
+    }
+
+    #[test]
     fn pauses_grow_to_the_cap_and_the_jitter_is_the_sagas_own() {
         let policy = RetryPolicy::exponential(10, Duration::from_secs(1), Duration::from_secs(60));
         let saga = SagaId::new();

@@ -1,0 +1,4 @@
+-- How far a partition has been read, by time: its worker has taken every record that was in it at this moment of the database's
+-- clock. Kept by consumers that something waits for: saga timers, which must not fire before the replies that came in time
+-- are taken. Null: its consumer does not say, or is of an older build.
+alter table inbox_partition add column read_until timestamptz;

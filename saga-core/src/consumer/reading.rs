@@ -1,0 +1,116 @@
+//! How far a partition has been read, said in the database for those who wait for it ([`Handler::says_how_far_it_read`]).
+//!
+//! Now and then the broker is asked where the partition ends. When the worker has done all before that, everything that was
+//! there at the moment of the question has been taken, and `inbox_partition.read_until` becomes that moment. A partition that
+//! nobody owns, or whose broker, database or worker is away, falls behind by itself, because nobody says so any more.
+//!
+//! [`Handler::says_how_far_it_read`]: super::Handler::says_how_far_it_read
+
+use super::ConsumerConfig;
+use crate::{
+    clock,
+    inbox::Place,
+    transaction::{Bound, Transaction},
+};
+use rdkafka::{
+    ClientConfig, Offset, TopicPartitionList,
+    config::RDKafkaLogLevel,
+    consumer::{BaseConsumer, Consumer as _},
+    error::KafkaResult,
+};
+use sqlx::PgPool;
+use std::{sync::Arc, time::Duration};
+use tokio::sync::watch;
+use uuid::Uuid;
+
+/// How long after one reading the next one begins.
+const EVERY: Duration = Duration::from_secs(2);
+/// How long the broker or the database may take for an answer; a process that stops may have to wait for that of the broker.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
+
+/// Asks brokers where partitions end: a client of its own, so that the one that polls is not held up, nor its closing.
+pub(super) fn client(config: &ConsumerConfig) -> KafkaResult<BaseConsumer> {
+    ClientConfig::new()
+        .set_log_level(RDKafkaLogLevel::Emerg)
+        .set("bootstrap.servers", &config.brokers)
+        .set("group.id", &config.group)
+        .set("client.id", &config.group)
+        .set("enable.auto.commit", "false")
+        .set("allow.auto.create.topics", "false")
+        .create()
+}
+
+/// One partition, as long as one worker has it.
+pub(super) struct Reading {
+    pub(super) client: Arc<BaseConsumer>,
+    pub(super) pool: PgPool,
+    pub(super) group: String,
+    pub(super) topic: String,
+    pub(super) partition: i32,
+    /// The worker's: when another one has taken the partition, nothing is said.
+    pub(super) owner: Uuid,
+    /// The offset after what the worker has done; negative until it has done something.
+    pub(super) done: watch::Receiver<i64>,
+}
+
+impl Reading {
+    /// Says it again and again, until it is dropped or the worker is gone.
+    pub(super) async fn say(mut self) {
+        loop {
+            let asked = clock::monotonic();
+            if let Some((begin, end)) = self.range().await {
+                // Until the worker has done something, it stands where the group has come to.
+                let done = self.done.wait_for(|done| begin.max(*done) >= end).await.map(drop);
+                if done.is_err() {
+                    return;
+                }
+                let bound = Bound::new(ANSWER_MAX);
+                if let Err(error) = bound.within(self.write(bound, asked.elapsed())).await {
+                    tracing::debug!(topic = self.topic, partition = self.partition, %error, "how far it was read was not said");
+                }
+            }
+            tokio::time::sleep(EVERY).await;
+        }
+    }
+
+    /// Where reading begins, and where the partition ends.
+    async fn range(&self) -> Option<(i64, i64)> {
+        let (client, topic, partition) = (Arc::clone(&self.client), self.topic.clone(), self.partition);
+        let ask = tokio::task::spawn_blocking(move || -> KafkaResult<(i64, i64)> {
+            // It reads nothing; what it says of connections must not pile up.
+            while client.poll(Duration::ZERO).is_some() {}
+            let (first, end) = client.fetch_watermarks(&topic, partition, ANSWER_MAX)?;
+            let mut list = TopicPartitionList::with_capacity(1);
+            list.add_partition(&topic, partition);
+            let committed = client.committed_offsets(list, ANSWER_MAX)?;
+            let committed = committed.find_partition(&topic, partition).map(|found| found.offset());
+            Ok((if let Some(Offset::Offset(offset)) = committed { offset } else { first }, end))
+        });
+        match ask.await {
+            Ok(Ok(range)) => Some(range),
+            Ok(Err(error)) => {
+                tracing::debug!(topic = self.topic, partition = self.partition, %error, "where a partition ends is not known");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
+    async fn write(&self, bound: Bound, ago: Duration) -> Result<(), sqlx::Error> {
+        let place = Place { consumer: &self.group, topic: &self.topic, partition: self.partition };
+        let mut tx = Transaction::begin(&self.pool, bound).await?;
+        sqlx::query(
+            "update inbox_partition
+                set read_until = clock_timestamp() - make_interval(secs => $5)
+              where consumer = $1 and topic = $2 and partition = $3 and owner = $4",
+        )
+        .bind(place.consumer)
+        .bind(place.topic)
+        .bind(place.partition)
+        .bind(self.owner)
+        .bind(clock::seconds(ago))
+        .execute(&mut **tx)
+        .await?;
+        tx.commit_quietly().await
+    }
+}

@@ -1,0 +1,135 @@
+//! Timers wait for the replies that have come already.
+//!
+//! After an outage every wait is over at once, while the replies that came in time are still in the topic. So a saga's timer
+//! is decided only when the partition that its replies come from has been read to the end as it was when the timer was due.
+//! Its consumer says so every few seconds, in the database, so that any replica knows. A partition that was read lately
+//! holds nobody up. Other sagas' timers go on; and when a partition stays behind for minutes, so do those of its sagas, which
+//! is said and counted.
+
+use super::engine::Engine;
+use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+use time::OffsetDateTime;
+
+/// A partition that was read to its end so short a time ago is not behind. A few times the pause between two such readings.
+const LATELY: Duration = Duration::from_secs(10);
+/// How long timers wait for a partition.
+pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
+
+/// Since when this process has seen which partitions behind.
+#[derive(Debug)]
+pub(super) struct Patience {
+    pub(super) max: Duration,
+    behind: Mutex<HashMap<i32, Since>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Since {
+    at: Instant,
+    given_up: bool,
+}
+
+/// What is not known to be read.
+#[derive(Debug, Default)]
+pub(super) struct Backlog {
+    /// Of the reply topic; at least 1.
+    pub(super) partitions: i32,
+    /// Those that are behind,
+    pub(super) behind: Vec<i32>,
+    /// and until when each of them has been read.
+    pub(super) read_until: Vec<OffsetDateTime>,
+}
+
+impl Backlog {
+    /// Whether a saga's timer that is due at `due` has to wait.
+    pub(super) fn holds(&self, saga: SagaId, due: Option<OffsetDateTime>) -> bool {
+        let partition = key_hash(saga.to_string().as_bytes()) % self.partitions.max(1);
+        let behind = self.behind.iter().position(|behind| *behind == partition);
+        behind.is_some_and(|at| due.is_some_and(|due| due > self.read_until[at]))
+    }
+}
+
+impl Patience {
+    pub(super) fn new(max: Duration) -> Self {
+        Self { max, behind: Mutex::default() }
+    }
+
+    /// Of the partitions that are behind, those that are waited for.
+    fn waits(&self, behind: &[i32], now: Instant) -> Vec<bool> {
+        let mut known = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|partition, _| behind.contains(partition));
+        let waits = behind.iter().map(|partition| {
+            let since = known.entry(*partition).or_insert_with(|| {
+                tracing::info!(partition, "the saga timers of a partition wait until the replies in it are read");
+                Since { at: now, given_up: false }
+            });
+            let waits = now.saturating_duration_since(since.at) < self.max;
+            if !waits && !std::mem::replace(&mut since.given_up, true) {
+                metrics::counter!("saga_timers_not_waiting_total").increment(1);
+                tracing::error!(
+                    partition,
+                    waited = ?self.max,
+                    "the replies of a partition are not read; the timers of its sagas go on all the same, and may resend or undo \
+                     what has been answered; look at the consumer of the reply topic"
+                );
+            }
+            waits
+        });
+        waits.collect()
+    }
+}
+
+impl Engine {
+    /// Which partitions of the reply topic timers have to wait for.
+    pub(super) async fn backlog(&self, tx: &mut Tx<'_>) -> sqlx::Result<Backlog> {
+        let found: Vec<(i32, Option<OffsetDateTime>, bool)> = sqlx::query_as(
+            "select partition, max(read_until),
+                    coalesce(max(read_until) < clock_timestamp() - make_interval(secs => $2), false)
+               from inbox_partition
+              where topic = $1
+              group by partition",
+        )
+        .bind(self.reply_topic())
+        .bind(clock::seconds(LATELY))
+        .fetch_all(&mut **tx)
+        .await?;
+        let partitions = found.iter().map(|(partition, ..)| partition + 1).max().unwrap_or(1);
+        let behind: Vec<_> = found.into_iter().filter(|(.., behind)| *behind).collect();
+        let numbers: Vec<i32> = behind.iter().map(|(partition, ..)| *partition).collect();
+        let waits = self.patience().waits(&numbers, clock::monotonic());
+        let waited_for = behind.into_iter().zip(waits).filter(|(_, waits)| *waits);
+        let (behind, read_until) =
+            waited_for.filter_map(|((partition, until, _), _)| Some((partition, until?))).unzip();
+        Ok(Backlog { partitions, behind, read_until })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_partition_that_stays_behind_is_waited_for_within_a_bound() {
+        let (patience, start) = (Patience::new(Duration::from_secs(300)), clock::monotonic());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(patience.waits(&[1, 2], at(0)), [true, true]);
+        assert_eq!(patience.waits(&[2], at(200)), [true]);
+        assert_eq!(patience.waits(&[1, 2], at(301)), [true, false], "1 was read meanwhile, and is behind anew");
+        assert_eq!(patience.waits(&[1, 2], at(600)), [true, false]);
+    }
+
+    #[test]
+    fn what_was_due_before_the_partition_was_read_waits_for_nothing() {
+        let saga = SagaId::new();
+        let partition = key_hash(saga.to_string().as_bytes()) % 3;
+        let (read, second) = (OffsetDateTime::UNIX_EPOCH, time::Duration::SECOND);
+        let backlog = |behind| Backlog { partitions: 3, behind: vec![behind], read_until: vec![read] };
+        assert!(backlog(partition).holds(saga, Some(read + second)));
+        assert!(!backlog(partition).holds(saga, Some(read)));
+        assert!(!backlog((partition + 1) % 3).holds(saga, Some(read + second)));
+    }
+}

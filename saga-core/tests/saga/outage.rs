@@ -1,0 +1,184 @@
+//! After an outage: timers wait for the replies that came meanwhile, each for those of its own partition.
+
+use crate::support::*;
+use rdkafka::{
+    ClientConfig,
+    producer::{FutureProducer, FutureRecord},
+    util::Timeout,
+};
+use saga_core::{
+    consumer::{Consumer, ConsumerConfig, Message},
+    id::SagaId,
+    saga::Engine,
+    testkit::{TestTopic, brokers, eventually, unique},
+};
+use std::{sync::Arc, time::Duration};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+/// The replies' consumer, in the group of this name.
+struct Reader {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Reader {
+    fn start(world: &World, engine: &Arc<Engine>, topic: &TestTopic, group: &str) -> Self {
+        let config = ConsumerConfig::new(&brokers(), group, [topic.name()]);
+        let consumer = Consumer::new(config, world.database.pool.clone(), Arc::new(engine.handler()));
+        let stop = CancellationToken::new();
+        let task = tokio::spawn({
+            let stop = stop.clone();
+            async move { consumer.run(stop).await.unwrap() }
+        });
+        Self { stop, task }
+    }
+
+    async fn stop(self) {
+        self.stop.cancel();
+        self.task.await.unwrap();
+    }
+}
+
+impl World {
+    /// All partitions that were read until lately.
+    async fn read_lately(&self) -> i64 {
+        self.count("select count(*) from inbox_partition where read_until > clock_timestamp() - interval '10 seconds'")
+            .await
+    }
+
+    /// Nothing was read for an hour, and a minute ago every wait was over.
+    async fn an_hour_goes_by(&self) {
+        for sql in [
+            "update inbox_partition set read_until = clock_timestamp() - interval '1 hour'",
+            "update saga set armed_at = clock_timestamp() - interval '1 minute',
+                    state = jsonb_set(state, '{status,open,due}', to_jsonb(floor(extract(epoch from clock_timestamp() - interval '1 minute') * 1000)))
+              where finished_at is null",
+            "update saga_due set due_at = clock_timestamp() - interval '1 minute'",
+        ] {
+            sqlx::query(sql).execute(&self.database.pool).await.unwrap();
+        }
+    }
+}
+
+/// Writes a reply as the relay does, and says to which partition it went.
+async fn reply_as_the_relay_does(topic: &str, message: &Message) -> i32 {
+    let producer: FutureProducer =
+        ClientConfig::new().set("bootstrap.servers", brokers()).set("partitioner", "murmur2_random").create().unwrap();
+    let mut headers = rdkafka::message::OwnedHeaders::new();
+    for (name, value) in message.envelope.encode() {
+        headers = headers.insert(rdkafka::message::Header { key: &name, value: Some(value.as_bytes()) });
+    }
+    let record = FutureRecord::to(topic)
+        .key(message.key.as_deref().unwrap())
+        .payload(message.payload.as_deref().unwrap())
+        .headers(headers);
+    producer.send(record, Timeout::After(SOON)).await.unwrap().partition
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_an_outage_timers_wait_for_the_replies_of_their_partition_and_no_other() {
+    let world = World::new().await;
+    let topic = TestTopic::create("replies", 2).await;
+    let group = unique("orders");
+    let engine = engine_of(&world.database, topic.name(), 1);
+    let reader = Reader::start(&world, &engine, &topic, &group);
+    eventually(SOON, async || (world.read_lately().await == 2).then_some(())).await;
+    reader.stop().await;
+
+    let mut sagas = Vec::new();
+    for number in 0..8 {
+        let saga = SagaId::new();
+        let mut tx = world.database.pool.begin().await.unwrap();
+        engine.start_in(&mut tx, saga, &order_saga(1), &Order { order: number }, &number.to_string()).await.unwrap();
+        tx.commit().await.unwrap();
+        sagas.push((saga, 0));
+    }
+    for (saga, partition) in &mut sagas {
+        *partition = reply_as_the_relay_does(&topic, &succeeded(&world.last(*saga).await)).await;
+    }
+    world.an_hour_goes_by().await;
+    // The partition that another replica has read meanwhile.
+    let read = sagas[0].1;
+    sqlx::query("update inbox_partition set read_until = clock_timestamp() where partition = $1")
+        .bind(read)
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    let others = sagas.iter().filter(|(_, partition)| *partition == read).count();
+    assert_eq!(engine.tick().await.unwrap().due, others, "other sagas' timers go on");
+    for (saga, partition) in &sagas {
+        let expected: &[&str] = if *partition == read { &["authorize", "authorize #2"] } else { &["authorize"] };
+        assert_eq!(world.trail(*saga).await, expected, "of partition {partition}");
+    }
+
+    let reader = Reader::start(&world, &engine, &topic, &group);
+    for (saga, partition) in &sagas {
+        eventually(SOON, async || {
+            engine.tick().await.unwrap();
+            (world.last(*saga).await.step == "reserve").then_some(())
+        })
+        .await;
+        let trail = world.trail(*saga).await;
+        assert_eq!(trail.contains(&"authorize #2".into()), *partition == read, "{trail:?}");
+    }
+    // What is read to its end holds nobody up, and goes on being said.
+    eventually(SOON, async || (world.read_lately().await == 2).then_some(())).await;
+    assert_eq!(world.time_out().await, 8);
+    reader.stop().await;
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn timers_wait_for_a_partition_that_nobody_reads_within_a_bound_and_say_when_they_go_on() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    for partition in 0..2 {
+        sqlx::query(
+            "insert into inbox_partition (consumer, topic, partition, owner, read_until)
+             values ('orders', $1, $2, gen_random_uuid(), clock_timestamp())",
+        )
+        .bind(&world.reply_topic)
+        .bind(partition)
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    }
+    world.an_hour_goes_by().await;
+    assert_eq!(world.engine.tick().await.unwrap().due, 0);
+    let log = saga_core::testkit::Log::hear("warn");
+    let hasty = builder_of(world.database.pool.clone(), &world.reply_topic, 1).wait_for_replies(Duration::ZERO);
+    let hasty = hasty.build().unwrap();
+    assert_eq!(hasty.tick().await.unwrap().due, 1);
+    hasty.tick().await.unwrap();
+    assert_eq!(log.said("the replies of a partition are not read").len(), 2, "once for each partition");
+    assert_eq!(world.trail(saga).await, ["authorize", "authorize #2"]);
+    world.audit().await;
+}
+
+#[tokio::test]
+async fn a_wait_that_began_later_than_saga_due_says_is_judged_by_its_own_time() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    sqlx::query(
+        "insert into inbox_partition (consumer, topic, partition, owner)
+         values ('orders', $1, 0, gen_random_uuid())",
+    )
+    .bind(&world.reply_topic)
+    .execute(&world.database.pool)
+    .await
+    .unwrap();
+    world.an_hour_goes_by().await;
+    // A saga that is quick never touches its row there: it tells of a wait that was over before.
+    for sql in [
+        "update saga_due set due_at = clock_timestamp() - interval '2 hours'",
+        "update saga set armed_at = (select due_at from saga_due)",
+    ] {
+        sqlx::query(sql).execute(&world.database.pool).await.unwrap();
+    }
+    assert_eq!(world.engine.tick().await.unwrap().due, 0);
+    assert_eq!(world.trail(saga).await, ["authorize"]);
+    let later = world.count("select count(*) from saga_due where due_at > clock_timestamp() - interval '1 hour'").await;
+    assert_eq!(later, 1, "it is set right");
+    world.audit().await;
+}
