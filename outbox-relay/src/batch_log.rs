@@ -82,3 +82,37 @@ pub(crate) async fn append_in(
     .await?;
     Ok(written.rows_affected() == 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use saga_core::{service::messaging_migrations, testkit::TestDatabase};
+
+    #[tokio::test]
+    async fn what_one_commit_records_of_many_pages_is_one_entry_at_the_last_of_them() {
+        let database = TestDatabase::new(&[messaging_migrations()]).await;
+        let owner = Uuid::new_v4();
+        sqlx::query("insert into outbox_lease values ('orders', $1, '', now(), now(), now() + interval '1 hour')")
+            .bind(owner)
+            .execute(&database.pool)
+            .await
+            .unwrap();
+        let entry = |from_id, to_id| Entry {
+            base: "5:5:".parse().unwrap(),
+            target: format!("{to_id}:{to_id}:").parse().unwrap(),
+            from_id,
+            to_id,
+            rows: 10,
+        };
+        let mut db = database.pool.acquire().await.unwrap();
+        // A straggler's window may lie below the one before.
+        let pages = [entry(101, 110), entry(111, 120), entry(11, 20)];
+        assert!(append_in(&mut db, "orders", owner, 4711, 0, &pages).await.unwrap());
+        let last = last(&mut db, "orders").await.unwrap().unwrap();
+        assert_eq!((last.n, last.position.after, last.position.target.to_string()), (1, 20, "20:20:".to_owned()));
+        let (entries, rows): (i64, i64) =
+            sqlx::query_as("select count(*), sum(rows) from outbox_batch").fetch_one(&database.pool).await.unwrap();
+        assert_eq!((entries, rows), (1, 30));
+        assert!(!append_in(&mut db, "orders", Uuid::new_v4(), 4711, 1, &pages).await.unwrap(), "fenced");
+    }
+}

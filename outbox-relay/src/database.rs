@@ -9,7 +9,7 @@
 //! as well, a little above ours, and a connection that is given up keeps its place in the pool until the server has ended its
 //! statement: there are never more server processes than the pools have places.
 
-use saga_core::{clock, transaction::Bound};
+use saga_core::{clock, outage::Outage, transaction::Bound};
 use sqlx::{
     Connection as _, PgConnection, PgPool, Postgres,
     pool::PoolConnection,
@@ -18,7 +18,7 @@ use sqlx::{
 use std::{
     future::Future,
     ops::{Deref, DerefMut},
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 use time::OffsetDateTime;
@@ -77,6 +77,11 @@ impl Database {
     /// A connection, for one conversation or several.
     pub(crate) async fn connect(&self) -> Result<Borrowed, sqlx::Error> {
         Ok(Borrowed { connection: Some(self.pool.acquire().await?), ends: self.ends })
+    }
+
+    /// The outage of the database, one for all parts of this process that use it.
+    pub(crate) fn outage(&self) -> Arc<Outage> {
+        Outage::of_database(&self.pool)
     }
 
     /// Where it is.

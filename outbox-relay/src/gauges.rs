@@ -3,35 +3,38 @@
 //! What an owner told would stay as it was when it lost the lease, and where nobody may publish (the position is another
 //! cluster's) nobody would tell at all, just when it matters. What cannot be looked up is told as unknown (NaN).
 
-use crate::{
-    database::{Database, DatabaseClock},
-    metric, pending,
-};
+use crate::{metric, outbox::Outbox, pending};
+use saga_core::{error_class::is_outage, outage::Outage};
 use std::time::Duration;
-use tracing::{debug, warn};
 
 /// How often they are set.
 const EVERY: Duration = Duration::from_secs(5);
 
 /// Sets the gauges until it is dropped.
-pub(crate) async fn run(db: &Database, outbox: &str, clock: &DatabaseClock) {
-    let mut told = true;
+pub(crate) async fn run(outbox: &Outbox) {
+    let counting = Outage::of(&format!("what is pending in outbox {}", outbox.name));
     loop {
-        match db.ask(async |db| pending::of(db, outbox).await).await {
+        match outbox.reading.ask(async |db| pending::of(db, &outbox.name).await).await {
             Ok(pending) => {
-                metric::pending(outbox, &pending, clock);
-                told = true;
+                metric::pending(&outbox.name, &pending, &outbox.leases.clock);
+                counting.working();
             }
             Err(error) => {
-                metric::pending_unknown(outbox);
-                // While the tables or the database are not there this is so each time.
-                if std::mem::replace(&mut told, false) {
-                    warn!(outbox, %error, "what is pending cannot be counted");
-                } else {
-                    debug!(outbox, %error, "what is pending still cannot be counted");
+                metric::pending_unknown(&outbox.name);
+                // Without the database or its tables nothing else works, and that is reported for the outbox.
+                if !error.database().is_some_and(|error| is_outage(error) || is_missing(error)) {
+                    counting.failing(&error.to_string());
                 }
             }
         }
+        if outbox.status.get().1.is_none() {
+            outbox.outage.working();
+        }
         tokio::time::sleep(EVERY).await;
     }
+}
+
+/// The service has not made its tables yet.
+pub(crate) fn is_missing(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(|error| error.code()).is_some_and(|code| matches!(&*code, "42P01" | "42883"))
 }

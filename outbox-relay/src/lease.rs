@@ -6,12 +6,11 @@
 //! gives it back at once. The lease has a connection of its own: whatever else waits for the database, renewing does not.
 
 use crate::database::{Database, DatabaseClock};
-use saga_core::transaction::Bound;
+use saga_core::{error_class::is_outage, outage::Outage, transaction::Bound};
 use sqlx::{PgConnection, postgres::PgConnectOptions};
 use std::{sync::Arc, time::Duration};
 use time::OffsetDateTime;
 use tokio::{sync::watch, time::Instant};
-use tracing::warn;
 use uuid::Uuid;
 
 /// The part of a lease that its owner leaves unused: it stops producing that long before the end, so that what is on its
@@ -29,21 +28,31 @@ pub(crate) struct Leases {
     pub(crate) length: Duration,
     /// It is read each time that a lease is looked at.
     pub(crate) clock: Arc<DatabaseClock>,
+    /// Of the outbox's database.
+    pub(crate) outage: Arc<Outage>,
 }
 
 impl Leases {
     pub(crate) fn new(options: PgConnectOptions, length: Duration) -> Self {
-        Self { db: Database::new(options, 1, length / TRY), length, clock: Arc::default() }
+        let db = Database::new(options, 1, length / TRY);
+        let outage = db.outage();
+        Self { db, length, clock: Arc::default(), outage }
     }
 
     async fn ask<T>(
         &self,
         conversation: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, sqlx::Error> {
-        self.db.ask(conversation).await.map_err(|error| match error {
+        let said = self.db.ask(conversation).await.map_err(|error| match error {
             sqlx::Error::PoolTimedOut => Bound::new(self.length / TRY).no_answer(),
             error => error,
-        })
+        });
+        match &said {
+            Ok(_) => self.outage.working(),
+            Err(error) if is_outage(error) => self.outage.failing(&error.to_string()),
+            Err(_) => {}
+        }
+        said
     }
 }
 
@@ -128,7 +137,6 @@ impl Lease {
     pub(crate) async fn keep(&self, leases: &Leases) -> LeaseError {
         let mut pause = self.length / 3;
         let mut problem = String::from("no answer from PostgreSQL");
-        let mut said = false;
         loop {
             let ends = *self.ends.borrow();
             tokio::time::sleep_until((Instant::from_std(saga_core::clock::monotonic()) + pause).min(ends)).await;
@@ -140,16 +148,11 @@ impl Lease {
                 Ok(Ok(true)) => {
                     self.ends.send_replace(asked + self.length - self.length / UNUSED);
                     pause = self.length / 3;
-                    said = false;
                     continue;
                 }
                 Ok(Ok(false)) => return LeaseError::TakenOver,
                 Ok(Err(error)) => problem = error.to_string(),
                 Err(_) => {}
-            }
-            if !said {
-                warn!(outbox = %self.outbox, error = %problem, "the lease could not be renewed, trying again");
-                said = true;
             }
             pause = self.length / 20;
         }

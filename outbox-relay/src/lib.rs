@@ -9,7 +9,7 @@
 //! | `session` | decides what becomes of each row, keeps many in flight; one producer's life |
 //! | `record`, `producer`, `in_flight` | a row as a record; the producer; what is on its way, and what Kafka acknowledged |
 //! | `commit`, `batch_log` | records progress under the lease |
-//! | `fate`, `refusal`, `parking`, `pause`, `retry` | rows and topics that Kafka refuses |
+//! | `fate`, `refusal`, `parking`, `pause`, `retry`, `retrying` | rows and topics that Kafka refuses |
 //! | `anchor`, [`moved`] | whether the position holds in this database; what to run when it does not |
 //! | `lease`, `owner`, [`outbox`], `supervisor` | who publishes; one owner's time; one outbox in this process; its panics |
 //! | `control`, `pending`, `gauges`, `metric` | what operators want, and what they see |
@@ -44,6 +44,7 @@ mod reader;
 mod record;
 mod refusal;
 mod retry;
+mod retrying;
 mod row;
 mod session;
 pub mod settings;

@@ -11,13 +11,13 @@ use crate::{
     topics::Topics,
     upkeep,
 };
-use saga_core::error_class::is_outage;
+use saga_core::{clock, error_class::is_outage, outage::Outage};
 use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 use uuid::Uuid;
 
 /// Recorder, control, session, retry, and one to spare.
@@ -59,6 +59,8 @@ pub struct Outbox {
     pub(crate) reading: Database,
     pub(crate) admin: Database,
     pub(crate) leases: Leases,
+    /// Of publishing this outbox, whatever the reason; the database's own is with the leases.
+    pub(crate) outage: Arc<Outage>,
     upkeep: Database,
     resolved_kept: Duration,
     pub(crate) topics: Topics,
@@ -135,6 +137,7 @@ impl Outbox {
             ),
             upkeep: Database::new(options.clone(), 1, UPKEEP),
             resolved_kept: settings.resolved_kept,
+            outage: Outage::of(&format!("outbox {}", outbox.name)),
             leases: Leases::new(options, settings.lease),
             topics: Topics::new(&settings.kafka_brokers)?,
             brokers: settings.kafka_brokers.clone(),
@@ -149,7 +152,7 @@ impl Outbox {
     pub(crate) async fn run(&self, stop: &CancellationToken) {
         tokio::select! {
             () = self.take_turns(stop) => {}
-            () = gauges::run(&self.reading, &self.name, &self.leases.clock) => {}
+            () = gauges::run(self) => {}
             () = upkeep::run(&self.upkeep, &self.name, self.resolved_kept) => {}
         }
     }
@@ -158,18 +161,19 @@ impl Outbox {
         let mut before = None;
         let mut trouble = Trouble::default();
         while !stop.is_cancelled() {
+            let began = clock::monotonic();
             let pause = match self.run_once(&mut before, stop).await {
                 Ok(Stood::By) => {
-                    trouble.over(&self.name);
+                    trouble.over();
                     STAND_BY.min(self.leases.length / 4)
                 }
                 Ok(Stood::Owner) => {
-                    trouble.over(&self.name);
+                    trouble.over();
                     Duration::ZERO
                 }
                 Err(error) => {
                     self.status.set(Role::Failing, Some(error.to_string()));
-                    trouble.say(&self.name, &error)
+                    trouble.report(self, &error, began.elapsed())
                 }
             };
             tokio::select! {
@@ -213,50 +217,32 @@ enum Stood {
     Owner,
 }
 
-/// Says a problem once, not at each try.
+/// What an outage of this outbox is reported to, and how long to wait before the next try.
 #[derive(Default)]
 struct Trouble {
-    said: Option<Said>,
     pause: Duration,
 }
 
-#[derive(PartialEq, Eq)]
-enum Said {
-    NoTables,
-    /// Whatever it looks like at present: refused, reset, starting up.
-    Outage,
-    Other(String),
-}
-
 impl Trouble {
-    fn say(&mut self, outbox: &str, problem: &OwnerError) -> Duration {
-        let text = problem.to_string();
+    /// Publishing ended for this reason, after so long.
+    fn report(&mut self, outbox: &Outbox, problem: &OwnerError, after: Duration) -> Duration {
         let database = problem.database();
-        let code = database.and_then(|error| error.as_database_error()?.code());
-        let said = match database {
-            Some(_) if code.as_deref() == Some("42P01") => Said::NoTables,
-            Some(error) if is_outage(error) => Said::Outage,
-            _ => Said::Other(text.clone()),
-        };
-        if self.said.as_ref() != Some(&said) {
-            match said {
-                Said::NoTables => {
-                    warn!(outbox, "waiting for the outbox's tables: start its service, or run `outbox-relay migrate`");
-                }
-                Said::Outage => warn!(outbox, problem = text, "waiting for the database"),
-                Said::Other(_) => error!(outbox, problem = text, "publishing stopped; trying again"),
-            }
-            self.pause = Duration::ZERO;
+        let missing = database.and_then(|error| error.as_database_error()?.code()).is_some_and(|code| code == "42P01");
+        match database {
+            Some(error) if is_outage(error) => outbox.leases.outage.failing(&problem.to_string()),
+            _ if missing => outbox
+                .outage
+                .failing("its tables are not there: start the service that makes them, or run `outbox-relay migrate`"),
+            _ => outbox.outage.failing(&problem.to_string()),
         }
-        self.said = Some(said);
+        if after > LONGEST_PAUSE {
+            self.over();
+        }
         self.pause = (self.pause * 2).clamp(Duration::from_millis(100), LONGEST_PAUSE);
         self.pause
     }
 
-    fn over(&mut self, outbox: &str) {
-        if self.said.take().is_some() {
-            info!(outbox, "publishing goes on");
-        }
+    fn over(&mut self) {
         self.pause = Duration::ZERO;
     }
 }

@@ -119,8 +119,8 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
             Some(wanted) => outbox.db.ask(async |db| wanted.refresh(db).await).await?,
             None => control.borrow().clone(),
         };
-        let control = (now, control.clone());
-        let session = session(outbox, lease, stop, system_identifier, publisher, memory, blocked.clone(), control);
+        let control = (blocked.clone(), now, control.clone());
+        let session = session(outbox, lease, stop, system_identifier, publisher, memory, control);
         let (ended, left) = tokio::select! {
             ended = session => ended?,
             fault = &mut retrying => return joined("trying parked rows again", fault),
@@ -199,8 +199,7 @@ async fn session(
     system_identifier: i64,
     publisher: Publisher,
     memory: Memory,
-    blocked: Arc<Blocked>,
-    (now, mut control): (Arc<Control>, watch::Receiver<Arc<Control>>),
+    (blocked, now, mut control): (Arc<Blocked>, Arc<Control>, watch::Receiver<Arc<Control>>),
 ) -> Result<(Ended, Memory), OwnerError> {
     let last = outbox.db.ask(async |db| batch_log::last(db, &outbox.name).await).await?;
     let (n, at) = last.map_or((0, Position::initial()), |last| (last.n, last.position));

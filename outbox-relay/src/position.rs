@@ -310,6 +310,16 @@ async fn read_large(db: &mut PgConnection, rows: &mut Vec<Row>) -> Result<(), Re
     Ok(())
 }
 
+impl ReadError {
+    /// What the database said, if it is about the database.
+    pub(crate) fn database(&self) -> Option<&sqlx::Error> {
+        match self {
+            Self::Database(error) => Some(error),
+            Self::Snapshot(_) => None,
+        }
+    }
+}
+
 /// Reading the outbox failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {

@@ -17,17 +17,13 @@ use crate::{
     outbox::Outbox,
     parking::{self, Blocked, Line, Published},
     pause::{self, Cause},
-    producer,
     record::{self, Built, RecordBuilder},
     refusal::Refusal,
+    retrying::Retrying,
     row::Row,
     topics::{TopicState, Topics},
 };
-use rdkafka::{
-    ClientContext,
-    error::RDKafkaErrorCode as Code,
-    producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer},
-};
+use rdkafka::error::RDKafkaErrorCode as Code;
 use saga_core::topic::is_legal_name;
 use std::{
     collections::{HashMap, HashSet},
@@ -35,7 +31,7 @@ use std::{
     time::Duration,
 };
 use time::OffsetDateTime;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
@@ -398,59 +394,5 @@ impl Retries {
         self.db.ask(async |db| parking::tried(db, &self.outbox, &line, requested).await).await?;
         self.met.insert(line, requested);
         Ok(())
-    }
-}
-
-/// A producer of parked rows, and its reports.
-struct Retrying {
-    producer: Option<ThreadedProducer<Reports>>,
-    reports: mpsc::UnboundedReceiver<(usize, Result<(), Code>)>,
-}
-
-impl Retrying {
-    fn new(outbox: &str, brokers: &str, compression: &str) -> Option<Self> {
-        let (report, reports) = mpsc::unbounded_channel();
-        let made = producer::config(outbox, brokers, compression, usize::MAX).create_with_context(Reports(report));
-        match made {
-            Ok(producer) => Some(Self { producer: Some(producer), reports }),
-            Err(error) => {
-                warn!(outbox, %error, "parked rows cannot be tried again: the Kafka producer could not be made");
-                None
-            }
-        }
-    }
-
-    fn send(&self, record: BaseRecord<'_, [u8], [u8], usize>) -> Result<(), Code> {
-        let producer = self.producer.as_ref().expect("it is taken only when this is dropped");
-        producer.send(record).map_err(|(error, _)| error.rdkafka_error_code().unwrap_or(Code::Unknown))
-    }
-}
-
-impl Drop for Retrying {
-    fn drop(&mut self) {
-        // Dropping purges the queue and waits for the polling thread: not on a thread that drives futures.
-        let producer = self.producer.take();
-        std::thread::spawn(move || drop(producer));
-    }
-}
-
-struct Reports(mpsc::UnboundedSender<(usize, Result<(), Code>)>);
-
-impl ClientContext for Reports {
-    fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
-        debug!(%error, reason, "the Kafka producer of parked rows");
-    }
-}
-
-impl ProducerContext for Reports {
-    type DeliveryOpaque = usize;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
-        let report = match result {
-            Ok(_) => Ok(()),
-            Err((error, _)) => Err(error.rdkafka_error_code().unwrap_or(Code::Unknown)),
-        };
-        // Rows are purged when the producer is given up; their reports are not waited for then.
-        self.0.send((index, report)).ok();
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! When the process dies in between, the next round of any replica goes on.
 
-use crate::database::Database;
+use crate::{database::Database, gauges::is_missing};
 use saga_core::{error_class::is_outage, outage::Outage};
 use std::time::Duration;
 use tracing::info;
@@ -39,11 +39,6 @@ pub(crate) async fn run(db: &Database, outbox: &str, kept: Duration) {
         };
         tokio::time::sleep(pause).await;
     }
-}
-
-/// The service has not made its tables yet.
-fn is_missing(error: &sqlx::Error) -> bool {
-    error.as_database_error().and_then(|error| error.code()).is_some_and(|code| matches!(&*code, "42P01" | "42883"))
 }
 
 async fn add_partitions(db: &Database, outbox: &str) -> Result<(), sqlx::Error> {

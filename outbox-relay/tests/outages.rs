@@ -6,7 +6,7 @@ use common::{PATIENCE, Running, World, append, call, ids};
 use outbox_relay::{OutboxSettings, Relay, Settings, admin};
 use saga_core::{
     service::Health,
-    testkit::{FreezingProxy, eventually},
+    testkit::{FreezingProxy, Log, eventually},
 };
 use serde_json::json;
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
@@ -154,6 +154,29 @@ async fn a_locked_outbox_leaves_no_server_process_behind() {
     }
     assert!(most <= CONNECTIONS, "{most} server processes");
     tx.rollback().await.unwrap();
+    world.append("k", "1").await;
+    world.published(2).await;
+}
+
+#[tokio::test]
+async fn each_outage_of_the_database_is_logged_once_and_so_is_each_end() {
+    let world = World::new().await;
+    let log = Log::hear("info");
+    let name = world.database.url.rsplit('/').next().unwrap().to_owned();
+    let said = |text: &str| {
+        let of_ours = |line: &serde_json::Value| line["dependency"].as_str().is_some_and(|text| text.contains(&name));
+        log.said(text).into_iter().filter(of_ours).count()
+    };
+    let _relay = world.relay();
+    world.append("k", "0").await;
+    world.published(1).await;
+    for outage in 1..=2 {
+        world.database.shut().await;
+        eventually(PATIENCE, || async { (said("cannot be used") == outage).then_some(()) }).await;
+        world.database.open().await;
+        eventually(PATIENCE, || async { (said("can be used again") == outage).then_some(()) }).await;
+        assert_eq!(said("cannot be used"), outage);
+    }
     world.append("k", "1").await;
     world.published(2).await;
 }

@@ -181,3 +181,28 @@ async fn a_relay_waits_for_tables_and_brokers_that_are_not_there_and_stops_when_
     let relay = Running::start(&Settings { outboxes: vec![outbox], ..world.settings() });
     relay.stop().await;
 }
+
+#[tokio::test]
+async fn a_replica_that_stands_by_writes_nothing() {
+    let world = World::new().await;
+    sqlx::query(
+        "insert into outbox_lease values ('orders', gen_random_uuid(), 'another', now(), now(), clock_timestamp() + $1)",
+    )
+    .bind(LEASE)
+    .execute(world.db())
+    .await
+    .unwrap();
+    let _relay = world.relay();
+    // Whatever locks the row leaves its transaction id there.
+    let (mut looks, mut touched) = (0, 0);
+    while owner(&world).await.is_some() {
+        touched += world.count("select count(*) from outbox_lease where xmax::text <> '0' and holder = 'another' and expires_at > clock_timestamp() + interval '0.2 seconds'").await;
+        looks += 1;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if world.count("select count(*) from outbox_lease where holder <> 'another'").await > 0 {
+            break;
+        }
+    }
+    assert!(looks > 5, "it was looked at while the relay stood by");
+    assert_eq!(touched, 0, "the lease's row was locked");
+}

@@ -1,0 +1,65 @@
+//! The producer of parked rows that are tried again: its own, so that a row that Kafka refuses costs no other row anything. What
+//! it holds when it is dropped, or when the process dies, is in doubt; the rows stay claimed and are sent again.
+
+use crate::producer;
+use rdkafka::{
+    ClientContext,
+    error::RDKafkaErrorCode as Code,
+    producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer},
+};
+use tokio::sync::mpsc;
+use tracing::{debug, warn};
+
+/// A producer of parked rows, and its reports.
+pub(crate) struct Retrying {
+    producer: Option<ThreadedProducer<Reports>>,
+    pub(crate) reports: mpsc::UnboundedReceiver<(usize, Result<(), Code>)>,
+}
+
+impl Retrying {
+    pub(crate) fn new(outbox: &str, brokers: &str, compression: &str) -> Option<Self> {
+        let (report, reports) = mpsc::unbounded_channel();
+        let made = producer::config(outbox, brokers, compression, usize::MAX).create_with_context(Reports(report));
+        match made {
+            Ok(producer) => Some(Self { producer: Some(producer), reports }),
+            Err(error) => {
+                warn!(outbox, %error, "parked rows cannot be tried again: the Kafka producer could not be made");
+                None
+            }
+        }
+    }
+
+    pub(crate) fn send(&self, record: BaseRecord<'_, [u8], [u8], usize>) -> Result<(), Code> {
+        let producer = self.producer.as_ref().expect("it is taken only when this is dropped");
+        producer.send(record).map_err(|(error, _)| error.rdkafka_error_code().unwrap_or(Code::Unknown))
+    }
+}
+
+impl Drop for Retrying {
+    fn drop(&mut self) {
+        // Dropping purges the queue and waits for the polling thread: not on a thread that drives futures.
+        let producer = self.producer.take();
+        std::thread::spawn(move || drop(producer));
+    }
+}
+
+struct Reports(mpsc::UnboundedSender<(usize, Result<(), Code>)>);
+
+impl ClientContext for Reports {
+    fn error(&self, error: rdkafka::error::KafkaError, reason: &str) {
+        debug!(%error, reason, "the Kafka producer of parked rows");
+    }
+}
+
+impl ProducerContext for Reports {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, index: usize) {
+        let report = match result {
+            Ok(_) => Ok(()),
+            Err((error, _)) => Err(error.rdkafka_error_code().unwrap_or(Code::Unknown)),
+        };
+        // Rows are purged when the producer is given up; their reports are not waited for then.
+        self.0.send((index, report)).ok();
+    }
+}
