@@ -37,6 +37,13 @@ pub(super) enum Due {
     In(Duration),
     /// It is.
     Now(Box<Parked>),
+    /// It is, and this build cannot read the row.
+    Unreadable {
+        /// The row's.
+        id: i64,
+        /// Why not.
+        reason: String,
+    },
 }
 
 /// Parks records behind what is parked of their keys. Where nothing is any more (a copy that was parked at another
@@ -119,7 +126,13 @@ pub(super) async fn next_due(mut tx: Transaction, place: Place<'_>) -> Result<Du
     tx.commit_quietly().await?;
     let Some(row) = row else { return Ok(Due::Nothing) };
     let wait = Duration::try_from_secs_f64(row.try_get("wait")?).unwrap_or_default();
-    if wait.is_zero() { Ok(Due::Now(Box::new(read(&row)?))) } else { Ok(Due::In(wait)) }
+    if !wait.is_zero() {
+        return Ok(Due::In(wait));
+    }
+    Ok(match read(&row) {
+        Ok(parked) => Due::Now(Box::new(parked)),
+        Err(error) => Due::Unreadable { id: row.try_get("id")?, reason: error.to_string() },
+    })
 }
 
 /// Counts an attempt at a parked record, before it is made, and sets the time of the one after it, should the process die of this one. `None`
@@ -143,7 +156,7 @@ pub(super) async fn count_retry(mut tx: Transaction, id: i64, delay: Duration) -
 pub(super) async fn note(mut tx: Transaction, id: i64, delay: Duration, fault: &Fault) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update inbox_parked
-            set error_class = $2, reason = $3, next_attempt_at = clock_timestamp() + make_interval(secs => $4)
+            set attempts = greatest(attempts, 1), error_class = $2, reason = $3, next_attempt_at = clock_timestamp() + make_interval(secs => $4)
           where id = $1",
     )
     .bind(id)
@@ -155,7 +168,7 @@ pub(super) async fn note(mut tx: Transaction, id: i64, delay: Duration, fault: &
     tx.commit_quietly().await
 }
 
-/// The first rows of a lane, in order.
+/// The first rows of a lane, in order, up to one that this build cannot read.
 pub(super) async fn lane_in(
     tx: &mut Tx<'_>,
     place: Place<'_>,
@@ -176,7 +189,7 @@ pub(super) async fn lane_in(
     .bind(i64::try_from(limit).unwrap_or(i64::MAX))
     .fetch_all(&mut **tx)
     .await?;
-    rows.iter().map(read).collect()
+    Ok(rows.iter().map_while(|row| read(row).ok()).collect())
 }
 
 /// Takes rows out, and makes what is now the first of their lane due at once.

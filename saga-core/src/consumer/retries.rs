@@ -6,10 +6,11 @@
 use super::{
     Handler,
     claim::Counted,
-    failure::Remedy,
+    failure::{Fault, Remedy},
     parking::{self, Due, Parked},
     portion::Portion,
     record::Poison,
+    transaction::Desk,
     worker::{Ended, Worker, fatal, is_poison},
 };
 use crate::clock;
@@ -36,6 +37,7 @@ impl<H: Handler> Worker<H> {
             match self.must(due).await? {
                 Due::Nothing => self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED,
                 Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
+                Due::Unreadable { id, reason } => self.put_off(id, &reason).await?,
                 Due::Now(parked) => {
                     self.be_alone().await?;
                     let retried = self.count_and_retry(&parked).await;
@@ -72,6 +74,22 @@ impl<H: Handler> Worker<H> {
             self.must(note).await?;
         }
         Ok(false)
+    }
+
+    /// A row that this build cannot read costs its own key, and nothing else: another build may have written it.
+    async fn put_off(&self, id: i64, reason: &str) -> Result<(), Ended> {
+        let (desk, fault) = (&self.desk, Fault::new("unreadable", reason, Remedy::Retry));
+        let Desk { config, topic, partition, .. } = desk;
+        tracing::error!(
+            group = config.group,
+            topic,
+            partition,
+            id,
+            reason,
+            "a row of inbox_parked cannot be read by this build; it is put off, and the records of its key wait behind it"
+        );
+        let note = || async { Ok(parking::note(desk.brief().await?, id, config.backoff.max, &fault).await?) };
+        self.must(note).await
     }
 
     /// Handles together what waited behind a record that is now handled, until a culprit is the first of it, which is due.

@@ -51,6 +51,35 @@ async fn a_record_that_fails_is_parked_with_its_successors_and_other_keys_flow_o
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_parked_record_that_this_build_cannot_read_holds_up_its_key_alone() {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.attempts = 1_000;
+    let broken = Arc::new(AtomicBool::new(true));
+    let is_broken = Arc::clone(&broken);
+    let running = fixture.start_with(move |_| match is_broken.load(Ordering::SeqCst) {
+        true => Err(anyhow::anyhow!("not yet").into()),
+        false => Ok(()),
+    });
+    fixture.send(&[event("a", "a1"), event("b", "b1")]).await;
+    eventually(SOON, || async { (fixture.parked().await.len() == 2).then_some(()) }).await;
+    let garble = sqlx::query("update inbox_parked set headers = '{}' where payload = 'a1'::bytea");
+    garble.execute(&fixture.database.pool).await.unwrap();
+
+    broken.store(false, Ordering::SeqCst);
+    fixture.send(&[event("a", "a2"), event("b", "b2")]).await;
+
+    assert_eq!(values(&fixture.until_handled(2).await, "b"), ["b1", "b2"]);
+    let unreadable = "select count(*) from inbox_parked where error_class = 'unreadable'";
+    eventually(SOON, || async {
+        let count: i64 = sqlx::query_scalar(unreadable).fetch_one(&fixture.database.pool).await.unwrap();
+        (count == 1).then_some(())
+    })
+    .await;
+    eventually(SOON, || async { running.health.check().ok() }).await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_the_last_attempt_a_record_is_dead_lettered_and_its_successors_proceed() {
     let fixture = Fixture::new(1).await;
     let attempts = Arc::new(AtomicUsize::new(0));
