@@ -90,6 +90,28 @@ fn every_definition_of_up_to_three_steps_keeps_every_rule_in_every_world() {
     println!("{definitions} definitions, {worlds} worlds in {:?}", started.elapsed());
 }
 
+/// Seeded mistakes about what was sent, and what it says.
+fn mistakes_of_sending() -> Vec<(&'static str, Decide)> {
+    vec![
+        ("an undo says that it is in doubt whatever is known", |definition, state, event, now| {
+            let (after, mut effects) = decide(definition, state, event, now);
+            for action in &mut effects.actions {
+                if let Action::Send(Send { undoes: Some((_, happened)), .. }) = action {
+                    *happened = Happened::InDoubt;
+                }
+            }
+            (after, effects)
+        }),
+        ("a command that could not be built is taken for sent", |definition, state, event, now| {
+            let (mut state, effects) = decide(definition, state, event, now);
+            if let (Event::Unsent { .. }, Status::Stuck { open, .. }) = (event, &mut state.status) {
+                open.attempt += 1;
+            }
+            (state, effects)
+        }),
+    ]
+}
+
 /// A seeded mistake: `decide` with something wrong about it.
 fn mistakes() -> Vec<(&'static str, Decide)> {
     vec![
@@ -107,22 +129,6 @@ fn mistakes() -> Vec<(&'static str, Decide)> {
                 let step = String::new();
                 state.failure = Some(Failure { step, kind: FailureKind::Failed, rejection: None, reason: None });
                 state.status = Status::Compensated;
-            }
-            (state, effects)
-        }),
-        ("an undo says that it is in doubt whatever is known", |definition, state, event, now| {
-            let (after, mut effects) = decide(definition, state, event, now);
-            for action in &mut effects.actions {
-                if let Action::Send(Send { undoes: Some((_, happened)), .. }) = action {
-                    *happened = Happened::InDoubt;
-                }
-            }
-            (after, effects)
-        }),
-        ("a command that could not be built is taken for sent", |definition, state, event, now| {
-            let (mut state, effects) = decide(definition, state, event, now);
-            if let (Event::Unsent { .. }, Status::Stuck { open, .. }) = (event, &mut state.status) {
-                open.attempt += 1;
             }
             (state, effects)
         }),
@@ -199,7 +205,7 @@ fn mistakes() -> Vec<(&'static str, Decide)> {
 #[test]
 fn every_seeded_mistake_is_found_and_its_schedule_replays() {
     let order = definition(&ORDER, 2, HOUR);
-    for (mistake, wrong) in mistakes() {
+    for (mistake, wrong) in mistakes().into_iter().chain(mistakes_of_sending()) {
         let limits = Limits { external: false, ..EVERYTHING };
         let model = Model::new(&order, limits, wrong);
         let violation = model.walk(1_000_000).err().unwrap_or_else(|| panic!("not found: {mistake}"));

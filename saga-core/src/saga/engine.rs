@@ -36,7 +36,7 @@ const ATTEMPT_MAX: Bound = Bound::new(Duration::from_secs(30));
 
 /// A saga that this replica cannot read, and therefore leaves alone.
 pub(super) struct Unread {
-    pub(super) locked: Locked,
+    pub(super) locked: Box<Locked>,
     /// What is wrong with its row; `None` where the replica does not have its definition.
     pub(super) flaw: Option<String>,
 }
@@ -161,11 +161,11 @@ impl Engine {
     /// another build wrote may look alike and mean something else.
     pub(super) fn read(&self, locked: Locked) -> Result<(Arc<Definition>, Row), Unread> {
         let Some(definition) = self.find(&locked.definition, locked.version, &locked.fingerprint) else {
-            return Err(Unread { locked, flaw: None });
+            return Err(Unread { locked: Box::new(locked), flaw: None });
         };
         match locked.read() {
             Ok(row) => Ok((definition, row)),
-            Err(error) => Err(Unread { flaw: Some(error.to_string()), locked }),
+            Err(error) => Err(Unread { flaw: Some(error.to_string()), locked: Box::new(locked) }),
         }
     }
 
