@@ -114,6 +114,7 @@ async fn what_is_said_of_a_row_says_whose_it_is() {
         attempt: 1,
         undoes: None,
         happened: None,
+        orchestrator: None,
         reply_to: None,
         outcome: None,
     };

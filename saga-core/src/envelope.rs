@@ -53,6 +53,8 @@ pub mod header {
     pub const SAGA_OP: &str = "ce_sagaop";
     /// Which run of the step: 0, and more after a retry with edited input.
     pub const SAGA_OCCURRENCE: &str = "ce_sagaoccurrence";
+    /// What names the orchestrator, where that is not the topic that wants the reply.
+    pub const SAGA_ORCHESTRATOR: &str = "ce_sagaorchestrator";
     /// In an undo: the id of the command that it undoes.
     pub const SAGA_UNDOES: &str = "ce_sagaundoes";
     /// In an undo: `yes` when the orchestrator took the step's success, `in_doubt` otherwise.
@@ -175,6 +177,9 @@ pub struct SagaHeaders {
     pub undoes: Option<CommandId>,
     /// Undo only: what the orchestrator knows of the step. `None` where it does not say it yet, which is in doubt.
     pub happened: Option<Happened>,
+    /// Command only: what names its orchestrator, and with `definition` the namespace that saga and step are names in. `None`:
+    /// `reply_to` does; so it is in every command of an older build.
+    pub orchestrator: Option<String>,
     /// Command only: the topic that wants the reply.
     pub reply_to: Option<String>,
     /// Reply only.

@@ -1,6 +1,8 @@
 //! Identifiers. Each is a newtype, so that a saga's id cannot be passed where a message's is meant.
 
+use crate::envelope::Op;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::{fmt, str::FromStr};
 use uuid::Uuid;
 
@@ -49,6 +51,25 @@ uuid_newtype! {
     SagaId
 }
 
+/// A secret of one saga: what its command ids are derived from, so that only who holds the saga's row can compute them. It
+/// is never sent, logged or shown.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Nonce(#[serde(with = "uuid::serde::simple")] pub(crate) Uuid);
+
+impl Nonce {
+    /// A new one: 122 random bits.
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        Self(Uuid::new_v4())
+    }
+}
+
+impl fmt::Debug for Nonce {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Nonce(..)")
+    }
+}
+
 /// One command of one step of one saga. A resend has a new [`MessageId`] and the same `CommandId`; it is also the
 /// idempotency key that an external effect is performed under.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -56,10 +77,33 @@ uuid_newtype! {
 pub struct CommandId(pub Uuid);
 
 impl CommandId {
-    /// Derived, not drawn, so that the saga's core stays free of randomness: UUIDv5 of step, operation and occurrence
-    /// in the namespace of the saga. `occurrence` counts from 0 and grows when an operator retries with edited input.
-    pub fn derive(saga: SagaId, step: &str, op: crate::envelope::Op, occurrence: u32) -> Self {
+    /// The first derivation: UUIDv5 of step, operation and occurrence in the namespace of the saga. All of that is public,
+    /// and two definitions with one saga id share it; so no saga begins with it any more. One that did keeps it to its
+    /// end. `occurrence` counts from 0 and grows when an operator retries with edited input.
+    pub fn derive(saga: SagaId, step: &str, op: Op, occurrence: u32) -> Self {
         Self(Uuid::new_v5(&saga.0, format!("{step}/{op}/{occurrence}").as_bytes()))
+    }
+
+    /// The second derivation: SHA-256 of the saga's secret, and of who sends what in which namespace (orchestrator and
+    /// definition). Derived, not drawn, so that the saga's core stays free of randomness.
+    pub fn derive_secretly(
+        nonce: Nonce,
+        (orchestrator, definition): (&str, &str),
+        saga: SagaId,
+        (step, op, occurrence): (&str, Op, u32),
+    ) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(nonce.0.as_bytes());
+        let occurrence = occurrence.to_be_bytes();
+        let fields = [orchestrator.as_bytes(), definition.as_bytes(), saga.0.as_bytes(), step.as_bytes()];
+        for field in fields.into_iter().chain([op.as_str().as_bytes(), &occurrence]) {
+            // With its length, so that no two lists of fields are one text.
+            hash.update((field.len() as u64).to_be_bytes());
+            hash.update(field);
+        }
+        let mut id = [0; 16];
+        id.copy_from_slice(&hash.finalize()[..16]);
+        Self(uuid::Builder::from_custom_bytes(id).into_uuid())
     }
 }
 
@@ -79,5 +123,32 @@ impl FromStr for CommandId {
     type Err = uuid::Error;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         Uuid::parse_str(text).map(Self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_id_differs_in_whatever_names_the_command_and_needs_the_secret() {
+        let (nonce, saga) = (Nonce::new(), SagaId::new());
+        let id = |nonce, namespace, saga, command| CommandId::derive_secretly(nonce, namespace, saga, command);
+        let one = id(nonce, ("orders", "order"), saga, ("pay", Op::Do, 0));
+        assert_eq!(one, id(nonce, ("orders", "order"), saga, ("pay", Op::Do, 0)));
+        let others = [
+            id(Nonce::new(), ("orders", "order"), saga, ("pay", Op::Do, 0)),
+            id(nonce, ("returns", "order"), saga, ("pay", Op::Do, 0)),
+            id(nonce, ("orders", "refund"), saga, ("pay", Op::Do, 0)),
+            id(nonce, ("orderso", "rder"), saga, ("pay", Op::Do, 0)),
+            id(nonce, ("orders", "order"), SagaId::new(), ("pay", Op::Do, 0)),
+            id(nonce, ("orders", "order"), saga, ("payd", Op::Do, 0)),
+            id(nonce, ("orders", "order"), saga, ("pay", Op::Undo, 0)),
+            id(nonce, ("orders", "order"), saga, ("pay", Op::Do, 1)),
+            CommandId::derive(saga, "pay", Op::Do, 0),
+        ];
+        assert!(!others.contains(&one));
+        assert_eq!(others.iter().collect::<std::collections::BTreeSet<_>>().len(), others.len());
+        assert_eq!(format!("{nonce:?}"), "Nonce(..)");
     }
 }

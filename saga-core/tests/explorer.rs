@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use saga_core::{
     command::Happened,
     saga::{
-        decide::decide,
+        decide::{command_id, decide},
         definition::Definition,
         state::{Action, Answer, Effects, Event, Failure, FailureKind, Reply, Send, State, Status, StuckWhy, Wait},
     },
@@ -150,8 +150,7 @@ fn mistakes() -> Vec<(&'static str, Decide)> {
         }),
         ("silence is taken for a rejection", |definition, state, event, now| match (event, state.open()) {
             (Event::Due, Some(open)) if open.wait == Wait::Reply && state.failure.is_none() => {
-                let command =
-                    saga_core::id::CommandId::derive(state.saga, &definition.steps()[open.step].name, open.op, 0);
+                let command = command_id(definition, state, open.step, open.op);
                 let answer = Answer::Rejected(serde_json::Value::Null);
                 decide(definition, state, &Event::Reply(Reply { command, attempt: open.attempt, answer }), now)
             }

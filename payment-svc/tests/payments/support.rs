@@ -233,6 +233,7 @@ pub(crate) fn message<C: Command>(order: OrderId, step: &str, op: Op, command: &
         attempt: 1,
         undoes: None,
         happened: None,
+        orchestrator: None,
         reply_to: Some("orders.replies".into()),
         outcome: None,
     };

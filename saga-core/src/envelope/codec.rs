@@ -9,7 +9,7 @@ use std::{borrow::Cow, collections::BTreeMap, str::FromStr};
 use time::{OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339};
 
 /// The headers that have a field of their own; whatever else a record carries is passed through.
-const KNOWN: [&str; 22] = [
+const KNOWN: [&str; 23] = [
     header::SPECVERSION,
     header::ID,
     header::SOURCE,
@@ -26,6 +26,7 @@ const KNOWN: [&str; 22] = [
     header::SAGA_STEP,
     header::SAGA_OP,
     header::SAGA_OCCURRENCE,
+    header::SAGA_ORCHESTRATOR,
     header::SAGA_UNDOES,
     header::SAGA_HAPPENED,
     header::COMMAND_ID,
@@ -123,6 +124,9 @@ impl SagaHeaders {
         set(header::ATTEMPT, self.attempt.to_string());
         let command = if self.outcome.is_some() { header::CAUSATION_ID } else { header::COMMAND_ID };
         set(command, self.command.to_string());
+        if let Some(orchestrator) = &self.orchestrator {
+            set(header::SAGA_ORCHESTRATOR, orchestrator.clone());
+        }
         if let Some(undoes) = self.undoes {
             set(header::SAGA_UNDOES, undoes.to_string());
         }
@@ -180,6 +184,7 @@ impl Found<'_> {
             attempt: self.parse(header::ATTEMPT, "a number")?.unwrap_or(1),
             undoes: self.parse(header::SAGA_UNDOES, "a UUID")?.map(CommandId),
             happened: self.parse(header::SAGA_HAPPENED, "yes or in_doubt")?,
+            orchestrator: self.parse::<Text>(header::SAGA_ORCHESTRATOR, A_TEXT)?.map(|text| text.0),
             reply_to: self.text(header::REPLY_TO),
             outcome,
         };
@@ -241,7 +246,8 @@ mod tests {
     prop_compose! {
         fn saga_headers()(
             ids in any::<[u128; 2]>(), definition in text(), step in text(), version: u32, occurrence: u32, attempt: u32,
-            undo: bool, undoes: Option<u128>, happened: Option<bool>, reply_to in proptest::option::of(text()),
+            undo: bool, undoes: Option<u128>, happened: Option<bool>,
+            names in proptest::array::uniform2(proptest::option::of(text())),
             outcome in proptest::option::of(prop_oneof![
                 Just(Outcome::Succeeded), Just(Outcome::Rejected), Just(Outcome::Failed)
             ]),
@@ -249,7 +255,8 @@ mod tests {
             SagaHeaders {
                 saga: SagaId(Uuid::from_u128(ids[0])), definition, version, step,
                 op: if undo { Op::Undo } else { Op::Do }, occurrence,
-                command: CommandId(Uuid::from_u128(ids[1])), attempt, reply_to, outcome,
+                command: CommandId(Uuid::from_u128(ids[1])), attempt, outcome,
+                orchestrator: names[0].clone(), reply_to: names[1].clone(),
                 undoes: undoes.map(|id| CommandId(Uuid::from_u128(id))),
                 happened: happened.map(|yes| if yes { Happened::Yes(()) } else { Happened::InDoubt }),
             }

@@ -7,7 +7,7 @@
 
 use super::{
     entry::{Begun, Entry, Settled},
-    fence::{Asked, Fence, FenceKey, Move, UndoState},
+    fence::{Asked, Commands, Fence, FenceKey, Move, UndoState},
     handler::CommandContext,
     queue::{self, IntentState, NewIntent, Origin},
     store,
@@ -20,7 +20,7 @@ use crate::{
 };
 use serde_json::Value;
 use sqlx::Connection;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use tracing::{Instrument, Span};
 
 /// A command that is to be handled.
@@ -70,7 +70,11 @@ impl Work {
 
     /// Makes and locks, in sorted order, the fences of `commands`.
     pub(super) async fn load(tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<Self, sqlx::Error> {
-        let keys: BTreeSet<&FenceKey> = commands.iter().map(|command| &command.key).collect();
+        let mut keys: BTreeMap<&FenceKey, Commands> = BTreeMap::new();
+        for command in commands {
+            let known = keys.entry(&command.key).or_default();
+            *known = known.and(Commands::of(&command.cx));
+        }
         Ok(Self::locked(store::lock_fences(tx, &keys).await?))
     }
 
@@ -259,6 +263,7 @@ impl Incoming<'_> {
         NewIntent {
             command: self.cx.saga.command,
             key: self.key.clone(),
+            stored: fence.stored,
             op: self.cx.saga.op,
             kind: self.kind,
             state,
@@ -300,7 +305,7 @@ pub(super) fn reply(
 ) -> NewMessage {
     let mut saga = cx.saga.clone();
     saga.outcome = Some(outcome);
-    (saga.undoes, saga.happened) = (None, None);
+    (saga.undoes, saga.happened, saga.orchestrator) = (None, None, None);
     let topic = saga.reply_to.take().unwrap_or_default();
     let mut message = NewMessage::tombstone(&topic, &saga.saga.to_string(), &format!("{kind}.reply")).with_saga(&saga);
     message.payload = Some(payload);

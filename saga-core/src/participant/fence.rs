@@ -12,19 +12,79 @@
 //! the effect is local and the orchestrator is in doubt as well. An external undo asks outside. An undo of what the
 //! orchestrator knows to have happened fails, and leaves its mark: a do that comes after it is refused.
 
-use super::entry::Settled;
+use super::{entry::Settled, handler::CommandContext};
 use crate::{
     command::Happened,
-    envelope::{Op, Outcome},
+    envelope::{Op, Outcome, SagaHeaders},
     id::{CommandId, SagaId},
 };
 
-/// Which run of which step: what a fence is known by. Its order is the order in which fences are locked.
+/// Which run of which step, and whose: what a fence is known by. Its order is the order in which fences are locked.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct FenceKey {
     pub(super) saga: SagaId,
     pub(super) step: String,
     pub(super) occurrence: i32,
+    pub(super) namespace: Namespace,
+}
+
+/// What saga and step are names in. Two orchestrators, or two definitions of one, may call them the same.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Namespace {
+    pub(super) orchestrator: String,
+    pub(super) definition: String,
+}
+
+/// The commands of a fence, as far as one of them knows: its own id, and of an undo what it undoes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Commands {
+    pub(super) run: Option<CommandId>,
+    pub(super) undo: Option<CommandId>,
+}
+
+/// Where a fence's row is. Builds that know no namespaces look under saga, step and occurrence alone, so that is where the
+/// first namespace that comes has its row; another one's is apart, under a name of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stored {
+    Plain,
+    Apart,
+}
+
+impl Commands {
+    pub(super) fn of(cx: &CommandContext) -> Self {
+        match cx.saga.op {
+            Op::Do => Self { run: Some(cx.saga.command), undo: None },
+            Op::Undo => Self { run: cx.undoes, undo: Some(cx.saga.command) },
+        }
+    }
+
+    pub(super) fn and(self, other: Self) -> Self {
+        Self { run: self.run.or(other.run), undo: self.undo.or(other.undo) }
+    }
+}
+
+impl FenceKey {
+    /// The step in the fence's row.
+    pub(super) fn row_step(&self, stored: Stored) -> String {
+        match stored {
+            Stored::Plain => self.step.clone(),
+            Stored::Apart => format!("{}{}", self.step, self.namespace.suffix()),
+        }
+    }
+}
+
+impl Namespace {
+    /// The reply topic names the orchestrator, if it does not name itself: it is on every command, of every build, and two
+    /// orchestrators cannot share one. `ce_source` is the relay's name for the outbox, which an operator may change.
+    pub(super) fn of(saga: &SagaHeaders) -> Self {
+        let orchestrator = saga.orchestrator.as_ref().or(saga.reply_to.as_ref()).cloned().unwrap_or_default();
+        Self { orchestrator, definition: saga.definition.clone() }
+    }
+
+    /// What the step's name has behind it in a row that is apart; as the SQL of `store` spells it.
+    pub(super) fn suffix(&self) -> String {
+        format!(" [{} of {}]", self.definition, self.orchestrator)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +110,7 @@ pub(super) enum UndoState {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fence {
+    pub(super) stored: Stored,
     pub(super) run: DoState,
     pub(super) run_command: Option<CommandId>,
     pub(super) undo: UndoState,
@@ -110,7 +171,20 @@ pub(super) enum Move {
 impl Fence {
     /// As it is made: nothing was ever done.
     pub(super) fn new() -> Self {
-        Self { run: DoState::Absent, run_command: None, undo: UndoState::Absent, undo_command: None }
+        Self {
+            stored: Stored::Plain,
+            run: DoState::Absent,
+            run_command: None,
+            undo: UndoState::Absent,
+            undo_command: None,
+        }
+    }
+
+    /// Whether this fence, which a build that knows no namespaces wrote, is that of `commands`. Where none of the two ids can
+    /// be compared it is: so that build would take it.
+    pub(super) fn is_of(&self, commands: Commands) -> bool {
+        let same = |mine: Option<CommandId>, theirs: Option<CommandId>| Some(mine? == theirs?);
+        same(self.run_command, commands.run).or_else(|| same(self.undo_command, commands.undo)).unwrap_or(true)
     }
 
     /// What a command (first or resent) is to do here.

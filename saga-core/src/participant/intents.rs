@@ -35,12 +35,7 @@ use crate::{
 use futures::FutureExt;
 use serde_json::Value;
 use sqlx::{Connection, PgPool};
-use std::{
-    collections::{BTreeSet, HashMap},
-    panic::AssertUnwindSafe,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
@@ -278,7 +273,7 @@ impl Intents {
     /// The answer is certain: record it, reply, close the intent.
     async fn settle(&self, claim: &Claimed, entry: &dyn Entry, answer: Value) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
-        let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
+        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
         if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
         }
@@ -303,7 +298,7 @@ impl Intents {
         let op = claim.intent.cx.saga.op;
         let command = claim.intent.cx.saga.command;
         let mut tx = self.begin().await?;
-        let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
+        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
         let held = if claim.ready {
             queue::close_intent(&mut tx, command, claim.owner).await?
         } else {
@@ -343,7 +338,7 @@ impl Intents {
     /// An undo that waited is handled like one that has just come.
     async fn resume(&self, claim: &Claimed, kind: &'static str, entry: &dyn Entry) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
-        let mut fences = store::lock_fences(&mut tx, &BTreeSet::from([&claim.key])).await?;
+        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
         if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
         }

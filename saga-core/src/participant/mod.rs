@@ -8,8 +8,9 @@
 //!   intents ──► claim (tx) ──► call, no tx held ──► record + reply (tx) ──► an undo that waited goes on
 //! ```
 //!
-//! Invariant: of one run of a step, keyed (saga, step, occurrence), the effect happens at most once, and not at all
-//! once its undo has been taken. Only `succeeded` and `rejected` are final: their reply is stored and given again.
+//! Invariant: of one run of a step, keyed (orchestrator, definition, saga, step, occurrence), the effect happens at most
+//! once, and not at all once its undo has been taken. Only `succeeded` and `rejected` are final: their reply is stored and
+//! given again.
 //!
 //! When the process dies: before a batch's commit nothing happened and the batch comes again; after it the inbox knows
 //! the messages. An external effect's intent outlives the process; whoever claims it next calls again under the same
@@ -48,7 +49,7 @@ use crate::{
 };
 use batch::{Incoming, Work};
 use entry::{Entry, External, ExternalUndoing, Plain, Undoing};
-use fence::{Asked, FenceKey, Place};
+use fence::{Asked, FenceKey, Namespace, Place};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -177,7 +178,7 @@ impl Participant {
             return Err(poison(format!("ce_sagaop is {:?}, but {kind} is a command of {:?}", saga.op, entry.op())));
         }
         // PostgreSQL's text cannot hold a NUL, and an index entry has an end.
-        let texts = [Some(&saga.step), Some(&saga.definition), saga.reply_to.as_ref()];
+        let texts = [Some(&saga.step), Some(&saga.definition), saga.reply_to.as_ref(), saga.orchestrator.as_ref()];
         if texts.into_iter().flatten().any(|text| text.contains('\0') || text.len() > MAX_NAME) {
             return Err(poison(format!("a saga header holds a NUL or more than {MAX_NAME} bytes")));
         }
@@ -196,7 +197,7 @@ impl Participant {
         let undoes = (saga.op == Op::Undo).then(|| saga.undoes.unwrap_or_else(derived));
         Ok(Incoming {
             asked: self.asked(entry.as_ref(), &saga),
-            key: FenceKey { saga: saga.saga, step: saga.step.clone(), occurrence },
+            key: FenceKey { saga: saga.saga, step: saga.step.clone(), occurrence, namespace: Namespace::of(&saga) },
             kind,
             entry: entry.as_ref(),
             cx: CommandContext { saga, message: envelope.id, undoes },

@@ -1,11 +1,15 @@
 //! The SQL of intents: a queue of effects that are to be performed, claimed with a lease.
 
-use super::{entry::StoredIntent, fence::FenceKey, handler::CommandContext, store::key};
+use super::{
+    entry::StoredIntent,
+    fence::{Commands, FenceKey, Namespace, Stored},
+    handler::CommandContext,
+};
 use crate::{
     clock,
     command::Happened,
     envelope::{Envelope, Headers, Op, SagaHeaders, header},
-    id::{CommandId, MessageId},
+    id::{CommandId, MessageId, SagaId},
     outbox::Tx,
     reason::reason,
     trace,
@@ -13,7 +17,7 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::{Row, postgres::PgRow, types::Json};
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 use uuid::Uuid;
 
 /// Whom an intent's reply goes to, and which message asked.
@@ -23,6 +27,9 @@ pub(super) struct Origin {
     version: u32,
     attempt: u32,
     reply_to: Option<String>,
+    /// As in the command's headers; an older build does not write it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    orchestrator: Option<String>,
     message: MessageId,
     undoes: Option<CommandId>,
     /// An older build does not write it: in doubt.
@@ -38,6 +45,7 @@ impl Origin {
             version: cx.saga.version,
             attempt: cx.saga.attempt,
             reply_to: cx.saga.reply_to.clone(),
+            orchestrator: cx.saga.orchestrator.clone(),
             message: cx.message,
             undoes,
             happened: cx.saga.happened,
@@ -67,6 +75,7 @@ impl IntentState {
 pub(super) struct NewIntent {
     pub(super) command: CommandId,
     pub(super) key: FenceKey,
+    pub(super) stored: Stored,
     pub(super) op: Op,
     pub(super) kind: &'static str,
     pub(super) state: IntentState,
@@ -103,7 +112,7 @@ pub(super) async fn insert_intents(tx: &mut Tx<'_>, intents: &[NewIntent]) -> Re
     )
     .bind(all().map(|i| i.command.0).collect::<Vec<_>>())
     .bind(all().map(|i| i.key.saga.0).collect::<Vec<_>>())
-    .bind(all().map(|i| i.key.step.as_str()).collect::<Vec<_>>())
+    .bind(all().map(|i| i.key.row_step(i.stored)).collect::<Vec<_>>())
     .bind(all().map(|i| i.key.occurrence).collect::<Vec<_>>())
     .bind(all().map(|i| i.op.as_str()).collect::<Vec<_>>())
     .bind(all().map(|i| i.kind).collect::<Vec<_>>())
@@ -313,6 +322,11 @@ pub(super) async fn ready_undo(tx: &mut Tx<'_>, undo: CommandId) -> Result<(), s
 }
 
 impl Claimed {
+    /// Its fence, to be locked.
+    pub(super) fn fence(&self) -> BTreeMap<&FenceKey, Commands> {
+        BTreeMap::from([(&self.key, Commands::of(&self.intent.cx))])
+    }
+
     /// A span for work on it: continues its command's trace, and its ids are on every line logged within.
     pub(super) fn span(&self) -> tracing::Span {
         let saga = &self.intent.cx.saga;
@@ -328,21 +342,27 @@ impl Claimed {
 
 fn claimed(row: &PgRow, owner: Uuid) -> Result<Claimed, sqlx::Error> {
     let Json(origin): Json<Origin> = row.try_get("origin")?;
-    let key = key(row)?;
-    let saga = SagaHeaders {
-        saga: key.saga,
+    let occurrence: i32 = row.try_get("occurrence")?;
+    let mut saga = SagaHeaders {
+        saga: SagaId(row.try_get("saga_id")?),
         definition: origin.definition,
         version: origin.version,
-        step: key.step.clone(),
+        step: row.try_get("step")?,
         op: row.try_get::<&str, _>("op")?.parse().map_err(|()| sqlx::Error::Decode("not a known op".into()))?,
-        occurrence: key.occurrence.unsigned_abs(),
+        occurrence: occurrence.unsigned_abs(),
         command: CommandId(row.try_get("command_id")?),
         attempt: origin.attempt,
         undoes: origin.undoes,
         happened: origin.happened,
+        orchestrator: origin.orchestrator,
         reply_to: origin.reply_to,
         outcome: None,
     };
+    let namespace = Namespace::of(&saga);
+    if let Some(step) = saga.step.strip_suffix(&namespace.suffix()) {
+        saga.step = step.to_owned();
+    }
+    let key = FenceKey { saga: saga.saga, step: saga.step.clone(), occurrence, namespace };
     Ok(Claimed {
         owner,
         key,

@@ -3,72 +3,159 @@
 //! Fences that are taken for new are made last. That waits for somebody only where commands of one saga are in two
 //! partitions (the topic was given more); should it be a deadlock, PostgreSQL ends it, and the batch comes again.
 
-use super::fence::{DoState, Fence, FenceKey, UndoState};
+use super::fence::{Commands, DoState, Fence, FenceKey, Namespace, Stored, UndoState};
 use crate::{
     id::{CommandId, SagaId},
     outbox::{self, AppendError, NewMessage, Statement, Tx},
 };
 use sqlx::{Row, postgres::PgRow};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use uuid::Uuid;
 
-/// Fences that are parameters 7 to 15, as rows `c`. The keys as a subquery: of an array PostgreSQL would see how short it
+/// Fences that are parameters 7 to 17, as rows `c`. The keys as a subquery: of an array PostgreSQL would see how short it
 /// is, and plan anew for each batch, which takes as long as the statement (measured).
 macro_rules! fences {
     () => {
-        "unnest((select $7::uuid[]), $8::text[], $9::int4[],
-                $10::text[], $11::uuid[], $12::bytea[], $13::text[], $14::uuid[], $15::bytea[])
-             as c (saga_id, step, occurrence, run_state, run_command, run_reply, undo_state, undo_command, undo_reply)"
+        "unnest((select $7::uuid[]), $8::text[], $9::int4[], $10::text[], $11::text[],
+                $12::text[], $13::uuid[], $14::bytea[], $15::text[], $16::uuid[], $17::bytea[])
+             as c (saga_id, step, occurrence, orchestrator, definition,
+                   run_state, run_command, run_reply, undo_state, undo_command, undo_reply)"
+    };
+}
+
+/// The step in the row of a fence `$k` that is apart; as [`FenceKey::row_step`] spells it.
+macro_rules! step_apart {
+    ($k:literal) => {
+        concat!($k, ".step || ' [' || ", $k, ".definition || ' of ' || ", $k, ".orchestrator || ']'")
+    };
+}
+
+/// That a fence `$k` has no row that is apart.
+macro_rules! is_not_apart {
+    ($k:literal) => {
+        concat!(
+            "not exists (select from participant_fence p
+                          where p.saga_id = ",
+            $k,
+            ".saga_id and p.occurrence = ",
+            $k,
+            ".occurrence
+                            and p.step = ",
+            step_apart!($k),
+            ")"
+        )
+    };
+}
+
+/// Keys that are parameters 1 to 5, as rows `k`.
+macro_rules! keys {
+    () => {
+        "unnest($1::uuid[], $2::text[], $3::int4[], $4::text[], $5::text[])
+             as k (saga_id, step, occurrence, orchestrator, definition)"
     };
 }
 
 /// Makes the fences that are not there, and locks all of them in sorted order.
+///
+/// A fence is looked for in both of its places at once: where builds look that know no namespaces, and apart. Its row is the
+/// one of its namespace; or the one that such a build wrote, if its commands are those that are known of the fence.
 pub(super) async fn lock_fences(
     tx: &mut Tx<'_>,
-    keys: &BTreeSet<&FenceKey>,
+    keys: &BTreeMap<&FenceKey, Commands>,
 ) -> Result<HashMap<FenceKey, Fence>, sqlx::Error> {
-    let sagas: Vec<Uuid> = keys.iter().map(|key| key.saga.0).collect();
-    let steps: Vec<&str> = keys.iter().map(|key| key.step.as_str()).collect();
-    let occurrences: Vec<i32> = keys.iter().map(|key| key.occurrence).collect();
-    let made = sqlx::query(
-        "insert into participant_fence (saga_id, step, occurrence)
-         select k.saga_id, k.step, k.occurrence
-           from unnest($1::uuid[], $2::text[], $3::int4[]) as k (saga_id, step, occurrence)
+    let made = sqlx::query(concat!(
+        "insert into participant_fence (saga_id, step, occurrence, orchestrator, definition)
+         select *
+           from ",
+        keys!(),
+        "
+          where ",
+        is_not_apart!("k"),
+        "
           order by k.saga_id, k.step, k.occurrence
-             on conflict do nothing",
-    )
-    .bind(&sagas)
-    .bind(&steps)
-    .bind(&occurrences)
-    .execute(&mut **tx)
-    .await?;
+             on conflict do nothing"
+    ));
+    let made = bind_keys(made, keys.keys().copied()).execute(&mut **tx).await?;
     // Nearly always: each command for the first time. What we made is ours, and as it was made.
     if made.rows_affected() == keys.len() as u64 {
-        return Ok(keys.iter().map(|&key| (key.clone(), Fence::new())).collect());
+        return Ok(keys.keys().map(|&key| (key.clone(), Fence::new())).collect());
     }
     // Row by row, in the order of the keys, and not as one join that is locked: PostgreSQL 18 leaves out of such a join's
     // answer all but the first of the rows that others changed while it waited for them (a nested loop's rechecks). A
     // fence that is not seen would pass for one where nothing was done.
-    let rows = sqlx::query(
-        "select f.*
-           from unnest($1::uuid[], $2::text[], $3::int4[]) as k (saga_id, step, occurrence)
+    let locked = sqlx::query(concat!(
+        "select k.saga_id, k.step, k.occurrence, k.orchestrator, k.definition,
+                f.step <> k.step as is_apart, f.orchestrator = '' and f.definition = '' as is_nobodys,
+                f.orchestrator = k.orchestrator and f.definition = k.definition as is_its_own,
+                f.run_state, f.run_command, f.run_reply, f.undo_state, f.undo_command, f.undo_reply
+           from ",
+        keys!(),
+        "
           cross join lateral (
-                select saga_id, step, occurrence,
-                       run_state, run_command, run_reply, undo_state, undo_command, undo_reply
-                  from participant_fence
-                 where saga_id = k.saga_id and step = k.step and occurrence = k.occurrence
-                   for update) f",
-    )
-    .bind(&sagas)
-    .bind(&steps)
-    .bind(&occurrences)
-    .fetch_all(&mut **tx)
-    .await?;
-    if rows.len() != keys.len() {
-        let (wanted, locked) = (keys.len(), rows.len());
+                select p.step, p.orchestrator, p.definition,
+                       p.run_state, p.run_command, p.run_reply, p.undo_state, p.undo_command, p.undo_reply
+                  from participant_fence p
+                 where p.saga_id = k.saga_id and p.occurrence = k.occurrence
+                   and p.step in (k.step, ",
+        step_apart!("k"),
+        ")
+                 order by p.step
+                   for update) f"
+    ));
+    let rows = bind_keys(locked, keys.keys().copied()).fetch_all(&mut **tx).await?;
+    let mut fences = their_own(&rows, keys)?;
+    let missing: Vec<&FenceKey> = keys.keys().copied().filter(|key| !fences.contains_key(*key)).collect();
+    make_apart(tx, &missing).await?;
+    let apart = || Fence { stored: Stored::Apart, ..Fence::new() };
+    fences.extend(missing.into_iter().map(|key| (key.clone(), apart())));
+    Ok(fences)
+}
+
+/// Of the rows that were locked for `keys`, those that are their fences. There is a row for each key, in the plain place or
+/// apart.
+fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, Commands>) -> Result<HashMap<FenceKey, Fence>, sqlx::Error> {
+    let mut fences = HashMap::with_capacity(keys.len());
+    let mut locked = HashSet::with_capacity(keys.len());
+    for row in rows {
+        let (key, fence) = (key(row)?, fence(row)?);
+        let known = keys.get(&key).copied().unwrap_or_default();
+        locked.insert(key.clone());
+        let taken = row.try_get("is_nobodys")? && fence.is_of(known) && !fences.contains_key(&key);
+        if taken || row.try_get("is_its_own")? {
+            fences.insert(key, fence);
+        }
+    }
+    if locked.len() != keys.len() {
+        let (wanted, locked) = (keys.len(), locked.len());
         return Err(sqlx::Error::InvalidArgument(format!("{locked} of {wanted} fences were locked")));
     }
-    rows.iter().map(|row| Ok((key(row)?, fence(row)?))).collect()
+    Ok(fences)
+}
+
+/// Makes the rows of fences whose plain place is another namespace's, which the caller has locked.
+async fn make_apart(tx: &mut Tx<'_>, keys: &[&FenceKey]) -> Result<(), sqlx::Error> {
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let made = sqlx::query(concat!(
+        "insert into participant_fence (saga_id, step, occurrence, orchestrator, definition)
+         select k.saga_id, ",
+        step_apart!("k"),
+        ", k.occurrence, k.orchestrator, k.definition
+           from ",
+        keys!()
+    ));
+    bind_keys(made, keys.iter().copied()).execute(&mut **tx).await?;
+    Ok(())
+}
+
+fn bind_keys<'q>(statement: Statement<'q>, keys: impl Iterator<Item = &'q FenceKey> + Clone) -> Statement<'q> {
+    statement
+        .bind(keys.clone().map(|key| key.saga.0).collect::<Vec<_>>())
+        .bind(keys.clone().map(|key| key.step.as_str()).collect::<Vec<_>>())
+        .bind(keys.clone().map(|key| key.occurrence).collect::<Vec<_>>())
+        .bind(keys.clone().map(|key| key.namespace.orchestrator.as_str()).collect::<Vec<_>>())
+        .bind(keys.map(|key| key.namespace.definition.as_str()).collect::<Vec<_>>())
 }
 
 /// Makes fences as they are after their first command, and appends the replies, in one statement; false when one of them
@@ -80,11 +167,14 @@ pub(super) async fn make_fences(
 ) -> Result<bool, AppendError> {
     let statement = sqlx::query(concat!(
         "with made as (
-             insert into participant_fence (saga_id, step, occurrence,
+             insert into participant_fence (saga_id, step, occurrence, orchestrator, definition,
                                             run_state, run_command, run_reply, undo_state, undo_command, undo_reply)
              select *
                from ",
         fences!(),
+        "
+              where ",
+        is_not_apart!("c"),
         "
               order by c.saga_id, c.step, c.occurrence
                  on conflict do nothing
@@ -111,7 +201,8 @@ pub(super) async fn write_fences(
     let statement = sqlx::query(concat!(
         "with fenced as (
              update participant_fence f
-                set run_state  = c.run_state,  run_command  = c.run_command,  run_reply  = c.run_reply,
+                set orchestrator = c.orchestrator, definition = c.definition,
+                    run_state  = c.run_state,  run_command  = c.run_command,  run_reply  = c.run_reply,
                     undo_state = c.undo_state, undo_command = c.undo_command, undo_reply = c.undo_reply
                from ",
         fences!(),
@@ -129,8 +220,10 @@ fn bind_fences<'q>(statement: Statement<'q>, fences: &'q HashMap<FenceKey, Fence
     let (keys, fence) = (|| fences.keys(), || fences.values());
     statement
         .bind(keys().map(|key| key.saga.0).collect::<Vec<_>>())
-        .bind(keys().map(|key| key.step.as_str()).collect::<Vec<_>>())
+        .bind(fences.iter().map(|(key, fence)| key.row_step(fence.stored)).collect::<Vec<_>>())
         .bind(keys().map(|key| key.occurrence).collect::<Vec<_>>())
+        .bind(keys().map(|key| key.namespace.orchestrator.as_str()).collect::<Vec<_>>())
+        .bind(keys().map(|key| key.namespace.definition.as_str()).collect::<Vec<_>>())
         .bind(fence().map(|fence| fence.run.as_str()).collect::<Vec<_>>())
         .bind(fence().map(|fence| fence.run_command.map(|id| id.0)).collect::<Vec<_>>())
         .bind(fence().map(|fence| fence.run.reply()).collect::<Vec<_>>())
@@ -139,11 +232,12 @@ fn bind_fences<'q>(statement: Statement<'q>, fences: &'q HashMap<FenceKey, Fence
         .bind(fence().map(|fence| fence.undo.reply()).collect::<Vec<_>>())
 }
 
-pub(super) fn key(row: &PgRow) -> Result<FenceKey, sqlx::Error> {
+fn key(row: &PgRow) -> Result<FenceKey, sqlx::Error> {
     Ok(FenceKey {
         saga: SagaId(row.try_get("saga_id")?),
         step: row.try_get("step")?,
         occurrence: row.try_get("occurrence")?,
+        namespace: Namespace { orchestrator: row.try_get("orchestrator")?, definition: row.try_get("definition")? },
     })
 }
 
@@ -170,6 +264,7 @@ fn fence(row: &PgRow) -> Result<Fence, sqlx::Error> {
         (other, _) => return Err(sqlx::Error::Decode(format!("fence with undo in state {other:?}").into())),
     };
     Ok(Fence {
+        stored: if row.try_get("is_apart")? { Stored::Apart } else { Stored::Plain },
         run,
         run_command: row.try_get::<Option<Uuid>, _>("run_command")?.map(CommandId),
         undo,

@@ -312,6 +312,11 @@ pub(super) fn message(
         attempt: send.attempt,
         undoes: send.undoes.map(|(command, _)| command),
         happened: send.undoes.map(|(_, happened)| happened),
+        orchestrator: state
+            .naming
+            .as_ref()
+            .map(|naming| naming.orchestrator.clone())
+            .filter(|name| name != reply_topic),
         reply_to: Some(reply_topic.to_owned()),
         outcome: None,
     };

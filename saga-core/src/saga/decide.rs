@@ -17,8 +17,8 @@ use super::{
     definition::{Definition, Remote, RetryPolicy, Role, StepKind},
     moment,
     state::{
-        Action, Answer, Effects, Event, Failure, FailureKind, Ignored, Open, Reply, Send, State, Status, StepState,
-        StuckWhy, Told, Verdict, Wait,
+        Action, Answer, Effects, Event, FORMAT, Failure, FailureKind, Ignored, Naming, Open, Reply, Send, State,
+        Status, StepState, StuckWhy, Told, Verdict, Wait,
     },
 };
 use crate::{
@@ -34,10 +34,12 @@ use time::OffsetDateTime;
 const OCCURRENCE: u32 = 0;
 
 /// Begins a saga: its first step is issued.
-pub fn start(definition: &Definition, saga: SagaId, now: OffsetDateTime) -> (State, Effects) {
+pub fn start(definition: &Definition, saga: SagaId, naming: Naming, now: OffsetDateTime) -> (State, Effects) {
     let now = moment::cut(now);
     let state = State {
         saga,
+        format: FORMAT,
+        naming: Some(naming),
         steps: Vec::with_capacity(definition.steps().len()),
         status: Status::Completed,
         failure: None,
@@ -67,7 +69,7 @@ pub fn answers(definition: &Definition, state: &State, reply: &Reply) -> Result<
     if let Some(open) = state.open()
         && open.wait != Wait::Local
         && open.attempt > 0
-        && command_id(definition, state.saga, open.step, open.op) == reply.command
+        && command_id(definition, state, open.step, open.op) == reply.command
     {
         let stale = reply.attempt != open.attempt || open.wait == Wait::Pause;
         return match reply.answer {
@@ -85,7 +87,7 @@ fn why_ignored(definition: &Definition, state: &State, reply: &Reply) -> Ignored
         if !matches!(definition.steps()[step].kind, StepKind::Remote(_)) {
             continue;
         }
-        if command_id(definition, state.saga, step, Op::Do) == reply.command {
+        if command_id(definition, state, step, Op::Do) == reply.command {
             return match (how, &reply.answer) {
                 (StepState::Done(_), Answer::Succeeded(_)) | (StepState::NotDone, Answer::Rejected(_)) => {
                     Ignored::Duplicate
@@ -93,15 +95,23 @@ fn why_ignored(definition: &Definition, state: &State, reply: &Reply) -> Ignored
                 _ => Ignored::Late,
             };
         }
-        if *how == StepState::Undone && command_id(definition, state.saga, step, Op::Undo) == reply.command {
+        if *how == StepState::Undone && command_id(definition, state, step, Op::Undo) == reply.command {
             return Ignored::Duplicate;
         }
     }
     Ignored::Unknown
 }
 
-fn command_id(definition: &Definition, saga: SagaId, step: usize, op: Op) -> CommandId {
-    CommandId::derive(saga, &definition.steps()[step].name, op, OCCURRENCE)
+/// The id of a step's command, as the saga derives it.
+pub fn command_id(definition: &Definition, state: &State, step: usize, op: Op) -> CommandId {
+    let step = definition.steps()[step].name.as_str();
+    match &state.naming {
+        None => CommandId::derive(state.saga, step, op, OCCURRENCE),
+        Some(Naming { orchestrator, nonce }) => {
+            let namespace = (orchestrator.as_str(), definition.name());
+            CommandId::derive_secretly(*nonce, namespace, state.saga, (step, op, OCCURRENCE))
+        }
+    }
 }
 
 /// One decision in the making.
@@ -331,7 +341,7 @@ impl<'d> Turn<'d> {
                 // A silent participant is given more time with each attempt, or resends would pile up in its topic.
                 let patience = remote.deadline.saturating_add(self.pause_before(remote, op, step, tries));
                 (open.wait, open.due) = (Wait::Reply, Some(self.later(patience)));
-                let command = command_id(self.definition, self.state.saga, step, op);
+                let command = command_id(self.definition, &self.state, step, op);
                 let undoes = self.undoes(step, op);
                 self.actions.push(Action::Send(Send { step, op, occurrence: OCCURRENCE, command, undoes, attempt }));
                 self.told.push(Told::Sent { step, op, attempt });
@@ -349,7 +359,7 @@ impl<'d> Turn<'d> {
             StepState::Done(_) => Happened::Yes(()),
             StepState::Issued | StepState::NotDone | StepState::Undone => Happened::InDoubt,
         };
-        (op == Op::Undo).then(|| (command_id(self.definition, self.state.saga, step, Op::Do), happened))
+        (op == Op::Undo).then(|| (command_id(self.definition, &self.state, step, Op::Do), happened))
     }
 
     /// The pause that stood, or would have stood, before attempt `tries`.

@@ -107,6 +107,13 @@ impl Definition {
         &self.fingerprint
     }
 
+    /// What a saga's row says of the definition that it began with: the fingerprint, and the format that the state is stored
+    /// in, unless that is the first.
+    pub(crate) fn fingerprint_in(&self, format: u16) -> String {
+        let fingerprint = &self.fingerprint;
+        if format == 1 { fingerprint.clone() } else { format!("{fingerprint}.{format}") }
+    }
+
     /// The names of the local effects that a saga of this definition may run.
     pub fn local_effects(&self) -> impl Iterator<Item = &str> {
         self.steps

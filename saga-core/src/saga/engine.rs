@@ -13,7 +13,7 @@ use super::{
     log::What,
     runner::ReplyHandler,
     starts::Starts,
-    state::{Event, Ignored, Verdict},
+    state::{Event, FORMAT, Ignored, Verdict},
     store::{self, Known, Locked, Row},
 };
 use crate::{
@@ -172,7 +172,8 @@ impl Engine {
     pub(super) fn find(&self, name: &str, version: i32, fingerprint: &str) -> Option<Arc<Definition>> {
         let version = u32::try_from(version).ok()?;
         let definition = self.definitions.get(&(name.to_owned(), version))?;
-        (definition.fingerprint() == fingerprint).then(|| Arc::clone(definition))
+        let known = (1..=FORMAT).any(|format| definition.fingerprint_in(format) == fingerprint);
+        known.then(|| Arc::clone(definition))
     }
 
     pub(super) fn same<I>(&self, saga: &Saga<I>) -> Result<&Arc<Definition>, StartError> {
@@ -251,9 +252,11 @@ impl EngineBuilder {
                     EngineError::UnboundLocal { saga: definition.name().to_owned(), effect: name.to_owned() }
                 }),
             );
-            known.definitions.push(definition.name().to_owned());
-            known.versions.push(version_of(&definition));
-            known.fingerprints.push(definition.fingerprint().to_owned());
+            for format in 1..=FORMAT {
+                known.definitions.push(definition.name().to_owned());
+                known.versions.push(version_of(&definition));
+                known.fingerprints.push(definition.fingerprint_in(format));
+            }
             let key = (definition.name().to_owned(), definition.version());
             if let Some(twice) = defined.insert(key, definition) {
                 errors.push(EngineError::DefinedTwice(twice.name().to_owned(), twice.version()));

@@ -77,7 +77,7 @@ impl Engine {
         let definition = self.find(&name, version, row.try_get("fingerprint")?);
         let state = definition.as_ref().and_then(|_| store::state(row).ok());
         let id = SagaId(row.try_get("saga_id")?);
-        let names = Names { saga: id, definition: definition.as_deref() };
+        let names = Names { definition: definition.as_deref(), state: state.as_ref() };
         let summary = SagaSummary {
             id,
             version,
@@ -86,7 +86,7 @@ impl Engine {
             status: row.try_get("status")?,
             revision: row.try_get("revision")?,
             readable: state.is_some(),
-            step: state.as_ref().and_then(|state| names.open_step(state)),
+            step: names.open_step(),
             created_at: row.try_get("created_at")?,
             updated_at: row.try_get("updated_at")?,
             finished_at: row.try_get("finished_at")?,

@@ -98,6 +98,7 @@ impl<'m> Incoming<'m> {
             attempt: u32::try_from(reply.attempt).unwrap_or(0),
             undoes: None,
             happened: None,
+            orchestrator: None,
             reply_to: None,
             outcome: Some(reply.outcome),
         };

@@ -18,14 +18,14 @@ use super::{
     log::{Entry, What},
     measure,
     starts::Waiting,
-    state::{Action, Effects, Event, State},
+    state::{Action, Effects, Event, Naming, State},
     store::{self, NewSaga},
 };
 use crate::{
     clock,
     envelope::Op,
     fail_point::fail_point,
-    id::SagaId,
+    id::{Nonce, SagaId},
     json,
     outbox::{self, NewMessage, Tx},
     service::database::hear_clock,
@@ -177,7 +177,8 @@ impl New {
         reply_topic: &str,
     ) -> Result<Self, StartError> {
         let now = clock::now();
-        let (mut state, mut effects) = start(&definition, id, now);
+        let naming = Naming { orchestrator: reply_topic.to_owned(), nonce: Nonce::new() };
+        let (mut state, mut effects) = start(&definition, id, naming, now);
         let (mut locals, mut told) = (Vec::new(), Vec::new());
         let message = loop {
             let Effects { actions, told: more, .. } = effects;
@@ -213,7 +214,7 @@ impl New {
         NewSaga {
             definition: self.definition.name(),
             version: version_of(&self.definition),
-            fingerprint: self.definition.fingerprint(),
+            fingerprint: self.definition.fingerprint_in(self.state.format),
             business_key: &self.business_key,
             state: &self.state,
             input: &self.input,

@@ -1,13 +1,14 @@
 //! What is known of one saga, what can happen to it, and what follows.
 //!
-//! [`State`] is stored as JSON in the saga's row, so it is small, and a field that is added later needs a default. Its
+//! [`State`] is stored as JSON in the saga's row, so it is small, and a field that is added later needs a default (or, where
+//! older builds must not ignore it, a new [`FORMAT`]). Its
 //! invariant: at most one command is open, and [`Status`] carries it. Everything before the open step is settled, one
 //! way or the other. When the process dies, the state in the row is all there is, and it is enough.
 
 use crate::{
     command::Happened,
     envelope::Op,
-    id::{CommandId, SagaId},
+    id::{CommandId, Nonce, SagaId},
     reason::reason,
 };
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,14 @@ pub struct State {
     /// Which saga. Not in the JSON: it is the row's key.
     #[serde(skip, default = "nil")]
     pub saga: SagaId,
+    /// In what format it is stored, and what [`FORMAT`] is for; it keeps the one that it began with. Not written where it
+    /// is the first, which did not write it.
+    #[serde(default = "first", skip_serializing_if = "is_first")]
+    pub format: u16,
+    /// What its command ids are derived from; `None` in the first format. It never changes: the ids are derived again for
+    /// each resend and each reply, and are the keys that providers know.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub naming: Option<Naming>,
     /// How far each step has come that was begun, in the order of the definition.
     pub steps: Vec<StepState>,
     /// What is going on.
@@ -30,6 +39,34 @@ pub struct State {
     /// When the saga is undone by itself. `None` once the pivot's command is issued.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "super::moment::option")]
     pub deadline: Option<OffsetDateTime>,
+}
+
+/// The format that a saga begins with. A build reads this one and those before it. It counts what an older build would
+/// misunderstand; fields that it can ignore need no new one. It is a part of the fingerprint in the saga's row, so that
+/// builds that do not know it, also those from before there was a number, leave the row alone and say so.
+///
+/// 2: command ids are derived from [`Naming`].
+pub const FORMAT: u16 = 2;
+
+fn first() -> u16 {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_first(format: &u16) -> bool {
+    *format == first()
+}
+
+/// What names a saga's commands, beside its id and its definition. Of two definitions, of one service or of two, no
+/// commands have the same id, whatever their sagas and steps are called; and nobody can compute the ids from what is public.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Naming {
+    /// The engine's reply topic when the saga began. It names the orchestrator because no two can share it: each would get,
+    /// and ignore, the other's replies. (`ce_source` is the relay's name for its outbox, which an operator may change while
+    /// sagas are open.) Kept, so that the topic may be changed while they are.
+    pub orchestrator: String,
+    /// What makes the ids a secret.
+    pub nonce: Nonce,
 }
 
 fn nil() -> SagaId {

@@ -3,7 +3,11 @@
 //! Locks are taken in the order of the saga ids. Whoever holds a saga's row lock decides; the revision is checked all
 //! the same, because a lost update here would be a lost undo.
 
-use super::{due, log::Entry, state::State};
+use super::{
+    due,
+    log::Entry,
+    state::{FORMAT, State},
+};
 use crate::{
     clock,
     envelope::{Op, Outcome},
@@ -50,7 +54,7 @@ pub(super) struct Row {
 pub(super) struct NewSaga<'a> {
     pub(super) definition: &'a str,
     pub(super) version: i32,
-    pub(super) fingerprint: &'a str,
+    pub(super) fingerprint: String,
     pub(super) business_key: &'a str,
     pub(super) state: &'a State,
     pub(super) input: &'a Value,
@@ -106,7 +110,7 @@ pub(super) struct Undecided {
     pub(super) put_off: Duration,
 }
 
-/// The definitions that a replica knows, as columns.
+/// The definitions that a replica knows, in each format that it can read, as columns.
 #[derive(Debug, Default)]
 pub(super) struct Known {
     pub(super) definitions: Vec<String>,
@@ -156,7 +160,7 @@ pub(super) async fn insert(
         .bind(sagas.iter().map(|s| s.state.saga.0).collect::<Vec<Uuid>>())
         .bind(column(|s| s.definition.into()))
         .bind(sagas.iter().map(|s| s.version).collect::<Vec<i32>>())
-        .bind(column(|s| s.fingerprint.into()))
+        .bind(column(|s| s.fingerprint.clone()))
         .bind(column(|s| s.business_key.into()))
         .bind(column(|s| s.state.status.as_str().into()))
         .bind(sagas.iter().map(|s| Json(s.state)).collect::<Vec<_>>())
@@ -212,10 +216,7 @@ impl Locked {
         })
     }
 
-    /// The rest of it.
-    ///
-    /// # Errors
-    /// When this build cannot read the state or the input.
+    /// The rest of it, if this build can read it.
     pub(super) fn read(&self) -> sqlx::Result<Row> {
         let Json(input): Json<Value> = self.row.try_get("input")?;
         Ok(Row {
@@ -230,12 +231,13 @@ impl Locked {
     }
 }
 
-/// The state in a row of `saga`.
-///
-/// # Errors
-/// When this build cannot read it.
+/// The state in a row of `saga`, if this build can read it.
 pub(super) fn state(row: &PgRow) -> sqlx::Result<State> {
     let Json(mut state): Json<State> = row.try_get("state")?;
+    // The fingerprint says so too, and brought the row here: one of the two was tampered with.
+    if state.format > FORMAT || (state.format > 1) != state.naming.is_some() {
+        return Err(sqlx::Error::Decode(format!("its state is of format {}", state.format).into()));
+    }
     state.saga = SagaId(row.try_get("saga_id")?);
     Ok(state)
 }

@@ -2,6 +2,7 @@
 //! and its timeline. Pure; payloads (input, replies, rejections) are left out unless they are asked for.
 
 use super::{
+    decide::command_id,
     definition::{Definition, Role, StepKind},
     log::{Entry, What},
     state::{Failure, Open, State, Status, StepState, StuckWhy, Told, Wait},
@@ -184,8 +185,8 @@ pub(super) struct Found {
 
 /// What is shown of a saga.
 pub(super) fn view(found: Found, definition: Option<&Definition>, payloads: Payloads) -> SagaView {
-    let names = Names { saga: found.summary.id, definition };
     let Found { summary, state, input, log, undecided } = found;
+    let names = Names { definition, state: state.as_ref() };
     let shown = |value: &Value| (payloads == Payloads::Shown).then(|| value.clone());
     let read = definition.zip(state.as_ref());
     SagaView {
@@ -207,8 +208,8 @@ pub(super) fn view(found: Found, definition: Option<&Definition>, payloads: Payl
 
 /// Names of steps and commands, as far as this replica knows them.
 pub(super) struct Names<'d> {
-    pub(super) saga: SagaId,
     pub(super) definition: Option<&'d Definition>,
+    pub(super) state: Option<&'d State>,
 }
 
 impl Names<'_> {
@@ -217,14 +218,19 @@ impl Names<'_> {
         known.map_or_else(|| format!("step {step}"), |step| step.name.clone())
     }
 
-    pub(super) fn open_step(&self, state: &State) -> Option<String> {
-        Some(self.step(state.open()?.step))
+    pub(super) fn open_step(&self) -> Option<String> {
+        Some(self.step(self.state?.open()?.step))
     }
 
-    fn command(&self, step: &str, op: Op) -> Option<&'static str> {
-        let step = self.definition?.steps().iter().find(|known| known.name == step)?;
-        match &step.kind {
-            StepKind::Remote(remote) => remote.call(op).map(|call| call.kind),
+    /// The type of a step's command, and its id.
+    fn command(&self, step: &str, op: Op) -> Option<(&'static str, Option<CommandId>)> {
+        let definition = self.definition?;
+        let index = definition.steps().iter().position(|known| known.name == step)?;
+        match &definition.steps()[index].kind {
+            StepKind::Remote(remote) => {
+                let id = self.state.map(|state| command_id(definition, state, index, op));
+                remote.call(op).map(|call| (call.kind, id))
+            }
             StepKind::Local { .. } => None,
         }
     }
@@ -369,7 +375,7 @@ fn lines(names: &Names<'_>, revision: i32, at: OffsetDateTime, entry: Result<Ent
     };
     let of = |what, step: String, op: Op| {
         let command = names.command(&step, op);
-        let command_id = command.map(|_| CommandId::derive(names.saga, &step, op, 0));
+        let (command, command_id) = (command.map(|(kind, _)| kind), command.and_then(|(_, id)| id));
         Line { command, command_id, op: Some(op.as_str()), step: Some(step), ..plain(what) }
     };
     let answered = |line: Line, attempt, outcome: Outcome| Line {

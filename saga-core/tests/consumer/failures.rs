@@ -395,6 +395,7 @@ async fn what_is_parked_and_what_is_dead_lettered_say_their_ids_where_there_are_
         attempt: 1,
         undoes: None,
         happened: None,
+        orchestrator: None,
         reply_to: Some("replies".into()),
         outcome: None,
     });

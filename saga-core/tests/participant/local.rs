@@ -150,6 +150,10 @@ async fn what_can_never_be_handled_is_poison() {
     let bad = [
         spoil(&|m| m.payload = Some(b"{".to_vec())),
         spoil(&|m| m.payload = None),
+        spoil(&|m| {
+            let deep = format!("{}1{}", "[".repeat(101), "]".repeat(101));
+            m.payload = Some(format!(r#"{{"say":[],"more":{deep}}}"#).into_bytes());
+        }),
         spoil(&|m| m.envelope.saga = None),
         spoil(&|m| m.envelope.saga.as_mut().unwrap().op = Op::Undo),
         spoil(&|m| m.envelope.saga.as_mut().unwrap().reply_to = None),

@@ -3,4 +3,5 @@
 mod external;
 mod local;
 mod lost;
+mod namespaces;
 mod support;

@@ -378,6 +378,7 @@ pub(crate) fn message<C: Command>(saga: SagaId, op: Op, command: &C) -> Message 
         attempt: 1,
         undoes: None,
         happened: None,
+        orchestrator: None,
         reply_to: Some("replies".into()),
         outcome: None,
     };

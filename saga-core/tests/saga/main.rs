@@ -5,6 +5,7 @@ mod effects;
 mod forward;
 mod ids;
 mod inspection;
+mod naming;
 mod outage;
 mod running;
 mod starts;

@@ -344,6 +344,7 @@ pub(crate) fn reply(sent: &Sent, outcome: Outcome, payload: &Value) -> Message {
         attempt: sent.attempt,
         undoes: None,
         happened: None,
+        orchestrator: None,
         reply_to: None,
         outcome: Some(outcome),
     };

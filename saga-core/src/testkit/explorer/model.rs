@@ -8,11 +8,11 @@ use super::{
 use crate::{
     command::Happened,
     envelope::Op,
-    id::{CommandId, SagaId},
+    id::{Nonce, SagaId},
     saga::{
-        decide::start,
+        decide::{command_id, start},
         definition::{Definition, Remote, Role, StepKind},
-        state::{Action, Answer, Effects, Event, Open, Reply, State, Status, StuckWhy},
+        state::{Action, Answer, Effects, Event, Naming, Open, Reply, State, Status, StuckWhy},
     },
 };
 use serde_json::Value;
@@ -129,7 +129,7 @@ impl<'d> Model<'d> {
 
     /// The worlds in which a saga can begin: each of its first local effects works (or there is no saga).
     pub fn begin(&self) -> Result<World, Violation> {
-        let (state, effects) = start(self.definition, saga(), morning());
+        let (state, effects) = start(self.definition, saga(), naming(), morning());
         let breaks = self.limits.breaks;
         let (state, fences) = (self.intern(state), [Fence::Absent; STEPS]);
         let world = World { state, messages: 0, fences, breaks, late: false, lost: 0, known: 0 };
@@ -239,7 +239,7 @@ impl<'d> Model<'d> {
                 after.late = true;
                 return self.checked(after);
             }
-            Move::Reply(step, op, note, local) => (self.reply(step, op, note), local),
+            Move::Reply(step, op, note, local) => (self.reply(world, step, op, note), local),
             Move::Due(local) => (Event::Due, local),
             Move::Cancel(local) => (Event::Cancel { reason: String::new() }, local),
             Move::Retry(local) => (Event::Retry, local),
@@ -280,14 +280,14 @@ impl<'d> Model<'d> {
         world.messages |= bit(step, Op::Do, note);
     }
 
-    fn reply(&self, step: usize, op: Op, note: Note) -> Event {
+    fn reply(&self, world: &World, step: usize, op: Op, note: Note) -> Event {
         // A final answer counts whatever its attempt, so all of them are the first's.
         let (attempt, answer) = match note {
             Note::Rejected => (1, Answer::Rejected(Value::Null)),
             Note::Failed(attempt) => (attempt, Answer::Failed(String::new())),
             Note::Succeeded | Note::Command(_) => (1, Answer::Succeeded(Value::Null)),
         };
-        let command = CommandId::derive(saga(), &self.definition.steps()[step].name, op, 0);
+        let command = command_id(self.definition, &self.state(world), step, op);
         Event::Reply(Reply { command, attempt, answer })
     }
 
@@ -397,6 +397,10 @@ fn without_words(mut why: StuckWhy) -> StuckWhy {
         | StuckWhy::Broken { error } => error.clear(),
     }
     why
+}
+
+fn naming() -> Naming {
+    Naming { orchestrator: "explorer".into(), nonce: Nonce(uuid::Uuid::nil()) }
 }
 
 fn saga() -> SagaId {
