@@ -1,19 +1,18 @@
 //! Records progress: the batch log, and in the same transaction whatever became of rows that were not published.
 //!
-//! One task, in order. Everything that is complete when the last commit returned goes into the next one, so the disk's
+//! One task for all streams of an outbox, each stream's progress in its order. Everything that is complete when the last commit returned goes into the next one, so the disk's
 //! pace never holds the producer up. No row written means that the lease is somebody else's: the session ends, loudly.
 
 use crate::{
     batch_log::{self, Entry},
     database::Database,
     parking::{self, Park},
-    pause::{self, LeftBehind},
+    pause::{self, CaughtUp, LeftBehind},
     position::Position,
-    reader::CaughtUp,
 };
 use sqlx::PgConnection;
 use std::{sync::Arc, time::Duration};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc, oneshot};
 use uuid::Uuid;
 
 /// Entries that one commit records at most.
@@ -33,10 +32,14 @@ pub(crate) enum Progress {
     Rows(Stretch),
     /// A topic is left behind from here on.
     LeftBehind(LeftBehind),
+    /// A topic that is set apart has no row up to here that is not dealt with.
+    Advanced(Arc<str>, Position),
     /// A topic has caught up with the others.
     CaughtUp(CaughtUp),
     /// Something passed that leaves no trace here.
     Nothing,
+    /// Tell when everything before this is recorded.
+    Flush(oneshot::Sender<()>),
 }
 
 /// Rows that are dealt with: published, parked, or left behind with their topic.
@@ -66,6 +69,8 @@ pub(crate) struct Recorder {
     pub(crate) system_identifier: i64,
     /// The last entry of the log.
     pub(crate) n: i64,
+    /// Something waits for what is recorded next.
+    pub(crate) hurry: Arc<Notify>,
 }
 
 impl Recorder {
@@ -81,8 +86,16 @@ impl Recorder {
                 database.within(self.record(&mut db, now)).await?;
                 rest = later;
             }
-            batch.clear();
-            tokio::time::sleep(GATHER).await;
+            for done in batch.drain(..) {
+                if let Progress::Flush(recorded) = done {
+                    // What waits for it may have ended.
+                    recorded.send(()).ok();
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(GATHER) => {}
+                () = self.hurry.notified() => {}
+            }
         }
         db.give_back();
         Ok(())
@@ -100,8 +113,8 @@ impl Recorder {
             Progress::Rows(stretch) => {
                 stretch.lane.is_none() && stretch.parked.is_empty() && stretch.left_behind.is_empty()
             }
-            Progress::CaughtUp(_) | Progress::LeftBehind(_) => false,
-            Progress::Nothing => true,
+            Progress::Advanced(..) | Progress::CaughtUp(_) | Progress::LeftBehind(_) => false,
+            Progress::Flush(_) | Progress::Nothing => true,
         };
         if batch.iter().all(plain) {
             return self.append(db, &entries).await;
@@ -139,9 +152,10 @@ impl Recorder {
                     pause::advance_in(tx, &self.outbox, topic, &at).await?;
                 }
             }
+            Progress::Advanced(topic, at) => pause::advance_in(tx, &self.outbox, topic, at).await?,
             Progress::LeftBehind(left) => pause::leave_in(tx, &self.outbox, left).await?,
             Progress::CaughtUp(caught_up) => pause::end_in(tx, &self.outbox, caught_up).await?,
-            Progress::Nothing => {}
+            Progress::Flush(_) | Progress::Nothing => {}
         }
         Ok(())
     }

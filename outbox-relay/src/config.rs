@@ -1,6 +1,8 @@
 //! Flags and environment of the binary. Every mistake is told at once.
 
-use crate::settings::{COMPRESSION, LEASE, OutboxSettings, READING, RESOLVED_KEPT, Settings};
+use crate::settings::{
+    COMPRESSION, LEASE, OutboxSettings, READING, RESOLVED_KEPT, SET_APART_FOR, STUCK_AFTER, Settings,
+};
 use clap::{Args, Parser, Subcommand};
 use saga_core::service::{
     AdminArgs, ConfigErrors, Identity, KafkaArgs, TelemetryArgs, config::AdminSettings, telemetry::TelemetrySettings,
@@ -82,6 +84,12 @@ pub struct RelayArgs {
     /// How long a stand-by waits for an owner that was killed or is stuck [default: 10]
     #[arg(long, env = "LEASE_SECONDS", value_name = "SECONDS", global = true)]
     pub lease_seconds: Option<String>,
+    /// How long rows may wait for a partition without a leader before their topic is set apart and others go on [default: 5]
+    #[arg(long, env = "STUCK_AFTER_SECONDS", value_name = "SECONDS", global = true)]
+    pub stuck_after_seconds: Option<String>,
+    /// How long a topic whose rows Kafka refuses stays set apart after the last refusal [default: 60]
+    #[arg(long, env = "SET_APART_SECONDS", value_name = "SECONDS", global = true)]
+    pub set_apart_seconds: Option<String>,
     /// Compression of what is sent: `none`, `lz4`, `zstd`, `gzip` or `snappy` [default: lz4]
     #[arg(long, env = "COMPRESSION", value_name = "TYPE", global = true)]
     pub compression: Option<String>,
@@ -114,13 +122,11 @@ impl RelayArgs {
         let outboxes = read_outboxes(self.outboxes.as_deref().unwrap_or_default(), &mut errors);
         // Of what else there is for Kafka, a relay needs nothing: it makes no topics and consumes none.
         let kafka = KafkaArgs { kafka_brokers: self.kafka_brokers.clone(), ..KafkaArgs::default() }.read(&mut errors);
-        let lease = match self.lease_seconds.as_deref().map(str::trim).filter(|text| !text.is_empty()) {
-            None => Some(LEASE),
-            Some(text) => match text.parse() {
-                Ok(seconds) if seconds >= LEAST_LEASE_SECONDS => Some(Duration::from_secs(seconds)),
-                _ => errors.add("LEASE_SECONDS", format!("is {text:?}"), "set it to a whole number of at least 2"),
-            },
-        };
+        let lease = seconds("LEASE_SECONDS", self.lease_seconds.as_deref(), (LEAST_LEASE_SECONDS, LEASE), &mut errors);
+        let stuck = self.stuck_after_seconds.as_deref();
+        let stuck_after = seconds("STUCK_AFTER_SECONDS", stuck, (1, STUCK_AFTER), &mut errors);
+        let set_apart = self.set_apart_seconds.as_deref();
+        let set_apart_for = seconds("SET_APART_SECONDS", set_apart, (0, SET_APART_FOR), &mut errors);
         let compression = match self.compression.as_deref().map(str::trim).filter(|text| !text.is_empty()) {
             None => Some(COMPRESSION.to_owned()),
             Some(kind @ ("none" | "lz4" | "zstd" | "gzip" | "snappy")) => Some(kind.to_owned()),
@@ -139,6 +145,8 @@ impl RelayArgs {
                 lease: lease?,
                 reading: READING,
                 resolved_kept: RESOLVED_KEPT,
+                stuck_after: stuck_after?,
+                set_apart_for: set_apart_for?,
                 compression: compression?,
             };
             Some(Configuration { relay, admin: admin?, telemetry: telemetry? })
@@ -152,6 +160,22 @@ impl RelayArgs {
         let outboxes = read_outboxes(self.outboxes.as_deref().unwrap_or_default(), &mut errors);
         let telemetry = self.telemetry.read(&mut errors);
         errors.finish(outboxes.zip(telemetry))
+    }
+}
+
+/// A whole number of seconds, of at least `least`.
+fn seconds(
+    variable: &'static str,
+    text: Option<&str>,
+    (least, default): (u64, Duration),
+    errors: &mut ConfigErrors,
+) -> Option<Duration> {
+    match text.map(str::trim).filter(|text| !text.is_empty()) {
+        None => Some(default),
+        Some(text) => match text.parse() {
+            Ok(seconds) if seconds >= least => Some(Duration::from_secs(seconds)),
+            _ => errors.add(variable, format!("is {text:?}"), format!("set it to a whole number of at least {least}")),
+        },
     }
 }
 

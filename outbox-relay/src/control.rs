@@ -3,11 +3,13 @@
 
 use crate::{
     database::Database,
+    metric,
     parking::{self, Line},
     pause::{self, Cause, Paused, WHOLE},
     position::ReadError,
     topics::{TopicState, Topics},
 };
+use rdkafka::error::KafkaError;
 use sqlx::PgConnection;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use time::OffsetDateTime;
@@ -23,7 +25,8 @@ const LOOK: Duration = Duration::from_millis(250);
 const ASK_MISSING: Duration = Duration::from_secs(1);
 /// … and about one that is there but may not be written to: each try costs a producer.
 const ASK_FORBIDDEN: Duration = Duration::from_secs(30);
-
+/// … and about one whose rows no broker takes.
+const ASK_LEADERLESS: Duration = Duration::from_secs(2);
 /// What is wanted.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Control {
@@ -74,6 +77,7 @@ impl Wanted {
 pub(crate) async fn run(db: Database, topics: Topics, wanted: Arc<Wanted>) -> Result<(), ReadError> {
     let outbox = &wanted.outbox;
     let mut asked: HashMap<String, Instant> = HashMap::new();
+    let mut set_apart = metric::SetApart::default();
     loop {
         let now = Instant::from_std(saga_core::clock::monotonic());
         let control = match db.ask(async |db| wanted.refresh(db).await).await {
@@ -86,9 +90,11 @@ pub(crate) async fn run(db: Database, topics: Topics, wanted: Arc<Wanted>) -> Re
             Err(error) => return Err(error),
         };
         asked.retain(|topic, _| control.paused.contains_key(topic));
+        set_apart.show(outbox, &control);
         for paused in control.paused.values().filter(|paused| !paused.resuming) {
             let every = match paused.cause {
-                Cause::Operator => continue,
+                Cause::Operator | Cause::Refusing => continue,
+                Cause::Leaderless => ASK_LEADERLESS,
                 Cause::Missing => ASK_MISSING,
                 Cause::Forbidden => ASK_FORBIDDEN,
             };
@@ -98,12 +104,12 @@ pub(crate) async fn run(db: Database, topics: Topics, wanted: Arc<Wanted>) -> Re
                 continue;
             }
             asked.insert(paused.topic.clone(), now);
-            match topics.look(&paused.topic).await {
-                Ok(TopicState::Ready { .. }) => {
+            match look_again(&topics, paused).await {
+                Ok(true) => {
                     info!(
                         outbox,
                         topic = paused.topic,
-                        "the topic is there; its rows are published from where they were left"
+                        "the topic can be written to; its rows are published from where they were left"
                     );
                     match db.ask(async |db| pause::resume(db, outbox, &paused.topic).await).await {
                         // It is asked about again.
@@ -111,12 +117,18 @@ pub(crate) async fn run(db: Database, topics: Topics, wanted: Arc<Wanted>) -> Re
                         Err(error) => return Err(error.into()),
                     }
                 }
-                Ok(_) => {}
+                Ok(false) => {}
                 Err(error) => debug!(outbox, topic = paused.topic, %error, "asking about a paused topic"),
             }
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Whether the brokers say now that the topic can be written to.
+async fn look_again(topics: &Topics, paused: &Paused) -> Result<bool, KafkaError> {
+    let ready = matches!(topics.look(&paused.topic).await?, TopicState::Ready { .. });
+    Ok(ready && (paused.cause != Cause::Leaderless || !topics.lacks_leader(&paused.topic).await?))
 }
 
 #[cfg(test)]

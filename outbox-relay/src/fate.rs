@@ -25,17 +25,17 @@ pub(crate) enum Fate {
 impl Session {
     pub(crate) async fn fate(&mut self, page: &Page, row: &Row, before: i64) -> Result<Fate, Ended> {
         let topic = row.topic();
-        if page.lane.is_none() && self.paused.contains(topic) {
+        if page.lane.is_none() && self.paused.contains(topic) && !self.is_back(topic).await? {
             return Ok(Fate::Pass);
         }
-        if !self.memory.acknowledged.is_empty() && self.memory.acknowledged.remove(&row.id()) {
+        if self.shared.was_acknowledged(topic, row.id()) {
             return Ok(Fate::Pass);
         }
         if let Some(by) = self.blocked.behind(topic, row.key(), row.id()) {
             let reason = format!("row {by} of the same topic and key is parked");
             return Ok(Fate::Park(Park { id: row.id(), reason, blocked_by: Some(by) }));
         }
-        let limit = match self.limits.get(topic) {
+        let limit = match self.memory.limits.get(topic) {
             Some(&limit) => limit,
             None if !is_legal_name(topic) => {
                 return Ok(self.park(row, format!("{topic:?} is not a legal topic name")));
@@ -45,7 +45,7 @@ impl Session {
                 Err((cause, reason)) => return self.leave(page, row, before, cause, reason).await,
             },
         };
-        if let Some((_, code)) = self.memory.verdict.take_if(|(id, _)| *id == row.id()) {
+        if let Some(code) = self.memory.verdicts.remove(&row.id()) {
             match Refusal::of(code) {
                 Refusal::Row => return Ok(self.park(row, format!("Kafka refused it: {code}"))),
                 Refusal::Topic(cause) => {
@@ -109,11 +109,17 @@ impl Session {
     ) -> Result<Fate, Ended> {
         let topic = row.topic().to_owned();
         if page.lane.is_some() {
-            self.db.ask(async |db| pause::stall(db, &self.outbox, &topic, cause, &reason).await).await?;
-            return Err(Ended::Stalled(topic));
+            return Err(self.stall(topic, cause, reason).await?);
         }
         let position = Position { base: page.base.clone(), target: page.target.clone(), after: before };
         Ok(Fate::Leave(LeftBehind { topic, cause, reason, position }))
+    }
+
+    /// A topic that was catching up takes nothing now: it waits again.
+    pub(crate) async fn stall(&self, topic: String, cause: Cause, reason: String) -> Result<Ended, Ended> {
+        warn!(outbox = self.outbox, topic, reason, "the topic cannot catch up yet; the others go on");
+        self.db.ask(async |db| pause::stall(db, &self.outbox, &topic, cause, &reason).await).await?;
+        Ok(Ended::Stalled(topic))
     }
 
     /// Asks the brokers about a topic, for as long as it takes them to answer: its limit, or why it takes nothing.
@@ -127,12 +133,7 @@ impl Session {
             };
             match asked {
                 Ok(TopicState::Ready { max_message_bytes }) => {
-                    self.limits.insert(topic.to_owned(), max_message_bytes);
-                    // A batch of one byte is a batch of one record: there is none that is smaller.
-                    if max_message_bytes < self.publisher.batch_bytes && self.publisher.batch_bytes > 1 {
-                        self.settle().await?;
-                        return Err(Ended::SmallerBatches(max_message_bytes));
-                    }
+                    self.memory.limits.insert(topic.to_owned(), max_message_bytes);
                     return Ok(Ok(max_message_bytes));
                 }
                 Ok(TopicState::Missing(reason)) => return Ok(Err((Cause::Missing, reason))),

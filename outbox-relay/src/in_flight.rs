@@ -8,16 +8,18 @@ use crate::{
     commit::{Progress, Stretch},
     parking::Park,
     pause::LeftBehind,
-    position::Page,
+    position::{Page, Position},
     snapshot::Snapshot,
 };
 use rdkafka::types::RDKafkaErrorCode;
+use saga_core::clock;
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 use time::OffsetDateTime;
 use tokio::sync::Notify;
@@ -63,7 +65,24 @@ struct Queue {
     flights: VecDeque<Flight>,
     rows: usize,
     bytes: usize,
-    failure: Option<(Ticket, RDKafkaErrorCode)>,
+    refused: Vec<(Ticket, RDKafkaErrorCode)>,
+}
+
+/// A row that Kafka refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Refused {
+    pub(crate) id: i64,
+    pub(crate) topic: String,
+    pub(crate) code: RDKafkaErrorCode,
+}
+
+/// Rows that the producer has had for too long.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Stuck {
+    /// The topics of these rows.
+    pub(crate) topics: BTreeSet<String>,
+    /// Rows of other topics were sent later, and Kafka has acknowledged them.
+    pub(crate) others_flow: bool,
 }
 
 impl Queue {
@@ -107,6 +126,9 @@ pub(crate) struct Flight {
     rows: Vec<Sent>,
     topics: Vec<String>,
     open: usize,
+    /// How many of its rows the sender has gone through, and when it had gone through the last of these.
+    given: usize,
+    given_at: Instant,
     /// The sender has no row of it in hand any more.
     sealed: bool,
     bytes: usize,
@@ -115,7 +137,7 @@ pub(crate) struct Flight {
 
 enum What {
     /// Rows of the outbox, and where they stand.
-    Page { lane: Option<Arc<str>>, base: Snapshot, target: Snapshot },
+    Page { lane: Option<Arc<str>>, base: Snapshot, target: Snapshot, to: i64 },
     /// Something that is true as soon as all before it is.
     Mark(Progress),
 }
@@ -132,12 +154,10 @@ pub(crate) struct Decided {
 /// What a queue leaves behind that is given up.
 #[derive(Default)]
 pub(crate) struct GivenUp {
-    /// What may still be recorded: the first page's acknowledged beginning.
-    pub(crate) beginning: Option<Progress>,
-    /// Rows behind that which were acknowledged all the same.
-    pub(crate) beyond: HashSet<i64>,
-    /// How many rows were in flight.
-    pub(crate) rows: usize,
+    /// What may still be recorded, the first page's acknowledged beginning, and the position behind it.
+    pub(crate) beginning: Option<(Progress, Option<Position>)>,
+    /// Rows behind that which were acknowledged all the same, by topic.
+    pub(crate) beyond: HashMap<String, HashSet<i64>>,
 }
 
 impl InFlight {
@@ -205,6 +225,53 @@ impl InFlight {
         self.sent.fetch_sub(1, Ordering::SeqCst);
     }
 
+    /// The producer gave the row up because it was asked to.
+    pub(crate) fn purged(&self) {
+        self.sent.fetch_sub(1, Ordering::SeqCst);
+        self.changed.notify_one();
+    }
+
+    /// The sender has gone through the first `rows` rows of a flight.
+    pub(crate) fn given(&self, number: usize, rows: usize) {
+        if let Some(flight) = self.queue().flight(number) {
+            (flight.given, flight.given_at) = (rows, clock::monotonic());
+        }
+    }
+
+    /// Which rows the producer has had for longer than `patience`.
+    pub(crate) fn stuck(&self, patience: Duration) -> Stuck {
+        let queue = self.queue();
+        let mut stuck = Stuck::default();
+        let mut since = None;
+        for flight in &queue.flights {
+            if flight.given_at.elapsed() < patience {
+                continue;
+            }
+            for row in flight.rows[..flight.given].iter().filter(|row| row.state == State::Open) {
+                since.get_or_insert(flight.given_at);
+                if !stuck.topics.contains(&flight.topics[row.topic]) {
+                    stuck.topics.insert(flight.topics[row.topic].clone());
+                }
+            }
+        }
+        let Some(since) = since else { return stuck };
+        stuck.others_flow = queue.flights.iter().filter(|flight| flight.given_at >= since).any(|flight| {
+            let acknowledged = flight.rows.iter().filter(|row| row.state == State::Acknowledged);
+            acknowledged.into_iter().any(|row| !stuck.topics.contains(&flight.topics[row.topic]))
+        });
+        stuck
+    }
+
+    /// How many rows of other topics than these the producer has.
+    pub(crate) fn sent_besides(&self, topics: &BTreeSet<String>) -> usize {
+        let queue = self.queue();
+        let of = |flight: &Flight| {
+            let open = flight.rows[..flight.given].iter().filter(|row| row.state == State::Open);
+            open.filter(|row| !topics.contains(&flight.topics[row.topic])).count()
+        };
+        queue.flights.iter().map(of).sum()
+    }
+
     /// How many rows the producer has.
     pub(crate) fn sent(&self) -> usize {
         self.sent.load(Ordering::SeqCst)
@@ -226,21 +293,40 @@ impl InFlight {
         }
     }
 
-    /// Kafka refused the row. The earliest of several is kept: with the gap-free guarantee it is the culprit's batch.
+    /// Kafka refused the row, in a report.
     pub(crate) fn failed(&self, ticket: Ticket, code: RDKafkaErrorCode) {
-        let mut queue = self.queue();
-        if queue.failure.is_none_or(|(earliest, _)| ticket < earliest) {
-            queue.failure = Some((ticket, code));
-        }
-        drop(queue);
+        self.refused_at_once(ticket, code);
         self.sent.fetch_sub(1, Ordering::SeqCst);
         self.changed.notify_one();
     }
 
-    /// The refused row, and how it was refused. No row is named if its flight is gone.
+    /// The producer refused the row on the spot.
+    pub(crate) fn refused_at_once(&self, ticket: Ticket, code: RDKafkaErrorCode) {
+        self.queue().refused.push((ticket, code));
+    }
+
+    /// How many refusals there are.
+    pub(crate) fn refusals(&self) -> usize {
+        self.queue().refused.len()
+    }
+
+    /// The rows of the outbox that were refused, the earliest first.
+    pub(crate) fn refused(&self) -> Vec<Refused> {
+        let mut queue = self.queue();
+        let mut refused = queue.refused.clone();
+        refused.sort_unstable_by_key(|(ticket, _)| *ticket);
+        let of = |(ticket, code): (Ticket, RDKafkaErrorCode)| {
+            let flight = queue.flight(ticket.flight()).filter(|flight| flight.is_page())?;
+            let row = &flight.rows[ticket.row()];
+            Some(Refused { id: row.id, topic: flight.topics[row.topic].clone(), code })
+        };
+        refused.into_iter().filter_map(of).collect()
+    }
+
+    /// The first row that was refused, and how. No row is named if its flight is gone.
     pub(crate) fn failure(&self) -> Option<(Option<i64>, RDKafkaErrorCode)> {
         let mut queue = self.queue();
-        let (ticket, code) = queue.failure?;
+        let (ticket, code) = *queue.refused.iter().min_by_key(|(ticket, _)| *ticket)?;
         Some((queue.flight(ticket.flight()).map(|flight| flight.rows[ticket.row()].id), code))
     }
 
@@ -252,16 +338,19 @@ impl InFlight {
     /// Gives up all that is in flight. Reports that come later change nothing.
     pub(crate) fn give_up(&self) -> GivenUp {
         let mut queue = self.queue();
-        let mut left = GivenUp { rows: queue.rows, ..GivenUp::default() };
+        let mut left = GivenUp::default();
         queue.first += queue.flights.len();
         (queue.rows, queue.bytes) = (0, 0);
         for (at, flight) in std::mem::take(&mut queue.flights).into_iter().enumerate() {
             let settled = flight.rows.iter().take_while(|row| row.state != State::Open).count();
             let prefix = if at == 0 { settled } else { 0 };
-            let beyond = flight.rows.iter().skip(prefix).filter(|row| row.state == State::Acknowledged);
-            left.beyond.extend(beyond.map(|row| row.id));
+            for row in flight.rows.iter().skip(prefix).filter(|row| row.state == State::Acknowledged) {
+                left.beyond.entry(flight.topics[row.topic].clone()).or_default().insert(row.id);
+            }
             if prefix > 0 {
-                left.beginning = Some(flight.cut(prefix).into_progress());
+                let beginning = flight.cut(prefix);
+                let position = beginning.position();
+                left.beginning = Some((beginning.into_progress(), position));
             }
         }
         left
@@ -271,7 +360,8 @@ impl InFlight {
 impl Flight {
     /// A page. It keeps of each row what a report needs.
     pub(crate) fn of(page: &Page) -> Self {
-        let what = What::Page { lane: page.lane.clone(), base: page.base.clone(), target: page.target.clone() };
+        let (lane, base, target) = (page.lane.clone(), page.base.clone(), page.target.clone());
+        let what = What::Page { lane, base, target, to: page.to };
         Self::new(what, page.rows.iter().map(|row| (row.id(), row.topic(), row.bytes())))
     }
 
@@ -300,12 +390,19 @@ impl Flight {
                 Sent { id, topic: of_topic(name), state: State::Open }
             })
             .collect();
-        Self { what, open: rows.len(), rows, topics, sealed: false, bytes, decided: Decided::default() }
+        let (open, given_at) = (rows.len(), clock::monotonic());
+        Self { what, rows, topics, open, given: 0, given_at, sealed: false, bytes, decided: Decided::default() }
     }
 
     /// It is one of the reader's pages.
     pub(crate) fn is_page(&self) -> bool {
         matches!(self.what, What::Page { .. })
+    }
+
+    /// The position behind it, if it is a page.
+    pub(crate) fn position(&self) -> Option<Position> {
+        let What::Page { base, target, to, .. } = &self.what else { return None };
+        Some(Position { base: base.clone(), target: target.clone(), after: *to })
     }
 
     /// When the first row was written that went to Kafka.
@@ -326,21 +423,28 @@ impl Flight {
     /// Only its first rows.
     fn cut(mut self, rows: usize) -> Self {
         self.rows.truncate(rows);
+        if let (What::Page { to, .. }, Some(last)) = (&mut self.what, self.rows.last()) {
+            *to = last.id;
+        }
         self.decided.parked.retain(|(index, _)| *index < rows);
         self.decided.left_behind.retain(|(index, _)| *index < rows);
         self
     }
 
     pub(crate) fn into_progress(self) -> Progress {
-        let (lane, base, target) = match self.what {
-            What::Page { lane, base, target } => (lane, base, target),
+        let (lane, base, target, to) = match self.what {
+            What::Page { lane, base, target, to } => (lane, base, target, to),
             What::Mark(progress) => return progress,
         };
-        let (Some(from), Some(to)) = (self.rows.first(), self.rows.last()) else { return Progress::Nothing };
+        let Some(from_id) = self.rows.first().map(|row| row.id) else {
+            // A stretch without rows moves a topic's position; the main stream's is moved by the next rows.
+            let Some(topic) = lane else { return Progress::Nothing };
+            return Progress::Advanced(topic, Position { base, target, after: to });
+        };
         let rows = i32::try_from(self.rows.len()).expect("a page has few rows");
         Progress::Rows(Stretch {
             lane,
-            entry: Entry { base, target, from_id: from.id, to_id: to.id, rows },
+            entry: Entry { base, target, from_id, to_id: to, rows },
             parked: self.decided.parked.into_iter().map(|(_, park)| park).collect(),
             left_behind: self.decided.left_behind.into_iter().map(|(_, left)| left).collect(),
         })
@@ -353,8 +457,10 @@ mod tests {
     use proptest::prelude::*;
 
     fn page(ids: impl IntoIterator<Item = i64>) -> Flight {
-        let what = What::Page { lane: None, base: Snapshot::initial(), target: Snapshot::initial() };
-        Flight::new(what, ids.into_iter().map(|id| (id, "orders.events", 1)))
+        let ids: Vec<i64> = ids.into_iter().collect();
+        let to = ids.last().copied().unwrap_or(0);
+        let what = What::Page { lane: None, base: Snapshot::initial(), target: Snapshot::initial(), to };
+        Flight::new(what, ids.into_iter().map(|id| (id, if id % 2 == 0 { "even" } else { "odd" }, 1)))
     }
 
     /// The ids of the pages that are complete, as they are recorded.
@@ -398,22 +504,39 @@ mod tests {
         }
         assert_eq!(in_flight.failure(), Some((Some(2), RDKafkaErrorCode::InvalidRecord)));
         let left = in_flight.give_up();
-        let Some(Progress::Rows(beginning)) = left.beginning else { panic!("the first row is recorded") };
-        assert_eq!((beginning.entry.from_id, beginning.entry.to_id), (1, 1));
-        assert_eq!((left.beyond, left.rows), (HashSet::from([5, 7]), 7));
+        let Some((Progress::Rows(beginning), Some(at))) = left.beginning else { panic!("the first row is recorded") };
+        assert_eq!((beginning.entry.from_id, beginning.entry.to_id, at.after), (1, 1, 1));
+        assert_eq!(left.beyond, HashMap::from([("odd".to_owned(), HashSet::from([5, 7]))]));
         in_flight.delivered(Ticket::new(first, 1));
         assert!(recorded(&in_flight).is_empty(), "a late report changes nothing");
     }
 
     #[test]
-    fn the_earliest_failure_is_kept() {
+    fn refused_rows_are_named_with_their_topics_the_earliest_first() {
         let in_flight = InFlight::default();
         let number = in_flight.open(page(0..9));
-        (0..3).for_each(|_| in_flight.sending());
         in_flight.failed(Ticket::new(number, 5), RDKafkaErrorCode::InvalidRecord);
-        in_flight.failed(Ticket::new(number, 3), RDKafkaErrorCode::MessageSizeTooLarge);
-        in_flight.failed(Ticket::new(number, 7), RDKafkaErrorCode::InvalidRecord);
-        assert_eq!(in_flight.failure(), Some((Some(3), RDKafkaErrorCode::MessageSizeTooLarge)));
+        in_flight.failed(Ticket::new(number, 4), RDKafkaErrorCode::MessageSizeTooLarge);
+        assert_eq!(in_flight.failure(), Some((Some(4), RDKafkaErrorCode::MessageSizeTooLarge)));
+        let named: Vec<(i64, String)> = in_flight.refused().into_iter().map(|row| (row.id, row.topic)).collect();
+        assert_eq!(named, [(4, "even".to_owned()), (5, "odd".to_owned())]);
+    }
+
+    #[test]
+    fn rows_are_stuck_by_topic_and_whether_others_flow_is_told_from_later_ones() {
+        let in_flight = InFlight::default();
+        let first = in_flight.open(page([1, 2, 3]));
+        in_flight.given(first, 2);
+        let stuck = |topics: &[&str], others_flow| Stuck {
+            topics: topics.iter().map(ToString::to_string).collect(),
+            others_flow,
+        };
+        assert_eq!(in_flight.stuck(Duration::MAX), Stuck::default(), "they have not been there for long");
+        assert_eq!(in_flight.stuck(Duration::ZERO), stuck(&["even", "odd"], false));
+        in_flight.delivered(Ticket::new(first, 1));
+        assert_eq!(in_flight.stuck(Duration::ZERO), stuck(&["odd"], true));
+        assert_eq!(in_flight.sent_besides(&BTreeSet::from(["even".to_owned()])), 1);
+        assert_eq!(in_flight.sent_besides(&BTreeSet::from(["odd".to_owned()])), 0);
     }
 
     /// Pages of some rows, and the order in which their rows are reported; `false` is a refusal.
@@ -465,13 +588,13 @@ mod tests {
                 prop_assert!((1..=prefix).all(|id| acknowledged.contains(&id)));
             }
             let left = in_flight.give_up();
-            if let Some(Progress::Rows(beginning)) = left.beginning {
+            if let Some((Progress::Rows(beginning), _)) = left.beginning {
                 prop_assert_eq!(beginning.entry.from_id, prefix + 1);
                 prefix = beginning.entry.to_id;
             }
             prop_assert!((1..=prefix).all(|id| acknowledged.contains(&id)));
             let beyond: HashSet<i64> = acknowledged.into_iter().filter(|id| *id > prefix).collect();
-            prop_assert_eq!(left.beyond, beyond);
+            prop_assert_eq!(left.beyond.into_values().flatten().collect::<HashSet<_>>(), beyond);
         }
     }
 }

@@ -5,14 +5,15 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`snapshot`], [`position`], `window` | which rows come next: the outbox between two snapshots, by id |
-//! | `reader`, `nudges` | reads ahead, page by page; topics that catch up after a pause beside the main flow |
-//! | `session` | decides what becomes of each row, keeps many in flight; one producer's life |
+//! | `reader`, `nudges` | reads ahead, page by page |
+//! | `stream`, `set_apart`, `handover` | the main stream; one for each topic that is set apart; how a topic comes back |
+//! | `session`, `sending` | one producer's life in a stream; a page's rows, many in flight |
 //! | `record`, `producer`, `in_flight` | a row as a record; the producer; what is on its way, and what Kafka acknowledged |
 //! | `commit`, `batch_log` | records progress under the lease |
 //! | `fate`, `refusal`, `parking`, `pause`, `retry`, `retrying` | rows and topics that Kafka refuses |
 //! | `anchor`, [`moved`] | whether the position holds in this database; what to run when it does not |
 //! | `lease`, `owner`, [`outbox`], `supervisor` | who publishes; one owner's time; one outbox in this process; its panics |
-//! | `control`, `pending`, `gauges`, `metric` | what operators want, and what they see |
+//! | `control`, `pending`, `gauges`, `metric`, `loops` | what operators want, and what they see |
 //! | `upkeep` | partitions made ahead, resolved rows deleted |
 //! | `database` | conversations with the outbox's database, each of them bounded |
 //! | [`settings`], [`config`] | what it needs to know |
@@ -28,8 +29,10 @@ mod control;
 mod database;
 mod fate;
 mod gauges;
+mod handover;
 mod in_flight;
 mod lease;
+mod loops;
 mod metric;
 pub mod moved;
 mod nudges;
@@ -46,9 +49,12 @@ mod refusal;
 mod retry;
 mod retrying;
 mod row;
+mod sending;
 mod session;
+mod set_apart;
 pub mod settings;
 pub mod snapshot;
+mod stream;
 mod supervisor;
 mod topics;
 mod upkeep;

@@ -1,6 +1,7 @@
 //! The relay's metrics. Never an id or a key as a label.
 
-use crate::{database::DatabaseClock, in_flight::Flight, pending::Pending};
+use crate::{control::Control, database::DatabaseClock, in_flight::Flight, pending::Pending};
+use std::collections::HashSet;
 
 /// Says what the metrics mean.
 pub(crate) fn describe() {
@@ -11,6 +12,10 @@ pub(crate) fn describe() {
     metrics::describe_gauge!("outbox_oldest_pending_age_seconds", "Age of the oldest row that is not published yet");
     metrics::describe_gauge!("outbox_parked", "Parked rows, which wait for an operator");
     metrics::describe_gauge!("outbox_paused_topics", "Topics that are paused or catching up");
+    metrics::describe_gauge!(
+        "outbox_topic_set_apart",
+        "1 while a topic is set apart, by topic and cause (operator, missing, forbidden, leaderless, refusing)"
+    );
     metrics::describe_gauge!("outbox_owner", "1 if this process publishes the outbox");
     metrics::describe_counter!("outbox_published_total", "Rows published, by topic");
     metrics::describe_counter!("outbox_parked_total", "Rows parked, by topic");
@@ -36,6 +41,21 @@ pub(crate) fn published(outbox: &str, flight: &Flight, clock: &DatabaseClock) {
 /// A row is parked.
 pub(crate) fn parked(outbox: &str, topic: &str) {
     metrics::counter!("outbox_parked_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned()).increment(1);
+}
+
+/// Which topics are set apart, as the owner last saw it.
+#[derive(Default)]
+pub(crate) struct SetApart(HashSet<(String, &'static str)>);
+
+impl SetApart {
+    pub(crate) fn show(&mut self, outbox: &str, control: &Control) {
+        let now: HashSet<_> =
+            control.paused.values().map(|paused| (paused.topic.clone(), paused.cause.as_str())).collect();
+        let gauge = |(topic, cause): &(String, &'static str)| metrics::gauge!("outbox_topic_set_apart", "outbox" => outbox.to_owned(), "topic" => topic.clone(), "cause" => *cause);
+        self.0.difference(&now).for_each(|gone| gauge(gone).set(0.0));
+        now.difference(&self.0).for_each(|new| gauge(new).set(1.0));
+        self.0 = now;
+    }
 }
 
 /// Whether this process publishes.

@@ -4,6 +4,7 @@ use crate::{
     database::Database,
     gauges,
     lease::{Lease, LeaseError, Leases},
+    loops::Loops,
     metric,
     owner::{self, OwnerError},
     producer::Brokers,
@@ -20,10 +21,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-/// Recorder, control, session, retry, and one to spare.
-const CONNECTIONS: u32 = 5;
-/// Reader, and what counts.
-const READING_CONNECTIONS: u32 = 2;
+/// Recorder, control, session, retry, and a few for the topics that are set apart.
+const CONNECTIONS: u32 = 7;
+/// Reader, what counts, and two for the topics that are set apart.
+const READING_CONNECTIONS: u32 = 4;
 /// A check on the overflow reads all of it, however large it is; it is in nobody's way.
 const UPKEEP: Duration = Duration::from_secs(3_600);
 /// For the admin endpoints. They have their own, so that requests that wait keep nothing from being published.
@@ -68,6 +69,8 @@ pub struct Outbox {
     pub(crate) compression: String,
     pub(crate) from_now: bool,
     pub(crate) publish_again: bool,
+    pub(crate) stuck_after: Duration,
+    pub(crate) set_apart_for: Duration,
     pub(crate) status: Status,
 }
 
@@ -89,6 +92,8 @@ pub enum Role {
 pub(crate) struct Status {
     now: Mutex<(Role, Option<String>)>,
     pub(crate) brokers: Arc<Brokers>,
+    /// What gets no further while this process publishes.
+    pub(crate) loops: Arc<Loops>,
 }
 
 impl Status {
@@ -99,7 +104,8 @@ impl Status {
     pub(crate) fn get(&self) -> (Role, Option<String>) {
         let (role, problem) = self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let away = self.brokers.are_away().then(|| String::from("Kafka is not there"));
-        (role, problem.or_else(|| away.filter(|_| role == Role::Owner)))
+        let stalled = || away.or_else(|| self.loops.problem()).filter(|_| role == Role::Owner);
+        (role, problem.or_else(stalled))
     }
 
     pub(crate) fn problem(&self, problem: &str) {
@@ -125,6 +131,7 @@ impl Outbox {
             // An owner that is stopped inside a transaction holds the lease's row: no longer than the lease.
             ("idle_in_transaction_session_timeout", &idle),
         ]);
+        let place = format!("outbox {} in database {}", outbox.name, options.get_database().unwrap_or_default());
         Ok(Self {
             name: outbox.name.clone(),
             db: Database::new(options.clone(), CONNECTIONS, settings.lease),
@@ -144,7 +151,13 @@ impl Outbox {
             compression: settings.compression.clone(),
             from_now: settings.from_now,
             publish_again: settings.publish_again,
-            status: Status { now: Mutex::new((Role::Starting, None)), brokers: Arc::default() },
+            stuck_after: settings.stuck_after,
+            set_apart_for: settings.set_apart_for,
+            status: Status {
+                now: Mutex::new((Role::Starting, None)),
+                brokers: Arc::default(),
+                loops: Arc::new(Loops::new(place)),
+            },
         })
     }
 

@@ -1,38 +1,39 @@
-//! An owner's time: from taking the lease to losing it, one session after another.
+//! An owner's time, from taking the lease to losing it: the streams, and what they share.
 //!
 //! When the process dies, the lease runs out, and whoever takes it next starts from the batch log.
 
 use crate::{
     anchor::{AnchorError, anchor},
     batch_log,
-    commit::{CommitError, Recorder},
+    commit::{CommitError, Progress, Recorder},
     control::{self, Control, Wanted},
+    handover::Asks,
     lease::{Lease, LeaseError},
+    nudges::Nudges,
     outbox::Outbox,
     parking::Blocked,
-    position::{Cursor, Position, ReadError},
-    producer::Publisher,
-    reader::Reader,
-    record::RecordBuilder,
+    position::{Position, ReadError},
+    producer::Kafka,
     retry::Retries,
-    session::{Ended, Memory, Session},
+    set_apart,
+    stream::{self, Shared, TOPICS_AT_ONCE},
 };
 use futures::FutureExt as _;
-use saga_core::clock;
-use std::{any::Any, collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    any::Any,
+    panic::AssertUnwindSafe,
+    sync::{Arc, Mutex, Weak},
+    time::Duration,
+};
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Notify, Semaphore, mpsc, watch},
     task::JoinError,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{info, warn};
 
-/// Pages read ahead of the producer.
-const PAGES_AHEAD: usize = 3;
 /// Stretches that wait to be recorded. Small things; the limit is there so that there is one.
 const UNRECORDED: usize = 1_024;
-/// Between two producers, when one after the other fails.
-const LONGEST_REBUILD_PAUSE: Duration = Duration::from_secs(5);
 
 /// Why an owner is none any more.
 #[derive(Debug, thiserror::Error)]
@@ -99,75 +100,82 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
         return Ok(());
     }
     let first = outbox.db.ask(async |db| control::look(db, &outbox.name).await).await?;
+    let last = outbox.db.ask(async |db| batch_log::last(db, &outbox.name).await).await?;
+    let (n, at) = last.map_or((0, Position::initial()), |last| (last.n, last.position));
     let (wanted, control) = Wanted::new(&outbox.name, first);
     let wanted = Arc::new(wanted);
     // When the looking ends, so does the channel.
     let weak = Arc::downgrade(&wanted);
     let looking = control::run(outbox.db.clone(), outbox.topics.clone(), wanted);
-    let looking = AbortOnDropHandle::new(tokio::spawn(looking));
+    let mut looking = AbortOnDropHandle::new(tokio::spawn(looking));
+    let (progress, recording) = mpsc::channel(UNRECORDED);
+    let hurry = Arc::default();
+    let (db, name, owner) = (outbox.db.clone(), outbox.name.clone(), lease.owner);
+    let recorder = Recorder { db, outbox: name, owner, system_identifier, n, hurry: Arc::clone(&hurry) };
+    let mut recorder = AbortOnDropHandle::new(tokio::spawn(recorder.run(recording)));
     let blocked = Arc::new(Blocked::default());
     let retries = Retries::new(outbox, lease.owner, blocked.clone(), control.clone());
     let mut retrying = AbortOnDropHandle::new(tokio::spawn(retries.run()));
-    let mut memory = Memory::default();
-    let mut limit = usize::MAX;
-    let mut rebuild = Rebuild::default();
-    loop {
-        let publisher =
-            Publisher::new(&outbox.name, &outbox.brokers, &outbox.compression, limit, outbox.status.brokers.clone())?;
-        let now = match weak.upgrade() {
-            // What was told last may be older than what the session before recorded.
-            Some(wanted) => outbox.db.ask(async |db| wanted.refresh(db).await).await?,
-            None => control.borrow().clone(),
-        };
-        let control = (blocked.clone(), now, control.clone());
-        let session = session(outbox, lease, stop, system_identifier, publisher, memory, control);
-        let (ended, left) = tokio::select! {
-            ended = session => ended?,
-            fault = &mut retrying => return joined("trying parked rows again", fault),
-        };
-        memory = left;
-        match ended {
-            Ended::Stopped => return Ok(()),
-            Ended::SmallerBatches(bytes) => limit = limit.min(bytes),
-            Ended::Stalled(topic) => warn!(outbox = outbox.name, topic, "the topic cannot catch up yet; others go on"),
-            Ended::Refused { .. } => {
-                warn!(outbox = outbox.name, reason = %ended, "the producer is rebuilt; rows are sent one at a time for a while");
-                tokio::select! {
-                    () = stop.cancelled() => return Ok(()),
-                    () = rebuild.pause() => {}
-                }
-            }
-            Ended::Commit(error) => return Err(error.into()),
-            Ended::Read(error) => return Err(error.into()),
-            Ended::Database(error) => return Err(error.into()),
-            Ended::Control => {
-                joined("looking up what operators want", looking.await)??;
-                return Err(OwnerError::Session(ended.to_string()));
-            }
-            Ended::Reader => return Err(OwnerError::Session(ended.to_string())),
-        }
+    let shared = shared(outbox, blocked, stop, (control, weak), (progress, hurry), at.clone());
+    let set_apart = AbortOnDropHandle::new(tokio::spawn(set_apart::run(shared.clone())));
+    let ended = tokio::select! {
+        biased;
+        // These first: that they ended is why the streams do.
+        recorded = &mut recorder => return joined("recording progress", recorded)?.map_err(OwnerError::from),
+        fault = &mut retrying => return joined("trying parked rows again", fault),
+        looked = &mut looking => return joined("looking up what operators want", looked)?.map_err(OwnerError::from),
+        ended = stream::run_main(&shared, at) => ended,
+    };
+    match ended {
+        Ok(()) => joined("publishing topics that are set apart", set_apart.await)?,
+        Err(_) => drop(set_apart),
     }
+    drop(shared);
+    // All progress is in its hands.
+    let recorded = joined("recording progress", recorder.await)?;
+    // An error of the recorder's is the reason for the stream's.
+    recorded?;
+    ended
 }
 
-/// How long to wait before the next producer.
-#[derive(Default)]
-struct Rebuild {
-    last: Option<std::time::Instant>,
-    pause: Duration,
-}
-
-impl Rebuild {
-    async fn pause(&mut self) {
-        let now = clock::monotonic();
-        let soon = self.last.is_some_and(|last| now.duration_since(last) < 2 * LONGEST_REBUILD_PAUSE);
-        self.pause = if soon {
-            (self.pause * 2).clamp(Duration::from_millis(20), LONGEST_REBUILD_PAUSE)
-        } else {
-            Duration::ZERO
-        };
-        self.last = Some(now);
-        tokio::time::sleep(self.pause).await;
-    }
+/// What the streams of the outbox share.
+fn shared(
+    outbox: &Outbox,
+    blocked: Arc<Blocked>,
+    stop: &CancellationToken,
+    (control, wanted): (watch::Receiver<Arc<Control>>, Weak<Wanted>),
+    (progress, hurry): (mpsc::Sender<Progress>, Arc<Notify>),
+    at: Position,
+) -> Arc<Shared> {
+    let kafka = Kafka {
+        outbox: outbox.name.clone(),
+        brokers: outbox.brokers.clone(),
+        compression: outbox.compression.clone(),
+        state: outbox.status.brokers.clone(),
+    };
+    Arc::new(Shared {
+        outbox: outbox.name.clone(),
+        db: outbox.db.clone(),
+        reading: outbox.reading.clone(),
+        clock: outbox.leases.clock.clone(),
+        blocked,
+        kafka,
+        topics: outbox.topics.clone(),
+        loops: outbox.status.loops.clone(),
+        stuck_after: outbox.stuck_after,
+        set_apart_for: outbox.set_apart_for,
+        control,
+        wanted,
+        progress,
+        hurry,
+        nudges: Arc::new(Nudges::listen(outbox.db.options())),
+        main: watch::channel(at).0,
+        asks: Asks::default(),
+        at_once: Semaphore::new(TOPICS_AT_ONCE),
+        stop: stop.clone(),
+        acknowledged: Mutex::default(),
+        back: Mutex::default(),
+    })
 }
 
 /// Waits until a broker answers, and says so once; false when the process stops first.
@@ -191,61 +199,8 @@ async fn wait_for_kafka(outbox: &Outbox, stop: &CancellationToken) -> bool {
     true
 }
 
-/// One producer's life, from reading the position to recording the last of it.
-async fn session(
-    outbox: &Outbox,
-    lease: &Lease,
-    stop: &CancellationToken,
-    system_identifier: i64,
-    publisher: Publisher,
-    memory: Memory,
-    (blocked, now, mut control): (Arc<Blocked>, Arc<Control>, watch::Receiver<Arc<Control>>),
-) -> Result<(Ended, Memory), OwnerError> {
-    let last = outbox.db.ask(async |db| batch_log::last(db, &outbox.name).await).await?;
-    let (n, at) = last.map_or((0, Position::initial()), |last| (last.n, last.position));
-    blocked.load(&outbox.db, &outbox.name, |_| true).await?;
-    let paused = now.paused.iter().filter(|(_, p)| p.position.is_some()).map(|(topic, _)| topic.clone()).collect();
-    let reader_control = control.clone();
-    control.mark_changed();
-
-    let (progress, recording) = mpsc::channel(UNRECORDED);
-    let recorder =
-        Recorder { db: outbox.db.clone(), outbox: outbox.name.clone(), owner: lease.owner, system_identifier, n };
-    let mut recorder = AbortOnDropHandle::new(tokio::spawn(recorder.run(recording)));
-    let (items, pages) = mpsc::channel(PAGES_AHEAD);
-    let (pages_done, done) = watch::channel(0);
-    let reader = Reader::new(Cursor::new(at.clone(), None), reader_control, items, done);
-    let mut reader = AbortOnDropHandle::new(tokio::spawn(reader.run(outbox.reading.clone())));
-    let mut session = Session {
-        outbox: outbox.name.clone(),
-        db: outbox.db.clone(),
-        topics: outbox.topics.clone(),
-        publisher,
-        builder: RecordBuilder::new(&outbox.name, outbox.leases.clock.clone()),
-        memory,
-        blocked,
-        paused,
-        resumed: HashMap::new(),
-        limits: HashMap::new(),
-        at,
-        control,
-        progress,
-        pages_done,
-        stop: stop.clone(),
-    };
-    let ended = session.run(pages).await;
-    // Reading first: what it reads from here on is of no use.
-    let read =
-        if matches!(ended, Ended::Reader) { joined("reading the outbox", (&mut reader).await) } else { Ok(Ok(())) };
-    drop(reader);
-    let memory = session.finish(&ended).await;
-    joined("recording progress", (&mut recorder).await)??;
-    read??;
-    Ok((ended, memory))
-}
-
 /// What a task said at its end, unless it panicked.
-fn joined<T>(what: &'static str, ended: Result<T, JoinError>) -> Result<T, OwnerError> {
+pub(crate) fn joined<T>(what: &'static str, ended: Result<T, JoinError>) -> Result<T, OwnerError> {
     ended.map_err(|why| OwnerError::Panicked { what, why: why.to_string() })
 }
 

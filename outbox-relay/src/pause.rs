@@ -1,13 +1,10 @@
-//! What is not published at present: a topic, or the whole outbox.
+//! What is set apart from the main stream: a topic, or nothing but the whole outbox.
 //!
-//! The other topics go on while one is paused, so a paused topic has a position of its own, recorded in the transaction
-//! that moves the outbox's position past its rows. When it resumes, a lane reads the topic's rows from there until it
-//! has caught up; meanwhile the main flow still passes over them. Nothing is parked for a pause.
+//! The other topics go on while one is set apart, so it has a position of its own, recorded in the transaction that moves
+//! the outbox's position past its rows. When it resumes, a stream of its own publishes its rows from there, and hands it
+//! back to the main stream when it has caught up; until then the main stream passes over its rows. Nothing is parked for it.
 
-use crate::{
-    position::{Position, ReadError},
-    reader::CaughtUp,
-};
+use crate::position::{Position, ReadError};
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
@@ -23,6 +20,10 @@ pub(crate) enum Cause {
     Missing,
     /// This process may not write to it.
     Forbidden,
+    /// No broker takes its rows: a partition has no leader, or one that cannot be reached.
+    Leaderless,
+    /// Kafka refused rows of it. It goes on at once, in a stream of its own.
+    Refusing,
 }
 
 impl Cause {
@@ -31,7 +32,15 @@ impl Cause {
             Self::Operator => "operator",
             Self::Missing => "missing",
             Self::Forbidden => "forbidden",
+            Self::Leaderless => "leaderless",
+            Self::Refusing => "refusing",
         }
+    }
+
+    /// As it is recorded. What a later build recorded waits for an operator.
+    fn parse(text: &str) -> Self {
+        let all = [Self::Missing, Self::Forbidden, Self::Leaderless, Self::Refusing];
+        all.into_iter().find(|cause| cause.as_str() == text).unwrap_or(Self::Operator)
     }
 }
 
@@ -40,6 +49,8 @@ impl Cause {
 pub(crate) struct Paused {
     pub(crate) topic: String,
     pub(crate) cause: Cause,
+    /// Why, in words.
+    pub(crate) reason: String,
     pub(crate) paused_at: OffsetDateTime,
     /// An operator wants it to end, or the topic has appeared.
     pub(crate) resuming: bool,
@@ -48,12 +59,12 @@ pub(crate) struct Paused {
 }
 
 type PauseColumns =
-    (String, String, OffsetDateTime, Option<OffsetDateTime>, Option<String>, Option<String>, Option<i64>);
+    (String, String, String, OffsetDateTime, Option<OffsetDateTime>, Option<String>, Option<String>, Option<i64>);
 
 /// Everything that is paused.
 pub(crate) async fn load(db: &mut PgConnection, outbox: &str) -> Result<Vec<Paused>, ReadError> {
     let found: Vec<PauseColumns> = sqlx::query_as(
-        "select topic, cause, paused_at, resume_requested_at, base::text, target::text, after_id
+        "select topic, cause, reason, paused_at, resume_requested_at, base::text, target::text, after_id
            from outbox_pause
           where outbox = $1",
     )
@@ -61,19 +72,15 @@ pub(crate) async fn load(db: &mut PgConnection, outbox: &str) -> Result<Vec<Paus
     .fetch_all(db)
     .await?;
     let mut paused = Vec::with_capacity(found.len());
-    for (topic, cause, paused_at, resume, base, target, after) in found {
-        let cause = match cause.as_str() {
-            "missing" => Cause::Missing,
-            "forbidden" => Cause::Forbidden,
-            _ => Cause::Operator,
-        };
+    for (topic, cause, reason, paused_at, resume, base, target, after) in found {
         let position = match (base, target, after) {
             (Some(base), Some(target), Some(after)) => {
                 Some(Position { base: base.parse()?, target: target.parse()?, after })
             }
             _ => None,
         };
-        paused.push(Paused { topic, cause, paused_at, resuming: resume.is_some(), position });
+        let cause = Cause::parse(&cause);
+        paused.push(Paused { topic, cause, reason, paused_at, resuming: resume.is_some(), position });
     }
     Ok(paused)
 }
@@ -89,10 +96,13 @@ pub(crate) struct LeftBehind {
 
 /// Records where a topic is left behind, in the transaction that moves the position past it. A pause that has a position
 /// keeps it (the topic was catching up, and stopped again on the way); one that an operator asked for keeps its cause.
+/// A topic that refuses rows resumes at once: its stream finds out which they are.
 pub(crate) async fn leave_in(tx: &mut PgConnection, outbox: &str, left: &LeftBehind) -> Result<(), sqlx::Error> {
     sqlx::query(
-        "insert into outbox_pause as pause (outbox, topic, cause, reason, actor, base, target, after_id)
-         values ($1, $2, $3, $4, 'outbox-relay', $5::text::pg_snapshot, $6::text::pg_snapshot, $7)
+        "insert into outbox_pause as pause
+                (outbox, topic, cause, reason, actor, base, target, after_id, resume_requested_at)
+         values ($1, $2, $3, $4, 'outbox-relay', $5::text::pg_snapshot, $6::text::pg_snapshot, $7,
+                 case when $3 = 'refusing' then clock_timestamp() end)
          on conflict (outbox, topic) do update
             set base                = coalesce(pause.base, excluded.base),
                 target              = coalesce(pause.target, excluded.target),
@@ -154,13 +164,21 @@ pub(crate) async fn advance_in(
     Ok(())
 }
 
+/// A topic that has caught up: the main stream publishes it from here on.
+#[derive(Debug, Clone)]
+pub(crate) struct CaughtUp {
+    pub(crate) topic: String,
+    /// When its pause began: the topic may have been paused again since, which is another pause.
+    pub(crate) paused_at: OffsetDateTime,
+}
+
 /// The topic has caught up and is paused no more.
 pub(crate) async fn end_in(tx: &mut PgConnection, outbox: &str, caught_up: &CaughtUp) -> Result<(), sqlx::Error> {
     // Not if an operator paused it again in the meantime, whether or not he resumed that as well: the rows that were
     // passed over for that pause are found from its position alone.
     sqlx::query("delete from outbox_pause where outbox = $1 and topic = $2 and paused_at = $3")
         .bind(outbox)
-        .bind(&*caught_up.topic)
+        .bind(&caught_up.topic)
         .bind(caught_up.paused_at)
         .execute(tx)
         .await?;

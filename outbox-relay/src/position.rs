@@ -54,6 +54,20 @@ impl Position {
     pub fn at(snapshot: Snapshot) -> Self {
         Self { base: snapshot.clone(), target: snapshot, after: 0 }
     }
+
+    /// Whether all that is published at `other`, an earlier or later position of the same stream, is published here.
+    pub(crate) fn includes(&self, other: &Self) -> bool {
+        let same = self.base == other.base && self.target == other.target;
+        same && self.after >= other.after || self.base.includes(&other.target)
+    }
+
+    /// Up to which id the rows of a window are published here that ends with `target`.
+    fn limit(&self, target: &Snapshot) -> Option<i64> {
+        if self.base.includes(target) {
+            return Some(i64::MAX);
+        }
+        self.target.includes(target).then_some(self.after)
+    }
 }
 
 /// Rows to publish, in order, and where they stand. There may be none: then a stretch of ids held nothing to publish.
@@ -67,14 +81,6 @@ pub(crate) struct Page {
     pub(crate) rows: Vec<Row>,
     /// The position behind the page; no row of the window is left up to this id.
     pub(crate) to: i64,
-}
-
-/// How far a cursor may go.
-pub(crate) enum UpTo<'a> {
-    /// What is committed now.
-    Now,
-    /// A snapshot that the main cursor has finished.
-    Snapshot(&'a Snapshot),
 }
 
 /// How the rows of the current window are found.
@@ -106,53 +112,67 @@ impl Cursor {
         Self { at, plan: Plan::Untried, lane, read: VecDeque::new(), reached }
     }
 
-    /// The snapshot up to which all is handed out, if the cursor stands between two windows.
-    pub(crate) fn finished(&self) -> Option<&Snapshot> {
-        (self.at.base == self.at.target && self.read.is_empty()).then_some(&self.at.base)
-    }
-
     /// Whether the next rows are known to be there: the window was cut, or is long.
     pub(crate) fn knows_more(&self) -> bool {
         !self.read.is_empty() || matches!(self.plan, Plan::Search(_) | Plan::Walk { .. })
     }
 
-    /// The last snapshot up to which all is handed out.
-    pub(crate) fn base(&self) -> &Snapshot {
-        &self.at.base
+    /// Whether all that is published at `main` was handed out.
+    pub(crate) fn has_reached(&self, main: &Position) -> bool {
+        self.at.includes(main)
     }
 
-    /// The next rows, or `None` when there are none up to `up_to`. An empty page means that a stretch of a long window held
-    /// none, and that the next one is to be read.
-    pub(crate) async fn next(&mut self, db: &mut PgConnection, up_to: UpTo<'_>) -> Result<Option<Page>, ReadError> {
-        let mut up_to = Some(up_to);
+    /// The next rows, or `None` when nothing new is committed. An empty page means that a stretch of a long window held none,
+    /// and that the next one is to be read.
+    pub(crate) async fn next(&mut self, db: &mut PgConnection) -> Result<Option<Page>, ReadError> {
+        let mut polled = false;
         loop {
             if !self.read.is_empty() {
-                return self.cut(db).await.map(Some);
+                return self.cut(db, i64::MAX).await.map(Some);
             }
             if self.at.base == self.at.target {
-                let Some(limit) = up_to.take() else { return Ok(None) };
-                if !self.open(db, limit).await? {
+                if std::mem::replace(&mut polled, true) || !self.poll(db).await? {
                     return Ok(None);
                 }
             } else {
                 self.fill(db).await?;
                 if self.read.is_empty() && self.knows_more() {
-                    return Ok(Some(self.page(Vec::new())));
+                    return Ok(Some(self.page(Vec::new(), i64::MAX)));
                 }
             }
         }
     }
 
-    /// Opens the next window; false when there is nothing new.
-    async fn open(&mut self, db: &mut PgConnection, up_to: UpTo<'_>) -> Result<bool, ReadError> {
-        let (target, rows) = match up_to {
-            UpTo::Snapshot(target) if *target == self.at.base => (target.clone(), Vec::new()),
-            UpTo::Snapshot(target) => {
-                self.begin(target.clone());
-                return Ok(true);
+    /// The next rows of those that the main stream has passed, which stands at `main`; `None` when it has passed no more.
+    /// An empty page is a stretch without such rows: it is recorded as well.
+    pub(crate) async fn follow(&mut self, db: &mut PgConnection, main: &Position) -> Result<Option<Page>, ReadError> {
+        if self.at.base == self.at.target && self.read.is_empty() {
+            // As much as the main stream has finished at once; then the window that it is in.
+            let target = if main.base.includes(&self.at.base) && main.base != self.at.base {
+                &main.base
+            } else if main.base == self.at.base && main.target != main.base {
+                &main.target
+            } else {
+                return Ok(None);
+            };
+            self.begin(target.clone());
+        }
+        let Some(limit) = main.limit(&self.at.target) else { return Ok(None) };
+        if self.read.is_empty() {
+            if self.at.after >= limit {
+                return Ok(None);
             }
-            UpTo::Now => window::poll(db, &self.at.base).await?,
-        };
+            self.fill(db).await?;
+        }
+        if self.read.front().is_some_and(|next| next.id() > limit) && self.at.after >= limit {
+            return Ok(None);
+        }
+        self.cut(db, limit).await.map(Some)
+    }
+
+    /// Takes a snapshot that ends the next window; false when there is nothing new.
+    async fn poll(&mut self, db: &mut PgConnection) -> Result<bool, ReadError> {
+        let (target, rows) = window::poll(db, &self.at.base).await?;
         if rows.is_empty() {
             // Nothing between the two: the new snapshot is as good a base, and a cheaper one to look from.
             self.at = Position::at(target);
@@ -253,11 +273,11 @@ impl Cursor {
         self.reached = 0;
     }
 
-    /// Hands out as many of the read rows as a page may hold, with the large bodies that it may carry.
-    async fn cut(&mut self, db: &mut PgConnection) -> Result<Page, ReadError> {
+    /// Hands out as many of the read rows up to `limit` as a page may hold, with the large bodies that it may carry.
+    async fn cut(&mut self, db: &mut PgConnection, limit: i64) -> Result<Page, ReadError> {
         let mut bytes = 0;
         let mut take = 0;
-        for row in &self.read {
+        for row in self.read.iter().take_while(|row| row.id() <= limit) {
             bytes += row.bytes();
             if bytes > PAGE_BYTES && take > 0 {
                 break;
@@ -266,13 +286,13 @@ impl Cursor {
         }
         let mut rows: Vec<Row> = self.read.drain(..take).collect();
         read_large(db, &mut rows).await?;
-        Ok(self.page(rows))
+        Ok(self.page(rows, limit))
     }
 
     /// A page of these rows, behind which the cursor then stands.
-    fn page(&mut self, rows: Vec<Row>) -> Page {
+    fn page(&mut self, rows: Vec<Row>, limit: i64) -> Page {
         let after = self.at.after;
-        self.at.after = self.read.front().map_or(self.reached, |next| next.id() - 1);
+        self.at.after = self.read.front().map_or(self.reached, |next| next.id() - 1).min(limit);
         let (base, target) = (self.at.base.clone(), self.at.target.clone());
         Page { lane: self.lane.clone(), base, target, after, rows, to: self.at.after }
     }

@@ -6,17 +6,21 @@
 
 use crate::{
     in_flight::{InFlight, Ticket},
-    record,
+    record::{self, BATCH_HEADER, Built},
+    row::Row,
     topics::Topics,
 };
 use rdkafka::{
     ClientConfig, ClientContext,
     error::{KafkaError, RDKafkaErrorCode},
-    producer::{DeliveryResult, Producer as _, ProducerContext, ThreadedProducer},
+    producer::{DeliveryResult, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer},
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 use tracing::{debug, info, warn};
 
@@ -83,9 +87,10 @@ impl ProducerContext for Reports {
             }
             Err((error, _)) => {
                 let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
-                // Purged by ourselves: the producer is being dropped.
-                if !matches!(code, RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight) {
-                    self.in_flight.failed(Ticket(ticket), code);
+                match code {
+                    // Purged by ourselves: nothing is to be published now, or the producer is being dropped.
+                    RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight => self.in_flight.purged(),
+                    code => self.in_flight.failed(Ticket(ticket), code),
                 }
             }
         }
@@ -102,9 +107,109 @@ pub(crate) enum Offered {
     Refused(RDKafkaErrorCode),
 }
 
-/// Batches are no larger than this where a topic allows `limit` bytes.
+/// What producers of one outbox have in common.
+#[derive(Clone)]
+pub(crate) struct Kafka {
+    pub(crate) outbox: String,
+    /// `bootstrap.servers`.
+    pub(crate) brokers: String,
+    /// `compression.type`.
+    pub(crate) compression: String,
+    pub(crate) state: Arc<Brokers>,
+}
+
+/// Publishes one stream to Kafka; drop it to give up what it still holds.
+///
+/// A batch must be no larger than its topic takes, and a producer has one batch size for all topics. So topics that take
+/// only small batches have a producer of their own. A topic's rows all go through one.
+pub(crate) struct Publisher {
+    kafka: Kafka,
+    pub(crate) in_flight: Arc<InFlight>,
+    /// By the largest batch that each makes, in bytes.
+    producers: BTreeMap<usize, ThreadedProducer<Reports>>,
+}
+
+impl Publisher {
+    /// With the producer that nearly all topics share.
+    pub(crate) fn new(kafka: &Kafka) -> Result<Self, KafkaError> {
+        let mut publisher =
+            Self { kafka: kafka.clone(), in_flight: Arc::new(InFlight::default()), producers: BTreeMap::new() };
+        publisher.producer(usize::MAX)?;
+        Ok(publisher)
+    }
+
+    /// The producer of topics that take at most `limit` bytes; made when it is first needed.
+    fn producer(&mut self, limit: usize) -> Result<&ThreadedProducer<Reports>, KafkaError> {
+        let batch_bytes = batch_bytes(limit);
+        Ok(match self.producers.entry(batch_bytes) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => {
+                let Kafka { outbox, brokers: servers, compression, state } = &self.kafka;
+                let (in_flight, brokers) = (self.in_flight.clone(), state.clone());
+                let context = Reports { outbox: outbox.clone(), in_flight, brokers };
+                new.insert(config(outbox, servers, compression, limit).create_with_context(context)?)
+            }
+        })
+    }
+
+    /// Offers a row of a topic that takes at most `limit` bytes; never blocks.
+    pub(crate) fn offer(
+        &mut self,
+        row: &Row,
+        built: Built,
+        ticket: Ticket,
+        limit: usize,
+    ) -> Result<Offered, KafkaError> {
+        let in_flight = self.in_flight.clone();
+        let producer = self.producer(limit)?;
+        in_flight.sending();
+        let Err((error, _)) = producer.send(record::of(row, built, ticket.0)) else { return Ok(Offered::Taken) };
+        in_flight.not_sent();
+        Ok(match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::QueueFull) => Offered::Full,
+            code => {
+                let code = code.unwrap_or(RDKafkaErrorCode::Unknown);
+                in_flight.refused_at_once(ticket, code);
+                Offered::Refused(code)
+            }
+        })
+    }
+
+    /// Takes back what is not on its way to a broker yet.
+    pub(crate) fn purge(&self) {
+        self.producers.values().for_each(|producer| producer.purge(PurgeConfig::default().queue()));
+    }
+
+    /// While nothing is sent, no report tells that the brokers are back: they are asked.
+    pub(crate) fn ask_for_brokers(&self, topics: &Topics) {
+        let Kafka { outbox, state, .. } = &self.kafka;
+        if !state.are_away() || state.asking.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (brokers, outbox, topics) = (state.clone(), outbox.clone(), topics.clone());
+        tokio::spawn(async move {
+            if topics.reachable().await {
+                brokers.back(&outbox);
+            }
+            brokers.asking.store(false, Ordering::Relaxed);
+        });
+    }
+
+    /// Why a producer will never send again, if so.
+    pub(crate) fn fatal(&self) -> Option<String> {
+        let fatal = self.producers.values().find_map(|producer| producer.client().fatal_error());
+        fatal.map(|(code, reason)| format!("{code}: {reason}"))
+    }
+}
+
+/// The largest batch for topics that take at most `limit` bytes: a power of two, so that there are few producers.
 fn batch_bytes(limit: usize) -> usize {
-    BATCH_BYTES.min(limit.saturating_sub(record::BATCH_HEADER)).max(1)
+    match limit.saturating_sub(BATCH_HEADER) {
+        room @ BATCH_BYTES.. => BATCH_BYTES.min(room),
+        // A batch of one byte is a batch of one record: there is none that is smaller.
+        0 => 1,
+        room => 1 << room.ilog2(),
+    }
 }
 
 /// How every producer of an outbox is configured.
@@ -133,69 +238,21 @@ pub(crate) fn config(outbox: &str, brokers: &str, compression: &str, limit: usiz
     config
 }
 
-/// Publishes to Kafka; drop it to give up what it still holds.
-pub(crate) struct Publisher {
-    producer: Option<ThreadedProducer<Reports>>,
-    pub(crate) in_flight: Arc<InFlight>,
-    brokers: Arc<Brokers>,
-    /// Batches are no larger than this.
-    pub(crate) batch_bytes: usize,
-}
-
-impl Publisher {
-    /// A producer whose batches fit topics that allow `limit` bytes.
-    pub(crate) fn new(
-        outbox: &str,
-        brokers: &str,
-        compression: &str,
-        limit: usize,
-        state: Arc<Brokers>,
-    ) -> Result<Self, KafkaError> {
-        let in_flight = Arc::new(InFlight::default());
-        let context = Reports { outbox: outbox.to_owned(), in_flight: in_flight.clone(), brokers: state.clone() };
-        let producer = config(outbox, brokers, compression, limit).create_with_context(context)?;
-        Ok(Self { producer: Some(producer), in_flight, brokers: state, batch_bytes: batch_bytes(limit) })
-    }
-
-    fn producer(&self) -> &ThreadedProducer<Reports> {
-        self.producer.as_ref().expect("it is taken only when this is dropped")
-    }
-
-    /// Offers a row; never blocks.
-    pub(crate) fn offer(&self, row: &crate::row::Row, built: record::Built, ticket: Ticket) -> Offered {
-        self.in_flight.sending();
-        let Err((error, _)) = self.producer().send(record::of(row, built, ticket.0)) else { return Offered::Taken };
-        self.in_flight.not_sent();
-        match error.rdkafka_error_code() {
-            Some(RDKafkaErrorCode::QueueFull) => Offered::Full,
-            code => Offered::Refused(code.unwrap_or(RDKafkaErrorCode::Unknown)),
-        }
-    }
-
-    /// While nothing is sent, no report tells that the brokers are back: they are asked.
-    pub(crate) fn ask_for_brokers(&self, outbox: &str, topics: &Topics) {
-        if !self.brokers.are_away() || self.brokers.asking.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        let (brokers, outbox, topics) = (self.brokers.clone(), outbox.to_owned(), topics.clone());
-        tokio::spawn(async move {
-            if topics.reachable().await {
-                brokers.back(&outbox);
-            }
-            brokers.asking.store(false, Ordering::Relaxed);
-        });
-    }
-
-    /// Why the producer will never send again, if so.
-    pub(crate) fn fatal(&self) -> Option<String> {
-        self.producer().client().fatal_error().map(|(code, reason)| format!("{code}: {reason}"))
-    }
-}
-
 impl Drop for Publisher {
     fn drop(&mut self) {
         // Dropping purges the queue and waits for the polling thread: not on a thread that drives futures.
-        let producer = self.producer.take();
-        std::thread::spawn(move || drop(producer));
+        let producers = std::mem::take(&mut self.producers);
+        std::thread::spawn(move || drop(producers));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_fit_their_topic_and_come_in_few_sizes() {
+        let sizes = [0, 61, 62, 100, 2_000, 1_000_061, usize::MAX].map(batch_bytes);
+        assert_eq!(sizes, [1, 1, 1, 32, 1_024, BATCH_BYTES, BATCH_BYTES]);
     }
 }

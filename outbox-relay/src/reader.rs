@@ -1,24 +1,22 @@
-//! Reads ahead of the producer: pages of the main flow, and of topics that catch up after a pause, in one sequence.
+//! Reads ahead of the producer, for one stream: the main stream's rows, or those of a topic that is set apart.
 //!
-//! After a full page comes the next at once, after a small one when Kafka has it and a pause is over. The pauses grow with
-//! the time that nothing was found for, from 1 ms (5 ms while services tell of their commits) to 100 ms, and end when a
-//! service tells of a commit.
+//! After a full page of the main stream comes the next at once, after a small one when Kafka has it and a pause is over. The
+//! pauses grow with the time that nothing was found for, from 1 ms (5 ms while services tell of their commits) to 100 ms,
+//! and end when a service tells of a commit. A topic's reader follows the main stream at a pace of its own.
 
 use crate::{
     control::Control,
     database::Database,
     nudges::Nudges,
-    position::{Cursor, Page, ReadError, UpTo},
+    position::{Cursor, Page, Position, ReadError},
 };
 use saga_core::clock;
 use sqlx::PgConnection;
 use std::{
-    collections::HashMap,
     ops::RangeInclusive,
     sync::Arc,
     time::{Duration, Instant},
 };
-use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
 
 /// How long nothing is read.
@@ -47,28 +45,22 @@ const FEW_ROWS: usize = 500;
 /// round in one convoy, at a sixth of the pace (measured).
 const PATIENCE: u32 = 16;
 
+/// Between two looks of a topic's reader at what the main stream has passed: each is a statement or two.
+const FOLLOW: Duration = Duration::from_millis(50);
+/// An empty stretch is recorded no more often than this.
+const EMPTY: Duration = Duration::from_secs(1);
+
 /// What the publisher gets, in order.
 pub(crate) enum Item {
     /// Rows to publish.
     Page(Page),
-    /// The topic has caught up: from here on its rows are in the main flow again.
-    CaughtUp(CaughtUp),
+    /// Every row of the topic that the main stream had passed at this position was handed out.
+    CaughtUp(Position),
 }
 
-/// A pause that is over.
-#[derive(Debug, Clone)]
-pub(crate) struct CaughtUp {
-    pub(crate) topic: Arc<str>,
-    /// When it began: the topic may have been paused again since, which is another pause.
-    pub(crate) paused_at: OffsetDateTime,
-}
-
-/// Reads one outbox.
+/// Reads the main stream.
 pub(crate) struct Reader {
-    main: Cursor,
-    lanes: HashMap<String, Lane>,
-    /// Pauses that have ended, by when they began: what is known about them may be a moment old.
-    ended: HashMap<String, OffsetDateTime>,
+    cursor: Cursor,
     control: watch::Receiver<Arc<Control>>,
     items: mpsc::Sender<Item>,
     /// Pages given to the publisher, and how many of them it has done with.
@@ -77,42 +69,36 @@ pub(crate) struct Reader {
     pauses: Pauses,
 }
 
-struct Lane {
-    cursor: Cursor,
-    paused_at: OffsetDateTime,
-}
-
 impl Reader {
     pub(crate) fn new(
-        main: Cursor,
+        cursor: Cursor,
         control: watch::Receiver<Arc<Control>>,
         items: mpsc::Sender<Item>,
         done: watch::Receiver<usize>,
     ) -> Self {
-        Self { main, lanes: HashMap::new(), ended: HashMap::new(), control, items, given: 0, done, pauses: PAUSES }
+        Self { cursor, control, items, given: 0, done, pauses: PAUSES }
     }
 
-    /// Reads until nobody wants more.
-    pub(crate) async fn run(mut self, database: Database) -> Result<(), ReadError> {
+    /// Reads until the publisher wants no more.
+    pub(crate) async fn run(mut self, database: Database, nudges: Arc<Nudges>) -> Result<(), ReadError> {
         let mut db = database.connect().await?;
-        self.run_with(&database, &mut db).await?;
+        self.run_with(&database, &mut db, &nudges).await?;
         db.give_back();
         Ok(())
     }
 
-    async fn run_with(&mut self, database: &Database, db: &mut PgConnection) -> Result<(), ReadError> {
-        let nudges = Nudges::listen(database.options());
+    async fn run_with(&mut self, database: &Database, db: &mut PgConnection, nudges: &Nudges) -> Result<(), ReadError> {
         let (mut found_last, mut nudged_last) = (clock::monotonic(), None::<Instant>);
         loop {
             // What has been told of by now is in the window that is opened next.
-            if !self.main.knows_more() && nudges.take() {
+            if !self.cursor.knows_more() && nudges.take() {
                 nudged_last = Some(clock::monotonic());
             }
             let small_page = match self.run_once(database, db).await? {
                 Found::Closed => return Ok(()),
                 Found::Rows(rows) => {
                     found_last = clock::monotonic();
-                    if rows >= FEW_ROWS || self.main.knows_more() {
+                    if rows >= FEW_ROWS || self.cursor.knows_more() {
                         continue;
                     }
                     true
@@ -149,80 +135,78 @@ impl Reader {
         }
     }
 
-    /// One page of the main flow, and one of each topic that is catching up. The database has to answer in time; the
-    /// publisher may take a page when it likes.
+    /// One page. The database has to answer in time; the publisher may take the page when it likes.
     async fn run_once(&mut self, database: &Database, db: &mut PgConnection) -> Result<Found, ReadError> {
-        let control = self.control.borrow_and_update().clone();
-        if control.whole {
+        if self.control.borrow_and_update().whole {
             return Ok(Found::Nothing);
         }
-        let mut found = None;
-        self.open_lanes(&control);
-        if let Some(page) = database.within(self.main.next(db, UpTo::Now)).await? {
-            *found.get_or_insert(0) += page.rows.len();
-            self.given += 1;
-            if self.items.send(Item::Page(page)).await.is_err() {
-                return Ok(Found::Closed);
-            }
-        }
-        let finished = self.main.finished().cloned();
-        let mut caught_up = Vec::new();
-        for (topic, lane) in &mut self.lanes {
-            match database.within(lane.cursor.next(db, UpTo::Snapshot(self.main.base()))).await? {
-                Some(page) => {
-                    *found.get_or_insert(0) += page.rows.len();
-                    self.given += 1;
-                    if self.items.send(Item::Page(page)).await.is_err() {
-                        return Ok(Found::Closed);
-                    }
-                }
-                // Only where the main flow stands between two windows do both stand at the same place.
-                None if finished.is_some() && lane.cursor.finished() == finished.as_ref() => {
-                    caught_up.push(topic.clone());
-                }
-                None => {}
-            }
-        }
-        for topic in caught_up {
-            let Some(Lane { paused_at, .. }) = self.lanes.remove(&topic) else { continue };
-            self.ended.insert(topic.clone(), paused_at);
-            let caught_up = CaughtUp { topic: topic.into(), paused_at };
-            if self.items.send(Item::CaughtUp(caught_up)).await.is_err() {
-                return Ok(Found::Closed);
-            }
-            found.get_or_insert(0);
-        }
-        Ok(found.map_or(Found::Nothing, Found::Rows))
-    }
-
-    fn open_lanes(&mut self, control: &Control) {
-        for paused in control.paused.values() {
-            let Some(position) = paused.position.as_ref().filter(|_| paused.resuming) else { continue };
-            if self.lanes.contains_key(&paused.topic) || self.ended.get(&paused.topic) == Some(&paused.paused_at) {
-                continue;
-            }
-            let cursor = Cursor::new(position.clone(), Some(paused.topic.as_str().into()));
-            self.lanes.insert(paused.topic.clone(), Lane { cursor, paused_at: paused.paused_at });
-        }
-        // Resumed, and then stopped again by an operator: what is read so far goes out, the rest waits.
-        self.lanes.retain(|topic, _| control.paused.get(topic).is_none_or(|paused| paused.resuming));
+        let Some(page) = database.within(self.cursor.next(db)).await? else { return Ok(Found::Nothing) };
+        let rows = page.rows.len();
+        self.given += 1;
+        let taken = self.items.send(Item::Page(page)).await;
+        Ok(if taken.is_ok() { Found::Rows(rows) } else { Found::Closed })
     }
 }
 
 enum Found {
-    /// So many rows; none when only a topic caught up.
     Rows(usize),
     Nothing,
     Closed,
 }
 
+/// Reads the rows of a topic that is set apart, as far as the main stream has passed them.
+pub(crate) struct Follower {
+    pub(crate) cursor: Cursor,
+    /// Where the main stream stands.
+    pub(crate) main: watch::Receiver<Position>,
+    pub(crate) items: mpsc::Sender<Item>,
+}
+
+impl Follower {
+    /// Reads until the publisher wants no more.
+    pub(crate) async fn run(mut self, database: Database) -> Result<(), ReadError> {
+        let mut recorded = None::<Instant>;
+        loop {
+            let main = self.main.borrow_and_update().clone();
+            let began = clock::monotonic();
+            let page = database.ask(async |db| self.cursor.follow(db, &main).await).await?;
+            let (item, pause) = match page {
+                Some(page) if page.rows.is_empty() && recorded.is_some_and(|last| last.elapsed() < EMPTY) => {
+                    // As long as it took: the main stream reads from the same database.
+                    (None, began.elapsed().min(FOLLOW))
+                }
+                Some(page) => {
+                    recorded = Some(clock::monotonic());
+                    (Some(Item::Page(page)), began.elapsed().min(FOLLOW))
+                }
+                None if self.cursor.has_reached(&main) => (Some(Item::CaughtUp(main)), FOLLOW),
+                None => (None, FOLLOW),
+            };
+            let follows = pause == FOLLOW && !matches!(item, Some(Item::Page(_)));
+            if let Some(item) = item
+                && self.items.send(item).await.is_err()
+            {
+                return Ok(());
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.items.closed() => return Ok(()),
+            }
+            if follows {
+                tokio::select! {
+                    // The main stream has passed something more, or there is none any more.
+                    changed = self.main.changed() => if changed.is_err() { return Ok(()) },
+                    () = self.items.closed() => return Ok(()),
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        pause::{Cause, Paused},
-        position::Position,
-    };
+    use crate::row::Row;
     use saga_core::{
         outbox::nudge,
         service::messaging_migrations,
@@ -237,7 +221,7 @@ mod tests {
     /// A reader that would pause for an hour, whatever it waits for, on a database of its own; the test is its publisher.
     struct Reading {
         database: TestDatabase,
-        control: watch::Sender<Arc<Control>>,
+        _control: watch::Sender<Arc<Control>>,
         items: mpsc::Receiver<Item>,
         done: watch::Sender<usize>,
         _reader: AbortOnDropHandle<Result<(), ReadError>>,
@@ -253,8 +237,9 @@ mod tests {
             let (done, seen) = watch::channel(0);
             let mut reader = Reader::new(Cursor::new(Position::initial(), None), wanted, sender, seen);
             reader.pauses = Pauses { idle: HOUR..=HOUR, nudged: HOUR, acknowledged: HOUR };
-            let _reader = AbortOnDropHandle::new(tokio::spawn(reader.run(Database::new(options, 2, SOON))));
-            let reading = Self { database, control, items, done, _reader };
+            let nudges = Arc::new(Nudges::listen(options.clone()));
+            let _reader = AbortOnDropHandle::new(tokio::spawn(reader.run(Database::new(options, 2, SOON), nudges)));
+            let reading = Self { database, _control: control, items, done, _reader };
             for last in ["listen", "(select null::bigint"] {
                 eventually(SOON, || async { (reading.idle_after(last).await == 1).then_some(()) }).await;
             }
@@ -295,11 +280,6 @@ mod tests {
         fn page_is_done(&self) {
             self.done.send_modify(|done| *done += 1);
         }
-
-        fn tell(&self, paused: Option<Paused>) {
-            let paused = paused.into_iter().map(|paused| (paused.topic.clone(), paused)).collect();
-            self.control.send_replace(Arc::new(Control { paused, ..Control::default() }));
-        }
     }
 
     #[tokio::test]
@@ -331,19 +311,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_paused_topic_that_services_tell_of_costs_one_look_each_time_and_its_rows_come_when_it_resumes() {
+    async fn rows_that_no_broker_gets_cost_one_look_each_time_that_services_tell() {
         const TIMES: usize = 20;
         let log = Log::hear("sqlx::query=debug");
         let looks = || log.statements().iter().filter(|sql| sql.contains("null::bigint")).count();
         let mut reading = Reading::start().await;
-        let at = |resuming| Paused {
-            topic: "paused".to_owned(),
-            cause: Cause::Operator,
-            paused_at: OffsetDateTime::UNIX_EPOCH,
-            resuming,
-            position: Some(Position::initial()),
-        };
-        reading.tell(Some(at(false)));
         let both = ["paused".to_owned(), "flows".to_owned()];
         for _ in 0..TIMES {
             reading.append(&["paused", "flows"]).await;
@@ -352,24 +324,40 @@ mod tests {
             assert_eq!(reading.page().await, (None, both.to_vec()));
             reading.page_is_done();
         }
-        reading.tell(Some(at(true)));
-        assert_eq!(reading.page().await, (Some("paused".to_owned()), vec!["paused".to_owned(); TIMES]));
-        reading.page_is_done();
-        // And one that is appended meanwhile, which the main flow passes over first; then it has caught up.
-        reading.append(&["paused"]).await;
+        // The first, and one for each time that services told.
+        assert!((TIMES..=1 + TIMES).contains(&looks()), "{} looks", looks());
+    }
+
+    #[tokio::test]
+    async fn a_topics_reader_follows_the_main_stream_and_never_passes_it() {
+        let mut reading = Reading::start().await;
+        let options = sqlx::postgres::PgConnectOptions::from_str(&reading.database.url).unwrap();
+        let (main, following) = watch::channel(Position::initial());
+        let (items, mut handed) = mpsc::channel(1);
+        let cursor = Cursor::new(Position::initial(), Some("apart".into()));
+        let follower = Follower { cursor, main: following, items };
+        let _follower = AbortOnDropHandle::new(tokio::spawn(follower.run(Database::new(options, 1, SOON))));
+        // Also where a stretch has no rows it is handed out, to be recorded.
+        let mut next = async || loop {
+            match tokio::time::timeout(SOON, handed.recv()).await.expect("it reads").unwrap() {
+                Item::Page(page) if page.rows.is_empty() => {}
+                item => return item,
+            }
+        };
+        assert!(matches!(next().await, Item::CaughtUp(at) if at == Position::initial()));
+        reading.append(&["apart", "flows", "apart", "flows", "apart"]).await;
         nudge(&reading.database.pool);
-        assert_eq!(reading.page().await, (None, vec!["paused".to_owned()]));
-        reading.page_is_done();
-        nudge(&reading.database.pool);
-        assert_eq!(reading.page().await, (Some("paused".to_owned()), vec!["paused".to_owned()]));
-        reading.page_is_done();
-        nudge(&reading.database.pool);
-        assert!(matches!(reading.item().await, Item::CaughtUp(CaughtUp { topic, .. }) if &*topic == "paused"));
-        reading.tell(None);
-        reading.append(&["paused"]).await;
-        nudge(&reading.database.pool);
-        assert_eq!(reading.page().await, (None, vec!["paused".to_owned()]));
-        // The first, one for each of the three changes of the pause, and one for each time that it was told.
-        assert!((TIMES..=1 + 3 + TIMES + 4).contains(&looks()), "{} looks", looks());
+        let Item::Page(page) = reading.item().await else { panic!("a page") };
+        // The main stream has gone through the first three rows of its page.
+        let at = |after| Position { base: page.base.clone(), target: page.target.clone(), after };
+        let third = page.rows[2].id();
+        main.send_replace(at(third));
+        let Item::Page(mine) = next().await else { panic!("a page") };
+        assert_eq!(mine.rows.iter().map(Row::id).collect::<Vec<_>>(), [page.rows[0].id(), third]);
+        assert!(matches!(next().await, Item::CaughtUp(reached) if reached == at(third)));
+        main.send_replace(at(page.to));
+        let Item::Page(mine) = next().await else { panic!("a page") };
+        assert_eq!(mine.rows.iter().map(Row::id).collect::<Vec<_>>(), [page.to]);
+        assert!(matches!(next().await, Item::CaughtUp(reached) if reached == at(page.to)));
     }
 }

@@ -31,6 +31,20 @@ impl Refusal {
     }
 }
 
+/// Whether the code is the whole cluster's or the producer's: it says nothing about the topic whose row met it.
+pub(crate) fn is_of_all_topics(code: Code) -> bool {
+    matches!(classify_kafka(code), ErrorClass::Stale | ErrorClass::Passing)
+        || matches!(
+            code,
+            Code::ClusterAuthorizationFailed
+                | Code::TransactionalIdAuthorizationFailed
+                | Code::SaslAuthenticationFailed
+                | Code::Authentication
+                | Code::InvalidRequiredAcks
+                | Code::UnsupportedVersion
+        )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,4 +1,4 @@
-//! Publishes: takes what the reader read, in order, decides what becomes of each row, and keeps many in flight.
+//! One producer's life in one stream: takes what the reader read, in order, and keeps many rows in flight.
 //!
 //! ```text
 //!  reader ──pages──▶ session ──records──▶ librdkafka ──▶ Kafka
@@ -7,49 +7,55 @@
 //!                      └── in flight ◀── delivery reports
 //! ```
 //!
-//! One session is one producer. Whatever goes wrong ends it; the next one reads the position from the batch log and sends
-//! again what has no delivery report, one row at a time until the row that was refused is known. A row that this process
-//! saw acknowledged beyond the recorded prefix is not sent a second time.
+//! The main stream and each topic that is set apart have sessions of their own. Whatever goes wrong ends a session; the
+//! next one of its stream goes on behind what was acknowledged without a gap. A row that this process saw acknowledged
+//! beyond that is not sent a second time.
 
 use crate::{
     commit::{CommitError, Progress},
     control::Control,
     database::Database,
-    fate::Fate,
-    in_flight::{Decided, Flight, GivenUp, Ticket},
-    metric,
+    handover::{Joining, Leaving},
+    in_flight::Refused,
     parking::Blocked,
     pause::{Cause, LeftBehind},
-    position::{Page, Position, ReadError},
-    producer::{Offered, Publisher},
-    reader::{CaughtUp, Item},
-    record::{self, Built, RecordBuilder},
+    position::{Position, ReadError},
+    producer::Publisher,
+    reader::Item,
+    record::RecordBuilder,
     refusal::Refusal,
-    row::Row,
+    stream::Shared,
     topics::Topics,
 };
-use rdkafka::types::RDKafkaErrorCode;
+use rdkafka::{error::KafkaError, types::RDKafkaErrorCode};
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
-use time::OffsetDateTime;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 /// Rows on their way to Kafka at most: enough to keep its batches full, few enough to be sent again after a failure.
 const ROWS_IN_FLIGHT: usize = 60_000;
+/// … of a topic that is set apart, which has a pace of its own.
+const ROWS_OF_A_TOPIC: usize = 10_000;
 /// Bytes of large payloads on their way at most. One page may exceed it alone.
 const BYTES_IN_FLIGHT: usize = 64 << 20;
-/// So many records are made before the first of them is handed over. The library begins to send with the first record that
-/// it gets: when the others follow without a pause, they are in the same request.
-const TOGETHER: usize = 500;
-/// How often a producer that reports nothing is asked whether it still lives.
-const LOOK_AT_PRODUCER: Duration = Duration::from_secs(1);
+/// How often a producer is asked whether it still lives, and the queue for rows that are stuck.
+pub(crate) const LOOK_AT_PRODUCER: Duration = Duration::from_secs(1);
 /// How long a stop waits for what is in flight; what is not acknowledged by then is sent again by the next owner.
 const LAST_DELIVERIES: Duration = Duration::from_secs(10);
+/// How long what is in flight is waited for where it is the stream that cannot go on, and not the producer.
+const OTHERS: Duration = Duration::from_secs(2);
+/// The reports of one refused batch come one right after the other.
+const REPORTS: Duration = Duration::from_millis(5);
+/// Failures without progress in between, after which a topic that is named by them is set apart, whatever the code.
+const FAILURES: u32 = 3;
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -57,12 +63,18 @@ pub(crate) enum Ended {
     /// The process stops.
     #[error("stopped")]
     Stopped,
-    /// Batches have to be smaller, because a topic allows no larger ones; everything sent was acknowledged.
-    #[error("a topic allows at most {0} bytes")]
-    SmallerBatches(usize),
-    /// A topic that was catching up is not there any more.
+    /// Nothing is to be published now: the whole outbox, or this topic.
+    #[error("paused")]
+    Paused,
+    /// The topic is in the main stream again.
+    #[error("caught up")]
+    Joined,
+    /// A topic that was catching up takes nothing any more.
     #[error("the topic {0:?} cannot catch up now")]
     Stalled(String),
+    /// No broker takes rows of these topics.
+    #[error("no broker takes rows of {0:?}")]
+    Stuck(BTreeSet<String>),
     /// Kafka refused a row, or the producer gave up.
     #[error("Kafka refused a record: {code} (row {id:?})")]
     Refused {
@@ -73,12 +85,18 @@ pub(crate) enum Ended {
         /// Nothing else was in flight, or it was refused on the spot: it is this row that is refused.
         alone: bool,
     },
-    /// Nobody says any more what is wanted.
+    /// The producer gave up by itself.
+    #[error("the Kafka producer gave up: {0}")]
+    GaveUp(String),
+    /// What operators want is not looked up any more.
     #[error("looking up what operators want ended")]
     Control,
     /// Reading ended; its own error says why.
     #[error("reading the outbox ended")]
     Reader,
+    /// librdkafka does not accept the configuration.
+    #[error("the Kafka producer could not be made: {0}")]
+    Producer(#[from] KafkaError),
     /// The rows could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
@@ -90,19 +108,45 @@ pub(crate) enum Ended {
     Database(#[from] sqlx::Error),
 }
 
-/// What one session leaves to the next.
-#[derive(Debug, Default)]
+/// What one session of a stream leaves to the next.
+#[derive(Debug)]
 pub(crate) struct Memory {
-    /// Acknowledged, but beyond the recorded prefix.
-    pub(crate) acknowledged: HashSet<i64>,
-    /// Rows still to be sent one at a time.
-    pub(crate) careful: usize,
-    /// What the last one found out about a row.
-    pub(crate) verdict: Option<(i64, RDKafkaErrorCode)>,
+    /// The stream has dealt with all before.
+    pub(crate) at: Position,
+    /// `max.message.bytes` of the topics seen.
+    pub(crate) limits: HashMap<String, usize>,
+    /// Rows of a refused batch: each is sent while nothing else is in flight, until the one is known that is refused.
+    pub(crate) suspects: HashSet<i64>,
+    /// What Kafka said of single rows.
+    pub(crate) verdicts: HashMap<i64, RDKafkaErrorCode>,
+    /// Failures since a page was last complete.
+    pub(crate) failures: u32,
+    /// When Kafka last refused a row.
+    pub(crate) refused_at: Option<Instant>,
+}
+
+impl Memory {
+    pub(crate) fn at(at: Position) -> Self {
+        let (limits, suspects, verdicts) = Default::default();
+        Self { at, limits, suspects, verdicts, failures: 0, refused_at: None }
+    }
+}
+
+/// Which stream a session is of.
+pub(crate) enum Scope {
+    /// Of all topics that are not set apart.
+    Main {
+        /// Topics that are about to come back.
+        joining: Joining,
+    },
+    /// Of one topic that is set apart.
+    Topic(Leaving),
 }
 
 /// One producer's life.
 pub(crate) struct Session {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) scope: Scope,
     pub(crate) outbox: String,
     pub(crate) db: Database,
     pub(crate) topics: Topics,
@@ -110,15 +154,12 @@ pub(crate) struct Session {
     pub(crate) builder: RecordBuilder,
     pub(crate) memory: Memory,
     pub(crate) blocked: Arc<Blocked>,
-    /// Passed over in the main flow.
+    /// Set apart: passed over in the main stream.
     pub(crate) paused: HashSet<String>,
-    /// Pauses that ended in this session, by when they began.
-    pub(crate) resumed: HashMap<String, OffsetDateTime>,
-    /// `max.message.bytes` of the topics seen.
-    pub(crate) limits: HashMap<String, usize>,
-    /// Where the main flow stands.
+    /// Where the stream stands.
     pub(crate) at: Position,
     pub(crate) control: watch::Receiver<Arc<Control>>,
+    pub(crate) look_at: tokio::time::Interval,
     pub(crate) progress: mpsc::Sender<Progress>,
     /// How many of the reader's pages need nothing more.
     pub(crate) pages_done: watch::Sender<usize>,
@@ -141,59 +182,38 @@ impl Session {
     async fn run_once(&mut self, items: &mut mpsc::Receiver<Item>) -> Result<(), Ended> {
         self.complete().await?;
         let in_flight = self.publisher.in_flight.clone();
-        let room = in_flight.has_room(ROWS_IN_FLIGHT, BYTES_IN_FLIGHT);
+        let rows = if matches!(self.scope, Scope::Main { .. }) { ROWS_IN_FLIGHT } else { ROWS_OF_A_TOPIC };
+        let room = in_flight.has_room(rows, BYTES_IN_FLIGHT);
         tokio::select! {
             biased;
             () = self.stop.cancelled() => Err(Ended::Stopped),
             () = in_flight.changed.notified() => Ok(()),
-            () = tokio::time::sleep(LOOK_AT_PRODUCER) => self.look_at_producer(),
+            _ = self.look_at.tick() => self.look_at_producer().await,
             changed = self.control.changed() => match changed {
                 Ok(()) => self.obey().await,
                 Err(_) => Err(Ended::Control),
             },
+            handed = self.scope.handed_over(&self.shared) => self.hand_over(handed).await,
             () = self.progress.closed() => Err(CommitError::Fenced.into()),
             item = items.recv(), if room => match item {
                 Some(Item::Page(page)) => self.send(page).await,
-                Some(Item::CaughtUp(caught_up)) => self.catch_up(caught_up).await,
+                Some(Item::CaughtUp(at)) => self.caught_up(at).await,
                 None => Err(Ended::Reader),
             },
         }
     }
 
-    /// Hands on what is complete, and notices a failure.
-    pub(crate) async fn complete(&mut self) -> Result<(), Ended> {
-        while let Some(flight) = self.publisher.in_flight.take_complete() {
-            self.pages_done.send_modify(|done| *done += usize::from(flight.is_page()));
-            metric::published(&self.outbox, &flight, &self.builder.clock);
-            // A recorder that has gone has its own reason, which is told where it is joined.
-            self.progress.send(flight.into_progress()).await.map_err(|_| CommitError::Fenced)?;
-        }
-        if let Some((id, code)) = self.publisher.in_flight.failure() {
-            let alone = self.memory.careful > 0;
-            return Err(Ended::Refused { id, code, alone });
-        }
-        Ok(())
-    }
-
-    /// A producer that is fatal sends nothing any more, and may never report what it holds.
-    fn look_at_producer(&self) -> Result<(), Ended> {
-        self.publisher.ask_for_brokers(&self.outbox, &self.topics);
-        let Some(reason) = self.publisher.fatal() else { return Ok(()) };
-        warn!(outbox = self.outbox, reason, "the producer gave up");
-        Err(Ended::Refused { id: None, code: RDKafkaErrorCode::Fatal, alone: false })
-    }
-
-    /// Puts something into the sequence that is true as soon as all before it is.
-    async fn mark(&mut self, progress: Progress) -> Result<(), Ended> {
-        self.publisher.in_flight.mark(progress);
-        self.complete().await
-    }
-
-    /// Does what operators want: leaves a topic behind.
+    /// Does what operators want: stops, leaves a topic behind.
     async fn obey(&mut self) -> Result<(), Ended> {
         let control = self.control.borrow_and_update().clone();
+        if control.whole || self.scope.is_withdrawn(&control) {
+            return Err(Ended::Paused);
+        }
+        if matches!(self.scope, Scope::Topic(_)) {
+            return Ok(());
+        }
         for (topic, paused) in &control.paused {
-            if self.paused.contains(topic) || self.resumed.get(topic) == Some(&paused.paused_at) {
+            if self.paused.contains(topic) || self.shared.has_resumed(topic, paused.paused_at) {
                 continue;
             }
             self.paused.insert(topic.clone());
@@ -207,207 +227,131 @@ impl Session {
         Ok(())
     }
 
-    /// A topic goes on in the main flow, unless it has been paused again: then it stays where its lane stopped.
-    async fn catch_up(&mut self, caught_up: CaughtUp) -> Result<(), Ended> {
-        let CaughtUp { topic, paused_at } = &caught_up;
-        let paused = self.control.borrow().paused.get(&**topic).map(|paused| paused.paused_at);
-        if paused.is_some_and(|again| again != *paused_at) {
-            return Ok(());
-        }
-        self.paused.remove(&**topic);
-        self.resumed.insert(topic.to_string(), *paused_at);
-        info!(outbox = self.outbox, topic = &**topic, "the topic has caught up");
-        self.mark(Progress::CaughtUp(caught_up)).await
-    }
-
-    async fn send(&mut self, page: Page) -> Result<(), Ended> {
-        let number = self.publisher.in_flight.open(Flight::of(&page));
-        let mut decided = Decided::default();
-        let sent = self.send_rows(&page, number, &mut decided).await;
-        if page.lane.is_none() && sent.is_ok() {
-            let after = page.to;
-            self.at = Position { base: page.base, target: page.target, after };
-        }
-        // Also where sending failed: what is acknowledged of the page has still to be told from what is not.
-        self.publisher.in_flight.seal(number, decided);
-        sent
-    }
-
-    async fn send_rows(&mut self, page: &Page, number: usize, decided: &mut Decided) -> Result<(), Ended> {
-        let mut before = page.after;
-        let mut rows = page.rows.iter().enumerate();
-        loop {
-            let together = if self.memory.careful > 0 { 1 } else { TOGETHER };
-            let mut ready = Vec::new();
-            let mut taken = 0;
-            for (index, row) in rows.by_ref().take(together) {
-                taken += 1;
-                // To ask about a topic may take its time: nobody waits for that but rows of the topic, and what follows.
-                if !self.limits.contains_key(row.topic()) {
-                    self.send_all(&mut ready).await?;
-                }
-                let ticket = Ticket::new(number, index);
-                if let Some(built) = self.ready(page, row, before, ticket, decided).await? {
-                    ready.push((row, built, ticket));
-                }
-                before = row.id();
-            }
-            if taken == 0 {
-                return Ok(());
-            }
-            self.send_all(&mut ready).await?;
-        }
-    }
-
-    async fn send_all(&mut self, ready: &mut Vec<(&Row, Built, Ticket)>) -> Result<(), Ended> {
-        for (row, built, ticket) in ready.drain(..) {
-            self.send_row(row, built, ticket).await?;
-        }
-        Ok(())
-    }
-
-    /// The row's record, if it goes to Kafka.
-    async fn ready(
-        &mut self,
-        page: &Page,
-        row: &Row,
-        before: i64,
-        ticket: Ticket,
-        decided: &mut Decided,
-    ) -> Result<Option<Built>, Ended> {
-        let index = ticket.row();
-        match self.fate(page, row, before).await? {
-            Fate::Send(built) => {
-                decided.oldest.get_or_insert_with(|| row.created_at());
-                return Ok(Some(built));
-            }
-            Fate::Park(park) => {
-                let (id, topic, reason) = (park.id, row.topic(), &park.reason);
-                record::span(row).in_scope(|| warn!(outbox = self.outbox, id, topic, reason, "parked a row"));
-                metric::parked(&self.outbox, row.topic());
-                decided.parked.push((index, park));
-            }
-            Fate::Leave(left) => {
-                let LeftBehind { topic, reason, .. } = &left;
-                warn!(outbox = self.outbox, topic, reason, "the topic is paused; others go on");
-                self.paused.insert(topic.clone());
-                decided.left_behind.push((index, left));
-            }
-            Fate::Pass => {}
-        }
-        self.publisher.in_flight.passed(ticket);
-        Ok(None)
-    }
-
-    async fn send_row(&mut self, row: &Row, built: Built, ticket: Ticket) -> Result<(), Ended> {
-        if let Some(refused) = self.offer(row, built, ticket).await? {
-            return Err(Ended::Refused { id: Some(row.id()), code: refused, alone: true });
-        }
-        if self.memory.careful > 0 {
-            self.acknowledged(ticket).await.map_err(|ended| match ended {
-                // Nothing else was in flight.
-                Ended::Refused { code, .. } => Ended::Refused { id: Some(row.id()), code, alone: true },
-                ended => ended,
-            })?;
-            self.memory.careful -= 1;
-        }
-        Ok(())
-    }
-
-    /// Gives a row to the producer, waiting for room; tells if it was refused on the spot.
-    pub(crate) async fn offer(
-        &mut self,
-        row: &Row,
-        built: Built,
-        ticket: Ticket,
-    ) -> Result<Option<RDKafkaErrorCode>, Ended> {
-        let mut built = Some(built);
-        loop {
-            let record = built.take().unwrap_or_else(|| self.builder.build(row));
-            match self.publisher.offer(row, record, ticket) {
-                Offered::Taken => return Ok(None),
-                Offered::Refused(code) => return Ok(Some(code)),
-                Offered::Full => {
-                    let sent = self.publisher.in_flight.sent();
-                    self.wait_until(|session| session.publisher.in_flight.sent() < sent).await?;
-                }
-            }
-        }
-    }
-
-    /// Waits until a row that was just sent is acknowledged.
-    pub(crate) async fn acknowledged(&mut self, ticket: Ticket) -> Result<(), Ended> {
-        self.wait_until(|session| session.publisher.in_flight.is_done(ticket)).await
-    }
-
-    /// Waits until everything sent so far is acknowledged.
-    pub(crate) async fn settle(&mut self) -> Result<(), Ended> {
-        self.wait_until(|session| session.publisher.in_flight.sent() == 0).await?;
-        // The last of it may have been acknowledged since completed pages were looked for.
-        self.complete().await
-    }
-
-    async fn wait_until(&mut self, done: impl Fn(&Self) -> bool) -> Result<(), Ended> {
-        let in_flight = self.publisher.in_flight.clone();
-        in_flight.set_eager(true);
-        let waited = loop {
-            if let Err(ended) = self.complete().await {
-                break Err(ended);
-            }
-            if done(self) {
-                break Ok(());
-            }
-            tokio::select! {
-                biased;
-                () = self.stop.cancelled() => break Err(Ended::Stopped),
-                () = in_flight.changed.notified() => {}
-                () = tokio::time::sleep(LOOK_AT_PRODUCER) => if let Err(ended) = self.look_at_producer() {
-                    break Err(ended);
-                },
-            }
-        };
-        in_flight.set_eager(false);
-        waited
-    }
-
     /// Drops the producer and says what the next session has to know. What is acknowledged is handed to the recorder
-    /// first; a stop waits a while for the rest.
+    /// first. A stop or a pause waits a while for what the brokers have already got.
     pub(crate) async fn finish(mut self, ended: &Ended) -> Memory {
-        if matches!(ended, Ended::Stopped) {
-            let in_flight = self.publisher.in_flight.clone();
-            in_flight.set_eager(true);
-            let delivered = async {
-                while in_flight.sent() > 0 && in_flight.failure().is_none() {
-                    in_flight.changed.notified().await;
-                }
-            };
-            if tokio::time::timeout(LAST_DELIVERIES, delivered).await.is_err() {
-                warn!(
-                    outbox = self.outbox,
-                    "Kafka did not acknowledge everything in time; the next owner sends it again"
-                );
+        match ended {
+            Ended::Stopped => self.await_deliveries(LAST_DELIVERIES).await,
+            Ended::Paused => {
+                self.publisher.purge();
+                self.await_deliveries(LAST_DELIVERIES).await;
             }
+            Ended::Stuck(topics) => {
+                let in_flight = self.publisher.in_flight.clone();
+                in_flight.set_eager(true);
+                let others = async {
+                    while in_flight.sent_besides(topics) > 0 && in_flight.refusals() == 0 {
+                        in_flight.changed.notified().await;
+                    }
+                };
+                // What is not acknowledged by then is sent again.
+                tokio::time::timeout(OTHERS, others).await.ok();
+            }
+            // A producer may be seen to be fatal before the reports that say why.
+            Ended::Refused { .. } | Ended::GaveUp(_) => self.await_refusals().await,
+            Ended::Commit(_) => {}
+            // Nothing is wrong with the producer: what it has sent is not to be sent again.
+            _ => self.await_deliveries(OTHERS).await,
         }
         // Its failure is why we are here.
         self.complete().await.ok();
-        let Self { publisher, progress, memory, .. } = self;
-        let GivenUp { beginning, mut beyond, rows } = publisher.in_flight.give_up();
-        if let Some(beginning) = beginning {
-            progress.send(beginning).await.ok();
+        let refused = self.publisher.in_flight.refused();
+        let left = self.publisher.in_flight.give_up();
+        if let Some((beginning, at)) = left.beginning {
+            self.memory.at = at.unwrap_or(self.memory.at);
+            self.progress.send(beginning).await.ok();
         }
-        let mut careful = memory.careful;
-        let mut verdict = memory.verdict;
-        if let Ended::Refused { id, code, alone } = ended {
-            careful = careful.max(rows);
-            match Refusal::of(*code) {
-                // The topic may have been deleted, and what was acknowledged with it.
-                Refusal::Topic(Cause::Missing) => beyond.clear(),
-                Refusal::Topic(_) => verdict = id.map(|id| (id, *code)),
-                Refusal::Row if *alone => verdict = id.map(|id| (id, *code)),
-                Refusal::Row | Refusal::Transient => {}
+        self.shared.remember(left.beyond);
+        match &self.scope {
+            Scope::Main { .. } => self.set_apart(ended, &refused).await,
+            Scope::Topic(_) => self.suspect(ended, &refused),
+        }
+        self.memory
+    }
+
+    async fn await_deliveries(&self, patience: Duration) {
+        let in_flight = self.publisher.in_flight.clone();
+        in_flight.set_eager(true);
+        let delivered = async {
+            while in_flight.sent() > 0 && in_flight.refusals() == 0 {
+                in_flight.changed.notified().await;
             }
+        };
+        if tokio::time::timeout(patience, delivered).await.is_err() {
+            warn!(
+                outbox = self.outbox,
+                "Kafka did not acknowledge everything in time; the rest is sent again when publishing goes on"
+            );
         }
-        beyond.extend(memory.acknowledged);
-        Memory { acknowledged: beyond, careful, verdict }
+    }
+
+    /// Waits until the refused batch's reports are all there.
+    async fn await_refusals(&self) {
+        let mut before = None;
+        loop {
+            let now = self.publisher.in_flight.refusals();
+            if before.replace(now) == Some(now) {
+                return;
+            }
+            tokio::time::sleep(REPORTS).await;
+        }
+    }
+
+    /// The main stream leaves behind the topics that a failure is about. Each goes on, or waits, in a stream of its own,
+    /// so that the others pay for a refusal once.
+    async fn set_apart(&mut self, ended: &Ended, refused: &[Refused]) {
+        let mut causes: HashMap<&str, (Cause, String)> = HashMap::new();
+        if let Ended::Stuck(topics) = ended {
+            let reason = format!("no broker has taken its rows for {:?}", self.shared.stuck_after);
+            causes.extend(topics.iter().map(|topic| (topic.as_str(), (Cause::Leaderless, reason.clone()))));
+        }
+        self.memory.failures += u32::from(matches!(ended, Ended::Refused { .. } | Ended::GaveUp(_)));
+        for Refused { id, topic, code } in refused {
+            let said = format!("Kafka says of row {id}: {code}");
+            let cause = match Refusal::of(*code) {
+                Refusal::Topic(cause) => cause,
+                Refusal::Row => Cause::Refusing,
+                Refusal::Transient if self.memory.failures >= FAILURES && !crate::refusal::is_of_all_topics(*code) => {
+                    Cause::Refusing
+                }
+                Refusal::Transient => continue,
+            };
+            if cause == Cause::Missing {
+                // It may have been deleted, and what was acknowledged with it.
+                self.shared.forget(topic);
+            }
+            causes.entry(topic).or_insert((cause, said));
+        }
+        for (topic, (cause, reason)) in causes {
+            warn!(outbox = self.outbox, topic, reason, "the topic is set apart; the others go on");
+            self.memory.limits.remove(topic);
+            self.memory.failures = 0;
+            let left = LeftBehind { topic: topic.to_owned(), cause, reason, position: self.memory.at.clone() };
+            self.progress.send(Progress::LeftBehind(left)).await.ok();
+        }
+    }
+
+    /// A topic's own stream finds the row that is refused: where Kafka names it, at once, else by sending the rows of the
+    /// refused batch one by one.
+    fn suspect(&mut self, ended: &Ended, refused: &[Refused]) {
+        if !matches!(ended, Ended::Refused { .. } | Ended::GaveUp(_)) {
+            return;
+        }
+        self.memory.failures += 1;
+        let named = refused.iter().any(|row| row.code == RDKafkaErrorCode::InvalidDifferentRecord);
+        let of_rows: Vec<&Refused> = refused.iter().filter(|row| Refusal::of(row.code) == Refusal::Row).collect();
+        if !of_rows.is_empty() {
+            self.memory.refused_at = Some(Instant::from_std(saga_core::clock::monotonic()));
+        }
+        let topical = |row: &&Refused| matches!(Refusal::of(row.code), Refusal::Topic(_));
+        if let Some(row) = refused.iter().find(topical) {
+            self.memory.verdicts.insert(row.id, row.code);
+        }
+        if named || of_rows.len() == 1 {
+            self.memory.failures = 0;
+            self.memory.verdicts.extend(of_rows.iter().map(|row| (row.id, row.code)));
+        } else {
+            self.memory.suspects.extend(of_rows.iter().map(|row| row.id));
+        }
     }
 }

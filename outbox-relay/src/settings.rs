@@ -13,6 +13,13 @@ pub const READING: Duration = Duration::from_secs(30);
 /// Parked rows that are resolved are kept for so long: for whoever asks what became of them.
 pub const RESOLVED_KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
 
+/// Rows that no broker has taken for so long are stuck, and their topic is set apart while others flow. Longer than a change
+/// of a partition's leader usually takes.
+pub const STUCK_AFTER: Duration = Duration::from_secs(5);
+
+/// A topic that refuses rows stays set apart until it has refused none for so long: each refusal costs a producer.
+pub const SET_APART_FOR: Duration = Duration::from_secs(60);
+
 /// Compression of record batches: cheap, and headers repeat themselves.
 pub const COMPRESSION: &str = "lz4";
 
@@ -33,6 +40,10 @@ pub struct Settings {
     pub reading: Duration,
     /// Parked rows that are resolved (published, or discarded and gone from the outbox) are deleted after so long.
     pub resolved_kept: Duration,
+    /// After how long rows that no broker takes are stuck; their topic is then set apart.
+    pub stuck_after: Duration,
+    /// How long a topic stays set apart after Kafka has refused a row of it.
+    pub set_apart_for: Duration,
     /// `compression.type`.
     pub compression: String,
 }
@@ -57,6 +68,8 @@ impl Settings {
             lease: LEASE,
             reading: READING,
             resolved_kept: RESOLVED_KEPT,
+            stuck_after: STUCK_AFTER,
+            set_apart_for: SET_APART_FOR,
             compression: COMPRESSION.to_owned(),
         }
     }

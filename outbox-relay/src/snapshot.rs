@@ -24,6 +24,11 @@ impl Snapshot {
         self.xmax == 1
     }
 
+    /// Whether it sees all that `other` sees.
+    pub fn includes(&self, other: &Self) -> bool {
+        other.xmax <= self.xmax && self.xip.iter().all(|&xid| !other.sees(xid))
+    }
+
     /// Whether the transaction had ended.
     pub fn sees(&self, xid: u64) -> bool {
         xid < self.xmax && (xid < self.xmin || self.xip.binary_search(&xid).is_err())

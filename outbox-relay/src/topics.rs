@@ -4,6 +4,7 @@ use rdkafka::{
     ClientConfig, ClientContext,
     admin::{AdminClient, AdminOptions, ResourceSpecifier},
     error::{KafkaError, RDKafkaErrorCode},
+    metadata::MetadataPartition,
     util::Timeout,
 };
 use std::{sync::Arc, time::Duration};
@@ -77,6 +78,17 @@ impl Topics {
             // be read (a right of its own, without which writing may be allowed), looks like one without settings.
             None => self.look_without_configuration(topic).await,
         }
+    }
+
+    /// Whether a partition of the topic has no leader, as the brokers say.
+    pub(crate) async fn lacks_leader(&self, topic: &str) -> Result<bool, KafkaError> {
+        let (admin, name) = (self.admin.clone(), topic.to_owned());
+        let asked = tokio::task::spawn_blocking(move || {
+            let metadata = admin.inner().fetch_metadata(Some(&name), PATIENCE)?;
+            let lacks = |partition: &MetadataPartition| partition.leader() < 0;
+            Ok(metadata.topics().iter().any(|topic| topic.partitions().iter().any(lacks)))
+        });
+        asked.await.unwrap_or(Err(KafkaError::Canceled))
     }
 
     async fn look_without_configuration(&self, topic: &str) -> Result<TopicState, KafkaError> {

@@ -318,7 +318,7 @@ pub(crate) async fn keys(db: &mut PgConnection, ids: &[i64]) -> Result<Vec<(i64,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::{Cursor, UpTo};
+    use crate::position::Cursor;
     use saga_core::{service::messaging_migrations, testkit::TestDatabase};
     use sqlx::{Connection as _, postgres::PgConnectOptions};
     use std::str::FromStr as _;
@@ -378,7 +378,7 @@ mod tests {
         async fn step(&mut self, cursor: &mut Cursor, target: &Snapshot) -> (Option<Vec<i64>>, i64) {
             // What transactions before touched may still be among it.
             let before = touched(&mut self.db).await;
-            let page = cursor.next(&mut self.db, UpTo::Snapshot(target)).await.unwrap();
+            let page = cursor.follow(&mut self.db, &Position::at(target.clone())).await.unwrap();
             let touched = touched(&mut self.db).await - before;
             (page.map(|page| page.rows.iter().map(Row::id).collect()), touched)
         }
@@ -474,7 +474,7 @@ mod tests {
         let target = reading.snapshot().await;
         let mut cursor = Cursor::new(Position::initial(), None);
         let (mut rows, mut unread) = (0, 0);
-        while let Some(page) = cursor.next(&mut reading.db, UpTo::Snapshot(&target)).await.unwrap() {
+        while let Some(page) = cursor.follow(&mut reading.db, &Position::at(target.clone())).await.unwrap() {
             let bytes: usize = page.rows.iter().filter(|row| !row.lacks_body()).map(Row::bytes).sum();
             assert!(bytes <= 9 << 20, "{bytes} bytes in a page");
             rows += page.rows.len();
@@ -490,10 +490,10 @@ mod tests {
         reading.append_bodies("t", 10, 1_000_000, "{}").await;
         let target = reading.snapshot().await;
         let mut cursor = Cursor::new(Position::initial(), None);
-        let first = cursor.next(&mut reading.db, UpTo::Snapshot(&target)).await.unwrap().unwrap();
+        let first = cursor.follow(&mut reading.db, &Position::at(target.clone())).await.unwrap().unwrap();
         assert!((1..10).contains(&first.rows.len()));
         sqlx::query("delete from outbox where id = 10").execute(&reading.database.pool).await.unwrap();
-        let second = cursor.next(&mut reading.db, UpTo::Snapshot(&target)).await.unwrap().unwrap();
+        let second = cursor.follow(&mut reading.db, &Position::at(target.clone())).await.unwrap().unwrap();
         assert_eq!(first.rows.len() + second.rows.len(), 9);
         assert!(second.rows.iter().all(|row| row.payload().is_some()), "none would be sent as a tombstone");
     }
@@ -510,10 +510,10 @@ mod tests {
         .unwrap();
         reading.append("t", 1).await;
         let mut cursor = Cursor::new(Position::initial(), None);
-        let page = cursor.next(&mut reading.db, UpTo::Now).await.unwrap().unwrap();
+        let page = cursor.next(&mut reading.db).await.unwrap().unwrap();
         assert_eq!(page.rows.iter().map(Row::id).collect::<Vec<_>>(), [2]);
         for _ in 0..3 {
-            assert!(cursor.next(&mut reading.db, UpTo::Now).await.unwrap().is_none());
+            assert!(cursor.next(&mut reading.db).await.unwrap().is_none());
         }
     }
 }

@@ -93,8 +93,10 @@ struct Lag {
 #[derive(Debug, Serialize, ToSchema)]
 struct PausedTopic {
     topic: String,
-    /// `operator`, `missing` or `forbidden`.
+    /// `operator`, `missing`, `forbidden`, `leaderless` (no broker takes its rows) or `refusing` (Kafka refused rows of it).
     cause: &'static str,
+    /// Why, in words.
+    reason: String,
     #[serde(with = "time::serde::rfc3339")]
     paused_at: OffsetDateTime,
     /// Its rows are being published again, from where they were left.
@@ -153,6 +155,7 @@ async fn known(db: &mut PgConnection, outbox: &str, clock: &DatabaseClock) -> Re
             .map(|paused| PausedTopic {
                 topic: paused.topic,
                 cause: paused.cause.as_str(),
+                reason: paused.reason,
                 paused_at: paused.paused_at,
                 catching_up: paused.resuming,
             })

@@ -1,0 +1,271 @@
+//! How a topic comes back into the main stream, without a row left out, sent twice or overtaken.
+//!
+//! ```text
+//!  topic's stream ──ask──▶ main stream        It has published all that the main stream has passed, or nearly.
+//!                 ◀─split─ at its position    Rows behind the split are the main stream's, if it comes to that.
+//!                 ──done─▶                    All rows before the split are acknowledged: the topic is back.
+//! ```
+//!
+//! When a row behind the split comes before the word, the main stream waits for it, for a moment. Without it the topic
+//! stays set apart, and asks again. When the process dies in between, the topic is still recorded as set apart, at a
+//! position that its stream has published up to.
+
+use crate::{
+    commit::Progress,
+    control::Control,
+    pause::CaughtUp,
+    position::Position,
+    session::{Ended, Scope, Session},
+    stream::Shared,
+};
+use saga_core::clock;
+use std::{
+    future::{Future as _, pending, poll_fn},
+    pin::Pin,
+    sync::{Mutex, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+use time::OffsetDateTime;
+use tokio::{
+    sync::{
+        Notify,
+        oneshot::{self, error::RecvError},
+    },
+    time::Instant,
+};
+use tracing::info;
+
+/// The main stream waits so long at a row of a topic that is about to come back: as long as a page takes, at a slow time.
+const HOLD: Duration = Duration::from_millis(250);
+
+/// A topic's stream asks to hand its topic over.
+pub(crate) struct Ask {
+    topic: String,
+    paused_at: OffsetDateTime,
+    split: oneshot::Sender<Split>,
+}
+
+/// Where the main stream stands at this moment.
+pub(crate) struct Split {
+    at: Position,
+    done: oneshot::Sender<()>,
+}
+
+/// Questions that the main stream has not answered yet.
+#[derive(Default)]
+pub(crate) struct Asks {
+    waiting: Mutex<Vec<Ask>>,
+    asked: Notify,
+}
+
+impl Asks {
+    fn ask(&self, ask: Ask) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(ask);
+        self.asked.notify_one();
+    }
+
+    async fn next(&self) -> Ask {
+        loop {
+            let ask = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            match ask {
+                Some(ask) => return ask,
+                None => self.asked.notified().await,
+            }
+        }
+    }
+}
+
+/// Topics that are about to come back into the main stream.
+#[derive(Default)]
+pub(crate) struct Joining(Vec<Join>);
+
+struct Join {
+    topic: String,
+    paused_at: OffsetDateTime,
+    done: oneshot::Receiver<()>,
+}
+
+impl Joining {
+    fn take(&mut self, topic: &str) -> Option<Join> {
+        let at = self.0.iter().position(|join| join.topic == topic)?;
+        Some(self.0.swap_remove(at))
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(CaughtUp, Result<(), RecvError>)> {
+        for at in 0..self.0.len() {
+            if let Poll::Ready(word) = Pin::new(&mut self.0[at].done).poll(cx) {
+                let Join { topic, paused_at, .. } = self.0.swap_remove(at);
+                return Poll::Ready((CaughtUp { topic, paused_at }, word));
+            }
+        }
+        Poll::Pending
+    }
+}
+
+/// The topic of a stream that is set apart, on its way back.
+pub(crate) struct Leaving {
+    pub(crate) topic: String,
+    /// When its pause began: the topic may be paused again meanwhile, which is another pause.
+    pub(crate) paused_at: OffsetDateTime,
+    /// Not before: Kafka has refused rows of it.
+    pub(crate) not_before: Option<Instant>,
+    /// All that the main stream had passed here was read and sent.
+    caught_up: Option<Position>,
+    asked: Option<oneshot::Receiver<Split>>,
+    split: Option<Split>,
+}
+
+impl Leaving {
+    pub(crate) fn new(topic: String, paused_at: OffsetDateTime, not_before: Option<Instant>) -> Self {
+        Self { topic, paused_at, not_before, caught_up: None, asked: None, split: None }
+    }
+
+    /// Whether the topic has been quiet for long enough.
+    fn is_quiet(&self) -> bool {
+        self.not_before.is_none_or(|at| Instant::from_std(clock::monotonic()) >= at)
+    }
+
+    async fn handed(&mut self) -> Handed {
+        if let Some(asked) = &mut self.asked {
+            let split = asked.await;
+            self.asked = None;
+            return Handed::Split(split);
+        }
+        match self.not_before {
+            Some(at) if self.caught_up.is_some() && self.split.is_none() && !self.is_quiet() => {
+                tokio::time::sleep_until(at).await;
+                Handed::Quiet
+            }
+            _ => pending().await,
+        }
+    }
+}
+
+/// The next step of a hand-over.
+pub(crate) enum Handed {
+    /// To the main stream.
+    Asked(Ask),
+    /// To the main stream: all before the split is acknowledged, or the topic's stream has ended.
+    Done(CaughtUp, Result<(), RecvError>),
+    /// To a topic's stream, unless the main stream does not know it as set apart.
+    Split(Result<Split, RecvError>),
+    /// A topic has refused nothing for long enough.
+    Quiet,
+}
+
+impl Scope {
+    /// Waits for the next step.
+    pub(crate) async fn handed_over(&mut self, shared: &Shared) -> Handed {
+        match self {
+            Self::Main { joining } => {
+                tokio::select! {
+                    ask = shared.asks.next() => Handed::Asked(ask),
+                    (caught_up, word) = poll_fn(|cx| joining.poll(cx)) => Handed::Done(caught_up, word),
+                }
+            }
+            Self::Topic(leaving) => leaving.handed().await,
+        }
+    }
+
+    /// The topic is not to be published now, or in another stream.
+    pub(crate) fn is_withdrawn(&self, control: &Control) -> bool {
+        let Self::Topic(leaving) = self else { return false };
+        let paused = control.paused.get(&leaving.topic);
+        paused.is_none_or(|paused| !paused.resuming || paused.paused_at != leaving.paused_at)
+    }
+}
+
+impl Session {
+    pub(crate) async fn hand_over(&mut self, handed: Handed) -> Result<(), Ended> {
+        match handed {
+            Handed::Asked(ask) => {
+                self.split(ask);
+                Ok(())
+            }
+            Handed::Done(caught_up, Ok(())) => self.take_back(caught_up).await,
+            // It asks again, or its next stream does.
+            Handed::Done(_, Err(_)) => Ok(()),
+            Handed::Split(Ok(split)) => {
+                if let Scope::Topic(leaving) = &mut self.scope {
+                    leaving.split = Some(split);
+                }
+                self.go_on_leaving().await
+            }
+            // It is looked up again what the topic is.
+            Handed::Split(Err(_)) => Err(Ended::Paused),
+            Handed::Quiet => self.go_on_leaving().await,
+        }
+    }
+
+    fn split(&mut self, Ask { topic, paused_at, split }: Ask) {
+        let Scope::Main { joining } = &mut self.scope else { return };
+        if !self.paused.contains(&topic) {
+            return;
+        }
+        let (done, word) = oneshot::channel();
+        // Where the topic's stream has ended it does not matter.
+        if split.send(Split { at: self.at.clone(), done }).is_ok() {
+            joining.take(&topic);
+            joining.0.push(Join { topic, paused_at, done: word });
+        }
+    }
+
+    /// A row of a topic that is set apart has come: whether the topic is back in the main stream with it.
+    pub(crate) async fn is_back(&mut self, topic: &str) -> Result<bool, Ended> {
+        let Scope::Main { joining } = &mut self.scope else { return Ok(false) };
+        let Some(Join { topic, paused_at, mut done }) = joining.take(topic) else { return Ok(false) };
+        let is_back = match tokio::time::timeout(HOLD, &mut done).await {
+            Ok(word) => word.is_ok(),
+            Err(_) => {
+                done.close();
+                done.try_recv().is_ok()
+            }
+        };
+        if !is_back {
+            return Ok(false);
+        }
+        self.take_back(CaughtUp { topic: topic.clone(), paused_at }).await?;
+        Ok(!self.paused.contains(&topic))
+    }
+
+    /// A topic goes on in the main stream, unless it has been paused again: then it stays where its stream stopped.
+    async fn take_back(&mut self, caught_up: CaughtUp) -> Result<(), Ended> {
+        let CaughtUp { topic, paused_at } = &caught_up;
+        let paused = self.control.borrow().paused.get(topic).map(|paused| paused.paused_at);
+        if paused.is_some_and(|again| again != *paused_at) {
+            return Ok(());
+        }
+        self.paused.remove(topic);
+        self.shared.has_come_back(topic, *paused_at);
+        info!(outbox = self.outbox, topic, "the topic has caught up");
+        self.mark(Progress::CaughtUp(caught_up)).await
+    }
+
+    /// Every row that the main stream had passed at `at` is sent.
+    pub(crate) async fn caught_up(&mut self, at: Position) -> Result<(), Ended> {
+        if let Scope::Topic(leaving) = &mut self.scope {
+            leaving.caught_up = Some(at);
+        }
+        self.go_on_leaving().await
+    }
+
+    async fn go_on_leaving(&mut self) -> Result<(), Ended> {
+        let Scope::Topic(leaving) = &mut self.scope else { return Ok(()) };
+        let Some(caught_up) = &leaving.caught_up else { return Ok(()) };
+        let Some(split) = leaving.split.take_if(|split| caught_up.includes(&split.at)) else {
+            if leaving.split.is_none() && leaving.asked.is_none() && leaving.is_quiet() {
+                let (split, asked) = oneshot::channel();
+                leaving.asked = Some(asked);
+                self.shared.asks.ask(Ask { topic: leaving.topic.clone(), paused_at: leaving.paused_at, split });
+            }
+            return Ok(());
+        };
+        self.settle().await?;
+        // Without the word that it waits for, the main stream has passed a row, which is read next.
+        match split.done.send(()) {
+            Ok(()) => Err(Ended::Joined),
+            Err(_) => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! Sends the rows of a page, and waits for what Kafka says of them.
+
+use crate::{
+    commit::{CommitError, Progress},
+    control::Control,
+    fate::Fate,
+    in_flight::{Decided, Flight, Ticket},
+    loops, metric,
+    pause::{Cause, LeftBehind},
+    position::{Page, Position},
+    producer::Offered,
+    record::{self, Built},
+    row::Row,
+    session::{Ended, LOOK_AT_PRODUCER, Scope, Session},
+};
+use rdkafka::types::RDKafkaErrorCode;
+use std::{collections::BTreeSet, future::pending, sync::Arc};
+use tokio::sync::watch;
+use tracing::warn;
+
+/// So many records are made before the first of them is handed over. The library begins to send with the first record that
+/// it gets: when the others follow without a pause, they are in the same request.
+const TOGETHER: usize = 500;
+/// Topics with stuck rows that the brokers are asked about at once.
+const ASKED_ABOUT: usize = 8;
+
+impl Session {
+    /// Hands on what is complete, and notices a failure.
+    pub(crate) async fn complete(&mut self) -> Result<(), Ended> {
+        while let Some(flight) = self.publisher.in_flight.take_complete() {
+            self.pages_done.send_modify(|done| *done += usize::from(flight.is_page()));
+            metric::published(&self.outbox, &flight, &self.shared.clock);
+            if let Some(at) = flight.position() {
+                self.memory.at = at;
+            }
+            if flight.oldest().is_some() && std::mem::take(&mut self.memory.failures) > 0 {
+                self.shared.loops.working(self.scope.name());
+            }
+            // A recorder that has gone has its own reason, which is told where it is joined.
+            self.progress.send(flight.into_progress()).await.map_err(|_| CommitError::Fenced)?;
+        }
+        if let Some((id, code)) = self.publisher.in_flight.failure() {
+            let alone = id.is_some_and(|id| self.memory.suspects.contains(&id));
+            return Err(Ended::Refused { id, code, alone });
+        }
+        Ok(())
+    }
+
+    /// A producer that is fatal sends nothing any more, and may never report what it holds. And one that lives may hold
+    /// rows that no broker takes.
+    pub(crate) async fn look_at_producer(&mut self) -> Result<(), Ended> {
+        self.publisher.ask_for_brokers(&self.topics);
+        if let Some(reason) = self.publisher.fatal() {
+            warn!(outbox = self.outbox, reason, "the producer gave up");
+            return Err(Ended::GaveUp(reason));
+        }
+        let stuck = self.publisher.in_flight.stuck(self.shared.stuck_after);
+        if stuck.topics.is_empty() || self.shared.kafka.state.are_away() {
+            return Ok(());
+        }
+        let topics = if stuck.others_flow { stuck.topics.clone() } else { self.leaderless(&stuck.topics).await };
+        if topics.is_empty() {
+            let topics: Vec<&str> = stuck.topics.iter().take(ASKED_ABOUT).map(String::as_str).collect();
+            let reason = format!(
+                "no broker has acknowledged a row for {:?} (topics {})",
+                self.shared.stuck_after,
+                topics.join(", ")
+            );
+            self.memory.failures = self.memory.failures.max(1);
+            self.shared.loops.failing(self.scope.name(), &reason);
+            return Ok(());
+        }
+        if let Scope::Topic(_) = &self.scope {
+            let topic = topics.into_iter().next().unwrap_or_default();
+            let reason = format!("no broker has taken its rows for {:?}", self.shared.stuck_after);
+            return Err(self.stall(topic, Cause::Leaderless, reason).await?);
+        }
+        Err(Ended::Stuck(topics))
+    }
+
+    /// Those of the topics that have a partition without a leader, as the brokers say. A stream of one topic has nothing
+    /// that flows meanwhile, so there it is enough that the brokers answer.
+    async fn leaderless(&self, topics: &BTreeSet<String>) -> BTreeSet<String> {
+        let mut leaderless = BTreeSet::new();
+        for topic in topics.iter().take(ASKED_ABOUT) {
+            match self.topics.lacks_leader(topic).await {
+                Ok(lacks) if lacks || matches!(self.scope, Scope::Topic(_)) => {
+                    leaderless.insert(topic.clone());
+                }
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        leaderless
+    }
+
+    /// Puts something into the sequence that is true as soon as all before it is.
+    pub(crate) async fn mark(&mut self, progress: Progress) -> Result<(), Ended> {
+        self.publisher.in_flight.mark(progress);
+        self.complete().await
+    }
+
+    pub(crate) async fn send(&mut self, page: Page) -> Result<(), Ended> {
+        let number = self.publisher.in_flight.open(Flight::of(&page));
+        let mut decided = Decided::default();
+        let sent = self.send_rows(&page, number, &mut decided).await;
+        // Also where sending failed: what is acknowledged of the page has still to be told from what is not.
+        self.publisher.in_flight.seal(number, decided);
+        if sent.is_ok() {
+            self.at = Position { base: page.base, target: page.target, after: page.to };
+            if matches!(self.scope, Scope::Main { .. }) {
+                self.shared.main.send_replace(self.at.clone());
+            }
+        }
+        sent
+    }
+
+    async fn send_rows(&mut self, page: &Page, number: usize, decided: &mut Decided) -> Result<(), Ended> {
+        let mut before = page.after;
+        let mut ready = Vec::new();
+        for (index, row) in page.rows.iter().enumerate() {
+            let ticket = Ticket::new(number, index);
+            let alone = !self.memory.suspects.is_empty() && self.memory.suspects.contains(&row.id());
+            // To ask about a topic may take its time: nothing waits for that but rows of the topic, and what follows.
+            if alone || ready.len() == TOGETHER || !self.memory.limits.contains_key(row.topic()) {
+                self.send_all(&mut ready).await?;
+                self.publisher.in_flight.given(number, index);
+            }
+            if let Some(built) = self.ready(page, row, before, ticket, decided).await? {
+                if alone {
+                    self.settle().await?;
+                    self.offer(row, built, ticket).await?.map_or(Ok(()), |code| Err(refused_at_once(row, code)))?;
+                    self.publisher.in_flight.given(number, index + 1);
+                    self.acknowledged(ticket).await?;
+                    self.memory.suspects.remove(&row.id());
+                } else {
+                    ready.push((row, built, ticket));
+                }
+            }
+            before = row.id();
+        }
+        self.send_all(&mut ready).await?;
+        self.publisher.in_flight.given(number, page.rows.len());
+        Ok(())
+    }
+
+    async fn send_all(&mut self, ready: &mut Vec<(&Row, Built, Ticket)>) -> Result<(), Ended> {
+        for (row, built, ticket) in ready.drain(..) {
+            if let Some(code) = self.offer(row, built, ticket).await? {
+                return Err(refused_at_once(row, code));
+            }
+        }
+        Ok(())
+    }
+
+    /// The row's record, if it goes to Kafka.
+    async fn ready(
+        &mut self,
+        page: &Page,
+        row: &Row,
+        before: i64,
+        ticket: Ticket,
+        decided: &mut Decided,
+    ) -> Result<Option<Built>, Ended> {
+        let index = ticket.row();
+        match self.fate(page, row, before).await? {
+            Fate::Send(built) => {
+                decided.oldest.get_or_insert_with(|| row.created_at());
+                return Ok(Some(built));
+            }
+            Fate::Park(park) => {
+                let (id, topic, reason) = (park.id, row.topic(), &park.reason);
+                record::span(row).in_scope(|| warn!(outbox = self.outbox, id, topic, reason, "parked a row"));
+                metric::parked(&self.outbox, row.topic());
+                decided.parked.push((index, park));
+            }
+            Fate::Leave(left) => {
+                let LeftBehind { topic, reason, .. } = &left;
+                warn!(outbox = self.outbox, topic, reason, "the topic is set apart; the others go on");
+                self.paused.insert(topic.clone());
+                decided.left_behind.push((index, left));
+            }
+            Fate::Pass => {}
+        }
+        self.publisher.in_flight.passed(ticket);
+        Ok(None)
+    }
+
+    /// Gives a row to the producer, waiting for room; returns the code if it was refused on the spot.
+    pub(crate) async fn offer(
+        &mut self,
+        row: &Row,
+        built: Built,
+        ticket: Ticket,
+    ) -> Result<Option<RDKafkaErrorCode>, Ended> {
+        let limit = self.memory.limits.get(row.topic()).copied().unwrap_or(usize::MAX);
+        let mut built = Some(built);
+        loop {
+            let record = built.take().unwrap_or_else(|| self.builder.build(row));
+            match self.publisher.offer(row, record, ticket, limit)? {
+                Offered::Taken => return Ok(None),
+                Offered::Refused(code) => return Ok(Some(code)),
+                Offered::Full => {
+                    let sent = self.publisher.in_flight.sent();
+                    self.wait_until(|session| session.publisher.in_flight.sent() < sent).await?;
+                }
+            }
+        }
+    }
+
+    /// Waits until a row that was just sent is acknowledged.
+    pub(crate) async fn acknowledged(&mut self, ticket: Ticket) -> Result<(), Ended> {
+        self.wait_until(|session| session.publisher.in_flight.is_done(ticket)).await
+    }
+
+    /// Waits until everything sent so far is acknowledged.
+    pub(crate) async fn settle(&mut self) -> Result<(), Ended> {
+        self.wait_until(|session| session.publisher.in_flight.sent() == 0).await?;
+        // The last of it may have been acknowledged since completed pages were looked for.
+        self.complete().await
+    }
+
+    async fn wait_until(&mut self, done: impl Fn(&Self) -> bool) -> Result<(), Ended> {
+        let in_flight = self.publisher.in_flight.clone();
+        let mut control = self.control.clone();
+        in_flight.set_eager(true);
+        let waited = loop {
+            if let Err(ended) = self.complete().await {
+                break Err(ended);
+            }
+            if done(self) {
+                break Ok(());
+            }
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => break Err(Ended::Stopped),
+                () = withdrawn(&mut control, &self.scope) => break Err(Ended::Paused),
+                () = in_flight.changed.notified() => {}
+                () = tokio::time::sleep(LOOK_AT_PRODUCER) => if let Err(ended) = self.look_at_producer().await {
+                    break Err(ended);
+                },
+            }
+        };
+        in_flight.set_eager(false);
+        waited
+    }
+}
+
+/// Waits until nothing of the stream is to be published any more.
+async fn withdrawn(control: &mut watch::Receiver<Arc<Control>>, scope: &Scope) {
+    let paused = control.wait_for(|control| control.whole || scope.is_withdrawn(control)).await.map(drop);
+    // When looking it up has ended, the session ends by that.
+    if paused.is_err() {
+        pending::<()>().await;
+    }
+}
+
+fn refused_at_once(row: &Row, code: RDKafkaErrorCode) -> Ended {
+    Ended::Refused { id: Some(row.id()), code, alone: true }
+}
+
+impl Scope {
+    /// What the stream is called in health and metrics.
+    pub(crate) fn name(&self) -> &str {
+        match self {
+            Self::Main { .. } => loops::MAIN,
+            Self::Topic(leaving) => &leaving.topic,
+        }
+    }
+}

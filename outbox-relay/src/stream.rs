@@ -1,0 +1,298 @@
+//! A stream: rows of the outbox in order, with a position, a pace and errors of its own. The main stream has the rows of all
+//! topics but those that are set apart; each of these has a stream of its own, which hands its topic back when it has
+//! caught up (see `handover`). A stream is one session after another.
+//!
+//! When the process dies, the streams go on from their recorded positions: the main stream's in the batch log, a topic's
+//! beside the reason why it is set apart.
+
+use crate::{
+    commit::{CommitError, Progress},
+    control::{Control, Wanted},
+    database::{Database, DatabaseClock},
+    handover::{Asks, Joining, Leaving},
+    loops::{Loops, MAIN},
+    nudges::Nudges,
+    owner::{OwnerError, joined},
+    parking::Blocked,
+    pause::{Cause, Paused},
+    position::{Cursor, Position, ReadError},
+    producer::{Kafka, Publisher},
+    reader::{Follower, Reader},
+    record::RecordBuilder,
+    session::{Ended, LOOK_AT_PRODUCER, Memory, Scope, Session},
+    topics::Topics,
+};
+use saga_core::clock;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+use time::OffsetDateTime;
+use tokio::{
+    sync::{Notify, Semaphore, mpsc, oneshot, watch},
+    time::{Instant, Interval, MissedTickBehavior},
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tracing::warn;
+
+/// Pages read ahead of the producer.
+const PAGES_AHEAD: usize = 3;
+/// Streams of topics that publish at once; others wait for their turn. Each has a producer, with threads of its own.
+pub(crate) const TOPICS_AT_ONCE: usize = 8;
+/// Between two sessions, when the first found out why it failed.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+/// … and when one after the other fails.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// What the streams of one outbox share.
+pub(crate) struct Shared {
+    pub(crate) outbox: String,
+    pub(crate) db: Database,
+    /// For statements that may read much.
+    pub(crate) reading: Database,
+    pub(crate) clock: Arc<DatabaseClock>,
+    pub(crate) blocked: Arc<Blocked>,
+    pub(crate) kafka: Kafka,
+    pub(crate) topics: Topics,
+    pub(crate) loops: Arc<Loops>,
+    /// Rows that no broker has taken for so long are stuck.
+    pub(crate) stuck_after: Duration,
+    /// A topic that has refused a row stays set apart for so long after.
+    pub(crate) set_apart_for: Duration,
+    pub(crate) control: watch::Receiver<Arc<Control>>,
+    pub(crate) wanted: Weak<Wanted>,
+    pub(crate) progress: mpsc::Sender<Progress>,
+    /// Wakes the recorder.
+    pub(crate) hurry: Arc<Notify>,
+    pub(crate) nudges: Arc<Nudges>,
+    /// Where the main stream stands: it has sent, or passed over, all before.
+    pub(crate) main: watch::Sender<Position>,
+    pub(crate) asks: Asks,
+    pub(crate) at_once: Semaphore,
+    pub(crate) stop: CancellationToken,
+    /// Rows that Kafka has acknowledged beyond what is recorded, by topic.
+    pub(crate) acknowledged: Mutex<HashMap<String, HashSet<i64>>>,
+    /// Topics that have come back since the main stream's session began, by when their pause began: what is known of it
+    /// may be a moment old.
+    pub(crate) back: Mutex<HashMap<String, OffsetDateTime>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// Kafka has acknowledged these rows.
+    pub(crate) fn remember(&self, rows: HashMap<String, HashSet<i64>>) {
+        let mut acknowledged = lock(&self.acknowledged);
+        for (topic, ids) in rows {
+            acknowledged.entry(topic).or_default().extend(ids);
+        }
+    }
+
+    /// Whether Kafka has acknowledged the row; asked once, when it comes again.
+    pub(crate) fn was_acknowledged(&self, topic: &str, id: i64) -> bool {
+        let mut acknowledged = lock(&self.acknowledged);
+        if acknowledged.is_empty() {
+            return false;
+        }
+        let Some(ids) = acknowledged.get_mut(topic) else { return false };
+        let was = ids.remove(&id);
+        if ids.is_empty() {
+            acknowledged.remove(topic);
+        }
+        was
+    }
+
+    /// What the topic had acknowledged is gone with it.
+    pub(crate) fn forget(&self, topic: &str) {
+        lock(&self.acknowledged).remove(topic);
+    }
+
+    /// The topic has come back into the main stream.
+    pub(crate) fn has_come_back(&self, topic: &str, paused_at: OffsetDateTime) {
+        lock(&self.back).insert(topic.to_owned(), paused_at);
+    }
+
+    /// Whether this pause of the topic is over.
+    pub(crate) fn has_resumed(&self, topic: &str, paused_at: OffsetDateTime) -> bool {
+        lock(&self.back).get(topic) == Some(&paused_at)
+    }
+
+    /// Waits until everything before is recorded.
+    async fn flush(&self) -> Result<(), CommitError> {
+        let (told, recorded) = oneshot::channel();
+        self.progress.send(Progress::Flush(told)).await.map_err(|_| CommitError::Fenced)?;
+        self.hurry.notify_one();
+        recorded.await.map_err(|_| CommitError::Fenced)
+    }
+
+    /// What is wanted now. What was looked up last may be older than what was recorded since.
+    async fn refresh(&self) -> Result<Arc<Control>, ReadError> {
+        match self.wanted.upgrade() {
+            Some(wanted) => self.db.ask(async |db| wanted.refresh(db).await).await,
+            None => Ok(self.control.borrow().clone()),
+        }
+    }
+}
+
+/// The main stream, until the process stops.
+pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), OwnerError> {
+    let mut memory = Memory::at(at);
+    loop {
+        let mut control = shared.control.clone();
+        tokio::select! {
+            () = shared.stop.cancelled() => return Ok(()),
+            wanted = control.wait_for(|control| !control.whole) => drop(wanted),
+        }
+        shared.flush().await?;
+        let now = shared.refresh().await?;
+        lock(&shared.back).clear();
+        let paused = now.paused.iter().filter(|(_, paused)| paused.position.is_some());
+        let paused = paused.map(|(topic, _)| topic.clone()).collect();
+        shared.main.send_replace(memory.at.clone());
+        let scope = Scope::Main { joining: Joining::default() };
+        let (ended, left) = session(shared, scope, memory, paused).await?;
+        memory = left;
+        match &ended {
+            Ended::Stopped => return Ok(()),
+            Ended::Paused | Ended::Stuck(_) | Ended::Joined | Ended::Stalled(_) => {}
+            Ended::Refused { .. } | Ended::GaveUp(_) => {
+                warn!(outbox = shared.outbox, reason = %ended, "the producer is rebuilt");
+                // The first is over as soon as it is noticed.
+                if memory.failures > 1 {
+                    shared.loops.failing(MAIN, &ended.to_string());
+                }
+                rest(memory.failures, &shared.stop).await;
+            }
+            _ => return Err(failure(ended)),
+        }
+    }
+}
+
+/// The stream of a topic that is set apart, until the topic is handed back or waits for something.
+pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), OwnerError> {
+    let mut memory = None::<Memory>;
+    loop {
+        let turn = tokio::select! {
+            () = shared.stop.cancelled() => return Ok(()),
+            turn = shared.at_once.acquire() => turn,
+        };
+        let Some((paused, at)) = resuming(shared, topic).await? else { return Ok(()) };
+        let mut remembered = memory.take().unwrap_or_else(|| Memory::at(at.clone()));
+        if paused.cause == Cause::Refusing {
+            remembered.refused_at.get_or_insert_with(|| Instant::from_std(clock::monotonic()));
+        }
+        remembered.at = at;
+        let not_before = remembered.refused_at.map(|at| at + shared.set_apart_for);
+        let scope = Scope::Topic(Leaving::new(topic.to_owned(), paused.paused_at, not_before));
+        let (ended, left) = session(shared, scope, remembered, HashSet::new()).await?;
+        drop(turn);
+        match &ended {
+            Ended::Stopped | Ended::Joined | Ended::Stalled(_) => return Ok(()),
+            Ended::Refused { .. } | Ended::GaveUp(_) => {
+                warn!(outbox = shared.outbox, topic, reason = %ended, "the producer of this topic is rebuilt");
+                if left.failures > 1 {
+                    shared.loops.failing(topic, &ended.to_string());
+                }
+                rest(left.failures, &shared.stop).await;
+            }
+            // It is looked up again whether the topic may go on.
+            Ended::Paused | Ended::Stuck(_) => {}
+            _ => return Err(failure(ended)),
+        }
+        memory = Some(left);
+    }
+}
+
+/// Where the topic's stream goes on, if the topic is set apart and may go on.
+async fn resuming(shared: &Shared, topic: &str) -> Result<Option<(Paused, Position)>, OwnerError> {
+    shared.flush().await?;
+    let control = shared.refresh().await?;
+    let paused = control.paused.get(topic).filter(|paused| paused.resuming && !control.whole);
+    let paused = paused.filter(|paused| !shared.has_resumed(topic, paused.paused_at));
+    Ok(paused.and_then(|paused| Some((paused.clone(), paused.position.clone()?))))
+}
+
+fn failure(ended: Ended) -> OwnerError {
+    match ended {
+        Ended::Commit(error) => error.into(),
+        Ended::Read(error) => error.into(),
+        Ended::Database(error) => error.into(),
+        Ended::Producer(error) => error.into(),
+        ended => OwnerError::Session(ended.to_string()),
+    }
+}
+
+/// Waits before the next session: the longer, the more failed since the last that got further.
+async fn rest(failures: u32, stop: &CancellationToken) {
+    let pause = SHORTEST_PAUSE * 2_u32.saturating_pow(failures.saturating_sub(1));
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = tokio::time::sleep(pause.min(LONGEST_PAUSE)) => {}
+    }
+}
+
+/// One producer's life, from the stream's position to the last that can be recorded of it.
+async fn session(
+    shared: &Arc<Shared>,
+    scope: Scope,
+    memory: Memory,
+    paused: HashSet<String>,
+) -> Result<(Ended, Memory), OwnerError> {
+    let publisher = Publisher::new(&shared.kafka)?;
+    match &scope {
+        Scope::Main { .. } => shared.blocked.load(&shared.db, &shared.outbox, |topic| !paused.contains(topic)).await?,
+        Scope::Topic(leaving) => {
+            shared.blocked.load(&shared.db, &shared.outbox, |topic| topic == leaving.topic).await?;
+        }
+    }
+    let mut control = shared.control.clone();
+    let (items, pages) = mpsc::channel(PAGES_AHEAD);
+    let (pages_done, done) = watch::channel(0);
+    let at = memory.at.clone();
+    let mut reader = AbortOnDropHandle::new(match &scope {
+        Scope::Main { .. } => {
+            let reader = Reader::new(Cursor::new(at.clone(), None), control.clone(), items, done);
+            tokio::spawn(reader.run(shared.reading.clone(), shared.nudges.clone()))
+        }
+        Scope::Topic(leaving) => {
+            let cursor = Cursor::new(at.clone(), Some(leaving.topic.as_str().into()));
+            tokio::spawn(Follower { cursor, main: shared.main.subscribe(), items }.run(shared.reading.clone()))
+        }
+    });
+    control.mark_changed();
+    let mut session = Session {
+        shared: shared.clone(),
+        scope,
+        outbox: shared.outbox.clone(),
+        db: shared.db.clone(),
+        topics: shared.topics.clone(),
+        publisher,
+        builder: RecordBuilder::new(&shared.outbox, shared.clock.clone()),
+        memory,
+        blocked: shared.blocked.clone(),
+        paused,
+        at,
+        control,
+        look_at: looks(),
+        progress: shared.progress.clone(),
+        pages_done,
+        stop: shared.stop.clone(),
+    };
+    let ended = session.run(pages).await;
+    // Reading first: what it reads from here on is of no use.
+    let read =
+        if matches!(ended, Ended::Reader) { joined("reading the outbox", (&mut reader).await) } else { Ok(Ok(())) };
+    drop(reader);
+    let memory = session.finish(&ended).await;
+    read??;
+    Ok((ended, memory))
+}
+
+fn looks() -> Interval {
+    let mut looks = tokio::time::interval(LOOK_AT_PRODUCER);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    looks
+}
