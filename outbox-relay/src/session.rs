@@ -140,7 +140,7 @@ pub(crate) enum Scope {
         joining: Joining,
     },
     /// Of one topic that is set apart.
-    Topic(Leaving),
+    Topic(Box<Leaving>),
 }
 
 /// One producer's life.

@@ -186,7 +186,7 @@ pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), O
         }
         remembered.at = at;
         let not_before = remembered.refused_at.map(|at| at + shared.set_apart_for);
-        let scope = Scope::Topic(Leaving::new(topic.to_owned(), paused.paused_at, not_before));
+        let scope = Scope::Topic(Box::new(Leaving::new(topic.to_owned(), paused.paused_at, not_before)));
         let (ended, left) = session(shared, scope, remembered, HashSet::new()).await?;
         drop(turn);
         match &ended {
