@@ -9,7 +9,7 @@
 //! as well, a little above ours, and a connection that is given up keeps its place in the pool until the server has ended its
 //! statement: there are never more server processes than the pools have places.
 
-use saga_core::{clock, outage::Outage, transaction::Bound};
+use saga_core::{outage::Outage, transaction::Bound};
 use sqlx::{
     Connection as _, PgConnection, PgPool, Postgres,
     pool::PoolConnection,
@@ -18,10 +18,9 @@ use sqlx::{
 use std::{
     future::Future,
     ops::{Deref, DerefMut},
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    sync::Arc,
+    time::Duration,
 };
-use time::OffsetDateTime;
 
 /// A connection that was in use so short a time ago is given out without asking whether it is still there.
 const TRUSTED: Duration = Duration::from_millis(500);
@@ -151,44 +150,5 @@ impl Drop for Borrowed {
             tokio::time::timeout(ends, connection.ping()).await.ok();
             drop(connection.detach());
         });
-    }
-}
-
-/// The database's clock, as it was when it was last asked: what times mean does not depend on the clock of this host.
-#[derive(Debug, Default)]
-pub(crate) struct DatabaseClock(Mutex<Option<(OffsetDateTime, Instant)>>);
-
-impl DatabaseClock {
-    /// It was `now` at some moment since `asked`.
-    pub(crate) fn set(&self, now: OffsetDateTime, asked: Instant) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, asked));
-    }
-
-    /// What it shows now. The host's clock, before the database was ever asked.
-    pub(crate) fn now(&self) -> OffsetDateTime {
-        match *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some((now, asked)) => now + clock::monotonic().duration_since(asked),
-            None => clock::now(),
-        }
-    }
-
-    /// How long ago `at` was; zero for what is still to come.
-    pub(crate) fn since(&self, at: OffsetDateTime) -> f64 {
-        (self.now() - at).as_seconds_f64().max(0.0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_are_by_the_clock_of_the_database_whatever_the_hosts_shows() {
-        let theirs = OffsetDateTime::UNIX_EPOCH + Duration::from_secs(3_600);
-        let database = DatabaseClock::default();
-        database.set(theirs, clock::monotonic());
-        let passed = database.now() - theirs;
-        assert!(passed >= time::Duration::ZERO && passed < time::Duration::minutes(1), "{passed}");
-        assert!(database.since(OffsetDateTime::UNIX_EPOCH) >= 3_600.0);
     }
 }

@@ -5,8 +5,8 @@
 //! database that lost its last commits. When the process dies, the lease runs out and a stand-by takes over; a clean stop
 //! gives it back at once. The lease has a connection of its own: whatever else waits for the database, renewing does not.
 
-use crate::database::{Database, DatabaseClock};
-use saga_core::{error_class::is_outage, outage::Outage, transaction::Bound};
+use crate::database::Database;
+use saga_core::{clock::DatabaseClock, error_class::is_outage, outage::Outage, transaction::Bound};
 use sqlx::{PgConnection, postgres::PgConnectOptions};
 use std::{sync::Arc, time::Duration};
 use time::OffsetDateTime;
@@ -36,7 +36,7 @@ impl Leases {
     pub(crate) fn new(options: PgConnectOptions, length: Duration) -> Self {
         let db = Database::new(options, 1, length / TRY);
         let outage = db.outage();
-        Self { db, length, clock: Arc::default(), outage }
+        Self { db, length, clock: DatabaseClock::of(outage.dependency()), outage }
     }
 
     async fn ask<T>(
@@ -105,7 +105,7 @@ impl Lease {
                 .await
             })
             .await?;
-        leases.clock.set(now, asked);
+        leases.clock.heard(now, asked);
         if !free {
             return Ok(None);
         }
@@ -172,7 +172,7 @@ impl Lease {
         .bind(self.length);
         let renewed: Option<OffsetDateTime> = leases.ask(async |db| statement.fetch_optional(db).await).await?;
         if let Some(now) = renewed {
-            leases.clock.set(now, asked);
+            leases.clock.heard(now, asked);
         }
         Ok(renewed.is_some())
     }

@@ -2,12 +2,13 @@
 //!
 //! The payload passes through as it is. What the row's own headers say wins, except for what identifies the row.
 
-use crate::{database::DatabaseClock, row::Row};
+use crate::row::Row;
 use rdkafka::{
     message::{Header, OwnedHeaders},
     producer::BaseRecord,
 };
 use saga_core::{
+    clock::DatabaseClock,
     envelope::{Envelope, header},
     trace,
 };

@@ -12,7 +12,7 @@
 
 use crate::{
     control::Control,
-    database::{Database, DatabaseClock},
+    database::Database,
     fate::too_large,
     outbox::Outbox,
     parking::{self, Blocked, Line, Published},
@@ -24,7 +24,7 @@ use crate::{
     topics::{TopicState, Topics},
 };
 use rdkafka::error::RDKafkaErrorCode as Code;
-use saga_core::topic::is_legal_name;
+use saga_core::{clock::DatabaseClock, topic::is_legal_name};
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,

@@ -8,7 +8,7 @@
 use crate::{
     commit::{CommitError, Progress},
     control::{Control, Wanted},
-    database::{Database, DatabaseClock},
+    database::Database,
     handover::{Asks, Joining, Leaving},
     loops::{Loops, MAIN},
     nudges::Nudges,
@@ -22,7 +22,7 @@ use crate::{
     session::{Ended, LOOK_AT_PRODUCER, Memory, Scope, Session},
     topics::Topics,
 };
-use saga_core::clock;
+use saga_core::clock::{self, DatabaseClock};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},

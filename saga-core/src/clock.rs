@@ -4,12 +4,13 @@
 //! attempt did.
 //!
 //! The database's clock decides. It is one for all processes, and the host's may be an hour off, or in 1970. Whoever reads
-//! `clock_timestamp()` passes it on with [`heard`]; from then on [`now`] is that time, carried on by the monotonic clock. How
-//! far the host's clock is off is [`skew`], which health and the log tell. Until the database was heard, the host's clock
+//! `clock_timestamp()` passes it on with [`DatabaseClock::heard`]; from then on [`now`] is that time, carried on by the monotonic clock. How
+//! far the host's clock is off is [`DatabaseClock::skew`], which health and the log tell. Until the database was heard, the host's clock
 //! has to do.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 use time::OffsetDateTime;
@@ -22,41 +23,137 @@ struct Heard {
     at: Instant,
 }
 
-static DATABASE: Mutex<Option<Heard>> = Mutex::new(None);
-
 /// What was heard so long ago is heard again: the database may have failed over to a machine with another clock.
 const FRESH: Duration = Duration::from_secs(10);
 
 /// An answer that took longer says too little of when the database looked at its clock, as long as a better one is fresh.
 const ROUND_TRIP_MAX: Duration = Duration::from_millis(250);
 
+/// A difference between the host's clock and the database's that is logged.
+const SKEW_LOGGED: Duration = Duration::from_secs(5);
+
+/// A difference that is not healthy, and with which nothing is given up because of its age.
+const SKEW_MAX: Duration = Duration::from_secs(120);
+
+/// The clock of one database, as it was when it was last read; from then on it advances as the monotonic clock does.
+#[derive(Debug)]
+pub struct DatabaseClock {
+    /// `None`: it logs nothing.
+    name: Option<String>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    heard: Option<Heard>,
+    skewed: bool,
+}
+
+/// The clock that [`now`] goes by: that of the database which this process read last.
+static PROCESS: DatabaseClock = DatabaseClock::named(None);
+
+/// The clocks of this process's databases, by name.
+static ALL: Mutex<BTreeMap<String, Arc<DatabaseClock>>> = Mutex::new(BTreeMap::new());
+
+impl DatabaseClock {
+    const fn named(name: Option<String>) -> Self {
+        Self { name, state: Mutex::new(State { heard: None, skewed: false }) }
+    }
+
+    /// The clock of the database of this name (`Outage::dependency`), one for all parts of the process.
+    #[must_use]
+    pub fn of(database: &str) -> Arc<Self> {
+        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || Arc::new(Self::named(Some(database.to_owned())));
+        Arc::clone(all.entry(database.to_owned()).or_insert_with(new))
+    }
+
+    /// The database said that it was `time`; it was asked at `asked`. A difference of seconds from the host's clock is logged
+    /// once, and so is its end.
+    pub fn heard(&self, time: OffsetDateTime, asked: Instant) {
+        let (now, mut state) = (monotonic(), self.state());
+        let took = now.saturating_duration_since(asked);
+        if took <= ROUND_TRIP_MAX || !is_fresh(state.heard, now) {
+            // It looked at its clock somewhere on the way there and back.
+            state.heard = Some(Heard { time, at: asked + took / 2 });
+        }
+        let Some(database) = &self.name else { return };
+        let skew = state.skew().unwrap_or_default();
+        let skewed = skew.unsigned_abs() >= SKEW_LOGGED;
+        match (std::mem::replace(&mut state.skewed, skewed), skewed) {
+            (false, true) => tracing::warn!(
+                database,
+                ahead_by_seconds = skew.whole_seconds(),
+                "the clocks of this host and of its database differ; the database's decides, and work goes on; synchronize both \
+                 hosts' clocks (NTP): from {SKEW_MAX:?} on this process is not healthy"
+            ),
+            (true, false) => tracing::info!(database, "the clocks of this host and of its database agree again"),
+            _ => {}
+        }
+    }
+
+    /// The time by the database's clock, UTC, in the microseconds that PostgreSQL keeps. The host's, until the database was heard.
+    #[must_use]
+    pub fn now(&self) -> OffsetDateTime {
+        cut(by_database(self.state().heard).unwrap_or_else(host))
+    }
+
+    /// Seconds since `at`, by the database's clock; 0 for what is still to come.
+    #[must_use]
+    pub fn since(&self, at: OffsetDateTime) -> f64 {
+        (self.now() - at).as_seconds_f64().max(0.0)
+    }
+
+    /// Whether the database was heard lately. If not, and if it matters, ask it first.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        is_fresh(self.state().heard, monotonic())
+    }
+
+    /// How far the host's clock is ahead of the database's; negative when it is behind. `None` until the database was heard.
+    #[must_use]
+    pub fn skew(&self) -> Option<time::Duration> {
+        self.state().skew()
+    }
+
+    /// Fine, or that the clocks differ by two minutes or more.
+    ///
+    /// # Errors
+    /// In words, with what to do.
+    pub fn check(&self) -> Result<(), String> {
+        let skew = self.skew().unwrap_or_default();
+        if skew.unsigned_abs() < SKEW_MAX {
+            return Ok(());
+        }
+        let (seconds, way) = (skew.unsigned_abs().as_secs(), if skew.is_negative() { "behind" } else { "ahead of" });
+        Err(format!(
+            "the clocks of this host and of its database differ: the host's is {seconds} s {way} the database's; synchronize \
+             both (NTP)"
+        ))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn skew(&self) -> Option<time::Duration> {
+        by_database(self.heard).map(|database| host() - database)
+    }
+}
+
 /// The time by the database's clock, UTC, cut to the microseconds that PostgreSQL keeps: what is written is what is read
 /// back. The host's, until the database was heard.
 #[must_use]
 pub fn now() -> OffsetDateTime {
-    cut(by_database(*database()).unwrap_or_else(host))
+    PROCESS.now()
 }
 
-/// The database said that it was `time`; it was asked at `asked`.
-pub fn heard(time: OffsetDateTime, asked: Instant) {
-    let (now, mut database) = (monotonic(), database());
-    let took = now.saturating_duration_since(asked);
-    if took <= ROUND_TRIP_MAX || !is_fresh(*database, now) {
-        // It looked at its clock somewhere on the way there and back.
-        *database = Some(Heard { time, at: asked + took / 2 });
-    }
-}
-
-/// Whether the database was heard lately. If not, and if it matters, ask it first.
+/// The clock that [`now`] goes by.
 #[must_use]
-pub fn is_known() -> bool {
-    is_fresh(*database(), monotonic())
-}
-
-/// How far the host's clock is ahead of the database's; negative when it is behind. `None` until the database was heard.
-#[must_use]
-pub fn skew() -> Option<time::Duration> {
-    by_database(*database()).map(|database| host() - database)
+pub fn process() -> &'static DatabaseClock {
+    &PROCESS
 }
 
 /// The monotonic clock: for measuring, and for deadlines that must not move with the wall clock.
@@ -105,10 +202,6 @@ fn is_fresh(heard: Option<Heard>, now: Instant) -> bool {
     heard.is_some_and(|heard| now.saturating_duration_since(heard.at) < FRESH)
 }
 
-fn database() -> std::sync::MutexGuard<'static, Option<Heard>> {
-    DATABASE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,5 +219,18 @@ mod tests {
         assert!(carried >= Duration::from_secs(60) && carried < Duration::from_secs(120), "{carried}");
         assert_eq!(by_database(None), None);
         assert!(!is_fresh(Some(heard), monotonic()) && is_fresh(Some(heard), heard.at));
+    }
+
+    #[test]
+    fn a_host_whose_clock_is_minutes_off_is_not_healthy_and_some_seconds_are_said_once() {
+        let (log, clock) = (crate::testkit::Log::hear("warn"), DatabaseClock::of("of this test"));
+        assert!(clock.check().is_ok(), "the database was not heard yet");
+        let mut healthy = Vec::new();
+        for seconds in [0, 2, 30, -30, 118, 121, 3600, -1_700_000_000, 1, -7] {
+            clock.heard(host() - time::Duration::seconds(seconds), monotonic());
+            healthy.push(clock.check().is_ok());
+        }
+        assert_eq!(healthy, [true, true, true, true, true, false, false, false, true, true]);
+        assert_eq!(log.said("the clocks of this host and of its database differ").len(), 2);
     }
 }

@@ -16,7 +16,6 @@
 //! worker note its first batches before it tries them, because one of their records may be what killed it. When the process
 //! dies in a batch that was noted, its records are taken one by one, each attempt counted.
 
-mod age;
 mod buffer;
 mod claim;
 mod client;
@@ -39,6 +38,7 @@ pub use dead_letter::dead_letter_header;
 pub use health::ConsumerHealth;
 
 use crate::{
+    clock::DatabaseClock,
     envelope::Envelope,
     id::MessageId,
     inbox,
@@ -92,7 +92,7 @@ impl<H: Handler> Consumer<H> {
 }
 
 /// Makes inbox partitions ahead, counts what is parked, and reads the database's clock.
-async fn upkeep(pool: &PgPool, config: &ConsumerConfig, clock: &age::DatabaseClock) -> std::convert::Infallible {
+async fn upkeep(pool: &PgPool, config: &ConsumerConfig, clock: &DatabaseClock) -> std::convert::Infallible {
     let bound = Bound::new(config.attempt_timeout);
     let mut made: Option<std::time::Instant> = None;
     loop {
@@ -107,7 +107,7 @@ async fn upkeep(pool: &PgPool, config: &ConsumerConfig, clock: &age::DatabaseClo
         let counted = async { parking::count(Transaction::begin(pool, bound).await?, &config.group).await };
         let asked = crate::clock::monotonic();
         if let Ok((parked, time)) = bound.within(counted).await {
-            clock.set(time, asked);
+            clock.heard(time, asked);
             #[allow(clippy::cast_precision_loss)]
             metrics::gauge!("inbox_parked", "consumer" => config.group.clone()).set(parked as f64);
         }

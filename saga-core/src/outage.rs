@@ -55,6 +55,12 @@ impl Outage {
         Self::of(&format!("database {name} at {host}:{}", options.get_port()))
     }
 
+    /// What is, or is not, away.
+    #[must_use]
+    pub fn dependency(&self) -> &str {
+        &self.dependency
+    }
+
     /// A part could not use it, for this reason.
     pub fn failing(&self, reason: &str) {
         if self.fails(reason, clock::monotonic()) {

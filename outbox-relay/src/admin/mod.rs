@@ -64,7 +64,7 @@ pub fn check_health(health: &Health, relay: &Relay) {
                 .filter_map(|outbox| match outbox.status.get() {
                     (Role::Starting, _) => Some(format!("{}: starting", outbox.name)),
                     (_, Some(problem)) => Some(format!("{}: {problem}", outbox.name)),
-                    (_, None) => None,
+                    (_, None) => outbox.leases.clock.check().err().map(|skew| format!("{}: {skew}", outbox.name)),
                 })
                 .collect();
             if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }

@@ -4,13 +4,12 @@
 
 use crate::{
     Relay, batch_log,
-    database::DatabaseClock,
     outbox::{Outbox, Role},
     pause, pending,
     position::{Position, ReadError},
 };
 use axum::extract::State;
-use saga_core::http::Json;
+use saga_core::{clock::DatabaseClock, http::Json};
 use serde::Serialize;
 use sqlx::PgConnection;
 use time::OffsetDateTime;

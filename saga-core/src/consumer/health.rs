@@ -3,8 +3,10 @@
 //! Outages are told by [`Outage`]. What an operator has to set right (a missing table or right, clocks that differ) is kept
 //! here for each partition that waits for it, and logged once for each.
 
-use super::age::DatabaseClock;
-use crate::{clock, outage::Outage};
+use crate::{
+    clock::{self, DatabaseClock},
+    outage::Outage,
+};
 use rdkafka::Statistics;
 use std::{
     collections::BTreeMap,
@@ -56,11 +58,12 @@ struct State {
 
 impl Pulse {
     pub(super) fn new(group: &str, brokers: &str, pool: &sqlx::PgPool) -> Self {
+        let database = Outage::of_database(pool);
         Self {
             group: group.into(),
             kafka: Outage::of(&format!("Kafka at {brokers}")),
-            database: Outage::of_database(pool),
-            clock: Arc::default(),
+            clock: DatabaseClock::of(database.dependency()),
+            database,
             state: Mutex::default(),
         }
     }

@@ -14,14 +14,13 @@
 
 use super::{
     ConsumerConfig, HandleError, Handler, Message,
-    age::DatabaseClock,
     dead_letter::{self, DeadLetter},
     failure::{Failure, Fault, POISON},
     parking::{self, Parked},
     record::{Batch, Poison, arrival, hash},
 };
 use crate::{
-    clock,
+    clock::{self, DatabaseClock},
     fail_point::fail_point,
     id::MessageId,
     inbox::{self, Delivery, Place},

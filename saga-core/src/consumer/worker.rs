@@ -138,7 +138,7 @@ impl<H: Handler> Worker<H> {
         let claim = || async {
             let asked = clock::monotonic();
             let claimed = claim::claim(desk.brief().await?, desk.place(), self.owner).await?;
-            desk.clock.set(claimed.time, asked);
+            desk.clock.heard(claimed.time, asked);
             Ok(claimed)
         };
         let claimed = self.must(claim).await?;
@@ -207,7 +207,7 @@ impl<H: Handler> Worker<H> {
         }
         let judge = || async {
             let asked = clock::monotonic();
-            desk.clock.set(claim::time(desk.brief().await?).await?, asked);
+            desk.clock.heard(claim::time(desk.brief().await?).await?, asked);
             match desk.clock.check() {
                 Err(reason) if batch.has_doubtful_ages(&desk.config, desk.clock.now()) => Err(Failure::Configuration(
                     format!("{reason}; messages that are too old for the inbox, or from the future, wait for that"),

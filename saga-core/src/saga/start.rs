@@ -49,7 +49,7 @@ impl Engine {
         input: &I,
         business_key: &str,
     ) -> Result<(), StartError> {
-        if !clock::is_known() {
+        if !clock::process().is_known() {
             hear_clock(&mut **tx).await?;
         }
         let new = self.prepare(id, saga, input, business_key)?;
@@ -74,7 +74,7 @@ impl Engine {
         input: &I,
         business_key: &str,
     ) -> Result<(), StartError> {
-        if !clock::is_known() {
+        if !clock::process().is_known() {
             self.within(hear_clock(self.pool())).await?;
         }
         let new = self.prepare(id, saga, input, business_key)?;

@@ -198,7 +198,7 @@ pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Lo
 /// What the rows say of the time goes for all of this process.
 pub(super) fn heard(rows: Vec<Locked>, asked: Instant) -> Vec<Locked> {
     if let Some(locked) = rows.last() {
-        clock::heard(locked.now, asked);
+        clock::process().heard(locked.now, asked);
     }
     rows
 }

@@ -15,7 +15,8 @@ use sqlx::{
     Connection, Error, PgConnection, PgExecutor, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use time::OffsetDateTime;
 
 /// How long a borrower waits for a connection before the request fails; a client's patience.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -95,11 +96,11 @@ pub(super) fn prepare(options: &PgConnectOptions, application: &str) -> PgConnec
 ///
 /// # Errors
 /// When the database does not answer.
-pub(crate) async fn hear_clock<'e>(executor: impl PgExecutor<'e>) -> Result<(), Error> {
+pub(crate) async fn hear_clock<'e>(executor: impl PgExecutor<'e>) -> Result<(OffsetDateTime, Instant), Error> {
     let asked = clock::monotonic();
     let time = sqlx::query_scalar("select clock_timestamp()").fetch_one(executor).await?;
-    clock::heard(time, asked);
-    Ok(())
+    clock::process().heard(time, asked);
+    Ok((time, asked))
 }
 
 /// One connection, as soon as there is one.

@@ -5,17 +5,14 @@
 //! of a check is logged once, by [`Health::watch`], however often it is asked.
 
 use super::{config::KafkaSettings, database, topics};
-use crate::{clock, outage::Outage};
+use crate::{clock::DatabaseClock, outage::Outage};
 use futures::future::BoxFuture;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde::Serialize;
 use sqlx::PgPool;
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 use tokio_util::sync::CancellationToken;
@@ -24,11 +21,6 @@ use tokio_util::sync::CancellationToken;
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often [`Health::watch`] looks.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
-
-/// A difference between the host's clock and the database's that is logged.
-const SKEW_SAID: Duration = Duration::from_secs(5);
-/// A difference that is not healthy.
-const SKEW_MAX: Duration = Duration::from_secs(120);
 
 type Check = Arc<dyn Fn() -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
@@ -71,19 +63,28 @@ impl Health {
     /// minutes apart.
     pub fn database(&self, pool: &PgPool) {
         let (pool, outage) = (pool.clone(), Outage::of_database(pool));
+        let clock = DatabaseClock::of(outage.dependency());
+        let heard = Arc::clone(&clock);
         self.check("database", move || {
-            let (pool, outage) = (pool.clone(), Arc::clone(&outage));
+            let (pool, outage, heard) = (pool.clone(), Arc::clone(&outage), Arc::clone(&heard));
             async move {
-                let answer = database::hear_clock(&pool).await.map_err(|error| error.to_string());
-                match &answer {
-                    Ok(()) => outage.working(),
-                    Err(reason) => outage.failing(reason),
+                match database::hear_clock(&pool).await {
+                    Ok((time, asked)) => {
+                        heard.heard(time, asked);
+                        outage.working();
+                        Ok(())
+                    }
+                    Err(error) => {
+                        outage.failing(&error.to_string());
+                        Err(error.to_string())
+                    }
                 }
-                answer
             }
         });
-        let said = Arc::new(AtomicBool::new(false));
-        self.check("clock", move || std::future::ready(check_clock(clock::skew(), &said)));
+        self.check("clock", move || {
+            metrics::gauge!("clock_skew_seconds").set(clock.skew().unwrap_or_default().as_seconds_f64());
+            std::future::ready(clock.check())
+        });
     }
 
     /// The check `kafka`: a broker answers.
@@ -151,26 +152,6 @@ impl Health {
     }
 }
 
-/// The database's clock decides, so nothing goes wrong here; but logs, certificates and other programs go by the host's.
-fn check_clock(skew: Option<time::Duration>, said: &AtomicBool) -> Result<(), String> {
-    let skew = skew.unwrap_or_default();
-    let (seconds, off) = (skew.whole_seconds(), skew.unsigned_abs());
-    metrics::gauge!("clock_skew_seconds").set(skew.as_seconds_f64());
-    match (said.swap(off >= SKEW_SAID, Ordering::Relaxed), off >= SKEW_SAID) {
-        (false, true) => tracing::warn!(
-            ahead_by_seconds = seconds,
-            "the clocks of this host and of its database differ; what is decided goes by the database's, and goes on; \
-             synchronize both hosts' clocks (NTP): from {SKEW_MAX:?} on this process is not healthy"
-        ),
-        (true, false) => tracing::info!("the clocks of this host and of its database agree again"),
-        _ => {}
-    }
-    if off < SKEW_MAX {
-        return Ok(());
-    }
-    Err(format!("this host's clock is {seconds} s ahead of the database's: synchronize both hosts' clocks (NTP)"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,16 +177,5 @@ mod tests {
         let health = Health::new(&CancellationToken::new());
         health.check("stuck", std::future::pending);
         assert_eq!(health.readiness_within(Duration::from_millis(5)).await.checks["stuck"], "no answer within 5ms");
-    }
-    #[test]
-    fn a_host_whose_clock_is_minutes_off_is_not_healthy_and_some_seconds_are_said_once() {
-        let (log, said) = (crate::testkit::Log::hear("warn"), AtomicBool::new(false));
-        let mut healthy = Vec::new();
-        for seconds in [0, 2, 30, -30, 119, 121, 3600, -1_800_000_000, 1, -7] {
-            healthy.push(check_clock(Some(time::Duration::seconds(seconds)), &said).is_ok());
-        }
-        assert_eq!(healthy, [true, true, true, true, true, false, false, false, true, true]);
-        assert!(check_clock(None, &AtomicBool::new(false)).is_ok(), "the database was not heard yet");
-        assert_eq!(log.said("the clocks of this host and of its database differ").len(), 2);
     }
 }
