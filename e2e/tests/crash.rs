@@ -245,7 +245,7 @@ fn nothing_is_said_over_and_over(platform: &Platform, logs: &[(Service, usize)])
             let text = |field: &str| line[field].as_str().unwrap_or_default().to_owned();
             let of_one = ["saga_core::http::problem", "sqlx::query"].contains(&&*text("target"));
             if matches!(&*text("level"), "WARN" | "ERROR") && !of_one {
-                let what = ["message", "group", "outbox", "check", "saga"].map(text);
+                let what = ["message", "dependency", "group", "outbox", "check", "saga"].map(text);
                 *said.entry((service.name(), what)).or_default() += 1;
             }
         }

@@ -172,10 +172,10 @@ async fn each_outage_of_the_database_is_logged_once_and_so_is_each_end() {
     world.published(1).await;
     for outage in 1..=2 {
         world.database.shut().await;
-        eventually(PATIENCE, || async { (said("cannot be used") == outage).then_some(()) }).await;
+        eventually(PATIENCE, || async { (said("waiting for the database") == outage).then_some(()) }).await;
         world.database.open().await;
-        eventually(PATIENCE, || async { (said("can be used again") == outage).then_some(()) }).await;
-        assert_eq!(said("cannot be used"), outage);
+        eventually(PATIENCE, || async { (said("the database is there again") == outage).then_some(()) }).await;
+        assert_eq!(said("waiting for the database"), outage);
     }
     world.append("k", "1").await;
     world.published(2).await;

@@ -33,6 +33,14 @@ struct Away {
     worked: bool,
 }
 
+/// What is away, for the words of the log.
+enum Kind {
+    Database,
+    Kafka,
+    /// A part of this process.
+    Part,
+}
+
 /// The outages of this process, by dependency.
 static ALL: Mutex<Option<HashMap<String, Arc<Outage>>>> = Mutex::new(None);
 
@@ -43,6 +51,12 @@ impl Outage {
         let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
         let new = || Arc::new(Self { dependency: dependency.to_owned(), now: Mutex::new(None) });
         Arc::clone(all.get_or_insert_default().entry(dependency.to_owned()).or_insert_with(new))
+    }
+
+    /// The outage of the Kafka cluster that these brokers belong to.
+    #[must_use]
+    pub fn of_kafka(brokers: &str) -> Arc<Self> {
+        Self::of(&format!("Kafka at {brokers}"))
     }
 
     /// The outage of the database that `pool` connects to.
@@ -67,7 +81,11 @@ impl Outage {
             let dependency = &self.dependency;
             metrics::counter!("outages_total", "dependency" => dependency.clone()).increment(1);
             self.gauge(1.0);
-            tracing::warn!(dependency, reason, "cannot be used; what needs it waits, and resumes by itself");
+            match self.kind() {
+                Kind::Database => tracing::warn!(dependency, reason, "waiting for the database"),
+                Kind::Kafka => tracing::warn!(dependency, reason, "waiting for Kafka"),
+                Kind::Part => tracing::warn!(dependency, reason, "does not work; trying again until it does"),
+            }
         }
     }
 
@@ -87,7 +105,7 @@ impl Outage {
             None => Ok(()),
             Some(Away { since, reason, .. }) => {
                 let seconds = now.saturating_duration_since(*since).as_secs();
-                Err(format!("{} cannot be used for {seconds} s: {reason}", self.dependency))
+                Err(format!("{} does not work for {seconds} s: {reason}", self.dependency))
             }
         }
     }
@@ -113,7 +131,20 @@ impl Outage {
         if let Some(ended) = ended {
             let seconds = now.saturating_duration_since(ended.since).as_secs();
             self.gauge(0.0);
-            tracing::info!(dependency = self.dependency, seconds, "can be used again");
+            let dependency = &self.dependency;
+            match self.kind() {
+                Kind::Database => tracing::info!(dependency, seconds, "the database is there again"),
+                Kind::Kafka => tracing::info!(dependency, seconds, "Kafka is there again"),
+                Kind::Part => tracing::info!(dependency, seconds, "works again"),
+            }
+        }
+    }
+
+    fn kind(&self) -> Kind {
+        match self.dependency.split(' ').next() {
+            Some("database") => Kind::Database,
+            Some("Kafka") => Kind::Kafka,
+            _ => Kind::Part,
         }
     }
 
@@ -150,7 +181,7 @@ mod tests {
     fn all_parts_that_name_one_dependency_share_its_outage() {
         let (one, other) = (Outage::of("shared by this test"), Outage::of("shared by this test"));
         one.failing("refused");
-        assert!(other.check().unwrap_err().contains("shared by this test cannot be used for 0 s: refused"));
+        assert!(other.check().unwrap_err().contains("shared by this test does not work for 0 s: refused"));
         assert!(Outage::of("another of this test").check().is_ok());
     }
 }

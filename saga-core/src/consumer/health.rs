@@ -61,7 +61,7 @@ impl Pulse {
         let database = Outage::of_database(pool);
         Self {
             group: group.into(),
-            kafka: Outage::of(&format!("Kafka at {brokers}")),
+            kafka: Outage::of_kafka(brokers),
             clock: DatabaseClock::of(database.dependency()),
             database,
             state: Mutex::default(),

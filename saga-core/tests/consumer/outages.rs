@@ -18,8 +18,8 @@ async fn says(log: &Log, message: &str, count: usize) -> usize {
 
 #[tokio::test]
 async fn each_outage_of_the_database_and_its_end_are_said_once() {
-    const BEGINS: &str = "cannot be used";
-    const ENDS: &str = "can be used again";
+    const BEGINS: &str = "waiting for the database";
+    const ENDS: &str = "the database is there again";
     const TRIES: usize = 6;
     let log = Log::hear("saga_core=info");
     let mut fixture = Fixture::new(2).await;
@@ -49,8 +49,8 @@ async fn each_outage_of_the_database_and_its_end_are_said_once() {
 
 #[tokio::test]
 async fn each_outage_of_kafka_and_its_end_are_said_once() {
-    const BEGINS: &str = "cannot be used";
-    const ENDS: &str = "can be used again";
+    const BEGINS: &str = "waiting for Kafka";
+    const ENDS: &str = "Kafka is there again";
     let log = Log::hear("saga_core=info");
     let mut fixture = Fixture::new(1).await;
     // The real broker is every test's. What is asked about here is the client's: that it reaches none.
