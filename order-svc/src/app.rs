@@ -46,6 +46,8 @@ pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Resu
         health.check(name, move || std::future::ready(consumer.check()));
     }
     let (engine, live) = (Arc::clone(&orders.engine), Arc::clone(&orders.live));
+    let timed = Arc::clone(&engine);
+    health.check("timers", move || std::future::ready(timed.check_timers()));
     let (timers, watching) = (token.clone(), token.clone());
     let parts = Parts {
         migrations: migrations::all(),

@@ -36,6 +36,8 @@ pub async fn serve(settings: Settings, gateway: GatewaySettings) -> anyhow::Resu
     let consumer = Consumer::new(commands, pool.clone(), participant);
     let commands = consumer.health();
     health.check("consumer", move || std::future::ready(commands.check()));
+    let effects = intents.clone();
+    health.check("effects", move || std::future::ready(effects.check()));
     let executing = {
         let token = token.clone();
         async move {

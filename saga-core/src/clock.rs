@@ -26,7 +26,7 @@ struct Heard {
 /// What was heard so long ago is heard again: the database may have failed over to a machine with another clock.
 const FRESH: Duration = Duration::from_secs(10);
 
-/// An answer that took longer says too little of when the database looked at its clock, as long as a better one is fresh.
+/// An answer that took longer, because of a lock for example, says too little of when the database looked at its clock.
 const ROUND_TRIP_MAX: Duration = Duration::from_millis(250);
 
 /// A difference between the host's clock and the database's that is logged.
@@ -73,7 +73,7 @@ impl DatabaseClock {
     pub fn heard(&self, time: OffsetDateTime, asked: Instant) {
         let (now, mut state) = (monotonic(), self.state());
         let took = now.saturating_duration_since(asked);
-        if took <= ROUND_TRIP_MAX || !is_fresh(state.heard, now) {
+        if took <= ROUND_TRIP_MAX || state.heard.is_none() {
             // It looked at its clock somewhere on the way there and back.
             state.heard = Some(Heard { time, at: asked + took / 2 });
         }

@@ -221,6 +221,29 @@ async fn a_column_that_is_added_under_warm_connections_costs_one_request() {
 }
 
 #[tokio::test]
+async fn a_statement_whose_client_is_gone_ends_although_it_waits_for_a_lock() {
+    let database = TestDatabase::new(&[]).await;
+    let mut holder = database.pool.acquire().await.unwrap();
+    sqlx::query("select pg_advisory_lock(7)").execute(&mut *holder).await.unwrap();
+    let pool = pool_options(1).connect(&database.url).await.unwrap();
+    let mut gone = pool.acquire().await.unwrap().detach();
+    let waits = sqlx::query("select pg_advisory_lock(7)").execute(&mut gone);
+    tokio::time::timeout(Duration::from_millis(200), waits).await.expect_err("somebody else has the lock");
+
+    drop(gone);
+
+    let waiting = async || {
+        sqlx::query_scalar::<_, i64>(
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'",
+        )
+        .fetch_one(&database.pool)
+        .await
+        .unwrap()
+    };
+    eventually(Duration::from_secs(30), || async { (waiting().await == 0).then_some(()) }).await;
+}
+
+#[tokio::test]
 async fn a_connection_to_a_server_that_became_a_standby_is_replaced() {
     let database = TestDatabase::new(&[]).await;
     let pool = pool_options(1).connect(&database.url).await.unwrap();

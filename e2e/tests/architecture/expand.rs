@@ -20,7 +20,7 @@ const CONTRACTS: [(&str, &str); 12] = [
     ("rename", "add the new name beside the old one"),
     ("set not null", "an older build writes null; use a default, and a check a release later"),
     ("drop default", "an older build relies on it"),
-    ("set data type", "add a column of the new type beside the old one"),
+    ("add foreign key", "an older build may write what it forbids"),
     ("add unique", "an older build may write what it forbids"),
     ("add primary key", "an older build may write what it forbids"),
     ("truncate", "an older build still reads it"),
@@ -52,6 +52,12 @@ fn judge(text: &str) -> Vec<String> {
             if shrinks && !replaced {
                 found.push(format!("`{statement}` is not an expansion: {instead}"));
             }
+        }
+        if words.contains(" alter column ") && words.contains(" type ") {
+            found.push(format!("`{statement}` is not an expansion: add a column of the new type beside the old one"));
+        }
+        if words.starts_with(" create trigger ") || words.starts_with(" revoke ") {
+            found.push(format!("`{statement}` is not an expansion: an older build may write what it forbids"));
         }
         let column = words.contains(" add column ") && words.contains(" not null ") && !words.contains(" default ");
         if column && !words.contains(" generated ") {

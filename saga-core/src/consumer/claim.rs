@@ -61,10 +61,10 @@ pub(super) async fn claim(mut tx: Transaction, place: Place<'_>, owner: Uuid) ->
                from inbox_partition
               where consumer = $1 and topic = $2 and partition = $3
          ), taken as (
-             insert into inbox_partition (consumer, topic, partition, owner)
-             values ($1, $2, $3, $4)
+             insert into inbox_partition (consumer, topic, partition, owner, reader)
+             values ($1, $2, $3, $4, $4)
                  on conflict (consumer, topic, partition)
-                 do update set owner = excluded.owner, clean = false, taken_at = now()
+                 do update set owner = excluded.owner, reader = excluded.reader, clean = false, taken_at = now()
          )
          select coalesce(clean, true) as clean, record_offset, attempts, clock_timestamp() as time,
                 extract(epoch from current_setting('idle_in_transaction_session_timeout')::interval)::float8 as silence

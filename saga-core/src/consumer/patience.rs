@@ -140,6 +140,13 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
+    /// Alone, if no other counted attempt is made in the process now.
+    pub(super) fn try_be_alone(&self) -> bool {
+        let Ok(alone) = ALONE.try_acquire() else { return false };
+        *self.alone.lock().unwrap_or_else(PoisonError::into_inner) = Some(alone);
+        true
+    }
+
     /// Says whether it was alone.
     pub(super) fn be_with_others(&self) -> bool {
         self.alone.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()

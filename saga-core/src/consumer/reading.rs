@@ -84,7 +84,7 @@ impl Reading {
             list.add_partition(&topic, partition);
             let committed = client.committed_offsets(list, ANSWER_MAX)?;
             let committed = committed.find_partition(&topic, partition).map(|found| found.offset());
-            Ok((if let Some(Offset::Offset(offset)) = committed { offset } else { first }, end))
+            Ok((if let Some(Offset::Offset(offset)) = committed { offset.max(first) } else { first }, end))
         });
         match ask.await {
             Ok(Ok(range)) => Some(range),

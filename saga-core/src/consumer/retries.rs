@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// How often a partition looks for parked records that another process made due.
 const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
+/// How soon it looks again when another partition's attempt is the only one of the process.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// Most parked records that are tried before new ones get their turn, and how long trying them may take.
 const RETRIES_PER_TURN: usize = 32;
 const RETRIES_TURN: Duration = Duration::from_secs(1);
@@ -39,7 +41,11 @@ impl<H: Handler> Worker<H> {
                 Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
                 Due::Unreadable { id, reason } => self.put_off(id, &reason).await?,
                 Due::Now(parked) => {
-                    self.be_alone().await?;
+                    // Another partition's attempt may hang for its whole bound: new records of this one do not wait for it.
+                    if !self.try_be_alone() {
+                        self.look_at_parked = clock::monotonic() + LOOK_AGAIN;
+                        return Ok(());
+                    }
                     let retried = self.count_and_retry(&parked).await;
                     self.be_with_others();
                     let handled = retried?;

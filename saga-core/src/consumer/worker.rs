@@ -176,6 +176,11 @@ impl<H: Handler> Worker<H> {
             if self.stop.is_cancelled() {
                 return Err(Ended::Stopped);
             }
+            if rest.messages.is_empty() {
+                // Nothing to handle, dead letters to write: no fault of a record can keep them from being written.
+                self.dead_letter_refused(&mut rest).await?;
+                break;
+            }
             match self.portions.next(rest.messages.len()) {
                 Portion::Together(size) if size >= rest.messages.len() => {
                     let whole = std::mem::take(&mut rest);

@@ -94,18 +94,29 @@ pub struct Intents {
     participant: Arc<Participant>,
     pool: PgPool,
     database: Arc<Outage>,
+    /// What an operator has to set right before effects can be recorded.
+    setup: Arc<Outage>,
     config: IntentConfig,
 }
 
 impl Intents {
     pub(super) fn new(participant: Arc<Participant>, pool: PgPool) -> Self {
-        Self { participant, database: Outage::of_database(&pool), pool, config: IntentConfig::default() }
+        let setup = Outage::of(&format!("effects of {}", participant.name));
+        Self { database: Outage::of_database(&pool), setup, participant, pool, config: IntentConfig::default() }
     }
 
     /// Other limits than the default.
     #[must_use]
     pub fn with_config(self, config: IntentConfig) -> Self {
         Self { config, ..self }
+    }
+
+    /// Fine, or what an operator has to set right before effects can be recorded: for the service's health.
+    ///
+    /// # Errors
+    /// In words, with the reason and since when.
+    pub fn check(&self) -> Result<(), String> {
+        self.setup.check()
     }
 
     /// Executes until `token` is cancelled; then starts nothing new and waits for the calls in flight, each of which
@@ -245,6 +256,9 @@ impl Intents {
         if class == ErrorClass::Stale {
             renew_connections();
         }
+        if class == ErrorClass::Configuration {
+            self.setup.failing(&reason);
+        }
         let unsettled = if class.counts_nothing() {
             self.bound().within(self.back_off(&claim, Counted::No, &reason)).await
         } else if claim.attempts >= self.config.max_attempts {
@@ -289,6 +303,7 @@ impl Intents {
         tx.commit().await?;
         fail_point!("participant.after-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
         batch::count_reply(&claim.kind, outcome);
+        self.setup.working();
         Ok(())
     }
 
@@ -326,7 +341,11 @@ impl Intents {
 
     async fn back_off(&self, claim: &Claimed, counted: Counted, why: &str) -> Result<(), Unsettled> {
         let reason = &reason(why);
-        let delay = self.config.delay(claim.attempts);
+        // What counts nothing is repeated for as long as it takes, and calls the provider each time: at leisure.
+        let delay = match counted {
+            Counted::Yes => self.config.delay(claim.attempts),
+            Counted::No => self.config.delay(6),
+        };
         // In an outage that is every command, again and again: whoever knows of the outage has told it once.
         tracing::debug!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
             attempts = claim.attempts, reason, ?delay, "no certain answer yet");

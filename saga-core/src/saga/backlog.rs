@@ -90,7 +90,7 @@ impl Engine {
             "select partition, max(read_until),
                     coalesce(max(read_until) < clock_timestamp() - make_interval(secs => $2), false)
                from inbox_partition
-              where topic = $1
+              where topic = $1 and owner is not distinct from reader
               group by partition",
         )
         .bind(self.reply_topic())

@@ -74,7 +74,8 @@ pub fn answers(definition: &Definition, state: &State, reply: &Reply) -> Result<
         let stale = reply.attempt != open.attempt || open.wait == Wait::Pause;
         return match reply.answer {
             Answer::Failed(_) if reply.attempt > open.attempt => Err(Ignored::Unknown),
-            Answer::Failed(_) if stale => Err(Ignored::Late),
+            // A stuck saga waits for an operator: a failure tells nothing that it does not know.
+            Answer::Failed(_) if stale || matches!(state.status, Status::Stuck { .. }) => Err(Ignored::Late),
             _ => Ok(*open),
         };
     }

@@ -15,6 +15,7 @@ use super::{
     starts::Starts,
     state::{Event, FORMAT, Ignored, Verdict},
     store::{self, Known, Locked, Row},
+    trouble::Trouble,
 };
 use crate::{
     id::SagaId,
@@ -49,6 +50,7 @@ pub struct Engine {
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
     known: Known,
     starts: Starts,
+    trouble: Trouble,
     patience: Patience,
     bound: Bound,
 }
@@ -184,6 +186,10 @@ impl Engine {
         }
     }
 
+    pub(super) fn trouble(&self) -> &Trouble {
+        &self.trouble
+    }
+
     pub(super) fn starts(&self) -> &Starts {
         &self.starts
     }
@@ -263,8 +269,18 @@ impl EngineBuilder {
             }
         }
         if errors.is_empty() {
-            let starts = Starts::default();
-            Ok(Arc::new(Engine { pool, reply_topic, definitions: defined, locals, known, starts, patience, bound }))
+            let (starts, trouble) = (Starts::default(), Trouble::of(&reply_topic));
+            Ok(Arc::new(Engine {
+                pool,
+                reply_topic,
+                definitions: defined,
+                locals,
+                known,
+                starts,
+                trouble,
+                patience,
+                bound,
+            }))
         } else {
             Err(EngineErrors(errors))
         }

@@ -39,6 +39,7 @@ mod starts;
 pub mod state;
 mod store;
 pub mod timers;
+mod trouble;
 pub mod view;
 
 pub use crate::command::Happened;

@@ -14,7 +14,7 @@ use super::{
     store::{self, Undecided},
 };
 use crate::{
-    error_class::{ErrorClass, is_outage},
+    error_class::{ErrorClass, classify, is_outage, renew_connections},
     fail_point::fail_point,
     id::{MessageId, SagaId},
     transaction::is_timeout,
@@ -46,17 +46,23 @@ pub struct Ticked {
 }
 
 impl Engine {
+    /// Fine, or why the timers do not do their work: for the service's health.
+    ///
+    /// # Errors
+    /// In words, with the reason and since when.
+    pub fn check_timers(&self) -> Result<(), String> {
+        self.trouble().check()
+    }
+
     /// Works off what is due, until `token` is cancelled. When the database is away it says so once, and waits.
     pub async fn run_timers(&self, token: CancellationToken) -> Result<(), sqlx::Error> {
         measure::describe();
-        let (mut failing, mut counted) = (false, None::<Instant>);
+        let mut counted = None::<Instant>;
         while !token.is_cancelled() {
             // Not raced against the token: work in flight finishes, within its bound.
             let pause = match self.tick().await {
                 Ok(ticked) => {
-                    if std::mem::take(&mut failing) {
-                        tracing::info!("the saga timers work again");
-                    }
+                    self.trouble().none_since();
                     if counted.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
                         counted = Some(crate::clock::monotonic());
                         self.within(self.count())
@@ -66,9 +72,7 @@ impl Engine {
                     if ticked.due + ticked.undecided >= BATCH as usize { Duration::ZERO } else { PAUSE }
                 }
                 Err(error) => {
-                    if !std::mem::replace(&mut failing, true) {
-                        tracing::error!(%error, "the saga timers do not work; trying again until they do");
-                    }
+                    self.trouble().is(&error, PAUSE_AFTER_ERROR);
                     PAUSE_AFTER_ERROR
                 }
             };
@@ -120,6 +124,7 @@ impl Engine {
                 Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
                 Err(error) => {
                     let wait = put_off_after(&error);
+                    self.trouble().may_be(&error, wait);
                     tracing::error!(%saga, %error, ?wait, "a due saga cannot be decided now; it is put off, and tried again");
                     self.within(self.put_off(saga, wait)).await?;
                 }
@@ -239,5 +244,11 @@ fn put_off_after(error: &BatchError) -> Duration {
 /// The database is away: no other saga will fare better. An attempt that was given up is another matter: that was its own
 /// fault or a silent connection's, and what comes next, on another one, shows which.
 fn is_everybodys(error: &sqlx::Error) -> bool {
-    is_outage(error) && !is_timeout(error)
+    match classify(error) {
+        ErrorClass::Stale => {
+            renew_connections();
+            true
+        }
+        _ => is_outage(error) && !is_timeout(error),
+    }
 }

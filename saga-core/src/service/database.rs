@@ -61,6 +61,14 @@ pub fn pool_options(max_connections: u32) -> PgPoolOptions {
         .acquire_timeout(ACQUIRE_TIMEOUT)
         // Its question before every use costs each transaction a round trip; one that was used a moment ago is not asked.
         .test_before_acquire(false)
+        // A statement whose client is gone ends within a second, also one that waits for a lock. A server on a system that
+        // cannot find out ends it by its bound.
+        .after_connect(|connection, _| {
+            Box::pin(async move {
+                sqlx::raw_sql("set client_connection_check_interval = '1s'").execute(connection).await.ok();
+                Ok(())
+            })
+        })
         .before_acquire(|connection, use_| {
             Box::pin(async move {
                 if !is_current(use_.age) {
