@@ -140,11 +140,9 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// Alone, if no other counted attempt is made in the process now.
-    pub(super) fn try_be_alone(&self) -> bool {
-        let Ok(alone) = ALONE.try_acquire() else { return false };
-        *self.alone.lock().unwrap_or_else(PoisonError::into_inner) = Some(alone);
-        true
+    /// Likewise, if that takes no longer than `patience`.
+    pub(super) async fn be_alone_within(&self, patience: Duration) -> Result<bool, Ended> {
+        tokio::time::timeout(patience, self.be_alone()).await.map_or(Ok(false), |alone| alone.map(|()| true))
     }
 
     /// Says whether it was alone.

@@ -18,8 +18,9 @@ use std::time::Duration;
 
 /// How often a partition looks for parked records that another process made due.
 const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
-/// How soon it looks again when another partition's attempt is the only one of the process.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// How long it waits for another partition's attempt to end, and how soon it looks again: new records are taken in between.
+const ALONE_WITHIN: Duration = Duration::from_millis(250);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Most parked records that are tried before new ones get their turn, and how long trying them may take.
 const RETRIES_PER_TURN: usize = 32;
 const RETRIES_TURN: Duration = Duration::from_secs(1);
@@ -42,7 +43,7 @@ impl<H: Handler> Worker<H> {
                 Due::Unreadable { id, reason } => self.put_off(id, &reason).await?,
                 Due::Now(parked) => {
                     // Another partition's attempt may hang for its whole bound: new records of this one do not wait for it.
-                    if !self.try_be_alone() {
+                    if !self.be_alone_within(ALONE_WITHIN).await? {
                         self.look_at_parked = clock::monotonic() + LOOK_AGAIN;
                         return Ok(());
                     }

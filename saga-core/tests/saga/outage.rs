@@ -135,8 +135,8 @@ async fn timers_wait_for_a_partition_that_nobody_reads_within_a_bound_and_say_wh
     let saga = world.start(1).await;
     for partition in 0..2 {
         sqlx::query(
-            "insert into inbox_partition (consumer, topic, partition, owner, read_until)
-             values ('orders', $1, $2, gen_random_uuid(), clock_timestamp())",
+            "insert into inbox_partition (consumer, topic, partition, owner, reader, read_until)
+             select 'orders', $1, $2, worker, worker, clock_timestamp() from gen_random_uuid() as worker",
         )
         .bind(&world.reply_topic)
         .bind(partition)
@@ -161,8 +161,8 @@ async fn a_wait_that_began_later_than_saga_due_says_is_judged_by_its_own_time() 
     let world = World::new().await;
     let saga = world.start(1).await;
     sqlx::query(
-        "insert into inbox_partition (consumer, topic, partition, owner)
-         values ('orders', $1, 0, gen_random_uuid())",
+        "insert into inbox_partition (consumer, topic, partition, owner, reader)
+         select 'orders', $1, 0, worker, worker from gen_random_uuid() as worker",
     )
     .bind(&world.reply_topic)
     .execute(&world.database.pool)
