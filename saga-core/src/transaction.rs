@@ -114,6 +114,13 @@ impl Transaction {
         outbox::commit(self.tx, &self.pool).await
     }
 
+    /// Likewise, for what has fail points of its own around its commit.
+    pub(crate) async fn commit_within_its_edges(self) -> Result<(), sqlx::Error> {
+        self.tx.commit().await?;
+        outbox::nudge(&self.pool);
+        Ok(())
+    }
+
     /// Commits a transaction that appended no message.
     ///
     /// # Errors

@@ -38,6 +38,13 @@ async fn items_reach_the_catalogue_and_garbage_between_them_is_dead_lettered() {
     let records = [Record::from(&item("NEW-1", 1, 200)), garbage, Record::from(&unknown_version), last.clone(), last];
     produce(topic.name(), &records).await;
     eventually(PATIENCE, || async {
+        // A type that a later build may know is tried again; nobody waits for that here.
+        sqlx::query(
+            "update inbox_parked set next_attempt_at = clock_timestamp() where next_attempt_at > clock_timestamp()",
+        )
+        .execute(&shop.db.pool)
+        .await
+        .unwrap();
         let dead: i64 = sqlx::query_scalar("select count(*) from outbox where topic = $1")
             .bind(topic.dead_letters())
             .fetch_one(&shop.db.pool)

@@ -300,7 +300,7 @@ impl Intents {
         let (outcome, payload) = batch::reply_of(&settled);
         write(&mut tx, claim, &fences, outcome, payload).await?;
         fail_point!("participant.before-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
-        tx.commit().await?;
+        tx.commit_within_its_edges().await?;
         fail_point!("participant.after-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
         batch::count_reply(&claim.kind, outcome);
         self.setup.working();

@@ -99,7 +99,7 @@ impl Engine {
         }
         self.follow(&mut tx, new).await?;
         fail_point!("saga.before-start", self.reply_topic());
-        Ok(tx.commit().await?)
+        Ok(tx.commit_within_its_edges().await?)
     }
 
     fn prepare<I: Serialize>(

@@ -109,7 +109,7 @@ impl Engine {
             return Ok(due);
         }
         fail_point!("saga.timers.before-commit", self.reply_topic());
-        tx.commit().await?;
+        tx.commit_within_its_edges().await?;
         fail_point!("saga.timers.after-commit", self.reply_topic());
         Ok(due)
     }
