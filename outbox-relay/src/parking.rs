@@ -320,7 +320,9 @@ pub(crate) struct Published {
     pub(crate) ids: Vec<i64>,
 }
 
-/// The rows are published, if `owner` still holds the lease; false means: fenced.
+/// The rows are published, if `owner` still holds the lease; false means: fenced. The request of a line goes on to its next
+/// row. When there is none, it stays on the last published row: from that the owner learns that the line is to be freed, also
+/// when it cannot do so at once.
 pub(crate) async fn published(
     db: &mut PgConnection,
     outbox: &str,
@@ -334,23 +336,26 @@ pub(crate) async fn published(
     let last: Vec<i64> = keyed().map(|line| line.ids.iter().copied().max().unwrap_or(0)).collect();
     let requested: Vec<OffsetDateTime> = keyed().map(|line| line.requested).collect();
     let done: i64 = sqlx::query_scalar(
-        "with done as (
-                  update outbox_parked
-                     set status = 'published', resolved_at = clock_timestamp(), retry_requested_at = null,
-                         sending_by = null, attempts = attempts + 1
-                   where outbox = $1 and id = any ($3) and status || '' = 'parked'
-                     and exists (select from outbox_lease where outbox = $1 and owner = $2 for share)
-                  returning id),
-              next as (
-                  select next.id, line.requested
+        "with next as (
+                  select next.id, line.last, line.requested
                     from unnest($4::text[], $5::text[], $6::bigint[], $7::timestamptz[])
                              as line (topic, key, last, requested)
-                   cross join lateral (select id
+                    left join lateral (select id
                                          from outbox_parked as parked
                                         where outbox = $1 and parked.topic = line.topic
                                           and md5(parked.key) = md5(line.key) and status = 'parked' and id > line.last
                                         order by id
-                                        limit 1) as next),
+                                        limit 1) as next on true),
+              done as (
+                  update outbox_parked
+                     set status = 'published', resolved_at = clock_timestamp(), sending_by = null,
+                         attempts = attempts + 1,
+                         retry_requested_at = (select next.requested
+                                                 from next
+                                                where next.last = outbox_parked.id and next.id is null)
+                   where outbox = $1 and id = any ($3) and status || '' = 'parked'
+                     and exists (select from outbox_lease where outbox = $1 and owner = $2 for share)
+                  returning id),
               asked as (
                   update outbox_parked as parked
                      set retry_requested_at = next.requested
@@ -476,9 +481,47 @@ mod tests {
         let requested = OffsetDateTime::UNIX_EPOCH;
         let done = [Published { line: line.clone(), requested, ids }];
         assert!(published(&mut tx, "orders", owner, &done).await.unwrap());
+        let asked: Vec<i64> = sqlx::query_scalar("select id from outbox_parked where retry_requested_at is not null")
+            .fetch_all(&mut *tx)
+            .await
+            .unwrap();
+        assert_eq!(asked, [11], "the request goes on to the next row of the line");
         tried(&mut tx, "orders", &line, requested).await.unwrap();
         assert_eq!(lines_behind(&mut tx, "orders", "", "").await.unwrap().len(), 7);
         let touched = touched(&mut tx).await - before;
         assert!(touched < 300, "{touched} rows of {ROWS}");
+    }
+
+    #[tokio::test]
+    async fn a_published_line_stays_asked_for_until_it_is_freed() {
+        let database = TestDatabase::new(&[messaging_migrations()]).await;
+        let owner = Uuid::new_v4();
+        sqlx::query("insert into outbox_lease values ('orders', $1, '', now(), now(), now() + interval '1 hour')")
+            .bind(owner)
+            .execute(&database.pool)
+            .await
+            .unwrap();
+        sqlx::query(
+            "insert into outbox_parked (outbox, id, message_id, topic, key, type, headers, created_at, reason)
+             select 'orders', id, gen_random_uuid(), 't', 'k', 'test.v1', '{}', now(), '' from generate_series(1, 2) as id",
+        )
+        .execute(&database.pool)
+        .await
+        .unwrap();
+        let mut db = database.pool.acquire().await.unwrap();
+        let line = Line { topic: "t".into(), key: Some("k".into()) };
+        let blocked = Blocked::default();
+        blocked.block("t", Some("k"), 1);
+        // Row 3 is decided to be parked, and not recorded yet.
+        blocked.behind("t", Some("k"), 3);
+        let requested_at = OffsetDateTime::UNIX_EPOCH;
+        claim(&mut db, "orders", owner, &[1, 2]).await.unwrap();
+        let done = [Published { line: line.clone(), requested: requested_at, ids: vec![1, 2] }];
+        assert!(published(&mut db, "orders", owner, &done).await.unwrap());
+        assert!(!blocked.free(&mut db, "orders", &line).await.unwrap());
+        assert_eq!(requested(&mut db, "orders").await.unwrap().get(&line), Some(&requested_at));
+        assert!(waiting(&mut db, "orders", &line, 10).await.unwrap().is_empty(), "nothing is sent again");
+        tried(&mut db, "orders", &line, requested_at).await.unwrap();
+        assert!(requested(&mut db, "orders").await.unwrap().is_empty());
     }
 }

@@ -77,6 +77,7 @@ async fn delete_some(db: &mut sqlx::PgConnection, outbox: &str, kept: Duration) 
             and id in (select id
                          from outbox_parked as parked
                         where outbox = $1 and status <> 'parked' and resolved_at < statement_timestamp() - $2
+                          and retry_requested_at is null
                           and (status = 'published' or not exists (select from outbox where outbox.id = parked.id))
                         order by resolved_at
                         limit $3)",
