@@ -49,9 +49,31 @@ impl Loops {
         }
     }
 
+    /// All loops begin anew, with nothing against them: what was wrong when this process published last says nothing now.
+    pub(crate) fn clear(&self) {
+        for outage in std::mem::take(&mut *self.failing_loops()).into_values() {
+            outage.working();
+        }
+    }
+
     /// What is wrong now, loop by loop.
     pub(crate) fn problem(&self) -> Option<String> {
         let problems: Vec<String> = self.failing_loops().values().filter_map(|outage| outage.check().err()).collect();
         (!problems.is_empty()).then(|| problems.join("; "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_wrong_is_no_problem_any_more_when_all_begin_anew() {
+        let loops = Loops::new("what_was_wrong".into());
+        loops.failing(MAIN, "no broker");
+        loops.failing("t", "no leader");
+        assert!(loops.problem().is_some_and(|problem| problem.contains("no broker") && problem.contains("no leader")));
+        loops.clear();
+        assert_eq!(loops.problem(), None);
     }
 }

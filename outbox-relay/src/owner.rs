@@ -95,6 +95,7 @@ pub(crate) async fn own(outbox: &Outbox, lease: &Lease, stop: &CancellationToken
 }
 
 async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Result<(), OwnerError> {
+    outbox.status.loops.clear();
     let system_identifier = anchor(outbox, lease).await?;
     if !wait_for_kafka(outbox, stop).await {
         return Ok(());

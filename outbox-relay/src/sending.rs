@@ -33,7 +33,8 @@ impl Session {
             if let Some(at) = flight.position() {
                 self.memory.at = at;
             }
-            if flight.oldest().is_some() && std::mem::take(&mut self.memory.failures) > 0 {
+            if flight.oldest().is_some() {
+                self.memory.failures = 0;
                 self.shared.loops.working(self.scope.name());
             }
             // A recorder that has gone has its own reason, which is told where it is joined.

@@ -322,6 +322,10 @@ impl Session {
             }
             causes.entry(topic).or_insert((cause, said));
         }
+        if !causes.is_empty() {
+            // What was wrong is recorded with the topics, and no row of another topic may come that shows it.
+            self.shared.loops.working(self.scope.name());
+        }
         for (topic, (cause, reason)) in causes {
             warn!(outbox = self.outbox, topic, reason, "the topic is set apart; the others go on");
             self.memory.limits.remove(topic);
