@@ -61,6 +61,8 @@ pub(crate) struct Retries {
     one_by_one: usize,
     /// Topics that acknowledged nothing, until when they are left alone.
     silent: HashMap<String, std::time::Instant>,
+    /// The line that comes first in the next turn: there was no room for it.
+    first: Option<Line>,
     producer: Option<Retrying>,
 }
 
@@ -69,6 +71,18 @@ struct Sending {
     line: Line,
     requested: OffsetDateTime,
     rows: Vec<Row>,
+}
+
+/// What there is to try of a line.
+enum Choice {
+    /// These rows, and their bytes.
+    Rows(Vec<i64>, usize),
+    /// Its first row was refused unread.
+    Refused,
+    /// Its first row does not fit beside the rows of other lines.
+    NoRoom,
+    /// None of its rows that were asked for is parked.
+    Nothing,
 }
 
 impl Retries {
@@ -92,6 +106,7 @@ impl Retries {
             met: HashMap::new(),
             one_by_one: 0,
             silent: HashMap::new(),
+            first: None,
             producer: None,
         }
     }
@@ -135,12 +150,16 @@ impl Retries {
     }
 
     /// Sends rows of these lines, as many as go together; says whether anything was done.
-    async fn turn(&mut self, lines: Vec<(Line, OffsetDateTime)>) -> Result<bool, sqlx::Error> {
+    async fn turn(&mut self, mut lines: Vec<(Line, OffsetDateTime)>) -> Result<bool, sqlx::Error> {
+        if let Some(at) = self.first.take().and_then(|first| lines.iter().position(|(line, _)| *line == first)) {
+            lines.rotate_left(at);
+        }
         let mut limits = HashMap::new();
         let (mut chosen, mut rows, mut bytes, mut done) = (Vec::new(), 0, 0, false);
         let most = if self.one_by_one > 0 { 1 } else { ROWS };
         for (line, requested) in lines {
             if rows >= most || bytes >= BYTES {
+                self.first = self.first.take().or(Some(line));
                 break;
             }
             if !is_legal_name(&line.topic) {
@@ -153,16 +172,21 @@ impl Retries {
                 continue;
             }
             let Some(limit) = self.limit(&line.topic, &mut limits).await? else { continue };
-            let (ids, their_bytes, refused) = self.choose(&line, limit, most - rows, BYTES - bytes).await?;
-            done |= refused;
-            if !ids.is_empty() {
-                rows += ids.len();
-                bytes += their_bytes;
-                chosen.push((line, requested, limit, ids));
-            } else if refused && line.key.is_some() {
-                self.met(line, requested).await?;
-            } else if !refused && bytes < BYTES {
-                done |= self.finish(line, requested).await?;
+            match self.choose(&line, limit, most - rows, BYTES - bytes).await? {
+                Choice::Rows(ids, their_bytes) => {
+                    rows += ids.len();
+                    bytes += their_bytes;
+                    chosen.push((line, requested, limit, ids));
+                }
+                Choice::Refused => {
+                    done = true;
+                    if line.key.is_some() {
+                        self.met(line, requested).await?;
+                    }
+                }
+                // It is the first of the next turn.
+                Choice::NoRoom => self.first = self.first.take().or(Some(line)),
+                Choice::Nothing => done |= self.finish(line, requested).await?,
             }
         }
         if chosen.is_empty() {
@@ -171,7 +195,7 @@ impl Retries {
         self.send(chosen).await
     }
 
-    /// The first rows of a line that fit, and their bytes. A row that its topic does not take is refused unread: alone if it
+    /// The first rows of a line that fit. A row that its topic does not take is refused unread: alone if it
     /// has no key, else with all behind it.
     async fn choose(
         &self,
@@ -179,8 +203,11 @@ impl Retries {
         limit: usize,
         most: usize,
         room: usize,
-    ) -> Result<(Vec<i64>, usize, bool), sqlx::Error> {
+    ) -> Result<Choice, sqlx::Error> {
         let found = self.db.ask(async |db| parking::waiting(db, &self.outbox, line, most).await).await?;
+        if found.is_empty() {
+            return Ok(Choice::Nothing);
+        }
         let (mut ids, mut bytes, mut refused) = (Vec::new(), 0, false);
         for row in found {
             let size = row.bytes();
@@ -201,7 +228,11 @@ impl Retries {
             ids.push(row.id());
             bytes += size;
         }
-        Ok((ids, bytes, refused))
+        Ok(match ids.is_empty() {
+            false => Choice::Rows(ids, bytes),
+            true if refused => Choice::Refused,
+            true => Choice::NoRoom,
+        })
     }
 
     /// How large a record of the topic may be; `None` when it takes none now.
