@@ -4,6 +4,9 @@
 -- discarded is never published. Null again when its fate is known. An older build neither sets nor reads it; it holds a lock
 -- on the row that it sends.
 alter table outbox_parked add column sending_by uuid;
+-- So an older build's discard of such a row fails.
+alter table outbox_parked add constraint outbox_parked_claimed
+    check (not (status = 'discarded' and sending_by is not null));
 
 -- What is to be tried again, in order: of rows without a key there may be many.
 create index outbox_parked_asked on outbox_parked (outbox, topic, md5(key), id) where retry_requested_at is not null;
