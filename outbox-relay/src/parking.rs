@@ -303,11 +303,12 @@ pub(crate) async fn claim(
     Ok(rows)
 }
 
-/// These rows were not sent: they can be discarded again.
-pub(crate) async fn release(db: &mut PgConnection, outbox: &str, ids: &[i64]) -> Result<(), sqlx::Error> {
-    sqlx::query("update outbox_parked set sending_by = null where outbox = $1 and id = any ($2)")
+/// These rows of `owner` were not sent: they can be discarded again.
+pub(crate) async fn release(db: &mut PgConnection, outbox: &str, owner: Uuid, ids: &[i64]) -> Result<(), sqlx::Error> {
+    sqlx::query("update outbox_parked set sending_by = null where outbox = $1 and id = any ($2) and sending_by = $3")
         .bind(outbox)
         .bind(ids)
+        .bind(owner)
         .execute(db)
         .await?;
     Ok(())
@@ -376,42 +377,55 @@ pub(crate) async fn published(
     Ok(done > 0 || ids.is_empty())
 }
 
-/// A row was refused again, for this reason.
-pub(crate) async fn refused(db: &mut PgConnection, outbox: &str, id: i64, reason: &str) -> Result<(), sqlx::Error> {
+/// A row was refused again, for this reason, if `owner` still holds the lease. What became of a row that another owner
+/// claimed is not known by that.
+pub(crate) async fn refused(
+    db: &mut PgConnection,
+    outbox: &str,
+    owner: Uuid,
+    id: i64,
+    reason: &str,
+) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update outbox_parked
-            set attempts = attempts + 1, reason = $3, blocked_by = null, sending_by = null,
+            set attempts = attempts + 1, reason = $3, blocked_by = null, sending_by = nullif(sending_by, $4),
                 retry_requested_at = case when key is not null then retry_requested_at end
-          where outbox = $1 and id = $2 and status || '' = 'parked'",
+          where outbox = $1 and id = $2 and status || '' = 'parked'
+            and exists (select from outbox_lease where outbox = $1 and owner = $4 for share)",
     )
     .bind(outbox)
     .bind(id)
     .bind(reason)
+    .bind(owner)
     .execute(db)
     .await?;
     Ok(())
 }
 
-/// The line has been tried, as was asked for at `requested`; a later request stands.
+/// The line has been tried, as was asked for at `requested`, if `owner` still holds the lease; a later request stands.
 pub(crate) async fn tried(
     db: &mut PgConnection,
     outbox: &str,
+    owner: Uuid,
     line: &Line,
     requested: OffsetDateTime,
 ) -> Result<(), sqlx::Error> {
     const KEYED: &str = "update outbox_parked
                             set retry_requested_at = null
                           where outbox = $1 and topic = $2 and md5(key) = md5($3)
-                            and retry_requested_at is not null and retry_requested_at <= $4";
+                            and retry_requested_at is not null and retry_requested_at <= $4
+                            and exists (select from outbox_lease where outbox = $1 and owner = $5 for share)";
     const KEYLESS: &str = "update outbox_parked
                               set retry_requested_at = null
                             where outbox = $1 and topic = $2 and md5(key) is null and $3::text is null
-                              and retry_requested_at is not null and retry_requested_at <= $4";
+                              and retry_requested_at is not null and retry_requested_at <= $4
+                            and exists (select from outbox_lease where outbox = $1 and owner = $5 for share)";
     sqlx::query(if line.key.is_some() { KEYED } else { KEYLESS })
         .bind(outbox)
         .bind(&line.topic)
         .bind(&line.key)
         .bind(requested)
+        .bind(owner)
         .execute(db)
         .await?;
     Ok(())
@@ -486,7 +500,7 @@ mod tests {
             .await
             .unwrap();
         assert_eq!(asked, [11], "the request goes on to the next row of the line");
-        tried(&mut tx, "orders", &line, requested).await.unwrap();
+        tried(&mut tx, "orders", owner, &line, requested).await.unwrap();
         assert_eq!(lines_behind(&mut tx, "orders", "", "").await.unwrap().len(), 7);
         let touched = touched(&mut tx).await - before;
         assert!(touched < 300, "{touched} rows of {ROWS}");
@@ -521,7 +535,7 @@ mod tests {
         assert!(!blocked.free(&mut db, "orders", &line).await.unwrap());
         assert_eq!(requested(&mut db, "orders").await.unwrap().get(&line), Some(&requested_at));
         assert!(waiting(&mut db, "orders", &line, 10).await.unwrap().is_empty(), "nothing is sent again");
-        tried(&mut db, "orders", &line, requested_at).await.unwrap();
+        tried(&mut db, "orders", owner, &line, requested_at).await.unwrap();
         assert!(requested(&mut db, "orders").await.unwrap().is_empty());
     }
 }

@@ -297,7 +297,7 @@ impl Retries {
         let (done, more) = self.settle(lines, reports).await?;
         unsent.extend(more);
         if !unsent.is_empty() {
-            self.db.ask(async |db| parking::release(db, &self.outbox, &unsent).await).await?;
+            self.db.ask(async |db| parking::release(db, &self.outbox, self.owner, &unsent).await).await?;
         }
         Ok(done)
     }
@@ -405,7 +405,7 @@ impl Retries {
             let (id, topic) = (row.id(), row.topic());
             warn!(outbox = self.outbox, id, topic, reason, "a parked row was refused again");
         });
-        self.db.ask(async |db| parking::refused(db, &self.outbox, row.id(), reason).await).await
+        self.db.ask(async |db| parking::refused(db, &self.outbox, self.owner, row.id(), reason).await).await
     }
 
     /// Nothing of what was asked for is left of the line.
@@ -422,7 +422,7 @@ impl Retries {
 
     /// The request is met, whatever came of it.
     async fn met(&mut self, line: Line, requested: OffsetDateTime) -> Result<(), sqlx::Error> {
-        self.db.ask(async |db| parking::tried(db, &self.outbox, &line, requested).await).await?;
+        self.db.ask(async |db| parking::tried(db, &self.outbox, self.owner, &line, requested).await).await?;
         self.met.insert(line, requested);
         Ok(())
     }
