@@ -303,7 +303,7 @@ pub(crate) async fn claim(
     Ok(rows)
 }
 
-/// These rows of `owner` were not sent: they can be discarded again.
+/// These rows of `owner` were surely not published: they can be discarded again.
 pub(crate) async fn release(db: &mut PgConnection, outbox: &str, owner: Uuid, ids: &[i64]) -> Result<(), sqlx::Error> {
     sqlx::query("update outbox_parked set sending_by = null where outbox = $1 and id = any ($2) and sending_by = $3")
         .bind(outbox)

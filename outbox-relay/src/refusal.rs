@@ -55,4 +55,23 @@ mod tests {
         assert_eq!(Refusal::of(Code::MessageSizeTooLarge), Refusal::Row);
         assert_eq!(Refusal::of(Code::UnknownTopicOrPartition), Refusal::Topic(Cause::Missing));
     }
+
+    #[test]
+    fn what_a_broker_may_have_taken_all_the_same_is_not_refused() {
+        let doubtful = [
+            Code::Fatal,
+            Code::GaplessGuarantee,
+            Code::OutOfOrderSequenceNumber,
+            Code::PurgeQueue,
+            Code::PurgeInflight,
+            Code::MessageTimedOut,
+            Code::RequestTimedOut,
+            Code::OperationTimedOut,
+            Code::NotEnoughReplicasAfterAppend,
+            Code::BrokerTransportFailure,
+        ];
+        for code in doubtful {
+            assert_eq!(Refusal::of(code), Refusal::Transient, "{code}");
+        }
+    }
 }

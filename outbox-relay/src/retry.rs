@@ -344,7 +344,7 @@ impl Retries {
         reports
     }
 
-    /// Records what became of the rows; says whether anything was done, and which rows were surely not sent.
+    /// Records what became of the rows; says whether anything was done, and which rows were surely not published.
     async fn settle(
         &mut self,
         lines: Vec<Sending>,
@@ -360,8 +360,11 @@ impl Retries {
                 match reports.next().flatten() {
                     Some(Ok(())) => ids.push(row.id()),
                     Some(Err(code)) => {
-                        behind = line.key.is_some();
-                        unsent.push(row.id());
+                        // Else a broker may have it all the same: it stays claimed, and is sent again.
+                        if Refusal::of(code) != Refusal::Transient {
+                            behind = line.key.is_some();
+                            unsent.push(row.id());
+                        }
                         failed = Some((line.clone(), requested, row, code));
                     }
                     // Kafka takes no record of a partition behind one that it refused.
