@@ -8,6 +8,8 @@ use std::{
 
 /// The main stream, among the loops.
 pub(crate) const MAIN: &str = "the main stream";
+/// Trying parked rows again, among the loops.
+pub(crate) const RETRIES: &str = "parked rows that are tried again";
 
 /// The loops of one outbox that have failed and not got further since. Metric: `outage{dependency}`.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ use crate::{
     control::Control,
     database::Database,
     fate::too_large,
+    loops::{self, Loops},
     outbox::Outbox,
     parking::{self, Blocked, Line, Published},
     pause::{self, Cause},
@@ -39,7 +40,8 @@ use uuid::Uuid;
 const ROWS: usize = 500;
 /// Bytes that are sent together at most. One row may exceed it alone.
 const BYTES: usize = 4 << 20;
-/// Kafka acknowledges at least one row within this, or the topic is left alone for as long, so that others are tried.
+/// Kafka acknowledges at least one row within this. A topic whose rows cannot be sent is left alone for as long, so that
+/// others are tried.
 const REPORT: Duration = Duration::from_secs(10);
 /// Between two turns, after one that could do nothing.
 const PAUSE: Duration = Duration::from_millis(250);
@@ -55,11 +57,12 @@ pub(crate) struct Retries {
     builder: RecordBuilder,
     blocked: Arc<Blocked>,
     control: watch::Receiver<Arc<Control>>,
+    loops: Arc<Loops>,
     /// Requests that were met, by when they were made: what is known of them may be a moment old.
     met: HashMap<Line, OffsetDateTime>,
     /// Rows that are still to be sent one at a time, because a batch was refused and the culprit is not known.
     one_by_one: usize,
-    /// Topics that acknowledged nothing, until when they are left alone.
+    /// Topics whose rows could not be sent, until when they are left alone.
     silent: HashMap<String, std::time::Instant>,
     /// The line that comes first in the next turn: there was no room for it.
     first: Option<Line>,
@@ -103,6 +106,7 @@ impl Retries {
             builder: RecordBuilder::new(&outbox.name, clock),
             blocked,
             control,
+            loops: outbox.status.loops.clone(),
             met: HashMap::new(),
             one_by_one: 0,
             silent: HashMap::new(),
@@ -117,6 +121,7 @@ impl Retries {
             let lines = self.wanted();
             if lines.is_empty() {
                 self.producer = None;
+                self.loops.working(loops::RETRIES);
                 if self.control.changed().await.is_err() {
                     // The owner's time ends, and this with it.
                     return std::future::pending().await;
@@ -320,15 +325,10 @@ impl Retries {
         }
         while open > 0 {
             let Ok(Some((index, report))) = tokio::time::timeout(REPORT, producer.reports.recv()).await else {
-                let until = saga_core::clock::monotonic() + REPORT;
                 let unreported = rows().zip(&reports).filter(|(_, report)| report.is_none());
                 let topics: HashSet<String> = unreported.map(|(row, _)| row.topic().to_owned()).collect();
                 for topic in topics {
-                    warn!(
-                        outbox = self.outbox,
-                        topic, "Kafka acknowledges no parked row of the topic; they are tried again"
-                    );
-                    self.silent.insert(topic, until);
+                    self.leave_alone(topic, "Kafka acknowledges none of them");
                 }
                 self.producer = None;
                 return reports;
@@ -385,6 +385,9 @@ impl Retries {
                 return Ok((false, Vec::new()));
             }
         }
+        if rows > 0 && failed.is_none() && self.silent.is_empty() {
+            self.loops.working(loops::RETRIES);
+        }
         let Some((line, requested, row, code)) = failed else { return Ok((rows > 0, unsent)) };
         match Refusal::of(code) {
             Refusal::Row if alone => {
@@ -398,9 +401,16 @@ impl Retries {
                 self.put_off(&line.topic, cause, format!("Kafka says: {code}")).await?;
             }
             _ if !alone => self.one_by_one = ROWS,
-            _ => return Ok((false, unsent)),
+            _ => self.leave_alone(line.topic, &format!("Kafka says: {code}")),
         }
         Ok((true, unsent))
+    }
+
+    /// Parked rows of the topic cannot be sent now: those of other topics are tried meanwhile.
+    fn leave_alone(&mut self, topic: String, reason: &str) {
+        warn!(outbox = self.outbox, topic, reason, "parked rows of the topic cannot be sent; they are tried again");
+        self.loops.failing(loops::RETRIES, &format!("parked rows of topic {topic} cannot be sent: {reason}"));
+        self.silent.insert(topic, saga_core::clock::monotonic() + REPORT);
     }
 
     async fn refuse(&self, row: &Row, reason: &str) -> Result<(), sqlx::Error> {
