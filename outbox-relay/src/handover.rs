@@ -38,6 +38,8 @@ use tracing::info;
 
 /// The main stream waits so long at a row of a topic that is about to come back: as long as a page takes, at a slow time.
 const HOLD: Duration = Duration::from_millis(250);
+/// A topic that was not back in time asks again after `HOLD`, then twice as long each time, and this at most.
+const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
 
 /// A topic's stream asks to hand its topic over.
 pub(crate) struct Ask {
@@ -109,21 +111,31 @@ pub(crate) struct Leaving {
     /// When its pause began: the topic may be paused again meanwhile, which is another pause.
     pub(crate) paused_at: OffsetDateTime,
     /// Not before: Kafka has refused rows of it.
+    /// Or it was not back in time.
     pub(crate) not_before: Option<Instant>,
     /// All that the main stream had passed here was read and sent.
     caught_up: Option<Position>,
     asked: Option<oneshot::Receiver<Split>>,
     split: Option<Split>,
+    /// Splits that were not made in time.
+    late: u32,
 }
 
 impl Leaving {
     pub(crate) fn new(topic: String, paused_at: OffsetDateTime, not_before: Option<Instant>) -> Self {
-        Self { topic, paused_at, not_before, caught_up: None, asked: None, split: None }
+        Self { topic, paused_at, not_before, caught_up: None, asked: None, split: None, late: 0 }
     }
 
     /// Whether the topic has been quiet for long enough.
     fn is_quiet(&self) -> bool {
         self.not_before.is_none_or(|at| Instant::from_std(clock::monotonic()) >= at)
+    }
+
+    /// The main stream has passed a row of the topic while it waited for the word.
+    fn was_late(&mut self) {
+        let pause = HOLD * 2_u32.saturating_pow(self.late.min(16));
+        self.late += 1;
+        self.not_before = Some(Instant::from_std(clock::monotonic()) + pause.min(LONGEST_BACK_OFF));
     }
 
     async fn handed(&mut self) -> Handed {
@@ -255,6 +267,9 @@ impl Session {
         let Some(caught_up) = &leaving.caught_up else { return Ok(()) };
         let Some(split) = leaving.split.take_if(|split| caught_up.includes(&split.at)) else {
             if leaving.split.is_none() && leaving.asked.is_none() && leaving.is_quiet() {
+                // What is on its way may take longer than the main stream waits.
+                self.settle().await?;
+                let Scope::Topic(leaving) = &mut self.scope else { return Ok(()) };
                 let (split, asked) = oneshot::channel();
                 leaving.asked = Some(asked);
                 self.shared.asks.ask(Ask { topic: leaving.topic.clone(), paused_at: leaving.paused_at, split });
@@ -265,7 +280,12 @@ impl Session {
         // Without the word that it waits for, the main stream has passed a row, which is read next.
         match split.done.send(()) {
             Ok(()) => Err(Ended::Joined),
-            Err(_) => Ok(()),
+            Err(_) => {
+                if let Scope::Topic(leaving) = &mut self.scope {
+                    leaving.was_late();
+                }
+                Ok(())
+            }
         }
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     pause::{self, Cause},
     record::{self, Built, RecordBuilder},
     refusal::Refusal,
-    retrying::Retrying,
+    retrying::{Choice, Retrying, Sending},
     row::Row,
     topics::{TopicState, Topics},
 };
@@ -67,25 +67,6 @@ pub(crate) struct Retries {
     /// The line that comes first in the next turn: there was no room for it.
     first: Option<Line>,
     producer: Option<Retrying>,
-}
-
-/// The rows of a line that are being sent.
-struct Sending {
-    line: Line,
-    requested: OffsetDateTime,
-    rows: Vec<Row>,
-}
-
-/// What there is to try of a line.
-enum Choice {
-    /// These rows, and their bytes.
-    Rows(Vec<i64>, usize),
-    /// Its first row was refused unread.
-    Refused,
-    /// Its first row does not fit beside the rows of other lines.
-    NoRoom,
-    /// None of its rows that were asked for is parked.
-    Nothing,
 }
 
 impl Retries {
@@ -183,11 +164,10 @@ impl Retries {
                     bytes += their_bytes;
                     chosen.push((line, requested, limit, ids));
                 }
+                Choice::Refused if line.key.is_none() => done = true,
                 Choice::Refused => {
                     done = true;
-                    if line.key.is_some() {
-                        self.met(line, requested).await?;
-                    }
+                    self.met(line, requested).await?;
                 }
                 // It is the first of the next turn.
                 Choice::NoRoom => self.first = self.first.take().or(Some(line)),
@@ -327,9 +307,7 @@ impl Retries {
             let Ok(Some((index, report))) = tokio::time::timeout(REPORT, producer.reports.recv()).await else {
                 let unreported = rows().zip(&reports).filter(|(_, report)| report.is_none());
                 let topics: HashSet<String> = unreported.map(|(row, _)| row.topic().to_owned()).collect();
-                for topic in topics {
-                    self.leave_alone(topic, "Kafka acknowledges none of them");
-                }
+                topics.into_iter().for_each(|topic| self.leave_alone(topic, "Kafka acknowledges none of them"));
                 self.producer = None;
                 return reports;
             };

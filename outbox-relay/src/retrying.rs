@@ -1,14 +1,34 @@
 //! The producer of parked rows that are tried again: its own, so that a row that Kafka refuses costs no other row anything. What
 //! it holds when it is dropped, or when the process dies, is in doubt; the rows stay claimed and are sent again.
 
-use crate::producer;
+use crate::{parking::Line, producer, row::Row};
 use rdkafka::{
     ClientContext,
     error::RDKafkaErrorCode as Code,
     producer::{BaseRecord, DeliveryResult, ProducerContext, ThreadedProducer},
 };
+use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
+
+/// The rows of a line that are being sent.
+pub(crate) struct Sending {
+    pub(crate) line: Line,
+    pub(crate) requested: OffsetDateTime,
+    pub(crate) rows: Vec<Row>,
+}
+
+/// What there is to try of a line.
+pub(crate) enum Choice {
+    /// These rows, and their bytes.
+    Rows(Vec<i64>, usize),
+    /// Its first row was refused unread.
+    Refused,
+    /// Its first row does not fit beside the rows of other lines.
+    NoRoom,
+    /// None of its rows that were asked for is parked.
+    Nothing,
+}
 
 /// A producer of parked rows, and its reports.
 pub(crate) struct Retrying {
