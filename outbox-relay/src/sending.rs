@@ -59,7 +59,8 @@ impl Session {
         if stuck.topics.is_empty() || self.shared.kafka.state.are_away() {
             return Ok(());
         }
-        let topics = if stuck.others_flow { stuck.topics.clone() } else { self.leaderless(&stuck.topics).await };
+        let is_theirs = stuck.others_flow || self.is_held_up_by(&stuck.topics).await;
+        let topics = if is_theirs { stuck.topics.clone() } else { self.leaderless(&stuck.topics).await };
         if topics.is_empty() {
             let topics: Vec<&str> = stuck.topics.iter().take(ASKED_ABOUT).map(String::as_str).collect();
             let reason = format!(
@@ -77,6 +78,12 @@ impl Session {
             return Err(self.stall(topic, Cause::Leaderless, reason).await?);
         }
         Err(Ended::Stuck(topics))
+    }
+
+    /// Whether rows of one topic fill the main stream, so that no other topic's row can show that its broker takes it.
+    async fn is_held_up_by(&self, topics: &BTreeSet<String>) -> bool {
+        let alone = matches!(self.scope, Scope::Main { .. }) && topics.len() == 1;
+        alone && !self.has_room() && self.topics.reachable().await
     }
 
     /// Those of the topics that have a partition without a leader, as the brokers say. A stream of one topic has nothing

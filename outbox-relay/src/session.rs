@@ -182,8 +182,7 @@ impl Session {
     async fn run_once(&mut self, items: &mut mpsc::Receiver<Item>) -> Result<(), Ended> {
         self.complete().await?;
         let in_flight = self.publisher.in_flight.clone();
-        let rows = if matches!(self.scope, Scope::Main { .. }) { ROWS_IN_FLIGHT } else { ROWS_OF_A_TOPIC };
-        let room = in_flight.has_room(rows, BYTES_IN_FLIGHT);
+        let room = self.has_room();
         tokio::select! {
             biased;
             () = self.stop.cancelled() => Err(Ended::Stopped),
@@ -201,6 +200,12 @@ impl Session {
                 None => Err(Ended::Reader),
             },
         }
+    }
+
+    /// Whether more rows may be sent before others are acknowledged.
+    pub(crate) fn has_room(&self) -> bool {
+        let rows = if matches!(self.scope, Scope::Main { .. }) { ROWS_IN_FLIGHT } else { ROWS_OF_A_TOPIC };
+        self.publisher.in_flight.has_room(rows, BYTES_IN_FLIGHT)
     }
 
     /// Does what operators want: stops, leaves a topic behind.

@@ -148,6 +148,23 @@ async fn a_broker_that_is_gone_sets_apart_the_topics_that_it_leads() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_fills_the_stream_is_set_apart_though_no_other_flows() {
+    let world = World::new().await;
+    let cluster = MockCluster::new(3).unwrap();
+    let (_relay, _running) = on_mock(&world, &cluster, Some(1)).await;
+    cluster.broker_down(1).unwrap();
+    // More bytes than are sent before others are acknowledged.
+    let large = "x".repeat(900_000);
+    for _ in 0..90 {
+        append(world.db(), "stuck", "k", &large).await;
+    }
+    append(world.db(), "flows", "k", "1").await;
+    let view = set_apart(&world, "stuck", "leaderless").await;
+    assert!(view["reason"].as_str().unwrap().contains("no broker"), "{view}");
+    read_mock(&cluster, "flows", 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_topic_that_may_not_be_written_to_is_set_apart_and_the_others_flow() {
     let world = World::new().await;
     let cluster = MockCluster::new(3).unwrap();
