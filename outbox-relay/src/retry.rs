@@ -182,13 +182,7 @@ impl Retries {
 
     /// The first rows of a line that fit. A row that its topic does not take is refused unread: alone if it
     /// has no key, else with all behind it.
-    async fn choose(
-        &self,
-        line: &Line,
-        limit: usize,
-        most: usize,
-        room: usize,
-    ) -> Result<Choice, sqlx::Error> {
+    async fn choose(&self, line: &Line, limit: usize, most: usize, room: usize) -> Result<Choice, sqlx::Error> {
         let found = self.db.ask(async |db| parking::waiting(db, &self.outbox, line, most).await).await?;
         if found.is_empty() {
             return Ok(Choice::Nothing);
