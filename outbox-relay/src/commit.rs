@@ -6,7 +6,7 @@
 use crate::{
     batch_log::{self, Entry},
     database::Database,
-    parking::{self, Park},
+    parking::Park,
     pause::{self, CaughtUp, LeftBehind},
     position::Position,
 };
@@ -18,9 +18,12 @@ use uuid::Uuid;
 /// Entries that one commit records at most.
 const ENTRIES: usize = 256;
 
-/// Parked rows that one transaction copies, or the few more of its last stretch: it has to end well within a lease, whatever
-/// comes behind a blocked line.
+/// Parked rows that one transaction copies, or the few more of its last stretch, whatever comes behind a blocked line. Their
+/// bytes are bounded likewise. It may take a lease's time for each such part, as its last stretch may have several.
 const PARKED: usize = 5_000;
+
+/// Bytes of rows that are parked by one statement, or the few more of its last row.
+const COPIED_AT_ONCE: usize = 32 << 20;
 
 /// Between two commits. Only a turn of retries and the end of a session wait for them, and each is a sync of the disk that
 /// business transactions wait for too; what a crash in between costs is a few more repeats.
@@ -83,7 +86,7 @@ impl Recorder {
             let mut rest = &batch[..];
             while !rest.is_empty() {
                 let (now, later) = rest.split_at(at_once(rest));
-                database.within(self.record(&mut db, now)).await?;
+                database.within_times(parts(now), self.record(&mut db, now)).await?;
                 rest = later;
             }
             for done in batch.drain(..) {
@@ -120,6 +123,10 @@ impl Recorder {
             return self.append(db, &entries).await;
         }
         let mut tx = sqlx::Connection::begin(db).await?;
+        for progress in batch {
+            self.record_in(&mut tx, progress).await?;
+        }
+        // Last: the lease cannot be renewed from here on until the commit.
         let held: Option<(bool,)> =
             sqlx::query_as("select true from outbox_lease where outbox = $1 and owner = $2 for share")
                 .bind(&self.outbox)
@@ -128,9 +135,6 @@ impl Recorder {
                 .await?;
         if held.is_none() {
             return Err(CommitError::Fenced);
-        }
-        for progress in batch {
-            self.record_in(&mut tx, progress).await?;
         }
         self.append(&mut tx, &entries).await?;
         tx.commit().await?;
@@ -144,7 +148,7 @@ impl Recorder {
                     pause::leave_in(tx, &self.outbox, left).await?;
                 }
                 if !stretch.parked.is_empty() {
-                    parking::park_in(tx, &self.outbox, &stretch.parked).await?;
+                    park_in(tx, &self.outbox, &stretch.parked).await?;
                 }
                 if let Some(topic) = &stretch.lane {
                     let Entry { base, target, to_id, .. } = &stretch.entry;
@@ -179,14 +183,73 @@ impl Recorder {
     }
 }
 
+/// How many of the first rows one statement copies, for its time in the server is bounded.
+fn copied_at_once(rows: &[Park]) -> usize {
+    let mut bytes = 0;
+    let full = rows.iter().position(|row| {
+        bytes += row.bytes;
+        bytes >= COPIED_AT_ONCE
+    });
+    full.map_or(rows.len(), |at| at + 1)
+}
+
+/// Copies rows to the parked table, in the caller's transaction.
+async fn park_in(tx: &mut PgConnection, outbox: &str, rows: &[Park]) -> Result<(), sqlx::Error> {
+    let mut rest = rows;
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(copied_at_once(rest));
+        copy(tx, outbox, now).await?;
+        rest = later;
+    }
+    Ok(())
+}
+
+async fn copy(tx: &mut PgConnection, outbox: &str, rows: &[Park]) -> Result<(), sqlx::Error> {
+    let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
+    let reasons: Vec<&str> = rows.iter().map(|row| row.reason.as_str()).collect();
+    let blocked_by: Vec<Option<i64>> = rows.iter().map(|row| row.blocked_by).collect();
+    sqlx::query(
+        "insert into outbox_parked
+                (outbox, id, message_id, topic, key, type, payload, headers, created_at, reason, blocked_by)
+         select $1, o.id, o.message_id, o.topic, o.key, o.type, o.payload, o.headers, o.created_at,
+                park.reason, park.blocked_by
+           from unnest($2::bigint[], $3::text[], $4::bigint[]) as park (id, reason, blocked_by)
+           join outbox o on o.id = park.id
+          order by o.id
+             on conflict (outbox, id) do nothing",
+    )
+    .bind(outbox)
+    .bind(ids)
+    .bind(reasons)
+    .bind(blocked_by)
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// The bytes of the rows that it parks.
+fn parked_bytes(progress: &Progress) -> usize {
+    match progress {
+        Progress::Rows(stretch) => stretch.parked.iter().map(|row| row.bytes).sum(),
+        _ => 0,
+    }
+}
+
+/// How often the time of one conversation it may take.
+fn parts(batch: &[Progress]) -> u32 {
+    let bytes: usize = batch.iter().map(parked_bytes).sum();
+    u32::try_from(bytes / COPIED_AT_ONCE).unwrap_or(u32::MAX).saturating_add(1)
+}
+
 /// How much of it one transaction records.
 fn at_once(batch: &[Progress]) -> usize {
-    let mut parked = 0;
+    let (mut parked, mut bytes) = (0, 0);
     let full = batch.iter().position(|progress| {
         if let Progress::Rows(stretch) = progress {
             parked += stretch.parked.len();
+            bytes += parked_bytes(progress);
         }
-        parked >= PARKED
+        parked >= PARKED || bytes >= COPIED_AT_ONCE
     });
     full.map_or(batch.len(), |at| at + 1)
 }
@@ -197,8 +260,12 @@ mod tests {
     use crate::snapshot::Snapshot;
 
     fn stretch(parked: usize) -> Progress {
+        of_bytes(parked, 10)
+    }
+
+    fn of_bytes(parked: usize, bytes: usize) -> Progress {
         let (base, target) = (Snapshot::initial(), Snapshot::initial());
-        let park = Park { id: 1, reason: String::new(), blocked_by: None };
+        let park = Park { id: 1, reason: String::new(), blocked_by: None, bytes };
         Progress::Rows(Stretch {
             lane: None,
             entry: Entry { base, target, from_id: 1, to_id: 1, rows: 1 },
@@ -214,5 +281,13 @@ mod tests {
         assert_eq!(at_once(&many), 3);
         assert_eq!(at_once(&many[3..]), 2);
         assert_eq!(at_once(&many[4..]), 1);
+    }
+
+    #[test]
+    fn many_parked_bytes_are_recorded_in_several_transactions_with_time_for_each() {
+        let large = [of_bytes(2, COPIED_AT_ONCE / 4), of_bytes(2, COPIED_AT_ONCE / 4), of_bytes(8, COPIED_AT_ONCE / 2)];
+        assert_eq!(at_once(&large), 2);
+        assert_eq!(at_once(&large[2..]), 1);
+        assert_eq!((parts(&[stretch(9)]), parts(&large[2..])), (1, 5));
     }
 }

@@ -104,7 +104,16 @@ impl Database {
         &self,
         conversation: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
-        Bound::new(self.patience).within(conversation).await
+        self.within_times(1, conversation).await
+    }
+
+    /// Likewise, of one that does so many times as much as others.
+    pub(crate) async fn within_times<T, E: From<sqlx::Error>>(
+        &self,
+        times: u32,
+        conversation: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        Bound::new(self.patience.saturating_mul(times)).within(conversation).await
     }
 }
 

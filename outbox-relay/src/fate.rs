@@ -33,7 +33,7 @@ impl Session {
         }
         if let Some(by) = self.blocked.behind(topic, row.key(), row.id()) {
             let reason = format!("row {by} of the same topic and key is parked");
-            return Ok(Fate::Park(Park { id: row.id(), reason, blocked_by: Some(by) }));
+            return Ok(Fate::Park(Park { id: row.id(), reason, blocked_by: Some(by), bytes: row.bytes() }));
         }
         let limit = match self.memory.limits.get(topic) {
             Some(&limit) => limit,
@@ -95,7 +95,7 @@ impl Session {
 
     fn park(&mut self, row: &Row, reason: String) -> Fate {
         self.blocked.block(row.topic(), row.key(), row.id());
-        Fate::Park(Park { id: row.id(), reason, blocked_by: None })
+        Fate::Park(Park { id: row.id(), reason, blocked_by: None, bytes: row.bytes() })
     }
 
     /// The row's topic takes nothing now: it is left behind just before this row.

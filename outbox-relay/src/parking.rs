@@ -198,30 +198,8 @@ pub(crate) struct Park {
     pub(crate) id: i64,
     pub(crate) reason: String,
     pub(crate) blocked_by: Option<i64>,
-}
-
-/// Copies rows to the parked table, in the caller's transaction.
-pub(crate) async fn park_in(tx: &mut PgConnection, outbox: &str, rows: &[Park]) -> Result<(), sqlx::Error> {
-    let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
-    let reasons: Vec<&str> = rows.iter().map(|row| row.reason.as_str()).collect();
-    let blocked_by: Vec<Option<i64>> = rows.iter().map(|row| row.blocked_by).collect();
-    sqlx::query(
-        "insert into outbox_parked
-                (outbox, id, message_id, topic, key, type, payload, headers, created_at, reason, blocked_by)
-         select $1, o.id, o.message_id, o.topic, o.key, o.type, o.payload, o.headers, o.created_at,
-                park.reason, park.blocked_by
-           from unnest($2::bigint[], $3::text[], $4::bigint[]) as park (id, reason, blocked_by)
-           join outbox o on o.id = park.id
-          order by o.id
-             on conflict (outbox, id) do nothing",
-    )
-    .bind(outbox)
-    .bind(ids)
-    .bind(reasons)
-    .bind(blocked_by)
-    .execute(tx)
-    .await?;
-    Ok(())
+    /// Of the whole row.
+    pub(crate) bytes: usize,
 }
 
 /// Lines that an operator wants tried again, and when the request was last made.
