@@ -15,7 +15,7 @@ use saga_core::{
     envelope::{Envelope, Headers, Outcome, SagaHeaders},
     id::MessageId,
     service,
-    testkit::{TestDatabase, deliver},
+    testkit::{TestDatabase, deliver, eventually},
 };
 use serde_json::{Value, json};
 use sqlx::AssertSqlSafe;
@@ -107,8 +107,12 @@ impl Shop {
     }
 
     pub(crate) async fn count(&self, from: &str) -> i64 {
-        let sql = AssertSqlSafe(format!("select count(*) from {from}"));
-        sqlx::query_scalar(sql).fetch_one(&self.db.pool).await.unwrap()
+        // A test may have cut the pool's connections a moment ago: the next one is another.
+        eventually(PATIENCE, || async {
+            let sql = AssertSqlSafe(format!("select count(*) from {from}"));
+            sqlx::query_scalar(sql).fetch_one(&self.db.pool).await.ok()
+        })
+        .await
     }
 
     /// An order's statuses, in order.

@@ -175,7 +175,12 @@ impl Engine {
         let mut tx = self.begin().await?;
         let replies = store::take_undecided(&mut tx, self.known(), BATCH, None).await?;
         if !replies.is_empty() {
-            self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await?;
+            let taken = self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await;
+            if let Err(error) = taken {
+                // Now: taken one by one, the rows are passed over while this transaction has them locked.
+                tx.rollback().await?;
+                return Err(error);
+            }
             tx.commit().await?;
         }
         Ok(replies.len())
