@@ -59,7 +59,9 @@ begin
             first_row := (last_id / rows_per_partition + 1) * rows_per_partition + 1;
         end if;
         if exists (select from outbox_overflow) then
-            if first_row - last_id < rows_per_partition / 4 then
+            -- A whole partition's rows at least come before the range: so long may every relay be away before the check, which
+            -- nothing but a relay drops, refuses a row.
+            if first_row - last_id < rows_per_partition then
                 first_row := first_row + rows_per_partition;
             end if;
             end_row := first_row + rows_per_partition;
