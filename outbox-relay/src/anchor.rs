@@ -57,7 +57,7 @@ pub(crate) enum AnchorError {
         /// How it was called.
         other: String,
     },
-    /// Somebody else has the lease.
+    /// Another replica has the lease.
     #[error(transparent)]
     Commit(#[from] CommitError),
     /// The position could not be read.

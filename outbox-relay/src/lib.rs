@@ -12,7 +12,7 @@
 //! | `commit`, `batch_log` | records progress under the lease |
 //! | `fate`, `refusal`, `parking`, `pause`, `retry`, `retrying` | rows and topics that Kafka refuses |
 //! | `anchor`, [`moved`] | whether the position holds in this database; what to run when it does not |
-//! | `lease`, `owner`, [`outbox`], `supervisor` | who publishes; one owner's time; one outbox in this process; its panics |
+//! | `lease`, `owner`, [`outbox`], `supervisor` | which replica publishes; one owner's time; one outbox in this process; its panics |
 //! | `control`, `pending`, `gauges`, `metric`, `loops` | what operators want, and what they see |
 //! | `upkeep` | partitions made ahead, resolved rows deleted |
 //! | `database` | conversations with the outbox's database, each of them bounded |

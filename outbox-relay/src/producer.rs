@@ -231,7 +231,7 @@ pub(crate) fn config(outbox: &str, brokers: &str, compression: &str, limit: usiz
         .set("queue.buffering.max.messages", QUEUE_RECORDS)
         .set("queue.buffering.max.kbytes", "2097151")
         .set("compression.type", compression)
-        // As every Java producer does it: a key's partition must not depend on who writes.
+        // As every Java producer does it: a key's partition must not depend on the producer.
         .set("partitioner", "murmur2_random")
         .set("allow.auto.create.topics", "false")
         .set("topic.metadata.propagation.max.ms", "10000");

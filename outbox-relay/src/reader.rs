@@ -324,7 +324,7 @@ mod tests {
             assert_eq!(reading.page().await, (None, both.to_vec()));
             reading.page_is_done();
         }
-        // The first, and one for each time that services told.
+        // The first, and one for each nudge of a service.
         assert!((TIMES..=1 + TIMES).contains(&looks()), "{} looks", looks());
     }
 

@@ -22,7 +22,7 @@ impl Refusal {
                 Self::Topic(Cause::Missing)
             }
             Code::TopicAuthorizationFailed => Self::Topic(Cause::Forbidden),
-            // A batch of one record, where it is told of a row.
+            // A batch of one record, where a nudge announces a row.
             Code::MessageBatchTooLarge => Self::Row,
             // A timestamp, above all, tells of a clock and not of the row.
             code if classify_kafka(code) == ErrorClass::Own => Self::Row,

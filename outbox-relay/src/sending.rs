@@ -37,7 +37,7 @@ impl Session {
                 self.memory.failures = 0;
                 self.shared.loops.working(self.scope.name());
             }
-            // A recorder that has gone has its own reason, which is told where it is joined.
+            // A recorder that has ended has its own reason, which its join returns.
             self.progress.send(flight.into_progress()).await.map_err(|_| CommitError::Fenced)?;
         }
         if let Some((id, code)) = self.publisher.in_flight.failure() {
@@ -112,7 +112,7 @@ impl Session {
         let number = self.publisher.in_flight.open(Flight::of(&page));
         let mut decided = Decided::default();
         let sent = self.send_rows(&page, number, &mut decided).await;
-        // Also where sending failed: what is acknowledged of the page has still to be told from what is not.
+        // Also where sending failed: the acknowledged rows of the page still have to be separated from the others.
         self.publisher.in_flight.seal(number, decided);
         if sent.is_ok() {
             self.at = Position { base: page.base, target: page.target, after: page.to };

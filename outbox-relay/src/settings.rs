@@ -10,7 +10,7 @@ pub const LEASE: Duration = Duration::from_secs(10);
 /// A statement that reads the outbox takes so long at most. It reads a bounded number of rows, from a cold disk if need be.
 pub const READING: Duration = Duration::from_secs(30);
 
-/// Parked rows that are resolved are kept for so long: for whoever asks what became of them.
+/// Parked rows that are resolved are kept for so long, so that an operator can still see how each one ended.
 pub const RESOLVED_KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// Rows that no broker has taken for so long are stuck, and their topic is set apart while others flow. Longer than a change

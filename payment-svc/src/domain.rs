@@ -16,7 +16,7 @@ use saga_core::id::CommandId;
 pub struct Payment {
     /// The order that is paid.
     pub order: OrderId,
-    /// Who pays; empty where the row was lost and only the gateway knew of the payment.
+    /// The paying customer; empty where the row was lost and only the gateway knew of the payment.
     pub customer: String,
     /// How much.
     pub amount: Money,

@@ -190,7 +190,7 @@ pub trait Handler: Send + Sync + 'static {
         false
     }
 
-    /// Whether somebody waits for what this handler reads (the saga timers, for replies): then each partition's consumer says
+    /// Whether another part waits for what this handler reads (the saga timers, for replies): then each partition's consumer says
     /// every few seconds, in `inbox_partition.read_until`, until when it has been read.
     fn says_how_far_it_read(&self) -> bool {
         false

@@ -121,7 +121,7 @@ fn classify_sqlstate(code: &str, routine: Option<&str>) -> ErrorClass {
         ("25006", _) => ErrorClass::Stale,
         // A feature that this server lacks; an index or a page that is damaged; a database or a schema that is not there.
         ("0A000" | "XX001" | "XX002" | "55P02" | "3D000" | "3F000", _) => ErrorClass::Configuration,
-        // 28: who we are. 42: tables, columns, functions, rights. F0: the server's configuration file.
+        // 28: the role and its password. 42: tables, columns, functions, rights. F0: the server's configuration file.
         (_, "28" | "42" | "F0") => ErrorClass::Configuration,
         // The server ended a transaction that was silent or took too long.
         ("25P03" | "25P04", _) => ErrorClass::Passing,

@@ -51,7 +51,7 @@ uuid_newtype! {
     SagaId
 }
 
-/// A secret of one saga: what its command ids are derived from, so that only who holds the saga's row can compute them. It
+/// A secret of one saga: what its command ids are derived from, so that only a process that reads the saga's row can compute them. It
 /// is never sent, logged or shown.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Nonce(#[serde(with = "uuid::serde::simple")] pub(crate) Uuid);
@@ -84,7 +84,7 @@ impl CommandId {
         Self(Uuid::new_v5(&saga.0, format!("{step}/{op}/{occurrence}").as_bytes()))
     }
 
-    /// The second derivation: SHA-256 of the saga's secret, and of who sends what in which namespace (orchestrator and
+    /// The second derivation: SHA-256 of the saga's secret, and of the command's namespace and place (orchestrator and
     /// definition). Derived, not drawn, so that the saga's core stays free of randomness.
     pub fn derive_secretly(
         nonce: Nonce,

@@ -1,6 +1,6 @@
 //! Whether a consumer does its work: what health asks.
 //!
-//! Outages are told by [`Outage`]. What an operator has to set right (a missing table or right, clocks that differ) is kept
+//! [`Outage`] reports outages. What an operator has to set right (a missing table or right, clocks that differ) is kept
 //! here for each partition that waits for it, and logged once for each.
 
 use crate::{

@@ -27,7 +27,7 @@ const UNSAID: Duration = Duration::from_millis(500);
 /// How long the database may take to answer a question that it can answer at once.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// Held by whoever makes an attempt that is counted.
+/// Held by the worker that makes an attempt that is counted.
 static ALONE: Semaphore = Semaphore::const_new(1);
 
 impl<H: Handler> Worker<H> {

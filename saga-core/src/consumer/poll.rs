@@ -111,7 +111,7 @@ pub(super) struct Poll<H> {
     /// Before the client: fields are dropped in their order.
     rebalances: Unanswered,
     client: Arc<Client>,
-    /// For a handler that somebody waits for.
+    /// For a handler that another part waits for.
     ends: Option<Arc<BaseConsumer>>,
     held: HashMap<String, HashMap<i32, Held>>,
     drained: Channel<(String, i32)>,

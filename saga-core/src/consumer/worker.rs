@@ -76,7 +76,7 @@ pub(super) struct Worker<H> {
 }
 
 impl<H: Handler> Worker<H> {
-    /// Works until told to stop; the transaction that is open then is finished, if that takes no longer than a bound.
+    /// Works until the stop token is cancelled; the transaction that is open then is finished, if that takes no longer than a bound.
     pub(super) async fn run(mut self) -> Ended {
         let stop = self.stop.clone();
         let overdue = async {
@@ -172,7 +172,7 @@ impl<H: Handler> Worker<H> {
     async fn in_portions(&mut self, raws: Vec<Raw>, noted: bool) -> Result<(), Ended> {
         let mut rest = self.decode(raws).await?;
         while !rest.is_empty() {
-            // What is done is in the inbox; whoever has the partition next passes over it.
+            // What is done is in the inbox; the partition's next worker passes over it.
             if self.stop.is_cancelled() {
                 return Err(Ended::Stopped);
             }

@@ -39,7 +39,7 @@ pub(super) enum BatchError {
 }
 
 impl BatchError {
-    /// For a caller that is told of the database's errors alone.
+    /// For a caller that knows the database's errors alone.
     pub(super) fn into_database(self) -> sqlx::Error {
         match self {
             Self::Database(error) => error,

@@ -24,7 +24,7 @@ use std::{
 };
 use time::OffsetDateTime;
 
-/// After so many kinds of replies that nobody waited for, a saga's log is told of no more; they are counted.
+/// After so many kinds of unexpected replies, a saga's log takes no more of them; they are only counted.
 const STRAYS_MAX: usize = 64;
 
 /// Something that happens to a saga, with what its log will say.
@@ -158,7 +158,7 @@ impl<'m> Case<'m> {
         Ok(())
     }
 
-    /// A reply that nobody waits for is for the log, once. Anything else was not due, or its caller is told.
+    /// An unexpected reply is for the log, once. Anything else was not due, or its caller gets the answer.
     fn ignore(&mut self, what: What, why: Ignored) {
         let What::Reply { step, op, attempt, outcome } = what else { return };
         self.ignored.push(why);
@@ -173,7 +173,7 @@ impl<'m> Case<'m> {
         self.entries.iter().any(|entry| entry.what.stray().is_some())
     }
 
-    /// Leaves out replies of a kind that the log has `told`, or all of them once it has told enough.
+    /// Leaves out replies of a kind that the log has already (`told`), or all of them once it has enough.
     pub(super) fn forget(&mut self, told: &[Entry]) {
         self.entries.retain(|entry| {
             let stray = entry.what.stray();

@@ -11,7 +11,7 @@ use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
 use std::time::Duration;
 use uuid::Uuid;
 
-/// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out what somebody else holds.
+/// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out rows that another transaction has locked.
 /// (`statement_timestamp()`: with `clock_timestamp()`, which changes while the statement runs, no index can answer.)
 /// What the backlog holds is passed over; an expression does that, and no join, so that the index still gives the order.
 /// The due time that counts is the one in the state: the row was read again when it was locked.

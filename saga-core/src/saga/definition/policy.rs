@@ -1,4 +1,4 @@
-//! How often and how fast a command is resent, or a local effect tried again. Pure: the jitter is derived from who waits, not drawn.
+//! How often and how fast a command is resent, or a local effect tried again. Pure: the jitter is derived from the waiting saga, not drawn.
 
 use crate::id::SagaId;
 use std::time::Duration;
