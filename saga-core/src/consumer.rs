@@ -29,6 +29,7 @@ mod poll;
 mod portion;
 mod reading;
 mod record;
+mod refusal;
 mod retries;
 mod transaction;
 mod worker;
@@ -38,7 +39,6 @@ pub use dead_letter::dead_letter_header;
 pub use health::ConsumerHealth;
 
 use crate::{
-    clock::DatabaseClock,
     envelope::Envelope,
     id::MessageId,
     inbox,
@@ -82,17 +82,17 @@ impl<H: Handler> Consumer<H> {
     /// # Errors
     /// When the client is misconfigured or broken for good; the process should end and be started again.
     pub async fn run(self, stop: CancellationToken) -> Result<(), ConsumerError> {
-        let clock = Arc::clone(&self.pulse.clock);
+        let pulse = Arc::clone(&self.pulse);
         let poll = poll::Poll::new(Arc::clone(&self.config), self.pool.clone(), Arc::clone(&self.handler), self.pulse)?;
         tokio::select! {
             ended = poll.run(&stop) => ended,
-            never = upkeep(&self.pool, &self.config, &clock) => match never {},
+            never = upkeep(&self.pool, &self.config, &pulse) => match never {},
         }
     }
 }
 
 /// Makes inbox partitions ahead, counts what is parked, and reads the database's clock.
-async fn upkeep(pool: &PgPool, config: &ConsumerConfig, clock: &DatabaseClock) -> std::convert::Infallible {
+async fn upkeep(pool: &PgPool, config: &ConsumerConfig, pulse: &health::Pulse) -> std::convert::Infallible {
     let bound = Bound::new(config.attempt_timeout);
     let mut made: Option<std::time::Instant> = None;
     loop {
@@ -106,10 +106,9 @@ async fn upkeep(pool: &PgPool, config: &ConsumerConfig, clock: &DatabaseClock) -
         }
         let counted = async { parking::count(Transaction::begin(pool, bound).await?, &config.group).await };
         let asked = crate::clock::monotonic();
-        if let Ok((parked, time)) = bound.within(counted).await {
-            clock.heard(time, asked);
-            #[allow(clippy::cast_precision_loss)]
-            metrics::gauge!("inbox_parked", "consumer" => config.group.clone()).set(parked as f64);
+        if let Ok(counts) = bound.within(counted).await {
+            pulse.clock.heard(counts.time, asked);
+            pulse.parked(counts);
         }
         tokio::time::sleep(GAUGE_EVERY).await;
     }
@@ -204,7 +203,8 @@ pub trait Handler: Send + Sync + 'static {
 #[derive(Debug, thiserror::Error)]
 pub enum HandleError {
     /// The database refused. Serialization failures, deadlocks and outages are repeated and count nothing. A missing table
-    /// or right stops the partition until it is there. Anything else counts as an attempt.
+    /// or right stops the partition until it is there. A message that waits for a lock that another transaction holds is set
+    /// aside until it has it, without an attempt. Anything else counts as an attempt.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
     /// It can never work, in this build or in a later one: undecodable. Dead-lettered at once.

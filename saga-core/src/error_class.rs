@@ -68,16 +68,44 @@ pub fn classify(error: &Error) -> ErrorClass {
 /// send, such as a time-out of the pool.
 #[must_use]
 pub fn classify_chain(error: &(dyn std::error::Error + 'static)) -> Option<ErrorClass> {
+    Some(match find(error)? {
+        Found::Error(error) => classify(error),
+        Found::Answer(answer) => classify_answer(answer),
+    })
+}
+
+/// What PostgreSQL says of a lock that was not to be had (55P03: `lock_timeout`, `nowait`), and where that was; `None` when
+/// `error` and its causes are of another kind.
+#[must_use]
+pub fn lock_wait(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let answer = match find(error)? {
+        Found::Error(error) => error.as_database_error()?,
+        Found::Answer(answer) => answer,
+    };
+    if answer.code().as_deref() != Some("55P03") {
+        return None;
+    }
+    let place = answer.try_downcast_ref::<PgDatabaseError>().and_then(PgDatabaseError::r#where);
+    Some(place.map_or_else(|| answer.message().to_owned(), |place| format!("{} ({place})", answer.message())))
+}
+
+/// The database's error in a chain of causes.
+enum Found<'a> {
+    Error(&'a Error),
+    Answer(&'a dyn DatabaseError),
+}
+
+fn find<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<Found<'a>> {
     let mut next = Some(error);
     while let Some(cause) = next {
         if let Some(error) = cause.downcast_ref::<Error>() {
-            return Some(classify(error));
+            return Some(Found::Error(error));
         }
         if let Some(answer) = cause.downcast_ref::<Box<dyn DatabaseError>>() {
-            return Some(classify_answer(answer.as_ref()));
+            return Some(Found::Answer(answer.as_ref()));
         }
         if let Some(answer) = cause.downcast_ref::<PgDatabaseError>() {
-            return Some(classify_answer(answer));
+            return Some(Found::Answer(answer));
         }
         next = cause.source();
     }

@@ -215,10 +215,15 @@ fn database_of(pool: &PgPool) -> String {
 /// this is for whoever commits messages in another way. It comes *after* that commit. Within a business transaction never
 /// notify: PostgreSQL lets such transactions commit one after another. Needs a tokio runtime around it.
 pub fn nudge(pool: &PgPool) {
-    if pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections() {
+    if has_one_to_spare(pool) {
         let pool = pool.clone();
         tokio::spawn(async move { tell(&pool).await });
     }
+}
+
+/// Whether `pool` has a connection that nobody uses, or may open one.
+pub(crate) fn has_one_to_spare(pool: &PgPool) -> bool {
+    pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections()
 }
 
 /// Likewise over a connection that has just committed.

@@ -5,6 +5,9 @@
 //! little later (`statement_timeout`), and from version 17 on the whole transaction (`transaction_timeout`). That is before
 //! the pool gives up on the connection, so an attempt that was abandoned never costs a backend beside the pool's.
 //!
+//! A wait for a lock is another transaction's doing, and has a bound of its own ([`Bound::lock`], `lock_timeout`), well below the
+//! others: PostgreSQL says 55P03 before the part gives up, and a part that works slowly and one that waits are told apart.
+//!
 //! When the process dies, the server ends the statement within the bound, and rolls back.
 
 use crate::outbox::{self, Tx};
@@ -16,31 +19,47 @@ use std::{
 };
 
 /// How long one attempt at a transaction may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Bound(Duration);
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bound {
+    client: Duration,
+    lock: Option<Duration>,
+}
 
 impl Bound {
     /// At least 1 ms; at most what PostgreSQL can be given (24 days).
     #[must_use]
     pub const fn new(client: Duration) -> Self {
-        Self(client)
+        Self { client, lock: None }
+    }
+
+    /// Likewise, but a statement of it waits for no lock longer than `lock`.
+    #[must_use]
+    pub const fn with_lock(self, lock: Duration) -> Self {
+        Self { lock: Some(lock), ..self }
     }
 
     /// When the part gives the attempt up.
     #[must_use]
     pub const fn client(self) -> Duration {
-        self.0
+        self.client
+    }
+
+    /// How long a statement of it waits for a lock: half of [`Bound::client`], so that what the transaction did before the wait
+    /// does not make a time-out of it.
+    #[must_use]
+    pub fn lock(self) -> Duration {
+        self.lock.unwrap_or(self.client / 2)
     }
 
     /// When PostgreSQL ends a statement of it: a tenth later than [`Bound::client`], 0.1 to 0.5 s, so that the part's own
     /// bound comes first, and the server's before the pool closes the connection.
     #[must_use]
     pub fn server(self) -> Duration {
-        self.0.saturating_add(self.margin())
+        self.client.saturating_add(self.margin())
     }
 
     fn margin(self) -> Duration {
-        (self.0 / 10).clamp(Duration::from_millis(100), Duration::from_millis(500))
+        (self.client / 10).clamp(Duration::from_millis(100), Duration::from_millis(500))
     }
 
     /// What `work` comes to, or a time-out of the kind that an outage is. What `work` holds is dropped.
@@ -48,24 +67,25 @@ impl Bound {
     /// # Errors
     /// Those of `work`, and [`io::ErrorKind::TimedOut`].
     pub async fn within<T, E: From<sqlx::Error>>(self, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
-        tokio::time::timeout(self.0, work).await.unwrap_or_else(|_| Err(self.no_answer().into()))
+        tokio::time::timeout(self.client, work).await.unwrap_or_else(|_| Err(self.no_answer().into()))
     }
 
     /// The error of an attempt that was given up.
     #[must_use]
     pub fn no_answer(self) -> sqlx::Error {
-        let text = format!("no answer from the database within {:?}", self.0);
+        let text = format!("no answer from the database within {:?}", self.client);
         sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, text))
     }
 
     /// Begins a read committed transaction under this bound; `columns`, if any, are evaluated under it in the same round trip.
     pub(crate) fn begin_sql(self, columns: &str) -> String {
-        let statement = milliseconds(self.server());
+        let (statement, lock) = (milliseconds(self.server()), milliseconds(self.lock()));
         let transaction = milliseconds(self.server().saturating_add(self.margin()));
         let comma = if columns.is_empty() { "" } else { ", " };
         format!(
             "begin isolation level read committed;
              set local statement_timeout = {statement};
+             set local lock_timeout = {lock};
              select case when current_setting('server_version_num')::int >= 170000
                          then set_config('transaction_timeout', '{transaction}', true) end{comma}{columns}"
         )
@@ -163,5 +183,14 @@ mod tests {
         }
         assert_eq!(milliseconds(Bound::new(Duration::MAX).server()), i32::MAX.unsigned_abs().into());
         assert_eq!(milliseconds(Duration::ZERO), 1, "0 would be no bound");
+    }
+
+    #[test]
+    fn a_wait_for_a_lock_ends_well_before_the_part_gives_up() {
+        for client in [1, 200, 60_000].map(Duration::from_millis) {
+            assert!(Bound::new(client).lock() <= client / 2);
+        }
+        let short = Bound::new(Duration::from_secs(30)).with_lock(Duration::from_millis(100));
+        assert!(short.begin_sql("").contains("set local lock_timeout = 100;"), "{}", short.begin_sql(""));
     }
 }

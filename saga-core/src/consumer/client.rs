@@ -125,3 +125,17 @@ pub(super) fn connect(config: &ConsumerConfig, context: Context) -> KafkaResult<
     client.subscribe(&topics)?;
     Ok(client)
 }
+
+/// Settings of a client that asks about topics and groups: one of its own, so that the one that polls is not held up, nor its
+/// closing. It joins no group and says nothing.
+pub(super) fn asking(config: &ConsumerConfig) -> ClientConfig {
+    let mut client = ClientConfig::new();
+    client
+        .set_log_level(RDKafkaLogLevel::Emerg)
+        .set("bootstrap.servers", &config.brokers)
+        .set("group.id", &config.group)
+        .set("client.id", &config.group)
+        .set("enable.auto.commit", "false")
+        .set("allow.auto.create.topics", "false");
+    client
+}

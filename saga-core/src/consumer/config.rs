@@ -22,7 +22,9 @@ pub struct ConsumerConfig {
     /// Upper bound of one transaction, handler included; PostgreSQL ends its statements a little later. A batch whose handler
     /// needs longer is halved until it fits. A single record whose handler needs longer has failed its attempt. While the
     /// database does not answer, the attempt is repeated on another connection and counts nothing. Choose a value well above
-    /// what your slowest record needs. A session of ours that is silent for so long is ended, unless the pool says otherwise.
+    /// what your slowest record needs. A tenth of it is how long a statement waits for a lock: a record that waits longer is
+    /// parked and tried until it has the lock, and no attempt is spent. A session of ours that is silent for so long is ended,
+    /// unless the pool says otherwise.
     pub attempt_timeout: Duration,
     /// How often a record is tried before it is dead-lettered.
     pub attempts: u32,

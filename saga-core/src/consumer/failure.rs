@@ -4,10 +4,13 @@
 //! that restarts), what is stale, and what an operator has to set right are repeated and counted nowhere, however long that
 //! takes. Anything else is the fault of a record, and counted. So is a handler that needs longer than its bounds: which
 //! records it needs so long for is found by making the batch smaller.
+//!
+//! A handler that waits for a lock is nobody's fault here: another transaction holds it. Its record is set aside like one at
+//! fault, so that the others flow, but no attempt is spent, and the record is never given up for that.
 
 use super::HandleError;
 use crate::{
-    error_class::{ErrorClass, classify, classify_chain},
+    error_class::{ErrorClass, classify, classify_chain, lock_wait},
     id::MessageId,
     outbox::AppendError,
 };
@@ -22,6 +25,8 @@ pub(super) enum Failure {
     Stale(String),
     /// Nothing works until an operator sets it right.
     Configuration(String),
+    /// The pool had no connection in time: others use all of them, or the database is away.
+    NoConnection,
     /// The handler wants the same once more, at once.
     Again,
     /// There is no inbox partition for a message that ought to have one.
@@ -56,12 +61,17 @@ pub(super) enum Remedy {
     Retry,
     /// A smaller batch; for a single record, perhaps another attempt.
     Smaller,
+    /// To wait until another transaction lets go of a lock: apart from the others, and without an end.
+    Wait,
     /// Nothing.
     Nothing,
 }
 
 /// The class of what its handler called poison.
 pub(super) const POISON: &str = "poison";
+
+/// The class of what waits for a lock, as it stands in `inbox_parked`.
+pub(super) const LOCKED: &str = "locked";
 
 impl Fault {
     pub(super) fn new(class: impl Into<Cow<'static, str>>, reason: &str, remedy: Remedy) -> Self {
@@ -80,6 +90,21 @@ impl Fault {
             "the handler was silent on its connection for longer than `idle_in_transaction_session_timeout`, {bound:?}: {error}"
         );
         Self::new("silent", &reason, Remedy::Smaller)
+    }
+
+    /// The handler waits for a lock.
+    fn locked(answer: &str) -> Self {
+        let reason = format!("waits for a lock that another transaction holds: {answer}");
+        Self::new(LOCKED, &reason, Remedy::Wait)
+    }
+
+    /// Whether its record is given up after attempt number `attempt` of `attempts`.
+    pub(super) fn gives_up(&self, attempt: u32, attempts: u32) -> bool {
+        match self.remedy {
+            Remedy::Nothing => true,
+            Remedy::Retry | Remedy::Smaller => attempt >= attempts,
+            Remedy::Wait => false,
+        }
     }
 
     fn of(self, culprit: Option<MessageId>) -> Self {
@@ -143,6 +168,24 @@ impl HandleError {
         }
     }
 
+    /// With the name that [`HandleError::parts`] took from it.
+    fn named(self, message: Option<MessageId>) -> Self {
+        match message {
+            Some(message) => self.of(message),
+            None => self,
+        }
+    }
+
+    /// What PostgreSQL says of a lock that was not to be had, however the handler has wrapped it.
+    fn lock_wait(&self) -> Option<String> {
+        match self {
+            Self::Database(error) => lock_wait(error),
+            Self::Failed(error) => lock_wait(error.as_ref()),
+            Self::Of { error, .. } => error.lock_wait(),
+            Self::Poison(_) | Self::Again => None,
+        }
+    }
+
     /// The database's error behind it, however the handler has wrapped it.
     fn database(&self) -> Option<&sqlx::Error> {
         match self {
@@ -165,19 +208,32 @@ impl Failure {
         }
     }
 
+    /// Of a transaction that did not begin.
+    pub(super) fn of_begin(error: sqlx::Error) -> Self {
+        match error {
+            sqlx::Error::PoolTimedOut => Self::NoConnection,
+            error => error.into(),
+        }
+    }
+
     /// Of a handler that had its connection for `taken`, where the server lets a transaction be silent for `silence`.
     pub(super) fn of_handler(error: HandleError, taken: Duration, silence: Duration) -> Self {
-        let Some(database) = error.database() else { return error.into() };
+        let (culprit, error) = error.parts();
+        let fault = |fault: Fault| Self::Fault(fault.of(culprit));
+        if let Some(answer) = error.lock_wait() {
+            return fault(Fault::locked(&answer));
+        }
+        let Some(database) = error.database() else { return error.named(culprit).into() };
         let code = database.as_database_error().and_then(|error| error.code());
         let lost = matches!(database, sqlx::Error::Io(_) | sqlx::Error::Protocol(_));
         match code.as_deref() {
             // The server gave up the statement or the transaction: after our bound, if the runtime was kept from giving up
             // before, or after one that the handler has set.
-            Some("57014" | "25P04") => Self::Fault(Fault::new("timed-out", &error.to_string(), Remedy::Smaller)),
+            Some("57014" | "25P04") => fault(Fault::new("timed-out", &error.to_string(), Remedy::Smaller)),
             // idle_in_transaction_session_timeout.
-            Some("25P03") => Self::Fault(Fault::silent(silence, &database.to_string())),
+            Some("25P03") => fault(Fault::silent(silence, &database.to_string())),
             None if lost && taken >= silence => Self::Silent(Fault::silent(silence, &database.to_string())),
-            _ => error.into(),
+            _ => error.named(culprit).into(),
         }
     }
 }
@@ -241,6 +297,17 @@ mod tests {
             Some((Remedy::Nothing, Some(message))),
             "the first name counts"
         );
+    }
+
+    #[test]
+    fn only_a_wait_for_a_lock_is_never_given_up() {
+        let fault = |remedy| Fault::new("test", "a reason", remedy);
+        for (remedy, gives_up) in
+            [(Remedy::Nothing, [true; 2]), (Remedy::Retry, [false, true]), (Remedy::Smaller, [false, true])]
+        {
+            assert_eq!([1, 8].map(|attempt| fault(remedy).gives_up(attempt, 8)), gives_up, "{remedy:?}");
+        }
+        assert!(!fault(Remedy::Wait).gives_up(1_000, 8));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! [`Outage`] reports outages. What an operator has to set right (a missing table or right, clocks that differ) is kept
 //! here for each partition that waits for it, and logged once for each.
 
+use super::parking::Counts;
 use crate::{
     clock::{self, DatabaseClock},
     outage::Outage,
@@ -17,22 +18,32 @@ use std::{
 /// A consumer that has not polled for this long is stuck.
 const POLL_MAX: Duration = Duration::from_secs(10);
 
+/// A record may wait so long for a lock before health says so.
+const LOCKED_MAX: Duration = Duration::from_secs(120);
+
 /// What health asks. Cheap to clone.
 #[derive(Clone)]
 pub struct ConsumerHealth(pub(super) Arc<Pulse>);
 
 impl ConsumerHealth {
-    /// Fine, or why not: connected to a broker, a member of the group, polling, its database answers, no partition waits for an
-    /// operator, and the host's clock is the database's.
+    /// Fine, or why not: connected to a broker, a member of the group, polling, refused
+    /// nothing, its database answers, no partition waits for an
+    /// operator, no record waits for a lock for minutes, and the host's clock is the database's.
     ///
     /// # Errors
     /// In words, when it is not.
     pub fn check(&self) -> Result<(), String> {
         self.0.check_client()?;
         self.0.kafka.check()?;
+        if let Some(reason) = self.0.lock().refused.clone() {
+            return Err(reason);
+        }
         self.0.database.check()?;
         if let Some(((topic, partition), reason)) = self.0.lock().waiting.first_key_value() {
             return Err(format!("partition {partition} of {topic} waits until this is set right: {reason}"));
+        }
+        if let Some(reason) = self.0.lock().locked.clone() {
+            return Err(reason);
         }
         self.0.clock.check()?;
         if self.0.lock().assigned { Ok(()) } else { Err("no partitions have been assigned yet".into()) }
@@ -42,7 +53,7 @@ impl ConsumerHealth {
 /// The state behind [`ConsumerHealth`].
 pub(super) struct Pulse {
     group: String,
-    kafka: Arc<Outage>,
+    pub(super) kafka: Arc<Outage>,
     database: Arc<Outage>,
     pub(super) clock: Arc<DatabaseClock>,
     state: Mutex<State>,
@@ -54,6 +65,10 @@ struct State {
     assigned: bool,
     /// The partitions that wait for an operator, and what for.
     waiting: BTreeMap<(String, i32), String>,
+    /// What Kafka refuses until an operator acts.
+    refused: Option<String>,
+    /// What records that are parked have been waiting for too long.
+    locked: Option<String>,
 }
 
 impl Pulse {
@@ -66,6 +81,23 @@ impl Pulse {
             database,
             state: Mutex::default(),
         }
+    }
+
+    /// Takes what was counted of the consumer's parked records.
+    pub(super) fn parked(&self, counts: Counts) {
+        #[allow(clippy::cast_precision_loss)]
+        let gauge = |name: &'static str, count: i64| {
+            metrics::gauge!(name, "consumer" => self.group.clone()).set(count as f64);
+        };
+        gauge("inbox_parked", counts.parked);
+        gauge("inbox_parked_locked", counts.locked);
+        self.lock().locked = counts.longest.filter(|(_, since)| *since > LOCKED_MAX).map(|(reason, since)| {
+            format!(
+                "parked records that wait for locks: {}; the first, since {} s ago, {reason}",
+                counts.locked,
+                since.as_secs()
+            )
+        });
     }
 
     fn check_client(&self) -> Result<(), String> {
@@ -117,6 +149,30 @@ impl Pulse {
         match connected {
             true => self.kafka.working(),
             false => self.kafka.failing("no broker can be reached"),
+        }
+    }
+
+    /// Kafka refuses something until an operator acts.
+    pub(super) fn refused(&self, reason: String) {
+        let mut state = self.lock();
+        if state.refused.as_ref() != Some(&reason) {
+            tracing::error!(
+                group = self.group,
+                reason,
+                "the consumer waits until this is set right; nothing is given up"
+            );
+            state.refused = Some(reason);
+        }
+    }
+
+    pub(super) fn is_refused(&self) -> bool {
+        self.lock().refused.is_some()
+    }
+
+    /// Kafka refuses nothing any more.
+    pub(super) fn served(&self) {
+        if self.lock().refused.take().is_some() {
+            tracing::info!(group = self.group, "the consumer goes on: what Kafka refused was set right");
         }
     }
 

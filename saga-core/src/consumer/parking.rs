@@ -5,7 +5,7 @@
 
 use super::{
     Coordinates, Message,
-    failure::Fault,
+    failure::{Fault, LOCKED},
     record::{Batch, lane, storable_headers},
 };
 use crate::{
@@ -13,6 +13,7 @@ use crate::{
     envelope::{Envelope, Headers},
     inbox::Place,
     outbox::Tx,
+    retry::Backoff,
     transaction::Transaction,
 };
 use sqlx::{Row, postgres::PgRow, types::Json};
@@ -156,13 +157,39 @@ pub(super) async fn count_retry(mut tx: Transaction, id: i64, delay: Duration) -
 pub(super) async fn note(mut tx: Transaction, id: i64, delay: Duration, fault: &Fault) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update inbox_parked
-            set attempts = greatest(attempts, 1), error_class = $2, reason = $3, next_attempt_at = clock_timestamp() + make_interval(secs => $4)
+            set error_class = $2, reason = $3, next_attempt_at = clock_timestamp() + make_interval(secs => $4)
           where id = $1",
     )
     .bind(id)
     .bind(&fault.class)
     .bind(&fault.reason)
     .bind(clock::seconds(delay))
+    .execute(&mut **tx)
+    .await?;
+    tx.commit_quietly().await
+}
+
+/// Notes that a parked record waits for a lock, and takes back the attempt that was counted for it. It is tried again after
+/// half the time that it has been parked: a lock that is held for hours costs the partition little, and one that is soon
+/// let go of costs the record little.
+pub(super) async fn note_wait(
+    mut tx: Transaction,
+    id: i64,
+    backoff: &Backoff,
+    fault: &Fault,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update inbox_parked
+            set attempts = greatest(attempts - 1, 0), error_class = $2, reason = $3,
+                next_attempt_at = clock_timestamp() + least(make_interval(secs => $5),
+                                    greatest(make_interval(secs => $4), (clock_timestamp() - parked_at) / 2))
+          where id = $1",
+    )
+    .bind(id)
+    .bind(&fault.class)
+    .bind(&fault.reason)
+    .bind(clock::seconds(backoff.first))
+    .bind(clock::seconds(backoff.max))
     .execute(&mut **tx)
     .await?;
     tx.commit_quietly().await
@@ -226,14 +253,40 @@ async fn wake_in(tx: &mut Tx<'_>, place: Place<'_>, lanes: &[i64]) -> Result<(),
     Ok(())
 }
 
-/// How many records of a consumer are parked, and the database's clock.
-pub(super) async fn count(mut tx: Transaction, consumer: &str) -> Result<(i64, OffsetDateTime), sqlx::Error> {
-    let counted = sqlx::query_as("select count(*), clock_timestamp() from inbox_parked where consumer = $1")
-        .bind(consumer)
-        .fetch_one(&mut **tx)
-        .await?;
+/// What is parked of a consumer, and the database's clock.
+pub(super) struct Counts {
+    pub(super) parked: i64,
+    /// Those of them that wait for a lock,
+    pub(super) locked: i64,
+    /// and what the first of them waits for, since when.
+    pub(super) longest: Option<(String, Duration)>,
+    pub(super) time: OffsetDateTime,
+}
+
+/// Counts what is parked.
+pub(super) async fn count(mut tx: Transaction, consumer: &str) -> Result<Counts, sqlx::Error> {
+    let row = sqlx::query(
+        "select count(*) as parked, count(*) filter (where error_class = $2) as locked,
+                (array_agg(reason order by parked_at) filter (where error_class = $2))[1] as reason,
+                extract(epoch from clock_timestamp() - min(parked_at) filter (where error_class = $2))::float8 as since,
+                clock_timestamp() as time
+           from inbox_parked
+          where consumer = $1",
+    )
+    .bind(consumer)
+    .bind(LOCKED)
+    .fetch_one(&mut **tx)
+    .await?;
     tx.commit_quietly().await?;
-    Ok(counted)
+    let since: Option<f64> = row.try_get("since")?;
+    let since = since.map(|since| Duration::try_from_secs_f64(since).unwrap_or_default());
+    let reason: Option<String> = row.try_get("reason")?;
+    Ok(Counts {
+        parked: row.try_get("parked")?,
+        locked: row.try_get("locked")?,
+        longest: reason.zip(since),
+        time: row.try_get("time")?,
+    })
 }
 
 fn read(row: &PgRow) -> Result<Parked, sqlx::Error> {

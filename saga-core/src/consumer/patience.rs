@@ -4,16 +4,20 @@
 use super::{
     Handler,
     failure::{Failure, Fault, Remedy},
+    transaction::Stage,
     worker::{Ended, Worker},
 };
 use crate::{
     clock,
     error_class::{ErrorClass, classify, renew_connections},
     inbox::{self, FUTURE_MAX},
+    outbox::has_one_to_spare,
     retry::Backoff,
 };
+use sqlx::{ConnectOptions, Connection};
 use std::{
-    sync::{PoisonError, atomic::Ordering},
+    pin::pin,
+    sync::PoisonError,
     time::{Duration, Instant},
 };
 use tokio::sync::Semaphore;
@@ -64,6 +68,12 @@ impl<H: Handler> Worker<H> {
                 Failure::Configuration(reason) => self.report.is_misconfigured(&reason),
                 Failure::Unprepared => self.prepare(first).await,
                 Failure::Passing(reason) => self.repeat(&reason, first),
+                Failure::NoConnection => {
+                    // That handlers of ours have all connections is no outage: they give them back within their bounds.
+                    if !self.database_answers().await {
+                        self.report.fails("no connection to it can be opened");
+                    }
+                }
                 Failure::Stale(reason) => {
                     renew_connections();
                     self.repeat(&reason, first);
@@ -80,26 +90,49 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// What an attempt comes to, which is a time-out when its handler needs too long, and an outage when the database does.
+    /// What an attempt comes to, which is a time-out when its handler needs too long, and an outage when the database does. The
+    /// wait for a connection is not a part of it: the pool has a bound for that.
     async fn within_bound<T>(&self, attempt: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-        let bound = self.desk.config.attempt_timeout;
-        self.desk.handling.store(false, Ordering::Relaxed);
-        match tokio::time::timeout(bound, attempt).await {
-            Ok(attempted) => attempted,
-            Err(_) if self.desk.handling.load(Ordering::Relaxed) && self.database_answers().await => {
-                Err(Failure::Fault(Fault::timed_out(bound)))
-            }
-            Err(_) => {
-                let reason = format!("no answer within {bound:?}; another connection is tried");
-                self.report.fails(&reason);
-                Err(Failure::Passing(reason))
+        let (desk, bound) = (&self.desk, self.desk.config.attempt_timeout);
+        desk.stage.send_replace(Stage::Beginning);
+        let mut stage = desk.stage.subscribe();
+        let begun = async { drop(stage.wait_for(|stage| *stage != Stage::Beginning).await) };
+        let wait = desk.pool.options().get_acquire_timeout().saturating_add(bound);
+        {
+            // Given up, it lets go of its connection at the end of this block.
+            let mut attempt = pin!(attempt);
+            let attempted = tokio::select! {
+                biased;
+                attempted = &mut attempt => Some(attempted),
+                () = begun => tokio::time::timeout(bound, attempt).await.ok(),
+                () = tokio::time::sleep(wait) => None,
+            };
+            if let Some(attempted) = attempted {
+                return attempted;
             }
         }
+        let stage = *desk.stage.borrow();
+        if stage == Stage::Handling && self.database_answers().await {
+            return Err(Failure::Fault(Fault::timed_out(bound)));
+        }
+        let reason = format!("no answer within {bound:?}; another connection is tried");
+        self.report.fails(&reason);
+        Err(Failure::Passing(reason))
     }
 
+    /// Whether a question of another attempt's would be answered. A pool whose connections are all in use says nothing of the
+    /// database, so then it is asked over one that is opened for that.
     async fn database_answers(&self) -> bool {
-        let asked = sqlx::query("select 1").execute(&self.desk.pool);
-        tokio::time::timeout(ANSWER_MAX, asked).await.is_ok_and(|answer| answer.is_ok())
+        let pool = &self.desk.pool;
+        let ask = async {
+            if has_one_to_spare(pool) {
+                return sqlx::query("select 1").execute(pool).await.map(drop);
+            }
+            let mut connection = pool.connect_options().connect().await?;
+            connection.ping().await?;
+            connection.close().await
+        };
+        tokio::time::timeout(ANSWER_MAX, ask).await.is_ok_and(|answer| answer.is_ok())
     }
 
     /// Makes the inbox's partitions: upkeep is behind.
@@ -160,7 +193,9 @@ impl<H: Handler> Worker<H> {
             let attempt = attempt();
             async move {
                 attempt.await.map_err(|failure| match failure {
-                    Failure::Fault(Fault { remedy: Remedy::Smaller, reason, .. }) => Failure::Passing(reason),
+                    Failure::Fault(Fault { remedy: Remedy::Smaller | Remedy::Wait, reason, .. }) => {
+                        Failure::Passing(reason)
+                    }
                     Failure::Fault(fault) => Failure::Configuration(format!("{}: {}", fault.class, fault.reason)),
                     other => other,
                 })

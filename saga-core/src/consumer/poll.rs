@@ -15,12 +15,16 @@ use super::{
     client::{self, Client, Context, Rebalance},
     health::{Pulse, Report},
     portion::Portions,
-    reading::{self, Reading},
+    reading::Reading,
     record::Raw,
-    transaction::Desk,
+    refusal,
+    transaction::{Desk, Stage},
     worker::{Ended, Worker},
 };
-use crate::clock;
+use crate::{
+    clock,
+    error_class::{ErrorClass, classify_kafka},
+};
 use futures::{FutureExt, StreamExt};
 use rdkafka::{
     Message as _, TopicPartitionList,
@@ -33,11 +37,14 @@ use std::{
     collections::HashMap,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, Weak, atomic::AtomicBool},
-    time::Duration,
+    time::{Duration, Instant},
 };
-use tokio::sync::{
-    mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
-    watch,
+use tokio::{
+    sync::{
+        mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+        watch,
+    },
+    task::JoinHandle,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use uuid::Uuid;
@@ -116,7 +123,9 @@ pub(super) struct Poll<H> {
     held: HashMap<String, HashMap<i32, Held>>,
     drained: Channel<(String, i32)>,
     broken: Channel<ConsumerError>,
-    last_error: Option<KafkaError>,
+    /// When it was last asked whether Kafka still refuses.
+    asked: Instant,
+    asking: Option<JoinHandle<Option<Result<(), RDKafkaErrorCode>>>>,
 }
 
 impl<H: Handler> Poll<H> {
@@ -132,8 +141,10 @@ impl<H: Handler> Poll<H> {
         let rebalances = Unanswered { receiver, client: Arc::downgrade(&client) };
         let (drained, broken) = (unbounded_channel(), unbounded_channel());
         let held = HashMap::new();
-        let ends = if handler.says_how_far_it_read() { Some(Arc::new(reading::client(&config)?)) } else { None };
-        Ok(Self { config, pool, handler, pulse, client, ends, held, rebalances, drained, broken, last_error: None })
+        let says = handler.says_how_far_it_read();
+        let ends = if says { Some(Arc::new(client::asking(&config).create()?)) } else { None };
+        let asked = clock::monotonic();
+        Ok(Self { config, pool, handler, pulse, client, ends, held, rebalances, drained, broken, asked, asking: None })
     }
 
     /// Polls until `stop`, then lets go of everything in good order, within bounds.
@@ -168,7 +179,7 @@ impl<H: Handler> Poll<H> {
                     }
                     self.held.values().flat_map(HashMap::values).for_each(|held| held.buffer.announce());
                 }
-                _ = heartbeat.tick() => {}
+                _ = heartbeat.tick() => self.ask_again(),
             }
         }
     }
@@ -178,7 +189,6 @@ impl<H: Handler> Poll<H> {
             Ok(record) => record,
             Err(error) => return self.complain(error),
         };
-        self.last_error = None;
         let (topic, partition) = (record.topic(), record.partition());
         let Some(held) = self.held.get(topic).and_then(|partitions| partitions.get(&partition)) else { return Ok(()) };
         if held.buffer.push(Raw::copy(&record)) == Room::Full {
@@ -188,23 +198,50 @@ impl<H: Handler> Poll<H> {
         Ok(())
     }
 
-    /// Errors of the client pass by themselves, and are said once each; a fatal one does not.
+    /// What the client cannot go on with ends the consumer, for a new client; what an operator has to set right is kept until
+    /// it is; anything else passes by itself.
     fn complain(&mut self, error: KafkaError) -> Result<(), ConsumerError> {
-        match &error {
-            KafkaError::MessageConsumptionFatal(_)
-            // No waiting makes the brokers allow it.
-            | KafkaError::MessageConsumption(RDKafkaErrorCode::InvalidSessionTimeout) => return Err(error.into()),
-            KafkaError::MessageConsumption(RDKafkaErrorCode::AllBrokersDown) => self.pulse.connected(false),
-            KafkaError::MessageConsumption(
-                RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::OperationTimedOut,
-            ) => {}
-            other if self.last_error.as_ref() != Some(other) => {
-                tracing::warn!(group = self.config.group, error = %other, "Kafka; waiting until it passes");
+        let code = match error {
+            KafkaError::MessageConsumption(code) => code,
+            KafkaError::MessageConsumptionFatal(_) => return Err(error.into()),
+            other => {
+                self.pulse.kafka.failing(&other.to_string());
+                return Ok(());
             }
-            _ => {}
+        };
+        match (code, classify_kafka(code)) {
+            // No waiting makes the brokers allow it.
+            (RDKafkaErrorCode::InvalidSessionTimeout, _) | (_, ErrorClass::Stale) => return Err(error.into()),
+            (RDKafkaErrorCode::AllBrokersDown, _) => self.pulse.connected(false),
+            // One broker of several, or an idle connection.
+            (RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::OperationTimedOut, _) => {}
+            (_, ErrorClass::Configuration | ErrorClass::Own) => {
+                self.pulse.refused(refusal::reason(&self.config, code));
+                self.asked = clock::monotonic();
+            }
+            (_, ErrorClass::Passing) => self.pulse.kafka.failing(&error.to_string()),
         }
-        self.last_error = Some(error);
         Ok(())
+    }
+
+    /// While something is refused, asks now and then whether it still is.
+    fn ask_again(&mut self) {
+        if let Some(answer) = self.asking.as_mut().and_then(FutureExt::now_or_never) {
+            self.asking = None;
+            match answer {
+                Ok(Some(Ok(()))) => self.pulse.served(),
+                Ok(Some(Err(code))) if classify_kafka(code) == ErrorClass::Configuration => {
+                    self.pulse.refused(refusal::reason(&self.config, code));
+                }
+                Ok(Some(Err(_)) | None) | Err(_) => {}
+            }
+        }
+        let now = clock::monotonic();
+        if self.pulse.is_refused() && self.asking.is_none() && now >= self.asked + refusal::ASK_EVERY {
+            let config = Arc::clone(&self.config);
+            self.asked = now;
+            self.asking = Some(tokio::task::spawn_blocking(move || refusal::ask(&config)));
+        }
     }
 
     fn resume(&self, topic: &str, partition: i32) {
@@ -263,7 +300,7 @@ impl<H: Handler> Poll<H> {
                 partition,
                 clock: Arc::clone(&self.pulse.clock),
                 silence: self.config.attempt_timeout,
-                handling: AtomicBool::new(false),
+                stage: watch::channel(Stage::Beginning).0,
             },
             buffer: Arc::clone(&buffer),
             offsets: Offsets { client: Arc::clone(&self.client), done },

@@ -2,11 +2,16 @@
 //!
 //! All that there is, as long as nothing is wrong. A portion that needs longer than its bound is halved until one fits, and
 //! that size is kept until half the bound would do for twice as many. The culprit of a fault that names no message is
-//! searched for by halves: once the first half is handled, it is in the second. What is left when it is alone is tried as a
-//! single record, counted, and the rest is one portion again.
+//! searched for by halves (by eighths, if it waits for a lock): once the first half is handled, it is in the second. What is
+//! left when it is alone is tried as a single record, counted, and the rest is one portion again.
 
 use super::failure::Remedy;
 use std::time::Duration;
+
+/// Into how many parts the records are divided that a culprit is among. An attempt that fails by waiting for a lock takes far
+/// longer than one that is handled, so there are to be few of them.
+const HALVES: usize = 2;
+const EIGHTHS: usize = 8;
 
 /// What the next attempt takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +32,7 @@ pub(super) struct Portions {
     before: usize,
     /// The culprit is one of the so many that come then. 0: none is known.
     suspects: usize,
+    parts: usize,
     /// Handled since the last culprit.
     gap: usize,
     /// Where culprits lie close together, a portion that reaches much further than the next of them is in vain.
@@ -37,7 +43,7 @@ impl Portions {
     /// Of at most `max` records.
     pub(super) fn new(max: usize) -> Self {
         let max = max.max(1);
-        Self { max, fits: max, before: 0, suspects: 0, gap: usize::MAX, reach: usize::MAX }
+        Self { max, fits: max, before: 0, suspects: 0, parts: HALVES, gap: usize::MAX, reach: usize::MAX }
     }
 
     /// Most that a portion takes now.
@@ -62,7 +68,7 @@ impl Portions {
             0 if self.reach == 1 => Portion::Alone,
             0 => Portion::Together(self.most().min(waiting)),
             1 => Portion::Alone,
-            suspects => Portion::Together((suspects / 2).min(self.fits).min(waiting)),
+            suspects => Portion::Together((suspects / self.parts).max(1).min(self.fits).min(waiting)),
         }
     }
 
@@ -80,6 +86,7 @@ impl Portions {
 
     /// The first `size` records were not handled; the culprit is the one behind the first so many, if that is known.
     pub(super) fn failed(&mut self, size: usize, remedy: Remedy, culprit: Option<usize>) {
+        self.parts = if remedy == Remedy::Wait { EIGHTHS } else { HALVES };
         (self.before, self.suspects) = match (culprit, remedy) {
             (Some(before), _) => (before, 1),
             (None, Remedy::Smaller) if size > 1 => {
@@ -177,6 +184,31 @@ mod tests {
         let (sizes, _) = handle(&mut portions, 400, &BTreeSet::new(), Duration::from_micros(1));
         assert_eq!(sizes, [50, 100, 200, 50], "and it grows back");
         assert!(!portions.is_slow());
+    }
+
+    #[test]
+    fn a_record_that_waits_for_a_lock_among_many_is_found_within_five_waits() {
+        for waits_at in 0..500 {
+            let (mut portions, mut waits, mut done) = (Portions::new(500), 0, 0);
+            loop {
+                match portions.next(500 - done) {
+                    Portion::Alone if done == waits_at => break,
+                    Portion::Alone => {
+                        portions.handled(1, Duration::ZERO, BOUND);
+                        done += 1;
+                    }
+                    Portion::Together(size) if done + size <= waits_at => {
+                        portions.handled(size, Duration::ZERO, BOUND);
+                        done += size;
+                    }
+                    Portion::Together(size) => {
+                        waits += 1;
+                        portions.failed(size, Remedy::Wait, (size == 1).then_some(0));
+                    }
+                }
+            }
+            assert!(waits < 5, "{waits_at}: {waits}, and once more alone");
+        }
     }
 
     #[test]

@@ -6,15 +6,15 @@
 //!
 //! [`Handler::says_how_far_it_read`]: super::Handler::says_how_far_it_read
 
-use super::ConsumerConfig;
+use super::failure::Failure;
 use crate::{
     clock,
+    fail_point::fail_point,
     inbox::Place,
     transaction::{Bound, Transaction},
 };
 use rdkafka::{
-    ClientConfig, Offset, TopicPartitionList,
-    config::RDKafkaLogLevel,
+    Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
     error::KafkaResult,
 };
@@ -27,18 +27,6 @@ use uuid::Uuid;
 const EVERY: Duration = Duration::from_secs(2);
 /// How long the broker or the database may take for an answer; a process that stops may have to wait for that of the broker.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
-
-/// Asks brokers where partitions end: a client of its own, so that the one that polls is not held up, nor its closing.
-pub(super) fn client(config: &ConsumerConfig) -> KafkaResult<BaseConsumer> {
-    ClientConfig::new()
-        .set_log_level(RDKafkaLogLevel::Emerg)
-        .set("bootstrap.servers", &config.brokers)
-        .set("group.id", &config.group)
-        .set("client.id", &config.group)
-        .set("enable.auto.commit", "false")
-        .set("allow.auto.create.topics", "false")
-        .create()
-}
 
 /// One partition, as long as one worker has it.
 pub(super) struct Reading {
@@ -62,6 +50,13 @@ impl Reading {
                 // Until the worker has done something, it stands where the group has come to.
                 let done = self.done.wait_for(|done| begin.max(*done) >= end).await.map(drop);
                 if done.is_err() {
+                    return;
+                }
+                let passed = || -> Result<(), Failure> {
+                    fail_point!("consumer.before-read-until", &self.group);
+                    Ok(())
+                };
+                if passed().is_err() {
                     return;
                 }
                 let bound = Bound::new(ANSWER_MAX);

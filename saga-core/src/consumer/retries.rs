@@ -1,7 +1,8 @@
 //! What a worker does with parked records: the first of a lane is tried alone, counted; what waits behind it is handled
 //! together once the first is.
 //!
-//! A process that dies during such an attempt has counted it, and the next worker makes the next one when it is due.
+//! A process that dies during such an attempt has counted it, and the next worker makes the next one when it is due. An attempt
+//! that waited for a lock in vain is taken back.
 
 use super::{
     Handler,
@@ -74,8 +75,12 @@ impl<H: Handler> Worker<H> {
             false => self.insist(|| desk.retry(parked)).await?,
         };
         let Err(fault) = retried else { return Ok(true) };
-        if fault.remedy == Remedy::Nothing || attempt >= desk.config.attempts {
+        if fault.gives_up(attempt, desk.config.attempts) {
             self.must(|| desk.give_up_parked(parked, attempt.min(desk.config.attempts), &fault)).await?;
+        } else if fault.remedy == Remedy::Wait {
+            let backoff = &desk.config.backoff;
+            let note = || async { Ok(parking::note_wait(desk.brief().await?, parked.id, backoff, &fault).await?) };
+            self.must(note).await?;
         } else {
             let note = || async { Ok(parking::note(desk.brief().await?, parked.id, delay, &fault).await?) };
             self.must(note).await?;

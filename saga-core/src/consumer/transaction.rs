@@ -24,7 +24,7 @@ use crate::{
     fail_point::fail_point,
     id::MessageId,
     inbox::{self, Delivery, Place},
-    outbox::{self, Next, Tx},
+    outbox::{self, Next, Tx, has_one_to_spare},
     panics::panic_text,
     trace,
     transaction::{Bound, Transaction},
@@ -34,17 +34,18 @@ use sqlx::{AssertSqlSafe, PgPool};
 use std::{
     collections::HashMap,
     panic::AssertUnwindSafe,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 use time::OffsetDateTime;
+use tokio::sync::watch;
 use tracing::Instrument;
 
 /// Most links of one span: what a batch of many traces shows.
 const LINKS_MAX: usize = 32;
+
+/// Which part of an attempt's time may be a wait for a lock.
+const LOCK_PART: u32 = 10;
 
 /// Everything that the transactions of one partition have in common.
 pub(super) struct Desk<H> {
@@ -56,9 +57,20 @@ pub(super) struct Desk<H> {
     pub(super) clock: Arc<DatabaseClock>,
     /// How long the server lets a transaction of the handler's be silent.
     pub(super) silence: Duration,
-    /// Whether the handler is at work, or was when the attempt was given up.
-    pub(super) handling: AtomicBool,
+    /// Where the attempt stands that is under way.
+    pub(super) stage: watch::Sender<Stage>,
     pub(super) ahead: Ahead,
+}
+
+/// Where an attempt stands, or stood when it was given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// It has no transaction yet: the pool may have no connection to spare.
+    Beginning,
+    /// Its own statements.
+    Ours,
+    /// The handler is at work.
+    Handling,
 }
 
 /// A partition that is always busy gives its connection back now and then, for the pool to look at its age.
@@ -118,33 +130,39 @@ impl<H: Handler> Desk<H> {
         self.config.backoff.delay(attempts.max(1), offset.cast_unsigned())
     }
 
+    /// All records of the partition wait with the one that waits for a lock.
     pub(super) fn bound(&self) -> Bound {
-        Bound::new(self.config.attempt_timeout)
+        Bound::new(self.config.attempt_timeout).with_lock(self.config.attempt_timeout / LOCK_PART)
     }
 
     /// A transaction of a statement of our own, without the partition's lock.
-    pub(super) async fn brief(&self) -> Result<Transaction, sqlx::Error> {
-        Transaction::begin(&self.pool, self.bound()).await
+    pub(super) async fn brief(&self) -> Result<Transaction, Failure> {
+        let tx = Transaction::begin(&self.pool, self.bound()).await.map_err(Failure::of_begin)?;
+        self.stage.send_replace(Stage::Ours);
+        Ok(tx)
     }
 
     /// The transaction that has begun ahead, if there is one: another would wait for its lock.
-    async fn begin(&self) -> Result<Open, sqlx::Error> {
-        if let Some(open) = self.ahead.take() {
-            return Ok(open);
-        }
-        let tx = self.pool.begin_with(AssertSqlSafe(self.begin_and("pg_advisory_xact_lock"))).await?;
-        let began = clock::monotonic();
-        Ok(Open { tx, began, borrowed: began })
+    async fn begin(&self) -> Result<Open, Failure> {
+        let open = match self.ahead.take() {
+            Some(open) => open,
+            None => {
+                let begun = self.pool.begin_with(AssertSqlSafe(self.begin_and("pg_advisory_xact_lock"))).await;
+                let (tx, began) = (begun.map_err(Failure::of_begin)?, clock::monotonic());
+                Open { tx, began, borrowed: began }
+            }
+        };
+        self.stage.send_replace(Stage::Ours);
+        Ok(open)
     }
 
     /// Commits, tells the relay if there is something for it, and begins the next transaction while the pool has connections
     /// to spare: whoever waits for one gets it at the end of a batch. Whatever fails gives it back, and the pool looks after
     /// it.
     async fn commit(&self, Open { tx, borrowed, .. }: Open, tell: bool) -> Result<(), sqlx::Error> {
-        let pool = &self.pool;
-        let to_spare = pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections();
         let young = clock::monotonic().saturating_duration_since(borrowed) < KEPT_MAX;
-        let begin = (to_spare && young && !pool.is_closed()).then(|| self.begin_and("pg_try_advisory_xact_lock"));
+        let begin = (has_one_to_spare(&self.pool) && young && !self.pool.is_closed())
+            .then(|| self.begin_and("pg_try_advisory_xact_lock"));
         if let Some(tx) = outbox::commit_and_begin(tx, Next { tell, begin: begin.as_deref() }).await? {
             self.ahead.keep(Open { tx, began: clock::monotonic(), borrowed });
         }
@@ -351,7 +369,7 @@ impl<H: Handler> Desk<H> {
         metrics::histogram!("consumer_batch_messages", "group" => self.config.group.clone())
             .record(f64::from(u32::try_from(messages.len()).unwrap_or(u32::MAX)));
         let began = clock::monotonic();
-        self.handling.store(true, Ordering::Relaxed);
+        self.stage.send_replace(Stage::Handling);
         let handled = AssertUnwindSafe(self.handler.handle(tx, messages)).catch_unwind().instrument(span).await;
         let mut handled = handled.unwrap_or_else(|panic| {
             Err(HandleError::Failed(anyhow::anyhow!("the handler panicked: {}", panic_text(panic.as_ref()))))
@@ -361,7 +379,7 @@ impl<H: Handler> Desk<H> {
         if handled.is_ok() && !self.handler.ends_with_a_statement() {
             handled = sqlx::query("select 1").execute(&mut **tx).await.map(drop).map_err(HandleError::from);
         }
-        self.handling.store(false, Ordering::Relaxed);
+        self.stage.send_replace(Stage::Ours);
         let taken = clock::monotonic().saturating_duration_since(began);
         handled.map_err(|error| Failure::of_handler(error, taken, self.silence))
     }

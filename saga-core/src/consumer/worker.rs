@@ -103,8 +103,8 @@ impl<H: Handler> Worker<H> {
         ended
     }
 
-    async fn release(&self) -> Result<(), sqlx::Error> {
-        claim::release(self.desk.brief().await?, self.desk.place(), self.owner, self.counted).await
+    async fn release(&self) -> Result<(), Failure> {
+        Ok(claim::release(self.desk.brief().await?, self.desk.place(), self.owner, self.counted).await?)
     }
 
     async fn work(&mut self) -> Result<Infallible, Ended> {
@@ -344,12 +344,13 @@ impl<H: Handler> Worker<H> {
                 self.portions.handled(1, took, self.desk.config.attempt_timeout);
                 return Ok(());
             }
-            Err(fault) if fault.remedy == Remedy::Nothing || attempt >= desk.config.attempts => {
+            Err(fault) if fault.gives_up(attempt, desk.config.attempts) => {
                 self.must(|| desk.give_up(single, attempt.min(desk.config.attempts), &fault)).await?;
             }
             Err(fault) => {
-                self.must(|| desk.park(single, attempt, &fault)).await?;
-                self.look_at_parked = self.look_at_parked.min(clock::monotonic() + desk.delay(attempt, offset));
+                let spent = attempt - u32::from(fault.remedy == Remedy::Wait);
+                self.must(|| desk.park(single, spent, &fault)).await?;
+                self.look_at_parked = self.look_at_parked.min(clock::monotonic() + desk.delay(spent, offset));
             }
         }
         self.careful = self.careful.saturating_sub(1);

@@ -5,6 +5,9 @@
 //! Its consumer says so every few seconds, in the database, so that any replica knows. A partition that was read lately
 //! holds nobody up. Other sagas' timers go on; and when a partition stays behind for minutes, so do those of its sagas, which
 //! is said and counted.
+//!
+//! An outage may leave many sagas that have to wait, and the timers look five times a second. So while nothing changes, those
+//! that were passed over are looked at every few seconds; in between, those that have become due since.
 
 use super::engine::Engine;
 use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
@@ -20,11 +23,22 @@ const LATELY: Duration = Duration::from_secs(10);
 /// How long timers wait for a partition.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
 
+/// How long sagas that were passed over are not looked at again, while the same partitions are behind as far.
+const PASS_OVER: Duration = Duration::from_secs(5);
+
 /// Since when this process has seen which partitions behind.
 #[derive(Debug)]
 pub(super) struct Patience {
     pub(super) max: Duration,
     behind: Mutex<HashMap<i32, Since>>,
+    passed: Mutex<Option<Passed>>,
+}
+
+/// A look that left nothing to do but for what has to wait.
+#[derive(Debug)]
+struct Passed {
+    backlog: Backlog,
+    at: Instant,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -34,7 +48,7 @@ struct Since {
 }
 
 /// What is not known to be read.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Backlog {
     /// Of the reply topic; at least 1.
     pub(super) partitions: i32,
@@ -42,6 +56,10 @@ pub(super) struct Backlog {
     pub(super) behind: Vec<i32>,
     /// and until when each of them has been read.
     pub(super) read_until: Vec<OffsetDateTime>,
+    /// What was due before has been passed over a moment ago.
+    pub(super) passed: Option<OffsetDateTime>,
+    /// The database's time when this was asked.
+    asked: Option<OffsetDateTime>,
 }
 
 impl Backlog {
@@ -55,7 +73,29 @@ impl Backlog {
 
 impl Patience {
     pub(super) fn new(max: Duration) -> Self {
-        Self { max, behind: Mutex::default() }
+        Self { max, behind: Mutex::default(), passed: Mutex::default() }
+    }
+
+    /// Before a look: says what needs not be looked at.
+    fn pass_over(&self, backlog: &mut Backlog, now: Instant) {
+        let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |before: &Backlog| (&before.behind, &before.read_until) == (&backlog.behind, &backlog.read_until);
+        let lately = |passed: &Passed| now.saturating_duration_since(passed.at) < PASS_OVER;
+        if !passed.as_ref().is_some_and(|passed| same(&passed.backlog) && lately(passed)) {
+            *passed = None;
+        }
+        backlog.passed = passed.as_ref().and_then(|passed| passed.backlog.asked);
+    }
+
+    /// After a look that took all that may be taken.
+    pub(super) fn has_passed_over(&self, backlog: &Backlog) {
+        if backlog.behind.is_empty() {
+            return;
+        }
+        let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is passed over keeps the time of the look that saw it.
+        let at = passed.take().map_or_else(clock::monotonic, |passed| passed.at);
+        *passed = Some(Passed { backlog: backlog.clone(), at });
     }
 
     /// Of the partitions that are behind, those that are waited for.
@@ -86,9 +126,9 @@ impl Patience {
 impl Engine {
     /// Which partitions of the reply topic timers have to wait for.
     pub(super) async fn backlog(&self, tx: &mut Tx<'_>) -> sqlx::Result<Backlog> {
-        let found: Vec<(i32, Option<OffsetDateTime>, bool)> = sqlx::query_as(
+        let found: Vec<(i32, Option<OffsetDateTime>, bool, OffsetDateTime)> = sqlx::query_as(
             "select partition, max(read_until),
-                    coalesce(max(read_until) < clock_timestamp() - make_interval(secs => $2), false)
+                    coalesce(max(read_until) < clock_timestamp() - make_interval(secs => $2), false), clock_timestamp()
                from inbox_partition
               where topic = $1 and owner is not distinct from reader
               group by partition",
@@ -98,13 +138,16 @@ impl Engine {
         .fetch_all(&mut **tx)
         .await?;
         let partitions = found.iter().map(|(partition, ..)| partition + 1).max().unwrap_or(1);
-        let behind: Vec<_> = found.into_iter().filter(|(.., behind)| *behind).collect();
+        let asked = found.iter().map(|(.., asked)| *asked).min();
+        let behind: Vec<_> = found.into_iter().filter(|(_, _, behind, _)| *behind).collect();
         let numbers: Vec<i32> = behind.iter().map(|(partition, ..)| *partition).collect();
         let waits = self.patience().waits(&numbers, clock::monotonic());
         let waited_for = behind.into_iter().zip(waits).filter(|(_, waits)| *waits);
         let (behind, read_until) =
-            waited_for.filter_map(|((partition, until, _), _)| Some((partition, until?))).unzip();
-        Ok(Backlog { partitions, behind, read_until })
+            waited_for.filter_map(|((partition, until, ..), _)| Some((partition, until?))).unzip();
+        let mut backlog = Backlog { partitions, behind, read_until, passed: None, asked };
+        self.patience().pass_over(&mut backlog, clock::monotonic());
+        Ok(backlog)
     }
 }
 
@@ -127,9 +170,34 @@ mod tests {
         let saga = SagaId::new();
         let partition = key_hash(saga.to_string().as_bytes()) % 3;
         let (read, second) = (OffsetDateTime::UNIX_EPOCH, time::Duration::SECOND);
-        let backlog = |behind| Backlog { partitions: 3, behind: vec![behind], read_until: vec![read] };
+        let backlog =
+            |behind| Backlog { partitions: 3, behind: vec![behind], read_until: vec![read], ..Backlog::default() };
         assert!(backlog(partition).holds(saga, Some(read + second)));
         assert!(!backlog(partition).holds(saga, Some(read)));
         assert!(!backlog((partition + 1) % 3).holds(saga, Some(read + second)));
+    }
+
+    #[test]
+    fn what_was_passed_over_is_looked_at_again_after_a_while_or_when_it_is_read() {
+        let (patience, start) = (Patience::new(Duration::from_secs(300)), clock::monotonic());
+        let asked = |seconds| OffsetDateTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let backlog = |seconds, read| Backlog {
+            partitions: 1,
+            behind: vec![0],
+            read_until: vec![read],
+            passed: None,
+            asked: Some(asked(seconds)),
+        };
+        let look = |mut backlog: Backlog, now| {
+            patience.pass_over(&mut backlog, now);
+            patience.has_passed_over(&backlog);
+            backlog.passed
+        };
+        assert_eq!(look(backlog(1, asked(0)), start), None);
+        assert_eq!(look(backlog(2, asked(0)), start), Some(asked(1)));
+        assert_eq!(look(backlog(3, asked(0)), start), Some(asked(2)));
+        assert_eq!(look(backlog(4, asked(0)), clock::monotonic() + PASS_OVER), None, "after a while");
+        assert_eq!(look(backlog(5, asked(1)), clock::monotonic()), None, "when it has been read further");
+        assert_eq!(look(Backlog { partitions: 1, ..Backlog::default() }, clock::monotonic()), None);
     }
 }

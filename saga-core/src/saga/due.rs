@@ -13,7 +13,8 @@ use uuid::Uuid;
 
 /// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out rows that another transaction has locked.
 /// (`statement_timestamp()`: with `clock_timestamp()`, which changes while the statement runs, no index can answer.)
-/// What the backlog holds is passed over; an expression does that, and no join, so that the index still gives the order.
+/// What the backlog holds is passed over; an expression does that, and no join, so that the index still gives the order. What it
+/// held at the last look is not looked at each time ([`Backlog::passed`]).
 /// The due time that counts is the one in the state: the row was read again when it was locked.
 pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit: i64) -> sqlx::Result<Vec<Locked>> {
     let asked = clock::monotonic();
@@ -24,7 +25,7 @@ pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, lim
                join saga s on s.saga_id = d.saga_id
                join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
                  on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
-              where d.due_at <= statement_timestamp()
+              where d.due_at <= statement_timestamp() and d.due_at > coalesce($8::timestamptz, '-infinity')
                 and coalesce(d.due_at <= ($6::timestamptz[])[array_position($5::int[], d.key_hash % $7)], true)
               order by d.due_at
               limit $4
@@ -39,6 +40,7 @@ pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, lim
     .bind(&backlog.behind)
     .bind(&backlog.read_until)
     .bind(backlog.partitions.max(1))
+    .bind(backlog.passed)
     .try_map(Locked::new)
     .fetch_all(&mut **tx)
     .await?;
@@ -116,7 +118,7 @@ pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit
            join saga s on s.saga_id = d.saga_id
            join unnest($1::text[], $2::int[], $3::text[]) as k(definition, version, fingerprint)
              on k.definition = s.definition and k.version = s.version and k.fingerprint = s.fingerprint
-          where d.due_at <= statement_timestamp()
+          where d.due_at <= statement_timestamp() and d.due_at > coalesce($8::timestamptz, '-infinity')
             and coalesce(d.due_at <= ($6::timestamptz[])[array_position($5::int[], d.key_hash % $7)], true)
           order by d.due_at
           limit $4",
@@ -128,6 +130,7 @@ pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit
     .bind(&backlog.behind)
     .bind(&backlog.read_until)
     .bind(backlog.partitions.max(1))
+    .bind(backlog.passed)
     .fetch_all(&mut **tx)
     .await
 }

@@ -208,6 +208,11 @@ impl Engine {
         Transaction::begin(&self.pool, self.bound).await
     }
 
+    /// Likewise, one whose statements wait for a lock no longer than this.
+    pub(super) async fn begin_waiting(&self, lock: Duration) -> Result<Transaction, sqlx::Error> {
+        Transaction::begin(&self.pool, self.bound.with_lock(self.bound.lock().min(lock))).await
+    }
+
     /// Gives `work` up when it takes too long. The pool rolls its connection back, or closes it if it does not answer.
     pub(super) async fn within<T, E: From<sqlx::Error>>(
         &self,

@@ -13,7 +13,7 @@
 use super::{engine::Engine, error::StartError, start::New};
 use crate::{
     clock,
-    error_class::{is_conflict, is_outage},
+    error_class::{is_conflict, is_outage, lock_wait},
     fail_point::fail_point,
     gather::{Gathering, MOMENT},
     id::SagaId,
@@ -32,10 +32,8 @@ const SET: usize = 256;
 
 /// How long a set waits for a lock (somebody has written one of its keys and not committed yet), and how long a start
 /// that is alone waits between two looks. Short, because everybody waits with a set; far longer than a commit takes.
+/// PostgreSQL looks for deadlocks after a second: this is sooner.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// [`LOOK`] comes with the begin, in the same round trip. PostgreSQL looks for deadlocks after a second: this is sooner.
-const LOOK_COLUMN: &str = "set_config('lock_timeout', '100ms', true)";
 
 /// How many starts that are alone use a connection at one time: the pool is there for others too.
 const ALONE: usize = 4;
@@ -171,7 +169,7 @@ impl Engine {
     /// Says which of them are new.
     async fn start_set(&self, connection: &mut PgConnection, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
         let commands: Vec<_> = set.iter().filter_map(|new| new.message().cloned()).collect();
-        let mut tx = connection.begin_with(AssertSqlSafe(self.bound().begin_sql(LOOK_COLUMN))).await?;
+        let mut tx = connection.begin_with(AssertSqlSafe(self.bound().with_lock(LOOK).begin_sql(""))).await?;
         let started = self.insert(&mut tx, set, &commands).await?;
         fail_point!("saga.before-start", self.reply_topic());
         tx.commit().await?;
@@ -194,8 +192,7 @@ fn tell_all(set: Vec<Waiting>, error: &sqlx::Error) {
 
 /// Somebody else's transaction: a lock that it holds, or a conflict with it. Gone when that has ended.
 fn is_in_the_way(error: &sqlx::Error) -> bool {
-    let locked = matches!(error, sqlx::Error::Database(database) if database.code().as_deref() == Some("55P03"));
-    locked || is_conflict(error)
+    lock_wait(error).is_some() || is_conflict(error)
 }
 
 #[cfg(test)]

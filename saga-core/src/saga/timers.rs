@@ -33,6 +33,8 @@ const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(1);
 pub(super) const PUT_OFF: Duration = Duration::from_secs(60);
 /// The same, where it was not the saga's fault: another transaction was in the way, a table or a right is missing.
 const PUT_OFF_WHAT_PASSES: Duration = Duration::from_secs(5);
+/// How long the timers wait for a lock: other sagas are due, too.
+const LOCK: Duration = Duration::from_secs(1);
 /// How old the gauges may be.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
@@ -100,17 +102,21 @@ impl Engine {
     }
 
     async fn tick_due(&self) -> Result<usize, BatchError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_waiting(LOCK).await?;
         let backlog = self.backlog(&mut tx).await?;
         let rows = due::claim(&mut tx, self.known(), &backlog, BATCH).await?;
+        let all = rows.len() < BATCH as usize;
         let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows, &backlog).await? };
         if due == 0 {
             tx.commit_quietly().await?;
-            return Ok(due);
+        } else {
+            fail_point!("saga.timers.before-commit", self.reply_topic());
+            tx.commit_within_its_edges().await?;
+            fail_point!("saga.timers.after-commit", self.reply_topic());
         }
-        fail_point!("saga.timers.before-commit", self.reply_topic());
-        tx.commit_within_its_edges().await?;
-        fail_point!("saga.timers.after-commit", self.reply_topic());
+        if all {
+            self.patience().has_passed_over(&backlog);
+        }
         Ok(due)
     }
 
@@ -148,7 +154,7 @@ impl Engine {
     }
 
     async fn tick_one(&self, saga: SagaId, backlog: &Backlog) -> Result<(), BatchError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_waiting(LOCK).await?;
         let rows = store::load(&mut tx, &[saga]).await?;
         self.take_due(&mut tx, rows, backlog).await?;
         Ok(tx.commit().await?)
@@ -172,7 +178,7 @@ impl Engine {
     }
 
     async fn take_undecided(&self) -> Result<usize, BatchError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_waiting(LOCK).await?;
         let replies = store::take_undecided(&mut tx, self.known(), BATCH, None).await?;
         if !replies.is_empty() {
             let taken = self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await;
@@ -208,7 +214,7 @@ impl Engine {
 
     /// If it cannot be understood it is dropped: its command will be sent again, and answered again.
     async fn take_undecided_one(&self, reply: &Undecided) -> Result<(), BatchError> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_waiting(LOCK).await?;
         let replies = store::take_undecided(&mut tx, self.known(), 1, Some(reply.message)).await?;
         let mut attempt = sqlx::Acquire::begin(&mut *tx).await?;
         match self.take_replies(&mut attempt, replies.iter().map(Incoming::from_undecided).collect()).await {

@@ -25,6 +25,7 @@
 //! | `consumer.before-store` | group | committed and known, the offsets not stored |
 //! | `consumer.after-note` | group | a batch is noted after an unclean stop, and not yet tried |
 //! | `consumer.after-attempt` | group | an attempt at a single record is counted, and not yet made |
+//! | `consumer.before-read-until` | group | how far a partition has been read is known, and not written |
 //! | `participant.before-call` | participant/step | an intent is claimed, nobody called |
 //! | `participant.after-call` | participant/step | the call was made, and nobody remembers its answer |
 //! | `participant.before-settle-commit` | participant/step | the answer is recorded and replied to, not committed |
@@ -119,6 +120,11 @@ impl FailPoint {
     #[track_caller]
     pub fn once(name: &str, scope: &str, fault: Fault) -> Self {
         Self::arm(name, scope, fault, 0, 1)
+    }
+
+    /// Whether it has fired as often as it was armed for.
+    pub fn has_fired(&self) -> bool {
+        fired().get(&self.key).is_some_and(|fired| *fired >= self.times)
     }
 }
 

@@ -1,7 +1,10 @@
 //! Outages are said once each, however often is tried meanwhile, and so is their end. The next one is an outage of its own.
 
 use crate::support::{Fixture, SOON, events};
-use rdkafka::mocking::MockCluster;
+use rdkafka::{
+    mocking::MockCluster,
+    types::{RDKafkaApiKey, RDKafkaRespErr},
+};
 use saga_core::{
     service::database::pool_options,
     testkit::{FreezingProxy, Log, eventually, unique},
@@ -71,4 +74,29 @@ async fn each_outage_of_kafka_and_its_end_are_said_once() {
     }
     running.stop().await;
     assert_eq!(log.warnings().len(), 2, "{:?}", log.warnings());
+}
+
+#[tokio::test]
+async fn a_right_that_the_broker_refuses_is_red_with_its_cure_until_it_is_given() {
+    let log = Log::hear("saga_core=info");
+    let mut fixture = Fixture::new(1).await;
+    let cluster = MockCluster::new(1).unwrap();
+    let topic = unique("events");
+    cluster.create_topic(&topic, 1, 1).unwrap();
+    (fixture.config.brokers, fixture.config.topics) = (cluster.bootstrap_servers(), vec![topic]);
+    let running = fixture.start();
+    eventually(SOON, || async { running.health.check().ok() }).await;
+
+    let refused = RDKafkaRespErr::RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED;
+    cluster.request_errors(RDKafkaApiKey::Fetch, &[refused; 10_000]);
+    let said = eventually(SOON, || async { running.health.check().err() }).await;
+    assert!(said.contains("TopicAuthorizationFailed") && said.contains("grant this client the rights Read"), "{said}");
+    assert_eq!(log.said("the consumer waits until this is set right").len(), 1);
+
+    // Nothing is sent: that it is served again does not show in records.
+    cluster.clear_request_errors(RDKafkaApiKey::Fetch);
+    eventually(SOON, || async { running.health.check().ok() }).await;
+    assert_eq!(log.said("the consumer goes on: what Kafka refused was set right").len(), 1);
+    running.stop().await;
+    assert_eq!(log.warnings().len(), 1, "{:?}", log.warnings());
 }

@@ -5,7 +5,7 @@ use saga_core::{
     consumer::{Consumer, ConsumerHealth, HandleError, Handler, Message},
     outbox::Tx,
     service::database::pool_options,
-    testkit::{FailPoint, FreezingProxy, Record, eventually, failpoints::Fault, produce},
+    testkit::{FailPoint, FreezingProxy, Log, Record, eventually, failpoints::Fault, produce},
 };
 use sqlx::PgPool;
 use std::{
@@ -32,9 +32,18 @@ impl Handler for Obedient {
             match value.as_str() {
                 "hang" => std::future::pending().await,
                 "silent" => drop(timeout(Duration::from_secs(1), std::future::pending::<()>()).await),
+                // Until its attempt is given up.
                 "wait" => {
+                    sqlx::query("set local lock_timeout = 0").execute(&mut **tx).await?;
                     let lock = sqlx::query("select pg_advisory_xact_lock($1)").bind(LOCK);
                     lock.execute(&mut **tx).await?;
+                }
+                "row" => {
+                    sqlx::query("select from shelf for update").execute(&mut **tx).await?;
+                }
+                "nowait" => {
+                    let locked = sqlx::query("select from shelf for update nowait").execute(&mut **tx).await;
+                    locked.map_err(|error| anyhow::Error::from(error).context("the shelf is not free"))?;
                 }
                 "slow" => {
                     sqlx::query("select pg_sleep(0.02)").execute(&mut **tx).await?;
@@ -303,5 +312,71 @@ async fn attempts_that_were_given_up_have_ended_in_the_server_too() {
     holding.rollback().await.unwrap();
     let handled: BTreeSet<_> = fixture.until_handled(8).await.into_iter().collect();
     assert_eq!(handled.len(), 8);
+    running.stop().await;
+}
+
+/// A record that does `value`, which waits for a lock, is parked until the lock is let go of.
+async fn waits_for_a_held_lock(value: &str) {
+    let mut fixture = Fixture::new(1).await;
+    (fixture.config.attempt_timeout, fixture.config.attempts) = (Duration::from_millis(500), 2);
+    let pool = &fixture.database.pool;
+    sqlx::raw_sql("create table shelf (); insert into shelf default values").execute(pool).await.unwrap();
+    let mut holding = pool.begin().await.unwrap();
+    sqlx::query("select from shelf for update").execute(&mut *holding).await.unwrap();
+    let held = Instant::now();
+    fixture.send(&among_others(value)).await;
+
+    let running = start(&fixture, pool);
+    fixture.until_handled(20).await;
+    // For longer than all of its attempts could take, and more often.
+    let longer = 2 * fixture.config.attempts * fixture.config.attempt_timeout;
+    let tried = || running.calls().iter().filter(|size| **size == 1).count();
+    eventually(SOON, || async { (held.elapsed() > longer && tried() > 8).then_some(()) }).await;
+    let (class, reason, attempts): (String, String, i32) =
+        sqlx::query_as("select error_class, reason, attempts from inbox_parked").fetch_one(pool).await.unwrap();
+    assert_eq!(class, "locked");
+    assert!(reason.starts_with("waits for a lock that another transaction holds: "), "{reason}");
+    assert!(attempts <= 1, "one at most is counted, while it is made: {attempts}");
+    running.health.check().unwrap();
+
+    // After some minutes of it health says so.
+    let minutes_go_by = "update inbox_parked set parked_at = parked_at - interval '3 minutes'";
+    sqlx::query(minutes_go_by).execute(pool).await.unwrap();
+    let said = eventually(SOON, || async { running.health.check().err() }).await;
+    assert!(said.starts_with("parked records that wait for locks: 1; the first, since "), "{said}");
+    assert!(fixture.dead_letters().await.is_empty());
+    holding.rollback().await.unwrap();
+    assert_eq!(fixture.until_handled(21).await.last().unwrap().1, value);
+    fixture.until_unparked().await;
+    eventually(SOON, || async { running.health.check().ok() }).await;
+    assert!(fixture.dead_letters().await.is_empty());
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_waits_for_a_held_lock_is_never_given_up_and_others_flow() {
+    tokio::join!(waits_for_a_held_lock("row"), waits_for_a_held_lock("nowait"));
+}
+
+#[tokio::test]
+async fn slow_handlers_on_a_full_pool_are_no_outage_and_all_is_handled() {
+    const PARTITIONS: i32 = 4;
+    let mut fixture = Fixture::new(PARTITIONS).await;
+    (fixture.config.attempt_timeout, fixture.config.attempts) = (Duration::from_secs(1), 1);
+    // Two connections for four partitions: who waits for one gives up long before an attempt does.
+    let options = pool_options(2).acquire_timeout(Duration::from_millis(200));
+    let pool = options.connect(&fixture.database.url).await.unwrap();
+    let log = Log::hear("warn");
+    let slow = |n: i32| Record { partition: Some(n % PARTITIONS), ..event(&format!("k{n}"), "slow") };
+    produce(&fixture.topic, &(0..PARTITIONS * 80).map(slow).collect::<Vec<_>>()).await;
+
+    let running = start(&fixture, &pool);
+    fixture.until_handled(320).await;
+
+    let calls = running.calls();
+    assert!(calls.iter().any(|size| *size > 50), "the first were too large: {calls:?}");
+    assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
+    assert!(log.said("waiting for the database").is_empty(), "{:?}", log.warnings());
+    running.health.check().unwrap();
     running.stop().await;
 }

@@ -10,8 +10,10 @@ use saga_core::{
     consumer::{Consumer, ConsumerConfig, Message},
     id::SagaId,
     saga::Engine,
-    testkit::{TestTopic, brokers, eventually, unique},
+    service::database::pool_options,
+    testkit::{FailPoint, TestTopic, brokers, eventually, failpoints::Fault, unique},
 };
+use sqlx::AssertSqlSafe;
 use std::{sync::Arc, time::Duration};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -37,6 +39,12 @@ impl Reader {
     async fn stop(self) {
         self.stop.cancel();
         self.task.await.unwrap();
+    }
+
+    /// As if its process had died.
+    async fn dies(self) {
+        self.task.abort();
+        assert!(self.task.await.unwrap_err().is_cancelled());
     }
 }
 
@@ -129,6 +137,43 @@ async fn after_an_outage_timers_wait_for_the_replies_of_their_partition_and_no_o
     world.audit().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_dies_before_it_says_how_far_it_has_read_resends_nothing() {
+    let world = World::new().await;
+    let topic = TestTopic::create("replies", 1).await;
+    let group = unique("orders");
+    let engine = engine_of(&world.database, topic.name(), 1);
+    let reader = Reader::start(&world, &engine, &topic, &group);
+    eventually(SOON, async || (world.read_lately().await == 1).then_some(())).await;
+    let dies = FailPoint::once("consumer.before-read-until", &group, Fault::Crash);
+    eventually(SOON, async || dies.has_fired().then_some(())).await;
+
+    // A reply is committed, and nobody says that its partition was read so far; the next one comes when nobody reads.
+    let saga = SagaId::new();
+    let mut tx = world.database.pool.begin().await.unwrap();
+    engine.start_in(&mut tx, saga, &order_saga(1), &Order { order: 1 }, "1").await.unwrap();
+    tx.commit().await.unwrap();
+    reply_as_the_relay_does(&topic, &succeeded(&world.last(saga).await)).await;
+    eventually(SOON, async || (world.last(saga).await.step == "reserve").then_some(())).await;
+    reader.dies().await;
+    let unsaid = "select count(*) from inbox_partition, saga where read_until < updated_at";
+    assert_eq!(world.count(unsaid).await, 1);
+    reply_as_the_relay_does(&topic, &succeeded(&world.last(saga).await)).await;
+    world.an_hour_goes_by().await;
+
+    let engine = engine_of(&world.database, topic.name(), 1);
+    assert_eq!(engine.tick().await.unwrap().due, 0, "the answer may be there already");
+    let reader = Reader::start(&world, &engine, &topic, &group);
+    eventually(SOON, async || {
+        engine.tick().await.unwrap();
+        (world.last(saga).await.step == "capture").then_some(())
+    })
+    .await;
+    assert_eq!(world.trail(saga).await, ["authorize", "reserve", "capture"]);
+    reader.stop().await;
+    world.audit().await;
+}
+
 #[tokio::test]
 async fn timers_wait_for_a_partition_that_nobody_reads_within_a_bound_and_say_when_they_go_on() {
     let world = World::new().await;
@@ -181,4 +226,69 @@ async fn a_wait_that_began_later_than_saga_due_says_is_judged_by_its_own_time() 
     let later = world.count("select count(*) from saga_due where due_at > clock_timestamp() - interval '1 hour'").await;
     assert_eq!(later, 1, "it is set right");
     world.audit().await;
+}
+
+#[tokio::test]
+async fn what_has_to_wait_for_replies_is_not_looked_at_five_times_a_second() {
+    const WAIT: i64 = 2_000;
+    const TICKS: i64 = 20;
+    let world = World::new().await;
+    let first = world.start(1).await;
+    let partition = world.count("select (key_hash % 2)::bigint from saga_due").await;
+    for (partition, read) in
+        [(partition, "clock_timestamp()"), (1 - partition, "clock_timestamp() - interval '1 hour'")]
+    {
+        sqlx::query(AssertSqlSafe(format!(
+            "insert into inbox_partition (consumer, topic, partition, owner, reader, read_until)
+             select 'orders', $1, $2, worker, worker, {read} from gen_random_uuid() as worker"
+        )))
+        .bind(&world.reply_topic)
+        .bind(i32::try_from(partition).unwrap())
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    }
+    // Of the other partition, which nobody has read.
+    sqlx::query(
+        "with waiting as (
+             insert into saga
+             select (jsonb_populate_record(s, jsonb_build_object('saga_id', gen_random_uuid(), 'business_key', n + 100))).*
+               from saga s, generate_series(1, $1) n
+             returning *
+         )
+         insert into saga_due (saga_id, definition, version, status, due_at, key_hash)
+         select saga_id, definition, version, status, clock_timestamp() - interval '1 minute', $2 from waiting",
+    )
+    .bind(WAIT)
+    .bind(i32::try_from(1 - partition).unwrap())
+    .execute(&world.database.pool)
+    .await
+    .unwrap();
+    let pool = pool_options(1).connect(&world.database.url).await.unwrap();
+    let engine = builder_of(pool.clone(), &world.reply_topic, 1).build().unwrap();
+    let read = async || -> i64 {
+        sqlx::query("select pg_stat_force_next_flush()").execute(&pool).await.unwrap();
+        let entries = "select idx_tup_read from pg_stat_user_indexes where indexrelname = 'saga_due_at'";
+        sqlx::query_scalar(entries).fetch_one(&pool).await.unwrap()
+    };
+
+    let before = read().await;
+    for _ in 0..TICKS {
+        assert_eq!(engine.tick().await.unwrap().due, 0);
+    }
+    let entries = read().await - before;
+    // However slow the machine is: a few looks at all of them, and not one each time.
+    assert!((WAIT..TICKS * WAIT / 4).contains(&entries), "{entries} entries of the index were read in {TICKS} ticks");
+
+    // What becomes due for a partition that is read is seen at once.
+    for table in ["saga_due set due_at", "saga set armed_at"] {
+        sqlx::query(AssertSqlSafe(format!("update {table} = clock_timestamp() where saga_id = $1")))
+            .bind(first.0)
+            .execute(&world.database.pool)
+            .await
+            .unwrap();
+    }
+    engine.tick().await.unwrap();
+    let due = world.count("select count(*) from saga_due where due_at > clock_timestamp()").await;
+    assert_eq!(due, 1, "it was taken, and its time set right");
 }
