@@ -72,8 +72,8 @@ impl Work {
     pub(super) async fn load(tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<Self, sqlx::Error> {
         let mut keys: BTreeMap<&FenceKey, Commands> = BTreeMap::new();
         for command in commands {
-            let known = keys.entry(&command.key).or_default();
-            *known = known.and(Commands::of(&command.cx));
+            let known = Commands::of(&command.cx);
+            keys.entry(&command.key).and_modify(|others| *others = others.and(known)).or_insert(known);
         }
         Ok(Self::locked(store::lock_fences(tx, &keys).await?))
     }
@@ -213,8 +213,8 @@ impl Changes {
                 self.settle(command, &mut fence, &Settled::Done(command.entry.nothing_to_undo()?));
             }
             Move::Fail(reason) => {
-                let (saga, undo) = (command.key.saga, command.cx.saga.command);
-                tracing::warn!(%saga, command = %undo, step = command.key.step, "an undo fails: {reason}");
+                let (saga, failed) = (command.key.saga, command.cx.saga.command);
+                tracing::warn!(%saga, command = %failed, step = command.key.step, %op, "a command fails: {reason}");
                 self.settle(command, &mut fence, &Settled::Failed(reason.to_owned()));
             }
             Move::Refuse => {

@@ -40,6 +40,9 @@ pub(super) struct Namespace {
 pub(super) struct Commands {
     pub(super) run: Option<CommandId>,
     pub(super) undo: Option<CommandId>,
+    /// None of them is the first of its run, and nothing but the topic for their replies tells their orchestrator from another:
+    /// their ids are of the first derivation.
+    pub(super) nameless: bool,
 }
 
 /// Where a fence's row is. Builds that know no namespaces look under saga, step and occurrence alone, so that is where the
@@ -52,14 +55,19 @@ pub(super) enum Stored {
 
 impl Commands {
     pub(super) fn of(cx: &CommandContext) -> Self {
-        match cx.saga.op {
-            Op::Do => Self { run: Some(cx.saga.command), undo: None },
-            Op::Undo => Self { run: cx.undoes, undo: Some(cx.saga.command) },
+        let saga = &cx.saga;
+        let first_derivation = CommandId::derive(saga.saga, &saga.step, saga.op, saga.occurrence) == saga.command;
+        let again = saga.op == Op::Undo || saga.attempt > 1;
+        let nameless = first_derivation && again && saga.orchestrator.is_none();
+        match saga.op {
+            Op::Do => Self { run: Some(saga.command), undo: None, nameless },
+            Op::Undo => Self { run: cx.undoes, undo: Some(saga.command), nameless },
         }
     }
 
     pub(super) fn and(self, other: Self) -> Self {
-        Self { run: self.run.or(other.run), undo: self.undo.or(other.undo) }
+        let nameless = self.nameless && other.nameless;
+        Self { run: self.run.or(other.run), undo: self.undo.or(other.undo), nameless }
     }
 }
 
@@ -111,6 +119,9 @@ pub(super) enum UndoState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fence {
     pub(super) stored: Stored,
+    /// There is a record of the same run under another topic for replies: another orchestrator's, or this one's before its
+    /// topic was renamed.
+    pub(super) elsewhere: bool,
     pub(super) run: DoState,
     pub(super) run_command: Option<CommandId>,
     pub(super) undo: UndoState,
@@ -145,6 +156,11 @@ const LOST: &str = "the orchestrator took the success of this step, and this par
 const NOT_OURS: &str = "this participant does not handle the command that this one undoes, so it does not know whether \
     there is something to undo. Send both to one topic";
 
+/// Why a command fails that comes again, and is nowhere known but under another topic for replies.
+const RENAMED: &str = "this participant has a record of this step for a saga of the same id and definition, whose replies went to \
+    another topic. If the orchestrator's reply topic was renamed, give it its former name until the sagas that began before have \
+    ended; if not, these are two orchestrators: look where the effect is, and settle it by hand";
+
 /// What a command is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Move {
@@ -152,7 +168,7 @@ pub(super) enum Move {
     Run,
     /// The undo's handler runs, knowing what the do came to.
     Undo(Happened<Vec<u8>>),
-    /// The undo fails without its handler, for this reason.
+    /// It fails without its handler, for this reason.
     Fail(&'static str),
     /// There is nothing to undo.
     NothingToUndo,
@@ -173,6 +189,7 @@ impl Fence {
     pub(super) fn new() -> Self {
         Self {
             stored: Stored::Plain,
+            elsewhere: false,
             run: DoState::Absent,
             run_command: None,
             undo: UndoState::Absent,
@@ -203,6 +220,7 @@ impl Fence {
             DoState::Calling => Move::Ignore,
             DoState::Refused => Move::Refuse,
             DoState::Absent | DoState::Open if undone => Move::Refuse,
+            DoState::Absent | DoState::Open if self.elsewhere => Move::Fail(RENAMED),
             DoState::Absent | DoState::Open => Move::Run,
             // To refuse would say that certainly nothing happened; its undo settles that, and is answered.
             DoState::InDoubt if undone => Move::Ignore,
@@ -219,6 +237,9 @@ impl Fence {
                 (DoState::Succeeded(reply), ..) => Move::Undo(Happened::Yes(reply.clone())),
                 (DoState::InDoubt, ..) => Move::Undo(Happened::InDoubt),
                 (DoState::Calling, ..) => Move::Wait,
+                (DoState::Absent | DoState::Open, Happened::InDoubt, Place::Here) if self.elsewhere => {
+                    Move::Fail(RENAMED)
+                }
                 (_, Happened::Yes(()), _) => Move::Fail(LOST),
                 (DoState::Rejected(_), ..) | (_, _, Place::Here) => Move::NothingToUndo,
                 (DoState::Absent | DoState::Open | DoState::Refused, _, Place::Outside) => {

@@ -9,8 +9,14 @@ use crate::{
     outbox::{self, AppendError, NewMessage, Statement, Tx},
 };
 use sqlx::{Row, postgres::PgRow};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
+};
 use uuid::Uuid;
+
+/// How often fences are looked for that somebody else makes meanwhile: once more than can be needed.
+const LOOKS: usize = 3;
 
 /// Fences that are parameters 7 to 17, as rows `c`. The keys as a subquery: of an array PostgreSQL would see how short it
 /// is, and plan anew for each batch, which takes as long as the statement (measured).
@@ -80,6 +86,30 @@ pub(super) async fn lock_fences(
     if made.rows_affected() == keys.len() as u64 {
         return Ok(keys.keys().map(|&key| (key.clone(), Fence::new())).collect());
     }
+    for _ in 0..LOOKS {
+        let Found { mut fences, elsewhere } = lock(tx, keys).await?;
+        let missing: Vec<&FenceKey> = keys.keys().copied().filter(|key| !fences.contains_key(*key)).collect();
+        // Fewer: commands of one saga are in two partitions, and the other has made them meanwhile.
+        if make_apart(tx, &missing).await? == missing.len() {
+            let apart = |key| Fence { stored: Stored::Apart, elsewhere: elsewhere.contains(key), ..Fence::new() };
+            fences.extend(missing.into_iter().map(|key| (key.clone(), apart(key))));
+            return Ok(fences);
+        }
+    }
+    Err(sqlx::Error::Io(io::Error::new(
+        io::ErrorKind::Interrupted,
+        "another partition makes and removes the same fences",
+    )))
+}
+
+/// Fences that were there, and the keys that another topic for replies has a record of.
+struct Found {
+    fences: HashMap<FenceKey, Fence>,
+    elsewhere: HashSet<FenceKey>,
+}
+
+/// Locks the rows of `keys`, and says which of them are their fences.
+async fn lock(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, Commands>) -> Result<Found, sqlx::Error> {
     // Row by row, in the order of the keys, and not as one join that is locked: PostgreSQL 18 leaves out of such a join's
     // answer all but the first of the rows that others changed while it waited for them (a nested loop's rechecks). A
     // fence that is not seen would pass for one where nothing was done.
@@ -87,6 +117,8 @@ pub(super) async fn lock_fences(
         "select k.saga_id, k.step, k.occurrence, k.orchestrator, k.definition,
                 f.step <> k.step as is_apart, f.orchestrator = '' and f.definition = '' as is_nobodys,
                 f.orchestrator = k.orchestrator and f.definition = k.definition as is_its_own,
+                f.orchestrator not in ('', k.orchestrator) and f.definition = k.definition
+                    and f.run_state <> 'absent' as is_elsewheres,
                 f.run_state, f.run_command, f.run_reply, f.undo_state, f.undo_command, f.undo_reply
            from ",
         keys!(),
@@ -103,23 +135,22 @@ pub(super) async fn lock_fences(
                    for update) f"
     ));
     let rows = bind_keys(locked, keys.keys().copied()).fetch_all(&mut **tx).await?;
-    let mut fences = their_own(&rows, keys)?;
-    let missing: Vec<&FenceKey> = keys.keys().copied().filter(|key| !fences.contains_key(*key)).collect();
-    make_apart(tx, &missing).await?;
-    let apart = || Fence { stored: Stored::Apart, ..Fence::new() };
-    fences.extend(missing.into_iter().map(|key| (key.clone(), apart())));
-    Ok(fences)
+    their_own(&rows, keys)
 }
 
 /// Of the rows that were locked for `keys`, those that are their fences. There is a row for each key, in the plain place or
 /// apart.
-fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, Commands>) -> Result<HashMap<FenceKey, Fence>, sqlx::Error> {
+fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, Commands>) -> Result<Found, sqlx::Error> {
     let mut fences = HashMap::with_capacity(keys.len());
     let mut locked = HashSet::with_capacity(keys.len());
+    let mut elsewhere = HashSet::new();
     for row in rows {
         let (key, fence) = (key(row)?, fence(row)?);
         let known = keys.get(&key).copied().unwrap_or_default();
         locked.insert(key.clone());
+        if known.nameless && row.try_get("is_elsewheres")? {
+            elsewhere.insert(key.clone());
+        }
         let taken = row.try_get("is_nobodys")? && fence.is_of(known) && !fences.contains_key(&key);
         if taken || row.try_get("is_its_own")? {
             fences.insert(key, fence);
@@ -129,13 +160,19 @@ fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, Commands>) -> Result<Has
         let (wanted, locked) = (keys.len(), locked.len());
         return Err(sqlx::Error::InvalidArgument(format!("{locked} of {wanted} fences were locked")));
     }
-    Ok(fences)
+    for key in &elsewhere {
+        if let Some(fence) = fences.get_mut(key) {
+            fence.elsewhere = true;
+        }
+    }
+    Ok(Found { fences, elsewhere })
 }
 
-/// Makes the rows of fences whose plain place is another namespace's, which the caller has locked.
-async fn make_apart(tx: &mut Tx<'_>, keys: &[&FenceKey]) -> Result<(), sqlx::Error> {
+/// Makes the rows of fences whose plain place is another namespace's, which the caller has locked; says how many there were
+/// not yet.
+async fn make_apart(tx: &mut Tx<'_>, keys: &[&FenceKey]) -> Result<usize, sqlx::Error> {
     if keys.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let made = sqlx::query(concat!(
         "insert into participant_fence (saga_id, step, occurrence, orchestrator, definition)
@@ -143,10 +180,13 @@ async fn make_apart(tx: &mut Tx<'_>, keys: &[&FenceKey]) -> Result<(), sqlx::Err
         step_apart!("k"),
         ", k.occurrence, k.orchestrator, k.definition
            from ",
-        keys!()
+        keys!(),
+        "
+          order by k.saga_id, k.step, k.occurrence
+             on conflict do nothing"
     ));
-    bind_keys(made, keys.iter().copied()).execute(&mut **tx).await?;
-    Ok(())
+    let made = bind_keys(made, keys.iter().copied()).execute(&mut **tx).await?;
+    Ok(usize::try_from(made.rows_affected()).unwrap_or(usize::MAX))
 }
 
 fn bind_keys<'q>(statement: Statement<'q>, keys: impl Iterator<Item = &'q FenceKey> + Clone) -> Statement<'q> {
@@ -265,6 +305,7 @@ fn fence(row: &PgRow) -> Result<Fence, sqlx::Error> {
     };
     Ok(Fence {
         stored: if row.try_get("is_apart")? { Stored::Apart } else { Stored::Plain },
+        elsewhere: false,
         run,
         run_command: row.try_get::<Option<Uuid>, _>("run_command")?.map(CommandId),
         undo,

@@ -52,7 +52,11 @@ async fn an_undo_of_a_success_that_left_no_record_fails_and_says_why() {
         assert!(said.contains("this participant has no record of it"), "{said}");
         assert_eq!(world.calls.of(key(saga, Op::Undo)), 0, "the handler is not called");
         assert_eq!((world.effects(saga).await, world.intents().await), (0, 0));
-        assert!(log.said("an undo fails").iter().any(|line| line["saga"] == saga.to_string()), "{:?}", log.warnings());
+        assert!(
+            log.said("a command fails").iter().any(|line| line["saga"] == saga.to_string()),
+            "{:?}",
+            log.warnings()
+        );
     }
     assert_eq!(*world.provider.voided.lock().unwrap(), [], "whether it is this provider is not known");
 }

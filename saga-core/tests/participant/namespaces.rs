@@ -214,6 +214,58 @@ async fn an_orchestrator_whose_reply_topic_was_changed_finds_its_fences_again() 
 }
 
 #[tokio::test]
+async fn a_reply_topic_that_is_renamed_loses_no_fence_of_an_old_saga_in_silence() {
+    for undo in [true, false] {
+        let (world, saga) = (World::new().await, SagaId::new());
+        let before = Namespace::old("replies", "order", saga);
+        let after = Namespace { reply_to: "replies.v2", ..before };
+        world.deliver(&[before.message(saga, Op::Do, &yes::<Add>())]).await;
+        for attempt in 2..4 {
+            let mut again = match undo {
+                true => after.message(saga, Op::Undo, &Remove),
+                false => after.message(saga, Op::Do, &yes::<Add>()),
+            };
+            again.envelope.saga.as_mut().unwrap().attempt = attempt;
+            world.deliver(&[again]).await;
+        }
+        // Whose record that is nobody can tell: it is neither taken nor passed over.
+        assert_eq!(after.outcomes(&world, saga).await, [Failed, Failed]);
+        assert_eq!(world.effects(saga).await, 1, "it is not done twice, nor called undone while it is there");
+        world.deliver(&[before.message(saga, Op::Undo, &Remove)]).await;
+        assert_eq!(before.outcomes(&world, saga).await, [Succeeded, Succeeded], "under its former name all is well");
+        assert_eq!(world.effects(saga).await, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_fence_that_two_partitions_make_apart_at_once_is_no_fault_of_a_record() {
+    let (world, saga) = (World::new().await, SagaId::new());
+    let (one, other) = (Namespace::new("replies", "order"), Namespace::new("replies", "refund"));
+    world.deliver(&[one.message(saga, Op::Do, &yes::<Add>())]).await;
+    let handle = async |tx: &mut saga_core::outbox::Tx<'_>| {
+        let undo = other.message(saga, Op::Undo, &Remove);
+        saga_core::consumer::Handler::handle(&*world.participant, tx, &[undo]).await
+    };
+    let mut first = world.database.pool.begin().await.unwrap();
+    handle(&mut first).await.unwrap();
+    let mut second = world.database.pool.begin().await.unwrap();
+    let second = async {
+        handle(&mut second).await.unwrap();
+        second.commit().await.unwrap();
+    };
+    let first = async {
+        saga_core::testkit::eventually(std::time::Duration::from_secs(20), async || {
+            (world.waiting_for_locks().await > 0).then_some(())
+        })
+        .await;
+        first.commit().await.unwrap();
+    };
+    tokio::join!(second, first);
+    assert_eq!(other.outcomes(&world, saga).await, [Succeeded, Succeeded], "the second is answered from the first's");
+    assert_eq!((world.effects(saga).await, rows(&world, saga).await.len()), (1, 2));
+}
+
+#[tokio::test]
 async fn a_namespace_with_a_name_that_cannot_be_stored_is_poison() {
     let world = World::new().await;
     for name in ["x".repeat(10_000), "a\0b".into()] {
