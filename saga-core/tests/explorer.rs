@@ -5,12 +5,13 @@
 use proptest::prelude::*;
 use saga_core::{
     command::Happened,
+    envelope::Op,
     saga::{
         decide::{command_id, decide},
         definition::Definition,
         state::{Action, Answer, Effects, Event, Failure, FailureKind, Reply, Send, State, Status, StuckWhy, Wait},
     },
-    testkit::explorer::{Decide, Limits, Model, Move, Shape, definition, walk_pairs},
+    testkit::explorer::{Decide, Divide, Limits, Mistake, Model, Move, Shape, definition, divide, walk_pairs},
 };
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
@@ -18,7 +19,7 @@ use time::OffsetDateTime;
 const ORDER: [Shape; 6] = [Shape::LocalWithUndo, Shape::Step, Shape::Step, Shape::Pivot, Shape::Local, Shape::Then];
 const RESERVE: usize = 2;
 const EVERYTHING: Limits =
-    Limits { attempts: 2, breaks: 1, losses: 0, external: true, failures: true, cancels: true, trusting: false };
+    Limits { attempts: 2, breaks: 1, losses: 0, external: true, failures: true, cancels: true, mistake: None };
 const HOUR: Option<Duration> = Some(Duration::from_secs(3600));
 
 fn explored(what: &str, definition: &Definition, limits: Limits) -> usize {
@@ -169,9 +170,7 @@ fn mistakes() -> Vec<(&'static str, Decide)> {
             Event::Reply(Reply { answer: Answer::Succeeded(_), .. }) if state.failure.is_some() => {
                 let mut revived = state.clone();
                 if let Status::Compensating { open } = state.status {
-                    revived.status = Status::Running {
-                        open: saga_core::saga::state::Open { op: saga_core::envelope::Op::Do, ..open },
-                    };
+                    revived.status = Status::Running { open: saga_core::saga::state::Open { op: Op::Do, ..open } };
                     revived.failure = None;
                 }
                 decide(definition, &revived, event, now)
@@ -224,10 +223,39 @@ fn a_lost_fence_leaves_no_effect_behind_that_the_saga_calls_undone() {
         let limits = Limits { attempts: 1, breaks: 0, losses: 1, external, ..EVERYTHING };
         explored(&format!("an order whose fence is lost, external: {external}"), &order, limits);
     }
-    let trusting = Limits { breaks: 0, losses: 1, trusting: true, ..EVERYTHING };
+    let trusting = Limits { breaks: 0, losses: 1, mistake: Some(Mistake::TakesAbsenceForProof), ..EVERYTHING };
     let violation = Model::new(&order, trusting, decide).walk(2_000_000).expect_err("absence is no proof");
     println!("absence is taken for proof: {violation}");
     assert!(violation.schedule.iter().any(|by| matches!(by, Move::Lose(_))), "{violation}");
+}
+
+#[test]
+fn an_undo_that_does_not_wait_for_a_slow_call_is_found() {
+    let order = definition(&ORDER, 1, None);
+    let hasty = Limits { breaks: 0, mistake: Some(Mistake::UndoesDuringTheCall), ..EVERYTHING };
+    let violation = Model::new(&order, hasty, decide).walk(2_000_000).expect_err("the call gets there later");
+    println!("an undo does not wait: {violation}");
+    assert!(violation.schedule.iter().any(|by| matches!(by, Move::Deliver(_, Op::Undo, ..))), "{violation}");
+}
+
+#[test]
+fn a_saga_ends_beside_one_that_cannot_be_read_which_is_left_as_it_is() {
+    let order = definition(&ORDER, 1, HOUR);
+    let limits = Limits { breaks: 0, external: false, ..EVERYTHING };
+    let beside = |divide| Model::new(&order, limits, decide).beside_an_unreadable_saga(divide);
+    let alone = Model::new(&order, limits, decide).walk(1_000_000).unwrap();
+    assert_eq!(beside(divide).walk(1_000_000).unwrap().worlds(), alone.worlds(), "it changes nothing");
+    let mistakes: [(&str, Divide); 3] = [
+        ("one fails all", |read| {
+            read.into_iter().collect::<Result<_, _>>().map_or_else(|()| (vec![], vec![(); 2]), |all| (all, vec![]))
+        }),
+        ("it is decided all the same", |read| (vec![(); read.len()], vec![])),
+        ("it is forgotten", |read| (read.into_iter().flatten().collect(), vec![])),
+    ];
+    for (mistake, wrong) in mistakes {
+        let violation = beside(wrong).walk(1_000_000).err().unwrap_or_else(|| panic!("not found: {mistake}"));
+        println!("{mistake}: {violation}");
+    }
 }
 
 #[test]

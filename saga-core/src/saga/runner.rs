@@ -17,7 +17,7 @@ use super::{
     log::What,
     measure,
     state::{Answer, Event, Reply, Verdict},
-    store::{self, Locked, Undecided},
+    store::{self, Locked, Row, Undecided},
     timers::PUT_OFF,
 };
 use crate::{
@@ -159,6 +159,18 @@ fn error_text(payload: &[u8]) -> String {
     reason(&text)
 }
 
+/// What a batch decides and what it leaves as it is: a saga that cannot be read stands alone.
+pub fn divide<S, U>(read: impl IntoIterator<Item = Result<S, U>>) -> (Vec<S>, Vec<U>) {
+    let (mut readable, mut unread) = (Vec::new(), Vec::new());
+    for row in read {
+        match row {
+            Ok(row) => readable.push(row),
+            Err(left) => unread.push(left),
+        }
+    }
+    (readable, unread)
+}
+
 impl Engine {
     /// Decides replies in the caller's transaction. Several to one saga are taken in their order.
     pub(super) async fn take_replies(&self, tx: &mut Tx<'_>, replies: Vec<Incoming<'_>>) -> Result<(), BatchError> {
@@ -169,19 +181,17 @@ impl Engine {
         let ids: Vec<SagaId> = by_saga.keys().copied().collect();
         let rows = store::load(tx, &ids).await?;
         fail_point!("saga.after-load", self.reply_topic());
-        let (mut cases, mut aside) = (Vec::with_capacity(rows.len()), Vec::new());
-        for locked in rows {
-            let replies = by_saga.remove(&locked.saga).unwrap_or_default();
-            match self.read(locked) {
-                Ok((definition, row)) => {
-                    let incidents = replies.into_iter().map(Incoming::incident).collect();
-                    cases.push(Case::new(definition, row, incidents));
-                }
-                Err(unread) => {
-                    measure::unread(&unread, "its replies are set aside, and tried again every minute");
-                    aside.extend(replies.into_iter().map(|reply| reply.set_aside(&unread)));
-                }
-            }
+        let (readable, unread) = divide(rows.into_iter().map(|locked| self.read(locked)));
+        let mut replies_of = |saga| by_saga.remove(&saga).unwrap_or_default().into_iter();
+        let case = |(definition, row): (_, Row)| {
+            let incidents = replies_of(row.state.saga).map(Incoming::incident).collect();
+            Case::new(definition, row, incidents)
+        };
+        let cases: Vec<_> = readable.into_iter().map(case).collect();
+        let mut aside = Vec::new();
+        for unread in unread {
+            measure::unread(&unread, "its replies are set aside, and tried again every minute");
+            aside.extend(replies_of(unread.locked.saga).map(|reply| reply.set_aside(&unread)));
         }
         for (saga, replies) in by_saga {
             let saga_type = replies.first().map(|reply| reply.headers.definition.as_str());
@@ -214,22 +224,17 @@ impl Engine {
         rows: Vec<Locked>,
         backlog: &Backlog,
     ) -> Result<usize, BatchError> {
-        let (mut cases, mut put_off) = (Vec::with_capacity(rows.len()), Vec::new());
-        for locked in rows {
+        let (readable, unread) = divide(rows.into_iter().map(|locked| self.read(locked)));
+        let case = |(definition, row): (_, Row)| {
             let due = Incident { event: Event::Due, what: What::Due, cause: None, flaw: None };
-            match self.read(locked) {
-                // `saga_due` said too early a time: it is set right.
-                Ok((definition, row)) if backlog.holds(row.state.saga, row.state.due()) => {
-                    cases.push(Case::new(definition, row, VecDeque::new()));
-                }
-                Ok((definition, row)) => cases.push(Case::new(definition, row, VecDeque::from([due]))),
-                Err(unread) => {
-                    measure::unread(&unread, "what is due for it is put off for a minute");
-                    put_off.push(unread.locked.saga);
-                }
-            }
-        }
-        if !put_off.is_empty() {
+            // Where it has to wait, `saga_due` said too early a time: it is set right.
+            let waits = backlog.holds(row.state.saga, row.state.due());
+            Case::new(definition, row, if waits { VecDeque::new() } else { VecDeque::from([due]) })
+        };
+        let cases = readable.into_iter().map(case).collect();
+        if !unread.is_empty() {
+            unread.iter().for_each(|unread| measure::unread(unread, "what is due for it is put off for a minute"));
+            let put_off: Vec<_> = unread.iter().map(|unread| unread.locked.saga).collect();
             due::put_off(tx, &put_off, PUT_OFF).await?;
         }
         let mut batch = Batch::new(self, cases);

@@ -6,7 +6,7 @@
 //! participant that dies before its commit has done nothing, and one that dies after it sees the message again. An
 //! external effect has a crash of its own: between the call and its record lies any amount of time. A participant's
 //! database may forget (a restore, an asynchronous failover): then a fence is lost, and an effect beside it, and an
-//! effect outside is not.
+//! effect outside is not. Another saga of the same batch may be one that cannot be read.
 //!
 //! [`Model`] says what can happen to a [`World`] and checks the rules at each step; [`walk`](Model::walk) visits all
 //! worlds there are; property tests take random paths through worlds that are too many to visit. A violation says which
@@ -20,9 +20,10 @@ mod rules;
 mod shapes;
 mod walk;
 
+pub use crate::saga::runner::divide;
 pub use fences::Fence;
 pub use messages::Note;
-pub use model::{Choice, Decide, Limits, Local, Model, Move, World};
+pub use model::{Choice, Decide, Divide, Limits, Local, Mistake, Model, Move, World};
 pub use pair::{Pairs, walk_pairs};
 pub use rules::Violation;
 pub use shapes::{Shape, definition};

@@ -3,7 +3,7 @@
 
 use super::{
     messages::Note,
-    model::{Choice, Limits, World},
+    model::{Choice, Limits, Mistake, World},
 };
 use crate::envelope::Op;
 
@@ -80,6 +80,7 @@ pub(super) fn choices(limits: Limits, op: Op, fence: Fence, refusable: bool) -> 
     use Fence::*;
     let fails = limits.failures.then_some(Choice::Fail);
     match (op, fence) {
+        (Op::Undo, Calling) if limits.mistake == Some(Mistake::UndoesDuringTheCall) => vec![Choice::Succeed],
         // The call is under way: a do is answered when it is recorded, an undo waits until then.
         (_, Calling | Called) => Vec::new(),
         (Op::Do, Absent) => {
@@ -110,15 +111,15 @@ pub(super) fn act(limits: Limits, fence: Fence, choice: Choice, attempt: u32) ->
 /// What an undo comes to: the fence of its step, and its answer.
 pub(super) fn undo(limits: Limits, fence: Fence, choice: Choice, knows: bool, attempt: u32) -> (Fence, Note) {
     use Fence::*;
-    let failed = Note::Failed(attempt);
+    let (failed, trusting) = (Note::Failed(attempt), limits.mistake == Some(Mistake::TakesAbsenceForProof));
     match fence {
+        Calling => (Adrift, Note::Succeeded),
         // The answer that it was given before.
         Undone | Tombstone => (fence, Note::Succeeded),
         Done if choice == Choice::Fail => (Done, failed),
         Done => (Undone, Note::Succeeded),
-        // The mistake that has to be found: no record, so there is nothing to undo.
-        Adrift | Held if limits.trusting => (fence, Note::Succeeded),
-        Absent | Rejected if limits.trusting => (if fence == Absent { Tombstone } else { fence }, Note::Succeeded),
+        Adrift | Held if trusting => (fence, Note::Succeeded),
+        Absent | Rejected if trusting => (if fence == Absent { Tombstone } else { fence }, Note::Succeeded),
         // The orchestrator knows what this participant has no record of.
         _ if knows || choice == Choice::Fail => (fence.marked(), failed),
         Rejected => (Rejected, Note::Succeeded),

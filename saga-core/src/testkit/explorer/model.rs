@@ -37,9 +37,22 @@ pub struct Limits {
     pub failures: bool,
     /// Whether somebody may cancel.
     pub cancels: bool,
-    /// Whether participants take the absence of a fence for proof: a mistake that has to be found.
-    pub trusting: bool,
+    /// What participants do wrong: it has to be found.
+    pub mistake: Option<Mistake>,
 }
+
+/// A mistake of participants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mistake {
+    /// They take the absence of a fence for proof that nothing happened.
+    TakesAbsenceForProof,
+    /// Their undo does not wait for the call that is under way, however slow that is.
+    UndoesDuringTheCall,
+}
+
+/// Divides the sagas of a batch, each read or not, into those that are decided and those that are left as they are: the
+/// production function, or a seeded mistake that has to be found.
+pub type Divide = fn(Vec<Result<(), ()>>) -> (Vec<()>, Vec<()>);
 
 /// Most steps of an explored definition: a message is one bit of 128.
 pub(super) const STEPS: usize = 8;
@@ -111,6 +124,8 @@ pub struct Model<'d> {
     pub(super) definition: &'d Definition,
     pub(super) limits: Limits,
     decide: Decide,
+    /// In each batch is another saga, which cannot be read.
+    beside: Option<Divide>,
     states: RefCell<Vec<Rc<State>>>,
     known: RefCell<HashMap<State, u32>>,
     memo: RefCell<HashMap<(u32, Event), Decided>>,
@@ -124,7 +139,21 @@ impl<'d> Model<'d> {
     pub fn new(definition: &'d Definition, limits: Limits, decide: Decide) -> Self {
         assert!(definition.steps().len() <= STEPS && limits.attempts <= ATTEMPTS, "too large to explore");
         let (states, known, memo) = Default::default();
-        Self { definition, limits, decide, states, known, memo }
+        Self { definition, limits, decide, beside: None, states, known, memo }
+    }
+
+    /// With a saga in each batch of replies and of due sagas that cannot be read.
+    #[must_use]
+    pub fn beside_an_unreadable_saga(self, divide: Divide) -> Self {
+        Self { beside: Some(divide), ..self }
+    }
+
+    /// Whether a batch decides its readable saga. The other one is left as it is.
+    fn is_decided(&self) -> Result<bool, Violation> {
+        let Some(divide) = self.beside else { return Ok(true) };
+        let (decided, left) = divide(vec![Err(()), Ok(())]);
+        rules::check_left(decided.len(), left.len())?;
+        Ok(!decided.is_empty())
     }
 
     /// The worlds in which a saga can begin: each of its first local effects works (or there is no saga).
@@ -244,6 +273,9 @@ impl<'d> Model<'d> {
             Move::Cancel(local) => (Event::Cancel { reason: String::new() }, local),
             Move::Retry(local) => (Event::Retry, local),
         };
+        if matches!(next, Move::Reply(..) | Move::Due(_)) && !self.is_decided()? {
+            return self.checked(after);
+        }
         let (state, effects) = self.decided(world, event);
         if let Move::Cancel(_) = next {
             rules::check_cancel(self, world, effects.verdict)?;

@@ -146,6 +146,12 @@ pub(super) fn needs_a_person(world: &World, state: &State) -> bool {
     }
 }
 
+/// What holds of a batch of two sagas one of which cannot be read, when so many are decided and so many left as they are.
+pub(super) fn check_left(decided: usize, left: usize) -> Result<(), Violation> {
+    hold(decided < 2, "a saga that cannot be read is left as it is")?;
+    hold(decided + left == 2, "no saga of a batch is forgotten")
+}
+
 /// What holds of the answer to a cancel.
 pub(super) fn check_cancel(model: &Model<'_>, world: &World, verdict: Verdict) -> Result<(), Violation> {
     let state = model.state(world);
