@@ -53,9 +53,10 @@ edges: tools-build tools-servers ## Only the tests of the edges: slow servers, p
 	cargo build --workspace --bins --tests
 	$(STACK) run -- sh stack/test.sh --workspace -- $(EDGES)
 
+# One test at a time: some measure what one thing costs another. The largest needs 30 GB of disk.
 soak: tools-build tools-servers ## The same with the sizes that faults were reported with, and the explorer's larger worlds; long
 	cargo build --workspace --bins --tests
-	SOAK=1 $(STACK) run -- sh stack/test.sh --workspace -- $(EDGES)
+	SOAK=1 RUST_TEST_THREADS=1 $(STACK) run -- sh stack/test.sh --workspace -- $(EDGES)
 	EXPLORE=full cargo test --release --workspace --test explorer
 
 upgrade: tools-build tools-servers ## The last release's programs and today's together under load, upgraded and rolled back

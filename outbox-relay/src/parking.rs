@@ -445,7 +445,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_turn_of_a_long_line_touches_does_not_depend_on_its_length() {
-        const ROWS: i64 = 20_000;
+        let rows = i64::try_from(saga_core::testkit::size(20_000, 1_000_000)).unwrap();
         let database = TestDatabase::new(&[messaging_migrations()]).await;
         let options = PgConnectOptions::from_str(&database.url).unwrap().options(crate::outbox::PLANS);
         let mut db = PgConnection::connect_with(&options).await.unwrap();
@@ -454,7 +454,7 @@ mod tests {
              select 'orders', id, gen_random_uuid(), 't', 'k' || (id > $1)::int * (id % 7), 'test.v1', '{}', now(), ''
                from generate_series(1, $1 + 100) as id",
         )
-        .bind(ROWS)
+        .bind(rows)
         .execute(&mut db)
         .await
         .unwrap();
@@ -481,7 +481,7 @@ mod tests {
         tried(&mut tx, "orders", owner, &line, requested).await.unwrap();
         assert_eq!(lines_behind(&mut tx, "orders", "", "").await.unwrap().len(), 7);
         let touched = touched(&mut tx).await - before;
-        assert!(touched < 300, "{touched} rows of {ROWS}");
+        assert!(touched < 300, "{touched} rows of {rows}");
     }
 
     #[tokio::test]

@@ -319,9 +319,15 @@ pub(crate) async fn keys(db: &mut PgConnection, ids: &[i64]) -> Result<Vec<(i64,
 mod tests {
     use super::*;
     use crate::position::Cursor;
-    use saga_core::{service::messaging_migrations, testkit::TestDatabase};
+    use saga_core::{
+        service::messaging_migrations,
+        testkit::{TestDatabase, size},
+    };
     use sqlx::{Connection as _, postgres::PgConnectOptions};
-    use std::str::FromStr as _;
+    use std::{
+        str::FromStr as _,
+        time::{Duration, Instant},
+    };
 
     struct Reading {
         database: TestDatabase,
@@ -337,18 +343,18 @@ mod tests {
         }
 
         /// Rows of a topic, in a transaction of their own.
-        async fn append(&self, topic: &str, rows: i32) {
+        async fn append(&self, topic: &str, rows: usize) {
             self.append_bodies(topic, rows, 1, "{}").await;
         }
 
-        async fn append_bodies(&self, topic: &str, rows: i32, payload_bytes: i32, headers: &str) {
+        async fn append_bodies(&self, topic: &str, rows: usize, payload_bytes: i32, headers: &str) {
             sqlx::query(
                 "insert into outbox (message_id, topic, key, type, payload, headers)
                  select gen_random_uuid(), $1, 'k', 'test.v1', convert_to(repeat('x', $3), 'UTF8'), $4::jsonb
-                   from generate_series(1, $2) as i order by i",
+                   from generate_series(1, $2)",
             )
             .bind(topic)
-            .bind(rows)
+            .bind(i64::try_from(rows).unwrap())
             .bind(payload_bytes)
             .bind(headers)
             .execute(&self.database.pool)
@@ -418,7 +424,7 @@ mod tests {
         reading.append("window", 7_000).await;
         let target = reading.snapshot().await;
         reading.next_partition().await;
-        reading.append("later", 30_000).await;
+        reading.append("later", size(30_000, 2_000_000)).await;
         let cursor = Cursor::new(Position { base, target: target.clone(), after: 0 }, None);
         let (found, dearest) = reading.read(cursor, &target).await;
         assert_eq!(found, (11..=7_010).collect::<Vec<i64>>());
@@ -437,13 +443,41 @@ mod tests {
         reading.append("many", 30_000).await;
         let base = reading.snapshot().await;
         reading.append("few", 1).await;
-        reading.append("many", 45_000).await;
+        let many = size(45_000, 5_000_000);
+        reading.append("many", many).await;
         reading.append("few", 1).await;
         let target = reading.snapshot().await;
         let cursor = Cursor::new(Position::at(base), Some("few".into()));
         let (found, dearest) = reading.read(cursor, &target).await;
-        assert_eq!(found, [30_003, 75_004]);
+        assert_eq!(found, [30_003, 30_004 + i64::try_from(many).unwrap()]);
         assert!(dearest <= STRETCH_IDS + 10, "{dearest} rows");
+    }
+
+    #[tokio::test]
+    async fn a_window_of_any_length_is_searched_piece_by_piece() {
+        /// What a relay waits for at most, which is no more than the bound of a statement that reads.
+        const SOON: Duration = Duration::from_secs(10);
+        let mut reading = Reading::new().await;
+        reading.append("before", 10).await;
+        let base = reading.snapshot().await;
+        reading.append("window", size(50_000, 80_000_000)).await;
+        let target = reading.snapshot().await;
+        let mut cursor = Cursor::new(Position::at(base), None);
+        let (mut steps, mut dearest, mut slowest) = (0, 0, Duration::ZERO);
+        let first = loop {
+            sqlx::raw_sql("begin").execute(&mut reading.db).await.unwrap();
+            let began = Instant::now();
+            let (page, touched) = reading.step(&mut cursor, &target).await;
+            (steps, dearest, slowest) = (steps + 1, dearest.max(touched), slowest.max(began.elapsed()));
+            sqlx::raw_sql("rollback").execute(&mut reading.db).await.unwrap();
+            if let Some(first) = page.expect("there are rows").first() {
+                break *first;
+            }
+        };
+        println!("{steps} steps, the slowest {slowest:?}, the dearest {dearest} rows");
+        assert_eq!(first, 11);
+        assert!(dearest <= SEARCHED + 10, "{dearest} rows");
+        assert!(slowest < SOON, "{slowest:?}");
     }
 
     #[tokio::test]
@@ -468,7 +502,8 @@ mod tests {
     async fn the_bytes_of_a_page_are_bounded_whatever_its_rows_are_made_of() {
         let reading = &mut Reading::new().await;
         let headers = format!(r#"{{"h": "{}"}}"#, "x".repeat(100_000));
-        reading.append_bodies("headers", 200, 1, &headers).await;
+        let many = size(200, 5_000);
+        reading.append_bodies("headers", many, 1, &headers).await;
         reading.append_bodies("payloads", 20, 1_000_000, "{}").await;
         reading.append_bodies("beyond any limit", 2, 20_000_000, "{}").await;
         let target = reading.snapshot().await;
@@ -481,7 +516,7 @@ mod tests {
             unread += page.rows.iter().filter(|row| row.lacks_body()).count();
             assert!(page.rows.iter().all(|row| row.key() == Some("k") && row.kind() == "test.v1"));
         }
-        assert_eq!((rows, unread), (222, 2), "what is beyond any limit is not read");
+        assert_eq!((rows, unread), (many + 22, 2), "what is beyond any limit is not read");
     }
 
     #[tokio::test]

@@ -5,40 +5,16 @@
 
 mod common;
 
-use common::{PATIENCE, Running, World, append};
+use common::{PATIENCE, RECORDED, Running, World, append, read_from};
 use outbox_relay::{Relay, Settings, admin};
 use rdkafka::{
-    ClientConfig, Message as _,
-    consumer::{BaseConsumer, Consumer as _},
     mocking::MockCluster,
     types::{RDKafkaApiKey, RDKafkaRespErr},
 };
 use saga_core::{service::Health, testkit::eventually};
-use std::{
-    collections::HashSet,
-    time::{Duration, Instant},
-};
 use tokio_util::sync::CancellationToken;
 
 const ROWS: i64 = 300;
-
-/// Reads until `count` distinct payloads are there.
-fn read(brokers: &str, topic: &str, count: usize) {
-    let consumer: BaseConsumer = ClientConfig::new()
-        .set("bootstrap.servers", brokers)
-        .set("group.id", "test")
-        .set("auto.offset.reset", "earliest")
-        .create()
-        .unwrap();
-    consumer.subscribe(&[topic]).unwrap();
-    let deadline = Instant::now() + PATIENCE;
-    let mut seen = HashSet::new();
-    while seen.len() < count {
-        assert!(Instant::now() < deadline, "{} of {count} arrived", seen.len());
-        let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) else { continue };
-        seen.insert(message.payload().unwrap().to_vec());
-    }
-}
 
 async fn publish_through(errors: &[RDKafkaRespErr]) {
     let cluster = MockCluster::new(3).unwrap();
@@ -46,16 +22,13 @@ async fn publish_through(errors: &[RDKafkaRespErr]) {
     cluster.create_topic("orders.events", 3, 3).unwrap();
     let _relay = Running::start(&Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() });
     append(world.db(), "orders.events", "key-0", "0").await;
-    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_batch").await > 0).then_some(()) }).await;
+    world.counts(RECORDED, 1).await;
     cluster.request_errors(RDKafkaApiKey::Produce, errors);
     for i in 1..ROWS {
         append(world.db(), "orders.events", &format!("key-{}", i % 7), &i.to_string()).await;
     }
-    eventually(PATIENCE, || async { (world.count("select sum(rows) from outbox_batch").await == ROWS).then_some(()) })
-        .await;
-    let brokers = cluster.bootstrap_servers();
-    let reading = move || read(&brokers, "orders.events", usize::try_from(ROWS).unwrap());
-    tokio::task::spawn_blocking(reading).await.unwrap();
+    world.counts(RECORDED, ROWS).await;
+    read_from(cluster.bootstrap_servers(), "orders.events", 3, usize::try_from(ROWS).unwrap()).await;
     assert_eq!(world.count("select count(*) from outbox_parked").await, 0);
 }
 
@@ -89,19 +62,14 @@ async fn a_relay_with_nothing_to_send_is_ready_again_when_the_brokers_are_back()
     let world = World::new().await;
     cluster.create_topic("orders.events", 1, 1).unwrap();
     let relay = Relay::new(&Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() }).unwrap();
-    let stop = CancellationToken::new();
-    let health = Health::new(&stop);
+    let health = Health::new(&CancellationToken::new());
     admin::check_health(&health, &relay);
-    let running = tokio::spawn({
-        let stop = stop.clone();
-        async move { relay.run(stop).await }
-    });
+    let running = Running::of(relay);
     append(world.db(), "orders.events", "k", "0").await;
-    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_batch").await > 0).then_some(()) }).await;
+    world.counts(RECORDED, 1).await;
     cluster.broker_down(1).unwrap();
     eventually(PATIENCE, || async { (!health.readiness().await.ready).then_some(()) }).await;
     cluster.broker_up(1).unwrap();
     eventually(PATIENCE, || async { health.readiness().await.ready.then_some(()) }).await;
-    stop.cancel();
-    running.await.unwrap();
+    running.stop().await;
 }

@@ -35,7 +35,7 @@ fn named(world: &World, name: &str) -> Settings {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rows_of_a_logical_copy_are_refused_and_rewritten_by_the_command_that_is_named() {
+async fn rows_of_a_logical_copy_are_refused_and_then_rewritten_by_a_command() {
     let world = World::with_partitions(1).await;
     world.append("k", "0").await;
     for i in 1..4 {
@@ -79,7 +79,7 @@ async fn rows_of_a_logical_copy_are_refused_and_rewritten_by_the_command_that_is
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_position_of_a_physical_copy_is_accepted_by_the_command_that_is_named() {
+async fn a_position_of_a_physical_copy_is_accepted_by_a_command() {
     let world = World::new().await;
     let running = world.relay();
     world.append("k", "0").await;

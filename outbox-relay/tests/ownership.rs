@@ -2,11 +2,15 @@
 
 mod common;
 
-use common::{LEASE, PATIENCE, Running, World, append, ids, payloads};
+use common::{LEASE, PATIENCE, RECORDED, Running, World, append, ids, payloads};
 use outbox_relay::{OutboxSettings, Settings};
 use saga_core::testkit::eventually;
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
-use std::{str::FromStr, time::Duration};
+use std::{
+    str::FromStr,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 /// The lease's owner.
 async fn owner(world: &World) -> Option<uuid::Uuid> {
@@ -40,13 +44,12 @@ async fn of_two_relays_one_publishes_and_the_other_takes_over_when_it_stops() {
 }
 
 #[tokio::test]
-async fn a_lease_that_somebody_took_makes_its_former_owner_stop_and_changes_no_position() {
+async fn an_owner_whose_lease_was_taken_stops_and_changes_no_position() {
     let world = World::new().await;
     let _relay = world.relay();
     world.append("k", "1").await;
     world.published(1).await;
-    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_batch").await == 1).then_some(()) })
-        .await;
+    world.counts("select count(*) from outbox_batch", 1).await;
     // Somebody else takes the lease, as if it had run out: what the relay does from here on is a zombie's.
     let somebody = uuid::Uuid::new_v4();
     sqlx::query(
@@ -61,11 +64,7 @@ async fn a_lease_that_somebody_took_makes_its_former_owner_stop_and_changes_no_p
     // It may still send; it records nothing until it has a lease of its own again.
     let records = world.published(3).await;
     assert_eq!(payloads(&records, "k"), ["1", "2", "3"]);
-    eventually(PATIENCE, || async {
-        let rows = world.count("select sum(rows) from outbox_batch").await;
-        (rows == 3).then_some(())
-    })
-    .await;
+    world.counts(RECORDED, 3).await;
     let owners = world.count("select count(distinct owner) from outbox_batch").await;
     assert_eq!(owners, 2, "what was sent without the lease was recorded only under the next one");
     let by_somebody: i64 = sqlx::query_scalar("select count(*) from outbox_batch where owner = $1")
@@ -114,7 +113,7 @@ async fn a_lease_that_was_not_given_back_is_waited_for() {
 }
 
 #[tokio::test]
-async fn a_position_from_another_cluster_is_refused_with_its_cures_and_stops_no_other_outbox() {
+async fn a_position_from_another_cluster_is_refused_and_stops_no_other_outbox() {
     let (moved, fine) = (World::new().await, World::new().await);
     sqlx::query(
         "insert into outbox_batch (outbox, n, base, target, from_id, to_id, rows, owner, system_identifier)
@@ -129,13 +128,9 @@ async fn a_position_from_another_cluster_is_refused_with_its_cures_and_stops_no_
     };
     let settings = Settings { outboxes: vec![outbox(&moved, "orders"), outbox(&fine, "payments")], ..moved.settings() };
     let relay = outbox_relay::Relay::new(&settings).unwrap();
-    let stop = tokio_util::sync::CancellationToken::new();
-    let health = saga_core::service::Health::new(&stop);
+    let health = saga_core::service::Health::new(&tokio_util::sync::CancellationToken::new());
     outbox_relay::admin::check_health(&health, &relay);
-    let running = tokio::spawn({
-        let (relay, stop) = (relay.clone(), stop.clone());
-        async move { relay.run(stop).await }
-    });
+    let running = Running::of(relay);
     moved.append("k", "never").await;
     fine.append("k", "published").await;
     fine.published(1).await;
@@ -146,8 +141,7 @@ async fn a_position_from_another_cluster_is_refused_with_its_cures_and_stops_no_
     .await;
     assert!(problem.contains("nothing is lost") && problem.contains("pg_upgrade"), "{problem}");
     assert_eq!(saga_core::testkit::read_to_end(&moved.topic).await.len(), 0);
-    stop.cancel();
-    running.await.unwrap();
+    running.stop().await;
 }
 
 #[tokio::test]
@@ -166,7 +160,7 @@ async fn when_postgres_cuts_every_connection_the_relay_goes_on_by_itself() {
 }
 
 #[tokio::test]
-async fn a_relay_waits_for_tables_and_brokers_that_are_not_there_and_stops_when_asked() {
+async fn a_relay_that_waits_for_tables_or_brokers_stops_when_it_is_asked() {
     let world = World::new().await;
     let nowhere = Settings {
         // A port that refuses.
@@ -194,15 +188,21 @@ async fn a_replica_that_stands_by_writes_nothing() {
     .unwrap();
     let _relay = world.relay();
     // Whatever locks the row leaves its transaction id there.
-    let (mut looks, mut touched) = (0, 0);
-    while owner(&world).await.is_some() {
-        touched += world.count("select count(*) from outbox_lease where xmax::text <> '0' and holder = 'another' and expires_at > clock_timestamp() + interval '0.2 seconds'").await;
-        looks += 1;
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        if world.count("select count(*) from outbox_lease where holder <> 'another'").await > 0 {
-            break;
-        }
-    }
-    assert!(looks > 5, "it was looked at while the relay stood by");
-    assert_eq!(touched, 0, "the lease's row was locked");
+    let looks = AtomicUsize::new(0);
+    eventually(PATIENCE, || async {
+        let found: Option<(String, bool)> = sqlx::query_as(
+            "select xmax::text, expires_at > clock_timestamp() + interval '0.2 seconds'
+               from outbox_lease
+              where holder = 'another'",
+        )
+        .fetch_optional(world.db())
+        .await
+        .unwrap();
+        let Some((locked_by, true)) = found else { return Some(()) };
+        assert_eq!(locked_by, "0", "the lease's row was locked");
+        looks.fetch_add(1, Ordering::Relaxed);
+        None
+    })
+    .await;
+    assert!(looks.into_inner() > 5, "it was looked at while the relay stood by");
 }

@@ -2,53 +2,33 @@
 
 mod common;
 
-use common::{LEASE, PATIENCE, Running, World, append, call, ids, payloads, published};
+use common::{
+    LEASE, PATIENCE, RECORDED, Running, World, append, call, create_with, ids, limit_topic, limited_topic, park,
+    payloads, published, published_ids,
+};
 use outbox_relay::{Relay, Settings};
 use rdkafka::{
-    ClientConfig,
-    admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
-    client::DefaultClientContext,
     mocking::MockCluster,
     types::{RDKafkaApiKey, RDKafkaRespErr},
 };
-use saga_core::testkit::{brokers, eventually, unique};
+use saga_core::testkit::{eventually, size, unique};
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 const RETRY: &str = "/v1/outboxes/orders/parked/retry";
+/// What one request counts of a line, and of keyless rows takes, at most.
+const AT_ONCE: usize = 10_000;
 
-fn kafka() -> AdminClient<DefaultClientContext> {
-    ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap()
-}
-
-/// Rows of one line, as if their topic had been too small for them.
-async fn park(world: &World, topic: &str, rows: i64) {
-    sqlx::query(
-        "insert into outbox_parked (outbox, id, message_id, topic, key, type, payload, headers, created_at, reason)
-         select 'orders', id, gen_random_uuid(), $1, 'k', 'test.v1', 'x', '{}', now(), 'a test'
-           from generate_series(1, $2) as id",
-    )
-    .bind(topic)
-    .bind(rows)
-    .execute(world.db())
-    .await
-    .unwrap();
-}
-
-async fn parked(world: &World, rows: i64) {
-    eventually(PATIENCE, || async {
-        let parked = world.count("select count(*) from outbox_parked where status = 'parked'").await;
-        (parked == rows).then_some(())
-    })
-    .await;
-}
+/// Rows that are asked for and not tried yet.
+const ASKED: &str = "select count(*) from outbox_parked where retry_requested_at is not null";
 
 #[tokio::test]
 async fn parked_rows_without_a_key_are_tried_each_for_itself() {
     let world = World::new().await;
-    let topic = unique("limited");
-    let limited = NewTopic::new(&topic, 2, TopicReplication::Fixed(1)).set("max.message.bytes", "3000");
-    kafka().create_topics([&limited], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
+    let topic = limited_topic("3000").await;
     let relay = Relay::new(&world.settings()).unwrap();
     let running = Running::of(relay.clone());
     for bytes in [200_000, 5_000, 5_000] {
@@ -59,56 +39,72 @@ async fn parked_rows_without_a_key_are_tried_each_for_itself() {
             .await
             .unwrap();
     }
-    parked(&world, 3).await;
-    let raised = AlterConfig::new(ResourceSpecifier::Topic(&topic)).set("max.message.bytes", "100000");
-    kafka().alter_configs([&raised], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
+    world.parked(3).await;
+    limit_topic(&topic, "100000").await;
     let (status, asked) = call(&relay, "POST", RETRY, Some(json!({ "reason": "raised" }))).await;
     assert_eq!((status, asked["rows"].as_i64()), (202, Some(3)));
     let mut found = ids(&published(&topic, 2).await);
     found.sort_unstable();
     assert_eq!(found, [2, 3], "in any order: they have none");
-    eventually(PATIENCE, || async {
-        let asked = world.count("select count(*) from outbox_parked where retry_requested_at is not null").await;
-        (asked == 0).then_some(())
-    })
-    .await;
-    parked(&world, 1).await;
+    world.counts(ASKED, 0).await;
+    world.parked(1).await;
     running.stop().await;
 }
 
-#[tokio::test]
-async fn a_long_line_is_tried_again_many_rows_at_a_time_and_in_order() {
-    const ROWS: i64 = 3_000;
+#[tokio::test(flavor = "multi_thread")]
+async fn many_parked_rows_without_a_key_are_tried_again_request_by_request() {
+    let rows = size(12_000, 200_000);
     let world = World::new().await;
-    park(&world, &world.topic, ROWS).await;
+    park(&world, &world.topic, rows, 0).await;
+    let relay = Relay::new(&world.settings()).unwrap();
+    let _running = Running::of(relay.clone());
+    // As fast as an operator can ask: what is asked for is tried meanwhile.
+    let mut asked = 0;
+    while asked < rows {
+        let (status, answer) = call(&relay, "POST", RETRY, Some(json!({ "reason": "try" }))).await;
+        assert_eq!((status, answer["rows"].as_u64()), (202, Some((rows - asked).min(AT_ONCE) as u64)), "{answer}");
+        asked += AT_ONCE;
+    }
+    let found = published_ids(&world.topic, rows).await;
+    let distinct: HashSet<i64> = found.iter().copied().collect();
+    assert_eq!((found.len(), distinct.len()), (rows, rows), "each once");
+    world.counts(ASKED, 0).await;
+    world.parked(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_line_is_tried_again_many_rows_at_a_time_and_in_order() {
+    let rows = size(3_000, 1_000_000);
+    let world = World::new().await;
+    park(&world, &world.topic, rows, 1).await;
     let relay = Relay::new(&world.settings()).unwrap();
     let running = Running::of(relay.clone());
     let (status, asked) = call(&relay, "POST", RETRY, Some(json!({ "reason": "try" }))).await;
-    assert_eq!((status, asked["rows"].as_i64()), (202, Some(ROWS)));
-    let records = world.published(usize::try_from(ROWS).unwrap()).await;
-    assert_eq!(ids(&records), (1..=ROWS).collect::<Vec<_>>(), "each once");
-    parked(&world, 0).await;
+    assert_eq!((status, asked["rows"].as_u64()), (202, Some(rows.min(AT_ONCE) as u64)));
+    let last = i64::try_from(rows).unwrap();
+    assert_eq!(published_ids(&world.topic, rows).await, (1..=last).collect::<Vec<_>>(), "each once");
+    world.parked(0).await;
     let transactions = world.count("select count(distinct xmin::text) from outbox_parked").await;
-    assert!(transactions <= 60, "{transactions} transactions for {ROWS} rows");
+    assert!(transactions <= last / 50, "{transactions} transactions for {rows} rows");
     // The line flows again.
-    sqlx::query("select setval('outbox_id_seq', 10000)").execute(world.db()).await.unwrap();
-    let free = world.append("k", "free").await;
-    assert_eq!(ids(&world.published(usize::try_from(ROWS + 1).unwrap()).await).last(), Some(&free));
+    let free = world.append("k0", "free").await;
+    assert_eq!(published_ids(&world.topic, rows + 1).await.last(), Some(&free));
     running.stop().await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_discard_writes_no_more_rows_when_its_line_is_long() {
+    let rows = size(5_000, 1_000_000);
     let world = World::new().await;
-    park(&world, &world.topic, 5_000).await;
+    park(&world, &world.topic, rows, 1).await;
     let relay = Relay::new(&world.settings()).unwrap();
     let path = "/v1/outboxes/orders/parked/1/discard";
     let (status, answer) = call(&relay, "POST", path, Some(json!({ "reason": "not needed" }))).await;
-    assert_eq!((status, answer["released"].as_i64()), (200, Some(4_999)), "{answer}");
-    let asked = world.count("select count(*) from outbox_parked where retry_requested_at is not null").await;
-    assert_eq!(asked, 2, "the row itself and the first behind it");
+    assert_eq!((status, answer["released"].as_u64()), (200, Some((rows - 1).min(AT_ONCE) as u64)), "{answer}");
+    assert_eq!(world.count(ASKED).await, 2, "the row itself and the first behind it");
     let _running = Running::of(relay.clone());
-    assert_eq!(ids(&world.published(4_999).await), (2..=5_000).collect::<Vec<_>>());
+    let expected: Vec<i64> = (2..=i64::try_from(rows).unwrap()).collect();
+    assert_eq!(published_ids(&world.topic, rows - 1).await, expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -120,34 +116,23 @@ async fn what_an_operator_was_told_is_discarded_is_never_published() {
     let relay = Relay::new(&settings).unwrap();
     let _running = Running::of(relay.clone());
     append(world.db(), "orders.events", "other", "first").await;
-    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_batch").await > 0).then_some(()) }).await;
+    world.counts(RECORDED, 1).await;
     // The broker takes nothing, for longer than PostgreSQL keeps an idle transaction.
     cluster.request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS; 500]);
-    sqlx::query(
-        "insert into outbox_parked (outbox, id, message_id, topic, key, type, payload, headers, created_at, reason)
-         values ('orders', 77, gen_random_uuid(), 'orders.events', 'k', 'test.v1', 'x', '{}', now(), 'a test')",
-    )
-    .execute(world.db())
-    .await
-    .unwrap();
+    park(&world, "orders.events", 1, 1).await;
     let (status, _) = call(&relay, "POST", RETRY, Some(json!({ "reason": "try" }))).await;
     assert_eq!(status, 202);
-    eventually(PATIENCE, || async {
-        (world.count("select count(*) from outbox_parked where sending_by is not null").await == 1).then_some(())
-    })
-    .await;
-    let path = "/v1/outboxes/orders/parked/77/discard";
+    world.counts("select count(*) from outbox_parked where sending_by is not null", 1).await;
     let tried = Instant::now();
-    while tried.elapsed() < LEASE * 2 {
+    eventually(PATIENCE, || async {
+        let path = "/v1/outboxes/orders/parked/1/discard";
         let (status, problem) = call(&relay, "POST", path, Some(json!({ "reason": "not needed" }))).await;
         assert_eq!((status, problem["type"].as_str()), (409, Some("/problems/being-retried")), "{problem}");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    cluster.clear_request_errors(RDKafkaApiKey::Produce);
-    eventually(PATIENCE, || async {
-        (world.count("select count(*) from outbox_parked where status = 'published'").await == 1).then_some(())
+        (tried.elapsed() > LEASE * 2).then_some(())
     })
     .await;
+    cluster.clear_request_errors(RDKafkaApiKey::Produce);
+    world.counts("select count(*) from outbox_parked where status = 'published'", 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -159,11 +144,7 @@ async fn where_a_topics_limit_may_not_be_read_the_broker_judges() {
     let _relay = Running::start(&Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() });
     append(world.db(), "orders.events", "k", &"x".repeat(1_500_000)).await;
     append(world.db(), "orders.events", "k", "behind").await;
-    eventually(PATIENCE, || async {
-        let rows = world.count("select coalesce(sum(rows), 0)::bigint from outbox_batch").await;
-        (rows == 2).then_some(())
-    })
-    .await;
+    world.counts(RECORDED, 2).await;
     assert_eq!(world.count("select count(*) from outbox_parked").await, 0);
 }
 
@@ -171,7 +152,7 @@ async fn where_a_topics_limit_may_not_be_read_the_broker_judges() {
 async fn resolved_rows_leave_after_a_while_and_discarded_ones_with_their_row() {
     let world = World::new().await;
     let discarded = world.append("k", "discarded").await;
-    park(&world, &world.topic, 3).await;
+    park(&world, &world.topic, 3, 1).await;
     sqlx::query(
         "update outbox_parked
             set resolved_at = now() - interval '1 hour', status = case when id = 3 then 'published' else 'discarded' end,
@@ -182,8 +163,7 @@ async fn resolved_rows_leave_after_a_while_and_discarded_ones_with_their_row() {
     .unwrap();
     let settings = Settings { resolved_kept: Duration::from_secs(60), ..world.settings() };
     let _relay = Running::start(&settings);
-    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_parked").await == 1).then_some(()) })
-        .await;
+    world.counts("select count(*) from outbox_parked", 1).await;
     assert_eq!(world.count("select id from outbox_parked").await, discarded, "nothing else tells what became of it");
 }
 
@@ -196,8 +176,7 @@ async fn a_large_row_for_a_missing_topic_is_left_behind_and_comes_when_there_is_
     append(world.db(), &missing, "k", "small").await;
     world.append("k", "flows").await;
     world.published(1).await;
-    let large = NewTopic::new(&missing, 1, TopicReplication::Fixed(1)).set("max.message.bytes", "4000000");
-    kafka().create_topics([&large], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
+    create_with(&missing, 1, "max.message.bytes", "4000000").await;
     let records = published(&missing, 2).await;
     assert_eq!(payloads(&records, "k").iter().map(String::len).collect::<Vec<_>>(), [3_000_000, 5]);
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{World, append, ids, payloads};
+use common::{Rows, Running, World, append, ids, payloads};
 use sqlx::{Connection, PgConnection};
 use std::collections::HashMap;
 
@@ -193,7 +193,7 @@ async fn write_at_random(world: &World, writer: u64, transactions: u64) -> HashM
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn of_what_random_writers_do_at_once_nothing_is_missing_and_nothing_is_inverted() {
+async fn of_what_random_writers_do_nothing_is_missing_and_nothing_is_inverted() {
     let world = World::new().await;
     sqlx::raw_sql(
         "create table aggregate (key text primary key);
@@ -228,18 +228,16 @@ async fn of_what_random_writers_do_at_once_nothing_is_missing_and_nothing_is_inv
 #[tokio::test]
 async fn a_long_backlog_with_a_straggler_far_behind_is_published_in_order() {
     let world = World::with_partitions(1).await;
-    let bulk = "insert into outbox (message_id, topic, key, type, payload)
-                select gen_random_uuid(), $1, (i % 7)::text, 'bulk.v1', '\\x00' from generate_series(1, $2) as i order by i";
     let mut straggler = world.db().begin().await.unwrap();
-    sqlx::query(bulk).bind(world.topic.name()).bind(6_000).execute(&mut *straggler).await.unwrap();
-    sqlx::query(bulk).bind(world.topic.name()).bind(12_000).execute(world.db()).await.unwrap();
-    let relay = world.relay();
+    Rows::of(&world.topic, 6_000).append(&mut *straggler).await;
+    Rows::of(&world.topic, 12_000).append(world.db()).await;
+    let relay = Running::start(&world.unhurried());
     world.published(12_000).await;
     relay.stop().await;
     // A window whose stragglers lie below its range, each of them more than a page.
-    sqlx::query(bulk).bind(world.topic.name()).bind(11_000).execute(world.db()).await.unwrap();
+    Rows::of(&world.topic, 11_000).append(world.db()).await;
     straggler.commit().await.unwrap();
-    let relay = world.relay();
+    let relay = Running::start(&world.unhurried());
     let records = world.published(29_000).await;
     let found = ids(&records);
     assert_eq!(found.len(), 29_000, "each once");
@@ -255,17 +253,14 @@ async fn from_now_leaves_out_what_was_committed_before_and_nothing_else() {
     let mut open = world.db().begin().await.unwrap();
     append(&mut *open, &world.topic, "k", "committed later").await;
     let settings = outbox_relay::Settings { from_now: true, ..world.settings() };
-    let relay = common::Running::start(&settings);
-    saga_core::testkit::eventually(common::PATIENCE, || async {
-        (world.count("select count(*) from outbox_batch").await == 1).then_some(())
-    })
-    .await;
+    let relay = Running::start(&settings);
+    world.counts("select count(*) from outbox_batch", 1).await;
     open.commit().await.unwrap();
     assert_eq!(payloads(&world.published(1).await, "k"), ["committed later"]);
     relay.stop().await;
     // Only the first start means it.
     world.append("k", "while it was away").await;
-    let relay = common::Running::start(&settings);
+    let relay = Running::start(&settings);
     assert_eq!(payloads(&world.published(2).await, "k"), ["committed later", "while it was away"]);
     relay.stop().await;
 }

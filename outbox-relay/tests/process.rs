@@ -2,13 +2,19 @@
 
 mod common;
 
-use common::{PATIENCE, World, append, ids};
+use common::{PATIENCE, RECORDED, Rows, World, append, ids, park, published_ids};
+use rdkafka::{
+    mocking::MockCluster,
+    types::{RDKafkaApiKey, RDKafkaRespErr},
+};
 use saga_core::{
     service::messaging_migrations,
-    testkit::{TestDatabase, brokers, eventually, read_to_end},
+    testkit::{TestDatabase, brokers, count_to_end, create_topic, eventually, read_to_end, size, unique},
 };
+use serde_json::json;
+use sqlx::Connection as _;
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     process::{Child, Command, Stdio},
     sync::{
         Arc,
@@ -25,6 +31,10 @@ struct Process {
 
 impl Process {
     fn start(world: &World) -> Self {
+        Self::start_with(world, &[])
+    }
+
+    fn start_with(world: &World, settings: &[(&str, &str)]) -> Self {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let child = Command::new(env!("CARGO_BIN_EXE_outbox-relay"))
             .env("OUTBOXES", format!("orders={}", world.database.url))
@@ -32,6 +42,7 @@ impl Process {
             .env("ADMIN_ADDR", format!("127.0.0.1:{port}"))
             .env("LEASE_SECONDS", "2")
             .env("RUST_LOG", "warn")
+            .envs(settings.iter().copied())
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
@@ -41,6 +52,25 @@ impl Process {
     fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+    }
+
+    /// The most memory that it ever had.
+    #[cfg(target_os = "linux")]
+    fn most_megabytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
+        let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("every process has it");
+        most.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") / 1024
+    }
+
+    /// Waits until its health is red with this reason; green without one.
+    async fn is_red_with(&self, reason: Option<&str>) {
+        let url = format!("http://127.0.0.1:{}/readyz", self.port);
+        eventually(PATIENCE, || async {
+            let answer = reqwest::get(&url).await.ok()?;
+            let (green, said) = (answer.status().is_success(), answer.text().await.ok()?);
+            reason.map_or(green, |reason| !green && said.contains(reason)).then_some(())
+        })
+        .await;
     }
 
     /// Waits until its metrics have these lines.
@@ -184,6 +214,196 @@ async fn an_owner_paused_past_its_lease_and_resumed_changes_no_position() {
     let ((), _processes) = futures::future::join(load(&world, stop.clone()), pausing).await;
     audit(&world).await;
     assert!(read_to_end(&world.topic).await.len() >= 100);
+}
+
+const RETRY: &str = "/v1/outboxes/orders/parked/retry";
+
+/// Asks for all that is parked to be tried again.
+async fn retry(world: &World) {
+    let (status, problem) = world.call("POST", RETRY, Some(json!({ "reason": "try" }))).await;
+    assert_eq!(status, 202, "{problem}");
+}
+
+/// Discards these rows; those that were, as the operator was told.
+async fn discard(world: &World, rows: impl IntoIterator<Item = i64>) -> BTreeSet<i64> {
+    let mut discarded = BTreeSet::new();
+    for id in rows {
+        let path = format!("/v1/outboxes/orders/parked/{id}/discard");
+        let (status, problem) = world.call("POST", &path, Some(json!({ "reason": "not needed" }))).await;
+        assert!(matches!(status, 200 | 409), "{status}: {problem}");
+        if status == 200 {
+            discarded.insert(id);
+        }
+    }
+    discarded
+}
+
+/// Of rows 1 to `rows`, which were parked in `lines` lines, those are published that were not discarded, and no others; first
+/// occurrences are in order along each line.
+async fn audit_parked(world: &World, topic: &str, rows: i64, lines: i64, discarded: &BTreeSet<i64>) {
+    let expected: BTreeSet<i64> = (1..=rows).filter(|id| !discarded.contains(id)).collect();
+    world.parked(0).await;
+    let found = published_ids(topic, expected.len()).await;
+    let mut seen = BTreeSet::new();
+    let mut last: HashMap<i64, i64> = HashMap::new();
+    for id in found {
+        if seen.insert(id) {
+            let before = last.insert(id % lines, id).unwrap_or(0);
+            assert!(before < id, "{id} came after {before}");
+        }
+    }
+    assert_eq!(seen, expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_again_and_again_while_lines_are_tried_it_loses_and_inverts_nothing() {
+    const LINES: usize = 20;
+    const PUBLISHED: &str = "select count(*) from outbox_parked where status = 'published'";
+    let parked = size(60_000, 200_000);
+    let rows = i64::try_from(parked).unwrap();
+    let world = World::new().await;
+    park(&world, &world.topic, parked, LINES).await;
+    retry(&world).await;
+    let mut discarded = BTreeSet::new();
+    for kill in 0..6 {
+        let before = world.count(PUBLISHED).await;
+        let process = Process::start(&world);
+        eventually(PATIENCE, || async { (world.count(PUBLISHED).await > before).then_some(()) }).await;
+        // Rows that are tried about now, and some that are not for long.
+        let (soon, late) = (before + 1_000..before + 1_020, (1..10).map(|n| rows - kill * 7 - n * 1_001));
+        let killed = async {
+            eventually(PATIENCE, || async { (world.count(PUBLISHED).await > before + 1_000).then_some(()) }).await;
+            drop(process);
+        };
+        let (now, ()) = tokio::join!(discard(&world, soon.chain(late)), killed);
+        discarded.extend(now);
+        discarded.extend(discard(&world, before + 2_000..before + 2_010).await);
+    }
+    assert!(world.count(PUBLISHED).await < rows - 1_000, "the last kill came when all was done");
+    assert!(discarded.len() > 50, "{} rows were discarded", discarded.len());
+    let _last = Process::start(&world);
+    audit_parked(&world, &world.topic, rows, 20, &discarded).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_relay_had_claimed_when_it_died_is_sent_by_the_next() {
+    let cluster = MockCluster::new(1).unwrap();
+    cluster.create_topic("orders.events", 1, 1).unwrap();
+    let world = World::new().await;
+    park(&world, "orders.events", 10, 2).await;
+    // What is claimed reaches no broker.
+    cluster.request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS; 10_000]);
+    let brokers = cluster.bootstrap_servers();
+    let process = Process::start_with(&world, &[("KAFKA_BROKERS", &brokers)]);
+    retry(&world).await;
+    let claimed = "select count(*) from outbox_parked where sending_by is not null";
+    world.counts(claimed, 10).await;
+    drop(process);
+    assert_eq!(world.count(claimed).await, 10);
+    // What the dead relay did with them is not known.
+    assert!(discard(&world, [1, 9]).await.is_empty());
+    cluster.clear_request_errors(RDKafkaApiKey::Produce);
+    let _process = Process::start_with(&world, &[("KAFKA_BROKERS", &brokers)]);
+    world.parked(0).await;
+    world.counts("select count(*) from outbox_parked where status = 'published' and sending_by is null", 10).await;
+}
+
+/// Whatever records a parked row as published waits for this lock.
+async fn lock_recording(world: &World) -> sqlx::PgConnection {
+    let mut db = sqlx::PgConnection::connect(&world.database.url).await.unwrap();
+    sqlx::raw_sql(
+        "create function waits() returns trigger language plpgsql as $$
+         begin
+             perform pg_advisory_xact_lock(1);
+             return new;
+         end $$;
+         create trigger waits before update on outbox_parked
+            for each row when (new.status = 'published') execute function waits();
+         select pg_advisory_lock(1)",
+    )
+    .execute(&mut db)
+    .await
+    .unwrap();
+    db
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_relay_had_sent_but_not_recorded_when_it_died_is_sent_again() {
+    let world = World::with_partitions(1).await;
+    park(&world, &world.topic, 10, 2).await;
+    let lock = lock_recording(&world).await;
+    let process = Process::start(&world);
+    retry(&world).await;
+    eventually(PATIENCE, || async { (count_to_end(&world.topic).await == 10).then_some(()) }).await;
+    let waits = "select count(*) from pg_stat_activity
+                  where datname = current_database() and application_name = 'outbox-relay' and wait_event = 'advisory'";
+    world.counts(waits, 1).await;
+    drop(process);
+    // Before its server process, which does not notice that, gets the lock and goes on.
+    let relays = "select count(pg_terminate_backend(pid, 10000)) from pg_stat_activity
+                   where datname = current_database() and application_name = 'outbox-relay'";
+    assert!(world.count(relays).await > 0);
+    lock.close().await.unwrap();
+    world.parked(10).await;
+    assert!(discard(&world, [1, 9]).await.is_empty(), "they are published");
+    let _process = Process::start(&world);
+    audit_parked(&world, &world.topic, 10, 2, &BTreeSet::new()).await;
+    assert_eq!(count_to_end(&world.topic).await, 20, "each was sent again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_without_its_broker_is_red_with_the_reason_and_green_after() {
+    let cluster = MockCluster::new(1).unwrap();
+    cluster.create_topic("orders.events", 1, 1).unwrap();
+    let world = World::new().await;
+    let relay = Process::start_with(&world, &[("KAFKA_BROKERS", &cluster.bootstrap_servers())]);
+    append(world.db(), "orders.events", "k", "1").await;
+    world.counts(RECORDED, 1).await;
+    relay.is_red_with(None).await;
+    for row in 2..=3 {
+        cluster.broker_down(1).unwrap();
+        append(world.db(), "orders.events", "k", "while it is away").await;
+        relay.is_red_with(Some("Kafka is not there")).await;
+        cluster.broker_up(1).unwrap();
+        relay.is_red_with(None).await;
+        world.counts(RECORDED, row).await;
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_relay_has_in_memory_does_not_grow_with_its_rows() {
+    let (row, headers) = (size(100_000_000, 300_000_000), size(2_000, 5_000));
+    let world = World::new().await;
+    let missing = unique("missing");
+    // As what cannot be compressed is stored.
+    sqlx::raw_sql(
+        "alter table outbox alter column payload set storage external;
+         alter table outbox_parked alter column payload set storage external",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    Rows::of(&missing, 1).of_bytes(row).append(world.db()).await;
+    sqlx::query(
+        "insert into outbox (message_id, topic, key, type, payload, headers)
+         select gen_random_uuid(), $1, 'k', 'test.v1', 'x', jsonb_build_object('h', repeat('x', 100000))
+           from generate_series(1, $2)",
+    )
+    .bind(world.topic.name())
+    .bind(i64::try_from(headers).unwrap())
+    .execute(world.db())
+    .await
+    .unwrap();
+    let relay = Process::start_with(&world, &[("LEASE_SECONDS", "20")]);
+    let found = published_ids(&world.topic, headers).await;
+    assert_eq!(found.len(), headers, "each once");
+    create_topic(&missing, 1).await;
+    world.parked(1).await;
+    world.counts("select count(*) from outbox_pause", 0).await;
+    let most = relay.most_megabytes();
+    println!("{most} MB at most");
+    assert!(most < 300, "{most} MB");
 }
 
 #[test]

@@ -2,49 +2,18 @@
 
 mod common;
 
-use common::{PATIENCE, World, append, ids, payloads, published};
-use outbox_relay::Relay;
-use rdkafka::{
-    ClientConfig,
-    admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
-    client::DefaultClientContext,
-};
+use common::{PATIENCE, World, append, ids, kafka, limit_topic, limited_topic, park, payloads, published};
+use rdkafka::admin::AdminOptions;
 use saga_core::{
     envelope::{Op, SagaHeaders},
     id::{CommandId, SagaId},
     outbox::{self, NewMessage, nudge},
-    testkit::{Log, Record, brokers, eventually, read_to_end, unique},
+    testkit::{Log, Record, eventually, read_to_end, unique},
 };
 use serde_json::{Value, json};
 
-/// Calls an admin endpoint as an operator.
-async fn call(world: &World, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
-    let relay = Relay::new(&world.settings()).unwrap();
-    common::call(&relay, method, path, body).await
-}
-
-fn kafka() -> AdminClient<DefaultClientContext> {
-    ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap()
-}
-
-/// A topic whose records may have `limit` bytes.
-async fn limited_topic(limit: &str) -> String {
-    let name = unique("limited");
-    let topic = NewTopic::new(&name, 2, TopicReplication::Fixed(1)).set("max.message.bytes", limit);
-    kafka().create_topics([&topic], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
-    name
-}
-
-async fn parked(world: &World, count: i64) {
-    eventually(PATIENCE, || async {
-        let parked = world.count("select count(*) from outbox_parked where status = 'parked'").await;
-        (parked == count).then_some(())
-    })
-    .await;
-}
-
 #[tokio::test]
-async fn a_row_that_is_too_large_is_parked_with_its_keys_successors_and_retried_in_order() {
+async fn a_row_that_is_too_large_is_parked_with_its_line_and_retried_in_order() {
     let world = World::new().await;
     let log = Log::hear("warn");
     let topic = limited_topic("3000").await;
@@ -55,7 +24,7 @@ async fn a_row_that_is_too_large_is_parked_with_its_keys_successors_and_retried_
     let successor = append(world.db(), &topic, "k", "after").await;
     append(world.db(), &topic, "other", "flows").await;
     world.append("k", "another topic flows").await;
-    parked(&world, 2).await;
+    world.parked(2).await;
     for (line, id) in log.said("parked a row").iter().zip([culprit, successor]) {
         assert_eq!((&line["outbox"], &line["topic"]), (&world.name.as_str().into(), &topic.as_str().into()), "{line}");
         assert_eq!(line["id"], id, "{line}");
@@ -65,30 +34,25 @@ async fn a_row_that_is_too_large_is_parked_with_its_keys_successors_and_retried_
     assert_eq!(payloads(&read_to_end(&topic).await, "other"), ["flows"]);
     world.published(1).await;
 
-    let (status, list) = call(&world, "GET", "/v1/outboxes/orders/parked", None).await;
+    let (status, list) = world.call("GET", "/v1/outboxes/orders/parked", None).await;
     assert_eq!(status, 200);
     assert_eq!(list["items"][0]["id"], culprit);
     assert_eq!(list["items"][0]["blocked_by"], Value::Null);
     assert!(list["items"][0]["reason"].as_str().unwrap().contains("max.message.bytes"), "{list}");
     assert_eq!(list["items"][1]["blocked_by"], culprit);
-    let (_, outboxes) = call(&world, "GET", "/v1/outboxes", None).await;
+    let (_, outboxes) = world.call("GET", "/v1/outboxes", None).await;
     assert_eq!(outboxes[0]["parked"], 2, "{outboxes}");
 
     // Later rows join the line, also after a restart; a retry that cannot succeed changes nothing.
     append(world.db(), &topic, "k", "later").await;
-    parked(&world, 3).await;
+    world.parked(3).await;
     let again = json!({ "reason": "try" });
-    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again.clone())).await;
+    let (status, _) = world.call("POST", "/v1/outboxes/orders/parked/retry", Some(again.clone())).await;
     assert_eq!(status, 202);
-    eventually(PATIENCE, || async {
-        let tried = world.count("select count(*) from outbox_parked where attempts = 1 and retry_requested_at is null");
-        (tried.await == 1).then_some(())
-    })
-    .await;
+    world.counts("select count(*) from outbox_parked where attempts = 1 and retry_requested_at is null", 1).await;
 
-    let raised = AlterConfig::new(ResourceSpecifier::Topic(&topic)).set("max.message.bytes", "100000");
-    kafka().alter_configs([&raised], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
-    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
+    limit_topic(&topic, "100000").await;
+    let (status, _) = world.call("POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
     assert_eq!(status, 202);
     assert_eq!(payloads(&published(&topic, 5).await, "k"), ["before", large.as_str(), "after", "later"]);
     append(world.db(), &topic, "k", "free again").await;
@@ -123,9 +87,9 @@ async fn what_is_said_of_a_row_says_whose_it_is() {
     outbox::append_in(&mut tx, std::slice::from_ref(&large)).await.unwrap();
     tx.commit().await.unwrap();
     let _relay = world.relay();
-    parked(&world, 1).await;
+    world.parked(1).await;
     let again = json!({ "reason": "try" });
-    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
+    let (status, _) = world.call("POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
     assert_eq!(status, 202);
     for said in ["parked a row", "a parked row was refused again"] {
         let line = eventually(PATIENCE, || async { log.said(said).pop() }).await;
@@ -142,24 +106,24 @@ async fn a_discarded_row_is_never_published_and_releases_those_behind_it() {
     let relay = world.relay();
     let culprit = append(world.db(), &topic, "k", &"x".repeat(5_000)).await;
     append(world.db(), &topic, "k", "behind").await;
-    parked(&world, 2).await;
+    world.parked(2).await;
     relay.stop().await;
     let _relay = world.relay();
     append(world.db(), &topic, "k", "after a restart").await;
-    parked(&world, 3).await;
+    world.parked(3).await;
 
     let path = format!("/v1/outboxes/orders/parked/{culprit}/discard");
-    let (status, problem) = call(&world, "POST", &path, Some(json!({ "reason": " " }))).await;
+    let (status, problem) = world.call("POST", &path, Some(json!({ "reason": " " }))).await;
     assert_eq!((status, problem["errors"][0]["field"].as_str()), (422, Some("reason")));
-    let (status, answer) = call(&world, "POST", &path, Some(json!({ "reason": "not needed" }))).await;
+    let (status, answer) = world.call("POST", &path, Some(json!({ "reason": "not needed" }))).await;
     assert_eq!((status, answer["released"].as_i64()), (200, Some(2)));
     assert_eq!(payloads(&published(&topic, 2).await, "k"), ["behind", "after a restart"]);
-    let (status, _) = call(&world, "POST", &path, Some(json!({ "reason": "again" }))).await;
+    let (status, _) = world.call("POST", &path, Some(json!({ "reason": "again" }))).await;
     assert_eq!(status, 409);
     append(world.db(), &topic, "k", "free").await;
     published(&topic, 3).await;
     assert_eq!(world.count("select count(*) from outbox_audit where action = 'discard-parked'").await, 1);
-    let (_, events) = call(&world, "GET", "/v1/outboxes/orders/events?state=discarded", None).await;
+    let (_, events) = world.call("GET", "/v1/outboxes/orders/events?state=discarded", None).await;
     assert_eq!(events["items"][0]["id"], culprit, "{events}");
 }
 
@@ -171,8 +135,7 @@ async fn a_row_that_only_the_broker_refuses_is_found_and_parked() {
     append(world.db(), &topic, "k", "seen, with its limit").await;
     published(&topic, 1).await;
     // The limit goes down behind the relay's back: now the broker refuses, and the producer becomes fatal.
-    let lowered = AlterConfig::new(ResourceSpecifier::Topic(&topic)).set("max.message.bytes", "3000");
-    kafka().alter_configs([&lowered], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
+    limit_topic(&topic, "3000").await;
     let mut tx = world.db().begin().await.unwrap();
     for i in 0..20 {
         append(&mut *tx, &topic, &format!("small-{}", i % 3), &i.to_string()).await;
@@ -183,7 +146,7 @@ async fn a_row_that_only_the_broker_refuses_is_found_and_parked() {
     append(&mut *tx, &topic, "large", &noise).await;
     append(&mut *tx, &topic, "large", "behind").await;
     tx.commit().await.unwrap();
-    parked(&world, 2).await;
+    world.parked(2).await;
     let records = published(&topic, 21).await;
     for key in ["small-0", "small-1", "small-2"] {
         assert!(payloads(&records, key).iter().map(|i| i.parse::<i32>().unwrap()).is_sorted());
@@ -202,12 +165,12 @@ async fn a_missing_topic_pauses_only_itself_and_resumes_when_it_appears() {
     }
     world.published(10).await;
     eventually(PATIENCE, || async {
-        let (_, outboxes) = call(&world, "GET", "/v1/outboxes", None).await;
+        let (_, outboxes) = world.call("GET", "/v1/outboxes", None).await;
         let outbox = &outboxes[0];
         (outbox["paused_topics"][0]["cause"] == "missing" && outbox["lag"]["rows"] == 10).then_some(())
     })
     .await;
-    let (_, events) = call(&world, "GET", "/v1/outboxes/orders/events?state=pending", None).await;
+    let (_, events) = world.call("GET", "/v1/outboxes/orders/events?state=pending", None).await;
     assert_eq!(events["items"].as_array().unwrap().len(), 10);
     // It is still known after a restart.
     relay.stop().await;
@@ -223,8 +186,7 @@ async fn a_missing_topic_pauses_only_itself_and_resumes_when_it_appears() {
     let records = published(&missing, 20).await;
     let expected: Vec<String> = (0..20).map(|i| i.to_string()).collect();
     assert_eq!(payloads(&records, "k"), expected);
-    eventually(PATIENCE, || async { (world.count("select count(*) from outbox_pause").await == 0).then_some(()) })
-        .await;
+    world.counts("select count(*) from outbox_pause", 0).await;
     append(world.db(), &missing, "k", "20").await;
     let records = published(&missing, 21).await;
     assert_eq!(ids(&records).len(), 21, "each once");
@@ -238,14 +200,11 @@ async fn an_operator_pauses_a_topic_while_others_flow_and_resumes_it_in_order() 
     world.append("k", "0").await;
     world.published(1).await;
     let request = json!({ "topic": world.topic.name(), "reason": "maintenance" });
-    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/resume", Some(request.clone())).await;
+    let (status, _) = world.call("POST", "/v1/outboxes/orders/resume", Some(request.clone())).await;
     assert_eq!(status, 409, "it is not paused");
-    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/pause", Some(request.clone())).await;
+    let (status, _) = world.call("POST", "/v1/outboxes/orders/pause", Some(request.clone())).await;
     assert_eq!(status, 202);
-    eventually(PATIENCE, || async {
-        (world.count("select count(*) from outbox_pause where base is not null").await == 1).then_some(())
-    })
-    .await;
+    world.counts("select count(*) from outbox_pause where base is not null", 1).await;
     for i in 1..=5 {
         world.append("k", &i.to_string()).await;
         append(world.db(), &other, "k", &i.to_string()).await;
@@ -254,7 +213,7 @@ async fn an_operator_pauses_a_topic_while_others_flow_and_resumes_it_in_order() 
     }
     published(&other, 5).await;
     assert_eq!(read_to_end(&world.topic).await.len(), 1);
-    let (status, _) = call(&world, "POST", "/v1/outboxes/orders/resume", Some(request)).await;
+    let (status, _) = world.call("POST", "/v1/outboxes/orders/resume", Some(request)).await;
     assert_eq!(status, 202);
     world.append("k", "6").await;
     assert_eq!(payloads(&world.published(7).await, "k"), ["0", "1", "2", "3", "4", "5", "6"]);
@@ -265,20 +224,20 @@ async fn an_operator_pauses_a_topic_while_others_flow_and_resumes_it_in_order() 
 async fn an_operator_pauses_and_resumes_everything() {
     let world = World::new().await;
     let request = json!({ "reason": "maintenance" });
-    call(&world, "POST", "/v1/outboxes/orders/pause", Some(request.clone())).await;
+    world.call("POST", "/v1/outboxes/orders/pause", Some(request.clone())).await;
     let _relay = world.relay();
     world.append("k", "1").await;
     // The relay owns the outbox and looks at it, and publishes nothing.
     eventually(PATIENCE, || async {
-        let (_, outboxes) = call(&world, "GET", "/v1/outboxes", None).await;
+        let (_, outboxes) = world.call("GET", "/v1/outboxes", None).await;
         (outboxes[0]["paused"] == true && outboxes[0]["owner"].is_object() && outboxes[0]["lag"]["rows"] == 1)
             .then_some(())
     })
     .await;
     assert_eq!(read_to_end(&world.topic).await.len(), 0);
-    call(&world, "POST", "/v1/outboxes/orders/resume", Some(request)).await;
+    world.call("POST", "/v1/outboxes/orders/resume", Some(request)).await;
     world.published(1).await;
-    let (status, _) = call(&world, "GET", "/v1/outboxes/unknown/events", None).await;
+    let (status, _) = world.call("GET", "/v1/outboxes/unknown/events", None).await;
     assert_eq!(status, 404);
 }
 
@@ -292,37 +251,30 @@ async fn a_row_whose_topic_has_no_legal_name_is_parked_and_stops_nothing() {
         world.append("k", topic).await;
     }
     assert_eq!(payloads(&world.published(3).await, "k"), ["*", "two words", ".."]);
-    parked(&world, 3).await;
+    world.parked(3).await;
     assert_eq!(world.count("select count(*) from outbox_pause").await, 0);
     let again = json!({ "reason": "try" });
-    call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
-    eventually(PATIENCE, || async {
-        let asked = world.count("select count(*) from outbox_parked where retry_requested_at is not null");
-        (asked.await == 0).then_some(())
-    })
-    .await;
-    parked(&world, 3).await;
+    world.call("POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
+    world.counts("select count(*) from outbox_parked where retry_requested_at is not null", 0).await;
+    world.parked(3).await;
 }
 
 #[tokio::test]
-async fn a_line_that_is_tried_while_its_topic_is_missing_is_tried_again_when_it_appears() {
+async fn a_line_that_is_tried_while_its_topic_is_missing_waits_for_the_topic() {
     let world = World::new().await;
     let topic = limited_topic("3000").await;
     let _relay = world.relay();
     append(world.db(), &topic, "k", &"x".repeat(5_000)).await;
     append(world.db(), &topic, "k", "behind").await;
-    parked(&world, 2).await;
+    world.parked(2).await;
     kafka().delete_topics(&[&topic], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
     let again = json!({ "reason": "try" });
-    call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
-    eventually(PATIENCE, || async {
-        (world.count("select count(*) from outbox_pause where cause = 'missing'").await == 1).then_some(())
-    })
-    .await;
+    world.call("POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
+    world.counts("select count(*) from outbox_pause where cause = 'missing'", 1).await;
     world.append("k", "others flow").await;
     world.published(1).await;
     saga_core::testkit::create_topic(&topic, 2).await;
-    parked(&world, 0).await;
+    world.parked(0).await;
     assert_eq!(payloads(&published(&topic, 2).await, "k")[1], "behind");
 }
 
@@ -330,20 +282,10 @@ async fn a_line_that_is_tried_while_its_topic_is_missing_is_tried_again_when_it_
 async fn while_many_parked_rows_are_tried_again_other_rows_are_published() {
     const PARKED: usize = 20_000;
     let world = World::with_partitions(1).await;
-    // As if the topic had been too small for them.
-    sqlx::query(
-        "insert into outbox_parked (outbox, id, message_id, topic, key, type, payload, headers, created_at, reason)
-         select 'orders', -id, gen_random_uuid(), $1, 'k' || id % 60, 'test.v1', 'x', '{}', now(), 'a test'
-           from generate_series(1, $2) as id",
-    )
-    .bind(world.topic.name())
-    .bind(i32::try_from(PARKED).unwrap())
-    .execute(world.db())
-    .await
-    .unwrap();
+    park(&world, &world.topic, PARKED, 60).await;
     let _relay = world.relay();
     let (status, asked) =
-        call(&world, "POST", "/v1/outboxes/orders/parked/retry", Some(json!({ "reason": "try" }))).await;
+        world.call("POST", "/v1/outboxes/orders/parked/retry", Some(json!({ "reason": "try" }))).await;
     assert_eq!((status, asked["rows"].as_u64()), (202, Some(PARKED as u64)));
     eventually(PATIENCE, || async {
         let published = world.count("select count(*) from outbox_parked where status = 'published'").await;
@@ -366,9 +308,9 @@ async fn while_many_parked_rows_are_tried_again_other_rows_are_published() {
 async fn an_operator_sees_position_and_lag_of_an_outbox_and_what_became_of_each_row() {
     let world = World::new().await;
     let topic = limited_topic("3000").await;
-    let outbox = async || call(&world, "GET", "/v1/outboxes", None).await.1[0].clone();
+    let outbox = async || world.call("GET", "/v1/outboxes", None).await.1[0].clone();
     let ids = async |state: &str| {
-        let (status, page) = call(&world, "GET", &format!("/v1/outboxes/orders/events?state={state}"), None).await;
+        let (status, page) = world.call("GET", &format!("/v1/outboxes/orders/events?state={state}"), None).await;
         assert_eq!(status, 200, "{page}");
         let items = page["items"].as_array().unwrap().clone();
         assert!(items.iter().all(|item| item["state"] == state && item["topic"] == topic.as_str()), "{page}");
@@ -387,7 +329,7 @@ async fn an_operator_sees_position_and_lag_of_an_outbox_and_what_became_of_each_
 
     let _relay = world.relay();
     let culprit = append(world.db(), &topic, "k", &"x".repeat(5_000)).await;
-    parked(&world, 1).await;
+    world.parked(1).await;
     let ahead = eventually(PATIENCE, || async {
         let outbox = outbox().await;
         (outbox["lag"]["rows"] == 0).then_some(outbox)

@@ -2,13 +2,12 @@
 
 mod common;
 
-use common::{PATIENCE, Running, World, append, call as call_relay, ids, payloads, published};
+use common::{
+    PATIENCE, RECORDED, Rows, Running, World, append, ids, patience, payloads, published, published_ids, read_from,
+    topic_with,
+};
 use outbox_relay::{Relay, Settings, admin};
 use rdkafka::{
-    ClientConfig, Message as _, Offset, TopicPartitionList,
-    admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
-    client::DefaultClientContext,
-    consumer::{BaseConsumer, Consumer as _},
     mocking::MockCluster,
     producer::DefaultProducerContext,
     types::{RDKafkaApiKey, RDKafkaRespErr},
@@ -16,49 +15,20 @@ use rdkafka::{
 use saga_core::{
     outbox::nudge,
     service::Health,
-    testkit::{brokers, create_topic, eventually, read_to_end},
+    testkit::{count_to_end, create_topic, eventually, size, unique},
 };
 use serde_json::{Value, json};
-use std::{
-    collections::HashSet,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
 const SOON: Duration = Duration::from_secs(1);
 
 type Cluster = MockCluster<'static, DefaultProducerContext>;
 
-/// A topic's name that no other test has.
-fn unique(name: &str) -> String {
-    format!("{name}-{}", uuid::Uuid::new_v4().simple())
-}
-
-/// Appends rows with payloads 1 to `rows` in one commit; of each `every`th the topic is `rare`, else `topic`.
-async fn append_many(world: &World, topic: &str, rare: &str, every: i32, rows: i32) {
-    sqlx::query(
-        "insert into outbox (message_id, topic, key, type, payload)
-         select gen_random_uuid(), case when i % $3 = 0 then $2 else $1 end, 'k' || i % 7, 'test.v1',
-                convert_to(i::text, 'UTF8')
-           from generate_series(1, $4) as i order by i",
-    )
-    .bind(topic)
-    .bind(rare)
-    .bind(every)
-    .bind(rows)
-    .execute(world.db())
-    .await
-    .unwrap();
-}
-
-async fn call(world: &World, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
-    call_relay(&Relay::new(&world.settings()).unwrap(), method, path, body).await
-}
-
 /// Waits until the topic is set apart for this cause; returns the admin API's view of it.
 async fn set_apart(world: &World, topic: &str, cause: &str) -> Value {
-    eventually(PATIENCE, || async {
-        let (_, outboxes) = call(world, "GET", "/v1/outboxes", None).await;
+    eventually(patience(), || async {
+        let (_, outboxes) = world.call("GET", "/v1/outboxes", None).await;
         let topics = outboxes[0]["paused_topics"].as_array()?.clone();
         topics.into_iter().find(|view| view["topic"] == topic && view["cause"] == cause)
     })
@@ -67,37 +37,12 @@ async fn set_apart(world: &World, topic: &str, cause: &str) -> Value {
 
 /// Waits until no topic is set apart any more.
 async fn all_together(world: &World) {
-    let apart = "select count(*) from outbox_pause";
-    eventually(PATIENCE, || async { (world.count(apart).await == 0).then_some(()) }).await;
-}
-
-async fn recorded(world: &World) -> i64 {
-    world.count("select coalesce(sum(rows), 0)::bigint from outbox_batch").await
+    world.counts("select count(*) from outbox_pause", 0).await;
 }
 
 /// Distinct payloads of a topic of the mock cluster, read until there are `count`.
 async fn read_mock(cluster: &Cluster, topic: &str, count: usize) {
-    let (brokers, topic) = (cluster.bootstrap_servers(), topic.to_owned());
-    let read = move || {
-        let consumer: BaseConsumer =
-            ClientConfig::new().set("bootstrap.servers", brokers).set("group.id", "test").create().unwrap();
-        let mut all = TopicPartitionList::new();
-        all.add_partition_offset(&topic, 0, Offset::Beginning).unwrap();
-        consumer.assign(&all).unwrap();
-        let deadline = Instant::now() + PATIENCE;
-        let mut seen = HashSet::new();
-        while seen.len() < count {
-            assert!(Instant::now() < deadline, "{} of {count} arrived", seen.len());
-            let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) else { continue };
-            seen.insert(message.payload().unwrap().to_vec());
-        }
-    };
-    tokio::task::spawn_blocking(read).await.unwrap();
-}
-
-/// A lease that a busy machine does not lose.
-fn settings(world: &World) -> Settings {
-    Settings { lease: Duration::from_secs(20), ..world.settings() }
+    read_from(cluster.bootstrap_servers(), topic, 1, count).await;
 }
 
 /// A relay on a mock cluster with the topics `stuck` and `flows`; the latter has a row already.
@@ -108,32 +53,35 @@ async fn on_mock(world: &World, cluster: &Cluster, leader: Option<i32>) -> (Rela
     // The mock cluster crashes when it loses the leader of a partition that a producer knows.
     cluster.partition_leader("stuck", 0, leader).unwrap();
     cluster.partition_leader("flows", 0, Some(2)).unwrap();
-    let settings = Settings { kafka_brokers: cluster.bootstrap_servers(), stuck_after: SOON, ..settings(world) };
+    let settings = Settings { kafka_brokers: cluster.bootstrap_servers(), stuck_after: SOON, ..world.unhurried() };
     let relay = Relay::new(&settings).unwrap();
     let running = Running::of(relay.clone());
     append(world.db(), "flows", "k", "0").await;
-    eventually(PATIENCE, || async { (recorded(world).await == 1).then_some(()) }).await;
+    world.counts(RECORDED, 1).await;
     (relay, running)
 }
 
 async fn others_flow_while(leader: Option<i32>, lose: impl Fn(&Cluster), find: impl Fn(&Cluster)) {
+    // More than are sent before others are acknowledged.
+    let rows = size(20, 60_500);
     let world = World::new().await;
     let cluster = MockCluster::new(3).unwrap();
     let (_relay, _running) = on_mock(&world, &cluster, leader).await;
     lose(&cluster);
-    for i in 1..=20 {
-        append(world.db(), "stuck", "k", &i.to_string()).await;
-        append(world.db(), "flows", "k", &i.to_string()).await;
-    }
+    // Of the topic that flows there are as many, and some behind the last of the others.
+    Rows::of("flows", rows).append(world.db()).await;
+    Rows::of("stuck", 2 * rows).each(2, "flows").append(world.db()).await;
     let view = set_apart(&world, "stuck", "leaderless").await;
     assert!(view["reason"].as_str().unwrap().contains("no broker"), "{view}");
-    append(world.db(), "flows", "k", "21").await;
-    read_mock(&cluster, "flows", 22).await;
-    eventually(PATIENCE, || async { (world.count("select max(to_id) from outbox_batch").await == 42).then_some(()) })
-        .await;
+    append(world.db(), "flows", "k", "last").await;
+    let all = 3 * i64::try_from(rows).unwrap() + 2;
+    world.counts("select max(to_id) from outbox_batch", all).await;
     find(&cluster);
     all_together(&world).await;
-    read_mock(&cluster, "stuck", 20).await;
+    append(world.db(), "stuck", "k", "last").await;
+    world.counts("select max(to_id) from outbox_batch", all + 1).await;
+    read_mock(&cluster, "flows", size(32, 1)).await;
+    read_mock(&cluster, "stuck", size(21, 1)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -176,7 +124,7 @@ async fn a_topic_that_may_not_be_written_to_is_set_apart_and_the_others_flow() {
     append(world.db(), "flows", "k", "1").await;
     read_mock(&cluster, "flows", 2).await;
     let resume = json!({ "topic": "stuck", "reason": "it has the right now" });
-    call(&world, "POST", "/v1/outboxes/orders/resume", Some(resume)).await;
+    world.call("POST", "/v1/outboxes/orders/resume", Some(resume)).await;
     all_together(&world).await;
     read_mock(&cluster, "stuck", 1).await;
 }
@@ -205,35 +153,27 @@ async fn an_error_of_the_whole_cluster_is_a_problem_with_its_code_until_it_is_ov
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_of_everything_takes_back_what_no_broker_has_got_yet() {
-    const ROWS: i32 = 40_000;
+    let rows = size(40_000, 100_000);
     let world = World::new().await;
     let cluster = MockCluster::new(1).unwrap();
     cluster.create_topic("slow", 1, 1).unwrap();
-    let settings = Settings { kafka_brokers: cluster.bootstrap_servers(), ..settings(&world) };
+    let settings = Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.unhurried() };
     let _running = Running::start(&settings);
     append(world.db(), "slow", "k", "first").await;
-    eventually(PATIENCE, || async { (recorded(&world).await == 1).then_some(()) }).await;
+    world.counts(RECORDED, 1).await;
     cluster.broker_round_trip_time(-1, Duration::from_millis(500)).unwrap();
     // Few to a batch, and five batches on their way at most.
-    sqlx::query(
-        "insert into outbox (message_id, topic, key, type, payload)
-         select gen_random_uuid(), 'slow', 'k', 'test.v1', convert_to(i || repeat('x', 3000), 'UTF8')
-           from generate_series(1, $1) as i order by i",
-    )
-    .bind(ROWS)
-    .execute(world.db())
-    .await
-    .unwrap();
-    let before = eventually(PATIENCE, || async {
-        let now = recorded(&world).await;
+    Rows::of("slow", rows).of_bytes(3_000).append(world.db()).await;
+    let before = eventually(patience(), || async {
+        let now = world.recorded().await;
         (now > 1_000).then_some(now)
     })
     .await;
-    call(&world, "POST", "/v1/outboxes/orders/pause", Some(json!({ "reason": "stop" }))).await;
+    world.call("POST", "/v1/outboxes/orders/pause", Some(json!({ "reason": "stop" }))).await;
     // Nothing is recorded any more for as long as several round trips take.
     let last = std::sync::Mutex::new((before, Instant::now()));
-    let after = eventually(PATIENCE, || async {
-        let now = recorded(&world).await;
+    let after = eventually(patience(), || async {
+        let now = world.recorded().await;
         let mut last = last.lock().unwrap();
         if now != last.0 {
             *last = (now, Instant::now());
@@ -243,48 +183,57 @@ async fn a_pause_of_everything_takes_back_what_no_broker_has_got_yet() {
     .await;
     assert!(after - before < 8_000, "{} rows came out", after - before);
     cluster.broker_round_trip_time(-1, Duration::ZERO).unwrap();
-    call(&world, "POST", "/v1/outboxes/orders/resume", Some(json!({ "reason": "go on" }))).await;
-    eventually(PATIENCE, || async { (recorded(&world).await == i64::from(ROWS) + 1).then_some(()) }).await;
+    world.call("POST", "/v1/outboxes/orders/resume", Some(json!({ "reason": "go on" }))).await;
+    world.counts(RECORDED, i64::try_from(rows).unwrap() + 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_of_a_missing_topic_amid_many_are_published_once_when_it_appears() {
-    const ROWS: i32 = 20_000;
+    let rows = size(20_000, 400_000);
     let world = World::new().await;
     let missing = unique("missing");
-    let _relay = Running::start(&settings(&world));
-    append_many(&world, &world.topic, &missing, 100, ROWS).await;
+    let _relay = Running::start(&world.unhurried());
+    let every = rows / 300;
+    Rows::of(&world.topic, rows).each(every, &missing).append(world.db()).await;
     set_apart(&world, &missing, "missing").await;
     create_topic(&missing, 1).await;
     all_together(&world).await;
     append(world.db(), &missing, "k0", "last").await;
-    let mut found = ids(&published(&missing, 201).await);
+    let of_missing = rows / every + 1;
+    let mut found = published_ids(&missing, of_missing).await;
     assert!(found.is_sorted());
     found.dedup();
-    assert_eq!((found.len(), read_to_end(&missing).await.len()), (201, 201), "each once");
-    assert_eq!(ids(&world.published(19_800).await).len(), 19_800, "the others once as well");
+    assert_eq!((found.len(), count_to_end(&missing).await), (of_missing, of_missing), "each once");
+    let others = rows + 1 - of_missing;
+    let found = published_ids(&world.topic, others).await;
+    assert_eq!(found.len(), others, "the others once as well");
+}
+
+/// A topic is paused, and its relay has seen that.
+async fn pause(world: &World, topic: &str) -> Value {
+    append(world.db(), topic, "k0", "0").await;
+    published(topic, 1).await;
+    let pause = json!({ "topic": topic, "reason": "maintenance" });
+    world.call("POST", "/v1/outboxes/orders/pause", Some(pause.clone())).await;
+    world.counts("select count(*) from outbox_pause where base is not null", 1).await;
+    pause
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_resumed_topic_is_back_long_before_the_others_backlog_is_gone() {
-    const ROWS: i32 = 300_000;
+    let rows = size(300_000, 5_000_000);
     let world = World::new().await;
     let rare = unique("rare");
     create_topic(&rare, 1).await;
-    let relay = Running::start(&settings(&world));
-    append(world.db(), &rare, "k0", "0").await;
-    published(&rare, 1).await;
-    let pause = json!({ "topic": rare, "reason": "maintenance" });
-    call(&world, "POST", "/v1/outboxes/orders/pause", Some(pause.clone())).await;
-    let left = "select count(*) from outbox_pause where base is not null";
-    eventually(PATIENCE, || async { (world.count(left).await == 1).then_some(()) }).await;
-    append_many(&world, &world.topic, &rare, 30_000, ROWS).await;
-    eventually(PATIENCE, || async { (recorded(&world).await > 1_000).then_some(()) }).await;
-    call(&world, "POST", "/v1/outboxes/orders/resume", Some(pause)).await;
+    let relay = Running::start(&world.unhurried());
+    let paused = pause(&world, &rare).await;
+    Rows::of(&world.topic, rows).each(rows / 10, &rare).append(world.db()).await;
+    eventually(patience(), || async { (world.recorded().await > 1_000).then_some(()) }).await;
+    world.call("POST", "/v1/outboxes/orders/resume", Some(paused)).await;
     // More rows of the others come as long as it is not back: a topic that waits for their end waits for ever.
     let others_go_on = async {
         loop {
-            append_many(&world, &world.topic, &world.topic, 30_000, ROWS / 3).await;
+            Rows::of(&world.topic, 100_000).append(world.db()).await;
         }
     };
     tokio::select! {
@@ -293,6 +242,39 @@ async fn a_resumed_topic_is_back_long_before_the_others_backlog_is_gone() {
     }
     let records = published(&rare, 11).await;
     assert_eq!((ids(&records).len(), ids(&records).is_sorted()), (11, true), "each once, in order");
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_that_catches_up_over_many_rows_costs_the_others_nearly_nothing() {
+    let rows = size(300_000, 5_000_000);
+    let world = World::with_partitions(1).await;
+    let rare = unique("rare");
+    create_topic(&rare, 1).await;
+    let settings = Settings { lease: SOON, ..world.unhurried() };
+    let relay = Running::start(&settings);
+    let paused = pause(&world, &rare).await;
+    relay.stop().await;
+    Rows::of(&world.topic, rows).each(rows / 3, &rare).append(world.db()).await;
+    // The others were published long ago.
+    sqlx::query(
+        "insert into outbox_batch (outbox, n, base, target, from_id, to_id, rows, owner, system_identifier)
+         select outbox, n + 1, pg_current_snapshot(), pg_current_snapshot(), 1, 1, 0, owner, system_identifier
+           from outbox_batch
+          order by n desc
+          limit 1",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    let relay = Running::start(&settings);
+    let quiet = p99(&world, 300, async |_| ()).await;
+    world.call("POST", "/v1/outboxes/orders/resume", Some(paused)).await;
+    let beside = p99(&world, 300, async |_| ()).await;
+    assert!(beside < 3 * quiet.max(Duration::from_millis(40)), "{beside:?} beside it, {quiet:?} without");
+    all_together(&world).await;
+    let records = published(&rare, 4).await;
+    assert_eq!((ids(&records).len(), ids(&records).is_sorted()), (4, true), "each once, in order");
     relay.stop().await;
 }
 
@@ -320,12 +302,8 @@ async fn p99(world: &World, rows: usize, bad: impl AsyncFn(usize)) -> Duration {
 async fn a_topic_that_refuses_row_after_row_costs_the_others_nearly_nothing() {
     const ROWS: usize = 300;
     let world = World::with_partitions(1).await;
-    let compacted = unique("compacted");
-    let topic = NewTopic::new(&compacted, 1, TopicReplication::Fixed(1)).set("cleanup.policy", "compact");
-    let kafka: AdminClient<DefaultClientContext> =
-        ClientConfig::new().set("bootstrap.servers", brokers()).create().unwrap();
-    kafka.create_topics([&topic], &AdminOptions::new()).await.unwrap().remove(0).unwrap();
-    let _relay = Running::start(&settings(&world));
+    let compacted = topic_with(1, "cleanup.policy", "compact").await;
+    let _relay = Running::start(&world.unhurried());
     append(world.db(), &compacted, "k", "good").await;
     published(&compacted, 1).await;
     let quiet = p99(&world, ROWS, async |_| ()).await;
@@ -342,8 +320,7 @@ async fn a_topic_that_refuses_row_after_row_costs_the_others_nearly_nothing() {
     .await;
     let view = set_apart(&world, &compacted, "refusing").await;
     assert!(view["reason"].as_str().unwrap().contains("InvalidRecord"), "{view}");
-    let parked = "select count(*) from outbox_parked";
-    eventually(PATIENCE, || async { (world.count(parked).await == 60).then_some(()) }).await;
+    world.parked(60).await;
     // Its good rows flow as well.
     append(world.db(), &compacted, "k", "still good").await;
     assert_eq!(payloads(&published(&compacted, 2).await, "k"), ["good", "still good"]);

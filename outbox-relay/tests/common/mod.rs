@@ -2,13 +2,25 @@
 #![allow(dead_code, unreachable_pub, clippy::missing_panics_doc)]
 
 use outbox_relay::{OutboxSettings, Relay, Settings, admin};
+use rdkafka::{
+    ClientConfig, Message as _, Offset, TopicPartitionList,
+    admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
+    client::DefaultClientContext,
+    consumer::{BaseConsumer, Consumer as _},
+};
 use saga_core::{
     service::{Role, messaging_migrations},
-    testkit::{Record, TestDatabase, TestTopic, brokers, eventually, read_to_end},
+    testkit::{
+        Record, TestDatabase, TestTopic, brokers, count_to_end, eventually, map_to_end, read_to_end, size, unique,
+    },
 };
 use serde_json::Value;
 use sqlx::{PgPool, postgres::PgConnectOptions};
-use std::{str::FromStr, time::Duration};
+use std::{
+    collections::HashSet,
+    str::FromStr,
+    time::{Duration, Instant},
+};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
@@ -40,6 +52,12 @@ impl World {
         Self { database, topic, name: "orders".to_owned() }
     }
 
+    /// With a lease that a busy machine does not lose, and as much time to read as a relay has.
+    pub fn unhurried(&self) -> Settings {
+        let settings = self.settings();
+        Settings { lease: Duration::from_secs(20), ..Settings::new(brokers(), settings.outboxes) }
+    }
+
     pub fn db(&self) -> &PgPool {
         &self.database.pool
     }
@@ -67,6 +85,158 @@ impl World {
     pub async fn count(&self, sql: &'static str) -> i64 {
         sqlx::query_scalar(sql).fetch_one(self.db()).await.expect("the count can be taken")
     }
+
+    /// Waits until `sql` counts `count`.
+    pub async fn counts(&self, sql: &'static str, count: i64) {
+        eventually(patience(), || async { (self.count(sql).await == count).then_some(()) }).await;
+    }
+
+    /// How many rows the batch log has recorded.
+    pub async fn recorded(&self) -> i64 {
+        self.count(RECORDED).await
+    }
+
+    /// Waits until so many rows are parked.
+    pub async fn parked(&self, rows: i64) {
+        self.counts("select count(*) from outbox_parked where status = 'parked'", rows).await;
+    }
+
+    /// Calls an admin endpoint as an operator, of a replica that does not publish.
+    pub async fn call(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+        call(&Relay::new(&self.settings()).expect("the settings are good"), method, path, body).await
+    }
+}
+
+/// Rows that the batch log has recorded.
+pub const RECORDED: &str = "select coalesce(sum(rows), 0)::bigint from outbox_batch";
+
+/// How long is waited at most, where the sizes are those of `make soak`.
+pub fn patience() -> Duration {
+    PATIENCE * u32::try_from(size(1, 20)).expect("it is small")
+}
+
+/// Rows that one statement appends, with payloads that begin with 1 and so on, of seven keys.
+pub struct Rows<'a> {
+    topic: &'a str,
+    rows: usize,
+    rare: Option<(&'a str, usize)>,
+    bytes: usize,
+}
+
+impl<'a> Rows<'a> {
+    pub fn of(topic: &'a str, rows: usize) -> Self {
+        Self { topic, rows, rare: None, bytes: 0 }
+    }
+
+    /// Each `every`th is of this topic instead.
+    pub fn each(self, every: usize, rare: &'a str) -> Self {
+        Self { rare: Some((rare, every)), ..self }
+    }
+
+    /// Their payloads have so many bytes more.
+    pub fn of_bytes(self, bytes: usize) -> Self {
+        Self { bytes, ..self }
+    }
+
+    pub async fn append<'e>(self, db: impl sqlx::PgExecutor<'e>) {
+        let (rare, every) = self.rare.unwrap_or((self.topic, 1));
+        sqlx::query(
+            "insert into outbox (message_id, topic, key, type, payload)
+             select gen_random_uuid(), case when i % $3 = 0 then $2 else $1 end, 'k' || i % 7, 'test.v1',
+                    convert_to(i || repeat('x', $5), 'UTF8')
+               from generate_series(1, $4) as i",
+        )
+        .bind(self.topic)
+        .bind(rare)
+        .bind(i64::try_from(every).unwrap())
+        .bind(i64::try_from(self.rows).unwrap())
+        .bind(i32::try_from(self.bytes).unwrap())
+        .execute(db)
+        .await
+        .expect("the rows can be appended");
+    }
+}
+
+/// Parks rows 1 to `rows`, as if their topic had been too small for them: in so many lines, or without keys where there are
+/// none.
+pub async fn park(world: &World, topic: &str, rows: usize, lines: usize) {
+    let rows = i64::try_from(rows).unwrap();
+    sqlx::query(
+        "insert into outbox_parked (outbox, id, message_id, topic, key, type, payload, headers, created_at, reason)
+         select 'orders', id, gen_random_uuid(), $1, 'k' || id % nullif($3, 0), 'test.v1', 'x', '{}', now(), 'a test'
+           from generate_series(1, $2) as id",
+    )
+    .bind(topic)
+    .bind(rows)
+    .bind(i64::try_from(lines).unwrap())
+    .execute(world.db())
+    .await
+    .expect("the rows can be parked");
+    sqlx::query("select setval('outbox_id_seq', greatest($1, (select last_value from outbox_id_seq)))")
+        .bind(rows)
+        .execute(world.db())
+        .await
+        .expect("their ids are given");
+}
+
+pub fn kafka() -> AdminClient<DefaultClientContext> {
+    ClientConfig::new().set("bootstrap.servers", brokers()).create().expect("an admin client needs only brokers")
+}
+
+/// A topic of which one setting is this.
+pub async fn topic_with(partitions: i32, setting: &str, value: &str) -> String {
+    let name = unique(&setting.replace('.', "-"));
+    create_with(&name, partitions, setting, value).await;
+    name
+}
+
+/// Likewise, of this name.
+pub async fn create_with(name: &str, partitions: i32, setting: &str, value: &str) {
+    let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1)).set(setting, value);
+    let created = kafka().create_topics([&topic], &AdminOptions::new()).await.expect("the brokers answer");
+    created.into_iter().for_each(|created| drop(created.expect("the topic is new")));
+}
+
+/// A topic whose records may have so many bytes.
+pub async fn limited_topic(bytes: &str) -> String {
+    topic_with(2, "max.message.bytes", bytes).await
+}
+
+/// The topic's records may have so many bytes from now on.
+pub async fn limit_topic(topic: &str, bytes: &str) {
+    let limit = AlterConfig::new(ResourceSpecifier::Topic(topic)).set("max.message.bytes", bytes);
+    let altered = kafka().alter_configs([&limit], &AdminOptions::new()).await.expect("the brokers answer");
+    altered.into_iter().for_each(|altered| drop(altered.expect("the topic is there")));
+    // The broker learns of it a moment later.
+    eventually(PATIENCE, || async {
+        let (topic, options) = (ResourceSpecifier::Topic(topic), AdminOptions::new());
+        let described = kafka().describe_configs([&topic], &options).await.expect("the brokers answer");
+        (described[0].as_ref().ok()?.get("max.message.bytes")?.value.as_deref() == Some(bytes)).then_some(())
+    })
+    .await;
+}
+
+/// Reads a topic of other brokers from the beginning, until it has `count` distinct payloads.
+pub async fn read_from(brokers: String, topic: &str, partitions: i32, count: usize) {
+    let topic = topic.to_owned();
+    let read = move || {
+        let consumer: BaseConsumer =
+            ClientConfig::new().set("bootstrap.servers", brokers).set("group.id", "test").create().unwrap();
+        let mut all = TopicPartitionList::new();
+        (0..partitions).for_each(|partition| {
+            all.add_partition_offset(&topic, partition, Offset::Beginning).expect("the beginning is an offset");
+        });
+        consumer.assign(&all).unwrap();
+        let mut last = Instant::now();
+        let mut seen = HashSet::new();
+        while seen.len() < count {
+            assert!(last.elapsed() < PATIENCE, "{} of {count} arrived", seen.len());
+            let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) else { continue };
+            last = Instant::now();
+            seen.insert(message.payload().unwrap().to_vec());
+        }
+    };
+    tokio::task::spawn_blocking(read).await.expect("reading does not panic");
 }
 
 pub async fn append<'e>(db: impl sqlx::PgExecutor<'e>, topic: &str, key: &str, payload: &str) -> i64 {
@@ -85,26 +255,34 @@ pub async fn append<'e>(db: impl sqlx::PgExecutor<'e>, topic: &str, key: &str, p
 
 pub async fn published(topic: &str, count: usize) -> Vec<Record> {
     eventually(PATIENCE, || async {
+        if count_to_end(topic).await < count {
+            return None;
+        }
         let records = read_to_end(topic).await;
-        let mut ids = ids(&records);
-        ids.sort_unstable();
-        ids.dedup();
-        (ids.len() >= count).then_some(records)
+        let distinct: HashSet<i64> = records.iter().map(id).collect();
+        (distinct.len() >= count).then_some(records)
     })
     .await
 }
 
+/// The ids of what the topic holds, once it holds `count` records; for topics that hold very many.
+pub async fn published_ids(topic: &str, count: usize) -> Vec<i64> {
+    eventually(patience(), || async { (count_to_end(topic).await >= count).then_some(()) }).await;
+    map_to_end(topic, |record| id(&record)).await
+}
+
+fn id(record: &Record) -> i64 {
+    record.header("ce_sequence").expect("every record has it").parse().expect("a number")
+}
+
 /// The outbox ids of the records, in their order.
 pub fn ids(records: &[Record]) -> Vec<i64> {
-    records
-        .iter()
-        .map(|record| record.header("ce_sequence").expect("every record has it").parse().expect("a number"))
-        .collect()
+    records.iter().map(id).collect()
 }
 
 /// Payloads of one key, each at its first occurrence.
 pub fn payloads(records: &[Record], key: &str) -> Vec<String> {
-    let mut seen = std::collections::HashSet::new();
+    let mut seen = HashSet::new();
     records
         .iter()
         .filter(|record| record.key.as_deref() == Some(key.as_bytes()))

@@ -4,7 +4,7 @@ use crate::{consumer::Message, envelope::Envelope};
 use rdkafka::{
     ClientConfig, Message as _, TopicPartitionList,
     admin::{AdminClient, AdminOptions, NewTopic, TopicReplication},
-    client::DefaultClientContext,
+    client::{Client, ClientContext, DefaultClientContext},
     consumer::{BaseConsumer, Consumer as _},
     message::{Header, Headers as _, OwnedHeaders},
     producer::{FutureProducer, FutureRecord},
@@ -177,11 +177,35 @@ pub async fn produce(topic: &str, records: &[Record]) {
 /// # Panics
 /// When the topic does not exist or the broker does not answer.
 pub async fn read_to_end(topic: &str) -> Vec<Record> {
-    let topic = topic.to_owned();
-    tokio::task::spawn_blocking(move || read_blocking(&topic)).await.expect("reading a topic does not panic")
+    map_to_end(topic, |record| record).await
 }
 
-fn read_blocking(topic: &str) -> Vec<Record> {
+/// What `map` makes of every record of a topic, for topics whose records are too many to be kept.
+///
+/// # Panics
+/// When the topic does not exist or the broker does not answer.
+pub async fn map_to_end<T: Send + 'static>(topic: &str, map: impl Fn(Record) -> T + Send + 'static) -> Vec<T> {
+    let topic = topic.to_owned();
+    tokio::task::spawn_blocking(move || read_blocking(&topic, map)).await.expect("reading a topic does not panic")
+}
+
+/// How many records a topic has had, if none of them is a transaction's marker.
+///
+/// # Panics
+/// When the topic does not exist or the broker does not answer.
+pub async fn count_to_end(topic: &str) -> usize {
+    let topic = topic.to_owned();
+    let counting = tokio::task::spawn_blocking(move || {
+        let client = ADMIN.inner();
+        let metadata = client.fetch_metadata(Some(&topic), PATIENCE).expect("the broker tells its topics");
+        let partitions = metadata.topics().iter().flat_map(|topic| topic.partitions());
+        let ends = partitions.map(|partition| watermarks(client, &topic, partition.id()).1);
+        usize::try_from(ends.sum::<i64>()).expect("no end is negative")
+    });
+    counting.await.expect("counting does not panic")
+}
+
+fn read_blocking<T>(topic: &str, map: impl Fn(Record) -> T) -> Vec<T> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers())
         .set("enable.auto.commit", "false")
@@ -194,7 +218,7 @@ fn read_blocking(topic: &str) -> Vec<Record> {
     let mut positions = TopicPartitionList::new();
     let mut open = Vec::new();
     for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
-        let (low, high) = watermarks(&consumer, topic, partition.id());
+        let (low, high) = watermarks(consumer.client(), topic, partition.id());
         if high > low {
             positions
                 .add_partition_offset(topic, partition.id(), rdkafka::Offset::Beginning)
@@ -204,14 +228,14 @@ fn read_blocking(topic: &str) -> Vec<Record> {
     }
     consumer.assign(&positions).expect("partitions that exist can be assigned");
     let mut records = Vec::new();
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let mut last = std::time::Instant::now();
     while !open.is_empty() {
-        assert!(std::time::Instant::now() < deadline, "reading {topic} to its end took longer than {PATIENCE:?}");
+        assert!(last.elapsed() < PATIENCE, "reading {topic} to its end: no record came for {PATIENCE:?}");
         match consumer.poll(Duration::from_millis(200)) {
             Some(Ok(message)) => {
-                let record = own(&message);
+                last = std::time::Instant::now();
+                records.push(map(own(&message)));
                 open.retain(|&(partition, high)| partition != message.partition() || message.offset() + 1 < high);
-                records.push(record);
             }
             // Transaction markers take offsets too: the end of the partition may be one.
             Some(Err(rdkafka::error::KafkaError::PartitionEOF(at))) => open.retain(|&(partition, _)| partition != at),
@@ -224,10 +248,10 @@ fn read_blocking(topic: &str) -> Vec<Record> {
 }
 
 /// A topic that was just made has partitions whose leader does not know yet that it is one.
-fn watermarks(consumer: &BaseConsumer, topic: &str, partition: i32) -> (i64, i64) {
+fn watermarks<C: ClientContext>(client: &Client<C>, topic: &str, partition: i32) -> (i64, i64) {
     let deadline = std::time::Instant::now() + PATIENCE;
     loop {
-        match consumer.fetch_watermarks(topic, partition, PATIENCE) {
+        match client.fetch_watermarks(topic, partition, PATIENCE) {
             Ok(watermarks) => return watermarks,
             Err(error) => {
                 assert!(std::time::Instant::now() < deadline, "the ends of {topic} [{partition}]: {error}");

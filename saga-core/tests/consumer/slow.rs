@@ -5,7 +5,7 @@ use saga_core::{
     consumer::{Consumer, ConsumerHealth, HandleError, Handler, Message},
     outbox::Tx,
     service::database::pool_options,
-    testkit::{FailPoint, FreezingProxy, Log, Record, eventually, failpoints::Fault, produce},
+    testkit::{FailPoint, FreezingProxy, Log, Record, eventually, failpoints::Fault, produce, size},
 };
 use sqlx::PgPool;
 use std::{
@@ -246,7 +246,7 @@ async fn the_culprit_of_an_error_that_names_nobody_is_searched_for_by_halves() {
 async fn restarts_while_it_waits(fixture: &Fixture) {
     let mut holding = fixture.database.pool.begin().await.unwrap();
     sqlx::query("select pg_advisory_xact_lock($1)").bind(LOCK).execute(&mut *holding).await.unwrap();
-    for _ in 0..2 {
+    for _ in 0..size(2, 5) {
         let running = start(fixture, &fixture.database.pool);
         fixture.until_somebody_waits_for(LOCK).await;
         let stopping = Instant::now();
