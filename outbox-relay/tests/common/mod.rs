@@ -254,7 +254,7 @@ pub async fn append<'e>(db: impl sqlx::PgExecutor<'e>, topic: &str, key: &str, p
 }
 
 pub async fn published(topic: &str, count: usize) -> Vec<Record> {
-    eventually(PATIENCE, || async {
+    eventually(patience(), || async {
         if count_to_end(topic).await < count {
             return None;
         }
