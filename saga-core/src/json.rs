@@ -4,10 +4,29 @@
 //! saga's state, an inspection's answer): a reply of 126 levels was stored, and then nothing could read its saga. So
 //! each input, reply, command and stored answer is held to [`DEPTH_MAX`] where it comes in.
 
+mod named;
+
+pub(crate) use named::Named;
+
+use crate::reason::reason;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 /// Most levels of arrays and objects. The rest of the 127 is for what they are stored and shown in.
 pub(crate) const DEPTH_MAX: usize = 100;
+
+/// Reads one JSON value that somebody else wrote: structs from objects alone, and no deeper than what can be kept.
+///
+/// # Errors
+/// In words, which quote no more of `text` than a short piece.
+pub fn read<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
+    if let Some(flaw) = flaw_of_text(text) {
+        return Err(flaw);
+    }
+    let mut json = serde_json::Deserializer::from_slice(text);
+    let value = T::deserialize(Named(&mut json)).and_then(|value| json.end().map(|()| value));
+    value.map_err(|error| reason(&error.to_string()))
+}
 
 /// Why `text`, which is JSON, cannot be kept.
 pub(crate) fn flaw_of_text(text: &[u8]) -> Option<String> {

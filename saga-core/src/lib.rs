@@ -17,6 +17,7 @@
 //! | [`http`] | problem details, health, metrics, mountable inspection routes |
 //! | [`error_class`] | what an error of PostgreSQL or Kafka means: the one classifier |
 //! | [`transaction`] | the transaction that every part uses: bounded here and in the server |
+//! | [`json`] | what JSON of others may be |
 //! | [`outage`] | what is away, since when: the one place that knows outages |
 //! | [`retry`], [`clock`] | the only users of `backoff` and of time |
 //! | [`service`] | what a `main` needs: configuration, telemetry, pools, migrations, topics, shutdown |
@@ -31,7 +32,7 @@ mod gather;
 pub mod http;
 pub mod id;
 pub mod inbox;
-mod json;
+pub mod json;
 pub mod outage;
 pub mod outbox;
 mod panics;

@@ -6,10 +6,12 @@
 //! | another content type | 415 `content-type` |
 //! | too large | 413 `too-large` |
 //! | unknown, missing, ill-typed or out of range field | 422 `validation` with its path |
+//! | an array in the place of an object, at any level | 422 `validation` with its path |
 //! | a NUL character anywhere (PostgreSQL has no room for it in text) | 422 `validation` with its path |
 //! | a query or path parameter | 400 `malformed` with its name |
 
 use super::problem::Problem;
+use crate::json::Named;
 use axum::{
     body::Bytes,
     extract::{FromRequest, FromRequestParts, Request, path::ErrorKind, rejection::PathRejection},
@@ -103,7 +105,7 @@ pub(super) fn body_problem(status: StatusCode) -> Problem {
 /// Parses a JSON body, naming the field that is wrong.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let mut json = serde_json::Deserializer::from_slice(bytes);
-    let parsed: Result<T, _> = serde_path_to_error::deserialize(&mut json);
+    let parsed: Result<T, _> = serde_path_to_error::deserialize(Named(&mut json));
     match parsed {
         Ok(value) => {
             json.end().map_err(|error| Problem::malformed(format!("The body is not one JSON value: {error}")))?;
@@ -237,6 +239,8 @@ mod tests {
             (r#"{"customer":"a","items":[],"total":1}"#, 422, "total"),
             (r#"{"customer":"a","customer":"b","items":[]}"#, 422, "customer"),
             (r#"{"customer":"a\u0000b","items":[]}"#, 422, "customer"),
+            (r#"["a",[{"quantity":1}]]"#, 422, "."),
+            (r#"{"customer":"a","items":[{"quantity":1},[1]]}"#, 422, "items[1]"),
         ] {
             assert_eq!(wrong(body), (status, vec![field.to_owned()]), "{body}");
         }
