@@ -1,6 +1,7 @@
 //! What an item, a shortage and a movement are. Pure: no I/O, no clock.
 
 use contracts::{
+    card::holds_a_card_number,
     inventory::{ItemChanged, OutOfStock, Shortage},
     money::Money,
     product::{Line, Sku},
@@ -42,6 +43,14 @@ impl Text {
             return Err(bad(field, format!("is 1 to {MAX_TEXT} characters, none of them a control character")));
         }
         Ok(Self(text.to_owned()))
+    }
+
+    /// Parses the field `reason`: people write there what they like, but no card number is kept.
+    pub fn reason(text: &str) -> Result<Self, BadField> {
+        if holds_a_card_number(text) {
+            return Err(bad("reason", "holds what looks like a card number, which is not kept here"));
+        }
+        Self::parse("reason", text)
     }
 
     /// As text.

@@ -73,6 +73,7 @@ async fn a_bad_adjustment_is_refused_by_its_field_and_nothing_is_written() {
         ("delta", json!("1"), "r"),
         ("reason", json!(1), ""),
         ("reason", json!(1), "a\0b"),
+        ("reason", json!(1), "paid with 4111 1111 1111 1111"),
     ] {
         let body = json!({"delta": delta, "reason": reason});
         let answer = warehouse.adjust("A", "k", &body).send().await.unwrap();

@@ -5,6 +5,7 @@
 
 use super::{CustomerId, MalformedCustomer, MalformedPaymentMethod, PaymentMethod};
 use contracts::{
+    card::holds_a_card_number,
     money::Currency,
     product::{Line, MalformedQuantity, MalformedSku, Quantity, Sku},
 };
@@ -24,7 +25,7 @@ pub struct PlaceOrderRequest {
     /// What; each sku once.
     #[schema(min_items = 1, max_items = 100)]
     pub items: Vec<RequestedItem>,
-    /// The payment gateway's token of the customer's means of payment.
+    /// The payment gateway's token of the customer's means of payment; never a card's own number, which is refused.
     #[schema(min_length = 1, max_length = 200, pattern = "^[!-~]+$", example = "tok_visa")]
     pub payment_method: String,
 }
@@ -77,6 +78,12 @@ pub enum Fault {
     /// Not a payment token.
     #[error(transparent)]
     PaymentMethod(#[from] MalformedPaymentMethod),
+    /// A card's own number in place of a token or a name.
+    #[error("holds what looks like a card number, which is not kept here: {instead}")]
+    CardNumber {
+        /// What to send instead.
+        instead: &'static str,
+    },
     /// Not a sku.
     #[error(transparent)]
     Sku(#[from] MalformedSku),
@@ -118,8 +125,9 @@ impl PlaceOrderRequest {
     /// Checks every field and lists every bad one.
     pub fn validate(&self) -> Result<NewOrder, Vec<BadField>> {
         let mut bad = Vec::new();
-        let customer = parse(&mut bad, "customer_id", &self.customer_id);
-        let payment_method = parse(&mut bad, "payment_method", &self.payment_method);
+        let customer = parse_unless_card(&mut bad, "customer_id", &self.customer_id, "send a name of your own");
+        let instead = "send the payment gateway's token of the card";
+        let payment_method = parse_unless_card(&mut bad, "payment_method", &self.payment_method, instead);
         let lines = self.lines(&mut bad);
         match (customer, payment_method) {
             (Some(customer), Some(payment_method)) if bad.is_empty() => {
@@ -153,6 +161,20 @@ impl PlaceOrderRequest {
         }
         lines
     }
+}
+
+/// The types themselves take such a number: it may stand in a saga that an older build began, and that has to end.
+fn parse_unless_card<T: FromStr<Err: Into<Fault>>>(
+    bad: &mut Vec<BadField>,
+    field: &str,
+    text: &str,
+    instead: &'static str,
+) -> Option<T> {
+    if holds_a_card_number(text) {
+        bad.push(BadField::new(field, Fault::CardNumber { instead }));
+        return None;
+    }
+    parse(bad, field, text)
 }
 
 fn parse<T: FromStr<Err: Into<Fault>>>(bad: &mut Vec<BadField>, field: &str, text: &str) -> Option<T> {
@@ -197,6 +219,19 @@ mod tests {
         ];
         assert_eq!(fields, expected);
         assert_eq!(bad[4].fault, Fault::Duplicate { first: 0 });
+    }
+
+    #[test]
+    fn a_card_number_in_place_of_a_token_or_a_name_is_refused_and_not_repeated() {
+        for card in ["4111111111111111", "4111 1111 1111 1111", "3782-822463-10005"] {
+            let mut request = request(vec![item("A", 1)]);
+            (request.customer_id, request.payment_method) = (card.into(), card.into());
+            let bad = request.validate().unwrap_err();
+            let fields: Vec<_> = bad.iter().map(|bad| bad.field.as_str()).collect();
+            assert_eq!(fields, ["customer_id", "payment_method"], "{card}");
+            assert!(bad.iter().all(|bad| matches!(bad.fault, Fault::CardNumber { .. })), "{card}");
+            assert!(bad.iter().all(|bad| !bad.fault.to_string().contains("1111")), "{bad:?}");
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use crate::support::{Shop, basket, json_of};
 use reqwest::Method;
+use saga_core::testkit::Log;
 use serde_json::{Value, json};
 
 struct Case {
@@ -79,6 +80,8 @@ fn bad_bodies() -> Vec<(&'static str, Value, &'static str)> {
         ("customer too long", with("/customer_id", json!("x".repeat(101))), "customer_id"),
         ("payment method with NUL", with("/payment_method", json!("tok\0")), "payment_method"),
         ("payment method too long", with("/payment_method", json!("x".repeat(201))), "payment_method"),
+        ("an item as an array", with("/items", json!([["WIDGET-1", 1]])), "items[0]"),
+        ("all as an array", json!(["c-1", [["WIDGET-1", 1]], "tok_visa"]), "."),
     ]
 }
 
@@ -165,6 +168,26 @@ async fn bad_input_is_refused_by_name_and_nothing_is_written() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert_eq!(shop.rows().await, before, "something was written");
+}
+
+#[tokio::test]
+async fn a_card_number_is_refused_in_words_and_neither_stored_nor_logged() {
+    let log = Log::hear("debug");
+    let shop = Shop::open().await;
+    let before = shop.rows().await;
+    for card in ["4111111111111111", "4111 1111 1111 1111", "4111-1111-1111-1111"] {
+        for field in ["customer_id", "payment_method"] {
+            let response = shop.post_order("k", &with(&format!("/{field}"), json!(card))).send().await.unwrap();
+            assert_eq!(response.status(), 422, "{field}: {card}");
+            let problem = json_of(response).await;
+            assert_eq!(problem["errors"][0]["field"], field);
+            let said = problem.to_string();
+            assert!(said.contains("card number") && !said.contains("1111"), "{said}");
+        }
+    }
+    assert_eq!(shop.rows().await, before, "something was written");
+    let log = log.said("");
+    assert!(!log.is_empty() && log.iter().all(|line| !line.to_string().contains("1111")), "{log:?}");
 }
 
 #[tokio::test]

@@ -1,0 +1,118 @@
+//! Card numbers, which nobody may keep. Pure.
+//!
+//! A payment is made by the gateway's token. Whoever puts the card's own number into a field would have it stored for ever, in
+//! tables, topics and logs; so each text of people's that one might be put into is refused before it is used for anything.
+
+use std::ops::RangeInclusive;
+
+/// How many digits a card number has.
+const DIGITS: RangeInclusive<usize> = 13..=19;
+
+/// Most digits that people write in one group, where they write groups (`3782 822463 10005`). It keeps a UUID from being one.
+const GROUP_MAX: usize = 7;
+
+/// Whether `text` holds what looks like a card number: 13 to 19 digits, in one group or with spaces, dashes or dots between,
+/// that begin as the networks' cards do and whose check digit is right (Luhn). Digits that a letter, `_` or `+` stands directly
+/// at are part of a name, such as a token's, or of a telephone number.
+#[must_use]
+pub fn holds_a_card_number(text: &str) -> bool {
+    text.split(|c: char| !(c.is_alphanumeric() || matches!(c, '_' | '+' | ' ' | '-' | '.'))).any(|piece| {
+        let groups: Vec<Option<Vec<u32>>> =
+            piece.split([' ', '-', '.']).filter(|group| !group.is_empty()).map(digits).collect();
+        groups.split(Option::is_none).any(|run| {
+            let run: Vec<&[u32]> = run.iter().flatten().map(Vec::as_slice).collect();
+            run.iter().any(|group| is_a_card_number(group)) || is_grouped(&run)
+        })
+    })
+}
+
+/// A group that consists of digits.
+fn digits(group: &str) -> Option<Vec<u32>> {
+    group.chars().map(|c| c.to_digit(10)).collect()
+}
+
+/// Whether some neighbouring short groups are one together.
+fn is_grouped(run: &[&[u32]]) -> bool {
+    (0..run.len()).any(|first| {
+        let mut number = Vec::new();
+        run[first..].iter().take_while(|group| group.len() <= GROUP_MAX).take(*DIGITS.end()).any(|group| {
+            number.extend_from_slice(group);
+            is_a_card_number(&number)
+        })
+    })
+}
+
+fn is_a_card_number(digits: &[u32]) -> bool {
+    DIGITS.contains(&digits.len()) && is_of_a_network(digits) && has_check_digit(digits)
+}
+
+/// 2221 to 2720, and what begins with 3, 4, 5 or 6.
+fn is_of_a_network(digits: &[u32]) -> bool {
+    let first_four = digits.iter().take(4).fold(0, |number, digit| number * 10 + digit);
+    matches!(first_four, 2_221..=2_720 | 3_000..=6_999)
+}
+
+/// Luhn's.
+fn has_check_digit(digits: &[u32]) -> bool {
+    let weighed = digits.iter().rev().enumerate().map(|(place, digit)| match place % 2 {
+        0 => *digit,
+        _ => digit * 2 / 10 + digit * 2 % 10,
+    });
+    weighed.sum::<u32>() % 10 == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_networks_test_cards_are_found_however_they_are_written() {
+        for card in [
+            "4111111111111111",
+            "4111 1111 1111 1111",
+            "4111-1111-1111-1111",
+            "4111.1111.1111.1111",
+            " 4111 1111 1111 1111 ",
+            "4222222222222",
+            "5555555555554444",
+            "2223003122003222",
+            "378282246310005",
+            "3782 822463 10005",
+            "30569309025904",
+            "6011111111111117",
+            "3530111333300000",
+            "6304000000000000000",
+            "4111111111111111 12/28 123",
+            "card:4111111111111111;cvc:123",
+            "number=4111 1111 1111 1111",
+            "{\"pan\":\"4111111111111111\"}",
+        ] {
+            assert!(holds_a_card_number(card), "{card}");
+        }
+    }
+
+    #[test]
+    fn tokens_ids_and_numbers_of_other_kinds_are_none() {
+        for other in [
+            "",
+            "tok_visa",
+            "tok_4111111111111111",
+            "d0c4111111111111111f",
+            "+4222222222222",
+            "pm_1MqLiJLkdIwHu7ixUEgbFdYF",
+            "auth0|5f7c8ec7c33c6c004bbafe82",
+            "customer-17",
+            "4111111111111112",
+            "1234567890123452",
+            "411111111111",
+            "41111111111111111111",
+            "550e8400-e29b-41d4-a716-446655440000",
+            "41111111-1111-1111-a716-446655440000",
+            "0190f5e0-7d1b-7c3e-8000-000000000000",
+            "1732900000000",
+            "4111 1111 1111",
+        ] {
+            assert!(!holds_a_card_number(other), "{other}");
+        }
+    }
+}
