@@ -9,3 +9,7 @@ alter table participant_fence
     -- Its reply topic, unless its commands name it. Empty, like the definition: written by a build that does not say it.
     add column orchestrator text not null default '',
     add column definition   text not null default '';
+
+-- Intents that were never called are claimed before those that were: calls that come to nothing again and again, slowly, must
+-- not take every slot. The few of them that are due are found here however many others are.
+create index participant_intent_fresh on participant_intent (due_at) where state in ('ready', 'open') and attempts = 0;

@@ -99,7 +99,7 @@ impl NewMessage {
 
     /// Whether it could ever be published. What PostgreSQL or Kafka would refuse later is refused here, so that it
     /// fails the transaction that made it and not the relay.
-    fn validate(&self) -> Result<(), InvalidMessage> {
+    pub(crate) fn validate(&self) -> Result<(), InvalidMessage> {
         if !topic::is_legal_name(&self.topic) {
             return Err(InvalidMessage::Topic(self.topic.chars().take(topic::NAME_MAX).collect()));
         }
@@ -119,9 +119,10 @@ impl NewMessage {
 /// Why a message can never be published.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidMessage {
-    /// Kafka has no topic of this name.
+    /// No message can go to a topic of this name.
     #[error(
-        "{0:?} is not a topic: 1 to {max} characters of a-z, A-Z, 0-9, '.', '_' and '-', and neither '.' nor '..'",
+        "{0:?} is not a topic: 1 to {max} characters of a-z, A-Z, 0-9, '.', '_' and '-', neither '.' nor '..', and not \
+         beginning with '__'",
         max = topic::NAME_MAX
     )]
     Topic(String),

@@ -41,12 +41,16 @@ impl From<&Topic> for String {
 /// Longest name of a topic that Kafka accepts, in bytes.
 pub const NAME_MAX: usize = 249;
 
-/// Whether Kafka can have a topic of this name: 1 to [`NAME_MAX`] of a-z, A-Z, 0-9, `.`, `_` and `-`, and neither `.` nor `..`.
-/// What a message or a relay says of a topic is judged by this rule alone.
+/// Whether a message of ours can go to a topic of this name: 1 to [`NAME_MAX`] of a-z, A-Z, 0-9, `.`, `_` and `-`, neither `.` nor
+/// `..`, and not beginning with `__`, as Kafka's own topics do. What a message, a command's `ce_replyto` or a relay says of a
+/// topic is judged by this rule alone.
 #[must_use]
 pub fn is_legal_name(name: &str) -> bool {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    (1..=NAME_MAX).contains(&name.len()) && name.chars().all(legal) && !matches!(name, "." | "..")
+    (1..=NAME_MAX).contains(&name.len())
+        && name.chars().all(legal)
+        && !matches!(name, "." | "..")
+        && !name.starts_with("__")
 }
 
 /// What Kafka's default partitioner makes of a record's key, as the relay's does (`murmur2`): modulo the number of partitions it
@@ -75,6 +79,16 @@ pub fn dead_letter_topic(topic: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn kafkas_own_topics_and_impossible_names_are_no_topics_of_ours() {
+        for name in ["", ".", "..", "a b", "a/b", "ä", "__consumer_offsets", "__x", &"x".repeat(250)] {
+            assert!(!super::is_legal_name(name), "{name}");
+        }
+        for name in ["orders.replies", "_private", "a__b", &"x".repeat(249)] {
+            assert!(super::is_legal_name(name), "{name}");
+        }
+    }
+
     #[test]
     fn a_keys_hash_is_that_of_kafkas_default_partitioner() {
         // The vectors of Kafka's own tests, whose sign the partitioner takes off.

@@ -304,6 +304,8 @@ fn answered<A: Serialize>(performed: Performed<A>) -> Performed<Value> {
             Err(e) => Performed::InDoubt(format!("the answer cannot be stored: {e}")),
         },
         Performed::InDoubt(reason) => Performed::InDoubt(reason),
+        Performed::Contradiction(reason) => Performed::Contradiction(reason),
+        Performed::NotMade { reason, again_after } => Performed::NotMade { reason, again_after },
     }
 }
 

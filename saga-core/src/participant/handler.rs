@@ -13,6 +13,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use serde::{Serialize, de::DeserializeOwned};
+use std::time::Duration;
 
 /// What a command comes to.
 pub enum Decision<C: Command> {
@@ -76,9 +77,20 @@ pub enum Prepare<C: Command, P> {
 pub enum Performed<A> {
     /// A certain answer, yes or no.
     Answered(A),
-    /// No certain answer (time-out, 5xx, connection lost, circuit open): called again under the same key, with
-    /// back-off, until [`IntentConfig::max_attempts`](super::IntentConfig::max_attempts).
+    /// No certain answer (time-out, 5xx, connection lost): called again under the same key, with back-off, until
+    /// [`IntentConfig::max_attempts`](super::IntentConfig::max_attempts).
     InDoubt(String),
+    /// An answer that says something else than was asked for. Under the same key it would be the same again, so the command
+    /// is answered `failed` at once and its effect stays in doubt; a resend calls again.
+    Contradiction(String),
+    /// No call was made (the circuit is open, say): nothing is in doubt that was not before, and no attempt is counted. It
+    /// is tried again after a while, for as long as it takes.
+    NotMade {
+        /// Why.
+        reason: String,
+        /// When to try again.
+        again_after: Duration,
+    },
 }
 
 /// A committed intention to perform an external effect.

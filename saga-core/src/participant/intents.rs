@@ -3,6 +3,7 @@
 //! ```text
 //!   open ──claim (commit: attempt counted)──► call, no tx ──┬─ answered ─► fence + records + reply, intent gone
 //!                                                           ├─ in doubt ─► back-off, open again
+//!                                                           ├─ not made ─► a pause, open again, nothing counted
 //!                                                           └─ attempts ran out ─► `failed` reply, in doubt
 //! ```
 //!
@@ -17,7 +18,7 @@ use super::{
     entry::{Entry, Settled, StoredIntent},
     fence::{Fence, FenceKey, UndoState},
     handler::Performed,
-    queue::{self, Claimed, Counted},
+    queue::{self, Claimed, Counted, Room, Which},
     store,
     unsettled::Unsettled,
 };
@@ -35,11 +36,22 @@ use crate::{
 use futures::FutureExt;
 use serde_json::Value;
 use sqlx::{Connection, PgPool};
-use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
+
+/// Shortest pause after a call that was not made: whoever does not call must not ask without a pause either.
+const NOT_MADE_MIN: Duration = Duration::from_millis(50);
 
 /// How often intents are counted for the gauges.
 const GAUGE_EVERY: Duration = Duration::from_secs(5);
@@ -81,6 +93,22 @@ impl Default for IntentConfig {
     }
 }
 
+/// A slot for a call of an intent that was called before.
+struct Slot(Arc<AtomicUsize>);
+
+impl Slot {
+    fn take(taken: &Arc<AtomicUsize>) -> Self {
+        taken.fetch_add(1, Ordering::Relaxed);
+        Self(taken.clone())
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl IntentConfig {
     fn delay(&self, attempts: u32) -> Duration {
         let doublings = attempts.saturating_sub(1).min(20);
@@ -96,13 +124,16 @@ pub struct Intents {
     database: Arc<Outage>,
     /// What an operator has to set right before effects can be recorded.
     setup: Arc<Outage>,
+    /// Calls in flight of intents that had been called before.
+    again: Arc<AtomicUsize>,
     config: IntentConfig,
 }
 
 impl Intents {
     pub(super) fn new(participant: Arc<Participant>, pool: PgPool) -> Self {
         let setup = Outage::of(&format!("effects of {}", participant.name));
-        Self { database: Outage::of_database(&pool), setup, participant, pool, config: IntentConfig::default() }
+        let (database, again) = (Outage::of_database(&pool), Arc::default());
+        Self { database, setup, again, participant, pool, config: IntentConfig::default() }
     }
 
     /// Other limits than the default.
@@ -184,12 +215,22 @@ impl Intents {
         }
         let kinds: Vec<&str> = self.participant.entries.keys().copied().collect();
         let lease = self.config.call_timeout.saturating_add(self.config.claim_margin);
-        let (claims, due) = self.bound().within(self.claim(&kinds, free, lease)).await?;
+        // What comes to nothing again and again, slowly, has half of the slots and no more: others go on beside it.
+        let again = (self.config.concurrency / 2).max(1).saturating_sub(self.again.load(Ordering::Relaxed));
+        let room = Room { all: free, again };
+        let (claims, due) = self.bound().within(self.claim(&kinds, room, lease)).await?;
         let full = claims.len() == free;
         for claim in claims {
             let this = self.clone();
             let span = claim.span();
-            calls.spawn(async move { this.execute(claim).await }.instrument(span));
+            let slot = (claim.attempts > 1).then(|| Slot::take(&self.again));
+            calls.spawn(
+                async move {
+                    this.execute(claim).await;
+                    drop(slot);
+                }
+                .instrument(span),
+            );
         }
         if full {
             return Ok(Duration::ZERO);
@@ -201,12 +242,17 @@ impl Intents {
     async fn claim(
         &self,
         kinds: &[&str],
-        free: usize,
+        room: Room,
         lease: Duration,
     ) -> Result<(Vec<Claimed>, Option<Duration>), sqlx::Error> {
         let mut tx = self.begin().await?;
-        let claims = queue::claim(&mut tx, kinds, free, Uuid::now_v7(), lease).await?;
-        let due = if claims.len() == free { None } else { queue::next_due(&mut tx, kinds).await? };
+        let claims = queue::claim(&mut tx, kinds, room, Uuid::now_v7(), lease).await?;
+        // Where no slot is left for intents that are called again, one of those in flight ends before the next of them is due.
+        let again_left = claims.iter().filter(|claim| claim.attempts > 1).count() < room.again;
+        let due = match claims.len() == room.all {
+            true => None,
+            false => queue::next_due(&mut tx, kinds, if again_left { Which::All } else { Which::Fresh }).await?,
+        };
         tx.commit_quietly().await?;
         Ok((claims, due))
     }
@@ -280,7 +326,11 @@ impl Intents {
             Performed::InDoubt(reason) if claim.attempts >= self.config.max_attempts => {
                 self.give_up(claim, &reason).await
             }
+            Performed::Contradiction(reason) => self.give_up(claim, &reason).await,
             Performed::InDoubt(reason) => self.back_off(claim, Counted::Yes, &reason).await,
+            Performed::NotMade { reason, again_after } => {
+                self.release(claim, Counted::No, again_after.max(NOT_MADE_MIN), &reason).await
+            }
         }
     }
 
@@ -307,7 +357,7 @@ impl Intents {
         Ok(())
     }
 
-    /// The attempts ran out: the effect stays in doubt, and the orchestrator is told.
+    /// The attempts ran out, or another would change nothing: the effect stays in doubt, and the orchestrator is told.
     async fn give_up(&self, claim: &Claimed, why: &str) -> Result<(), Unsettled> {
         let reason = &reason(why);
         let op = claim.intent.cx.saga.op;
@@ -335,17 +385,21 @@ impl Intents {
         tx.commit().await?;
         batch::count_reply(&claim.kind, outcome);
         tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
-            "no certain answer in all attempts: the effect stays in doubt, and the saga is told; it asks again");
+            "no certain answer: the effect stays in doubt, and the saga is told; it asks again");
         Ok(())
     }
 
     async fn back_off(&self, claim: &Claimed, counted: Counted, why: &str) -> Result<(), Unsettled> {
-        let reason = &reason(why);
         // What counts nothing is repeated for as long as it takes, and calls the provider each time: at leisure.
         let delay = match counted {
             Counted::Yes => self.config.delay(claim.attempts),
             Counted::No => self.config.delay(6),
         };
+        self.release(claim, counted, delay, why).await
+    }
+
+    async fn release(&self, claim: &Claimed, counted: Counted, delay: Duration, why: &str) -> Result<(), Unsettled> {
+        let reason = &reason(why);
         // In an outage that is every command, again and again: whoever knows of the outage has told it once.
         tracing::debug!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
             attempts = claim.attempts, reason, ?delay, "no certain answer yet");
@@ -411,7 +465,13 @@ async fn write(
     payload: Vec<u8>,
 ) -> Result<(), Unsettled> {
     let reply = batch::reply(&claim.kind, &claim.intent.cx, &claim.trace, outcome, payload);
-    Ok(store::write_fences(tx, fences, &[reply]).await.map_err(HandleError::from)?)
+    // An older build took commands that nobody can be answered to. Were that an error, each would be called without an end.
+    let unsendable = reply.validate().inspect_err(|error| {
+        tracing::error!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind, %error,
+            outcome = outcome.as_str(), "an answer cannot be sent: it stands in the fence alone");
+    });
+    let replies = if unsendable.is_ok() { vec![reply] } else { Vec::new() };
+    Ok(store::write_fences(tx, fences, &replies).await.map_err(HandleError::from)?)
 }
 
 /// Records under a savepoint, so that `failed` leaves no writes.

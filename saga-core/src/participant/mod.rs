@@ -46,6 +46,7 @@ use crate::{
     envelope::{Op, SagaHeaders, header},
     id::CommandId,
     outbox::Tx,
+    topic,
 };
 use batch::{Incoming, Work};
 use entry::{Entry, External, ExternalUndoing, Plain, Undoing};
@@ -72,6 +73,8 @@ const MAX_NAME: usize = 512;
 pub struct Participant {
     name: &'static str,
     entries: HashMap<&'static str, Box<dyn Entry>>,
+    /// Where replies may go; anywhere without a list.
+    reply_topics: Option<HashSet<String>>,
     wake: Arc<Notify>,
     /// Partitions whose last batch refused something, had a command that had come before, or failed: the next one (or the
     /// same once more) is taken the long way. A partition that is being worked at is among them.
@@ -81,7 +84,16 @@ pub struct Participant {
 impl Participant {
     /// A participant that knows no command yet. `name` stands in logs and metrics.
     pub fn new(name: &'static str) -> Self {
-        Self { name, entries: HashMap::new(), wake: Arc::new(Notify::new()), careful: Mutex::default() }
+        let (entries, wake, careful) = (HashMap::new(), Arc::new(Notify::new()), Mutex::default());
+        Self { name, entries, reply_topics: None, wake, careful }
+    }
+
+    /// Replies go to these topics and to no other. A command names the topic of its reply, so without a list whoever can send
+    /// commands can have this participant write to any topic that it may write to.
+    #[must_use]
+    pub fn replies_to<T: Into<String>>(mut self, topics: impl IntoIterator<Item = T>) -> Self {
+        self.reply_topics.get_or_insert_default().extend(topics.into_iter().map(Into::into));
+        self
     }
 
     /// Handles the command `C` within the batch's transaction.
@@ -182,8 +194,17 @@ impl Participant {
         if texts.into_iter().flatten().any(|text| text.contains('\0') || text.len() > MAX_NAME) {
             return Err(poison(format!("a saga header holds a NUL or more than {MAX_NAME} bytes")));
         }
-        if saga.reply_to.as_ref().is_none_or(String::is_empty) {
-            return Err(poison(format!("header `{}` is missing", header::REPLY_TO)));
+        match saga.reply_to.as_deref() {
+            None | Some("") => return Err(poison(format!("header `{}` is missing", header::REPLY_TO))),
+            // Nothing may run whose answer cannot be sent: its effect would be repeated for ever.
+            Some(topic) if !topic::is_legal_name(topic) => {
+                return Err(poison(format!("header `{}` names no topic that can be replied to", header::REPLY_TO)));
+            }
+            Some(topic) if self.reply_topics.as_ref().is_some_and(|topics| !topics.contains(topic)) => {
+                let name = self.name;
+                return Err(poison(format!("header `{}`: {name} does not reply to topic {topic:?}", header::REPLY_TO)));
+            }
+            Some(_) => {}
         }
         let occurrence = i32::try_from(saga.occurrence).map_err(|_| poison("occurrence is out of range".into()))?;
         let payload = message.payload.as_deref().ok_or_else(|| poison("a command with no payload".into()))?;

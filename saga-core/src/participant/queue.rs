@@ -159,27 +159,46 @@ pub(super) async fn delete_intents(tx: &mut Tx<'_>, intents: &[CommandId]) -> Re
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Counted {
     Yes,
-    /// The database was at fault, not the call.
+    /// The database was at fault, not the call; or none was made.
     No,
 }
 
-/// Claims up to `limit` due intents of the given types for `lease`, counting an attempt of each. `owner` is a new id: a
-/// process that claims an intent again must not be taken for the one that held it before.
+/// How many calls there is room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Room {
+    /// In all.
+    pub(super) all: usize,
+    /// For intents that were called before and came to nothing.
+    pub(super) again: usize,
+}
+
+/// Claims as many due intents of the given types as there is room for, for `lease`, counting an attempt of each; those that
+/// were never called before the others. `owner` is a new id: a process that claims an intent again must not be taken for the one
+/// that held it before.
 pub(super) async fn claim(
     tx: &mut Tx<'_>,
     kinds: &[&str],
-    limit: usize,
+    room: Room,
     owner: Uuid,
     lease: Duration,
 ) -> Result<Vec<Claimed>, sqlx::Error> {
     let rows = sqlx::query(
-        "with due as (
+        "with fresh as (
              select command_id
                from participant_intent
-              where state in ('ready', 'open') and due_at <= statement_timestamp() and type = any($1)
+              where state in ('ready', 'open') and attempts = 0 and due_at <= statement_timestamp() and type = any($1)
               order by due_at
               limit $2
                 for update skip locked
+         ), again as (
+             select command_id
+               from participant_intent
+              where state in ('ready', 'open') and attempts > 0 and due_at <= statement_timestamp() and type = any($1)
+              order by due_at
+              limit least($5, $2 - (select count(*) from fresh))
+                for update skip locked
+         ), due as (
+             select command_id from fresh union all select command_id from again
          )
          update participant_intent i
             set claimed_by = $3, due_at = clock_timestamp() + make_interval(secs => $4), attempts = i.attempts + 1
@@ -189,9 +208,10 @@ pub(super) async fn claim(
                 i.attempts",
     )
     .bind(kinds)
-    .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+    .bind(i64::try_from(room.all).unwrap_or(i64::MAX))
     .bind(owner)
     .bind(clock::seconds(lease))
+    .bind(i64::try_from(room.again).unwrap_or(i64::MAX))
     .fetch_all(&mut **tx)
     .await?;
     let (mut claims, mut unreadable) = (Vec::with_capacity(rows.len()), Vec::new());
@@ -229,13 +249,28 @@ async fn put_off(tx: &mut Tx<'_>, intents: &[(CommandId, String)]) -> Result<(),
     .map(drop)
 }
 
+/// Which intents are meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Which {
+    All,
+    /// Those that were never called.
+    Fresh,
+}
+
 /// How long until the next intent is due; `None` when there is none.
-pub(super) async fn next_due(tx: &mut Tx<'_>, kinds: &[&str]) -> Result<Option<Duration>, sqlx::Error> {
-    let seconds: Option<f64> = sqlx::query_scalar(
-        "select extract(epoch from min(due_at) - clock_timestamp())::float8
-           from participant_intent
-          where state in ('ready', 'open') and type = any($1)",
-    )
+pub(super) async fn next_due(tx: &mut Tx<'_>, kinds: &[&str], which: Which) -> Result<Option<Duration>, sqlx::Error> {
+    let seconds: Option<f64> = sqlx::query_scalar(match which {
+        Which::All => {
+            "select extract(epoch from min(due_at) - clock_timestamp())::float8
+               from participant_intent
+              where state in ('ready', 'open') and type = any($1)"
+        }
+        Which::Fresh => {
+            "select extract(epoch from min(due_at) - clock_timestamp())::float8
+               from participant_intent
+              where state in ('ready', 'open') and type = any($1) and attempts = 0"
+        }
+    })
     .bind(kinds)
     .fetch_one(&mut **tx)
     .await?;

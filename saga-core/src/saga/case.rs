@@ -14,6 +14,7 @@ use crate::{
     id::SagaId,
     json,
     outbox::NewMessage,
+    reason::reason,
     trace,
 };
 use serde_json::Value;
@@ -137,7 +138,7 @@ impl<'m> Case<'m> {
         let before = self.row.state.open().copied();
         if let Event::Reply(reply) = &event
             && let Ok(open) = answers(&self.definition, &self.row.state, reply)
-            && let Err(flaw) = self.check(&open, reply, flaw)
+            && let Err(flaw) = self.check(&open, reply, flaw, cause)
         {
             return Err(BatchError::Poison(flaw, cause.map(|cause| cause.id)));
         }
@@ -253,12 +254,15 @@ impl<'m> Case<'m> {
         revisions.zip(&self.entries).map(move |(revision, entry)| store::Event { saga, revision, entry })
     }
 
-    fn check(&self, open: &Open, reply: &Reply, flaw: Option<String>) -> Result<(), String> {
+    fn check(&self, open: &Open, reply: &Reply, flaw: Option<String>, cause: Option<&Envelope>) -> Result<(), String> {
         let step = &self.definition.steps()[open.step];
         let remote = remote(&step.kind);
         let Some(call) = remote.and_then(|remote| remote.call(open.op)) else { return Ok(()) };
+        // Of one that was set aside no type is on record.
+        let other = cause.filter(|envelope| envelope.kind.strip_suffix(".reply") != Some(call.kind));
+        let flaw = flaw.or_else(|| other.map(|envelope| format!("its type is {:?}", reason(&envelope.kind))));
         let checked = match (&reply.answer, flaw) {
-            (Answer::Failed(_), _) => return Ok(()),
+            (Answer::Failed(_), None) => return Ok(()),
             (_, Some(flaw)) => Err(flaw),
             (Answer::Succeeded(value), None) => (call.check_reply)(value).map_err(|error| error.to_string()),
             (Answer::Rejected(value), None) => (call.check_rejection)(value).map_err(|error| error.to_string()),

@@ -4,6 +4,7 @@
 //! five lines, each with the variable, what is wrong and what to do, and not one line five times.
 
 use super::{admin::AdminAuth, telemetry::TelemetrySettings};
+use crate::topic::is_legal_name;
 use clap::Args;
 use sqlx::postgres::PgConnectOptions;
 use std::{
@@ -78,6 +79,14 @@ pub struct KafkaArgs {
     /// the brokers' group.min.session.timeout.ms, not more than 300000
     #[arg(long, env = "KAFKA_SESSION_TIMEOUT_MS", value_name = "NUMBER", global = true)]
     pub kafka_session_timeout_ms: Option<String>,
+}
+
+/// What a participant in sagas takes beside.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ParticipantArgs {
+    /// Topics that commands may have their replies sent to beside the platform's own, several separated by commas
+    #[arg(long, env = "REPLY_TOPICS", value_name = "TOPIC,...", global = true)]
+    pub reply_topics: Option<String>,
 }
 
 /// The API's listener.
@@ -248,6 +257,20 @@ impl KafkaArgs {
         let session = number(session, "KAFKA_SESSION_TIMEOUT_MS", 6_000_u64, allowed, errors);
         let session_timeout = Duration::from_millis(session?);
         Some(KafkaSettings { brokers: brokers?, replication_factor: replication_factor?, session_timeout })
+    }
+}
+
+impl ParticipantArgs {
+    /// Reads the topics, and adds what is wrong to `errors`.
+    pub fn read(&self, errors: &mut ConfigErrors) -> Option<Vec<String>> {
+        let topics = given(&self.reply_topics).unwrap_or_default().split(',').map(str::trim);
+        let topics: Vec<_> = topics.filter(|topic| !topic.is_empty()).map(ToOwned::to_owned).collect();
+        match topics.iter().find(|topic| !is_legal_name(topic)) {
+            Some(wrong) => {
+                errors.add("REPLY_TOPICS", format!("has {wrong:?} in it"), "name topics, separated by commas")
+            }
+            None => Some(topics),
+        }
     }
 }
 
@@ -463,6 +486,20 @@ mod tests {
         let text = errors.to_string();
         assert!(text.contains("KAFKA_BROKERS (--kafka-brokers) has \"b\" in it: set it to host:port"), "{text}");
         assert!(!text.contains("hunter2"), "{text}");
+    }
+
+    #[test]
+    fn reply_topics_are_names_of_topics_that_can_be_written_to() {
+        let read = |topics: &str| {
+            let mut errors = ConfigErrors::default();
+            let topics = ParticipantArgs { reply_topics: some(topics) }.read(&mut errors);
+            errors.finish(topics)
+        };
+        assert_eq!(read(" a.replies , b ,").unwrap(), ["a.replies", "b"]);
+        assert!(read(" ").unwrap().is_empty());
+        for wrong in ["a b", "a,__consumer_offsets", ".."] {
+            assert_eq!(read(wrong).unwrap_err().mistakes()[0].variable, "REPLY_TOPICS", "{wrong}");
+        }
     }
 
     #[test]

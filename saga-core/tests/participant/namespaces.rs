@@ -277,9 +277,12 @@ async fn a_namespace_with_a_name_that_cannot_be_stored_is_poison() {
     // The longest names that are taken fit into the key.
     let longest: &'static str = "n".repeat(512).leak();
     let (saga, step) = (SagaId::new(), "s".repeat(512));
-    for namespace in [Namespace::new("replies", longest), Namespace::new(longest, longest)] {
-        let mut message = namespace.message(saga, Op::Do, &yes::<Pay>());
-        message.envelope.saga.as_mut().unwrap().step.clone_from(&step);
+    let topic: &'static str = "n".repeat(249).leak();
+    for (orchestrator, reply_to) in [(None, "replies"), (Some(longest), topic)] {
+        let mut message = Namespace::new(reply_to, longest).message(saga, Op::Do, &yes::<Pay>());
+        let headers = message.envelope.saga.as_mut().unwrap();
+        headers.step.clone_from(&step);
+        headers.orchestrator = orchestrator.map(ToOwned::to_owned);
         world.deliver(&[message]).await;
     }
     assert_eq!((rows(&world, saga).await.len(), world.intents().await), (2, 2));

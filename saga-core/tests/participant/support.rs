@@ -83,7 +83,8 @@ fn word(say: &[String], call: usize) -> &str {
 }
 
 /// Its words are per message: one message may be handled twice (together with its batch, then apart).
-struct AddHandler(Arc<Mutex<HashMap<CommandId, Vec<MessageId>>>>);
+#[derive(Default)]
+pub(crate) struct AddHandler(Arc<Mutex<HashMap<CommandId, Vec<MessageId>>>>);
 
 #[async_trait]
 impl CommandHandler<Add> for AddHandler {
@@ -168,6 +169,8 @@ impl ExternalEffect<Pay> for PayEffect {
         match word(&intent.command.say, call) {
             "no" => Performed::Answered(None),
             "silence" => Performed::InDoubt("no answer".into()),
+            "away" => Performed::NotMade { reason: "nobody was asked".into(), again_after: Duration::from_millis(60) },
+            "something else" => Performed::Contradiction("it did something else".into()),
             "hang" => {
                 self.0.hangs.notify_one();
                 self.0.go_on.notified().await;

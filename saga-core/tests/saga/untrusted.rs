@@ -84,6 +84,24 @@ async fn a_reply_that_nests_too_deep_is_refused_and_its_saga_stays_readable() {
 }
 
 #[tokio::test]
+async fn a_reply_of_another_type_than_its_commands_is_refused() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let sent = world.last(saga).await;
+    for outcome in [Outcome::Succeeded, Outcome::Rejected, Outcome::Failed] {
+        for kind in [sent.kind.clone(), "other.v1.reply".into(), "x".repeat(100_000)] {
+            let mut forged = reply(&sent, outcome, &json!({ "reference": "1", "why": "no" }));
+            forged.envelope.kind = kind;
+            let told = world.try_deliver(&[forged]).await;
+            assert!(matches!(&told, Err(HandleError::Poison(why)) if why.len() < 2_000), "{told:?}");
+        }
+    }
+    assert_eq!(world.last(saga).await.step, "authorize", "nothing was taken");
+    world.succeed(saga).await;
+    assert_eq!(world.last(saga).await.step, "reserve");
+}
+
+#[tokio::test]
 async fn an_input_and_a_command_that_nest_too_deep_start_no_saga() {
     let world = World::new().await;
     let of_input = saga::<Value>("deep", 1)
