@@ -16,3 +16,6 @@ pub const ORDERS_EVENTS: Topic = Topic::events("orders.events", PARTITIONS);
 /// The catalogue: the last record of a key is the item as it is now.
 pub const INVENTORY_ITEMS: Topic =
     Topic { name: "inventory.items", partitions: PARTITIONS, retention: None, cleanup: Cleanup::Compact };
+
+/// Where the platform's participants may be told to reply to. Configuration adds to it (`REPLY_TOPICS`).
+pub const REPLIES: [&str; 1] = [ORDERS_REPLIES.name];

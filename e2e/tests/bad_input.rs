@@ -9,7 +9,7 @@ use e2e::{
     topics::{self, ECHO},
 };
 use saga_core::testkit::{eventually, unique};
-use serde_json::Value;
+use serde_json::{Value, json};
 use stack::service::{Service, binary};
 use std::{collections::BTreeMap, convert::Infallible, process::Command, time::Duration};
 
@@ -233,5 +233,80 @@ fn a_trace_is_carried_from_the_request_through_outbox_and_kafka_to_every_service
                 assert_eq!(line["order"], id.as_str(), "{service}: {line}");
             }
         }
+    });
+}
+
+/// Bodies with an array in the place of an object, and which field that is: all of it, and each field that is an object or a
+/// list of objects.
+fn positional(document: &Value, schema: &str) -> Vec<(Value, String)> {
+    let properties = document["components"]["schemas"][schema]["properties"].as_object().cloned().unwrap_or_default();
+    let fields = properties.iter().filter_map(|(name, property)| {
+        let list = property["items"]["$ref"].is_string();
+        let object = property["$ref"].is_string()
+            || property["oneOf"].as_array().is_some_and(|of| of.iter().any(|one| one["$ref"].is_string()));
+        let field = if list { format!("{name}[0]") } else { name.clone() };
+        (list || object).then(|| (if list { json!({ name: [[]] }) } else { json!({ name: [] }) }, field))
+    });
+    std::iter::once((json!([]), ".".to_owned()))
+        .chain(fields.filter(|(body, _)| !is_text(document, schema, body)))
+        .collect()
+}
+
+/// Whether the only field of `body` refers to a schema that is no object, such as a reason of words.
+fn is_text(document: &Value, schema: &str, body: &Value) -> bool {
+    let name = body.as_object().and_then(|body| body.keys().next()).cloned().unwrap_or_default();
+    let property = &document["components"]["schemas"][schema]["properties"][&name];
+    let places =
+        [&property["$ref"], &property["items"]["$ref"], &property["oneOf"][1]["$ref"], &property["oneOf"][0]["$ref"]];
+    let target = places.into_iter().find_map(|place| place.as_str()?.rsplit('/').next()).unwrap_or_default();
+    document["components"]["schemas"][target]["type"] != "object"
+}
+
+/// Every operation of a document that takes JSON: method, path, schema.
+fn operations(document: &Value) -> Vec<(String, String, String)> {
+    let paths = document["paths"].as_object().into_iter().flatten();
+    let all = paths.flat_map(|(path, methods)| {
+        methods.as_object().into_iter().flatten().map(move |(method, operation)| (method, path, operation))
+    });
+    all.filter_map(|(method, path, operation)| {
+        let schema = &operation["requestBody"]["content"]["application/json"]["schema"]["$ref"];
+        Some((method.to_uppercase(), path.clone(), schema.as_str()?.rsplit('/').next()?.to_owned()))
+    })
+    .collect()
+}
+
+#[test]
+fn an_array_in_the_place_of_an_object_is_refused_by_every_operation() {
+    beside_others(async |platform| {
+        let apis =
+            [Service::Orders, Service::Inventory, Service::Gateway, Service::Payments].map(|s| platform.stack.url(s));
+        let admins = [Service::Orders, Service::Relay].map(|service| platform.admin(service, ""));
+        let mut tried = BTreeMap::new();
+        for base in apis.into_iter().chain(admins) {
+            let document: Value = platform
+                .http
+                .get(format!("{base}/openapi.json"))
+                .send()
+                .await
+                .expect("an answer")
+                .json()
+                .await
+                .expect("JSON");
+            for (method, path, schema) in operations(&document) {
+                let id = uuid::Uuid::now_v7().to_string();
+                let url = format!("{base}{}", path.replace("{id}", &id).replace(['{', '}'], ""));
+                for (body, field) in positional(&document, &schema) {
+                    let request = platform.http.request(method.parse().expect("a method"), &url).json(&body);
+                    let answer = request.header("idempotency-key", &id).send().await.expect("an answer");
+                    let (status, problem) = (answer.status(), answer.json::<Value>().await.unwrap_or_default());
+                    let said = problem["errors"][0]["message"].as_str().unwrap_or_default();
+                    let refused = status == 422 && said.contains("an object with its fields by their names");
+                    assert!(refused, "{method} {url} {body}: {status} {problem}");
+                    assert_eq!(problem["errors"][0]["field"], field, "{method} {url} {body}");
+                }
+                *tried.entry(schema).or_insert(0) += 1;
+            }
+        }
+        assert!(tried.len() >= 10, "{tried:?}");
     });
 }

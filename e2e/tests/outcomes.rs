@@ -5,6 +5,7 @@ use e2e::{
     platform::{Platform, beside_others},
 };
 use saga_core::testkit::eventually;
+use serde_json::Value;
 use sqlx::PgPool;
 use stack::service::Service;
 use std::time::Duration;
@@ -93,6 +94,35 @@ fn a_capture_that_is_refused_releases_the_stock_and_voids_the_payment() {
         assert_eq!(platform.outcome(order).await, "payment_not_captured");
         assert_eq!(platform.stock_of(&sku).await, (3, 0));
         assert_eq!(platform.at_gateway(order).await, ["authorized 500", "voided 500"]);
+    });
+}
+
+#[test]
+fn an_authorization_of_another_amount_confirms_no_order_and_is_let_go() {
+    beside_others(async |platform| {
+        let sku = platform.item("otherwise", 500, 3).await;
+        for (token, moved) in [
+            ("tok_authorize_answers_other_amount", ["authorized 499", "voided 499"]),
+            ("tok_authorize_answers_other_currency", ["authorized 500", "voided 500"]),
+        ] {
+            let order = platform.place(&Wish::of(&sku, 1).paid_with(token)).await;
+            let url = format!("{}/v1/payments/{order}", platform.stack.url(Service::Payments));
+            let payment = eventually(SOON, || async {
+                let payment: Value = platform.http.get(&url).send().await.ok()?.json().await.ok()?;
+                payment["in_doubt"].is_object().then_some(payment)
+            })
+            .await;
+            let reason = payment["in_doubt"]["reason"].as_str().unwrap_or_default();
+            assert!(reason.starts_with("asked to authorize 500 EUR, the gateway answered"), "{payment}");
+            assert_eq!(platform.outcome(order).await, "failed", "{token}");
+            assert_eq!(saga_status(platform, order).await, "compensated", "{token}");
+            assert!(platform.saga(order).await.to_string().contains(reason), "the saga's story has the reason");
+            assert_eq!(platform.at_gateway(order).await, moved, "{token}");
+            let ledger = platform.http.get(format!("{url}/ledger")).send().await.expect("an answer");
+            let ledger: Value = ledger.json().await.expect("JSON");
+            assert_eq!(ledger["differences"][0]["asked"]["amount"], 500, "{ledger}");
+        }
+        assert_eq!(platform.stock_of(&sku).await, (3, 0));
     });
 }
 

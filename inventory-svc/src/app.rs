@@ -28,12 +28,12 @@ pub fn migrations() -> Vec<Migrations> {
 pub const GROUP: &str = "inventory-svc";
 
 /// Runs the service until `token` is cancelled or a part of it fails.
-pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Result<()> {
+pub async fn serve(settings: Settings, reply_topics: Vec<String>, token: CancellationToken) -> anyhow::Result<()> {
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
     let config = ConsumerConfig::new(&settings.kafka.brokers, GROUP, [topics::INVENTORY_COMMANDS.name])
         .with_session_timeout(settings.kafka.session_timeout);
-    let commands = Consumer::new(config, pool.clone(), Arc::new(Commands::new()));
+    let commands = Consumer::new(config, pool.clone(), Arc::new(Commands::also_replying_to(reply_topics)));
     let reading = commands.health();
     health.check("consumer", move || std::future::ready(reading.check()));
     let parts = Parts {

@@ -10,6 +10,7 @@ use contracts::{
     OrderId,
     inventory::{CommitStock, OutOfStock, ReleaseStock, ReserveStock, Reserved},
     product::Sku,
+    topics,
 };
 use saga_core::{
     command::{Command, Done, Happened},
@@ -25,7 +26,15 @@ impl Commands {
     /// Ready to be given to the consumer.
     #[must_use]
     pub fn new() -> Self {
+        Self::also_replying_to(Vec::new())
+    }
+
+    /// Replies go to these topics, too.
+    #[must_use]
+    pub fn also_replying_to(reply_topics: Vec<String>) -> Self {
         let participant = Participant::new("inventory")
+            .replies_to(topics::REPLIES)
+            .replies_to(reply_topics)
             .on::<ReserveStock>(Reserve)
             .on_undo::<ReserveStock, ReleaseStock>(Release)
             .on::<CommitStock>(Commit);

@@ -1,7 +1,9 @@
 //! Items, stock and reservations: `inventory-svc serve`, `inventory-svc migrate`.
 
 use clap::Parser;
-use saga_core::service::{ServiceArgs, ServiceCommand, launch};
+use saga_core::service::{
+    ConfigErrors, ParticipantArgs, ServiceArgs, ServiceCommand, launch_migrate, launch_with, shutdown,
+};
 use std::process::ExitCode;
 
 /// See `tikv-jemallocator` in the workspace's `Cargo.toml`.
@@ -16,10 +18,24 @@ struct Cli {
     command: Option<ServiceCommand>,
     #[command(flatten)]
     args: ServiceArgs,
+    #[command(flatten)]
+    participant: ParticipantArgs,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let Cli { command, args } = Cli::parse();
-    launch(&inventory_svc::IDENTITY, command, &args, inventory_svc::migrations, inventory_svc::serve).await
+    run(Cli::parse()).await.unwrap_or_else(|mistakes| mistakes.report())
+}
+
+async fn run(Cli { command, args, participant }: Cli) -> Result<ExitCode, ConfigErrors> {
+    let identity = &inventory_svc::IDENTITY;
+    if command.unwrap_or(ServiceCommand::Serve) == ServiceCommand::Migrate {
+        return Ok(launch_migrate(identity, &args, &inventory_svc::migrations()).await);
+    }
+    let mut errors = ConfigErrors::default();
+    let (settings, reply_topics) = (args.read(identity, &mut errors), participant.read(&mut errors));
+    let (settings, reply_topics) = errors.finish(settings.zip(reply_topics))?;
+    let telemetry = settings.telemetry.clone();
+    let served = inventory_svc::serve(settings, reply_topics, shutdown::token());
+    Ok(launch_with(identity, &telemetry, served).await)
 }

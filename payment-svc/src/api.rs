@@ -4,7 +4,7 @@
 
 use crate::{
     domain::Status,
-    store::{self, Entry, Filter, Recorded},
+    store::{self, Entry, Filter, Recorded, RecordedDifference},
 };
 use axum::{Router, extract::State};
 use contracts::{OrderId, money::Money};
@@ -73,12 +73,34 @@ pub struct PaymentView {
     captured: i64,
     /// Minor units given back of what was taken.
     refunded: i64,
+    /// Why nobody can say what became of it: the gateway answered something else than it was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    in_doubt: Option<DifferenceView>,
     /// When it was first asked for.
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
     /// When it last changed.
     #[serde(with = "time::serde::rfc3339")]
     updated_at: OffsetDateTime,
+}
+
+/// An answer of the gateway of another amount or currency than was asked for. It settled nothing.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct DifferenceView {
+    /// In words.
+    #[schema(example = "asked to capture 1000 EUR, the gateway answered 999 EUR")]
+    reason: String,
+    /// `authorize`, `void`, `capture` or `refund`.
+    movement: String,
+    /// How much was asked for.
+    asked: Money,
+    /// How much was answered.
+    answered: Money,
+    /// The gateway's reference.
+    reference: String,
+    /// When it was first answered.
+    #[serde(with = "time::serde::rfc3339")]
+    at: OffsetDateTime,
 }
 
 /// One side of a movement of money; the entries of a payment add up to nothing.
@@ -106,6 +128,8 @@ pub struct LedgerView {
     order: OrderId,
     /// Its entries, oldest first.
     entries: Vec<EntryView>,
+    /// What was asked for and answered otherwise, oldest first; none of it is an entry.
+    differences: Vec<DifferenceView>,
 }
 
 /// Which payments.
@@ -152,7 +176,12 @@ pub async fn list_payments(
 ) -> Result<Json<List<PaymentView>>, Problem> {
     let filter = Filter { status: query.status.map(|status| status.name().to_owned()), customer: query.customer };
     let page = store::list(&pool, &filter, query.limit, query.cursor.as_ref()).await?;
-    Ok(Json(page.map(PaymentView::from)))
+    let orders: Vec<_> = page.items.iter().map(|row| row.payment.order).collect();
+    let mut doubts = store::in_doubt(&pool, &orders).await?;
+    Ok(Json(page.map(|row| {
+        let doubt = doubts.remove(&row.payment.order);
+        view(row, doubt)
+    })))
 }
 
 /// The payment of an order
@@ -160,7 +189,8 @@ pub async fn list_payments(
     responses((status = 200, body = PaymentView), (status = 404, body = Problem)))]
 pub async fn get_payment(State(pool): State<PgPool>, Path(order): Path<OrderId>) -> Result<Json<PaymentView>, Problem> {
     let found = store::find(&pool, order).await?.ok_or_else(|| no_payment(order))?;
-    Ok(Json(found.into()))
+    let doubt = store::in_doubt(&pool, &[order]).await?.remove(&order);
+    Ok(Json(view(found, doubt)))
 }
 
 /// The ledger of an order's payment
@@ -169,44 +199,52 @@ pub async fn get_payment(State(pool): State<PgPool>, Path(order): Path<OrderId>)
 pub async fn get_ledger(State(pool): State<PgPool>, Path(order): Path<OrderId>) -> Result<Json<LedgerView>, Problem> {
     store::find(&pool, order).await?.ok_or_else(|| no_payment(order))?;
     let entries = store::ledger(&pool, order).await?.into_iter().map(EntryView::from).collect();
-    Ok(Json(LedgerView { order, entries }))
+    let differences = store::differences(&pool, order).await?.into_iter().map(DifferenceView::from).collect();
+    Ok(Json(LedgerView { order, entries, differences }))
 }
 
 fn no_payment(order: OrderId) -> Problem {
     Problem::not_found(format!("Nobody asked for a payment of order {order}."))
 }
 
-impl From<Recorded> for PaymentView {
-    fn from(Recorded { payment, created_at, updated_at }: Recorded) -> Self {
-        let mut view = Self {
-            order: payment.order,
-            customer: payment.customer,
-            amount: payment.amount,
-            status: payment.status.name(),
-            decline_reason: None,
-            authorization: None,
-            capture: None,
-            held: 0,
-            captured: 0,
-            refunded: 0,
-            created_at,
-            updated_at,
-        };
-        match payment.status {
-            Status::Authorizing | Status::Voided => {}
-            Status::Declined { reason } => view.decline_reason = Some(reason),
-            Status::Authorized { authorization } => {
-                view.authorization = Some(authorization);
-                view.held = payment.amount.amount;
-            }
-            Status::Captured { authorization, capture, refunded, .. } => {
-                view.authorization = Some(authorization);
-                view.capture = Some(capture);
-                view.captured = payment.amount.amount;
-                view.refunded = refunded;
-            }
+fn view(Recorded { payment, created_at, updated_at }: Recorded, doubt: Option<RecordedDifference>) -> PaymentView {
+    let mut view = PaymentView {
+        order: payment.order,
+        customer: payment.customer,
+        amount: payment.amount,
+        status: payment.status.name(),
+        decline_reason: None,
+        authorization: None,
+        capture: None,
+        held: 0,
+        captured: 0,
+        refunded: 0,
+        in_doubt: doubt.map(DifferenceView::from),
+        created_at,
+        updated_at,
+    };
+    match payment.status {
+        Status::Authorizing | Status::Voided => {}
+        Status::Declined { reason } => view.decline_reason = Some(reason),
+        Status::Authorized { authorization } => {
+            view.authorization = Some(authorization);
+            view.held = payment.amount.amount;
         }
-        view
+        Status::Captured { authorization, capture, refunded, .. } => {
+            view.authorization = Some(authorization);
+            view.capture = Some(capture);
+            view.captured = payment.amount.amount;
+            view.refunded = refunded;
+        }
+    }
+    view
+}
+
+impl From<RecordedDifference> for DifferenceView {
+    fn from(difference: RecordedDifference) -> Self {
+        let reason = difference.reason();
+        let RecordedDifference { movement, asked, answered, reference, at, .. } = difference;
+        Self { reason, movement, asked, answered, reference, at }
     }
 }
 

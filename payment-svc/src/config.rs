@@ -2,7 +2,7 @@
 
 use crate::sim::SimArgs;
 use reqwest::Url;
-use saga_core::service::{ConfigErrors, Identity, ServiceArgs, Settings};
+use saga_core::service::{ConfigErrors, Identity, ParticipantArgs, ServiceArgs, Settings};
 use std::time::Duration;
 
 /// The service.
@@ -15,6 +15,9 @@ pub struct Cli {
     /// What every service takes.
     #[command(flatten)]
     pub service: ServiceArgs,
+    /// What a participant takes beside.
+    #[command(flatten)]
+    pub participant: ParticipantArgs,
     /// The payment provider.
     #[command(flatten)]
     pub gateway: GatewayArgs,
@@ -62,12 +65,19 @@ pub struct GatewaySettings {
 }
 
 impl GatewayArgs {
-    /// Checks these and `service` and reports every mistake at once.
-    pub fn validate(&self, service: &ServiceArgs) -> Result<(Settings, GatewaySettings), ConfigErrors> {
+    /// Checks these and the others and reports every mistake at once.
+    pub fn validate(
+        &self,
+        service: &ServiceArgs,
+        participant: &ParticipantArgs,
+    ) -> Result<(Settings, GatewaySettings, Vec<String>), ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let settings = service.read(&IDENTITY, &mut errors);
+        let reply_topics = participant.read(&mut errors);
         let gateway = self.read(&mut errors);
-        errors.finish(settings.zip(gateway))
+        errors.finish(
+            settings.zip(gateway).zip(reply_topics).map(|((settings, gateway), topics)| (settings, gateway, topics)),
+        )
     }
 
     fn read(&self, errors: &mut ConfigErrors) -> Option<GatewaySettings> {
@@ -120,11 +130,19 @@ mod tests {
             gateway_timeout_ms: text("soon"),
             gateway_concurrency: text("0"),
         };
-        let errors = gateway.validate(&ServiceArgs::default()).unwrap_err();
+        let participant = ParticipantArgs { reply_topics: text("no topic") };
+        let errors = gateway.validate(&ServiceArgs::default(), &participant).unwrap_err();
         let variables: Vec<_> = errors.mistakes().iter().map(|mistake| mistake.variable).collect();
         assert_eq!(
             variables,
-            ["DATABASE_URL", "KAFKA_BROKERS", "GATEWAY_URL", "GATEWAY_TIMEOUT_MS", "GATEWAY_CONCURRENCY"]
+            [
+                "DATABASE_URL",
+                "KAFKA_BROKERS",
+                "REPLY_TOPICS",
+                "GATEWAY_URL",
+                "GATEWAY_TIMEOUT_MS",
+                "GATEWAY_CONCURRENCY"
+            ]
         );
     }
 }

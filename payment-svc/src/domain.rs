@@ -71,8 +71,8 @@ pub enum Event {
     },
     /// The gateway holds nothing (any more). `released` tells of money whose authorization nobody had heard of.
     Voided {
-        /// The gateway's reference and what it let go, if it held something.
-        released: Option<String>,
+        /// What it let go, if it held something.
+        released: Option<Released>,
     },
     /// The gateway took the money.
     Captured {
@@ -96,6 +96,15 @@ pub enum Event {
         /// How much was asked for.
         amount: i64,
     },
+}
+
+/// What the gateway held and let go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Released {
+    /// Its reference.
+    pub reference: String,
+    /// How much. It may be another amount than was asked for, if the gateway said so of the authorization, too.
+    pub amount: Money,
 }
 
 /// Where money is.
@@ -128,16 +137,16 @@ pub struct Movement {
     /// Why.
     pub kind: MovementKind,
     /// How much, positive.
-    pub amount: i64,
+    pub amount: Money,
     /// The gateway's reference.
     pub reference: String,
 }
 
 impl Movement {
     /// It was held, and nobody here had heard of it: both movements enter when it is let go.
-    pub fn held_and_let_go(amount: i64, reference: &str) -> [Self; 2] {
+    pub fn held_and_let_go(released: &Released) -> [Self; 2] {
         let both = [MovementKind::Authorize, MovementKind::Void];
-        both.map(|kind| Self { kind, amount, reference: reference.to_owned() })
+        both.map(|kind| Self { kind, amount: released.amount, reference: released.reference.clone() })
     }
 }
 
@@ -180,15 +189,19 @@ impl Payment {
     pub fn apply(mut self, event: Event) -> Result<(Self, Vec<Movement>), IllegalMove> {
         let total = self.amount.amount;
         let status = self.status.name();
-        let moved = |kind, amount, reference: &str| Movement { kind, amount, reference: reference.to_owned() };
+        let money = self.amount;
+        let moved = |kind, amount, reference: &str| {
+            let amount = Money { amount, ..money };
+            Movement { kind, amount, reference: reference.to_owned() }
+        };
         let (status, movements) = match (self.status, event) {
             (Status::Authorizing, Event::Authorized { authorization }) => {
                 let movement = moved(MovementKind::Authorize, total, &authorization);
                 (Status::Authorized { authorization }, vec![movement])
             }
             (Status::Authorizing, Event::Declined { reason }) => (Status::Declined { reason }, vec![]),
-            (Status::Authorizing, Event::Voided { released: Some(reference) }) => {
-                (Status::Voided, Movement::held_and_let_go(total, &reference).to_vec())
+            (Status::Authorizing, Event::Voided { released: Some(released) }) => {
+                (Status::Voided, Movement::held_and_let_go(&released).to_vec())
             }
             (Status::Authorizing | Status::Declined { .. } | Status::Voided, Event::Voided { released: None }) => {
                 (Status::Voided, vec![])
@@ -329,12 +342,17 @@ mod tests {
         }
     }
 
+    fn released(amount: i64, currency: &str) -> Released {
+        Released { reference: "a".into(), amount: Money { amount, currency: currency.parse().unwrap() } }
+    }
+
     fn event() -> impl Strategy<Value = Event> {
         prop_oneof![
             Just(Event::Authorized { authorization: "a".into() }),
             Just(Event::Declined { reason: "r".into() }),
             Just(Event::Voided { released: None }),
-            Just(Event::Voided { released: Some("a".into()) }),
+            Just(Event::Voided { released: Some(released(100, "EUR")) }),
+            Just(Event::Voided { released: Some(released(99, "USD")) }),
             Just(Event::Captured { capture: "c".into() }),
             (-5_i64..120).prop_map(|amount| Event::RefundBegun { amount }),
             (-5_i64..120).prop_map(|amount| Event::Refunded { refund: "f".into(), amount }),
@@ -350,7 +368,7 @@ mod tests {
             for event in events {
                 let Ok((next, movements)) = payment.clone().apply(event) else { continue };
                 payment = next;
-                for Movement { kind, amount, .. } in movements {
+                for Movement { kind, amount: Money { amount, .. }, .. } in movements {
                     let (from, to) = kind.accounts();
                     for (account, amount) in [(from, -amount), (to, amount)] {
                         match account {

@@ -17,11 +17,11 @@ async fn main() -> ExitCode {
     run(Cli::parse()).await.unwrap_or_else(|errors| errors.report())
 }
 
-async fn run(Cli { service, gateway, command }: Cli) -> Result<ExitCode, ConfigErrors> {
+async fn run(Cli { service, participant, gateway, command }: Cli) -> Result<ExitCode, ConfigErrors> {
     Ok(match command.unwrap_or(Command::Serve) {
         Command::Serve => {
-            let (settings, gateway) = gateway.validate(&service)?;
-            exit_code(serve::serve(settings, gateway).await)
+            let (settings, gateway, reply_topics) = gateway.validate(&service, &participant)?;
+            exit_code(serve::serve(settings, gateway, reply_topics).await)
         }
         Command::Migrate => launch_migrate(&IDENTITY, &service, &migrations::all()).await,
         Command::MigrateGatewaySim => launch_migrate(&sim::IDENTITY, &service, &[migrations::gateway()]).await,

@@ -18,18 +18,19 @@ use saga_core::{
     service::{self, Health, Parts, Settings, database, task, telemetry},
     topic::Topic,
 };
+use sqlx::PgPool;
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 /// What this service reads, and so creates: its commands.
 const TOPICS: [Topic; 1] = [topics::PAYMENTS_COMMANDS];
 
 /// Runs the service until it is asked to stop.
-pub async fn serve(settings: Settings, gateway: GatewaySettings) -> anyhow::Result<()> {
+pub async fn serve(settings: Settings, gateway: GatewaySettings, reply_topics: Vec<String>) -> anyhow::Result<()> {
     let _telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
     let token = service::shutdown::token();
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
-    let participant = Arc::new(participant(&gateway)?);
+    let participant = Arc::new(participant(&gateway, &pool)?.replies_to(reply_topics));
     let intents = participant.intents(pool.clone()).with_config(limits(&gateway));
     let commands = ConsumerConfig::new(&settings.kafka.brokers, IDENTITY.name, [topics::PAYMENTS_COMMANDS.name])
         .with_session_timeout(settings.kafka.session_timeout);
@@ -55,17 +56,18 @@ pub async fn serve(settings: Settings, gateway: GatewaySettings) -> anyhow::Resu
     service::run(settings, pool, health, token, parts).await.map_err(anyhow::Error::from_boxed)
 }
 
-/// The participant with its provider behind retries and a breaker.
-pub fn participant(gateway: &GatewaySettings) -> anyhow::Result<Participant> {
+/// The participant with its provider behind retries and circuits.
+pub fn participant(gateway: &GatewaySettings, pool: &PgPool) -> anyhow::Result<Participant> {
     let provider = HttpGateway::new(&gateway.url, gateway.timeout)?;
-    Ok(effects::participant(IDENTITY.name, Arc::new(Guarded::new(provider, BreakerConfig::default()))))
+    let provider = Arc::new(Guarded::new(provider, BreakerConfig::default()));
+    Ok(effects::participant(IDENTITY.name, provider, pool.clone()))
 }
 
-/// A call has the provider's time-out and time for quick retries.
+/// A call has the provider's time-out, and time for quick retries and for what is read and written beside it.
 pub fn limits(gateway: &GatewaySettings) -> IntentConfig {
     IntentConfig {
         concurrency: gateway.concurrency,
-        call_timeout: gateway.timeout * 2 + Duration::from_secs(1),
+        call_timeout: gateway.timeout * 2 + Duration::from_secs(3),
         ..IntentConfig::default()
     }
 }

@@ -1,13 +1,18 @@
 //! The SQL of payments and their ledger.
 
 use crate::domain::{Movement, Payment, Status};
-use contracts::{OrderId, money::Money};
+use contracts::{
+    OrderId,
+    money::{Money, UnknownCurrency},
+};
 use saga_core::{
     http::{Cursor, Limit, List, Problem},
     id::CommandId,
     outbox::Tx,
+    transaction::{Bound, Transaction},
 };
 use sqlx::{PgPool, Row, postgres::PgRow};
+use std::collections::HashMap;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -39,6 +44,59 @@ pub struct Recorded {
     pub updated_at: OffsetDateTime,
 }
 
+/// An answer of the gateway of another amount or currency than was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    /// Whose payment.
+    pub order: OrderId,
+    /// The command under whose id it was asked.
+    pub command: CommandId,
+    /// What was asked for: `authorize`, `void`, `capture`, `refund`.
+    pub movement: &'static str,
+    /// How much was asked for.
+    pub asked: Money,
+    /// How much was answered.
+    pub answered: Money,
+    /// The gateway's reference.
+    pub reference: String,
+}
+
+impl Difference {
+    /// In words.
+    pub fn reason(&self) -> String {
+        difference_in_words(self.movement, self.asked, self.answered)
+    }
+}
+
+/// A [`Difference`] as it is on record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordedDifference {
+    /// Whose payment.
+    pub order: OrderId,
+    /// What was asked for.
+    pub movement: String,
+    /// How much was asked for.
+    pub asked: Money,
+    /// How much was answered.
+    pub answered: Money,
+    /// The gateway's reference.
+    pub reference: String,
+    /// When it was first answered.
+    pub at: OffsetDateTime,
+}
+
+impl RecordedDifference {
+    /// In words.
+    pub fn reason(&self) -> String {
+        difference_in_words(&self.movement, self.asked, self.answered)
+    }
+}
+
+fn difference_in_words(movement: &str, asked: Money, answered: Money) -> String {
+    let text = |money: Money| format!("{} {}", money.amount, money.currency);
+    format!("asked to {movement} {}, the gateway answered {}", text(asked), text(answered))
+}
+
 /// Which payments a list shows.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
@@ -56,6 +114,16 @@ macro_rules! payments {
                     held, captured, refunded, refunding, created_at, updated_at
                from payment ",
             $rest
+        )
+    };
+}
+
+macro_rules! differences {
+    ($from:literal) => {
+        concat!(
+            "select order_id, movement, asked_amount, asked_currency, answered_amount, answered_currency, reference, at
+               from ",
+            $from
         )
     };
 }
@@ -134,8 +202,8 @@ async fn enter(
         .bind(command.0)
         .bind(kind.name())
         .bind(vec![from.name(), to.name()])
-        .bind(vec![-amount, *amount])
-        .bind(payment.amount.currency.as_str())
+        .bind(vec![-amount.amount, amount.amount])
+        .bind(amount.currency.as_str())
         .bind(reference)
         .execute(&mut **tx)
         .await?;
@@ -169,6 +237,83 @@ pub async fn ledger(pool: &PgPool, order: OrderId) -> Result<Vec<Entry>, sqlx::E
             })
         })
         .collect()
+}
+
+/// What may be held of the authorization under this key: what was asked for, then whatever else the gateway answered, as
+/// long as it is not certain. Nothing where no payment is of this key, or nothing of it can be held.
+pub async fn may_be_held(
+    pool: &PgPool,
+    bound: Bound,
+    order: OrderId,
+    authorize_key: CommandId,
+) -> Result<Vec<Money>, sqlx::Error> {
+    let read = async {
+        let mut tx = Transaction::begin(pool, bound).await?;
+        let rows = sqlx::query(
+            "with p as (
+                 select amount, currency, status
+                   from payment
+                  where order_id = $1 and authorize_key = $2 and status in ('authorizing', 'authorized')
+             )
+             select amount, currency, 0::bigint as id from p
+              union all
+             select d.answered_amount, d.answered_currency, d.id
+               from payment_difference d, p
+              where d.command_id = $2 and d.order_id = $1 and p.status = 'authorizing'
+              order by id",
+        )
+        .bind(order.0)
+        .bind(authorize_key.0)
+        .fetch_all(&mut **tx)
+        .await?;
+        tx.commit_quietly().await?;
+        rows.iter().map(|row| money(row, "amount", "currency")).collect()
+    };
+    bound.within(read).await
+}
+
+/// Puts a difference on record, in a commit of its own; once, however often it is answered.
+pub async fn record_difference(pool: &PgPool, bound: Bound, difference: &Difference) -> Result<(), sqlx::Error> {
+    let write = async {
+        let mut tx = Transaction::begin(pool, bound).await?;
+        sqlx::query(
+            "insert into payment_difference
+                    (order_id, command_id, movement, asked_amount, asked_currency, answered_amount, answered_currency,
+                     reference)
+             values ($1, $2, $3, $4, $5, $6, $7, $8)
+                 on conflict on constraint payment_difference_once do nothing",
+        )
+        .bind(difference.order.0)
+        .bind(difference.command.0)
+        .bind(difference.movement)
+        .bind(difference.asked.amount)
+        .bind(difference.asked.currency.as_str())
+        .bind(difference.answered.amount)
+        .bind(difference.answered.currency.as_str())
+        .bind(&difference.reference)
+        .execute(&mut **tx)
+        .await?;
+        tx.commit_quietly().await
+    };
+    bound.within(write).await
+}
+
+/// The order's differences, oldest first.
+pub async fn differences(pool: &PgPool, order: OrderId) -> Result<Vec<RecordedDifference>, sqlx::Error> {
+    let rows = sqlx::query(concat!(differences!("payment_difference"), " where order_id = $1 order by id"))
+        .bind(order.0)
+        .fetch_all(pool)
+        .await?;
+    rows.iter().map(difference).collect()
+}
+
+/// Which of these payments are in doubt because of a difference.
+pub async fn in_doubt(pool: &PgPool, orders: &[OrderId]) -> Result<HashMap<OrderId, RecordedDifference>, sqlx::Error> {
+    let rows = sqlx::query(concat!(differences!("payment_in_doubt"), " where order_id = any($1)"))
+        .bind(orders.iter().map(|order| order.0).collect::<Vec<_>>())
+        .fetch_all(pool)
+        .await?;
+    rows.iter().map(|row| difference(row).map(|difference| (difference.order, difference))).collect()
 }
 
 /// A page of payments, newest first.
@@ -259,16 +404,31 @@ fn payment(row: &PgRow) -> Result<Payment, sqlx::Error> {
         "voided" => Status::Voided,
         other => return Err(sqlx::Error::Decode(format!("payment with status {other:?}").into())),
     };
-    let currency = row.try_get::<&str, _>("currency")?.parse();
     Ok(Payment {
         order: OrderId(row.try_get("order_id")?),
         customer: row.try_get("customer")?,
-        amount: Money {
-            amount: row.try_get("amount")?,
-            currency: currency.map_err(|error: contracts::money::UnknownCurrency| sqlx::Error::Decode(error.into()))?,
-        },
+        amount: money(row, "amount", "currency")?,
         authorize_key: CommandId(row.try_get("authorize_key")?),
         status,
+    })
+}
+
+fn money(row: &PgRow, amount: &str, currency: &str) -> Result<Money, sqlx::Error> {
+    let currency = row.try_get::<&str, _>(currency)?.parse();
+    Ok(Money {
+        amount: row.try_get(amount)?,
+        currency: currency.map_err(|error: UnknownCurrency| sqlx::Error::Decode(error.into()))?,
+    })
+}
+
+fn difference(row: &PgRow) -> Result<RecordedDifference, sqlx::Error> {
+    Ok(RecordedDifference {
+        order: OrderId(row.try_get("order_id")?),
+        movement: row.try_get("movement")?,
+        asked: money(row, "asked_amount", "asked_currency")?,
+        answered: money(row, "answered_amount", "answered_currency")?,
+        reference: row.try_get("reference")?,
+        at: row.try_get("at")?,
     })
 }
 

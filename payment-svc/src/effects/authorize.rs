@@ -1,9 +1,9 @@
 //! Hold the money.
 
-use super::{ask, happened, locked, reference};
+use super::{Provider, happened, locked, reference};
 use crate::{
     domain::{Event, Payment, Refusal, Status},
-    gateway::{Answer, PaymentGateway, Request},
+    gateway::{Answer, Request},
     store,
 };
 use async_trait::async_trait;
@@ -12,12 +12,11 @@ use saga_core::{
     outbox::Tx,
     participant::{CommandContext, Decision, ExternalEffect, Intent, Performed, Prepare},
 };
-use std::sync::Arc;
 
 /// Longest customer or token; the gateway and the database take as much.
 const MAX_TEXT: usize = 200;
 
-pub(super) struct Authorize(pub(super) Arc<dyn PaymentGateway>);
+pub(super) struct Authorize(pub(super) Provider);
 
 #[async_trait]
 impl ExternalEffect<AuthorizePayment> for Authorize {
@@ -62,7 +61,7 @@ impl ExternalEffect<AuthorizePayment> for Authorize {
             amount: *amount,
             method: method.clone(),
         };
-        ask(&*self.0, &intent.cx, &request).await
+        self.0.ask(&intent.cx, intent.command.order, &request, intent.command.amount).await
     }
 
     async fn record(

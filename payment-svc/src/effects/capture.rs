@@ -1,9 +1,9 @@
 //! Take the money that is held.
 
-use super::{ask, happened, locked, reference};
+use super::{Provider, happened, locked, reference};
 use crate::{
     domain::{Event, Refusal},
-    gateway::{Answer, PaymentGateway, Request},
+    gateway::{Answer, Request},
     store,
 };
 use async_trait::async_trait;
@@ -12,9 +12,8 @@ use saga_core::{
     outbox::Tx,
     participant::{CommandContext, Decision, ExternalEffect, Intent, Performed, Prepare},
 };
-use std::sync::Arc;
 
-pub(super) struct Capture(pub(super) Arc<dyn PaymentGateway>);
+pub(super) struct Capture(pub(super) Provider);
 
 #[async_trait]
 impl ExternalEffect<CapturePayment> for Capture {
@@ -38,7 +37,7 @@ impl ExternalEffect<CapturePayment> for Capture {
 
     async fn perform(&self, intent: &Intent<CapturePayment, String>) -> Performed<Answer> {
         let request = Request::Capture { authorization: intent.prepared.clone(), amount: intent.command.amount };
-        ask(&*self.0, &intent.cx, &request).await
+        self.0.ask(&intent.cx, intent.command.order, &request, intent.command.amount).await
     }
 
     async fn record(

@@ -7,46 +7,43 @@
 //! | [`capture`] | take it: the order saga's pivot |
 //! | [`refund`] | give it back |
 //!
+//! An answer of another amount or currency than was asked for settles nothing: it is put on record beside what was asked
+//! (`provider`), the command fails, and the payment stays in doubt.
+//!
 //! When the process dies between the call and its record, the intent is still there: the gateway is asked again under
 //! the command's id and gives the same answer.
 
 pub mod authorize;
 pub mod capture;
+mod provider;
 pub mod refund;
 pub mod void;
 
 use crate::{
     domain::{Event, Payment},
-    gateway::{Answer, PaymentGateway, Request},
+    gateway::PaymentGateway,
     store,
 };
 use anyhow::Context;
 use contracts::{
     OrderId,
     payments::{AuthorizePayment, CapturePayment, RefundPayment, VoidPayment},
+    topics,
 };
-use saga_core::{
-    id::CommandId,
-    outbox::Tx,
-    participant::{CommandContext, Participant, Performed},
-};
+use provider::Provider;
+use saga_core::{id::CommandId, outbox::Tx, participant::Participant};
+use sqlx::PgPool;
 use std::sync::Arc;
 
-/// The payments' participant: what `payments.commands` is answered by.
-pub fn participant(name: &'static str, gateway: Arc<dyn PaymentGateway>) -> Participant {
+/// The payments' participant: what `payments.commands` is answered by. Answers that differ are put on record in `pool`.
+pub fn participant(name: &'static str, gateway: Arc<dyn PaymentGateway>, pool: PgPool) -> Participant {
+    let provider = Provider::new(gateway, pool);
     Participant::new(name)
-        .external::<AuthorizePayment>(authorize::Authorize(gateway.clone()))
-        .external_undo::<AuthorizePayment, VoidPayment>(void::Void(gateway.clone()))
-        .external::<CapturePayment>(capture::Capture(gateway.clone()))
-        .external::<RefundPayment>(refund::Refund(gateway))
-}
-
-/// Asks the gateway under the command's id.
-async fn ask(gateway: &dyn PaymentGateway, cx: &CommandContext, request: &Request) -> Performed<Answer> {
-    match gateway.perform(cx.idempotency_key(), request).await {
-        Ok(answer) => Performed::Answered(answer),
-        Err(doubt) => Performed::InDoubt(doubt.to_string()),
-    }
+        .replies_to(topics::REPLIES)
+        .external::<AuthorizePayment>(authorize::Authorize(provider.clone()))
+        .external_undo::<AuthorizePayment, VoidPayment>(void::Void(provider.clone()))
+        .external::<CapturePayment>(capture::Capture(provider.clone()))
+        .external::<RefundPayment>(refund::Refund(provider))
 }
 
 /// Applies `event` to the order's payment and writes what follows.

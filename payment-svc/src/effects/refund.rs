@@ -1,9 +1,9 @@
 //! Give back what was captured, all of it or a part.
 
-use super::{ask, happened, locked, reference};
+use super::{Provider, happened, locked, reference};
 use crate::{
     domain::{Event, Refusal},
-    gateway::{Answer, PaymentGateway, Request},
+    gateway::{Answer, Request},
     store,
 };
 use async_trait::async_trait;
@@ -12,9 +12,8 @@ use saga_core::{
     outbox::Tx,
     participant::{CommandContext, Decision, ExternalEffect, Intent, Performed, Prepare},
 };
-use std::sync::Arc;
 
-pub(super) struct Refund(pub(super) Arc<dyn PaymentGateway>);
+pub(super) struct Refund(pub(super) Provider);
 
 #[async_trait]
 impl ExternalEffect<RefundPayment> for Refund {
@@ -47,7 +46,7 @@ impl ExternalEffect<RefundPayment> for Refund {
 
     async fn perform(&self, intent: &Intent<RefundPayment, String>) -> Performed<Answer> {
         let request = Request::Refund { authorization: intent.prepared.clone(), amount: intent.command.amount };
-        ask(&*self.0, &intent.cx, &request).await
+        self.0.ask(&intent.cx, intent.command.order, &request, intent.command.amount).await
     }
 
     async fn record(

@@ -5,27 +5,23 @@
 //! ours: after an asynchronous failover the payment may be lost while the gateway holds its money. What the gateway then
 //! lets go is entered in the ledger all the same, or it would not say the same as the gateway's.
 
-use super::{ask, happened};
+use super::{Provider, happened};
 use crate::{
-    domain::{Event, Movement, Payment, Status},
-    gateway::{Answer, PaymentGateway, Request},
+    domain::{Event, Movement, Payment, Released, Status},
+    gateway::Answer,
     store,
 };
 use anyhow::{Context, ensure};
 use async_trait::async_trait;
-use contracts::{
-    money::Money,
-    payments::{AuthorizePayment, Authorized, VoidPayment},
-};
+use contracts::payments::{AuthorizePayment, Authorized, VoidPayment};
 use saga_core::{
     command::{Done, Happened},
     id::CommandId,
     outbox::Tx,
     participant::{CommandContext, Decision, ExternalUndo, Intent, Performed, Prepare},
 };
-use std::sync::Arc;
 
-pub(super) struct Void(pub(super) Arc<dyn PaymentGateway>);
+pub(super) struct Void(pub(super) Provider);
 
 #[async_trait]
 impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
@@ -49,7 +45,7 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
     }
 
     async fn perform(&self, intent: &Intent<VoidPayment, CommandId>) -> Performed<Answer> {
-        ask(&*self.0, &intent.cx, &Request::Void { authorization_key: intent.prepared }).await
+        self.0.ask_to_void(&intent.cx, intent.command.order, intent.prepared).await
     }
 
     async fn record(
@@ -64,21 +60,20 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
                 return Ok(Decision::Failed(format!("the gateway does not let go of the money: {code}")));
             }
         };
-        let released = reference.zip(amount);
+        let released = reference.zip(amount).map(|(reference, amount)| Released { reference, amount });
         let (order, command) = (intent.command.order, intent.cx.idempotency_key());
         match store::lock(tx, order).await? {
             // Its record was lost after it was entered here; the gateway repeats what it said.
             Some(payment) if payment.authorize_key == intent.prepared && payment.status == Status::Voided => {}
             Some(payment) if payment.authorize_key == intent.prepared => {
-                let released = released.map(|(reference, _)| reference);
                 happened(tx, payment, command, Event::Voided { released }).await?;
             }
             // No row is of this authorization: it was lost, or a payment that was tried anew has its place.
             found => {
-                if let Some((reference, amount)) = released {
-                    tracing::warn!(%order, reference, "the gateway held money that this database has no record of, and \
+                if let Some(released) = released {
+                    tracing::warn!(%order, reference = released.reference, "the gateway held money that this database has no record of, and \
                         let it go; rows were lost: compare the ledger with the gateway's");
-                    enter_lost(tx, found, &intent, reference, amount).await?;
+                    enter_lost(tx, found, &intent, &released).await?;
                 }
             }
         }
@@ -91,18 +86,17 @@ async fn enter_lost(
     tx: &mut Tx<'_>,
     found: Option<Payment>,
     intent: &Intent<VoidPayment, CommandId>,
-    reference: String,
-    amount: Money,
+    released: &Released,
 ) -> anyhow::Result<()> {
     let payment = match found {
         Some(payment) => payment,
         None => {
-            let payment = Payment::lost(intent.command.order, amount, intent.prepared);
+            let payment = Payment::lost(intent.command.order, released.amount, intent.prepared);
             ensure!(store::insert(tx, &payment).await?, "a payment was made meanwhile");
             payment
         }
     };
-    let movements = Movement::held_and_let_go(amount.amount, &reference);
+    let movements = Movement::held_and_let_go(released);
     store::save(tx, &payment, intent.cx.idempotency_key(), &movements).await?;
     Ok(())
 }

@@ -1,26 +1,42 @@
-//! A circuit breaker: after enough failures in a row, ask nobody for a while, then let one request try.
+//! A circuit breaker for one operation of the provider's: when the provider is away, few ask, until one is answered.
 //!
-//! Our own because it is sixty lines that depend on nothing, and the crates for it are unmaintained or bring their own
-//! executor. It only saves time and the provider: what it turns away is in doubt like any other unanswered request, and
-//! is asked again later. When the process dies it is closed again, which costs a few requests.
+//! ```text
+//!   closed ── no payment was answered for a while, and several payments were tried in vain meanwhile ──► open
+//!      ▲                                                                                                  │
+//!      └───────────────────────────────── any answer at all ──────────────────────────────────────────────┘
+//! ```
+//!
+//! Invariant: what one payment meets costs no other. An error that is one payment's own is repeated for that payment again
+//! and again; it opens nothing as long as others are answered, and where it did (nobody else asked meanwhile), payments that
+//! have not failed yet may still try.
+//!
+//! It is our own because those that exist count errors, not payments, and cut off everybody alike. It only saves time and the
+//! provider: whoever is turned away made no call and waits. When the process dies it is closed again, which costs a few calls.
 
+use saga_core::id::CommandId;
 use std::{
-    sync::{Mutex, PoisonError},
+    collections::HashSet,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-/// When the circuit opens, and for how long.
+/// Most payments that are remembered to have failed. What is forgotten may try once more.
+const REMEMBERED: usize = 10_000;
+
+/// When the circuit opens, and how it is tried.
 #[derive(Debug, Clone, Copy)]
 pub struct BreakerConfig {
-    /// Failures in a row that open it.
-    pub failures: u32,
-    /// How long nobody is asked.
-    pub open_for: Duration,
+    /// For how long nobody must have been answered before it opens.
+    pub silence: Duration,
+    /// How many payments must have been tried in vain meanwhile.
+    pub payments: usize,
+    /// When it is open: how often one that has failed may try. Others may ten times as often.
+    pub try_every: Duration,
 }
 
 impl Default for BreakerConfig {
     fn default() -> Self {
-        Self { failures: 5, open_for: Duration::from_secs(1) }
+        Self { silence: Duration::from_secs(3), payments: 5, try_every: Duration::from_secs(1) }
     }
 }
 
@@ -31,92 +47,178 @@ pub struct Breaker {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    Closed {
-        failures: u32,
-    },
-    Open {
-        until: Instant,
-    },
-    /// One request is trying; taken for lost at `until`, should it never report.
-    Trying {
-        until: Instant,
-    },
+#[derive(Debug, Default)]
+struct State {
+    /// Since when nobody has been answered, and who tried meanwhile.
+    vain: Option<Vain>,
+    /// When it opened, and when the next may try.
+    open: Option<Open>,
+}
+
+#[derive(Debug)]
+struct Vain {
+    since: Instant,
+    payments: HashSet<CommandId>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    since: Instant,
+    /// When one that has failed may try.
+    again: Instant,
+    /// When one that has not may.
+    fresh: Instant,
 }
 
 impl Breaker {
     /// A closed circuit.
     pub fn new(config: BreakerConfig) -> Self {
-        Self { config, state: Mutex::new(State::Closed { failures: 0 }) }
+        Self { config, state: Mutex::default() }
     }
 
-    /// Whether to ask now. Whoever is let through reports back by [`Breaker::succeeded`] or [`Breaker::failed`].
-    pub fn admits(&self, now: Instant) -> bool {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        match *state {
-            State::Closed { .. } => true,
-            State::Open { until } | State::Trying { until } if now >= until => {
-                *state = State::Trying { until: now + self.config.open_for };
-                true
-            }
-            State::Open { .. } | State::Trying { .. } => false,
+    /// Whether to ask for `payment` now; whoever is admitted reports by [`Breaker::answered`] or [`Breaker::in_vain`].
+    ///
+    /// # Errors
+    /// When to come again: the longer it has been open, the later.
+    pub fn admits(&self, payment: CommandId, now: Instant) -> Result<(), Duration> {
+        let mut state = self.state();
+        let failed = state.vain.as_ref().is_some_and(|vain| vain.payments.contains(&payment));
+        let Some(open) = &mut state.open else { return Ok(()) };
+        let turn = if failed { &mut open.again } else { &mut open.fresh };
+        if now >= *turn {
+            // Should the call never report, another may try after that time.
+            *turn = now + self.config.try_every;
+            return Ok(());
         }
+        let patience = now.saturating_duration_since(open.since) / 4;
+        Err(patience.clamp(self.config.try_every / 10, self.config.try_every * 10))
     }
 
-    /// The provider answered.
-    pub fn succeeded(&self) {
-        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = State::Closed { failures: 0 };
+    /// The provider is there, whatever it said; true when that closed the circuit.
+    pub fn answered(&self) -> bool {
+        let mut state = self.state();
+        state.vain = None;
+        state.open.take().is_some()
     }
 
-    /// The provider did not answer; true when that opened the circuit.
-    pub fn failed(&self, now: Instant) -> bool {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let open = State::Open { until: now + self.config.open_for };
-        match *state {
-            State::Closed { failures } if failures + 1 < self.config.failures => {
-                *state = State::Closed { failures: failures + 1 };
-                false
-            }
-            State::Closed { .. } | State::Trying { .. } => {
-                *state = open;
-                true
-            }
-            // Asked before it opened.
-            State::Open { .. } => false,
+    /// The provider was away for `payment`; true when that opened the circuit.
+    pub fn in_vain(&self, payment: CommandId, now: Instant) -> bool {
+        let mut state = self.state();
+        let vain = state.vain.get_or_insert_with(|| Vain { since: now, payments: HashSet::new() });
+        if vain.payments.len() < REMEMBERED {
+            vain.payments.insert(payment);
         }
+        let enough = vain.payments.len() >= self.config.payments;
+        let silent = now.saturating_duration_since(vain.since) >= self.config.silence;
+        let opens = enough && silent && state.open.is_none();
+        if opens {
+            state.open = Some(Open { since: now, again: now + self.config.try_every, fresh: now });
+        } else if let Some(open) = &mut state.open {
+            open.fresh = open.fresh.min(now + self.config.try_every / 10);
+        }
+        opens
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use uuid::Uuid;
 
-    #[test]
-    fn it_opens_after_failures_in_a_row_tries_one_and_closes_when_that_succeeds() {
-        let config = BreakerConfig { failures: 3, open_for: Duration::from_secs(1) };
-        let (breaker, start) = (Breaker::new(config), Instant::now());
-        assert!(!breaker.failed(start) && !breaker.failed(start));
-        breaker.succeeded();
-        assert!(!breaker.failed(start) && !breaker.failed(start), "a success begins the count anew");
-        assert!(breaker.failed(start));
-        assert!(!breaker.admits(start + Duration::from_millis(999)));
-        let later = start + Duration::from_secs(1);
-        assert!(breaker.admits(later), "one may try");
-        assert!(!breaker.admits(later), "and only one");
-        assert!(breaker.failed(later));
-        assert!(!breaker.admits(later + Duration::from_millis(999)));
-        assert!(breaker.admits(later + Duration::from_secs(1)));
-        breaker.succeeded();
-        assert!(breaker.admits(later + Duration::from_secs(1)) && breaker.admits(later + Duration::from_secs(1)));
+    const CONFIG: BreakerConfig =
+        BreakerConfig { silence: Duration::from_secs(5), payments: 3, try_every: Duration::from_secs(1) };
+
+    fn payment(n: u128) -> CommandId {
+        CommandId(Uuid::from_u128(n))
+    }
+
+    /// A breaker, and a clock in milliseconds.
+    fn breaker() -> (Breaker, impl Fn(u64) -> Instant) {
+        let start = Instant::now();
+        (Breaker::new(CONFIG), move |millis| start + Duration::from_millis(millis))
+    }
+
+    /// Opens it by payments 1 to 3, at 5,000 ms.
+    fn open() -> (Breaker, impl Fn(u64) -> Instant) {
+        let (breaker, at) = breaker();
+        assert!(!breaker.in_vain(payment(1), at(0)) && !breaker.in_vain(payment(2), at(2_000)));
+        assert!(!breaker.in_vain(payment(3), at(4_999)), "not long enough");
+        assert!(breaker.in_vain(payment(3), at(5_000)));
+        (breaker, at)
     }
 
     #[test]
-    fn a_try_that_never_reports_does_not_keep_it_open_for_ever() {
-        let config = BreakerConfig { failures: 1, open_for: Duration::from_secs(1) };
-        let (breaker, start) = (Breaker::new(config), Instant::now());
-        assert!(breaker.failed(start));
-        assert!(breaker.admits(start + Duration::from_secs(1)));
-        assert!(breaker.admits(start + Duration::from_secs(2)));
+    fn errors_of_some_payments_open_nothing_while_another_is_answered() {
+        let (breaker, at) = breaker();
+        for second in 0..600 {
+            for n in 0..50 {
+                assert!(!breaker.in_vain(payment(n), at(second * 1_000 + 1)));
+            }
+            if second % 4 == 3 {
+                assert!(!breaker.answered());
+            }
+            assert_eq!(breaker.admits(payment(7), at(second * 1_000 + 2)), Ok(()));
+        }
+    }
+
+    #[test]
+    fn one_payment_alone_opens_nothing_however_often_it_fails() {
+        let (breaker, at) = breaker();
+        for second in 0..600 {
+            assert!(
+                !breaker.in_vain(payment(1), at(second * 1_000)) && !breaker.in_vain(payment(2), at(second * 1_000))
+            );
+        }
+    }
+
+    #[test]
+    fn an_hour_without_calls_is_no_silence() {
+        let (breaker, at) = breaker();
+        breaker.answered();
+        for n in 0..50 {
+            assert!(!breaker.in_vain(payment(n), at(3_600_000)));
+        }
+    }
+
+    #[test]
+    fn when_it_is_open_the_failed_try_one_at_a_time_until_one_is_answered() {
+        let (breaker, at) = open();
+        assert!(breaker.admits(payment(1), at(5_999)).is_err());
+        assert_eq!(breaker.admits(payment(1), at(6_000)), Ok(()), "one may try");
+        assert!(breaker.admits(payment(2), at(6_000)).is_err(), "and only one");
+        assert!(!breaker.in_vain(payment(1), at(6_001)), "it is open already");
+        assert!(breaker.admits(payment(2), at(6_999)).is_err());
+        assert_eq!(breaker.admits(payment(2), at(7_000)), Ok(()), "also where the one before never reported");
+        assert!(breaker.answered(), "it closes");
+        assert_eq!((breaker.admits(payment(1), at(7_001)), breaker.admits(payment(2), at(7_001))), (Ok(()), Ok(())));
+        assert!(!breaker.answered(), "it is closed");
+        assert!(!breaker.in_vain(payment(1), at(7_002)), "and counts anew");
+    }
+
+    #[test]
+    fn a_payment_that_never_failed_does_not_wait_for_those_that_did() {
+        let (breaker, at) = open();
+        assert_eq!(breaker.admits(payment(9), at(5_000)), Ok(()));
+        assert!(breaker.admits(payment(8), at(5_000)).is_err(), "one at a time");
+        assert!(!breaker.in_vain(payment(9), at(5_010)));
+        assert!(breaker.admits(payment(8), at(5_109)).is_err());
+        assert_eq!(breaker.admits(payment(8), at(5_110)), Ok(()));
+        assert!(breaker.admits(payment(9), at(5_300)).is_err(), "it has failed by now");
+    }
+
+    #[test]
+    fn the_longer_it_is_open_the_later_one_is_to_come_again() {
+        let (breaker, at) = open();
+        let wait = |millis| {
+            let _tries = breaker.admits(payment(1), at(millis));
+            breaker.admits(payment(2), at(millis)).unwrap_err()
+        };
+        assert_eq!(wait(5_001), Duration::from_millis(100));
+        assert_eq!(wait(13_000), Duration::from_secs(2));
+        assert_eq!(wait(3_600_000), Duration::from_secs(10));
     }
 }

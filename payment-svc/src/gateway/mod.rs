@@ -1,9 +1,11 @@
 //! The port to the payment provider: what we ask it, and what its answers mean.
 //!
 //! An answer is *certain* (done, or refused and nothing moved) or there is *doubt*: no answer in time, a 5xx, a lost
-//! connection, an open circuit. Doubt is never taken for a refusal. Every request carries a key under which the provider
-//! performs it once, so that doubt is resolved by asking again.
+//! connection, an answer that cannot be believed ([`answer`]). Doubt is never taken for a refusal. Every request carries a key
+//! under which the provider performs it once, so that doubt is resolved by asking again. A call that an open circuit keeps from
+//! being made ([`breaker`]) is in no doubt.
 
+mod answer;
 pub mod breaker;
 pub mod guarded;
 pub mod http;
@@ -12,6 +14,7 @@ use async_trait::async_trait;
 use contracts::money::Money;
 use saga_core::id::CommandId;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 pub use guarded::Guarded;
 pub use http::HttpGateway;
@@ -51,6 +54,46 @@ pub enum Request {
     },
 }
 
+/// What the provider is asked to do; each has a circuit of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// [`Request::Authorize`].
+    Authorize,
+    /// [`Request::Void`].
+    Void,
+    /// [`Request::Capture`].
+    Capture,
+    /// [`Request::Refund`].
+    Refund,
+}
+
+impl Operation {
+    /// All, each at its place.
+    pub const ALL: [Self; 4] = [Self::Authorize, Self::Void, Self::Capture, Self::Refund];
+
+    /// For metrics, logs and records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Authorize => "authorize",
+            Self::Void => "void",
+            Self::Capture => "capture",
+            Self::Refund => "refund",
+        }
+    }
+}
+
+impl Request {
+    /// Which operation it is.
+    pub fn operation(&self) -> Operation {
+        match self {
+            Self::Authorize { .. } => Operation::Authorize,
+            Self::Void { .. } => Operation::Void,
+            Self::Capture { .. } => Operation::Capture,
+            Self::Refund { .. } => Operation::Refund,
+        }
+    }
+}
+
 /// A certain answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
@@ -86,9 +129,14 @@ pub enum Doubt {
     /// An answer that cannot be read.
     #[error("the gateway's answer cannot be read: {0}")]
     Unreadable(String),
-    /// Not asked: too many failures lately.
-    #[error("the circuit to the gateway is open")]
-    CircuitOpen,
+    /// Not asked, so nothing is in doubt: the provider is away.
+    #[error("the gateway was not asked: it is away, and the circuit of {operation} is open")]
+    CircuitOpen {
+        /// Whose circuit.
+        operation: &'static str,
+        /// When to come again.
+        again_after: Duration,
+    },
 }
 
 impl Doubt {
@@ -97,16 +145,16 @@ impl Doubt {
         match self {
             Self::Connection(_) => true,
             Self::Status { status } => *status >= 500,
-            Self::Timeout | Self::Unreadable(_) | Self::CircuitOpen => false,
+            Self::Timeout | Self::Unreadable(_) | Self::CircuitOpen { .. } => false,
         }
     }
 
-    /// Whether the provider is in trouble: what the breaker counts.
-    pub(crate) fn is_outage(&self) -> bool {
+    /// Whether the provider may be away for everybody, which the breaker counts. Whatever else it says, it is there.
+    pub(crate) fn is_away(&self) -> bool {
         match self {
             Self::Timeout | Self::Connection(_) => true,
-            Self::Status { status } => *status >= 500 || *status == 429,
-            Self::Unreadable(_) | Self::CircuitOpen => false,
+            Self::Status { status } => matches!(status, 429 | 502..=504),
+            Self::Unreadable(_) | Self::CircuitOpen { .. } => false,
         }
     }
 }

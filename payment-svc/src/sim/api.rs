@@ -9,7 +9,8 @@
 use super::{
     Sim,
     store::{self, Answered, Authorization, NewAuthorization, Totals},
-    tokens::{Operation, Quirk, quirk},
+    strange,
+    tokens::{Operation, Quirk, Strange, quirk},
 };
 use axum::{
     body::Body,
@@ -87,6 +88,7 @@ pub(super) async fn authorize(
     }
     let refusal = match quirk(&body.method, Operation::Authorize) {
         Some(Quirk::Refuse(code)) => Some(code),
+        Some(Quirk::Answers(strange)) if strange.refuses() => Some("strange"),
         _ if !sim.chance(sim.behaviour.success_rate) => Some("declined"),
         _ => None,
     };
@@ -94,16 +96,17 @@ pub(super) async fn authorize(
         return call.refuse(StatusCode::PAYMENT_REQUIRED, code).await;
     }
     let reference = format!("auth_{}", Uuid::now_v7().simple());
+    let amount = strange::moved(call.strange, Operation::Authorize, body.amount);
     let new = NewAuthorization {
         reference: &reference,
         key: key.as_str(),
         order: &body.order,
         customer: &body.customer,
         method: &body.method,
-        amount: body.amount,
+        amount,
     };
     store::authorize(&mut call.tx, &new).await?;
-    call.done(StatusCode::CREATED, json!({ "reference": reference, "amount": body.amount })).await
+    call.done(StatusCode::CREATED, json!({ "reference": reference, "amount": amount })).await
 }
 
 /// POST /v1/authorizations/{reference}/capture
@@ -147,17 +150,22 @@ async fn move_money(
     if let Some(stored) = call.stored().await? {
         return Ok(stored);
     }
-    if let Some(Quirk::Refuse(code)) = quirk(&method, operation) {
-        return call.refuse(StatusCode::CONFLICT, code).await;
+    match quirk(&method, operation) {
+        Some(Quirk::Refuse(code)) => return call.refuse(StatusCode::CONFLICT, code).await,
+        Some(Quirk::Answers(strange)) if strange.refuses() => {
+            return call.refuse(StatusCode::CONFLICT, "strange").await;
+        }
+        _ => {}
     }
     let authorization = store::lock_by_reference(&mut call.tx, reference).await?;
     if let Some(code) = objection(authorization.as_ref(), operation, body.amount) {
         return call.refuse(StatusCode::CONFLICT, code).await;
     }
-    store::shift(&mut call.tx, reference, key.as_str(), operation, body.amount).await?;
+    let amount = strange::moved(call.strange, operation, body.amount);
+    store::shift(&mut call.tx, reference, key.as_str(), operation, amount).await?;
     let prefix = if operation == Operation::Capture { "cap" } else { "ref" };
     let reference = format!("{prefix}_{}", Uuid::now_v7().simple());
-    call.done(StatusCode::OK, json!({ "reference": reference, "amount": body.amount })).await
+    call.done(StatusCode::OK, json!({ "reference": reference, "amount": amount })).await
 }
 
 fn objection(authorization: Option<&Authorization>, operation: Operation, amount: Money) -> Option<&'static str> {
@@ -220,10 +228,14 @@ pub(super) async fn void_by_key(
 }
 
 async fn let_go(mut call: Call, key: &str, known: &Authorization) -> Result<Response, Problem> {
+    if call.strange.is_some_and(Strange::refuses) {
+        return call.refuse(StatusCode::CONFLICT, "strange").await;
+    }
     if known.captured > 0 {
         return call.refuse(StatusCode::CONFLICT, "already_captured").await;
     }
-    let released = Money { amount: known.held, currency: known.currency };
+    let held = Money { amount: known.held, currency: known.currency };
+    let released = strange::moved(call.strange, Operation::Void, held);
     if released.amount > 0 {
         store::shift(&mut call.tx, &known.reference, key, Operation::Void, released).await?;
     }
@@ -263,6 +275,8 @@ struct Call {
     request: Value,
     /// Perform, then drop the connection.
     lose_answer: bool,
+    /// Perform, then answer that.
+    strange: Option<Strange>,
 }
 
 impl Sim {
@@ -290,9 +304,13 @@ impl Sim {
             Some(Quirk::LoseFirstAnswer) => first,
             _ => self.chance(self.behaviour.lost_answer_rate),
         };
+        let strange = match quirk {
+            Some(Quirk::Answers(strange)) => Some(strange),
+            _ => None,
+        };
         let mut tx = Transaction::begin(&self.pool, REQUEST_MAX).await?;
         store::lock_key(&mut tx, key.as_str()).await?;
-        Ok(Call { tx, key: key.as_str().to_owned(), request: serde_json::to_value(request)?, lose_answer })
+        Ok(Call { tx, key: key.as_str().to_owned(), request: serde_json::to_value(request)?, lose_answer, strange })
     }
 
     /// True with this probability.
@@ -336,7 +354,10 @@ impl Call {
             let lost = futures::stream::once(async { Err::<Vec<u8>, _>(std::io::Error::other("simulated loss")) });
             return (status, Body::from_stream(lost)).into_response();
         }
-        (status, axum::Json(body)).into_response()
+        match self.strange {
+            Some(strange) => strange::answer(strange, status, body),
+            None => (status, axum::Json(body)).into_response(),
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 mod api;
 mod config;
 mod store;
+mod strange;
 mod tokens;
 
 pub use config::{Behaviour, IDENTITY, SimArgs, SimSettings};

@@ -22,6 +22,58 @@ pub(super) enum Quirk {
     ErrorOnce,
     /// Always 503, before anything is done.
     ErrorAlways,
+    /// Performed, and answered with something that nobody asked for.
+    Answers(Strange),
+}
+
+/// An answer that a provider must not give. `tok_<operation>_answers_<name>` gives it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Strange {
+    /// One minor unit less is moved, and the answer says so.
+    OtherAmount,
+    /// The answer says another currency; an authorization is in it.
+    OtherCurrency,
+    NoAmount,
+    EmptyReference,
+    PathReference,
+    LongReference,
+    Html,
+    Positional,
+    Deep,
+    /// 500 MB.
+    Huge,
+    /// A byte now and then, without an end.
+    Trickle,
+    /// 500 for this payment, and the provider is well.
+    Broken,
+    /// A refusal before anything is done, whose code holds NUL and control characters.
+    DirtyCode,
+    /// A refusal before anything is done, whose code has 2 MB.
+    LongCode,
+}
+
+impl Strange {
+    const ALL: [(&'static str, Self, &'static str); 14] = [
+        ("other_amount", Self::OtherAmount, "moves one minor unit less, and says so"),
+        ("other_currency", Self::OtherCurrency, "names another currency; an authorization is in it"),
+        ("no_amount", Self::NoAmount, "performs, and names no amount"),
+        ("empty_reference", Self::EmptyReference, "performs; the reference is empty"),
+        ("path_reference", Self::PathReference, "performs; the reference is \"../../voids\""),
+        ("long_reference", Self::LongReference, "performs; the reference has 10,000 characters"),
+        ("html", Self::Html, "performs, and answers a page of HTML"),
+        ("positional", Self::Positional, "performs, and answers an array"),
+        ("deep", Self::Deep, "performs; the answer nests 10,000 levels"),
+        ("huge", Self::Huge, "performs; the answer has 500 MB"),
+        ("trickle", Self::Trickle, "performs; the answer never ends"),
+        ("500", Self::Broken, "performs, and always answers 500"),
+        ("dirty_code", Self::DirtyCode, "refuses; the code holds NUL and control characters"),
+        ("long_code", Self::LongCode, "refuses; the code has 2 MB"),
+    ];
+
+    /// Whether nothing is done.
+    pub(super) fn refuses(self) -> bool {
+        matches!(self, Self::DirtyCode | Self::LongCode)
+    }
 }
 
 struct Token {
@@ -37,7 +89,11 @@ const fn token(name: &'static str, operation: Option<Operation>, quirk: Option<Q
 }
 
 use Operation::{Authorize, Capture, Refund, Void};
-use Quirk::{ErrorAlways, ErrorOnce, LoseFirstAnswer, Refuse, Slow};
+use Quirk::{Answers, ErrorAlways, ErrorOnce, LoseFirstAnswer, Refuse, Slow};
+
+/// The operations by the names that stand in tokens.
+const NAMED: [(&str, Operation); 4] =
+    [("authorize", Authorize), ("capture", Capture), ("void", Void), ("refund", Refund)];
 
 const TOKENS: &[Token] = &[
     token("tok_visa", None, None, "everything works"),
@@ -81,6 +137,9 @@ const TOKENS: &[Token] = &[
 
 /// What `method` does to `operation`; a token that nobody knows is refused.
 pub(super) fn quirk(method: &str, operation: Operation) -> Option<Quirk> {
+    if let Some((only, strange)) = strange(method) {
+        return (only == operation).then_some(Answers(strange));
+    }
     match TOKENS.iter().find(|token| token.name == method) {
         Some(token) if token.operation.is_none_or(|only| only == operation) => token.quirk,
         Some(_) => None,
@@ -88,12 +147,37 @@ pub(super) fn quirk(method: &str, operation: Operation) -> Option<Quirk> {
     }
 }
 
+/// The operation and its answer, of a token that is made of both names.
+fn strange(method: &str) -> Option<(Operation, Strange)> {
+    let (operation, strange) = method.strip_prefix("tok_")?.split_once("_answers_")?;
+    let (_, operation) = NAMED.into_iter().find(|(name, _)| *name == operation)?;
+    let (_, strange, _) = Strange::ALL.into_iter().find(|(name, ..)| *name == strange)?;
+    Some((operation, strange))
+}
+
 /// For `--help`.
 pub(super) fn help() -> String {
-    let lines = TOKENS.iter().map(|token| format!("  {:<26}{}\n", token.name, token.meaning));
+    let known = TOKENS.iter().map(|token| format!("  {:<26}{}\n", token.name, token.meaning));
+    let strange = Strange::ALL.map(|(name, _, meaning)| format!("    {name:<24}{meaning}\n"));
     format!(
-        "Payment methods (tokens) and what they do:\n{}  {:<26}authorization refused: invalid_payment_method\n",
-        lines.collect::<String>(),
-        "anything else"
+        "Payment methods (tokens) and what they do:\n{}  {:<26}authorization refused: invalid_payment_method\n\n\
+         tok_OPERATION_answers_NAME, where OPERATION is authorize, capture, void or refund:\n{}",
+        known.collect::<String>(),
+        "anything else",
+        strange.concat()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strange_answer_is_that_of_one_operation_and_an_unknown_one_of_none() {
+        assert_eq!(quirk("tok_capture_answers_500", Capture), Some(Answers(Strange::Broken)));
+        assert_eq!(quirk("tok_capture_answers_500", Authorize), None);
+        for unknown in ["tok_capture_answers_nothing", "tok_pay_answers_500", "tok_answers_500"] {
+            assert_eq!(quirk(unknown, Authorize), Some(Refuse("invalid_payment_method")), "{unknown}");
+        }
+    }
 }

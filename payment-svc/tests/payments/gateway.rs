@@ -98,20 +98,53 @@ async fn doubt_is_not_a_refusal_and_a_refusal_is_not_doubt() {
     assert!(matches!(nobody.perform(key(), &request("tok_visa")).await, Err(Doubt::Connection(_))));
 }
 
-#[tokio::test]
-async fn after_failures_in_a_row_nobody_is_asked_until_one_try_succeeds() {
-    let provider = Provider::new(Behaviour::default()).await;
+/// A gateway whose circuits open at the fifth payment in vain.
+fn guarded(provider: &Provider) -> Guarded<HttpGateway> {
     let http = HttpGateway::new(&provider.url("/").parse().unwrap(), Duration::from_secs(5)).unwrap();
-    let gateway = Guarded::new(http, BreakerConfig { failures: 6, open_for: Duration::from_millis(200) });
-    // Each is tried three times.
-    for _ in 0..2 {
-        assert!(matches!(gateway.perform(key(), &request("tok_error")).await, Err(Doubt::Status { .. })));
+    let config = BreakerConfig { silence: Duration::ZERO, payments: 5, try_every: Duration::from_secs(2) };
+    Guarded::new(http, config)
+}
+
+#[tokio::test]
+async fn when_the_provider_is_away_nobody_is_asked_until_one_try_is_answered() {
+    let provider = Provider::new(Behaviour::default()).await;
+    let gateway = guarded(&provider);
+    let failing: Vec<_> = (0..5).map(|_| key()).collect();
+    for &failing in &failing {
+        assert!(matches!(gateway.perform(failing, &request("tok_error")).await, Err(Doubt::Status { status: 503 })));
     }
-    let turned_away = key();
-    assert!(matches!(gateway.perform(turned_away, &request("tok_visa")).await, Err(Doubt::CircuitOpen)));
-    assert_eq!(provider.totals().await, [0; 5]);
-    eventually(DEADLINE, async || gateway.perform(turned_away, &request("tok_visa")).await.ok()).await;
-    assert!(gateway.perform(key(), &request("tok_visa")).await.is_ok(), "closed again");
+    let before = arrivals(&provider).await;
+    assert!(matches!(gateway.perform(failing[0], &request("tok_error")).await, Err(Doubt::CircuitOpen { .. })));
+    assert_eq!(arrivals(&provider).await, before, "no call was made");
+    let void = Request::Void { authorization_key: key() };
+    assert!(gateway.perform(key(), &void).await.is_ok(), "the circuit is that of authorizations alone");
+    assert!(matches!(gateway.perform(failing[0], &request("tok_error")).await, Err(Doubt::CircuitOpen { .. })));
+    eventually(DEADLINE, async || gateway.perform(failing[1], &request("tok_visa")).await.ok()).await;
+    assert!(matches!(gateway.perform(failing[0], &request("tok_error")).await, Err(Doubt::Status { status: 503 })));
+}
+
+#[tokio::test]
+async fn what_one_payment_meets_opens_no_circuit() {
+    let provider = Provider::new(Behaviour::default()).await;
+    let gateway = guarded(&provider);
+    // The provider is there, however wrong its answer is.
+    for method in ["tok_authorize_answers_500", "tok_authorize_answers_html", "tok_authorize_answers_empty_reference"] {
+        for _ in 0..20 {
+            let doubt = gateway.perform(key(), &request(method)).await.unwrap_err();
+            assert!(matches!(doubt, Doubt::Status { status: 500 } | Doubt::Unreadable(_)), "{doubt}");
+        }
+    }
+    let one = key();
+    for _ in 0..20 {
+        assert!(matches!(gateway.perform(one, &request("tok_error")).await, Err(Doubt::Status { status: 503 })));
+    }
+    assert!(gateway.perform(key(), &request("tok_visa")).await.is_ok());
+}
+
+/// How many requests have come to the provider.
+async fn arrivals(provider: &Provider) -> i64 {
+    let count = sqlx::query_scalar("select coalesce(sum(count), 0)::int8 from gateway_arrival");
+    count.fetch_one(&provider.database.pool).await.unwrap()
 }
 
 #[tokio::test]

@@ -8,4 +8,5 @@ mod kafka;
 mod lost;
 mod migrate;
 mod outcomes;
+mod strange;
 mod support;

@@ -89,9 +89,10 @@ impl World {
         let provider = Provider::new(behaviour).await;
         let http = HttpGateway::new(&provider.url("/").parse().unwrap(), Duration::from_millis(400)).unwrap();
         // Never opens: what the breaker does is tested apart.
-        let breaker = BreakerConfig { failures: u32::MAX, ..BreakerConfig::default() };
+        let breaker = BreakerConfig { payments: usize::MAX, ..BreakerConfig::default() };
         let name = unique("payments").leak();
-        let participant = Arc::new(effects::participant(name, Arc::new(Guarded::new(http, breaker))));
+        let guarded = Arc::new(Guarded::new(http, breaker));
+        let participant = Arc::new(effects::participant(name, guarded, database.pool.clone()));
         Self { database, provider, name, participant, attempts: 100 }
     }
 

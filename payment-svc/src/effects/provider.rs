@@ -1,0 +1,104 @@
+//! The provider as the effects ask it: under the command's id, and with what an answer has to agree with.
+
+use crate::{
+    gateway::{Answer, Doubt, PaymentGateway, Request},
+    store::{self, Difference},
+};
+use contracts::{OrderId, money::Money};
+use saga_core::{
+    id::CommandId,
+    participant::{CommandContext, Performed},
+    transaction::Bound,
+};
+use sqlx::PgPool;
+use std::{sync::Arc, time::Duration};
+
+/// Bound of what is read and written beside a call: it is part of the time that the call may take.
+const BOUND: Bound = Bound::new(Duration::from_millis(900));
+
+/// When to try again what the database kept from being asked.
+const DATABASE_PAUSE: Duration = Duration::from_secs(1);
+
+#[derive(Clone)]
+pub(super) struct Provider {
+    gateway: Arc<dyn PaymentGateway>,
+    pool: PgPool,
+}
+
+impl Provider {
+    pub(super) fn new(gateway: Arc<dyn PaymentGateway>, pool: PgPool) -> Self {
+        Self { gateway, pool }
+    }
+
+    /// Asks under the command's id to move `asked`. An answer of another amount or currency is put on record, and settles
+    /// nothing.
+    pub(super) async fn ask(
+        &self,
+        cx: &CommandContext,
+        order: OrderId,
+        request: &Request,
+        asked: Money,
+    ) -> Performed<Answer> {
+        self.ask_for(cx, order, request, &[asked]).await
+    }
+
+    /// Asks to let go of what is, or may be, held under `authorize_key`. Where the authorization itself was answered with
+    /// another amount, the gateway may let go of that. Without a record of the payment, whatever it says is right.
+    pub(super) async fn ask_to_void(
+        &self,
+        cx: &CommandContext,
+        order: OrderId,
+        authorize_key: CommandId,
+    ) -> Performed<Answer> {
+        match store::may_be_held(&self.pool, BOUND, order, authorize_key).await {
+            Ok(held) => self.ask_for(cx, order, &Request::Void { authorization_key: authorize_key }, &held).await,
+            Err(error) => Performed::NotMade {
+                reason: format!("what is held could not be read: {error}"),
+                again_after: DATABASE_PAUSE,
+            },
+        }
+    }
+
+    /// The first of `right` is what was asked for; any of them will do, and anything where there is none.
+    async fn ask_for(
+        &self,
+        cx: &CommandContext,
+        order: OrderId,
+        request: &Request,
+        right: &[Money],
+    ) -> Performed<Answer> {
+        let answer = match self.gateway.perform(cx.idempotency_key(), request).await {
+            Ok(answer) => answer,
+            Err(doubt @ Doubt::CircuitOpen { again_after, .. }) => {
+                return Performed::NotMade { reason: doubt.to_string(), again_after };
+            }
+            Err(doubt) => return Performed::InDoubt(doubt.to_string()),
+        };
+        match (&answer, right.first()) {
+            (Answer::Done { reference, amount: Some(answered) }, Some(&asked)) if !right.contains(answered) => {
+                let difference = Difference {
+                    order,
+                    command: cx.idempotency_key(),
+                    movement: request.operation().name(),
+                    asked,
+                    answered: *answered,
+                    reference: reference.clone().unwrap_or_default(),
+                };
+                self.differs(difference).await
+            }
+            _ => Performed::Answered(answer),
+        }
+    }
+
+    async fn differs(&self, difference: Difference) -> Performed<Answer> {
+        let reason = difference.reason();
+        metrics::counter!("payment_differences_total", "operation" => difference.movement).increment(1);
+        tracing::error!(order = %difference.order, command = %difference.command, reference = difference.reference,
+            "{reason}: the payment is in doubt; compare it with the gateway's books");
+        match store::record_difference(&self.pool, BOUND, &difference).await {
+            Ok(()) => Performed::Contradiction(reason),
+            // It is not on record yet: asked again, the gateway says the same.
+            Err(error) => Performed::InDoubt(format!("{reason}, which could not be put on record: {error}")),
+        }
+    }
+}
