@@ -66,7 +66,7 @@ fn a_provider_that_is_away_is_waited_for_and_calls_not_made_count_nothing() {
         let sku = platform.item("away", 100, 10_000).await;
         let gateway = &platform.stack.service(Service::Gateway);
         gateway.process.kill();
-        let orders = join_all((0..12).map(|_| platform.place(&Wish::of(&sku, 1)))).await;
+        let orders = join_all((0..12).map(async |_| platform.place(&Wish::of(&sku, 1)).await)).await;
         let gauge = async |name: &str| platform.gauge(Service::Payments, name).await;
         eventually(SETTLED, || async { (gauge("gateway_circuit_open").await == 1.0).then_some(()) }).await;
         let not_made = gauge("gateway_calls_not_made_total").await;

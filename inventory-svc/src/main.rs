@@ -36,6 +36,5 @@ async fn run(Cli { command, args, participant }: Cli) -> Result<ExitCode, Config
     let (settings, reply_topics) = (args.read(identity, &mut errors), participant.read(&mut errors));
     let (settings, reply_topics) = errors.finish(settings.zip(reply_topics))?;
     let telemetry = settings.telemetry.clone();
-    let served = inventory_svc::serve(settings, reply_topics, shutdown::token());
-    Ok(launch_with(identity, &telemetry, served).await)
+    Ok(launch_with(identity, &telemetry, inventory_svc::serve(settings, reply_topics, shutdown::token())).await)
 }

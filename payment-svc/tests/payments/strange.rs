@@ -123,7 +123,7 @@ async fn an_authorization_of_another_amount_is_let_go_and_the_books_agree() {
 
 #[tokio::test]
 async fn a_refusals_code_is_cleaned_and_cut_and_the_saga_goes_its_way() {
-    let world = World::new().await;
+    let world = World::patient().await;
     for operation in ["authorize", "capture", "refund"] {
         for (strange, reason) in
             [("dirty_code", "do\u{fffd}not\u{fffd}[31m honour".to_owned()), ("long_code", "x".repeat(100))]

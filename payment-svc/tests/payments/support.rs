@@ -71,6 +71,8 @@ pub(crate) struct World {
     /// Calls of one intent. More than are ever needed, unless giving up is what a test is about: on a busy machine some
     /// take longer than they may.
     attempts: u32,
+    /// How long one call may take.
+    patience: Duration,
 }
 
 impl World {
@@ -84,16 +86,25 @@ impl World {
         Self { attempts: 4, ..Self::with(slow).await }
     }
 
+    /// One that waits for answers that take long.
+    pub(crate) async fn patient() -> Self {
+        Self::waiting(Behaviour::default(), DEADLINE).await
+    }
+
     pub(crate) async fn with(behaviour: Behaviour) -> Self {
+        Self::waiting(behaviour, Duration::from_millis(400)).await
+    }
+
+    async fn waiting(behaviour: Behaviour, patience: Duration) -> Self {
         let database = TestDatabase::new(&migrations::all()).await;
         let provider = Provider::new(behaviour).await;
-        let http = HttpGateway::new(&provider.url("/").parse().unwrap(), Duration::from_millis(400)).unwrap();
+        let http = HttpGateway::new(&provider.url("/").parse().unwrap(), patience).unwrap();
         // Never opens: what the breaker does is tested apart.
         let breaker = BreakerConfig { payments: usize::MAX, ..BreakerConfig::default() };
         let name = unique("payments").leak();
         let guarded = Arc::new(Guarded::new(http, breaker));
         let participant = Arc::new(effects::participant(name, guarded, database.pool.clone()));
-        Self { database, provider, name, participant, attempts: 100 }
+        Self { database, provider, name, participant, attempts: 100, patience }
     }
 
     /// Delivers messages in one batch, as the consumer would.
@@ -106,7 +117,7 @@ impl World {
             max_attempts: self.attempts,
             first_delay: Duration::from_millis(1),
             max_delay: Duration::from_millis(400),
-            call_timeout: Duration::from_millis(500),
+            call_timeout: self.patience + Duration::from_millis(100),
             claim_margin: Duration::from_millis(100),
             poll: Duration::from_millis(20),
             ..IntentConfig::default()
