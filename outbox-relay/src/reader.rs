@@ -170,19 +170,19 @@ impl Follower {
             let main = self.main.borrow_and_update().clone();
             let began = clock::monotonic();
             let page = database.ask(async |db| self.cursor.follow(db, &main).await).await?;
-            let (item, pause) = match page {
-                Some(page) if page.rows.is_empty() && recorded.is_some_and(|last| last.elapsed() < EMPTY) => {
-                    // As long as it took: the main stream reads from the same database.
-                    (None, began.elapsed().min(FOLLOW))
-                }
+            // Where the main stream has passed no more than was read, the next step comes when it has.
+            let follows = page.is_none();
+            let item = match page {
+                Some(page) if page.rows.is_empty() && recorded.is_some_and(|last| last.elapsed() < EMPTY) => None,
                 Some(page) => {
                     recorded = Some(clock::monotonic());
-                    (Some(Item::Page(page)), began.elapsed().min(FOLLOW))
+                    Some(Item::Page(page))
                 }
-                None if self.cursor.has_reached(&main) => (Some(Item::CaughtUp(main)), FOLLOW),
-                None => (None, FOLLOW),
+                None if self.cursor.has_reached(&main) => Some(Item::CaughtUp(main)),
+                None => None,
             };
-            let follows = pause == FOLLOW && !matches!(item, Some(Item::Page(_)));
+            // As long as it took: the main stream reads from the same database.
+            let pause = if follows { FOLLOW } else { began.elapsed().min(FOLLOW) };
             if let Some(item) = item
                 && self.items.send(item).await.is_err()
             {
@@ -206,7 +206,7 @@ impl Follower {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::row::Row;
+    use crate::{row::Row, snapshot::Snapshot};
     use saga_core::{
         outbox::nudge,
         service::messaging_migrations,
@@ -326,6 +326,47 @@ mod tests {
         }
         // The first, and one for each nudge of a service.
         assert!((TIMES..=1 + TIMES).contains(&looks()), "{} looks", looks());
+    }
+
+    #[tokio::test]
+    async fn a_topics_reader_goes_on_after_a_step_that_took_long() {
+        let reading = Reading::start().await;
+        reading.append(&["flows", "apart"]).await;
+        let base: String =
+            sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&reading.database.pool).await.unwrap();
+        reading.append(&["flows", "apart"]).await;
+        let target: String =
+            sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&reading.database.pool).await.unwrap();
+        let (base, target): (Snapshot, Snapshot) = (base.parse().unwrap(), target.parse().unwrap());
+        // The main stream is through, and there is nothing more for it.
+        let (_main, following) = watch::channel(Position::at(target.clone()));
+        let mut lock = reading.database.pool.begin().await.unwrap();
+        sqlx::query("lock table outbox in access exclusive mode").execute(&mut *lock).await.unwrap();
+        let (items, mut handed) = mpsc::channel(8);
+        let at = Position { base, target, after: 3 };
+        let cursor = Cursor::new(at, Some("apart".into()));
+        let follower = Follower { cursor, main: following, items };
+        let options = sqlx::postgres::PgConnectOptions::from_str(&reading.database.url).unwrap();
+        let _follower = AbortOnDropHandle::new(tokio::spawn(follower.run(Database::new(options, 1, SOON))));
+        eventually(SOON, || async {
+            let waits = "select count(*) from pg_stat_activity
+                          where datname = current_database() and wait_event_type = 'Lock' and query like '%with piece%'
+                            and clock_timestamp() - query_start > interval '0.2 seconds'";
+            let waits: i64 = sqlx::query_scalar(waits).fetch_one(&reading.database.pool).await.unwrap();
+            (waits == 1).then_some(())
+        })
+        .await;
+        lock.rollback().await.unwrap();
+        let found = async {
+            loop {
+                match handed.recv().await.expect("it reads") {
+                    Item::Page(page) if page.rows.is_empty() => {}
+                    Item::Page(page) => return page.rows.iter().map(Row::id).collect::<Vec<_>>(),
+                    Item::CaughtUp(_) => panic!("it has a row"),
+                }
+            }
+        };
+        assert_eq!(tokio::time::timeout(SOON, found).await.expect("it goes on"), [4]);
     }
 
     #[tokio::test]
