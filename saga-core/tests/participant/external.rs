@@ -1,23 +1,22 @@
 //! Effects outside the database: by intent, once, whatever dies in between.
 
-use crate::support::{Add, AddHandler, Pay, Repay, World, message, words};
+use crate::support::{Pay, Repay, World, message, words};
 use saga_core::{
-    consumer::HandleError,
     envelope::{Op, Outcome::*},
     id::{CommandId, SagaId},
-    participant::{Happened, IntentConfig, Participant},
+    participant::{Happened, IntentConfig},
     service::database::pool_options,
-    testkit::{FailPoint, FreezingProxy, Log, deliver, eventually, failpoints::Fault},
+    testkit::{FailPoint, FreezingProxy, Log, eventually, failpoints::Fault},
 };
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-fn pay(say: &[&str]) -> Pay {
+pub(crate) fn pay(say: &[&str]) -> Pay {
     Pay { say: words(say) }
 }
 
-fn key(saga: SagaId) -> CommandId {
+pub(crate) fn key(saga: SagaId) -> CommandId {
     CommandId::derive(saga, "step", Op::Do, 0)
 }
 
@@ -363,125 +362,4 @@ async fn an_intent_that_cannot_be_read_is_put_off_and_the_others_are_performed()
         .unwrap();
     world.settle().await;
     assert_eq!(world.outcomes(sagas[1]).await, [Succeeded]);
-}
-
-#[tokio::test]
-async fn a_call_that_was_not_made_counts_nothing_is_in_no_doubt_and_waits() {
-    let world = World::new().await;
-    let saga = SagaId::new();
-    // Ten times more than there may be attempts.
-    let say: Vec<_> = std::iter::repeat_n("away", 30).chain(["silence", "away", "yes"]).collect();
-    let begun = Instant::now();
-    world.deliver(&[message(saga, Op::Do, &pay(&say))]).await;
-    let executor = world.executor();
-    eventually(Duration::from_secs(60), || async {
-        executor.run_once().await.unwrap();
-        (world.intents().await == 0).then_some(())
-    })
-    .await;
-    assert_eq!(world.outcomes(saga).await, [Succeeded], "and never failed");
-    assert_eq!(world.provider.calls.of(key(saga)), 33);
-    assert!(begun.elapsed() >= Duration::from_millis(31 * 60), "it asks no sooner than it was told");
-}
-
-#[tokio::test]
-async fn an_answer_that_contradicts_is_not_asked_for_again_before_the_resend() {
-    let world = World::new().await;
-    let saga = SagaId::new();
-    let command = || message(saga, Op::Do, &pay(&["something else", "something else", "yes"]));
-    for calls in [1, 2] {
-        world.deliver(&[command()]).await;
-        world.settle().await;
-        assert_eq!(world.provider.calls.of(key(saga)), calls);
-        let replies = world.replies(saga).await;
-        let last = replies.last().unwrap();
-        assert_eq!((last.outcome, &last.payload), (Failed, &serde_json::json!({ "error": "it did something else" })));
-    }
-    world.deliver(&[command()]).await;
-    world.settle().await;
-    assert_eq!(world.outcomes(saga).await, [Failed, Failed, Succeeded]);
-    assert_eq!(world.effects(saga).await, 1);
-}
-
-#[tokio::test]
-async fn a_command_that_nobody_can_be_answered_to_is_refused_before_it_runs() {
-    let world = World::new().await;
-    for topic in ["", "..", "no topic", "a/b", "__consumer_offsets", &"x".repeat(250)] {
-        let saga = SagaId::new();
-        for mut command in [message(saga, Op::Do, &pay(&["yes"])), message(saga, Op::Do, &Add { say: words(&["yes"]) })]
-        {
-            command.envelope.saga.as_mut().unwrap().reply_to = Some(topic.to_owned());
-            let refused = world.try_deliver(&[command]).await.unwrap_err();
-            assert!(matches!(&refused, HandleError::Poison(why) if why.contains("ce_replyto")), "{topic:?}: {refused}");
-        }
-        world.settle().await;
-        assert_eq!(world.provider.calls.of(key(saga)), 0, "{topic:?}");
-        assert_eq!((world.effects(saga).await, world.intents().await), (0, 0), "{topic:?}");
-    }
-}
-
-#[tokio::test]
-async fn a_command_that_asks_for_its_reply_elsewhere_is_refused_before_it_runs() {
-    let world = World::new().await;
-    let participant = Participant::new("careful").replies_to(["test.replies"]).replies_to(vec!["other".to_owned()]);
-    let participant = participant.on::<Add>(AddHandler::default());
-    for (topic, allowed) in
-        [("test.replies", true), ("other", true), ("orders.events", false), ("test.repliesx", false)]
-    {
-        let saga = SagaId::new();
-        let mut command = message(saga, Op::Do, &Add { say: words(&["yes"]) });
-        command.envelope.saga.as_mut().unwrap().reply_to = Some(topic.to_owned());
-        let told = deliver(&world.database.pool, &participant, &[command]).await;
-        assert_eq!((told.is_ok(), world.effects(saga).await), (allowed, i64::from(allowed)), "{topic}: {told:?}");
-    }
-}
-
-#[tokio::test]
-async fn an_effect_that_an_older_build_cannot_answer_to_is_called_once() {
-    let world = World::new().await;
-    let [done, doubtful] = std::array::from_fn(|_| SagaId::new());
-    world.deliver(&[message(done, Op::Do, &pay(&["yes"])), message(doubtful, Op::Do, &pay(&["something else"]))]).await;
-    sqlx::query("update participant_intent set origin = jsonb_set(origin, '{reply_to}', '\"no topic\"')")
-        .execute(&world.database.pool)
-        .await
-        .unwrap();
-    world.settle().await;
-    for (saga, effects) in [(done, 1), (doubtful, 0)] {
-        assert_eq!((world.provider.calls.of(key(saga)), world.effects(saga).await), (1, effects));
-        assert_eq!(world.outcomes(saga).await, [], "nobody can be told");
-    }
-}
-
-#[tokio::test]
-async fn calls_that_hang_again_and_again_leave_slots_for_those_never_made() {
-    let world = World::new().await;
-    let config = IntentConfig {
-        concurrency: 4,
-        max_attempts: 1_000,
-        first_delay: Duration::ZERO,
-        call_timeout: Duration::from_millis(200),
-        claim_margin: Duration::from_millis(100),
-        poll: Duration::from_millis(20),
-        ..IntentConfig::default()
-    };
-    let hanging: Vec<_> = (0..20).map(|_| SagaId::new()).collect();
-    let messages: Vec<_> = hanging.iter().map(|&saga| message(saga, Op::Do, &pay(&["hang"]))).collect();
-    world.deliver(&messages).await;
-    let (executor, stop) =
-        (world.participant.intents(world.database.pool.clone()).with_config(config), CancellationToken::new());
-    let running = tokio::spawn({
-        let stop = stop.clone();
-        async move { executor.run(stop).await }
-    });
-    let calls = || hanging.iter().map(|&saga| world.provider.calls.of(key(saga))).sum::<usize>();
-    eventually(Duration::from_secs(30), || async { (calls() >= 24).then_some(()) }).await;
-
-    let fresh = SagaId::new();
-    let before = calls();
-    world.deliver(&[message(fresh, Op::Do, &pay(&["yes"]))]).await;
-    eventually(Duration::from_secs(30), || async { (!world.outcomes(fresh).await.is_empty()).then_some(()) }).await;
-    let meanwhile = calls() - before;
-    assert!(meanwhile <= 4, "{meanwhile} calls were made before one that had never been");
-    stop.cancel();
-    running.await.unwrap();
 }
