@@ -220,8 +220,13 @@ pub async fn limit_topic(topic: &str, bytes: &str) {
 pub async fn read_from(brokers: String, topic: &str, partitions: i32, count: usize) {
     let topic = topic.to_owned();
     let read = move || {
-        let consumer: BaseConsumer =
-            ClientConfig::new().set("bootstrap.servers", brokers).set("group.id", "test").create().unwrap();
+        let consumer: BaseConsumer = ClientConfig::new()
+            .set("bootstrap.servers", brokers)
+            .set("group.id", "test")
+            // A partition whose leader changes may be looked up anew: that must skip nothing.
+            .set("auto.offset.reset", "earliest")
+            .create()
+            .unwrap();
         let mut all = TopicPartitionList::new();
         (0..partitions).for_each(|partition| {
             all.add_partition_offset(&topic, partition, Offset::Beginning).expect("the beginning is an offset");
