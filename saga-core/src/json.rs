@@ -2,7 +2,7 @@
 //!
 //! `serde_json` reads 127 levels of arrays and objects. What this crate keeps it wraps in a few levels of its own (a
 //! saga's state, an inspection's answer): a reply of 126 levels was stored, and then nothing could read its saga. So
-//! each input, reply, command and stored answer is held to [`DEPTH_MAX`] where it comes in.
+//! each input, reply, command and stored answer is held to `DEPTH_MAX` where it comes in.
 
 mod named;
 
