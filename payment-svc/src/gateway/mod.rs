@@ -1,7 +1,7 @@
 //! The port to the payment provider: what we ask it, and what its answers mean.
 //!
 //! An answer is *certain* (done, or refused and nothing moved) or there is *doubt*: no answer in time, a 5xx, a lost
-//! connection, an answer that cannot be believed ([`answer`]). Doubt is never taken for a refusal. Every request carries a key
+//! connection, an answer that cannot be believed (`answer`). Doubt is never taken for a refusal. Every request carries a key
 //! under which the provider performs it once, so that doubt is resolved by asking again. A call that an open circuit keeps from
 //! being made ([`breaker`]) is in no doubt.
 
