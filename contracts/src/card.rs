@@ -1,4 +1,4 @@
-//! Card numbers, which nobody may keep. Pure.
+//! Card numbers, which no service may keep. Pure.
 //!
 //! A payment is made by the gateway's token. Whoever puts the card's own number into a field would have it stored for ever, in
 //! tables, topics and logs; so each text of people's that one might be put into is refused before it is used for anything.

@@ -15,7 +15,7 @@ use serde_json::Value;
 /// Most levels of arrays and objects. The rest of the 127 is for what they are stored and shown in.
 pub(crate) const DEPTH_MAX: usize = 100;
 
-/// Reads one JSON value that somebody else wrote: structs from objects alone, and no deeper than what can be kept.
+/// Reads one JSON value that came from outside: structs from objects alone, and no deeper than what can be kept.
 ///
 /// # Errors
 /// In words, which quote no more of `text` than a short piece.

@@ -222,7 +222,7 @@ pub fn nudge(pool: &PgPool) {
     }
 }
 
-/// Whether `pool` has a connection that nobody uses, or may open one.
+/// Whether `pool` has an idle connection, or may open one.
 pub(crate) fn has_one_to_spare(pool: &PgPool) -> bool {
     pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections()
 }

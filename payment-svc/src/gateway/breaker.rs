@@ -7,11 +7,11 @@
 //! ```
 //!
 //! Invariant: what one payment meets costs no other. An error that is one payment's own is repeated for that payment again
-//! and again; it opens nothing as long as others are answered, and where it did (nobody else asked meanwhile), payments that
+//! and again; it opens nothing as long as others are answered, and where it did (no other payment asked meanwhile), payments that
 //! have not failed yet may still try.
 //!
-//! It is our own because those that exist count errors, not payments, and cut off everybody alike. It only saves time and the
-//! provider: whoever is turned away made no call and waits. When the process dies it is closed again, which costs a few calls.
+//! It is our own because those that exist count errors, not payments, and cut off all payments alike. It only saves time and
+//! the provider: a payment that is turned away made no call and waits. When the process dies it is closed again, which costs a few calls.
 
 use saga_core::id::CommandId;
 use std::{
@@ -26,7 +26,7 @@ const REMEMBERED: usize = 10_000;
 /// When the circuit opens, and how it is tried.
 #[derive(Debug, Clone, Copy)]
 pub struct BreakerConfig {
-    /// For how long nobody must have been answered before it opens.
+    /// For how long no payment must have been answered before it opens.
     pub silence: Duration,
     /// How many payments must have been tried in vain meanwhile.
     pub payments: usize,
@@ -49,7 +49,7 @@ pub struct Breaker {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Since when nobody has been answered, and who tried meanwhile.
+    /// Since when no payment has been answered, and which tried meanwhile.
     vain: Option<Vain>,
     /// When it opened, and when the next may try.
     open: Option<Open>,
@@ -76,7 +76,7 @@ impl Breaker {
         Self { config, state: Mutex::default() }
     }
 
-    /// Whether to ask for `payment` now; whoever is admitted reports by [`Breaker::answered`] or [`Breaker::in_vain`].
+    /// Whether to ask for `payment` now; an admitted call reports by [`Breaker::answered`] or [`Breaker::in_vain`].
     ///
     /// # Errors
     /// When to come again: the longer it has been open, the later.

@@ -5,7 +5,7 @@
 //! takes. Anything else is the fault of a record, and counted. So is a handler that needs longer than its bounds: which
 //! records it needs so long for is found by making the batch smaller.
 //!
-//! A handler that waits for a lock is nobody's fault here: another transaction holds it. Its record is set aside like one at
+//! A wait for a lock is no fault of the record: another transaction holds the lock. Its record is set aside like one at
 //! fault, so that the others flow, but no attempt is spent, and the record is never given up for that.
 
 use super::HandleError;

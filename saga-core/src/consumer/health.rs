@@ -26,9 +26,9 @@ const LOCKED_MAX: Duration = Duration::from_secs(120);
 pub struct ConsumerHealth(pub(super) Arc<Pulse>);
 
 impl ConsumerHealth {
-    /// Fine, or why not: connected to a broker, a member of the group, polling, refused
-    /// nothing, its database answers, no partition waits for an
-    /// operator, no record waits for a lock for minutes, and the host's clock is the database's.
+    /// Fine, or why not. Fine means: a broker is connected, the consumer is a member of the group and polls, Kafka refuses it
+    /// nothing, and its database answers. No partition waits for an operator, no record waits for a lock for two minutes, and
+    /// the host's clock is the database's.
     ///
     /// # Errors
     /// In words, when it is not.

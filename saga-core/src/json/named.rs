@@ -1,5 +1,5 @@
 //! Fields by their names alone. `serde` takes a struct from an array as well, its fields in the order of their declaration:
-//! what was sent then means something else after the next field is added, and nobody meant to offer it.
+//! what was sent then means something else after the next field is added, and was never meant to be offered.
 //!
 //! [`Named`] stands around a deserializer, and around everything that the deserializer hands out: so the rule holds at every
 //! level. The one way around it is a buffer of `serde`'s own (`flatten`, `untagged`, an internal `tag`), which it does not see.

@@ -54,7 +54,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
 use uuid::Uuid;
 
-/// Shortest pause after a call that was not made: whoever does not call must not ask without a pause either.
+/// Shortest pause after a call that was not made, so that a handler that makes none does not run in a hot loop.
 const NOT_MADE_MIN: Duration = Duration::from_millis(50);
 
 /// How often intents are counted for the gauges.
@@ -317,7 +317,7 @@ impl Intents {
         Ok(())
     }
 
-    /// The attempts ran out, or another would change nothing: the effect stays in doubt, and the orchestrator is told.
+    /// The attempts ran out, or another would change nothing: the effect stays in doubt, and the orchestrator gets `failed`.
     async fn give_up(&self, claim: &Claimed, why: &str) -> Result<(), Unsettled> {
         let reason = &reason(why);
         let op = claim.intent.cx.saga.op;
@@ -345,7 +345,7 @@ impl Intents {
         tx.commit().await?;
         batch::count_reply(&claim.kind, outcome);
         tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
-            "no certain answer: the effect stays in doubt, and the saga is told; it asks again");
+            "no certain answer: the effect stays in doubt; the saga gets `failed` and asks again");
         Ok(())
     }
 
@@ -425,7 +425,7 @@ async fn write(
     payload: Vec<u8>,
 ) -> Result<(), Unsettled> {
     let reply = batch::reply(&claim.kind, &claim.intent.cx, &claim.trace, outcome, payload);
-    // An older build took commands that nobody can be answered to. Were that an error, each would be called without an end.
+    // An older build took commands without a valid reply topic. Were that an error, each would be called without an end.
     let unsendable = reply.validate().inspect_err(|error| {
         tracing::error!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind, %error,
             outcome = outcome.as_str(), "an answer cannot be sent: it stands in the fence alone");

@@ -15,7 +15,7 @@ use std::{
 };
 use uuid::Uuid;
 
-/// How often fences are looked for that somebody else makes meanwhile: once more than can be needed.
+/// How often fences are looked for that another transaction makes meanwhile: once more than can be needed.
 const LOOKS: usize = 3;
 
 /// Fences that are parameters 7 to 17, as rows `c`. The keys as a subquery: of an array PostgreSQL would see how short it
