@@ -1,14 +1,15 @@
 //! Flags and environment of the binary. Every mistake is told at once.
 
-use crate::settings::{
-    COMPRESSION, LEASE, OutboxSettings, READING, RESOLVED_KEPT, SET_APART_FOR, STUCK_AFTER, Settings,
+use crate::{
+    budget,
+    settings::{COMPRESSION, LEASE, OutboxSettings, READING, RESOLVED_KEPT, SET_APART_FOR, STUCK_AFTER, Settings},
 };
 use clap::{Args, Parser, Subcommand};
 use saga_core::service::{
     AdminArgs, ConfigErrors, Identity, KafkaArgs, TelemetryArgs, config::AdminSettings, telemetry::TelemetrySettings,
 };
 use sqlx::postgres::PgConnectOptions;
-use std::{str::FromStr, time::Duration};
+use std::{fmt::Display, str::FromStr, time::Duration};
 
 /// The relay among the services; it has no API of its own, only the admin listener.
 pub const IDENTITY: Identity = Identity { name: "outbox-relay", http_port: 0, admin_port: 9084 };
@@ -90,6 +91,10 @@ pub struct RelayArgs {
     /// How long a topic whose rows Kafka refuses stays set apart after the last refusal [default: 60]
     #[arg(long, env = "SET_APART_SECONDS", value_name = "SECONDS", global = true)]
     pub set_apart_seconds: Option<String>,
+    /// Mebibytes of rows that the process holds at most, read and not yet acknowledged by Kafka, for all outboxes. Kafka's client
+    /// copies a row while it is handed over, so the process needs more [default: 256, or 64 for each outbox if that is more]
+    #[arg(long, env = "HELD_MEBIBYTES", value_name = "MEBIBYTES", global = true)]
+    pub held_mebibytes: Option<String>,
     /// Compression of what is sent: `none`, `lz4`, `zstd`, `gzip` or `snappy` [default: lz4]
     #[arg(long, env = "COMPRESSION", value_name = "TYPE", global = true)]
     pub compression: Option<String>,
@@ -127,6 +132,10 @@ impl RelayArgs {
         let stuck_after = seconds("STUCK_AFTER_SECONDS", stuck, (1, STUCK_AFTER), &mut errors);
         let set_apart = self.set_apart_seconds.as_deref();
         let set_apart_for = seconds("SET_APART_SECONDS", set_apart, (0, SET_APART_FOR), &mut errors);
+        let held = outboxes.as_ref().and_then(|outboxes| {
+            let (least, default) = (budget::least(outboxes.len()), budget::default(outboxes.len()));
+            number("HELD_MEBIBYTES", self.held_mebibytes.as_deref(), (least >> 20, default >> 20), &mut errors)
+        });
         let compression = match self.compression.as_deref().map(str::trim).filter(|text| !text.is_empty()) {
             None => Some(COMPRESSION.to_owned()),
             Some(kind @ ("none" | "lz4" | "zstd" | "gzip" | "snappy")) => Some(kind.to_owned()),
@@ -147,6 +156,7 @@ impl RelayArgs {
                 resolved_kept: RESOLVED_KEPT,
                 stuck_after: stuck_after?,
                 set_apart_for: set_apart_for?,
+                held: held?.saturating_mul(1 << 20),
                 compression: compression?,
             };
             Some(Configuration { relay, admin: admin?, telemetry: telemetry? })
@@ -170,10 +180,21 @@ fn seconds(
     (least, default): (u64, Duration),
     errors: &mut ConfigErrors,
 ) -> Option<Duration> {
+    let default = (least, default.as_secs());
+    number(variable, text, default, errors).map(Duration::from_secs)
+}
+
+/// A whole number of at least `least`.
+fn number<T: FromStr + PartialOrd + Display>(
+    variable: &'static str,
+    text: Option<&str>,
+    (least, default): (T, T),
+    errors: &mut ConfigErrors,
+) -> Option<T> {
     match text.map(str::trim).filter(|text| !text.is_empty()) {
         None => Some(default),
         Some(text) => match text.parse() {
-            Ok(seconds) if seconds >= least => Some(Duration::from_secs(seconds)),
+            Ok(number) if number >= least => Some(number),
             _ => errors.add(variable, format!("is {text:?}"), format!("set it to a whole number of at least {least}")),
         },
     }
@@ -250,6 +271,19 @@ mod tests {
         let names: Vec<&str> = settings.relay.outboxes.iter().map(|outbox| outbox.name.as_str()).collect();
         assert_eq!(names, ["orders", "payments"]);
         assert_eq!(settings.admin.addr.port(), 9084);
+    }
+
+    #[test]
+    fn the_least_of_bytes_that_are_held_grows_with_the_outboxes() {
+        let read = |outboxes: &str, held: Option<&str>| {
+            let args = RelayArgs { held_mebibytes: held.map(str::to_owned), ..args(outboxes) };
+            args.validate().map(|configuration| configuration.relay.held >> 20)
+        };
+        assert_eq!(read("a=postgres://h/a", None).unwrap(), 256);
+        assert_eq!(read("a=postgres://h/a", Some("56")).unwrap(), 56);
+        let two = "a=postgres://h/a,b=postgres://h/b";
+        let mistakes = read(two, Some("56")).unwrap_err().to_string();
+        assert!(mistakes.contains("HELD_MEBIBYTES") && mistakes.contains("at least 96"), "{mistakes}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use crate::{
     database::Database,
+    loops::{Loops, WANTED},
     metric,
     parking::{self, Line},
     pause::{self, Cause, Paused, WHOLE},
@@ -17,7 +18,7 @@ use tokio::{
     sync::{Mutex, watch},
     time::Instant,
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 /// How long an operator waits at most for something to happen.
 const LOOK: Duration = Duration::from_millis(250);
@@ -74,7 +75,7 @@ impl Wanted {
 }
 
 /// Keeps `wanted` up to date until an error.
-pub(crate) async fn run(db: Database, topics: Topics, wanted: Arc<Wanted>) -> Result<(), ReadError> {
+pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted: Arc<Wanted>) -> Result<(), ReadError> {
     let outbox = &wanted.outbox;
     let mut asked: HashMap<String, Instant> = HashMap::new();
     let mut set_apart = metric::SetApart::default();
@@ -84,11 +85,13 @@ pub(crate) async fn run(db: Database, topics: Topics, wanted: Arc<Wanted>) -> Re
             Ok(control) => control,
             // Others have all the connections. Whoever finds out that the database is away, it is not this.
             Err(ReadError::Database(sqlx::Error::PoolTimedOut)) => {
-                warn!(outbox, "no connection was free to look up what operators want; trying again");
+                loops.failing(WANTED, "no connection was free to look it up");
                 continue;
             }
             Err(error) => return Err(error),
         };
+        loops.working(WANTED);
+        loops.wait(&control.paused);
         asked.retain(|topic, _| control.paused.contains_key(topic));
         set_apart.show(outbox, &control);
         for paused in control.paused.values().filter(|paused| !paused.resuming) {
@@ -146,11 +149,13 @@ mod tests {
         let db = Database::new(options, 1, patience);
         let (wanted, told) = Wanted::new("orders", Control::default());
         let all = db.connect().await.unwrap();
-        let looking = run(db.clone(), Topics::new(&brokers()).unwrap(), Arc::new(wanted));
+        let loops = Arc::new(Loops::new("all_connections".into()));
+        let looking = run(db.clone(), Topics::new(&brokers()).unwrap(), loops.clone(), Arc::new(wanted));
         let looking = AbortOnDropHandle::new(tokio::spawn(looking));
         // The same patience, and it came later: by now `looking` has lost its own.
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
+        assert!(loops.problem().is_some_and(|problem| problem.contains("no connection")));
         all.give_back();
         sqlx::query(
             "insert into outbox_pause (outbox, topic, cause, reason, actor) values ('orders', '*', 'operator', '', '')",

@@ -1,6 +1,8 @@
 //! What becomes of a row: it is sent, passed over, parked, or its topic is left behind with it.
 
 use crate::{
+    budget::Held,
+    in_flight::Ticket,
     parking::Park,
     pause::{self, Cause, LeftBehind},
     position::{Page, Position},
@@ -9,27 +11,30 @@ use crate::{
     session::{Ended, Session},
     topics::TopicState,
 };
-use saga_core::topic::is_legal_name;
-use std::time::Duration;
+use saga_core::{clock, topic::is_legal_name};
+use std::{pin::pin, time::Duration};
+use tokio::time::timeout;
 use tracing::warn;
 
 /// What becomes of a row.
 pub(crate) enum Fate {
-    /// Nothing to do: it is acknowledged already, or left behind with its topic.
+    /// Nothing to do: it is left behind with its topic, or gone.
     Pass,
+    /// Nothing to do: Kafka has acknowledged it already.
+    Known,
     Send(crate::record::Built),
     Park(Park),
     Leave(LeftBehind),
 }
 
 impl Session {
-    pub(crate) async fn fate(&mut self, page: &Page, row: &Row, before: i64) -> Result<Fate, Ended> {
+    pub(crate) async fn fate(&mut self, page: &Page, row: &Row, before: i64, ticket: Ticket) -> Result<Fate, Ended> {
         let topic = row.topic();
         if page.lane.is_none() && self.paused.contains(topic) && !self.is_back(topic).await? {
             return Ok(Fate::Pass);
         }
         if self.shared.was_acknowledged(topic, row.id()) {
-            return Ok(Fate::Pass);
+            return Ok(Fate::Known);
         }
         if let Some(by) = self.blocked.behind(topic, row.key(), row.id()) {
             let reason = format!("row {by} of the same topic and key is parked");
@@ -69,7 +74,7 @@ impl Session {
         }
         let built = match built {
             Some(built) => built,
-            None if !self.read_body(row).await? => return Ok(Fate::Pass),
+            None if !self.read_body(row, ticket).await? => return Ok(Fate::Pass),
             None => self.builder.build(row),
         };
         if built.size > limit {
@@ -78,19 +83,32 @@ impl Session {
         Ok(Fate::Send(built))
     }
 
-    /// Reads what its page left out of a row; false when the row was deleted meanwhile.
-    async fn read_body(&self, row: &Row) -> Result<bool, sqlx::Error> {
-        let body = self.db.ask(async |db| Body::read(db, &[row.id()]).await).await?.pop();
-        match body {
-            Some(body) => {
-                row.set_body(body);
-                Ok(true)
-            }
-            None => {
-                warn!(outbox = self.outbox, id = row.id(), "{DELETED}");
-                Ok(false)
-            }
+    /// Reads what its page left out of a row, when there is room for it; false when the row was deleted meanwhile.
+    async fn read_body(&mut self, row: &Row, ticket: Ticket) -> Result<bool, Ended> {
+        let held = self.room_for(row).await?;
+        let Some(body) = self.db.ask(async |db| Body::read(db, &[row.id()]).await).await?.pop() else {
+            warn!(outbox = self.outbox, id = row.id(), "{DELETED}");
+            return Ok(false);
+        };
+        row.set_body(body);
+        self.publisher.in_flight.hold(ticket, held);
+        Ok(true)
+    }
+
+    async fn room_for(&mut self, row: &Row) -> Result<Held, Ended> {
+        let area = self.area.clone();
+        let mut room = pin!(area.take_alone(row.cost()));
+        if let Ok(held) = self.meanwhile(timeout(self.shared.stuck_after, room.as_mut())).await? {
+            return Ok(held);
         }
+        let reason = format!(
+            "row {} of topic {} has {} bytes, and waits for another large row (HELD_MEBIBYTES has no room for both)",
+            row.id(),
+            row.topic(),
+            row.bytes()
+        );
+        self.shared.loops.failing(self.scope.name(), &reason);
+        self.meanwhile(room).await
     }
 
     fn park(&mut self, row: &Row, reason: String) -> Fate {
@@ -122,16 +140,14 @@ impl Session {
         Ok(Ended::Stalled(topic))
     }
 
-    /// Asks the brokers about a topic, for as long as it takes them to answer: its limit, or why it takes nothing.
+    /// Asks the brokers about a topic: its limit, or why it takes nothing. When no broker answers at all, it waits for them;
+    /// when they answer and say nothing of this topic, the topic is what takes nothing.
     pub(crate) async fn look(&mut self, topic: &str) -> Result<Result<usize, (Cause, String)>, Ended> {
+        let topics = self.topics.clone();
         let mut pause = Duration::from_millis(50);
-        let mut said = false;
+        let began = clock::monotonic();
         loop {
-            let asked = tokio::select! {
-                () = self.stop.cancelled() => return Err(Ended::Stopped),
-                asked = self.topics.look(topic) => asked,
-            };
-            match asked {
+            match self.meanwhile(topics.look(topic)).await? {
                 Ok(TopicState::Ready { max_message_bytes }) => {
                     self.memory.limits.insert(topic.to_owned(), max_message_bytes);
                     return Ok(Ok(max_message_bytes));
@@ -139,10 +155,14 @@ impl Session {
                 Ok(TopicState::Missing(reason)) => return Ok(Err((Cause::Missing, reason))),
                 Ok(TopicState::Forbidden(reason)) => return Ok(Err((Cause::Forbidden, reason))),
                 Err(problem) => {
-                    if !std::mem::replace(&mut said, true) {
-                        warn!(outbox = self.outbox, topic, %problem, "waiting for Kafka to say what the topic is like");
+                    if began.elapsed() >= self.shared.stuck_after {
+                        let reason = format!("the brokers do not say what the topic {topic:?} is like: {problem}");
+                        if self.meanwhile(topics.reachable()).await? {
+                            return Ok(Err((Cause::Leaderless, reason)));
+                        }
+                        self.shared.loops.failing(self.scope.name(), &reason);
                     }
-                    tokio::time::sleep(pause).await;
+                    self.meanwhile(tokio::time::sleep(pause)).await?;
                     pause = (pause * 2).min(Duration::from_secs(2));
                 }
             }

@@ -5,6 +5,7 @@
 
 use crate::{
     batch_log::Entry,
+    budget::Held,
     commit::{Progress, Stretch},
     parking::Park,
     pause::LeftBehind,
@@ -64,8 +65,11 @@ struct Queue {
     first: usize,
     flights: VecDeque<Flight>,
     rows: usize,
-    bytes: usize,
     refused: Vec<(Ticket, RDKafkaErrorCode)>,
+    /// Of each topic the earliest row that is open, and since when it was seen to be that.
+    earliest: HashMap<String, (Ticket, Instant)>,
+    /// The room of what was given up: the producer has it until it is gone, and this with it.
+    given_up: Vec<Held>,
 }
 
 /// A row that Kafka refused.
@@ -90,6 +94,26 @@ impl Queue {
         number.checked_sub(self.first).and_then(|at| self.flights.get_mut(at))
     }
 
+    /// Of each topic the earliest row that the producer has had for longer than the others, and when it got it.
+    fn earliest(&self) -> Vec<(String, Ticket, Instant)> {
+        let mut found: Vec<(String, Ticket, Instant)> = Vec::new();
+        let mut topics = HashSet::new();
+        for (at, flight) in self.flights.iter().enumerate() {
+            // Of a topic's rows in one flight only the first is looked up.
+            let mut seen = vec![false; flight.topics.len()];
+            for (index, row) in flight.rows[..flight.given].iter().enumerate() {
+                if row.state != State::Open || std::mem::replace(&mut seen[row.topic], true) {
+                    continue;
+                }
+                let topic = &flight.topics[row.topic];
+                if topics.insert(topic) {
+                    found.push((topic.clone(), Ticket::new(self.first + at, index), flight.given_at));
+                }
+            }
+        }
+        found
+    }
+
     /// Sets what became of a row; tells whether its flight is complete with it.
     fn settle(&mut self, ticket: Ticket, state: State) -> bool {
         let Some(flight) = self.flight(ticket.flight()) else { return false };
@@ -108,6 +132,8 @@ impl Queue {
 enum State {
     Open,
     Acknowledged,
+    /// Kafka had acknowledged it before, and does not get it again.
+    Known,
     /// Kafka does not get it from this page.
     Passed,
 }
@@ -118,6 +144,12 @@ struct Sent {
     /// Its index in the flight's topics.
     topic: usize,
     state: State,
+}
+
+impl Sent {
+    fn is_acknowledged(&self) -> bool {
+        matches!(self.state, State::Acknowledged | State::Known)
+    }
 }
 
 /// A page that is being sent, or a mark between two pages.
@@ -131,7 +163,7 @@ pub(crate) struct Flight {
     given_at: Instant,
     /// The sender has no row of it in hand any more.
     sealed: bool,
-    bytes: usize,
+    held: Option<Held>,
     decided: Decided,
 }
 
@@ -170,7 +202,6 @@ impl InFlight {
     pub(crate) fn open(&self, flight: Flight) -> usize {
         let mut queue = self.queue();
         queue.rows += flight.rows.len();
-        queue.bytes += flight.bytes;
         queue.flights.push_back(flight);
         queue.first + queue.flights.len() - 1
     }
@@ -200,14 +231,22 @@ impl InFlight {
         let flight = queue.flights.pop_front()?;
         queue.first += 1;
         queue.rows -= flight.rows.len();
-        queue.bytes -= flight.bytes;
         Some(flight)
     }
 
-    /// Whether it holds less than so many rows and bytes.
-    pub(crate) fn has_room(&self, rows: usize, bytes: usize) -> bool {
-        let queue = self.queue();
-        queue.rows < rows && queue.bytes < bytes
+    /// How many rows it holds.
+    pub(crate) fn rows(&self) -> usize {
+        self.queue().rows
+    }
+
+    /// More room that the flight of a row takes.
+    pub(crate) fn hold(&self, ticket: Ticket, held: Held) {
+        if let Some(flight) = self.queue().flight(ticket.flight()) {
+            match &mut flight.held {
+                Some(room) => room.join(held),
+                room @ None => *room = Some(held),
+            }
+        }
     }
 
     /// From here on every report wakes the sender, or only a complete page does.
@@ -238,24 +277,32 @@ impl InFlight {
         }
     }
 
-    /// Which rows the producer has had for longer than `patience`.
+    /// The topics of which the producer has had the same row as the earliest for longer than `patience`. A topic that is
+    /// slow is none of them: its earliest row is another from one look to the next.
     pub(crate) fn stuck(&self, patience: Duration) -> Stuck {
-        let queue = self.queue();
+        self.stuck_at(clock::monotonic(), patience)
+    }
+
+    fn stuck_at(&self, now: Instant, patience: Duration) -> Stuck {
+        let mut queue = self.queue();
         let mut stuck = Stuck::default();
-        let mut since = None;
-        for flight in &queue.flights {
-            if flight.given_at.elapsed() < patience {
-                continue;
+        let mut given_at: Option<Instant> = None;
+        let mut earliest = HashMap::new();
+        for (topic, ticket, given) in queue.earliest() {
+            let since = match queue.earliest.get(&topic) {
+                Some((before, since)) if *before == ticket => *since,
+                Some(_) => now,
+                None => given,
+            };
+            if now.saturating_duration_since(since) >= patience {
+                given_at = Some(given_at.map_or(given, |at| at.min(given)));
+                stuck.topics.insert(topic.clone());
             }
-            for row in flight.rows[..flight.given].iter().filter(|row| row.state == State::Open) {
-                since.get_or_insert(flight.given_at);
-                if !stuck.topics.contains(&flight.topics[row.topic]) {
-                    stuck.topics.insert(flight.topics[row.topic].clone());
-                }
-            }
+            earliest.insert(topic, (ticket, since));
         }
-        let Some(since) = since else { return stuck };
-        stuck.others_flow = queue.flights.iter().filter(|flight| flight.given_at >= since).any(|flight| {
+        queue.earliest = earliest;
+        let Some(given_at) = given_at else { return stuck };
+        stuck.others_flow = queue.flights.iter().filter(|flight| flight.given_at >= given_at).any(|flight| {
             let acknowledged = flight.rows.iter().filter(|row| row.state == State::Acknowledged);
             acknowledged.into_iter().any(|row| !stuck.topics.contains(&flight.topics[row.topic]))
         });
@@ -288,7 +335,16 @@ impl InFlight {
 
     /// The row needs nothing more, and the producer does not get it.
     pub(crate) fn passed(&self, ticket: Ticket) {
-        if self.queue().settle(ticket, State::Passed) {
+        self.settled(ticket, State::Passed);
+    }
+
+    /// Likewise: Kafka acknowledged it in a session before.
+    pub(crate) fn known(&self, ticket: Ticket) {
+        self.settled(ticket, State::Known);
+    }
+
+    fn settled(&self, ticket: Ticket, state: State) {
+        if self.queue().settle(ticket, state) {
             self.changed.notify_one();
         }
     }
@@ -340,11 +396,12 @@ impl InFlight {
         let mut queue = self.queue();
         let mut left = GivenUp::default();
         queue.first += queue.flights.len();
-        (queue.rows, queue.bytes) = (0, 0);
-        for (at, flight) in std::mem::take(&mut queue.flights).into_iter().enumerate() {
+        queue.rows = 0;
+        for (at, mut flight) in std::mem::take(&mut queue.flights).into_iter().enumerate() {
+            queue.given_up.extend(flight.held.take());
             let settled = flight.rows.iter().take_while(|row| row.state != State::Open).count();
             let prefix = if at == 0 { settled } else { 0 };
-            for row in flight.rows.iter().skip(prefix).filter(|row| row.state == State::Acknowledged) {
+            for row in flight.rows.iter().skip(prefix).filter(|row| row.is_acknowledged()) {
                 left.beyond.entry(flight.topics[row.topic].clone()).or_default().insert(row.id);
             }
             if prefix > 0 {
@@ -358,21 +415,22 @@ impl InFlight {
 }
 
 impl Flight {
-    /// A page. It keeps of each row what a report needs.
-    pub(crate) fn of(page: &Page) -> Self {
+    /// A page. It keeps of each row what a report needs, and the room of all.
+    pub(crate) fn of(page: &mut Page) -> Self {
         let (lane, base, target) = (page.lane.clone(), page.base.clone(), page.target.clone());
         let what = What::Page { lane, base, target, to: page.to };
-        Self::new(what, page.rows.iter().map(|row| (row.id(), row.topic(), row.bytes())))
+        let flight = Self::new(what, page.rows.iter().map(|row| (row.id(), row.topic())));
+        Self { held: page.held.take(), ..flight }
     }
 
     fn empty(what: What) -> Self {
         Self::new(what, [])
     }
 
-    /// Of rows with these ids, topics and sizes.
-    fn new<'a>(what: What, rows: impl IntoIterator<Item = (i64, &'a str, usize)>) -> Self {
+    /// Of rows with these ids and topics.
+    fn new<'a>(what: What, rows: impl IntoIterator<Item = (i64, &'a str)>) -> Self {
         let mut topics: Vec<String> = Vec::new();
-        let (mut topic, mut bytes) = (0, 0);
+        let mut topic = 0;
         let mut of_topic = |name: &str| {
             // Neighbours are mostly of one topic.
             if topics.get(topic).is_none_or(|last| last != name) {
@@ -383,15 +441,10 @@ impl Flight {
             }
             topic
         };
-        let rows: Vec<Sent> = rows
-            .into_iter()
-            .map(|(id, name, size)| {
-                bytes += size;
-                Sent { id, topic: of_topic(name), state: State::Open }
-            })
-            .collect();
+        let rows: Vec<Sent> =
+            rows.into_iter().map(|(id, name)| Sent { id, topic: of_topic(name), state: State::Open }).collect();
         let (open, given_at) = (rows.len(), clock::monotonic());
-        Self { what, rows, topics, open, given: 0, given_at, sealed: false, bytes, decided: Decided::default() }
+        Self { what, rows, topics, open, given: 0, given_at, sealed: false, held: None, decided: Decided::default() }
     }
 
     /// It is one of the reader's pages.
@@ -460,7 +513,7 @@ mod tests {
         let ids: Vec<i64> = ids.into_iter().collect();
         let to = ids.last().copied().unwrap_or(0);
         let what = What::Page { lane: None, base: Snapshot::initial(), target: Snapshot::initial(), to };
-        Flight::new(what, ids.into_iter().map(|id| (id, if id % 2 == 0 { "even" } else { "odd" }, 1)))
+        Flight::new(what, ids.into_iter().map(|id| (id, if id % 2 == 0 { "even" } else { "odd" })))
     }
 
     /// The ids of the pages that are complete, as they are recorded.
@@ -537,6 +590,33 @@ mod tests {
         assert_eq!(in_flight.stuck(Duration::ZERO), stuck(&["odd"], true));
         assert_eq!(in_flight.sent_besides(&BTreeSet::from(["even".to_owned()])), 1);
         assert_eq!(in_flight.sent_besides(&BTreeSet::from(["odd".to_owned()])), 0);
+    }
+
+    #[test]
+    fn a_topic_that_is_slow_is_not_stuck() {
+        let in_flight = InFlight::default();
+        let flight = in_flight.open(page([2, 4, 5]));
+        in_flight.given(flight, 3);
+        let patience = Duration::from_secs(5);
+        let looked_at = |seconds| {
+            let now = clock::monotonic() + Duration::from_secs(seconds);
+            in_flight.stuck_at(now, patience).topics.into_iter().collect::<Vec<_>>()
+        };
+        assert!(looked_at(4).is_empty());
+        in_flight.delivered(Ticket::new(flight, 0));
+        assert_eq!(looked_at(8), ["odd"], "the other has got further");
+        assert_eq!(looked_at(12), ["odd"]);
+        assert_eq!(looked_at(14), ["even", "odd"]);
+    }
+
+    #[test]
+    fn what_was_known_to_be_acknowledged_is_known_after_the_next_failure_too() {
+        let in_flight = InFlight::default();
+        let first = in_flight.open(page([1, 2, 3]));
+        in_flight.known(Ticket::new(first, 1));
+        in_flight.failed(Ticket::new(first, 0), RDKafkaErrorCode::InvalidRecord);
+        in_flight.seal(first, Decided::default());
+        assert_eq!(in_flight.give_up().beyond, HashMap::from([("even".to_owned(), HashSet::from([2]))]));
     }
 
     /// Pages of some rows, and the order in which their rows are reported; `false` is a refusal.

@@ -8,6 +8,7 @@
 //! | `reader`, `nudges` | reads ahead, page by page |
 //! | `stream`, `set_apart`, `handover` | the main stream; one for each topic that is set apart; how a topic comes back |
 //! | `session`, `sending` | one producer's life in a stream; a page's rows, many in flight |
+//! | [`budget`] | how many bytes of rows this process holds |
 //! | `record`, `producer`, `in_flight` | a row as a record; the producer; what is on its way, and what Kafka acknowledged |
 //! | `commit`, `batch_log` | records progress under the lease |
 //! | `fate`, `refusal`, `parking`, `pause`, `retry`, `retrying` | rows and topics that Kafka refuses |
@@ -23,6 +24,7 @@ pub mod admin;
 mod anchor;
 pub mod app;
 mod batch_log;
+pub mod budget;
 mod commit;
 pub mod config;
 mod control;
@@ -69,20 +71,27 @@ use tokio_util::sync::CancellationToken;
 #[derive(Clone)]
 pub struct Relay {
     outboxes: Arc<[Arc<Outbox>]>,
+    budget: Arc<budget::Budget>,
 }
 
 impl Relay {
     /// Connects to nothing yet.
     pub fn new(settings: &Settings) -> Result<Self, rdkafka::error::KafkaError> {
         metric::describe();
-        let outboxes: Result<Vec<_>, _> =
-            settings.outboxes.iter().map(|outbox| Outbox::new(settings, outbox).map(Arc::new)).collect();
-        Ok(Self { outboxes: outboxes?.into() })
+        let budget = budget::Budget::new(settings.held, settings.outboxes.len());
+        let made = settings.outboxes.iter().map(|outbox| Outbox::new(settings, outbox, &budget).map(Arc::new));
+        let outboxes: Result<Vec<_>, _> = made.collect();
+        Ok(Self { outboxes: outboxes?.into(), budget })
     }
 
     /// The outboxes.
     pub fn outboxes(&self) -> &[Arc<Outbox>] {
         &self.outboxes
+    }
+
+    /// Bytes of rows that are held now, and the most that ever were.
+    pub fn held(&self) -> (usize, usize) {
+        self.budget.held()
     }
 
     /// Publishes until `stop`; then hands over what it owns. A failing outbox is tried again and stops no other.

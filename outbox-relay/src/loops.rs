@@ -1,8 +1,9 @@
 //! Which loops of an outbox get no further: what health shows, and metrics.
 
+use crate::pause::{Cause, Paused};
 use saga_core::outage::Outage;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -10,6 +11,11 @@ use std::{
 pub(crate) const MAIN: &str = "the main stream";
 /// Trying parked rows again, among the loops.
 pub(crate) const RETRIES: &str = "parked rows that are tried again";
+/// Looking up what operators want, among the loops.
+pub(crate) const WANTED: &str = "what operators want";
+
+/// Topics that wait and are named; more of them say no more.
+const NAMED: usize = 8;
 
 /// The loops of one outbox that have failed and not got further since. Metric: `outage{dependency}`.
 #[derive(Debug)]
@@ -17,11 +23,13 @@ pub(crate) struct Loops {
     /// The outbox and its database: another process may have an outbox of the same name.
     outbox: String,
     failing: Mutex<BTreeMap<String, Arc<Outage>>>,
+    /// Topics whose rows wait, and why.
+    waiting: Mutex<Vec<String>>,
 }
 
 impl Loops {
     pub(crate) fn new(outbox: String) -> Self {
-        Self { outbox, failing: Mutex::default() }
+        Self { outbox, failing: Mutex::default(), waiting: Mutex::default() }
     }
 
     fn failing_loops(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Outage>>> {
@@ -31,9 +39,8 @@ impl Loops {
     /// The loop got no further, for this reason.
     pub(crate) fn failing(&self, name: &str, reason: &str) {
         let mut loops = self.failing_loops();
-        let outage = loops
-            .entry(name.to_owned())
-            .or_insert_with(|| Outage::of(&format!("publishing of {name} of {}", self.outbox)));
+        let outage =
+            loops.entry(name.to_owned()).or_insert_with(|| Outage::of(&format!("loop {name:?} of {}", self.outbox)));
         outage.failing(reason);
     }
 
@@ -56,11 +63,32 @@ impl Loops {
         for outage in std::mem::take(&mut *self.failing_loops()).into_values() {
             outage.working();
         }
+        self.waiting().clear();
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Vec<String>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Topics that are set apart and whose rows wait, not by an operator's wish.
+    pub(crate) fn wait(&self, paused: &HashMap<String, Paused>) {
+        // Whether brokers take the rows of a topic again shows only when it is back.
+        let waits = |paused: &&Paused| match paused.cause {
+            Cause::Operator | Cause::Refusing => false,
+            Cause::Missing | Cause::Forbidden => !paused.resuming,
+            Cause::Leaderless => true,
+        };
+        let said = |paused: &Paused| format!("rows of topic {:?} wait: {}", paused.topic, paused.reason);
+        let mut waiting: Vec<String> = paused.values().filter(waits).map(said).collect();
+        waiting.sort_unstable();
+        *self.waiting() = waiting;
     }
 
     /// What is wrong now, loop by loop.
     pub(crate) fn problem(&self) -> Option<String> {
-        let problems: Vec<String> = self.failing_loops().values().filter_map(|outage| outage.check().err()).collect();
+        let mut problems: Vec<String> =
+            self.failing_loops().values().filter_map(|outage| outage.check().err()).collect();
+        problems.extend(self.waiting().iter().take(NAMED).cloned());
         (!problems.is_empty()).then(|| problems.join("; "))
     }
 }

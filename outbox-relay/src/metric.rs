@@ -17,6 +17,15 @@ pub(crate) fn describe() {
         "outbox_topic_set_apart",
         "1 while a topic is set apart, by topic and cause (operator, missing, forbidden, leaderless, refusing)"
     );
+    metrics::describe_gauge!(
+        "outbox_bytes_held",
+        metrics::Unit::Bytes,
+        "Of rows that this process has read, or reads, and that Kafka has not acknowledged yet, for all outboxes"
+    );
+    metrics::describe_gauge!(
+        "outbox_ids_ahead",
+        "Ids that are left in partitions; 0: rows go to outbox_overflow (NaN: the database cannot be asked)"
+    );
     metrics::describe_gauge!("outbox_owner", "1 if this process publishes the outbox");
     metrics::describe_counter!("outbox_published_total", "Rows published, by topic");
     metrics::describe_counter!("outbox_parked_total", "Rows parked, by topic");
@@ -42,6 +51,19 @@ pub(crate) fn published(outbox: &str, flight: &Flight, clock: &DatabaseClock) {
 /// A row is parked.
 pub(crate) fn parked(outbox: &str, topic: &str) {
     metrics::counter!("outbox_parked_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned()).increment(1);
+}
+
+/// How many ids are left in partitions.
+#[allow(clippy::cast_precision_loss)]
+pub(crate) fn ids_ahead(outbox: &str, ids: Option<i64>) {
+    let ids = ids.map_or(f64::NAN, |ids| ids as f64);
+    metrics::gauge!("outbox_ids_ahead", "outbox" => outbox.to_owned()).set(ids);
+}
+
+/// What rows take in this process.
+#[allow(clippy::cast_precision_loss)]
+pub(crate) fn bytes_held(bytes: usize) {
+    metrics::gauge!("outbox_bytes_held").set(bytes as f64);
 }
 
 /// Which topics are set apart, as the owner last saw it.

@@ -1,6 +1,7 @@
 //! One outbox as this process sees it: stands by, owns it, stands by again. What happens to one stops no other.
 
 use crate::{
+    budget::{Areas, Budget},
     database::Database,
     gauges,
     lease::{Lease, LeaseError, Leases},
@@ -10,7 +11,7 @@ use crate::{
     producer::Brokers,
     settings::{OutboxSettings, Settings},
     topics::Topics,
-    upkeep,
+    upkeep::Upkeep,
 };
 use saga_core::{clock, error_class::is_outage, outage::Outage};
 use std::{
@@ -25,8 +26,6 @@ use uuid::Uuid;
 const CONNECTIONS: u32 = 7;
 /// Reader, what counts, and two for the topics that are set apart.
 const READING_CONNECTIONS: u32 = 4;
-/// A check on the overflow reads all of it, however large it is; it is in nobody's way.
-const UPKEEP: Duration = Duration::from_secs(3_600);
 /// For the admin endpoints. They have their own, so that requests that wait keep nothing from being published.
 const ADMIN_CONNECTIONS: u32 = 4;
 /// An operator's patience; an answer that takes longer costs the database more than it is worth.
@@ -62,8 +61,7 @@ pub struct Outbox {
     pub(crate) leases: Leases,
     /// Of publishing this outbox, whatever the reason; the database's own is with the leases.
     pub(crate) outage: Arc<Outage>,
-    upkeep: Database,
-    resolved_kept: Duration,
+    upkeep: Upkeep,
     pub(crate) topics: Topics,
     pub(crate) brokers: String,
     pub(crate) compression: String,
@@ -71,6 +69,7 @@ pub struct Outbox {
     pub(crate) publish_again: bool,
     pub(crate) stuck_after: Duration,
     pub(crate) set_apart_for: Duration,
+    pub(crate) areas: Arc<Areas>,
     pub(crate) status: Status,
 }
 
@@ -94,6 +93,8 @@ pub(crate) struct Status {
     pub(crate) brokers: Arc<Brokers>,
     /// What gets no further while this process publishes.
     pub(crate) loops: Arc<Loops>,
+    /// What is wrong with its tables, whoever publishes.
+    upkeep: Arc<Outage>,
 }
 
 impl Status {
@@ -101,11 +102,19 @@ impl Status {
         *self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (role, problem);
     }
 
+    /// What it does, and why it does not publish although it should.
     pub(crate) fn get(&self) -> (Role, Option<String>) {
         let (role, problem) = self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-        let away = self.brokers.are_away().then(|| String::from("Kafka is not there"));
-        let stalled = || away.or_else(|| self.loops.problem()).filter(|_| role == Role::Owner);
-        (role, problem.or_else(stalled))
+        let away = || self.brokers.are_away().then(|| String::from("Kafka is not there"));
+        (role, problem.or_else(|| away().filter(|_| role == Role::Owner)))
+    }
+
+    /// Likewise, with what else is wrong: loops that get no further, and its tables.
+    pub(crate) fn all(&self) -> (Role, Option<String>) {
+        let (role, problem) = self.get();
+        let stalled = if role == Role::Owner && problem.is_none() { self.loops.problem() } else { None };
+        let problems: Vec<String> = [problem, stalled, self.upkeep.check().err()].into_iter().flatten().collect();
+        (role, (!problems.is_empty()).then(|| problems.join("; ")))
     }
 
     pub(crate) fn problem(&self, problem: &str) {
@@ -123,7 +132,11 @@ impl Status {
 }
 
 impl Outbox {
-    pub(crate) fn new(settings: &Settings, outbox: &OutboxSettings) -> Result<Self, rdkafka::error::KafkaError> {
+    pub(crate) fn new(
+        settings: &Settings,
+        outbox: &OutboxSettings,
+        budget: &Arc<Budget>,
+    ) -> Result<Self, rdkafka::error::KafkaError> {
         let idle = (settings.lease.as_millis() * 3 / 4).to_string();
         let options = outbox.database.clone().application_name("outbox-relay").options(PLANS).options([
             // What is recorded as published must survive a crash of the server, or it is published twice.
@@ -132,6 +145,13 @@ impl Outbox {
             ("idle_in_transaction_session_timeout", &idle),
         ]);
         let place = format!("outbox {} in database {}", outbox.name, options.get_database().unwrap_or_default());
+        let upkeep = Upkeep::new(&place, &outbox.name, options.clone(), settings.reading, settings.resolved_kept);
+        let status = Status {
+            now: Mutex::new((Role::Starting, None)),
+            brokers: Arc::default(),
+            loops: Arc::new(Loops::new(place)),
+            upkeep: upkeep.outage.clone(),
+        };
         Ok(Self {
             name: outbox.name.clone(),
             db: Database::new(options.clone(), CONNECTIONS, settings.lease),
@@ -142,8 +162,7 @@ impl Outbox {
                 ADMIN_PATIENCE,
                 ADMIN_STATEMENT,
             ),
-            upkeep: Database::new(options.clone(), 1, UPKEEP),
-            resolved_kept: settings.resolved_kept,
+            upkeep,
             outage: Outage::of(&format!("outbox {}", outbox.name)),
             leases: Leases::new(options, settings.lease),
             topics: Topics::new(&settings.kafka_brokers)?,
@@ -153,11 +172,8 @@ impl Outbox {
             publish_again: settings.publish_again,
             stuck_after: settings.stuck_after,
             set_apart_for: settings.set_apart_for,
-            status: Status {
-                now: Mutex::new((Role::Starting, None)),
-                brokers: Arc::default(),
-                loops: Arc::new(Loops::new(place)),
-            },
+            areas: Arc::new(Areas::new(budget)),
+            status,
         })
     }
 
@@ -166,7 +182,7 @@ impl Outbox {
         tokio::select! {
             () = self.take_turns(stop) => {}
             () = gauges::run(self) => {}
-            () = upkeep::run(&self.upkeep, &self.name, self.resolved_kept) => {}
+            () = self.upkeep.run() => {}
         }
     }
 

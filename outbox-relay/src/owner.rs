@@ -16,7 +16,7 @@ use crate::{
     producer::Kafka,
     retry::Retries,
     set_apart,
-    stream::{self, Shared, TOPICS_AT_ONCE},
+    stream::{self, Shared},
 };
 use futures::FutureExt as _;
 use std::{
@@ -26,7 +26,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    sync::{Notify, Semaphore, mpsc, watch},
+    sync::{Notify, mpsc, watch},
     task::JoinError,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -107,7 +107,8 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let wanted = Arc::new(wanted);
     // When the looking ends, so does the channel.
     let weak = Arc::downgrade(&wanted);
-    let looking = control::run(outbox.db.clone(), outbox.topics.clone(), wanted);
+    let loops = outbox.status.loops.clone();
+    let looking = control::run(outbox.db.clone(), outbox.topics.clone(), loops, wanted);
     let mut looking = AbortOnDropHandle::new(tokio::spawn(looking));
     let (progress, recording) = mpsc::channel(UNRECORDED);
     let hurry = Arc::default();
@@ -172,7 +173,7 @@ fn shared(
         nudges: Arc::new(Nudges::listen(outbox.db.options())),
         main: watch::channel(at).0,
         asks: Asks::default(),
-        at_once: Semaphore::new(TOPICS_AT_ONCE),
+        areas: outbox.areas.clone(),
         stop: stop.clone(),
         acknowledged: Mutex::default(),
         back: Mutex::default(),

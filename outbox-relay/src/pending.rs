@@ -88,11 +88,10 @@ async fn behind_id(db: &mut PgConnection, outbox: &str) -> Result<(i64, Option<O
 /// window itself is: after a straggler the position's id may lie far below rows that were published long ago.
 async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending, ReadError> {
     let span = Span::between(&at.base, &at.target);
-    let (rows, oldest, last_id): (i64, Option<OffsetDateTime>, Option<i64>) = sqlx::query_as(concat!(
+    let (rows, oldest): (i64, Option<OffsetDateTime>) = sqlx::query_as(concat!(
         "select count(*), min(",
         within_calendar!("created_at"),
-        "),
-                pg_sequence_last_value(pg_get_serial_sequence('outbox', 'id')::regclass)
+        ")
            from ((select created_at
                     from outbox
                    where xid >= $1::text::xid8 and xid < $4::text::xid8 and xid <> all ($2::text[]::xid8[]) and id > $3
@@ -129,11 +128,24 @@ async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending
     .bind(texts(at.target.running()))
     .bind(COUNTED)
     .bind(texts(&span.stragglers))
-    .fetch_one(db)
+    .fetch_one(&mut *db)
     .await?;
     let exact = rows < COUNTED;
-    let rows = if exact { rows } else { rows.max(last_id.unwrap_or(0) - at.after) };
+    let rows = if exact { rows } else { rows.max(ids_behind(db, at.after).await?) };
     Ok(Pending { rows, exact, oldest, parked: 0, paused: 0 })
+}
+
+/// How many ids were given behind `after`, but for those that were left out after an overflow.
+async fn ids_behind(db: &mut PgConnection, after: i64) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar(
+        "select coalesce(sum(greatest(least(to_id, last.id + 1) - greatest(from_id, $1 + 1), 0)), 0)::bigint
+                    + coalesce((select max(id) - min(id) + 1 from outbox_overflow where id > $1), 0)
+           from outbox_ranges(),
+                (select pg_sequence_last_value(pg_get_serial_sequence('outbox', 'id')::regclass) as id) as last",
+    )
+    .bind(after)
+    .fetch_one(db)
+    .await
 }
 
 /// Rows of a paused topic that the position has passed and the topic has not, and among how many rows of all topics they

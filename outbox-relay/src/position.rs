@@ -19,19 +19,20 @@
 //! publishes again what was not.
 
 use crate::{
+    budget::{Area, Held, LEAST, ROW},
     row::{Body, DELETED, Row},
     snapshot::{Snapshot, Span},
-    window::{self, PAGE_ROWS, Search},
+    window::{self, Search},
 };
 use sqlx::PgConnection;
 use std::{collections::VecDeque, sync::Arc};
 use tracing::warn;
 
+/// Rows that are read at once, where there is room for them. Large enough that a round trip costs nothing per row, small
+/// enough that the first one is not kept waiting.
+const PAGE_ROWS: usize = 5_000;
 /// Bytes of rows that a page may carry. One row may exceed it alone.
 const PAGE_BYTES: usize = 8 << 20;
-/// A body up to this size is read with its page: Kafka's default for `max.message.bytes`. A larger one is read when the
-/// topic is known to take it.
-const READ_AHEAD_BYTES: usize = 1_048_588;
 
 /// Where reading stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,6 +82,8 @@ pub(crate) struct Page {
     pub(crate) rows: Vec<Row>,
     /// The position behind the page; no row of the window is left up to this id.
     pub(crate) to: i64,
+    /// The room that its rows take.
+    pub(crate) held: Option<Held>,
 }
 
 /// How the rows of the current window are found.
@@ -104,12 +107,36 @@ pub(crate) struct Cursor {
     read: VecDeque<Row>,
     /// The window is read up to this id.
     reached: i64,
+    area: Arc<Area>,
+    /// The room for what is read next; once it is read, what its rows take.
+    room: Option<Held>,
+    /// The room for what the rows of the next page lack.
+    bodies: Option<Held>,
 }
 
 impl Cursor {
-    pub(crate) fn new(at: Position, lane: Option<Arc<str>>) -> Self {
+    pub(crate) fn new(at: Position, lane: Option<Arc<str>>, area: Arc<Area>) -> Self {
         let reached = at.after;
-        Self { at, plan: Plan::Untried, lane, read: VecDeque::new(), reached }
+        Self { at, plan: Plan::Untried, lane, read: VecDeque::new(), reached, area, room: None, bodies: None }
+    }
+
+    /// Waits for room for what the next step reads. Not within a conversation, whose time is bounded.
+    pub(crate) async fn make_room(&mut self) {
+        if self.read.is_empty() {
+            self.room = Some(self.area.take((PAGE_ROWS + 1) * ROW, LEAST).await);
+            return;
+        }
+        let (_, most) = self.next_rows(i64::MAX, usize::MAX);
+        if most > 0 {
+            let (_, least) = self.next_rows(i64::MAX, LEAST);
+            self.bodies = Some(self.area.take(most, least).await);
+        }
+    }
+
+    /// How many rows there is room for, beside one more that tells whether these are all.
+    fn rows(&self) -> i64 {
+        let rows = self.room.as_ref().map_or(0, Held::bytes) / ROW;
+        i64::try_from(rows).unwrap_or(i64::MAX).saturating_sub(1)
     }
 
     /// Whether the next rows are known to be there: the window was cut, or is long.
@@ -123,8 +150,21 @@ impl Cursor {
     }
 
     /// The next rows, or `None` when nothing new is committed. An empty page means that a stretch of a long window held none,
-    /// and that the next one is to be read.
+    /// or that there is no room yet for large rows, and that there is more to be read. Room was made for what this reads.
     pub(crate) async fn next(&mut self, db: &mut PgConnection) -> Result<Option<Page>, ReadError> {
+        let page = self.find_next(db).await;
+        self.give_back();
+        page
+    }
+
+    /// The room that nothing was read into.
+    fn give_back(&mut self) {
+        if self.read.is_empty() {
+            self.room = None;
+        }
+    }
+
+    async fn find_next(&mut self, db: &mut PgConnection) -> Result<Option<Page>, ReadError> {
         let mut polled = false;
         loop {
             if !self.read.is_empty() {
@@ -144,8 +184,14 @@ impl Cursor {
     }
 
     /// The next rows of those that the main stream has passed, which stands at `main`; `None` when it has passed no more.
-    /// An empty page is a stretch without such rows: it is recorded as well.
+    /// An empty page is a stretch without such rows, which is recorded as well, or there is no room yet for large rows.
     pub(crate) async fn follow(&mut self, db: &mut PgConnection, main: &Position) -> Result<Option<Page>, ReadError> {
+        let page = self.find_passed(db, main).await;
+        self.give_back();
+        page
+    }
+
+    async fn find_passed(&mut self, db: &mut PgConnection, main: &Position) -> Result<Option<Page>, ReadError> {
         if self.at.base == self.at.target && self.read.is_empty() {
             // As much as the main stream has finished at once; then the window that it is in.
             let target = if main.base.includes(&self.at.base) && main.base != self.at.base {
@@ -172,7 +218,7 @@ impl Cursor {
 
     /// Takes a snapshot that ends the next window; false when there is nothing new.
     async fn poll(&mut self, db: &mut PgConnection) -> Result<bool, ReadError> {
-        let (target, rows) = window::poll(db, &self.at.base).await?;
+        let (target, rows) = window::poll(db, &self.at.base, self.rows()).await?;
         if rows.is_empty() {
             // Nothing between the two: the new snapshot is as good a base, and a cheaper one to look from.
             self.at = Position::at(target);
@@ -190,11 +236,11 @@ impl Cursor {
 
     /// Takes the rows of a window that was tried as a whole: all of them, or one more than a page may hold.
     async fn take_whole(&mut self, db: &mut PgConnection, rows: Vec<Row>) -> Result<(), ReadError> {
-        if i64::try_from(rows.len()).is_ok_and(|found| found > PAGE_ROWS) {
+        if i64::try_from(rows.len()).is_ok_and(|found| found > self.rows()) {
             return self.search(db).await;
         }
         self.plan = Plan::Read;
-        self.read = rows.into();
+        self.put(rows);
         self.read.make_contiguous().sort_unstable_by_key(Row::id);
         self.reached = self.read.back().map_or(self.reached, Row::id);
         Ok(())
@@ -236,35 +282,46 @@ impl Cursor {
     async fn try_whole(&mut self, db: &mut PgConnection) -> Result<(), ReadError> {
         let span = self.span();
         let lane = self.lane.as_deref();
-        if lane.is_some() && window::is_long(db, &span).await? {
+        if lane.is_some() && window::is_long(db, &span, self.rows()).await? {
             // Its rows of this topic may be few, and would be looked for among all.
             return self.search(db).await;
         }
-        let rows = window::whole(db, &span, lane).await?;
+        let rows = window::whole(db, &span, lane, self.rows()).await?;
         self.take_whole(db, rows).await
     }
 
     /// The next stretch of a long window.
     async fn walk(&mut self, db: &mut PgConnection, floor: i64, top: i64) -> Result<(), ReadError> {
-        let lane = self.lane.as_deref();
+        let (lane, most) = (self.lane.clone(), self.rows());
+        let lane = lane.as_deref();
         let stragglers = self.span().stragglers;
-        if self.reached < floor.saturating_sub(1) {
-            let rows = window::stragglers(db, &stragglers, self.reached, floor, lane).await?;
+        let rows = if self.reached < floor.saturating_sub(1) {
+            let ids = (self.reached, floor);
+            let rows = window::stragglers(db, &stragglers, ids, lane, most).await?;
             self.reached = rows.last().map_or(floor - 1, Row::id);
-            self.read.extend(rows);
+            rows
         } else if self.reached < top {
-            let (rows, reached) = window::stretch(db, &self.at, self.reached, top, lane).await?;
+            let (rows, reached) = window::stretch(db, &self.at, (self.reached, top), lane, most).await?;
             self.reached = reached;
-            self.read.extend(rows);
+            rows
         } else {
-            let rows = window::stragglers(db, &stragglers, self.reached, i64::MAX, lane).await?;
+            let rows = window::stragglers(db, &stragglers, (self.reached, i64::MAX), lane, most).await?;
             match rows.last() {
                 Some(last) => self.reached = last.id(),
                 None => self.close(),
             }
-            self.read.extend(rows);
-        }
+            rows
+        };
+        self.put(rows);
         Ok(())
+    }
+
+    /// Keeps what was read, and no more room than it takes.
+    fn put(&mut self, rows: Vec<Row>) {
+        self.read.extend(rows);
+        if let Some(room) = self.room.as_mut().filter(|_| !self.read.is_empty()) {
+            room.keep(self.read.iter().map(Row::cost_as_read).sum());
+        }
     }
 
     fn close(&mut self) {
@@ -273,20 +330,40 @@ impl Cursor {
         self.reached = 0;
     }
 
-    /// Hands out as many of the read rows up to `limit` as a page may hold, with the large bodies that it may carry.
-    async fn cut(&mut self, db: &mut PgConnection, limit: i64) -> Result<Page, ReadError> {
-        let mut bytes = 0;
-        let mut take = 0;
+    /// How many of the read rows up to `limit` a page may hold that has room for so many bytes which they lack, and how many
+    /// these are. The first row is always one of them. A row that is read alone is the last: while it waits for room, the
+    /// rows before it leave theirs.
+    fn next_rows(&self, limit: i64, room: usize) -> (usize, usize) {
+        let (mut rows, mut bytes, mut lacking) = (0, 0_usize, 0);
         for row in self.read.iter().take_while(|row| row.id() <= limit) {
-            bytes += row.bytes();
-            if bytes > PAGE_BYTES && take > 0 {
+            bytes = bytes.saturating_add(row.bytes());
+            if rows > 0 && (bytes > PAGE_BYTES || lacking + row.lacking() > room) {
                 break;
             }
-            take += 1;
+            rows += 1;
+            lacking += row.lacking();
+            if row.is_read_alone() {
+                break;
+            }
         }
+        (rows, lacking)
+    }
+
+    /// Hands out as many of the read rows up to `limit` as a page may hold, with the large bodies that it may carry; none
+    /// when there is no room for these.
+    async fn cut(&mut self, db: &mut PgConnection, limit: i64) -> Result<Page, ReadError> {
+        let (_, most) = self.next_rows(limit, usize::MAX);
+        let bodies = self.bodies.take().or_else(|| self.area.try_take(most));
+        let Some(mut bodies) = bodies else { return Ok(self.page(Vec::new(), limit)) };
+        let (take, lacking) = self.next_rows(limit, bodies.bytes());
+        bodies.keep(lacking);
         let mut rows: Vec<Row> = self.read.drain(..take).collect();
+        if let Some(room) = &mut self.room {
+            bodies.join(room.split(rows.iter().map(Row::cost_as_read).sum()));
+        }
         read_large(db, &mut rows).await?;
-        Ok(self.page(rows, limit))
+        let page = self.page(rows, limit);
+        Ok(Page { held: Some(bodies), ..page })
     }
 
     /// A page of these rows, behind which the cursor then stands.
@@ -294,7 +371,7 @@ impl Cursor {
         let after = self.at.after;
         self.at.after = self.read.front().map_or(self.reached, |next| next.id() - 1).min(limit);
         let (base, target) = (self.at.base.clone(), self.at.target.clone());
-        Page { lane: self.lane.clone(), base, target, after, rows, to: self.at.after }
+        Page { lane: self.lane.clone(), base, target, after, rows, to: self.at.after, held: None }
     }
 }
 
@@ -302,7 +379,7 @@ impl Cursor {
 /// A row that was deleted since its page was read is left out: without its body it would be sent as a tombstone.
 async fn read_large(db: &mut PgConnection, rows: &mut Vec<Row>) -> Result<(), ReadError> {
     let (unread, lacking): (Vec<&Row>, Vec<&Row>) =
-        rows.iter().filter(|row| row.lacks_body()).partition(|row| row.bytes() > READ_AHEAD_BYTES);
+        rows.iter().filter(|row| row.lacks_body()).partition(|row| row.is_read_alone());
     let keys: Vec<i64> = unread.iter().filter(|row| row.lacks_key()).map(|row| row.id()).collect();
     let bodies: Vec<i64> = lacking.iter().map(|row| row.id()).collect();
     if !bodies.is_empty() {
@@ -319,7 +396,7 @@ async fn read_large(db: &mut PgConnection, rows: &mut Vec<Row>) -> Result<(), Re
             }
         }
     }
-    let deleted = |row: &Row| row.lacks_key() || row.lacks_body() && row.bytes() <= READ_AHEAD_BYTES;
+    let deleted = |row: &Row| row.lacks_key() || row.lacks_body() && !row.is_read_alone();
     rows.retain(|row| {
         let keep = !deleted(row);
         if !keep {

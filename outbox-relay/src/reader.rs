@@ -140,6 +140,7 @@ impl Reader {
         if self.control.borrow_and_update().whole {
             return Ok(Found::Nothing);
         }
+        self.cursor.make_room().await;
         let Some(page) = database.within(self.cursor.next(db)).await? else { return Ok(Found::Nothing) };
         let rows = page.rows.len();
         self.given += 1;
@@ -168,6 +169,7 @@ impl Follower {
         let mut recorded = None::<Instant>;
         loop {
             let main = self.main.borrow_and_update().clone();
+            self.cursor.make_room().await;
             let began = clock::monotonic();
             let page = database.ask(async |db| self.cursor.follow(db, &main).await).await?;
             // Where the main stream has passed no more than was read, the next step comes when it has.
@@ -206,7 +208,11 @@ impl Follower {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{row::Row, snapshot::Snapshot};
+    use crate::{
+        budget::{Areas, Budget, default},
+        row::Row,
+        snapshot::Snapshot,
+    };
     use saga_core::{
         outbox::nudge,
         service::messaging_migrations,
@@ -235,7 +241,8 @@ mod tests {
             let (control, wanted) = watch::channel(Arc::new(Control::default()));
             let (sender, items) = mpsc::channel(1);
             let (done, seen) = watch::channel(0);
-            let mut reader = Reader::new(Cursor::new(Position::initial(), None), wanted, sender, seen);
+            let cursor = Cursor::new(Position::initial(), None, Areas::new(&Budget::new(default(1), 1)).main);
+            let mut reader = Reader::new(cursor, wanted, sender, seen);
             reader.pauses = Pauses { idle: HOUR..=HOUR, nudged: HOUR, acknowledged: HOUR };
             let nudges = Arc::new(Nudges::listen(options.clone()));
             let _reader = AbortOnDropHandle::new(tokio::spawn(reader.run(Database::new(options, 2, SOON), nudges)));
@@ -344,7 +351,8 @@ mod tests {
         sqlx::query("lock table outbox in access exclusive mode").execute(&mut *lock).await.unwrap();
         let (items, mut handed) = mpsc::channel(8);
         let at = Position { base, target, after: 3 };
-        let cursor = Cursor::new(at, Some("apart".into()));
+        let area = Areas::new(&Budget::new(default(1), 1)).topic().await;
+        let cursor = Cursor::new(at, Some("apart".into()), area);
         let follower = Follower { cursor, main: following, items };
         let options = sqlx::postgres::PgConnectOptions::from_str(&reading.database.url).unwrap();
         let _follower = AbortOnDropHandle::new(tokio::spawn(follower.run(Database::new(options, 1, SOON))));
@@ -375,7 +383,8 @@ mod tests {
         let options = sqlx::postgres::PgConnectOptions::from_str(&reading.database.url).unwrap();
         let (main, following) = watch::channel(Position::initial());
         let (items, mut handed) = mpsc::channel(1);
-        let cursor = Cursor::new(Position::initial(), Some("apart".into()));
+        let area = Areas::new(&Budget::new(default(1), 1)).topic().await;
+        let cursor = Cursor::new(Position::initial(), Some("apart".into()), area);
         let follower = Follower { cursor, main: following, items };
         let _follower = AbortOnDropHandle::new(tokio::spawn(follower.run(Database::new(options, 1, SOON))));
         // Also where a stretch has no rows it is handed out, to be recorded.

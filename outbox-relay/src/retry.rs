@@ -11,6 +11,7 @@
 //! anything. When the process dies in between, the next owner sends the claimed rows again: the request still stands.
 
 use crate::{
+    budget::{Area, Held, LEAST, ROW},
     control::Control,
     database::Database,
     fate::too_large,
@@ -36,15 +37,20 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
-/// Rows that are sent together at most; what was sent is marked by one statement.
-const ROWS: usize = 500;
 /// Bytes that are sent together at most. One row may exceed it alone.
-const BYTES: usize = 4 << 20;
+const BYTES: usize = LEAST;
+/// Rows that are sent together at most, and looked at; what was sent is marked by one statement.
+const ROWS: usize = LEAST / ROW;
 /// Kafka acknowledges at least one row within this. A topic whose rows cannot be sent is left alone for as long, so that
 /// others are tried.
 const REPORT: Duration = Duration::from_secs(10);
+/// Turns that fail one after the other before health shows it.
+const FAILURES: u32 = 3;
 /// Between two turns, after one that could do nothing.
 const PAUSE: Duration = Duration::from_millis(250);
+
+/// Rows of a line that are to be sent, when that was asked for, and how large a record may be.
+type Chosen = (Line, OffsetDateTime, usize, Vec<i64>);
 
 /// Tries parked lines again, for one owner.
 pub(crate) struct Retries {
@@ -55,6 +61,7 @@ pub(crate) struct Retries {
     brokers: String,
     compression: String,
     builder: RecordBuilder,
+    area: Arc<Area>,
     blocked: Arc<Blocked>,
     control: watch::Receiver<Arc<Control>>,
     loops: Arc<Loops>,
@@ -85,6 +92,7 @@ impl Retries {
             brokers: outbox.brokers.clone(),
             compression: outbox.compression.clone(),
             builder: RecordBuilder::new(&outbox.name, clock),
+            area: outbox.areas.retries.clone(),
             blocked,
             control,
             loops: outbox.status.loops.clone(),
@@ -98,6 +106,7 @@ impl Retries {
 
     /// Tries what is asked for until it is dropped.
     pub(crate) async fn run(mut self) {
+        let mut failures = 0;
         loop {
             let lines = self.wanted();
             if lines.is_empty() {
@@ -110,11 +119,19 @@ impl Retries {
                 continue;
             }
             match self.turn(lines).await {
-                Ok(true) => {}
-                Ok(false) => tokio::time::sleep(PAUSE).await,
-                // The owner's other parts meet it too, and report it.
+                Ok(done) => {
+                    failures = 0;
+                    if !done {
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                }
                 Err(error) => {
+                    failures += 1;
                     debug!(outbox = self.outbox, %error, "trying parked rows again");
+                    // An outage of the database ends this owner's time, and is reported for it.
+                    if failures >= FAILURES {
+                        self.loops.failing(loops::RETRIES, &error.to_string());
+                    }
                     tokio::time::sleep(PAUSE * 4).await;
                 }
             }
@@ -140,6 +157,7 @@ impl Retries {
         if let Some(at) = self.first.take().and_then(|first| lines.iter().position(|(line, _)| *line == first)) {
             lines.rotate_left(at);
         }
+        let looked_at = self.area.take(BYTES, BYTES).await;
         let mut limits = HashMap::new();
         let (mut chosen, mut rows, mut bytes, mut done) = (Vec::new(), 0, 0, false);
         let most = if self.one_by_one > 0 { 1 } else { ROWS };
@@ -177,7 +195,9 @@ impl Retries {
         if chosen.is_empty() {
             return Ok(done);
         }
-        self.send(chosen).await
+        drop(looked_at);
+        let held = self.area.take(bytes, bytes).await;
+        self.send(chosen, held).await
     }
 
     /// The first rows of a line that fit. A row that its topic does not take is refused unread: alone if it
@@ -201,11 +221,11 @@ impl Retries {
                 }
                 continue;
             }
-            if bytes + size > room && !(ids.is_empty() && room == BYTES) {
+            if bytes + row.cost() > room && !(ids.is_empty() && room == BYTES) {
                 break;
             }
             ids.push(row.id());
-            bytes += size;
+            bytes += row.cost();
         }
         Ok(match ids.is_empty() {
             false => Choice::Rows(ids, bytes),
@@ -231,7 +251,7 @@ impl Retries {
             Ok(TopicState::Missing(reason)) => self.put_off(topic, Cause::Missing, reason).await?,
             Ok(TopicState::Forbidden(reason)) => self.put_off(topic, Cause::Forbidden, reason).await?,
             Err(error) => {
-                debug!(outbox = self.outbox, topic, %error, "asking about the topic of parked rows");
+                self.leave_alone(topic.to_owned(), &format!("the brokers do not say what it is like: {error}"));
                 None
             }
         };
@@ -247,7 +267,7 @@ impl Retries {
     }
 
     /// Claims the rows, sends them, and records what became of them.
-    async fn send(&mut self, chosen: Vec<(Line, OffsetDateTime, usize, Vec<i64>)>) -> Result<bool, sqlx::Error> {
+    async fn send(&mut self, chosen: Vec<Chosen>, held: Held) -> Result<bool, sqlx::Error> {
         let ids: Vec<i64> = chosen.iter().flat_map(|(.., ids)| ids.iter().copied()).collect();
         let claimed = self.db.ask(async |db| parking::claim(db, &self.outbox, self.owner, &ids).await).await?;
         let mut claimed: HashMap<i64, Row> = claimed.into_iter().map(|row| (row.id(), row)).collect();
@@ -272,7 +292,7 @@ impl Retries {
             }
             lines.push(sending);
         }
-        let reports = self.deliver(&lines, records).await;
+        let reports = self.deliver(&lines, records, held).await;
         let (done, more) = self.settle(lines, reports).await?;
         unsent.extend(more);
         if !unsent.is_empty() {
@@ -282,13 +302,14 @@ impl Retries {
     }
 
     /// Sends the rows and waits for their reports; what has none is in doubt.
-    async fn deliver(&mut self, lines: &[Sending], records: Vec<Built>) -> Vec<Option<Result<(), Code>>> {
+    async fn deliver(&mut self, lines: &[Sending], records: Vec<Built>, held: Held) -> Vec<Option<Result<(), Code>>> {
         let mut reports = vec![None; records.len()];
         let rows = || lines.iter().flat_map(|line| &line.rows);
         if self.producer.is_none() {
             self.producer = Retrying::new(&self.outbox, &self.brokers, &self.compression);
         }
         let Some(producer) = &mut self.producer else { return reports };
+        producer.held = Some(held);
         let mut open = 0;
         for (index, (row, built)) in rows().zip(records).enumerate() {
             if let Err(code) = producer.send(record::of(row, built, index)) {
@@ -313,6 +334,7 @@ impl Retries {
                 return reports;
             }
         }
+        producer.held = None;
         reports
     }
 

@@ -1,7 +1,7 @@
 //! The producer of parked rows that are tried again: its own, so that a row that Kafka refuses costs no other row anything. What
 //! it holds when it is dropped, or when the process dies, is in doubt; the rows stay claimed and are sent again.
 
-use crate::{parking::Line, producer, row::Row};
+use crate::{budget::Held, parking::Line, producer, row::Row};
 use rdkafka::{
     ClientContext,
     error::RDKafkaErrorCode as Code,
@@ -33,6 +33,8 @@ pub(crate) enum Choice {
 /// A producer of parked rows, and its reports.
 pub(crate) struct Retrying {
     producer: Option<ThreadedProducer<Reports>>,
+    /// The room of what it has.
+    pub(crate) held: Option<Held>,
     pub(crate) reports: mpsc::UnboundedReceiver<(usize, Result<(), Code>)>,
 }
 
@@ -41,7 +43,7 @@ impl Retrying {
         let (report, reports) = mpsc::unbounded_channel();
         let made = producer::config(outbox, brokers, compression, usize::MAX).create_with_context(Reports(report));
         match made {
-            Ok(producer) => Some(Self { producer: Some(producer), reports }),
+            Ok(producer) => Some(Self { producer: Some(producer), held: None, reports }),
             Err(error) => {
                 warn!(outbox, %error, "parked rows cannot be tried again: the Kafka producer could not be made");
                 None
@@ -58,8 +60,11 @@ impl Retrying {
 impl Drop for Retrying {
     fn drop(&mut self) {
         // Dropping purges the queue and waits for the polling thread: not on a thread that drives futures.
-        let producer = self.producer.take();
-        std::thread::spawn(move || drop(producer));
+        let (producer, held) = (self.producer.take(), self.held.take());
+        std::thread::spawn(move || {
+            drop(producer);
+            drop(held);
+        });
     }
 }
 

@@ -11,6 +11,11 @@ use uuid::Uuid;
 
 /// Bytes of key, type, headers and payload up to which a row comes whole with its page.
 pub(crate) const INLINE_BYTES: i64 = 4 * 1024;
+/// A body up to this size is read with its page: Kafka's default for `max.message.bytes`. A larger one is read when the
+/// topic is known to take it.
+pub(crate) const READ_AHEAD_BYTES: usize = 1_048_588;
+/// What a row takes here, and in Kafka's client, beside its bytes.
+pub(crate) const OVERHEAD: usize = 512;
 /// Bytes of a key or of a type up to which they come with the page of a larger row.
 const INLINE_TEXT: i32 = 512;
 
@@ -168,6 +173,31 @@ impl Row {
     /// Bytes of key, type, headers and payload. The record of the row is larger.
     pub(crate) fn bytes(&self) -> usize {
         usize::try_from(self.get::<i64>(9)).unwrap_or(usize::MAX)
+    }
+
+    /// Bytes that it takes with its body.
+    pub(crate) fn cost(&self) -> usize {
+        self.bytes().saturating_add(OVERHEAD)
+    }
+
+    /// Bytes that it takes as it came with its page.
+    pub(crate) fn cost_as_read(&self) -> usize {
+        let text = self.key().map_or(0, str::len) + self.kind().len() + self.headers().map_or(0, str::len);
+        OVERHEAD + text + self.payload().map_or(0, <[u8]>::len)
+    }
+
+    /// Bytes that are still to be read with its page: its body, or the key where the body is read later.
+    pub(crate) fn lacking(&self) -> usize {
+        match (self.lacks_body(), self.is_read_alone()) {
+            (true, false) => self.bytes(),
+            (true, true) if self.lacks_key() => READ_AHEAD_BYTES,
+            _ => 0,
+        }
+    }
+
+    /// Whether its body is read only when its topic is known to take it.
+    pub(crate) fn is_read_alone(&self) -> bool {
+        self.bytes() > READ_AHEAD_BYTES
     }
 
     /// Whether the body has still to be read before the row can be sent.

@@ -14,7 +14,7 @@ use crate::{
     session::{Ended, LOOK_AT_PRODUCER, Scope, Session},
 };
 use rdkafka::types::RDKafkaErrorCode;
-use std::{collections::BTreeSet, future::pending, sync::Arc};
+use std::{collections::BTreeSet, future::pending, pin::pin, sync::Arc};
 use tokio::sync::watch;
 use tracing::warn;
 
@@ -41,8 +41,7 @@ impl Session {
             self.progress.send(flight.into_progress()).await.map_err(|_| CommitError::Fenced)?;
         }
         if let Some((id, code)) = self.publisher.in_flight.failure() {
-            let alone = id.is_some_and(|id| self.memory.suspects.contains(&id));
-            return Err(Ended::Refused { id, code, alone });
+            return Err(Ended::Refused { id, code });
         }
         Ok(())
     }
@@ -59,7 +58,7 @@ impl Session {
         if stuck.topics.is_empty() || self.shared.kafka.state.are_away() {
             return Ok(());
         }
-        let is_theirs = stuck.others_flow || self.is_held_up_by(&stuck.topics).await;
+        let is_theirs = stuck.others_flow || self.is_held_up().await;
         let topics = if is_theirs { stuck.topics.clone() } else { self.leaderless(&stuck.topics).await };
         if topics.is_empty() {
             let topics: Vec<&str> = stuck.topics.iter().take(ASKED_ABOUT).map(String::as_str).collect();
@@ -80,10 +79,10 @@ impl Session {
         Err(Ended::Stuck(topics))
     }
 
-    /// Whether rows of one topic fill the main stream, so that no other topic's row can show that its broker takes it.
-    async fn is_held_up_by(&self, topics: &BTreeSet<String>) -> bool {
-        let alone = matches!(self.scope, Scope::Main { .. }) && topics.len() == 1;
-        alone && !self.has_room() && self.topics.reachable().await
+    /// Whether stuck rows fill the main stream, so that no other topic's row can show that its broker takes it.
+    async fn is_held_up(&self) -> bool {
+        let is_full = !self.has_room() || self.area.is_full();
+        matches!(self.scope, Scope::Main { .. }) && is_full && self.topics.reachable().await
     }
 
     /// Those of the topics that have a partition without a leader, as the brokers say. A stream of one topic has nothing
@@ -108,8 +107,8 @@ impl Session {
         self.complete().await
     }
 
-    pub(crate) async fn send(&mut self, page: Page) -> Result<(), Ended> {
-        let number = self.publisher.in_flight.open(Flight::of(&page));
+    pub(crate) async fn send(&mut self, mut page: Page) -> Result<(), Ended> {
+        let number = self.publisher.in_flight.open(Flight::of(&mut page));
         let mut decided = Decided::default();
         let sent = self.send_rows(&page, number, &mut decided).await;
         // Also where sending failed: the acknowledged rows of the page still have to be separated from the others.
@@ -171,7 +170,7 @@ impl Session {
         decided: &mut Decided,
     ) -> Result<Option<Built>, Ended> {
         let index = ticket.row();
-        match self.fate(page, row, before).await? {
+        match self.fate(page, row, before, ticket).await? {
             Fate::Send(built) => {
                 decided.oldest.get_or_insert_with(|| row.created_at());
                 return Ok(Some(built));
@@ -187,6 +186,10 @@ impl Session {
                 warn!(outbox = self.outbox, topic, reason, "the topic is set apart; the others go on");
                 self.paused.insert(topic.clone());
                 decided.left_behind.push((index, left));
+            }
+            Fate::Known => {
+                self.publisher.in_flight.known(ticket);
+                return Ok(None);
             }
             Fate::Pass => {}
         }
@@ -239,18 +242,38 @@ impl Session {
             if done(self) {
                 break Ok(());
             }
-            tokio::select! {
-                biased;
-                () = self.stop.cancelled() => break Err(Ended::Stopped),
-                () = withdrawn(&mut control, &self.scope) => break Err(Ended::Paused),
-                () = in_flight.changed.notified() => {}
-                () = tokio::time::sleep(LOOK_AT_PRODUCER) => if let Err(ended) = self.look_at_producer().await {
-                    break Err(ended);
-                },
+            if let Err(ended) = self.wait(&mut control).await {
+                break Err(ended);
             }
         };
         in_flight.set_eager(false);
         waited
+    }
+
+    /// Waits for `word`; meanwhile what is in flight goes on, and the stream obeys.
+    pub(crate) async fn meanwhile<T>(&mut self, word: impl Future<Output = T>) -> Result<T, Ended> {
+        let mut word = pin!(word);
+        let mut control = self.control.clone();
+        loop {
+            self.complete().await?;
+            tokio::select! {
+                biased;
+                word = word.as_mut() => return Ok(word),
+                waited = self.wait(&mut control) => waited?,
+            }
+        }
+    }
+
+    /// Until something changes.
+    async fn wait(&mut self, control: &mut watch::Receiver<Arc<Control>>) -> Result<(), Ended> {
+        let in_flight = self.publisher.in_flight.clone();
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(Ended::Stopped),
+            () = withdrawn(control, &self.scope) => Err(Ended::Paused),
+            () = in_flight.changed.notified() => Ok(()),
+            () = tokio::time::sleep(LOOK_AT_PRODUCER) => self.look_at_producer().await,
+        }
     }
 }
 
@@ -264,7 +287,7 @@ async fn withdrawn(control: &mut watch::Receiver<Arc<Control>>, scope: &Scope) {
 }
 
 fn refused_at_once(row: &Row, code: RDKafkaErrorCode) -> Ended {
-    Ended::Refused { id: Some(row.id()), code, alone: true }
+    Ended::Refused { id: Some(row.id()), code }
 }
 
 impl Scope {

@@ -12,6 +12,7 @@
 //! beyond that is not sent a second time.
 
 use crate::{
+    budget::Area,
     commit::{CommitError, Progress},
     control::Control,
     database::Database,
@@ -44,16 +45,14 @@ use tracing::{info, warn};
 const ROWS_IN_FLIGHT: usize = 60_000;
 /// … of a topic that is set apart, which has a pace of its own.
 const ROWS_OF_A_TOPIC: usize = 10_000;
-/// Bytes of large payloads on their way at most. One page may exceed it alone.
-const BYTES_IN_FLIGHT: usize = 64 << 20;
 /// How often a producer is asked whether it still lives, and the queue for rows that are stuck.
 pub(crate) const LOOK_AT_PRODUCER: Duration = Duration::from_secs(1);
 /// How long a stop waits for what is in flight; what is not acknowledged by then is sent again by the next owner.
 const LAST_DELIVERIES: Duration = Duration::from_secs(10);
 /// How long what is in flight is waited for where it is the stream that cannot go on, and not the producer.
 const OTHERS: Duration = Duration::from_secs(2);
-/// The reports of one refused batch come one right after the other.
-const REPORTS: Duration = Duration::from_millis(5);
+/// How long the reports of what brokers have already got are waited for after a refusal.
+const REPORTS: Duration = Duration::from_millis(500);
 /// Failures without progress in between, after which a topic that is named by them is set apart, whatever the code.
 const FAILURES: u32 = 3;
 
@@ -82,8 +81,6 @@ pub(crate) enum Ended {
         id: Option<i64>,
         /// How.
         code: RDKafkaErrorCode,
-        /// Nothing else was in flight, or it was refused on the spot: it is this row that is refused.
-        alone: bool,
     },
     /// The producer gave up by itself.
     #[error("the Kafka producer gave up: {0}")]
@@ -147,6 +144,7 @@ pub(crate) enum Scope {
 pub(crate) struct Session {
     pub(crate) shared: Arc<Shared>,
     pub(crate) scope: Scope,
+    pub(crate) area: Arc<Area>,
     pub(crate) outbox: String,
     pub(crate) db: Database,
     pub(crate) topics: Topics,
@@ -205,7 +203,7 @@ impl Session {
     /// Whether more rows may be sent before others are acknowledged.
     pub(crate) fn has_room(&self) -> bool {
         let rows = if matches!(self.scope, Scope::Main { .. }) { ROWS_IN_FLIGHT } else { ROWS_OF_A_TOPIC };
-        self.publisher.in_flight.has_room(rows, BYTES_IN_FLIGHT)
+        self.publisher.in_flight.rows() < rows
     }
 
     /// Does what operators want: stops, leaves a topic behind.
@@ -235,6 +233,7 @@ impl Session {
     /// Drops the producer and says what the next session has to know. What is acknowledged is handed to the recorder
     /// first. A stop or a pause waits a while for what the brokers have already got.
     pub(crate) async fn finish(mut self, ended: &Ended) -> Memory {
+        let mut all_reported = false;
         match ended {
             Ended::Stopped => self.await_deliveries(LAST_DELIVERIES).await,
             Ended::Paused => {
@@ -253,7 +252,7 @@ impl Session {
                 tokio::time::timeout(OTHERS, others).await.ok();
             }
             // A producer may be seen to be fatal before the reports that say why.
-            Ended::Refused { .. } | Ended::GaveUp(_) => self.await_refusals().await,
+            Ended::Refused { .. } | Ended::GaveUp(_) => all_reported = self.await_refusals().await,
             Ended::Commit(_) => {}
             // Nothing is wrong with the producer: what it has sent is not to be sent again.
             _ => self.await_deliveries(OTHERS).await,
@@ -269,7 +268,7 @@ impl Session {
         self.shared.remember(left.beyond);
         match &self.scope {
             Scope::Main { .. } => self.set_apart(ended, &refused).await,
-            Scope::Topic(_) => self.suspect(ended, &refused),
+            Scope::Topic(_) => self.suspect(ended, &refused, all_reported),
         }
         self.memory
     }
@@ -290,16 +289,18 @@ impl Session {
         }
     }
 
-    /// Waits until the refused batch's reports are all there.
-    async fn await_refusals(&self) {
-        let mut before = None;
-        loop {
-            let now = self.publisher.in_flight.refusals();
-            if before.replace(now) == Some(now) {
-                return;
+    /// Waits until there is a report of each row: what no broker has got yet is taken back, and the brokers answer for the
+    /// rest. Whether they all did.
+    async fn await_refusals(&self) -> bool {
+        self.publisher.purge();
+        let in_flight = self.publisher.in_flight.clone();
+        in_flight.set_eager(true);
+        let reported = async {
+            while in_flight.sent() > 0 {
+                in_flight.changed.notified().await;
             }
-            tokio::time::sleep(REPORTS).await;
-        }
+        };
+        tokio::time::timeout(REPORTS, reported).await.is_ok()
     }
 
     /// The main stream leaves behind the topics that a failure is about. Each goes on, or waits, in a stream of its own,
@@ -340,9 +341,9 @@ impl Session {
         }
     }
 
-    /// A topic's own stream finds the row that is refused: where Kafka names it, at once, else by sending the rows of the
-    /// refused batch one by one.
-    fn suspect(&mut self, ended: &Ended, refused: &[Refused]) {
+    /// A topic's own stream finds the row that is refused: at once where Kafka names it, or where it was alone in its batch,
+    /// which is certain only when there is a report of each row; else by sending the rows of the refused batch one by one.
+    fn suspect(&mut self, ended: &Ended, refused: &[Refused], all_reported: bool) {
         if !matches!(ended, Ended::Refused { .. } | Ended::GaveUp(_)) {
             return;
         }
@@ -356,7 +357,7 @@ impl Session {
         if let Some(row) = refused.iter().find(topical) {
             self.memory.verdicts.insert(row.id, row.code);
         }
-        if named || of_rows.len() == 1 {
+        if named || of_rows.len() == 1 && all_reported {
             self.memory.failures = 0;
             self.memory.verdicts.extend(of_rows.iter().map(|row| (row.id, row.code)));
         } else {

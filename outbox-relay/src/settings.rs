@@ -1,5 +1,6 @@
 //! What the relay needs to know.
 
+use crate::budget;
 use sqlx::postgres::PgConnectOptions;
 use std::time::Duration;
 
@@ -44,6 +45,8 @@ pub struct Settings {
     pub stuck_after: Duration,
     /// How long a topic stays set apart after Kafka has refused a row of it.
     pub set_apart_for: Duration,
+    /// Bytes of rows that the process may hold, for all outboxes.
+    pub held: usize,
     /// `compression.type`.
     pub compression: String,
 }
@@ -61,6 +64,7 @@ impl Settings {
     /// With the defaults.
     pub fn new(kafka_brokers: impl Into<String>, outboxes: Vec<OutboxSettings>) -> Self {
         Self {
+            held: budget::default(outboxes.len()),
             outboxes,
             kafka_brokers: kafka_brokers.into(),
             from_now: false,

@@ -6,6 +6,7 @@
 //! beside the reason why it is set apart.
 
 use crate::{
+    budget::{Area, Areas},
     commit::{CommitError, Progress},
     control::{Control, Wanted},
     database::Database,
@@ -30,7 +31,7 @@ use std::{
 };
 use time::OffsetDateTime;
 use tokio::{
-    sync::{Notify, Semaphore, mpsc, oneshot, watch},
+    sync::{Notify, mpsc, oneshot, watch},
     time::{Instant, Interval, MissedTickBehavior},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -38,8 +39,6 @@ use tracing::warn;
 
 /// Pages read ahead of the producer.
 const PAGES_AHEAD: usize = 3;
-/// Streams of topics that publish at once; others wait for their turn. Each has a producer, with threads of its own.
-pub(crate) const TOPICS_AT_ONCE: usize = 8;
 /// Between two sessions, when the first found out why it failed.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 /// … and when one after the other fails.
@@ -69,7 +68,8 @@ pub(crate) struct Shared {
     /// Where the main stream stands: it has sent, or passed over, all before.
     pub(crate) main: watch::Sender<Position>,
     pub(crate) asks: Asks,
-    pub(crate) at_once: Semaphore,
+    /// Room for the rows of each stream.
+    pub(crate) areas: Arc<Areas>,
     pub(crate) stop: CancellationToken,
     /// Rows that Kafka has acknowledged beyond what is recorded, by topic.
     pub(crate) acknowledged: Mutex<HashMap<String, HashSet<i64>>>,
@@ -153,7 +153,7 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
         let paused = paused.map(|(topic, _)| topic.clone()).collect();
         shared.main.send_replace(memory.at.clone());
         let scope = Scope::Main { joining: Joining::default() };
-        let (ended, left) = session(shared, scope, memory, paused).await?;
+        let (ended, left) = session(shared, shared.areas.main.clone(), scope, memory, paused).await?;
         memory = left;
         match &ended {
             Ended::Stopped => return Ok(()),
@@ -175,9 +175,9 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
 pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), OwnerError> {
     let mut memory = None::<Memory>;
     loop {
-        let turn = tokio::select! {
+        let area = tokio::select! {
             () = shared.stop.cancelled() => return Ok(()),
-            turn = shared.at_once.acquire() => turn,
+            area = shared.areas.topic() => area,
         };
         let Some((paused, at)) = resuming(shared, topic).await? else { return Ok(()) };
         let mut remembered = memory.take().unwrap_or_else(|| Memory::at(at.clone()));
@@ -187,8 +187,7 @@ pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), O
         remembered.at = at;
         let not_before = remembered.refused_at.map(|at| at + shared.set_apart_for);
         let scope = Scope::Topic(Box::new(Leaving::new(topic.to_owned(), paused.paused_at, not_before)));
-        let (ended, left) = session(shared, scope, remembered, HashSet::new()).await?;
-        drop(turn);
+        let (ended, left) = session(shared, area, scope, remembered, HashSet::new()).await?;
         match &ended {
             Ended::Stopped | Ended::Joined | Ended::Stalled(_) => return Ok(()),
             Ended::Refused { .. } | Ended::GaveUp(_) => {
@@ -237,6 +236,7 @@ async fn rest(failures: u32, stop: &CancellationToken) {
 /// One producer's life, from the stream's position to the last that can be recorded of it.
 async fn session(
     shared: &Arc<Shared>,
+    area: Arc<Area>,
     scope: Scope,
     memory: Memory,
     paused: HashSet<String>,
@@ -254,11 +254,11 @@ async fn session(
     let at = memory.at.clone();
     let mut reader = AbortOnDropHandle::new(match &scope {
         Scope::Main { .. } => {
-            let reader = Reader::new(Cursor::new(at.clone(), None), control.clone(), items, done);
+            let reader = Reader::new(Cursor::new(at.clone(), None, area.clone()), control.clone(), items, done);
             tokio::spawn(reader.run(shared.reading.clone(), shared.nudges.clone()))
         }
         Scope::Topic(leaving) => {
-            let cursor = Cursor::new(at.clone(), Some(leaving.topic.as_str().into()));
+            let cursor = Cursor::new(at.clone(), Some(leaving.topic.as_str().into()), area.clone());
             tokio::spawn(Follower { cursor, main: shared.main.subscribe(), items }.run(shared.reading.clone()))
         }
     });
@@ -266,6 +266,7 @@ async fn session(
     let mut session = Session {
         shared: shared.clone(),
         scope,
+        area,
         outbox: shared.outbox.clone(),
         db: shared.db.clone(),
         topics: shared.topics.clone(),

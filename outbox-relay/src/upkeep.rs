@@ -3,74 +3,173 @@
 //!
 //! When the process dies in between, the next round of any replica goes on.
 
-use crate::{database::Database, gauges::is_missing};
+use crate::{database::Database, gauges::is_missing, metric};
 use saga_core::{error_class::is_outage, outage::Outage};
-use std::time::Duration;
+use sqlx::{PgConnection, postgres::PgConnectOptions};
+use std::{sync::Arc, time::Duration};
 use tracing::info;
 
 /// How often partitions are looked after. One holds ten million rows, and a whole one is kept ahead.
 const EVERY: Duration = Duration::from_secs(30);
 /// After a lock was not to be had.
 const AGAIN: Duration = Duration::from_secs(3);
-/// Calls that a partition takes at most: a check is added, validated, and used.
-const STEPS: usize = 4;
+/// Calls that a partition takes at most: a check is added, validated, and used, and the ids go on in the partition.
+const STEPS: usize = 5;
+/// Half of a partition: with less ahead, its maker had time and something is wrong.
+const LEAST_AHEAD: i64 = 5_000_000;
+/// To validate a check reads all of the overflow, however large it is; it is in nobody's way. Everything else is short.
+const VALIDATING: Duration = Duration::from_secs(3_600);
 /// Resolved rows that one statement deletes: it holds their locks, and a discard may wait for one.
 const DELETED_AT_ONCE: i64 = 500;
 
-/// Looks after the tables until it is dropped. Parked rows that are resolved are kept for `kept`.
-pub(crate) async fn run(db: &Database, outbox: &str, kept: Duration) {
-    let upkeep = Outage::of(&format!("upkeep of outbox {outbox}"));
-    loop {
-        let done = async {
-            add_partitions(db, outbox).await?;
-            delete_resolved(db, outbox, kept).await
-        };
-        let pause = match done.await {
-            Ok(()) => {
-                upkeep.working();
-                EVERY
-            }
-            // Other parts meet it too, and report it.
-            Err(error) if is_outage(&error) || is_missing(&error) => EVERY / 10,
-            Err(error) => {
-                upkeep.failing(&error.to_string());
-                AGAIN
-            }
-        };
-        tokio::time::sleep(pause).await;
-    }
+/// The upkeep of one outbox.
+pub(crate) struct Upkeep {
+    outbox: String,
+    db: Database,
+    validating: Database,
+    /// Parked rows that are resolved are kept for so long.
+    resolved_kept: Duration,
+    /// Whether rows overflow, or soon will; and what the upkeep cannot do.
+    pub(crate) outage: Arc<Outage>,
 }
 
-async fn add_partitions(db: &Database, outbox: &str) -> Result<(), sqlx::Error> {
-    for _ in 0..STEPS {
-        let made: Option<String> =
-            db.ask(async |db| sqlx::query_scalar("select outbox_add_partition()").fetch_one(db).await).await?;
-        if let Some(partition) = made {
-            info!(outbox, partition, "made the outbox's next partition");
-            break;
+impl Upkeep {
+    /// Connects to nothing yet. A conversation may take `patience`.
+    pub(crate) fn new(
+        place: &str,
+        outbox: &str,
+        options: PgConnectOptions,
+        patience: Duration,
+        kept: Duration,
+    ) -> Self {
+        Self {
+            outbox: outbox.to_owned(),
+            db: Database::new(options.clone(), 1, patience),
+            validating: Database::new(options, 1, VALIDATING),
+            resolved_kept: kept,
+            outage: Outage::of(&format!("upkeep of {place}")),
         }
     }
-    Ok(())
-}
 
-/// Deletes parked rows that were resolved long ago. What was discarded stays as long as the row in the outbox does: nothing
-/// else tells that it was not published.
-async fn delete_resolved(db: &Database, outbox: &str, kept: Duration) -> Result<(), sqlx::Error> {
-    let mut rows = 0;
-    loop {
-        let deleted = db.ask(async |db| delete_some(db, outbox, kept).await).await?;
-        rows += deleted;
-        if deleted == 0 {
-            break;
+    /// Looks after the tables until it is dropped.
+    pub(crate) async fn run(&self) {
+        loop {
+            let pause = match self.run_once().await {
+                Ok(pause) => pause,
+                // Other parts meet it too, and report it.
+                Err(error) if is_outage(&error) || is_missing(&error) => {
+                    metric::ids_ahead(&self.outbox, None);
+                    EVERY / 10
+                }
+                Err(error) => {
+                    self.outage.failing(&error.to_string());
+                    AGAIN
+                }
+            };
+            tokio::time::sleep(pause).await;
         }
     }
-    if rows > 0 {
-        info!(outbox, rows, "deleted parked rows that were resolved long ago");
+
+    /// Says how long it may rest.
+    async fn run_once(&self) -> Result<Duration, sqlx::Error> {
+        let added = self.add_partitions().await;
+        let ahead: i64 =
+            self.db.ask(async |db| sqlx::query_scalar("select outbox_ids_ahead()").fetch_one(db).await).await?;
+        metric::ids_ahead(&self.outbox, Some(ahead));
+        if ahead < LEAST_AHEAD {
+            let blocking = self.db.ask(blocking).await?;
+            self.outage.failing(&late(ahead, added.err(), &blocking));
+            return Ok(AGAIN);
+        }
+        added?;
+        self.delete_resolved().await?;
+        self.outage.working();
+        Ok(EVERY)
     }
-    Ok(())
+
+    async fn add_partitions(&self) -> Result<(), sqlx::Error> {
+        for _ in 0..STEPS {
+            let db = if self.db.ask(is_to_validate).await? { &self.validating } else { &self.db };
+            let made: Option<String> =
+                db.ask(async |db| sqlx::query_scalar("select outbox_add_partition()").fetch_one(db).await).await?;
+            if let Some(partition) = made {
+                info!(outbox = self.outbox, partition, "made the outbox's next partition");
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes parked rows that were resolved long ago. What was discarded stays as long as the row in the outbox does:
+    /// nothing else tells that it was not published.
+    async fn delete_resolved(&self) -> Result<(), sqlx::Error> {
+        let mut rows = 0;
+        loop {
+            let deleted = self.db.ask(async |db| delete_some(db, &self.outbox, self.resolved_kept).await).await?;
+            rows += deleted;
+            if deleted == 0 {
+                break;
+            }
+        }
+        if rows > 0 {
+            info!(outbox = self.outbox, rows, "deleted parked rows that were resolved long ago");
+        }
+        Ok(())
+    }
 }
 
-async fn delete_some(db: &mut sqlx::PgConnection, outbox: &str, kept: Duration) -> Result<u64, sqlx::Error> {
+/// What an operator is told when partitions are late.
+fn late(ahead: i64, error: Option<sqlx::Error>, blocking: &[String]) -> String {
+    let mut said = match ahead {
+        0 => String::from("rows go to outbox_overflow, for no partition is there for them"),
+        ahead => format!("only {ahead} ids are left in the outbox's partitions; then rows go to outbox_overflow"),
+    };
+    if let Some(error) = error {
+        said.push_str(&format!(". The next partition is not made: {error}"));
+    }
+    if !blocking.is_empty() {
+        said.push_str(&format!(
+            ". Locks on the outbox are held by {}: let them end, or pg_terminate_backend",
+            blocking.join(", ")
+        ));
+    }
+    said
+}
+
+/// Whether the next call reads all of the overflow.
+async fn is_to_validate(db: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(
+        "select exists (select
+                          from pg_constraint
+                         where conrelid = 'outbox_overflow'::regclass and conname ~ '^outbox_ahead_' and not convalidated)",
+    )
+    .fetch_one(db)
+    .await
+}
+
+/// Who has locked what a new partition needs, the longest first.
+async fn blocking(db: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select format('process %s (%s, in its transaction for %s s)', pid, coalesce(nullif(name, ''), 'unnamed'), age)
+           from (select a.pid, a.application_name as name,
+                        coalesce(extract(epoch from clock_timestamp() - a.xact_start)::integer::text, 'unknown') as age,
+                        a.xact_start
+                   from pg_stat_activity as a
+                  where a.pid <> pg_backend_pid()
+                    and exists (select
+                                  from pg_locks as lock
+                                 where lock.pid = a.pid and lock.granted
+                                   and lock.database = (select oid from pg_database where datname = current_database())
+                                   and (lock.relation = 'outbox_overflow'::regclass
+                                        or lock.relation = 'outbox'::regclass
+                                           and lock.mode not in ('AccessShareLock', 'RowShareLock', 'RowExclusiveLock')))
+                  order by a.xact_start nulls last
+                  limit 3) as blocking",
+    )
+    .fetch_all(db)
+    .await
+}
+
+async fn delete_some(db: &mut PgConnection, outbox: &str, kept: Duration) -> Result<u64, sqlx::Error> {
     let deleted = sqlx::query(
         "delete from outbox_parked
           where outbox = $1

@@ -7,10 +7,6 @@ use crate::{
 };
 use sqlx::{PgConnection, Row as _};
 
-/// Rows that are read at once. Large enough that a round trip costs nothing per row, small enough that the first one
-/// is not kept waiting.
-pub(crate) const PAGE_ROWS: i64 = 5_000;
-
 /// Ids that one step of a walk covers: rows of other windows and topics among them are passed over.
 const STRETCH_IDS: i64 = 20_000;
 
@@ -65,13 +61,13 @@ const POLL_WITH_STRAGGLERS: &str = concat!(
        limit $2)"
 );
 
-/// Takes the snapshot that becomes a window's target, and the window's rows: all of them in no order if they fit a page,
-/// else one row more than fits. One statement, so that it is one snapshot, in a transaction that has no id of its own, so
+/// Takes the snapshot that becomes a window's target, and the window's rows: all of them in no order if there are no more
+/// than `most`, else one row more. One statement, so that it is one snapshot, in a transaction that has no id of its own, so
 /// that the snapshot holds nothing of ours; and one round trip from a commit to its rows.
-pub(crate) async fn poll(db: &mut PgConnection, base: &Snapshot) -> Result<(Snapshot, Vec<Row>), ReadError> {
+pub(crate) async fn poll(db: &mut PgConnection, base: &Snapshot, most: i64) -> Result<(Snapshot, Vec<Row>), ReadError> {
     let stragglers = texts(base.running());
     let mut query = sqlx::query(if stragglers.is_empty() { POLL } else { POLL_WITH_STRAGGLERS });
-    query = query.bind(base.xmax().to_string()).bind(PAGE_ROWS + 1);
+    query = query.bind(base.xmax().to_string()).bind(most + 1);
     if !stragglers.is_empty() {
         query = query.bind(stragglers);
     }
@@ -87,8 +83,8 @@ pub(crate) async fn poll(db: &mut PgConnection, base: &Snapshot) -> Result<(Snap
     Ok((target.ok_or(sqlx::Error::RowNotFound)?, rows))
 }
 
-/// Whether a window has more rows than a page.
-pub(crate) async fn is_long(db: &mut PgConnection, span: &Span) -> Result<bool, sqlx::Error> {
+/// Whether a window has more rows than `most`.
+pub(crate) async fn is_long(db: &mut PgConnection, span: &Span, most: i64) -> Result<bool, sqlx::Error> {
     let rows: i64 = sqlx::query_scalar(
         "select count(*)
            from ((select 1
@@ -105,14 +101,19 @@ pub(crate) async fn is_long(db: &mut PgConnection, span: &Span) -> Result<bool, 
     .bind(span.from.to_string())
     .bind(span.to.to_string())
     .bind(texts(&span.stragglers))
-    .bind(PAGE_ROWS + 1)
+    .bind(most + 1)
     .fetch_one(db)
     .await?;
-    Ok(rows > PAGE_ROWS)
+    Ok(rows > most)
 }
 
-/// All rows of a window in no order, if they fit a page; else one row more than fits.
-pub(crate) async fn whole(db: &mut PgConnection, span: &Span, lane: Option<&str>) -> Result<Vec<Row>, sqlx::Error> {
+/// All rows of a window in no order, if there are no more than `most`; else one row more.
+pub(crate) async fn whole(
+    db: &mut PgConnection,
+    span: &Span,
+    lane: Option<&str>,
+    most: i64,
+) -> Result<Vec<Row>, sqlx::Error> {
     macro_rules! sql {
         ($topic:literal) => {
             concat!(
@@ -151,7 +152,7 @@ pub(crate) async fn whole(db: &mut PgConnection, span: &Span, lane: Option<&str>
         .bind(span.to.to_string())
         .bind(texts(&span.running))
         .bind(texts(&span.stragglers))
-        .bind(PAGE_ROWS + 1);
+        .bind(most + 1);
     if let Some(topic) = lane {
         query = query.bind(topic.to_owned());
     }
@@ -217,9 +218,9 @@ impl Search {
 pub(crate) async fn stragglers(
     db: &mut PgConnection,
     stragglers: &[u64],
-    after: i64,
-    before: i64,
+    (after, before): (i64, i64),
     lane: Option<&str>,
+    most: i64,
 ) -> Result<Vec<Row>, sqlx::Error> {
     if stragglers.is_empty() {
         return Ok(Vec::new());
@@ -246,7 +247,7 @@ pub(crate) async fn stragglers(
         };
     }
     let sql = if lane.is_some() { sql!("and topic = $5") } else { sql!("") };
-    let mut query = sqlx::query(sql).bind(texts(stragglers)).bind(after).bind(before).bind(PAGE_ROWS);
+    let mut query = sqlx::query(sql).bind(texts(stragglers)).bind(after).bind(before).bind(most);
     if let Some(topic) = lane {
         query = query.bind(topic.to_owned());
     }
@@ -259,9 +260,9 @@ pub(crate) async fn stragglers(
 pub(crate) async fn stretch(
     db: &mut PgConnection,
     at: &Position,
-    after: i64,
-    top: i64,
+    (after, top): (i64, i64),
     lane: Option<&str>,
+    most: i64,
 ) -> Result<(Vec<Row>, i64), sqlx::Error> {
     macro_rules! sql {
         ($topic:literal) => {
@@ -285,12 +286,12 @@ pub(crate) async fn stretch(
     let end = top.min(after.saturating_add(STRETCH_IDS));
     let sql = if lane.is_some() { sql!("and topic = $6") } else { sql!("") };
     let mut query =
-        sqlx::query(sql).bind(after).bind(end).bind(at.target.to_string()).bind(at.base.to_string()).bind(PAGE_ROWS);
+        sqlx::query(sql).bind(after).bind(end).bind(at.target.to_string()).bind(at.base.to_string()).bind(most);
     if let Some(topic) = lane {
         query = query.bind(topic.to_owned());
     }
     let rows: Vec<Row> = query.fetch_all(&mut *db).await?.into_iter().map(Row::new).collect::<Result<_, _>>()?;
-    let full = i64::try_from(rows.len()).is_ok_and(|rows| rows >= PAGE_ROWS);
+    let full = i64::try_from(rows.len()).is_ok_and(|rows| rows >= most);
     let reached = match rows.last() {
         Some(last) if full => last.id(),
         Some(_) => end,
@@ -318,7 +319,10 @@ pub(crate) async fn keys(db: &mut PgConnection, ids: &[i64]) -> Result<Vec<(i64,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::Cursor;
+    use crate::{
+        budget::{Area, Areas, Budget, default},
+        position::{Cursor, Page},
+    };
     use saga_core::{
         service::messaging_migrations,
         testkit::{TestDatabase, size},
@@ -326,8 +330,14 @@ mod tests {
     use sqlx::{Connection as _, postgres::PgConnectOptions};
     use std::{
         str::FromStr as _,
+        sync::Arc,
         time::{Duration, Instant},
     };
+
+    /// Room for all that a test reads.
+    fn room() -> Arc<Area> {
+        Areas::new(&Budget::new(default(1), 1)).main
+    }
 
     struct Reading {
         database: TestDatabase,
@@ -380,11 +390,17 @@ mod tests {
             .unwrap();
         }
 
+        /// The next page of a cursor.
+        async fn page(&mut self, cursor: &mut Cursor, target: &Snapshot) -> Option<Page> {
+            cursor.make_room().await;
+            cursor.follow(&mut self.db, &Position::at(target.clone())).await.unwrap()
+        }
+
         /// One step of a cursor, and how many rows it touched.
         async fn step(&mut self, cursor: &mut Cursor, target: &Snapshot) -> (Option<Vec<i64>>, i64) {
             // What transactions before touched may still be among it.
             let before = touched(&mut self.db).await;
-            let page = cursor.follow(&mut self.db, &Position::at(target.clone())).await.unwrap();
+            let page = self.page(cursor, target).await;
             let touched = touched(&mut self.db).await - before;
             (page.map(|page| page.rows.iter().map(Row::id).collect()), touched)
         }
@@ -425,12 +441,13 @@ mod tests {
         let target = reading.snapshot().await;
         reading.next_partition().await;
         reading.append("later", size(30_000, 2_000_000)).await;
-        let cursor = Cursor::new(Position { base, target: target.clone(), after: 0 }, None);
+        let cursor = Cursor::new(Position { base, target: target.clone(), after: 0 }, None, room());
         let (found, dearest) = reading.read(cursor, &target).await;
         assert_eq!(found, (11..=7_010).collect::<Vec<i64>>());
         assert!(dearest <= 7_100, "{dearest} rows");
         // Begun by an owner that died in the middle of it, when everything was new.
-        let cursor = Cursor::new(Position { base: Snapshot::initial(), target: target.clone(), after: 3_000 }, None);
+        let cursor =
+            Cursor::new(Position { base: Snapshot::initial(), target: target.clone(), after: 3_000 }, None, room());
         let (found, dearest) = reading.read(cursor, &target).await;
         assert_eq!(found, (3_001..=7_010).collect::<Vec<i64>>());
         assert!(dearest <= STRETCH_IDS + 10, "{dearest} rows");
@@ -447,7 +464,7 @@ mod tests {
         reading.append("many", many).await;
         reading.append("few", 1).await;
         let target = reading.snapshot().await;
-        let cursor = Cursor::new(Position::at(base), Some("few".into()));
+        let cursor = Cursor::new(Position::at(base), Some("few".into()), room());
         let (found, dearest) = reading.read(cursor, &target).await;
         assert_eq!(found, [30_003, 30_004 + i64::try_from(many).unwrap()]);
         assert!(dearest <= STRETCH_IDS + 10, "{dearest} rows");
@@ -462,7 +479,7 @@ mod tests {
         let base = reading.snapshot().await;
         reading.append("window", size(50_000, 80_000_000)).await;
         let target = reading.snapshot().await;
-        let mut cursor = Cursor::new(Position::at(base), None);
+        let mut cursor = Cursor::new(Position::at(base), None, room());
         let (mut steps, mut dearest, mut slowest) = (0, 0, Duration::ZERO);
         let first = loop {
             sqlx::raw_sql("begin").execute(&mut reading.db).await.unwrap();
@@ -493,7 +510,7 @@ mod tests {
         sqlx::query(append).execute(&mut *early).await.unwrap();
         early.commit().await.unwrap();
         let target = reading.snapshot().await;
-        let (found, _) = reading.read(Cursor::new(Position::at(base), None), &target).await;
+        let (found, _) = reading.read(Cursor::new(Position::at(base), None, room()), &target).await;
         let expected: Vec<i64> = [1].into_iter().chain(12..=6_011).chain([6_012]).collect();
         assert_eq!(found, expected);
     }
@@ -507,9 +524,9 @@ mod tests {
         reading.append_bodies("payloads", 20, 1_000_000, "{}").await;
         reading.append_bodies("beyond any limit", 2, 20_000_000, "{}").await;
         let target = reading.snapshot().await;
-        let mut cursor = Cursor::new(Position::initial(), None);
+        let mut cursor = Cursor::new(Position::initial(), None, room());
         let (mut rows, mut unread) = (0, 0);
-        while let Some(page) = cursor.follow(&mut reading.db, &Position::at(target.clone())).await.unwrap() {
+        while let Some(page) = reading.page(&mut cursor, &target).await {
             let bytes: usize = page.rows.iter().filter(|row| !row.lacks_body()).map(Row::bytes).sum();
             assert!(bytes <= 9 << 20, "{bytes} bytes in a page");
             rows += page.rows.len();
@@ -524,11 +541,11 @@ mod tests {
         let reading = &mut Reading::new().await;
         reading.append_bodies("t", 10, 1_000_000, "{}").await;
         let target = reading.snapshot().await;
-        let mut cursor = Cursor::new(Position::initial(), None);
-        let first = cursor.follow(&mut reading.db, &Position::at(target.clone())).await.unwrap().unwrap();
+        let mut cursor = Cursor::new(Position::initial(), None, room());
+        let first = reading.page(&mut cursor, &target).await.unwrap();
         assert!((1..10).contains(&first.rows.len()));
         sqlx::query("delete from outbox where id = 10").execute(&reading.database.pool).await.unwrap();
-        let second = cursor.follow(&mut reading.db, &Position::at(target.clone())).await.unwrap().unwrap();
+        let second = reading.page(&mut cursor, &target).await.unwrap();
         assert_eq!(first.rows.len() + second.rows.len(), 9);
         assert!(second.rows.iter().all(|row| row.payload().is_some()), "none would be sent as a tombstone");
     }
@@ -544,10 +561,12 @@ mod tests {
         .await
         .unwrap();
         reading.append("t", 1).await;
-        let mut cursor = Cursor::new(Position::initial(), None);
+        let mut cursor = Cursor::new(Position::initial(), None, room());
+        cursor.make_room().await;
         let page = cursor.next(&mut reading.db).await.unwrap().unwrap();
         assert_eq!(page.rows.iter().map(Row::id).collect::<Vec<_>>(), [2]);
         for _ in 0..3 {
+            cursor.make_room().await;
             assert!(cursor.next(&mut reading.db).await.unwrap().is_none());
         }
     }

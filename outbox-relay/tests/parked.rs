@@ -107,6 +107,33 @@ async fn a_discard_writes_no_more_rows_when_its_line_is_long() {
     assert_eq!(published_ids(&world.topic, rows - 1).await, expected);
 }
 
+#[tokio::test]
+async fn a_line_is_discarded_in_pieces_and_flows_when_nothing_is_left() {
+    let world = World::new().await;
+    park(&world, &world.topic, 10_500, 1).await;
+    sqlx::query("update outbox_parked set sending_by = gen_random_uuid() where id = 7")
+        .execute(world.db())
+        .await
+        .unwrap();
+    let relay = Relay::new(&world.settings()).unwrap();
+    let discard = async || {
+        let request = json!({ "topic": world.topic.name(), "key": "k0", "reason": "not needed" });
+        let (status, answer) = call(&relay, "POST", "/v1/outboxes/orders/parked/discard", Some(request)).await;
+        (status, answer["discarded"].as_i64(), answer["left"].as_i64())
+    };
+    let _running = Running::of(relay.clone());
+    assert_eq!(discard().await, (200, Some(10_000), Some(500)));
+    assert_eq!(discard().await, (200, Some(499), Some(1)));
+    assert_eq!(discard().await, (409, None, None), "it may be on its way");
+    sqlx::query("update outbox_parked set sending_by = null").execute(world.db()).await.unwrap();
+    assert_eq!(discard().await, (200, Some(1), Some(0)));
+    assert_eq!(discard().await, (404, None, None));
+    // The line flows again, and nothing of it was published.
+    let free = world.append("k0", "free").await;
+    assert_eq!(ids(&world.published(1).await), [free]);
+    assert_eq!(world.count("select count(*) from outbox_audit where action = 'discard-parked'").await, 3);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_operator_was_told_is_discarded_is_never_published() {
     let cluster = MockCluster::new(1).unwrap();

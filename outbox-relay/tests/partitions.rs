@@ -3,10 +3,17 @@
 mod common;
 
 use common::{PATIENCE, Rows, Running, World};
-use outbox_relay::Settings;
-use saga_core::testkit::{eventually, size};
-use sqlx::{Connection as _, PgConnection};
-use std::time::{Duration, Instant};
+use outbox_relay::{Relay, Settings, admin};
+use saga_core::{
+    service::Health,
+    testkit::{eventually, size},
+};
+use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
+use std::{
+    str::FromStr as _,
+    time::{Duration, Instant},
+};
+use tokio_util::sync::CancellationToken;
 
 /// So many rows have overflowed, as if no relay had run for long.
 async fn overflowed(rows: usize) -> World {
@@ -67,12 +74,13 @@ async fn no_insert_waits_while_the_overflow_is_searched_for_rows() {
     }
     assert_eq!(world.count(PARTITIONS).await, 3);
     assert_eq!(world.count(CHECKS).await, 0);
-    // And rows of its range go to it.
+    // And the ids go on in it.
     let first: i64 = made.unwrap().trim_start_matches("outbox_").parse().unwrap();
-    sqlx::query("select setval('outbox_id_seq', $1)").bind(first).execute(world.db()).await.unwrap();
+    assert_eq!(step(world.db()).await, None);
     let before = world.count("select count(*) from outbox_overflow").await;
-    world.append("k", "there").await;
+    assert_eq!(world.append("k", "there").await, first);
     assert_eq!(world.count("select count(*) from outbox_overflow").await, before);
+    assert_eq!(world.count("select outbox_ids_ahead()").await, 10_000_000 - 1);
 }
 
 /// The slowest of the inserts that are made one after another while `meanwhile` is at work, and of 200 at least.
@@ -109,24 +117,71 @@ async fn the_slowest_insert_while_a_partition_is_made_is_as_quick_as_others() {
 }
 
 #[tokio::test]
-async fn a_check_that_rows_come_near_to_is_dropped_before_it_refuses_one() {
-    let world = overflowed(50).await;
-    let step = async || step(world.db()).await;
-    assert_eq!(step().await, None);
-    assert_eq!(world.count(CHECKS).await, 1);
-    // The relay was away while ten million rows came.
-    let first = world
-        .count(
-            "select (regexp_match(conname, '\\d+'))[1]::bigint from pg_constraint where conname like 'outbox_ahead%'",
-        )
+async fn no_row_is_refused_whenever_the_maker_of_a_partition_dies() {
+    // The check is added, validated, used, and the ids go on in the partition.
+    for steps in 0..4 {
+        let world = overflowed(50).await;
+        for _ in 0..steps {
+            step(world.db()).await;
+        }
+        assert_eq!(world.count(CHECKS).await, i64::from(steps == 1 || steps == 2));
+        // Nobody goes on with it, for the rows of a hundred partitions.
+        sqlx::query("select setval('outbox_id_seq', nextval('outbox_id_seq') + 1000000000)")
+            .execute(world.db())
+            .await
+            .unwrap();
+        world.append("k", "meanwhile").await;
+        let _relay = Running::start(&without_kafka(&world));
+        eventually(PATIENCE, || async {
+            (world.count(PARTITIONS).await == 3 && world.count(CHECKS).await == 0).then_some(())
+        })
         .await;
-    sqlx::query("select setval('outbox_id_seq', $1)").bind(first - 500_000).execute(world.db()).await.unwrap();
-    assert_eq!(step().await, None);
-    assert_eq!(world.count(CHECKS).await, 0);
-    for _ in 0..2 {
-        assert_eq!(step().await, None);
+        eventually(PATIENCE, || async { (world.append("k", "after it").await > 1_000_000_000_000).then_some(()) })
+            .await;
     }
-    assert!(step().await.is_some());
+}
+
+#[tokio::test]
+async fn the_next_partition_after_an_overflow_is_used_when_the_last_is_nearly_full() {
+    let world = overflowed(50).await;
+    for _ in 0..4 {
+        step(world.db()).await;
+    }
+    let first = world.append("k", "first").await;
+    for _ in 0..4 {
+        step(world.db()).await;
+    }
+    assert_eq!(world.count(PARTITIONS).await, 4);
+    assert_eq!(world.append("k", "second").await, first + 1, "there is room");
+    assert_eq!(world.count("select outbox_ids_ahead()").await, 20_000_000 - 2);
+    sqlx::query("select setval('outbox_id_seq', $1)").bind(first + 9_500_000).execute(world.db()).await.unwrap();
+    step(world.db()).await;
+    assert!(world.append("k", "third").await > first + 1_000_000_000_000);
+}
+
+#[tokio::test]
+async fn who_keeps_a_partition_from_being_made_is_said_in_health() {
+    let world = overflowed(50).await;
+    let options = PgConnectOptions::from_str(&world.database.url).unwrap().application_name("a-report");
+    let mut reader = PgConnection::connect_with(&options).await.unwrap();
+    let mut reading = reader.begin().await.unwrap();
+    sqlx::query("select count(*) from outbox_overflow").execute(&mut *reading).await.unwrap();
+    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut *reading).await.unwrap();
+    let relay = Relay::new(&world.settings()).unwrap();
+    let health = Health::new(&CancellationToken::new());
+    admin::check_health(&health, &relay);
+    let _running = Running::of(relay);
+    let said = eventually(PATIENCE, || async {
+        let outboxes = health.readiness().await.checks.remove("outboxes")?;
+        outboxes.contains("outbox_overflow").then_some(outboxes)
+    })
+    .await;
+    assert!(said.contains(&format!("process {pid} (a-report, in its transaction for")), "{said}");
+    world.append("k", "meanwhile").await;
+    reading.commit().await.unwrap();
+    eventually(PATIENCE, || async { health.readiness().await.ready.then_some(()) }).await;
+    assert!(world.append("k", "after it").await > 1_000_000_000_000);
+    world.published(52).await;
 }
 
 #[tokio::test]

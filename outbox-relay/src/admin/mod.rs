@@ -8,6 +8,7 @@
 //! | `GET /v1/outboxes/{name}/parked` | parked rows |
 //! | `POST /v1/outboxes/{name}/parked/retry` | try their lines again, in order |
 //! | `POST /v1/outboxes/{name}/parked/{id}/discard` | give one up |
+//! | `POST /v1/outboxes/{name}/parked/discard` | give up a line, or a topic, many rows at a time |
 //!
 //! Every verb is audited in the transaction that performs it, and the owner, wherever it runs, sees it in the database.
 
@@ -50,6 +51,7 @@ fn documented() -> OpenApiRouter<Relay> {
         .routes(routes!(parked::list))
         .routes(routes!(retries::retry))
         .routes(routes!(parked::discard))
+        .routes(routes!(parked::discard_many))
 }
 
 /// Readiness: red while an outbox that this process should publish cannot be published. Standing by is fine.
@@ -61,7 +63,7 @@ pub fn check_health(health: &Health, relay: &Relay) {
             let problems: Vec<String> = relay
                 .outboxes()
                 .iter()
-                .filter_map(|outbox| match outbox.status.get() {
+                .filter_map(|outbox| match outbox.status.all() {
                     (Role::Starting, _) => Some(format!("{}: starting", outbox.name)),
                     (_, Some(problem)) => Some(format!("{}: {problem}", outbox.name)),
                     (_, None) => outbox.leases.clock.check().err().map(|skew| format!("{}: {skew}", outbox.name)),

@@ -110,7 +110,7 @@ pub(super) async fn list(State(relay): State<Relay>) -> Json<Vec<OutboxView>> {
 }
 
 async fn view(outbox: &Outbox) -> OutboxView {
-    let (role, problem) = outbox.status.get();
+    let (role, problem) = outbox.status.all();
     let (known, error) = match outbox.admin.ask(async |db| known(db, &outbox.name, &outbox.leases.clock).await).await {
         Ok(known) => (Some(known), None),
         Err(error) => {

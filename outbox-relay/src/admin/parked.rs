@@ -258,3 +258,115 @@ async fn release(
     .await?;
     Ok(released)
 }
+
+/// Rows that one request discards at most; the statement's time is limited.
+const DISCARDED_AT_ONCE: i64 = 10_000;
+
+/// Which rows are given up, and why.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DiscardManyRequest {
+    /// Of this topic.
+    topic: String,
+    /// Of this key; the whole topic when left out.
+    key: Option<String>,
+    reason: Reason,
+}
+
+/// What became of them.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct DiscardedMany {
+    /// Rows that are given up, 10000 at most, the earliest of each line.
+    discarded: i64,
+    /// Rows that match and are still parked, 10000 of them counted at most. Nothing releases them: repeat the request until
+    /// none is left. A row that is being tried again at this moment is one of them.
+    left: i64,
+}
+
+/// Give up parked rows of a line (a topic and a key), or of a whole topic: they are never published. In one transaction, many
+/// rows at a time; what is left stays parked, in its order.
+#[utoipa::path(
+    post, path = "/v1/outboxes/{name}/parked/discard", tag = "parked",
+    params(("name" = String, Path, description = "The outbox")),
+    request_body = DiscardManyRequest,
+    responses((status = 200, body = DiscardedMany), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))
+)]
+pub(super) async fn discard_many(
+    State(relay): State<Relay>,
+    Extension(role): Extension<Role>,
+    Path(name): Path<String>,
+    Json(request): Json<DiscardManyRequest>,
+) -> Result<Json<DiscardedMany>, Failed> {
+    let outbox = outbox(&relay, &name)?;
+    let reason = request.reason.check()?;
+    let DiscardManyRequest { topic, key, .. } = &request;
+    outbox
+        .admin
+        .ask(async |db| {
+            let mut tx = db.begin().await?;
+            let discarded: i64 = sqlx::query_scalar(DISCARD_MANY)
+                .bind(&name)
+                .bind(topic)
+                .bind(key)
+                .bind(reason)
+                .bind(DISCARDED_AT_ONCE)
+                .fetch_one(&mut *tx)
+                .await?;
+            let left = count(&mut tx, &name, topic, key.as_deref()).await?;
+            match (discarded, left) {
+                (0, 0) => return Err(Problem::not_found("No parked row matches.").into()),
+                (0, _) => return Err(being_retried().into()),
+                _ => {}
+            }
+            let detail = json!({ "topic": topic, "key": key, "discarded": discarded, "left": left });
+            audit::write_in(&mut tx, &name, role, "discard-parked", reason, &detail).await?;
+            tx.commit().await?;
+            Ok(Json(DiscardedMany { discarded, left }))
+        })
+        .await
+}
+
+/// The last row of a line is asked for with its end: from that the owner learns that the line is free. What Kafka may take at
+/// any moment stays.
+const DISCARD_MANY: &str = "
+    with free as materialized (
+             select id, key
+               from outbox_parked
+              where outbox = $1 and topic = $2 and status = 'parked' and sending_by is null
+                and ($3::text is null or md5(key) = md5($3))
+              order by md5(key), id
+              limit $5
+                for update skip locked),
+         last as (
+             select max(id) as id
+               from free
+              where key is not null
+              group by key
+             having not exists (select
+                                  from outbox_parked as behind
+                                 where outbox = $1 and topic = $2 and md5(behind.key) = md5(free.key)
+                                   and status = 'parked'
+                                   and (behind.id > max(free.id) or behind.sending_by is not null))),
+         discarded as (
+             update outbox_parked as parked
+                set status = 'discarded', resolution = $4, resolved_at = clock_timestamp(),
+                    retry_requested_at = case when parked.id in (select id from last) then clock_timestamp() end
+              where outbox = $1 and parked.id in (select id from free)
+             returning parked.id)
+    select count(*) from discarded";
+
+async fn count(db: &mut PgConnection, outbox: &str, topic: &str, key: Option<&str>) -> Result<i64, sqlx::Error> {
+    sqlx::query_scalar(
+        "select count(*)
+           from (select
+                   from outbox_parked
+                  where outbox = $1 and topic = $2 and status = 'parked' and ($3::text is null or md5(key) = md5($3))
+                  order by md5(key), id
+                  limit 10000) as parked",
+    )
+    .bind(outbox)
+    .bind(topic)
+    .bind(key)
+    .fetch_one(db)
+    .await
+}
