@@ -31,8 +31,7 @@ const STREAMS: usize = TOPICS_AT_ONCE + 2;
 const DEFAULT: usize = 256 << 20;
 const DEFAULT_OF_ONE: usize = 64 << 20;
 /// What a row takes at most that comes with its page.
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-pub(crate) const ROW: usize = INLINE_BYTES as usize + OVERHEAD;
+pub(crate) const ROW: usize = INLINE_BYTES + OVERHEAD;
 
 /// The least budget for so many outboxes: without a common rest.
 pub const fn least(outboxes: usize) -> usize {

@@ -9,7 +9,7 @@
 
 use crate::{
     database::Database,
-    row::{Row, columns, sized, within_calendar},
+    row::{Row, columns, within_calendar},
 };
 use sqlx::PgConnection;
 use std::{
@@ -230,16 +230,12 @@ pub(crate) async fn waiting(
     const KEYED: &str = concat!(
         "select ",
         columns!(),
-        " from ",
-        sized!("outbox_parked"),
-        " where outbox = $1 and topic = $2 and md5(key) = md5($3) and status = 'parked' order by id limit $4",
+        " from outbox_parked where outbox = $1 and topic = $2 and md5(key) = md5($3) and status = 'parked' order by id limit $4",
     );
     const KEYLESS: &str = concat!(
         "select ",
         columns!(),
-        " from ",
-        sized!("outbox_parked"),
-        " where outbox = $1 and topic = $2 and md5(key) is null and status || '' = 'parked' and $3::text is null
+        " from outbox_parked where outbox = $1 and topic = $2 and md5(key) is null and status || '' = 'parked' and $3::text is null
             and retry_requested_at is not null
           order by md5(key), id limit $4",
     );

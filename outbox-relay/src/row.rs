@@ -1,24 +1,25 @@
 //! One outbox row as it was read: a view into the bytes that PostgreSQL sent, copied only when the producer takes it.
 //!
-//! A page carries small rows whole. Of a larger row it carries the size and what decides about the row; its body is read
-//! when the row's turn comes, so that the size of a page is known before it is fetched. A body that no topic takes by
-//! default is not even read then: the session reads it once it knows that the row is to be sent.
+//! A page carries what is small of a row. Of a column that is large it carries the size; the body is read when the row's turn
+//! comes, so that the size of a page is known before it is fetched. A body that no topic takes by default is not even read
+//! then: the session reads it once it knows that the row is to be sent.
 
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use std::sync::OnceLock;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Bytes of key, type, headers and payload up to which a row comes whole with its page.
-pub(crate) const INLINE_BYTES: i64 = 4 * 1024;
+/// Bytes up to which a column comes with its page: the payload, the headers as they are stored, and the key and the type.
+const PAYLOAD_INLINE: usize = 3_072;
+const HEADERS_INLINE: usize = 1_024;
+const KEY_INLINE: usize = 256;
+/// Bytes that a row takes at most, about, that comes whole with its page.
+pub(crate) const INLINE_BYTES: usize = PAYLOAD_INLINE + HEADERS_INLINE + 2 * KEY_INLINE;
 /// A body up to this size is read with its page: Kafka's default for `max.message.bytes`. A larger one is read when the
 /// topic is known to take it.
 pub(crate) const READ_AHEAD_BYTES: usize = 1_048_588;
 /// What a row takes here, and in Kafka's client, beside its bytes.
 pub(crate) const OVERHEAD: usize = 512;
-/// Bytes of a key or of a type up to which they come with the page of a larger row.
-const INLINE_TEXT: i32 = 512;
-
 /// What is said of a row that is not there any more when its body is read.
 pub(crate) const DELETED: &str = "the row was deleted from the outbox before it was published; it is left out";
 
@@ -31,49 +32,70 @@ macro_rules! within_calendar {
 }
 pub(crate) use within_calendar;
 
-/// The columns of a row of [`sized!`], in the order that [`Row`] reads them. `4096` is [`INLINE_BYTES`], `512` is
-/// [`INLINE_TEXT`]. Headers of 2048 bytes come with it in any case: they say whose row it is. An empty header object, as nearly all are small or empty, is not sent at all.
+/// Whether the headers are as large as they look: what is compressed may be of any size.
+macro_rules! small_headers {
+    () => {
+        "pg_column_size(headers) <= 1024 and pg_column_compression(headers) is null"
+    };
+}
+pub(crate) use small_headers;
+
+/// The columns of a row, in the order that [`Row`] reads them; the numbers are [`PAYLOAD_INLINE`], [`HEADERS_INLINE`], [`KEY_INLINE`]. The length of a column that is
+/// stored apart is known without reading it, but for the headers': PostgreSQL writes those out as text, once, if they are
+/// large. An empty header object, as nearly all are small or empty, is not sent at all.
 macro_rules! columns {
     () => {
         concat!(
             "id, message_id, topic, \
-             case when bytes <= 4096 or octet_length(key) <= 512 then key end as key, \
-             case when bytes <= 4096 or octet_length(type) <= 512 then type end as type, \
-             case when bytes <= 4096 then payload end as payload, \
-             coalesce(octet_length(payload), -1) as size, \
-             case when bytes <= 4096 or octet_length(header_text) <= 2048 then header_text end as header_text, ",
+             case when octet_length(key) <= 256 then key end as key, \
+             case when octet_length(type) <= 256 then type end as type, \
+             case when octet_length(payload) <= 3072 then payload end as payload, \
+             case when ",
+            crate::row::small_headers!(),
+            " then nullif(headers, '{}')::text end as header_text, ",
             crate::row::within_calendar!("created_at"),
-            " as created_at, bytes, coalesce(octet_length(key), 0) as key_bytes"
+            " as created_at, \
+             case when coalesce(octet_length(key), 0) <= 256 and octet_length(type) <= 256 \
+                       and coalesce(octet_length(payload), 0) <= 3072 and ",
+            crate::row::small_headers!(),
+            " then null \
+                  else array[octet_length(payload), octet_length(headers::text), octet_length(key), octet_length(type)] \
+             end as sizes"
         )
     };
 }
 pub(crate) use columns;
 
-/// A table of rows with the size of each. The lengths of toasted columns are known without reading them, but for the
-/// headers': those PostgreSQL writes out as text once, whatever is asked of them (`offset 0`).
-macro_rules! sized {
-    ($table:literal) => {
-        concat!(
-            $table,
-            " cross join lateral (
-                  select header_text,
-                         octet_length(type)::bigint + coalesce(octet_length(key), 0)
-                             + coalesce(octet_length(payload), 0) + coalesce(octet_length(header_text), 0) as bytes
-                    from (select nullif(headers, '{}')::text as header_text) as text
-                  offset 0) as size"
-        )
-    };
-}
-pub(crate) use sized;
-
 /// An outbox row.
 pub(crate) struct Row {
     read: PgRow,
     id: i64,
+    /// Of a row of which something was too large to come with the page.
+    sizes: Option<Box<Sizes>>,
     /// What was too large to come with the page.
     body: OnceLock<Body>,
     /// A key that was too large to come with the page of a row whose body is not read yet.
     large_key: Option<String>,
+}
+
+/// The sizes of a large row's columns, in bytes.
+struct Sizes {
+    payload: Option<usize>,
+    headers: usize,
+    key: usize,
+    kind: usize,
+}
+
+impl Sizes {
+    fn new(sizes: &[Option<i32>]) -> Self {
+        let size = |at: usize| sizes.get(at).copied().flatten().and_then(|size| usize::try_from(size).ok());
+        let or_none = |at| size(at).unwrap_or(0);
+        Self { payload: size(0), headers: or_none(1), key: or_none(2), kind: or_none(3) }
+    }
+
+    fn total(&self) -> usize {
+        self.payload.unwrap_or(0) + self.headers + self.key + self.kind
+    }
 }
 
 /// What a page leaves out of a large row.
@@ -107,8 +129,10 @@ impl Row {
         let id = read.try_get_unchecked(0)?;
         // Everything else is read where a failure is not handled, so it is looked at here once: types are given by the
         // statement, and text columns are valid UTF-8 because the connection's encoding is UTF-8.
-        read.try_get::<OffsetDateTime, _>(8)?;
-        Ok(Self { read, id, body: OnceLock::new(), large_key: None })
+        read.try_get::<OffsetDateTime, _>(7)?;
+        let sizes: Option<Vec<Option<i32>>> = read.try_get(8)?;
+        let sizes = sizes.map(|sizes| Box::new(Sizes::new(&sizes)));
+        Ok(Self { read, id, sizes, body: OnceLock::new(), large_key: None })
     }
 
     fn get<'r, T>(&'r self, index: usize) -> T
@@ -155,24 +179,35 @@ impl Row {
 
     /// The payload's size; `None` for a tombstone.
     pub(crate) fn size(&self) -> Option<usize> {
-        usize::try_from(self.get::<i32>(6)).ok()
+        match &self.sizes {
+            Some(sizes) => sizes.payload,
+            None => self.payload().map(<[u8]>::len),
+        }
     }
 
     /// The JSON object of further headers, unless it is empty.
     pub(crate) fn headers(&self) -> Option<&str> {
         match self.body.get() {
             Some(body) => body.header_text.as_deref(),
-            None => self.get(7),
+            None => self.get(6),
         }
     }
 
     pub(crate) fn created_at(&self) -> OffsetDateTime {
-        self.get(8)
+        self.get(7)
     }
 
     /// Bytes of key, type, headers and payload. The record of the row is larger.
     pub(crate) fn bytes(&self) -> usize {
-        usize::try_from(self.get::<i64>(9)).unwrap_or(usize::MAX)
+        match &self.sizes {
+            Some(sizes) => sizes.total(),
+            None => self.bytes_as_read(),
+        }
+    }
+
+    fn bytes_as_read(&self) -> usize {
+        let text = self.key().map_or(0, str::len) + self.kind().len() + self.headers().map_or(0, str::len);
+        text + self.payload().map_or(0, <[u8]>::len)
     }
 
     /// Bytes that it takes with its body.
@@ -182,8 +217,7 @@ impl Row {
 
     /// Bytes that it takes as it came with its page.
     pub(crate) fn cost_as_read(&self) -> usize {
-        let text = self.key().map_or(0, str::len) + self.kind().len() + self.headers().map_or(0, str::len);
-        OVERHEAD + text + self.payload().map_or(0, <[u8]>::len)
+        OVERHEAD + self.bytes_as_read()
     }
 
     /// Bytes that are still to be read with its page: its body, or the key where the body is read later.
@@ -202,12 +236,13 @@ impl Row {
 
     /// Whether the body has still to be read before the row can be sent.
     pub(crate) fn lacks_body(&self) -> bool {
-        self.get::<i64>(9) > INLINE_BYTES && self.body.get().is_none()
+        self.sizes.is_some() && self.body.get().is_none()
     }
 
     /// Whether the key has still to be read before it is known what becomes of the row.
     pub(crate) fn lacks_key(&self) -> bool {
-        self.get::<i32>(10) > INLINE_TEXT && self.large_key.is_none() && self.lacks_body()
+        let is_large = self.sizes.as_ref().is_some_and(|sizes| sizes.key > KEY_INLINE);
+        is_large && self.large_key.is_none() && self.lacks_body()
     }
 
     pub(crate) fn set_body(&self, body: Body) {

@@ -2,7 +2,7 @@
 
 use crate::{
     position::{Position, ReadError},
-    row::{Row, columns, sized},
+    row::{Row, columns},
     snapshot::{Snapshot, Span, texts},
 };
 use sqlx::{PgConnection, Row as _};
@@ -14,7 +14,7 @@ const STRETCH_IDS: i64 = 20_000;
 const SEARCHED: i64 = 20_000;
 
 /// The column behind those of a row.
-const SNAPSHOT: usize = 11;
+const SNAPSHOT: usize = 9;
 
 /// The snapshot, once and in a row of its own (with hundreds of transactions running it is long), and up to `$2` rows of
 /// the transactions that began after the snapshot whose end is `$1`. A transaction id that this cluster has not given yet
@@ -22,15 +22,13 @@ const SNAPSHOT: usize = 11;
 macro_rules! new_rows {
     () => {
         concat!(
-            "(select null::bigint, null::uuid, null, null, null, null::bytea, null::integer, null, null::timestamptz,
-                     null::bigint, null::integer, pg_current_snapshot()::text)
+            "(select null::bigint, null::uuid, null, null, null, null::bytea, null, null::timestamptz,
+                     null::integer[], pg_current_snapshot()::text)
              union all
              (select ",
             columns!(),
             ", null
-                from ",
-            sized!("outbox"),
-            "
+                from outbox
                where xid >= $1::text::xid8 and xid < pg_snapshot_xmax(pg_current_snapshot())
                order by xid, id
                limit $2)"
@@ -51,9 +49,7 @@ const POLL_WITH_STRAGGLERS: &str = concat!(
        cross join lateral (select ",
     columns!(),
     ", null
-                             from ",
-    sized!("outbox"),
-    "
+                             from outbox
                             where outbox.xid = straggler.xid
                             order by id
                             limit $2) as found
@@ -120,9 +116,7 @@ pub(crate) async fn whole(
                 "(select ",
                 columns!(),
                 "
-                    from ",
-                sized!("outbox"),
-                "
+                    from outbox
                    where xid >= $1::text::xid8 and xid < $2::text::xid8 and xid <> all ($3::text[]::xid8[]) ",
                 $topic,
                 "
@@ -134,9 +128,7 @@ pub(crate) async fn whole(
                    cross join lateral (select ",
                 columns!(),
                 "
-                                         from ",
-                sized!("outbox"),
-                "
+                                         from outbox
                                         where outbox.xid = straggler.xid ",
                 $topic,
                 "
@@ -233,9 +225,7 @@ pub(crate) async fn stragglers(
                   cross join lateral (select ",
                 columns!(),
                 "
-                                        from ",
-                sized!("outbox"),
-                "
+                                        from outbox
                                        where outbox.xid = straggler.xid and id > $2 and id < $3 ",
                 $topic,
                 "
@@ -270,9 +260,7 @@ pub(crate) async fn stretch(
                 "select ",
                 columns!(),
                 "
-                   from ",
-                sized!("outbox"),
-                "
+                   from outbox
                   where id > $1 and id <= $2
                     and pg_visible_in_snapshot(xid, (select $3::text::pg_snapshot))
                     and not pg_visible_in_snapshot(xid, (select $4::text::pg_snapshot)) ",
