@@ -6,6 +6,7 @@ use crate::{
     parking::Park,
     pause::{self, Cause, LeftBehind},
     position::{Page, Position},
+    record::Built,
     refusal::Refusal,
     row::{Body, DELETED, Row},
     session::{Ended, Session},
@@ -22,7 +23,8 @@ pub(crate) enum Fate {
     Pass,
     /// Nothing to do: Kafka has acknowledged it already.
     Known,
-    Send(crate::record::Built),
+    /// It is sent, to a topic that takes at most so many bytes.
+    Send(Built, usize),
     Park(Park),
     Leave(LeftBehind),
 }
@@ -80,7 +82,7 @@ impl Session {
         if built.size > limit {
             return Ok(self.park(row, too_large(built.size, limit)));
         }
-        Ok(Fate::Send(built))
+        Ok(Fate::Send(built, limit))
     }
 
     /// Reads what its page left out of a row, when there is room for it; false when the row was deleted meanwhile.

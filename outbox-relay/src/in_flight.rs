@@ -4,25 +4,21 @@
 //! across them, so a page is complete when all its rows are, and progress is what lies before the first that is not.
 
 use crate::{
-    batch_log::Entry,
     budget::Held,
-    commit::{Progress, Stretch},
-    parking::Park,
-    pause::LeftBehind,
-    position::{Page, Position},
-    snapshot::Snapshot,
+    commit::Progress,
+    flight::{Decided, Flight, State, What},
+    position::Position,
 };
 use rdkafka::types::RDKafkaErrorCode;
 use saga_core::clock;
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
-use time::OffsetDateTime;
 use tokio::sync::Notify;
 
 /// Rows of a page at most, as bits of a ticket.
@@ -125,62 +121,6 @@ impl Queue {
         flight.open -= 1;
         flight.open == 0
     }
-}
-
-/// What became of a row in flight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    Open,
-    Acknowledged,
-    /// Kafka had acknowledged it before, and does not get it again.
-    Known,
-    /// Kafka does not get it from this page.
-    Passed,
-}
-
-/// A row in flight.
-struct Sent {
-    id: i64,
-    /// Its index in the flight's topics.
-    topic: usize,
-    state: State,
-}
-
-impl Sent {
-    fn is_acknowledged(&self) -> bool {
-        matches!(self.state, State::Acknowledged | State::Known)
-    }
-}
-
-/// A page that is being sent, or a mark between two pages.
-pub(crate) struct Flight {
-    what: What,
-    rows: Vec<Sent>,
-    topics: Vec<String>,
-    open: usize,
-    /// How many of its rows the sender has gone through, and when it had gone through the last of these.
-    given: usize,
-    given_at: Instant,
-    /// The sender has no row of it in hand any more.
-    sealed: bool,
-    held: Option<Held>,
-    decided: Decided,
-}
-
-enum What {
-    /// Rows of the outbox, and where they stand.
-    Page { lane: Option<Arc<str>>, base: Snapshot, target: Snapshot, to: i64 },
-    /// Something that is true as soon as all before it is.
-    Mark(Progress),
-}
-
-/// What the sender decided while it went through a page, by index of the row.
-#[derive(Default)]
-pub(crate) struct Decided {
-    pub(crate) parked: Vec<(usize, Park)>,
-    pub(crate) left_behind: Vec<(usize, LeftBehind)>,
-    /// When the first row was written that goes to Kafka.
-    pub(crate) oldest: Option<OffsetDateTime>,
 }
 
 /// What a queue leaves behind that is given up.
@@ -414,99 +354,10 @@ impl InFlight {
     }
 }
 
-impl Flight {
-    /// A page. It keeps of each row what a report needs, and the room of all.
-    pub(crate) fn of(page: &mut Page) -> Self {
-        let (lane, base, target) = (page.lane.clone(), page.base.clone(), page.target.clone());
-        let what = What::Page { lane, base, target, to: page.to };
-        let flight = Self::new(what, page.rows.iter().map(|row| (row.id(), row.topic())));
-        Self { held: page.held.take(), ..flight }
-    }
-
-    fn empty(what: What) -> Self {
-        Self::new(what, [])
-    }
-
-    /// Of rows with these ids and topics.
-    fn new<'a>(what: What, rows: impl IntoIterator<Item = (i64, &'a str)>) -> Self {
-        let mut topics: Vec<String> = Vec::new();
-        let mut topic = 0;
-        let mut of_topic = |name: &str| {
-            // Neighbours are mostly of one topic.
-            if topics.get(topic).is_none_or(|last| last != name) {
-                topic = topics.iter().position(|known| known == name).unwrap_or(topics.len());
-                if topic == topics.len() {
-                    topics.push(name.to_owned());
-                }
-            }
-            topic
-        };
-        let rows: Vec<Sent> =
-            rows.into_iter().map(|(id, name)| Sent { id, topic: of_topic(name), state: State::Open }).collect();
-        let (open, given_at) = (rows.len(), clock::monotonic());
-        Self { what, rows, topics, open, given: 0, given_at, sealed: false, held: None, decided: Decided::default() }
-    }
-
-    /// It is one of the reader's pages.
-    pub(crate) fn is_page(&self) -> bool {
-        matches!(self.what, What::Page { .. })
-    }
-
-    /// The position behind it, if it is a page.
-    pub(crate) fn position(&self) -> Option<Position> {
-        let What::Page { base, target, to, .. } = &self.what else { return None };
-        Some(Position { base: base.clone(), target: target.clone(), after: *to })
-    }
-
-    /// When the first row was written that went to Kafka.
-    pub(crate) fn oldest(&self) -> Option<OffsetDateTime> {
-        self.decided.oldest
-    }
-
-    /// How many rows went to which topic.
-    pub(crate) fn published(&self) -> Vec<(&str, u64)> {
-        let mut published: Vec<(&str, u64)> = self.topics.iter().map(|topic| (topic.as_str(), 0)).collect();
-        for row in self.rows.iter().filter(|row| row.state == State::Acknowledged) {
-            published[row.topic].1 += 1;
-        }
-        published.retain(|(_, rows)| *rows > 0);
-        published
-    }
-
-    /// Only its first rows.
-    fn cut(mut self, rows: usize) -> Self {
-        self.rows.truncate(rows);
-        if let (What::Page { to, .. }, Some(last)) = (&mut self.what, self.rows.last()) {
-            *to = last.id;
-        }
-        self.decided.parked.retain(|(index, _)| *index < rows);
-        self.decided.left_behind.retain(|(index, _)| *index < rows);
-        self
-    }
-
-    pub(crate) fn into_progress(self) -> Progress {
-        let (lane, base, target, to) = match self.what {
-            What::Page { lane, base, target, to } => (lane, base, target, to),
-            What::Mark(progress) => return progress,
-        };
-        let Some(from_id) = self.rows.first().map(|row| row.id) else {
-            // A stretch without rows moves a topic's position; the main stream's is moved by the next rows.
-            let Some(topic) = lane else { return Progress::Nothing };
-            return Progress::Advanced(topic, Position { base, target, after: to });
-        };
-        let rows = i32::try_from(self.rows.len()).expect("a page has few rows");
-        Progress::Rows(Stretch {
-            lane,
-            entry: Entry { base, target, from_id, to_id: to, rows },
-            parked: self.decided.parked.into_iter().map(|(_, park)| park).collect(),
-            left_behind: self.decided.left_behind.into_iter().map(|(_, left)| left).collect(),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::snapshot::Snapshot;
     use proptest::prelude::*;
 
     fn page(ids: impl IntoIterator<Item = i64>) -> Flight {

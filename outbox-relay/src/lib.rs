@@ -9,7 +9,8 @@
 //! | `stream`, `set_apart`, `handover` | the main stream; one for each topic that is set apart; how a topic comes back |
 //! | `session`, `sending` | one producer's life in a stream; a page's rows, many in flight |
 //! | [`budget`] | how many bytes of rows this process holds |
-//! | `record`, `producer`, `in_flight` | a row as a record; the producer; what is on its way, and what Kafka acknowledged |
+//! | `record`, `producer` | a row as a record; the producer |
+//! | `flight`, `in_flight` | a page on its way; all that is on its way, and what Kafka acknowledged |
 //! | `commit`, `batch_log` | records progress under the lease |
 //! | `fate`, `refusal`, `parking`, `pause`, `retry`, `retrying` | rows and topics that Kafka refuses |
 //! | `anchor`, [`moved`] | whether the position holds in this database; what to run when it does not |
@@ -30,6 +31,7 @@ pub mod config;
 mod control;
 mod database;
 mod fate;
+mod flight;
 mod gauges;
 mod handover;
 mod in_flight;

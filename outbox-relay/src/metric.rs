@@ -1,6 +1,6 @@
 //! The relay's metrics. Never an id or a key as a label.
 
-use crate::{control::Control, in_flight::Flight, pending::Pending};
+use crate::{control::Control, flight::Flight, pending::Pending};
 use saga_core::clock::DatabaseClock;
 use std::collections::HashSet;
 

@@ -9,7 +9,7 @@
 
 use crate::{
     database::Database,
-    row::{Row, columns, within_calendar},
+    row::{Row, columns, whole_columns},
 };
 use sqlx::PgConnection;
 use std::{
@@ -262,10 +262,8 @@ pub(crate) async fn claim(
             set sending_by = $2
           where outbox = $1 and id = any ($3) and status || '' = 'parked'
             and exists (select from outbox_lease where outbox = $1 and owner = $2 for share)
-        returning id, message_id, topic, key, type, payload, coalesce(octet_length(payload), -1),
-                  nullif(headers, '{}')::text, ",
-        within_calendar!("created_at"),
-        ", 0::bigint, 0",
+        returning ",
+        whole_columns!(),
     ))
     .bind(outbox)
     .bind(owner)

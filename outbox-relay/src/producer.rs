@@ -6,14 +6,13 @@
 
 use crate::{
     in_flight::{InFlight, Ticket},
-    record::{self, BATCH_HEADER, Built},
-    row::Row,
+    record::BATCH_HEADER,
     topics::Topics,
 };
 use rdkafka::{
     ClientConfig, ClientContext,
     error::{KafkaError, RDKafkaErrorCode},
-    producer::{DeliveryResult, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer},
+    producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer},
 };
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -152,18 +151,17 @@ impl Publisher {
         })
     }
 
-    /// Offers a row of a topic that takes at most `limit` bytes; never blocks.
+    /// Offers a record to a topic that takes at most `limit` bytes; never blocks.
     pub(crate) fn offer(
         &mut self,
-        row: &Row,
-        built: Built,
+        record: BaseRecord<'_, [u8], [u8], usize>,
         ticket: Ticket,
         limit: usize,
     ) -> Result<Offered, KafkaError> {
         let in_flight = self.in_flight.clone();
         let producer = self.producer(limit)?;
         in_flight.sending();
-        let Err((error, _)) = producer.send(record::of(row, built, ticket.0)) else { return Ok(Offered::Taken) };
+        let Err((error, _)) = producer.send(record) else { return Ok(Offered::Taken) };
         in_flight.not_sent();
         Ok(match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::QueueFull) => Offered::Full,

@@ -36,8 +36,6 @@ pub(crate) struct RecordBuilder {
 pub(crate) struct Built {
     pub(crate) headers: OwnedHeaders,
     pub(crate) size: usize,
-    /// Milliseconds since 1970.
-    pub(crate) timestamp: i64,
 }
 
 impl RecordBuilder {
@@ -73,7 +71,7 @@ impl RecordBuilder {
         let value = row.size().unwrap_or(0);
         // Attributes, and two deltas that are zero in a batch of one; a null length is -1, which also takes one byte.
         let body = 3 + varint(key) + key + varint(value) + value + varint(count) + size;
-        Built { headers, size: BATCH_HEADER + varint(body) + body, timestamp: self.timestamp() }
+        Built { headers, size: BATCH_HEADER + varint(body) + body }
     }
 
     fn time(&mut self, at: OffsetDateTime) -> &[u8] {
@@ -86,7 +84,8 @@ impl RecordBuilder {
         &self.text
     }
 
-    fn timestamp(&self) -> i64 {
+    /// Of records that are sent now: milliseconds since 1970.
+    pub(crate) fn timestamp(&self) -> i64 {
         i64::try_from(self.clock.now().unix_timestamp_nanos() / 1_000_000).unwrap_or(0)
     }
 
@@ -125,11 +124,11 @@ pub(crate) fn span(row: &Row) -> tracing::Span {
 }
 
 /// The record of a row, to be given to a producer with what names it there.
-pub(crate) fn of(row: &Row, built: Built, opaque: usize) -> BaseRecord<'_, [u8], [u8], usize> {
+pub(crate) fn of(row: &Row, built: Built, opaque: usize, timestamp: i64) -> BaseRecord<'_, [u8], [u8], usize> {
     let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(row.topic(), opaque).headers(built.headers);
     record.key = row.key().map(str::as_bytes);
     record.payload = row.payload();
-    record.timestamp = Some(built.timestamp);
+    record.timestamp = Some(timestamp);
     record
 }
 

@@ -310,9 +310,9 @@ impl Retries {
         }
         let Some(producer) = &mut self.producer else { return reports };
         producer.held = Some(held);
-        let mut open = 0;
+        let (mut open, timestamp) = (0, self.builder.timestamp());
         for (index, (row, built)) in rows().zip(records).enumerate() {
-            if let Err(code) = producer.send(record::of(row, built, index)) {
+            if let Err(code) = producer.send(record::of(row, built, index, timestamp)) {
                 reports[index] = Some(Err(code));
                 break;
             }

@@ -66,10 +66,24 @@ macro_rules! columns {
 }
 pub(crate) use columns;
 
+/// The same of a row that comes whole, whatever its size.
+macro_rules! whole_columns {
+    () => {
+        concat!(
+            "id, message_id, topic, key, type, payload, nullif(headers, '{}')::text, ",
+            crate::row::within_calendar!("created_at"),
+            ", null::integer[]"
+        )
+    };
+}
+pub(crate) use whole_columns;
+
 /// An outbox row.
 pub(crate) struct Row {
     read: PgRow,
     id: i64,
+    /// Bytes of key, type, payload and headers as they came: they are asked for again and again, and to decode a column takes long.
+    as_read: usize,
     /// Of a row of which something was too large to come with the page.
     sizes: Option<Box<Sizes>>,
     /// What was too large to come with the page.
@@ -130,9 +144,11 @@ impl Row {
         // Everything else is read where a failure is not handled, so it is looked at here once: types are given by the
         // statement, and text columns are valid UTF-8 because the connection's encoding is UTF-8.
         read.try_get::<OffsetDateTime, _>(7)?;
-        let sizes: Option<Vec<Option<i32>>> = read.try_get(8)?;
+        let sizes: Option<Vec<Option<i32>>> = read.try_get_unchecked(8)?;
         let sizes = sizes.map(|sizes| Box::new(Sizes::new(&sizes)));
-        Ok(Self { read, id, sizes, body: OnceLock::new(), large_key: None })
+        let length = |column: usize| read.try_get_raw(column).ok()?.as_bytes().ok().map(<[u8]>::len);
+        let as_read = (3..=6).filter_map(length).sum();
+        Ok(Self { read, id, as_read, sizes, body: OnceLock::new(), large_key: None })
     }
 
     fn get<'r, T>(&'r self, index: usize) -> T
@@ -201,13 +217,8 @@ impl Row {
     pub(crate) fn bytes(&self) -> usize {
         match &self.sizes {
             Some(sizes) => sizes.total(),
-            None => self.bytes_as_read(),
+            None => self.as_read,
         }
-    }
-
-    fn bytes_as_read(&self) -> usize {
-        let text = self.key().map_or(0, str::len) + self.kind().len() + self.headers().map_or(0, str::len);
-        text + self.payload().map_or(0, <[u8]>::len)
     }
 
     /// Bytes that it takes with its body.
@@ -217,7 +228,7 @@ impl Row {
 
     /// Bytes that it takes as it came with its page.
     pub(crate) fn cost_as_read(&self) -> usize {
-        OVERHEAD + self.bytes_as_read()
+        OVERHEAD + self.as_read
     }
 
     /// Bytes that are still to be read with its page: its body, or the key where the body is read later.

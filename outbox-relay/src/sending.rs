@@ -4,7 +4,8 @@ use crate::{
     commit::{CommitError, Progress},
     control::Control,
     fate::Fate,
-    in_flight::{Decided, Flight, Ticket},
+    flight::{Decided, Flight},
+    in_flight::Ticket,
     loops, metric,
     pause::{Cause, LeftBehind},
     position::{Page, Position},
@@ -23,6 +24,14 @@ use tracing::warn;
 const TOGETHER: usize = 500;
 /// Topics with stuck rows that the brokers are asked about at once.
 const ASKED_ABOUT: usize = 8;
+
+/// A record that is made, of a topic that takes at most `limit` bytes.
+struct Ready<'a> {
+    row: &'a Row,
+    ticket: Ticket,
+    built: Built,
+    limit: usize,
+}
 
 impl Session {
     /// Hands on what is complete, and notices a failure.
@@ -133,15 +142,14 @@ impl Session {
                 self.send_all(&mut ready).await?;
                 self.publisher.in_flight.given(number, index);
             }
-            if let Some(built) = self.ready(page, row, before, ticket, decided).await? {
+            if let Some(made) = self.ready(page, row, before, ticket, decided).await? {
+                ready.push(made);
                 if alone {
                     self.settle().await?;
-                    self.offer(row, built, ticket).await?.map_or(Ok(()), |code| Err(refused_at_once(row, code)))?;
+                    self.send_all(&mut ready).await?;
                     self.publisher.in_flight.given(number, index + 1);
                     self.acknowledged(ticket).await?;
                     self.memory.suspects.remove(&row.id());
-                } else {
-                    ready.push((row, built, ticket));
                 }
             }
             before = row.id();
@@ -151,29 +159,31 @@ impl Session {
         Ok(())
     }
 
-    async fn send_all(&mut self, ready: &mut Vec<(&Row, Built, Ticket)>) -> Result<(), Ended> {
-        for (row, built, ticket) in ready.drain(..) {
-            if let Some(code) = self.offer(row, built, ticket).await? {
-                return Err(refused_at_once(row, code));
+    async fn send_all(&mut self, ready: &mut Vec<Ready<'_>>) -> Result<(), Ended> {
+        let timestamp = self.builder.timestamp();
+        for made in ready.drain(..) {
+            let row = made.row;
+            if let Some(code) = self.offer(made, timestamp).await? {
+                return Err(Ended::Refused { id: Some(row.id()), code });
             }
         }
         Ok(())
     }
 
     /// The row's record, if it goes to Kafka.
-    async fn ready(
+    async fn ready<'r>(
         &mut self,
         page: &Page,
-        row: &Row,
+        row: &'r Row,
         before: i64,
         ticket: Ticket,
         decided: &mut Decided,
-    ) -> Result<Option<Built>, Ended> {
+    ) -> Result<Option<Ready<'r>>, Ended> {
         let index = ticket.row();
         match self.fate(page, row, before, ticket).await? {
-            Fate::Send(built) => {
+            Fate::Send(built, limit) => {
                 decided.oldest.get_or_insert_with(|| row.created_at());
-                return Ok(Some(built));
+                return Ok(Some(Ready { row, ticket, built, limit }));
             }
             Fate::Park(park) => {
                 let (id, topic, reason) = (park.id, row.topic(), &park.reason);
@@ -198,17 +208,12 @@ impl Session {
     }
 
     /// Gives a row to the producer, waiting for room; returns the code if it was refused on the spot.
-    pub(crate) async fn offer(
-        &mut self,
-        row: &Row,
-        built: Built,
-        ticket: Ticket,
-    ) -> Result<Option<RDKafkaErrorCode>, Ended> {
-        let limit = self.memory.limits.get(row.topic()).copied().unwrap_or(usize::MAX);
+    async fn offer(&mut self, ready: Ready<'_>, timestamp: i64) -> Result<Option<RDKafkaErrorCode>, Ended> {
+        let Ready { row, ticket, built, limit } = ready;
         let mut built = Some(built);
         loop {
             let record = built.take().unwrap_or_else(|| self.builder.build(row));
-            match self.publisher.offer(row, record, ticket, limit)? {
+            match self.publisher.offer(record::of(row, record, ticket.0, timestamp), ticket, limit)? {
                 Offered::Taken => return Ok(None),
                 Offered::Refused(code) => return Ok(Some(code)),
                 Offered::Full => {
@@ -284,10 +289,6 @@ async fn withdrawn(control: &mut watch::Receiver<Arc<Control>>, scope: &Scope) {
     if paused.is_err() {
         pending::<()>().await;
     }
-}
-
-fn refused_at_once(row: &Row, code: RDKafkaErrorCode) -> Ended {
-    Ended::Refused { id: Some(row.id()), code }
 }
 
 impl Scope {

@@ -77,16 +77,16 @@ impl Bound {
         sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, text))
     }
 
-    /// Begins a read committed transaction under this bound; `columns`, if any, are evaluated under it in the same round trip.
+    /// Begins a read committed transaction under this bound, in one round trip. `columns`, if any, are evaluated behind the bound
+    /// in the same statement: a wait for a lock among them is bounded, and a statement less is parsed and answered.
     pub(crate) fn begin_sql(self, columns: &str) -> String {
         let (statement, lock) = (milliseconds(self.server()), milliseconds(self.lock()));
         let transaction = milliseconds(self.server().saturating_add(self.margin()));
         let comma = if columns.is_empty() { "" } else { ", " };
         format!(
             "begin isolation level read committed;
-             set local statement_timeout = {statement};
-             set local lock_timeout = {lock};
-             select case when current_setting('server_version_num')::int >= 170000
+             select set_config('statement_timeout', '{statement}', true), set_config('lock_timeout', '{lock}', true),
+                    case when current_setting('server_version_num')::int >= 170000
                          then set_config('transaction_timeout', '{transaction}', true) end{comma}{columns}"
         )
     }
@@ -191,6 +191,6 @@ mod tests {
             assert!(Bound::new(client).lock() <= client / 2);
         }
         let short = Bound::new(Duration::from_secs(30)).with_lock(Duration::from_millis(100));
-        assert!(short.begin_sql("").contains("set local lock_timeout = 100;"), "{}", short.begin_sql(""));
+        assert!(short.begin_sql("").contains("set_config('lock_timeout', '100', true)"), "{}", short.begin_sql(""));
     }
 }
