@@ -128,6 +128,8 @@ impl Session {
                 self.shared.main.send_replace(self.at.clone());
             }
         }
+        // The next page may be there already, and the next: the lease is renewed in the same task, and needs its turn.
+        tokio::task::yield_now().await;
         sent
     }
 
