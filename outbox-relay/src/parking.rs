@@ -24,6 +24,9 @@ use uuid::Uuid;
 
 /// Lines that are loaded by one statement.
 const LINES_AT_ONCE: i64 = 2_000;
+/// Rows of a topic that stand for requests and are looked at together. Requests that are met make room for others, four times a
+/// second.
+const ASKED_AT_ONCE: i64 = 1_000;
 
 /// Lines with parked rows. Nearly always none. Shared by the session, which parks rows, and whatever tries them again.
 #[derive(Debug, Default)]
@@ -202,18 +205,47 @@ pub(crate) struct Park {
     pub(crate) bytes: usize,
 }
 
-/// Lines that an operator wants tried again, and when the request was last made.
+/// Lines that an operator wants tried again, and when the request was made: of each topic the first, however many there are.
+/// Rows without a key are one line here, and their first row tells the time.
 pub(crate) async fn requested(
     db: &mut PgConnection,
     outbox: &str,
 ) -> Result<HashMap<Line, OffsetDateTime>, sqlx::Error> {
     let lines: Vec<(String, Option<String>, OffsetDateTime)> = sqlx::query_as(
-        "select topic, key, max(retry_requested_at)
-           from outbox_parked
-          where outbox = $1 and retry_requested_at is not null
-          group by topic, key",
+        "with recursive found (topic) as (
+                  (select topic
+                     from outbox_parked
+                    where outbox = $1 and retry_requested_at is not null
+                    order by topic
+                    limit 1)
+                  union all
+                  (select next.topic
+                     from found
+                    cross join lateral (select topic
+                                          from outbox_parked as parked
+                                         where outbox = $1 and retry_requested_at is not null
+                                           and parked.topic > found.topic
+                                         order by topic
+                                         limit 1) as next))
+         select found.topic, asked.key, max(asked.at)
+           from found
+          cross join lateral ((select key, retry_requested_at as at
+                                 from outbox_parked
+                                where outbox = $1 and topic = found.topic and md5(key) >= ''
+                                  and retry_requested_at is not null
+                                order by md5(key), id
+                                limit $2)
+                              union all
+                              (select null, retry_requested_at
+                                 from outbox_parked
+                                where outbox = $1 and topic = found.topic and md5(key) is null
+                                  and retry_requested_at is not null
+                                order by md5(key), id
+                                limit 1)) as asked
+          group by found.topic, asked.key",
     )
     .bind(outbox)
+    .bind(ASKED_AT_ONCE)
     .fetch_all(db)
     .await?;
     Ok(lines.into_iter().map(|(topic, key, at)| (Line { topic, key }, at)).collect())
@@ -374,7 +406,8 @@ pub(crate) async fn refused(
     Ok(())
 }
 
-/// The line has been tried, as was asked for at `requested`, if `owner` still holds the lease; a later request stands.
+/// The line has been tried, as was asked for at `requested`, if `owner` still holds the lease; a later request stands. So does
+/// that of a parked row without a key: it is a line of its own.
 pub(crate) async fn tried(
     db: &mut PgConnection,
     outbox: &str,
@@ -391,7 +424,8 @@ pub(crate) async fn tried(
                               set retry_requested_at = null
                             where outbox = $1 and topic = $2 and md5(key) is null and $3::text is null
                               and retry_requested_at is not null and retry_requested_at <= $4
-                            and exists (select from outbox_lease where outbox = $1 and owner = $5 for share)";
+                              and status || '' <> 'parked'
+                              and exists (select from outbox_lease where outbox = $1 and owner = $5 for share)";
     sqlx::query(if line.key.is_some() { KEYED } else { KEYLESS })
         .bind(outbox)
         .bind(&line.topic)
@@ -404,7 +438,7 @@ pub(crate) async fn tried(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use saga_core::{service::messaging_migrations, testkit::TestDatabase};
     use sqlx::{Connection as _, postgres::PgConnectOptions};
@@ -426,7 +460,27 @@ mod tests {
         assert_eq!(blocked.behind("t", Some("k"), 10), None);
     }
 
-    async fn touched(db: &mut PgConnection) -> i64 {
+    /// A connection as the relay has them, to a database in which rows 1 to `rows` of topic `t` are parked, without a key, and as
+    /// many behind them of topic `u`, each a line.
+    pub(crate) async fn with_lines(rows: i64) -> (TestDatabase, PgConnection) {
+        let database = TestDatabase::new(&[messaging_migrations()]).await;
+        let options = PgConnectOptions::from_str(&database.url).unwrap().options(crate::outbox::PLANS);
+        let mut db = PgConnection::connect_with(&options).await.unwrap();
+        sqlx::query(
+            "insert into outbox_parked (outbox, id, message_id, topic, key, type, headers, created_at, reason)
+             select 'orders', id, gen_random_uuid(), case when id > $1 then 'u' else 't' end,
+                    case when id > $1 then 'k' || id end, 'test.v1', '{}', now(), ''
+               from generate_series(1, 2 * $1) as id",
+        )
+        .bind(rows)
+        .execute(&mut db)
+        .await
+        .unwrap();
+        (database, db)
+    }
+
+    /// Parked rows that the transaction has read.
+    pub(crate) async fn touched(db: &mut PgConnection) -> i64 {
         sqlx::query_scalar(
             "select coalesce(sum(coalesce(idx_tup_fetch, 0) + seq_tup_read), 0)::bigint
                from pg_stat_xact_user_tables
@@ -476,6 +530,28 @@ mod tests {
         assert_eq!(lines_behind(&mut tx, "orders", "", "").await.unwrap().len(), 7);
         let touched = touched(&mut tx).await - before;
         assert!(touched < 300, "{touched} rows of {rows}");
+    }
+
+    #[tokio::test]
+    async fn what_a_look_at_requests_touches_does_not_depend_on_how_many_wait() {
+        let rows = i64::try_from(saga_core::testkit::size(20_000, 200_000)).unwrap();
+        let (_database, mut db) = with_lines(rows).await;
+        sqlx::query("update outbox_parked set retry_requested_at = clock_timestamp()").execute(&mut db).await.unwrap();
+        sqlx::query("update outbox_parked set topic = 'v' where id = 2 * $1")
+            .bind(rows)
+            .execute(&mut db)
+            .await
+            .unwrap();
+        let mut tx = sqlx::Connection::begin(&mut db).await.unwrap();
+        let before = touched(&mut tx).await;
+        let lines = requested(&mut tx, "orders").await.unwrap();
+        let of = |topic: &str| lines.keys().filter(|line| line.topic == topic).count();
+        assert_eq!(["t", "u", "v"].map(of), [1, 1_000, 1], "no topic waits for another");
+        let keyless = Line { topic: "t".into(), key: None };
+        let ids: Vec<i64> = waiting(&mut tx, "orders", &keyless, 10).await.unwrap().iter().map(Row::id).collect();
+        assert_eq!(ids, (1..=10).collect::<Vec<_>>());
+        let touched = touched(&mut tx).await - before;
+        assert!(touched < 1_100, "{touched} rows of {}", 2 * rows);
     }
 
     #[tokio::test]

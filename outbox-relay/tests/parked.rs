@@ -73,6 +73,19 @@ async fn many_parked_rows_without_a_key_are_tried_again_request_by_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn lines_beyond_those_of_one_look_are_tried_as_well() {
+    let rows = 2_500;
+    let world = World::new().await;
+    park(&world, &world.topic, rows, rows).await;
+    let relay = Relay::new(&world.settings()).unwrap();
+    let _running = Running::of(relay.clone());
+    let (status, asked) = call(&relay, "POST", RETRY, Some(json!({ "reason": "try" }))).await;
+    assert_eq!((status, asked["rows"].as_u64()), (202, Some(rows as u64)));
+    world.counts(ASKED, 0).await;
+    world.parked(0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_long_line_is_tried_again_many_rows_at_a_time_and_in_order() {
     let rows = size(3_000, 1_000_000);
     let world = World::new().await;

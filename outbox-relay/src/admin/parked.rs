@@ -5,6 +5,7 @@
 use super::{
     audit,
     request::{Failed, Reason, outbox},
+    retries::topics,
 };
 use crate::{Relay, row::within_calendar};
 use axum::{Extension, extract::State};
@@ -106,25 +107,46 @@ async fn find(
     after: i64,
     limit: Limit,
 ) -> Result<Vec<ParkedView>, sqlx::Error> {
-    sqlx::query_as(concat!(
-        "select id, message_id, topic, key, type, octet_length(payload) as bytes, reason, blocked_by, ",
-        within_calendar!("created_at"),
-        " as created_at, parked_at, attempts, retry_requested_at is not null as retrying
-           from outbox_parked
-          where outbox = $1 and status = 'parked' and id > $2
-            and ($3::text is null or topic = $3)
-            and ($4::text is null or key = $4)
-          order by id
-          limit $5",
-    ))
-    .bind(outbox)
-    .bind(after)
-    .bind(&query.topic)
-    .bind(&query.key)
-    .bind(limit.and_one())
-    .fetch_all(db)
-    .await
+    let topics = match &query.topic {
+        Some(topic) => vec![topic.clone()],
+        None => topics(db, outbox).await?,
+    };
+    sqlx::query_as(if query.key.is_some() { FIND_OF_KEY } else { FIND })
+        .bind(outbox)
+        .bind(after)
+        .bind(topics)
+        .bind(&query.key)
+        .bind(limit.and_one())
+        .fetch_all(db)
+        .await
 }
+
+/// A page of the parked rows of some topics: from each, by an index, as many as the page has, whatever else was ever parked.
+macro_rules! find {
+    ($which:literal, $order:literal) => {
+        concat!(
+            "select found.*
+               from unnest($3::text[]) as wanted (topic)
+              cross join lateral (select id, message_id, topic, key, type, octet_length(payload) as bytes, reason,
+                                         blocked_by, ",
+            within_calendar!("created_at"),
+            " as created_at, parked_at, attempts, retry_requested_at is not null as retrying
+                                    from outbox_parked
+                                   where outbox = $1 and topic = wanted.topic and id > $2
+                                     and ",
+            $which,
+            "                      order by ",
+            $order,
+            "                      limit $5) as found
+              order by found.id
+              limit $5",
+        )
+    };
+}
+
+/// A row that is not resolved is parked; it is said like its index.
+const FIND: &str = find!("resolved_at is null and $4::text is null ", "id ");
+const FIND_OF_KEY: &str = find!("status = 'parked' and md5(key) = md5($4) ", "md5(key), id ");
 
 pub(super) fn being_retried() -> Problem {
     Problem::conflict("being-retried", "The row is being tried again at this moment")
@@ -351,7 +373,7 @@ const DISCARD_MANY: &str = "
              update outbox_parked as parked
                 set status = 'discarded', resolution = $4, resolved_at = clock_timestamp(),
                     retry_requested_at = case when parked.id in (select id from last) then clock_timestamp() end
-              where outbox = $1 and parked.id in (select id from free)
+              where outbox = $1 and parked.id = any (array(select id from free))
              returning parked.id)
     select count(*) from discarded";
 
@@ -369,4 +391,44 @@ async fn count(db: &mut PgConnection, outbox: &str, topic: &str, key: Option<&st
     .bind(key)
     .fetch_one(db)
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parking::tests::{touched, with_lines};
+
+    #[tokio::test]
+    async fn what_a_page_of_parked_rows_touches_does_not_depend_on_how_many_there_are() {
+        let rows = 10_000;
+        let (_database, mut db) = with_lines(rows).await;
+        // Most of them are resolved, and each page begins behind them.
+        sqlx::query("update outbox_parked set status = 'published', resolved_at = now() where id % $1 <= 9_000")
+            .bind(rows)
+            .execute(&mut db)
+            .await
+            .unwrap();
+        let query = |topic: Option<&str>, key: Option<&str>| ParkedQuery {
+            topic: topic.map(Into::into),
+            key: key.map(Into::into),
+            limit: None,
+            cursor: None,
+        };
+        let limit = Limit::try_from(10).unwrap();
+        for (query, after, expected) in [
+            (query(None, None), 0, 9_001..=9_011),
+            (query(None, None), 9_995, 9_996..=9_999),
+            (query(Some("u"), None), 0, 19_001..=19_011),
+            (query(Some("u"), Some("k19500")), 0, 19_500..=19_500),
+            (query(None, Some("k19500")), 0, 19_500..=19_500),
+        ] {
+            let mut tx = db.begin().await.unwrap();
+            let before = touched(&mut tx).await;
+            let found = find(&mut tx, "orders", &query, after, limit).await.unwrap();
+            let ids: Vec<i64> = found.iter().map(|row| row.id).filter(|id| *id < 19_001 || after == 0).collect();
+            assert_eq!(ids, expected.collect::<Vec<_>>(), "{query:?}");
+            let touched = touched(&mut tx).await - before;
+            assert!(touched < 60, "{touched} rows for {query:?}");
+        }
+    }
 }

@@ -85,7 +85,7 @@ pub(super) async fn retry(
 }
 
 /// Topics with parked rows, from one to the next by the index.
-async fn topics(db: &mut PgConnection, outbox: &str) -> Result<Vec<String>, sqlx::Error> {
+pub(super) async fn topics(db: &mut PgConnection, outbox: &str) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
         "with recursive found (topic) as (
                   (select topic
@@ -152,7 +152,7 @@ const ASK_LINES: &str = "
          asked as (
              update outbox_parked
                 set retry_requested_at = clock_timestamp()
-              where outbox = $1 and id in (select id from first))
+              where outbox = $1 and id = any (array(select id from first)))
     select coalesce(sum(waiting.rows), 0)::bigint, exists (select from matching)
       from first
      cross join lateral (select count(*) as rows
@@ -163,22 +163,42 @@ const ASK_LINES: &str = "
                                   order by id
                                   limit 10000) as row) as waiting";
 
-/// Rows without a key, each of which is a line of its own. In the order of the index on lines: that of ids would lead through
-/// every row that was ever parked.
+/// Rows without a key, each of which is a line of its own.
 const ASK_KEYLESS: &str = "
     with free as materialized (
              select id
                from outbox_parked
-              where outbox = $1 and topic = $2 and md5(key) is null and status = 'parked' and retry_requested_at is null
-              order by md5(key), id
+              where outbox = $1 and topic = $2 and key is null and status = 'parked' and retry_requested_at is null
+              order by id
               limit $3
                 for update skip locked),
          asked as (
              update outbox_parked
                 set retry_requested_at = clock_timestamp()
-              where outbox = $1 and id in (select id from free)
+              where outbox = $1 and id = any (array(select id from free))
              returning id)
     select (select count(*) from asked),
            exists (select
                      from outbox_parked
                     where outbox = $1 and topic = $2 and md5(key) is null and status = 'parked')";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parking::tests::{touched, with_lines};
+
+    #[tokio::test]
+    async fn a_request_touches_no_row_that_is_asked_for_already() {
+        let (_database, mut db) = with_lines(20_000).await;
+        for left in [10_000, 0] {
+            let mut tx = db.begin().await.unwrap();
+            let before = touched(&mut tx).await;
+            assert_eq!(ask(&mut tx, "orders", "t", None).await.unwrap(), (10_000, true));
+            let touched = touched(&mut tx).await - before;
+            // Each is found, locked, and updated.
+            assert!(touched < 31_000, "{touched} rows, {left} left");
+            tx.commit().await.unwrap();
+        }
+        assert_eq!(ask(&mut db, "orders", "t", None).await.unwrap(), (0, true));
+    }
+}
