@@ -4,7 +4,10 @@
 //! When the process dies in between, the next round of any replica goes on.
 
 use crate::{database::Database, gauges::is_missing, metric};
-use saga_core::{error_class::is_outage, outage::Outage};
+use saga_core::{
+    error_class::{is_outage, lock_wait},
+    outage::Outage,
+};
 use sqlx::{PgConnection, postgres::PgConnectOptions};
 use std::{sync::Arc, time::Duration};
 use tracing::info;
@@ -76,7 +79,7 @@ impl Upkeep {
         let ahead: i64 =
             self.db.ask(async |db| sqlx::query_scalar("select outbox_ids_ahead()").fetch_one(db).await).await?;
         metric::ids_ahead(&self.outbox, Some(ahead));
-        if ahead < LEAST_AHEAD {
+        if ahead < LEAST_AHEAD || added.as_ref().is_err_and(|error| lock_wait(error).is_some()) {
             let blocking = self.db.ask(blocking).await?;
             self.outage.failing(&late(ahead, added.err(), &blocking));
             return Ok(AGAIN);
@@ -121,7 +124,7 @@ impl Upkeep {
 fn late(ahead: i64, error: Option<sqlx::Error>, blocking: &[String]) -> String {
     let mut said = match ahead {
         0 => String::from("rows go to outbox_overflow, for no partition is there for them"),
-        ahead => format!("only {ahead} ids are left in the outbox's partitions; then rows go to outbox_overflow"),
+        ahead => format!("{ahead} ids are left in the outbox's partitions; then rows go to outbox_overflow"),
     };
     if let Some(error) = error {
         said.push_str(&format!(". The next partition is not made: {error}"));
@@ -146,11 +149,11 @@ async fn is_to_validate(db: &mut PgConnection) -> Result<bool, sqlx::Error> {
     .await
 }
 
-/// Who has locked what a new partition needs, the longest first.
+/// Who has locked what a new partition needs, the longest first. A vacuum has no name.
 async fn blocking(db: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
-        "select format('process %s (%s, in its transaction for %s s)', pid, coalesce(nullif(name, ''), 'unnamed'), age)
-           from (select a.pid, a.application_name as name,
+        "select format('process %s (%s, in its transaction for %s s)', pid, name, age)
+           from (select a.pid, coalesce(nullif(a.application_name, ''), a.backend_type, 'unnamed') as name,
                         coalesce(extract(epoch from clock_timestamp() - a.xact_start)::integer::text, 'unknown') as age,
                         a.xact_start
                    from pg_stat_activity as a

@@ -86,12 +86,16 @@ async fn no_insert_waits_while_the_overflow_is_searched_for_rows() {
 /// The slowest of the inserts that are made one after another while `meanwhile` is at work, and of 200 at least.
 async fn slowest_insert(world: &World, meanwhile: impl Future<Output = ()>) -> Duration {
     let mut db = PgConnection::connect(&world.database.url).await.unwrap();
+    slowest_insert_over(&mut db, world, meanwhile).await
+}
+
+async fn slowest_insert_over(db: &mut PgConnection, world: &World, meanwhile: impl Future<Output = ()>) -> Duration {
     let over = std::cell::Cell::new(false);
     let inserting = async {
         let mut slowest = Duration::ZERO;
         for i in 0.. {
             let began = Instant::now();
-            common::append(&mut db, &world.topic, "k", "meanwhile").await;
+            common::append(&mut *db, &world.topic, "k", "meanwhile").await;
             slowest = slowest.max(began.elapsed());
             if over.get() && i >= 200 {
                 break;
@@ -182,6 +186,53 @@ async fn who_keeps_a_partition_from_being_made_is_said_in_health() {
     eventually(PATIENCE, || async { health.readiness().await.ready.then_some(()) }).await;
     assert!(world.append("k", "after it").await > 1_000_000_000_000);
     world.published(52).await;
+}
+
+#[tokio::test]
+async fn a_vacuum_of_the_overflow_makes_no_insert_wait_and_is_named_while_it_lasts() {
+    let world = overflowed(50).await;
+    let options = PgConnectOptions::from_str(&world.database.url).unwrap().application_name("a-vacuum");
+    let mut vacuum = PgConnection::connect_with(&options).await.unwrap();
+    // What a vacuum holds, and this one gives no way.
+    let mut vacuuming = vacuum.begin().await.unwrap();
+    sqlx::query("lock table outbox_overflow in share update exclusive mode").execute(&mut *vacuuming).await.unwrap();
+    let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut *vacuuming).await.unwrap();
+    let relay = Relay::new(&without_kafka(&world)).unwrap();
+    let health = Health::new(&CancellationToken::new());
+    admin::check_health(&health, &relay);
+    let _running = Running::of(relay);
+    let named = eventually(PATIENCE, || async {
+        let outboxes = health.readiness().await.checks.remove("outboxes")?;
+        outboxes.contains(&format!("process {pid} (a-vacuum, in its transaction for")).then_some(())
+    });
+    let mut inserter = PgConnection::connect(&world.database.url).await.unwrap();
+    sqlx::query("set lock_timeout = '50ms'").execute(&mut inserter).await.unwrap();
+    // Inserts go on while the maker waits for the vacuum.
+    eventually(PATIENCE, || async {
+        let waits = "select count(*)
+                       from pg_locks
+                      where relation = 'outbox_overflow'::regclass and not granted
+                        and database = (select oid from pg_database where datname = current_database())";
+        (world.count(waits).await > 0).then_some(())
+    })
+    .await;
+    let slowest = slowest_insert_over(&mut inserter, &world, named).await;
+    assert!(slowest < Duration::from_secs(1), "an insert took {slowest:?}");
+    assert_eq!((world.count(PARTITIONS).await, world.count(CHECKS).await), (2, 0));
+    vacuuming.commit().await.unwrap();
+    world.counts(PARTITIONS, 3).await;
+    eventually(PATIENCE, || async { (world.append("k", "after it").await > 1_000_000_000_000).then_some(()) }).await;
+}
+
+#[tokio::test]
+async fn an_ordinary_vacuum_of_any_partition_keeps_none_from_being_made() {
+    let world = overflowed(50).await;
+    let mut vacuum = PgConnection::connect(&world.database.url).await.unwrap();
+    let mut vacuuming = vacuum.begin().await.unwrap();
+    let used = "lock table outbox_000000000000001 in share update exclusive mode";
+    sqlx::query(used).execute(&mut *vacuuming).await.unwrap();
+    let _relay = Running::start(&without_kafka(&world));
+    world.counts(PARTITIONS, 3).await;
 }
 
 #[tokio::test]
