@@ -5,10 +5,10 @@ use crate::{
     platform::{Platform, SETTLED},
 };
 use contracts::topics::PAYMENTS_COMMANDS;
-use saga_core::testkit::{eventually, unique};
+use saga_core::testkit::{eventually, unique, within};
 use serde_json::{Value, json};
 use stack::service::Service;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use uuid::Uuid;
 
 /// How long a customer repeats a request that got no answer.
@@ -104,18 +104,14 @@ impl Platform {
     /// Places an order, and notes for the audit what was answered.
     pub async fn ask(&self, wish: &Wish) -> Answer {
         let key = unique("order");
-        let started = Instant::now();
-        let mut pause = Duration::from_millis(20);
-        let answer = loop {
+        let answered = within(PATIENCE, || async {
             match self.ask_once(wish, &key).await {
                 // In flight, or out of order: the same request again tells.
-                Answer::Unknown | Answer::Refused(409 | 500..=599) if started.elapsed() < PATIENCE => {
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(Duration::from_millis(500));
-                }
-                answer => break answer,
+                unsure @ (Answer::Unknown | Answer::Refused(409 | 500..=599)) => Err(unsure),
+                answer => Ok(answer),
             }
-        };
+        });
+        let answer = answered.await.unwrap_or_else(|unsure| unsure);
         self.expected().requests.push(Request { key, answer: answer.clone() });
         answer
     }

@@ -8,6 +8,7 @@
 
 use crate::audit::{Answer, Expectations, Facts, Finding, Sources, audit};
 use anyhow::Result;
+use saga_core::testkit::within;
 use serde_json::Value;
 use sqlx::{Connection as _, PgConnection, PgPool, postgres::PgPoolOptions};
 use stack::{
@@ -21,7 +22,7 @@ use std::{
     future::Future,
     ops::Deref,
     sync::{LazyLock, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 use tokio::{
     runtime::Runtime,
@@ -212,16 +213,14 @@ impl Platform {
     /// # Panics
     /// When that takes too long; it says which sagas did not end, and where they stand.
     pub async fn settles(&self) {
-        let started = Instant::now();
-        loop {
-            let open = self.open_sagas().await;
-            if open.as_ref().is_ok_and(Vec::is_empty) {
-                return;
+        let settled = within(SETTLED, || async {
+            match self.open_sagas().await {
+                Ok(open) if open.is_empty() => Ok(()),
+                open => Err(open),
             }
-            let logs = self.stack.logs().display();
-            assert!(started.elapsed() < SETTLED, "after {SETTLED:?}: {open:#?} (logs: {logs})");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        });
+        let logs = self.stack.logs().display();
+        settled.await.unwrap_or_else(|open| panic!("after {SETTLED:?}: {open:#?} (logs: {logs})"));
     }
 
     async fn open_sagas(&self) -> sqlx::Result<Vec<(Uuid, String, Value)>> {
@@ -240,16 +239,16 @@ impl Platform {
     /// With the findings, when there are any.
     pub async fn passes_the_audit(&self) {
         self.settles().await;
-        let started = Instant::now();
-        loop {
-            let judged = self.judge().await;
-            match &judged {
-                Ok((_, findings)) if findings.is_empty() => return,
-                _ if started.elapsed() < AT_REST => {}
-                Ok((_, findings)) => self.fail(findings).await,
-                Err(error) => panic!("the audit could not read: {error:#}"),
+        let judged = within(AT_REST, || async {
+            match self.judge().await {
+                Ok((_, findings)) if findings.is_empty() => Ok(()),
+                judged => Err(judged),
             }
-            tokio::time::sleep(Duration::from_millis(200)).await;
+        });
+        match judged.await {
+            Ok(()) => {}
+            Err(Ok((_, findings))) => self.fail(&findings).await,
+            Err(Err(error)) => panic!("the audit could not read: {error:#}"),
         }
     }
 

@@ -22,7 +22,7 @@ pub use kafka::{Record, TestTopic, brokers, count_to_end, create_topic, map_to_e
 pub use log::Log;
 pub use proxy::FreezingProxy;
 pub use time::{WrongClock, time_passes};
-pub use waiting::eventually;
+pub use waiting::{eventually, within};
 
 /// Hands `batch` to a handler as a consumer does, without inbox and Kafka: in a transaction, once more when it says
 /// [`HandleError::Again`], then the commit.

@@ -5,9 +5,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Asks `condition` again and again until it is `Some`; panics when `deadline` has passed, at the caller's line.
+/// Looks again and again until it sees what is waited for, or `deadline` has passed: then the last look's answer says what
+/// was there instead.
 ///
-/// The pauses between two questions grow from 1 ms to 50 ms: quick conditions cost nothing, slow ones little.
+/// The pauses between two looks grow from 1 ms to 50 ms: quick conditions cost nothing, slow ones little.
+pub async fn within<T, E, F, Fut>(deadline: Duration, mut look: F) -> Result<T, E>
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Result<T, E>>,
+{
+    let started = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match look().await {
+            Err(_) if started.elapsed() < deadline => {}
+            seen => return seen,
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+/// Likewise, where there is nothing to say: panics when `deadline` has passed, at the caller's line.
 #[track_caller]
 pub fn eventually<T, F, Fut>(deadline: Duration, mut condition: F) -> impl Future<Output = T>
 where
@@ -16,15 +35,11 @@ where
 {
     let caller = std::panic::Location::caller();
     async move {
-        let started = Instant::now();
-        let mut pause = Duration::from_millis(1);
-        loop {
-            if let Some(value) = condition().await {
-                return value;
-            }
-            assert!(started.elapsed() < deadline, "{caller}: the condition did not come true within {deadline:?}");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_millis(50));
-        }
+        let look = || {
+            let asked = condition();
+            async move { asked.await.ok_or(()) }
+        };
+        let seen = within(deadline, look).await;
+        seen.unwrap_or_else(|()| panic!("{caller}: the condition did not come true within {deadline:?}"))
     }
 }
