@@ -77,6 +77,7 @@ fn the_orchestrator_dies_before_and_after_each_commit_of_each_step() {
     alone(async |platform| {
         let mut edges = consumer_kills(Service::Orders, "order-svc.saga", &[PAYMENT_STEPS, STOCK_STEPS].concat());
         edges.extend(decisions);
+        edges.push(Edge::kill(Service::Orders, "consumer.before-read-until@order-svc.saga"));
         at(platform, edges).await;
     });
 }

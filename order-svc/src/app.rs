@@ -10,7 +10,7 @@
 use crate::{
     api::{ApiState, router},
     catalogue::{self, CatalogueHandler},
-    live::Nudging,
+    live::nudging,
     migrations,
     orders::Orders,
 };
@@ -38,7 +38,7 @@ pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Resu
     let health = Health::new(&token);
     let orders = Orders::new(pool.clone())?;
     let kafka = &settings.kafka;
-    let replies = Nudging::new(orders.engine.handler(), Arc::clone(&orders.live));
+    let replies = nudging(orders.engine.handler(), Arc::clone(&orders.live));
     let replies = consumer(REPLIES, ORDERS_REPLIES, kafka, &pool, replies);
     let items = catalogue::consumer_config(&kafka.brokers).with_session_timeout(kafka.session_timeout);
     let items = Consumer::new(items, pool.clone(), Arc::new(CatalogueHandler));

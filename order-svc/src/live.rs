@@ -11,14 +11,10 @@
 
 use crate::store;
 use contracts::OrderId;
-use saga_core::{
-    consumer::{HandleError, Handler, Message},
-    outbox::Tx,
-};
+use saga_core::consumer::{Handler, Then};
 use sqlx::PgPool;
 use std::{
     collections::HashMap,
-    future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -145,26 +141,6 @@ impl LiveOrders {
 }
 
 /// A handler whose commits make live views look at once.
-#[derive(Debug)]
-pub struct Nudging<H> {
-    handler: H,
-    live: Arc<LiveOrders>,
-}
-
-impl<H> Nudging<H> {
-    /// Nudges `live` after each batch of `handler`.
-    pub fn new(handler: H, live: Arc<LiveOrders>) -> Self {
-        Self { handler, live }
-    }
-}
-
-impl<H: Handler> Handler for Nudging<H> {
-    fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> impl Future<Output = Result<(), HandleError>> + Send {
-        self.handler.handle(tx, batch)
-    }
-
-    fn committed(&self) {
-        self.handler.committed();
-        self.live.nudge();
-    }
+pub fn nudging(handler: impl Handler, live: Arc<LiveOrders>) -> impl Handler {
+    Then(handler, move || live.nudge())
 }

@@ -199,6 +199,30 @@ pub trait Handler: Send + Sync + 'static {
     fn committed(&self) {}
 }
 
+/// A handler like the first, which does the second, too, after each commit. What wraps a handler in another way has to hand on
+/// every question of the trait: those with an answer of their own are easily forgotten.
+#[derive(Debug)]
+pub struct Then<H, F>(pub H, pub F);
+
+impl<H: Handler, F: Fn() + Send + Sync + 'static> Handler for Then<H, F> {
+    fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> impl Future<Output = Result<(), HandleError>> + Send {
+        self.0.handle(tx, batch)
+    }
+
+    fn ends_with_a_statement(&self) -> bool {
+        self.0.ends_with_a_statement()
+    }
+
+    fn says_how_far_it_read(&self) -> bool {
+        self.0.says_how_far_it_read()
+    }
+
+    fn committed(&self) {
+        self.0.committed();
+        (self.1)();
+    }
+}
+
 /// Why a batch was not handled.
 #[derive(Debug, thiserror::Error)]
 pub enum HandleError {

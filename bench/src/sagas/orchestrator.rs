@@ -60,6 +60,10 @@ impl<H: Handler> Handler for Watching<H> {
         self.inner.ends_with_a_statement()
     }
 
+    fn says_how_far_it_read(&self) -> bool {
+        self.inner.says_how_far_it_read()
+    }
+
     fn committed(&self) {
         self.inner.committed();
         let ended = lock(&self.waiting.ending).remove(&tokio::task::id()).unwrap_or_default();

@@ -4,7 +4,7 @@ use crate::{
     catalogue::{item, price},
     support::{Shop, id_of, json_of},
 };
-use order_svc::{catalogue::CatalogueHandler, live::Nudging};
+use order_svc::{catalogue::CatalogueHandler, live::nudging};
 use saga_core::{
     consumer::{Consumer, ConsumerConfig, Handler},
     envelope::Outcome,
@@ -62,7 +62,7 @@ async fn a_reply_on_the_topic_moves_the_order_and_wakes_whoever_waits() {
     let shop = Shop::open().await;
     let topic = TestTopic::create("orders-replies", 3).await;
     let stop = CancellationToken::new();
-    let handler = Nudging::new(shop.orders.engine.handler(), shop.orders.live.clone());
+    let handler = nudging(shop.orders.engine.handler(), shop.orders.live.clone());
     let running = consume(&topic, &shop.db.pool, handler, &stop);
 
     let request = shop.post_order("k", &crate::support::basket()).header("Prefer", "wait=30");
@@ -84,4 +84,21 @@ async fn a_reply_on_the_topic_moves_the_order_and_wakes_whoever_waits() {
     stop.cancel();
     running.await.unwrap();
     assert_eq!(shop.history(order).await, ["pending", "cancelled"]);
+}
+
+#[tokio::test]
+async fn how_far_replies_were_read_is_said_to_those_who_wait_for_them() {
+    let shop = Shop::open().await;
+    let topic = TestTopic::create("orders-replies", 1).await;
+    let stop = CancellationToken::new();
+    let handler = nudging(shop.orders.engine.handler(), shop.orders.live.clone());
+    let running = consume(&topic, &shop.db.pool, handler, &stop);
+    eventually(PATIENCE, || async {
+        let said = sqlx::query_scalar("select count(*) from inbox_partition where read_until is not null");
+        let said: i64 = said.fetch_one(&shop.db.pool).await.unwrap();
+        (said == 1).then_some(())
+    })
+    .await;
+    stop.cancel();
+    running.await.unwrap();
 }

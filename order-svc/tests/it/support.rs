@@ -4,7 +4,7 @@ use contracts::{OrderId, money::Money, product::Quantity};
 use order_svc::{
     api::{ApiState, router},
     domain::{Change, PlaceOrder, PricedLine},
-    live::Nudging,
+    live::nudging,
     migrations,
     orders::Orders,
     store,
@@ -194,7 +194,7 @@ impl Shop {
 
     /// What the consumer does with a batch of replies.
     pub(crate) async fn deliver(&self, replies: &[Message]) {
-        let handler = Nudging::new(self.orders.engine.handler(), self.orders.live.clone());
+        let handler = nudging(self.orders.engine.handler(), self.orders.live.clone());
         deliver(&self.db.pool, &handler, replies).await.unwrap();
     }
 
