@@ -137,6 +137,7 @@ async fn look_again(topics: &Topics, paused: &Paused) -> Result<bool, KafkaError
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::database::Borrowed;
     use saga_core::testkit::{TestDatabase, brokers, eventually};
     use std::str::FromStr;
     use tokio_util::task::AbortOnDropHandle;
@@ -146,9 +147,9 @@ mod tests {
         let database = TestDatabase::new(&[saga_core::service::messaging_migrations()]).await;
         let options = sqlx::postgres::PgConnectOptions::from_str(&database.url).unwrap();
         let patience = Duration::from_millis(200);
-        let db = Database::new(options, 1, patience);
+        let db = Database::new(options, 2, patience);
         let (wanted, told) = Wanted::new("orders", Control::default());
-        let all = db.connect().await.unwrap();
+        let all = [db.connect().await.unwrap(), db.connect().await.unwrap()];
         let loops = Arc::new(Loops::new("all_connections".into()));
         let looking = run(db.clone(), Topics::new(&brokers()).unwrap(), loops.clone(), Arc::new(wanted));
         let looking = AbortOnDropHandle::new(tokio::spawn(looking));
@@ -156,7 +157,7 @@ mod tests {
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
         assert!(loops.problem().is_some_and(|problem| problem.contains("no connection")));
-        all.give_back();
+        all.into_iter().for_each(Borrowed::give_back);
         sqlx::query(
             "insert into outbox_pause (outbox, topic, cause, reason, actor) values ('orders', '*', 'operator', '', '')",
         )

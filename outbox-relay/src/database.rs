@@ -9,7 +9,10 @@
 //! as well, a little above ours, and a connection that is given up keeps its place in the pool until the server has ended its
 //! statement: there are never more server processes than the pools have places.
 
-use saga_core::{outage::Outage, transaction::Bound};
+use saga_core::{
+    outage::Outage,
+    transaction::{Bound, why_none},
+};
 use sqlx::{
     Connection as _, PgConnection, PgPool, Postgres,
     pool::PoolConnection,
@@ -33,6 +36,8 @@ const ANSWER: Duration = Duration::from_millis(250);
 #[derive(Debug, Clone)]
 pub(crate) struct Database {
     pool: PgPool,
+    /// That all of them are in use.
+    full: Arc<Outage>,
     patience: Duration,
     /// How long the server may take to end the statement of a connection that is given up.
     ends: Duration,
@@ -70,12 +75,29 @@ impl Database {
                 Box::pin(async move { Bound::new(ping).within(connection.ping()).await.map(|()| true) })
             })
             .connect_lazy_with(options);
-        Self { pool, patience, ends: longest + ANSWER }
+        let full = Outage::of_pool(&pool);
+        Self { pool, full, patience, ends: longest + ANSWER }
     }
 
     /// A connection, for one conversation or several.
     pub(crate) async fn connect(&self) -> Result<Borrowed, sqlx::Error> {
-        Ok(Borrowed { connection: Some(self.pool.acquire().await?), ends: self.ends })
+        match self.pool.acquire().await {
+            Ok(connection) => {
+                self.full.working();
+                Ok(Borrowed { connection: Some(connection), ends: self.ends })
+            }
+            Err(error) => Err(self.why_none(error).await),
+        }
+    }
+
+    /// Who has the only one of a pool comes here again when it is closed: then it is the server that takes too long.
+    async fn why_none(&self, error: sqlx::Error) -> sqlx::Error {
+        match error {
+            sqlx::Error::PoolTimedOut if self.pool.options().get_max_connections() == 1 => {
+                Bound::new(self.patience).no_answer()
+            }
+            error => why_none(&self.pool, error).await,
+        }
     }
 
     /// The outage of the database, one for all parts of this process that use it.
@@ -159,5 +181,31 @@ impl Drop for Borrowed {
             tokio::time::timeout(ends, connection.ping()).await.ok();
             drop(connection.detach());
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use saga_core::{
+        error_class::{is_outage, is_pool_full},
+        testkit::TestDatabase,
+    };
+    use std::str::FromStr as _;
+
+    #[tokio::test]
+    async fn a_full_pool_is_told_from_a_server_that_is_away() {
+        let database = TestDatabase::new(&[]).await;
+        let options = PgConnectOptions::from_str(&database.url).unwrap();
+        let patience = Duration::from_millis(200);
+        let db = Database::new(options.clone(), 2, patience);
+        let all = [db.connect().await.unwrap(), db.connect().await.unwrap()];
+        assert!(is_pool_full(&db.connect().await.err().unwrap()));
+        assert!(db.full.check().unwrap_err().contains("a larger pool"));
+        all.into_iter().for_each(Borrowed::give_back);
+        db.connect().await.unwrap();
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let away = Database::new(options.host("127.0.0.1").port(closed.port()), 2, patience);
+        assert!(is_outage(&away.connect().await.err().unwrap()));
     }
 }

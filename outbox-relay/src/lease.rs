@@ -6,7 +6,7 @@
 //! gives it back at once. The lease has a connection of its own: whatever else waits for the database, renewing does not.
 
 use crate::database::Database;
-use saga_core::{clock::DatabaseClock, error_class::is_outage, outage::Outage, transaction::Bound};
+use saga_core::{clock::DatabaseClock, error_class::is_outage, outage::Outage};
 use sqlx::{PgConnection, postgres::PgConnectOptions};
 use std::{sync::Arc, time::Duration};
 use time::OffsetDateTime;
@@ -43,10 +43,7 @@ impl Leases {
         &self,
         conversation: impl AsyncFnOnce(&mut PgConnection) -> Result<T, sqlx::Error>,
     ) -> Result<T, sqlx::Error> {
-        let said = self.db.ask(conversation).await.map_err(|error| match error {
-            sqlx::Error::PoolTimedOut => Bound::new(self.length / TRY).no_answer(),
-            error => error,
-        });
+        let said = self.db.ask(conversation).await;
         match &said {
             Ok(_) => self.outage.working(),
             Err(error) if is_outage(error) => self.outage.failing(&error.to_string()),

@@ -13,7 +13,11 @@ use crate::{
     topics::Topics,
     upkeep::Upkeep,
 };
-use saga_core::{clock, error_class::is_outage, outage::Outage};
+use saga_core::{
+    clock,
+    error_class::{in_words, is_outage, is_pool_full},
+    outage::Outage,
+};
 use std::{
     sync::{Arc, Mutex},
     time::Duration,
@@ -259,6 +263,7 @@ impl Trouble {
         let missing = database.and_then(|error| error.as_database_error()?.code()).is_some_and(|code| code == "42P01");
         match database {
             Some(error) if is_outage(error) => outbox.leases.outage.failing(&problem.to_string()),
+            Some(error) if is_pool_full(error) => outbox.outage.failing(&in_words(error)),
             _ if missing => outbox
                 .outage
                 .failing("its tables are not there: start the service that makes them, or run `outbox-relay migrate`"),

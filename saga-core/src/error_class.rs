@@ -16,6 +16,7 @@ use crate::clock;
 use rdkafka::types::RDKafkaErrorCode as Kafka;
 use sqlx::{Error, error::DatabaseError, postgres::PgDatabaseError};
 use std::{
+    borrow::Cow,
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -112,10 +113,12 @@ fn find<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<Found<'a>> {
     None
 }
 
-/// Whether `error` says that the database cannot be reached or cannot work now, so that nothing else will work either.
+/// Whether `error` says that the database cannot be reached or cannot work now, so that nothing else will work either. That a
+/// pool is full says nothing of the database: [`is_pool_full`].
 #[must_use]
 pub fn is_outage(error: &Error) -> bool {
     match error {
+        Error::PoolTimedOut => false,
         Error::Database(answer) => match answer.code().as_deref() {
             Some("25006" | "25P03" | "25P04") => true,
             Some(code) => code.starts_with("08") || code.starts_with("53") || code.starts_with("57P"),
@@ -125,6 +128,22 @@ pub fn is_outage(error: &Error) -> bool {
         error => classify(error) == ErrorClass::Passing,
     }
 }
+
+/// Whether `error` says that this process uses all connections of the pool. sqlx says the same when none can be opened;
+/// [`transaction::connection`](crate::transaction::connection) and what begins there tell the two apart.
+#[must_use]
+pub fn is_pool_full(error: &Error) -> bool {
+    matches!(error, Error::PoolTimedOut)
+}
+
+/// What to tell of `error` where sqlx's words do not say what to do.
+#[must_use]
+pub fn in_words(error: &Error) -> Cow<'static, str> {
+    if is_pool_full(error) { FULL.into() } else { error.to_string().into() }
+}
+
+const FULL: &str = "all connections of the pool are in use, and the database answers: let this process do less at once \
+                    (slots, batches, requests), or give it a larger pool (of a service: DATABASE_MAX_CONNECTIONS)";
 
 /// Whether `error` says that a concurrent transaction was in the way: the same, repeated at once, may work.
 #[must_use]
@@ -378,6 +397,7 @@ mod tests {
         let io = || std::io::Error::from(std::io::ErrorKind::ConnectionReset);
         assert_eq!(classify(&Error::Io(io())), Passing);
         assert_eq!(classify(&Error::PoolTimedOut), Passing);
+        assert!(!is_outage(&Error::PoolTimedOut) && in_words(&Error::PoolTimedOut).contains("a larger pool"));
         assert_eq!(classify(&Error::Protocol("half a message".into())), Stale);
         assert_eq!(classify(&Error::ColumnNotFound("total".into())), Configuration);
         assert_eq!(classify(&Error::RowNotFound), Own);

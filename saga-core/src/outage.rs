@@ -16,12 +16,17 @@ use std::{
 /// No part may fail for so long after one worked, or the outage goes on.
 const CALM: Duration = Duration::from_secs(2);
 
+/// So long an answer stands for who asks next.
+const ASKED_LATELY: Duration = Duration::from_secs(1);
+
 /// One dependency or part of this process, and whether it is away. Metrics: `outage{dependency}` is 1 during an outage,
 /// `outages_total{dependency}` counts them.
 #[derive(Debug)]
 pub struct Outage {
     dependency: String,
     now: Mutex<Option<Away>>,
+    /// When it was last asked whether it answers, and what came of it.
+    asked: tokio::sync::Mutex<Option<(Instant, bool)>>,
 }
 
 #[derive(Debug, Clone)]
@@ -49,7 +54,13 @@ impl Outage {
     #[must_use]
     pub fn of(dependency: &str) -> Arc<Self> {
         let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Arc::new(Self { dependency: dependency.to_owned(), now: Mutex::new(None) });
+        let new = || {
+            Arc::new(Self {
+                dependency: dependency.to_owned(),
+                now: Mutex::default(),
+                asked: tokio::sync::Mutex::default(),
+            })
+        };
         Arc::clone(all.get_or_insert_default().entry(dependency.to_owned()).or_insert_with(new))
     }
 
@@ -69,10 +80,37 @@ impl Outage {
         Self::of(&format!("database {name} at {host}:{}", options.get_port()))
     }
 
+    /// That this process has all connections of `pool` in use, and wants more: no outage of the database.
+    #[must_use]
+    pub fn of_pool(pool: &PgPool) -> Arc<Self> {
+        Self::of(&format!("the pool of connections to {}", Self::of_database(pool).dependency))
+    }
+
+    /// Whether a database is known to be away.
+    #[must_use]
+    pub fn is_of_any_database() -> bool {
+        let all: Vec<Arc<Self>> =
+            ALL.lock().unwrap_or_else(PoisonError::into_inner).iter().flat_map(HashMap::values).cloned().collect();
+        all.iter().any(|outage| matches!(outage.kind(), Kind::Database) && outage.check().is_err())
+    }
+
     /// What is, or is not, away.
     #[must_use]
     pub fn dependency(&self) -> &str {
         &self.dependency
+    }
+
+    /// Whether it answers, by `ask`: that is asked once for all who want to know at one time.
+    pub(crate) async fn answers(&self, ask: impl Future<Output = bool>) -> bool {
+        let mut asked = self.asked.lock().await;
+        match *asked {
+            Some((at, answers)) if clock::monotonic().saturating_duration_since(at) < ASKED_LATELY => answers,
+            _ => {
+                let answers = ask.await;
+                *asked = Some((clock::monotonic(), answers));
+                answers
+            }
+        }
     }
 
     /// A part could not use it, for this reason.

@@ -10,8 +10,12 @@
 //!
 //! When the process dies, the server ends the statement within the bound, and rolls back.
 
-use crate::outbox::{self, Tx};
-use sqlx::{AssertSqlSafe, PgPool};
+use crate::{
+    error_class::{in_words, is_pool_full},
+    outage::Outage,
+    outbox::{self, Tx, has_one_to_spare},
+};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgPool, Postgres, pool::PoolConnection};
 use std::{
     io,
     ops::{Deref, DerefMut},
@@ -107,6 +111,47 @@ fn milliseconds(bound: Duration) -> u128 {
     bound.as_millis().clamp(1, i32::MAX.unsigned_abs().into())
 }
 
+/// How long the database may take to answer a question that it can answer at once.
+const ANSWER_MAX: Duration = Duration::from_secs(4);
+
+/// A connection of the pool.
+///
+/// # Errors
+/// When there is none in time: [`is_pool_full`] tells whether this process has all of them in use, or none can be opened.
+pub async fn connection(pool: &PgPool) -> Result<PoolConnection<Postgres>, sqlx::Error> {
+    match pool.acquire().await {
+        Ok(connection) => Ok(connection),
+        Err(error) => Err(why_none(pool, error).await),
+    }
+}
+
+/// Why `pool` gave no connection: sqlx says the same of one that is full and of a database that is away. All who find out at
+/// one time open one connection for it.
+pub async fn why_none(pool: &PgPool, error: sqlx::Error) -> sqlx::Error {
+    if !is_pool_full(&error) {
+        return error;
+    }
+    if Outage::of_database(pool).answers(database_answers(pool)).await {
+        Outage::of_pool(pool).failing(&in_words(&error));
+        return error;
+    }
+    sqlx::Error::Io(io::Error::new(io::ErrorKind::NotConnected, "no connection to the database can be opened"))
+}
+
+/// Whether the database would answer somebody else's question. A pool whose connections are all in use says nothing of the
+/// database, so then it is asked over one that is opened for that.
+pub(crate) async fn database_answers(pool: &PgPool) -> bool {
+    let ask = async {
+        if has_one_to_spare(pool) {
+            return sqlx::query("select 1").execute(pool).await.map(drop);
+        }
+        let mut connection = pool.connect_options().connect().await?;
+        connection.ping().await?;
+        connection.close().await
+    };
+    tokio::time::timeout(ANSWER_MAX, ask).await.is_ok_and(|answer| answer.is_ok())
+}
+
 /// A transaction of a part's own, read committed. Dropped, it is rolled back. Give it, as [`Tx`], to whatever works within it.
 #[must_use = "a transaction that is dropped is rolled back"]
 pub struct Transaction {
@@ -118,10 +163,12 @@ impl Transaction {
     /// Begins on a connection of `pool`, in one round trip. Run it, with the work and the commit, inside [`Bound::within`].
     ///
     /// # Errors
-    /// When the pool has no connection in time, or the database says no.
+    /// When the pool has no connection in time ([`connection`]), or the database says no.
     pub async fn begin(pool: &PgPool, bound: Bound) -> Result<Self, sqlx::Error> {
-        let tx = pool.begin_with(AssertSqlSafe(bound.begin_sql(""))).await?;
-        Ok(Self { tx, pool: pool.clone() })
+        match pool.begin_with(AssertSqlSafe(bound.begin_sql(""))).await {
+            Ok(tx) => Ok(Self { tx, pool: pool.clone() }),
+            Err(error) => Err(why_none(pool, error).await),
+        }
     }
 
     /// Commits, and tells the relay that there may be messages to publish. A transaction in which a statement failed must not

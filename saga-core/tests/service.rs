@@ -3,7 +3,8 @@
 use refinery::{Migration, Runner};
 use saga_core::{
     error_class::{self, ErrorClass},
-    http::Problem,
+    http::{Problem, REQUEST_MAX},
+    outage::Outage,
     service::{
         self, AdminArgs, DatabaseArgs, DatabaseSettings, Health, HttpArgs, Identity, KafkaArgs, KafkaSettings,
         Migrations, Parts, ServiceArgs,
@@ -14,6 +15,7 @@ use saga_core::{
     },
     testkit::{Log, TestDatabase, brokers, eventually, unique},
     topic::Topic,
+    transaction::Transaction,
 };
 use sqlx::{Connection, PgConnection};
 use std::{collections::BTreeSet, time::Duration};
@@ -221,6 +223,43 @@ async fn a_column_that_is_added_under_warm_connections_costs_one_request() {
 }
 
 #[tokio::test]
+async fn clients_and_health_are_told_whether_the_pool_is_full_or_the_database_away() {
+    let database = TestDatabase::new(&[]).await;
+    let patience = Duration::from_millis(100);
+    let pool = pool_options(1).acquire_timeout(patience).connect(&database.url).await.unwrap();
+    let health = Health::new(&CancellationToken::new());
+    health.database(&pool);
+    assert!(health.readiness().await.ready);
+    let busy = pool.acquire().await.unwrap();
+    // While another test's database is away, none is said to be there.
+    eventually(Duration::from_secs(60), || async {
+        let begun = Transaction::begin(&pool, REQUEST_MAX).await.err()?;
+        let read = sqlx::query("select 1").execute(&pool).await.err()?;
+        [begun, read].into_iter().all(|error| Problem::from(error).kind() == "/problems/busy").then_some(())
+    })
+    .await;
+    let red = health.readiness().await;
+    assert_eq!(red.checks["database"], "ok");
+    assert!(red.checks["connections"].contains("a larger pool"), "{red:?}");
+    drop(busy);
+    eventually(Duration::from_secs(60), || async { health.readiness().await.ready.then_some(()) }).await;
+
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let away = pool_options(1).acquire_timeout(patience).connect_lazy(&format!("postgres://nobody@{closed}/nothing"));
+    let away = away.unwrap();
+    health.database(&away);
+    let red = health.readiness().await;
+    assert_ne!(red.checks["database"], "ok");
+    assert_eq!(red.checks["connections"], "ok");
+    let begun = Transaction::begin(&away, REQUEST_MAX).await.err().unwrap();
+    let read = sqlx::query("select 1").execute(&away).await.unwrap_err();
+    for error in [begun, read] {
+        assert_eq!(Problem::from(error).kind(), "/problems/unavailable");
+    }
+    Outage::of_database(&away).working();
+}
+
+#[tokio::test]
 async fn a_statement_whose_client_is_gone_ends_although_it_waits_for_a_lock() {
     let database = TestDatabase::new(&[]).await;
     let mut holder = database.pool.acquire().await.unwrap();
@@ -311,7 +350,10 @@ async fn a_service_gets_ready_serves_turns_red_without_its_database_and_green_ag
     let hello = client.get(format!("http://{http}/hello")).send().await.unwrap();
     assert_eq!(hello.text().await.unwrap(), "hello", "whoever is ready also listens");
     let ready = health.readiness().await;
-    assert_eq!(ready.checks.keys().copied().collect::<Vec<_>>(), ["clock", "database", "kafka", "startup"]);
+    assert_eq!(
+        ready.checks.keys().copied().collect::<Vec<_>>(),
+        ["clock", "connections", "database", "kafka", "startup"]
+    );
 
     let name: String = sqlx::query_scalar("select current_database()::text").fetch_one(&database.pool).await.unwrap();
     let mut server = PgConnection::connect(&std::env::var("DATABASE_URL").unwrap()).await.unwrap();

@@ -9,12 +9,11 @@ use super::{
 };
 use crate::{
     clock,
-    error_class::{ErrorClass, classify, renew_connections},
+    error_class::{ErrorClass, classify, is_pool_full, renew_connections},
     inbox::{self, FUTURE_MAX},
-    outbox::has_one_to_spare,
     retry::Backoff,
+    transaction::{database_answers, why_none},
 };
-use sqlx::{ConnectOptions, Connection};
 use std::{
     pin::pin,
     sync::PoisonError,
@@ -27,9 +26,6 @@ const PATIENCE: Backoff = Backoff::doubling(Duration::from_millis(10), Duration:
 
 /// What works again within this is no outage: a deadlock, one connection that was lost.
 const UNSAID: Duration = Duration::from_millis(500);
-
-/// How long the database may take to answer a question that it can answer at once.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 /// Held by the worker that makes an attempt that is counted.
 static ALONE: Semaphore = Semaphore::const_new(1);
@@ -70,8 +66,9 @@ impl<H: Handler> Worker<H> {
                 Failure::Passing(reason) => self.repeat(&reason, first),
                 Failure::NoConnection => {
                     // That handlers of ours have all connections is no outage: they give them back within their bounds.
-                    if !self.database_answers().await {
-                        self.report.fails("no connection to it can be opened");
+                    match why_none(&self.desk.pool, sqlx::Error::PoolTimedOut).await {
+                        error if is_pool_full(&error) => {}
+                        error => self.report.fails(&error.to_string()),
                     }
                 }
                 Failure::Stale(reason) => {
@@ -112,27 +109,12 @@ impl<H: Handler> Worker<H> {
             }
         }
         let stage = *desk.stage.borrow();
-        if stage == Stage::Handling && self.database_answers().await {
+        if stage == Stage::Handling && database_answers(&self.desk.pool).await {
             return Err(Failure::Fault(Fault::timed_out(bound)));
         }
         let reason = format!("no answer within {bound:?}; another connection is tried");
         self.report.fails(&reason);
         Err(Failure::Passing(reason))
-    }
-
-    /// Whether a question of another attempt's would be answered. A pool whose connections are all in use says nothing of the
-    /// database, so then it is asked over one that is opened for that.
-    async fn database_answers(&self) -> bool {
-        let pool = &self.desk.pool;
-        let ask = async {
-            if has_one_to_spare(pool) {
-                return sqlx::query("select 1").execute(pool).await.map(drop);
-            }
-            let mut connection = pool.connect_options().connect().await?;
-            connection.ping().await?;
-            connection.close().await
-        };
-        tokio::time::timeout(ANSWER_MAX, ask).await.is_ok_and(|answer| answer.is_ok())
     }
 
     /// Makes the inbox's partitions: upkeep is behind.

@@ -4,7 +4,10 @@
 //! inside (SQL, paths, other customers' data) is in it: an unexpected error is logged with its cause and answered
 //! with the request's id, by which the log line is found.
 
-use crate::error_class::{ErrorClass, classify, is_outage, renew_connections};
+use crate::{
+    error_class::{ErrorClass, classify, is_outage, is_pool_full, renew_connections},
+    outage::Outage,
+};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use serde::Serialize;
@@ -102,6 +105,13 @@ impl Problem {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Not available at the moment").retry_after(1)
     }
 
+    /// 503: this process has more to do than its database connections can carry.
+    fn busy() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "Too much is being asked for at the moment")
+            .detail("All database connections are in use. The same request may work in a moment.")
+            .retry_after(1)
+    }
+
     /// 500: logs `error` with its causes, and tells the client nothing of it.
     #[must_use]
     pub fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
@@ -176,8 +186,12 @@ impl From<sqlx::Error> for Problem {
             ErrorClass::Stale => renew_connections(),
             ErrorClass::Passing | ErrorClass::Configuration => {}
         }
+        // A read asks the pool directly, which says the same of a database that is away; health has seen that by then.
+        if is_pool_full(&error) && !Outage::is_of_any_database() {
+            return Self::busy();
+        }
         // In an outage that is every request; the health check logs the outage once.
-        if is_outage(&error) {
+        if is_outage(&error) || is_pool_full(&error) {
             tracing::debug!(%error, "a request failed: the database cannot be used now");
         } else {
             tracing::warn!(%error, "a request failed in the database; the client may repeat it");

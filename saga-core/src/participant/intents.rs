@@ -29,7 +29,7 @@ use super::{
 use crate::{
     consumer::HandleError,
     envelope::{Op, Outcome},
-    error_class::{ErrorClass, classify, renew_connections},
+    error_class::{ErrorClass, classify, is_pool_full, renew_connections},
     fail_point::fail_point,
     outage::Outage,
     outbox::Tx,
@@ -145,7 +145,10 @@ impl Intents {
                     if classify(&error) == ErrorClass::Stale {
                         renew_connections();
                     }
-                    self.database.failing(&format!("{} cannot claim intents: {error}", self.participant.name));
+                    // That the pool is full is said of the pool.
+                    if !is_pool_full(&error) {
+                        self.database.failing(&format!("{} cannot claim intents: {error}", self.participant.name));
+                    }
                     self.config.poll
                 }
             };
@@ -257,7 +260,7 @@ impl Intents {
             return;
         }
         // Nothing was committed: whoever claims it next calls again and gets the same answer.
-        tell(&claim, &error, "an intent was not settled; trying again");
+        error.tell(&claim, "an intent was not settled; trying again");
         let (class, reason) = (error.class(), error.to_string());
         if class == ErrorClass::Stale {
             renew_connections();
@@ -273,7 +276,7 @@ impl Intents {
             self.bound().within(self.back_off(&claim, Counted::Yes, &reason)).await
         };
         if let Err(error) = unsettled {
-            tell(&claim, &error, "the claim is left to run out");
+            error.tell(&claim, "the claim is left to run out");
         }
     }
 
@@ -403,16 +406,6 @@ impl Intents {
             self.participant.wake.notify_one();
         }
         Ok(())
-    }
-}
-
-/// In an outage of the database that is every call under way, and the outage is logged once, elsewhere.
-fn tell(claim: &Claimed, error: &Unsettled, what: &str) {
-    let (command, saga, kind) = (claim.intent.cx.saga.command, claim.key.saga, &claim.kind);
-    if error.class() == ErrorClass::Passing {
-        tracing::debug!(%command, %saga, kind, %error, "{what}");
-    } else {
-        tracing::warn!(%command, %saga, kind, %error, "{what}");
     }
 }
 

@@ -3,15 +3,16 @@
 //! Nothing was committed: the intent is claimed again, by this process or another, and the provider is called again under
 //! the same idempotency key.
 
+use super::queue::Claimed;
 use crate::{
     consumer::HandleError,
-    error_class::{ErrorClass, classify, classify_chain},
+    error_class::{ErrorClass, classify, classify_chain, in_words},
 };
 
 /// Why an intent was not settled.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unsettled {
-    #[error(transparent)]
+    #[error("{}", in_words(.0))]
     Database(#[from] sqlx::Error),
     #[error(transparent)]
     Handle(#[from] HandleError),
@@ -30,6 +31,16 @@ impl Unsettled {
             Self::Handle(_) => ErrorClass::Own,
             #[cfg(feature = "testkit")]
             Self::Injected(_) => ErrorClass::Own,
+        }
+    }
+
+    /// In an outage of the database that is every call under way, and the outage is logged once, elsewhere.
+    pub(super) fn tell(&self, claim: &Claimed, what: &str) {
+        let (command, saga, kind) = (claim.intent.cx.saga.command, claim.key.saga, &claim.kind);
+        if self.class() == ErrorClass::Passing {
+            tracing::debug!(%command, %saga, kind, error = %self, "{what}");
+        } else {
+            tracing::warn!(%command, %saga, kind, error = %self, "{what}");
         }
     }
 

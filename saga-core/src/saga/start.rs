@@ -29,6 +29,7 @@ use crate::{
     json,
     outbox::{self, NewMessage, Tx},
     service::database::hear_clock,
+    transaction::connection,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -75,7 +76,7 @@ impl Engine {
         business_key: &str,
     ) -> Result<(), StartError> {
         if !clock::process().is_known() {
-            self.within(hear_clock(self.pool())).await?;
+            self.within(async { hear_clock(&mut *connection(self.pool()).await?).await }).await?;
         }
         let new = self.prepare(id, saga, input, business_key)?;
         let engine = Arc::clone(self);

@@ -18,6 +18,7 @@ use crate::{
     gather::{Gathering, MOMENT},
     id::SagaId,
     outbox,
+    transaction::connection,
 };
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Postgres, pool::PoolConnection};
 use std::{
@@ -82,10 +83,10 @@ impl Starts {
 async fn take_what_waits(mut queue: Queue<Waiting>) {
     while let Some(first) = queue.first_of_a_set().await {
         let engine = Arc::clone(&first.engine);
-        let connection = engine.within(async { engine.pool().acquire().await }).await;
+        let taken = engine.within(connection(engine.pool())).await;
         // Whoever came while there was no connection is in the set, too. Where there is none to be had, all are told: set
         // after set would wait as long, to hear the same.
-        let room = if connection.is_ok() { SET } else { usize::MAX };
+        let room = if taken.is_ok() { SET } else { usize::MAX };
         let mut set = vec![first];
         while set.len() < room
             && let Ok(waiting) = queue.receiver.try_recv()
@@ -93,7 +94,7 @@ async fn take_what_waits(mut queue: Queue<Waiting>) {
             set.push(waiting);
         }
         queue.gathering.begins(set.len().min(SET), clock::monotonic());
-        match connection {
+        match taken {
             Ok(connection) => engine.start_together(connection, set).await,
             Err(error) => tell_all(set, &error),
         }
@@ -162,7 +163,7 @@ impl Engine {
     }
 
     async fn look(&self, new: &New) -> Result<(), StartError> {
-        let mut connection = self.pool().acquire().await?;
+        let mut connection = connection(self.pool()).await?;
         new_or_not(&self.start_set(&mut connection, &[new]).await?, new)
     }
 
@@ -185,7 +186,10 @@ fn new_or_not(started: &HashSet<SagaId>, new: &New) -> Result<(), StartError> {
 fn tell_all(set: Vec<Waiting>, error: &sqlx::Error) {
     let kind = if let sqlx::Error::Io(error) = error { error.kind() } else { std::io::ErrorKind::Other };
     for waiting in set {
-        let told = sqlx::Error::Io(std::io::Error::new(kind, error.to_string()));
+        let told = match error {
+            sqlx::Error::PoolTimedOut => sqlx::Error::PoolTimedOut,
+            error => sqlx::Error::Io(std::io::Error::new(kind, error.to_string())),
+        };
         waiting.tell.send(Err(StartError::Database(told))).ok();
     }
 }

@@ -14,7 +14,7 @@ use super::{
     store::{self, Undecided},
 };
 use crate::{
-    error_class::{ErrorClass, classify, is_outage, renew_connections},
+    error_class::{ErrorClass, classify, is_outage, is_pool_full, renew_connections},
     fail_point::fail_point,
     id::{MessageId, SagaId},
     transaction::is_timeout,
@@ -252,7 +252,7 @@ fn put_off_after(error: &BatchError) -> Duration {
     }
 }
 
-/// The database is away: no other saga will fare better. An attempt that was given up is another matter: that was its own
+/// The database is away, or has no connection left for this process: no other saga will fare better. An attempt that was given up is another matter: that was its own
 /// fault or a silent connection's, and what comes next, on another one, shows which.
 fn is_everybodys(error: &sqlx::Error) -> bool {
     match classify(error) {
@@ -260,6 +260,6 @@ fn is_everybodys(error: &sqlx::Error) -> bool {
             renew_connections();
             true
         }
-        _ => is_outage(error) && !is_timeout(error),
+        _ => is_pool_full(error) || is_outage(error) && !is_timeout(error),
     }
 }

@@ -6,7 +6,7 @@
 use super::batch::BatchError;
 use crate::{
     clock,
-    error_class::{ErrorClass, classify},
+    error_class::{ErrorClass, classify, in_words},
     outage::Outage,
 };
 use std::{
@@ -35,7 +35,7 @@ impl Trouble {
     }
 
     pub(super) fn is(&self, error: &sqlx::Error, wait: Duration) {
-        self.outage.failing(&error.to_string());
+        self.outage.failing(&in_words(error));
         *self.until() = Some(clock::monotonic() + wait + AFTERWARDS);
     }
 

@@ -5,7 +5,13 @@
 //! of a check is logged once, by [`Health::watch`], however often it is asked.
 
 use super::{config::KafkaSettings, database, topics};
-use crate::{clock::DatabaseClock, outage::Outage};
+use crate::{
+    clock::DatabaseClock,
+    error_class::is_pool_full,
+    outage::Outage,
+    outbox::has_one_to_spare,
+    transaction::{Bound, is_timeout, why_none},
+};
 use futures::future::BoxFuture;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde::Serialize;
@@ -13,12 +19,15 @@ use sqlx::PgPool;
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
+use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
 /// How long one check may take; a slower answer counts as none.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the check of a database waits for a connection of the pool, so that there is time to find out why there is none.
+const POOL_MAX: Duration = Duration::from_secs(1);
 /// How often [`Health::watch`] looks.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
 
@@ -59,18 +68,25 @@ impl Health {
         self.0.checks.lock().unwrap_or_else(PoisonError::into_inner).insert(name, check);
     }
 
-    /// The check `database`: a query answers. And the check `clock`: the host's clock and the database's are less than two
-    /// minutes apart.
+    /// The check `database`: a query answers. The check `connections`: this process does not use all connections of its pool
+    /// and want more. And the check `clock`: the host's clock and the database's are less than two minutes apart.
     pub fn database(&self, pool: &PgPool) {
-        let (pool, outage) = (pool.clone(), Outage::of_database(pool));
+        let (pool, outage, full) = (pool.clone(), Outage::of_database(pool), Outage::of_pool(pool));
         let clock = DatabaseClock::of(outage.dependency());
         let heard = Arc::clone(&clock);
+        let works = Arc::clone(&full);
         self.check("database", move || {
-            let (pool, outage, heard) = (pool.clone(), Arc::clone(&outage), Arc::clone(&heard));
+            let (pool, outage, works) = (pool.clone(), Arc::clone(&outage), Arc::clone(&works));
+            let heard = Arc::clone(&heard);
             async move {
-                match database::hear_clock(&pool).await {
+                match hear_clock(&pool).await {
                     Ok((time, asked)) => {
                         heard.heard(time, asked);
+                        outage.working();
+                        works.working();
+                        Ok(())
+                    }
+                    Err(error) if is_pool_full(&error) => {
                         outage.working();
                         Ok(())
                     }
@@ -81,6 +97,7 @@ impl Health {
                 }
             }
         });
+        self.check("connections", move || std::future::ready(full.check()));
         self.check("clock", move || {
             metrics::gauge!("clock_skew_seconds").set(clock.skew().unwrap_or_default().as_seconds_f64());
             std::future::ready(clock.check())
@@ -150,6 +167,17 @@ impl Health {
             }
         }
     }
+}
+
+/// The database's clock; of a pool that gives no connection, why.
+async fn hear_clock(pool: &PgPool) -> Result<(OffsetDateTime, Instant), sqlx::Error> {
+    let heard = Bound::new(POOL_MAX).within(database::hear_clock(pool)).await;
+    let none = |error: &sqlx::Error| is_pool_full(error) || is_timeout(error) && !has_one_to_spare(pool);
+    if !heard.as_ref().is_err_and(none) {
+        return heard;
+    }
+    let why = async { Err(why_none(pool, sqlx::Error::PoolTimedOut).await) };
+    Bound::new(POOL_MAX / 2).within(why).await
 }
 
 #[cfg(test)]

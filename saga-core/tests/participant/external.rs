@@ -21,6 +21,29 @@ pub(crate) fn key(saga: SagaId) -> CommandId {
 }
 
 #[tokio::test]
+async fn intents_on_a_full_pool_wait_for_it_and_say_so_and_no_outage() {
+    let world = World::new().await;
+    let pool = pool_options(1).acquire_timeout(Duration::from_millis(100)).connect(&world.database.url).await.unwrap();
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Do, &pay(&["yes"]))]).await;
+    let log = Log::hear("info");
+    let busy = pool.acquire().await.unwrap();
+    let (intents, stop) = (world.participant.intents(pool), CancellationToken::new());
+    let running = intents.run(stop.clone());
+    let meanwhile = async {
+        let said = eventually(Duration::from_secs(30), || async { log.warnings().pop() }).await;
+        assert!(said["dependency"].as_str().unwrap().starts_with("the pool of connections to database"), "{said}");
+        assert!(said["reason"].as_str().unwrap().contains("a larger pool"), "{said}");
+        drop(busy);
+        eventually(Duration::from_secs(30), || async { (world.intents().await == 0).then_some(()) }).await;
+        stop.cancel();
+    };
+    tokio::join!(running, meanwhile);
+    assert_eq!(world.outcomes(saga).await, [Succeeded]);
+    assert!(log.said("waiting for the database").is_empty(), "{:?}", log.warnings());
+}
+
+#[tokio::test]
 async fn an_effect_is_called_after_the_commit_and_answered_when_it_is_certain() {
     let world = World::new().await;
     let [yes, no, at_once] = std::array::from_fn(|_| SagaId::new());

@@ -3,7 +3,7 @@
 use crate::support::*;
 use futures::future::join_all;
 use saga_core::{
-    error_class::is_outage,
+    error_class::{is_outage, is_pool_full},
     id::SagaId,
     saga::{Engine, Saga, StartError, saga},
     service::database::pool_options,
@@ -209,10 +209,20 @@ async fn where_no_connection_is_to_be_had_all_who_wait_are_told_at_once() {
     let orders: Vec<u32> = (0..20 * 256).collect();
     let answers = timeout(10 * patience, start_all(&engine, &orders)).await.expect("one after the other");
     for answer in answers {
-        assert!(matches!(&answer, Err(StartError::Database(error)) if is_outage(error)), "{answer:?}");
+        assert!(matches!(&answer, Err(StartError::Database(error)) if is_pool_full(error)), "{answer:?}");
     }
     drop(busy);
     start(&engine, 1).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn starts_are_told_of_a_database_that_is_away_as_of_an_outage() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let pool = pool_options(8).acquire_timeout(Duration::from_millis(500));
+    let pool = pool.connect_lazy(&format!("postgres://nobody@{closed}/nothing")).unwrap();
+    let engine = Engine::builder(pool, "replies").define(&plain()).build().unwrap();
+    let answer = start(&engine, 1).await.unwrap();
+    assert!(matches!(&answer, Err(StartError::Database(error)) if is_outage(error)), "{answer:?}");
 }
 
 #[tokio::test]

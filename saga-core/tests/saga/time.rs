@@ -4,8 +4,8 @@ use crate::support::*;
 use saga_core::{
     id::{CommandId, SagaId},
     saga::{Engine, RetryPolicy, Saga, saga},
-    service::Health,
-    testkit::{WrongClock, deliver},
+    service::{Health, database::pool_options},
+    testkit::{Log, WrongClock, deliver, eventually},
 };
 use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
@@ -47,6 +47,33 @@ impl World {
             .await
             .unwrap()
     }
+}
+
+#[tokio::test]
+async fn timers_on_a_full_pool_put_nothing_off_and_say_what_to_do_and_no_outage() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let pool = pool_options(1).acquire_timeout(Duration::from_millis(100));
+    let pool = pool.connect(&world.database.url).await.unwrap();
+    let engine = builder_of(pool.clone(), &world.reply_topic, 1).build().unwrap();
+    world.time_passes().await;
+    let due = "select count(*) from saga_due where due_at <= clock_timestamp()";
+    assert_eq!(world.count(due).await, 1);
+    let log = Log::hear("info");
+    let busy = pool.acquire().await.unwrap();
+    let token = CancellationToken::new();
+    let running = engine.run_timers(token.clone());
+    let meanwhile = async {
+        let said = eventually(Duration::from_secs(30), || async { engine.check_timers().err() }).await;
+        assert!(said.contains("or give it a larger pool"), "{said}");
+        assert_eq!(world.count(due).await, 1);
+        drop(busy);
+        eventually(Duration::from_secs(30), || async { (world.count(due).await == 0).then_some(()) }).await;
+        token.cancel();
+    };
+    tokio::join!(running, meanwhile).0.unwrap();
+    assert!(log.said("waiting for the database").is_empty(), "{:?}", log.warnings());
+    assert_eq!(world.sent(saga).await.len(), 2, "its command was sent again");
 }
 
 #[tokio::test]
