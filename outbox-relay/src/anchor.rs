@@ -4,12 +4,14 @@
 use crate::{
     batch_log,
     commit::CommitError,
+    epoch,
     lease::Lease,
     outbox::Outbox,
     position::{Position, ReadError},
     snapshot::Snapshot,
 };
 use sqlx::PgConnection;
+use std::sync::Arc;
 use tracing::info;
 
 /// Why nothing may be published.
@@ -80,9 +82,21 @@ impl AnchorError {
     }
 }
 
-/// Checks that the position may be followed, and makes the first one if there is none; returns the cluster's identifier.
-pub(crate) async fn anchor(outbox: &Outbox, lease: &Lease) -> Result<i64, AnchorError> {
-    outbox.db.ask(async |db| check(db, outbox, lease).await).await
+/// Where an outbox is.
+pub(crate) struct Anchored {
+    /// The cluster's.
+    pub(crate) system_identifier: i64,
+    /// What its rows' ids count in.
+    pub(crate) epoch: Arc<str>,
+}
+
+/// Checks that the position may be followed, and makes the first one if there is none.
+pub(crate) async fn anchor(outbox: &Outbox, lease: &Lease) -> Result<Anchored, AnchorError> {
+    let checked = async |db: &mut PgConnection| {
+        let system_identifier = check(db, outbox, lease).await?;
+        Ok::<_, AnchorError>(Anchored { system_identifier, epoch: epoch::read(db).await? })
+    };
+    outbox.db.ask(checked).await
 }
 
 async fn check(db: &mut PgConnection, outbox: &Outbox, lease: &Lease) -> Result<i64, AnchorError> {

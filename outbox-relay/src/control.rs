@@ -28,6 +28,9 @@ const ASK_MISSING: Duration = Duration::from_secs(1);
 const ASK_FORBIDDEN: Duration = Duration::from_secs(30);
 /// … and about one whose rows no broker takes.
 const ASK_LEADERLESS: Duration = Duration::from_secs(2);
+/// Missing topics that the brokers are asked about one by one; of more, they are asked for all that they have.
+const FEW: usize = 8;
+
 /// What is wanted.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Control {
@@ -94,6 +97,8 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
         loops.wait(&control.paused);
         asked.retain(|topic, _| control.paused.contains_key(topic));
         set_apart.show(outbox, &control);
+        let missing = control.paused.values().filter(|paused| paused.cause == Cause::Missing && !paused.resuming);
+        let named = if missing.count() > FEW { topics.named().await } else { None };
         for paused in control.paused.values().filter(|paused| !paused.resuming) {
             let every = match paused.cause {
                 Cause::Operator | Cause::Refusing => continue,
@@ -107,6 +112,9 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
                 continue;
             }
             asked.insert(paused.topic.clone(), now);
+            if paused.cause == Cause::Missing && named.as_ref().is_some_and(|named| !named.contains(&paused.topic)) {
+                continue;
+            }
             match look_again(&topics, paused).await {
                 Ok(true) => {
                     info!(

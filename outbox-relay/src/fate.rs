@@ -6,16 +6,24 @@ use crate::{
     parking::Park,
     pause::{self, Cause, LeftBehind},
     position::{Page, Position},
-    record::Built,
+    record::{self, Built, takes_dead_letters},
     refusal::Refusal,
     row::{Body, DELETED, Row},
-    session::{Ended, Session},
+    session::{Ended, Scope, Session},
     topics::TopicState,
 };
 use saga_core::{clock, topic::is_legal_name};
 use std::{pin::pin, time::Duration};
 use tokio::time::timeout;
 use tracing::warn;
+
+/// Topics of one outbox that are set apart because they are missing or forbidden, at most. A real one is missing because a
+/// deployment is not finished, and there are few of those. Names that are made up have no end.
+pub(crate) const MOST_ABSENT: usize = 128;
+
+/// What is said of a dead letter that its topic does not take whole.
+pub(crate) const LEFT_OUT: &str = "a dead letter is too large for its topic: what is left out is to be read where its original \
+     stands (x-original-topic, x-original-partition, x-original-offset), as long as that topic keeps it";
 
 /// What becomes of a row.
 pub(crate) enum Fate {
@@ -42,13 +50,17 @@ impl Session {
             let reason = format!("row {by} of the same topic and key is parked");
             return Ok(Fate::Park(Park { id: row.id(), reason, blocked_by: Some(by), bytes: row.bytes() }));
         }
-        let limit = match self.memory.limits.get(topic) {
-            Some(&limit) => limit,
+        let limit = match self.memory.limits.get(topic).copied() {
+            Some(limit) => limit,
             None if !is_legal_name(topic) => {
                 return Ok(self.park(row, format!("{topic:?} is not a legal topic name")));
             }
+            None if self.has_no_place_for(topic).await? => return Ok(self.park(row, no_place(topic))),
             None => match self.look(topic).await? {
                 Ok(limit) => limit,
+                Err((cause, _)) if cause.is_absence() && self.absent() >= MOST_ABSENT => {
+                    return Ok(self.park(row, no_place(topic)));
+                }
                 Err((cause, reason)) => return self.leave(page, row, before, cause, reason).await,
             },
         };
@@ -71,7 +83,7 @@ impl Session {
                 Err((cause, reason)) => return self.leave(page, row, before, cause, reason).await,
             };
             if size > limit {
-                return Ok(self.park(row, too_large(size, limit)));
+                return self.too_large(row, size, limit, ticket).await;
             }
         }
         let built = match built {
@@ -80,9 +92,46 @@ impl Session {
             None => self.builder.build(row),
         };
         if built.size > limit {
-            return Ok(self.park(row, too_large(built.size, limit)));
+            return self.too_large(row, built.size, limit, ticket).await;
         }
         Ok(Fate::Send(built, limit))
+    }
+
+    /// A dead letter arrives all the same: what its topic does not take stands where its original does.
+    async fn too_large(&mut self, row: &Row, size: usize, limit: usize, ticket: Ticket) -> Result<Fate, Ended> {
+        if takes_dead_letters(row.topic()) {
+            let lacks_headers = row.headers().is_none() || row.lacks_key() || row.kind().is_empty();
+            if row.lacks_body() && lacks_headers && !self.read_body(row, ticket).await? {
+                return Ok(Fate::Pass);
+            }
+            if let Some(built) = self.builder.build_within(row, limit) {
+                let (id, topic, left_out) = (row.id(), row.topic(), built.left_out);
+                record::span(row).in_scope(|| {
+                    warn!(outbox = self.outbox, id, topic, size, limit, ?left_out, "{LEFT_OUT}");
+                });
+                return Ok(Fate::Send(built, limit));
+            }
+        }
+        Ok(self.park(row, too_large(size, limit)))
+    }
+
+    /// How many topics the main stream has set apart because they are missing or forbidden.
+    fn absent(&self) -> usize {
+        let Scope::Main { .. } = &self.scope else { return 0 };
+        let control = self.control.borrow();
+        // What was left behind a moment ago is not among what was looked up.
+        let is_absent = |topic: &&String| control.paused.get(*topic).is_none_or(|paused| paused.cause.is_absence());
+        self.paused.iter().filter(is_absent).count()
+    }
+
+    /// Whether as many topics are set apart as may be, and the brokers do not know this one either. They say so of all topics at
+    /// once: were each asked about, thousands of names that somebody has made up would hold up everything else.
+    async fn has_no_place_for(&mut self, topic: &str) -> Result<bool, Ended> {
+        if self.absent() < MOST_ABSENT {
+            return Ok(false);
+        }
+        let topics = self.topics.clone();
+        self.meanwhile(topics.lacks(topic)).await
     }
 
     /// Reads what its page left out of a row, when there is room for it; false when the row was deleted meanwhile.
@@ -170,6 +219,14 @@ impl Session {
             }
         }
     }
+}
+
+/// Why a row of a topic that is missing is parked, where others wait in the outbox.
+fn no_place(topic: &str) -> String {
+    format!(
+        "the topic {topic:?} is missing or forbidden, like {MOST_ABSENT} others that are set apart already, which is as many as \
+         there may be; create it or grant the right to write to it, then have its parked rows tried again, or discard them"
+    )
 }
 
 /// Why a row is parked without being sent.

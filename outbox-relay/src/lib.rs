@@ -13,7 +13,7 @@
 //! | `flight`, `in_flight` | a page on its way; all that is on its way, and what Kafka acknowledged |
 //! | `commit`, `batch_log` | records progress under the lease |
 //! | `fate`, `refusal`, `parking`, `pause`, `retry`, `retrying` | rows and topics that Kafka refuses |
-//! | `anchor`, [`moved`] | whether the position holds in this database; what to run when it does not |
+//! | `anchor`, [`moved`], `epoch` | whether the position holds in this database; what to run when it does not; what ids count in |
 //! | `lease`, `owner`, [`outbox`], `supervisor` | which replica publishes; one owner's time; one outbox in this process; its panics |
 //! | `control`, `pending`, `gauges`, `metric`, `loops` | what operators want, and what they see |
 //! | `upkeep` | partitions made ahead, resolved rows deleted |
@@ -30,6 +30,7 @@ mod commit;
 pub mod config;
 mod control;
 mod database;
+mod epoch;
 mod fate;
 mod flight;
 mod gauges;

@@ -3,7 +3,7 @@
 //! When the process dies, the lease runs out, and whoever takes it next starts from the batch log.
 
 use crate::{
-    anchor::{AnchorError, anchor},
+    anchor::{AnchorError, Anchored, anchor},
     batch_log,
     commit::{CommitError, Progress, Recorder},
     control::{self, Control, Wanted},
@@ -96,7 +96,7 @@ pub(crate) async fn own(outbox: &Outbox, lease: &Lease, stop: &CancellationToken
 
 async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Result<(), OwnerError> {
     outbox.status.loops.clear();
-    let system_identifier = anchor(outbox, lease).await?;
+    let Anchored { system_identifier, epoch } = anchor(outbox, lease).await?;
     if !wait_for_kafka(outbox, stop).await {
         return Ok(());
     }
@@ -116,9 +116,9 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let recorder = Recorder { db, outbox: name, owner, system_identifier, n, hurry: Arc::clone(&hurry) };
     let mut recorder = AbortOnDropHandle::new(tokio::spawn(recorder.run(recording)));
     let blocked = Arc::new(Blocked::default());
-    let retries = Retries::new(outbox, lease.owner, blocked.clone(), control.clone());
+    let retries = Retries::new(outbox, lease.owner, epoch.clone(), blocked.clone(), control.clone());
     let mut retrying = AbortOnDropHandle::new(tokio::spawn(retries.run()));
-    let shared = shared(outbox, blocked, stop, (control, weak), (progress, hurry), at.clone());
+    let shared = shared((outbox, epoch), blocked, stop, (control, weak), (progress, hurry), at.clone());
     let set_apart = AbortOnDropHandle::new(tokio::spawn(set_apart::run(shared.clone())));
     let ended = tokio::select! {
         biased;
@@ -142,7 +142,7 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
 
 /// What the streams of the outbox share.
 fn shared(
-    outbox: &Outbox,
+    (outbox, epoch): (&Outbox, Arc<str>),
     blocked: Arc<Blocked>,
     stop: &CancellationToken,
     (control, wanted): (watch::Receiver<Arc<Control>>, Weak<Wanted>),
@@ -157,6 +157,7 @@ fn shared(
     };
     Arc::new(Shared {
         outbox: outbox.name.clone(),
+        epoch,
         db: outbox.db.clone(),
         reading: outbox.reading.clone(),
         clock: outbox.leases.clock.clone(),

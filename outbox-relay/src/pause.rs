@@ -37,6 +37,11 @@ impl Cause {
         }
     }
 
+    /// Nothing of it can be written to: it may be a name that somebody has made up.
+    pub(crate) fn is_absence(self) -> bool {
+        matches!(self, Self::Missing | Self::Forbidden)
+    }
+
     /// As it is recorded. What a later build recorded waits for an operator.
     fn parse(text: &str) -> Self {
         let all = [Self::Missing, Self::Forbidden, Self::Leaderless, Self::Refusing];

@@ -9,7 +9,13 @@ use rdkafka::{
 };
 use saga_core::{
     clock::DatabaseClock,
-    envelope::{Envelope, header},
+    consumer::dead_letter_header as letter,
+    envelope::{
+        Envelope,
+        exact::{self, EXACT},
+        header,
+    },
+    topic::dead_letter_topic,
     trace,
 };
 use serde::{
@@ -20,11 +26,13 @@ use std::{borrow::Cow, fmt, io::Write as _, sync::Arc};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 /// What the row's headers may not override.
-const OURS: [&str; 5] = [header::SPECVERSION, header::ID, header::TYPE, header::TIME, header::SEQUENCE];
+const OURS: [&str; 6] = [header::SPECVERSION, header::ID, header::TYPE, header::TIME, header::SEQUENCE, header::EPOCH];
 
 /// Builds records of one outbox. Reuses its buffers.
 pub(crate) struct RecordBuilder {
     source: String,
+    /// What the rows' ids count in: the same for all that are published under one lease.
+    epoch: Arc<str>,
     /// A record's timestamp is when it was sent, by the database's clock: Kafka refuses what is far ahead of its own, and
     /// keeps a record for so long after it.
     pub(crate) clock: Arc<DatabaseClock>,
@@ -36,42 +44,97 @@ pub(crate) struct RecordBuilder {
 pub(crate) struct Built {
     pub(crate) headers: OwnedHeaders,
     pub(crate) size: usize,
+    /// What of a dead letter is left out, because its topic does not take it whole.
+    pub(crate) left_out: LeftOut,
+}
+
+/// What of a row its record has not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum LeftOut {
+    #[default]
+    Nothing,
+    Payload,
+    /// And the headers that the dead letter has of its original.
+    Headers,
+    /// And the key.
+    Key,
 }
 
 impl RecordBuilder {
-    pub(crate) fn new(source: &str, clock: Arc<DatabaseClock>) -> Self {
-        Self { source: source.to_owned(), clock, text: Vec::with_capacity(64) }
+    pub(crate) fn new(source: &str, epoch: Arc<str>, clock: Arc<DatabaseClock>) -> Self {
+        Self { source: source.to_owned(), epoch, clock, text: Vec::with_capacity(64) }
     }
 
     pub(crate) fn build(&mut self, row: &Row) -> Built {
-        let own = row.headers().map(parse).unwrap_or_default();
-        let mut headers = OwnedHeaders::new_with_capacity(8 + own.len());
-        let mut count = 0;
-        let mut size = 0;
-        let mut add = |headers: OwnedHeaders, key: &str, value: &[u8]| {
-            count += 1;
-            size += varint(key.len()) + key.len() + varint(value.len()) + value.len();
-            headers.insert(Header { key, value: Some(value) })
-        };
-        headers = add(headers, header::SPECVERSION, b"1.0");
-        let mut id = uuid::Uuid::encode_buffer();
-        headers = add(headers, header::ID, row.message_id().hyphenated().encode_lower(&mut id).as_bytes());
-        headers = add(headers, header::TYPE, row.kind().as_bytes());
-        headers = add(headers, header::TIME, self.time(row.created_at()));
-        headers = add(headers, header::SEQUENCE, self.number(row.id()));
-        if !own.iter().any(|(key, _)| key == header::SOURCE) {
-            headers = add(headers, header::SOURCE, self.source.as_bytes());
+        self.build_without(row, LeftOut::Nothing)
+    }
+
+    /// The record of a dead letter, of which as little is left out as makes it fit into `limit` bytes: it says where its original
+    /// stands, and what of it is only to be read there. `None` where nothing helps, or the row is no dead letter.
+    pub(crate) fn build_within(&mut self, row: &Row, limit: usize) -> Option<Built> {
+        if !is_dead_letter(row) {
+            return None;
         }
-        for (key, value) in &own {
-            if !OURS.contains(&key.as_ref()) {
-                headers = add(headers, key, value.as_bytes());
+        let less = [LeftOut::Payload, LeftOut::Headers, LeftOut::Key];
+        less.into_iter().map(|left_out| self.build_without(row, left_out)).find(|built| built.size <= limit)
+    }
+
+    /// The record, or as much of a dead letter as fits into `limit` bytes; else how large it is.
+    pub(crate) fn fit(&mut self, row: &Row, limit: usize) -> Result<Built, usize> {
+        let whole = self.build(row);
+        if whole.size <= limit { Ok(whole) } else { self.build_within(row, limit).ok_or(whole.size) }
+    }
+
+    pub(crate) fn build_without(&mut self, row: &Row, left_out: LeftOut) -> Built {
+        let own = row.headers().map(parse).unwrap_or_default();
+        let exact = own.iter().find(|(name, _)| name == EXACT).and_then(|(_, text)| exact::read(text));
+        let mut record = Headers::with_capacity(12 + own.len());
+        record.add(header::SPECVERSION, b"1.0");
+        let mut id = uuid::Uuid::encode_buffer();
+        record.add(header::ID, row.message_id().hyphenated().encode_lower(&mut id).as_bytes());
+        record.add(header::TYPE, row.kind().as_bytes());
+        record.add(header::TIME, self.time(row.created_at()));
+        record.add(header::SEQUENCE, self.number(row.id()));
+        record.add(header::EPOCH, self.epoch.as_bytes());
+        let has_source = own.iter().any(|(name, _)| name == header::SOURCE)
+            || exact.iter().flatten().any(|(name, _)| name == header::SOURCE);
+        if !has_source {
+            record.add(header::SOURCE, self.source.as_bytes());
+        }
+        let goes = |name: &str| !OURS.contains(&name) && (left_out < LeftOut::Headers || letter::SAID.contains(&name));
+        let mut left = 0;
+        for (name, value) in exact.iter().flatten() {
+            let value = value.as_deref();
+            match goes(name) {
+                true => record.push(name, value),
+                false => left += name.len() + value.map_or(0, <[u8]>::len),
             }
         }
-        let key = row.key().map_or(0, str::len);
-        let value = row.size().unwrap_or(0);
+        for (name, value) in own.iter().filter(|(name, _)| exact.is_none() || name != EXACT) {
+            match goes(name) {
+                true => record.add(name, value.as_bytes()),
+                false => left += name.len() + value.len(),
+            }
+        }
+        if left_out >= LeftOut::Payload {
+            record.add(letter::PAYLOAD_BYTES, self.number(row.size().unwrap_or(0)));
+        }
+        if left_out >= LeftOut::Headers {
+            record.add(letter::HEADERS_BYTES, self.number(left));
+        }
+        let (mut key, mut value) = (row.key().map_or(0, str::len), row.size().unwrap_or(0));
+        if left_out >= LeftOut::Key {
+            record.add(letter::KEY_BYTES, self.number(key));
+            key = 0;
+        }
+        if left_out >= LeftOut::Payload {
+            value = 0;
+        }
+        let Headers { headers, count, size } = record;
+        let headers = headers.unwrap_or_default();
         // Attributes, and two deltas that are zero in a batch of one; a null length is -1, which also takes one byte.
         let body = 3 + varint(key) + key + varint(value) + value + varint(count) + size;
-        Built { headers, size: BATCH_HEADER + varint(body) + body }
+        Built { headers, size: BATCH_HEADER + varint(body) + body, left_out }
     }
 
     fn time(&mut self, at: OffsetDateTime) -> &[u8] {
@@ -89,11 +152,50 @@ impl RecordBuilder {
         i64::try_from(self.clock.now().unix_timestamp_nanos() / 1_000_000).unwrap_or(0)
     }
 
-    fn number(&mut self, number: i64) -> &[u8] {
+    fn number(&mut self, number: impl fmt::Display) -> &[u8] {
         self.text.clear();
         write!(self.text, "{number}").expect("writing to memory does not fail");
         &self.text
     }
+}
+
+/// Headers as they are put together, and their size in a record.
+struct Headers {
+    /// Always there between two calls.
+    headers: Option<OwnedHeaders>,
+    count: usize,
+    size: usize,
+}
+
+impl Headers {
+    fn with_capacity(headers: usize) -> Self {
+        Self { headers: Some(OwnedHeaders::new_with_capacity(headers)), count: 0, size: 0 }
+    }
+
+    fn add(&mut self, key: &str, value: &[u8]) {
+        self.push(key, Some(value));
+    }
+
+    /// A null value has the length -1, which takes one byte.
+    fn push(&mut self, key: &str, value: Option<&[u8]>) {
+        self.count += 1;
+        self.size += varint(key.len()) + key.len() + value.map_or(1, |value| varint(value.len()) + value.len());
+        self.headers = self.headers.take().map(|headers| headers.insert(Header { key, value }));
+    }
+}
+
+/// Whether a topic of this name may take dead letters.
+pub(crate) fn takes_dead_letters(topic: &str) -> bool {
+    topic.ends_with(&dead_letter_topic(""))
+}
+
+/// Whether a consumer gave the row's record up: then it says where that stands.
+fn is_dead_letter(row: &Row) -> bool {
+    let own = row.headers().map(parse).unwrap_or_default();
+    let of = |name: &str| own.iter().find(|(of, _)| of == name).map(|(_, value)| value.as_ref());
+    of(letter::TOPIC).is_some_and(|topic| dead_letter_topic(topic) == row.topic())
+        && of(letter::PARTITION).is_some()
+        && of(letter::OFFSET).is_some()
 }
 
 /// What is said of a row within this has the ids that its consumers log, and its trace. A warning like what is said in it:
@@ -126,8 +228,8 @@ pub(crate) fn span(row: &Row) -> tracing::Span {
 /// The record of a row, to be given to a producer with what names it there.
 pub(crate) fn of(row: &Row, built: Built, opaque: usize, timestamp: i64) -> BaseRecord<'_, [u8], [u8], usize> {
     let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(row.topic(), opaque).headers(built.headers);
-    record.key = row.key().map(str::as_bytes);
-    record.payload = row.payload();
+    record.key = row.key().map(str::as_bytes).filter(|_| built.left_out < LeftOut::Key);
+    record.payload = row.payload().filter(|_| built.left_out < LeftOut::Payload);
     record.timestamp = Some(timestamp);
     record
 }

@@ -14,12 +14,12 @@ use crate::{
     budget::{Area, Held, LEAST, ROW},
     control::Control,
     database::Database,
-    fate::too_large,
+    fate::{MOST_ABSENT, too_large},
     loops::{self, Loops},
     outbox::Outbox,
     parking::{self, Blocked, Line, Published},
     pause::{self, Cause},
-    record::{self, Built, RecordBuilder},
+    record::{self, Built, RecordBuilder, takes_dead_letters},
     refusal::Refusal,
     retrying::{Choice, Retrying, Sending},
     row::Row,
@@ -80,6 +80,7 @@ impl Retries {
     pub(crate) fn new(
         outbox: &Outbox,
         owner: Uuid,
+        epoch: Arc<str>,
         blocked: Arc<Blocked>,
         control: watch::Receiver<Arc<Control>>,
     ) -> Self {
@@ -91,7 +92,7 @@ impl Retries {
             topics: outbox.topics.clone(),
             brokers: outbox.brokers.clone(),
             compression: outbox.compression.clone(),
-            builder: RecordBuilder::new(&outbox.name, clock),
+            builder: RecordBuilder::new(&outbox.name, epoch, clock),
             area: outbox.areas.retries.clone(),
             blocked,
             control,
@@ -210,7 +211,8 @@ impl Retries {
         let (mut ids, mut bytes, mut refused) = (Vec::new(), 0, false);
         for row in found {
             let size = row.bytes();
-            if size > limit {
+            // Of a dead letter as much is sent as fits.
+            if size > limit && !takes_dead_letters(&line.topic) {
                 if line.key.is_some() && !ids.is_empty() {
                     break;
                 }
@@ -260,7 +262,12 @@ impl Retries {
     }
 
     /// The topic takes nothing now: it is paused, so that it is looked for. Then its lines are tried again.
-    async fn put_off(&self, topic: &str, cause: Cause, reason: String) -> Result<Option<usize>, sqlx::Error> {
+    async fn put_off(&mut self, topic: &str, cause: Cause, reason: String) -> Result<Option<usize>, sqlx::Error> {
+        let absent = self.control.borrow().paused.values().filter(|paused| paused.cause.is_absence()).count();
+        if cause.is_absence() && absent >= MOST_ABSENT {
+            self.leave_alone(topic.to_owned(), &reason);
+            return Ok(None);
+        }
         warn!(outbox = self.outbox, topic, reason, "parked rows cannot be tried again yet");
         self.db.ask(async |db| pause::begin(db, &self.outbox, topic, cause, &reason).await).await?;
         Ok(None)
@@ -276,18 +283,22 @@ impl Retries {
             let mut sending = Sending { line, requested, rows: Vec::new() };
             let mut blocked = false;
             for row in ids.iter().filter_map(|id| claimed.remove(id)) {
-                let built = self.builder.build(&row);
                 if blocked {
                     unsent.push(row.id());
-                } else if built.size > limit {
-                    self.refuse(&row, &too_large(built.size, limit)).await?;
-                    blocked = sending.line.key.is_some();
-                    if blocked {
-                        self.met(sending.line.clone(), requested).await?;
+                    continue;
+                }
+                match self.builder.fit(&row, limit) {
+                    Ok(built) => {
+                        records.push(built);
+                        sending.rows.push(row);
                     }
-                } else {
-                    records.push(built);
-                    sending.rows.push(row);
+                    Err(size) => {
+                        self.refuse(&row, &too_large(size, limit)).await?;
+                        blocked = sending.line.key.is_some();
+                        if blocked {
+                            self.met(sending.line.clone(), requested).await?;
+                        }
+                    }
                 }
             }
             lines.push(sending);

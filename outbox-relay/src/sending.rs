@@ -212,9 +212,10 @@ impl Session {
     /// Gives a row to the producer, waiting for room; returns the code if it was refused on the spot.
     async fn offer(&mut self, ready: Ready<'_>, timestamp: i64) -> Result<Option<RDKafkaErrorCode>, Ended> {
         let Ready { row, ticket, built, limit } = ready;
+        let left_out = built.left_out;
         let mut built = Some(built);
         loop {
-            let record = built.take().unwrap_or_else(|| self.builder.build(row));
+            let record = built.take().unwrap_or_else(|| self.builder.build_without(row, left_out));
             match self.publisher.offer(record::of(row, record, ticket.0, timestamp), ticket, limit)? {
                 Offered::Taken => return Ok(None),
                 Offered::Refused(code) => return Ok(Some(code)),

@@ -47,6 +47,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// What the streams of one outbox share.
 pub(crate) struct Shared {
     pub(crate) outbox: String,
+    /// What its rows' ids count in.
+    pub(crate) epoch: Arc<str>,
     pub(crate) db: Database,
     /// For statements that may read much.
     pub(crate) reading: Database,
@@ -271,7 +273,7 @@ async fn session(
         db: shared.db.clone(),
         topics: shared.topics.clone(),
         publisher,
-        builder: RecordBuilder::new(&shared.outbox, shared.clock.clone()),
+        builder: RecordBuilder::new(&shared.outbox, shared.epoch.clone(), shared.clock.clone()),
         memory,
         blocked: shared.blocked.clone(),
         paused,

@@ -7,10 +7,18 @@ use rdkafka::{
     metadata::MetadataPartition,
     util::Timeout,
 };
-use std::{sync::Arc, time::Duration};
+use saga_core::clock;
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 /// How long the brokers may take to answer; they are asked again after that.
 const PATIENCE: Duration = Duration::from_secs(3);
+
+/// How old the names of all topics may be.
+const NAMED_MAX: Duration = Duration::from_secs(1);
 
 /// Where the topic's `max.message.bytes` may not be read: the broker judges.
 const UNKNOWN_LIMIT: usize = usize::MAX;
@@ -38,10 +46,15 @@ impl ClientContext for Quiet {
     }
 }
 
+/// When the brokers named which topics.
+type Named = (Instant, Arc<HashSet<String>>);
+
 /// Asks the brokers about topics.
 #[derive(Clone)]
 pub(crate) struct Topics {
     admin: Arc<AdminClient<Quiet>>,
+    /// All topics that the brokers name, and when they did.
+    named: Arc<Mutex<Option<Named>>>,
 }
 
 impl Topics {
@@ -52,7 +65,7 @@ impl Topics {
             // Asking must not create.
             .set("allow.auto.create.topics", "false")
             .create_with_context(Quiet)?;
-        Ok(Self { admin: Arc::new(admin) })
+        Ok(Self { admin: Arc::new(admin), named: Arc::default() })
     }
 
     /// Whether any broker answers.
@@ -78,6 +91,28 @@ impl Topics {
             // be read (a right of its own, without which writing may be allowed), looks like one without settings.
             None => self.look_without_configuration(topic).await,
         }
+    }
+
+    /// Whether the brokers name the topic not among all that they name to this process, as they did a moment ago. Where they
+    /// do not answer, it may be there.
+    pub(crate) async fn lacks(&self, topic: &str) -> bool {
+        self.named().await.is_some_and(|named| !named.contains(topic))
+    }
+
+    /// All topics that the brokers name, or named a moment ago; `None` when they do not answer.
+    pub(crate) async fn named(&self) -> Option<Arc<HashSet<String>>> {
+        let known = self.named.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some((_, named)) = known.filter(|(at, _)| at.elapsed() < NAMED_MAX) {
+            return Some(named);
+        }
+        let admin = self.admin.clone();
+        let asked = tokio::task::spawn_blocking(move || {
+            let metadata = admin.inner().fetch_metadata(None, PATIENCE).ok()?;
+            Some(metadata.topics().iter().map(|topic| topic.name().to_owned()).collect::<HashSet<_>>())
+        });
+        let named = Arc::new(asked.await.ok()??);
+        *self.named.lock().unwrap_or_else(PoisonError::into_inner) = Some((clock::monotonic(), named.clone()));
+        Some(named)
     }
 
     /// Whether a partition of the topic has no leader, as the brokers say.

@@ -30,6 +30,7 @@ mod portion;
 mod reading;
 mod record;
 mod refusal;
+mod rereading;
 mod retries;
 mod transaction;
 mod worker;
@@ -37,6 +38,7 @@ mod worker;
 pub use config::{ConsumerConfig, TooOld};
 pub use dead_letter::dead_letter_header;
 pub use health::ConsumerHealth;
+pub use rereading::{Reread, Rereading, RereadingError};
 
 use crate::{
     envelope::Envelope,
@@ -237,6 +239,10 @@ pub enum HandleError {
     /// It did not work this time: counted, retried with back-off, then dead-lettered.
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
+    /// Several messages of the batch can never work: dead-lettered together, and the others are handled without them. Made by
+    /// [`HandleError::unfit`].
+    #[error("{} messages of the batch cannot be handled; the first: {}", .0.len(), .0.first().map_or("", |first| first.reason.as_str()))]
+    Several(Vec<Unfit>),
     /// An error of one message of the batch; made by [`HandleError::of`].
     #[error("message {message}: {error}")]
     Of {
@@ -251,7 +257,51 @@ pub enum HandleError {
     Again,
 }
 
+/// The class of what comes from a source that is not declared for its topic.
+pub const UNDECLARED_SOURCE: &str = "undeclared-source";
+/// The class of a reply to a saga that does not exist.
+pub const NO_SAGA: &str = "no-saga";
+
+/// A message that can never be handled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unfit {
+    /// Which.
+    pub message: MessageId,
+    /// What kind of thing is wrong with it, in one word: `x-error-class` of its dead letter.
+    pub class: &'static str,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl Unfit {
+    /// Of a message whose error says that it is poison; any other error is given back, with the name of its message.
+    pub fn poison(message: MessageId, error: HandleError) -> Result<Self, HandleError> {
+        match error {
+            HandleError::Poison(reason) => Ok(Self { message, class: failure::POISON, reason }),
+            error => Err(error.of(message)),
+        }
+    }
+
+    /// Of a message whose source is not declared for its topic.
+    pub(crate) fn undeclared(message: MessageId, reason: String) -> Self {
+        Self { message, class: UNDECLARED_SOURCE, reason }
+    }
+}
+
 impl HandleError {
+    /// Of a batch in which these messages can never be handled. They are found in one look through the batch, so that each costs
+    /// its own dead letter and no attempt at the whole.
+    ///
+    /// # Errors
+    /// If there are any.
+    pub fn unfit(mut unfit: Vec<Unfit>) -> Result<(), Self> {
+        match &mut unfit[..] {
+            [] => Ok(()),
+            [one] if one.class == failure::POISON => Err(Self::Poison(std::mem::take(&mut one.reason)).of(one.message)),
+            _ => Err(Self::Several(unfit)),
+        }
+    }
+
     /// Names the message whose error this is. Only that message is then set aside, and the rest of its batch is handled
     /// together. The culprit of an error without a name is searched for by halving the batch.
     #[must_use]

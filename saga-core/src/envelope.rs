@@ -4,6 +4,7 @@
 //! value) is legal. This module is pure.
 
 mod codec;
+pub mod exact;
 
 use crate::{
     command::Happened,
@@ -31,8 +32,11 @@ pub mod header {
     pub const SUBJECT: &str = "ce_subject";
     /// When it was written, RFC 3339.
     pub const TIME: &str = "ce_time";
-    /// The outbox row's id: it grows along a key.
+    /// The outbox row's id: it grows along a key, within an epoch of its source.
     pub const SEQUENCE: &str = "ce_sequence";
+    /// What the sequence counts in: another one begins with a restore, a promotion, a new database or a new outbox. To be compared
+    /// for equality alone.
+    pub const EPOCH: &str = "ce_epoch";
     /// Media type of the payload.
     pub const CONTENT_TYPE: &str = "content-type";
     /// W3C trace context.
@@ -71,6 +75,12 @@ pub mod header {
     pub const OUTCOME: &str = "ce_outcome";
     /// Set when an operator published the row again.
     pub const REPLAYED: &str = "ce_replayed";
+    /// In a dead letter: the topic of the record that was given up.
+    pub const ORIGINAL_TOPIC: &str = "x-original-topic";
+    /// In a dead letter: the `ce_sequence` of the record that was given up.
+    pub const ORIGINAL_SEQUENCE: &str = "x-original-sequence";
+    /// In a dead letter: the `ce_epoch` of the record that was given up.
+    pub const ORIGINAL_EPOCH: &str = "x-original-epoch";
 }
 
 macro_rules! text_enum {
@@ -152,6 +162,19 @@ pub struct Envelope {
     pub saga: Option<SagaHeaders>,
     /// All other headers, passed through.
     pub other: Headers,
+}
+
+/// Where a message stands among all that its source has published: sequences of one epoch can be compared, and no others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Standing<'a> {
+    /// Whose sequence it is.
+    pub source: &'a str,
+    /// What the sequence counts in; empty where it is not said.
+    pub epoch: &'a str,
+    /// Its place.
+    pub sequence: Option<i64>,
+    /// The message was given up by a consumer and sent again: it may come behind anything.
+    pub redriven: bool,
 }
 
 /// What a saga's command or reply carries.

@@ -6,7 +6,7 @@
 
 use crate::{
     clock,
-    envelope::{Envelope, Headers, SagaHeaders, header},
+    envelope::{Envelope, Headers, SagaHeaders, exact, header},
     fail_point::fail_point,
     id::MessageId,
     topic, trace,
@@ -14,7 +14,7 @@ use crate::{
 use futures::TryStreamExt as _;
 use serde::Serialize;
 use sqlx::{AssertSqlSafe, Either, PgConnection, PgExecutor, PgPool, Row as _, postgres::PgArguments, types::Json};
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 /// The caller's transaction. Whatever takes it is atomic with the rest of that transaction.
 pub type Tx<'a> = sqlx::Transaction<'a, sqlx::Postgres>;
@@ -109,7 +109,11 @@ impl NewMessage {
         if self.key.contains('\0') {
             return Err(InvalidMessage::Key);
         }
-        match self.headers.iter().find(|(name, value)| name.is_empty() || name.contains('\0') || value.contains('\0')) {
+        let is_exact = |name: &str, value: &str| name == exact::EXACT && exact::read(value).is_some();
+        let wrong = |(name, value): &(&Cow<'static, str>, &String)| {
+            name.contains('\0') || value.contains('\0') || name.is_empty() && !is_exact(name, value)
+        };
+        match self.headers.iter().find(wrong) {
             Some((name, _)) => Err(InvalidMessage::Header(name.to_string())),
             None => Ok(()),
         }

@@ -1,26 +1,27 @@
 //! What could not be handled goes to `<topic>.dlt`, through the outbox: in the transaction that gives it up.
 //!
-//! A dead letter is the record as it was (key, value, headers, id), with its coordinates and what was wrong as further
-//! headers. One that had no readable id gets one derived from its coordinates, so that a repeat is recognisable.
+//! A dead letter is the record as it was (key, value, every header, id), with its coordinates and what was wrong as further
+//! headers. What the relay says of each message it says of the dead letter; what the record said there stands in
+//! `x-original-…`. One that had no readable id gets one derived from its coordinates, so that a repeat is recognisable.
 
 use super::{
     Coordinates, Message,
     failure::Fault,
-    record::{Refused, storable_headers},
+    record::{Origin, RawHeaders, Refused},
 };
 use crate::{
-    envelope::{Headers, header},
+    envelope::{Headers, exact, header},
     id::MessageId,
     outbox::{self, AppendError, NewMessage, Tx},
     topic::dead_letter_topic,
 };
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 /// Header names of a dead letter.
 pub mod dead_letter_header {
     /// The topic that it was read from.
-    pub const TOPIC: &str = "x-original-topic";
+    pub const TOPIC: &str = crate::envelope::header::ORIGINAL_TOPIC;
     /// Its partition there.
     pub const PARTITION: &str = "x-original-partition";
     /// Its offset there.
@@ -37,21 +38,40 @@ pub mod dead_letter_header {
     pub const ERROR_MESSAGE: &str = "x-error-message";
     /// How often it was tried.
     pub const ATTEMPTS: &str = "x-attempts";
+    /// Its `ce_sequence`, `ce_epoch` and `ce_time`: the dead letter has its own. So has it, if these were not to be read, `ce_id`,
+    /// `ce_type`, `ce_specversion` and `ce_source`, and the original's are `x-original-id` and so on.
+    pub const SEQUENCE: &str = crate::envelope::header::ORIGINAL_SEQUENCE;
+    /// See [`SEQUENCE`].
+    pub const EPOCH: &str = crate::envelope::header::ORIGINAL_EPOCH;
+    /// See [`SEQUENCE`].
+    pub const TIME: &str = "x-original-time";
+    /// Set by the relay when the dead letter is too large for its topic with its payload, which has so many bytes and is left out:
+    /// it is to be read at the coordinates above, for as long as that topic keeps it.
+    pub const PAYLOAD_BYTES: &str = "x-original-payload-bytes";
+    /// Likewise of the original's own headers.
+    pub const HEADERS_BYTES: &str = "x-original-headers-bytes";
+    /// Likewise of its key.
+    pub const KEY_BYTES: &str = "x-original-key-bytes";
+
+    /// What is said of every dead letter here, whatever else it carries.
+    pub const SAID: [&str; 9] = [TOPIC, PARTITION, OFFSET, TIMESTAMP, GROUP, KEY, ERROR_CLASS, ERROR_MESSAGE, ATTEMPTS];
 }
 
-/// What the relay says of every message; of a dead letter it says its own.
-const SET_BY_THE_RELAY: [&str; 5] = [header::SPECVERSION, header::ID, header::TYPE, header::TIME, header::SEQUENCE];
+/// What the relay says of every message, and a dead letter in the same words as its original.
+const SET_BY_THE_RELAY: [&str; 3] = [header::SPECVERSION, header::ID, header::TYPE];
 
 /// What a record is called whose type cannot be read.
 const UNKNOWN_TYPE: &str = "undecodable";
 
+/// Longest source that an envelope may have.
+const SOURCE_MAX: usize = 1_000;
+
 /// A record that is given up.
 pub(super) struct DeadLetter<'a> {
     at: &'a Coordinates,
-    timestamp: Option<OffsetDateTime>,
     key: Option<&'a [u8]>,
     payload: Option<&'a [u8]>,
-    headers: Headers,
+    origin: &'a Origin,
     class: &'a str,
     reason: &'a str,
     attempts: u32,
@@ -62,10 +82,9 @@ impl<'a> DeadLetter<'a> {
     pub(super) fn refused(refused: &'a Refused) -> Self {
         Self {
             at: &refused.at,
-            timestamp: refused.timestamp,
             key: refused.key.as_deref(),
             payload: refused.payload.as_deref(),
-            headers: refused.headers.clone(),
+            origin: &refused.origin,
             class: refused.class,
             reason: &refused.reason,
             attempts: 0,
@@ -73,31 +92,29 @@ impl<'a> DeadLetter<'a> {
     }
 
     /// One that was tried `attempts` times.
-    pub(super) fn failed(
-        message: &'a Message,
-        timestamp: Option<OffsetDateTime>,
-        fault: &'a Fault,
-        attempts: u32,
-    ) -> Self {
+    pub(super) fn failed(message: &'a Message, origin: &'a Origin, fault: &'a Fault, attempts: u32) -> Self {
         Self {
             at: &message.at,
-            timestamp,
             key: message.key.as_deref(),
             payload: message.payload.as_deref(),
-            headers: storable_headers(&message.envelope),
+            origin,
             class: &fault.class,
             reason: &fault.reason,
             attempts,
         }
     }
 
-    fn into_message(mut self, group: &str) -> (NewMessage, Option<String>) {
+    /// The text of a header, if it has one: of several the last.
+    fn text(&self, name: &str) -> Option<&'a str> {
+        text(&self.origin.headers, name)
+    }
+
+    fn into_message(self, group: &str) -> (NewMessage, Option<String>) {
         let key = self.key.and_then(|key| std::str::from_utf8(key).ok()).filter(|key| !key.contains('\0'));
-        let id =
-            self.headers.get(header::ID).and_then(|id| id.parse().ok()).unwrap_or_else(|| derive_id(group, self.at));
-        let kind = self.headers.get(header::TYPE).filter(|kind| !kind.is_empty()).cloned();
-        self.headers.retain(|name, _| !SET_BY_THE_RELAY.contains(&&**name));
-        let mut set = |name: &'static str, value: String| self.headers.insert(name.into(), value);
+        let id = self.text(header::ID).and_then(|id| id.parse().ok()).unwrap_or_else(|| derive_id(group, self.at));
+        let kind = self.text(header::TYPE).unwrap_or(UNKNOWN_TYPE).to_owned();
+        let mut headers = kept(&self.origin.headers, id, &kind);
+        let mut set = |name: &'static str, value: String| headers.insert(name.into(), value);
         set(dead_letter_header::TOPIC, self.at.topic.clone());
         set(dead_letter_header::PARTITION, self.at.partition.to_string());
         set(dead_letter_header::OFFSET, self.at.offset.to_string());
@@ -105,7 +122,7 @@ impl<'a> DeadLetter<'a> {
         set(dead_letter_header::ERROR_CLASS, self.class.to_owned());
         set(dead_letter_header::ERROR_MESSAGE, self.reason.replace('\0', "\u{fffd}"));
         set(dead_letter_header::ATTEMPTS, self.attempts.to_string());
-        if let Some(timestamp) = self.timestamp.and_then(|timestamp| timestamp.format(&Rfc3339).ok()) {
+        if let Some(timestamp) = self.origin.timestamp.and_then(|timestamp| timestamp.format(&Rfc3339).ok()) {
             set(dead_letter_header::TIMESTAMP, timestamp);
         }
         if let (Some(bytes), None) = (self.key, key) {
@@ -115,12 +132,42 @@ impl<'a> DeadLetter<'a> {
             id,
             topic: dead_letter_topic(&self.at.topic),
             key: String::new(),
-            kind: kind.unwrap_or_else(|| UNKNOWN_TYPE.to_owned()),
+            kind,
             payload: self.payload.map(<[u8]>::to_vec),
-            headers: self.headers,
+            headers,
         };
         (message, key.map(str::to_owned))
     }
+}
+
+/// Of several headers of a name the last counts; text that PostgreSQL stores.
+fn text<'a>(headers: &'a RawHeaders, name: &str) -> Option<&'a str> {
+    let last = headers.iter().filter(|(of, _)| *of == name).last().and_then(|(_, value)| value)?;
+    std::str::from_utf8(last).ok().filter(|text| !text.is_empty() && !text.contains('\0'))
+}
+
+/// Every header of the record. What the dead letter has of its own is renamed, and comes first: should the record be a dead letter
+/// that was sent again, then the last header of such a name is that of its first original.
+fn kept(headers: &RawHeaders, id: MessageId, kind: &str) -> Headers {
+    let alone = |name: &str| headers.iter().filter(|(of, _)| *of == name).take(2).count() == 1;
+    let says = |name: &str, what: &str| alone(name) && text(headers, name) == Some(what);
+    let source = text(headers, header::SOURCE).filter(|source| source.len() <= SOURCE_MAX);
+    // Once each, however many headers of one name there are.
+    let same = [
+        (header::SPECVERSION, "x-original-specversion", says(header::SPECVERSION, "1.0")),
+        (header::ID, "x-original-id", says(header::ID, &id.to_string())),
+        (header::TYPE, "x-original-type", says(header::TYPE, kind)),
+        (header::SOURCE, "x-original-source", source.is_some() && alone(header::SOURCE)),
+    ];
+    let new_name = |name: &str| match name {
+        header::SEQUENCE => Some(dead_letter_header::SEQUENCE),
+        header::EPOCH => Some(dead_letter_header::EPOCH),
+        header::TIME => Some(dead_letter_header::TIME),
+        name => same.iter().find(|(of, _, same)| *of == name && !same).map(|(_, new, _)| *new),
+    };
+    let renamed = headers.iter().filter_map(|(name, value)| Some((new_name(name)?, value)));
+    let others = headers.iter().filter(|(name, _)| new_name(name).is_none() && !SET_BY_THE_RELAY.contains(name));
+    exact::beside(renamed.chain(others), &dead_letter_header::SAID)
 }
 
 /// Always the same for one record and one group.
@@ -144,9 +191,9 @@ pub(super) async fn append_in(
             topic = letter.at.topic,
             partition = letter.at.partition,
             offset = letter.at.offset,
-            message_id = letter.headers.get(header::ID),
-            saga = letter.headers.get(header::SAGA_ID),
-            saga_type = letter.headers.get(header::SAGA_TYPE),
+            message_id = letter.text(header::ID),
+            saga = letter.text(header::SAGA_ID),
+            saga_type = letter.text(header::SAGA_TYPE),
             class = letter.class,
             reason = letter.reason,
             attempts = letter.attempts,
@@ -162,14 +209,18 @@ pub(super) async fn append_in(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use time::OffsetDateTime;
 
-    fn refused(key: Option<&[u8]>, headers: &[(&str, &str)]) -> Refused {
+    type Given<'a> = &'a [(&'a str, Option<&'a [u8]>)];
+
+    fn refused(key: Option<&[u8]>, headers: Given<'_>) -> Refused {
+        let mut raw = RawHeaders::default();
+        headers.iter().for_each(|(name, value)| raw.push(name, *value));
         Refused {
             at: Coordinates { topic: "t".into(), partition: 3, offset: 14 },
-            timestamp: Some(OffsetDateTime::UNIX_EPOCH),
             key: key.map(<[u8]>::to_vec),
             payload: None,
-            headers: headers.iter().map(|&(name, value)| (name.to_owned().into(), value.to_owned())).collect(),
+            origin: Origin { timestamp: Some(OffsetDateTime::UNIX_EPOCH), headers: raw },
             class: "undecodable",
             reason: "no\0good".into(),
         }
@@ -177,7 +228,13 @@ mod tests {
 
     #[test]
     fn a_dead_letter_tells_where_it_stood_and_what_was_wrong() {
-        let record = refused(Some(b"k"), &[("ce_type", "a.b.v1"), ("x-shop", "1"), ("ce_sequence", "9")]);
+        let given: Given<'_> = &[
+            ("ce_type", Some(b"a.b.v1")),
+            ("x-shop", Some(b"1")),
+            ("ce_sequence", Some(b"9")),
+            ("ce_epoch", Some(b"e")),
+        ];
+        let record = refused(Some(b"k"), given);
         let (message, key) = DeadLetter::refused(&record).into_message("g");
         assert_eq!((message.topic.as_str(), message.kind.as_str(), key.as_deref()), ("t.dlt", "a.b.v1", Some("k")));
         let headers: Vec<_> = message.headers.iter().map(|(name, value)| (&**name, value.as_str())).collect();
@@ -187,9 +244,11 @@ mod tests {
                 ("x-attempts", "0"),
                 ("x-error-class", "undecodable"),
                 ("x-error-message", "no\u{fffd}good"),
+                ("x-original-epoch", "e"),
                 ("x-original-group", "g"),
                 ("x-original-offset", "14"),
                 ("x-original-partition", "3"),
+                ("x-original-sequence", "9"),
                 ("x-original-timestamp", "1970-01-01T00:00:00Z"),
                 ("x-original-topic", "t"),
                 ("x-shop", "1"),
@@ -204,5 +263,35 @@ mod tests {
         assert_eq!(first.kind, "undecodable");
         let (again, _) = DeadLetter::refused(&refused(Some(&[0xff, 0]), &[])).into_message("g");
         assert_eq!(first.id, again.id);
+    }
+    #[test]
+    fn every_header_is_kept_and_what_the_dead_letter_has_of_its_own_is_renamed() {
+        let given: Given<'_> = &[
+            ("ce_id", Some(b"seven")),
+            ("ce_type", Some(b"a.b.v1")),
+            ("ce_type", Some(b"a.b.v2")),
+            ("ce_source", None),
+            ("ce_specversion", Some(b"1.1")),
+            ("ce_sequence", Some(b"40")),
+            ("bin", Some(&[0xff])),
+            ("none", None),
+            ("x-original-sequence", Some(b"9")),
+            ("x-original-topic", Some(b"before")),
+        ];
+        let (message, _) = DeadLetter::refused(&refused(None, given)).into_message("g");
+        let all = exact::to_record(&message.headers);
+        let of = |name: &str| -> Vec<_> {
+            all.iter().filter(|(of, _)| of == name).map(|(_, value)| value.as_deref()).collect()
+        };
+        assert_eq!(message.kind, "a.b.v2");
+        assert_eq!(of("x-original-id"), [Some(&b"seven"[..])]);
+        assert_eq!(of("x-original-type"), [Some(&b"a.b.v1"[..]), Some(b"a.b.v2")]);
+        assert_eq!((of("x-original-source"), of("x-original-specversion")), (vec![None], vec![Some(&b"1.1"[..])]));
+        assert_eq!((of("bin"), of("none")), (vec![Some(&[0xff_u8][..])], vec![None]));
+        assert_eq!(of("x-original-sequence"), [Some(&b"40"[..]), Some(b"9")], "the first original's is the last");
+        assert_eq!(of("x-original-topic"), [Some(&b"before"[..]), Some(b"t")]);
+        for name in ["ce_id", "ce_type", "ce_source", "ce_specversion", "ce_sequence"] {
+            assert!(of(name).is_empty(), "{name} is the relay's to say");
+        }
     }
 }

@@ -8,7 +8,7 @@
 //! A wait for a lock is no fault of the record: another transaction holds the lock. Its record is set aside like one at
 //! fault, so that the others flow, but no attempt is spent, and the record is never given up for that.
 
-use super::HandleError;
+use super::{HandleError, Unfit};
 use crate::{
     error_class::{ErrorClass, classify, classify_chain, lock_wait},
     id::MessageId,
@@ -52,6 +52,8 @@ pub(super) struct Fault {
     pub(super) remedy: Remedy,
     /// Which message's fault it is, where the handler names it.
     pub(super) culprit: Option<MessageId>,
+    /// Others of the batch that are no better.
+    pub(super) others: Vec<Unfit>,
 }
 
 /// What helps against a fault.
@@ -75,7 +77,17 @@ pub(super) const LOCKED: &str = "locked";
 
 impl Fault {
     pub(super) fn new(class: impl Into<Cow<'static, str>>, reason: &str, remedy: Remedy) -> Self {
-        Self { class: class.into(), reason: crate::reason::reason(reason), remedy, culprit: None }
+        Self { class: class.into(), reason: crate::reason::reason(reason), remedy, culprit: None, others: Vec::new() }
+    }
+
+    /// The first of several that can never be handled, with the others.
+    fn several(first: &Unfit, others: &[Unfit]) -> Self {
+        Self { others: others.to_vec(), ..Self::unfit(first) }
+    }
+
+    /// Of a message that can never be handled.
+    pub(super) fn unfit(Unfit { message, class, reason }: &Unfit) -> Self {
+        Self::new(*class, reason, Remedy::Nothing).of(Some(*message))
     }
 
     /// An attempt did not end within `bound`.
@@ -134,6 +146,10 @@ impl From<HandleError> for Failure {
         let failure = match error {
             HandleError::Database(error) => error.into(),
             HandleError::Poison(reason) => Self::Fault(Fault::new(POISON, &reason, Remedy::Nothing)),
+            HandleError::Several(unfit) => match unfit.split_first() {
+                Some((first, others)) => Self::Fault(Fault::several(first, others)),
+                None => Self::Again,
+            },
             HandleError::Again | HandleError::Of { .. } => Self::Again,
             // A test's handler lets the process die by handing on what a fail point would have said.
             #[cfg(feature = "testkit")]
@@ -148,7 +164,7 @@ impl From<HandleError> for Failure {
             }
         };
         match failure {
-            Self::Fault(fault) => Self::Fault(fault.of(culprit)),
+            Self::Fault(fault) if culprit.is_some() => Self::Fault(fault.of(culprit)),
             other => other,
         }
     }
@@ -159,7 +175,7 @@ impl HandleError {
     pub(crate) fn is_fault(&self) -> bool {
         match self {
             Self::Database(error) => classify(error) == ErrorClass::Own,
-            Self::Poison(_) => true,
+            Self::Poison(_) | Self::Several(_) => true,
             Self::Of { error, .. } => error.is_fault(),
             Self::Again => false,
             #[cfg(feature = "testkit")]
@@ -182,7 +198,7 @@ impl HandleError {
             Self::Database(error) => lock_wait(error),
             Self::Failed(error) => lock_wait(error.as_ref()),
             Self::Of { error, .. } => error.lock_wait(),
-            Self::Poison(_) | Self::Again => None,
+            Self::Poison(_) | Self::Several(_) | Self::Again => None,
         }
     }
 
@@ -192,7 +208,7 @@ impl HandleError {
             Self::Database(error) => Some(error),
             Self::Failed(error) => database_error(error),
             Self::Of { error, .. } => error.database(),
-            Self::Poison(_) | Self::Again => None,
+            Self::Poison(_) | Self::Several(_) | Self::Again => None,
         }
     }
 }

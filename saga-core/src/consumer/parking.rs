@@ -6,7 +6,7 @@
 use super::{
     Coordinates, Message,
     failure::{Fault, LOCKED},
-    record::{Batch, lane, storable_headers},
+    record::{Batch, Origin, RawHeaders, lane},
 };
 use crate::{
     clock,
@@ -27,7 +27,7 @@ pub(super) struct Parked {
     pub(super) attempts: u32,
     pub(super) lane: Option<i64>,
     pub(super) message: Message,
-    pub(super) timestamp: Option<OffsetDateTime>,
+    pub(super) origin: Origin,
 }
 
 /// What a partition's first due row says.
@@ -103,8 +103,8 @@ async fn insert(
     .bind(messages.iter().map(|message| message.envelope.id.0).collect::<Vec<_>>())
     .bind(messages.iter().map(|message| message.key.as_deref()).collect::<Vec<_>>())
     .bind(messages.iter().map(|message| message.payload.as_deref()).collect::<Vec<_>>())
-    .bind(messages.iter().map(|message| Json(storable_headers(&message.envelope))).collect::<Vec<_>>())
-    .bind(&batch.timestamps)
+    .bind(batch.origins.iter().map(|origin| Json(origin.headers.stored())).collect::<Vec<_>>())
+    .bind(batch.origins.iter().map(|origin| origin.timestamp).collect::<Vec<_>>())
     .execute(&mut **tx)
     .await?;
     Ok(())
@@ -291,9 +291,9 @@ pub(super) async fn count(mut tx: Transaction, consumer: &str) -> Result<Counts,
 
 fn read(row: &PgRow) -> Result<Parked, sqlx::Error> {
     let Json(headers) = row.try_get::<Json<Headers>, _>("headers")?;
+    let headers = RawHeaders::from_stored(&headers);
     // They were an envelope when they were parked.
-    let envelope = Envelope::decode(headers.iter().map(|(name, value)| (&**name, Some(value.as_bytes()))))
-        .map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
+    let envelope = Envelope::decode(headers.iter()).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
     Ok(Parked {
         id: row.try_get("id")?,
         attempts: row.try_get::<i32, _>("attempts")?.unsigned_abs(),
@@ -308,6 +308,6 @@ fn read(row: &PgRow) -> Result<Parked, sqlx::Error> {
                 offset: row.try_get("record_offset")?,
             },
         },
-        timestamp: row.try_get("record_time")?,
+        origin: Origin { timestamp: row.try_get("record_time")?, headers },
     })
 }

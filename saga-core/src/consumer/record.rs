@@ -2,7 +2,7 @@
 
 use super::{ConsumerConfig, Coordinates, Message, TooOld, failure::Fault};
 use crate::{
-    envelope::{Envelope, Headers},
+    envelope::{Envelope, Headers, exact},
     id::MessageId,
     inbox::{self, Arrival, Inadmissible},
 };
@@ -21,13 +21,22 @@ pub(super) struct Raw {
     timestamp: Option<OffsetDateTime>,
     key: Option<Vec<u8>>,
     payload: Option<Vec<u8>>,
-    /// `None` when a header's name is not UTF-8.
-    headers: Option<RawHeaders>,
+    headers: RawHeaders,
+    /// A header has a name that is not UTF-8; it is not among them.
+    nameless: bool,
+}
+
+/// What a record has beside what a handler sees: kept for whoever parks or dead-letters it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Origin {
+    pub(super) timestamp: Option<OffsetDateTime>,
+    /// All headers, in their order.
+    pub(super) headers: RawHeaders,
 }
 
 /// Headers in a few pieces of memory: a message has some twenty, and they are freed by another thread.
-#[derive(Debug, Default)]
-struct RawHeaders {
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct RawHeaders {
     names: String,
     values: Vec<u8>,
     /// Where each one's name and value end; the value is `None` when it is null.
@@ -40,30 +49,36 @@ impl RawHeaders {
         Self { names: String::with_capacity(256), values: Vec::with_capacity(512), ends: Vec::with_capacity(24) }
     }
 
-    fn push(&mut self, name: &str, value: Option<&[u8]>) {
+    pub(super) fn push(&mut self, name: &str, value: Option<&[u8]>) {
         self.names.push_str(name);
         self.values.extend_from_slice(value.unwrap_or_default());
         self.ends.push((self.names.len(), value.map(|_| self.values.len())));
     }
 
-    fn iter(&self) -> impl Iterator<Item = (&str, Option<&[u8]>)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, Option<&[u8]>)> {
         let (mut name, mut value) = (0, 0);
         self.ends.iter().map(move |&(name_end, value_end)| {
             let names = &self.names[std::mem::replace(&mut name, name_end)..name_end];
             (names, value_end.map(|end| &self.values[std::mem::replace(&mut value, end)..end]))
         })
     }
+
+    /// As they are stored, each as it was.
+    pub(super) fn stored(&self) -> Headers {
+        exact::from_record(self.iter())
+    }
+
+    /// Likewise, as they were stored.
+    pub(super) fn from_stored(headers: &Headers) -> Self {
+        let mut raw = Self::with_room();
+        exact::to_record(headers).iter().for_each(|(name, value)| raw.push(name, value.as_deref()));
+        raw
+    }
 }
 
 impl Raw {
     pub(super) fn copy(record: &BorrowedMessage<'_>) -> Self {
-        // The client library panics at a header name that is not UTF-8: a record that anybody can write.
-        let headers = catch_unwind(AssertUnwindSafe(|| {
-            let Some(headers) = record.headers() else { return RawHeaders::default() };
-            let mut copied = RawHeaders::with_room();
-            headers.iter().for_each(|header| copied.push(header.key, header.value));
-            copied
-        }));
+        let (headers, nameless) = copy_headers(record);
         // A producer may write any number there; what lies before 1970 is none.
         let timestamp = record.timestamp().to_millis().filter(|millis| *millis >= 0);
         Self {
@@ -72,39 +87,57 @@ impl Raw {
                 .and_then(|millis| OffsetDateTime::from_unix_timestamp_nanos(i128::from(millis) * 1_000_000).ok()),
             key: record.key().map(<[u8]>::to_vec),
             payload: record.payload().map(<[u8]>::to_vec),
-            headers: headers.ok(),
+            headers,
+            nameless,
         }
     }
 
     /// Roughly what it takes in memory.
     pub(super) fn size(&self) -> usize {
         let bytes = |bytes: &Option<Vec<u8>>| bytes.as_ref().map_or(0, Vec::len);
-        let headers = self.headers.as_ref().map_or(0, |headers| {
-            headers.names.capacity()
-                + headers.values.capacity()
-                + headers.ends.capacity() * size_of::<(usize, Option<usize>)>()
-        });
+        let RawHeaders { names, values, ends } = &self.headers;
+        let headers = names.capacity() + values.capacity() + ends.capacity() * size_of::<(usize, Option<usize>)>();
         bytes(&self.key) + bytes(&self.payload) + headers + 128
     }
+}
+
+/// The headers, and whether one of them has no name that can be read.
+fn copy_headers(record: &BorrowedMessage<'_>) -> (RawHeaders, bool) {
+    let Some(headers) = record.headers() else { return (RawHeaders::default(), false) };
+    // The client library panics at a header name that is not UTF-8: a record that anybody can write.
+    let copied = catch_unwind(AssertUnwindSafe(|| {
+        let mut copied = RawHeaders::with_room();
+        headers.iter().for_each(|header| copied.push(header.key, header.value));
+        copied
+    }));
+    if let Ok(copied) = copied {
+        return (copied, false);
+    }
+    let mut copied = RawHeaders::with_room();
+    for index in 0..headers.count() {
+        if let Ok(header) = catch_unwind(AssertUnwindSafe(|| headers.get(index))) {
+            copied.push(header.key, header.value);
+        }
+    }
+    (copied, true)
 }
 
 /// A record that no handler may see: it goes to the dead letter topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Refused {
     pub(super) at: Coordinates,
-    pub(super) timestamp: Option<OffsetDateTime>,
     pub(super) key: Option<Vec<u8>>,
     pub(super) payload: Option<Vec<u8>>,
-    pub(super) headers: Headers,
+    pub(super) origin: Origin,
     pub(super) class: &'static str,
     pub(super) reason: String,
 }
 
-/// Records of one partition, in the order of their offsets. `messages` and `timestamps` go together.
+/// Records of one partition, in the order of their offsets. `messages` and `origins` go together.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Batch {
     pub(super) messages: Vec<Message>,
-    pub(super) timestamps: Vec<Option<OffsetDateTime>>,
+    pub(super) origins: Vec<Origin>,
     pub(super) refused: Vec<Refused>,
     pub(super) poison: Poison,
 }
@@ -124,20 +157,20 @@ impl Batch {
         let mut batch = Self::default();
         for raw in raws {
             let at = Coordinates { topic: topic.into(), partition, offset: raw.offset };
-            let headers = raw.headers.as_ref().ok_or_else(|| "the name of a header is not UTF-8".to_owned());
+            let readable = if raw.nameless { Err("the name of a header is not UTF-8".to_owned()) } else { Ok(()) };
             let envelope =
-                headers.and_then(|headers| Envelope::decode(headers.iter()).map_err(|error| error.to_string()));
+                readable.and_then(|()| Envelope::decode(raw.headers.iter()).map_err(|error| error.to_string()));
+            let origin = Origin { timestamp: raw.timestamp, headers: raw.headers };
             match envelope {
                 Ok(envelope) => {
                     batch.messages.push(Message { envelope, key: raw.key, payload: raw.payload, at });
-                    batch.timestamps.push(raw.timestamp);
+                    batch.origins.push(origin);
                 }
                 Err(reason) => batch.refused.push(Refused {
                     at,
-                    timestamp: raw.timestamp,
                     key: raw.key,
                     payload: raw.payload,
-                    headers: lossy(&raw.headers.unwrap_or_default()),
+                    origin,
                     class: "undecodable",
                     reason,
                 }),
@@ -169,19 +202,18 @@ impl Batch {
 
     /// Refuses what the inbox does not remember.
     pub(super) fn refuse_inadmissible(&mut self, config: &ConsumerConfig, now: OffsetDateTime) {
-        let messages = std::mem::take(&mut self.messages).into_iter().zip(std::mem::take(&mut self.timestamps));
-        for (message, timestamp) in messages {
+        let messages = std::mem::take(&mut self.messages).into_iter().zip(std::mem::take(&mut self.origins));
+        for (message, origin) in messages {
             match inadmissible(&message, config, now) {
                 None => {
                     self.messages.push(message);
-                    self.timestamps.push(timestamp);
+                    self.origins.push(origin);
                 }
                 Some(error) => self.refused.push(Refused {
-                    headers: storable_headers(&message.envelope),
                     at: message.at,
-                    timestamp,
                     key: message.key,
                     payload: message.payload,
+                    origin,
                     class: "inadmissible",
                     reason: error.to_string(),
                 }),
@@ -192,16 +224,15 @@ impl Batch {
     /// The first `count` messages; the others stay, and so does what is refused.
     pub(super) fn split_first(&mut self, count: usize) -> Self {
         let messages = self.messages.split_off(count.min(self.messages.len()));
-        let timestamps = self.timestamps.split_off(count.min(self.timestamps.len()));
-        let rest =
-            Self { messages, timestamps, refused: std::mem::take(&mut self.refused), poison: self.poison.clone() };
+        let origins = self.origins.split_off(count.min(self.origins.len()));
+        let rest = Self { messages, origins, refused: std::mem::take(&mut self.refused), poison: self.poison.clone() };
         std::mem::replace(self, rest)
     }
 
     /// Puts `rest` behind it.
     pub(super) fn append(&mut self, rest: Self) {
         self.messages.extend(rest.messages);
-        self.timestamps.extend(rest.timestamps);
+        self.origins.extend(rest.origins);
         self.refused.extend(rest.refused);
     }
 
@@ -235,19 +266,6 @@ pub(super) fn hash(bytes: &[u8]) -> i64 {
     let mut first = [0; 8];
     first.copy_from_slice(&digest[..8]);
     i64::from_be_bytes(first)
-}
-
-/// Headers as far as they can be said in text that PostgreSQL stores.
-fn lossy(raw: &RawHeaders) -> Headers {
-    let text = |text: &str| text.replace('\0', "\u{fffd}");
-    let headers = raw.iter().filter_map(|(name, value)| Some((name, String::from_utf8_lossy(value?))));
-    headers.filter(|(name, _)| !name.is_empty()).map(|(name, value)| (text(name).into(), text(&value))).collect()
-}
-
-/// The headers of a decoded message, likewise.
-pub(super) fn storable_headers(envelope: &Envelope) -> Headers {
-    let headers = envelope.encode().into_iter().filter(|(name, _)| !name.is_empty());
-    headers.map(|(name, value)| (name.replace('\0', "\u{fffd}").into(), value.replace('\0', "\u{fffd}"))).collect()
 }
 
 #[cfg(test)]

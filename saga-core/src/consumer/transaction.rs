@@ -15,9 +15,9 @@
 use super::{
     ConsumerConfig, HandleError, Handler, Message,
     dead_letter::{self, DeadLetter},
-    failure::{Failure, Fault, POISON},
+    failure::{Failure, Fault},
     parking::{self, Parked},
-    record::{Batch, Poison, arrival, hash},
+    record::{Batch, Origin, Poison, arrival, hash},
 };
 use crate::{
     clock::{self, DatabaseClock},
@@ -32,12 +32,12 @@ use crate::{
 use futures::FutureExt;
 use sqlx::{AssertSqlSafe, PgPool};
 use std::{
+    borrow::Cow,
     collections::HashMap,
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
-use time::OffsetDateTime;
 use tokio::sync::watch;
 use tracing::Instrument;
 
@@ -204,10 +204,10 @@ impl<H: Handler> Desk<H> {
         let fresh = deliveries.iter().filter(|&&delivery| delivery == Delivery::Fresh).count();
         let given_up = if fresh == batch.messages.len() && batch.poison.is_empty() {
             self.handle(tx, &batch.messages).await?;
-            0
+            Vec::new()
         } else {
-            let Batch { messages, timestamps, .. } = pick(batch, &deliveries, Delivery::Fresh);
-            let fresh = messages.into_iter().zip(timestamps).map(|(message, timestamp)| (message, timestamp, 1));
+            let Batch { messages, origins, .. } = pick(batch, &deliveries, Delivery::Fresh);
+            let fresh = messages.into_iter().zip(origins).map(|(message, origin)| (message, origin, 1));
             self.handle_but(tx, &batch.poison, fresh).await?
         };
         if !batch.refused.is_empty() {
@@ -222,20 +222,20 @@ impl<H: Handler> Desk<H> {
         self.count("fresh", fresh);
         self.count("held", held.messages.len());
         self.count_duplicates(deliveries.len() - fresh - held.messages.len());
-        self.count_dead_letters(POISON, given_up);
+        given_up.iter().for_each(|class| self.count_dead_letters(class, 1));
         batch.refused.iter().for_each(|refused| self.count_dead_letters(refused.class, 1));
         let remembered = arrivals.iter().zip(&deliveries).filter(|(arrival, _)| arrival.remembered);
         Ok(remembered.filter(|&(_, &delivery)| delivery == Delivery::Fresh).count())
     }
 
-    /// Handles `fresh` (with the number of the attempt) without what is poison of it, which is dead-lettered; says how many
-    /// those were.
+    /// Handles `fresh` (with the number of the attempt) without what is poison of it, which is dead-lettered; says of which
+    /// classes those were.
     async fn handle_but(
         &self,
         tx: &mut Tx<'_>,
         poison: &Poison,
-        fresh: impl Iterator<Item = (Message, Option<OffsetDateTime>, u32)>,
-    ) -> Result<usize, Failure> {
+        fresh: impl Iterator<Item = (Message, Origin, u32)>,
+    ) -> Result<Vec<Cow<'static, str>>, Failure> {
         let fresh: Vec<_> = fresh.collect();
         let mut named: HashMap<MessageId, usize> = HashMap::new();
         fresh.iter().for_each(|(message, ..)| *named.entry(message.envelope.id).or_default() += 1);
@@ -245,11 +245,12 @@ impl<H: Handler> Desk<H> {
             fresh.into_iter().partition(|(message, ..)| is_poison(message.envelope.id));
         let messages: Vec<_> = fresh.into_iter().map(|(message, ..)| message).collect();
         self.handle(tx, &messages).await?;
-        let letters = given_up.iter().filter_map(|(message, timestamp, attempts)| {
-            Some(DeadLetter::failed(message, *timestamp, poison.get(&message.envelope.id)?, *attempts))
+        let letters = given_up.iter().filter_map(|(message, origin, attempts)| {
+            Some(DeadLetter::failed(message, origin, poison.get(&message.envelope.id)?, *attempts))
         });
         dead_letter::append_in(tx, &self.config.group, letters).await?;
-        Ok(given_up.len())
+        let classes = given_up.iter().filter_map(|(message, ..)| poison.get(&message.envelope.id));
+        Ok(classes.map(|fault| fault.class.clone()).collect())
     }
 
     /// Parks a record that failed, unless somebody handled it meanwhile.
@@ -289,8 +290,8 @@ impl<H: Handler> Desk<H> {
         let held = pick(single, &deliveries, Delivery::Held);
         parking::hold_in(&mut tx, self.place(), &held).await?;
         let fresh = pick(single, &deliveries, Delivery::Fresh);
-        let letters = fresh.messages.iter().zip(&fresh.timestamps);
-        let letters = letters.map(|(message, timestamp)| DeadLetter::failed(message, *timestamp, fault, attempts));
+        let letters = fresh.messages.iter().zip(&fresh.origins);
+        let letters = letters.map(|(message, origin)| DeadLetter::failed(message, origin, fault, attempts));
         dead_letter::append_in(&mut tx, &self.config.group, letters).await?;
         outbox::commit(tx, &self.pool).await?;
         self.count_dead_letters(&fault.class, fresh.messages.len());
@@ -315,7 +316,7 @@ impl<H: Handler> Desk<H> {
         let given_up = self.handle_parked(&mut tx, parked, poison).await?;
         outbox::commit(tx, &self.pool).await?;
         self.handler.committed();
-        self.count_dead_letters(POISON, given_up);
+        given_up.iter().for_each(|class| self.count_dead_letters(class, 1));
         Ok(drained)
     }
 
@@ -325,7 +326,7 @@ impl<H: Handler> Desk<H> {
         if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message, &self.config, self.clock.now())])
             .await?[0]
         {
-            let letter = DeadLetter::failed(&parked.message, parked.timestamp, fault, attempts);
+            let letter = DeadLetter::failed(&parked.message, &parked.origin, fault, attempts);
             dead_letter::append_in(&mut tx, &self.config.group, [letter]).await?;
         }
         parking::leave_in(&mut tx, self.place(), &[parked.id], parked.lane).await?;
@@ -334,14 +335,19 @@ impl<H: Handler> Desk<H> {
         Ok(())
     }
 
-    async fn handle_parked(&self, tx: &mut Tx<'_>, parked: Vec<Parked>, poison: &Poison) -> Result<usize, Failure> {
-        let Some(lane) = parked.first().map(|first| first.lane) else { return Ok(0) };
+    async fn handle_parked(
+        &self,
+        tx: &mut Tx<'_>,
+        parked: Vec<Parked>,
+        poison: &Poison,
+    ) -> Result<Vec<Cow<'static, str>>, Failure> {
+        let Some(lane) = parked.first().map(|first| first.lane) else { return Ok(Vec::new()) };
         let now = self.clock.now();
         let arrivals: Vec<_> = parked.iter().map(|parked| arrival(&parked.message, &self.config, now)).collect();
         let fresh = inbox::record_in(tx, &self.config.group, &arrivals).await?;
         let ids: Vec<_> = parked.iter().map(|parked| parked.id).collect();
         let fresh = parked.into_iter().zip(fresh).filter(|(_, fresh)| *fresh);
-        let fresh = fresh.map(|(parked, _)| (parked.message, parked.timestamp, parked.attempts + 1));
+        let fresh = fresh.map(|(parked, _)| (parked.message, parked.origin, parked.attempts + 1));
         let given_up = self.handle_but(tx, poison, fresh).await?;
         parking::leave_in(tx, self.place(), &ids, lane).await?;
         Ok(given_up)
@@ -407,7 +413,7 @@ fn pick(batch: &Batch, deliveries: &[Delivery], wanted: Delivery) -> Batch {
     let mut picked = Batch::default();
     for (n, _) in deliveries.iter().enumerate().filter(|(_, delivery)| **delivery == wanted) {
         picked.messages.push(batch.messages[n].clone());
-        picked.timestamps.push(batch.timestamps[n]);
+        picked.origins.push(batch.origins[n].clone());
     }
     picked
 }

@@ -378,10 +378,14 @@ impl<H: Handler> Worker<H> {
     }
 }
 
-/// Notes that a message, which the handler has named, is poison; not if that has not helped.
+/// Notes that messages, which the handler has named, are poison; not if that has not helped.
 pub(super) fn is_poison(known: &mut Poison, fault: &Fault) -> bool {
     match (fault.remedy, fault.culprit) {
-        (Remedy::Nothing, Some(message)) => known.insert(message, fault.clone()).is_none(),
+        (Remedy::Nothing, Some(message)) => {
+            let others = fault.others.iter().map(|unfit| (unfit.message, Fault::unfit(unfit)));
+            let all = others.chain([(message, Fault { others: Vec::new(), ..fault.clone() })]);
+            all.fold(false, |new, (message, fault)| known.insert(message, fault).is_none() || new)
+        }
         _ => false,
     }
 }

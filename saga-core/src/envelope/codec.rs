@@ -3,7 +3,7 @@
 //! Decoding is strict about what this crate's correctness hangs on (id, source, type, a saga's coordinates) and lenient
 //! about the rest: an attribute that only informs (`ce_time`, `ce_sequence`) is dropped when it does not parse.
 
-use super::{Envelope, EnvelopeError, Headers, SagaHeaders, header};
+use super::{Envelope, EnvelopeError, Headers, SagaHeaders, Standing, header};
 use crate::id::{CommandId, MessageId, SagaId};
 use std::{borrow::Cow, collections::BTreeMap, str::FromStr};
 use time::{OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339};
@@ -103,6 +103,18 @@ impl Envelope {
         set(header::TRACEPARENT, self.traceparent.clone());
         set(header::TRACESTATE, self.tracestate.clone());
         headers
+    }
+
+    /// Where it stands among what its source has published. A dead letter that was sent again stands where its original stood: what
+    /// it says of its own place is of the outbox of the consumer that gave it up.
+    pub fn standing(&self) -> Standing<'_> {
+        let said = |name: &str| self.other.get(name).map(String::as_str);
+        let redriven = said(header::ORIGINAL_TOPIC).is_some();
+        let (epoch, sequence) = match redriven {
+            true => (header::ORIGINAL_EPOCH, said(header::ORIGINAL_SEQUENCE).and_then(|text| text.parse().ok())),
+            false => (header::EPOCH, self.sequence),
+        };
+        Standing { source: &self.source, epoch: said(epoch).unwrap_or_default(), sequence, redriven }
     }
 
     /// What ties together all that one request caused: the `correlation-id` header.
@@ -335,6 +347,22 @@ mod tests {
         let mut headers = minimal();
         headers.insert(header::SAGA_ID.into(), SagaId::new().to_string());
         assert_eq!(decode(&headers), Err(EnvelopeError::Missing(header::SAGA_TYPE)));
+    }
+
+    #[test]
+    fn a_dead_letter_that_is_sent_again_stands_where_its_original_stood() {
+        let mut headers = minimal();
+        headers.extend([(header::SEQUENCE.into(), "700".into()), (header::EPOCH.into(), "theirs".into())]);
+        let plain = decode(&headers).unwrap();
+        assert_eq!(
+            plain.standing(),
+            Standing { source: "orders", epoch: "theirs", sequence: Some(700), redriven: false }
+        );
+        headers.insert(header::ORIGINAL_TOPIC.into(), "items".into());
+        headers.insert(header::ORIGINAL_SEQUENCE.into(), "9".into());
+        headers.insert(header::ORIGINAL_EPOCH.into(), "ours".into());
+        let again = decode(&headers).unwrap();
+        assert_eq!(again.standing(), Standing { source: "orders", epoch: "ours", sequence: Some(9), redriven: true });
     }
 
     #[test]

@@ -370,7 +370,10 @@ async fn a_source_that_no_index_can_hold_is_dead_lettered_and_the_partition_goes
     fixture.send(&[long, event("k", "good")]).await;
     assert_eq!(values(&fixture.until_handled(1).await, "k"), ["good"]);
     let letters = fixture.until_dead_letters(1).await;
-    assert_eq!((letters[0].1.as_deref(), letters[0].2["ce_source"].as_str()), (Some("long"), Some(source.as_str())));
+    assert_eq!(
+        (letters[0].1.as_deref(), letters[0].2["x-original-source"].as_str()),
+        (Some("long"), Some(source.as_str()))
+    );
     running.stop().await;
 }
 

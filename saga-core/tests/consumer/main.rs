@@ -4,6 +4,7 @@ mod adversity;
 mod crashes;
 mod delivery;
 mod failures;
+mod letters;
 mod outages;
 mod setup;
 mod slow;
