@@ -19,3 +19,9 @@ pub const INVENTORY_ITEMS: Topic =
 
 /// Where the platform's participants may be told to reply to. Configuration adds to it (`REPLY_TOPICS`).
 pub const REPLIES: [&str; 1] = [ORDERS_REPLIES.name];
+
+/// Whose commands the platform's participants take: the `ce_source` of a message is what its outbox is called. Configuration adds to
+/// it (`COMMAND_SOURCES`).
+pub const COMMAND_SOURCES: [&str; 1] = ["orders"];
+/// Whose replies the order saga takes. Configuration adds to it (`REPLY_SOURCES`).
+pub const REPLY_SOURCES: [&str; 2] = ["payments", "inventory"];

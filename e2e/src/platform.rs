@@ -6,7 +6,10 @@
 //! out, and meanwhile another can do the same next door. Everything lives in one runtime that outlives the tests; when the
 //! binary ends, however it ends, the stack's guard ends the processes.
 
-use crate::audit::{Answer, Expectations, Facts, Finding, Sources, audit};
+use crate::{
+    audit::{Answer, Expectations, Facts, Finding, Sources, audit},
+    topics::ECHO,
+};
 use anyhow::Result;
 use saga_core::testkit::within;
 use serde_json::Value;
@@ -129,6 +132,10 @@ impl Platform {
     /// # Panics
     /// When it does not start: nothing can be tested.
     pub async fn start(config: StackConfig) -> Self {
+        // What tests write themselves is taken like what the platform's own services write.
+        let participants = [Service::Payments, Service::Inventory].into_iter();
+        let config = participants.fold(config, |config, service| config.env(service, "COMMAND_SOURCES", ECHO));
+        let config = config.env(Service::Orders, "REPLY_SOURCES", ECHO);
         let stack = Stack::start(config, &Progress::Silent).await.unwrap_or_else(|e| panic!("the platform: {e}"));
         // Lazily, and few: a test that kills PostgreSQL must not be told by its own pool.
         let pool = PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(60));

@@ -5,7 +5,9 @@ use axum::Router;
 use contracts::topics;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
-    service::{self, Health, Identity, Migrations, Parts, Settings, database, messaging_migrations, task},
+    service::{
+        self, Health, Identity, Migrations, ParticipantSettings, Parts, Settings, database, messaging_migrations, task,
+    },
 };
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -28,12 +30,12 @@ pub fn migrations() -> Vec<Migrations> {
 pub const GROUP: &str = "inventory-svc";
 
 /// Runs the service until `token` is cancelled or a part of it fails.
-pub async fn serve(settings: Settings, reply_topics: Vec<String>, token: CancellationToken) -> anyhow::Result<()> {
+pub async fn serve(settings: Settings, beside: ParticipantSettings, token: CancellationToken) -> anyhow::Result<()> {
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
     let config = ConsumerConfig::new(&settings.kafka.brokers, GROUP, [topics::INVENTORY_COMMANDS.name])
         .with_session_timeout(settings.kafka.session_timeout);
-    let commands = Consumer::new(config, pool.clone(), Arc::new(Commands::also_replying_to(reply_topics)));
+    let commands = Consumer::new(config, pool.clone(), Arc::new(Commands::beside(beside)));
     let reading = commands.health();
     health.check("consumer", move || std::future::ready(reading.check()));
     let parts = Parts {

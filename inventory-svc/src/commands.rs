@@ -17,6 +17,7 @@ use saga_core::{
     consumer::{HandleError, Handler, Message},
     outbox::Tx,
     participant::{CommandContext, CommandHandler, Decision, Participant, UndoHandler},
+    service::ParticipantSettings,
 };
 
 /// The handler of `inventory.commands`: the participant, behind the locks of a whole batch.
@@ -26,15 +27,17 @@ impl Commands {
     /// Ready to be given to the consumer.
     #[must_use]
     pub fn new() -> Self {
-        Self::also_replying_to(Vec::new())
+        Self::beside(ParticipantSettings::default())
     }
 
-    /// Replies go to these topics, too.
+    /// Likewise, with what configuration adds.
     #[must_use]
-    pub fn also_replying_to(reply_topics: Vec<String>) -> Self {
+    pub fn beside(more: ParticipantSettings) -> Self {
         let participant = Participant::new("inventory")
             .replies_to(topics::REPLIES)
-            .replies_to(reply_topics)
+            .replies_to(more.reply_topics)
+            .takes_commands_of(topics::COMMAND_SOURCES)
+            .takes_commands_of(more.command_sources)
             .on::<ReserveStock>(Reserve)
             .on_undo::<ReserveStock, ReleaseStock>(Release)
             .on::<CommitStock>(Commit);

@@ -33,8 +33,8 @@ async fn run(Cli { command, args, participant }: Cli) -> Result<ExitCode, Config
         return Ok(launch_migrate(identity, &args, &inventory_svc::migrations()).await);
     }
     let mut errors = ConfigErrors::default();
-    let (settings, reply_topics) = (args.read(identity, &mut errors), participant.read(&mut errors));
-    let (settings, reply_topics) = errors.finish(settings.zip(reply_topics))?;
+    let (settings, participant) = (args.read(identity, &mut errors), participant.read(&mut errors));
+    let (settings, participant) = errors.finish(settings.zip(participant))?;
     let telemetry = settings.telemetry.clone();
-    Ok(launch_with(identity, &telemetry, inventory_svc::serve(settings, reply_topics, shutdown::token())).await)
+    Ok(launch_with(identity, &telemetry, inventory_svc::serve(settings, participant, shutdown::token())).await)
 }

@@ -2,7 +2,7 @@
 
 use crate::sim::SimArgs;
 use reqwest::Url;
-use saga_core::service::{ConfigErrors, Identity, ParticipantArgs, ServiceArgs, Settings};
+use saga_core::service::{ConfigErrors, Identity, ParticipantArgs, ParticipantSettings, ServiceArgs, Settings};
 use std::time::Duration;
 
 /// The service.
@@ -70,14 +70,13 @@ impl GatewayArgs {
         &self,
         service: &ServiceArgs,
         participant: &ParticipantArgs,
-    ) -> Result<(Settings, GatewaySettings, Vec<String>), ConfigErrors> {
+    ) -> Result<(Settings, GatewaySettings, ParticipantSettings), ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let settings = service.read(&IDENTITY, &mut errors);
-        let reply_topics = participant.read(&mut errors);
+        let participant = participant.read(&mut errors);
         let gateway = self.read(&mut errors);
-        errors.finish(
-            settings.zip(gateway).zip(reply_topics).map(|((settings, gateway), topics)| (settings, gateway, topics)),
-        )
+        let all = settings.zip(gateway).zip(participant);
+        errors.finish(all.map(|((settings, gateway), participant)| (settings, gateway, participant)))
     }
 
     fn read(&self, errors: &mut ConfigErrors) -> Option<GatewaySettings> {
@@ -130,7 +129,7 @@ mod tests {
             gateway_timeout_ms: text("soon"),
             gateway_concurrency: text("0"),
         };
-        let participant = ParticipantArgs { reply_topics: text("no topic") };
+        let participant = ParticipantArgs { reply_topics: text("no topic"), command_sources: text("no source") };
         let errors = gateway.validate(&ServiceArgs::default(), &participant).unwrap_err();
         let variables: Vec<_> = errors.mistakes().iter().map(|mistake| mistake.variable).collect();
         assert_eq!(
@@ -139,6 +138,7 @@ mod tests {
                 "DATABASE_URL",
                 "KAFKA_BROKERS",
                 "REPLY_TOPICS",
+                "COMMAND_SOURCES",
                 "GATEWAY_URL",
                 "GATEWAY_TIMEOUT_MS",
                 "GATEWAY_CONCURRENCY"

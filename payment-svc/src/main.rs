@@ -20,8 +20,8 @@ async fn main() -> ExitCode {
 async fn run(Cli { service, participant, gateway, command }: Cli) -> Result<ExitCode, ConfigErrors> {
     Ok(match command.unwrap_or(Command::Serve) {
         Command::Serve => {
-            let (settings, gateway, reply_topics) = gateway.validate(&service, &participant)?;
-            exit_code(serve::serve(settings, gateway, reply_topics).await)
+            let (settings, gateway, participant) = gateway.validate(&service, &participant)?;
+            exit_code(serve::serve(settings, gateway, participant).await)
         }
         Command::Migrate => launch_migrate(&IDENTITY, &service, &migrations::all()).await,
         Command::MigrateGatewaySim => launch_migrate(&sim::IDENTITY, &service, &[migrations::gateway()]).await,

@@ -15,7 +15,7 @@ use contracts::topics;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
     participant::{IntentConfig, Participant},
-    service::{self, Health, Parts, Settings, database, task, telemetry},
+    service::{self, Health, ParticipantSettings, Parts, Settings, database, task, telemetry},
     topic::Topic,
 };
 use sqlx::PgPool;
@@ -25,12 +25,14 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 const TOPICS: [Topic; 1] = [topics::PAYMENTS_COMMANDS];
 
 /// Runs the service until it is asked to stop.
-pub async fn serve(settings: Settings, gateway: GatewaySettings, reply_topics: Vec<String>) -> anyhow::Result<()> {
+pub async fn serve(settings: Settings, gateway: GatewaySettings, beside: ParticipantSettings) -> anyhow::Result<()> {
     let _telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
     let token = service::shutdown::token();
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
-    let participant = Arc::new(participant(&gateway, &pool)?.replies_to(reply_topics));
+    let participant = participant(&gateway, &pool)?;
+    let participant = participant.replies_to(beside.reply_topics).takes_commands_of(beside.command_sources);
+    let participant = Arc::new(participant);
     let intents = participant.intents(pool.clone()).with_config(limits(&gateway));
     let commands = ConsumerConfig::new(&settings.kafka.brokers, IDENTITY.name, [topics::PAYMENTS_COMMANDS.name])
         .with_session_timeout(settings.kafka.session_timeout);

@@ -186,7 +186,7 @@ impl Shop {
         .await
         .unwrap();
         let command = SagaHeaders::read_from(&headers).unwrap().expect("a command names its saga");
-        let mut envelope = Envelope::new(MessageId::new(), "participant", &format!("{kind}.reply"));
+        let mut envelope = Envelope::new(MessageId::new(), "payments", &format!("{kind}.reply"));
         envelope.saga = Some(SagaHeaders { reply_to: None, outcome: Some(outcome), ..command });
         let at = Coordinates { topic: "orders.replies".into(), partition: 0, offset: 0 };
         Message { envelope, key: Some(order.to_string().into()), payload: Some(payload.to_string().into()), at }

@@ -40,6 +40,7 @@ pub fn participant(name: &'static str, gateway: Arc<dyn PaymentGateway>, pool: P
     let provider = Provider::new(gateway, pool);
     Participant::new(name)
         .replies_to(topics::REPLIES)
+        .takes_commands_of(topics::COMMAND_SOURCES)
         .external::<AuthorizePayment>(authorize::Authorize(provider.clone()))
         .external_undo::<AuthorizePayment, VoidPayment>(void::Void(provider.clone()))
         .external::<CapturePayment>(capture::Capture(provider.clone()))

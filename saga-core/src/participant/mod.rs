@@ -42,7 +42,7 @@ pub use intents::{IntentConfig, Intents};
 
 use crate::{
     command::{Command, Never},
-    consumer::{HandleError, Handler, Message},
+    consumer::{HandleError, Handler, Message, Unfit},
     envelope::{Op, SagaHeaders, header},
     id::CommandId,
     outbox::Tx,
@@ -75,6 +75,8 @@ pub struct Participant {
     entries: HashMap<&'static str, Box<dyn Entry>>,
     /// Where replies may go; anywhere without a list.
     reply_topics: Option<HashSet<String>>,
+    /// Whose commands are taken; everybody's without a list.
+    sources: Option<HashSet<String>>,
     wake: Arc<Notify>,
     /// Partitions whose last batch refused something, had a command that had come before, or failed: the next one (or the
     /// same once more) is taken the long way. A partition that is being worked at is among them.
@@ -85,7 +87,7 @@ impl Participant {
     /// A participant that knows no command yet. `name` stands in logs and metrics.
     pub fn new(name: &'static str) -> Self {
         let (entries, wake, careful) = (HashMap::new(), Arc::new(Notify::new()), Mutex::default());
-        Self { name, entries, reply_topics: None, wake, careful }
+        Self { name, entries, reply_topics: None, sources: None, wake, careful }
     }
 
     /// Replies go to these topics and to no other. A command names the topic of its reply, so without a list whoever can send
@@ -93,6 +95,13 @@ impl Participant {
     #[must_use]
     pub fn replies_to<T: Into<String>>(mut self, topics: impl IntoIterator<Item = T>) -> Self {
         self.reply_topics.get_or_insert_default().extend(topics.into_iter().map(Into::into));
+        self
+    }
+
+    /// Commands of these sources (`ce_source`: what the orchestrators' outboxes are called) are taken, and of no other.
+    #[must_use]
+    pub fn takes_commands_of<T: Into<String>>(mut self, sources: impl IntoIterator<Item = T>) -> Self {
+        self.sources.get_or_insert_default().extend(sources.into_iter().map(Into::into));
         self
     }
 
@@ -176,6 +185,19 @@ impl Participant {
         Asked::Undo(saga.happened.unwrap_or(Happened::InDoubt), place)
     }
 
+    /// Nothing runs that a stranger asks for.
+    fn knows_source(&self, message: &Message) -> Result<(), HandleError> {
+        let source = &message.envelope.source;
+        match &self.sources {
+            Some(sources) if !sources.contains(source) => {
+                let cure = "declare it for the topic, or add it to COMMAND_SOURCES, if it is an orchestrator's";
+                let reason = format!("{} takes no commands of source {source:?}; {cure}", self.name);
+                Err(HandleError::Several(vec![Unfit::undeclared(message.envelope.id, reason)]))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A command as it is to be handled, or why it never can be. A type that this build does not know may be one of a build
     /// that is being rolled out: it is tried again, and its saga's orchestrator resends it.
     fn parse<'a>(&'a self, message: &'a Message) -> Result<Incoming<'a>, HandleError> {
@@ -234,8 +256,15 @@ impl Participant {
 
 impl Handler for Participant {
     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
-        let parse = |message| self.parse(message).map_err(|error| error.of(message.envelope.id));
-        let commands = batch.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+        let (mut commands, mut unfit) = (Vec::with_capacity(batch.len()), Vec::new());
+        for message in batch {
+            match self.knows_source(message).and_then(|()| self.parse(message)) {
+                Ok(command) => commands.push(command),
+                Err(HandleError::Several(stranger)) => unfit.extend(stranger),
+                Err(error) => unfit.push(Unfit::poison(message.envelope.id, error)?),
+            }
+        }
+        HandleError::unfit(unfit)?;
         let here = (batch[0].at.topic.clone(), batch[0].at.partition);
         // Until this has ended well: whatever happens, be it a panic, may be due to what the short way assumes.
         if !self.careful().insert(here.clone()) {

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     clock,
+    consumer::Unfit,
     error_class::{ErrorClass, classify, classify_chain},
     id::{MessageId, SagaId},
     outbox::Tx,
@@ -36,6 +37,9 @@ pub(super) enum BatchError {
     /// A reply that answers its saga's open command cannot be understood.
     #[error("{0}")]
     Poison(String, Option<MessageId>),
+    /// Replies that no saga here can take.
+    #[error("{} replies belong to no saga here", .0.len())]
+    Unfit(Vec<Unfit>),
 }
 
 impl BatchError {
@@ -45,6 +49,7 @@ impl BatchError {
             Self::Database(error) => error,
             Self::Effect(error) => sqlx::Error::Io(std::io::Error::other(format!("{error:#}"))),
             Self::Poison(why, _) => sqlx::Error::InvalidArgument(why),
+            unfit @ Self::Unfit(_) => sqlx::Error::InvalidArgument(unfit.to_string()),
         }
     }
 
@@ -53,7 +58,7 @@ impl BatchError {
         match self {
             Self::Database(error) => classify(error),
             Self::Effect(error) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own),
-            Self::Poison(..) => ErrorClass::Own,
+            Self::Poison(..) | Self::Unfit(_) => ErrorClass::Own,
         }
     }
 }

@@ -18,6 +18,8 @@ use super::{
     trouble::Trouble,
 };
 use crate::{
+    consumer::Unfit,
+    envelope::Envelope,
     id::SagaId,
     outbox::Tx,
     reason::reason as text,
@@ -25,7 +27,7 @@ use crate::{
 };
 use sqlx::PgPool;
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -46,6 +48,8 @@ pub(super) struct Unread {
 pub struct Engine {
     pool: PgPool,
     reply_topic: String,
+    /// Whose replies are taken; everybody's without a list.
+    sources: Option<BTreeSet<String>>,
     definitions: BTreeMap<(String, u32), Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
     known: Known,
@@ -60,6 +64,7 @@ pub struct Engine {
 pub struct EngineBuilder {
     pool: PgPool,
     reply_topic: String,
+    sources: Option<BTreeSet<String>>,
     definitions: Vec<Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
     patience: Patience,
@@ -72,6 +77,7 @@ impl Engine {
         EngineBuilder {
             pool,
             reply_topic: reply_topic.into(),
+            sources: None,
             definitions: Vec::new(),
             locals: BTreeMap::new(),
             patience: Patience::new(WAIT_MAX),
@@ -148,6 +154,19 @@ impl Engine {
 
     pub(super) fn reply_topic(&self) -> &str {
         &self.reply_topic
+    }
+
+    /// Whether replies of the message's source are taken.
+    pub(super) fn knows_source(&self, envelope: &Envelope) -> Result<(), Unfit> {
+        let source = &envelope.source;
+        match &self.sources {
+            Some(sources) if !sources.contains(source) => {
+                let cure = "declare it for the topic, or add it to REPLY_SOURCES, if it is a participant's";
+                let reason = format!("no replies of source {source:?} are taken; {cure}");
+                Err(Unfit::undeclared(envelope.id, reason))
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn known(&self) -> &Known {
@@ -229,6 +248,12 @@ impl EngineBuilder {
         self
     }
 
+    /// Replies of these sources (`ce_source`: what the participants' outboxes are called) are taken, and of no other.
+    pub fn takes_replies_of<T: Into<String>>(mut self, sources: impl IntoIterator<Item = T>) -> Self {
+        self.sources.get_or_insert_default().extend(sources.into_iter().map(Into::into));
+        self
+    }
+
     /// Binds a local effect to its name.
     pub fn local(mut self, name: &str, effect: impl LocalEffect) -> Self {
         self.locals.insert(name.to_owned(), Arc::new(effect));
@@ -254,7 +279,7 @@ impl EngineBuilder {
     /// # Errors
     /// With every mistake, not only the first.
     pub fn build(self) -> Result<Arc<Engine>, EngineErrors> {
-        let Self { pool, reply_topic, definitions, locals, patience, bound } = self;
+        let Self { pool, reply_topic, sources, definitions, locals, patience, bound } = self;
         let (mut errors, mut defined, mut known) = (Vec::new(), BTreeMap::new(), Known::default());
         for definition in definitions {
             errors.extend(definition.check().into_iter().map(EngineError::Definition));
@@ -278,6 +303,7 @@ impl EngineBuilder {
             Ok(Arc::new(Engine {
                 pool,
                 reply_topic,
+                sources,
                 definitions: defined,
                 locals,
                 known,

@@ -21,7 +21,7 @@ use super::{
     timers::PUT_OFF,
 };
 use crate::{
-    consumer::{HandleError, Handler, Message},
+    consumer::{HandleError, Handler, Message, NO_SAGA, Unfit},
     envelope::{Envelope, Outcome, SagaHeaders},
     fail_point::fail_point,
     id::{MessageId, SagaId},
@@ -44,13 +44,23 @@ pub struct ReplyHandler {
 
 impl Handler for ReplyHandler {
     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
-        let read = |message| Incoming::from_message(message).map_err(|error| error.of(message.envelope.id));
-        let replies = batch.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        let (mut replies, mut unfit) = (Vec::with_capacity(batch.len()), Vec::new());
+        for message in batch {
+            match self.engine.knows_source(&message.envelope) {
+                Err(stranger) => unfit.push(stranger),
+                Ok(()) => match Incoming::from_message(message) {
+                    Ok(reply) => replies.push(reply),
+                    Err(error) => unfit.push(Unfit::poison(message.envelope.id, error)?),
+                },
+            }
+        }
+        HandleError::unfit(unfit)?;
         self.engine.take_replies(tx, replies).await.map_err(|error| match error {
             BatchError::Database(error) => HandleError::Database(error),
             BatchError::Effect(error) => HandleError::Failed(error),
             BatchError::Poison(why, Some(message)) => HandleError::Poison(why).of(message),
             BatchError::Poison(why, None) => HandleError::Poison(why),
+            BatchError::Unfit(unfit) => HandleError::Several(unfit),
         })
     }
 
@@ -103,6 +113,16 @@ impl<'m> Incoming<'m> {
             outcome: Some(reply.outcome),
         };
         Self { message: reply.message, headers, outcome: reply.outcome, payload: reply.payload.as_deref(), cause: None }
+    }
+
+    /// There is no such saga here: it was lost, with a restore say, or the reply came to the wrong place. What it says may be all
+    /// that is known of an effect, so it is kept, as a dead letter. `None` for one that was set aside when its saga was there.
+    fn without_saga(self) -> Option<Unfit> {
+        let SagaHeaders { saga, definition, step, op, .. } = &self.headers;
+        measure::unknown_saga();
+        let outcome = self.outcome;
+        let reason = format!("there is no saga {saga} ({definition}) here; {op} of its step {step} {outcome}");
+        self.cause.map(|_| Unfit { message: self.message, class: NO_SAGA, reason })
     }
 
     fn incident(self) -> Incident<'m> {
@@ -193,10 +213,9 @@ impl Engine {
             measure::unread(&unread, "its replies are set aside, and tried again every minute");
             aside.extend(replies_of(unread.locked.saga).map(|reply| reply.set_aside(&unread)));
         }
-        for (saga, replies) in by_saga {
-            let saga_type = replies.first().map(|reply| reply.headers.definition.as_str());
-            tracing::warn!(%saga, saga_type, replies = replies.len(), "replies to a saga that does not exist are ignored");
-            replies.iter().for_each(|_| measure::unknown_saga());
+        let lost: Vec<_> = by_saga.into_values().flatten().filter_map(Incoming::without_saga).collect();
+        if !lost.is_empty() {
+            return Err(BatchError::Unfit(lost));
         }
         if let Some(first) = aside.iter().find(|reply| reply.put_off.is_zero()) {
             // One of them: in a rollout they are many, and most are of one definition.

@@ -87,6 +87,17 @@ pub struct ParticipantArgs {
     /// Topics that commands may have their replies sent to beside the platform's own, several separated by commas
     #[arg(long, env = "REPLY_TOPICS", value_name = "TOPIC,...", global = true)]
     pub reply_topics: Option<String>,
+    /// Sources (`ce_source`) whose commands are taken beside those of the platform's own orchestrators, several separated by commas
+    #[arg(long, env = "COMMAND_SOURCES", value_name = "SOURCE,...", global = true)]
+    pub command_sources: Option<String>,
+}
+
+/// What whoever runs sagas takes beside.
+#[derive(Debug, Clone, Default, Args)]
+pub struct OrchestratorArgs {
+    /// Sources (`ce_source`) whose replies are taken beside those of the platform's own participants, several separated by commas
+    #[arg(long, env = "REPLY_SOURCES", value_name = "SOURCE,...", global = true)]
+    pub reply_sources: Option<String>,
 }
 
 /// The API's listener.
@@ -168,6 +179,15 @@ pub struct KafkaSettings {
     pub replication_factor: i32,
     /// `session.timeout.ms`.
     pub session_timeout: Duration,
+}
+
+/// A valid [`ParticipantArgs`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ParticipantSettings {
+    /// Where replies may go, beside the platform's own topics.
+    pub reply_topics: Vec<String>,
+    /// Whose commands are taken, beside the platform's own.
+    pub command_sources: Vec<String>,
 }
 
 /// A valid [`AdminArgs`].
@@ -261,16 +281,37 @@ impl KafkaArgs {
 }
 
 impl ParticipantArgs {
-    /// Reads the topics, and adds what is wrong to `errors`.
-    pub fn read(&self, errors: &mut ConfigErrors) -> Option<Vec<String>> {
-        let topics = given(&self.reply_topics).unwrap_or_default().split(',').map(str::trim);
-        let topics: Vec<_> = topics.filter(|topic| !topic.is_empty()).map(ToOwned::to_owned).collect();
-        match topics.iter().find(|topic| !is_legal_name(topic)) {
+    /// Reads, and adds what is wrong to `errors`.
+    pub fn read(&self, errors: &mut ConfigErrors) -> Option<ParticipantSettings> {
+        let topics = listed(&self.reply_topics);
+        let reply_topics = match topics.iter().find(|topic| !is_legal_name(topic)) {
             Some(wrong) => {
                 errors.add("REPLY_TOPICS", format!("has {wrong:?} in it"), "name topics, separated by commas")
             }
             None => Some(topics),
-        }
+        };
+        let command_sources = sources(&self.command_sources, "COMMAND_SOURCES", errors);
+        Some(ParticipantSettings { reply_topics: reply_topics?, command_sources: command_sources? })
+    }
+}
+
+impl OrchestratorArgs {
+    /// Reads the sources, and adds what is wrong to `errors`.
+    pub fn read(&self, errors: &mut ConfigErrors) -> Option<Vec<String>> {
+        sources(&self.reply_sources, "REPLY_SOURCES", errors)
+    }
+}
+
+fn listed(text: &Option<String>) -> Vec<String> {
+    let parts = given(text).unwrap_or_default().split(',').map(str::trim);
+    parts.filter(|part| !part.is_empty()).map(ToOwned::to_owned).collect()
+}
+
+fn sources(text: &Option<String>, variable: &'static str, errors: &mut ConfigErrors) -> Option<Vec<String>> {
+    let listed = listed(text);
+    match listed.iter().find(|source| source.chars().any(|c| c.is_whitespace() || c.is_control())) {
+        Some(wrong) => errors.add(variable, format!("has {wrong:?} in it"), "name sources, separated by commas"),
+        None => Some(listed),
     }
 }
 
@@ -492,14 +533,30 @@ mod tests {
     fn reply_topics_are_names_of_topics_that_can_be_written_to() {
         let read = |topics: &str| {
             let mut errors = ConfigErrors::default();
-            let topics = ParticipantArgs { reply_topics: some(topics) }.read(&mut errors);
-            errors.finish(topics)
+            let read = ParticipantArgs { reply_topics: some(topics), command_sources: None }.read(&mut errors);
+            errors.finish(read.map(|read| read.reply_topics))
         };
         assert_eq!(read(" a.replies , b ,").unwrap(), ["a.replies", "b"]);
         assert!(read(" ").unwrap().is_empty());
         for wrong in ["a b", "a,__consumer_offsets", ".."] {
             assert_eq!(read(wrong).unwrap_err().mistakes()[0].variable, "REPLY_TOPICS", "{wrong}");
         }
+    }
+
+    #[test]
+    fn sources_are_texts_without_blanks() {
+        let read = |sources: &str| {
+            let mut errors = ConfigErrors::default();
+            let participant = ParticipantArgs { reply_topics: None, command_sources: some(sources) };
+            let orchestrator = OrchestratorArgs { reply_sources: some(sources) };
+            let read = participant.read(&mut errors).zip(orchestrator.read(&mut errors));
+            errors.finish(read.map(|(participant, replies)| (participant.command_sources, replies)))
+        };
+        let both = vec!["a".to_owned(), "urn:x:b".to_owned()];
+        assert_eq!(read(" a , urn:x:b ,").unwrap(), (both.clone(), both));
+        let mistakes = read("a b").unwrap_err();
+        let variables: Vec<_> = mistakes.mistakes().iter().map(|mistake| mistake.variable).collect();
+        assert_eq!(variables, ["COMMAND_SOURCES", "REPLY_SOURCES"]);
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub use admin::{AdminAuth, Role, admin_router};
 pub use assembly::{Parts, launch, launch_migrate, launch_with, run};
 pub use config::{
     AdminArgs, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, Identity, KafkaArgs, KafkaSettings,
-    ParticipantArgs, ServiceArgs, ServiceCommand, Settings, TelemetryArgs,
+    OrchestratorArgs, ParticipantArgs, ParticipantSettings, ServiceArgs, ServiceCommand, Settings, TelemetryArgs,
 };
 pub use connections::serve;
 pub use health::Health;

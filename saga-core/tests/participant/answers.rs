@@ -5,7 +5,7 @@ use crate::{
     support::{Add, AddHandler, World, message, words},
 };
 use saga_core::{
-    consumer::HandleError,
+    consumer::{HandleError, Message, UNDECLARED_SOURCE},
     envelope::{Op, Outcome::*},
     id::SagaId,
     participant::{IntentConfig, Participant},
@@ -83,6 +83,34 @@ async fn a_command_that_asks_for_its_reply_elsewhere_is_refused_before_it_runs()
         let told = deliver(&world.database.pool, &participant, &[command]).await;
         assert_eq!((told.is_ok(), world.effects(saga).await), (allowed, i64::from(allowed)), "{topic}: {told:?}");
     }
+}
+
+#[tokio::test]
+async fn commands_of_sources_that_are_not_declared_are_refused_before_anything_runs() {
+    let world = World::new().await;
+    let participant = Participant::new("careful").takes_commands_of(["orders"]).takes_commands_of(vec!["b".to_owned()]);
+    let participant = participant.on::<Add>(AddHandler::default());
+    let of = |source: &str| {
+        let mut command = message(SagaId::new(), Op::Do, &Add { say: words(&["yes"]) });
+        command.envelope.source = source.into();
+        command
+    };
+    let batch = [of("orders"), of("elsewhere"), of("b"), of("Orders")];
+    let told = deliver(&world.database.pool, &participant, &batch).await;
+    let Err(HandleError::Several(unfit)) = told else { panic!("{told:?}") };
+    let named: Vec<_> = unfit.iter().map(|unfit| (unfit.message, unfit.class)).collect();
+    assert_eq!(named, [1, 3].map(|n| (batch[n].envelope.id, UNDECLARED_SOURCE)));
+    assert!(
+        unfit[0].reason.contains("elsewhere") && unfit[0].reason.contains("COMMAND_SOURCES"),
+        "{}",
+        unfit[0].reason
+    );
+    let saga = |message: &Message| message.envelope.saga.as_ref().unwrap().saga;
+    for command in &batch {
+        assert_eq!(world.effects(saga(command)).await, 0);
+    }
+    deliver(&world.database.pool, &participant, &[batch[0].clone(), batch[2].clone()]).await.unwrap();
+    assert_eq!((world.effects(saga(&batch[0])).await, world.effects(saga(&batch[2])).await), (1, 1));
 }
 
 #[tokio::test]

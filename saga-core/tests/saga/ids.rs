@@ -1,7 +1,12 @@
 //! With `RUST_LOG=warn` there are no spans: what does not go on by itself says on its own line whose it is.
 
 use crate::support::*;
-use saga_core::{envelope::Outcome, id::SagaId, testkit::Log};
+use saga_core::{
+    consumer::{HandleError, NO_SAGA},
+    envelope::Outcome,
+    id::SagaId,
+    testkit::Log,
+};
 use serde_json::{Value, json};
 
 fn is_of(line: &Value, saga: SagaId) {
@@ -61,12 +66,23 @@ async fn a_reply_that_waits_for_another_replica_and_one_that_is_dropped_then_say
 }
 
 #[tokio::test]
-async fn replies_to_a_saga_that_does_not_exist_say_which() {
-    let log = Log::hear("warn");
+async fn replies_to_sagas_that_do_not_exist_are_kept_and_hold_up_no_other() {
     let world = World::new().await;
     let saga = world.start(1).await;
-    let stranger = Sent { saga: SagaId::new(), ..world.last(saga).await };
-    world.deliver(&[succeeded(&stranger)]).await;
-    let [line] = &log.said("replies to a saga that does not exist")[..] else { panic!("{:?}", log.warnings()) };
-    assert_eq!(line["saga"], stranger.saga.to_string());
+    let sent = world.last(saga).await;
+    let strangers = [SagaId::new(), SagaId::new()].map(|saga| succeeded(&Sent { saga, ..sent.clone() }));
+    let batch = [strangers[0].clone(), succeeded(&sent), strangers[1].clone()];
+    // The consumer dead-letters what is named, and hands in the others again.
+    let told = world.try_deliver(&batch).await;
+    let Err(HandleError::Several(mut unfit)) = told else { panic!("{told:?}") };
+    unfit.sort_by_key(|unfit| strangers.iter().position(|stranger| stranger.envelope.id == unfit.message));
+    for (unfit, stranger) in unfit.iter().zip(&strangers) {
+        let lost = stranger.envelope.saga.as_ref().unwrap().saga.to_string();
+        assert_eq!((unfit.message, unfit.class), (stranger.envelope.id, NO_SAGA));
+        assert!(unfit.reason.contains(&lost) && unfit.reason.contains("authorize succeeded"), "{}", unfit.reason);
+    }
+    assert_eq!(unfit.len(), 2);
+    assert_eq!(world.last(saga).await.step, "authorize", "nothing of the batch was decided");
+    world.deliver(&batch[1..2]).await;
+    assert_eq!(world.last(saga).await.step, "reserve");
 }

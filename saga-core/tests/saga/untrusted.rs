@@ -4,7 +4,7 @@ use crate::support::*;
 use async_trait::async_trait;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use saga_core::{
-    consumer::{HandleError, Message},
+    consumer::{HandleError, Message, UNDECLARED_SOURCE},
     envelope::Outcome,
     id::SagaId,
     outbox::Tx,
@@ -253,4 +253,30 @@ async fn a_line_of_the_log_that_cannot_be_read_is_shown_as_that() {
     let lines: Vec<_> = view.timeline.iter().map(|line| line.what).collect();
     assert_eq!(lines, ["started", "ran", "sent", "unreadable"]);
     assert!(view.summary.readable);
+}
+
+#[tokio::test]
+async fn a_reply_of_a_source_that_is_not_declared_is_refused_before_its_saga_sees_it() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let engine = builder_of(world.database.pool.clone(), &world.reply_topic, 1)
+        .takes_replies_of(["payments"])
+        .takes_replies_of(vec!["stock".to_owned()]);
+    let engine = engine.build().unwrap();
+    let says = |source: &str, sent: &Sent| {
+        let mut reply = succeeded(sent);
+        reply.envelope.source = source.into();
+        reply
+    };
+    let sent = world.last(saga).await;
+    let strangers = [says("elsewhere", &sent), says("payments.", &sent)];
+    let told = deliver(&world.database.pool, &engine.handler(), &strangers).await;
+    let Err(HandleError::Several(unfit)) = told else { panic!("{told:?}") };
+    assert!(unfit.iter().all(|unfit| unfit.class == UNDECLARED_SOURCE && unfit.reason.contains("REPLY_SOURCES")));
+    assert_eq!((unfit.len(), world.last(saga).await.step.as_str()), (2, "authorize"));
+    for (source, next) in [("payments", "reserve"), ("stock", "capture")] {
+        let reply = says(source, &world.last(saga).await);
+        deliver(&world.database.pool, &engine.handler(), &[reply]).await.unwrap();
+        assert_eq!(world.last(saga).await.step, next, "{source}");
+    }
 }
