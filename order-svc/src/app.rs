@@ -33,10 +33,10 @@ pub const IDENTITY: Identity = Identity { name: "order-svc", http_port: 8080, ad
 const REPLIES: &str = "order-svc.saga";
 
 /// Runs the service until `token` is cancelled or a part of it fails.
-pub async fn serve(settings: Settings, token: CancellationToken) -> anyhow::Result<()> {
+pub async fn serve(settings: Settings, reply_sources: Vec<String>, token: CancellationToken) -> anyhow::Result<()> {
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
-    let orders = Orders::new(pool.clone())?;
+    let orders = Orders::taking_replies_of(reply_sources, pool.clone())?;
     let kafka = &settings.kafka;
     let replies = nudging(orders.engine.handler(), Arc::clone(&orders.live));
     let replies = consumer(REPLIES, ORDERS_REPLIES, kafka, &pool, replies);

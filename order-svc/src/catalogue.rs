@@ -1,19 +1,23 @@
-//! What can be ordered, and for how much: a copy of inventory-svc's items, and the only file that touches `catalogue`.
+//! What can be ordered, and for how much: a copy of inventory-svc's items, and the only module that touches `catalogue`.
 //!
 //! ```text
 //!   inventory.items ──► consumer (group order-svc.catalogue) ──► catalogue ──► prices of POST /v1/orders
 //! ```
 //!
-//! Invariant: of one sku, the record with the highest `ce_sequence` wins, in whatever order records arrive, so repeats
-//! and replays change nothing. When the process dies here, the batch is rolled back and read again.
+//! Invariant: of one sku the last news holds. A record is news when its sequence is higher than any that was seen of its sku, its
+//! source and its epoch: so repeats and replays change nothing, and a source whose ids are given a second time (a restore, another
+//! database) is heard. When the process dies here, the batch is rolled back and read again. [`rebuild`] makes all of it anew.
+
+pub mod rebuild;
 
 use contracts::{inventory::ItemChanged, money::Money, product::Sku, topics::INVENTORY_ITEMS};
 use saga_core::{
-    consumer::{ConsumerConfig, HandleError, Handler, Message, TooOld},
+    consumer::{ConsumerConfig, HandleError, Handler, Message, TooOld, Unfit},
+    envelope::Standing,
     outbox::Tx,
 };
 use sqlx::PgExecutor;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// The group that keeps the catalogue.
 pub const GROUP: &str = "order-svc.catalogue";
@@ -42,34 +46,42 @@ pub async fn prices(db: impl PgExecutor<'_>, skus: &[&str]) -> Result<HashMap<Sk
 pub struct CatalogueHandler;
 
 /// What one record says of its sku.
-struct Said {
-    sequence: i64,
+struct Said<'m> {
+    sku: String,
+    standing: Standing<'m>,
     item: Option<ItemChanged>,
 }
 
+/// What was seen of each sku: the highest sequence of each source and epoch.
+#[derive(Default)]
+struct Seen(HashMap<String, BTreeMap<(String, String), i64>>);
+
 impl Handler for CatalogueHandler {
     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
-        // Sorted by sku, as rows are locked in one order everywhere; the last word of each sku in this batch.
-        let mut latest: BTreeMap<String, Said> = BTreeMap::new();
+        let (mut said, mut unfit) = (Vec::with_capacity(batch.len()), Vec::new());
         for message in batch {
-            let (sku, said) = read(message).map_err(|error| error.of(message.envelope.id))?;
-            match latest.get(&sku) {
-                Some(known) if known.sequence >= said.sequence => {}
-                _ => drop(latest.insert(sku, said)),
+            match read(message) {
+                Ok(one) => said.push(one),
+                Err(error) => unfit.push(Unfit::poison(message.envelope.id, error)?),
             }
         }
-        Ok(write_in(tx, &latest).await?)
+        HandleError::unfit(unfit)?;
+        Ok(take_in(tx, &said).await?)
     }
 }
 
-fn read(message: &Message) -> Result<(String, Said), HandleError> {
+fn read(message: &Message) -> Result<Said<'_>, HandleError> {
     let poison = |why: String| HandleError::Poison(why);
     let kind = &message.envelope.kind;
     if kind != ItemChanged::TYPE {
         // A later build may know it.
         return Err(anyhow::anyhow!("type {kind:?} is not {:?}", ItemChanged::TYPE).into());
     }
-    let sequence = message.envelope.sequence.ok_or_else(|| poison("an item record needs a ce_sequence".into()))?;
+    let standing = message.envelope.standing();
+    // An older build's dead letter does not say where its original stood.
+    if standing.sequence.is_none() && !standing.redriven {
+        return Err(poison("an item record needs a ce_sequence".into()));
+    }
     match &message.payload {
         Some(payload) => {
             let item: ItemChanged =
@@ -80,7 +92,7 @@ fn read(message: &Message) -> Result<(String, Said), HandleError> {
             if item.name.contains('\0') {
                 return Err(poison(format!("item {} has a NUL in its name, which no text column takes", item.sku)));
             }
-            Ok((item.sku.to_string(), Said { sequence, item: Some(item) }))
+            Ok(Said { sku: item.sku.to_string(), standing, item: Some(item) })
         }
         // A tombstone: the item is gone. Its sku is the record's key.
         None => {
@@ -88,13 +100,86 @@ fn read(message: &Message) -> Result<(String, Said), HandleError> {
             let sku: Sku = key
                 .and_then(|key| key.parse().ok())
                 .ok_or_else(|| poison("an item tombstone needs its sku as key".into()))?;
-            Ok((sku.to_string(), Said { sequence, item: None }))
+            Ok(Said { sku: sku.to_string(), standing, item: None })
         }
     }
 }
 
-async fn write_in(tx: &mut Tx<'_>, latest: &BTreeMap<String, Said>) -> Result<(), sqlx::Error> {
-    let items: Vec<Option<&ItemChanged>> = latest.values().map(|said| said.item.as_ref()).collect();
+async fn take_in(tx: &mut Tx<'_>, said: &[Said<'_>]) -> Result<(), sqlx::Error> {
+    // Before anything is read: what a rebuild has put in place of the catalogue must be seen.
+    sqlx::query("lock table catalogue in row exclusive mode").execute(&mut **tx).await?;
+    let skus: BTreeSet<&str> = said.iter().map(|said| said.sku.as_str()).collect();
+    let mut seen = Seen::of(tx, &skus).await?;
+    // Sorted by sku, as rows are locked in one order everywhere; the last news of each sku in this batch.
+    let mut news: BTreeMap<&str, &Said<'_>> = BTreeMap::new();
+    for said in said {
+        if seen.is_news(said) {
+            news.insert(&said.sku, said);
+        }
+    }
+    if news.is_empty() {
+        return Ok(());
+    }
+    let news: Vec<_> = news.into_values().collect();
+    write_in(tx, &news).await?;
+    seen.write_in(tx, &news).await
+}
+
+impl Seen {
+    async fn of(tx: &mut Tx<'_>, skus: &BTreeSet<&str>) -> Result<Self, sqlx::Error> {
+        let rows: Vec<(String, String, String, i64)> =
+            sqlx::query_as("select sku, source, epoch, sequence from catalogue_seen where sku = any($1)")
+                .bind(Vec::from_iter(skus))
+                .fetch_all(&mut **tx)
+                .await?;
+        let mut seen = Self::default();
+        for (sku, source, epoch, sequence) in rows {
+            seen.0.entry(sku).or_default().insert((source, epoch), sequence);
+        }
+        Ok(seen)
+    }
+
+    /// Whether the record is news of its sku; then it is seen from here on.
+    fn is_news(&mut self, said: &Said<'_>) -> bool {
+        let Standing { source, epoch, sequence, redriven } = said.standing;
+        let place = (source.to_owned(), epoch.to_owned());
+        let seen = self.0.entry(said.sku.clone()).or_default();
+        // What was given up once comes at any time: it is compared with nothing but what it can be compared with.
+        if redriven && seen.keys().any(|of| sequence.is_none() || *of != place) {
+            return false;
+        }
+        let Some(sequence) = sequence else { return true };
+        let news = seen.get(&place).is_none_or(|highest| *highest < sequence);
+        if news {
+            seen.insert(place, sequence);
+        }
+        news
+    }
+
+    async fn write_in(&self, tx: &mut Tx<'_>, news: &[&Said<'_>]) -> Result<(), sqlx::Error> {
+        let mut rows = Vec::new();
+        for said in news {
+            rows.extend(self.0.get(&said.sku).into_iter().flatten().map(|seen| (said.sku.as_str(), seen)));
+        }
+        sqlx::query(
+            "insert into catalogue_seen as known (sku, source, epoch, sequence)
+             select * from unnest($1::text[], $2::text[], $3::text[], $4::bigint[])
+             on conflict (sku, source, epoch) do update
+             set    sequence = excluded.sequence
+             where  known.sequence < excluded.sequence",
+        )
+        .bind(rows.iter().map(|(sku, _)| *sku).collect::<Vec<_>>())
+        .bind(rows.iter().map(|(_, ((source, _), _))| source.as_str()).collect::<Vec<_>>())
+        .bind(rows.iter().map(|(_, ((_, epoch), _))| epoch.as_str()).collect::<Vec<_>>())
+        .bind(rows.iter().map(|(_, (_, sequence))| **sequence).collect::<Vec<_>>())
+        .execute(&mut **tx)
+        .await?;
+        Ok(())
+    }
+}
+
+async fn write_in(tx: &mut Tx<'_>, news: &[&Said<'_>]) -> Result<(), sqlx::Error> {
+    let items: Vec<Option<&ItemChanged>> = news.iter().map(|said| said.item.as_ref()).collect();
     sqlx::query(
         "insert into catalogue as known (sku, name, unit_price, currency, withdrawn, sequence)
          select sku, coalesce(name, ''), coalesce(unit_price, 0), coalesce(currency, 'XXX'), name is null, sequence
@@ -107,14 +192,13 @@ async fn write_in(tx: &mut Tx<'_>, latest: &BTreeMap<String, Said>) -> Result<()
                 currency   = case when excluded.withdrawn then known.currency   else excluded.currency   end,
                 withdrawn  = excluded.withdrawn,
                 sequence   = excluded.sequence,
-                changed_at = now()
-         where  known.sequence < excluded.sequence",
+                changed_at = now()",
     )
-    .bind(latest.keys().map(String::as_str).collect::<Vec<_>>())
+    .bind(news.iter().map(|said| said.sku.as_str()).collect::<Vec<_>>())
     .bind(items.iter().map(|item| item.map(|item| item.name.as_str())).collect::<Vec<_>>())
     .bind(items.iter().map(|item| item.map(|item| item.unit_price.amount)).collect::<Vec<_>>())
     .bind(items.iter().map(|item| item.map(|item| item.unit_price.currency.to_string())).collect::<Vec<_>>())
-    .bind(latest.values().map(|said| said.sequence).collect::<Vec<_>>())
+    .bind(news.iter().map(|said| said.standing.sequence.unwrap_or_default()).collect::<Vec<_>>())
     .execute(&mut **tx)
     .await?;
     Ok(())

@@ -7,21 +7,24 @@
 //! | [`effects`] | what the saga does to orders |
 //! | [`orders`] | what can be asked of orders: place, cancel, wait |
 //! | [`store`] | the SQL of orders |
-//! | [`catalogue`] | what can be ordered, and for how much: SQL and consumer |
+//! | [`catalogue`] | what can be ordered, and for how much: SQL and consumer; made anew from its topic |
 //! | [`live`] | who waits for an order, told of its changes |
 //! | [`api`] | the HTTP API |
 //! | [`migrations`] | the schema, embedded |
+//! | [`config`], [`rebuild`] | what the program is told; what an operator runs beside it |
 //! | [`app`] | the parts put together |
 
 pub mod api;
 pub mod app;
 pub mod catalogue;
+pub mod config;
 pub mod domain;
 pub mod effects;
 pub mod live;
 pub mod migrations;
 pub mod order_saga;
 pub mod orders;
+pub mod rebuild;
 pub mod store;
 
 pub use app::{IDENTITY, serve};

@@ -11,7 +11,10 @@ use crate::{
     order_saga::{local, order_saga},
     store::{self, StoreError},
 };
-use contracts::{OrderId, topics::ORDERS_REPLIES};
+use contracts::{
+    OrderId,
+    topics::{ORDERS_REPLIES, REPLY_SOURCES},
+};
 use saga_core::{
     clock,
     http::REQUEST_MAX,
@@ -81,8 +84,15 @@ pub enum CancelOrderError {
 impl Orders {
     /// Binds the order saga and its effects together.
     pub fn new(pool: PgPool) -> Result<Self, EngineErrors> {
+        Self::taking_replies_of(Vec::new(), pool)
+    }
+
+    /// Likewise, with sources whose replies are taken beside those of the platform's participants.
+    pub fn taking_replies_of(more: Vec<String>, pool: PgPool) -> Result<Self, EngineErrors> {
         let saga = order_saga();
         let engine = Engine::builder(pool.clone(), &ORDERS_REPLIES)
+            .takes_replies_of(REPLY_SOURCES)
+            .takes_replies_of(more)
             .define(&saga)
             .local(local::OPEN, OpenOrder)
             .local(local::CANCEL, CancelOrder)

@@ -106,3 +106,70 @@ async fn what_is_no_item_is_poison() {
     }
     assert_eq!(price(&db.pool, "A").await, None);
 }
+
+/// As a relay says it that names its epoch.
+fn in_epoch(epoch: &str, mut message: Message) -> Message {
+    message.envelope.other.insert("ce_epoch".into(), epoch.to_owned());
+    message
+}
+
+/// A dead letter of order-svc's own outbox that was sent to its topic again, with everything that it carries.
+fn redriven(epoch: &str, original: Message) -> Message {
+    let sequence = original.envelope.sequence.unwrap().to_string();
+    let mut again =
+        in_epoch("orders", Message { envelope: Envelope { id: MessageId::new(), ..original.envelope }, ..original });
+    again.envelope.sequence = Some(9_000_000);
+    let said = [("topic", "inventory.items"), ("sequence", sequence.as_str()), ("epoch", epoch)];
+    again.envelope.other.extend(said.map(|(name, value)| (format!("x-original-{name}").into(), value.to_owned())));
+    again
+}
+
+#[tokio::test]
+async fn a_source_whose_ids_begin_again_is_heard_and_repeats_of_before_are_not() {
+    let db = database().await;
+    take(&db.pool, &[in_epoch("1", item("A", 700, 100)), in_epoch("1", item("A", 701, 200))]).await.unwrap();
+    // Restored, or another database: ids are given a second time.
+    take(&db.pool, &[in_epoch("2", item("A", 3, 300))]).await.unwrap();
+    assert_eq!(price(&db.pool, "A").await, Some(300));
+    for repeat in [in_epoch("1", item("A", 700, 100)), in_epoch("1", item("A", 701, 200))] {
+        take(&db.pool, &[repeat]).await.unwrap();
+        assert_eq!(price(&db.pool, "A").await, Some(300), "what was seen is no news");
+    }
+    take(&db.pool, &[in_epoch("2", item("A", 2, 1)), in_epoch("2", item("A", 4, 400))]).await.unwrap();
+    assert_eq!(price(&db.pool, "A").await, Some(400));
+    // All of it in one batch, with an older relay's records between, which name no epoch.
+    let batch = [item("B", 9, 1), in_epoch("1", item("B", 5, 2)), in_epoch("2", item("B", 1, 3)), item("B", 9, 1)];
+    take(&db.pool, &batch).await.unwrap();
+    assert_eq!(price(&db.pool, "B").await, Some(3));
+}
+
+#[tokio::test]
+async fn a_redriven_record_counts_by_its_originals_sequence_and_freezes_nothing() {
+    let db = database().await;
+    take(&db.pool, &[in_epoch("1", item("A", 5, 500))]).await.unwrap();
+    take(&db.pool, &[redriven("1", item("A", 4, 400))]).await.unwrap();
+    assert_eq!(price(&db.pool, "A").await, Some(500), "a later record came meanwhile");
+    take(&db.pool, &[redriven("1", item("A", 6, 600))]).await.unwrap();
+    assert_eq!(price(&db.pool, "A").await, Some(600));
+    take(&db.pool, &[in_epoch("1", item("A", 7, 700))]).await.unwrap();
+    assert_eq!(price(&db.pool, "A").await, Some(700), "9,000,000 was the sequence of another outbox");
+    // It cannot be compared with what a restored source said since.
+    take(&db.pool, &[in_epoch("2", item("A", 1, 100)), redriven("1", item("A", 9, 900))]).await.unwrap();
+    assert_eq!(price(&db.pool, "A").await, Some(100));
+}
+
+#[tokio::test]
+async fn an_item_of_before_the_epochs_is_changed_by_the_first_record_that_names_one() {
+    let db = database().await;
+    sqlx::query(
+        "with known as (insert into catalogue (sku, name, unit_price, currency, sequence) values ('A', 'A', 1, 'EUR', 900))
+         insert into catalogue_seen values ('A', 'inventory', '', 900)",
+    )
+    .execute(&db.pool)
+    .await
+    .unwrap();
+    take(&db.pool, &[item("A", 900, 2)]).await.unwrap();
+    assert_eq!(price(&db.pool, "A").await, Some(1), "it is a repeat");
+    take(&db.pool, &[in_epoch("1", item("A", 5, 500))]).await.unwrap();
+    assert_eq!(price(&db.pool, "A").await, Some(500));
+}

@@ -1,0 +1,57 @@
+//! `order-svc rebuild`: what an operator runs, beside the service, when a copy is lost or wrong.
+
+use crate::{
+    IDENTITY,
+    catalogue::rebuild::{Missing, Rebuilt, rebuild},
+    config::Copied,
+    migrations,
+};
+use contracts::topics::INVENTORY_ITEMS;
+use saga_core::service::{
+    ConfigErrors, DatabaseSettings, KafkaSettings, ServiceArgs, database, migrate::migrate,
+    telemetry::TelemetrySettings,
+};
+
+/// What it needs.
+#[derive(Debug)]
+pub struct Settings {
+    /// The database.
+    pub database: DatabaseSettings,
+    /// Kafka.
+    pub kafka: KafkaSettings,
+    /// Logs.
+    pub telemetry: TelemetrySettings,
+}
+
+impl Settings {
+    /// Reads, and adds what is wrong to `errors`.
+    pub fn read(args: &ServiceArgs, errors: &mut ConfigErrors) -> Option<Self> {
+        let database = args.database.read(errors);
+        let kafka = args.kafka.read(errors);
+        let telemetry = args.telemetry.read(errors);
+        Some(Self { database: database?, kafka: kafka?, telemetry: telemetry? })
+    }
+}
+
+/// Makes a copy anew.
+pub async fn run(what: Copied, settings: &Settings) -> anyhow::Result<()> {
+    let Copied::Catalogue { withdraw_missing } = what;
+    migrate(&settings.database, &migrations::all()).await?;
+    // One connection for as long as it takes: its session has tables of its own.
+    let one = database::pool_options(1).max_lifetime(None).idle_timeout(None);
+    let pool = one.connect_lazy_with(settings.database.options.clone().application_name(IDENTITY.name));
+    let what = if withdraw_missing { Missing::Withdraw } else { Missing::Stay };
+    let rebuilt = rebuild(&pool, &settings.kafka.brokers, INVENTORY_ITEMS.name, what).await?;
+    let Rebuilt { records, items, changed, missing, unreadable } = rebuilt;
+    tracing::info!(records, items, changed, unreadable, "the catalogue is rebuilt");
+    match (missing, withdraw_missing) {
+        (0, _) => {}
+        (missing, true) => tracing::info!(missing, "items that the topic does not have were withdrawn"),
+        (missing, false) => tracing::warn!(
+            missing,
+            "items of the catalogue are not in the topic and were left as they are; with --withdraw-missing they cannot be \
+             ordered any more"
+        ),
+    }
+    Ok(())
+}
