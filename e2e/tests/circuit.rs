@@ -48,6 +48,7 @@ fn payments_whose_captures_fail_cost_healthy_orders_nothing() {
         let orders = u32::try_from(size(48, 192)).expect("few");
         let without = p99(platform, &sku, orders).await;
         let (with, ()) = tokio::join!(p99(platform, &sku, orders), failing(platform, &sku, orders / 2));
+        println!("healthy orders' p99: {without:?} before the failing captures, {with:?} beside them");
         assert!(with <= 3 * without.max(FAST), "p99 {without:?} without failing ones, {with:?} beside them");
         assert_eq!(platform.gauge(Service::Payments, "gateway_circuit_opened_total").await, 0.0);
 
