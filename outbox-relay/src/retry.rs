@@ -10,15 +10,17 @@
 //! discarded is never published. Retries have a producer of their own, so that a row that Kafka refuses costs no other row
 //! anything. When the process dies in between, the next owner sends the claimed rows again: the request still stands.
 
+mod put_off;
+
 use crate::{
     budget::{Area, Held, LEAST, ROW},
     control::Control,
     database::Database,
-    fate::{MOST_ABSENT, too_large},
+    fate::too_large,
     loops::{self, Loops},
     outbox::Outbox,
     parking::{self, Blocked, Line, Published},
-    pause::{self, Cause},
+    pause::Cause,
     record::{self, Built, RecordBuilder, takes_dead_letters},
     refusal::Refusal,
     retrying::{Choice, Retrying, Sending},
@@ -261,18 +263,6 @@ impl Retries {
         Ok(limit)
     }
 
-    /// The topic takes nothing now: it is paused, so that it is looked for. Then its lines are tried again.
-    async fn put_off(&mut self, topic: &str, cause: Cause, reason: String) -> Result<Option<usize>, sqlx::Error> {
-        let absent = self.control.borrow().paused.values().filter(|paused| paused.cause.is_absence()).count();
-        if cause.is_absence() && absent >= MOST_ABSENT {
-            self.leave_alone(topic.to_owned(), &reason);
-            return Ok(None);
-        }
-        warn!(outbox = self.outbox, topic, reason, "parked rows cannot be tried again yet");
-        self.db.ask(async |db| pause::begin(db, &self.outbox, topic, cause, &reason).await).await?;
-        Ok(None)
-    }
-
     /// Claims the rows, sends them, and records what became of them.
     async fn send(&mut self, chosen: Vec<Chosen>, held: Held) -> Result<bool, sqlx::Error> {
         let ids: Vec<i64> = chosen.iter().flat_map(|(.., ids)| ids.iter().copied()).collect();
@@ -409,13 +399,6 @@ impl Retries {
             _ => self.leave_alone(line.topic, &format!("Kafka says: {code}")),
         }
         Ok((true, unsent))
-    }
-
-    /// Parked rows of the topic cannot be sent now: those of other topics are tried meanwhile.
-    fn leave_alone(&mut self, topic: String, reason: &str) {
-        warn!(outbox = self.outbox, topic, reason, "parked rows of the topic cannot be sent; they are tried again");
-        self.loops.failing(loops::RETRIES, &format!("parked rows of topic {topic} cannot be sent: {reason}"));
-        self.silent.insert(topic, saga_core::clock::monotonic() + REPORT);
     }
 
     async fn refuse(&self, row: &Row, reason: &str) -> Result<(), sqlx::Error> {

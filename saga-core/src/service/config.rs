@@ -3,8 +3,11 @@
 //! Everything is taken as text and validated afterwards, whole: somebody who starts a service with five mistakes gets
 //! five lines, each with the variable, what is wrong and what to do, and not one line five times.
 
+mod sagas;
+
+pub use sagas::{OrchestratorArgs, ParticipantArgs, ParticipantSettings};
+
 use super::{admin::AdminAuth, telemetry::TelemetrySettings};
-use crate::topic::is_legal_name;
 use clap::Args;
 use sqlx::postgres::PgConnectOptions;
 use std::{
@@ -79,25 +82,6 @@ pub struct KafkaArgs {
     /// the brokers' group.min.session.timeout.ms, not more than 300000
     #[arg(long, env = "KAFKA_SESSION_TIMEOUT_MS", value_name = "NUMBER", global = true)]
     pub kafka_session_timeout_ms: Option<String>,
-}
-
-/// What a participant in sagas takes beside.
-#[derive(Debug, Clone, Default, Args)]
-pub struct ParticipantArgs {
-    /// Topics that commands may have their replies sent to beside the platform's own, several separated by commas
-    #[arg(long, env = "REPLY_TOPICS", value_name = "TOPIC,...", global = true)]
-    pub reply_topics: Option<String>,
-    /// Sources (`ce_source`) whose commands are taken beside those of the platform's own orchestrators, several separated by commas
-    #[arg(long, env = "COMMAND_SOURCES", value_name = "SOURCE,...", global = true)]
-    pub command_sources: Option<String>,
-}
-
-/// What whoever runs sagas takes beside.
-#[derive(Debug, Clone, Default, Args)]
-pub struct OrchestratorArgs {
-    /// Sources (`ce_source`) whose replies are taken beside those of the platform's own participants, several separated by commas
-    #[arg(long, env = "REPLY_SOURCES", value_name = "SOURCE,...", global = true)]
-    pub reply_sources: Option<String>,
 }
 
 /// The API's listener.
@@ -179,15 +163,6 @@ pub struct KafkaSettings {
     pub replication_factor: i32,
     /// `session.timeout.ms`.
     pub session_timeout: Duration,
-}
-
-/// A valid [`ParticipantArgs`].
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ParticipantSettings {
-    /// Where replies may go, beside the platform's own topics.
-    pub reply_topics: Vec<String>,
-    /// Whose commands are taken, beside the platform's own.
-    pub command_sources: Vec<String>,
 }
 
 /// A valid [`AdminArgs`].
@@ -277,41 +252,6 @@ impl KafkaArgs {
         let session = number(session, "KAFKA_SESSION_TIMEOUT_MS", 6_000_u64, allowed, errors);
         let session_timeout = Duration::from_millis(session?);
         Some(KafkaSettings { brokers: brokers?, replication_factor: replication_factor?, session_timeout })
-    }
-}
-
-impl ParticipantArgs {
-    /// Reads, and adds what is wrong to `errors`.
-    pub fn read(&self, errors: &mut ConfigErrors) -> Option<ParticipantSettings> {
-        let topics = listed(&self.reply_topics);
-        let reply_topics = match topics.iter().find(|topic| !is_legal_name(topic)) {
-            Some(wrong) => {
-                errors.add("REPLY_TOPICS", format!("has {wrong:?} in it"), "name topics, separated by commas")
-            }
-            None => Some(topics),
-        };
-        let command_sources = sources(&self.command_sources, "COMMAND_SOURCES", errors);
-        Some(ParticipantSettings { reply_topics: reply_topics?, command_sources: command_sources? })
-    }
-}
-
-impl OrchestratorArgs {
-    /// Reads the sources, and adds what is wrong to `errors`.
-    pub fn read(&self, errors: &mut ConfigErrors) -> Option<Vec<String>> {
-        sources(&self.reply_sources, "REPLY_SOURCES", errors)
-    }
-}
-
-fn listed(text: &Option<String>) -> Vec<String> {
-    let parts = given(text).unwrap_or_default().split(',').map(str::trim);
-    parts.filter(|part| !part.is_empty()).map(ToOwned::to_owned).collect()
-}
-
-fn sources(text: &Option<String>, variable: &'static str, errors: &mut ConfigErrors) -> Option<Vec<String>> {
-    let listed = listed(text);
-    match listed.iter().find(|source| source.chars().any(|c| c.is_whitespace() || c.is_control())) {
-        Some(wrong) => errors.add(variable, format!("has {wrong:?} in it"), "name sources, separated by commas"),
-        None => Some(listed),
     }
 }
 
