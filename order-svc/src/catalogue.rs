@@ -144,8 +144,22 @@ impl Seen {
         let Standing { source, epoch, sequence, redriven } = said.standing;
         let place = (source.to_owned(), epoch.to_owned());
         let seen = self.0.entry(said.sku.clone()).or_default();
-        // What was given up once comes at any time: it is compared with nothing but what it can be compared with.
-        if redriven && seen.keys().any(|of| sequence.is_none() || *of != place) {
+        // What was given up once comes at any time: it is compared with nothing but what it can be compared with. That is its own
+        // epoch, and what came of its source before epochs were named, whose ids went on in the first that was.
+        let before = |of: &(String, String), highest: i64| {
+            of.0 == source && of.1.is_empty() && sequence.is_some_and(|sequence| highest < sequence)
+        };
+        let comparable = |(of, highest): (&(String, String), &i64)| *of == place || before(of, *highest);
+        if redriven && !seen.is_empty() && (sequence.is_none() || !seen.iter().all(comparable)) {
+            let sku = &said.sku;
+            tracing::warn!(
+                sku,
+                source,
+                epoch,
+                sequence,
+                "a record that was sent again says nothing that is certain to be news, and is \
+                not taken; if the item is wrong, change it once more in inventory-svc"
+            );
             return false;
         }
         let Some(sequence) = sequence else { return true };

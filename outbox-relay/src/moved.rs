@@ -145,7 +145,12 @@ pub async fn rename(outbox: &OutboxSettings, from: &str) -> Result<(), MoveError
     }
     audit_in(&mut tx, to, "rename", &format!("it was called {from}")).await?;
     tx.commit().await?;
-    info!(outbox = to, from, "the outbox has its new name; start the relays");
+    info!(
+        outbox = to,
+        from,
+        "the outbox has its new name, which is the source of its records: add it to COMMAND_SOURCES or REPLY_SOURCES of the services \
+         that read them, then start the relays"
+    );
     Ok(())
 }
 

@@ -141,7 +141,7 @@ async fn ids_behind(db: &mut PgConnection, after: i64) -> Result<i64, sqlx::Erro
         "select coalesce(sum(greatest(least(to_id, last.id + 1) - greatest(from_id, $1 + 1), 0)), 0)::bigint
                     + coalesce((select max(id) - min(id) + 1 from outbox_overflow where id > $1), 0)
            from outbox_ranges(),
-                (select pg_sequence_last_value(pg_get_serial_sequence('outbox', 'id')::regclass) as id) as last",
+                (select coalesce(pg_sequence_last_value(pg_get_serial_sequence('outbox', 'id')::regclass), 0) as id) as last",
     )
     .bind(after)
     .fetch_one(db)

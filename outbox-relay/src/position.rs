@@ -127,7 +127,8 @@ impl Cursor {
             return;
         }
         let (_, most) = self.next_rows(i64::MAX, usize::MAX);
-        if most > 0 {
+        // What was made for these rows and not used yet is kept: to hold it while as much is asked for is to wait for oneself.
+        if most > 0 && self.bodies.is_none() {
             let (_, least) = self.next_rows(i64::MAX, LEAST);
             self.bodies = Some(self.area.take(most, least).await);
         }

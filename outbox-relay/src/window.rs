@@ -308,7 +308,7 @@ pub(crate) async fn keys(db: &mut PgConnection, ids: &[i64]) -> Result<Vec<(i64,
 mod tests {
     use super::*;
     use crate::{
-        budget::{Area, Areas, Budget, default},
+        budget::{Area, Areas, Budget, default, least},
         position::{Cursor, Page},
     };
     use saga_core::{
@@ -483,6 +483,24 @@ mod tests {
         assert_eq!(first, 11);
         assert!(dearest <= SEARCHED + 10, "{dearest} rows");
         assert!(slowest < SOON, "{slowest:?}");
+    }
+
+    #[tokio::test]
+    async fn a_topics_reader_that_is_held_back_does_not_wait_for_its_own_room() {
+        let mut reading = Reading::new().await;
+        let base = reading.snapshot().await;
+        reading.append("main", 1).await;
+        reading.append_bodies("apart", 408, 5_000, "{}").await;
+        let target = reading.snapshot().await;
+        let area = Areas::new(&Budget::new(least(1), 1)).topic().await;
+        let mut cursor = Cursor::new(Position::at(base.clone()), Some("apart".into()), area);
+        // The main stream has passed its own row, and none of the topic's.
+        let main = Position { base, target, after: 1 };
+        for _ in 0..4 {
+            let room = tokio::time::timeout(Duration::from_secs(30), cursor.make_room());
+            room.await.expect("nothing of the stream is in flight that would make room");
+            cursor.follow(&mut reading.db, &main).await.unwrap();
+        }
     }
 
     #[tokio::test]

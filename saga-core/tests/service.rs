@@ -288,12 +288,14 @@ async fn a_connection_to_a_server_that_became_a_standby_is_replaced() {
     let pool = pool_options(1).connect(&database.url).await.unwrap();
     sqlx::query("create table written (n int)").execute(&pool).await.unwrap();
     // As a failover does it: sessions that are there may only read, new ones may write.
-    sqlx::query("set default_transaction_read_only = on").execute(&pool).await.unwrap();
-    let write = async || sqlx::query("insert into written values (1)").execute(&pool).await;
-    let refused = write().await.expect_err("the session may only read");
+    let write = "insert into written values (1)";
+    let mut session = pool.acquire().await.unwrap();
+    sqlx::query("set default_transaction_read_only = on").execute(&mut *session).await.unwrap();
+    let refused = sqlx::query(write).execute(&mut *session).await.expect_err("the session may only read");
     assert_eq!(error_class::classify(&refused), ErrorClass::Stale, "{refused}");
+    drop(session);
     drop(Problem::from(refused));
-    write().await.expect("a new session may write");
+    sqlx::query(write).execute(&pool).await.expect("a new session may write");
 }
 
 #[tokio::test]

@@ -98,9 +98,8 @@ pub async fn rebuild(pool: &PgPool, brokers: &str, topic: &str, missing: Missing
         reading.look_for_the_end().await?;
     }
     for _ in 0..TRIES {
-        match PLACE.within(place(pool, &real, &mut reading, missing, done)).await {
-            Err(RebuildError::Database(error)) if error_class::lock_wait(&error).is_some() => {}
-            ended => return ended,
+        if let Some(placed) = PLACE.within(place(pool, &real, &mut reading, missing, done)).await? {
+            return Ok(placed);
         }
     }
     Err(RebuildError::InUse)
@@ -158,20 +157,24 @@ fn is_among(unfit: &[(saga_core::id::MessageId, String)], message: &Message) -> 
     found.is_some()
 }
 
-/// Puts the session's tables in place of the real ones, with what has come to the last moment.
+/// Puts the session's tables in place of the real ones, with what has come to the last moment; `None` when the consumer did not
+/// let it in. It can be tried again only then: what is read behind that is rolled back with everything else.
 async fn place(
     pool: &PgPool,
     real: &str,
     reading: &mut Rereading,
     missing: Missing,
     mut done: Rebuilt,
-) -> Result<Rebuilt, RebuildError> {
+) -> Result<Option<Rebuilt>, RebuildError> {
     let mut tx = Transaction::begin(pool, PLACE).await?;
     let say = async |tx: &mut Tx<'_>, statement: String| {
         Ok::<_, sqlx::Error>(sqlx::query(AssertSqlSafe(statement)).execute(&mut **tx).await?.rows_affected())
     };
     // Who reads prices is let through; the consumer waits, and what it has done until now is in the topic before its end.
-    say(&mut tx, format!("lock table {real}.catalogue in share row exclusive mode")).await?;
+    match say(&mut tx, format!("lock table {real}.catalogue in share row exclusive mode")).await {
+        Err(error) if error_class::lock_wait(&error).is_some() => return Ok(None),
+        locked => drop(locked?),
+    }
     let last = async {
         reading.look_for_the_end().await?;
         while let Some(read) = reading.next().await? {
@@ -212,7 +215,7 @@ async fn place(
     };
     done.items = rows(sqlx::query_scalar("select count(*) from pg_temp.catalogue").fetch_one(&mut **tx).await?);
     tx.commit_quietly().await?;
-    Ok(done)
+    Ok(Some(done))
 }
 
 impl Rebuilt {

@@ -156,6 +156,11 @@ async fn a_redriven_record_counts_by_its_originals_sequence_and_freezes_nothing(
     // It cannot be compared with what a restored source said since.
     take(&db.pool, &[in_epoch("2", item("A", 1, 100)), redriven("1", item("A", 9, 900))]).await.unwrap();
     assert_eq!(price(&db.pool, "A").await, Some(100));
+    // What came before epochs were named has the ids before: the newest record of an old item is not lost for good.
+    take(&db.pool, &[item("C", 900, 1), redriven("1", item("C", 899, 2))]).await.unwrap();
+    assert_eq!(price(&db.pool, "C").await, Some(1));
+    take(&db.pool, &[redriven("1", item("C", 901, 3))]).await.unwrap();
+    assert_eq!(price(&db.pool, "C").await, Some(3));
 }
 
 #[tokio::test]
