@@ -70,7 +70,10 @@ async fn a_catalogue_that_was_lost_or_is_wrong_is_made_anew_beside_its_consumer(
     let stop = CancellationToken::new();
     let running = world.consume(&stop);
     world.publish(&[("A", 1, 100), ("B", 2, 200), ("A", 3, 300), ("C", 4, 400)]).await;
-    eventually(PATIENCE, || async { (world.price("C").await == Some(400)).then_some(()) }).await;
+    // Each is in a partition of its own.
+    for (sku, price) in [("A", 300), ("B", 200), ("C", 400)] {
+        eventually(PATIENCE, || async { (world.price(sku).await == Some(price)).then_some(()) }).await;
+    }
     // Lost, wrong, and frozen by a sequence that was never this source's.
     world.run("delete from catalogue where sku = 'B'").await;
     world.run("update catalogue set unit_price = 7 where sku = 'A'").await;
