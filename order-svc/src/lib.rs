@@ -11,7 +11,7 @@
 //! | [`live`] | who waits for an order, told of its changes |
 //! | [`api`] | the HTTP API |
 //! | [`migrations`] | the schema, embedded |
-//! | [`config`], [`rebuild`] | what the program is told; what an operator runs beside it |
+//! | [`config`], [`rebuild`] | what the program is configured with; what an operator runs beside it |
 //! | [`app`] | the parts put together |
 
 pub mod api;

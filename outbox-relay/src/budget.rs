@@ -49,7 +49,7 @@ pub(crate) struct Budget {
     /// What is common to all streams.
     rest: usize,
     now: Mutex<Now>,
-    /// Who may hold a large row for which the rest has no room.
+    /// One holder at a time: of a large row for which the rest has no room.
     large: Arc<Semaphore>,
 }
 

@@ -125,7 +125,7 @@ impl Session {
     }
 
     /// Whether as many topics are set apart as may be, and the brokers do not know this one either. They say so of all topics at
-    /// once: were each asked about, thousands of names that somebody has made up would hold up everything else.
+    /// once: were each asked about, thousands of invented names would hold up everything else.
     async fn has_no_place_for(&mut self, topic: &str) -> Result<bool, Ended> {
         if self.absent() < MOST_ABSENT {
             return Ok(false);

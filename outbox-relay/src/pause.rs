@@ -37,7 +37,7 @@ impl Cause {
         }
     }
 
-    /// Nothing of it can be written to: it may be a name that somebody has made up.
+    /// Nothing of it can be written to: it may be an invented name.
     pub(crate) fn is_absence(self) -> bool {
         matches!(self, Self::Missing | Self::Forbidden)
     }

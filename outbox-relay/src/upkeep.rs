@@ -20,7 +20,7 @@ const AGAIN: Duration = Duration::from_secs(3);
 const STEPS: usize = 5;
 /// Half of a partition: with less ahead, its maker had time and something is wrong.
 const LEAST_AHEAD: i64 = 5_000_000;
-/// To validate a check reads all of the overflow, however large it is; it is in nobody's way. Everything else is short.
+/// To validate a check reads all of the overflow, however large it is; it holds up no other statement. Everything else is short.
 const VALIDATING: Duration = Duration::from_secs(3_600);
 /// Resolved rows that one statement deletes: it holds their locks, and a discard may wait for one.
 const DELETED_AT_ONCE: i64 = 500;
@@ -120,7 +120,7 @@ impl Upkeep {
     }
 }
 
-/// What an operator is told when partitions are late.
+/// What health says when partitions are late.
 fn late(ahead: i64, error: Option<sqlx::Error>, blocking: &[String]) -> String {
     let mut said = match ahead {
         0 => String::from("rows go to outbox_overflow, for no partition is there for them"),
@@ -149,7 +149,7 @@ async fn is_to_validate(db: &mut PgConnection) -> Result<bool, sqlx::Error> {
     .await
 }
 
-/// Who has locked what a new partition needs, the longest first. A vacuum has no name.
+/// Which transactions have locked what a new partition needs, the longest first. A vacuum has no name.
 async fn blocking(db: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
         "select format('process %s (%s, in its transaction for %s s)', pid, name, age)

@@ -170,7 +170,7 @@ async fn place(
     let say = async |tx: &mut Tx<'_>, statement: String| {
         Ok::<_, sqlx::Error>(sqlx::query(AssertSqlSafe(statement)).execute(&mut **tx).await?.rows_affected())
     };
-    // Who reads prices is let through; the consumer waits, and what it has done until now is in the topic before its end.
+    // Readers of prices are let through; the consumer waits, and what it has done until now is in the topic before its end.
     match say(&mut tx, format!("lock table {real}.catalogue in share row exclusive mode")).await {
         Err(error) if error_class::lock_wait(&error).is_some() => return Ok(None),
         locked => drop(locked?),

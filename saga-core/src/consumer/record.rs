@@ -26,7 +26,7 @@ pub(super) struct Raw {
     nameless: bool,
 }
 
-/// What a record has beside what a handler sees: kept for whoever parks or dead-letters it.
+/// What a record has beside what a handler sees: kept for parking and dead letters.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Origin {
     pub(super) timestamp: Option<OffsetDateTime>,

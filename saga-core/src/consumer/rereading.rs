@@ -1,4 +1,4 @@
-//! A topic read again from its beginning, beside whoever consumes it: for rebuilding what is made of it.
+//! A topic read again from its beginning, beside its consumers: for rebuilding what is made of it.
 //!
 //! It is a member of no group and commits nothing, so it moves no consumer's offset. Records come in the order of their partition.
 //! When the process dies, nothing is left of it.
@@ -32,7 +32,7 @@ pub enum RereadingError {
     #[error("Kafka: {0}")]
     Kafka(#[from] KafkaError),
     /// There is no such topic.
-    #[error("the topic {0:?} is not there; whoever publishes to it creates it")]
+    #[error("the topic {0:?} is not there: start the service that publishes to it, which creates it")]
     NoTopic(String),
     /// Records are there and do not come.
     #[error(

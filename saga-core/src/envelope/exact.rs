@@ -3,7 +3,7 @@
 //!
 //! A [`Headers`] map, and the `headers` column of the outbox, have one text for each name. What does not fit goes under the
 //! one name that no other header can have there, [`EXACT`], as a JSON text: pairs of name and value in their order, where a
-//! value is a text, `null`, or `{"base64": "…"}`. So whoever reads such a map as it always was, reads it still.
+//! value is a text, `null`, or `{"base64": "…"}`. So a reader that knows such a map only as it was still reads it.
 
 use super::Headers;
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
@@ -31,7 +31,7 @@ pub fn from_record<'a>(headers: impl IntoIterator<Item = (&'a str, Option<&'a [u
 /// Likewise, of a record to which headers of the names `ours` will be added: what it has of these is kept apart.
 pub fn beside<'a>(headers: impl IntoIterator<Item = (&'a str, Option<&'a [u8]>)>, ours: &[&str]) -> Headers {
     let headers: Vec<_> = headers.into_iter().collect();
-    // Of a name that comes twice the last counts, for whoever reads the map alone.
+    // Of a name that comes twice the last counts, for readers of the map alone.
     let last: BTreeMap<&str, usize> = headers.iter().enumerate().map(|(at, (name, _))| (*name, at)).collect();
     let (mut plain, mut exact) = (Headers::new(), Vec::new());
     for (at, (name, value)) in headers.into_iter().enumerate() {
