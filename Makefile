@@ -1,6 +1,6 @@
 # The few commands people type. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo up down reset logs status test test-pg15 edges soak upgrade check bench tools-build tools-servers tools-servers-unless-named binaries fmt clippy doc arch deny
+.PHONY: help demo up down reset logs status test test-pg15 edges soak upgrade check bench tools-build tools-servers tools-servers-unless-named tools-python binaries fmt clippy doc arch deny
 
 # Where cargo puts what it builds.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -35,13 +35,13 @@ status: binaries ## What runs, and whether it is healthy
 # side they would make every deadline a guess. Inside each, tests run in parallel.
 #
 # What DATABASE_URL and KAFKA_BROKERS name is used, and not alone: tests that kill servers start their own.
-test: tools-build tools-servers ## The whole suite against a PostgreSQL and a Kafka of its own (or DATABASE_URL, KAFKA_BROKERS)
+test: tools-build tools-servers tools-python ## The whole suite against a PostgreSQL and a Kafka of its own (or DATABASE_URL, KAFKA_BROKERS)
 	cargo build --workspace --bins --tests
 	$(STACK) run -- sh stack/test.sh --workspace
 
 # The code supports PostgreSQL 15 and later. Where the system has a 15, the suite runs on it too.
 PG15 := /usr/lib/postgresql/15
-test-pg15: tools-build tools-servers ## The whole suite on the system's own PostgreSQL 15, where there is one
+test-pg15: tools-build tools-servers tools-python ## The whole suite on the system's own PostgreSQL 15, where there is one
 	@test -x $(PG15)/bin/postgres || { echo "error: no PostgreSQL 15 in $(PG15) (PG15=... says where)" >&2; exit 1; }
 	cargo build --workspace --bins --tests
 	STACK_POSTGRES=$(PG15) $(STACK) run -- sh stack/test.sh --workspace
@@ -49,12 +49,12 @@ test-pg15: tools-build tools-servers ## The whole suite on the system's own Post
 # The tests of e2e/edges.txt: what lies outside the model that the explorer walks (slow, half dead, another build, another
 # clock, one bad item among many), with small sizes.
 EDGES = $$(sed -n 's/^[0-9][0-9]* //p' e2e/edges.txt)
-edges: tools-build tools-servers ## Only the tests of the edges: slow servers, partial rights, clocks, bad neighbours
+edges: tools-build tools-servers tools-python ## Only the tests of the edges: slow servers, partial rights, clocks, bad neighbours
 	cargo build --workspace --bins --tests
 	$(STACK) run -- sh stack/test.sh --workspace -- $(EDGES)
 
 # One test at a time: some measure what one thing costs another. The largest needs 30 GB of disk.
-soak: tools-build tools-servers ## The same with the sizes that faults were reported with, and the explorer's larger worlds; long
+soak: tools-build tools-servers tools-python ## The same with the sizes that faults were reported with, and the explorer's larger worlds; long
 	cargo build --workspace --bins --tests
 	SOAK=1 RUST_TEST_THREADS=1 $(STACK) run -- sh stack/test.sh --workspace -- $(EDGES)
 	EXPLORE=full cargo test --release --workspace --test explorer
@@ -86,6 +86,10 @@ tools-servers:
 
 tools-servers-unless-named:
 	@sh stack/tools.sh servers-unless-named
+
+# For schemathesis, which a test fetches into a place of its own.
+tools-python:
+	@sh stack/tools.sh python
 
 fmt: tools-build
 	cargo fmt --all --check

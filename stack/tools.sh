@@ -1,7 +1,8 @@
 #!/bin/sh
 # Are the programs here that building and running need? On Debian as root, installs what is missing; elsewhere says
 # what to install. `sh stack/tools.sh build` looks for what compiles, `... servers` for what fetches and runs PostgreSQL
-# and Kafka, `... servers-unless-named` for the same where DATABASE_URL and KAFKA_BROKERS do not name both.
+# and Kafka, `... servers-unless-named` for the same where DATABASE_URL and KAFKA_BROKERS do not name both, `... python` for
+# what fetches and runs schemathesis.
 set -eu
 
 debian() { [ -e /etc/debian_version ] && command -v apt-get >/dev/null 2>&1; }
@@ -42,7 +43,10 @@ for kind in "$@"; do
       fi ;;
     servers-unless-named)
       named || servers ;;
-    *) echo "usage: $0 build|servers|servers-unless-named ..." >&2; exit 2 ;;
+    python)
+      # Debian has Python's own venv in a package apart.
+      python3 -c 'import ensurepip, venv' 2>/dev/null || need "python3 (with venv)" python3-venv ;;
+    *) echo "usage: $0 build|servers|servers-unless-named|python ..." >&2; exit 2 ;;
   esac
 done
 
@@ -58,8 +62,8 @@ echo "error: not installed:$missing" >&2
 if debian; then
   echo "  Install: sudo apt-get update && sudo apt-get install -y$packages" >&2
 elif [ "$(uname)" = Darwin ]; then
-  echo "  Install: brew install openjdk maven; xcode-select --install" >&2
+  echo "  Install: brew install openjdk maven python; xcode-select --install" >&2
 else
-  echo "  Install with your system's packages: a C compiler, make, a JVM (17 or later), Maven" >&2
+  echo "  Install with your system's packages: a C compiler, make, a JVM (17 or later), Maven, Python 3 with venv" >&2
 fi
 exit 1

@@ -122,10 +122,10 @@ impl Platform {
         (0..times).for_each(|_| self.fault_fired(&edge.name));
     }
 
-    /// Waits until the platform's processes all say that they are ready.
+    /// Waits until the platform's processes all say that their work moves.
     pub async fn all_ready(&self) {
         for service in Service::ALL {
-            let url = self.admin(service, "/readyz");
+            let url = self.admin(service, "/health");
             eventually(REACHED * 2, || async { stack::platform::asked(&self.http, &url).await.ok() }).await;
         }
     }

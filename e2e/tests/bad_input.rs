@@ -146,7 +146,7 @@ where
     let once = |n: usize| if services[n] == Service::Relay { 3 } else { 1 };
     for (n, &service) in services.iter().enumerate() {
         eventually(SETTLED, || async { (waiting(n) >= once(n)).then_some(()) }).await;
-        assert!(not_ready(platform, service).await, "{service}");
+        eventually(SETTLED, || async { is_red(platform, service).await.then_some(()) }).await;
     }
     let output = comes_back.await;
     for (n, &service) in services.iter().enumerate() {
@@ -196,8 +196,8 @@ fn who_is_started_without_kafka_waits_says_so_once_and_resumes_by_itself() {
 }
 
 /// No, and not merely no answer.
-async fn not_ready(platform: &Platform, service: Service) -> bool {
-    let url = platform.admin(service, "/readyz");
+async fn is_red(platform: &Platform, service: Service) -> bool {
+    let url = platform.admin(service, "/health");
     eventually(SETTLED, || async { platform.http.get(&url).send().await.ok() }).await.status().is_server_error()
 }
 

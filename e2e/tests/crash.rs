@@ -227,10 +227,10 @@ fn connections_to_postgresql_are_cut_under_load() {
     });
 }
 
-/// Until whoever asks whether they are ready is told that they are not.
+/// Until whoever asks whether all their work moves is told that it does not.
 async fn are_red(platform: &Platform, services: &[Service]) {
     for service in services {
-        let url = platform.admin(*service, "/readyz");
+        let url = platform.admin(*service, "/health");
         let red = || async { (platform.http.get(&url).send().await.ok()?.status() == 503).then_some(()) };
         eventually(TAKEN_OVER, red).await;
     }

@@ -21,8 +21,9 @@ use contracts::{
 use http::{HeaderMap, StatusCode, header};
 use saga_core::{
     http::{
-        Cursor, Json, Limit, List, Path, Problem, Query, REQUEST_MAX,
+        Cursor, IfMatch, Json, Limit, List, Path, Problem, Query, REQUEST_MAX,
         idempotency::{self, Answer, IdempotencyKey},
+        openapi::complete,
     },
     transaction::Transaction,
 };
@@ -50,7 +51,7 @@ pub fn router(pool: PgPool) -> Router {
         .routes(routes!(movements))
         .with_state(pool)
         .split_for_parts();
-    router.merge(SwaggerUi::new("/docs").url("/openapi.json", document))
+    router.merge(SwaggerUi::new("/docs").url("/openapi.json", complete(document)))
 }
 
 /// A new item.
@@ -226,12 +227,13 @@ async fn change(
     Json(body): Json<ItemPatch>,
 ) -> Result<Response, Problem> {
     let sku = known(&sku)?;
-    let expected = if_match(&headers)?;
+    let seen = if_match(&headers)?;
+    let seen = |version: i64| seen.allows(&version.to_string());
     let name = body.name.map(|name| Text::parse("name", &name)).transpose();
     let unit_price = body.unit_price.map(Price::parse).transpose();
     let (name, unit_price) = both(name, unit_price)?;
     let mut tx = Transaction::begin(&pool, REQUEST_MAX).await?;
-    let item = items::change_in(&mut tx, &sku, &Change { name, unit_price }, expected).await.map_err(item_problem)?;
+    let item = items::change_in(&mut tx, &sku, &Change { name, unit_price }, seen).await.map_err(item_problem)?;
     tx.commit().await?;
     Ok(answer(item).into_response())
 }
@@ -335,15 +337,12 @@ fn both<A, B>(a: Result<A, BadField>, b: Result<B, BadField>) -> Result<(A, B), 
     }
 }
 
-fn if_match(headers: &HeaderMap) -> Result<i64, Problem> {
-    let Some(value) = headers.get(header::IF_MATCH) else {
-        return Err(Problem::new(StatusCode::PRECONDITION_REQUIRED, "if-match", "An If-Match is needed")
+fn if_match(headers: &HeaderMap) -> Result<IfMatch, Problem> {
+    IfMatch::read(headers)?.ok_or_else(|| {
+        Problem::new(StatusCode::PRECONDITION_REQUIRED, "if-match", "An If-Match is needed")
             .detail("Read the item and send its ETag, so that nobody's change is overwritten unseen.")
-            .with_field("If-Match", "is required"));
-    };
-    let tag = value.to_str().ok().and_then(|value| value.trim().strip_prefix('"')?.strip_suffix('"')?.parse().ok());
-    // A tag that is not one of ours is not the current one.
-    tag.ok_or_else(Problem::stale)
+            .with_field("If-Match", "is required")
+    })
 }
 
 fn item_problem(error: ItemError) -> Problem {

@@ -1,12 +1,13 @@
 //! The parts put together.
 
-use crate::{api, commands::Commands};
+use crate::{api, commands::Commands, items};
 use axum::Router;
 use contracts::topics;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
     service::{
-        self, Health, Identity, Migrations, ParticipantSettings, Parts, Settings, database, messaging_migrations, task,
+        self, Health, Identity, Migrations, Needs, ParticipantSettings, Parts, Settings, database,
+        messaging_migrations, task,
     },
 };
 use std::sync::Arc;
@@ -29,6 +30,15 @@ pub fn migrations() -> Vec<Migrations> {
 /// The consumer group of `inventory.commands`, and the name under which the inbox knows it.
 pub const GROUP: &str = "inventory-svc";
 
+/// What requests read and write.
+const NEEDS: &[Needs] = &[
+    Needs { table: "item", rights: &["select", "insert", "update"] },
+    Needs { table: "stock", rights: &["select", "insert", "update"] },
+    Needs { table: "stock_movement", rights: &["select", "insert"] },
+    Needs { table: "outbox", rights: &["insert"] },
+    Needs { table: "idempotency_answer", rights: &["select", "insert"] },
+];
+
 /// Runs the service until `token` is cancelled or a part of it fails.
 pub async fn serve(settings: Settings, beside: ParticipantSettings, token: CancellationToken) -> anyhow::Result<()> {
     let pool = database::pool(&settings.database, IDENTITY.name);
@@ -37,13 +47,20 @@ pub async fn serve(settings: Settings, beside: ParticipantSettings, token: Cance
         .with_session_timeout(settings.kafka.session_timeout);
     let commands = Consumer::new(config, pool.clone(), Arc::new(Commands::beside(beside)));
     let reading = commands.health();
-    health.check("consumer", move || std::future::ready(reading.check()));
+    health.part("commands", move || std::future::ready(reading.report()));
+    let items = pool.clone();
+    health.answers("items", move || {
+        let pool = items.clone();
+        async move { items::list(&pool, None, 0).await.map(drop) }
+    });
     let parts = Parts {
         migrations: migrations(),
         topics: vec![topics::INVENTORY_COMMANDS, topics::INVENTORY_ITEMS, topics::ORDERS_REPLIES],
+        needs: NEEDS,
         api: api::router(pool.clone()),
         admin: Router::new(),
-        tasks: vec![task("commands", commands.run(token.clone()))],
+        tasks: Vec::new(),
+        consumers: vec![task("commands", commands.run(token.clone()))],
     };
     service::run(settings, pool, health, token, parts).await.map_err(anyhow::Error::from_boxed)
 }

@@ -72,8 +72,13 @@ pub async fn create_in(tx: &mut Tx<'_>, sku: &Sku, name: &Text, price: Price) ->
     Ok(item)
 }
 
-/// Changes an item that is at version `expected`, and announces it. A change to what it is already changes nothing.
-pub async fn change_in(tx: &mut Tx<'_>, sku: &Sku, change: &Change, expected: i64) -> Result<Item, ItemError> {
+/// Changes an item whose version is one that was `seen`, and announces it. A change to what it is already changes nothing.
+pub async fn change_in(
+    tx: &mut Tx<'_>,
+    sku: &Sku,
+    change: &Change,
+    seen: impl Fn(i64) -> bool,
+) -> Result<Item, ItemError> {
     // The row's lock comes before the append, so that events of one sku have the order of their commits.
     let row = sqlx::query(
         "select i.sku, i.name, i.unit_price, i.currency, i.version, s.on_hand, s.reserved
@@ -87,7 +92,7 @@ pub async fn change_in(tx: &mut Tx<'_>, sku: &Sku, change: &Change, expected: i6
     .await?
     .ok_or_else(|| ItemError::Unknown(sku.clone()))?;
     let before = item(&row)?;
-    if before.version != expected {
+    if !seen(before.version) {
         return Err(ItemError::Stale { current: before.version });
     }
     let name = change.name.as_ref().map_or(before.name.clone(), |name| name.as_str().to_owned());

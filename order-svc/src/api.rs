@@ -21,13 +21,13 @@ pub mod view;
 
 use crate::{
     domain::{BadField, Order},
-    orders::{CancelOrderError, Orders, PlaceError},
+    orders::{CancelOrderError, Orders, PlaceError, STUCK},
     store::StoreError,
 };
 use axum::Router;
 use http::HeaderValue;
 use saga_core::{
-    http::{FieldError, Problem},
+    http::{FieldError, Problem, openapi::complete},
     outbox::AppendError,
     saga::{CancelError, StartError},
 };
@@ -59,13 +59,13 @@ struct Document;
 /// The API, its description at `/openapi.json` and a page to try it at `/docs`. Whoever serves it surrounds it with
 /// limits and with detached handlers ([`saga_core::http::api`]).
 pub fn router(state: ApiState) -> Router {
-    let (router, document) = documented().split_for_parts();
-    router.with_state(state).merge(SwaggerUi::new("/docs").url("/openapi.json", document))
+    let router = documented().split_for_parts().0;
+    router.with_state(state).merge(SwaggerUi::new("/docs").url("/openapi.json", document()))
 }
 
 /// The API's description, generated from its handlers.
 pub fn document() -> utoipa::openapi::OpenApi {
-    documented().split_for_parts().1
+    complete(documented().split_for_parts().1)
 }
 
 fn documented() -> OpenApiRouter<ApiState> {
@@ -76,9 +76,10 @@ fn documented() -> OpenApiRouter<ApiState> {
         .routes(routes!(events::order_events))
 }
 
-/// An order's version as a strong entity tag.
+/// An order's version as a strong entity tag; an order that waits for an operator looks different at the same version.
 fn etag(order: &Order) -> String {
-    format!("\"{}\"", order.version)
+    let stuck = if order.stuck { STUCK } else { "" };
+    format!("\"{}{stuck}\"", order.version)
 }
 
 fn etag_header(order: &Order) -> HeaderValue {

@@ -13,21 +13,39 @@ use crate::{
     live::nudging,
     migrations,
     orders::Orders,
+    store,
 };
-use contracts::topics::{INVENTORY_COMMANDS, INVENTORY_ITEMS, ORDERS_EVENTS, ORDERS_REPLIES, PAYMENTS_COMMANDS};
+use contracts::{
+    OrderId,
+    topics::{INVENTORY_COMMANDS, INVENTORY_ITEMS, ORDERS_EVENTS, ORDERS_REPLIES, PAYMENTS_COMMANDS},
+};
 use saga_core::{
-    consumer::{Consumer, ConsumerConfig, Handler},
+    consumer::{Consumer, ConsumerConfig, ConsumerHealth, Handler},
     http::sagas::{saga_openapi, saga_routes},
-    service::{self, Health, Identity, KafkaSettings, Parts, Settings, database, task},
+    service::{self, Health, Identity, KafkaSettings, Needs, Parts, Settings, database, task},
     topic::Topic,
 };
 use sqlx::PgPool;
 use std::{convert::Infallible, sync::Arc};
 use tokio_util::sync::CancellationToken;
 use utoipa_swagger_ui::SwaggerUi;
+use uuid::Uuid;
 
 /// Who this is.
 pub const IDENTITY: Identity = Identity { name: "order-svc", http_port: 8080, admin_port: 9080 };
+
+/// What requests read and write.
+const NEEDS: &[Needs] = &[
+    Needs { table: "orders", rights: &["select", "insert", "update"] },
+    Needs { table: "order_line", rights: &["select", "insert"] },
+    Needs { table: "order_status_history", rights: &["select", "insert"] },
+    Needs { table: "catalogue", rights: &["select"] },
+    Needs { table: "saga", rights: &["select", "insert", "update"] },
+    Needs { table: "saga_due", rights: &["select", "insert", "update", "delete"] },
+    Needs { table: "saga_event", rights: &["select", "insert"] },
+    Needs { table: "outbox", rights: &["insert"] },
+    Needs { table: "idempotency_answer", rights: &["select", "insert"] },
+];
 
 /// The group that takes the replies to the order saga.
 const REPLIES: &str = "order-svc.saga";
@@ -42,30 +60,47 @@ pub async fn serve(settings: Settings, reply_sources: Vec<String>, token: Cancel
     let replies = consumer(REPLIES, ORDERS_REPLIES, kafka, &pool, replies);
     let items = catalogue::consumer_config(&kafka.brokers).with_session_timeout(kafka.session_timeout);
     let items = Consumer::new(items, pool.clone(), Arc::new(CatalogueHandler));
-    for (name, consumer) in [("replies", replies.health()), ("catalogue", items.health())] {
-        health.check(name, move || std::future::ready(consumer.check()));
-    }
     let (engine, live) = (Arc::clone(&orders.engine), Arc::clone(&orders.live));
-    let timed = Arc::clone(&engine);
-    health.check("timers", move || std::future::ready(timed.check_timers()));
+    tell_health(&health, &orders, replies.health(), items.health());
     let (timers, watching) = (token.clone(), token.clone());
     let parts = Parts {
         migrations: migrations::all(),
         topics: vec![PAYMENTS_COMMANDS, INVENTORY_COMMANDS, ORDERS_REPLIES, ORDERS_EVENTS, INVENTORY_ITEMS],
         admin: saga_routes(Arc::clone(&orders.engine))
             .merge(SwaggerUi::new("/docs").url("/openapi.json", saga_openapi())),
+        needs: NEEDS,
         api: router(ApiState { orders, shutdown: token.clone() }),
         tasks: vec![
-            task("replies", replies.run(token.clone())),
-            task("catalogue", items.run(token.clone())),
             task("timers", async move { engine.run_timers(timers).await }),
             task("live", async move {
                 live.run(watching).await;
                 Ok::<_, Infallible>(())
             }),
         ],
+        consumers: vec![task("replies", replies.run(token.clone())), task("catalogue", items.run(token.clone()))],
     };
     service::run(settings, pool, health, token, parts).await.map_err(anyhow::Error::from_boxed)
+}
+
+/// What callers need: to read orders and to price them, as their requests do; and which work has to move.
+fn tell_health(health: &Health, orders: &Orders, replies: ConsumerHealth, items: ConsumerHealth) {
+    let pool = orders.pool.clone();
+    health.answers("orders", move || {
+        let pool = pool.clone();
+        async move {
+            // It finds none: a row that cannot be read concerns who asks for it.
+            store::find(&pool, OrderId(Uuid::nil())).await?;
+            catalogue::prices(&pool, &[]).await.map(drop)
+        }
+    });
+    health.part("replies", move || std::future::ready(replies.report()));
+    let engine = Arc::clone(&orders.engine);
+    health.part("timers", move || std::future::ready(engine.timers_report()));
+    let pool = orders.pool.clone();
+    health.part("catalogue", move || {
+        let (pool, items) = (pool.clone(), items.clone());
+        async move { catalogue::report(&pool, &items).await }
+    });
 }
 
 fn consumer<H: Handler>(group: &str, topic: Topic, kafka: &KafkaSettings, pool: &PgPool, handler: H) -> Consumer<H> {

@@ -12,11 +12,12 @@ pub mod rebuild;
 
 use contracts::{inventory::ItemChanged, money::Money, product::Sku, topics::INVENTORY_ITEMS};
 use saga_core::{
-    consumer::{ConsumerConfig, HandleError, Handler, Message, TooOld, Unfit},
+    consumer::{ConsumerConfig, ConsumerHealth, HandleError, Handler, Message, TooOld, Unfit},
     envelope::Standing,
     outbox::Tx,
+    part::{Cause, Report, Trouble},
 };
-use sqlx::PgExecutor;
+use sqlx::{PgExecutor, PgPool};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// The group that keeps the catalogue.
@@ -39,6 +40,23 @@ pub async fn prices(db: impl PgExecutor<'_>, skus: &[&str]) -> Result<HashMap<Sk
         Some((sku.parse().ok()?, Money { amount, currency: currency.parse().ok()? }))
     });
     Ok(parsed.collect())
+}
+
+/// How the copy is: what stands in its consumer's way; and that it is empty although there are items, so that nothing can be
+/// ordered.
+pub async fn report(pool: &PgPool, items: &ConsumerHealth) -> Report {
+    let report = items.report();
+    if report.trouble.is_some() || items.ever_had_records() != Some(true) {
+        return report;
+    }
+    match sqlx::query_scalar("select not exists (select from catalogue)").fetch_one(pool).await {
+        Ok(true) => {
+            Report::red(Cause::Empty, "the copy of the items is empty, though inventory-svc has published some")
+                .with_waiting(report.waiting)
+        }
+        Ok(false) => report,
+        Err(error) => Report::from(Trouble::from(&error)).with_waiting(report.waiting),
+    }
 }
 
 /// Writes item records into the catalogue.

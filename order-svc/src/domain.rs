@@ -66,6 +66,10 @@ pub struct Order {
     pub total: Money,
     /// Where it stands.
     pub status: OrderStatus,
+    /// What made it fail, where the reason for its cancellation does not tell: a word of [`saga_core::command::Why`].
+    pub cause: Option<String>,
+    /// Its saga waits for an operator.
+    pub stuck: bool,
     /// The sequence of its last status in its history: 1 when placed, one more with each change.
     pub version: i64,
     /// When it was placed.

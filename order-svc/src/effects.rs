@@ -28,6 +28,10 @@ pub struct OpenOrder;
 #[derive(Debug, Clone, Copy)]
 pub struct ConfirmOrder;
 
+/// The saga has begun to undo the order: cancelling, with the reason that it gives.
+#[derive(Debug, Clone, Copy)]
+pub struct OrderTurned;
+
 /// Everything else is undone: cancelled, with the reason that the saga gives.
 #[derive(Debug, Clone, Copy)]
 pub struct CancelOrder;
@@ -58,8 +62,26 @@ impl LocalEffect for CancelOrder {
     }
 
     async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
-        change(tx, calls, |call| Change::Cancel(call.failure.map_or(CancelReason::Failed, reason_of))).await
+        cancel(tx, calls, Change::Cancel).await
     }
+}
+
+#[async_trait]
+impl LocalEffect for OrderTurned {
+    async fn run(&self, tx: &mut Tx<'_>, call: &LocalCall<'_>) -> Result<(), LocalError> {
+        self.run_many(tx, std::slice::from_ref(call)).await
+    }
+
+    async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
+        cancel(tx, calls, Change::RequestCancel).await
+    }
+}
+
+async fn cancel(tx: &mut Tx<'_>, calls: &[LocalCall<'_>], to: fn(CancelReason) -> Change) -> Result<(), LocalError> {
+    change(tx, calls, |call| to(call.failure.map_or(CancelReason::Failed, reason_of))).await?;
+    let why = |call: &LocalCall<'_>| Some((OrderId(call.saga.0), call.failure?.why?.as_str()));
+    let causes: Vec<_> = calls.iter().filter_map(why).collect();
+    Ok(store::note_causes_in(tx, &causes).await?)
 }
 
 async fn change(
@@ -108,7 +130,7 @@ mod tests {
     use super::*;
 
     fn failure(step: &str, kind: FailureKind, reason: Option<&str>) -> Failure {
-        Failure { step: step.into(), kind, rejection: None, reason: reason.map(ToOwned::to_owned) }
+        Failure { step: step.into(), kind, rejection: None, reason: reason.map(ToOwned::to_owned), why: None }
     }
 
     #[test]

@@ -5,8 +5,8 @@
 
 use crate::{
     catalogue,
-    domain::{BadField, CancelReason, Change, NewOrder, Order, PlaceOrder, StatusName, pricing},
-    effects::{CancelOrder, ConfirmOrder, OpenOrder},
+    domain::{BadField, CancelReason, NewOrder, Order, PlaceOrder, StatusName, pricing},
+    effects::{CancelOrder, ConfirmOrder, OpenOrder, OrderTurned},
     live::LiveOrders,
     order_saga::{local, order_saga},
     store::{self, StoreError},
@@ -16,8 +16,7 @@ use contracts::{
     topics::{ORDERS_REPLIES, REPLY_SOURCES},
 };
 use saga_core::{
-    clock,
-    http::REQUEST_MAX,
+    http::{IfMatch, REQUEST_MAX},
     id::SagaId,
     outbox::Tx,
     saga::{CancelError, Cancelled, Engine, EngineErrors, Saga, StartError},
@@ -27,6 +26,9 @@ use sqlx::PgPool;
 use std::{sync::Arc, time::Duration};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
+
+/// Behind the version of an order that waits for an operator, in its entity tag.
+pub const STUCK: &str = "-stuck";
 
 /// Everything that asking needs. Cheap to clone.
 #[derive(Clone)]
@@ -97,6 +99,7 @@ impl Orders {
             .local(local::OPEN, OpenOrder)
             .local(local::CANCEL, CancelOrder)
             .local(local::CONFIRM, ConfirmOrder)
+            .turned(saga.name(), OrderTurned)
             .build()?;
         let live = LiveOrders::new(pool.clone());
         Ok(Self { pool, engine, live, saga })
@@ -120,24 +123,24 @@ impl Orders {
     }
 
     /// Cancels an order for its customer, if it is not too late. Asking again changes nothing. With `seen`, only if the
-    /// order is still at that version.
-    pub async fn cancel(&self, order: OrderId, seen: Option<i64>) -> Result<CancelOutcome, CancelOrderError> {
+    /// order is at a version that it allows.
+    pub async fn cancel(&self, order: OrderId, seen: Option<&IfMatch>) -> Result<CancelOutcome, CancelOrderError> {
         if store::find(&self.pool, order).await.map_err(StoreError::from)?.is_none() {
             return Ok(CancelOutcome::Unknown);
         }
         let mut tx = Transaction::begin(&self.pool, REQUEST_MAX).await.map_err(StoreError::from)?;
-        // The saga decides, and its row is locked first, as everywhere.
-        let reason = CancelReason::CancelledByCustomer;
-        let verdict = self.engine.cancel_in(&mut tx, SagaId(order.0), reason.as_str()).await?;
-        let (status, version) = store::status_for_update_in(&mut tx, order).await?;
-        if seen.is_some_and(|seen| seen != version) {
-            tx.rollback().await.map_err(StoreError::from)?;
-            return Ok(CancelOutcome::Stale);
+        let saga = SagaId(order.0);
+        if let Some(seen) = seen {
+            // The saga's row is locked first, as everywhere. Then nobody changes the order.
+            self.engine.lock_in(&mut tx, saga).await.map_err(StoreError::from)?;
+            let (_, version) = store::status_for_update_in(&mut tx, order).await?;
+            if !seen.allows(&version.to_string()) && !seen.allows(&format!("{version}{STUCK}")) {
+                tx.rollback().await.map_err(StoreError::from)?;
+                return Ok(CancelOutcome::Stale);
+            }
         }
-        // The engine may have come to the end of the undo already.
-        if verdict == Cancelled::Accepted && status.name() == StatusName::Pending {
-            store::change_in(&mut tx, &[(order, Change::RequestCancel(reason))], clock::now()).await?;
-        }
+        // The saga decides, and its effects change the order.
+        let verdict = self.engine.cancel_in(&mut tx, saga, CancelReason::CancelledByCustomer.as_str()).await?;
         let found = store::find(&mut **tx, order).await.map_err(StoreError::from)?;
         tx.commit().await.map_err(StoreError::from)?;
         self.live.nudge();

@@ -127,6 +127,21 @@ pub async fn change_in(tx: &mut Tx<'_>, changes: &[(OrderId, Change)], now: Offs
     Ok(outbox::append_in(tx, &events).await?)
 }
 
+/// Notes what made a step of the orders' sagas fail.
+pub async fn note_causes_in(tx: &mut Tx<'_>, causes: &[(OrderId, &str)]) -> Result<(), StoreError> {
+    if causes.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(
+        "update orders o set cause = noted.cause from unnest($1::uuid[], $2::text[]) as noted (id, cause) where o.id = noted.id",
+    )
+    .bind(causes.iter().map(|(order, _)| order.0).collect::<Vec<_>>())
+    .bind(causes.iter().map(|(_, cause)| *cause).collect::<Vec<_>>())
+    .execute(&mut **tx)
+    .await?;
+    Ok(())
+}
+
 /// Locks an order's row to the end of the transaction and says where the order stands, and at which version.
 pub async fn status_for_update_in(tx: &mut Tx<'_>, order: OrderId) -> Result<(OrderStatus, i64), StoreError> {
     statuses_for_update_in(tx, vec![order.0]).await?.remove(&order).ok_or(StoreError::Unknown(order))
@@ -165,7 +180,8 @@ fn event_of(order: OrderId, status: OrderStatus) -> Result<Option<NewMessage>, s
 macro_rules! select_orders {
     ($tail:literal) => {
         concat!(
-            "select o.id, o.customer, o.total, o.currency, o.status, o.reason, o.closed_at, o.version, o.placed_at,
+            "select o.id, o.customer, o.total, o.currency, o.status, o.reason, o.cause, o.closed_at, o.version, o.placed_at,
+                    exists (select from saga where saga_id = o.id and saga.status = 'stuck') as stuck,
                     line.skus, line.quantities, line.unit_prices
              from   orders o
              cross join lateral (
@@ -266,6 +282,8 @@ fn to_order(row: &PgRow) -> Result<Order, sqlx::Error> {
         lines: lines.collect::<Result<_, sqlx::Error>>()?,
         total: Money { amount: row.try_get("total")?, currency },
         status: assemble(row, parsed(row, "status")?, row.try_get("closed_at")?)?,
+        cause: row.try_get("cause")?,
+        stuck: row.try_get("stuck")?,
         version: row.try_get("version")?,
         placed_at: row.try_get("placed_at")?,
     })

@@ -11,6 +11,7 @@ use crate::{
     topics::{TopicState, Topics},
 };
 use rdkafka::error::KafkaError;
+use saga_core::part;
 use sqlx::PgConnection;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 use time::OffsetDateTime;
@@ -88,7 +89,7 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
             Ok(control) => control,
             // Others have all the connections. Whoever finds out that the database is away, it is not this.
             Err(ReadError::Database(sqlx::Error::PoolTimedOut)) => {
-                loops.failing(WANTED, "no connection was free to look it up");
+                loops.failing(WANTED, part::Cause::PoolFull, "no connection was free to look it up");
                 continue;
             }
             Err(error) => return Err(error),
@@ -146,6 +147,7 @@ async fn look_again(topics: &Topics, paused: &Paused) -> Result<bool, KafkaError
 mod tests {
     use super::*;
     use crate::database::Borrowed;
+    use saga_core::clock::DatabaseClock;
     use saga_core::testkit::{TestDatabase, brokers, eventually};
     use std::str::FromStr;
     use tokio_util::task::AbortOnDropHandle;
@@ -164,7 +166,8 @@ mod tests {
         // The same patience, and it came later: by now `looking` has lost its own.
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
-        assert!(loops.problem().is_some_and(|problem| problem.contains("no connection")));
+        let trouble = loops.trouble(&DatabaseClock::of("all_connections"));
+        assert!(trouble.is_some_and(|trouble| trouble.reason.contains("no connection")));
         all.into_iter().for_each(Borrowed::give_back);
         sqlx::query(
             "insert into outbox_pause (outbox, topic, cause, reason, actor) values ('orders', '*', 'operator', '', '')",

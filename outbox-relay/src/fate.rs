@@ -12,7 +12,7 @@ use crate::{
     session::{Ended, Scope, Session},
     topics::TopicState,
 };
-use saga_core::{clock, topic::is_legal_name};
+use saga_core::{clock, part, topic::is_legal_name};
 use std::{pin::pin, time::Duration};
 use tokio::time::timeout;
 use tracing::warn;
@@ -158,7 +158,7 @@ impl Session {
             row.topic(),
             row.bytes()
         );
-        self.shared.loops.failing(self.scope.name(), &reason);
+        self.shared.loops.failing(self.scope.name(), part::Cause::Stalled, &reason);
         self.meanwhile(room).await
     }
 
@@ -211,7 +211,7 @@ impl Session {
                         if self.meanwhile(topics.reachable()).await? {
                             return Ok(Err((Cause::Leaderless, reason)));
                         }
-                        self.shared.loops.failing(self.scope.name(), &reason);
+                        self.shared.loops.failing(self.scope.name(), part::Cause::KafkaAway, &reason);
                     }
                     self.meanwhile(tokio::time::sleep(pause)).await?;
                     pause = (pause * 2).min(Duration::from_secs(2));

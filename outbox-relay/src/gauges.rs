@@ -17,6 +17,7 @@ pub(crate) async fn run(outbox: &Outbox) {
         match outbox.reading.ask(async |db| pending::of(db, &outbox.name).await).await {
             Ok(pending) => {
                 metric::pending(&outbox.name, &pending, &outbox.leases.clock);
+                outbox.status.progress.is(&pending, &outbox.leases.clock);
                 counting.working();
             }
             Err(error) => {

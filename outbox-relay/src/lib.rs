@@ -48,6 +48,7 @@ mod pause;
 mod pending;
 pub mod position;
 mod producer;
+mod progress;
 mod reader;
 mod record;
 mod refusal;

@@ -1,7 +1,11 @@
 //! Which loops of an outbox get no further: what health shows, and metrics.
 
-use crate::pause::{Cause, Paused};
-use saga_core::outage::Outage;
+use crate::pause::{Cause as SetApart, Paused};
+use saga_core::{
+    clock::DatabaseClock,
+    outage::Outage,
+    part::{Cause, Trouble},
+};
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -24,7 +28,7 @@ pub(crate) struct Loops {
     outbox: String,
     failing: Mutex<BTreeMap<String, Arc<Outage>>>,
     /// Topics whose rows wait, and why.
-    waiting: Mutex<Vec<String>>,
+    waiting: Mutex<Vec<Paused>>,
 }
 
 impl Loops {
@@ -37,11 +41,11 @@ impl Loops {
     }
 
     /// The loop got no further, for this reason.
-    pub(crate) fn failing(&self, name: &str, reason: &str) {
+    pub(crate) fn failing(&self, name: &str, cause: Cause, reason: &str) {
         let mut loops = self.failing_loops();
         let outage =
             loops.entry(name.to_owned()).or_insert_with(|| Outage::of(&format!("loop {name:?} of {}", self.outbox)));
-        outage.failing(reason);
+        outage.failing_of(cause, reason);
     }
 
     /// The loop got further.
@@ -66,7 +70,7 @@ impl Loops {
         self.waiting().clear();
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Vec<String>> {
+    fn waiting(&self) -> MutexGuard<'_, Vec<Paused>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -74,22 +78,20 @@ impl Loops {
     pub(crate) fn wait(&self, paused: &HashMap<String, Paused>) {
         // Whether brokers take the rows of a topic again shows only when it is back.
         let waits = |paused: &&Paused| match paused.cause {
-            Cause::Operator | Cause::Refusing => false,
-            Cause::Missing | Cause::Forbidden => !paused.resuming,
-            Cause::Leaderless => true,
+            SetApart::Operator | SetApart::Refusing => false,
+            SetApart::Missing | SetApart::Forbidden => !paused.resuming,
+            SetApart::Leaderless => true,
         };
-        let said = |paused: &Paused| format!("rows of topic {:?} wait: {}", paused.topic, paused.reason);
-        let mut waiting: Vec<String> = paused.values().filter(waits).map(said).collect();
-        waiting.sort_unstable();
+        let mut waiting: Vec<Paused> = paused.values().filter(waits).cloned().collect();
+        waiting.sort_unstable_by(|one, other| one.topic.cmp(&other.topic));
         *self.waiting() = waiting;
     }
 
-    /// What is wrong now, loop by loop.
-    pub(crate) fn problem(&self) -> Option<String> {
-        let mut problems: Vec<String> =
-            self.failing_loops().values().filter_map(|outage| outage.check().err()).collect();
-        problems.extend(self.waiting().iter().take(NAMED).cloned());
-        (!problems.is_empty()).then(|| problems.join("; "))
+    /// What is wrong now: loops first, then the topics whose rows wait.
+    pub(crate) fn trouble(&self, clock: &DatabaseClock) -> Option<Trouble> {
+        let failing: Vec<Trouble> = self.failing_loops().values().filter_map(|outage| outage.trouble()).collect();
+        let waiting = self.waiting().iter().take(NAMED).map(|paused| paused.trouble(clock)).collect::<Vec<_>>();
+        Trouble::all(failing.into_iter().chain(waiting))
     }
 }
 
@@ -100,10 +102,38 @@ mod tests {
     #[test]
     fn what_was_wrong_is_no_problem_any_more_when_all_begin_anew() {
         let loops = Loops::new("what_was_wrong".into());
-        loops.failing(MAIN, "no broker");
-        loops.failing("t", "no leader");
-        assert!(loops.problem().is_some_and(|problem| problem.contains("no broker") && problem.contains("no leader")));
+        loops.failing(MAIN, Cause::KafkaAway, "no broker");
+        loops.failing("t", Cause::Refused, "no leader");
+        let clock = DatabaseClock::of("what_was_wrong");
+        let trouble = loops.trouble(&clock).expect("there is one");
+        assert!(trouble.reason.contains("no broker") && trouble.reason.contains("no leader"), "{trouble:?}");
+        assert!(trouble.since.is_some(), "{trouble:?}");
         loops.clear();
-        assert_eq!(loops.problem(), None);
+        assert_eq!(loops.trouble(&clock), None);
+    }
+
+    #[test]
+    fn a_topic_whose_rows_wait_is_a_problem_with_its_cause_unless_an_operator_wants_it() {
+        let (loops, clock) = (Loops::new("a_topic_whose_rows_wait".into()), DatabaseClock::of("rows_wait"));
+        let paused = |topic: &str, cause, resuming| {
+            let (reason, paused_at) = (String::from("so it is"), saga_core::clock::now());
+            let paused = Paused { topic: topic.into(), cause, reason, paused_at, resuming, position: None };
+            (topic.to_owned(), paused)
+        };
+        loops.wait(&HashMap::from([
+            paused("wanted", SetApart::Operator, false),
+            paused("here-again", SetApart::Missing, true),
+            paused("a-leaderless", SetApart::Leaderless, true),
+            paused("gone", SetApart::Missing, false),
+        ]));
+        let trouble = loops.trouble(&clock).expect("two of them wait");
+        assert_eq!(trouble.cause, Cause::Leaderless);
+        assert!(trouble.since.is_some(), "{trouble:?}");
+        assert_eq!(
+            trouble.reason,
+            "rows of topic \"a-leaderless\" wait: so it is; rows of topic \"gone\" wait: so it is"
+        );
+        loops.wait(&HashMap::new());
+        assert_eq!(loops.trouble(&clock), None);
     }
 }

@@ -9,14 +9,16 @@ use crate::{
     metric,
     owner::{self, OwnerError},
     producer::Brokers,
+    progress::Progress,
     settings::{OutboxSettings, Settings},
     topics::Topics,
     upkeep::Upkeep,
 };
 use saga_core::{
-    clock,
+    clock::{self, DatabaseClock},
     error_class::{in_words, is_outage, is_pool_full},
     outage::Outage,
+    part::{Cause, Report, Trouble},
 };
 use std::{
     sync::{Arc, Mutex},
@@ -91,43 +93,71 @@ pub enum Role {
     Failing,
 }
 
+const KAFKA_AWAY: &str = "Kafka is not there";
+
 /// What is known about an outbox without asking its database.
 pub(crate) struct Status {
-    now: Mutex<(Role, Option<String>)>,
+    now: Mutex<(Role, Option<Trouble>)>,
+    /// What waits in it, and what is set apart.
+    pub(crate) progress: Progress,
     pub(crate) brokers: Arc<Brokers>,
     /// What gets no further while this process publishes.
     pub(crate) loops: Arc<Loops>,
+    pub(crate) clock: Arc<DatabaseClock>,
     /// What is wrong with its tables, whoever publishes.
     upkeep: Arc<Outage>,
 }
 
 impl Status {
-    fn set(&self, role: Role, problem: Option<String>) {
-        *self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (role, problem);
+    fn set(&self, role: Role, trouble: Option<Trouble>) {
+        *self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (role, trouble);
     }
 
     /// What it does, and why it does not publish although it should.
-    pub(crate) fn get(&self) -> (Role, Option<String>) {
-        let (role, problem) = self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-        let away = || self.brokers.are_away().then(|| String::from("Kafka is not there"));
-        (role, problem.or_else(|| away().filter(|_| role == Role::Owner)))
+    pub(crate) fn get(&self) -> (Role, Option<Trouble>) {
+        let (role, trouble) = self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let away = || self.brokers.are_away().then(|| Trouble::new(Cause::KafkaAway, KAFKA_AWAY));
+        (role, trouble.or_else(|| away().filter(|_| role == Role::Owner)))
     }
 
-    /// Likewise, with what else is wrong: loops that get no further, and its tables.
+    /// Likewise, with loops that get no further.
+    fn trouble(&self) -> (Role, Option<Trouble>) {
+        let (role, trouble) = self.get();
+        let stalled = || self.loops.trouble(&self.clock).filter(|_| role == Role::Owner);
+        (role, trouble.or_else(stalled))
+    }
+
+    /// Likewise, with what is wrong with its tables; in words.
     pub(crate) fn all(&self) -> (Role, Option<String>) {
-        let (role, problem) = self.get();
-        let stalled = if role == Role::Owner && problem.is_none() { self.loops.problem() } else { None };
-        let problems: Vec<String> = [problem, stalled, self.upkeep.check().err()].into_iter().flatten().collect();
-        (role, (!problems.is_empty()).then(|| problems.join("; ")))
+        let (role, trouble) = self.trouble();
+        let troubles: Vec<String> =
+            [trouble, self.upkeep.trouble()].into_iter().flatten().map(|trouble| trouble.reason).collect();
+        (role, (!troubles.is_empty()).then(|| troubles.join("; ")))
     }
 
-    pub(crate) fn problem(&self, problem: &str) {
-        self.set(Role::Owner, Some(problem.to_owned()));
+    /// What health tells of the outbox.
+    pub(crate) fn report(&self) -> Report {
+        let (set_apart, waiting) = self.progress.get();
+        let trouble = match self.trouble() {
+            (Role::Starting, None) => Some(Trouble::new(Cause::Starting, "which process publishes is not decided yet")),
+            (_, trouble) => trouble.or(set_apart),
+        };
+        Report { trouble, waiting }
+    }
+
+    /// What health tells of its tables.
+    pub(crate) fn upkeep(&self) -> Report {
+        Report { trouble: self.upkeep.trouble(), waiting: None }
+    }
+
+    /// No broker answers.
+    pub(crate) fn kafka_is_away(&self) {
+        self.set(Role::Owner, Some(Trouble::new(Cause::KafkaAway, KAFKA_AWAY)));
     }
 
     /// The outbox was ended by a fault in the relay itself.
     pub(crate) fn fault(&self, panic: String) {
-        self.set(Role::Failing, Some(panic));
+        self.set(Role::Failing, Some(Trouble::new(Cause::Fault, panic)));
     }
 
     pub(crate) fn publishing(&self) {
@@ -150,8 +180,11 @@ impl Outbox {
         ]);
         let place = format!("outbox {} in database {}", outbox.name, options.get_database().unwrap_or_default());
         let upkeep = Upkeep::new(&place, &outbox.name, options.clone(), settings.reading, settings.resolved_kept);
+        let leases = Leases::new(options.clone(), settings.lease);
         let status = Status {
             now: Mutex::new((Role::Starting, None)),
+            progress: Progress::default(),
+            clock: leases.clock.clone(),
             brokers: Arc::default(),
             loops: Arc::new(Loops::new(place)),
             upkeep: upkeep.outage.clone(),
@@ -168,7 +201,7 @@ impl Outbox {
             ),
             upkeep,
             outage: Outage::of(&format!("outbox {}", outbox.name)),
-            leases: Leases::new(options, settings.lease),
+            leases,
             topics: Topics::new(&settings.kafka_brokers)?,
             brokers: settings.kafka_brokers.clone(),
             compression: settings.compression.clone(),
@@ -192,21 +225,21 @@ impl Outbox {
 
     async fn take_turns(&self, stop: &CancellationToken) {
         let mut before = None;
-        let mut trouble = Trouble::default();
+        let mut tries = Tries::default();
         while !stop.is_cancelled() {
             let began = clock::monotonic();
             let pause = match self.run_once(&mut before, stop).await {
                 Ok(Stood::By) => {
-                    trouble.over();
+                    tries.over();
                     STAND_BY.min(self.leases.length / 4)
                 }
                 Ok(Stood::Owner) => {
-                    trouble.over();
+                    tries.over();
                     Duration::ZERO
                 }
                 Err(error) => {
-                    self.status.set(Role::Failing, Some(error.to_string()));
-                    trouble.report(self, &error, began.elapsed())
+                    self.status.set(Role::Failing, Some(error.trouble()));
+                    tries.report(self, &error, began.elapsed())
                 }
             };
             tokio::select! {
@@ -252,11 +285,11 @@ enum Stood {
 
 /// What an outage of this outbox is reported to, and how long to wait before the next try.
 #[derive(Default)]
-struct Trouble {
+struct Tries {
     pause: Duration,
 }
 
-impl Trouble {
+impl Tries {
     /// Publishing ended for this reason, after so long.
     fn report(&mut self, outbox: &Outbox, problem: &OwnerError, after: Duration) -> Duration {
         let database = problem.database();

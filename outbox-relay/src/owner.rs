@@ -19,6 +19,10 @@ use crate::{
     stream::{self, Shared},
 };
 use futures::FutureExt as _;
+use saga_core::{
+    error_class::is_pool_full,
+    part::{Cause, Trouble},
+};
 use std::{
     any::Any,
     panic::AssertUnwindSafe,
@@ -70,6 +74,20 @@ pub(crate) enum OwnerError {
 }
 
 impl OwnerError {
+    /// What it means for the outbox.
+    pub(crate) fn trouble(&self) -> Trouble {
+        let cause = match (self.database(), self) {
+            (Some(error), _) => Cause::of(error),
+            (None, Self::Anchor(_)) => Cause::Moved,
+            (None, Self::Lease(_)) => Cause::DatabaseAway,
+            (None, _) => Cause::Fault,
+        };
+        match self.database() {
+            Some(error) if is_pool_full(error) => Trouble::from(error),
+            _ => Trouble::new(cause, self.to_string()),
+        }
+    }
+
     /// What the database said, if it is about the database.
     pub(crate) fn database(&self) -> Option<&sqlx::Error> {
         match self {
@@ -187,7 +205,7 @@ async fn wait_for_kafka(outbox: &Outbox, stop: &CancellationToken) -> bool {
     while !outbox.topics.reachable().await {
         if !said {
             warn!(outbox = outbox.name, brokers = outbox.brokers, "waiting for Kafka");
-            outbox.status.problem("Kafka is not there");
+            outbox.status.kafka_is_away();
             said = true;
         }
         tokio::select! {

@@ -5,7 +5,12 @@
 //! back to the main stream when it has caught up; until then the main stream passes over its rows. Nothing is parked for it.
 
 use crate::position::{Position, ReadError};
+use saga_core::{
+    clock::{self, DatabaseClock},
+    part::{self, Trouble},
+};
 use sqlx::PgConnection;
+use std::time::Duration;
 use time::OffsetDateTime;
 
 /// The name under which the whole outbox is paused; no legal topic name.
@@ -61,6 +66,22 @@ pub(crate) struct Paused {
     pub(crate) resuming: bool,
     /// All of the topic's rows before it are published; `None` until the owner has seen the pause.
     pub(crate) position: Option<Position>,
+}
+
+impl Paused {
+    /// What that means for the topic's rows, as long as they wait.
+    pub(crate) fn trouble(&self, clock: &DatabaseClock) -> Trouble {
+        let cause = match self.cause {
+            Cause::Operator => part::Cause::Paused,
+            Cause::Missing => part::Cause::TopicMissing,
+            Cause::Forbidden => part::Cause::KafkaForbidden,
+            Cause::Leaderless => part::Cause::Leaderless,
+            Cause::Refusing => part::Cause::Refused,
+        };
+        let age = Duration::from_secs_f64(clock.since(self.paused_at));
+        let reason = format!("rows of topic {:?} wait: {}", self.topic, self.reason);
+        Trouble { since: clock::monotonic().checked_sub(age), ..Trouble::new(cause, reason) }
+    }
 }
 
 type PauseColumns =

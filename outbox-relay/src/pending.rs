@@ -1,7 +1,8 @@
 //! What is not published yet: how many rows, and since when.
 
 use crate::{
-    batch_log, pause,
+    batch_log,
+    pause::{self, Paused},
     position::{Position, ReadError},
     row::within_calendar,
     snapshot::{Span, texts},
@@ -13,7 +14,7 @@ use time::OffsetDateTime;
 const COUNTED: i64 = 100_000;
 
 /// How far behind an outbox is.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub(crate) struct Pending {
     pub(crate) rows: i64,
     /// Whether `rows` is a count, not an estimate.
@@ -21,29 +22,46 @@ pub(crate) struct Pending {
     pub(crate) oldest: Option<OffsetDateTime>,
     pub(crate) parked: i64,
     pub(crate) paused: i64,
+    /// The batch that was recorded last.
+    pub(crate) n: i64,
+    /// How many of `rows` wait for the main stream.
+    pub(crate) main: i64,
+    /// The whole outbox is paused.
+    pub(crate) whole: bool,
+    /// What waits of each topic that is set apart.
+    pub(crate) behind: Vec<Behind>,
+}
+
+/// Rows of a topic that is set apart.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Behind {
+    pub(crate) paused: Paused,
+    pub(crate) rows: i64,
 }
 
 /// Looks at an outbox.
 pub(crate) async fn of(db: &mut PgConnection, outbox: &str) -> Result<Pending, ReadError> {
     let Some(last) = batch_log::last(db, outbox).await? else { return look(db, outbox, &Position::initial()).await };
     if last.system_identifier == batch_log::system_identifier(db).await? {
-        return look(db, outbox, &last.position).await;
+        return Ok(Pending { n: last.n, ..look(db, outbox, &last.position).await? });
     }
     // The position was another cluster's, and its transaction ids say nothing here. But ids of rows go on.
     let (rows, oldest) = behind_id(db, outbox).await?;
     let (parked, paused) = set_aside(db, outbox).await?;
-    Ok(Pending { rows, exact: false, oldest, parked, paused })
+    Ok(Pending { rows, main: rows, n: last.n, oldest, parked, paused, ..Pending::default() })
 }
 
 /// Looks at an outbox whose position is `at`.
 async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> Result<Pending, ReadError> {
     let mut pending = behind_position(db, at).await?;
-    for topic in pause::load(db, outbox).await? {
-        if let Some(left) = &topic.position {
-            let (rows, oldest, looked_at) = left_behind(db, &topic.topic, left, at).await?;
+    for paused in pause::load(db, outbox).await? {
+        pending.whole |= paused.topic == pause::WHOLE;
+        if let Some(left) = &paused.position {
+            let (rows, oldest, looked_at) = left_behind(db, &paused.topic, left, at).await?;
             pending.rows += rows;
             pending.exact &= looked_at < COUNTED;
             pending.oldest = [pending.oldest, oldest].into_iter().flatten().min();
+            pending.behind.push(Behind { paused, rows });
         }
     }
     let (parked, paused) = set_aside(db, outbox).await?;
@@ -132,7 +150,7 @@ async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending
     .await?;
     let exact = rows < COUNTED;
     let rows = if exact { rows } else { rows.max(ids_behind(db, at.after).await?) };
-    Ok(Pending { rows, exact, oldest, parked: 0, paused: 0 })
+    Ok(Pending { rows, exact, oldest, main: rows, ..Pending::default() })
 }
 
 /// How many ids were given behind `after`, but for those that were left out after an overflow.

@@ -28,7 +28,7 @@ use crate::{
     topics::{TopicState, Topics},
 };
 use rdkafka::error::RDKafkaErrorCode as Code;
-use saga_core::{clock::DatabaseClock, topic::is_legal_name};
+use saga_core::{clock::DatabaseClock, part, topic::is_legal_name};
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
@@ -133,7 +133,7 @@ impl Retries {
                     debug!(outbox = self.outbox, %error, "trying parked rows again");
                     // An outage of the database ends this owner's time, and is reported for it.
                     if failures >= FAILURES {
-                        self.loops.failing(loops::RETRIES, &error.to_string());
+                        self.loops.failing(loops::RETRIES, part::Cause::of(&error), &error.to_string());
                     }
                     tokio::time::sleep(PAUSE * 4).await;
                 }

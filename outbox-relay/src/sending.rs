@@ -15,6 +15,7 @@ use crate::{
     session::{Ended, LOOK_AT_PRODUCER, Scope, Session},
 };
 use rdkafka::types::RDKafkaErrorCode;
+use saga_core::part;
 use std::{collections::BTreeSet, future::pending, pin::pin, sync::Arc};
 use tokio::sync::watch;
 use tracing::warn;
@@ -77,7 +78,7 @@ impl Session {
                 topics.join(", ")
             );
             self.memory.failures = self.memory.failures.max(1);
-            self.shared.loops.failing(self.scope.name(), &reason);
+            self.shared.loops.failing(self.scope.name(), part::Cause::KafkaAway, &reason);
             return Ok(());
         }
         if let Scope::Topic(_) = &self.scope {

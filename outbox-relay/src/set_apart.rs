@@ -1,7 +1,10 @@
 //! Runs a stream for each topic that is set apart and may go on. What happens to one stops no other.
 
 use crate::stream::{Shared, run_topic};
-use saga_core::clock;
+use saga_core::{
+    clock,
+    part::{Cause, Trouble},
+};
 use std::{
     collections::HashMap,
     sync::Arc,
@@ -38,15 +41,15 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             () = tokio::time::sleep(AGAIN), if !failed.is_empty() => {}
             Some(ended) = running.join_next_with_id() => {
                 let (id, failure) = match ended {
-                    Ok((id, ended)) => (id, ended.err().map(|error| error.to_string())),
-                    Err(panic) => (panic.id(), Some(format!("a fault in the relay itself: {panic}"))),
+                    Ok((id, ended)) => (id, ended.err().map(|error| error.trouble())),
+                    Err(panic) => (panic.id(), Some(Trouble::new(Cause::Fault, format!("a fault in the relay itself: {panic}")))),
                 };
                 let topic = topics.remove(&id).unwrap_or_default();
                 match failure {
                     None => shared.loops.ended(&topic),
-                    Some(problem) => {
+                    Some(Trouble { cause, reason: problem, .. }) => {
                         error!(outbox = shared.outbox, topic, problem, "the topic's own stream ended; it starts again");
-                        shared.loops.failing(&topic, &problem);
+                        shared.loops.failing(&topic, cause, &problem);
                         failed.insert(topic, clock::monotonic());
                     }
                 }

@@ -23,7 +23,10 @@ use crate::{
     session::{Ended, LOOK_AT_PRODUCER, Memory, Scope, Session},
     topics::Topics,
 };
-use saga_core::clock::{self, DatabaseClock};
+use saga_core::{
+    clock::{self, DatabaseClock},
+    part,
+};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
@@ -164,7 +167,7 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
                 warn!(outbox = shared.outbox, reason = %ended, "the producer is rebuilt");
                 // The first is over as soon as it is noticed.
                 if memory.failures > 1 {
-                    shared.loops.failing(MAIN, &ended.to_string());
+                    shared.loops.failing(MAIN, part::Cause::Refused, &ended.to_string());
                 }
                 rest(memory.failures, &shared.stop).await;
             }
@@ -195,7 +198,7 @@ pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), O
             Ended::Refused { .. } | Ended::GaveUp(_) => {
                 warn!(outbox = shared.outbox, topic, reason = %ended, "the producer of this topic is rebuilt");
                 if left.failures > 1 {
-                    shared.loops.failing(topic, &ended.to_string());
+                    shared.loops.failing(topic, part::Cause::Refused, &ended.to_string());
                 }
                 rest(left.failures, &shared.stop).await;
             }

@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{PATIENCE, RECORDED, Running, World, append, read_from};
+use common::{PATIENCE, RECORDED, Running, World, append, is_healthy, read_from};
 use outbox_relay::{Relay, Settings, admin};
 use rdkafka::{
     mocking::MockCluster,
@@ -68,8 +68,8 @@ async fn a_relay_with_nothing_to_send_is_ready_again_when_the_brokers_are_back()
     append(world.db(), "orders.events", "k", "0").await;
     world.counts(RECORDED, 1).await;
     cluster.broker_down(1).unwrap();
-    eventually(PATIENCE, || async { (!health.readiness().await.ready).then_some(()) }).await;
+    eventually(PATIENCE, || async { is_healthy(&health, false).await }).await;
     cluster.broker_up(1).unwrap();
-    eventually(PATIENCE, || async { health.readiness().await.ready.then_some(()) }).await;
+    eventually(PATIENCE, || async { is_healthy(&health, true).await }).await;
     running.stop().await;
 }

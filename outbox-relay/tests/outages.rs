@@ -53,8 +53,12 @@ async fn a_poll_without_an_answer_ends_the_ownership_and_is_a_problem() {
     let mut tx = other.begin().await.unwrap();
     sqlx::query("lock table outbox in access exclusive mode").execute(&mut *tx).await.unwrap();
     let problem = eventually(PATIENCE, || async {
-        let readiness = health.readiness().await;
-        readiness.checks.get("outboxes").filter(|text| text.contains("no answer from the database")).cloned()
+        health.look().await;
+        health.healthiness().parts["outbox:orders"]
+            .reason
+            .as_ref()
+            .filter(|text| text.contains("no answer from the database"))
+            .cloned()
     })
     .await;
     assert!(problem.contains("reading the outbox"), "{problem}");

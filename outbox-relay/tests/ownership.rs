@@ -135,8 +135,12 @@ async fn a_position_from_another_cluster_is_refused_and_stops_no_other_outbox() 
     fine.append("k", "published").await;
     fine.published(1).await;
     let problem = eventually(PATIENCE, || async {
-        let readiness = health.readiness().await;
-        readiness.checks.get("outboxes").filter(|text| text.contains("another PostgreSQL cluster")).cloned()
+        health.look().await;
+        health.healthiness().parts["outbox:orders"]
+            .reason
+            .as_ref()
+            .filter(|text| text.contains("another PostgreSQL cluster"))
+            .cloned()
     })
     .await;
     assert!(problem.contains("nothing is lost") && problem.contains("pg_upgrade"), "{problem}");

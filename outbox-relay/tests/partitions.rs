@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{PATIENCE, Rows, Running, World};
+use common::{PATIENCE, Rows, Running, World, is_red};
 use outbox_relay::{Relay, Settings, admin};
 use saga_core::{
     service::Health,
@@ -175,15 +175,15 @@ async fn who_keeps_a_partition_from_being_made_is_said_in_health() {
     let health = Health::new(&CancellationToken::new());
     admin::check_health(&health, &relay);
     let _running = Running::of(relay);
-    let said = eventually(PATIENCE, || async {
-        let outboxes = health.readiness().await.checks.remove("outboxes")?;
-        outboxes.contains("outbox_overflow").then_some(outboxes)
-    })
-    .await;
+    let said = eventually(PATIENCE, || is_red(&health, "upkeep:orders", "outbox_overflow")).await;
     assert!(said.contains(&format!("process {pid} (a-report, in its transaction for")), "{said}");
     world.append("k", "meanwhile").await;
     reading.commit().await.unwrap();
-    eventually(PATIENCE, || async { health.readiness().await.ready.then_some(()) }).await;
+    eventually(PATIENCE, || async {
+        health.look().await;
+        health.healthiness().healthy.then_some(())
+    })
+    .await;
     assert!(world.append("k", "after it").await > 1_000_000_000_000);
     world.published(52).await;
 }
@@ -201,10 +201,8 @@ async fn a_vacuum_of_the_overflow_makes_no_insert_wait_and_is_named_while_it_las
     let health = Health::new(&CancellationToken::new());
     admin::check_health(&health, &relay);
     let _running = Running::of(relay);
-    let named = eventually(PATIENCE, || async {
-        let outboxes = health.readiness().await.checks.remove("outboxes")?;
-        outboxes.contains(&format!("process {pid} (a-vacuum, in its transaction for")).then_some(())
-    });
+    let process = format!("process {pid} (a-vacuum, in its transaction for");
+    let named = eventually(PATIENCE, || async { is_red(&health, "upkeep:orders", &process).await.map(drop) });
     let mut inserter = PgConnection::connect(&world.database.url).await.unwrap();
     sqlx::query("set lock_timeout = '50ms'").execute(&mut inserter).await.unwrap();
     // Inserts go on while the maker waits for the vacuum.

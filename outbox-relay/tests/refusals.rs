@@ -128,6 +128,31 @@ async fn a_discarded_row_is_never_published_and_releases_those_behind_it() {
 }
 
 #[tokio::test]
+async fn after_a_discard_the_row_that_still_stands_in_the_way_is_named() {
+    let world = World::new().await;
+    let topic = limited_topic("3000").await;
+    let _relay = world.relay();
+    let first = append(world.db(), &topic, "k", &"x".repeat(5_000)).await;
+    let second = append(world.db(), &topic, "k", &"y".repeat(5_000)).await;
+    let third = append(world.db(), &topic, "k", "small").await;
+    world.parked(3).await;
+    let discard = json!({ "reason": "not needed" });
+    let (status, _) = world.call("POST", &format!("/v1/outboxes/orders/parked/{first}/discard"), Some(discard)).await;
+    assert_eq!(status, 200);
+    let refused = eventually(PATIENCE, || async {
+        let (_, list) = world.call("GET", "/v1/outboxes/orders/parked", None).await;
+        list["items"][0]["reason"].as_str()?.contains("max.message.bytes").then_some(list)
+    })
+    .await;
+    let ids = [&refused["items"][0]["id"], &refused["items"][1]["id"]];
+    assert_eq!(ids, [second, third], "{refused}");
+    let blocked_by = [&refused["items"][0]["blocked_by"], &refused["items"][1]["blocked_by"]];
+    assert_eq!(blocked_by, [&Value::Null, &json!(second)], "{refused}");
+    let reason = refused["items"][1]["reason"].as_str().unwrap();
+    assert!(reason.contains(&format!("row {second} of")), "{reason}");
+}
+
+#[tokio::test]
 async fn a_row_that_only_the_broker_refuses_is_found_and_parked() {
     let world = World::new().await;
     let topic = limited_topic("200000").await;
@@ -245,18 +270,19 @@ async fn an_operator_pauses_and_resumes_everything() {
 async fn a_row_whose_topic_has_no_legal_name_is_parked_and_stops_nothing() {
     let world = World::new().await;
     let _relay = world.relay();
-    // `*` is what a pause of everything is called.
-    for topic in ["*", "two words", ".."] {
+    // `*` is what a pause of everything is called. The last exists, and takes nothing from clients.
+    let names = ["*", "two words", "..", "__consumer_offsets"];
+    for topic in names {
         append(world.db(), topic, "k", "lost").await;
         world.append("k", topic).await;
     }
-    assert_eq!(payloads(&world.published(3).await, "k"), ["*", "two words", ".."]);
-    world.parked(3).await;
+    assert_eq!(payloads(&world.published(4).await, "k"), names);
+    world.parked(4).await;
     assert_eq!(world.count("select count(*) from outbox_pause").await, 0);
     let again = json!({ "reason": "try" });
     world.call("POST", "/v1/outboxes/orders/parked/retry", Some(again)).await;
     world.counts("select count(*) from outbox_parked where retry_requested_at is not null", 0).await;
-    world.parked(3).await;
+    world.parked(4).await;
 }
 
 #[tokio::test]

@@ -3,8 +3,8 @@
 mod common;
 
 use common::{
-    PATIENCE, RECORDED, Rows, Running, World, append, ids, patience, payloads, published, published_ids, read_from,
-    topic_with,
+    PATIENCE, RECORDED, Rows, Running, World, append, ids, is_healthy, is_red, patience, payloads, published,
+    published_ids, read_from, topic_with,
 };
 use outbox_relay::{Relay, Settings, admin, budget};
 use rdkafka::{
@@ -17,6 +17,7 @@ use rdkafka::{
 };
 use saga_core::{
     outbox::nudge,
+    part::Cause,
     service::Health,
     testkit::{brokers, count_to_end, create_topic, eventually, size, unique},
 };
@@ -80,11 +81,8 @@ async fn others_flow_while(leader: Option<i32>, lose: impl Fn(&Cluster), find: i
     Rows::of("stuck", 2 * rows).each(2, "flows").append(world.db()).await;
     let view = set_apart(&world, "stuck", "leaderless").await;
     assert!(view["reason"].as_str().unwrap().contains("no broker"), "{view}");
-    eventually(PATIENCE, || async {
-        let outboxes = health.readiness().await.checks.remove("outboxes")?;
-        outboxes.contains("rows of topic \"stuck\" wait: no broker").then_some(())
-    })
-    .await;
+    eventually(PATIENCE, || is_red(&health, "outbox:orders", "rows of topic \"stuck\" wait: no broker")).await;
+    assert_eq!(health.healthiness().parts["outbox:orders"].cause, Some(Cause::Leaderless));
     append(world.db(), "flows", "k", "last").await;
     let all = 3 * i64::try_from(rows).unwrap() + 2;
     world.counts("select max(to_id) from outbox_batch", all).await;
@@ -94,7 +92,7 @@ async fn others_flow_while(leader: Option<i32>, lose: impl Fn(&Cluster), find: i
     world.counts("select max(to_id) from outbox_batch", all + 1).await;
     read_mock(&cluster, "flows", size(32, 1)).await;
     read_mock(&cluster, "stuck", size(21, 1)).await;
-    eventually(PATIENCE, || async { health.readiness().await.ready.then_some(()) }).await;
+    eventually(PATIENCE, || is_healthy(&health, true)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -160,15 +158,19 @@ async fn an_error_of_the_whole_cluster_is_a_problem_with_its_code_until_it_is_ov
     cluster.request_errors(RDKafkaApiKey::Produce, &denied);
     append(world.db(), "flows", "k", "1").await;
     let problem = eventually(PATIENCE, || async {
-        let readiness = health.readiness().await;
-        readiness.checks.get("outboxes").filter(|text| text.contains("ClusterAuthorizationFailed")).cloned()
+        health.look().await;
+        health.healthiness().parts["outbox:orders"]
+            .reason
+            .as_ref()
+            .filter(|text| text.contains("ClusterAuthorizationFailed"))
+            .cloned()
     })
     .await;
     assert!(problem.contains("main stream"), "{problem}");
     assert_eq!(world.count("select count(*) from outbox_pause").await, 0, "it says nothing about the topic");
     cluster.clear_request_errors(RDKafkaApiKey::Produce);
     read_mock(&cluster, "flows", 2).await;
-    eventually(PATIENCE, || async { health.readiness().await.ready.then_some(()) }).await;
+    eventually(PATIENCE, || async { is_healthy(&health, true).await }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use crate::{
 };
 use axum::{Router, extract::State};
 use contracts::{OrderId, money::Money};
-use saga_core::http::{Cursor, Json, Limit, List, Path, Problem, Query};
+use saga_core::http::{Cursor, Json, Limit, List, Path, Problem, Query, openapi::complete};
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
 use time::OffsetDateTime;
@@ -29,14 +29,13 @@ struct Document;
 
 /// The API with everything around it, its description at `/openapi.json` and a page to try it at `/docs`.
 pub fn router(pool: PgPool) -> Router {
-    let (router, document) = documented().split_for_parts();
-    let router: Router = router.with_state(pool);
-    router.merge(SwaggerUi::new("/docs").url("/openapi.json", document))
+    let router: Router = documented().split_for_parts().0.with_state(pool);
+    router.merge(SwaggerUi::new("/docs").url("/openapi.json", document()))
 }
 
 /// The API's description, generated from its handlers.
 pub fn document() -> utoipa::openapi::OpenApi {
-    documented().split_for_parts().1
+    complete(documented().split_for_parts().1)
 }
 
 fn documented() -> OpenApiRouter<PgPool> {

@@ -8,21 +8,26 @@ use crate::{
     config::{GatewaySettings, IDENTITY},
     effects,
     gateway::{Guarded, HttpGateway, breaker::BreakerConfig},
-    migrations,
+    migrations, store,
 };
 use axum::Router;
-use contracts::topics;
+use contracts::{OrderId, topics};
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
     participant::{IntentConfig, Participant},
-    service::{self, Health, ParticipantSettings, Parts, Settings, database, task, telemetry},
+    service::{self, Health, Needs, ParticipantSettings, Parts, Settings, database, task, telemetry},
     topic::Topic,
 };
 use sqlx::PgPool;
 use std::{convert::Infallible, sync::Arc, time::Duration};
+use uuid::Uuid;
 
 /// What this service reads, and so creates: its commands.
 const TOPICS: [Topic; 1] = [topics::PAYMENTS_COMMANDS];
+
+/// What requests read; nobody writes by request.
+const NEEDS: &[Needs] =
+    &[Needs { table: "payment", rights: &["select"] }, Needs { table: "ledger_entry", rights: &["select"] }];
 
 /// Runs the service until it is asked to stop.
 pub async fn serve(settings: Settings, gateway: GatewaySettings, beside: ParticipantSettings) -> anyhow::Result<()> {
@@ -38,9 +43,14 @@ pub async fn serve(settings: Settings, gateway: GatewaySettings, beside: Partici
         .with_session_timeout(settings.kafka.session_timeout);
     let consumer = Consumer::new(commands, pool.clone(), participant);
     let commands = consumer.health();
-    health.check("consumer", move || std::future::ready(commands.check()));
+    health.part("commands", move || std::future::ready(commands.report()));
     let effects = intents.clone();
-    health.check("effects", move || std::future::ready(effects.check()));
+    health.part("effects", move || std::future::ready(effects.report()));
+    let payments = pool.clone();
+    health.answers("payments", move || {
+        let pool = payments.clone();
+        async move { store::find(&pool, OrderId(Uuid::nil())).await.map(drop) }
+    });
     let executing = {
         let token = token.clone();
         async move {
@@ -51,9 +61,11 @@ pub async fn serve(settings: Settings, gateway: GatewaySettings, beside: Partici
     let parts = Parts {
         migrations: migrations::all().into(),
         topics: TOPICS.to_vec(),
+        needs: NEEDS,
         api: api::router(pool.clone()),
         admin: Router::new(),
-        tasks: vec![task("consumer", consumer.run(token.clone())), task("intents", executing)],
+        tasks: vec![task("intents", executing)],
+        consumers: vec![task("commands", consumer.run(token.clone()))],
     };
     service::run(settings, pool, health, token, parts).await.map_err(anyhow::Error::from_boxed)
 }

@@ -1,6 +1,6 @@
 //! The typed contract between an orchestrator and a participant: a command, what it replies, how it can be refused.
 
-use crate::topic::Topic;
+use crate::{reason::reason, topic::Topic};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::str::FromStr;
 
@@ -47,6 +47,77 @@ impl<R> Happened<R> {
             Self::Yes(_) => "yes",
             Self::InDoubt => "in_doubt",
         }
+    }
+}
+
+/// Why a participant did not get a command done: a small vocabulary, for machines. It only grows; a word that a later build says is
+/// read as [`Why::Other`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Why {
+    /// The participant did not answer: it is away, it is behind, or it could not understand the command and gave it up.
+    NoAnswer,
+    /// What the participant calls was not reached, or did not answer in time.
+    Unreachable,
+    /// What the participant calls answered that it does not work.
+    Faulty,
+    /// What the participant calls gave an answer that cannot be read.
+    Unreadable,
+    /// What the participant calls answered something else than was asked for.
+    Contradiction,
+    /// The call was not made, because too many before it failed.
+    CircuitOpen,
+    /// The participant's record of what was done is gone.
+    RecordLost,
+    /// It said why in words alone.
+    #[default]
+    #[serde(other)]
+    Other,
+}
+
+impl Why {
+    /// As it stands in messages and answers.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NoAnswer => "no_answer",
+            Self::Unreachable => "unreachable",
+            Self::Faulty => "faulty",
+            Self::Unreadable => "unreadable",
+            Self::Contradiction => "contradiction",
+            Self::CircuitOpen => "circuit_open",
+            Self::RecordLost => "record_lost",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// What a participant says when it did not get a command done, this time.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct Failed {
+    /// For machines.
+    pub why: Why,
+    /// For people; cleaned.
+    pub reason: String,
+}
+
+impl Failed {
+    /// For this reason, which is cleaned: others wrote it, and it is stored.
+    #[must_use]
+    pub fn new(why: Why, text: &str) -> Self {
+        Self { why, reason: reason(text) }
+    }
+}
+
+impl From<&str> for Failed {
+    fn from(text: &str) -> Self {
+        Self::new(Why::Other, text)
+    }
+}
+
+impl From<String> for Failed {
+    fn from(text: String) -> Self {
+        Self::new(Why::Other, &text)
     }
 }
 

@@ -21,6 +21,7 @@ mod claim;
 mod client;
 mod config;
 mod dead_letter;
+mod ends;
 mod failure;
 mod health;
 mod parking;
@@ -84,11 +85,21 @@ impl<H: Handler> Consumer<H> {
     /// # Errors
     /// When the client is misconfigured or broken for good; the process should end and be started again.
     pub async fn run(self, stop: CancellationToken) -> Result<(), ConsumerError> {
-        let pulse = Arc::clone(&self.pulse);
-        let poll = poll::Poll::new(Arc::clone(&self.config), self.pool.clone(), Arc::clone(&self.handler), self.pulse)?;
         tokio::select! {
-            ended = poll.run(&stop) => ended,
-            never = upkeep(&self.pool, &self.config, &pulse) => match never {},
+            ended = self.poll(&stop) => ended,
+            never = upkeep(&self.pool, &self.config, &self.pulse) => match never {},
+            never = ends::keep_looking(&self.config, &self.pulse) => match never {},
+        }
+    }
+
+    /// With one client after another: one that goes no further is replaced.
+    async fn poll(&self, stop: &CancellationToken) -> Result<(), ConsumerError> {
+        loop {
+            let (config, handler) = (Arc::clone(&self.config), Arc::clone(&self.handler));
+            let poll = poll::Poll::new(config, self.pool.clone(), handler, Arc::clone(&self.pulse))?;
+            if poll.run(stop).await? == poll::Polled::ToTheEnd {
+                return Ok(());
+            }
         }
     }
 }

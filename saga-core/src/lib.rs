@@ -19,6 +19,7 @@
 //! | [`transaction`] | the transaction that every part uses: bounded here and in the server |
 //! | [`json`] | what JSON of others may be |
 //! | [`outage`] | what is away, since when: the one place that knows outages |
+//! | [`part`] | how the work of a part goes: what health asks of each |
 //! | [`retry`], [`clock`] | the only users of `backoff` and of time |
 //! | [`service`] | what a `main` needs: configuration, telemetry, pools, migrations, topics, shutdown |
 
@@ -36,6 +37,7 @@ pub mod json;
 pub mod outage;
 pub mod outbox;
 mod panics;
+pub mod part;
 pub mod participant;
 mod reason;
 pub mod retry;

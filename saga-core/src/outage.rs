@@ -5,7 +5,10 @@
 //! two seconds after: a server that starts up accepts one connection and refuses the next. Nothing survives the process; a
 //! new process sees the outage itself.
 
-use crate::clock;
+use crate::{
+    clock,
+    part::{Cause, Trouble},
+};
 use sqlx::PgPool;
 use std::{
     collections::HashMap,
@@ -32,6 +35,7 @@ pub struct Outage {
 #[derive(Debug, Clone)]
 struct Away {
     since: Instant,
+    cause: Cause,
     reason: String,
     failed: Instant,
     /// Whether a part worked after the last failure.
@@ -115,7 +119,17 @@ impl Outage {
 
     /// A part could not use it, for this reason.
     pub fn failing(&self, reason: &str) {
-        if self.fails(reason, clock::monotonic()) {
+        let cause = match self.kind() {
+            Kind::Database => Cause::DatabaseAway,
+            Kind::Kafka => Cause::KafkaAway,
+            Kind::Part => Cause::Fault,
+        };
+        self.failing_of(cause, reason);
+    }
+
+    /// Likewise, with the cause.
+    pub fn failing_of(&self, cause: Cause, reason: &str) {
+        if self.fails(cause, reason, clock::monotonic()) {
             let dependency = &self.dependency;
             metrics::counter!("outages_total", "dependency" => dependency.clone()).increment(1);
             self.gauge(1.0);
@@ -137,23 +151,26 @@ impl Outage {
     /// # Errors
     /// In words, during an outage.
     pub fn check(&self) -> Result<(), String> {
+        self.trouble().map_or(Ok(()), |trouble| Err(trouble.reason))
+    }
+
+    /// The cause, the reason and since when, during an outage.
+    pub fn trouble(&self) -> Option<Trouble> {
         let now = clock::monotonic();
         self.end_if_over(now);
-        match &*self.lock() {
-            None => Ok(()),
-            Some(Away { since, reason, .. }) => {
-                let seconds = now.saturating_duration_since(*since).as_secs();
-                Err(format!("{} does not work for {seconds} s: {reason}", self.dependency))
-            }
-        }
+        self.lock().as_ref().map(|Away { since, cause, reason, .. }| {
+            let seconds = now.saturating_duration_since(*since).as_secs();
+            let reason = format!("{} does not work for {seconds} s: {reason}", self.dependency);
+            Trouble { since: Some(*since), ..Trouble::new(*cause, reason) }
+        })
     }
 
     /// Says whether this is the first failure of an outage.
-    fn fails(&self, reason: &str, now: Instant) -> bool {
+    fn fails(&self, cause: Cause, reason: &str, now: Instant) -> bool {
         let mut away = self.lock();
         let first = away.is_none();
         let since = away.as_ref().map_or(now, |away| away.since);
-        *away = Some(Away { since, reason: reason.to_owned(), failed: now, worked: false });
+        *away = Some(Away { since, cause, reason: reason.to_owned(), failed: now, worked: false });
         first
     }
 
@@ -204,15 +221,15 @@ mod tests {
         let outage = Outage::of("database of this test");
         let start = clock::monotonic();
         let at = |seconds| start + Duration::from_secs(seconds);
-        assert!(outage.fails("refused", at(0)), "the first failure is the beginning");
-        assert!(!outage.fails("refused", at(1)), "the next is not");
+        assert!(outage.fails(Cause::DatabaseAway, "refused", at(0)), "the first failure is the beginning");
+        assert!(!outage.fails(Cause::DatabaseAway, "refused", at(1)), "the next is not");
         outage.works(at(2));
-        assert!(!outage.fails("starting up", at(3)), "one answer in between is no end");
+        assert!(!outage.fails(Cause::DatabaseAway, "starting up", at(3)), "one answer in between is no end");
         outage.works(at(4));
         assert!(outage.lock().is_some(), "a second after a failure it is not over");
         outage.works(at(5));
         assert!(outage.lock().is_none());
-        assert!(outage.fails("refused", at(6)), "the second outage has a beginning, too");
+        assert!(outage.fails(Cause::DatabaseAway, "refused", at(6)), "the second outage has a beginning, too");
     }
 
     #[test]

@@ -7,15 +7,54 @@
 /// Longest reason that is kept, in characters.
 const REASON_MAX: usize = 1_000;
 
-/// `text` without control characters (line breaks and tabs stay), and with an end.
+/// `text` without control characters (line breaks and tabs stay), without places in somebody's source, and with an end.
 pub(crate) fn reason(text: &str) -> String {
     let shown = |c: char| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c };
-    text.chars().take(REASON_MAX).map(shown).collect()
+    let text: String = text.chars().take(REASON_MAX).map(shown).collect();
+    without_places(&text)
+}
+
+/// Without ` at line 1721`, which sqlx adds (the line of PostgreSQL's own source that raised the error), and without
+/// ` at line 1 column 7`, which serde_json adds (of a text that nobody sees).
+pub(crate) fn without_places(text: &str) -> String {
+    const AT: &str = " at line ";
+    let number = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
+    let (mut kept, mut rest) = (String::with_capacity(text.len()), text);
+    while let Some(at) = rest.find(AT) {
+        let line = &rest[at + AT.len()..];
+        let digits = number(line);
+        if digits == 0 {
+            kept.push_str(&rest[..at + AT.len()]);
+            rest = line;
+            continue;
+        }
+        kept.push_str(&rest[..at]);
+        rest = &line[digits..];
+        if let Some(column) = rest.strip_prefix(" column ") {
+            rest = &column[number(column)..];
+        }
+    }
+    kept.push_str(rest);
+    kept
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_reason_names_no_line_of_somebodys_source() {
+        for (text, kept) in [
+            (r#"relation "orders" does not exist at line 1721"#, r#"relation "orders" does not exist"#),
+            (
+                "could not read the stock: no at line 7: again at line 1 column 23",
+                "could not read the stock: no: again",
+            ),
+            ("they meet at line end", "they meet at line end"),
+        ] {
+            assert_eq!(reason(text), kept);
+        }
+    }
 
     #[test]
     fn a_reason_has_no_nul_and_an_end() {

@@ -14,6 +14,7 @@ use crate::{
     error_class::{in_words, is_pool_full},
     outage::Outage,
     outbox::{self, Tx, has_one_to_spare},
+    part::Cause,
 };
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgPool, Postgres, pool::PoolConnection};
 use std::{
@@ -132,7 +133,7 @@ pub async fn why_none(pool: &PgPool, error: sqlx::Error) -> sqlx::Error {
         return error;
     }
     if Outage::of_database(pool).answers(database_answers(pool)).await {
-        Outage::of_pool(pool).failing(&in_words(&error));
+        Outage::of_pool(pool).failing_of(Cause::PoolFull, &in_words(&error));
         return error;
     }
     sqlx::Error::Io(io::Error::new(io::ErrorKind::NotConnected, "no connection to the database can be opened"))

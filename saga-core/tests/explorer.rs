@@ -128,7 +128,8 @@ fn mistakes() -> Vec<(&'static str, Decide)> {
             let (mut state, effects) = decide(definition, state, event, now);
             if let Status::Stuck { why: StuckWhy::PivotInDoubt { .. }, .. } = state.status {
                 let step = String::new();
-                state.failure = Some(Failure { step, kind: FailureKind::Failed, rejection: None, reason: None });
+                state.failure =
+                    Some(Failure { step, kind: FailureKind::Failed, rejection: None, reason: None, why: None });
                 state.status = Status::Compensated;
             }
             (state, effects)

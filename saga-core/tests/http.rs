@@ -14,6 +14,7 @@ use saga_core::{
         Api, Json, Limits, Path, Problem, Query,
         idempotency::{Answer, IdempotencyKey, once},
     },
+    part::{Cause, Report},
     service::{AdminAuth, Health, Role, admin_router, messaging_migrations, serve},
     testkit::{TestDatabase, eventually},
 };
@@ -170,17 +171,36 @@ async fn health_and_metrics_are_open_and_the_rest_is_by_role() {
         };
         async move { request.send().await.unwrap() }
     };
-    for path in ["/livez", "/readyz", "/metrics"] {
-        assert_eq!(ask(Method::GET, path, None).await.status(), 200, "{path}");
+    assert_eq!(ask(Method::GET, "/readyz", None).await.status(), 503, "nobody has looked yet");
+    health.look().await;
+    for path in ["/livez", "/readyz", "/health", "/metrics"] {
+        let answer = ask(Method::GET, path, None).await;
+        assert_eq!(answer.status(), 200, "{path}");
+        for (name, value) in [("x-content-type-options", "nosniff"), ("cache-control", "no-store")] {
+            assert_eq!(answer.headers()[name], value, "{path}");
+        }
+        assert!(answer.headers()["content-security-policy"].to_str().unwrap().starts_with("default-src 'none'"));
     }
-    health.check("kafka", || async { Err("away".to_owned()) });
-    assert_eq!(ask(Method::GET, "/readyz", None).await.status(), 503);
-    assert_eq!(ask(Method::GET, "/livez", None).await.status(), 200);
+    health.part("kafka", || async { Report::red(Cause::KafkaAway, "no broker at 10.0.0.7") });
+    health.callers_need("database", || async { Report::red(Cause::DatabaseAway, "refused by 10.0.0.8") });
+    health.look().await;
+    let viewer = Some("viewer-viewer-viewer");
+    for (path, token, status, says) in [
+        ("/livez", None, 200, "live"),
+        ("/readyz", None, 503, r#""checks":{"database":"database_away"}"#),
+        ("/health", None, 503, r#""kafka":{"state":"red","cause":"kafka_away","since":"#),
+        ("/v1/health", None, 401, "/problems/unauthorized"),
+        ("/v1/health", viewer, 503, r#""reason":"no broker at 10.0.0.7""#),
+    ] {
+        let answer = ask(Method::GET, path, token).await;
+        let (code, text) = (answer.status().as_u16(), answer.text().await.unwrap());
+        assert!(code == status && text.contains(says), "{path} {code}: {text}");
+        assert!(token.is_some() || !text.contains("10.0.0."), "{path} tells strangers: {text}");
+    }
 
     for wrong in [None, Some(""), Some("operator"), Some("operator-operator2")] {
         assert_eq!(problem(ask(Method::GET, "/v1/thing", wrong).await).await.0, 401, "{wrong:?}");
     }
-    let viewer = Some("viewer-viewer-viewer");
     assert_eq!(ask(Method::GET, "/v1/thing", viewer).await.text().await.unwrap(), "viewer");
     assert_eq!(problem(ask(Method::POST, "/v1/thing", viewer).await).await.0, 403);
     let operator = Some("operator-operator");

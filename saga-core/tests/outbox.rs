@@ -60,6 +60,7 @@ async fn what_could_never_be_published_is_refused_with_its_reason_and_nothing_is
         (message("no spaces", "k"), InvalidMessage::Topic("no spaces".into())),
         (message(".", "k"), InvalidMessage::Topic(".".into())),
         (message("..", "k"), InvalidMessage::Topic("..".into())),
+        (message("__consumer_offsets", "k"), InvalidMessage::Topic("__consumer_offsets".into())),
         (message("t", "k\0"), InvalidMessage::Key),
         (NewMessage { kind: String::new(), ..message("t", "k") }, InvalidMessage::Kind),
         (header, InvalidMessage::Header("x".into())),

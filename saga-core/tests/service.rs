@@ -5,9 +5,10 @@ use saga_core::{
     error_class::{self, ErrorClass},
     http::{Problem, REQUEST_MAX},
     outage::Outage,
+    part::Cause,
     service::{
         self, AdminArgs, DatabaseArgs, DatabaseSettings, Health, HttpArgs, Identity, KafkaArgs, KafkaSettings,
-        Migrations, Parts, ServiceArgs,
+        Migrations, Needs, Parts, ServiceArgs,
         database::{self, pool_options},
         messaging_migrations,
         migrate::migrate,
@@ -229,7 +230,11 @@ async fn clients_and_health_are_told_whether_the_pool_is_full_or_the_database_aw
     let pool = pool_options(1).acquire_timeout(patience).connect(&database.url).await.unwrap();
     let health = Health::new(&CancellationToken::new());
     health.database(&pool);
-    assert!(health.readiness().await.ready);
+    let looked = async || {
+        health.look().await;
+        (health.readiness(), health.healthiness().parts)
+    };
+    assert!(looked().await.0.ready);
     let busy = pool.acquire().await.unwrap();
     // While another test's database is away, none is said to be there.
     eventually(Duration::from_secs(60), || async {
@@ -238,19 +243,21 @@ async fn clients_and_health_are_told_whether_the_pool_is_full_or_the_database_aw
         [begun, read].into_iter().all(|error| Problem::from(error).kind() == "/problems/busy").then_some(())
     })
     .await;
-    let red = health.readiness().await;
-    assert_eq!(red.checks["database"], "ok");
-    assert!(red.checks["connections"].contains("a larger pool"), "{red:?}");
+    let (ready, parts) = looked().await;
+    assert!(ready.ready, "a busy process can be sent requests: {ready:?}");
+    assert_eq!(parts["connections"].cause, Some(Cause::PoolFull), "{parts:?}");
+    assert!(parts["connections"].reason.as_deref().is_some_and(|reason| reason.contains("a larger pool")), "{parts:?}");
     drop(busy);
-    eventually(Duration::from_secs(60), || async { health.readiness().await.ready.then_some(()) }).await;
+    eventually(Duration::from_secs(60), || async { looked().await.1["connections"].cause.is_none().then_some(()) })
+        .await;
 
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let away = pool_options(1).acquire_timeout(patience).connect_lazy(&format!("postgres://nobody@{closed}/nothing"));
     let away = away.unwrap();
     health.database(&away);
-    let red = health.readiness().await;
-    assert_ne!(red.checks["database"], "ok");
-    assert_eq!(red.checks["connections"], "ok");
+    let (red, parts) = looked().await;
+    assert_eq!(red.checks["database"], "database_away");
+    assert_eq!(parts["connections"].cause, None, "{parts:?}");
     let begun = Transaction::begin(&away, REQUEST_MAX).await.err().unwrap();
     let read = sqlx::query("select 1").execute(&away).await.unwrap_err();
     for error in [begun, read] {
@@ -336,9 +343,11 @@ async fn a_service_gets_ready_serves_turns_red_without_its_database_and_green_ag
     let parts = Parts {
         migrations: vec![messaging_migrations()],
         topics: vec![Topic::events(unique("svc-run").leak(), 1)],
+        needs: &[Needs { table: "outbox", rights: &["insert"] }],
         api: axum::Router::new().route("/hello", axum::routing::get(|| async { "hello" })),
         admin: axum::Router::new(),
         tasks: Vec::new(),
+        consumers: Vec::new(),
     };
     let running = tokio::spawn(service::run(settings, pool, health.clone(), token.clone(), parts));
 
@@ -351,11 +360,10 @@ async fn a_service_gets_ready_serves_turns_red_without_its_database_and_green_ag
     becomes(200).await;
     let hello = client.get(format!("http://{http}/hello")).send().await.unwrap();
     assert_eq!(hello.text().await.unwrap(), "hello", "whoever is ready also listens");
-    let ready = health.readiness().await;
-    assert_eq!(
-        ready.checks.keys().copied().collect::<Vec<_>>(),
-        ["clock", "connections", "database", "kafka", "startup"]
-    );
+    assert_eq!(health.readiness().checks.keys().collect::<Vec<_>>(), ["database", "tables"]);
+    let healthy = || async { health.healthiness().healthy.then_some(health.healthiness()) };
+    let parts = eventually(Duration::from_secs(60), healthy).await.parts;
+    assert_eq!(parts.keys().collect::<Vec<_>>(), ["clock", "connections", "database", "kafka", "tables", "topics"]);
 
     let name: String = sqlx::query_scalar("select current_database()::text").fetch_one(&database.pool).await.unwrap();
     let mut server = PgConnection::connect(&std::env::var("DATABASE_URL").unwrap()).await.unwrap();

@@ -70,10 +70,10 @@ pub struct Running {
 }
 
 impl Running {
-    /// Waits until it says that it is ready; an error when it ends meanwhile.
+    /// Waits until it serves its callers and each of its parts has begun; an error when it ends meanwhile.
     pub async fn ready(&self) -> Result<()> {
-        let url = format!("{}/readyz", self.address.admin_url());
-        self.process.healthy(READY_BOUND, || async { asked(&self.client, &url).await }).await
+        let admin = self.address.admin_url();
+        self.process.healthy(READY_BOUND, || async { has_begun(&self.client, &admin).await }).await
     }
 
     /// Starts it again after it was killed or stopped, and waits until it is ready.
@@ -93,6 +93,61 @@ impl Running {
         self.process.stop().await;
         self.start_again().await
     }
+}
+
+/// Whether the process whose admin listener this is serves its callers, and each of its parts has begun, whether or not its work
+/// moves.
+pub async fn has_begun(client: &reqwest::Client, admin: &str) -> Result<(), String> {
+    asked(client, &format!("{admin}/readyz")).await?;
+    let health = client.get(format!("{admin}/health")).timeout(ASK_BOUND).send().await;
+    let health = health.map_err(|e| e.without_url().to_string())?;
+    // Builds before this one have no `/health`, and are ready when all has begun.
+    if health.status() == reqwest::StatusCode::NOT_FOUND {
+        return Ok(());
+    }
+    let health: Health = health.json().await.map_err(|e| e.without_url().to_string())?;
+    let starts = health.parts.iter().find(|(_, part)| part.cause.as_deref() == Some("starting"));
+    starts.map_or(Ok(()), |(part, _)| Err(format!("its part {part} has not begun")))
+}
+
+/// What `/health` and `/v1/health` say.
+#[derive(Debug, serde::Deserialize)]
+pub struct Health {
+    /// Whether all work moves.
+    pub healthy: bool,
+    /// How each part stands.
+    pub parts: BTreeMap<String, Part>,
+}
+
+/// How a part stands.
+#[derive(Debug, serde::Deserialize)]
+pub struct Part {
+    /// Why its work does not move.
+    pub cause: Option<String>,
+    /// Since when.
+    pub since: Option<String>,
+    /// In words.
+    pub reason: Option<String>,
+}
+
+/// What is wrong with the process whose admin listener this is, part by part; without a token, where it takes one, without the
+/// reasons in words.
+pub async fn troubles(client: &reqwest::Client, admin: &str) -> Result<Vec<String>, String> {
+    let ask = async |path: &str| {
+        let answer = client.get(format!("{admin}{path}")).timeout(ASK_BOUND).send().await;
+        answer.map_err(|e| e.without_url().to_string())
+    };
+    let mut answer = ask("/v1/health").await?;
+    if answer.status() == reqwest::StatusCode::UNAUTHORIZED {
+        answer = ask("/health").await?;
+    }
+    let health: Health = answer.json().await.map_err(|e| e.without_url().to_string())?;
+    let red = health.parts.into_iter().filter_map(|(name, part)| {
+        let since = part.since.map(|since| format!(" since {since}")).unwrap_or_default();
+        let reason = part.reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+        Some(format!("{name} {}{since}{reason}", part.cause?))
+    });
+    Ok(red.collect())
 }
 
 /// Whether `/readyz` says yes, and what it says otherwise.
@@ -253,12 +308,16 @@ impl Stack {
         &self.servers.logs
     }
 
-    /// The logs of everything that runs here, the servers' too.
+    /// Everything that runs here: the servers, unless others were named, and the platform's processes.
+    pub fn processes(&self) -> impl Iterator<Item = &Process> {
+        let postgres = self.servers.postgres.iter().map(|postgres| &postgres.process);
+        let kafka = self.servers.kafka.iter().map(|kafka| &kafka.process);
+        postgres.chain(kafka).chain(self.services.values().map(|running| &running.process))
+    }
+
+    /// The logs of all that runs here.
     pub fn log_files(&self) -> Vec<PathBuf> {
-        let server =
-            [&self.servers.postgres.as_ref().map(|p| &p.process), &self.servers.kafka.as_ref().map(|k| &k.process)];
-        let servers = server.into_iter().flatten().map(|p| p.log().to_owned());
-        servers.chain(self.services.values().map(|s| s.process.log().to_owned())).collect()
+        self.processes().map(|process| process.log().to_owned()).collect()
     }
 
     /// Stops everything in an orderly way: the services side by side, then the servers.

@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Result, guard,
-    platform::{Stack, StackConfig, asked},
+    platform::{Stack, StackConfig, asked, troubles},
     postgres::Durability,
     progress::Progress,
     run,
@@ -55,23 +55,24 @@ pub async fn up(directory: &StateDirectory) -> Result<()> {
     Ok(())
 }
 
-/// Starts again what ends by itself (kill one and watch), up to a number of times each; never returns.
+/// Starts again what ends by itself (kill one and watch), the servers too, up to a number of times each; never returns. A
+/// PostgreSQL that was killed refuses to start while a backend of it is left: the next look starts it again.
 async fn supervise(stack: &Stack) {
-    let mut restarts = BTreeMap::<Service, u32>::new();
+    let mut restarts = BTreeMap::<&str, u32>::new();
     loop {
-        for service in Service::ALL {
-            let process = &stack.service(service).process;
-            let count = restarts.entry(service).or_default();
+        for process in stack.processes() {
+            let (name, count) = (process.name(), restarts.entry(process.name()).or_default());
+            // To ask also takes note of its end: until then the operating system keeps its number, and its locks look held.
             if process.is_running() || *count > RESTARTS {
                 continue;
             }
             *count += 1;
             if *count > RESTARTS {
-                eprintln!("{service} ended again and stays down; its log tells why: {}", process.log().display());
+                eprintln!("{name} ended again and stays down; its log tells why: {}", process.log().display());
             } else if let Err(error) = process.start_again() {
-                eprintln!("{service} ended and cannot be started again: {error}");
+                eprintln!("{name} ended and cannot be started again: {error}");
             } else {
-                eprintln!("{service} ended by itself and was started again; its log: {}", process.log().display());
+                eprintln!("{name} ended by itself and was started again; its log: {}", process.log().display());
             }
         }
         tokio::time::sleep(LOOK).await;
@@ -135,17 +136,30 @@ pub async fn status(directory: &StateDirectory) -> Result<bool> {
     table.add_row(["PostgreSQL", &state.database_url, "", &health(&postgres)]);
     table.add_row(["Kafka", &state.kafka_brokers, "", &health(&kafka)]);
     let mut healthy = kafka.is_ok() && postgres.is_ok();
+    let mut stalled = Vec::new();
     for (service, address) in &state.services {
-        let ready = asked(&client, &format!("{}/readyz", address.admin_url())).await;
-        healthy &= ready.is_ok();
-        table.add_row([service.name(), &address.url(), &address.admin_url(), &health(&ready)]);
+        let admin = address.admin_url();
+        let ready = asked(&client, &format!("{admin}/readyz")).await;
+        let standing = match (&ready, troubles(&client, &admin).await) {
+            (Err(_), _) | (Ok(()), Err(_)) => health(&ready),
+            (Ok(()), Ok(troubles)) if troubles.is_empty() => health(&ready),
+            (Ok(()), Ok(troubles)) => {
+                stalled.extend(troubles.into_iter().map(|trouble| format!("{service}: {trouble}")));
+                "ready, but WORK DOES NOT MOVE".into()
+            }
+        };
+        healthy &= standing == READY;
+        table.add_row([service.name(), &address.url(), &admin, &standing]);
     }
     println!("{table}");
+    stalled.iter().for_each(|trouble| println!("{trouble}"));
     Ok(healthy)
 }
 
+const READY: &str = "ready";
+
 fn health(answer: &Result<(), String>) -> String {
-    answer.as_ref().map_or_else(|why| format!("NOT READY: {why}"), |()| "ready".into())
+    answer.as_ref().map_or_else(|why| format!("NOT READY: {why}"), |()| READY.into())
 }
 
 /// The end of every log, and with `follow` what comes. Without a platform that runs, the logs that the last one left.

@@ -117,6 +117,44 @@ fn what_a_process_waits_for_exists_and_has_a_health_check() {
     assert!(text("docker/Dockerfile").contains("HEALTHCHECK "), "ours have theirs from the image");
 }
 
+/// Every Rust source of the programs.
+fn sources(folder: &Path, into: &mut String) {
+    for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        if entry.is_dir() {
+            sources(&entry, into);
+        } else if entry.extension().is_some_and(|kind| kind == "rs") {
+            into.push_str(&fs::read_to_string(entry).unwrap());
+        }
+    }
+}
+
+#[test]
+fn alerts_are_about_metrics_that_there_are_and_every_admin_listener_is_scraped() {
+    let mut code = String::new();
+    for program in ["saga-core", "outbox-relay", "payment-svc", "order-svc", "inventory-svc"] {
+        sources(&root().join(program).join("src"), &mut code);
+    }
+    let alerts: Value = serde_norway::from_str(&text("docker/alerts.yaml")).unwrap();
+    let rules = alerts["groups"][0]["rules"].as_sequence().unwrap();
+    assert!(rules.iter().any(|rule| rule["alert"].as_str() == Some("WorkStalled")));
+    for rule in rules {
+        let (alert, expr) = (rule["alert"].as_str().unwrap(), rule["expr"].as_str().unwrap());
+        assert!(rule["annotations"]["summary"].is_string() && rule["labels"]["severity"].is_string(), "{alert}");
+        // In PromQL a metric is what is neither a function, nor a label, nor a word of the language.
+        let outside = expr.split('"').step_by(2).collect::<String>();
+        let words = outside.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        let metrics: Vec<&str> = words.filter(|word| word.contains('_') || *word == "ready").collect();
+        for metric in metrics.iter().filter(|metric| !metric.is_empty()) {
+            assert!(code.contains(&format!("\"{metric}\"")), "{alert}: no metric is called {metric}");
+        }
+    }
+    let scraped = text("docker/prometheus.yaml");
+    for service in Service::ALL {
+        let (_, admin) = service.default_ports();
+        assert!(scraped.contains(&format!("\"{service}:{admin}\"")), "{service}");
+    }
+}
+
 #[test]
 fn versions_and_databases_are_the_same_everywhere() {
     let compose = compose();

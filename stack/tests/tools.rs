@@ -61,6 +61,15 @@ fn root_on_debian_gets_what_is_missing_after_an_update() {
     assert_eq!(lines[1..], ["apt-get update -q", "apt-get install -y -q maven"]);
 }
 
+#[test]
+fn a_python_without_venv_is_missing_and_one_with_it_is_left_alone() {
+    let with = machine(&[("python3", "exit 0"), PERSON]);
+    assert_eq!(tools(with.path(), &["python"], &[]), (true, String::new()));
+    let without = machine(&[("python3", "exit 1"), PERSON]);
+    let (done, said) = tools(without.path(), &["python"], &[]);
+    assert!(!done && said.contains("not installed: python3 (with venv)\n") && said.contains("Install"), "{said}");
+}
+
 /// What the two variables say when servers run already.
 const NAMED: [(&str, &str); 2] = [("DATABASE_URL", "postgres://there"), ("KAFKA_BROKERS", "there:9092")];
 
@@ -103,6 +112,8 @@ fn make_asks_for_what_each_of_its_targets_starts() {
         let said = String::from_utf8(make.output().unwrap().stdout).unwrap();
         let asked: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("sh stack/tools.sh servers")).collect();
         assert_eq!(asked, [kind.strip_prefix("servers").unwrap()], "make {arguments:?}: {said}");
+        let python = said.contains("sh stack/tools.sh python\n");
+        assert_eq!(python, arguments[0].starts_with("test"), "make {arguments:?}: {said}");
     }
 }
 

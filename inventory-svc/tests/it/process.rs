@@ -92,26 +92,35 @@ async fn migrate_brings_an_empty_database_up_to_date_and_ends() {
 }
 
 #[tokio::test]
-async fn without_kafka_it_waits_says_so_once_is_red_and_still_stops_when_told() {
+async fn without_kafka_it_starts_and_serves_says_so_once_is_red_and_stops_when_told() {
     let database = TestDatabase::new(&[]).await;
     let (kafka, http, admin) = (free(), free(), free());
     let variables =
         [("DATABASE_URL", &*database.url), ("KAFKA_BROKERS", &kafka), ("HTTP_ADDR", &http), ("ADMIN_ADDR", &admin)];
     let child = binary(&[], &variables).spawn().unwrap();
     let client = Client::new();
-    let red: Value = eventually(PATIENCE, || async {
-        let answer = client.get(format!("http://{admin}/readyz")).send().await.ok()?;
-        let status = answer.status();
-        let body: Value = answer.json().await.ok()?;
-        // Past the migrations: the database is there.
-        (status == 503 && body["checks"]["database"] == "ok").then_some(body)
+    let ask = async |path: &str| -> Option<(u16, Value)> {
+        let answer = client.get(format!("http://{admin}{path}")).send().await.ok()?;
+        Some((answer.status().as_u16(), answer.json().await.ok()?))
+    };
+    eventually(PATIENCE, || async { (ask("/readyz").await?.0 == 200).then_some(()) }).await;
+    let served = client.get(format!("http://{http}/v1/items")).send().await.unwrap();
+    assert_eq!(served.status(), 200, "its callers need no Kafka");
+    let red = eventually(PATIENCE, || async {
+        let (status, body) = ask("/health").await?;
+        (status == 503 && body["parts"]["topics"]["cause"] == "kafka_away").then_some(body)
     })
     .await;
-    assert_eq!(red["checks"]["startup"], "waiting for the database and Kafka");
+    assert_eq!(
+        (&red["parts"]["kafka"]["cause"], &red["parts"]["database"]["state"]),
+        (&"kafka_away".into(), &"ok".into())
+    );
+    assert!(!red.to_string().contains(&kafka), "strangers hear no addresses: {red}");
     let live = client.get(format!("http://{admin}/livez")).send().await.unwrap();
     assert_eq!(live.status(), 200);
     let metrics = client.get(format!("http://{admin}/metrics")).send().await.unwrap().text().await.unwrap();
-    assert!(metrics.contains("ready{check=\"startup\"} 0"), "{metrics}");
+    assert!(metrics.contains("ready{check=\"database\"} 1"), "{metrics}");
+    assert!(metrics.contains("work_stalled_seconds{part=\"kafka\",reason=\"kafka_away\"} "), "{metrics}");
 
     let (code, lines) = stop(child).await;
     assert_eq!(code, Some(0), "{lines:#?}");

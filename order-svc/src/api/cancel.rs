@@ -11,7 +11,7 @@ use axum::{
 };
 use contracts::OrderId;
 use http::{HeaderMap, StatusCode, header};
-use saga_core::http::{Json, Path, Problem};
+use saga_core::http::{IfMatch, Json, Path, Problem};
 use uuid::Uuid;
 
 /// Cancel an order
@@ -31,7 +31,7 @@ use uuid::Uuid;
     responses(
         (status = 202, description = "What was done for it is being undone", body = OrderView),
         (status = 200, description = "It is cancelled", body = OrderView),
-        (status = 400, description = "The id is not a UUID", body = Problem, content_type = "application/problem+json"),
+        (status = 400, description = "The id is not a UUID, or If-Match neither `*` nor a list of ETags", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "There is no such order", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "Too late: its payment is being taken, or was", body = Problem, content_type = "application/problem+json"),
         (status = 412, description = "It is not at the version that the client saw", body = Problem, content_type = "application/problem+json"),
@@ -43,7 +43,7 @@ pub async fn cancel_order(
     Path(id): Path<Uuid>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    match state.orders.cancel(OrderId(id), seen(&headers)?).await? {
+    match state.orders.cancel(OrderId(id), IfMatch::read(&headers)?.as_ref()).await? {
         CancelOutcome::Cancelled(order) => {
             let cancelled = order.status.name() == StatusName::Cancelled;
             Ok(answer(if cancelled { StatusCode::OK } else { StatusCode::ACCEPTED }, *order))
@@ -51,19 +51,6 @@ pub async fn cancel_order(
         CancelOutcome::TooLate(order) => Err(too_late(&order)),
         CancelOutcome::Stale => Err(Problem::stale()),
         CancelOutcome::Unknown => Err(no_such_order(id)),
-    }
-}
-
-/// The version that `If-Match` names; none when it is not there or says "any".
-fn seen(headers: &HeaderMap) -> Result<Option<i64>, Problem> {
-    match headers.get(header::IF_MATCH).map(|value| value.to_str().unwrap_or_default().trim()) {
-        None | Some("*") => Ok(None),
-        Some(etag) => {
-            let version = etag.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')?.parse().ok());
-            let refuse =
-                || Problem::malformed("If-Match is not an ETag of an order.").with_field("If-Match", "is one ETag");
-            version.map(Some).ok_or_else(refuse)
-        }
     }
 }
 

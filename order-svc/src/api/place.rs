@@ -106,6 +106,8 @@ fn placed(order: PlaceOrder) -> Order {
         lines: order.lines,
         total: order.total,
         status: OrderStatus::Pending,
+        cause: None,
+        stuck: false,
         version: 1,
         placed_at: order.placed_at,
     }

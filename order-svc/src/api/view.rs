@@ -26,6 +26,14 @@ pub struct OrderView {
     /// Why it is being or was cancelled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<CancelReason>,
+    /// What made it fail, where the reason does not tell: `no_answer`, `unreachable`, `faulty`, `unreadable`, `contradiction`,
+    /// `circuit_open`, `record_lost` or `other`; later builds may know more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "unreachable")]
+    pub cause: Option<String>,
+    /// It goes on when an operator has looked at it: something that was done for it can neither be finished nor undone by itself.
+    #[serde(skip_serializing_if = "is_false")]
+    pub waits_for_operator: bool,
     /// When it was placed.
     #[serde(with = "time::serde::rfc3339")]
     pub placed_at: OffsetDateTime,
@@ -68,6 +76,11 @@ pub struct StatusView {
     pub at: OffsetDateTime,
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 impl From<Order> for OrderView {
     fn from(order: Order) -> Self {
         Self {
@@ -77,6 +90,8 @@ impl From<Order> for OrderView {
             total: order.total,
             status: order.status.name(),
             reason: order.status.reason(),
+            cause: order.cause,
+            waits_for_operator: order.stuck,
             placed_at: order.placed_at,
             closed_at: order.status.closed_at(),
             version: order.version,

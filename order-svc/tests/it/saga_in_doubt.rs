@@ -178,7 +178,10 @@ async fn an_undo_that_fails_for_good_is_stuck_and_never_called_compensated_until
     let order = waiting_at(&shop, "k", 1).await;
     shop.answer(order, Rejected, json!({ "short": [{ "sku": "WIDGET-1", "requested": 2, "available": 1 }] })).await;
     fail_until_given_up(&shop, order).await;
-    assert_eq!((shop.status(order).await.as_str(), shop.saga_status(order).await.as_str()), ("pending", "stuck"));
+    assert_eq!((shop.status(order).await.as_str(), shop.saga_status(order).await.as_str()), ("cancelling", "stuck"));
+    let stuck = shop.get(&format!("/v1/orders/{order}")).await;
+    assert_eq!(stuck.headers()["etag"], "\"2-stuck\"");
+    assert_eq!(json_of(stuck).await["waits_for_operator"], true, "its customer is told");
     retry(&shop, order).await;
     shop.answer(order, Succeeded, json!({})).await;
     assert_eq!(

@@ -105,7 +105,10 @@ async fn out_of_stock_lets_the_money_go_before_the_order_is_cancelled() {
     let order = shop.place("k").await;
     shop.answer(order, Succeeded, authorized()).await;
     shop.answer(order, Rejected, out_of_stock()).await;
-    assert_eq!(shop.status(order).await, "pending");
+    assert_eq!(shop.status(order).await, "cancelling", "from the moment in which it is decided");
+    let asked = cancel(&shop, order).await;
+    assert_eq!(asked.status(), 202);
+    assert_eq!(json_of(asked).await["reason"], "out_of_stock");
     shop.answer(order, Succeeded, json!({})).await;
     assert_eq!(sent(&shop, order).await, ["authorize-payment", "reserve-stock", "undo authorize-payment"]);
     assert_cancelled(&shop, order, "out_of_stock").await;

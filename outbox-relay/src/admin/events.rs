@@ -105,7 +105,7 @@ impl FromRow<'_, PgRow> for EventView {
 
 /// Rows of the outbox, newest first. A page may be short, or empty, and still have a next one.
 #[utoipa::path(
-    get, path = "/v1/outboxes/{name}/events", tag = "events",
+    get, path = "/v1/outboxes/{name}/events", tag = "events", operation_id = "listEvents",
     params(("name" = String, Path, description = "The outbox"), EventQuery),
     responses((status = 200, body = List<EventView>), (status = 404, body = Problem))
 )]

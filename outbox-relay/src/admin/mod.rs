@@ -20,26 +20,41 @@ mod pauses;
 mod request;
 mod retries;
 
-use crate::{Relay, outbox::Role};
+use crate::{Relay, outbox::Outbox};
 use axum::Router;
-use saga_core::service::Health;
+use saga_core::{
+    error_class::is_pool_full,
+    http::{Limit, openapi::complete_by_role},
+    part::{Cause, Report, Trouble},
+    service::Health,
+    transaction::Bound,
+};
+use sqlx::PgConnection;
+use std::{sync::Arc, time::Duration};
 use utoipa::{OpenApi as _, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
+/// One database that does not answer must not take as long as health waits for all of them.
+const ANSWER_MAX: Duration = Duration::from_millis(1_500);
+
 /// The routes.
 pub fn routes(relay: &Relay) -> Router {
-    let (router, document) = documented().with_state(relay.clone()).split_for_parts();
-    router.merge(SwaggerUi::new("/docs").url("/openapi.json", document))
+    let router = documented().with_state(relay.clone()).split_for_parts().0;
+    router.merge(SwaggerUi::new("/docs").url("/openapi.json", openapi()))
 }
 
 /// Their description.
 pub fn openapi() -> OpenApi {
-    documented().split_for_parts().1
+    complete_by_role(documented().split_for_parts().1)
 }
 
 #[derive(utoipa::OpenApi)]
-#[openapi(info(title = "outbox-relay", description = "What the relay publishes, what it could not, and the repairs"))]
+#[openapi(
+    info(title = "outbox-relay", description = "What the relay publishes, what it could not, and the repairs"),
+    // Types of parameters are not found by themselves.
+    components(schemas(events::EventState, Limit))
+)]
 struct Document;
 
 fn documented() -> OpenApiRouter<Relay> {
@@ -54,22 +69,40 @@ fn documented() -> OpenApiRouter<Relay> {
         .routes(routes!(parked::discard_many))
 }
 
-/// Readiness: red while an outbox that this process should publish cannot be published. Standing by is fine.
+/// What health tells. Callers need the databases, of which one that answers is enough: what can be asked is shown, and a relay that
+/// is started while one of them is away publishes the others. Each outbox has three parts: its publishing, its tables, its
+/// database's clock. The first is red while the outbox should be published and is not; standing by is fine.
 pub fn check_health(health: &Health, relay: &Relay) {
+    for outbox in relay.outboxes() {
+        let part = |name: &str, report: fn(&Outbox) -> Report| {
+            let outbox = Arc::clone(outbox);
+            health.part(format!("{name}:{}", outbox.name), move || std::future::ready(report(&outbox)));
+        };
+        part("outbox", |outbox| outbox.status.report());
+        part("upkeep", |outbox| outbox.status.upkeep());
+        part("clock", |outbox| {
+            let skew = outbox.leases.clock.check();
+            skew.map_err(|skew| Trouble::new(Cause::ClockSkew, skew)).into()
+        });
+    }
     let relay = relay.clone();
-    health.check("outboxes", move || {
+    health.callers_need("databases", move || {
         let relay = relay.clone();
         async move {
-            let problems: Vec<String> = relay
-                .outboxes()
-                .iter()
-                .filter_map(|outbox| match outbox.status.all() {
-                    (Role::Starting, _) => Some(format!("{}: starting", outbox.name)),
-                    (_, Some(problem)) => Some(format!("{}: {problem}", outbox.name)),
-                    (_, None) => outbox.leases.clock.check().err().map(|skew| format!("{}: {skew}", outbox.name)),
-                })
-                .collect();
-            if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
+            let asked = relay.outboxes().iter().map(|outbox| async {
+                let seen = async |db: &mut PgConnection| {
+                    sqlx::query("select from outbox_lease limit 0").execute(db).await.map(drop)
+                };
+                match tokio::time::timeout(ANSWER_MAX, outbox.admin.ask(seen)).await {
+                    // Requests have all connections: it answers them.
+                    Ok(Err(error)) if is_pool_full(&error) => Ok(()),
+                    Ok(answered) => answered,
+                    Err(_) => Err(Bound::new(ANSWER_MAX).no_answer()),
+                }
+            });
+            let answers: Vec<Result<(), sqlx::Error>> = futures::future::join_all(asked).await;
+            let red = answers.iter().map(|answer| answer.as_ref().err()).min_by_key(Option::is_some).flatten();
+            red.map_or_else(Report::fine, |error| Trouble::from(error).into())
         }
     });
 }

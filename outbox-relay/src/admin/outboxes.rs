@@ -103,7 +103,10 @@ struct PausedTopic {
 }
 
 /// Every outbox of this relay, whoever owns it.
-#[utoipa::path(get, path = "/v1/outboxes", responses((status = 200, body = [OutboxView])), tag = "outboxes")]
+#[utoipa::path(
+    get, path = "/v1/outboxes", tag = "outboxes", operation_id = "listOutboxes",
+    responses((status = 200, body = [OutboxView]))
+)]
 pub(super) async fn list(State(relay): State<Relay>) -> Json<Vec<OutboxView>> {
     let views = relay.outboxes().iter().map(|outbox| view(outbox));
     Json(futures::future::join_all(views).await)

@@ -51,7 +51,7 @@ pub(super) struct ParkedView {
     bytes: Option<i32>,
     /// Why it is parked.
     reason: String,
-    /// The row it waits behind; `null` when it is itself what Kafka refused.
+    /// The row that it waits behind now: the first of its topic and key that is parked. `null` when it is that one.
     blocked_by: Option<i64>,
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
@@ -84,7 +84,7 @@ impl FromRow<'_, PgRow> for ParkedView {
 
 /// Parked rows, oldest first.
 #[utoipa::path(
-    get, path = "/v1/outboxes/{name}/parked", tag = "parked",
+    get, path = "/v1/outboxes/{name}/parked", tag = "parked", operation_id = "listParked",
     params(("name" = String, Path, description = "The outbox"), ParkedQuery),
     responses((status = 200, body = List<ParkedView>), (status = 404, body = Problem))
 )]
@@ -125,21 +125,34 @@ async fn find(
 macro_rules! find {
     ($which:literal, $order:literal) => {
         concat!(
-            "select found.*
-               from unnest($3::text[]) as wanted (topic)
-              cross join lateral (select id, message_id, topic, key, type, octet_length(payload) as bytes, reason,
-                                         blocked_by, ",
+            // What a row was parked behind may have been discarded, or published, since.
+            "select found.id, message_id, found.topic, found.key, type, bytes, created_at, parked_at, attempts, retrying,
+                    first.id as blocked_by,
+                    case when found.blocked_by is null then reason
+                         when first.id is null then 'the row that it waited behind is parked no more; it is tried again'
+                         else format('row %s of the same topic and key is parked', first.id) end as reason
+               from (select found.*
+                       from unnest($3::text[]) as wanted (topic)
+                      cross join lateral (select id, message_id, topic, key, type, octet_length(payload) as bytes, reason,
+                                                 blocked_by, ",
             within_calendar!("created_at"),
             " as created_at, parked_at, attempts, retry_requested_at is not null as retrying
-                                    from outbox_parked
-                                   where outbox = $1 and topic = wanted.topic and id > $2
-                                     and ",
+                                            from outbox_parked
+                                           where outbox = $1 and topic = wanted.topic and id > $2
+                                             and ",
             $which,
-            "                      order by ",
+            "                              order by ",
             $order,
-            "                      limit $5) as found
-              order by found.id
-              limit $5",
+            "                              limit $5) as found
+                      order by found.id
+                      limit $5) as found
+               left join lateral (select other.id
+                                    from outbox_parked as other
+                                   where other.outbox = $1 and other.topic = found.topic
+                                     and other.status = 'parked' and md5(other.key) = md5(found.key) and other.id < found.id
+                                   order by md5(other.key), other.id
+                                   limit 1) as first on true
+              order by found.id",
         )
     };
 }

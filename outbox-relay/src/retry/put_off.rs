@@ -7,6 +7,7 @@ use crate::{
     loops,
     pause::{self, Cause},
 };
+use saga_core::part;
 use tracing::warn;
 
 impl Retries {
@@ -30,7 +31,8 @@ impl Retries {
     /// Parked rows of the topic cannot be sent now: those of other topics are tried meanwhile.
     pub(super) fn leave_alone(&mut self, topic: String, reason: &str) {
         warn!(outbox = self.outbox, topic, reason, "parked rows of the topic cannot be sent; they are tried again");
-        self.loops.failing(loops::RETRIES, &format!("parked rows of topic {topic} cannot be sent: {reason}"));
+        let reason = format!("parked rows of topic {topic} cannot be sent: {reason}");
+        self.loops.failing(loops::RETRIES, part::Cause::Refused, &reason);
         self.silent.insert(topic, saga_core::clock::monotonic() + REPORT);
     }
 }

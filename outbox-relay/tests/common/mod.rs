@@ -345,3 +345,20 @@ impl Drop for Running {
         }
     }
 }
+
+/// Looks, and waits no longer if this part is red with this reason.
+pub async fn is_red(health: &saga_core::service::Health, part: &str, reason: &str) -> Option<String> {
+    health.look().await;
+    assert!(health.readiness().ready, "{:?}", health.readiness());
+    let part = health.healthiness().parts.remove(part).expect("there is such a part");
+    assert_eq!(part.since.is_some(), part.cause.is_some(), "{part:?}");
+    part.reason.filter(|said| said.contains(reason))
+}
+
+/// Looks, and waits no longer if the outbox `orders` is, or is not, in order; callers are served all the time.
+pub async fn is_healthy(health: &saga_core::service::Health, wanted: bool) -> Option<()> {
+    health.look().await;
+    assert!(health.readiness().ready, "{:?}", health.readiness());
+    let cause = health.healthiness().parts["outbox:orders"].cause;
+    (cause.is_none() == wanted).then_some(())
+}

@@ -61,7 +61,7 @@ impl Process {
 
     /// Waits until its health is red with this reason; green without one.
     async fn is_red_with(&self, reason: Option<&str>) {
-        let url = format!("http://127.0.0.1:{}/readyz", self.port);
+        let url = format!("http://127.0.0.1:{}/v1/health", self.port);
         eventually(PATIENCE, || async {
             let answer = reqwest::get(&url).await.ok()?;
             let (green, said) = (answer.status().is_success(), answer.text().await.ok()?);

@@ -6,6 +6,7 @@ use crate::{
 };
 use contracts::{OrderId, money::Money};
 use saga_core::{
+    command::{Failed, Why},
     id::CommandId,
     participant::{CommandContext, Performed},
     transaction::Bound,
@@ -72,7 +73,7 @@ impl Provider {
             Err(doubt @ Doubt::CircuitOpen { again_after, .. }) => {
                 return Performed::NotMade { reason: doubt.to_string(), again_after };
             }
-            Err(doubt) => return Performed::InDoubt(doubt.to_string()),
+            Err(doubt) => return Performed::InDoubt(doubt.into()),
         };
         match (&answer, right.first()) {
             (Answer::Done { reference, amount: Some(answered) }, Some(&asked)) if !right.contains(answered) => {
@@ -98,7 +99,10 @@ impl Provider {
         match store::record_difference(&self.pool, BOUND, &difference).await {
             Ok(()) => Performed::Contradiction(reason),
             // It is not on record yet: asked again, the gateway says the same.
-            Err(error) => Performed::InDoubt(format!("{reason}, which could not be put on record: {error}")),
+            Err(error) => {
+                let reason = format!("{reason}, which could not be put on record: {error}");
+                Performed::InDoubt(Failed::new(Why::Contradiction, &reason))
+            }
         }
     }
 }

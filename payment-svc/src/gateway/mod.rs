@@ -12,7 +12,10 @@ pub mod http;
 
 use async_trait::async_trait;
 use contracts::money::Money;
-use saga_core::id::CommandId;
+use saga_core::{
+    command::{Failed, Why},
+    id::CommandId,
+};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -137,6 +140,18 @@ pub enum Doubt {
         /// When to come again.
         again_after: Duration,
     },
+}
+
+impl From<Doubt> for Failed {
+    fn from(doubt: Doubt) -> Self {
+        let why = match &doubt {
+            Doubt::Timeout | Doubt::Connection(_) => Why::Unreachable,
+            Doubt::Status { .. } => Why::Faulty,
+            Doubt::Unreadable(_) => Why::Unreadable,
+            Doubt::CircuitOpen { .. } => Why::CircuitOpen,
+        };
+        Self::new(why, &doubt.to_string())
+    }
 }
 
 impl Doubt {

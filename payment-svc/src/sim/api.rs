@@ -69,10 +69,23 @@ pub(super) struct StoredAnswer {
     body: Value,
 }
 
+/// No money moved, and why.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Refusal {
+    refused: Refused,
+}
+
+/// Why no money moved.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Refused {
+    code: String,
+    message: String,
+}
+
 /// POST /v1/authorizations
 #[utoipa::path(post, path = "/v1/authorizations", request_body = AuthorizeRequest,
     params(("Idempotency-Key" = String, Header)),
-    responses((status = 201, description = "Held"), (status = 402, description = "Refused"),
+    responses((status = 201, description = "Held"), (status = 402, description = "Refused", body = Refusal),
               (status = 422, description = "Not valid, or the key was used for another request")))]
 pub(super) async fn authorize(
     State(sim): State<Sim>,
@@ -112,7 +125,7 @@ pub(super) async fn authorize(
 /// POST /v1/authorizations/{reference}/capture
 #[utoipa::path(post, path = "/v1/authorizations/{reference}/capture", request_body = AmountRequest,
     params(("reference" = String, Path), ("Idempotency-Key" = String, Header)),
-    responses((status = 200, description = "Taken"), (status = 409, description = "Refused")))]
+    responses((status = 200, description = "Taken"), (status = 409, description = "Refused", body = Refusal)))]
 pub(super) async fn capture(
     State(sim): State<Sim>,
     key: IdempotencyKey,
@@ -125,7 +138,7 @@ pub(super) async fn capture(
 /// POST /v1/authorizations/{reference}/refunds
 #[utoipa::path(post, path = "/v1/authorizations/{reference}/refunds", request_body = AmountRequest,
     params(("reference" = String, Path), ("Idempotency-Key" = String, Header)),
-    responses((status = 200, description = "Given back"), (status = 409, description = "Refused")))]
+    responses((status = 200, description = "Given back"), (status = 409, description = "Refused", body = Refusal)))]
 pub(super) async fn refund(
     State(sim): State<Sim>,
     key: IdempotencyKey,
@@ -182,7 +195,7 @@ fn objection(authorization: Option<&Authorization>, operation: Operation, amount
 /// POST /v1/authorizations/{reference}/void
 #[utoipa::path(post, path = "/v1/authorizations/{reference}/void",
     params(("reference" = String, Path), ("Idempotency-Key" = String, Header)),
-    responses((status = 200, description = "Nothing is held"), (status = 409, description = "Refused")))]
+    responses((status = 200, description = "Nothing is held"), (status = 409, description = "Refused", body = Refusal)))]
 pub(super) async fn void(
     State(sim): State<Sim>,
     key: IdempotencyKey,
@@ -203,7 +216,7 @@ pub(super) async fn void(
 /// refused.
 #[utoipa::path(post, path = "/v1/voids", request_body = VoidRequest, params(("Idempotency-Key" = String, Header)),
     responses((status = 200, description = "Nothing is held, and nothing will be"),
-              (status = 409, description = "Refused: it was captured")))]
+              (status = 409, description = "Refused: it was captured", body = Refusal)))]
 pub(super) async fn void_by_key(
     State(sim): State<Sim>,
     key: IdempotencyKey,
@@ -362,5 +375,5 @@ impl Call {
 }
 
 fn refused(code: &str, message: &str) -> Value {
-    json!({ "refused": { "code": code, "message": message } })
+    json!(Refusal { refused: Refused { code: code.into(), message: message.into() } })
 }

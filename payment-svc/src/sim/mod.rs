@@ -15,8 +15,8 @@ pub use config::{Behaviour, IDENTITY, SimArgs, SimSettings};
 use crate::migrations;
 use axum::Router;
 use saga_core::{
-    http::Api,
-    service::{self, Health, database, migrate, telemetry},
+    http::{Api, openapi::complete},
+    service::{self, Health, Needs, database, migrate, telemetry},
 };
 use sqlx::PgPool;
 use tokio::net::TcpListener;
@@ -31,6 +31,14 @@ struct Sim {
     pool: PgPool,
     behaviour: Behaviour,
 }
+
+/// What requests read and write.
+const NEEDS: &[Needs] = &[
+    Needs { table: "gateway_authorization", rights: &["select", "insert", "update"] },
+    Needs { table: "gateway_movement", rights: &["select", "insert"] },
+    Needs { table: "gateway_answer", rights: &["select", "insert"] },
+    Needs { table: "gateway_arrival", rights: &["select", "insert"] },
+];
 
 #[derive(OpenApi)]
 #[openapi(info(
@@ -51,7 +59,7 @@ pub fn api(pool: PgPool, behaviour: Behaviour) -> Api {
         .routes(routes!(api::ledger))
         .split_for_parts();
     let router: Router = router.with_state(Sim { pool, behaviour });
-    Api::new(router.merge(SwaggerUi::new("/docs").url("/openapi.json", document)))
+    Api::new(router.merge(SwaggerUi::new("/docs").url("/openapi.json", complete(document))))
 }
 
 /// Runs the simulator until it is asked to stop. The admin listener answers from the first moment, red until the database
@@ -60,7 +68,7 @@ pub async fn run(settings: SimSettings) -> anyhow::Result<()> {
     let telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
     let token = service::shutdown::token();
     let health = Health::new(&token);
-    health.check("startup", || async { Err("waiting for the database".to_owned()) });
+    health.starting("the database");
     let admin = TcpListener::bind(settings.admin.addr).await?;
     let routes = service::admin_router(health.clone(), telemetry.metrics(), settings.admin.auth.clone(), Router::new());
     let tasks = vec![
@@ -79,8 +87,10 @@ async fn open(settings: SimSettings, health: Health, token: CancellationToken) -
     let Some(pool) = token.run_until_cancelled(prepared).await else { return Ok(()) };
     let pool = pool?;
     health.database(&pool);
+    health.tables(&pool, NEEDS);
     let http = TcpListener::bind(settings.http_addr).await?;
-    health.check("startup", || async { Ok(()) });
+    health.look().await;
+    health.started();
     tracing::info!(http = %http.local_addr()?, behaviour = ?settings.behaviour, "the gateway simulator is open");
     service::serve(http, api(pool, settings.behaviour), token).await?;
     Ok(())

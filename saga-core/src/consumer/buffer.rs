@@ -9,6 +9,7 @@ use std::{
     collections::VecDeque,
     sync::{Mutex, MutexGuard, PoisonError},
 };
+use time::OffsetDateTime;
 use tokio::sync::Notify;
 
 /// Most bytes of one partition that wait, and most of one batch: large records must not fill the memory by their number.
@@ -26,6 +27,8 @@ pub(super) struct Buffer {
 #[derive(Default)]
 struct Queue {
     records: VecDeque<Raw>,
+    /// The offset after the last that was pushed.
+    next: Option<i64>,
     bytes: usize,
     paused: bool,
     /// Something came that the worker has not been told of.
@@ -53,6 +56,7 @@ impl Buffer {
         let mut queue = self.lock();
         queue.untold = true;
         queue.bytes += record.size();
+        queue.next = Some(record.offset.saturating_add(1));
         queue.records.push_back(record);
         let full = queue.records.len() >= self.limit || queue.bytes >= BYTES_MAX;
         let room = if full && !queue.paused { Room::Full } else { Room::Left };
@@ -66,6 +70,12 @@ impl Buffer {
         if std::mem::take(&mut self.lock().untold) {
             self.arrived.notify_one();
         }
+    }
+
+    /// The offset after the last record that came, and the time of the oldest that waits.
+    pub(super) fn reached(&self) -> (Option<i64>, Option<OffsetDateTime>) {
+        let queue = self.lock();
+        (queue.next, queue.records.front().and_then(|record| record.timestamp))
     }
 
     /// What has arrived, at most `max` records; waits for the first, and a moment for more when those are far fewer than

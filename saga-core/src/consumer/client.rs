@@ -45,8 +45,12 @@ impl Context {
 }
 
 impl ClientContext for Context {
-    /// What matters of it we say ourselves, once; the library repeats itself for as long as a broker is away.
+    /// What matters of it we say ourselves, once; the library repeats itself for as long as a broker is away. That a topic is
+    /// another one under its old name it says nowhere else.
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
+        if let Some((topic, id)) = made_again(text) {
+            self.pulse.was_made_again(topic, id);
+        }
         tracing::debug!(target: "librdkafka", ?level, facility, text);
     }
 
@@ -76,6 +80,18 @@ impl ConsumerContext for Context {
             tracing::debug!(%error, "offsets were not committed");
         }
     }
+}
+
+/// The id of a topic before the library knows one.
+const NO_ID: &str = "AAAAAAAAAAAAAAAAAAAAAA";
+
+/// The topic that has another id than before, and which: it was deleted, and made again. The library says so in its log, and goes on
+/// at the offset, and the leader's epoch, that it had in the old one.
+fn made_again(text: &str) -> Option<(&str, &str)> {
+    let (topic, ids) = text.split_once(" changed id from ")?;
+    let topic = topic.rsplit(' ').next()?;
+    let (before, now) = ids.split_once(" to ")?;
+    (before != NO_ID && !topic.is_empty()).then_some((topic, now.trim_end()))
 }
 
 /// Tells the library that a rebalance has been taken note of.
@@ -120,6 +136,9 @@ pub(super) fn connect(config: &ConsumerConfig, context: Context) -> KafkaResult<
         .set("topic.metadata.refresh.interval.ms", "10000")
         .set("allow.auto.create.topics", "false")
         .set("statistics.interval.ms", "2000")
+        // A few lines for each refresh of the metadata: see `made_again`.
+        .set("debug", "topic")
+        .set_log_level(RDKafkaLogLevel::Debug)
         .create_with_context(context)?;
     let topics: Vec<&str> = config.topics.iter().map(String::as_str).collect();
     client.subscribe(&topics)?;
@@ -138,4 +157,19 @@ pub(super) fn asking(config: &ConsumerConfig) -> ClientConfig {
         .set("enable.auto.commit", "false")
         .set("allow.auto.create.topics", "false");
     client
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topic_that_was_made_again_is_told_from_one_that_is_seen_for_the_first_time() {
+        let says =
+            |from: &str| format!("[thrd:main]: Topic orders.replies changed id from {from} to 0OdD4H3gTDSwv4tPVPwPCg");
+        let text = says("bX6zZbVwQ1iN1C0hGkYl3w");
+        assert_eq!(made_again(&text), Some(("orders.replies", "0OdD4H3gTDSwv4tPVPwPCg")));
+        assert_eq!(made_again(&says(NO_ID)), None);
+        assert_eq!(made_again("[thrd:main]: Topic orders.replies partition count is zero"), None);
+    }
 }

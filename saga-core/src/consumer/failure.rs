@@ -13,6 +13,7 @@ use crate::{
     error_class::{ErrorClass, classify, classify_chain, lock_wait},
     id::MessageId,
     outbox::AppendError,
+    part::Cause,
 };
 use std::{borrow::Cow, time::Duration};
 
@@ -24,7 +25,7 @@ pub(super) enum Failure {
     /// The connection cannot be used any more, though another one can.
     Stale(String),
     /// Nothing works until an operator sets it right.
-    Configuration(String),
+    Configuration(Cause, String),
     /// The pool had no connection in time: others use all of them, or the database is away.
     NoConnection,
     /// The handler wants the same once more, at once.
@@ -136,7 +137,7 @@ impl From<sqlx::Error> for Failure {
             .map_or_else(|| "database".into(), |code| format!("database-{code}"));
         let reason = error.to_string();
         let own = || Self::Fault(Fault::new(class, &reason, Remedy::Retry));
-        Self::not_own(classify(&error), &reason).unwrap_or_else(own)
+        Self::not_own(classify(&error), || Cause::of(&error), &reason).unwrap_or_else(own)
     }
 }
 
@@ -159,7 +160,8 @@ impl From<HandleError> for Failure {
             // A handler may wrap the database's errors in words of its own.
             HandleError::Failed(error) => {
                 let reason = format!("{error:#}");
-                let class = classify_chain(error.as_ref()).and_then(|class| Self::not_own(class, &reason));
+                let cause = || database_error(&error).map_or(Cause::DatabaseMisconfigured, Cause::of);
+                let class = classify_chain(error.as_ref()).and_then(|class| Self::not_own(class, cause, &reason));
                 class.unwrap_or_else(|| Self::Fault(Fault::new("failed", &reason, Remedy::Retry)))
             }
         };
@@ -215,11 +217,11 @@ impl HandleError {
 
 impl Failure {
     /// A failure that is no fault of a record.
-    fn not_own(class: ErrorClass, reason: &str) -> Option<Self> {
+    fn not_own(class: ErrorClass, cause: impl FnOnce() -> Cause, reason: &str) -> Option<Self> {
         match class {
             ErrorClass::Passing => Some(Self::Passing(reason.to_owned())),
             ErrorClass::Stale => Some(Self::Stale(reason.to_owned())),
-            ErrorClass::Configuration => Some(Self::Configuration(reason.to_owned())),
+            ErrorClass::Configuration => Some(Self::Configuration(cause(), reason.to_owned())),
             ErrorClass::Own => None,
         }
     }

@@ -1,12 +1,14 @@
 //! Whether a consumer does its work: what health asks.
 //!
 //! [`Outage`] reports outages. What an operator has to set right (a missing table or right, clocks that differ) is kept
-//! here for each partition that waits for it, and logged once for each.
+//! here for each partition that waits for it, and logged once for each. And here what the consumer has reached is compared with where
+//! its partitions end: what waits, since when it has not moved, and when the client has to be made anew.
 
-use super::parking::Counts;
+use super::{buffer::Buffer, ends::Ends, parking::Counts};
 use crate::{
     clock::{self, DatabaseClock},
     outage::Outage,
+    part::{Cause, Movement, Report, Trouble, Waiting},
 };
 use rdkafka::Statistics;
 use std::{
@@ -14,9 +16,21 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
+use time::OffsetDateTime;
+use tokio::sync::{Notify, watch};
 
 /// A consumer that has not polled for this long is stuck.
 const POLL_MAX: Duration = Duration::from_secs(10);
+/// A group has given its members their partitions after so long, or there are none for this one.
+const ASSIGNED_MAX: Duration = Duration::from_secs(30);
+/// A client that has fetched nothing for so long, although there are records and room for them, is made anew.
+const WEDGED_AFTER: Duration = Duration::from_secs(10);
+/// One deletion shows itself in more than one way: also in what no id tells of.
+const NOTICED_TWICE: Duration = Duration::from_secs(5);
+/// For so long the partitions of a topic that was made again are read from their begin when they are assigned.
+const FROM_BEGIN_FOR: Duration = Duration::from_secs(60);
+/// A client that was made anew is given so long before it is again: it has to join the group.
+const ANEW_EVERY: Duration = Duration::from_secs(30);
 
 /// A record may wait so long for a lock before health says so.
 const LOCKED_MAX: Duration = Duration::from_secs(120);
@@ -27,26 +41,25 @@ pub struct ConsumerHealth(pub(super) Arc<Pulse>);
 
 impl ConsumerHealth {
     /// Fine, or why not. Fine means: a broker is connected, the consumer is a member of the group and polls, Kafka refuses it
-    /// nothing, and its database answers. No partition waits for an operator, no record waits for a lock for two minutes, and
-    /// the host's clock is the database's.
+    /// nothing, its topics are there, and its database answers. No partition waits for an operator, no record waits for a lock for
+    /// two minutes, and the host's clock is the database's.
     ///
     /// # Errors
     /// In words, when it is not.
     pub fn check(&self) -> Result<(), String> {
-        self.0.check_client()?;
-        self.0.kafka.check()?;
-        if let Some(reason) = self.0.lock().refused.clone() {
-            return Err(reason);
-        }
-        self.0.database.check()?;
-        if let Some(((topic, partition), reason)) = self.0.lock().waiting.first_key_value() {
-            return Err(format!("partition {partition} of {topic} waits until this is set right: {reason}"));
-        }
-        if let Some(reason) = self.0.lock().locked.clone() {
-            return Err(reason);
-        }
-        self.0.clock.check()?;
-        if self.0.lock().assigned { Ok(()) } else { Err("no partitions have been assigned yet".into()) }
+        self.0.trouble().map_or(Ok(()), |trouble| Err(trouble.reason))
+    }
+
+    /// What stands in its way, and what waits for it.
+    pub fn report(&self) -> Report {
+        Report { trouble: self.0.trouble(), waiting: self.0.waiting() }
+    }
+
+    /// Whether its topics have, or had, records: `None` until that is known.
+    pub fn ever_had_records(&self) -> Option<bool> {
+        let state = self.0.lock();
+        let ends = state.places.values().map(|place| place.end);
+        ends.fold(None, |any, end| Some(any.unwrap_or(false) || end? > 0))
     }
 }
 
@@ -57,18 +70,83 @@ pub(super) struct Pulse {
     database: Arc<Outage>,
     pub(super) clock: Arc<DatabaseClock>,
     state: Mutex<State>,
+    /// The polling task is to make its client anew.
+    anew: Notify,
 }
 
 #[derive(Default)]
 struct State {
+    began: Option<Instant>,
     polled: Option<Instant>,
     assigned: bool,
     /// The partitions that wait for an operator, and what for.
-    waiting: BTreeMap<(String, i32), String>,
+    waiting: BTreeMap<(String, i32), (Trouble, Instant)>,
     /// What Kafka refuses until an operator acts.
-    refused: Option<String>,
+    refused: Option<Trouble>,
     /// What records that are parked have been waiting for too long.
-    locked: Option<String>,
+    locked: Option<Trouble>,
+    /// What is wrong with topics.
+    topics: BTreeMap<String, Trouble>,
+    /// The partitions that are read here.
+    places: BTreeMap<(String, i32), Place>,
+    /// Topics that were made again, when that was noticed, and their ids, where those are known.
+    made_again: BTreeMap<String, (Instant, Option<String>)>,
+    made_anew: Option<Instant>,
+}
+
+/// How far one partition is.
+struct Place {
+    buffer: Arc<Buffer>,
+    /// The offset after what is done; negative until something is.
+    done: watch::Receiver<i64>,
+    /// The offset that the client fetches next; negative while it does not know.
+    fetched: i64,
+    /// The same, before the brokers were asked where the partition ends: no partition ends before that, unless it is another one.
+    reached: i64,
+    end: Option<i64>,
+    movement: Movement<(i64, i64)>,
+    waiting: Option<Waiting>,
+}
+
+/// What a comparison found.
+#[derive(Debug, PartialEq, Eq)]
+enum Found {
+    /// Nothing that the client will not cope with.
+    Fine,
+    /// The partition ends before what was read of it: it is another one.
+    Shrunk,
+    /// There are records and room for them, and the client does not fetch.
+    Wedged,
+}
+
+/// Where a client that is made anew reads a topic from.
+#[derive(Clone, Copy)]
+enum Resume<'a> {
+    /// From where the group has come to.
+    WhereItWas,
+    /// What was read of it is no longer there; the topic's id now, where that is known.
+    Begin(Option<&'a str>),
+}
+
+impl Place {
+    fn compare(&mut self, end: i64, now: Instant) -> Found {
+        self.end = Some(end);
+        let (pushed, oldest) = self.buffer.reached();
+        let done = *self.done.borrow();
+        let in_hand = pushed.map_or(0, |pushed| pushed.saturating_sub(done.max(0)).max(0));
+        let unfetched = if self.fetched < 0 { end } else { (end - self.fetched).max(0) };
+        if in_hand == 0 && unfetched == 0 {
+            self.movement.rests();
+            self.waiting = None;
+            return if self.reached > end { Found::Shrunk } else { Found::Fine };
+        }
+        let still_since = self.movement.waits_at((done, self.fetched), now);
+        let items = u64::try_from(unfetched).unwrap_or_default();
+        let items = items.saturating_add(u64::try_from(if done < 0 { 0 } else { in_hand }).unwrap_or_default());
+        self.waiting = Some(Waiting { items: Some(items.max(1)), oldest, still_since });
+        let still = now.saturating_duration_since(still_since);
+        if in_hand == 0 && still >= WEDGED_AFTER { Found::Wedged } else { Found::Fine }
+    }
 }
 
 impl Pulse {
@@ -80,6 +158,7 @@ impl Pulse {
             clock: DatabaseClock::of(database.dependency()),
             database,
             state: Mutex::default(),
+            anew: Notify::new(),
         }
     }
 
@@ -92,26 +171,66 @@ impl Pulse {
         gauge("inbox_parked", counts.parked);
         gauge("inbox_parked_locked", counts.locked);
         self.lock().locked = counts.longest.filter(|(_, since)| *since > LOCKED_MAX).map(|(reason, since)| {
-            format!(
+            let reason = format!(
                 "parked records that wait for locks: {}; the first, since {} s ago, {reason}",
                 counts.locked,
                 since.as_secs()
-            )
+            );
+            Trouble { since: clock::monotonic().checked_sub(since), ..Trouble::new(Cause::Stalled, reason) }
         });
     }
 
-    fn check_client(&self) -> Result<(), String> {
+    fn trouble(&self) -> Option<Trouble> {
+        let client = self.client_trouble().or_else(|| self.kafka.trouble());
+        let client = client.or_else(|| self.lock().refused.clone()).or_else(|| self.database.trouble());
+        client.or_else(|| self.partition_trouble()).or_else(|| {
+            let skewed = self.clock.check().err();
+            skewed.map(|reason| Trouble::new(Cause::ClockSkew, reason)).or_else(|| self.assignment_trouble())
+        })
+    }
+
+    fn client_trouble(&self) -> Option<Trouble> {
         match self.lock().polled {
-            None => Err("it has not started".into()),
+            None => Some(Trouble::new(Cause::Starting, "it has not started")),
             Some(at) if clock::monotonic().saturating_duration_since(at) > POLL_MAX => {
-                Err(format!("no poll for more than {} s", POLL_MAX.as_secs()))
+                Some(Trouble::new(Cause::Fault, format!("no poll for more than {} s", POLL_MAX.as_secs())))
             }
-            Some(_) => Ok(()),
+            Some(_) => None,
         }
     }
 
+    fn partition_trouble(&self) -> Option<Trouble> {
+        let state = self.lock();
+        let waiting = state.waiting.iter().next().map(|((topic, partition), (trouble, since))| Trouble {
+            cause: trouble.cause,
+            reason: format!("partition {partition} of {topic} waits until this is set right: {}", trouble.reason),
+            since: Some(*since),
+        });
+        waiting.or_else(|| state.topics.values().next().cloned()).or_else(|| state.locked.clone())
+    }
+
+    fn assignment_trouble(&self) -> Option<Trouble> {
+        let state = self.lock();
+        let waits = state.began.map(|began| clock::monotonic().saturating_duration_since(began)).unwrap_or_default();
+        let cause = if waits < ASSIGNED_MAX { Cause::Starting } else { Cause::Unassigned };
+        (!state.assigned).then(|| Trouble::new(cause, "no partitions have been assigned yet"))
+    }
+
+    /// Of the partition that stands still for longest; how much waits in all of them.
+    fn waiting(&self) -> Option<Waiting> {
+        let state = self.lock();
+        let waiting: Vec<Waiting> = state.places.values().filter_map(|place| place.waiting).collect();
+        let still_since = waiting.iter().map(|waiting| waiting.still_since).min()?;
+        let items = waiting.iter().filter_map(|waiting| waiting.items).sum();
+        let oldest: Option<OffsetDateTime> = waiting.iter().filter_map(|waiting| waiting.oldest).min();
+        Some(Waiting { items: Some(items), oldest, still_since })
+    }
+
     pub(super) fn polled(&self) {
-        self.lock().polled = Some(clock::monotonic());
+        let mut state = self.lock();
+        let now = clock::monotonic();
+        state.began.get_or_insert(now);
+        state.polled = Some(now);
     }
 
     pub(super) fn assigned(&self) {
@@ -122,11 +241,103 @@ impl Pulse {
         self.lock().assigned = false;
     }
 
+    /// A partition is read here from now on.
+    pub(super) fn reads(&self, topic: &str, partition: i32, buffer: Arc<Buffer>, done: watch::Receiver<i64>) {
+        let place =
+            Place { buffer, done, fetched: -1, reached: -1, end: None, movement: Movement::default(), waiting: None };
+        self.lock().places.insert((topic.to_owned(), partition), place);
+    }
+
+    /// The partitions that are read here, of which the brokers are asked now where they end.
+    pub(super) fn asks(&self) -> Vec<(String, i32)> {
+        let mut state = self.lock();
+        state.places.values_mut().for_each(|place| place.reached = place.fetched);
+        state.places.keys().cloned().collect()
+    }
+
+    /// Compares what the brokers said with what was reached before they were asked.
+    pub(super) fn compare(&self, ends: Ends) {
+        let now = clock::monotonic();
+        let mut anew = Vec::new();
+        let mut state = self.lock();
+        state.topics = ends.troubles;
+        for (partition, (_, end)) in ends.ranges {
+            let Some(place) = state.places.get_mut(&partition) else { continue };
+            let found = place.compare(end, now);
+            if found != Found::Fine {
+                anew.push((partition, found));
+            }
+        }
+        drop(state);
+        if self.kafka.trouble().is_some() {
+            return;
+        }
+        for ((topic, partition), found) in anew {
+            let why = match found {
+                Found::Fine => continue,
+                Found::Shrunk => "its partition ends before what was read of it",
+                Found::Wedged => "there are records that the client does not fetch",
+            };
+            let from = if found == Found::Shrunk { Resume::Begin(None) } else { Resume::WhereItWas };
+            self.make_anew(&topic, Some(partition), why, from);
+        }
+    }
+
+    /// The topic was deleted and made again: what is in it now has not been read. A record that comes twice changes nothing.
+    pub(super) fn was_made_again(&self, topic: &str, id: &str) {
+        self.make_anew(topic, None, "it was deleted and made again", Resume::Begin(Some(id)));
+    }
+
+    /// Has the polling task make its client anew.
+    fn make_anew(&self, topic: &str, partition: Option<i32>, why: &str, from: Resume<'_>) {
+        let now = clock::monotonic();
+        let mut state = self.lock();
+        let ago = |at: &Instant| now.saturating_duration_since(*at);
+        let noticed = state.made_again.get(topic);
+        let just = match from {
+            // It may be made again and again, as soon as it is deleted.
+            Resume::Begin(Some(id)) => noticed.is_some_and(|(_, known)| known.as_deref() == Some(id)),
+            Resume::Begin(None) => noticed.is_some_and(|(at, _)| ago(at) < NOTICED_TWICE),
+            Resume::WhereItWas => state.made_anew.as_ref().is_some_and(|at| ago(at) < ANEW_EVERY),
+        };
+        if just {
+            return;
+        }
+        if let Resume::Begin(id) = from {
+            state.made_again.insert(topic.to_owned(), (now, id.map(str::to_owned)));
+        }
+        state.made_anew = Some(now);
+        drop(state);
+        metrics::counter!("consumer_made_anew_total", "group" => self.group.clone()).increment(1);
+        let group = &self.group;
+        match from {
+            Resume::Begin(_) => tracing::warn!(group, topic, partition, why, "the topic is read again from its begin"),
+            Resume::WhereItWas => tracing::warn!(group, topic, partition, why, "the client is made anew"),
+        }
+        self.anew.notify_one();
+    }
+
+    /// Waits until the client has to be made anew.
+    pub(super) async fn anew(&self) {
+        self.anew.notified().await;
+    }
+
+    /// Whether a partition that is assigned now is read from its begin, whatever the group has come to: what that says may be of
+    /// the topic before. Partitions of one topic may be assigned one after the other.
+    pub(super) fn is_from_begin(&self, topic: &str) -> bool {
+        let noticed = self.lock().made_again.get(topic).map(|(at, _)| *at);
+        noticed.is_some_and(|at| clock::monotonic().saturating_duration_since(at) < FROM_BEGIN_FOR)
+    }
+
     /// Takes what the client library says of its brokers and partitions.
     pub(super) fn statistics(&self, statistics: &Statistics) {
         self.connected(statistics.brokers.values().any(|broker| broker.state == "UP"));
+        let mut state = self.lock();
         for (topic, statistics) in &statistics.topics {
             for (partition, statistics) in &statistics.partitions {
+                if let Some(place) = state.places.get_mut(&(topic.clone(), *partition)) {
+                    place.fetched = statistics.next_offset;
+                }
                 if statistics.consumer_lag >= 0 {
                     #[allow(clippy::cast_precision_loss)]
                     self.lag(topic, *partition).set(statistics.consumer_lag as f64);
@@ -137,7 +348,18 @@ impl Pulse {
 
     /// Partitions are somebody else's now, and so is telling their lag.
     pub(super) fn gone(&self, partitions: &[(String, i32)]) {
-        partitions.iter().for_each(|(topic, partition)| self.lag(topic, *partition).set(0.0));
+        let mut state = self.lock();
+        for (topic, partition) in partitions {
+            self.lag(topic, *partition).set(0.0);
+            state.places.remove(&(topic.clone(), *partition));
+        }
+    }
+
+    /// The client is gone, and with it all its partitions.
+    pub(super) fn all_gone(&self) {
+        let held: Vec<_> = self.lock().places.keys().cloned().collect();
+        self.gone(&held);
+        self.lost();
     }
 
     fn lag(&self, topic: &str, partition: i32) -> metrics::Gauge {
@@ -153,15 +375,17 @@ impl Pulse {
     }
 
     /// Kafka refuses something until an operator acts.
-    pub(super) fn refused(&self, reason: String) {
+    pub(super) fn refused(&self, cause: Cause, reason: String) {
+        let trouble = Trouble::new(cause, reason);
         let mut state = self.lock();
-        if state.refused.as_ref() != Some(&reason) {
+        if state.refused.as_ref().is_none_or(|refused| refused.reason != trouble.reason) {
             tracing::error!(
                 group = self.group,
-                reason,
+                reason = trouble.reason,
                 "the consumer waits until this is set right; nothing is given up"
             );
-            state.refused = Some(reason);
+            let since = Some(clock::monotonic());
+            state.refused = Some(Trouble { since, ..trouble });
         }
     }
 
@@ -182,21 +406,26 @@ impl Pulse {
 }
 
 /// What one partition's worker reports. When it is dropped, the partition no longer waits here.
-pub(super) struct Report {
+pub(super) struct Reporter {
     pub(super) pulse: Arc<Pulse>,
     pub(super) partition: (String, i32),
 }
 
-impl Report {
+impl Reporter {
     /// The database cannot be used.
     pub(super) fn fails(&self, reason: &str) {
         self.pulse.database.failing(reason);
     }
 
     /// An operator has to set this right; nothing is counted or given up meanwhile.
-    pub(super) fn is_misconfigured(&self, reason: &str) {
-        let known = self.pulse.lock().waiting.insert(self.partition.clone(), reason.to_owned());
-        if known.as_deref() != Some(reason) {
+    pub(super) fn is_misconfigured(&self, cause: Cause, reason: &str) {
+        let (now, trouble) = (clock::monotonic(), Trouble::new(cause, reason));
+        let known = {
+            let mut state = self.pulse.lock();
+            let since = state.waiting.get(&self.partition).map_or(now, |(_, since)| *since);
+            state.waiting.insert(self.partition.clone(), (trouble.clone(), since))
+        };
+        if known.is_none_or(|(known, _)| known != trouble) {
             let ((topic, partition), group) = (&self.partition, &self.pulse.group);
             tracing::error!(
                 group,
@@ -218,7 +447,7 @@ impl Report {
     }
 }
 
-impl Drop for Report {
+impl Drop for Reporter {
     fn drop(&mut self) {
         self.pulse.lock().waiting.remove(&self.partition);
     }

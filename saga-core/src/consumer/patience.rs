@@ -11,6 +11,7 @@ use crate::{
     clock,
     error_class::{ErrorClass, classify, is_pool_full, renew_connections},
     inbox::{self, FUTURE_MAX},
+    part::Cause,
     retry::Backoff,
     transaction::{database_answers, why_none},
 };
@@ -60,8 +61,10 @@ impl<H: Handler> Worker<H> {
                 Failure::Crash => return Err(Ended::Crashed),
                 // At once, unless it wants that over and over.
                 Failure::Again if !std::mem::replace(&mut again, true) => continue,
-                Failure::Again => self.report.is_misconfigured("its handler wants the same batch again and again"),
-                Failure::Configuration(reason) => self.report.is_misconfigured(&reason),
+                Failure::Again => {
+                    self.report.is_misconfigured(Cause::Fault, "its handler wants the same batch again and again");
+                }
+                Failure::Configuration(cause, reason) => self.report.is_misconfigured(cause, &reason),
                 Failure::Unprepared => self.prepare(first).await,
                 Failure::Passing(reason) => self.repeat(&reason, first),
                 Failure::NoConnection => {
@@ -124,10 +127,13 @@ impl<H: Handler> Worker<H> {
         let made = self.desk.bound().within(inbox::add_partitions(&self.desk.pool, self.desk.config.horizon)).await;
         let late = clock::monotonic().saturating_duration_since(first) > UNSAID;
         match made {
-            Ok(_) if late => self.report.is_misconfigured("the inbox has no partition for a message that it remembers"),
+            Ok(_) if late => self
+                .report
+                .is_misconfigured(Cause::TableMissing, "the inbox has no partition for a message that it remembers"),
             Ok(_) => {}
             Err(error) if classify(&error) == ErrorClass::Configuration => {
-                self.report.is_misconfigured(&format!("the inbox's partitions cannot be made: {error}"));
+                let reason = format!("the inbox's partitions cannot be made: {error}");
+                self.report.is_misconfigured(Cause::of(&error), &reason);
             }
             Err(error) => self.repeat(&error.to_string(), first),
         }
@@ -178,7 +184,9 @@ impl<H: Handler> Worker<H> {
                     Failure::Fault(Fault { remedy: Remedy::Smaller | Remedy::Wait, reason, .. }) => {
                         Failure::Passing(reason)
                     }
-                    Failure::Fault(fault) => Failure::Configuration(format!("{}: {}", fault.class, fault.reason)),
+                    Failure::Fault(fault) => {
+                        Failure::Configuration(Cause::Fault, format!("{}: {}", fault.class, fault.reason))
+                    }
                     other => other,
                 })
             }

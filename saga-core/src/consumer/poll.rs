@@ -13,7 +13,7 @@ use super::{
     ConsumerConfig, ConsumerError, Handler,
     buffer::{Buffer, Room},
     client::{self, Client, Context, Rebalance},
-    health::{Pulse, Report},
+    health::{Pulse, Reporter},
     portion::Portions,
     reading::Reading,
     record::Raw,
@@ -27,7 +27,7 @@ use crate::{
 };
 use futures::{FutureExt, StreamExt};
 use rdkafka::{
-    Message as _, TopicPartitionList,
+    Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
     error::{KafkaError, RDKafkaErrorCode},
     message::BorrowedMessage,
@@ -107,6 +107,15 @@ impl Drop for Unanswered {
     }
 }
 
+/// Why polling ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Polled {
+    /// It was to.
+    ToTheEnd,
+    /// The client goes no further: another one is to be made.
+    UntilAnew,
+}
+
 /// From the workers to the polling task.
 type Channel<T> = (UnboundedSender<T>, UnboundedReceiver<T>);
 
@@ -147,17 +156,18 @@ impl<H: Handler> Poll<H> {
         Ok(Self { config, pool, handler, pulse, client, ends, held, rebalances, drained, broken, asked, asking: None })
     }
 
-    /// Polls until `stop`, then lets go of everything in good order, within bounds.
-    pub(super) async fn run(mut self, stop: &CancellationToken) -> Result<(), ConsumerError> {
+    /// Polls until `stop`, or until the client has to be made anew, then lets go of everything in good order, within bounds.
+    pub(super) async fn run(mut self, stop: &CancellationToken) -> Result<Polled, ConsumerError> {
         let ended = self.poll_until(stop).await;
         let all = self.held.drain().flat_map(|(_, partitions)| partitions.into_values()).collect();
         finish(all, if ended.is_ok() { FINISH_MAX } else { Duration::ZERO }).await;
+        self.pulse.all_gone();
         self.rebalances.close();
         close(self.client).await;
         ended
     }
 
-    async fn poll_until(&mut self, stop: &CancellationToken) -> Result<(), ConsumerError> {
+    async fn poll_until(&mut self, stop: &CancellationToken) -> Result<Polled, ConsumerError> {
         let client = Arc::clone(&self.client);
         let mut records = client.stream();
         let mut heartbeat = tokio::time::interval(Duration::from_secs(1));
@@ -165,7 +175,8 @@ impl<H: Handler> Poll<H> {
             self.pulse.polled();
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => return Ok(Polled::ToTheEnd),
+                () = self.pulse.anew() => return Ok(Polled::UntilAnew),
                 Some(error) = self.broken.1.recv() => return Err(error),
                 Some(rebalance) = self.rebalances.receiver.recv() => self.rebalance(&rebalance).await,
                 Some((topic, partition)) = self.drained.1.recv() => self.resume(&topic, partition),
@@ -216,7 +227,7 @@ impl<H: Handler> Poll<H> {
             // One broker of several, or an idle connection.
             (RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::OperationTimedOut, _) => {}
             (_, ErrorClass::Configuration | ErrorClass::Own) => {
-                self.pulse.refused(refusal::reason(&self.config, code));
+                self.pulse.refused(refusal::cause(code), refusal::reason(&self.config, code));
                 self.asked = clock::monotonic();
             }
             (_, ErrorClass::Passing) => self.pulse.kafka.failing(&error.to_string()),
@@ -231,7 +242,7 @@ impl<H: Handler> Poll<H> {
             match answer {
                 Ok(Some(Ok(()))) => self.pulse.served(),
                 Ok(Some(Err(code))) if classify_kafka(code) == ErrorClass::Configuration => {
-                    self.pulse.refused(refusal::reason(&self.config, code));
+                    self.pulse.refused(refusal::cause(code), refusal::reason(&self.config, code));
                 }
                 Ok(Some(Err(_)) | None) | Err(_) => {}
             }
@@ -277,9 +288,25 @@ impl<H: Handler> Poll<H> {
                 }
             }
         }
-        client::answer(&*self.client, rebalance);
+        match rebalance {
+            Rebalance::Assigned(partitions) => self.take(partitions),
+            Rebalance::Revoked(_) => client::answer(&*self.client, rebalance),
+        }
         let held: usize = self.held.values().map(HashMap::len).sum();
         tracing::info!(group = self.config.group, partitions = held, "rebalanced");
+    }
+
+    /// Reads from where the group has come to, and a topic that was made again from its begin.
+    fn take(&self, partitions: &TopicPartitionList) {
+        let partitions = partitions.clone();
+        for mut partition in partitions.elements() {
+            if self.pulse.is_from_begin(partition.topic())
+                && let Err(error) = partition.set_offset(Offset::Beginning)
+            {
+                tracing::warn!(%error, "a partition is read from where the group has come to");
+            }
+        }
+        client::answer(&*self.client, &Rebalance::Assigned(partitions));
     }
 
     fn employ(&self, topic: &str, partition: i32) -> Held {
@@ -290,6 +317,7 @@ impl<H: Handler> Poll<H> {
         }));
         let (stop, owner) = (CancellationToken::new(), Uuid::new_v4());
         let (done, is_done) = watch::channel(-1);
+        self.pulse.reads(topic, partition, Arc::clone(&buffer), is_done.clone());
         let worker = Worker {
             desk: Desk {
                 ahead: super::transaction::Ahead::default(),
@@ -304,7 +332,7 @@ impl<H: Handler> Poll<H> {
             },
             buffer: Arc::clone(&buffer),
             offsets: Offsets { client: Arc::clone(&self.client), done },
-            report: Report { pulse: Arc::clone(&self.pulse), partition: (topic.to_owned(), partition) },
+            report: Reporter { pulse: Arc::clone(&self.pulse), partition: (topic.to_owned(), partition) },
             stop: stop.clone(),
             careful: 0,
             noted: None,

@@ -18,7 +18,7 @@ use time::OffsetDateTime;
 #[derive(Debug, Default)]
 pub(super) struct Raw {
     pub(super) offset: i64,
-    timestamp: Option<OffsetDateTime>,
+    pub(super) timestamp: Option<OffsetDateTime>,
     key: Option<Vec<u8>>,
     payload: Option<Vec<u8>>,
     headers: RawHeaders,

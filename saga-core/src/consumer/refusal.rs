@@ -5,7 +5,7 @@
 //! survives the process; the next one is refused the same.
 
 use super::{ConsumerConfig, client};
-use crate::clock;
+use crate::{clock, part::Cause};
 use rdkafka::{
     Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
@@ -18,6 +18,14 @@ use std::time::Duration;
 pub(super) const ASK_EVERY: Duration = Duration::from_secs(5);
 /// How long the brokers may take to answer for one topic.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// What kind of refusal it is, for health.
+pub(super) fn cause(code: Code) -> Cause {
+    match code {
+        Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition => Cause::TopicMissing,
+        _ => Cause::KafkaForbidden,
+    }
+}
 
 /// What is refused, and what an operator does about it.
 pub(super) fn reason(config: &ConsumerConfig, code: Code) -> String {

@@ -21,13 +21,13 @@ use super::{
     buffer::Buffer,
     claim::{self, Counted, Noted},
     failure::{Failure, Fault, Remedy},
-    health::Report,
+    health::Reporter,
     poll::Offsets,
     portion::{Portion, Portions},
     record::{Batch, Poison, Raw},
     transaction::Desk,
 };
-use crate::{clock, fail_point::fail_point, gather::Gathering, inbox};
+use crate::{clock, fail_point::fail_point, gather::Gathering, inbox, part::Cause};
 use std::{
     convert::Infallible,
     sync::{Arc, Mutex},
@@ -59,7 +59,7 @@ pub(super) struct Worker<H> {
     pub(super) desk: Desk<H>,
     pub(super) buffer: Arc<Buffer>,
     pub(super) offsets: Offsets,
-    pub(super) report: Report,
+    pub(super) report: Reporter,
     pub(super) stop: CancellationToken,
     /// Made anew by each worker.
     pub(super) owner: Uuid,
@@ -215,6 +215,7 @@ impl<H: Handler> Worker<H> {
             desk.clock.heard(claim::time(desk.brief().await?).await?, asked);
             match desk.clock.check() {
                 Err(reason) if batch.has_doubtful_ages(&desk.config, desk.clock.now()) => Err(Failure::Configuration(
+                    Cause::ClockSkew,
                     format!("{reason}; messages that are too old for the inbox, or from the future, wait for that"),
                 )),
                 _ => Ok(()),

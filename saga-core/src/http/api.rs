@@ -3,7 +3,7 @@
 //! From the outside in:
 //!
 //! ```text
-//! span + x-request-id -> panic to 500 -> timeout to 503 -> [mutating: body read, then detached] -> your handler
+//! headers -> span + x-request-id -> panic to 500 -> timeout to 503 -> [mutating: body read, then detached] -> your handler
 //! ```
 //!
 //! A handler that changes something runs as a task of its own once its body has arrived: a client that hangs up, or
@@ -20,7 +20,7 @@ use axum::{
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use opentelemetry::propagation::{Extractor, TextMapPropagator};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use std::{any::Any, sync::Arc, time::Duration};
@@ -85,7 +85,8 @@ impl Api {
             .layer(middleware::from_fn_with_state(limits.timeout, time_limited))
             .layer(GlobalConcurrencyLimitLayer::new(limits.concurrency))
             .layer(CatchPanicLayer::custom(panicked))
-            .layer(middleware::from_fn(observed));
+            .layer(middleware::from_fn(observed))
+            .layer(middleware::from_fn(with_headers));
         Self { router, in_flight }
     }
 
@@ -170,6 +171,28 @@ async fn time_limited(State(limit): State<Duration>, request: Request, next: Nex
     }
 }
 
+/// Of everything but the page at `/docs`: it is data, no document, and no cache keeps it unless its handler says so.
+const DATA_POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
+/// The page loads its own scripts and styles, and shows its own pictures.
+const DOCS_POLICY: &str = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; \
+                           form-action 'none'; frame-ancestors 'none'";
+
+/// What browsers are told of each answer, unless its handler said otherwise.
+async fn with_headers(request: Request, next: Next) -> Response {
+    let docs = request.uri().path().starts_with("/docs");
+    let mut response = next.run(request).await;
+    let headers = response.headers_mut();
+    let mut set = |name: HeaderName, value: &'static str| {
+        headers.entry(name).or_insert(HeaderValue::from_static(value));
+    };
+    set(header::X_CONTENT_TYPE_OPTIONS, "nosniff");
+    set(header::CONTENT_SECURITY_POLICY, if docs { DOCS_POLICY } else { DATA_POLICY });
+    if !docs {
+        set(header::CACHE_CONTROL, "no-store");
+    }
+    response
+}
+
 async fn observed(mut request: Request, next: Next) -> Response {
     let begun = clock::monotonic();
     let id = request_id(request.headers());
@@ -232,7 +255,7 @@ impl Extractor for TraceHeaders<'_> {
     }
 
     fn keys(&self) -> Vec<&str> {
-        self.0.keys().map(http::HeaderName::as_str).collect()
+        self.0.keys().map(HeaderName::as_str).collect()
     }
 }
 
@@ -255,7 +278,7 @@ fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
 }
 
 async fn not_found() -> Problem {
-    Problem::not_found("No such route; /openapi.json lists them.")
+    Problem::not_found("There is no such route.")
 }
 
 async fn method_not_allowed() -> Problem {

@@ -10,8 +10,8 @@
 //! | a NUL character anywhere (PostgreSQL has no room for it in text) | 422 `validation` with its path |
 //! | a query or path parameter | 400 `malformed` with its name |
 
-use super::problem::Problem;
-use crate::json::Named;
+use super::{problem::Problem, words::for_people};
+use crate::{json::Named, reason::without_places};
 use axum::{
     body::Bytes,
     extract::{FromRequest, FromRequestParts, Request, path::ErrorKind, rejection::PathRejection},
@@ -83,9 +83,12 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T>
                 }
                 ErrorKind::DeserializeError { key, message, .. } => {
                     Problem::malformed("A parameter of the path is not valid.")
-                        .with_field(key.as_str(), message.as_str())
+                        .with_field(key.as_str(), for_people(message))
                 }
-                other => Problem::malformed(other.to_string()),
+                other => {
+                    tracing::debug!(error = %other, "a path could not be read");
+                    Problem::malformed("The path is not valid.")
+                }
             }),
             Err(other) => Err(Problem::internal(&other)),
         }
@@ -108,7 +111,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let parsed: Result<T, _> = serde_path_to_error::deserialize(Named(&mut json));
     match parsed {
         Ok(value) => {
-            json.end().map_err(|error| Problem::malformed(format!("The body is not one JSON value: {error}")))?;
+            json.end().map_err(|error| Problem::malformed(not_json("more than one JSON value", &error)))?;
             refuse_nul_in_json(bytes)?;
             Ok(value)
         }
@@ -116,12 +119,17 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
             let path = error.path().to_string();
             let inner = error.into_inner();
             if !inner.is_data() {
-                return Err(Problem::malformed(format!("The body is not JSON: {inner}")));
+                return Err(Problem::malformed(not_json("no JSON", &inner)));
             }
-            let message = plain(&inner.to_string());
-            Err(Problem::field(named(&path, &message), message))
+            let message = without_places(&inner.to_string());
+            Err(Problem::field(named(&path, &message), for_people(&message)))
         }
     }
+}
+
+/// Where a body stops being JSON: that is what whoever wrote it looks for.
+fn not_json(what: &str, error: &serde_json::Error) -> String {
+    format!("The body is {what}, from line {}, column {} on.", error.line(), error.column())
 }
 
 /// serde reports an unknown or missing field at its parent; the field's own name is in the message.
@@ -140,17 +148,13 @@ fn named(path: &str, message: &str) -> String {
     }
 }
 
-/// Without serde_json's position, which means nothing to whoever built the body from objects.
-fn plain(message: &str) -> String {
-    message.rsplit_once(" at line ").map_or(message, |(text, _)| text).to_owned()
-}
-
 /// Only a body that spells a NUL is looked at a second time.
 fn refuse_nul_in_json(bytes: &[u8]) -> Result<(), Problem> {
     if !bytes.windows(6).any(|window| window == b"\\u0000") {
         return Ok(());
     }
-    let value: Value = serde_json::from_slice(bytes).map_err(|error| Problem::malformed(error.to_string()))?;
+    let value: Value =
+        serde_json::from_slice(bytes).map_err(|error| Problem::malformed(not_json("no JSON", &error)))?;
     match nul_at(&value, String::new()) {
         Some(path) => Err(Problem::field(path, "has a NUL character (\\u0000) in it")),
         None => Ok(()),
@@ -186,9 +190,9 @@ fn parameter(text: &str) -> Problem {
         .find_map(|prefix| text.strip_prefix(prefix))
         .and_then(|rest| rest.split_once('`'));
     match (named, text.split_once(": ")) {
-        (Some((field, _)), _) => problem.with_field(field, text),
-        (None, Some((field, message))) => problem.with_field(field, message),
-        (None, None) => problem.detail(text),
+        (Some((field, _)), _) => problem.with_field(field, for_people(text)),
+        (None, Some((field, message))) => problem.with_field(field, for_people(message)),
+        (None, None) => problem,
     }
 }
 

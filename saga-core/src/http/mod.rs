@@ -4,6 +4,8 @@
 //! |---|---|
 //! | [`problem`] | RFC 9457 problem details: the only shape an error has |
 //! | [`extract`] | `Json`, `Query`, `Path` whose rejections are problems that name the field |
+//! | [`if_match`] | `If-Match`: only what the client has seen is changed |
+//! | [`openapi`] | what every operation may answer, put into its document |
 //! | [`paging`] | `limit` and an opaque `cursor` |
 //! | [`idempotency`] | `Idempotency-Key`: the answer is stored in the transaction of its effect |
 //! | [`sagas`] | inspection of sagas, for the admin listener |
@@ -12,12 +14,16 @@
 pub mod api;
 pub mod extract;
 pub mod idempotency;
+pub mod if_match;
+pub mod openapi;
 pub mod paging;
 pub mod problem;
 pub mod sagas;
+mod words;
 
 pub use api::{Api, Limits, REQUEST_MAX};
 pub use extract::{Json, Path, Query};
+pub use if_match::IfMatch;
 pub use paging::{Cursor, Limit, List};
 pub use problem::{FieldError, Problem};
 pub use sagas::{saga_openapi, saga_routes};

@@ -10,6 +10,7 @@
 
 use super::{
     extract::{Json, Path, Query},
+    openapi::complete_by_role,
     paging::{Cursor, Limit, List},
     problem::Problem,
 };
@@ -27,7 +28,7 @@ use http::StatusCode;
 use serde::Deserialize;
 use std::sync::Arc;
 use time::OffsetDateTime;
-use utoipa::{IntoParams, ToSchema, openapi::OpenApi};
+use utoipa::{IntoParams, OpenApi as _, ToSchema, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
 
@@ -38,11 +39,21 @@ pub fn saga_routes(engine: Arc<Engine>) -> Router {
 
 /// Their description, to be merged into the service's own.
 pub fn saga_openapi() -> OpenApi {
-    documented().split_for_parts().1
+    complete_by_role(documented().split_for_parts().1)
 }
 
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(title = "Sagas", description = "What each saga has done, what remains, why it waits, and the repairs"),
+    tags((name = "sagas", description = "Sagas and their timelines"))
+)]
+struct Document;
+
 fn documented() -> OpenApiRouter<Arc<Engine>> {
-    OpenApiRouter::new().routes(routes!(list_sagas)).routes(routes!(get_saga)).routes(routes!(retry_saga))
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(list_sagas))
+        .routes(routes!(get_saga))
+        .routes(routes!(retry_saga))
 }
 
 /// Which sagas are listed.
@@ -51,6 +62,7 @@ fn documented() -> OpenApiRouter<Arc<Engine>> {
 #[into_params(parameter_in = Query)]
 struct ListQuery {
     /// `running`, `compensating`, `stuck`, `completed` or `compensated`.
+    #[param(inline)]
     status: Option<SagaStatus>,
     /// The definition's name.
     #[serde(rename = "type")]
@@ -58,8 +70,10 @@ struct ListQuery {
     /// What it is about, for example an order's id.
     business_key: Option<String>,
     /// How many at most.
+    #[param(inline)]
     limit: Option<Limit>,
     /// From the page before.
+    #[param(value_type = Option<String>)]
     cursor: Option<Cursor>,
 }
 

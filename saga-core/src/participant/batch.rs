@@ -13,6 +13,7 @@ use super::{
     store,
 };
 use crate::{
+    command::{Failed, Why},
     consumer::HandleError,
     envelope::{Headers, Op, Outcome, header},
     id::CommandId,
@@ -215,7 +216,7 @@ impl Changes {
             Move::Fail(reason) => {
                 let (saga, failed) = (command.key.saga, command.cx.saga.command);
                 tracing::warn!(%saga, command = %failed, step = command.key.step, %op, "a command fails: {reason}");
-                self.settle(command, &mut fence, &Settled::Failed(reason.to_owned()));
+                self.settle(command, &mut fence, &Settled::Failed(Failed::new(Why::RecordLost, reason)));
             }
             Move::Refuse => {
                 fence.refuse();
@@ -291,7 +292,9 @@ pub(super) fn reply_of(settled: &Settled) -> (Outcome, Vec<u8>) {
     match settled {
         Settled::Done(reply) => (Outcome::Succeeded, reply.clone()),
         Settled::Rejected(rejection) => (Outcome::Rejected, rejection.clone()),
-        Settled::Failed(reason) => (Outcome::Failed, serde_json::json!({ "error": reason }).to_string().into_bytes()),
+        Settled::Failed(Failed { why, reason }) => {
+            (Outcome::Failed, serde_json::json!({ "error": reason, "why": why }).to_string().into_bytes())
+        }
     }
 }
 

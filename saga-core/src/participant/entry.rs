@@ -4,12 +4,11 @@ use super::handler::{
     CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, Performed, Prepare, UndoHandler,
 };
 use crate::{
-    command::{Command, Happened, Never},
+    command::{Command, Failed, Happened, Never, Why},
     consumer::HandleError,
     envelope::Op,
     json,
     outbox::Tx,
-    reason::reason,
 };
 use async_trait::async_trait;
 use serde::{Serialize, de::DeserializeOwned};
@@ -21,7 +20,7 @@ use std::marker::PhantomData;
 pub(super) enum Settled {
     Done(Vec<u8>),
     Rejected(Vec<u8>),
-    Failed(String),
+    Failed(Failed),
 }
 
 /// How a command began.
@@ -175,7 +174,7 @@ impl<C: Command, E: ExternalEffect<C>> Entry for External<C, E> {
     async fn perform(&self, intent: &StoredIntent) -> Performed<Value> {
         match typed::<C, E::Prepared>(intent.clone()) {
             Ok(intent) => answered(self.0.perform(&intent).await),
-            Err(e) => Performed::InDoubt(e.to_string()),
+            Err(e) => Performed::InDoubt(e.to_string().into()),
         }
     }
 
@@ -231,7 +230,7 @@ where
     async fn perform(&self, intent: &StoredIntent) -> Performed<Value> {
         match typed::<U, E::Prepared>(intent.clone()) {
             Ok(intent) => answered(self.0.perform(&intent).await),
-            Err(e) => Performed::InDoubt(e.to_string()),
+            Err(e) => Performed::InDoubt(e.to_string().into()),
         }
     }
 
@@ -280,7 +279,7 @@ fn settled<C: Command>(decision: anyhow::Result<Decision<C>>) -> Result<Settled,
     match decision.map_err(classify)? {
         Decision::Done(reply) => encode(&reply).map(Settled::Done),
         Decision::Rejected(rejection) => encode(&rejection).map(Settled::Rejected),
-        Decision::Failed(why) => Ok(Settled::Failed(reason(&why))),
+        Decision::Failed(why) => Ok(Settled::Failed(why.into())),
     }
 }
 
@@ -301,9 +300,12 @@ fn answered<A: Serialize>(performed: Performed<A>) -> Performed<Value> {
     match performed {
         Performed::Answered(answer) => match serde_json::to_value(answer) {
             Ok(answer) => Performed::Answered(answer),
-            Err(e) => Performed::InDoubt(format!("the answer cannot be stored: {e}")),
+            Err(e) => {
+                let reason = format!("the answer cannot be stored: {e}");
+                Performed::InDoubt(Failed::new(Why::Unreadable, &reason))
+            }
         },
-        Performed::InDoubt(reason) => Performed::InDoubt(reason),
+        Performed::InDoubt(failed) => Performed::InDoubt(failed),
         Performed::Contradiction(reason) => Performed::Contradiction(reason),
         Performed::NotMade { reason, again_after } => Performed::NotMade { reason, again_after },
     }

@@ -6,7 +6,7 @@
 //! what lies outside the database is an [`ExternalEffect`].
 
 use crate::{
-    command::{Command, Happened, Never},
+    command::{Command, Failed, Happened, Never},
     envelope::SagaHeaders,
     id::{CommandId, MessageId},
     outbox::Tx,
@@ -79,7 +79,7 @@ pub enum Performed<A> {
     Answered(A),
     /// No certain answer (time-out, 5xx, connection lost): called again under the same key, with back-off, until
     /// [`IntentConfig::max_attempts`](super::IntentConfig::max_attempts).
-    InDoubt(String),
+    InDoubt(Failed),
     /// An answer that says something else than was asked for. Under the same key it would be the same again, so the command
     /// is answered `failed` at once and its effect stays in doubt; a resend calls again.
     Contradiction(String),

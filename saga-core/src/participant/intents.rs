@@ -14,6 +14,8 @@
 //! That is also how open intents are resolved after a start.
 
 mod config;
+mod progress;
+mod slot;
 
 pub use config::IntentConfig;
 
@@ -22,11 +24,12 @@ use super::{
     entry::{Entry, Settled, StoredIntent},
     fence::{Fence, FenceKey, UndoState},
     handler::Performed,
-    queue::{self, Claimed, Counted, Room, Which},
+    queue::{self, Claimed, Counted, Oldest, Room, Which},
     store,
     unsettled::Unsettled,
 };
 use crate::{
+    command::{Failed, Why},
     consumer::HandleError,
     envelope::{Op, Outcome},
     error_class::{ErrorClass, classify, is_pool_full, renew_connections},
@@ -34,21 +37,16 @@ use crate::{
     outage::Outage,
     outbox::Tx,
     panics::panic_text,
+    part::Report,
     reason::reason,
     transaction::{Bound, Transaction},
 };
 use futures::FutureExt;
+use progress::Progress;
 use serde_json::Value;
+use slot::Slots;
 use sqlx::{Connection, PgPool};
-use std::{
-    collections::HashMap,
-    panic::AssertUnwindSafe,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
@@ -60,22 +58,6 @@ const NOT_MADE_MIN: Duration = Duration::from_millis(50);
 /// How often intents are counted for the gauges.
 const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
-/// A slot for a call of an intent that was called before.
-struct Slot(Arc<AtomicUsize>);
-
-impl Slot {
-    fn take(taken: &Arc<AtomicUsize>) -> Self {
-        taken.fetch_add(1, Ordering::Relaxed);
-        Self(taken.clone())
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// Executes a participant's intents.
 #[derive(Clone)]
 pub struct Intents {
@@ -85,15 +67,16 @@ pub struct Intents {
     /// What an operator has to set right before effects can be recorded.
     setup: Arc<Outage>,
     /// Calls in flight of intents that had been called before.
-    again: Arc<AtomicUsize>,
+    again: Slots,
+    progress: Arc<Progress>,
     config: IntentConfig,
 }
 
 impl Intents {
     pub(super) fn new(participant: Arc<Participant>, pool: PgPool) -> Self {
         let setup = Outage::of(&format!("effects of {}", participant.name));
-        let (database, again) = (Outage::of_database(&pool), Arc::default());
-        Self { database, setup, again, participant, pool, config: IntentConfig::default() }
+        let (database, again, progress) = (Outage::of_database(&pool), Slots::default(), Arc::default());
+        Self { database, setup, again, progress, participant, pool, config: IntentConfig::default() }
     }
 
     /// Other limits than the default.
@@ -110,6 +93,13 @@ impl Intents {
         self.setup.check()
     }
 
+    /// What stands in the way of effects, and which waits for longest.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let known = self.setup.trouble().or_else(|| self.database.trouble());
+        self.progress.report(known)
+    }
+
     /// Executes until `token` is cancelled; then starts nothing new and waits for the calls in flight, each of which
     /// ends within [`IntentConfig::call_timeout`]. A database that is away is waited for.
     pub async fn run(&self, token: CancellationToken) {
@@ -123,7 +113,9 @@ impl Intents {
     async fn keep_gauges(&self) {
         loop {
             // An outage is told by readiness; the gauge keeps its last value.
-            for (state, count) in self.bound().within(self.counts()).await.unwrap_or_default() {
+            let (counts, oldest) = self.bound().within(self.counts()).await.unwrap_or_default();
+            self.progress.counted(oldest);
+            for (state, count) in counts {
                 #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
                 metrics::gauge!("participant_intents", "participant" => self.participant.name, "state" => state)
                     .set(count as f64);
@@ -179,14 +171,14 @@ impl Intents {
         let kinds: Vec<&str> = self.participant.entries.keys().copied().collect();
         let lease = self.config.call_timeout.saturating_add(self.config.claim_margin);
         // What comes to nothing again and again, slowly, has half of the slots and no more: others go on beside it.
-        let again = (self.config.concurrency / 2).max(1).saturating_sub(self.again.load(Ordering::Relaxed));
+        let again = (self.config.concurrency / 2).max(1).saturating_sub(self.again.taken());
         let room = Room { all: free, again };
         let (claims, due) = self.bound().within(self.claim(&kinds, room, lease)).await?;
         let full = claims.len() == free;
         for claim in claims {
             let this = self.clone();
             let span = claim.span();
-            let slot = (claim.attempts > 1).then(|| Slot::take(&self.again));
+            let slot = (claim.attempts > 1).then(|| self.again.take());
             calls.spawn(
                 async move {
                     this.execute(claim).await;
@@ -220,11 +212,11 @@ impl Intents {
         Ok((claims, due))
     }
 
-    async fn counts(&self) -> Result<Vec<(String, i64)>, sqlx::Error> {
+    async fn counts(&self) -> Result<(Vec<(String, i64)>, Option<Oldest>), sqlx::Error> {
         let mut tx = self.begin().await?;
-        let counts = queue::counts(&mut tx).await?;
+        let counted = (queue::counts(&mut tx).await?, queue::oldest(&mut tx).await?);
         tx.commit_quietly().await?;
-        Ok(counts)
+        Ok(counted)
     }
 
     async fn begin(&self) -> Result<Transaction, sqlx::Error> {
@@ -266,12 +258,12 @@ impl Intents {
             renew_connections();
         }
         if class == ErrorClass::Configuration {
-            self.setup.failing(&reason);
+            self.setup.failing_of(error.cause(), &reason);
         }
         let unsettled = if class.counts_nothing() {
             self.bound().within(self.back_off(&claim, Counted::No, &reason)).await
         } else if claim.attempts >= self.config.max_attempts {
-            self.bound().within(self.give_up(&claim, &reason)).await
+            self.bound().within(self.give_up(&claim, &reason.as_str().into())).await
         } else {
             self.bound().within(self.back_off(&claim, Counted::Yes, &reason)).await
         };
@@ -284,13 +276,14 @@ impl Intents {
         fail_point!("participant.before-call", self.participant.name, [&claim.intent.cx.saga]);
         let performed = timeout(self.config.call_timeout, entry.perform(&claim.intent)).await;
         fail_point!("participant.after-call", self.participant.name, [&claim.intent.cx.saga]);
-        match performed.unwrap_or_else(|_| Performed::InDoubt("the call took too long".into())) {
+        match performed.unwrap_or_else(|_| Performed::InDoubt(Failed::new(Why::Unreachable, "the call took too long")))
+        {
             Performed::Answered(answer) => self.settle(claim, entry, answer).await,
-            Performed::InDoubt(reason) if claim.attempts >= self.config.max_attempts => {
-                self.give_up(claim, &reason).await
+            Performed::InDoubt(failed) if claim.attempts >= self.config.max_attempts => {
+                self.give_up(claim, &failed).await
             }
-            Performed::Contradiction(reason) => self.give_up(claim, &reason).await,
-            Performed::InDoubt(reason) => self.back_off(claim, Counted::Yes, &reason).await,
+            Performed::Contradiction(reason) => self.give_up(claim, &Failed::new(Why::Contradiction, &reason)).await,
+            Performed::InDoubt(failed) => self.back_off(claim, Counted::Yes, &failed.reason).await,
             Performed::NotMade { reason, again_after } => {
                 self.release(claim, Counted::No, again_after.max(NOT_MADE_MIN), &reason).await
             }
@@ -317,12 +310,13 @@ impl Intents {
         fail_point!("participant.after-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
         batch::count_reply(&claim.kind, outcome);
         self.setup.working();
+        self.progress.settled();
         Ok(())
     }
 
     /// The attempts ran out, or another would change nothing: the effect stays in doubt, and the orchestrator gets `failed`.
-    async fn give_up(&self, claim: &Claimed, why: &str) -> Result<(), Unsettled> {
-        let reason = &reason(why);
+    async fn give_up(&self, claim: &Claimed, failed: &Failed) -> Result<(), Unsettled> {
+        let reason = &failed.reason;
         let op = claim.intent.cx.saga.op;
         let command = claim.intent.cx.saga.command;
         let mut tx = self.begin().await?;
@@ -343,7 +337,7 @@ impl Intents {
             }
             self.wake_undo(&mut tx, claim, fence).await?;
         }
-        let (outcome, payload) = batch::reply_of(&Settled::Failed(reason.clone()));
+        let (outcome, payload) = batch::reply_of(&Settled::Failed(failed.clone()));
         write(&mut tx, claim, &fences, outcome, payload).await?;
         tx.commit().await?;
         batch::count_reply(&claim.kind, outcome);

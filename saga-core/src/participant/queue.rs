@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::{Row, postgres::PgRow, types::Json};
 use std::{collections::BTreeMap, time::Duration};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// Whom an intent's reply goes to, and which message asked.
@@ -286,6 +287,24 @@ pub(super) async fn counts(tx: &mut Tx<'_>) -> Result<Vec<(String, i64)>, sqlx::
           group by s.state",
     )
     .fetch_all(&mut **tx)
+    .await
+}
+
+/// An intent, since when it waits, what was said of it last, and how many wait.
+pub(super) type Oldest = (Uuid, OffsetDateTime, Option<String>, i64);
+
+/// The intent that waits for longest of those that are to be performed, or were tried lately and are in doubt.
+pub(super) async fn oldest(tx: &mut Tx<'_>) -> Result<Option<Oldest>, sqlx::Error> {
+    sqlx::query_as(
+        "select command_id, created_at, last_error, count(*) over ()
+           from participant_intent
+          where state in ('ready', 'open')
+             -- Its saga asks again; after two minutes it has given up, and is stuck.
+             or state = 'in_doubt' and due_at > clock_timestamp() - interval '2 minutes'
+          order by created_at, command_id
+          limit 1",
+    )
+    .fetch_optional(&mut **tx)
     .await
 }
 

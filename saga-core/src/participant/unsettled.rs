@@ -7,6 +7,7 @@ use super::queue::Claimed;
 use crate::{
     consumer::HandleError,
     error_class::{ErrorClass, classify, classify_chain, in_words},
+    part::Cause,
 };
 
 /// Why an intent was not settled.
@@ -42,6 +43,16 @@ impl Unsettled {
         } else {
             tracing::warn!(%command, %saga, kind, error = %self, "{what}");
         }
+    }
+
+    /// What an operator has to set right.
+    pub(super) fn cause(&self) -> Cause {
+        let error = match self {
+            Self::Database(error) | Self::Handle(HandleError::Database(error)) => Some(error),
+            Self::Handle(HandleError::Failed(error)) => error.chain().find_map(|cause| cause.downcast_ref()),
+            _ => None,
+        };
+        error.map_or(Cause::DatabaseMisconfigured, Cause::of)
     }
 
     /// The process is to look dead: the claim must run out.

@@ -97,7 +97,36 @@ impl<'e, 'm> Batch<'e, 'm> {
             }
             self.run_locals(tx, &at_local).await?;
         }
+        self.tell_turned(tx).await?;
         self.store(tx).await
+    }
+
+    /// Tells the service of sagas that have begun to be undone and are not at the end of it.
+    async fn tell_turned(&self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
+        let mut turned: BTreeMap<&str, Vec<LocalCall<'_>>> = BTreeMap::new();
+        for case in self.cases.iter().filter(|case| case.has_turned()) {
+            turned.entry(case.definition().name()).or_default().push(case.call_of(case.definition().name()));
+        }
+        for (definition, calls) in turned {
+            let Some(effect) = self.engine.turned(definition) else { continue };
+            let mut savepoint = tx.begin().await?;
+            let told = AssertUnwindSafe(effect.run_many(&mut savepoint, &calls)).catch_unwind().await;
+            let told =
+                told.unwrap_or_else(|panic| Err(anyhow::anyhow!("it panicked: {}", panic_text(panic.as_ref())).into()));
+            match told {
+                Ok(()) => savepoint.commit().await?,
+                Err(error) => {
+                    savepoint.rollback().await?;
+                    let reason = if_its_own(error)?;
+                    tracing::error!(
+                        saga_type = definition,
+                        reason,
+                        "the service's effect of sagas that are being undone failed; they go on"
+                    );
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn run_locals(&mut self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), BatchError> {

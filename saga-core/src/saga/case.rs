@@ -6,7 +6,7 @@ use super::{
     definition::{BuildFrom, Definition, Remote, StepKind},
     local::LocalCall,
     log::{Entry, What},
-    state::{Action, Answer, Effects, Event, Ignored, Open, Reply, Send, State, StepState, Verdict},
+    state::{Action, Answer, Effects, Event, Ignored, Open, Reply, Send, State, StepState, Told, Verdict},
     store::{self, Change, Due, Row},
 };
 use crate::{
@@ -223,6 +223,17 @@ impl<'m> Case<'m> {
             _ => &step.name,
         };
         Some(Pending { saga: self.saga(), name, input: &self.row.input, state: &self.row.state })
+    }
+
+    /// Whether it has begun to be undone here, and is not at the end of it.
+    pub(super) fn has_turned(&self) -> bool {
+        let told = self.entries.iter().flat_map(|entry| &entry.then);
+        !self.row.state.is_finished() && told.into_iter().any(|told| matches!(told, Told::Compensating { .. }))
+    }
+
+    /// A local effect of this saga's.
+    pub(super) fn call_of<'a>(&'a self, name: &'a str) -> LocalCall<'a> {
+        Pending { saga: self.saga(), name, input: &self.row.input, state: &self.row.state }.call()
     }
 
     /// What the saga's row becomes; `None` when nothing happened that it has to know.

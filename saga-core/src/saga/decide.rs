@@ -22,7 +22,7 @@ use super::{
     },
 };
 use crate::{
-    command::Happened,
+    command::{Failed, Happened, Why},
     envelope::Op,
     id::{CommandId, SagaId},
 };
@@ -151,12 +151,12 @@ impl<'d> Turn<'d> {
                 self.state.steps[open.step] = StepState::NotDone;
                 // A rejection that says nothing is none, or it would not come back from the database as it went there.
                 let rejection = Some(rejection.clone()).filter(|rejection| !rejection.is_null());
-                self.compensate(open.step, FailureKind::Rejected, rejection, None);
+                self.compensate(open.step, FailureKind::Rejected, rejection, None, None);
             }
             // Neither an undo nor a step after the pivot can be refused: the types say so, and the runner checks them.
             // Should a participant do it all the same, it did not do its work, and that is all it says.
-            (Answer::Rejected(_), _) => self.attempt_failed(open, "refused, which it cannot be"),
-            (Answer::Failed(error), _) => self.attempt_failed(open, error),
+            (Answer::Rejected(_), _) => self.attempt_failed(open, &"refused, which it cannot be".into()),
+            (Answer::Failed(failed), _) => self.attempt_failed(open, failed),
         }
         self.taken()
     }
@@ -169,7 +169,7 @@ impl<'d> Turn<'d> {
         match self.state.open().copied() {
             Some(open) if open.due.is_some_and(|due| self.now >= due) => {
                 if self.is_exhausted(&open) {
-                    self.give_up(open, "no answer");
+                    self.give_up(open, &Failed::new(Why::NoAnswer, "no answer"));
                 } else {
                     self.issue(Open { attempt: open.attempt + 1, tries: open.tries + 1, ..open });
                 }
@@ -224,7 +224,7 @@ impl<'d> Turn<'d> {
     fn on_broken(mut self, error: &str) -> (State, Effects) {
         match self.state.open().copied() {
             Some(open) if open.wait == Wait::Local => {
-                self.attempt_failed(open, error);
+                self.attempt_failed(open, &error.into());
                 self.taken()
             }
             _ => self.ignored(Ignored::NotLocal),
@@ -249,7 +249,7 @@ impl<'d> Turn<'d> {
         let late = self.late().is_some();
         self.state.steps[step] = StepState::Done(reply);
         match late {
-            true => self.compensate(step, FailureKind::Deadline, None, None),
+            true => self.compensate(step, FailureKind::Deadline, None, None, None),
             false => self.advance_to(step + 1),
         }
     }
@@ -285,12 +285,19 @@ impl<'d> Turn<'d> {
             // Its effect failed and was rolled back, or its command was never sent.
             self.state.steps[open.step] = StepState::NotDone;
         }
-        self.compensate(open.step, kind, None, reason);
+        self.compensate(open.step, kind, None, reason, None);
     }
 
-    fn compensate(&mut self, step: usize, kind: FailureKind, rejection: Option<Value>, reason: Option<String>) {
+    fn compensate(
+        &mut self,
+        step: usize,
+        kind: FailureKind,
+        rejection: Option<Value>,
+        reason: Option<String>,
+        why: Option<Why>,
+    ) {
         let step = self.definition.steps()[step].name.clone();
-        self.state.failure = Some(Failure { step, kind, rejection, reason });
+        self.state.failure = Some(Failure { step, kind, rejection, reason, why });
         self.state.deadline = None;
         self.told.push(Told::Compensating { kind });
         self.undo_next();
@@ -369,14 +376,15 @@ impl<'d> Turn<'d> {
     }
 
     /// The participant, or a local effect, says that it did not work: it is tried again after a pause.
-    fn attempt_failed(&mut self, open: Open, error: &str) {
+    fn attempt_failed(&mut self, open: Open, failed: &Failed) {
+        let error = &failed.reason;
         if self.late().is_some() {
             return self.cancel(&open, FailureKind::Deadline, Some(error.to_owned()));
         }
         match self.state.status {
             // A stuck saga's last attempt has now been answered, with nothing new: it stays as it is.
             Status::Stuck { .. } => {}
-            _ if self.is_exhausted(&open) => self.give_up(open, error),
+            _ if self.is_exhausted(&open) => self.give_up(open, failed),
             _ => {
                 let pause = self.policy(open.step, open.op).pause(self.state.saga, open.step, open.tries);
                 let until = self.later(pause);
@@ -403,16 +411,16 @@ impl<'d> Turn<'d> {
     }
 
     /// The last attempt came to nothing.
-    fn give_up(&mut self, open: Open, error: &str) {
-        let last = || error.to_owned();
+    fn give_up(&mut self, open: Open, failed: &Failed) {
+        let last = || failed.reason.clone();
         match (open.op, self.role(open.step)) {
             _ if open.wait == Wait::Local => self.stick(open, StuckWhy::Broken { error: last() }),
             (Op::Undo, _) => self.stick(open, StuckWhy::NotUndone { error: last() }),
             (Op::Do, Role::Pivot) => self.stick(open, StuckWhy::PivotInDoubt { error: last() }),
             (Op::Do, Role::Retriable) => self.stick(open, StuckWhy::NotDone { error: last() }),
             (Op::Do, Role::Compensable) => {
-                let reason = format!("{error} in {} attempts", open.tries);
-                self.compensate(open.step, FailureKind::Failed, None, Some(reason));
+                let reason = format!("{} in {} attempts", failed.reason, open.tries);
+                self.compensate(open.step, FailureKind::Failed, None, Some(reason), Some(failed.why));
             }
         }
     }

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
 use std::time::Duration;
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out rows that another transaction has locked.
@@ -108,6 +109,15 @@ pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts
     .await?;
     let undecided = sqlx::query_scalar("select count(*) from saga_undecided").fetch_one(&mut **tx).await?;
     Ok(Counts { active, overdue, undecided })
+}
+
+/// The saga that has been due for longest, whoever can decide it, and since when.
+pub(super) async fn oldest(tx: &mut Tx<'_>) -> sqlx::Result<Option<(Uuid, OffsetDateTime)>> {
+    sqlx::query_as(
+        "select saga_id, due_at from saga_due where due_at <= statement_timestamp() order by due_at, saga_id limit 1",
+    )
+    .fetch_optional(&mut **tx)
+    .await
 }
 
 /// Sagas that are due, without a lock: for taking them one by one.

@@ -52,6 +52,7 @@ pub struct Engine {
     sources: Option<BTreeSet<String>>,
     definitions: BTreeMap<(String, u32), Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
+    turned: BTreeMap<String, Arc<dyn LocalEffect>>,
     known: Known,
     starts: Starts,
     trouble: Trouble,
@@ -67,6 +68,7 @@ pub struct EngineBuilder {
     sources: Option<BTreeSet<String>>,
     definitions: Vec<Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
+    turned: BTreeMap<String, Arc<dyn LocalEffect>>,
     patience: Patience,
     bound: Bound,
 }
@@ -80,6 +82,7 @@ impl Engine {
             sources: None,
             definitions: Vec::new(),
             locals: BTreeMap::new(),
+            turned: BTreeMap::new(),
             patience: Patience::new(WAIT_MAX),
             bound: ATTEMPT_MAX,
         }
@@ -102,6 +105,14 @@ impl Engine {
             Verdict::Ignored(Ignored::PastThePivot) => Cancelled::TooLate,
             Verdict::Ignored(_) => Cancelled::Finished,
         })
+    }
+
+    /// Locks a saga's row in the caller's transaction, so that nothing happens to it until that ends.
+    ///
+    /// # Errors
+    /// When the database says no.
+    pub async fn lock_in(&self, tx: &mut Tx<'_>, id: SagaId) -> Result<(), sqlx::Error> {
+        store::load(tx, &[id]).await.map(drop)
     }
 
     /// Gives a stuck saga a fresh start, in a transaction of its own. `expected` is the revision that the operator saw.
@@ -176,6 +187,11 @@ impl Engine {
     pub(super) fn local(&self, name: &str) -> Result<&dyn LocalEffect, LocalError> {
         let effect = self.locals.get(name).map(AsRef::as_ref);
         effect.ok_or_else(|| LocalError::Failed(anyhow::anyhow!("the local effect `{name}` is not bound")))
+    }
+
+    /// What hears that sagas of this definition have begun to be undone.
+    pub(super) fn turned(&self, definition: &str) -> Option<&dyn LocalEffect> {
+        self.turned.get(definition).map(AsRef::as_ref)
     }
 
     /// A saga with the definition that it began with. The state is read only by a replica that has that very one: what
@@ -260,6 +276,14 @@ impl EngineBuilder {
         self
     }
 
+    /// Runs `effect` for sagas of the definition `saga` that have begun to be undone, in the transaction in which they have, so that
+    /// the service can say so at once. Not for those that are undone within that transaction, whose undo effects say it. It is
+    /// news, and no step: where it fails by its own fault, that is logged, and the sagas go on.
+    pub fn turned(mut self, saga: &str, effect: impl LocalEffect) -> Self {
+        self.turned.insert(saga.to_owned(), Arc::new(effect));
+        self
+    }
+
     /// How long a transaction of the engine's own may take (30 s): a start by itself, a batch of due sagas, a retry. One that
     /// is not done by then is given up, and its connection is not used again.
     pub fn attempt_max(mut self, attempt_max: Duration) -> Self {
@@ -279,7 +303,7 @@ impl EngineBuilder {
     /// # Errors
     /// With every mistake, not only the first.
     pub fn build(self) -> Result<Arc<Engine>, EngineErrors> {
-        let Self { pool, reply_topic, sources, definitions, locals, patience, bound } = self;
+        let Self { pool, reply_topic, sources, definitions, locals, turned, patience, bound } = self;
         let (mut errors, mut defined, mut known) = (Vec::new(), BTreeMap::new(), Known::default());
         for definition in definitions {
             errors.extend(definition.check().into_iter().map(EngineError::Definition));
@@ -306,6 +330,7 @@ impl EngineBuilder {
                 sources,
                 definitions: defined,
                 locals,
+                turned,
                 known,
                 starts,
                 trouble,

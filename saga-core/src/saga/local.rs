@@ -17,7 +17,7 @@ pub struct LocalCall<'a> {
     pub name: &'a str,
     /// The saga's input.
     pub input: &'a Value,
-    /// For the undo of an effect: why the saga is undone.
+    /// While the saga is undone: why.
     pub failure: Option<&'a Failure>,
 }
 

@@ -21,14 +21,15 @@ use super::{
     timers::PUT_OFF,
 };
 use crate::{
+    command::{Failed, Why},
     consumer::{HandleError, Handler, Message, NO_SAGA, Unfit},
     envelope::{Envelope, Outcome, SagaHeaders},
     fail_point::fail_point,
     id::{MessageId, SagaId},
     json,
     outbox::Tx,
-    reason::reason,
 };
+use serde::Deserialize as _;
 use serde_json::Value;
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -156,7 +157,7 @@ impl<'m> Incoming<'m> {
 fn read_answer(outcome: Outcome, payload: Option<&[u8]>) -> (Answer, Option<String>) {
     let payload = payload.unwrap_or(b"null");
     if outcome == Outcome::Failed {
-        return (Answer::Failed(error_text(payload)), None);
+        return (Answer::Failed(failed(payload)), None);
     }
     let (value, flaw) = match serde_json::from_slice(payload) {
         Ok(value) => {
@@ -172,11 +173,14 @@ fn read_answer(outcome: Outcome, payload: Option<&[u8]>) -> (Answer, Option<Stri
 }
 
 /// What a participant said when it failed.
-fn error_text(payload: &[u8]) -> String {
+fn failed(payload: &[u8]) -> Failed {
     let told = serde_json::from_slice::<Value>(payload).ok();
-    let error = told.as_ref().and_then(|told| told.get("error")).and_then(Value::as_str);
+    let field = |name: &str| told.as_ref().and_then(|told| told.get(name));
+    let error = field("error").and_then(Value::as_str);
     let text = error.map_or_else(|| String::from_utf8_lossy(payload).into_owned(), ToOwned::to_owned);
-    reason(&text)
+    // Participants of other builds do not say it.
+    let why = field("why").and_then(|why| Why::deserialize(why).ok()).unwrap_or_default();
+    Failed::new(why, &text)
 }
 
 /// What a batch decides and what it leaves as it is: a saga that cannot be read stands alone.

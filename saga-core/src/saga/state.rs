@@ -6,7 +6,7 @@
 //! way or the other. When the process dies, the state in the row is all there is, and it is enough.
 
 use crate::{
-    command::Happened,
+    command::{Failed, Happened, Why},
     envelope::Op,
     id::{CommandId, Nonce, SagaId},
     reason::reason,
@@ -203,6 +203,9 @@ pub struct Failure {
     /// What whoever cancelled said, or the last error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// What made the step fail, for machines; of a failure alone. Builds before this one do not write it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<Why>,
 }
 
 /// What made a saga fail.
@@ -280,7 +283,7 @@ pub enum Answer {
     /// Certainly nothing happened, and nothing will.
     Rejected(Value),
     /// Not this time.
-    Failed(String),
+    Failed(Failed),
 }
 
 /// What follows from an event.

@@ -17,6 +17,7 @@ use crate::{
     error_class::{ErrorClass, classify, is_outage, is_pool_full, renew_connections},
     fail_point::fail_point,
     id::{MessageId, SagaId},
+    part::Report,
     transaction::is_timeout,
 };
 use std::time::{Duration, Instant};
@@ -54,6 +55,12 @@ impl Engine {
     /// In words, with the reason and since when.
     pub fn check_timers(&self) -> Result<(), String> {
         self.trouble().check()
+    }
+
+    /// What stands in the way of the timers, and since when the saga is due that waits for longest.
+    #[must_use]
+    pub fn timers_report(&self) -> Report {
+        self.trouble().report()
     }
 
     /// Works off what is due, until `token` is cancelled. When the database is away it says so once, and waits.
@@ -239,6 +246,7 @@ impl Engine {
     async fn count(&self) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
         measure::counted(&due::count(&mut tx, self.known()).await?, &self.known().definitions);
+        self.trouble().overdue(due::oldest(&mut tx).await?);
         tx.commit_quietly().await
     }
 }

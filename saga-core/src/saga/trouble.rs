@@ -8,11 +8,14 @@ use crate::{
     clock,
     error_class::{ErrorClass, classify, in_words},
     outage::Outage,
+    part::{Cause, Movement, Report, Waiting},
 };
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+use time::OffsetDateTime;
+use uuid::Uuid;
 
 /// How long after the next try the timers are not said to work.
 const AFTERWARDS: Duration = Duration::from_secs(1);
@@ -23,19 +26,48 @@ const AFTERWARDS: Duration = Duration::from_secs(1);
 pub(super) struct Trouble {
     outage: Arc<Outage>,
     until: Mutex<Option<Instant>>,
+    progress: Mutex<Progress>,
+}
+
+/// What was due and not decided, when it was last counted.
+#[derive(Debug, Default)]
+struct Progress {
+    movement: Movement<(Uuid, OffsetDateTime)>,
+    waiting: Option<Waiting>,
 }
 
 impl Trouble {
     pub(super) fn of(reply_topic: &str) -> Self {
-        Self { outage: Outage::of(&format!("saga timers of {reply_topic}")), until: Mutex::default() }
+        Self {
+            outage: Outage::of(&format!("saga timers of {reply_topic}")),
+            until: Mutex::default(),
+            progress: Mutex::default(),
+        }
     }
 
     pub(super) fn check(&self) -> Result<(), String> {
         self.outage.check()
     }
 
+    pub(super) fn report(&self) -> Report {
+        let waiting = self.progress.lock().unwrap_or_else(PoisonError::into_inner).waiting;
+        Report { trouble: self.outage.trouble(), waiting }
+    }
+
+    /// The saga that has been due for longest, and since when.
+    pub(super) fn overdue(&self, oldest: Option<(Uuid, OffsetDateTime)>) {
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        match oldest {
+            None => *progress = Progress::default(),
+            Some(mark) => {
+                let still_since = progress.movement.waits(mark);
+                progress.waiting = Some(Waiting { items: None, oldest: Some(mark.1), still_since });
+            }
+        }
+    }
+
     pub(super) fn is(&self, error: &sqlx::Error, wait: Duration) {
-        self.outage.failing(&in_words(error));
+        self.outage.failing_of(Cause::of(error), &in_words(error));
         *self.until() = Some(clock::monotonic() + wait + AFTERWARDS);
     }
 

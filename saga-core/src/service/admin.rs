@@ -1,10 +1,11 @@
-//! The admin listener: `/livez`, `/readyz` and `/metrics` for anybody who reaches it; everything else by role.
+//! The admin listener: `/livez`, `/readyz`, `/health` and `/metrics` for anybody who reaches it; everything else by role. None of
+//! the four asks the database or a broker, or tells what they said: `/v1/health` tells the reasons in words, by role.
 //!
 //! A viewer looks (GET, HEAD), an operator acts. That is decided here, by method, so that no route can forget it. The
 //! configuration refuses to listen off loopback without an operator's token; on loopback without one, whoever is on
 //! the machine is the operator.
 
-use super::health::Health;
+use super::health::{self, Health};
 use crate::http::Problem;
 use axum::{
     Json, Router,
@@ -83,21 +84,43 @@ impl AdminAuth {
 
 /// The routes of the admin listener: health and metrics, and `guarded` behind the roles.
 pub fn admin_router(health: Health, metrics: PrometheusHandle, auth: AdminAuth, guarded: Router) -> Router {
+    health::describe();
     let open = Router::new()
-        .route("/livez", get(|| async { "live\n" }))
+        .route("/livez", get(livez))
         .route("/readyz", get(readyz))
-        .with_state(health)
-        .route("/metrics", get(render).with_state(metrics));
-    guarded.layer(middleware::from_fn_with_state(auth, authorize)).merge(open)
+        .route("/health", get(healthy))
+        .route("/metrics", get(move |State(health): State<Health>| std::future::ready(render(&health, &metrics))))
+        .with_state(health.clone());
+    let details = Router::new().route("/v1/health", get(details)).with_state(health);
+    guarded.merge(details).layer(middleware::from_fn_with_state(auth, authorize)).merge(open)
+}
+
+fn yes_or_no(yes: bool) -> StatusCode {
+    if yes { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+async fn livez(State(health): State<Health>) -> Response {
+    let live = health.is_live();
+    (yes_or_no(live), if live { "live\n" } else { "the loop does not turn\n" }).into_response()
 }
 
 async fn readyz(State(health): State<Health>) -> Response {
-    let readiness = health.readiness().await;
-    let status = if readiness.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(readiness)).into_response()
+    let readiness = health.readiness();
+    (yes_or_no(readiness.ready), Json(readiness)).into_response()
 }
 
-async fn render(State(metrics): State<PrometheusHandle>) -> Response {
+async fn healthy(State(health): State<Health>) -> Response {
+    let health = health.healthiness().for_anybody();
+    (yes_or_no(health.healthy), Json(health)).into_response()
+}
+
+async fn details(State(health): State<Health>) -> Response {
+    let health = health.healthiness();
+    (yes_or_no(health.healthy), Json(health)).into_response()
+}
+
+fn render(health: &Health, metrics: &PrometheusHandle) -> Response {
+    health.tell_age();
     metrics.run_upkeep();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics.render()).into_response()
 }

@@ -1,27 +1,40 @@
 //! A service from its parts, the same way for every service.
 //!
-//! The admin listener answers from the first moment, so that whoever waits for the database or for Kafka can see what
-//! is being waited for. Then: migrate, wait for the database, create topics; then the API and the service's own tasks.
-//! A process that dies in between has done what the next start will find done.
+//! The admin listener answers from the first moment and shows what the process waits for. Then: migrate, which waits for the
+//! database; then the API and the service's own tasks; beside them the topics, which wait for Kafka, and then the consumers. So
+//! the API serves without Kafka, also in a process that is started meanwhile. A process that dies in between has done what the next
+//! start will find done.
 
 use super::{
     admin::admin_router,
-    config::{ConfigErrors, Identity, ServiceArgs, ServiceCommand, Settings},
+    config::{ConfigErrors, Identity, KafkaSettings, ServiceArgs, ServiceCommand, Settings},
     connections::serve,
     database::hear_clock,
-    health::Health,
+    health::{Health, Needs},
     migrate::{Migrations, migrate},
     shutdown,
     supervisor::{BoxError, Task, exit_code, run_all, task},
     telemetry::{self, TelemetrySettings},
     topics,
 };
-use crate::{http::Api, topic::Topic};
+use crate::{
+    http::Api,
+    part::{Cause, Report},
+    topic::Topic,
+};
 use axum::Router;
 use sqlx::PgPool;
-use std::{net::SocketAddr, process::ExitCode};
+use std::{
+    net::SocketAddr,
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+/// How soon topics that the brokers refused are asked for again.
+const TOPICS_AGAIN: Duration = Duration::from_secs(30);
 
 /// What a service is made of. Nothing in it runs yet; the pool that its routes and tasks hold is a lazy one
 /// ([`super::database::pool`]).
@@ -30,12 +43,16 @@ pub struct Parts {
     pub migrations: Vec<Migrations>,
     /// The topics that it makes sure of.
     pub topics: Vec<Topic>,
+    /// The tables that its callers need: while one is not there, no traffic is sent here.
+    pub needs: &'static [Needs],
     /// Its API.
     pub api: Router,
     /// What its admin listener has beside health and metrics, behind the roles.
     pub admin: Router,
-    /// Its consumers, timers and other loops; each runs until the token is cancelled.
+    /// Its loops that need no Kafka; each runs until the token is cancelled.
     pub tasks: Vec<Task>,
+    /// Its consumers, which begin when the topics are there.
+    pub consumers: Vec<Task>,
 }
 
 /// Runs a service until `token` is cancelled or a part of it fails. `health` may have checks of the service's own.
@@ -46,21 +63,24 @@ pub async fn run(
     token: CancellationToken,
     parts: Parts,
 ) -> Result<(), BoxError> {
-    health.check("startup", || async { Err("waiting for the database and Kafka".to_owned()) });
+    health.starting("the database");
     let admin = listen("ADMIN_ADDR", settings.admin.addr).await?;
     let routes = admin_router(health.clone(), telemetry::metrics()?, settings.admin.auth.clone(), parts.admin);
-    let (api, tasks) = (parts.api, parts.tasks);
+    let (api, tasks, consumers) = (parts.api, parts.tasks, parts.consumers);
     let work = {
         let (health, token) = (health.clone(), token.clone());
         async move {
-            let ready = prepare(&settings, &pool, &health, &parts.migrations, &parts.topics);
+            health.kafka(&settings.kafka)?;
+            let ready = prepare(&settings, &pool, &health, &parts.migrations, parts.needs);
             let Some(ready) = token.run_until_cancelled(ready).await else { return Ok(()) };
             ready?;
             let listener = listen("HTTP_ADDR", settings.http_addr).await?;
-            health.check("startup", || async { Ok(()) });
-            tracing::info!(http = %settings.http_addr, admin = %settings.admin.addr, "started");
-            let mut all = vec![task("http", serve(listener, Api::new(api), token.clone()))];
+            let consuming = consume(settings.kafka, parts.topics, consumers, health.clone(), token.clone());
+            let mut all =
+                vec![task("http", serve(listener, Api::new(api), token.clone())), task("consumers", consuming)];
             all.extend(tasks);
+            health.started();
+            tracing::info!(http = %settings.http_addr, admin = %settings.admin.addr, "started");
             run_all(&token, all).await.map_err(BoxError::from)
         }
     };
@@ -80,15 +100,54 @@ async fn prepare(
     pool: &PgPool,
     health: &Health,
     migrations: &[Migrations],
-    declared: &[Topic],
+    needs: &'static [Needs],
 ) -> Result<(), BoxError> {
     migrate(&settings.database, migrations).await?;
     // Before anything gets a time of its own. If the database is just away, the check asks again.
     hear_clock(pool).await.ok();
     health.database(pool);
-    topics::ensure(&settings.kafka, declared).await?;
-    health.kafka(&settings.kafka)?;
+    health.tables(pool, needs);
+    // What is ready has been looked at.
+    health.look().await;
     Ok(())
+}
+
+/// Makes sure of the topics, however long Kafka is away, and runs the consumers. What the brokers refuse is red and asked for
+/// again, and the consumers read what there is.
+async fn consume(
+    kafka: KafkaSettings,
+    declared: Vec<Topic>,
+    consumers: Vec<Task>,
+    health: Health,
+    token: CancellationToken,
+) -> Result<(), BoxError> {
+    let standing = Arc::new(Mutex::new(Report::red(Cause::Starting, "the topics are not made sure of yet")));
+    let told = Arc::clone(&standing);
+    let is = move |report: Report| *told.lock().unwrap_or_else(PoisonError::into_inner) = report;
+    health.part("topics", move || std::future::ready(standing.lock().unwrap_or_else(PoisonError::into_inner).clone()));
+    let ensure = || topics::ensure_and_tell(&kafka, &declared, |trouble| is(trouble.into()));
+    let Some(ensured) = token.run_until_cancelled(ensure()).await else { return Ok(()) };
+    let again = async {
+        let mut refused = ensured.is_err();
+        while refused {
+            tokio::time::sleep(TOPICS_AGAIN).await;
+            refused = ensure().await.is_err();
+        }
+        is(Report::fine());
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        ended = run_consumers(&token, consumers) => ended,
+        () = again => Ok(()),
+    }
+}
+
+async fn run_consumers(token: &CancellationToken, consumers: Vec<Task>) -> Result<(), BoxError> {
+    if consumers.is_empty() {
+        token.cancelled().await;
+        return Ok(());
+    }
+    Ok(run_all(token, consumers).await?)
 }
 
 async fn listen(variable: &'static str, addr: SocketAddr) -> Result<TcpListener, BoxError> {

@@ -7,7 +7,7 @@
 //! | [`telemetry`] | JSON logs that carry service, trace and ids; OTLP when asked for; metrics |
 //! | [`database`], [`migrate`] | a pool that is safe to cancel on; migrations under a lock |
 //! | [`topics`] | creates declared topics, reports mismatches |
-//! | [`health`], [`admin`] | readiness by named checks; the admin listener with its roles |
+//! | [`health`], [`admin`] | three answers: does the loop turn, can callers be served, does all work move; the admin listener with its roles |
 //! | [`serve()`] | HTTP connections, each with a bound on silence |
 //! | [`supervisor`], [`shutdown`] | named tasks that start, fail and stop together, within a bound |
 //! | [`assembly`] | a service from its parts, the same way for every service |
@@ -33,6 +33,6 @@ pub use config::{
     OrchestratorArgs, ParticipantArgs, ParticipantSettings, ServiceArgs, ServiceCommand, Settings, TelemetryArgs,
 };
 pub use connections::serve;
-pub use health::Health;
+pub use health::{Health, Needs};
 pub use migrate::{Migrations, messaging_migrations, saga_migrations};
 pub use supervisor::{exit_code, run_all, task};

@@ -6,6 +6,7 @@
 
 use super::config::KafkaSettings;
 use crate::{
+    part::{Cause, Trouble},
     retry::Backoff,
     topic::{Cleanup, Topic, dead_letter_topic},
 };
@@ -93,6 +94,15 @@ impl Wanted {
 
 /// Makes sure that every topic of `declared` exists, and its dead letter topic. Waits for Kafka, and says so once; warns of each mismatch.
 pub async fn ensure(settings: &KafkaSettings, declared: &[Topic]) -> Result<Report, TopicError> {
+    ensure_and_tell(settings, declared, |_| {}).await
+}
+
+/// Likewise; `tell` hears what stands in the way.
+pub(super) async fn ensure_and_tell(
+    settings: &KafkaSettings,
+    declared: &[Topic],
+    tell: impl Fn(Trouble),
+) -> Result<Report, TopicError> {
     let admin: Arc<AdminClient<DefaultClientContext>> = Arc::new(client(settings).create()?);
     let wanted: Vec<Wanted> = declared.iter().flat_map(Wanted::pair).collect();
     let mut delays = WAIT.delays();
@@ -109,15 +119,28 @@ pub async fn ensure(settings: &KafkaSettings, declared: &[Topic]) -> Result<Repo
                 return Ok(report);
             }
             Err(TopicError::Kafka(error)) => {
+                tell(Trouble::new(Cause::KafkaAway, error.to_string()));
                 if !said {
                     said = true;
                     tracing::warn!(brokers = settings.brokers, %error, "waiting for Kafka");
                 }
                 tokio::time::sleep(delays.next().unwrap_or(WAIT.max)).await;
             }
-            Err(refused) => return Err(refused),
+            Err(refused) => {
+                let cause = match refused {
+                    TopicError::Refused { code, .. } if is_a_right(code) => Cause::KafkaForbidden,
+                    _ => Cause::TopicMissing,
+                };
+                tell(Trouble::new(cause, refused.to_string()));
+                return Err(refused);
+            }
         }
     }
+}
+
+fn is_a_right(code: RDKafkaErrorCode) -> bool {
+    use RDKafkaErrorCode as Code;
+    matches!(code, Code::TopicAuthorizationFailed | Code::ClusterAuthorizationFailed | Code::PolicyViolation)
 }
 
 /// A quiet client: whoever uses it says what went wrong, once.

@@ -109,6 +109,16 @@ pub async fn create_topic(name: &str, partitions: i32) {
     .await;
 }
 
+/// Deletes a topic.
+///
+/// # Panics
+/// When the broker refuses.
+pub async fn delete_topic(name: &str) {
+    let deleted =
+        ADMIN.delete_topics(&[name], &AdminOptions::new()).await.expect("the brokers of KAFKA_BROKERS answer");
+    deleted.into_iter().for_each(|deleted| drop(deleted.expect("a topic that is there can be deleted")));
+}
+
 /// A record as it stands in a topic, or as it is to be written there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Record {

@@ -18,7 +18,9 @@ use sqlx::PgPool;
 pub use crate::service::Migrations;
 pub use database::TestDatabase;
 pub use failpoints::FailPoint;
-pub use kafka::{Record, TestTopic, brokers, count_to_end, create_topic, map_to_end, produce, read_to_end};
+pub use kafka::{
+    Record, TestTopic, brokers, count_to_end, create_topic, delete_topic, map_to_end, produce, read_to_end,
+};
 pub use log::Log;
 pub use proxy::FreezingProxy;
 pub use time::{WrongClock, time_passes};

@@ -8,5 +8,6 @@ mod letters;
 mod outages;
 mod setup;
 mod slow;
+mod topics;
 
 mod support;

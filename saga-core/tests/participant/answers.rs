@@ -44,7 +44,8 @@ async fn an_answer_that_contradicts_is_not_asked_for_again_before_the_resend() {
         assert_eq!(world.provider.calls.of(key(saga)), calls);
         let replies = world.replies(saga).await;
         let last = replies.last().unwrap();
-        assert_eq!((last.outcome, &last.payload), (Failed, &serde_json::json!({ "error": "it did something else" })));
+        let said = serde_json::json!({ "error": "it did something else", "why": "contradiction" });
+        assert_eq!((last.outcome, &last.payload), (Failed, &said));
     }
     world.deliver(&[command()]).await;
     world.settle().await;

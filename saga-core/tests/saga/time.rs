@@ -3,6 +3,7 @@
 use crate::support::*;
 use saga_core::{
     id::{CommandId, SagaId},
+    part::Cause,
     saga::{Engine, RetryPolicy, Saga, saga},
     service::{Health, database::pool_options},
     testkit::{Log, WrongClock, deliver, eventually},
@@ -139,12 +140,16 @@ async fn a_host_an_hour_off_or_in_1970_runs_sagas_as_one_with_a_right_clock() {
     for (order, seconds) in [3_600, -3_600, 14 * 86_400, -1_790_000_000].into_iter().enumerate() {
         let _wrong = WrongClock::ahead_by(seconds);
         lives_by_the_databases_clock(&world, u32::try_from(order).unwrap()).await;
-        health.readiness().await;
-        let said = health.readiness().await.checks["clock"].clone();
-        assert!(said.contains("synchronize"), "{said}");
+        health.look().await;
+        health.look().await;
+        let clock = health.healthiness().parts["clock"].clone();
+        assert_eq!(clock.cause, Some(Cause::ClockSkew), "{clock:?}");
+        assert!(clock.reason.unwrap_or_default().contains("synchronize"));
+        assert!(health.readiness().ready, "what the database decides is right all the same");
     }
-    health.readiness().await;
-    assert_eq!(health.readiness().await.checks["clock"], "ok");
+    health.look().await;
+    health.look().await;
+    assert_eq!(health.healthiness().parts["clock"].cause, None);
 }
 
 #[tokio::test]

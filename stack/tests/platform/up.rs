@@ -71,13 +71,25 @@ fn up_restarts_what_dies_and_shows_its_logs_and_ends_with_down_and_reset_wipes()
     let (done, words) = said(place.path(), &["up"]);
     assert!(!done && words.contains("running already"), "{words}");
 
-    let inventory = || {
-        let found = Command::new("pgrep").args(["-P", &up.id().to_string(), "-f", "inventory-svc"]).output().unwrap();
+    let pid_of = |name: &str| {
+        let found = Command::new("pgrep").args(["-P", &up.id().to_string(), "-f", name]).output().unwrap();
         String::from_utf8(found.stdout).unwrap().trim().parse::<i32>().ok()
     };
-    let killed = inventory().expect("it runs");
-    kill(Pid::from_raw(killed), Signal::SIGKILL).unwrap();
-    wait_until("inventory-svc is started again", || inventory().is_some_and(|now| now != killed));
+    let kafka = Pid::from_raw(pid_of("kafka.Kafka").expect("it runs"));
+    kill(kafka, Signal::SIGSTOP).unwrap();
+    wait_until("status says whose work stands still, and why", || {
+        let (done, words) = said(place.path(), &["status"]);
+        !done && words.contains("WORK DOES NOT MOVE") && words.contains("order-svc: kafka kafka_away since ")
+    });
+    kill(kafka, Signal::SIGCONT).unwrap();
+
+    for name in ["inventory-svc", "bin/postgres", "kafka.Kafka"] {
+        let running = || pid_of(name);
+        let killed = running().expect("it runs");
+        kill(Pid::from_raw(killed), Signal::SIGKILL).unwrap();
+        wait_until(&format!("{name} is started again"), || running().is_some_and(|now| now != killed));
+        wait_until(&format!("all is in order again after {name}"), || said(place.path(), &["status"]).0);
+    }
 
     let (done, words) = said(place.path(), &["logs"]);
     assert!(done && !words.contains("Nothing runs"), "{words}");

@@ -6,7 +6,7 @@ use super::{
     rules::{self, Violation},
 };
 use crate::{
-    command::Happened,
+    command::{Failed, Happened},
     envelope::Op,
     id::{Nonce, SagaId},
     saga::{
@@ -316,7 +316,7 @@ impl<'d> Model<'d> {
         // A final answer counts whatever its attempt, so all of them are the first's.
         let (attempt, answer) = match note {
             Note::Rejected => (1, Answer::Rejected(Value::Null)),
-            Note::Failed(attempt) => (attempt, Answer::Failed(String::new())),
+            Note::Failed(attempt) => (attempt, Answer::Failed(Failed::default())),
             Note::Succeeded | Note::Command(_) => (1, Answer::Succeeded(Value::Null)),
         };
         let command = command_id(self.definition, &self.state(world), step, op);

@@ -1,0 +1,211 @@
+//! Every OpenAPI document is valid, says of each operation what it may answer, and is true: schemathesis sends each operation what the
+//! document allows and what it forbids, and compares the answers.
+//!
+//! The first is always tested. The second needs Python, which `stack/tools.sh` looks for, and once the network; where schemathesis
+//! cannot be had, the test says so, and fails in CI.
+
+use e2e::platform::{Platform, beside_others, unaudited};
+use serde_json::Value;
+use stack::service::Service;
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+/// Pinned: another version may judge differently.
+const SCHEMATHESIS: &str = "schemathesis==4.32.5";
+/// What each operation is sent, of each kind.
+const EXAMPLES: usize = 25;
+
+/// Every listener with a document, and its title.
+fn documents(platform: &Platform) -> Vec<(&'static str, String)> {
+    let api = |service| platform.stack.url(service);
+    vec![
+        ("Orders", api(Service::Orders)),
+        ("Payments", api(Service::Payments)),
+        ("inventory-svc", api(Service::Inventory)),
+        ("Payment gateway simulator", api(Service::Gateway)),
+        ("Sagas", platform.stack.admin_url(Service::Orders)),
+        ("outbox-relay", platform.stack.admin_url(Service::Relay)),
+    ]
+}
+
+async fn document(platform: &Platform, url: &str) -> Value {
+    let answer = platform.http.get(format!("{url}/openapi.json")).send().await.expect("the listener answers");
+    answer.json().await.expect("the document is JSON")
+}
+
+/// Every `$ref` in `value`.
+fn references<'a>(value: &'a Value, found: &mut BTreeSet<&'a str>) {
+    match value {
+        Value::Object(fields) => {
+            found.extend(fields.get("$ref").and_then(Value::as_str));
+            fields.values().for_each(|value| references(value, found));
+        }
+        Value::Array(items) => items.iter().for_each(|value| references(value, found)),
+        _ => {}
+    }
+}
+
+/// What is wrong with a document, as far as that can be told from itself.
+fn flaws(title: &str, document: &Value) -> Vec<String> {
+    let mut flaws = Vec::new();
+    let info = &document["info"];
+    if info["title"] != title || !info["version"].is_string() {
+        flaws.push(format!("it is called {info}, not {title:?}"));
+    }
+    if info.to_string().contains("Kukkonen") {
+        flaws.push("it names the library's author as its contact".into());
+    }
+    let mut found = BTreeSet::new();
+    references(document, &mut found);
+    for reference in found {
+        if reference.strip_prefix('#').is_none_or(|pointer| document.pointer(pointer).is_none()) {
+            flaws.push(format!("there is no {reference}"));
+        }
+    }
+    let mut ids = BTreeSet::new();
+    for (path, item) in document["paths"].as_object().into_iter().flatten() {
+        for (method, operation) in item.as_object().into_iter().flatten().filter(|(_, item)| item.is_object()) {
+            let name = format!("{} {path}", method.to_uppercase());
+            let operation_flaws = operation_flaws(path, operation, &mut ids);
+            flaws.extend(operation_flaws.into_iter().map(|flaw| format!("{name}: {flaw}")));
+        }
+    }
+    flaws
+}
+
+fn operation_flaws<'a>(path: &str, operation: &'a Value, ids: &mut BTreeSet<&'a str>) -> Vec<String> {
+    let mut flaws = Vec::new();
+    if !operation["operationId"].as_str().is_some_and(|id| ids.insert(id)) {
+        flaws.push(format!("its id {} is another's, too", operation["operationId"]));
+    }
+    let parameters = operation["parameters"].as_array().map(Vec::as_slice).unwrap_or_default();
+    for name in path.split(['{', '}']).skip(1).step_by(2) {
+        if !parameters.iter().any(|parameter| parameter["in"] == "path" && parameter["name"] == name) {
+            flaws.push(format!("its parameter {name} is not declared"));
+        }
+    }
+    let responses = operation["responses"].as_object().cloned().unwrap_or_default();
+    let declares = |status: u16| {
+        responses.contains_key(&status.to_string()) || responses.contains_key(&format!("{}XX", status / 100))
+    };
+    let body = operation.get("requestBody").is_some();
+    let wanted = [(true, 200..=299), (true, 500..=500), (true, 503..=503)].into_iter();
+    let wanted = wanted.chain([(body || !parameters.is_empty(), 400..=400), (body, 415..=415), (body, 422..=422)]);
+    for (_, statuses) in wanted.filter(|(wanted, _)| *wanted) {
+        if !statuses.clone().any(declares) {
+            flaws.push(format!("it declares none of {statuses:?}"));
+        }
+    }
+    for (status, response) in responses.iter().filter(|(status, _)| status.starts_with(['4', '5'])) {
+        if response["content"].as_object().is_some_and(|content| !content.contains_key("application/problem+json")) {
+            flaws.push(format!("its {status} is no problem"));
+        }
+    }
+    flaws
+}
+
+#[test]
+fn every_openapi_document_is_valid_and_declares_every_answer() {
+    beside_others(async |platform| {
+        let mut all = Vec::new();
+        for (title, url) in documents(platform) {
+            let document = document(platform, &url).await;
+            all.extend(flaws(title, &document).into_iter().map(|flaw| format!("{title}: {flaw}")));
+        }
+        assert!(all.is_empty(), "{all:#?}");
+    });
+}
+
+#[test]
+fn a_document_with_flaws_is_found_out() {
+    let document = serde_json::json!({
+        "info": { "title": "utoipa-axum", "contact": { "name": "Juha Kukkonen" } },
+        "paths": { "/v1/x/{id}": { "post": {
+            "operationId": "x",
+            "requestBody": { "content": {} },
+            "responses": { "404": { "content": { "application/json": { "schema": { "$ref": "#/components/schemas/No" } } } } }
+        } } }
+    });
+    let flaws = flaws("X", &document);
+    for flaw in ["it is called", "author", "there is no #", "parameter id", "500", "400", "415", "422", "its 404"] {
+        assert!(flaws.iter().any(|found| found.contains(flaw)), "{flaw}: {flaws:#?}");
+    }
+}
+
+/// Where schemathesis is, in a virtual environment of the project's own; `Err` says why it cannot be had.
+fn schemathesis() -> Result<PathBuf, String> {
+    let target = std::env::current_exe().map_err(|e| e.to_string())?;
+    // target/debug/deps/openapi-…
+    let target = target.ancestors().nth(3).ok_or("the test runs outside a target directory")?;
+    let (place, run) = (target.join("schemathesis"), |program: &Path, arguments: &[&str]| -> Result<Output, String> {
+        let ran = Command::new(program).args(arguments).output();
+        let ran = ran.map_err(|error| format!("{}: {error}", program.display()))?;
+        match ran.status.success() {
+            true => Ok(ran),
+            false => Err(format!("{} {arguments:?}: {}", program.display(), String::from_utf8_lossy(&ran.stderr))),
+        }
+    });
+    let (program, pip) = (place.join("bin/st"), place.join("bin/pip"));
+    let version = SCHEMATHESIS.rsplit('=').next().unwrap_or_default();
+    let is_there =
+        run(&program, &["--version"]).is_ok_and(|said| String::from_utf8_lossy(&said.stdout).contains(version));
+    if !is_there {
+        run(Path::new("python3"), &["-m", "venv", &place.to_string_lossy()])?;
+        run(&pip, &["install", "--quiet", "--disable-pip-version-check", SCHEMATHESIS])?;
+    }
+    Ok(program)
+}
+
+#[test]
+fn schemathesis_finds_nothing_in_any_document() {
+    let program = match schemathesis() {
+        Ok(program) => program,
+        Err(why) => {
+            assert!(std::env::var_os("CI").is_none(), "schemathesis cannot be had: {why}");
+            eprintln!("NOT TESTED with schemathesis, which cannot be had here: {why}");
+            return;
+        }
+    };
+    // What it sends may pause outboxes and move money.
+    unaudited(async |platform| {
+        let mut found = Vec::new();
+        for (title, url) in documents(platform) {
+            let examples = EXAMPLES.to_string();
+            let document = format!("{url}/openapi.json");
+            let settings = concat!(env!("CARGO_MANIFEST_DIR"), "/schemathesis.toml");
+            let arguments = [
+                "--config-file",
+                settings,
+                "run",
+                &document,
+                "--checks",
+                "all",
+                "--max-examples",
+                &examples,
+                "--seed",
+                "1",
+                "--no-color",
+                // Each operation alone: what follows from what is the other tests' concern.
+                "--phases",
+                "examples,coverage,fuzzing",
+                "--generation-database",
+                "none",
+                // A request that the document allows may still not fit the state that things are in.
+                "--exclude-checks",
+                "positive_data_acceptance",
+            ];
+            let (program, arguments) = (program.clone(), arguments.map(str::to_owned));
+            let ran = tokio::task::spawn_blocking(move || {
+                Command::new(program).args(arguments).current_dir(std::env::temp_dir()).output()
+            });
+            let ran = ran.await.expect("it does not panic").expect("it starts");
+            if !ran.status.success() {
+                found.push(format!("{title}:\n{}", String::from_utf8_lossy(&ran.stdout)));
+            }
+        }
+        assert!(found.is_empty(), "{}", found.join("\n"));
+    });
+}

@@ -1,0 +1,94 @@
+//! What the brokers say of a consumer's topics: whether each is there and led, and where its partitions end.
+//!
+//! The polling client cannot be asked: it says nothing of a topic that is gone, and of one that was made again it believes what it
+//! knew of the old. So a client of its own asks, every few seconds, and [`Pulse`] compares that with how far the consumer is.
+
+use super::{ConsumerConfig, client, health::Pulse};
+use crate::part::{Cause, Trouble};
+use rdkafka::{
+    consumer::{BaseConsumer, Consumer as _},
+    error::{KafkaError, RDKafkaErrorCode as Code},
+};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
+
+/// How long after one look the next one begins.
+const EVERY: Duration = Duration::from_secs(2);
+/// How long the brokers may take for an answer; a process that stops may have to wait for it.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
+
+/// What the brokers said at one look.
+#[derive(Debug, Default)]
+pub(super) struct Ends {
+    /// What is wrong with a topic.
+    pub(super) troubles: BTreeMap<String, Trouble>,
+    /// The first offset of each partition, and the one after the last.
+    pub(super) ranges: BTreeMap<(String, i32), (i64, i64)>,
+}
+
+/// Looks, over and over.
+pub(super) async fn keep_looking(config: &ConsumerConfig, pulse: &Pulse) -> Infallible {
+    let client: Arc<BaseConsumer> = match client::asking(config).create() {
+        Ok(client) => Arc::new(client),
+        // The polling client has the same settings, and its error ends the consumer.
+        Err(error) => {
+            tracing::debug!(%error, "where partitions end cannot be asked");
+            return std::future::pending().await;
+        }
+    };
+    loop {
+        tokio::time::sleep(EVERY).await;
+        let (client, topics, held) = (Arc::clone(&client), config.topics.clone(), pulse.asks());
+        let asked = tokio::task::spawn_blocking(move || look(&client, &topics, held)).await;
+        match asked {
+            Ok(Ok(ends)) => pulse.compare(ends),
+            // The polling client reports outages.
+            Ok(Err(error)) => tracing::debug!(group = config.group, %error, "where partitions end is not known"),
+            Err(_) => {}
+        }
+    }
+}
+
+fn look(client: &BaseConsumer, topics: &[String], held: Vec<(String, i32)>) -> Result<Ends, KafkaError> {
+    // It reads nothing; what it says of connections must not pile up.
+    while client.poll(Duration::ZERO).is_some() {}
+    let mut ends = Ends::default();
+    for name in topics {
+        let metadata = client.fetch_metadata(Some(name), ANSWER_MAX)?;
+        for topic in metadata.topics().iter().filter(|topic| topic.name() == name) {
+            let leaderless = topic.partitions().iter().find(|partition| partition.leader() < 0);
+            let trouble = match (topic.error().map(Code::from), leaderless) {
+                (Some(code), _) => trouble(name, code),
+                (None, Some(partition)) => {
+                    let reason = format!("partition {} of {name} has no leader", partition.id());
+                    Some(Trouble::new(Cause::Leaderless, reason))
+                }
+                (None, None) => None,
+            };
+            ends.troubles.extend(trouble.map(|trouble| (name.clone(), trouble)));
+        }
+    }
+    for (topic, partition) in held {
+        if !ends.troubles.contains_key(&topic)
+            && let Ok(range) = client.fetch_watermarks(&topic, partition, ANSWER_MAX)
+        {
+            ends.ranges.insert((topic, partition), range);
+        }
+    }
+    Ok(ends)
+}
+
+fn trouble(topic: &str, code: Code) -> Option<Trouble> {
+    match code {
+        Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition => {
+            Some(Trouble::new(Cause::TopicMissing, format!("the topic {topic} is not there")))
+        }
+        Code::TopicAuthorizationFailed | Code::GroupAuthorizationFailed | Code::ClusterAuthorizationFailed => {
+            Some(Trouble::new(Cause::KafkaForbidden, format!("the brokers refuse the topic {topic}: {code}")))
+        }
+        Code::LeaderNotAvailable | Code::BrokerNotAvailable | Code::ReplicaNotAvailable => {
+            Some(Trouble::new(Cause::Leaderless, format!("the topic {topic} has no leader: {code}")))
+        }
+        // It passes, or the polling client tells.
+        _ => None,
+    }
+}

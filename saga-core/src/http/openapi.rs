@@ -1,0 +1,103 @@
+//! What every operation of every API may answer, put into its document: the extractors, the limits and the listener's roles answer
+//! before a handler does, so no handler can be trusted to declare it.
+
+use super::problem::Problem;
+use utoipa::{
+    PartialSchema as _, ToSchema as _,
+    openapi::{
+        Components, Content, OpenApi, Ref, RefOr, Response,
+        path::{Operation, PathItem},
+    },
+};
+
+const PROBLEM: &str = "application/problem+json";
+
+/// What a request of which kind may be answered.
+const ANY: &[(u16, &str)] = &[
+    (500, "Something went wrong here; it is logged under the answer's `x-request-id`"),
+    (503, "Not at the moment; the same request may work soon"),
+];
+const WITH_PARAMETERS: &[(u16, &str)] = &[(400, "A parameter is not valid")];
+const WITH_BODY: &[(u16, &str)] = &[
+    (400, "The body is not JSON, or cut off"),
+    (413, "The body is too large"),
+    (415, "The body has another content type than JSON"),
+    (422, "A field of the body is not valid"),
+];
+const BY_ROLE: &[(u16, &str)] = &[(401, "A token is needed"), (403, "The token's role may not do this")];
+
+/// The document with all that its operations may answer.
+#[must_use]
+pub fn complete(document: OpenApi) -> OpenApi {
+    completed(document, &[])
+}
+
+/// Likewise, of an API behind the admin listener's roles.
+#[must_use]
+pub fn complete_by_role(document: OpenApi) -> OpenApi {
+    completed(document, BY_ROLE)
+}
+
+fn completed(mut document: OpenApi, also: &[(u16, &str)]) -> OpenApi {
+    for item in document.paths.paths.values_mut() {
+        let shared = item.parameters.as_ref().is_some_and(|parameters| !parameters.is_empty());
+        for operation in operations(item) {
+            let parameters = shared || operation.parameters.as_ref().is_some_and(|parameters| !parameters.is_empty());
+            let body = operation.request_body.is_some();
+            let kinds = [(true, ANY), (body, WITH_BODY), (parameters, WITH_PARAMETERS), (true, also)];
+            let answers = kinds.into_iter().filter(|(may, _)| *may).flat_map(|(_, answers)| answers);
+            answers.for_each(|(status, description)| declare(operation, *status, description));
+            operation.responses.responses.iter_mut().for_each(|(status, response)| as_problem(status, response));
+        }
+    }
+    let components = document.components.get_or_insert_with(Components::default);
+    let mut schemas = vec![(Problem::name().into_owned(), Problem::schema())];
+    Problem::schemas(&mut schemas);
+    for (name, schema) in schemas {
+        components.schemas.entry(name).or_insert(schema);
+    }
+    document
+}
+
+fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    [&mut item.get, &mut item.put, &mut item.post, &mut item.delete, &mut item.patch].into_iter().flatten()
+}
+
+fn declare(operation: &mut Operation, status: u16, description: &str) {
+    let responses = &mut operation.responses.responses;
+    let range = format!("{}XX", status / 100);
+    if !responses.contains_key(&range) {
+        responses.entry(status.to_string()).or_insert_with(|| RefOr::T(Response::new(description)));
+    }
+}
+
+/// An error is a problem, whatever its handler declared.
+fn as_problem(status: &str, response: &mut RefOr<Response>) {
+    let RefOr::T(response) = response else { return };
+    if response.description.is_empty() {
+        response.description = described(status).into();
+    }
+    if matches!(status.as_bytes().first(), Some(b'4' | b'5')) {
+        // What else a handler answers, it has declared.
+        response.content.retain(|_, content| !is_problem(content));
+        let content = Content::new(Some(Ref::from_schema_name(Problem::name())));
+        response.content.insert(PROBLEM.to_owned(), RefOr::T(content));
+    }
+}
+
+fn is_problem(content: &RefOr<Content>) -> bool {
+    let RefOr::T(Content { schema: Some(RefOr::Ref(schema)), .. }) = content else { return false };
+    schema.ref_location.rsplit('/').next() == Some(&*Problem::name())
+}
+
+fn described(status: &str) -> &'static str {
+    match status {
+        "404" => "There is no such thing",
+        "409" => "It does not fit the state that things are in",
+        "412" => "It was changed in the meantime",
+        "422" => "A field of the body is not valid",
+        "428" => "An If-Match is needed",
+        status if status.starts_with('2') => "It worked",
+        _ => "It did not work",
+    }
+}

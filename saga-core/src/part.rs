@@ -1,0 +1,279 @@
+//! A part of a process, and how its work goes: what health asks of each part.
+//!
+//! A part tells what stands in its way, if it knows ([`Trouble`]), and what waits for it and since when nothing of that has
+//! moved ([`Waiting`]). Work that does not move is a trouble of its own, also where the part knows of none. Nothing here
+//! survives the process.
+
+use crate::{
+    clock,
+    error_class::{ErrorClass, classify, in_words, is_pool_full},
+    reason,
+};
+use serde::Serialize;
+use std::time::{Duration, Instant};
+use time::OffsetDateTime;
+
+/// Work that has not moved for so long is stalled.
+pub const STALLED_AFTER: Duration = Duration::from_secs(30);
+
+macro_rules! causes {
+    ($($(#[$doc:meta])* $variant:ident = $text:literal),+ $(,)?) => {
+        /// Why a part does not do its work: a small vocabulary, for machines and for whoever may not see more. It only grows.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum Cause { $($(#[$doc])* $variant),+ }
+
+        impl Cause {
+            /// All there are.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// As it stands in answers and metrics.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text),+ }
+            }
+        }
+    };
+}
+
+causes! {
+    /// It has not begun yet.
+    Starting = "starting",
+    /// The process stops.
+    Stopping = "stopping",
+    /// The loop that asks the parts has not turned for too long: nothing is known of them.
+    Unwatched = "unwatched",
+    /// The part did not answer in time.
+    NoAnswer = "no_answer",
+    /// The database cannot be reached, or cannot work now.
+    DatabaseAway = "database_away",
+    /// This process has all connections of its pool in use, and wants more.
+    PoolFull = "pool_full",
+    /// The database takes no writes.
+    DatabaseReadOnly = "database_read_only",
+    /// A table, a column or a function is not there.
+    TableMissing = "table_missing",
+    /// The role lacks a right.
+    RightMissing = "right_missing",
+    /// The database refuses for another reason that an operator has to set right: a password, a name.
+    DatabaseMisconfigured = "database_misconfigured",
+    /// No broker can be reached.
+    KafkaAway = "kafka_away",
+    /// The topic is not there.
+    TopicMissing = "topic_missing",
+    /// The brokers refuse the topic, or what was asked of them.
+    KafkaForbidden = "kafka_forbidden",
+    /// A partition has no leader, or one that takes nothing.
+    Leaderless = "leaderless",
+    /// The topic refuses what is sent to it.
+    Refused = "refused",
+    /// The group gives this process no partitions.
+    Unassigned = "unassigned",
+    /// The clocks of this host and of its database differ by minutes.
+    ClockSkew = "clock_skew",
+    /// What it should know is not there.
+    Empty = "empty",
+    /// An operator paused it.
+    Paused = "paused",
+    /// The position is of another cluster, or of another outbox: an operator has to say how it was copied.
+    Moved = "moved",
+    /// Work waits and does not move, for no reason that the part knows.
+    Stalled = "stalled",
+    /// A fault in this program.
+    Fault = "fault",
+}
+
+impl Cause {
+    /// What an error of the database means for the part that met it.
+    #[must_use]
+    pub fn of(error: &sqlx::Error) -> Self {
+        let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+        match (code.as_deref(), classify(error)) {
+            _ if is_pool_full(error) => Self::PoolFull,
+            (Some("42P01" | "42703" | "42883" | "42704" | "3F000"), _) => Self::TableMissing,
+            (Some("42501"), _) => Self::RightMissing,
+            (Some("25006"), _) => Self::DatabaseReadOnly,
+            (_, ErrorClass::Passing | ErrorClass::Stale) => Self::DatabaseAway,
+            (_, ErrorClass::Configuration) => Self::DatabaseMisconfigured,
+            (_, ErrorClass::Own) => Self::Fault,
+        }
+    }
+}
+
+/// What stands in a part's way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// For machines, and for anybody.
+    pub cause: Cause,
+    /// In words, for the log and for who runs this process. It may hold what the database or a broker said.
+    pub reason: String,
+    /// Since when, if the part knows.
+    pub since: Option<Instant>,
+}
+
+impl Trouble {
+    /// One that the part has just met.
+    pub fn new(cause: Cause, reason: impl Into<String>) -> Self {
+        Self { cause, reason: reason::reason(&reason.into()), since: None }
+    }
+
+    /// Several as one: the cause of the first, all the reasons, and since the earliest.
+    pub fn all(troubles: impl IntoIterator<Item = Self>) -> Option<Self> {
+        let troubles: Vec<Self> = troubles.into_iter().collect();
+        let cause = troubles.first()?.cause;
+        let since = troubles.iter().filter_map(|trouble| trouble.since).min();
+        let reasons: Vec<String> = troubles.into_iter().map(|trouble| trouble.reason).collect();
+        Some(Self { since, ..Self::new(cause, reasons.join("; ")) })
+    }
+}
+
+impl From<&sqlx::Error> for Trouble {
+    fn from(error: &sqlx::Error) -> Self {
+        Self::new(Cause::of(error), in_words(error))
+    }
+}
+
+/// What waits for a part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiting {
+    /// How many things, where that is known.
+    pub items: Option<u64>,
+    /// How old the oldest is, where that is known.
+    pub oldest: Option<OffsetDateTime>,
+    /// When something of it last moved; or when it came, if nothing has since.
+    pub still_since: Instant,
+}
+
+/// How a part's work goes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What stands in its way.
+    pub trouble: Option<Trouble>,
+    /// What waits for it.
+    pub waiting: Option<Waiting>,
+}
+
+impl Report {
+    /// Nothing stands in its way, and nothing waits.
+    #[must_use]
+    pub fn fine() -> Self {
+        Self::default()
+    }
+
+    /// Something stands in its way.
+    pub fn red(cause: Cause, reason: impl Into<String>) -> Self {
+        Trouble::new(cause, reason).into()
+    }
+
+    /// With what waits for the part.
+    #[must_use]
+    pub fn with_waiting(self, waiting: Option<Waiting>) -> Self {
+        Self { waiting, ..self }
+    }
+
+    /// What is wrong: what the part says itself, or that its work has not moved for too long.
+    pub(crate) fn verdict(&self, now: Instant) -> Option<Trouble> {
+        let stalled = || {
+            let since = self.waiting?.still_since;
+            let still = now.saturating_duration_since(since);
+            let reason = format!("work waits, and nothing of it has moved for {} s", still.as_secs());
+            (still >= STALLED_AFTER).then(|| Trouble { since: Some(since), ..Trouble::new(Cause::Stalled, reason) })
+        };
+        self.trouble.clone().or_else(stalled)
+    }
+}
+
+impl From<Trouble> for Report {
+    fn from(trouble: Trouble) -> Self {
+        Self { trouble: Some(trouble), waiting: None }
+    }
+}
+
+impl From<Result<(), Trouble>> for Report {
+    fn from(result: Result<(), Trouble>) -> Self {
+        Self { trouble: result.err(), waiting: None }
+    }
+}
+
+impl From<Result<(), sqlx::Error>> for Report {
+    fn from(result: Result<(), sqlx::Error>) -> Self {
+        result.map_err(|error| Trouble::from(&error)).into()
+    }
+}
+
+/// Tells since when work stands still, from a mark that changes whenever something of it is done.
+#[derive(Debug)]
+pub struct Movement<M> {
+    last: Option<(M, Instant)>,
+}
+
+impl<M> Default for Movement<M> {
+    fn default() -> Self {
+        Self { last: None }
+    }
+}
+
+impl<M: PartialEq> Movement<M> {
+    /// Something waits, and the mark is this now: since when it is the same.
+    pub fn waits(&mut self, mark: M) -> Instant {
+        self.waits_at(mark, clock::monotonic())
+    }
+
+    /// Likewise, at this moment.
+    pub(crate) fn waits_at(&mut self, mark: M, now: Instant) -> Instant {
+        match &self.last {
+            Some((last, since)) if *last == mark => *since,
+            _ => {
+                self.last = Some((mark, now));
+                now
+            }
+        }
+    }
+
+    /// Nothing waits.
+    pub fn rests(&mut self) {
+        self.last = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_that_waits_and_does_not_move_is_stalled_and_what_moves_or_rests_is_not() {
+        let start = clock::monotonic();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut movement = Movement::default();
+        let mut verdict = |mark: Option<u8>, seconds| {
+            let waiting = mark.map(|mark| Waiting {
+                items: None,
+                oldest: None,
+                still_since: movement.waits_at(mark, at(seconds)),
+            });
+            if waiting.is_none() {
+                movement.rests();
+            }
+            Report { waiting, trouble: None }.verdict(at(seconds)).map(|trouble| trouble.cause)
+        };
+        let seen =
+            [(Some(1), 0), (Some(1), 29), (Some(2), 31), (Some(2), 61), (None, 62), (Some(2), 63), (Some(2), 93)];
+        let seen = seen.map(|(mark, seconds)| verdict(mark, seconds));
+        assert_eq!(seen, [None, None, None, Some(Cause::Stalled), None, None, Some(Cause::Stalled)]);
+    }
+
+    #[test]
+    fn every_cause_is_written_as_it_is_serialized() {
+        for cause in Cause::ALL {
+            assert_eq!(serde_json::to_value(cause).unwrap(), cause.as_str());
+        }
+    }
+
+    #[test]
+    fn a_part_that_knows_its_trouble_says_that_and_not_that_it_is_stalled() {
+        let waiting = Waiting { items: None, oldest: None, still_since: clock::monotonic() };
+        let report = Report::red(Cause::KafkaAway, "no broker").with_waiting(Some(waiting));
+        let later = clock::monotonic() + STALLED_AFTER * 2;
+        assert_eq!(report.verdict(later).map(|trouble| trouble.cause), Some(Cause::KafkaAway));
+    }
+}

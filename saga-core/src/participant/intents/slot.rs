@@ -1,0 +1,30 @@
+//! Slots for calls that came to nothing before: half of all, so that others go on beside them.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+/// How many are taken. Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Slots(Arc<AtomicUsize>);
+
+/// A slot for a call of an intent that was called before; free when dropped.
+pub(super) struct Slot(Slots);
+
+impl Slots {
+    pub(super) fn take(&self) -> Slot {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Slot(self.clone())
+    }
+
+    pub(super) fn taken(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}

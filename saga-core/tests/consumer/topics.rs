@@ -1,0 +1,66 @@
+//! Topics that are gone, made again, or led by nobody: health names the cause, and what is in them is read.
+
+use crate::support::{Fixture, SOON, events};
+use rdkafka::mocking::MockCluster;
+use saga_core::{
+    consumer::ConsumerHealth,
+    part::Cause,
+    testkit::{create_topic, delete_topic, eventually, unique},
+};
+
+async fn until(health: &ConsumerHealth, cause: Option<Cause>) {
+    eventually(SOON, || async {
+        let trouble = health.report().trouble;
+        (trouble.map(|trouble| trouble.cause) == cause).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_made_again_with_more_records_is_read_from_its_begin() {
+    let fixture = Fixture::new(1).await;
+    let running = fixture.start();
+    fixture.send(&events(1, 3)).await;
+    fixture.until_handled(3).await;
+    for handled in [13, 23] {
+        delete_topic(fixture.topic.name()).await;
+        create_topic(fixture.topic.name(), 1).await;
+        // More than the old one had: its end says nothing of what was not read.
+        fixture.send(&events(1, 10)).await;
+        fixture.until_handled(handled).await;
+    }
+    until(&running.health, None).await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topic_that_is_gone_is_named_by_health_and_read_when_it_is_back() {
+    let fixture = Fixture::new(1).await;
+    let running = fixture.start();
+    fixture.send(&events(1, 3)).await;
+    fixture.until_handled(3).await;
+    delete_topic(fixture.topic.name()).await;
+    until(&running.health, Some(Cause::TopicMissing)).await;
+    create_topic(fixture.topic.name(), 1).await;
+    fixture.send(&events(1, 2)).await;
+    fixture.until_handled(5).await;
+    until(&running.health, None).await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_partition_without_a_leader_is_named_by_health_until_it_has_one() {
+    let mut fixture = Fixture::new(1).await;
+    // The real broker is every test's.
+    let cluster = MockCluster::new(1).unwrap();
+    let topic = unique("events");
+    cluster.create_topic(&topic, 2, 1).unwrap();
+    (fixture.config.brokers, fixture.config.topics) = (cluster.bootstrap_servers(), vec![topic.clone()]);
+    let running = fixture.start();
+    until(&running.health, None).await;
+    cluster.partition_leader(&topic, 1, None).unwrap();
+    until(&running.health, Some(Cause::Leaderless)).await;
+    cluster.partition_leader(&topic, 1, Some(1)).unwrap();
+    until(&running.health, None).await;
+    running.stop().await;
+}
