@@ -48,7 +48,8 @@ impl Wish {
         self
     }
 
-    fn body(&self) -> Value {
+    /// As it is sent.
+    pub fn body(&self) -> Value {
         let items = self.items.iter().map(|(sku, quantity)| json!({ "sku": sku, "quantity": quantity }));
         let items: Vec<_> = items.collect();
         json!({ "customer_id": self.customer, "items": items, "payment_method": self.payment_method })
@@ -147,7 +148,7 @@ impl Platform {
     /// Cancels as a customer; the answer's status, 0 for none.
     pub async fn cancel(&self, order: Uuid) -> u16 {
         let url = format!("{}/v1/orders/{order}/cancel", self.stack.url(Service::Orders));
-        self.http.post(url).send().await.map_or(0, |answer| answer.status().as_u16())
+        self.http.post(url).json(&json!({})).send().await.map_or(0, |answer| answer.status().as_u16())
     }
 
     /// Waits until the order is confirmed or cancelled; its status, and why it was cancelled.

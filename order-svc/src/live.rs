@@ -18,12 +18,16 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// The most orders watched at once: each turn looks all of them up in one query, which takes some milliseconds then.
-pub const MAX_WATCHED: usize = 4_096;
+/// The most event streams at once, of this process. With one order each, a turn's query takes some milliseconds.
+pub const MAX_STREAMS: usize = 1_024;
+/// The most requests at once that wait for an order's end; each has one of the API's slots meanwhile, of which there are 1,024.
+pub const MAX_WAITS: usize = 256;
+/// The most streams and waits at once for one order: its customer's pages, and some of the shop's.
+pub const MAX_OF_ONE: usize = 64;
 /// How long another replica's change may go unseen.
 const TURN: Duration = Duration::from_millis(50);
 /// The shortest time between two turns, so that a busy engine's commits do not become as many queries.
@@ -33,39 +37,73 @@ const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// Nothing more can be watched now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{MAX_WATCHED} orders are watched already")]
-pub struct TooManyWatched;
+pub enum TooMany {
+    /// By this process.
+    #[error("this process serves as many of this kind as it can")]
+    InAll,
+    /// Of this order.
+    #[error("{MAX_OF_ONE} streams and waits are open for this order")]
+    OfOne,
+}
+
+/// What a watch is for: each kind has places of its own, so that neither takes the other's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// An event stream.
+    Stream,
+    /// `Prefer: wait`.
+    Wait,
+}
+
+/// One order, watched. Dropping it gives its place back.
+#[derive(Debug)]
+pub struct Watch {
+    versions: watch::Receiver<i64>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Watch {
+    /// Returns when the order has another version than the last time; an error when nothing watches it any more.
+    pub async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        self.versions.changed().await
+    }
+}
 
 /// The orders that somebody waits for.
 #[derive(Debug)]
 pub struct LiveOrders {
     pool: PgPool,
     watched: Mutex<HashMap<Uuid, watch::Sender<i64>>>,
+    streams: Arc<Semaphore>,
+    waits: Arc<Semaphore>,
     wake: Notify,
 }
 
 impl LiveOrders {
     /// Nobody waits yet.
     pub fn new(pool: PgPool) -> Arc<Self> {
-        Arc::new(Self { pool, watched: Mutex::default(), wake: Notify::new() })
+        let [streams, waits] = [MAX_STREAMS, MAX_WAITS].map(|most| Arc::new(Semaphore::new(most)));
+        Arc::new(Self { pool, watched: Mutex::default(), streams, waits, wake: Notify::new() })
     }
 
     /// The order's version whenever it is another than `seen` (or another than what this process saw last).
-    pub fn watch(&self, order: OrderId, seen: i64) -> Result<watch::Receiver<i64>, TooManyWatched> {
+    pub fn watch(&self, order: OrderId, seen: i64, purpose: Purpose) -> Result<Watch, TooMany> {
+        let places = match purpose {
+            Purpose::Stream => &self.streams,
+            Purpose::Wait => &self.waits,
+        };
+        let place = Arc::clone(places).try_acquire_owned().map_err(|_| TooMany::InAll)?;
         let mut watched = self.lock();
-        if watched.len() >= MAX_WATCHED && !watched.contains_key(&order.0) {
-            watched.retain(|_, sender| sender.receiver_count() > 0);
-            if watched.len() >= MAX_WATCHED {
-                return Err(TooManyWatched);
-            }
+        if watched.get(&order.0).is_some_and(|sender| sender.receiver_count() >= MAX_OF_ONE) {
+            return Err(TooMany::OfOne);
         }
-        let mut receiver = watched.entry(order.0).or_insert_with(|| watch::Sender::new(seen)).subscribe();
-        if *receiver.borrow() != seen {
-            receiver.mark_changed();
+        let mut versions = watched.entry(order.0).or_insert_with(|| watch::Sender::new(seen)).subscribe();
+        if *versions.borrow() != seen {
+            versions.mark_changed();
         }
         drop(watched);
         self.wake.notify_one();
-        Ok(receiver)
+        Ok(Watch { versions, _place: place })
     }
 
     /// Something was committed: look now.

@@ -7,7 +7,7 @@ use crate::{
     catalogue,
     domain::{BadField, CancelReason, NewOrder, Order, PlaceOrder, StatusName, pricing},
     effects::{CancelOrder, ConfirmOrder, OpenOrder, OrderTurned},
-    live::LiveOrders,
+    live::{LiveOrders, Purpose},
     order_saga::{local, order_saga},
     store::{self, StoreError},
 };
@@ -16,7 +16,7 @@ use contracts::{
     topics::{ORDERS_REPLIES, REPLY_SOURCES},
 };
 use saga_core::{
-    http::{IfMatch, REQUEST_MAX},
+    http::{IfMatch, REQUEST_MAX, count_refused},
     id::SagaId,
     outbox::Tx,
     saga::{CancelError, Cancelled, Engine, EngineErrors, Saga, StartError},
@@ -155,7 +155,7 @@ impl Orders {
     }
 
     /// Waits until an order has come to its end, for `patience` at most and not longer than `token`; the order as it is
-    /// then. `None` when it could not be waited for at all.
+    /// then. `None` when it could not be waited for at all, because too many requests wait already or there is no such order.
     pub async fn settle(
         &self,
         order: OrderId,
@@ -163,7 +163,10 @@ impl Orders {
         patience: Duration,
         token: &CancellationToken,
     ) -> Result<Option<Order>, sqlx::Error> {
-        let Ok(mut versions) = self.live.watch(order, version) else { return Ok(None) };
+        let Ok(mut versions) = self.live.watch(order, version, Purpose::Wait) else {
+            count_refused("wait");
+            return Ok(None);
+        };
         let settled = async {
             loop {
                 match store::find(&self.pool, order).await? {

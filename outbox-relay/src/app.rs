@@ -7,8 +7,11 @@ use crate::{
     settings::OutboxSettings,
 };
 use anyhow::Context;
-use saga_core::service::{
-    self, DatabaseSettings, Health, admin_router, messaging_migrations, migrate::migrate, shutdown, task, telemetry,
+use saga_core::{
+    http::Api,
+    service::{
+        self, DatabaseSettings, Health, admin_router, messaging_migrations, migrate::migrate, shutdown, task, telemetry,
+    },
 };
 use tokio::net::TcpListener;
 
@@ -36,7 +39,7 @@ pub async fn serve(configuration: Configuration) -> anyhow::Result<()> {
     };
     let tasks = vec![
         task("relay", publishing),
-        task("admin", service::serve(listener, saga_core::http::Api::new(router), stop.clone())),
+        task("admin", service::serve(listener, Api::new(router).reached_as(configuration.admin.hosts), stop.clone())),
         task("health", watching),
     ];
     Ok(service::run_all(&stop, tasks).await?)

@@ -97,7 +97,7 @@ async fn each_wrong_request_is_a_problem_that_names_what_is_wrong() {
     let chunked = reqwest::Body::wrap_stream(futures::stream::iter([Ok::<_, std::io::Error>(large)]));
     let request = client.post(format!("{url}/echo")).header("content-type", "application/json").body(chunked);
     assert_eq!(problem(request.send().await.unwrap()).await, is(413, "too-large", ""));
-    let form = client.post(format!("{url}/echo")).body("n=1").send();
+    let form = client.post(format!("{url}/echo")).header("x-requested-with", "me").body("n=1").send();
     assert_eq!(problem(form.await.unwrap()).await, is(415, "content-type", ""));
 
     assert_eq!(problem(get("/nowhere").await.unwrap()).await, is(404, "not-found", ""));
@@ -143,7 +143,7 @@ async fn a_client_that_hangs_up_cancels_nothing_and_shutdown_waits_for_the_handl
     let token = CancellationToken::new();
     let serving = tokio::spawn(serve(listener, Api::new(router), token.clone()));
 
-    let client = tokio::spawn(async move { reqwest::Client::new().post(url).send().await });
+    let client = tokio::spawn(async move { reqwest::Client::new().post(url).json(&json!({})).send().await });
     begun.notified().await;
     client.abort();
     assert!(client.await.unwrap_err().is_cancelled());
@@ -164,7 +164,7 @@ async fn health_and_metrics_are_open_and_the_rest_is_by_role() {
     let (url, _stop) = start(admin_router(health.clone(), metrics, auth, guarded)).await;
     let client = reqwest::Client::new();
     let ask = |method: Method, path: &str, token: Option<&str>| {
-        let request = client.request(method, format!("{url}{path}"));
+        let request = client.request(method, format!("{url}{path}")).header("x-requested-with", "a test");
         let request = match token {
             Some(token) => request.bearer_auth(token),
             None => request,

@@ -333,7 +333,7 @@ async fn a_service_gets_ready_serves_turns_red_without_its_database_and_green_ag
     let args = ServiceArgs {
         database: DatabaseArgs { database_url: Some(database.url.clone()), ..DatabaseArgs::default() },
         kafka: KafkaArgs { kafka_brokers: Some(brokers()), ..KafkaArgs::default() },
-        http: HttpArgs { http_addr: Some(http.clone()) },
+        http: HttpArgs { http_addr: Some(http.clone()), ..HttpArgs::default() },
         admin: AdminArgs { admin_addr: Some(admin.clone()), ..AdminArgs::default() },
         ..ServiceArgs::default()
     };

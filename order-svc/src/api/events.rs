@@ -6,8 +6,12 @@
 //! `EventSource` to stay away.
 
 use super::{ApiState, read::no_such_order, view::StatusView};
-use crate::store::{self, HistoryEntry};
+use crate::{
+    live::{Purpose, TooMany, Watch},
+    store::{self, HistoryEntry},
+};
 use axum::{
+    Extension,
     extract::State,
     response::{
         IntoResponse, Response,
@@ -17,10 +21,9 @@ use axum::{
 use contracts::OrderId;
 use futures::{Stream, stream};
 use http::{HeaderMap, StatusCode};
-use saga_core::http::{Path, Problem};
+use saga_core::http::{Connection, Path, Problem, Working, count_refused};
 use sqlx::PgPool;
 use std::{collections::VecDeque, convert::Infallible, time::Duration};
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -48,12 +51,13 @@ const RECONNECT: Duration = Duration::from_secs(1);
         (status = 204, description = "The order has come to its end, and the client has seen it"),
         (status = 400, description = "The id, or Last-Event-ID, is not one", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "There is no such order", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "Too many orders are followed at the moment", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "Too many streams are open at the moment, in all or for this order", body = Problem, content_type = "application/problem+json"),
     ),
 )]
 pub async fn order_events(
     State(state): State<ApiState>,
     Path(id): Path<Uuid>,
+    connection: Option<Extension<Connection>>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let order = store::find(&state.orders.pool, OrderId(id)).await?.ok_or_else(|| no_such_order(id))?;
@@ -61,10 +65,7 @@ pub async fn order_events(
     if order.status.name().is_terminal() && seen == order.version {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    let versions = state.orders.live.watch(order.id, order.version).map_err(|error| {
-        tracing::warn!(%error, "a client was turned away");
-        Problem::unavailable()
-    })?;
+    let versions = state.orders.live.watch(order.id, order.version, Purpose::Stream).map_err(too_many)?;
     let follower = Follower {
         pool: state.orders.pool.clone(),
         order: order.id,
@@ -72,10 +73,20 @@ pub async fn order_events(
         unsent: VecDeque::new(),
         ended: false,
         versions,
+        _working: connection.map(|Extension(connection)| connection.working()),
         shutdown: state.shutdown.clone(),
     };
     let heartbeat = KeepAlive::new().interval(HEARTBEAT).text("heartbeat");
     Ok(Sse::new(follower.into_stream()).keep_alive(heartbeat).into_response())
+}
+
+fn too_many(too_many: TooMany) -> Problem {
+    tracing::debug!(reason = %too_many, "a client that would follow an order was turned away");
+    count_refused("stream");
+    match too_many {
+        TooMany::InAll => Problem::busy(),
+        TooMany::OfOne => Problem::busy().detail(format!("{too_many}. Close one, or ask again in a moment.")),
+    }
 }
 
 fn last_event_id(headers: &HeaderMap, newest: i64) -> Result<i64, Problem> {
@@ -94,7 +105,9 @@ struct Follower {
     seen: i64,
     unsent: VecDeque<HistoryEntry>,
     ended: bool,
-    versions: watch::Receiver<i64>,
+    versions: Watch,
+    /// The connection is not closed to make room for another while the stream is open.
+    _working: Option<Working>,
     shutdown: CancellationToken,
 }
 

@@ -23,7 +23,7 @@ const SCOPE: &str = "POST /v1/orders";
 ///
 /// The order, its saga and the saga's first command are written together, then the answer is given: 202, and the order
 /// is pending. With `Prefer: wait=N` the answer comes when the order is confirmed or cancelled (201), or after N seconds
-/// (202), 30 at most. A request that is repeated under its Idempotency-Key gets the first answer again and places
+/// (202), 30 at most; at once (202) when too many requests wait already. A request that is repeated under its Idempotency-Key gets the first answer again and places
 /// nothing.
 #[utoipa::path(
     post,

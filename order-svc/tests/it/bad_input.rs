@@ -123,7 +123,7 @@ fn bad_requests(shop: &Shop) -> Vec<Case> {
         case("wrong method", shop.client.request(Method::PUT, shop.url("/v1/orders")), 405, "/problems/method", None),
         case("no such route", get("/v1/nothing"), 404, "/problems/not-found", None),
         case("no such order", get(&format!("/v1/orders/{id}")), 404, "/problems/not-found", None),
-        case("cancel of none", shop.client.post(shop.url(&cancel)), 404, "/problems/not-found", None),
+        case("cancel of none", shop.client.post(shop.url(&cancel)).json(&json!({})), 404, "/problems/not-found", None),
         case("events of none", get(&events), 404, "/problems/not-found", None),
         case("not an id", get("/v1/orders/1"), 400, malformed, Some("id")),
         case("NUL in the path", get("/v1/orders/%00"), 400, malformed, None),

@@ -1,10 +1,15 @@
 //! Server-sent events: past and live statuses, resume, end.
 
-use crate::support::{PATIENCE, Shop, json_of};
+use crate::support::{PATIENCE, Shop, basket, json_of};
 use contracts::OrderId;
-use order_svc::domain::{CancelReason, Change};
+use order_svc::{
+    domain::{CancelReason, Change},
+    live::{MAX_OF_ONE, MAX_STREAMS, MAX_WAITS, Purpose},
+};
 use reqwest::{Response, StatusCode};
+use saga_core::testkit::eventually;
 use serde_json::Value;
+use uuid::Uuid;
 
 /// Reads events off a stream, one by one.
 struct Events {
@@ -125,4 +130,38 @@ async fn an_open_stream_does_not_keep_the_process_from_stopping() {
     shop.shutdown.cancel();
     assert_eq!(events.next().await, None);
     tokio::time::timeout(PATIENCE, &mut shop.server).await.expect("the server stops").unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn streams_of_one_order_have_a_cap_and_other_orders_are_followed() {
+    let shop = Shop::open().await;
+    let (order, other) = (shop.write_order("c").await, shop.write_order("d").await);
+    let mut open = Vec::new();
+    for _ in 0..MAX_OF_ONE {
+        open.push(Events::open(&shop, order, None).await);
+    }
+    let refused = request(&shop, order, None).await;
+    assert_eq!((refused.status().as_u16(), &refused.headers()["retry-after"]), (503, &"1".parse().unwrap()));
+    assert_eq!(json_of(refused).await["type"], "/problems/busy");
+    let mut events = Events::open(&shop, other, None).await;
+    assert_eq!(events.next().await, Some(event("1", "pending")));
+    // A client that hangs up gives its place back.
+    drop(open.pop());
+    eventually(PATIENCE, || async { (request(&shop, order, None).await.status() == 200).then_some(()) }).await;
+}
+
+#[tokio::test]
+async fn streams_in_all_have_a_cap_and_waits_have_places_of_their_own() {
+    let shop = Shop::open().await;
+    let live = &shop.orders.live;
+    let watch = |purpose| live.watch(OrderId(Uuid::now_v7()), 1, purpose);
+    let streams: Vec<_> = (0..MAX_STREAMS).map(|_| watch(Purpose::Stream).unwrap()).collect();
+    let order = shop.write_order("c").await;
+    assert_eq!(request(&shop, order, None).await.status(), 503);
+    let waits: Vec<_> = (0..MAX_WAITS).map(|_| watch(Purpose::Wait).unwrap()).collect();
+    // With all waits taken, the answer comes at once, and the order is placed.
+    let placed = shop.post_order("k", &basket()).header("Prefer", "wait=30").send().await.unwrap();
+    assert_eq!((placed.status().as_u16(), placed.headers().get("preference-applied")), (202, None));
+    drop((streams, waits));
+    assert_eq!(request(&shop, order, None).await.status(), 200);
 }

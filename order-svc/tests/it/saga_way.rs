@@ -29,7 +29,7 @@ fn out_of_stock() -> Value {
 }
 
 async fn cancel(shop: &Shop, order: OrderId) -> Response {
-    shop.client.post(shop.url(&format!("/v1/orders/{order}/cancel"))).send().await.unwrap()
+    shop.client.post(shop.url(&format!("/v1/orders/{order}/cancel"))).json(&json!({})).send().await.unwrap()
 }
 
 /// What was sent for an order: `step` and `undo step`, in order.

@@ -2,9 +2,11 @@
 
 use super::tokens;
 use saga_core::service::{
-    ConfigErrors, DatabaseSettings, Identity, ServiceArgs, config::AdminSettings, telemetry::TelemetrySettings,
+    ConfigErrors, DatabaseSettings, Identity, ServiceArgs,
+    config::{AdminSettings, HttpSettings},
+    telemetry::TelemetrySettings,
 };
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 /// The simulator.
 pub const IDENTITY: Identity = Identity { name: "gateway-sim", http_port: 8083, admin_port: 9083 };
@@ -63,7 +65,7 @@ pub struct SimSettings {
     /// The simulator's own database.
     pub database: DatabaseSettings,
     /// Where its API listens.
-    pub http_addr: SocketAddr,
+    pub http: HttpSettings,
     /// Health and metrics.
     pub admin: AdminSettings,
     /// Logs and traces.
@@ -77,14 +79,14 @@ impl SimArgs {
     pub fn validate(&self, service: &ServiceArgs) -> Result<SimSettings, ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let database = service.database.read(&mut errors);
-        let http_addr = service.http.read(IDENTITY.http_port, &mut errors);
+        let http = service.http.read(IDENTITY.http_port, &mut errors);
         let admin = service.admin.read(IDENTITY.admin_port, &mut errors);
         let telemetry = service.telemetry.read(&mut errors);
         let behaviour = self.behaviour(&mut errors);
         let settings = (|| {
             Some(SimSettings {
                 database: database?,
-                http_addr: http_addr?,
+                http: http?,
                 admin: admin?,
                 telemetry: telemetry?,
                 behaviour: behaviour?,

@@ -71,6 +71,7 @@ pub async fn run(settings: SimSettings) -> anyhow::Result<()> {
     health.starting("the database");
     let admin = TcpListener::bind(settings.admin.addr).await?;
     let routes = service::admin_router(health.clone(), telemetry.metrics(), settings.admin.auth.clone(), Router::new());
+    let routes = Api::new(routes).reached_as(settings.admin.hosts.clone());
     let tasks = vec![
         service::task("admin", service::serve(admin, routes, token.clone())),
         service::task("health", watch(health.clone(), token.clone())),
@@ -88,11 +89,11 @@ async fn open(settings: SimSettings, health: Health, token: CancellationToken) -
     let pool = pool?;
     health.database(&pool);
     health.tables(&pool, NEEDS);
-    let http = TcpListener::bind(settings.http_addr).await?;
+    let http = TcpListener::bind(settings.http.addr).await?;
     health.look().await;
     health.started();
     tracing::info!(http = %http.local_addr()?, behaviour = ?settings.behaviour, "the gateway simulator is open");
-    service::serve(http, api(pool, settings.behaviour), token).await?;
+    service::serve(http, api(pool, settings.behaviour).reached_as(settings.http.hosts), token).await?;
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 //! From the outside in:
 //!
 //! ```text
-//! headers -> span + x-request-id -> panic to 500 -> timeout to 503 -> [mutating: body read, then detached] -> your handler
+//! headers -> span + x-request-id -> panic to 500 -> own host and origin -> timeout to 503 -> [mutating: body read] -> a slot -> your handler
 //! ```
 //!
 //! A handler that changes something runs as a task of its own once its body has arrived: a client that hangs up, or
@@ -11,11 +11,14 @@
 //! to its pool inside a transaction (see [`crate::service::database`]). A process that dies loses what was not
 //! committed, and the client's retry under the same Idempotency-Key finds out.
 
-use super::{extract::body_problem, problem::Problem};
+use super::{
+    admission::{Admission, admitted},
+    hosts::{Hosts, Listener, own_requests},
+    problem::Problem,
+};
 use crate::{clock, panics::panic_text, transaction::Bound};
 use axum::{
     Router,
-    body::Body,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
     middleware::{self, Next},
     response::{IntoResponse, Response},
@@ -23,10 +26,8 @@ use axum::{
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use opentelemetry::propagation::{Extractor, TextMapPropagator};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
-use std::{any::Any, sync::Arc, time::Duration};
-use tokio::sync::Semaphore;
+use std::{any::Any, time::Duration};
 use tokio_util::task::TaskTracker;
-use tower::limit::GlobalConcurrencyLimitLayer;
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::{Instrument, Span};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
@@ -38,30 +39,43 @@ pub const REQUEST_ID: &str = "x-request-id";
 /// Bound of the transaction of one request: shorter than [`Limits::timeout`], so that the client hears what became of it.
 pub const REQUEST_MAX: Bound = Bound::new(Duration::from_secs(30));
 
-/// What one request may take.
+/// What requests may take, of one listener.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// The longest body, in bytes; 64 KiB holds a thousand order lines.
     pub body_bytes: usize,
-    /// How long a client waits at most for the beginning of an answer; longer than `Prefer: wait` allows.
+    /// How long a body may take to arrive; then 408.
+    pub body_within: Duration,
+    /// How long a client waits at most for the beginning of an answer; longer than `Prefer: wait` allows. Then 503.
     pub timeout: Duration,
-    /// How many requests are worked on at once; more wait, without a task or a connection of the database.
+    /// How many requests are worked on at once, from when their body is there until their answer begins.
     pub concurrency: usize,
+    /// How long a request waits for its turn among them; then 503.
+    pub slot_within: Duration,
+    /// How many connections are open at once, and never more than half of the files that the process may open. A new one takes the
+    /// place of the one that has waited longest for its client.
+    pub connections: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body_bytes: 64 * 1024, timeout: Duration::from_secs(40), concurrency: 1024 }
+        Self {
+            body_bytes: 64 * 1024,
+            body_within: Duration::from_secs(10),
+            timeout: Duration::from_secs(40),
+            concurrency: 1024,
+            slot_within: Duration::from_secs(2),
+            connections: 4096,
+        }
     }
 }
 
-/// A router with its surroundings, ready for [`crate::service::serve`].
+/// A router and what surrounds it, ready for [`crate::service::serve`].
 #[derive(Debug)]
 pub struct Api {
-    /// To be served.
-    pub(crate) router: Router,
-    /// Detached handlers; waited for at shutdown.
-    pub(crate) in_flight: TaskTracker,
+    router: Router,
+    pub(crate) limits: Limits,
+    hosts: Hosts,
 }
 
 impl Api {
@@ -74,25 +88,31 @@ impl Api {
     /// Surrounds `router` with `limits`.
     #[must_use]
     pub fn with_limits(router: Router, limits: Limits) -> Self {
+        Self { router, limits, hosts: Hosts::default() }
+    }
+
+    /// The names that it is reached by, beside IP addresses and `localhost`.
+    #[must_use]
+    pub fn reached_as(self, hosts: Hosts) -> Self {
+        Self { hosts, ..self }
+    }
+
+    /// The router of a listener that, with `loopback`, only this machine reaches; and its detached handlers, which are waited for at
+    /// shutdown.
+    pub(crate) fn surrounded(self, loopback: bool) -> (Router, TaskTracker) {
+        let Self { router, limits, hosts } = self;
         let in_flight = TaskTracker::new();
-        let slots = Arc::new(Semaphore::new(limits.concurrency));
-        let detach = Detach { in_flight: in_flight.clone(), slots, body_bytes: limits.body_bytes };
         let router = router
             .method_not_allowed_fallback(method_not_allowed)
             .fallback(not_found)
             .layer(DefaultBodyLimit::max(limits.body_bytes))
-            .layer(middleware::from_fn_with_state(detach, run_detached))
+            .layer(middleware::from_fn_with_state(Admission::new(limits, in_flight.clone()), admitted))
             .layer(middleware::from_fn_with_state(limits.timeout, time_limited))
-            .layer(GlobalConcurrencyLimitLayer::new(limits.concurrency))
+            .layer(middleware::from_fn_with_state(Listener { hosts, loopback }, own_requests))
             .layer(CatchPanicLayer::custom(panicked))
             .layer(middleware::from_fn(observed))
             .layer(middleware::from_fn(with_headers));
-        Self { router, in_flight }
-    }
-
-    /// The router, for tests that call it without a listener.
-    pub fn into_router(self) -> Router {
-        self.router
+        (router, in_flight)
     }
 }
 
@@ -102,63 +122,9 @@ impl From<Router> for Api {
     }
 }
 
-#[derive(Clone)]
-struct Detach {
-    in_flight: TaskTracker,
-    /// How many may be at work. A client that hangs up gives back its place among the requests that are waited for, but
-    /// its handler goes on: without a place of its own, hanging up often enough would pile up work without a bound.
-    slots: Arc<Semaphore>,
-    body_bytes: usize,
-}
-
 /// Whether a request may change something.
-fn mutates(method: &Method) -> bool {
+pub(super) fn mutates(method: &Method) -> bool {
     !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE)
-}
-
-async fn run_detached(State(detach): State<Detach>, request: Request, next: Next) -> Response {
-    if !mutates(request.method()) {
-        return next.run(request).await;
-    }
-    // The body is read before, so that a client that sends it slowly, or never, holds no task.
-    let (parts, body) = request.into_parts();
-    let declared =
-        parts.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
-    if declared.is_some_and(|bytes| bytes > detach.body_bytes) {
-        return body_problem(StatusCode::PAYLOAD_TOO_LARGE).into_response();
-    }
-    let body = match axum::body::to_bytes(body, detach.body_bytes).await {
-        Ok(body) => body,
-        Err(error) => return body_problem(reading_failed(&error)).into_response(),
-    };
-    let request = Request::from_parts(parts, Body::from(body));
-    let slot = match detach.slots.acquire_owned().await {
-        Ok(slot) => slot,
-        Err(closed) => return Problem::internal(&closed).into_response(),
-    };
-    let handler = async move {
-        let response = next.run(request).await;
-        drop(slot);
-        response
-    };
-    let handler = detach.in_flight.spawn(handler.instrument(Span::current()));
-    match handler.await {
-        Ok(response) => response,
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(error) => Problem::internal(&error).into_response(),
-    }
-}
-
-/// Too large, or broken off by the client.
-fn reading_failed(error: &axum::Error) -> StatusCode {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if error.to_string().contains("length limit exceeded") {
-            return StatusCode::PAYLOAD_TOO_LARGE;
-        }
-        cause = error.source();
-    }
-    StatusCode::BAD_REQUEST
 }
 
 async fn time_limited(State(limit): State<Duration>, request: Request, next: Next) -> Response {

@@ -9,10 +9,16 @@
 //! | [`paging`] | `limit` and an opaque `cursor` |
 //! | [`idempotency`] | `Idempotency-Key`: the answer is stored in the transaction of its effect |
 //! | [`sagas`] | inspection of sagas, for the admin listener |
-//! | [`api`] | limits, timeouts, request ids, traces, panics; and handlers that a hang-up cannot cancel |
+//! | [`hosts`] | pages of other sites are refused: `Host`, `Origin`, forms |
+//! | [`connections`] | a bound on open connections; one that waits for its client makes room |
+//! | [`admission`] | a body of its own time, then a slot; handlers that a hang-up cannot cancel |
+//! | [`api`] | limits, timeouts, request ids, traces, panics around every API |
 
+mod admission;
 pub mod api;
+pub(crate) mod connections;
 pub mod extract;
+pub mod hosts;
 pub mod idempotency;
 pub mod if_match;
 pub mod openapi;
@@ -21,8 +27,11 @@ pub mod problem;
 pub mod sagas;
 mod words;
 
+pub use admission::count_refused;
 pub use api::{Api, Limits, REQUEST_MAX};
+pub use connections::{Connection, Working};
 pub use extract::{Json, Path, Query};
+pub use hosts::Hosts;
 pub use if_match::IfMatch;
 pub use paging::{Cursor, Limit, List};
 pub use problem::{FieldError, Problem};

@@ -14,17 +14,23 @@ const PROBLEM: &str = "application/problem+json";
 
 /// What a request of which kind may be answered.
 const ANY: &[(u16, &str)] = &[
+    (421, "The request's Host or Origin is not one of this listener's"),
     (500, "Something went wrong here; it is logged under the answer's `x-request-id`"),
     (503, "Not at the moment; the same request may work soon"),
 ];
 const WITH_PARAMETERS: &[(u16, &str)] = &[(400, "A parameter is not valid")];
 const WITH_BODY: &[(u16, &str)] = &[
     (400, "The body is not JSON, or cut off"),
-    (413, "The body is too large"),
     (415, "The body has another content type than JSON"),
     (422, "A field of the body is not valid"),
 ];
-const BY_ROLE: &[(u16, &str)] = &[(401, "A token is needed"), (403, "The token's role may not do this")];
+const OF_CHANGES: &[(u16, &str)] = &[(408, "The body did not arrive in time"), (413, "The body is too large")];
+const OF_POSTS: &[(u16, &str)] = &[(415, "It has neither a content type nor a header that a form cannot send")];
+const BY_ROLE: &[(u16, &str)] = &[
+    (401, "A token is needed"),
+    (403, "The token's role may not do this"),
+    (429, "Too many wrong tokens are being shown"),
+];
 
 /// The document with all that its operations may answer.
 #[must_use]
@@ -41,11 +47,12 @@ pub fn complete_by_role(document: OpenApi) -> OpenApi {
 fn completed(mut document: OpenApi, also: &[(u16, &str)]) -> OpenApi {
     for item in document.paths.paths.values_mut() {
         let shared = item.parameters.as_ref().is_some_and(|parameters| !parameters.is_empty());
-        for operation in operations(item) {
+        for (operation, changes, posts) in operations(item) {
             let parameters = shared || operation.parameters.as_ref().is_some_and(|parameters| !parameters.is_empty());
             let body = operation.request_body.is_some();
-            let kinds = [(true, ANY), (body, WITH_BODY), (parameters, WITH_PARAMETERS), (true, also)];
-            let answers = kinds.into_iter().filter(|(may, _)| *may).flat_map(|(_, answers)| answers);
+            let kinds = [(true, ANY), (body, WITH_BODY), (parameters, WITH_PARAMETERS), (true, also)].into_iter();
+            let kinds = kinds.chain([(changes, OF_CHANGES), (posts, OF_POSTS)]);
+            let answers = kinds.filter(|(may, _)| *may).flat_map(|(_, answers)| answers);
             answers.for_each(|(status, description)| declare(operation, *status, description));
             operation.responses.responses.iter_mut().for_each(|(status, response)| as_problem(status, response));
         }
@@ -59,8 +66,12 @@ fn completed(mut document: OpenApi, also: &[(u16, &str)]) -> OpenApi {
     document
 }
 
-fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
-    [&mut item.get, &mut item.put, &mut item.post, &mut item.delete, &mut item.patch].into_iter().flatten()
+/// Each operation, whether it may change something, and whether it is a POST.
+fn operations(item: &mut PathItem) -> impl Iterator<Item = (&mut Operation, bool, bool)> {
+    let PathItem { get, put, post, delete, patch, .. } = item;
+    let all =
+        [(get, false, false), (put, true, false), (post, true, true), (delete, true, false), (patch, true, false)];
+    all.into_iter().filter_map(|(operation, changes, posts)| Some((operation.as_mut()?, changes, posts)))
 }
 
 fn declare(operation: &mut Operation, status: u16, description: &str) {

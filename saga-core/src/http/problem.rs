@@ -105,10 +105,11 @@ impl Problem {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Not available at the moment").retry_after(1)
     }
 
-    /// 503: this process has more to do than its database connections can carry.
-    fn busy() -> Self {
+    /// 503: this process has more to do than it can carry; the same request may work in a moment.
+    #[must_use]
+    pub fn busy() -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "busy", "Too much is being asked for at the moment")
-            .detail("All database connections are in use. The same request may work in a moment.")
+            .detail("This process works on as much as it can. The same request may work in a moment.")
             .retry_after(1)
     }
 

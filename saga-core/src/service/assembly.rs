@@ -65,7 +65,9 @@ pub async fn run(
 ) -> Result<(), BoxError> {
     health.starting("the database");
     let admin = listen("ADMIN_ADDR", settings.admin.addr).await?;
+    let hosts = settings.admin.hosts.clone();
     let routes = admin_router(health.clone(), telemetry::metrics()?, settings.admin.auth.clone(), parts.admin);
+    let routes = Api::new(routes).reached_as(hosts);
     let (api, tasks, consumers) = (parts.api, parts.tasks, parts.consumers);
     let work = {
         let (health, token) = (health.clone(), token.clone());
@@ -74,13 +76,13 @@ pub async fn run(
             let ready = prepare(&settings, &pool, &health, &parts.migrations, parts.needs);
             let Some(ready) = token.run_until_cancelled(ready).await else { return Ok(()) };
             ready?;
-            let listener = listen("HTTP_ADDR", settings.http_addr).await?;
+            let listener = listen("HTTP_ADDR", settings.http.addr).await?;
             let consuming = consume(settings.kafka, parts.topics, consumers, health.clone(), token.clone());
-            let mut all =
-                vec![task("http", serve(listener, Api::new(api), token.clone())), task("consumers", consuming)];
+            let api = Api::new(api).reached_as(settings.http.hosts);
+            let mut all = vec![task("http", serve(listener, api, token.clone())), task("consumers", consuming)];
             all.extend(tasks);
             health.started();
-            tracing::info!(http = %settings.http_addr, admin = %settings.admin.addr, "started");
+            tracing::info!(http = %settings.http.addr, admin = %settings.admin.addr, "started");
             run_all(&token, all).await.map_err(BoxError::from)
         }
     };

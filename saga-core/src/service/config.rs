@@ -3,16 +3,17 @@
 //! Everything is taken as text and validated afterwards, whole: somebody who starts a service with five mistakes gets
 //! five lines, each with the variable, what is wrong and what to do, and not one line five times.
 
+mod listeners;
 mod sagas;
 
+pub use listeners::{AdminArgs, AdminSettings, HttpArgs, HttpSettings};
 pub use sagas::{OrchestratorArgs, ParticipantArgs, ParticipantSettings};
 
-use super::{admin::AdminAuth, telemetry::TelemetrySettings};
+use super::telemetry::TelemetrySettings;
 use clap::Args;
 use sqlx::postgres::PgConnectOptions;
 use std::{
     fmt,
-    net::SocketAddr,
     ops::{Bound, RangeBounds},
     str::FromStr,
     time::Duration,
@@ -84,29 +85,6 @@ pub struct KafkaArgs {
     pub kafka_session_timeout_ms: Option<String>,
 }
 
-/// The API's listener.
-#[derive(Debug, Clone, Default, Args)]
-pub struct HttpArgs {
-    /// Where the API listens, address and port [default: 127.0.0.1 and the service's own port]
-    #[arg(long, env = "HTTP_ADDR", value_name = "IP:PORT", global = true)]
-    pub http_addr: Option<String>,
-}
-
-/// The admin listener.
-#[derive(Debug, Clone, Default, Args)]
-pub struct AdminArgs {
-    /// Where health, metrics and inspection listen [default: 127.0.0.1 and the service's own admin port].
-    /// Anything but loopback needs ADMIN_TOKEN
-    #[arg(long, env = "ADMIN_ADDR", value_name = "IP:PORT", global = true)]
-    pub admin_addr: Option<String>,
-    /// Bearer token that may look and act, 16 characters or more
-    #[arg(long, env = "ADMIN_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
-    pub admin_token: Option<String>,
-    /// Bearer token that may only look, 16 characters or more
-    #[arg(long, env = "ADMIN_VIEWER_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
-    pub admin_viewer_token: Option<String>,
-}
-
 /// Logs and traces.
 #[derive(Debug, Clone, Default, Args)]
 pub struct TelemetryArgs {
@@ -130,9 +108,9 @@ pub struct Settings {
     pub database: DatabaseSettings,
     /// Kafka.
     pub kafka: KafkaSettings,
-    /// Where the API listens.
-    pub http_addr: SocketAddr,
-    /// Where the admin listener listens, and whom it lets in.
+    /// The API's listener.
+    pub http: HttpSettings,
+    /// The admin listener.
     pub admin: AdminSettings,
     /// Logs and traces.
     pub telemetry: TelemetrySettings,
@@ -165,22 +143,10 @@ pub struct KafkaSettings {
     pub session_timeout: Duration,
 }
 
-/// A valid [`AdminArgs`].
-#[derive(Debug, Clone)]
-pub struct AdminSettings {
-    /// Where it listens.
-    pub addr: SocketAddr,
-    /// Whom it lets in.
-    pub auth: AdminAuth,
-}
-
 /// 16: on one small machine, four processes together stay below PostgreSQL's default of 100.
 const DEFAULT_MAX_CONNECTIONS: u32 = 16;
 /// Not more than the client library lets pass between two polls (`max.poll.interval.ms`).
 const SESSION_TIMEOUT_MAX_MS: u64 = 300_000;
-/// Shorter tokens can be guessed.
-const MIN_TOKEN: usize = 16;
-
 impl ServiceArgs {
     /// Checks everything and reports every mistake at once.
     pub fn validate(&self, identity: &Identity) -> Result<Settings, ConfigErrors> {
@@ -193,14 +159,14 @@ impl ServiceArgs {
     pub fn read(&self, identity: &Identity, errors: &mut ConfigErrors) -> Option<Settings> {
         let database = self.database.read(errors);
         let kafka = self.kafka.read(errors);
-        let http_addr = self.http.read(identity.http_port, errors);
+        let http = self.http.read(identity.http_port, errors);
         let admin = self.admin.read(identity.admin_port, errors);
         let telemetry = self.telemetry.read(errors);
         Some(Settings {
             identity: *identity,
             database: database?,
             kafka: kafka?,
-            http_addr: http_addr?,
+            http: http?,
             admin: admin?,
             telemetry: telemetry?,
         })
@@ -252,33 +218,6 @@ impl KafkaArgs {
         let session = number(session, "KAFKA_SESSION_TIMEOUT_MS", 6_000_u64, allowed, errors);
         let session_timeout = Duration::from_millis(session?);
         Some(KafkaSettings { brokers: brokers?, replication_factor: replication_factor?, session_timeout })
-    }
-}
-
-impl HttpArgs {
-    /// Reads, and adds what is wrong to `errors`.
-    pub fn read(&self, default_port: u16, errors: &mut ConfigErrors) -> Option<SocketAddr> {
-        address(&self.http_addr, "HTTP_ADDR", default_port, errors)
-    }
-}
-
-impl AdminArgs {
-    /// Reads, and adds what is wrong to `errors`. An address off loopback without an operator's token is a mistake.
-    pub fn read(&self, default_port: u16, errors: &mut ConfigErrors) -> Option<AdminSettings> {
-        let addr = address(&self.admin_addr, "ADMIN_ADDR", default_port, errors);
-        let operator = token(&self.admin_token, "ADMIN_TOKEN", errors);
-        let viewer = token(&self.admin_viewer_token, "ADMIN_VIEWER_TOKEN", errors);
-        if operator.is_some() && operator == viewer {
-            errors.add::<()>("ADMIN_VIEWER_TOKEN", "is the same as ADMIN_TOKEN", "give each role a token of its own");
-        }
-        if addr.is_some_and(|addr| !addr.ip().is_loopback()) && given(&self.admin_token).is_none() {
-            errors.add::<()>(
-                "ADMIN_TOKEN",
-                "is not set, and ADMIN_ADDR is not a loopback address",
-                "set a token of 16 characters or more, or listen on 127.0.0.1",
-            );
-        }
-        Some(AdminSettings { addr: addr?, auth: AdminAuth::new(operator, viewer) })
     }
 }
 
@@ -380,34 +319,6 @@ fn number<N: FromStr + PartialOrd + fmt::Display + Copy>(
     }
 }
 
-fn address(
-    text: &Option<String>,
-    variable: &'static str,
-    default_port: u16,
-    errors: &mut ConfigErrors,
-) -> Option<SocketAddr> {
-    let Some(text) = given(text) else { return Some(SocketAddr::from(([127, 0, 0, 1], default_port))) };
-    text.parse().ok().or_else(|| {
-        errors.add(
-            variable,
-            format!("is {text:?}"),
-            format!("set it to an IP address and a port, for example 127.0.0.1:{default_port}"),
-        )
-    })
-}
-
-fn token(text: &Option<String>, variable: &'static str, errors: &mut ConfigErrors) -> Option<String> {
-    let token = given(text)?;
-    if token.len() < MIN_TOKEN || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return errors.add(
-            variable,
-            "is too short or has characters that a header cannot carry",
-            "use 16 or more printable ASCII characters without spaces, for example from `openssl rand -hex 16`",
-        );
-    }
-    Some(token.to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -438,8 +349,13 @@ mod tests {
                 kafka_replication_factor: some("0"),
                 kafka_session_timeout_ms: some("999"),
             },
-            http: HttpArgs { http_addr: some("8080") },
-            admin: AdminArgs { admin_addr: some("0.0.0.0:9"), admin_viewer_token: some("short"), admin_token: None },
+            http: HttpArgs { http_addr: some("8080"), http_hosts: some("http://orders.example.com") },
+            admin: AdminArgs {
+                admin_addr: some("0.0.0.0:9"),
+                admin_hosts: some("a,"),
+                admin_viewer_token: some("short"),
+                admin_token: None,
+            },
             telemetry: TelemetryArgs {
                 rust_log: some("saga=loud"),
                 log_format: some("xml"),
@@ -457,6 +373,8 @@ mod tests {
                 "KAFKA_REPLICATION_FACTOR",
                 "KAFKA_SESSION_TIMEOUT_MS",
                 "HTTP_ADDR",
+                "HTTP_HOSTS",
+                "ADMIN_HOSTS",
                 "ADMIN_VIEWER_TOKEN",
                 "ADMIN_TOKEN",
                 "RUST_LOG",
@@ -502,7 +420,7 @@ mod tests {
     #[test]
     fn what_is_left_out_or_empty_has_its_default_or_is_asked_for() {
         let settings = valid().validate(&ME).unwrap();
-        assert_eq!(settings.http_addr.to_string(), "127.0.0.1:8080");
+        assert_eq!(settings.http.addr.to_string(), "127.0.0.1:8080");
         assert_eq!(settings.admin.addr.to_string(), "127.0.0.1:9080");
         assert_eq!(settings.database.max_connections, 16);
         let mut empty = valid();

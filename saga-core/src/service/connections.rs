@@ -2,24 +2,34 @@
 //!
 //! What a client sends is bounded in size and time by `http::Limits` once its request's head is there. Before that nothing
 //! of axum's sees it: a client that connects and says nothing, or a header line a minute, would hold a file descriptor for
-//! ever, and some thousand of them the whole service. (Who does not read its answer still does.)
+//! ever. A head has a bound in time and in bytes, and connections have a bound in number: when it is reached, the one that has
+//! waited longest for its client is closed.
 
-use crate::http::Api;
+use crate::http::{Api, connections::Connections, count_refused};
 use axum::{Router, serve::Listener};
-use hyper::server::conn::http1;
+use http::Request;
+use hyper::{body::Incoming, server::conn::http1};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::graceful::GracefulShutdown,
     service::TowerToHyperService,
 };
-use std::time::Duration;
-use tokio::{net::TcpListener, time::timeout};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt as _;
 
 /// Within this the head of a request has to be there, the first of a connection or the next. It is also how long an idle
 /// connection is kept, and proxies keep theirs for 60 s: whoever hangs up has to be the client, because a request that it
 /// sends at that moment is lost.
 const HEAD_MAX: Duration = Duration::from_secs(75);
+/// How much of a head is read before it is refused, in bytes: the read that goes beyond it may double that. Proxies and browsers
+/// send a few KiB.
+const HEAD_BYTES_MAX: usize = 32 * 1024;
 /// How long connections may take to end when the process is asked to stop: half a head, or an answer that nobody reads, must
 /// not take the whole of [`GRACE`](super::supervisor::GRACE). The requests that were understood are waited for anyway.
 const LAST_ANSWERS_MAX: Duration = Duration::from_secs(10);
@@ -36,10 +46,13 @@ async fn serve_within(
     head_max: Duration,
     last_answers_max: Duration,
     listener: TcpListener,
-    Api { router, in_flight }: Api,
+    api: Api,
     token: CancellationToken,
 ) {
-    let connections = accept(listener, router, head_max, token).await;
+    let open = Connections::new(api.limits.connections.min(half_of_the_files()));
+    let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
+    let (router, in_flight) = api.surrounded(loopback);
+    let connections = accept(listener, router, head_max, &open, token).await;
     if timeout(last_answers_max, connections.shutdown()).await.is_err() {
         tracing::info!("stopping without the clients that send half a request, or do not read their answer");
     }
@@ -47,27 +60,61 @@ async fn serve_within(
     in_flight.wait().await;
 }
 
+/// Half of the files that this process may open. What the system allows at most is asked for first: many shells and service
+/// managers give a process 1,024.
+fn half_of_the_files() -> usize {
+    let files = match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((soft, hard)) if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() => hard,
+        Ok((soft, _)) => soft,
+        Err(_) => 1024,
+    };
+    usize::try_from(files / 2).unwrap_or(usize::MAX)
+}
+
 /// The connections that there are when `token` is cancelled.
 async fn accept(
     mut listener: TcpListener,
     router: Router,
     head_max: Duration,
+    open: &Arc<Connections>,
     token: CancellationToken,
 ) -> GracefulShutdown {
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(head_max);
+    http.timer(TokioTimer::new()).header_read_timeout(head_max).max_buf_size(HEAD_BYTES_MAX);
     // Its routes are made ready once, not for each request.
-    let service = TowerToHyperService::new(router.with_state(()));
+    let router = router.with_state(());
     let connections = GracefulShutdown::new();
     // Errors of accepting are seen to by axum's listener: it waits when there are no file descriptors left.
     while let Some((stream, _)) = token.run_until_cancelled(Listener::accept(&mut listener)).await {
-        let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
+        let Some(entered) = open.enter() else {
+            turn_away(&stream);
+            continue;
+        };
+        let came_on = entered.connection.clone();
+        let service = router.clone().map_request(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(came_on.clone());
+            request
+        });
+        let service = TowerToHyperService::new(service);
+        let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
-            // The client's doing: it hung up, kept silent, or does not speak HTTP.
-            connection.await.unwrap_or_else(|error| tracing::debug!(%error, "a connection ended"));
+            tokio::select! {
+                // The client's doing: it hung up, kept silent, or does not speak HTTP.
+                ended = connection => ended.unwrap_or_else(|error| tracing::debug!(%error, "a connection ended")),
+                () = entered.must_close() => tracing::debug!("a connection on which nothing came made room for a new one"),
+            }
         });
     }
     connections
+}
+
+/// Each connection is worked for: a client that can be told is told to come again.
+fn turn_away(stream: &TcpStream) {
+    count_refused("connection");
+    let answer =
+        b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+    // The kernel has room for this much of a new connection, or the client hears nothing.
+    stream.try_write(answer).ok();
 }
 
 #[cfg(test)]

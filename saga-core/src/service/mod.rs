@@ -29,8 +29,9 @@ pub mod topics;
 pub use admin::{AdminAuth, Role, admin_router};
 pub use assembly::{Parts, launch, launch_migrate, launch_with, run};
 pub use config::{
-    AdminArgs, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, Identity, KafkaArgs, KafkaSettings,
-    OrchestratorArgs, ParticipantArgs, ParticipantSettings, ServiceArgs, ServiceCommand, Settings, TelemetryArgs,
+    AdminArgs, AdminSettings, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, HttpSettings, Identity,
+    KafkaArgs, KafkaSettings, OrchestratorArgs, ParticipantArgs, ParticipantSettings, ServiceArgs, ServiceCommand,
+    Settings, TelemetryArgs,
 };
 pub use connections::serve;
 pub use health::{Health, Needs};

@@ -1,0 +1,154 @@
+//! Every listener of the running platform keeps strangers' pages out, and serves its callers while clients hold whatever they can.
+//!
+//! What each bound does by itself is shown in `saga-core/tests/doors.rs` and `order-svc/tests/it/live.rs`.
+
+use e2e::{
+    orders::Wish,
+    platform::{Platform, beside_others, unaudited},
+};
+use futures::future::join_all;
+use reqwest::{Method, StatusCode};
+use saga_core::testkit::eventually;
+use serde_json::{Value, json};
+use stack::service::Service::{self, Gateway, Inventory, Orders, Payments, Relay};
+use std::time::{Duration, Instant};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
+use uuid::Uuid;
+
+/// More than a listener works on at once.
+const MANY: usize = 1_030;
+/// Until a listener answers while strangers hold what they can. On an idle machine it takes milliseconds.
+const SOON: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A listener, and a request of each kind that it answers.
+struct Listener {
+    name: String,
+    url: String,
+    /// Is answered 200 without a token.
+    get: &'static str,
+    /// A route for POST.
+    post: &'static str,
+}
+
+const CANCEL: &str = "/v1/orders/00000000-0000-0000-0000-000000000000/cancel";
+const RETRY: &str = "/v1/sagas/00000000-0000-0000-0000-000000000000/retry";
+
+fn listeners(platform: &Platform) -> Vec<Listener> {
+    let api = |service: Service, get, post| (service, platform.stack.url(service), "API", get, post);
+    let admin = |service: Service, post| (service, platform.stack.admin_url(service), "admin", "/livez", post);
+    let all = [
+        api(Orders, "/v1/orders", CANCEL),
+        api(Payments, "/v1/payments", "/v1/payments"),
+        api(Inventory, "/v1/items", "/v1/items"),
+        api(Gateway, "/openapi.json", "/v1/authorizations"),
+        admin(Orders, RETRY),
+        admin(Payments, "/v1/nothing"),
+        admin(Inventory, "/v1/nothing"),
+        admin(Gateway, "/v1/nothing"),
+        admin(Relay, "/v1/outboxes/orders/pause"),
+    ];
+    let all =
+        all.map(|(service, url, kind, get, post)| Listener { name: format!("{service:?}, {kind}"), url, get, post });
+    all.into()
+}
+
+impl Listener {
+    async fn status(&self, platform: &Platform, method: Method, headers: &[(&str, &str)]) -> (u16, String) {
+        let path = if method == Method::POST { self.post } else { self.get };
+        let mut request = platform.http.request(method, format!("{}{path}", self.url));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let answer = request.send().await.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        let status = answer.status().as_u16();
+        let problem = answer.json::<Value>().await.unwrap_or_default();
+        (status, problem["type"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Connections that have sent a part of a request, and wait.
+    async fn held_by(&self, part: &str) -> Vec<TcpStream> {
+        let address = self.url.strip_prefix("http://").expect("a listener's URL");
+        let one = || async {
+            let mut stream = TcpStream::connect(address).await?;
+            stream.write_all(part.as_bytes()).await?;
+            Ok::<_, std::io::Error>(stream)
+        };
+        let all = join_all((0..MANY).map(|_| one())).await;
+        all.into_iter().map(|stream| stream.expect("a connection is accepted")).collect()
+    }
+}
+
+#[test]
+fn no_listener_answers_a_page_of_another_site() {
+    beside_others(async |platform| {
+        for listener in listeners(platform) {
+            let own = listener.url.replace("127.0.0.1", "localhost");
+            for (method, headers, status, kind) in [
+                (Method::GET, &[("host", "evil.example")][..], 421, "/problems/misdirected"),
+                (Method::GET, &[("host", "127.0.0.1.evil.example:8080")], 421, "/problems/misdirected"),
+                (Method::GET, &[("host", "order-svc")], 421, "/problems/misdirected"),
+                (Method::GET, &[("origin", "http://evil.example")], 421, "/problems/foreign-origin"),
+                (Method::GET, &[("origin", "null")], 421, "/problems/foreign-origin"),
+                (Method::POST, &[("origin", "http://evil.example"), ("content-type", "application/json")], 421, ""),
+                (Method::POST, &[], 415, "/problems/content-type"),
+                (Method::POST, &[("content-type", "text/plain")], 415, "/problems/content-type"),
+                (Method::POST, &[("content-type", "application/x-www-form-urlencoded")], 415, "/problems/content-type"),
+                (Method::GET, &[("host", "localhost")], 200, ""),
+                (Method::GET, &[("host", own.trim_start_matches("http://")), ("origin", &own)], 200, ""),
+            ] {
+                let (is, said) = listener.status(platform, method, headers).await;
+                assert!(is == status && said.starts_with(kind), "{}: {headers:?}: {is} {said}", listener.name);
+            }
+        }
+    });
+}
+
+#[test]
+fn every_listener_serves_while_a_thousand_clients_send_half_a_request() {
+    beside_others(async |platform| {
+        for listener in listeners(platform) {
+            let head =
+                format!("POST {} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n", listener.post);
+            for part in [head.clone(), format!("{head}content-length: 100\r\n\r\n{{")] {
+                let held = listener.held_by(&part).await;
+                let began = Instant::now();
+                let (status, _) = listener.status(platform, Method::GET, &[]).await;
+                assert!(status == 200 && began.elapsed() < SOON, "{}: {status} {:?}", listener.name, began.elapsed());
+                drop(held);
+            }
+        }
+    });
+}
+
+#[test]
+fn a_thousand_requests_that_wait_for_an_order_keep_nobody_else_waiting() {
+    unaudited(async |platform| {
+        let body = Wish::of(&platform.item("waited-for", 100, 2_000).await, 1).body();
+        // Nothing is paid, so no order comes to its end.
+        platform.stack.service(Payments).process.kill();
+        let client = reqwest::Client::builder().timeout(PATIENCE).build().expect("a client");
+        let url = format!("{}/v1/orders", platform.stack.url(Orders));
+        let place = |wait: &'static str| {
+            let request =
+                client.post(&url).header("idempotency-key", Uuid::new_v4().to_string()).header("prefer", wait);
+            request.json(&body).send()
+        };
+        let waiting = tokio::spawn(join_all((0..MANY).map(|_| place("wait=20"))));
+        // Those beyond the cap are answered at once, so some are answered while others wait.
+        let read = || async {
+            let began = Instant::now();
+            let answer = client.get(&url).send().await.ok()?;
+            let placed = answer.json::<Value>().await.ok()?["items"].as_array()?.len();
+            (placed > 0 && began.elapsed() < SOON).then_some(())
+        };
+        eventually(PATIENCE, read).await;
+        let mut applied = 0;
+        for answer in waiting.await.expect("no panic") {
+            let answer = answer.expect("an answer");
+            assert_eq!(answer.status(), StatusCode::ACCEPTED);
+            applied += usize::from(answer.headers().contains_key("preference-applied"));
+        }
+        assert!((1..MANY).contains(&applied), "{applied} waited");
+    });
+}

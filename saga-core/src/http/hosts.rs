@@ -1,0 +1,265 @@
+//! Requests that a page of another site makes in a person's browser are refused before a handler sees them.
+//!
+//! A listener without a token trusts its network, and a browser carries a stranger's page into that network. Three checks keep
+//! such a page out:
+//!
+//! | what the page tries | what refuses it | answer |
+//! |---|---|---|
+//! | its own name resolves to this address (DNS rebinding) | `Host` is a name that this listener is reached by | 421 |
+//! | it sends a request from its own origin | `Origin`, when there is one, is the request's own host, or listed | 421 |
+//! | it posts a form, or anything else that needs no preflight | a POST has a header or a type that a form cannot send | 415 |
+//!
+//! An IP address and `localhost` are always good names: no other site has them. Off loopback, so is a name without a dot
+//! (`order-svc`): public names have one. Every other name is listed in `HTTP_HOSTS`, for the admin listener in `ADMIN_HOSTS`.
+//! No CORS header is ever sent, so a page of a listed origin can send requests, and the browser shows it no answer.
+//!
+//! The checks follow the OWASP sheets on cross-site request forgery ("custom request headers", "verifying origin") and the Fetch
+//! standard's list of types that need no preflight.
+
+use super::problem::Problem;
+use axum::{
+    extract::{Request, State},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use http::{HeaderMap, Method, StatusCode, Version, header, uri::Authority};
+use std::{net::IpAddr, sync::Arc};
+
+/// The names that a listener is reached by, beside those that are always good.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Hosts {
+    any: bool,
+    names: Arc<[String]>,
+}
+
+impl Hosts {
+    /// From a list with commas; `*` stands for every name. The error is the entry that is no name.
+    pub fn parse(list: &str) -> Result<Self, String> {
+        let entries: Vec<_> = list.split(',').map(|name| name.trim().to_ascii_lowercase()).collect();
+        let is_name = |name: &String| {
+            name == "*" || (!name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)))
+        };
+        match entries.iter().find(|name| !is_name(name)) {
+            Some(wrong) => Err(wrong.clone()),
+            None => Ok(Self { any: entries.iter().any(|name| name == "*"), names: entries.into() }),
+        }
+    }
+
+    fn lists(&self, name: &str) -> bool {
+        self.any || self.names.iter().any(|listed| listed == name)
+    }
+}
+
+/// What a listener takes for its own.
+#[derive(Debug, Clone)]
+pub(super) struct Listener {
+    pub hosts: Hosts,
+    /// Whether only this machine reaches it.
+    pub loopback: bool,
+}
+
+impl Listener {
+    fn is_reached_as(&self, name: &str) -> bool {
+        let own = is_address(name) || name == "localhost" || name.ends_with(".localhost");
+        own || (!self.loopback && !name.contains('.')) || self.hosts.lists(name)
+    }
+
+    /// Why a request is refused.
+    fn refuses(&self, request: &Request) -> Option<Problem> {
+        let host = match host(request) {
+            Ok(host) => host,
+            Err(problem) => return Some(problem),
+        };
+        if let Some((name, _)) = &host
+            && !self.is_reached_as(name)
+        {
+            return Some(refused("host", foreign_host(name)));
+        }
+        for origin in request.headers().get_all(header::ORIGIN) {
+            let origin = origin.to_str().ok().and_then(origin_of);
+            let own = origin.as_ref().is_some_and(|origin| Some(origin) == host.as_ref());
+            if !own && !origin.is_some_and(|(name, _)| self.hosts.lists(&name)) {
+                return Some(refused("origin", foreign_origin()));
+            }
+        }
+        let form = *request.method() == Method::POST && is_what_a_form_sends(request.headers());
+        form.then(|| refused("form", like_a_form()))
+    }
+}
+
+pub(super) async fn own_requests(State(listener): State<Listener>, request: Request, next: Next) -> Response {
+    match listener.refuses(&request) {
+        Some(problem) => problem.into_response(),
+        None => next.run(request).await,
+    }
+}
+
+/// Counts a request that was turned away at the door.
+fn refused(reason: &'static str, problem: Problem) -> Problem {
+    super::admission::count_refused(reason);
+    problem
+}
+
+/// A host's name, and its port unless it is the scheme's own.
+type Named = (String, Option<u16>);
+
+/// The host that a request names; `None` for an HTTP/1.0 client that names none, which no browser is.
+fn host(request: &Request) -> Result<Option<Named>, Problem> {
+    let mut hosts = request.headers().get_all(header::HOST).iter();
+    let (first, second) = (hosts.next(), hosts.next());
+    let said = match (request.uri().authority(), first) {
+        // RFC 9112, section 3.2.2: a request's target in absolute form counts more than its Host.
+        (Some(authority), _) => Some(authority.as_str()),
+        (None, Some(host)) => Some(host.to_str().unwrap_or_default()),
+        (None, None) if request.version() < Version::HTTP_11 => None,
+        (None, None) => return Err(Problem::malformed("The request has no Host header.")),
+    };
+    if second.is_some() {
+        return Err(Problem::malformed("The request has more than one Host header."));
+    }
+    said.map(|said| named(said).ok_or_else(|| Problem::malformed("The request's Host is no host."))).transpose()
+}
+
+fn named(host: &str) -> Option<Named> {
+    let authority: Authority = host.parse().ok()?;
+    let name = authority.host().trim_end_matches('.').to_ascii_lowercase();
+    let port = authority.port_u16().filter(|port| !matches!(port, 80 | 443));
+    (!name.is_empty() && !host.contains('@')).then_some((name, port))
+}
+
+fn origin_of(origin: &str) -> Option<Named> {
+    named(origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"))?)
+}
+
+fn is_address(name: &str) -> bool {
+    let bare = name.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(name);
+    bare.parse::<IpAddr>().is_ok()
+}
+
+/// A page can have a browser send these to anywhere, without asking first.
+const FORM_TYPES: [&str; 3] = ["application/x-www-form-urlencoded", "multipart/form-data", "text/plain"];
+/// Before it sends one of these to another site, a browser asks that site.
+const NO_FORM_SENDS: [&str; 4] = ["idempotency-key", "if-match", "authorization", "x-requested-with"];
+
+fn is_what_a_form_sends(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).map(|value| value.to_str().unwrap_or_default());
+    let kind = kind.map(|kind| kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase());
+    let simple = kind.is_none_or(|kind| kind.is_empty() || FORM_TYPES.contains(&kind.as_str()));
+    simple && !NO_FORM_SENDS.iter().any(|name| headers.contains_key(*name))
+}
+
+fn foreign_host(name: &str) -> Problem {
+    let name: String = name.chars().take(100).collect();
+    Problem::new(StatusCode::MISDIRECTED_REQUEST, "misdirected", "This listener is not known under that name").detail(format!(
+        "The request's Host is {name:?}. Use an IP address or localhost, or list the name in HTTP_HOSTS (the admin listener's: ADMIN_HOSTS)."
+    ))
+}
+
+fn foreign_origin() -> Problem {
+    Problem::new(StatusCode::MISDIRECTED_REQUEST, "foreign-origin", "A page of another site sent this").detail(
+        "The request's Origin is not its Host. List the page's host in HTTP_HOSTS (the admin listener's: ADMIN_HOSTS) if it may.",
+    )
+}
+
+fn like_a_form() -> Problem {
+    Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "content-type", "A form of any page could have sent this").detail(
+        "Send `content-type: application/json`, or one of the headers Idempotency-Key, If-Match, Authorization, X-Requested-With.",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::body::Body;
+
+    fn listener(loopback: bool, hosts: &str) -> Listener {
+        Listener { hosts: Hosts::parse(hosts).unwrap_or_default(), loopback }
+    }
+
+    fn answer(listener: &Listener, method: &str, headers: &[(&str, &str)]) -> u16 {
+        let mut request = Request::builder().method(method).uri("/v1/things");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        listener.refuses(&request.body(Body::empty()).unwrap()).map_or(200, |problem| problem.status().as_u16())
+    }
+
+    #[test]
+    fn a_name_that_another_site_could_have_is_not_this_listeners_unless_listed() {
+        let (near, far, listed) =
+            (listener(true, ""), listener(false, ""), listener(true, "api.example, Shop.Example"));
+        for (host, on_loopback, off_loopback, when_listed) in [
+            ("127.0.0.1:8080", 200, 200, 200),
+            ("[::1]:8080", 200, 200, 200),
+            ("10.1.2.3", 200, 200, 200),
+            ("LOCALHOST:8080", 200, 200, 200),
+            ("localhost.", 200, 200, 200),
+            ("orders.localhost", 200, 200, 200),
+            ("order-svc:8080", 421, 200, 421),
+            ("evil.example", 421, 421, 421),
+            ("127.0.0.1.evil.example", 421, 421, 421),
+            ("localhost.evil.example", 421, 421, 421),
+            ("api.example:8443", 421, 421, 200),
+            ("shop.example", 421, 421, 200),
+            ("user@localhost", 400, 400, 400),
+            ("a b", 400, 400, 400),
+            ("", 400, 400, 400),
+        ] {
+            let get = |listener| answer(listener, "GET", &[("host", host)]);
+            assert_eq!((get(&near), get(&far), get(&listed)), (on_loopback, off_loopback, when_listed), "{host:?}");
+        }
+        assert_eq!(answer(&near, "GET", &[]), 400, "HTTP/1.1 names its host");
+        assert_eq!(answer(&near, "GET", &[("host", "localhost"), ("host", "localhost")]), 400);
+        assert_eq!(answer(&listener(true, "*"), "GET", &[("host", "evil.example")]), 200);
+    }
+
+    #[test]
+    fn a_request_of_another_origin_is_refused_and_one_of_its_own_is_not() {
+        let listener = listener(true, "shop.example");
+        for (origin, status) in [
+            ("http://localhost:8080", 200),
+            ("http://LOCALHOST:8080", 200),
+            ("https://shop.example", 200),
+            ("http://localhost:3000", 421),
+            ("http://localhost", 421),
+            ("http://evil.example", 421),
+            ("http://evil.example/shop.example", 421),
+            ("null", 421),
+            ("", 421),
+            ("file://", 421),
+        ] {
+            let headers = [("host", "localhost:8080"), ("origin", origin)];
+            assert_eq!(answer(&listener, "GET", &headers), status, "{origin:?}");
+        }
+        assert_eq!(answer(&listener, "GET", &[("host", "localhost"), ("origin", "http://localhost:80")]), 200);
+    }
+
+    #[test]
+    fn a_post_that_a_form_could_send_is_refused() {
+        let listener = listener(true, "");
+        for (header, status) in [
+            (None, 415),
+            (Some(("content-type", "application/x-www-form-urlencoded")), 415),
+            (Some(("content-type", "Text/Plain; charset=utf-8")), 415),
+            (Some(("content-type", "multipart/form-data; boundary=x")), 415),
+            (Some(("content-type", "")), 415),
+            (Some(("content-type", "application/json")), 200),
+            (Some(("idempotency-key", "k-1")), 200),
+            (Some(("if-match", "*")), 200),
+            (Some(("authorization", "Bearer x")), 200),
+            (Some(("x-requested-with", "curl")), 200),
+        ] {
+            let headers: Vec<_> = [("host", "localhost")].into_iter().chain(header).collect();
+            assert_eq!(answer(&listener, "POST", &headers), status, "{header:?}");
+            assert_eq!(answer(&listener, "GET", &headers), 200, "{header:?}");
+        }
+    }
+
+    #[test]
+    fn a_list_of_hosts_has_only_names_in_it() {
+        for wrong in ["", "a,,b", "http://a.example", "a.example:80", "a b", "*.example"] {
+            assert!(Hosts::parse(wrong).is_err(), "{wrong:?}");
+        }
+        assert!(Hosts::parse("a.example, *").unwrap().lists("whatever.example"));
+    }
+}
