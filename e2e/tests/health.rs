@@ -65,8 +65,11 @@ const fn stays_ready(service: Service, red: &'static [(&'static str, &'static [&
     Says { service, not_ready: None, red }
 }
 
-/// What is broken, whether work has to be there for it to be seen, and what each process concerned says.
-const TABLE: &[(Broken, &[Says])] = &[
+/// What is broken, and what each process concerned says.
+type Table = [(Broken, &'static [Says])];
+
+/// Servers that die or stand still.
+const SERVERS: &Table = &[
     (
         Broken::Postgres,
         &[
@@ -88,6 +91,21 @@ const TABLE: &[(Broken, &[Says])] = &[
             Says { service: Relay, not_ready: Some(("databases", AWAY)), red: &[("outbox:orders", AWAY)] },
         ],
     ),
+    (
+        Broken::Kafka,
+        &[
+            stays_ready(Orders, &[("kafka", NO_KAFKA), ("replies", NO_KAFKA), ("catalogue", NO_KAFKA)]),
+            stays_ready(Payments, &[("commands", NO_KAFKA)]),
+            stays_ready(Inventory, &[("commands", NO_KAFKA)]),
+            stays_ready(Gateway, &[]),
+            stays_ready(Relay, &[("outbox:orders", NO_KAFKA)]),
+        ],
+    ),
+    (Broken::KafkaHangs, &[stays_ready(Orders, &[("kafka", NO_KAFKA)]), stays_ready(Relay, &[])]),
+];
+
+/// A database that answers, and lacks something.
+const DATABASES: &Table = &[
     (
         Broken::Table("orders", "catalogue"),
         &[
@@ -124,17 +142,11 @@ const TABLE: &[(Broken, &[Says])] = &[
     ),
     // Its callers only read.
     (Broken::ReadOnly("payments"), &[stays_ready(Payments, &[]), stays_ready(Orders, &[])]),
-    (
-        Broken::Kafka,
-        &[
-            stays_ready(Orders, &[("kafka", NO_KAFKA), ("replies", NO_KAFKA), ("catalogue", NO_KAFKA)]),
-            stays_ready(Payments, &[("commands", NO_KAFKA)]),
-            stays_ready(Inventory, &[("commands", NO_KAFKA)]),
-            stays_ready(Gateway, &[]),
-            stays_ready(Relay, &[("outbox:orders", NO_KAFKA)]),
-        ],
-    ),
-    (Broken::KafkaHangs, &[stays_ready(Orders, &[("kafka", NO_KAFKA)]), stays_ready(Relay, &[])]),
+    (Broken::Catalogue, &[stays_ready(Orders, &[("catalogue", &["empty"])])]),
+];
+
+/// Topics that are gone, and the provider.
+const TOPICS: &Table = &[
     (
         Broken::Topic("orders.replies"),
         &[
@@ -149,7 +161,6 @@ const TABLE: &[(Broken, &[Says])] = &[
             stays_ready(Relay, &[("outbox:orders", &["topic_missing"])]),
         ],
     ),
-    (Broken::Catalogue, &[stays_ready(Orders, &[("catalogue", &["empty"])])]),
     (Broken::Provider, &[stays_ready(Payments, &[("effects", &["stalled"])])]),
 ];
 
@@ -373,12 +384,12 @@ async fn an_order_goes_through(platform: &Platform, sku: &str, after: &str) {
     assert_eq!(ended.as_deref(), Ok("confirmed"), "after {after}");
 }
 
-#[test]
-fn each_broken_dependency_is_told_by_each_answer_to_whom_it_concerns() {
+/// Breaks one after the other, hears all answers, mends it, and places an order.
+fn each_is_told(table: &'static Table) {
     unaudited(async |platform| {
         let sku = platform.item("health", 100, 10_000).await;
         an_order_goes_through(platform, &sku, "the start").await;
-        for (broken, says) in TABLE {
+        for (broken, says) in table {
             eprintln!("{broken:?}");
             broken.breaks(platform, &sku).await;
             until_they_say(platform, *broken, says).await;
@@ -387,6 +398,21 @@ fn each_broken_dependency_is_told_by_each_answer_to_whom_it_concerns() {
             an_order_goes_through(platform, &sku, &format!("{broken:?}")).await;
         }
     });
+}
+
+#[test]
+fn servers_that_die_or_stand_still_are_told_by_each_answer_to_whom_it_concerns() {
+    each_is_told(SERVERS);
+}
+
+#[test]
+fn what_a_database_lacks_is_told_by_each_answer_to_whom_it_concerns() {
+    each_is_told(DATABASES);
+}
+
+#[test]
+fn topics_and_a_provider_that_fail_are_told_by_each_answer_to_whom_it_concerns() {
+    each_is_told(TOPICS);
 }
 
 #[test]
