@@ -93,7 +93,10 @@ pub(crate) fn name_of(uid: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{chown, lchown, symlink};
+    use std::{
+        io::Write,
+        os::unix::fs::{chown, lchown, symlink},
+    };
 
     /// A uid that nobody has.
     const ANOTHER: u32 = 12_345;
@@ -108,7 +111,9 @@ mod tests {
     fn is_root() -> bool {
         let root = Uid::effective().is_root();
         if !root {
-            eprintln!("NOT TESTED with what belongs to another user: only root can make that");
+            // Not by `eprintln`, which shows what a test says only when it fails.
+            writeln!(std::io::stderr(), "NOT TESTED with what belongs to another user: only root can make that")
+                .unwrap();
         }
         root
     }
