@@ -93,8 +93,7 @@ impl Java {
     /// Java and Kafka's jars, fetched on the first run. Benchmarks run Kafka's own tools with it too.
     pub async fn find(cache: &Cache, durability: Durability, progress: &Progress) -> Result<Self> {
         let program = maven::java()?;
-        let pom = Pom { name: "Kafka", text: POM, jars: JARS, properties: vec![] };
-        let jars = pom.resolve(cache, progress).await?;
+        let jars = pom().resolve(cache, progress).await?;
         let class_path = std::env::join_paths(jars).map_err(|e| Error::Other(e.to_string()))?;
         let options: &[&str] = match durability {
             // Starts faster and stays small; slower at full speed.
@@ -115,6 +114,11 @@ impl Java {
             .args(dir.is_dir().then(|| format!("-Djava.io.tmpdir={}", dir.display())))
             .args(["-cp".into(), self.class_path.clone(), class.into()])
     }
+}
+
+/// What is fetched of Kafka.
+pub fn pom() -> Pom {
+    Pom { name: "Kafka", text: POM, jars: JARS, properties: vec![] }
 }
 
 fn properties(data: &Path, [port, controller]: [u16; 2]) -> String {

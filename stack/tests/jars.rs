@@ -1,6 +1,6 @@
 //! A jar that is not as listed is not used, whether Maven has just fetched it or long ago; and how the list is made.
 
-use stack::cache::Cache;
+use stack::{cache::Cache, kafka::pom, progress::Progress};
 use std::{
     fs,
     os::unix::fs::{PermissionsExt, symlink},
@@ -72,20 +72,12 @@ fn what_maven_fetches_is_refused_unless_it_is_as_listed() {
     }
 }
 
-/// The class path that is kept for Kafka, fetched if need be.
+/// The class path that is kept for Kafka, fetched if need be, and what the cache calls it.
 fn kept() -> (String, Vec<PathBuf>) {
-    let mut stack = Command::new(env!("CARGO_BIN_EXE_stack"));
-    let stack = stack.args(["run", "--", "true"]).env("DATABASE_URL", "postgres://there").env_remove("KAFKA_BROKERS");
-    assert!(stack.status().unwrap().success());
-    let cache = Cache::open().unwrap().entry("");
-    let entries = fs::read_dir(cache).unwrap().flatten().map(|entry| entry.path());
-    let listed =
-        entries.filter(|entry| entry.join("classpath").exists() && entry.to_string_lossy().contains("/kafka-"));
-    let newest = listed.max_by_key(|entry| fs::metadata(entry.join("classpath")).unwrap().modified().unwrap());
-    let entry = newest.expect("it was just used");
-    let class_path = fs::read_to_string(entry.join("classpath")).unwrap();
-    let name = entry.file_name().unwrap().to_string_lossy().into_owned();
-    (name, std::env::split_paths(class_path.trim()).collect())
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (cache, pom) = (Cache::open().unwrap(), pom());
+    let jars = runtime.block_on(pom.resolve(&cache, &Progress::Silent)).unwrap();
+    (pom.entry(), jars)
 }
 
 #[test]
