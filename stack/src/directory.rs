@@ -112,7 +112,8 @@ mod tests {
         let root = Uid::effective().is_root();
         if !root {
             // Not by `eprintln`, which shows what a test says only when it fails.
-            writeln!(std::io::stderr(), "NOT TESTED with what belongs to another user: only root can make that")
+            std::io::stderr()
+                .write_all(b"NOT TESTED with what belongs to another user: only root can make that\n")
                 .unwrap();
         }
         root

@@ -77,7 +77,9 @@ fn is_root() -> bool {
     let root = Uid::effective().is_root();
     if !root {
         // Not by `eprintln`, which shows what a test says only when it fails.
-        writeln!(std::io::stderr(), "NOT TESTED with another user of the machine: only root can act as one").unwrap();
+        std::io::stderr()
+            .write_all(b"NOT TESTED with another user of the machine: only root can act as one\n")
+            .unwrap();
     }
     root
 }
