@@ -1,6 +1,6 @@
 # The few commands people type. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo up down reset logs status test test-pg15 edges soak upgrade check bench tools-build tools-servers tools-servers-unless-named tools-python binaries fmt clippy doc arch deny
+.PHONY: help demo up down reset logs status test test-pg15 edges soak upgrade check bench tools-build tools-servers tools-servers-unless-named tools-python jars binaries fmt clippy doc arch deny
 
 # Where cargo puts what it builds.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -86,6 +86,10 @@ tools-servers:
 
 tools-servers-unless-named:
 	@sh stack/tools.sh servers-unless-named
+
+# After a version in a pom of `stack` was changed.
+jars: tools-servers
+	sh stack/jars.sh
 
 # For schemathesis, which a test fetches into a place of its own.
 tools-python:

@@ -17,6 +17,9 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
+/// The databases of a process.
+const DATABASES: &str = "BENCH_DATABASES";
+
 /// A process of a run.
 #[derive(Debug, Clone, Args)]
 pub struct Role {
@@ -28,13 +31,14 @@ pub struct Role {
     pub part: Part,
 }
 
-/// What the process does until it is told to stop.
+/// What the process does until it is told to stop. URLs come through the environment: they hold a password, and everybody may read
+/// a process's arguments.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Part {
     /// Publishes outboxes, as `outbox-relay` does
     Relay {
         /// `name=url`
-        #[arg(long = "outbox")]
+        #[arg(long = "outbox", env = DATABASES, value_delimiter = ' ', hide_env_values = true)]
         outboxes: Vec<String>,
         /// Compression
         #[arg(long)]
@@ -49,7 +53,7 @@ pub enum Part {
         #[arg(long)]
         layout: Layout,
         /// URLs, in the order of the participants
-        #[arg(long = "database")]
+        #[arg(long = "database", env = DATABASES, value_delimiter = ' ', hide_env_values = true)]
         databases: Vec<String>,
     },
     /// Starts sagas and drives them
@@ -61,7 +65,7 @@ pub enum Part {
         #[arg(long)]
         layout: Layout,
         /// Its database
-        #[arg(long)]
+        #[arg(long, env = DATABASES, hide_env_values = true)]
         database: String,
         /// Sagas in flight
         #[arg(long)]
@@ -116,11 +120,9 @@ pub fn start_relay(
     compression: &str,
     threads: Threads,
 ) -> anyhow::Result<Process> {
-    let outboxes = databases
-        .iter()
-        .flat_map(|database| [String::from("--outbox"), format!("{0}={1}", database.name, database.url)]);
-    let args = ["relay".to_owned(), "--compression".to_owned(), compression.to_owned()].into_iter().chain(outboxes);
-    start(machine, "relay", threads, args)
+    let outboxes: Vec<_> = databases.iter().map(|database| format!("{}={}", database.name, database.url)).collect();
+    let args = ["relay", "--compression", compression].map(str::to_owned);
+    start(machine, "relay", threads, &outboxes.join(" "), args.into_iter())
 }
 
 /// Starts the participants, one on each database.
@@ -130,9 +132,9 @@ pub fn start_participants(
     layout: Layout,
     databases: &[&Database],
 ) -> anyhow::Result<Process> {
-    let databases = databases.iter().flat_map(|database| [String::from("--database"), database.url.clone()]);
+    let databases: Vec<_> = databases.iter().map(|database| database.url.as_str()).collect();
     let args = ["participants", "--run", run, "--layout", &name_of(layout)].map(str::to_owned);
-    start(machine, "participants", Threads::One, args.into_iter().chain(databases))
+    start(machine, "participants", Threads::One, &databases.join(" "), args.into_iter())
 }
 
 /// Starts the orchestrator.
@@ -144,10 +146,11 @@ pub fn start_orchestrator(
     in_flight: usize,
     out: &Path,
 ) -> anyhow::Result<Process> {
-    let args = ["orchestrator", "--run", run, "--layout", &name_of(layout), "--database", &database.url];
+    let args = ["orchestrator", "--run", run, "--layout", &name_of(layout)];
     let in_flight = ["--in-flight".to_owned(), in_flight.to_string()];
     let out = ["--out".to_owned(), out.display().to_string()];
-    start(machine, "orchestrator", Threads::One, args.map(str::to_owned).into_iter().chain(in_flight).chain(out))
+    let args = args.map(str::to_owned).into_iter().chain(in_flight).chain(out);
+    start(machine, "orchestrator", Threads::One, &database.url, args)
 }
 
 /// As the command line knows it.
@@ -159,11 +162,13 @@ fn start(
     machine: &Machine,
     name: &str,
     threads: Threads,
+    databases: &str,
     args: impl Iterator<Item = String>,
 ) -> anyhow::Result<Process> {
     let role = ["role".to_owned(), "--kafka".to_owned(), machine.brokers().to_owned()];
     let log = machine.logs().join(format!("bench-{name}.log"));
-    let spec = Spec::new(name, std::env::current_exe()?, log).args(role.into_iter().chain(args));
+    let spec =
+        Spec::new(name, std::env::current_exe()?, log).args(role.into_iter().chain(args)).env(DATABASES, databases);
     let said = std::env::var_os(WORKER_THREADS).is_some();
     Ok(Process::start(if threads == Threads::All || said { spec } else { spec.env(WORKER_THREADS, "1") })?)
 }

@@ -19,7 +19,7 @@ use rdkafka::{
 };
 use saga_core::testkit::eventually;
 use serde_json::Value;
-use sqlx::{AssertSqlSafe, Connection, PgConnection};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection, PgConnection, postgres::PgConnectOptions};
 use stack::service::Service::{self, Gateway, Inventory, Orders, Payments, Relay};
 use std::{process::Command, time::Duration};
 
@@ -291,13 +291,14 @@ async fn with_a_role_of_its_own(platform: &Platform) {
     sql(
         platform,
         "orders",
-        "drop role if exists shop; create role shop login;
+        "drop role if exists shop; create role shop login password 'shop';
          grant usage, create on schema public to shop;
          grant all on all tables in schema public to shop;
          grant all on all sequences in schema public to shop",
     )
     .await;
-    let url = platform.stack.database_url("orders").replace("postgres@", "shop@");
+    let options: PgConnectOptions = platform.stack.database_url("orders").parse().expect("the stack's own URL");
+    let url = options.username("shop").password("shop").to_url_lossy().to_string();
     let process = &platform.stack.service(Orders).process;
     process.stop().await;
     process.start_again_with(&[("DATABASE_URL", &url)]).expect("the program is there");

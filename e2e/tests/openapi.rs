@@ -9,12 +9,13 @@ use serde_json::Value;
 use stack::service::Service;
 use std::{
     collections::BTreeSet,
+    fs,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
 
-/// Pinned: another version may judge differently.
-const SCHEMATHESIS: &str = "schemathesis==4.32.5";
+/// Pinned, because another version may judge differently; with hashes, because what is fetched runs here.
+const SCHEMATHESIS: &str = include_str!("../schemathesis.txt");
 /// What each operation is sent, of each kind.
 const EXAMPLES: usize = 25;
 
@@ -149,13 +150,17 @@ fn schemathesis() -> Result<PathBuf, String> {
         }
     });
     let (program, pip) = (place.join("bin/st"), place.join("bin/pip"));
-    let version = SCHEMATHESIS.rsplit('=').next().unwrap_or_default();
-    let is_there =
-        run(&program, &["--version"]).is_ok_and(|said| String::from_utf8_lossy(&said.stdout).contains(version));
-    if !is_there {
-        run(Path::new("python3"), &["-m", "venv", &place.to_string_lossy()])?;
-        run(&pip, &["install", "--quiet", "--disable-pip-version-check", SCHEMATHESIS])?;
+    // Written last: what an installation that was interrupted left, or another list, is made anew.
+    let installed = place.join("installed.txt");
+    let is_there = fs::read_to_string(&installed).is_ok_and(|list| list == SCHEMATHESIS);
+    if is_there && run(&program, &["--version"]).is_ok() {
+        return Ok(program);
     }
+    run(Path::new("python3"), &["-m", "venv", "--clear", &place.to_string_lossy()])?;
+    let list = concat!(env!("CARGO_MANIFEST_DIR"), "/schemathesis.txt");
+    let checked = ["--require-hashes", "--only-binary", ":all:", "--requirement", list];
+    run(&pip, &[&["install", "--quiet", "--disable-pip-version-check"][..], &checked].concat())?;
+    fs::write(&installed, SCHEMATHESIS).map_err(|error| format!("{}: {error}", installed.display()))?;
     Ok(program)
 }
 

@@ -5,11 +5,11 @@
 //!
 //! A cache entry is made aside and then renamed, under a lock: when we die half way, the next run makes it again.
 
-use crate::{Error, Result, progress::Progress};
+use crate::{Error, Result, directory, progress::Progress};
 use nix::unistd::{Uid, User};
 use std::{
     fs::{self, File, TryLockError},
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -73,7 +73,7 @@ impl Cache {
 
     /// A cache in this directory.
     pub fn at(root: PathBuf) -> Result<Self> {
-        make_open_directory(&root)?;
+        directory::make(&root)?;
         Ok(Self { root })
     }
 
@@ -97,7 +97,7 @@ impl Cache {
         }
         let aside = self.root.join(format!("{name}.part"));
         let _ = fs::remove_dir_all(&aside);
-        make_open_directory(&aside)?;
+        directory::make(&aside)?;
         make(aside.clone()).await?;
         fs::rename(&aside, &entry).map_err(Error::io(format!("move {} into place", aside.display())))?;
         Ok(entry)
@@ -111,7 +111,7 @@ impl Cache {
     /// A new directory for the logs of one run. The oldest of them go: this is a cache.
     pub fn log_directory(&self) -> Result<PathBuf> {
         let logs = self.root.join("logs");
-        make_open_directory(&logs)?;
+        directory::make(&logs)?;
         // Version 7 names sort by age.
         let mut runs: Vec<PathBuf> = fs::read_dir(&logs).into_iter().flatten().flatten().map(|e| e.path()).collect();
         runs.sort_unstable();
@@ -119,7 +119,7 @@ impl Cache {
             let _ = fs::remove_dir_all(old);
         }
         let run = logs.join(uuid::Uuid::now_v7().to_string());
-        make_open_directory(&run)?;
+        directory::make(&run)?;
         Ok(run)
     }
 
@@ -134,17 +134,4 @@ impl Cache {
         let locked = tokio::task::spawn_blocking(move || file.lock().map(|()| file)).await;
         locked.map_err(|e| Error::Other(e.to_string()))?.map_err(Error::io(format!("lock {}", path.display())))
     }
-}
-
-/// Makes a directory that others may read, whatever our umask is.
-pub fn make_open_directory(path: &Path) -> Result<()> {
-    let missing: Vec<&Path> = path.ancestors().take_while(|p| !p.exists()).collect();
-    for directory in missing.into_iter().rev() {
-        let doing = || format!("make the directory {}", directory.display());
-        match fs::create_dir(directory) {
-            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(Error::io(doing())(e)),
-            _ => fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).map_err(Error::io(doing()))?,
-        }
-    }
-    Ok(())
 }

@@ -24,6 +24,28 @@ pub enum Error {
         /// Why not.
         source: std::io::Error,
     },
+    /// A directory is not ours alone.
+    #[error(
+        "the directory {} cannot be used: {why}.\n  Either {cure}, or name another: STACK_CACHE is the cache's, STACK_DIR what `make up` keeps.", .directory.display()
+    )]
+    NotOurs {
+        /// Which.
+        directory: PathBuf,
+        /// Whose it is as well.
+        why: String,
+        /// What to type.
+        cure: String,
+    },
+    /// A jar is not the one that is listed.
+    #[error("{jar} is not used: {why}.\n  {cure}")]
+    Jar {
+        /// Which.
+        jar: String,
+        /// What is wrong with it.
+        why: String,
+        /// What to do.
+        cure: String,
+    },
     /// A process ended that should not have.
     #[error("{name} ended while it was starting ({status}).\n{}", LogTail(.log))]
     Exited {

@@ -2,7 +2,9 @@
 
 use crate::{
     Error, Result,
-    cache::{self, Cache},
+    cache::Cache,
+    directory,
+    jars::JarList,
     maven::{self, Pom},
     postgres::Durability,
     process::{Process, Spec},
@@ -22,6 +24,8 @@ use std::{
 
 /// The pom that names it; its version is there.
 const POM: &str = include_str!("../kafka/pom.xml");
+/// Its jars.
+const JARS: JarList = JarList { path: "stack/kafka/jars.sha256", text: include_str!("../kafka/jars.sha256") };
 /// Without a logging configuration it logs nothing.
 const LOG4J: &str = include_str!("../kafka/log4j2.properties");
 /// It answers after 2.4 s on two idle cores; a busy machine takes several times that.
@@ -47,7 +51,7 @@ impl Kafka {
         progress: &Progress,
     ) -> Result<Self> {
         let java = Java::find(cache, durability, progress).await?;
-        cache::make_open_directory(data)?;
+        directory::make(data)?;
         let config = data.join("server.properties");
         fs::write(&config, properties(data, ports)).map_err(Error::io(format!("write {}", config.display())))?;
         fs::write(data.join("log4j2.properties"), LOG4J).map_err(Error::io("write Kafka's logging configuration"))?;
@@ -89,7 +93,7 @@ impl Java {
     /// Java and Kafka's jars, fetched on the first run. Benchmarks run Kafka's own tools with it too.
     pub async fn find(cache: &Cache, durability: Durability, progress: &Progress) -> Result<Self> {
         let program = maven::java()?;
-        let jars = Pom { name: "Kafka", text: POM, properties: vec![] }.resolve(cache, progress).await?;
+        let jars = pom().resolve(cache, progress).await?;
         let class_path = std::env::join_paths(jars).map_err(|e| Error::Other(e.to_string()))?;
         let options: &[&str] = match durability {
             // Starts faster and stays small; slower at full speed.
@@ -110,6 +114,11 @@ impl Java {
             .args(dir.is_dir().then(|| format!("-Djava.io.tmpdir={}", dir.display())))
             .args(["-cp".into(), self.class_path.clone(), class.into()])
     }
+}
+
+/// What is fetched of Kafka.
+pub fn pom() -> Pom {
+    Pom { name: "Kafka", text: POM, jars: JARS, properties: vec![] }
 }
 
 fn properties(data: &Path, [port, controller]: [u16; 2]) -> String {

@@ -6,11 +6,14 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`cache`] | where the servers' files are kept between runs, and who may read them |
+//! | [`directory`] | directories in places that others use too |
 //! | [`maven`] | a pom to the files it names; finds Java and Maven, or says what to install |
+//! | [`jars`] | the SHA-256 of each jar |
 //! | [`guard`] | ends what we started when we die |
 //! | [`process`] | one server process: started, healthy, paused, killed, stopped |
 //! | [`ports`] | ports that nobody uses |
 //! | [`postgres`], [`kafka`] | the two servers |
+//! | `cluster`, [`password`] | PostgreSQL's data directory and its password |
 //! | [`servers`] | the two together, or those that `DATABASE_URL` and `KAFKA_BROKERS` name |
 //! | [`run`] | a command with servers |
 //! | [`service`] | the platform's processes: names, ports, databases |
@@ -19,10 +22,14 @@
 //! | [`progress`] | what a person sees meanwhile |
 
 pub mod cache;
+mod cluster;
+pub mod directory;
 pub mod error;
 pub mod guard;
+pub mod jars;
 pub mod kafka;
 pub mod maven;
+pub mod password;
 pub mod platform;
 pub mod ports;
 pub mod postgres;

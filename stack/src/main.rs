@@ -35,7 +35,8 @@ enum Verb {
     Demo,
     /// Starts the platform and stays until Ctrl-C or `stack down`; its data is kept.
     ///
-    /// The services take their own ports where these are free, PostgreSQL 5432 and Kafka 9092, others where not.
+    /// The services take their own ports where these are free, PostgreSQL 5432 and Kafka 9092, others where not. PostgreSQL
+    /// asks for a password, which is kept in a file beside its data; Kafka asks for none.
     Up {
         #[command(flatten)]
         state: StateArgs,

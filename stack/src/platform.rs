@@ -5,6 +5,7 @@
 
 use crate::{
     Error, Result,
+    postgres::without_password,
     process::{Process, Spec},
     progress::Progress,
     servers::{Servers, ServersConfig},
@@ -180,7 +181,7 @@ impl Stack {
             binary(service.program().0)?;
         }
         let servers = Servers::start(config.servers.clone(), progress).await?;
-        progress.done(format!("PostgreSQL     {}", servers.database_url));
+        progress.done(format!("PostgreSQL     {}", without_password(&servers.database_url)));
         progress.done(format!("Kafka          {}", servers.kafka_brokers));
         let address = if config.preferred_ports { Address::preferred } else { Address::free };
         let addresses = Service::ALL.into_iter().map(|s| Ok((s, address(s)?))).collect::<Result<_>>()?;

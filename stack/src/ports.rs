@@ -3,10 +3,7 @@
 //! A port that looks free may be another stack's that is just starting: it would answer for ours, and ours would be
 //! taken for healthy. So a port is claimed by a lock in the cache, which the kernel releases when we end, however we do.
 
-use crate::{
-    Error, Result,
-    cache::{self, Cache},
-};
+use crate::{Error, Result, cache::Cache, directory};
 use std::{
     fs::File,
     net::{Ipv4Addr, TcpListener},
@@ -45,7 +42,7 @@ pub fn free_or(wanted: u16) -> Result<u16> {
 
 fn claims() -> Result<std::path::PathBuf> {
     let claims = Cache::open()?.entry("ports");
-    cache::make_open_directory(&claims)?;
+    directory::make(&claims)?;
     Ok(claims)
 }
 

@@ -1,18 +1,20 @@
-//! PostgreSQL: its programs out of the jar, a data directory, a running server.
+//! PostgreSQL: its programs out of the jar, a running server, and how to connect to it.
 
 use crate::{
     Error, Result,
     cache::{self, Cache},
+    cluster,
+    jars::JarList,
     maven::Pom,
+    password::Password,
     process::{Process, Spec},
     progress::Progress,
 };
-use nix::{sys::signal::Signal, unistd};
+use nix::sys::signal::Signal;
 use sqlx::{Connection, PgConnection};
 use std::{
-    fs::{self, File},
+    fs::File,
     io::Read,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -21,6 +23,8 @@ use std::{
 pub const VERSION: &str = "18.1";
 /// The pom that names it.
 const POM: &str = include_str!("../postgres/pom.xml");
+/// Its jars, one for each platform.
+const JARS: JarList = JarList { path: "stack/postgres/jars.sha256", text: include_str!("../postgres/jars.sha256") };
 /// A server that recovers from a crash takes a while; a fresh one answers in 0.3 s.
 const START_BOUND: Duration = Duration::from_secs(60);
 
@@ -45,6 +49,8 @@ pub struct Postgres {
     pub port: u16,
     /// Where its Unix socket is, if the path is short enough for one.
     sockets: Option<String>,
+    password: Password,
+    data: PathBuf,
 }
 
 impl Postgres {
@@ -59,9 +65,8 @@ impl Postgres {
     ) -> Result<Self> {
         let home = programs(cache, progress).await?;
         let user = cache::server_user()?;
-        if !data.join("PG_VERSION").exists() {
-            initdb(&home, data, log, user.as_ref()).await?;
-        }
+        let programs = cluster::Programs { home: &home, user: user.as_ref(), log };
+        let password = cluster::prepare(programs, data, durability).await?;
         let mut spec = Spec::new("PostgreSQL", home.join("bin/postgres"), log);
         spec = spec.args(["-D".as_ref(), data.as_os_str()]).args(["-p".to_owned(), port.to_string()]);
         spec = spec.args(settings(durability).into_iter().flat_map(|setting| ["-c".to_owned(), setting.to_owned()]));
@@ -72,9 +77,9 @@ impl Postgres {
         spec.stop = Signal::SIGINT;
         spec.orphan = if durability == Durability::Off { Signal::SIGQUIT } else { Signal::SIGINT };
         let process = Process::start(spec)?;
-        let url = url(port, "postgres");
-        process.healthy(START_BOUND, || answers(&url)).await?;
-        Ok(Self { process, port, sockets: sockets.map(str::to_owned) })
+        let postgres = Self { process, port, sockets: sockets.map(str::to_owned), password, data: data.to_owned() };
+        postgres.healthy().await?;
+        Ok(postgres)
     }
 
     /// Starts it again on its data and port after it was killed, and waits until it answers.
@@ -82,8 +87,7 @@ impl Postgres {
         let start = Instant::now();
         loop {
             self.process.start_again()?;
-            let url = self.url("postgres");
-            match self.process.healthy(START_BOUND, || answers(&url)).await {
+            match self.healthy().await {
                 // The old one's backends need a moment to see that their parent is gone; until then it refuses to start.
                 Err(Error::Exited { .. }) if start.elapsed() < START_BOUND => {}
                 other => return other,
@@ -91,21 +95,48 @@ impl Postgres {
         }
     }
 
-    /// How to connect to one of its databases.
+    async fn healthy(&self) -> Result<()> {
+        let url = self.url("postgres");
+        let lets_us_in = || async { answers(&url).await.map_err(|why| self.with_cure(why)) };
+        self.process.healthy(START_BOUND, lets_us_in).await
+    }
+
+    /// Another password may have been set by hand.
+    fn with_cure(&self, why: String) -> String {
+        let file = self.password_file();
+        match why.contains("password authentication failed") {
+            true => format!("{why}; remove {}, and the next start sets another password", file.display()),
+            false => why,
+        }
+    }
+
+    /// How to connect to one of its databases, with the password.
     pub fn url(&self, database: &str) -> String {
-        url(self.port, database)
+        format!("postgres://postgres:{}@127.0.0.1:{}/{database}", self.password.reveal(), self.port)
+    }
+
+    /// Where its password is kept.
+    pub fn password_file(&self) -> PathBuf {
+        Password::file_of(&self.data)
     }
 
     /// Likewise over its Unix socket, which spares each statement the way through the network's layers.
     pub fn socket_url(&self, database: &str) -> Option<String> {
         let sockets = self.sockets.as_ref()?;
-        Some(format!("postgres://postgres@localhost:{}/{database}?host={sockets}", self.port))
+        let password = self.password.reveal();
+        Some(format!("postgres://postgres:{password}@localhost:{}/{database}?host={sockets}", self.port))
     }
 }
 
-/// How to connect to a database of the server on `port`.
-pub fn url(port: u16, database: &str) -> String {
-    format!("postgres://postgres@127.0.0.1:{port}/{database}")
+/// A URL for people to read: without what is nobody's business.
+pub fn without_password(url: &str) -> String {
+    let parsed = reqwest::Url::parse(url).ok().filter(|url| !url.cannot_be_a_base());
+    let Some(mut url) = parsed else { return "(a URL that cannot be read)".into() };
+    // Only a URL without a host refuses, and that has no password.
+    let _ = url.set_password(None);
+    // A parameter may be one as well.
+    url.set_query(None);
+    url.into()
 }
 
 /// Sockets go into the data directory, which nobody else gets into; if its path fits, and means itself in a list and in a
@@ -116,7 +147,7 @@ fn socket_directory(data: &Path) -> Option<&str> {
     (path.len() <= SOCKET_DIRECTORY_MAX && path.chars().all(plain)).then_some(path)
 }
 
-fn settings(durability: Durability) -> Vec<&'static str> {
+pub(crate) fn settings(durability: Durability) -> Vec<&'static str> {
     let mut settings = vec![
         "listen_addresses=127.0.0.1",
         // Many test databases with a pool each share one server.
@@ -133,22 +164,6 @@ fn settings(durability: Durability) -> Vec<&'static str> {
     settings
 }
 
-async fn initdb(home: &Path, data: &Path, log: &Path, user: Option<&unistd::User>) -> Result<()> {
-    let doing = || format!("prepare the data directory {}", data.display());
-    // An initdb that was interrupted leaves a directory that the next one would refuse.
-    let _ = fs::remove_dir_all(data);
-    fs::create_dir_all(data).map_err(Error::io(doing()))?;
-    fs::set_permissions(data, fs::Permissions::from_mode(0o700)).map_err(Error::io(doing()))?;
-    if let Some(user) = user {
-        unistd::chown(data, Some(user.uid), Some(user.gid)).map_err(|e| Error::io(doing())(e.into()))?;
-    }
-    let mut spec = Spec::new("initdb", home.join("bin/initdb"), log);
-    spec = spec.args(["-D".as_ref(), data.as_os_str()]);
-    spec = spec.args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions"]);
-    spec.user = user.cloned();
-    spec.run().await
-}
-
 /// Whether the server lets us in.
 pub async fn answers(url: &str) -> Result<(), String> {
     let connection = tokio::time::timeout(Duration::from_secs(5), PgConnection::connect(url)).await;
@@ -162,7 +177,10 @@ async fn programs(cache: &Cache, progress: &Progress) -> Result<PathBuf> {
     if let Some(home) = std::env::var_os("STACK_POSTGRES").filter(|home| !home.is_empty()) {
         return Ok(home.into());
     }
-    let pom = Pom { name: "PostgreSQL", text: POM, properties: vec![("postgres.platform", platform()?)] };
+    let musl = if Path::new("/etc/alpine-release").exists() { Musl::Yes } else { Musl::No };
+    let platform = platform(std::env::consts::OS, std::env::consts::ARCH, musl)?;
+    let properties = vec![("postgres.platform", platform.to_owned())];
+    let pom = Pom { name: "PostgreSQL", text: POM, jars: JARS, properties };
     let entry = pom.entry();
     let make = |dir: PathBuf| async move {
         let jars = pom.fetch(&dir, progress).await?;
@@ -173,20 +191,29 @@ async fn programs(cache: &Cache, progress: &Progress) -> Result<PathBuf> {
     cache.entry_or(&entry, progress, make).await
 }
 
-/// The jar's name for this machine.
-fn platform() -> Result<String> {
-    let os = match std::env::consts::OS {
-        "linux" => "linux",
-        "macos" => "darwin",
-        other => return Err(Error::Other(format!("no PostgreSQL to fetch for {other}; set DATABASE_URL"))),
-    };
-    let arch = match std::env::consts::ARCH {
-        "x86_64" => "amd64",
-        "aarch64" => "arm64v8",
-        other => return Err(Error::Other(format!("no PostgreSQL to fetch for {other}; set DATABASE_URL"))),
-    };
-    let libc = if Path::new("/etc/alpine-release").exists() { "-alpine" } else { "" };
-    Ok(format!("{os}-{arch}{libc}"))
+/// Whether Linux's C library is musl, as Alpine's is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Musl {
+    No,
+    Yes,
+}
+
+/// The jar's name for a machine, as Rust tells what it is.
+fn platform(os: &str, arch: &str, musl: Musl) -> Result<&'static str> {
+    match (os, arch, musl) {
+        ("linux", "x86_64", Musl::No) => Ok("linux-amd64"),
+        ("linux", "x86_64", Musl::Yes) => Ok("linux-amd64-alpine"),
+        ("linux", "aarch64", Musl::No) => Ok("linux-arm64v8"),
+        ("macos", "x86_64", _) => Ok("darwin-amd64"),
+        ("macos", "aarch64", _) => Ok("darwin-arm64v8"),
+        (os, arch, musl) => {
+            let musl = if musl == Musl::Yes { " with musl" } else { "" };
+            Err(Error::Other(format!(
+                "there is no PostgreSQL {VERSION} to fetch for {os} on {arch}{musl}. Set DATABASE_URL to a server that runs, \
+                 or STACK_POSTGRES to the directory of an installed PostgreSQL, the one with bin/postgres in it"
+            )))
+        }
+    }
 }
 
 /// jar > .txz > files.
@@ -202,4 +229,36 @@ fn unpack(jars: &[PathBuf], into: &Path) -> Result<()> {
     entry.read_to_end(&mut packed).map_err(Error::io("read the jar of PostgreSQL"))?;
     let files = liblzma::read::XzDecoder::new(packed.as_slice());
     tar::Archive::new(files).unpack(into).map_err(Error::io(format!("unpack PostgreSQL into {}", into.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_jar_of_every_platform_is_listed() {
+        let mut listed = 0;
+        for (os, arch) in [("linux", "x86_64"), ("linux", "aarch64"), ("macos", "x86_64"), ("macos", "aarch64")] {
+            for musl in [Musl::No, Musl::Yes] {
+                let Ok(platform) = platform(os, arch, musl) else { continue };
+                let jar = format!("embedded-postgres-binaries-{platform}-{VERSION}.0.jar");
+                assert!(JARS.has(&jar), "{jar} is not in {}", JARS.path);
+                listed += 1;
+            }
+        }
+        assert_eq!(listed, 7, "all but aarch64 with musl, macOS counted twice");
+        assert!(POM.contains(&format!("<version>{VERSION}.0</version>")));
+        let said = platform("linux", "aarch64", Musl::Yes).unwrap_err().to_string();
+        assert!(said.contains("linux on aarch64 with musl") && said.contains("STACK_POSTGRES"), "{said}");
+    }
+
+    #[test]
+    fn a_url_for_people_has_no_password_in_it() {
+        let shown = without_password("postgres://u:secret@h:1/db?password=secret&sslmode=require");
+        assert_eq!(shown, "postgres://u@h:1/db");
+        assert_eq!(without_password("postgres://there"), "postgres://there");
+        for odd in ["u:secret@h", "postgres:u:secret@h", "secret"] {
+            assert!(!without_password(odd).contains("secret"), "{odd}");
+        }
+    }
 }

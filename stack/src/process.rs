@@ -10,7 +10,9 @@ use nix::{
 };
 use std::{
     ffi::OsString,
+    fmt,
     fs::{File, OpenOptions},
+    io::Write,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -23,8 +25,8 @@ pub const POLL: Duration = Duration::from_millis(10);
 /// How long a process has between its stop signal and SIGKILL: Kafka and PostgreSQL write their state out meanwhile.
 pub const STOP_BOUND: Duration = Duration::from_secs(20);
 
-/// What to start.
-#[derive(Debug, Clone)]
+/// What to start. Secrets go into its variables, which others on the machine cannot read; arguments everybody sees.
+#[derive(Clone)]
 pub struct Spec {
     /// What people call it.
     pub name: String,
@@ -34,6 +36,8 @@ pub struct Spec {
     pub args: Vec<OsString>,
     /// Variables in addition to ours.
     pub env: Vec<(String, String)>,
+    /// What it reads from its standard input; a little, at once.
+    pub input: String,
     /// Where its output goes; appended to.
     pub log: PathBuf,
     /// As whom, when not as ourselves.
@@ -44,6 +48,15 @@ pub struct Spec {
     pub orphan: Signal,
 }
 
+impl fmt::Debug for Spec {
+    /// Without variables and input, where secrets are.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, program, args, log, .. } = self;
+        let mut spec = f.debug_struct("Spec");
+        spec.field("name", name).field("program", program).field("args", args).field("log", log).finish_non_exhaustive()
+    }
+}
+
 impl Spec {
     /// A program that stops at SIGTERM, as ourselves.
     pub fn new(name: impl Into<String>, program: impl Into<PathBuf>, log: impl Into<PathBuf>) -> Self {
@@ -52,6 +65,7 @@ impl Spec {
             program: program.into(),
             args: Vec::new(),
             env: Vec::new(),
+            input: String::new(),
             log: log.into(),
             user: None,
             stop: Signal::SIGTERM,
@@ -79,7 +93,8 @@ impl Spec {
         let err = log(out.try_clone())?;
         let mut command = Command::new(&self.program);
         command.args(&self.args).envs(self.env.iter().map(|(n, v)| (n, v)));
-        command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0);
+        let input = if self.input.is_empty() { Stdio::null() } else { Stdio::piped() };
+        command.stdin(input).stdout(out).stderr(err).process_group(0);
         if let Some(user) = &self.user {
             command.uid(user.uid.as_raw()).gid(user.gid.as_raw()).env("HOME", "/").current_dir("/");
         }
@@ -140,8 +155,12 @@ impl Process {
         }
         let program = self.program.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut command = Spec { program, ..self.spec.clone() }.command()?;
-        let child = command.envs(env.iter().copied()).spawn().map_err(self.spec.spawn_error())?;
+        let mut child = command.envs(env.iter().copied()).spawn().map_err(self.spec.spawn_error())?;
         guard::watch(child.id(), self.spec.orphan.as_str().trim_start_matches("SIG"));
+        if let Some(mut input) = child.stdin.take() {
+            // A program that ended without reading says why in its log.
+            let _ = input.write_all(self.spec.input.as_bytes());
+        }
         *self.child() = Some(child);
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::{
     Error, Result,
     cache::{self, Cache},
-    guard,
+    directory, guard,
     kafka::Kafka,
     maven, ports,
     postgres::{Durability, Postgres},
@@ -11,7 +11,6 @@ use crate::{
 };
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 use tempfile::TempDir;
@@ -104,7 +103,7 @@ impl Servers {
             Some(logs) => logs,
             None => cache.log_directory()?,
         };
-        cache::make_open_directory(&logs)?;
+        directory::make(&logs)?;
         let preferred = |pick: fn((u16, u16)) -> u16| {
             config.preferred_ports.map_or_else(ports::free, |wanted| ports::free_or(pick(wanted)))
         };
@@ -184,12 +183,11 @@ impl Home {
             let dir = tempfile::Builder::new().prefix(&format!("{}-", cache::NAME)).tempdir_in(place);
             let dir = dir.map_err(Error::io(format!("make a temporary directory in {}", place.display())))?;
             // PostgreSQL's user has to get through; the directories inside have their own permissions.
-            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))
-                .map_err(Error::io("open the temporary directory"))?;
+            directory::open_to_readers(dir.path())?;
             guard::remove_at_end(dir.path());
             return Ok(Self::Temporary(dir));
         };
-        cache::make_open_directory(path)?;
+        directory::make(path)?;
         let path = fs::canonicalize(path).map_err(Error::io(format!("find {}", path.display())))?;
         Ok(Self::Kept(path))
     }
@@ -213,11 +211,17 @@ impl Home {
             return Ok(self.path().join(name));
         }
         let link = self.path().join(name);
-        let place = self.path().to_string_lossy().replace('/', "-");
-        let target = Path::new("/var/tmp").join(format!("{}{place}", cache::NAME));
-        cache::make_open_directory(&target)?;
+        let target = elsewhere(self.path());
+        directory::make(&target)?;
         // For people who look for it; the server goes to the target itself.
         let _ = std::os::unix::fs::symlink(target.join(name), &link);
         Ok(target.join(name))
     }
+}
+
+/// Where the data of a directory goes that the server's user cannot get to. Every user may make something under this name, so it
+/// is looked at before it is used.
+pub fn elsewhere(directory: &Path) -> PathBuf {
+    let name = directory.to_string_lossy().replace('/', "-");
+    Path::new("/var/tmp").join(format!("{}{name}", cache::NAME))
 }

@@ -3,13 +3,16 @@
 //! | file | what |
 //! |---|---|
 //! | `lock` | held (flock) as long as anything of it runs, also by the guard: survives no death, needs no clean-up |
-//! | `state.json` | who runs, where, and its logs; may be stale, so only read while the lock is held |
+//! | `state.json` | who runs, where, and its logs; only ours to read, because of PostgreSQL's password; may be stale, so only read while the lock is held |
+//! | `postgres.password` | PostgreSQL's password, where the data is here (see [`crate::password`]) |
 //! | `logs/`, `postgres/`, `kafka/` | what they are called |
 
 use crate::{
-    Error, Result, cache,
+    Error, Result, directory,
     platform::Stack,
+    postgres::Postgres,
     process::POLL,
+    servers::elsewhere,
     service::{Address, Service},
 };
 use nix::{
@@ -19,6 +22,7 @@ use nix::{
 use serde::{Deserialize, Serialize};
 use std::{
     fs::{self, File, TryLockError},
+    io::Write,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -33,8 +37,11 @@ const LOOKED: Duration = Duration::from_millis(500);
 pub struct State {
     /// The process that supervises.
     pub pid: i32,
-    /// PostgreSQL.
+    /// PostgreSQL, with its password.
     pub database_url: String,
+    /// Where PostgreSQL's password is kept, when we started it.
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
     /// Kafka.
     pub kafka_brokers: String,
     /// The platform's processes.
@@ -78,7 +85,7 @@ impl StateDirectory {
     }
 
     fn try_lock(&self, lock: fn(&File) -> std::result::Result<(), TryLockError>) -> Result<Option<File>> {
-        cache::make_open_directory(&self.0)?;
+        directory::make(&self.0)?;
         let path = self.0.join("lock");
         let doing = || format!("lock {}", path.display());
         let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(Error::io(doing()))?;
@@ -117,15 +124,18 @@ impl StateDirectory {
         let state = State {
             pid: std::process::id().cast_signed(),
             database_url: servers.database_url.clone(),
+            password_file: servers.postgres.as_ref().map(Postgres::password_file),
             kafka_brokers: servers.kafka_brokers.clone(),
             services: Service::ALL.into_iter().map(|s| (s, stack.service(s).address.clone())).collect(),
             logs: stack.log_files(),
         };
         let text = serde_json::to_vec_pretty(&state).map_err(|e| Error::Other(e.to_string()))?;
         // Whole or not at all: others read it at any time.
-        let aside = self.0.join("state.json.part");
-        fs::write(&aside, text).map_err(Error::io(format!("write {}", aside.display())))?;
-        fs::rename(&aside, self.file()).map_err(Error::io(format!("write {}", self.file().display())))
+        let doing = || format!("write {}", self.file().display());
+        // A temporary file's mode is 0600.
+        let mut aside = tempfile::NamedTempFile::new_in(&self.0).map_err(Error::io(doing()))?;
+        aside.write_all(&text).map_err(Error::io(doing()))?;
+        aside.persist(self.file()).map(drop).map_err(|e| Error::io(doing())(e.error))
     }
 
     /// Nobody runs any more: for the one that holds the lock.
@@ -162,9 +172,15 @@ impl StateDirectory {
     /// Ends what runs and removes its data.
     pub async fn reset(&self) -> Result<()> {
         self.down().await?;
-        // PostgreSQL's data may be elsewhere, when its user cannot get here.
-        if let Ok(elsewhere) = fs::read_link(self.0.join("postgres")) {
-            let _ = fs::remove_dir_all(elsewhere);
+        // PostgreSQL's data may be elsewhere, when its user cannot get here. A link tells that, but not where.
+        if let Ok(here) = fs::canonicalize(&self.0)
+            && here.join("postgres").is_symlink()
+            && let elsewhere = elsewhere(&here)
+            && elsewhere.exists()
+        {
+            directory::check(&elsewhere, None)?;
+            let doing = format!("remove {}", elsewhere.display());
+            fs::remove_dir_all(&elsewhere).map_err(Error::io(doing))?;
         }
         match fs::remove_dir_all(&self.0) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -183,7 +199,7 @@ mod tests {
     #[test]
     fn who_looks_keeps_nobody_from_starting() {
         let place = tempfile::tempdir().unwrap();
-        let (directory, done) = (StateDirectory::at(place.path()), AtomicBool::new(false));
+        let (directory, done) = (StateDirectory::at(place.path().join("state")), AtomicBool::new(false));
         std::thread::scope(|threads| {
             for _ in 0..2 {
                 threads.spawn(|| {

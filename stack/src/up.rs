@@ -3,7 +3,7 @@
 use crate::{
     Error, Result, guard,
     platform::{Stack, StackConfig, asked, troubles},
-    postgres::Durability,
+    postgres::{Durability, Postgres, without_password},
     progress::Progress,
     run,
     servers::{Keep, ServersConfig},
@@ -11,7 +11,13 @@ use crate::{
     state::{State, StateDirectory},
 };
 use comfy_table::{Table, presets};
-use std::{collections::BTreeMap, os::unix::process::CommandExt, path::PathBuf, process::Command, time::Duration};
+use std::{
+    collections::BTreeMap,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 /// Where PostgreSQL and Kafka listen when nobody else does.
 pub const SERVER_PORTS: (u16, u16) = (5432, 9092);
@@ -42,6 +48,7 @@ pub async fn up(directory: &StateDirectory) -> Result<()> {
     let stack = started?;
     directory.write(&stack)?;
     print_places(&stack);
+    print_password_file(stack.servers().postgres.as_ref().map(Postgres::password_file).as_deref());
     print_ports_taken(&stack);
     println!("\nCtrl-C or `make down` ends it; its data is kept. `make reset` wipes it.");
     tokio::select! {
@@ -100,7 +107,7 @@ pub fn print_places(stack: &Stack) {
     let servers = stack.servers();
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(["", "at", "health, metrics, inspection"]);
-    table.add_row(["PostgreSQL", &servers.database_url, ""]);
+    table.add_row(["PostgreSQL", &without_password(&servers.database_url), ""]);
     table.add_row(["Kafka", &servers.kafka_brokers, ""]);
     for service in Service::ALL {
         let running = stack.service(service);
@@ -111,6 +118,13 @@ pub fn print_places(stack: &Stack) {
         table.add_row([service.name(), &api, &admin]);
     }
     println!("\n{table}\n\nlogs: {}", stack.logs().display());
+}
+
+/// Where, not what: what is printed may be copied anywhere.
+fn print_password_file(file: Option<&Path>) {
+    if let Some(file) = file {
+        println!("PostgreSQL's password: {}", file.display());
+    }
 }
 
 fn print_ports_taken(stack: &Stack) {
@@ -133,7 +147,7 @@ pub async fn status(directory: &StateDirectory) -> Result<bool> {
     table.load_style(presets::NOTHING).set_header(["", "at", "admin", "health"]);
     let kafka = crate::kafka::answers(state.kafka_brokers.clone()).await;
     let postgres = crate::postgres::answers(&state.database_url).await;
-    table.add_row(["PostgreSQL", &state.database_url, "", &health(&postgres)]);
+    table.add_row(["PostgreSQL", &without_password(&state.database_url), "", &health(&postgres)]);
     table.add_row(["Kafka", &state.kafka_brokers, "", &health(&kafka)]);
     let mut healthy = kafka.is_ok() && postgres.is_ok();
     let mut stalled = Vec::new();
@@ -152,6 +166,7 @@ pub async fn status(directory: &StateDirectory) -> Result<bool> {
         table.add_row([service.name(), &address.url(), &admin, &standing]);
     }
     println!("{table}");
+    print_password_file(state.password_file.as_deref());
     stalled.iter().for_each(|trouble| println!("{trouble}"));
     Ok(healthy)
 }

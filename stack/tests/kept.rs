@@ -8,7 +8,7 @@ use rdkafka::{
 };
 use sqlx::{Connection, PgConnection};
 use stack::{
-    postgres::Durability,
+    postgres::{Durability, Postgres},
     progress::Progress,
     servers::{Keep, Servers, ServersConfig},
 };
@@ -81,15 +81,20 @@ async fn kept_data_survives_an_orderly_end_a_kill_and_other_ports() {
 #[tokio::test]
 async fn data_goes_elsewhere_when_the_servers_user_cannot_get_to_the_directory() {
     let place = tempfile::Builder::new().prefix("stack-closed-").tempdir_in("/tmp").unwrap();
+    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o700)).unwrap();
     let inside = place.path().join("checkout");
     let directory = stack::state::StateDirectory::at(inside.clone());
     let config = ServersConfig { kafka_brokers: Some("unused:1".into()), ..config(&inside) };
     let servers = Servers::start(config, &Progress::Silent).await.unwrap();
     assert!(databases(&servers).await.contains(&"postgres".to_owned()));
+    let servers_password = servers.postgres.as_ref().map(Postgres::password_file);
     servers.stop().await;
     let data = inside.join("postgres");
-    assert!(data.join("PG_VERSION").exists(), "a link leads to it, or it is here");
+    assert_eq!(data.is_symlink(), nix::unistd::Uid::effective().is_root(), "only root's server is another user's");
     let elsewhere = fs::canonicalize(&data).unwrap();
+    assert!(elsewhere.join("PG_VERSION").exists());
+    let password = servers_password.expect("we started it");
+    assert!(password.exists() && password.parent() == elsewhere.parent());
     directory.reset().await.unwrap();
-    assert!(!elsewhere.exists() && !inside.exists());
+    assert!(!elsewhere.exists() && !password.exists() && !inside.exists());
 }

@@ -73,7 +73,7 @@ fn a_command_gets_both_servers_and_its_exit_code_is_returned_and_nothing_is_left
     let output = stack(place.path(), &["sh", "-c", "echo $DATABASE_URL $KAFKA_BROKERS; exit 7"]).output().unwrap();
     let said = text(&output);
     assert_eq!(output.status.code(), Some(7), "{said}");
-    assert!(said.contains("postgres://postgres@127.0.0.1:"), "{said}");
+    assert!(said.contains("postgres://postgres:") && said.contains("@127.0.0.1:"), "{said}");
     nothing_is_left(place.path());
 }
 

@@ -232,7 +232,7 @@ fn everything_has_its_place(said: &str) {
         let line = said.lines().find(|line| line.split_whitespace().next() == Some(name));
         line.unwrap_or_else(|| panic!("nowhere is said where {name} is:\n{said}"))
     };
-    assert!(line("PostgreSQL").contains("postgres://"));
+    assert!(line("PostgreSQL").contains("postgres://postgres@127.0.0.1:"), "and no password: {said}");
     assert!(line("Kafka").contains("127.0.0.1:"));
     for service in Service::ALL {
         let listeners = if service.default_ports().0.is_some() { 2 } else { 1 };

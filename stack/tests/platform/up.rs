@@ -9,7 +9,10 @@ use serde_json::Value;
 use stack::service::Service;
 use std::{
     fs::{self, File},
-    os::unix::process::{CommandExt, ExitStatusExt},
+    os::unix::{
+        fs::PermissionsExt,
+        process::{CommandExt, ExitStatusExt},
+    },
     path::Path,
     process::{Child, Command},
 };
@@ -71,6 +74,8 @@ fn up_restarts_what_dies_and_shows_its_logs_and_ends_with_down_and_reset_wipes()
     let (done, words) = said(place.path(), &["up"]);
     assert!(!done && words.contains("running already"), "{words}");
 
+    the_password_is_told_by_its_file_only(place.path());
+
     let pid_of = |name: &str| {
         let found = Command::new("pgrep").args(["-P", &up.id().to_string(), "-f", name]).output().unwrap();
         String::from_utf8(found.stdout).unwrap().trim().parse::<i32>().ok()
@@ -106,6 +111,24 @@ fn up_restarts_what_dies_and_shows_its_logs_and_ends_with_down_and_reset_wipes()
 
     assert!(said(place.path(), &["reset"]).0);
     assert!(!place.path().join("state").exists());
+}
+
+fn the_password_is_told_by_its_file_only(place: &Path) {
+    let state = place.join("state");
+    let file = state.join("postgres.password");
+    let password = fs::read_to_string(&file).unwrap();
+    let (_, status) = said(place, &["status"]);
+    let (_, logs) = said(place, &["logs"]);
+    for told in [&words_of_up(place), &status] {
+        assert!(told.contains(&format!("PostgreSQL's password: {}\n", file.display())), "{told}");
+        assert!(told.contains("postgres://postgres@127.0.0.1:"), "{told}");
+    }
+    assert!(![words_of_up(place), status, logs].iter().any(|told| told.contains(password.trim())));
+    for processes in super::processes_of(place) {
+        assert!(!processes.contains(password.trim()), "{processes}");
+    }
+    // Every process's URL is in it.
+    assert_eq!(fs::metadata(state.join("state.json")).unwrap().permissions().mode() & 0o7777, 0o600);
 }
 
 #[test]
