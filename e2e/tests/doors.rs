@@ -9,7 +9,7 @@ use e2e::{
 use futures::future::join_all;
 use reqwest::{Method, StatusCode};
 use saga_core::testkit::eventually;
-use serde_json::{Value, json};
+use serde_json::Value;
 use stack::service::Service::{self, Gateway, Inventory, Orders, Payments, Relay};
 use std::time::{Duration, Instant};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};

@@ -77,10 +77,12 @@ pub async fn run(
             let Some(ready) = token.run_until_cancelled(ready).await else { return Ok(()) };
             ready?;
             let listener = listen("HTTP_ADDR", settings.http.addr).await?;
-            let consuming = consume(settings.kafka, parts.topics, consumers, health.clone(), token.clone());
+            let consuming = consume(settings.kafka, parts.topics, consumers, &health, token.clone());
             let api = Api::new(api).reached_as(settings.http.hosts);
             let mut all = vec![task("http", serve(listener, api, token.clone())), task("consumers", consuming)];
             all.extend(tasks);
+            // What is ready and healthy has been looked at.
+            health.look().await;
             health.started();
             tracing::info!(http = %settings.http.addr, admin = %settings.admin.addr, "started");
             run_all(&token, all).await.map_err(BoxError::from)
@@ -109,38 +111,38 @@ async fn prepare(
     hear_clock(pool).await.ok();
     health.database(pool);
     health.tables(pool, needs);
-    // What is ready has been looked at.
-    health.look().await;
     Ok(())
 }
 
 /// Makes sure of the topics, however long Kafka is away, and runs the consumers. What the brokers refuse is red and asked for
-/// again, and the consumers read what there is.
-async fn consume(
+/// again, and the consumers read what there is. The part `topics` is there from the call on.
+fn consume(
     kafka: KafkaSettings,
     declared: Vec<Topic>,
     consumers: Vec<Task>,
-    health: Health,
+    health: &Health,
     token: CancellationToken,
-) -> Result<(), BoxError> {
+) -> impl Future<Output = Result<(), BoxError>> + Send + use<> {
     let standing = Arc::new(Mutex::new(Report::red(Cause::Starting, "the topics are not made sure of yet")));
     let told = Arc::clone(&standing);
     let is = move |report: Report| *told.lock().unwrap_or_else(PoisonError::into_inner) = report;
     health.part("topics", move || std::future::ready(standing.lock().unwrap_or_else(PoisonError::into_inner).clone()));
-    let ensure = || topics::ensure_and_tell(&kafka, &declared, |trouble| is(trouble.into()));
-    let Some(ensured) = token.run_until_cancelled(ensure()).await else { return Ok(()) };
-    let again = async {
-        let mut refused = ensured.is_err();
-        while refused {
-            tokio::time::sleep(TOPICS_AGAIN).await;
-            refused = ensure().await.is_err();
+    async move {
+        let ensure = || topics::ensure_and_tell(&kafka, &declared, |trouble| is(trouble.into()));
+        let Some(ensured) = token.run_until_cancelled(ensure()).await else { return Ok(()) };
+        let again = async {
+            let mut refused = ensured.is_err();
+            while refused {
+                tokio::time::sleep(TOPICS_AGAIN).await;
+                refused = ensure().await.is_err();
+            }
+            is(Report::fine());
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            ended = run_consumers(&token, consumers) => ended,
+            () = again => Ok(()),
         }
-        is(Report::fine());
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        ended = run_consumers(&token, consumers) => ended,
-        () = again => Ok(()),
     }
 }
 
