@@ -12,7 +12,7 @@
 //! committed, and the client's retry under the same Idempotency-Key finds out.
 
 use super::{extract::body_problem, problem::Problem};
-use crate::{clock, panics::panic_text, transaction::Bound};
+use crate::{clock, panics::panic_text, trace, transaction::Bound};
 use axum::{
     Router,
     body::Body,
@@ -251,7 +251,7 @@ struct TraceHeaders<'a>(&'a HeaderMap);
 
 impl Extractor for TraceHeaders<'_> {
     fn get(&self, key: &str) -> Option<&str> {
-        self.0.get(key)?.to_str().ok()
+        trace::carried(key, self.0.get(key)?.to_str().ok()?)
     }
 
     fn keys(&self) -> Vec<&str> {
