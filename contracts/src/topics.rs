@@ -23,5 +23,7 @@ pub const REPLIES: [&str; 1] = [ORDERS_REPLIES.name];
 /// Whose commands the platform's participants take: the `ce_source` of a message is what its outbox is called. Configuration adds to
 /// it (`COMMAND_SOURCES`).
 pub const COMMAND_SOURCES: [&str; 1] = ["orders"];
+/// The types of the platform's sagas (`ce_sagatype`): a line of a log has a saga's id under the name of its type.
+pub const SAGAS: [&str; 1] = ["order"];
 /// Whose replies the order saga takes. Configuration adds to it (`REPLY_SOURCES`).
 pub const REPLY_SOURCES: [&str; 2] = ["payments", "inventory"];

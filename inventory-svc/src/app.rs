@@ -7,7 +7,7 @@ use saga_core::{
     consumer::{Consumer, ConsumerConfig},
     service::{
         self, Health, Identity, Migrations, Needs, ParticipantSettings, Parts, Settings, database,
-        messaging_migrations, task,
+        messaging_migrations, task, telemetry,
     },
 };
 use std::sync::Arc;
@@ -41,6 +41,7 @@ const NEEDS: &[Needs] = &[
 
 /// Runs the service until `token` is cancelled or a part of it fails.
 pub async fn serve(settings: Settings, beside: ParticipantSettings, token: CancellationToken) -> anyhow::Result<()> {
+    telemetry::name_sagas(topics::SAGAS);
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
     let config = ConsumerConfig::new(&settings.kafka.brokers, GROUP, [topics::INVENTORY_COMMANDS.name])

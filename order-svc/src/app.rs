@@ -17,12 +17,12 @@ use crate::{
 };
 use contracts::{
     OrderId,
-    topics::{INVENTORY_COMMANDS, INVENTORY_ITEMS, ORDERS_EVENTS, ORDERS_REPLIES, PAYMENTS_COMMANDS},
+    topics::{self, INVENTORY_COMMANDS, INVENTORY_ITEMS, ORDERS_EVENTS, ORDERS_REPLIES, PAYMENTS_COMMANDS},
 };
 use saga_core::{
     consumer::{Consumer, ConsumerConfig, ConsumerHealth, Handler},
     http::sagas::{saga_openapi, saga_routes},
-    service::{self, Health, Identity, KafkaSettings, Needs, Parts, Settings, database, task},
+    service::{self, Health, Identity, KafkaSettings, Needs, Parts, Settings, database, task, telemetry},
     topic::Topic,
 };
 use sqlx::PgPool;
@@ -52,6 +52,7 @@ const REPLIES: &str = "order-svc.saga";
 
 /// Runs the service until `token` is cancelled or a part of it fails.
 pub async fn serve(settings: Settings, reply_sources: Vec<String>, token: CancellationToken) -> anyhow::Result<()> {
+    telemetry::name_sagas(topics::SAGAS);
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
     let orders = Orders::taking_replies_of(reply_sources, pool.clone())?;

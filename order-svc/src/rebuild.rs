@@ -55,3 +55,18 @@ pub async fn run(what: Copied, settings: &Settings) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_of_a_rebuild_show_no_secret() {
+        let mut args = ServiceArgs::default();
+        args.database.database_url = Some("postgres://me:hunter2@h/d".into());
+        args.kafka.kafka_brokers = Some("h:1".into());
+        let settings = Settings::read(&args, &mut ConfigErrors::default()).unwrap();
+        let said = format!("{settings:?}{settings:#?}");
+        assert!(!said.contains("hunter2") && said.contains("\"me\""), "{said}");
+    }
+}

@@ -10,7 +10,8 @@ use anyhow::Context;
 use saga_core::{
     http::Api,
     service::{
-        self, DatabaseSettings, Health, admin_router, messaging_migrations, migrate::migrate, shutdown, task, telemetry,
+        self, DatabaseSettings, Health, admin_router, in_clear, messaging_migrations, migrate::migrate, shutdown, task,
+        telemetry,
     },
 };
 use tokio::net::TcpListener;
@@ -18,6 +19,7 @@ use tokio::net::TcpListener;
 /// Publishes until it is told to stop or a part of it fails.
 pub async fn serve(configuration: Configuration) -> anyhow::Result<()> {
     let stop = shutdown::token();
+    configuration.relay.outboxes.iter().for_each(|outbox| in_clear::warn_of_database(&outbox.database));
     let relay = Relay::new(&configuration.relay).context("the Kafka client")?;
     let health = Health::new(&stop);
     admin::check_health(&health, &relay);
@@ -54,10 +56,14 @@ pub async fn run_once(outboxes: Vec<OutboxSettings>, command: Command) -> anyhow
     match command {
         Command::Serve | Command::Migrate => migrate_all(&outboxes).await,
         Command::Reanchor(Reanchor { outbox, cure }) => {
+            in_clear::warn_of_database(&named(&outbox)?.database);
             let cure = if cure.accept { Cure::Accept } else { Cure::Rewrite };
             Ok(moved::reanchor(named(&outbox)?, cure).await?)
         }
-        Command::Rename { from, to } => Ok(moved::rename(named(&to)?, &from).await?),
+        Command::Rename { from, to } => {
+            in_clear::warn_of_database(&named(&to)?.database);
+            Ok(moved::rename(named(&to)?, &from).await?)
+        }
     }
 }
 

@@ -6,7 +6,9 @@ use crate::{
 };
 use clap::{Args, Parser, Subcommand};
 use saga_core::service::{
-    AdminArgs, ConfigErrors, Identity, KafkaArgs, TelemetryArgs, config::AdminSettings, telemetry::TelemetrySettings,
+    AdminArgs, ConfigErrors, Identity, KafkaArgs, TelemetryArgs,
+    config::{AdminSettings, Secret, database_url, nth},
+    telemetry::TelemetrySettings,
 };
 use sqlx::postgres::PgConnectOptions;
 use std::{fmt::Display, str::FromStr, time::Duration};
@@ -75,31 +77,33 @@ pub struct RelayArgs {
     /// The outboxes to publish and their databases: `orders=postgres://user:secret@db:5432/orders,payments=…`.
     /// The name is the messages' `ce_source`, and what the position is kept under: `rename` gives it another
     #[arg(long, env = "OUTBOXES", value_name = "NAME=URL,...", hide_env_values = true, global = true)]
-    pub outboxes: Option<String>,
+    pub outboxes: Option<Secret>,
     /// At the first start of an outbox, leave out what was committed before
-    #[arg(long, env = "FROM_NOW", global = true)]
-    pub from_now: bool,
+    #[arg(long, env = "FROM_NOW", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        hide_env_values = true, global = true)]
+    pub from_now: Option<String>,
     /// Publish all of an outbox again that was published under another name
-    #[arg(long, env = "PUBLISH_AGAIN", global = true)]
-    pub publish_again: bool,
+    #[arg(long, env = "PUBLISH_AGAIN", value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        hide_env_values = true, global = true)]
+    pub publish_again: Option<String>,
     /// How long a stand-by waits for an owner that was killed or is stuck [default: 10]
-    #[arg(long, env = "LEASE_SECONDS", value_name = "SECONDS", global = true)]
+    #[arg(long, env = "LEASE_SECONDS", value_name = "SECONDS", hide_env_values = true, global = true)]
     pub lease_seconds: Option<String>,
     /// How long rows may wait for a partition without a leader before their topic is set apart and others go on [default: 5]
-    #[arg(long, env = "STUCK_AFTER_SECONDS", value_name = "SECONDS", global = true)]
+    #[arg(long, env = "STUCK_AFTER_SECONDS", value_name = "SECONDS", hide_env_values = true, global = true)]
     pub stuck_after_seconds: Option<String>,
     /// How long a topic whose rows Kafka refuses stays set apart after the last refusal [default: 60]
-    #[arg(long, env = "SET_APART_SECONDS", value_name = "SECONDS", global = true)]
+    #[arg(long, env = "SET_APART_SECONDS", value_name = "SECONDS", hide_env_values = true, global = true)]
     pub set_apart_seconds: Option<String>,
     /// Mebibytes of rows that the process holds at most, read and not yet acknowledged by Kafka, for all outboxes. Kafka's client
     /// copies a row while it is handed over, so the process needs more [default: 256, or 64 for each outbox if that is more]
-    #[arg(long, env = "HELD_MEBIBYTES", value_name = "MEBIBYTES", global = true)]
+    #[arg(long, env = "HELD_MEBIBYTES", value_name = "MEBIBYTES", hide_env_values = true, global = true)]
     pub held_mebibytes: Option<String>,
     /// Compression of what is sent: `none`, `lz4`, `zstd`, `gzip` or `snappy` [default: lz4]
-    #[arg(long, env = "COMPRESSION", value_name = "TYPE", global = true)]
+    #[arg(long, env = "COMPRESSION", value_name = "TYPE", hide_env_values = true, global = true)]
     pub compression: Option<String>,
     /// Kafka brokers to start from, `host:port`, several separated by commas
-    #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", global = true)]
+    #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", hide_env_values = true, global = true)]
     pub kafka_brokers: Option<String>,
     /// The admin listener.
     #[command(flatten)]
@@ -124,7 +128,7 @@ impl RelayArgs {
     /// Checks everything and reports every mistake at once.
     pub fn validate(&self) -> Result<Configuration, ConfigErrors> {
         let mut errors = ConfigErrors::default();
-        let outboxes = read_outboxes(self.outboxes.as_deref().unwrap_or_default(), &mut errors);
+        let outboxes = read_outboxes(Secret::given(self.outboxes.as_ref()).unwrap_or_default(), &mut errors);
         // Of what else there is for Kafka, a relay needs nothing: it makes no topics and consumes none.
         let kafka = KafkaArgs { kafka_brokers: self.kafka_brokers.clone(), ..KafkaArgs::default() }.read(&mut errors);
         let lease = seconds("LEASE_SECONDS", self.lease_seconds.as_deref(), (LEAST_LEASE_SECONDS, LEASE), &mut errors);
@@ -132,6 +136,8 @@ impl RelayArgs {
         let stuck_after = seconds("STUCK_AFTER_SECONDS", stuck, (1, STUCK_AFTER), &mut errors);
         let set_apart = self.set_apart_seconds.as_deref();
         let set_apart_for = seconds("SET_APART_SECONDS", set_apart, (0, SET_APART_FOR), &mut errors);
+        let from_now = switch("FROM_NOW", self.from_now.as_deref(), &mut errors);
+        let publish_again = switch("PUBLISH_AGAIN", self.publish_again.as_deref(), &mut errors);
         let held = outboxes.as_ref().and_then(|outboxes| {
             let (least, default) = (budget::least(outboxes.len()), budget::default(outboxes.len()));
             number("HELD_MEBIBYTES", self.held_mebibytes.as_deref(), (least >> 20, default >> 20), &mut errors)
@@ -139,9 +145,7 @@ impl RelayArgs {
         let compression = match self.compression.as_deref().map(str::trim).filter(|text| !text.is_empty()) {
             None => Some(COMPRESSION.to_owned()),
             Some(kind @ ("none" | "lz4" | "zstd" | "gzip" | "snappy")) => Some(kind.to_owned()),
-            Some(kind) => {
-                errors.add("COMPRESSION", format!("is {kind:?}"), "set it to none, lz4, zstd, gzip or snappy")
-            }
+            Some(_) => errors.add("COMPRESSION", "is no such type", "set it to none, lz4, zstd, gzip or snappy"),
         };
         let admin = self.admin.read(IDENTITY.admin_port, &mut errors);
         let telemetry = self.telemetry.read(&mut errors);
@@ -149,8 +153,8 @@ impl RelayArgs {
             let relay = Settings {
                 outboxes: outboxes?,
                 kafka_brokers: kafka?.brokers,
-                from_now: self.from_now,
-                publish_again: self.publish_again,
+                from_now: from_now?,
+                publish_again: publish_again?,
                 lease: lease?,
                 reading: READING,
                 resolved_kept: RESOLVED_KEPT,
@@ -167,7 +171,7 @@ impl RelayArgs {
     /// Likewise for what needs nothing but the databases: `migrate`, `reanchor` and `rename`.
     pub fn validate_databases(&self) -> Result<(Vec<OutboxSettings>, TelemetrySettings), ConfigErrors> {
         let mut errors = ConfigErrors::default();
-        let outboxes = read_outboxes(self.outboxes.as_deref().unwrap_or_default(), &mut errors);
+        let outboxes = read_outboxes(Secret::given(self.outboxes.as_ref()).unwrap_or_default(), &mut errors);
         let telemetry = self.telemetry.read(&mut errors);
         errors.finish(outboxes.zip(telemetry))
     }
@@ -195,8 +199,17 @@ fn number<T: FromStr + PartialOrd + Display>(
         None => Some(default),
         Some(text) => match text.parse() {
             Ok(number) if number >= least => Some(number),
-            _ => errors.add(variable, format!("is {text:?}"), format!("set it to a whole number of at least {least}")),
+            _ => errors.add(variable, "is no such number", format!("set it to a whole number of at least {least}")),
         },
+    }
+}
+
+/// On or off; off when nothing is said.
+fn switch(variable: &'static str, text: Option<&str>, errors: &mut ConfigErrors) -> Option<bool> {
+    match text.map(str::trim) {
+        None | Some("" | "false" | "0") => Some(false),
+        Some("true" | "1") => Some(true),
+        Some(_) => errors.add(variable, "is neither true nor false", "set it to true, or leave it out"),
     }
 }
 
@@ -204,31 +217,23 @@ fn read_outboxes(text: &str, errors: &mut ConfigErrors) -> Option<Vec<OutboxSett
     const CURE: &str = "set it to name=postgres://user:password@host:5432/database, several separated by commas";
     let mut outboxes: Vec<OutboxSettings> = Vec::new();
     let mut good = true;
-    for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
-        let (name, url) = entry.split_once('=').unwrap_or((entry, ""));
+    for (n, entry) in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()).enumerate() {
+        let (name, url) = entry.split_once('=').unwrap_or_default();
         let (name, url) = (name.trim(), url.trim());
         let mut wrong = |what: String| {
             errors.add::<()>("OUTBOXES", what, CURE);
             good = false;
         };
         let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        // An entry without a name may be a URL with a password in it: it is not repeated.
+        // What stands for a name may be a piece of a password with a comma in it: until all of the entry is right, it is not shown.
         if name.is_empty() || !name.chars().all(legal) {
-            wrong(String::from("has an entry that does not begin with `name=`, a name of letters, digits, - _ or ."));
+            wrong(nth(n, "does not begin with `name=`, a name of letters, digits, - _ or ."));
             continue;
         }
-        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-            wrong(format!("has no postgres:// URL for {name:?}"));
-            continue;
-        }
-        let database = match PgConnectOptions::from_str(url) {
-            Ok(database) if database.get_database().is_some_and(|name| !name.is_empty()) => database,
-            Ok(_) => {
-                wrong(format!("names no database in the URL for {name:?}"));
-                continue;
-            }
-            Err(error) => {
-                wrong(format!("has a URL for {name:?} that cannot be read ({error})"));
+        let database = match database_url(url) {
+            Ok(database) => database,
+            Err(what) => {
+                wrong(nth(n, what));
                 continue;
             }
         };
@@ -259,7 +264,7 @@ mod tests {
 
     fn args(outboxes: &str) -> RelayArgs {
         RelayArgs {
-            outboxes: Some(outboxes.to_owned()),
+            outboxes: Some(outboxes.into()),
             kafka_brokers: Some("localhost:9092".to_owned()),
             ..RelayArgs::default()
         }
@@ -300,5 +305,31 @@ mod tests {
         assert_eq!(variables, expected, "{errors}");
         assert!(!errors.to_string().contains("hunter2"), "{errors}");
         assert_eq!(args(" ").validate().unwrap_err().mistakes()[0].variable, "OUTBOXES");
+    }
+
+    #[test]
+    fn settings_and_what_they_were_read_from_show_no_secret() {
+        let mut args = args("orders=postgres://me:hunter2-a@h/orders,payments=postgres://h/p?password=hunter2-b");
+        args.admin.admin_token = Some("hunter2-hunter2-c".into());
+        let configuration = args.validate().unwrap();
+        let said = format!("{args:?}{args:#?}{configuration:?}{configuration:#?}");
+        assert!(!said.contains("hunter2"), "{said}");
+        assert!(said.contains("\"payments\""), "it says which: {said}");
+    }
+
+    #[test]
+    fn a_switch_is_on_or_off_and_nothing_else() {
+        let read = |from_now: Option<&str>| {
+            let args = RelayArgs { from_now: from_now.map(str::to_owned), ..args("a=postgres://h/a") };
+            args.validate().map(|configuration| configuration.relay.from_now)
+        };
+        for (text, on) in
+            [(None, false), (Some(""), false), (Some("false"), false), (Some("true"), true), (Some("1"), true)]
+        {
+            assert_eq!(read(text).unwrap(), on, "{text:?}");
+        }
+        assert_eq!(read(Some("hunter2")).unwrap_err().mistakes()[0].variable, "FROM_NOW");
+        let flags = Cli::try_parse_from(["outbox-relay", "--from-now", "serve"]).unwrap();
+        assert_eq!((flags.args.from_now.as_deref(), flags.command), (Some("true"), Some(Command::Serve)));
     }
 }

@@ -1,8 +1,9 @@
 //! What the relay needs to know.
 
 use crate::budget;
+use saga_core::service::config::Place;
 use sqlx::postgres::PgConnectOptions;
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 /// A lease is this long: the time after which a stand-by takes over from an owner that was killed. Longer than a
 /// long pause of a healthy process.
@@ -52,12 +53,19 @@ pub struct Settings {
 }
 
 /// One outbox.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct OutboxSettings {
     /// Its name.
     pub name: String,
     /// The database that it is in.
     pub database: PgConnectOptions,
+}
+
+impl fmt::Debug for OutboxSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, database } = self;
+        f.debug_struct("OutboxSettings").field("name", name).field("database", &Place(database)).finish()
+    }
 }
 
 impl Settings {

@@ -2,7 +2,10 @@
 
 use crate::sim::SimArgs;
 use reqwest::Url;
-use saga_core::service::{ConfigErrors, Identity, ParticipantArgs, ParticipantSettings, ServiceArgs, Settings};
+use saga_core::service::{
+    ConfigErrors, Identity, ParticipantArgs, ParticipantSettings, ServiceArgs, Settings,
+    config::{Secret, http_url, token},
+};
 use std::time::Duration;
 
 /// The service.
@@ -43,21 +46,26 @@ pub enum Command {
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct GatewayArgs {
     /// The payment provider's base URL [default: http://127.0.0.1:8083, where `payment-svc gateway-sim` listens]
-    #[arg(long, env = "GATEWAY_URL", value_name = "URL", global = true)]
-    pub gateway_url: Option<String>,
+    #[arg(long, env = "GATEWAY_URL", value_name = "URL", hide_env_values = true, global = true)]
+    pub gateway_url: Option<Secret>,
+    /// Bearer token that the provider lets this service in by, 16 characters or more; `gateway-sim` asks for it when it is set
+    #[arg(long, env = "GATEWAY_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
+    pub gateway_token: Option<Secret>,
     /// Milliseconds that the provider has for an answer; later it is in doubt and asked again [default: 2000]
-    #[arg(long, env = "GATEWAY_TIMEOUT_MS", value_name = "MILLISECONDS", global = true)]
+    #[arg(long, env = "GATEWAY_TIMEOUT_MS", value_name = "MILLISECONDS", hide_env_values = true, global = true)]
     pub gateway_timeout_ms: Option<String>,
     /// Requests to the provider in flight at once [default: 32]
-    #[arg(long, env = "GATEWAY_CONCURRENCY", value_name = "NUMBER", global = true)]
+    #[arg(long, env = "GATEWAY_CONCURRENCY", value_name = "NUMBER", hide_env_values = true, global = true)]
     pub gateway_concurrency: Option<String>,
 }
 
 /// A valid [`GatewayArgs`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatewaySettings {
-    /// The provider's base URL.
+    /// The provider's base URL, without a user or a password.
     pub url: Url,
+    /// What the provider lets us in by.
+    pub token: Option<Secret>,
     /// How long it has for an answer.
     pub timeout: Duration,
     /// Requests in flight at once.
@@ -80,11 +88,17 @@ impl GatewayArgs {
     }
 
     fn read(&self, errors: &mut ConfigErrors) -> Option<GatewaySettings> {
-        let url = given(&self.gateway_url).unwrap_or("http://127.0.0.1:8083");
-        let url = match url.parse::<Url>() {
-            Ok(url) if matches!(url.scheme(), "http" | "https") && url.has_host() => Some(url),
-            _ => errors.add("GATEWAY_URL", format!("is {url:?}"), "set it to a URL such as https://gateway.example"),
+        let url = Secret::given(self.gateway_url.as_ref()).unwrap_or("http://127.0.0.1:8083");
+        let url = http_url(url).and_then(|_| url.parse::<Url>().map_err(|_| "is not a URL"));
+        let url = match url {
+            Ok(url) => Some(url),
+            Err(wrong) => errors.add(
+                "GATEWAY_URL",
+                wrong,
+                "set it to a URL such as https://gateway.example, and the provider's token in GATEWAY_TOKEN",
+            ),
         };
+        let token = self.token(errors);
         let timeout = millis(&self.gateway_timeout_ms, "GATEWAY_TIMEOUT_MS", Duration::from_secs(2), errors);
         let timeout = match timeout {
             Some(Duration::ZERO) => errors.add("GATEWAY_TIMEOUT_MS", "is 0", "give the provider time to answer"),
@@ -95,7 +109,12 @@ impl GatewayArgs {
             Some(Ok(concurrency)) if (1..=1_024).contains(&concurrency) => Some(concurrency),
             Some(_) => errors.add("GATEWAY_CONCURRENCY", "is not from 1 to 1024", "leave it out for 32"),
         };
-        Some(GatewaySettings { url: url?, timeout: timeout?, concurrency: concurrency? })
+        Some(GatewaySettings { url: url?, token, timeout: timeout?, concurrency: concurrency? })
+    }
+
+    /// The token that calls of the provider carry, if one is set: the simulated provider asks for the same.
+    pub(crate) fn token(&self, errors: &mut ConfigErrors) -> Option<Secret> {
+        token(self.gateway_token.as_ref(), "GATEWAY_TOKEN", errors).map(Secret::from)
     }
 }
 
@@ -125,7 +144,8 @@ mod tests {
     fn every_mistake_is_reported_at_once() {
         let text = |text: &str| Some(text.to_owned());
         let gateway = GatewayArgs {
-            gateway_url: text("ftp://x"),
+            gateway_url: Some("ftp://x".into()),
+            gateway_token: Some("short".into()),
             gateway_timeout_ms: text("soon"),
             gateway_concurrency: text("0"),
         };
@@ -140,9 +160,34 @@ mod tests {
                 "REPLY_TOPICS",
                 "COMMAND_SOURCES",
                 "GATEWAY_URL",
+                "GATEWAY_TOKEN",
                 "GATEWAY_TIMEOUT_MS",
                 "GATEWAY_CONCURRENCY"
             ]
         );
+    }
+    #[test]
+    fn a_password_in_the_gateways_url_is_refused_and_the_token_is_named() {
+        for url in ["https://user:hunter2@gateway.example", "https://hunter2@h", "https://h/?token=hunter2"] {
+            let mut errors = ConfigErrors::default();
+            let args = GatewayArgs { gateway_url: Some(url.into()), ..GatewayArgs::default() };
+            let read = args.read(&mut errors);
+            let said = errors.finish(read).unwrap_err().to_string();
+            assert!(said.contains("GATEWAY_URL") && said.contains("GATEWAY_TOKEN"), "{said}");
+            assert!(!said.contains("hunter2"), "{said}");
+        }
+    }
+
+    #[test]
+    fn settings_and_what_they_were_read_from_show_no_secret() {
+        let gateway = GatewayArgs { gateway_token: Some("hunter2-hunter2-a".into()), ..GatewayArgs::default() };
+        let mut service = ServiceArgs::default();
+        service.database.database_url = Some("postgres://me:hunter2-b@h/d".into());
+        service.kafka.kafka_brokers = Some("h:1".into());
+        let settings = gateway.validate(&service, &ParticipantArgs::default()).unwrap();
+        let simulator = SimArgs::default().validate(&service, &gateway).unwrap();
+        let said = format!("{gateway:?}{gateway:#?}{settings:?}{settings:#?}{simulator:?}{simulator:#?}");
+        assert!(!said.contains("hunter2"), "{said}");
+        assert_eq!(settings.1.token, simulator.token, "the simulator asks for what it is shown");
     }
 }

@@ -25,6 +25,6 @@ async fn run(Cli { service, participant, gateway, command }: Cli) -> Result<Exit
         }
         Command::Migrate => launch_migrate(&IDENTITY, &service, &migrations::all()).await,
         Command::MigrateGatewaySim => launch_migrate(&sim::IDENTITY, &service, &[migrations::gateway()]).await,
-        Command::GatewaySim(sim) => exit_code(sim::run(sim.validate(&service)?).await),
+        Command::GatewaySim(sim) => exit_code(sim::run(sim.validate(&service, &gateway)?).await),
     })
 }

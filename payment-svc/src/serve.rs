@@ -15,7 +15,7 @@ use contracts::{OrderId, topics};
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
     participant::{IntentConfig, Participant},
-    service::{self, Health, Needs, ParticipantSettings, Parts, Settings, database, task, telemetry},
+    service::{self, Health, Needs, ParticipantSettings, Parts, Settings, database, in_clear, task, telemetry},
     topic::Topic,
 };
 use sqlx::PgPool;
@@ -32,6 +32,8 @@ const NEEDS: &[Needs] =
 /// Runs the service until it is asked to stop.
 pub async fn serve(settings: Settings, gateway: GatewaySettings, beside: ParticipantSettings) -> anyhow::Result<()> {
     let _telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
+    telemetry::name_sagas(topics::SAGAS);
+    in_clear::warn_of_http("GATEWAY_URL", gateway.url.as_str(), "payments, and the token in GATEWAY_TOKEN,");
     let token = service::shutdown::token();
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
@@ -72,7 +74,10 @@ pub async fn serve(settings: Settings, gateway: GatewaySettings, beside: Partici
 
 /// The participant with its provider behind retries and circuits.
 pub fn participant(gateway: &GatewaySettings, pool: &PgPool) -> anyhow::Result<Participant> {
-    let provider = HttpGateway::new(&gateway.url, gateway.timeout)?;
+    let mut provider = HttpGateway::new(&gateway.url, gateway.timeout)?;
+    if let Some(token) = &gateway.token {
+        provider = provider.with_token(token)?;
+    }
     let provider = Arc::new(Guarded::new(provider, BreakerConfig::default()));
     Ok(effects::participant(IDENTITY.name, provider, pool.clone()))
 }

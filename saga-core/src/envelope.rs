@@ -3,8 +3,11 @@
 //! Attributes travel as headers, the payload as the record's value. Unknown headers pass through; a tombstone (null
 //! value) is legal. This module is pure.
 
+mod carried;
 mod codec;
 pub mod exact;
+
+pub use carried::carried;
 
 use crate::{
     command::Happened,

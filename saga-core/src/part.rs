@@ -57,6 +57,8 @@ causes! {
     RightMissing = "right_missing",
     /// The database refuses for another reason that an operator has to set right: a password, a name.
     DatabaseMisconfigured = "database_misconfigured",
+    /// The provider that effects are performed at does not let this process in: its token is missing or wrong.
+    ProviderForbidden = "provider_forbidden",
     /// No broker can be reached.
     KafkaAway = "kafka_away",
     /// The topic is not there.

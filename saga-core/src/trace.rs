@@ -3,6 +3,8 @@
 //! The context is stored with the outbox row and travels in the record's headers; whoever handles the record continues
 //! it. Without a tracing layer that knows OpenTelemetry nothing is written and nothing is read.
 
+pub use crate::envelope::carried;
+
 use crate::envelope::{Envelope, Headers, header};
 use opentelemetry::{
     Context,
@@ -52,7 +54,7 @@ struct Writer<'a>(&'a mut Headers);
 impl Injector for Writer<'_> {
     fn set(&mut self, key: &str, value: String) {
         // An empty tracestate is what most traces have; it says nothing.
-        if !value.is_empty() {
+        if carried(key, &value).is_some() {
             let name = [header::TRACEPARENT, header::TRACESTATE].into_iter().find(|name| *name == key);
             self.0.insert(name.map_or_else(|| key.to_owned().into(), Cow::Borrowed), value);
         }
@@ -119,6 +121,44 @@ mod tests {
             let ours = traceparent(message);
             assert!(ours.starts_with("00-4bf92f3577b34da6a3ce929d0e0e4736-"), "{ours}");
             assert_ne!(Some(ours), cause.traceparent, "it is our span's");
+        });
+    }
+
+    const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+    #[test]
+    fn a_strangers_endless_tracestate_is_left_out_of_what_its_message_causes() {
+        let bytes = [TRACE.to_owned(), format!("a={}", "x".repeat(320_000)), "user=ada".to_owned()];
+        let id = MessageId::new().to_string();
+        let [parent, state, baggage] = &bytes;
+        let cause = Envelope::decode(
+            [
+                ("ce_specversion", "1.0"),
+                ("ce_id", &id),
+                ("ce_source", "s"),
+                ("ce_type", "t.v1"),
+                ("traceparent", parent),
+                ("tracestate", state),
+                ("baggage", baggage),
+                ("correlation-id", state),
+            ]
+            .map(|(name, value)| (name, Some(value.as_bytes()))),
+        )
+        .unwrap();
+        assert_eq!((cause.traceparent.as_deref(), cause.tracestate.as_deref()), (Some(TRACE), None));
+        let tracer = opentelemetry_sdk::trace::SdkTracerProvider::builder().build().tracer("test");
+        let subscriber = tracing_subscriber::registry().with(tracing_opentelemetry::layer().with_tracer(tracer));
+        tracing::subscriber::with_default(subscriber, || {
+            let handling = tracing::info_span!("message");
+            continue_from(&handling, &cause);
+            let within = handling.in_scope(|| NewMessage::tombstone("topic", "key", "type.v1").caused_by(&cause));
+            let beside = NewMessage::tombstone("topic", "key", "type.v1").caused_by(&cause);
+            for caused in [within, beside] {
+                let length: usize = caused.headers.iter().map(|(name, value)| name.len() + value.len()).sum();
+                assert!(length < 200, "{length}");
+                assert!(caused.headers[header::TRACEPARENT].contains("4bf92f3577b34da6a3ce929d0e0e4736"));
+                assert!(!caused.headers.contains_key(header::TRACESTATE) && !caused.headers.contains_key("baggage"));
+            }
         });
     }
 

@@ -8,12 +8,15 @@ use axum::{
 };
 use http::StatusCode;
 use metrics_exporter_prometheus::PrometheusBuilder;
+use opentelemetry::trace::TracerProvider;
 use reqwest::Method;
 use saga_core::{
+    envelope::Headers,
     http::{
         Api, Json, Limits, Path, Problem, Query,
         idempotency::{Answer, IdempotencyKey, once},
     },
+    outbox::NewMessage,
     part::{Cause, Report},
     service::{AdminAuth, Health, Role, admin_router, messaging_migrations, serve},
     testkit::{TestDatabase, eventually},
@@ -30,6 +33,8 @@ use std::{
 };
 use tokio::{net::TcpListener, sync::Notify};
 use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+use tracing_subscriber::layer::SubscriberExt;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -111,6 +116,50 @@ async fn each_wrong_request_is_a_problem_that_names_what_is_wrong() {
 
     let good = post(r#"{"n":1}"#).await.unwrap();
     assert_eq!(good.status(), 200);
+}
+
+/// The headers of a message that a request with these headers causes.
+async fn caused_by(headers: &[(&str, &str)]) -> Headers {
+    let cause = || async { Json(NewMessage::tombstone("topic", "key", "type.v1").headers) };
+    let router = Api::new(Router::new().route("/", get(cause))).into_router();
+    let request = headers.iter().fold(http::Request::get("/").header("host", "localhost"), |request, (name, value)| {
+        request.header(*name, *value)
+    });
+    let answer = router.oneshot(request.body(axum::body::Body::empty()).unwrap()).await.unwrap();
+    let body = axum::body::to_bytes(answer.into_body(), usize::MAX).await.unwrap();
+    serde_json::from_slice(&body).unwrap()
+}
+
+#[tokio::test]
+async fn of_a_callers_trace_context_only_what_is_valid_and_short_goes_on() {
+    let tracer = opentelemetry_sdk::trace::SdkTracerProvider::builder().build().tracer("test");
+    let subscriber = tracing_subscriber::registry().with(tracing_opentelemetry::layer().with_tracer(tracer));
+    // With one subscriber alone, tracing would remember for all threads what the first one to come by wants to hear.
+    let _another = tracing::Dispatch::new(tracing::subscriber::NoSubscriber::default());
+    let _heard = tracing::subscriber::set_default(subscriber);
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let parent = format!("00-{trace}-00f067aa0ba902b7-01");
+    let carried = caused_by(&[("traceparent", &parent), ("tracestate", "shop=1")]).await;
+    assert!(carried["traceparent"].contains(trace), "{carried:?}");
+    assert_eq!(carried["tracestate"], "shop=1");
+
+    let endless = format!("shop={}", "x".repeat(320_000));
+    let carried = caused_by(&[("traceparent", &parent), ("tracestate", &endless), ("baggage", &endless)]).await;
+    assert!(carried["traceparent"].contains(trace), "{:?}", carried.keys());
+    assert_eq!(carried.keys().map(AsRef::as_ref).collect::<Vec<&str>>(), ["correlation-id", "traceparent"]);
+
+    let forged = format!("{parent}{}", "0".repeat(320_000));
+    let carried = caused_by(&[("traceparent", &forged), ("tracestate", "shop=1")]).await;
+    assert!(!carried["traceparent"].contains(trace) && carried["traceparent"].len() == 55, "a trace of our own");
+    assert!(!carried.contains_key("tracestate"), "it was of the trace that is no trace");
+}
+
+#[tokio::test]
+async fn a_head_without_an_end_is_answered_431() {
+    let (url, _stop) = start(echo()).await;
+    let endless =
+        reqwest::Client::new().get(format!("{url}/n/1")).header("tracestate", "x".repeat(1 << 20)).send().await;
+    assert_eq!(endless.unwrap().status(), 431);
 }
 
 #[tokio::test]

@@ -331,7 +331,7 @@ async fn a_service_gets_ready_serves_turns_red_without_its_database_and_green_ag
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let (http, admin) = (free(), free());
     let args = ServiceArgs {
-        database: DatabaseArgs { database_url: Some(database.url.clone()), ..DatabaseArgs::default() },
+        database: DatabaseArgs { database_url: Some(database.url.as_str().into()), ..DatabaseArgs::default() },
         kafka: KafkaArgs { kafka_brokers: Some(brokers()), ..KafkaArgs::default() },
         http: HttpArgs { http_addr: Some(http.clone()), ..HttpArgs::default() },
         admin: AdminArgs { admin_addr: Some(admin.clone()), ..AdminArgs::default() },

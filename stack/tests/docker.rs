@@ -2,9 +2,12 @@
 //! is started here as the container would start it, with the variables that compose.yaml gives it.
 
 use serde_norway::Value;
-use stack::service::{Service, binary};
+use stack::{
+    service::{Service, binary},
+    up::SERVER_PORTS,
+};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{Read, Write},
     net::TcpListener,
@@ -35,12 +38,30 @@ fn process(service: Service) -> Value {
     compose()["services"][service.name()].clone()
 }
 
+/// What stands for a secret in compose.yaml, from the environment or docker/.env.
+fn secret(name: &str) -> String {
+    format!("{}-0123456789abcdef", name.to_lowercase().replace('_', "-"))
+}
+
+/// The variables that a value of compose.yaml names, and the value with their secrets put in.
+fn put_in(value: &str) -> (Vec<String>, String) {
+    let mut parts = value.split("${");
+    let (mut names, mut text) = (Vec::new(), parts.next().unwrap().to_owned());
+    for part in parts {
+        let (variable, rest) = part.split_once('}').unwrap();
+        let name = variable.split_once(":?").map_or(variable, |(name, _)| name);
+        text.push_str(&secret(name));
+        text.push_str(rest);
+        names.push(name.to_owned());
+    }
+    (names, text)
+}
+
 /// Its variables, with the secrets put in.
 fn variables(service: Service) -> BTreeMap<String, String> {
     let process = process(service);
     let variables = process["environment"].as_mapping().unwrap().iter().map(|(name, value)| {
-        let value = value.as_str().unwrap().replace("${POSTGRES_PASSWORD}", "secret");
-        let value = if value.starts_with("${ADMIN_TOKEN:?") { "0123456789abcdef".to_owned() } else { value };
+        let (_, value) = put_in(value.as_str().unwrap());
         assert!(!value.contains('$'), "{value}");
         (name.as_str().unwrap().to_owned(), value)
     });
@@ -85,6 +106,44 @@ fn each_process_accepts_its_configuration() {
 }
 
 #[test]
+fn each_process_has_a_role_and_a_token_that_no_other_has() {
+    let mut tokens = BTreeSet::new();
+    for service in Service::ALL {
+        let given = variables(service);
+        let token = format!("ADMIN_TOKEN_{}", service.name().to_uppercase().replace('-', "_"));
+        assert_eq!(given["ADMIN_TOKEN"], secret(&token), "{service}");
+        assert!(tokens.insert(given["ADMIN_TOKEN"].clone()), "{service}");
+        let roles: Vec<_> = given.values().filter(|value| value.contains("postgres://")).collect();
+        assert!(roles.iter().all(|url| !url.contains("postgres://postgres:")), "{service}: {roles:?}");
+        if let Some(database) = service.database() {
+            let password = secret(&format!("{}_DB_PASSWORD", database.to_uppercase()));
+            assert_eq!(given["DATABASE_URL"], format!("postgres://{database}:{password}@postgres:5432/{database}"));
+        }
+    }
+    assert_eq!(variables(Service::Relay)["OUTBOXES"].matches("postgres://relay:").count(), 3);
+    let shown = variables(Service::Payments)["GATEWAY_TOKEN"].clone();
+    assert_eq!(variables(Service::Gateway)["GATEWAY_TOKEN"], shown);
+    assert!(!tokens.contains(&shown));
+}
+
+#[test]
+fn each_secret_of_compose_is_named_in_the_example_and_none_enters_the_image() {
+    let (named, _) = put_in(&text("docker/compose.yaml"));
+    let named: BTreeSet<_> = named.into_iter().collect();
+    let example = text("docker/.env.example");
+    let listed = example.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_once('='));
+    let listed: BTreeSet<_> = listed
+        .inspect(|(name, value)| assert!(value.is_empty(), "{name} has a value"))
+        .map(|(name, _)| name.to_owned())
+        .collect();
+    assert_eq!(named, listed);
+    let ignored = text(".dockerignore");
+    for pattern in [".env", "**/.env", "**/.env.*"] {
+        assert!(ignored.lines().any(|line| line == pattern), "{pattern} is not kept out of the build's context");
+    }
+}
+
+#[test]
 fn ports_are_the_processes_own_and_published_on_loopback_only() {
     let dockerfile = text("docker/Dockerfile");
     let exposed: Vec<&str> = dockerfile.lines().find_map(|l| l.strip_prefix("EXPOSE ")).unwrap().split(' ').collect();
@@ -98,6 +157,32 @@ fn ports_are_the_processes_own_and_published_on_loopback_only() {
             http.into_iter().chain([admin]).map(|port| format!("127.0.0.1:{port}:{port}")).collect();
         assert_eq!(words(&process(service)["ports"]), published, "{service}");
         assert!(http.into_iter().chain([admin]).all(|port| exposed.contains(&port.to_string().as_str())));
+    }
+}
+
+#[test]
+fn the_readme_lists_every_listener_and_no_other() {
+    let readme = text("README.md");
+    let table = readme.split("### What listens\n").nth(1).expect("a table of listeners").split("\n###").next().unwrap();
+    let rows = table.lines().filter(|line| line.starts_with("| ")).skip(1).map(|line| {
+        let mut cells = line.split('|').map(str::trim).skip(1);
+        (cells.next().unwrap().to_owned(), cells.next().unwrap().parse::<u16>().unwrap())
+    });
+    let listed: BTreeSet<_> = rows.collect();
+    let ours = Service::ALL.into_iter().flat_map(|service| {
+        let (http, admin) = service.default_ports();
+        http.into_iter().chain([admin]).map(move |port| (service.name().to_owned(), port))
+    });
+    let (postgres, kafka) = SERVER_PORTS;
+    let others = [("PostgreSQL", postgres), ("Kafka", kafka), ("Prometheus", 9090)];
+    let expected: BTreeSet<_> = ours.chain(others.map(|(name, port)| (name.to_owned(), port))).collect();
+    assert_eq!(listed, expected);
+    assert_eq!(words(&compose()["services"]["prometheus"]["ports"]), ["127.0.0.1:9090:9090"]);
+    for server in ["postgres", "kafka"] {
+        assert!(
+            compose()["services"][server].get("ports").is_none(),
+            "{server} is published, and the README says it is not"
+        );
     }
 }
 
@@ -167,7 +252,7 @@ fn versions_and_databases_are_the_same_everywhere() {
     assert!(text("docker/Dockerfile").contains(&format!("FROM rust:{rust}-")), "rust-toolchain.toml says {rust}");
     let databases = text("docker/databases.sql");
     for database in Service::ALL.into_iter().filter_map(Service::database) {
-        assert!(databases.contains(&format!("create database {database};")), "{database}");
+        assert!(databases.contains(&format!("create database {database} owner {database};")), "{database}");
     }
 }
 

@@ -15,7 +15,7 @@ use saga_core::{
     },
 };
 use serde_json::Value;
-use sqlx::{PgPool, postgres::PgConnectOptions};
+use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
 use std::{
     collections::HashSet,
     str::FromStr,
@@ -33,7 +33,12 @@ pub struct World {
     pub database: TestDatabase,
     pub topic: TestTopic,
     pub name: String,
+    /// As whom relays connect, if not as the owner.
+    pub role: Option<String>,
 }
+
+/// The password of such a role, where the server asks for one.
+const PASSWORD: &str = "of-a-test";
 
 impl World {
     pub async fn new() -> Self {
@@ -49,7 +54,23 @@ impl World {
             .ok();
         let database = TestDatabase::new(&[messaging_migrations()]).await;
         let topic = TestTopic::create("relay", partitions).await;
-        Self { database, topic, name: "orders".to_owned() }
+        Self { database, topic, name: "orders".to_owned(), role: None }
+    }
+
+    /// One whose relays have a role with nothing but the rights that a relay needs.
+    pub async fn of_least_rights() -> Self {
+        let world = Self::new().await;
+        let role = unique("relay").replace(['-', '.'], "_");
+        let make = format!("create role {role} login password '{PASSWORD}'; select outbox_grant('{role}')");
+        sqlx::raw_sql(AssertSqlSafe(make)).execute(world.db()).await.expect("the role can be made");
+        Self { role: Some(role), ..world }
+    }
+
+    /// Roles are the server's, and outlive a test's database.
+    pub async fn drop_role(&self) {
+        let Some(role) = &self.role else { return };
+        let drop = format!("drop owned by {role}; drop role {role}");
+        sqlx::raw_sql(AssertSqlSafe(drop)).execute(self.db()).await.expect("the role can be dropped");
     }
 
     /// With a lease that a busy machine does not lose, and as much time to read as a relay has.
@@ -63,7 +84,10 @@ impl World {
     }
 
     pub fn settings(&self) -> Settings {
-        let database = PgConnectOptions::from_str(&self.database.url).expect("the test's own URL");
+        let mut database = PgConnectOptions::from_str(&self.database.url).expect("the test's own URL");
+        if let Some(role) = &self.role {
+            database = database.username(role).password(PASSWORD);
+        }
         let outbox = OutboxSettings { name: self.name.clone(), database };
         Settings { lease: LEASE, reading: LEASE, ..Settings::new(brokers(), vec![outbox]) }
     }

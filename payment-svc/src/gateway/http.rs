@@ -5,8 +5,9 @@ use super::{
     answer::{self, BODY_MAX},
 };
 use async_trait::async_trait;
+use http::{HeaderValue, header};
 use reqwest::{Client, Response, Url};
-use saga_core::id::CommandId;
+use saga_core::{id::CommandId, service::config::Secret};
 use serde_json::json;
 use std::time::Duration;
 
@@ -15,6 +16,8 @@ use std::time::Duration;
 pub struct HttpGateway {
     client: Client,
     base: Url,
+    /// Marked as sensitive: `Debug` does not show it.
+    authorization: Option<HeaderValue>,
 }
 
 /// A gateway that cannot be set up.
@@ -24,15 +27,18 @@ pub enum SetupError {
     #[error("the gateway's client cannot be built: {0}")]
     Client(#[from] reqwest::Error),
     /// The URL.
-    #[error("{0:?} cannot be a base URL")]
-    Base(String),
+    #[error("the gateway's URL cannot be a base URL")]
+    Base,
+    /// The token.
+    #[error("the gateway's token has characters that a header cannot carry")]
+    Token,
 }
 
 impl HttpGateway {
     /// The provider at `base`; each request, from connect to the last byte, may take `timeout`.
     pub fn new(base: &Url, timeout: Duration) -> Result<Self, SetupError> {
         if base.cannot_be_a_base() {
-            return Err(SetupError::Base(base.to_string()));
+            return Err(SetupError::Base);
         }
         // A redirect would be followed with the body dropped or repeated elsewhere: it is an answer that cannot be read.
         let client = Client::builder()
@@ -41,7 +47,15 @@ impl HttpGateway {
             // Sooner than servers hang up on idle connections: a request that is sent at that moment is in doubt.
             .pool_idle_timeout(Duration::from_secs(30))
             .build()?;
-        Ok(Self { client, base: base.clone() })
+        Ok(Self { client, base: base.clone(), authorization: None })
+    }
+
+    /// With a bearer token in each request.
+    pub fn with_token(self, token: &Secret) -> Result<Self, SetupError> {
+        let header = HeaderValue::from_str(&format!("Bearer {}", token.reveal()));
+        let mut header = header.map_err(|_| SetupError::Token)?;
+        header.set_sensitive(true);
+        Ok(Self { authorization: Some(header), ..self })
     }
 
     fn url(&self, segments: &[&str]) -> Url {
@@ -79,8 +93,11 @@ impl PaymentGateway for HttpGateway {
             answer::check_reference(authorization).map_err(Doubt::Unreadable)?;
         }
         let (url, body) = self.request(request);
-        let sent = self.client.post(url).header("idempotency-key", key.to_string()).json(&body).send().await;
-        let response = sent.map_err(doubt)?;
+        let mut call = self.client.post(url).header("idempotency-key", key.to_string()).json(&body);
+        if let Some(authorization) = &self.authorization {
+            call = call.header(header::AUTHORIZATION, authorization.clone());
+        }
+        let response = call.send().await.map_err(doubt)?;
         let (status, headers) = (response.status(), response.headers().clone());
         answer::read(request, status, &headers, &read(response).await?)
     }
@@ -114,5 +131,13 @@ mod tests {
     fn a_reference_cannot_leave_its_place_in_the_path() {
         let gateway = HttpGateway::new(&"http://h/base/".parse().unwrap(), Duration::from_secs(1)).unwrap();
         assert_eq!(gateway.url(&["v1", "a/../b?c"]).as_str(), "http://h/base/v1/a%2F..%2Fb%3Fc");
+    }
+
+    #[test]
+    fn the_token_is_not_shown_with_the_gateway() {
+        let gateway = HttpGateway::new(&"http://h/".parse().unwrap(), Duration::from_secs(1)).unwrap();
+        let gateway = gateway.with_token(&"hunter2-hunter2-hunter2".into()).unwrap();
+        assert_eq!(gateway.authorization.as_ref().unwrap(), "Bearer hunter2-hunter2-hunter2");
+        assert!(!format!("{gateway:?} {gateway:#?}").contains("hunter2"));
     }
 }

@@ -1,9 +1,10 @@
 //! How the simulator is told to behave; validated whole, like every service's configuration.
 
 use super::tokens;
+use crate::config::GatewayArgs;
 use saga_core::service::{
     ConfigErrors, DatabaseSettings, Identity, ServiceArgs,
-    config::{AdminSettings, HttpSettings},
+    config::{AdminSettings, HttpSettings, Secret},
     telemetry::TelemetrySettings,
 };
 use std::time::Duration;
@@ -16,19 +17,19 @@ pub const IDENTITY: Identity = Identity { name: "gateway-sim", http_port: 8083, 
 #[command(after_long_help = tokens::help(), after_help = tokens::help())]
 pub struct SimArgs {
     /// Share of authorizations by good tokens that succeed, 0 to 1 [default: 1]
-    #[arg(long, env = "GATEWAY_SIM_SUCCESS_RATE", value_name = "SHARE")]
+    #[arg(long, env = "GATEWAY_SIM_SUCCESS_RATE", value_name = "SHARE", hide_env_values = true)]
     pub gateway_sim_success_rate: Option<String>,
     /// Share of answers that are lost after the request was performed, 0 to 1 [default: 0]
-    #[arg(long, env = "GATEWAY_SIM_LOST_ANSWER_RATE", value_name = "SHARE")]
+    #[arg(long, env = "GATEWAY_SIM_LOST_ANSWER_RATE", value_name = "SHARE", hide_env_values = true)]
     pub gateway_sim_lost_answer_rate: Option<String>,
     /// Share of requests that are answered 503 before anything is done, 0 to 1 [default: 0]
-    #[arg(long, env = "GATEWAY_SIM_ERROR_RATE", value_name = "SHARE")]
+    #[arg(long, env = "GATEWAY_SIM_ERROR_RATE", value_name = "SHARE", hide_env_values = true)]
     pub gateway_sim_error_rate: Option<String>,
     /// Milliseconds that each request takes [default: 0]
-    #[arg(long, env = "GATEWAY_SIM_LATENCY_MS", value_name = "MILLISECONDS")]
+    #[arg(long, env = "GATEWAY_SIM_LATENCY_MS", value_name = "MILLISECONDS", hide_env_values = true)]
     pub gateway_sim_latency_ms: Option<String>,
     /// Milliseconds that a request with tok_slow takes [default: 1500]
-    #[arg(long, env = "GATEWAY_SIM_SLOW_MS", value_name = "MILLISECONDS")]
+    #[arg(long, env = "GATEWAY_SIM_SLOW_MS", value_name = "MILLISECONDS", hide_env_values = true)]
     pub gateway_sim_slow_ms: Option<String>,
 }
 
@@ -70,18 +71,21 @@ pub struct SimSettings {
     pub admin: AdminSettings,
     /// Logs and traces.
     pub telemetry: TelemetrySettings,
+    /// What callers are let in by; everybody is when it is not set.
+    pub token: Option<Secret>,
     /// How it behaves.
     pub behaviour: Behaviour,
 }
 
 impl SimArgs {
     /// Checks everything and reports every mistake at once.
-    pub fn validate(&self, service: &ServiceArgs) -> Result<SimSettings, ConfigErrors> {
+    pub fn validate(&self, service: &ServiceArgs, gateway: &GatewayArgs) -> Result<SimSettings, ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let database = service.database.read(&mut errors);
         let http = service.http.read(IDENTITY.http_port, &mut errors);
         let admin = service.admin.read(IDENTITY.admin_port, &mut errors);
         let telemetry = service.telemetry.read(&mut errors);
+        let token = gateway.token(&mut errors);
         let behaviour = self.behaviour(&mut errors);
         let settings = (|| {
             Some(SimSettings {
@@ -89,6 +93,7 @@ impl SimArgs {
                 http: http?,
                 admin: admin?,
                 telemetry: telemetry?,
+                token,
                 behaviour: behaviour?,
             })
         })();
@@ -118,6 +123,6 @@ fn share(text: &Option<String>, variable: &'static str, default: f64, errors: &m
     let Some(text) = text.as_deref().map(str::trim).filter(|text| !text.is_empty()) else { return Some(default) };
     match text.parse::<f64>() {
         Ok(share) if (0.0..=1.0).contains(&share) => Some(share),
-        _ => errors.add(variable, format!("is {text:?}"), "set it to a number from 0 to 1"),
+        _ => errors.add(variable, "is no share", "set it to a number from 0 to 1"),
     }
 }

@@ -13,10 +13,16 @@ mod tokens;
 pub use config::{Behaviour, IDENTITY, SimArgs, SimSettings};
 
 use crate::migrations;
-use axum::Router;
+use axum::{
+    Router,
+    extract::{Request, State},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+};
+use http::{StatusCode, header};
 use saga_core::{
-    http::{Api, openapi::complete},
-    service::{self, Health, Needs, database, migrate, telemetry},
+    http::{Api, Problem, openapi::complete},
+    service::{self, AdminAuth, Health, Needs, config::Secret, database, migrate, telemetry},
 };
 use sqlx::PgPool;
 use tokio::net::TcpListener;
@@ -47,8 +53,8 @@ const NEEDS: &[Needs] = &[
 ))]
 struct Document;
 
-/// The simulator's API.
-pub fn api(pool: PgPool, behaviour: Behaviour) -> Api {
+/// The simulator's API. Whoever calls it shows `token`, where there is one.
+pub fn api(pool: PgPool, behaviour: Behaviour, token: Option<&Secret>) -> Api {
     let (router, document) = OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(api::authorize, api::of_order))
         .routes(routes!(api::capture))
@@ -58,8 +64,22 @@ pub fn api(pool: PgPool, behaviour: Behaviour) -> Api {
         .routes(routes!(api::request))
         .routes(routes!(api::ledger))
         .split_for_parts();
+    let callers = AdminAuth::new(token.map(|token| token.reveal().to_owned()), None);
     let router: Router = router.with_state(Sim { pool, behaviour });
+    let router = router.route_layer(middleware::from_fn_with_state(callers, let_in));
     Api::new(router.merge(SwaggerUi::new("/docs").url("/openapi.json", complete(document))))
+}
+
+async fn let_in(State(callers): State<AdminAuth>, request: Request, next: Next) -> Response {
+    let shown =
+        request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    if callers.role(shown).is_some() {
+        return next.run(request).await;
+    }
+    let problem = Problem::new(StatusCode::UNAUTHORIZED, "unauthorized", "A bearer token is needed");
+    let problem =
+        problem.detail("Send `Authorization: Bearer <token>` with the token in GATEWAY_TOKEN of gateway-sim.");
+    ([(header::WWW_AUTHENTICATE, "Bearer realm=\"gateway-sim\"")], problem).into_response()
 }
 
 /// Runs the simulator until it is asked to stop. The admin listener answers from the first moment, red until the database
@@ -93,7 +113,8 @@ async fn open(settings: SimSettings, health: Health, token: CancellationToken) -
     health.look().await;
     health.started();
     tracing::info!(http = %http.local_addr()?, behaviour = ?settings.behaviour, "the gateway simulator is open");
-    service::serve(http, api(pool, settings.behaviour).reached_as(settings.http.hosts), token).await?;
+    let api = api(pool, settings.behaviour, settings.token.as_ref()).reached_as(settings.http.hosts);
+    service::serve(http, api, token).await?;
     Ok(())
 }
 

@@ -1,11 +1,11 @@
 //! The provider's own rules, and what stands before it.
 
-use crate::support::{DEADLINE, Provider, euros};
+use crate::support::{DEADLINE, Provider, World, do_authorize, euros, new_order};
 use payment_svc::{
     gateway::{Answer, Doubt, Guarded, HttpGateway, PaymentGateway, Request, breaker::BreakerConfig},
     sim::Behaviour,
 };
-use saga_core::{id::CommandId, testkit::eventually};
+use saga_core::{envelope::Outcome, id::CommandId, part::Cause, service::config::Secret, testkit::eventually};
 use serde_json::{Value, json};
 use std::time::Duration;
 use uuid::Uuid;
@@ -157,4 +157,37 @@ async fn rates_are_kept_and_stored_answers_do_not_change() {
     let provider = Provider::new(Behaviour { error_rate: 1.0, ..Behaviour::default() }).await;
     assert_eq!(post(&provider, "/v1/authorizations", "k", &authorization("tok_visa")).await.0, 503);
     assert_eq!(provider.totals().await, [0; 5]);
+}
+
+#[tokio::test]
+async fn without_the_token_the_provider_does_nothing_and_payments_wait_for_it() {
+    let token = Secret::from("a-token-of-the-providers");
+    let provider = Provider::with_token(Behaviour::default(), Some(token.clone())).await;
+    for (shown, status) in [(None, 401), (Some("Bearer another"), 401), (Some("a-token-of-the-providers"), 401)] {
+        for request in [
+            reqwest::Client::new().get(provider.url("/v1/ledger")),
+            reqwest::Client::new()
+                .post(provider.url("/v1/authorizations"))
+                .header("idempotency-key", "k")
+                .json(&authorization("tok_visa")),
+        ] {
+            let request = shown.into_iter().fold(request, |request, shown| request.header("authorization", shown));
+            assert_eq!(request.send().await.unwrap().status(), status, "{shown:?}");
+        }
+    }
+    let world = World::before(provider, DEADLINE).await;
+    let order = new_order();
+    world.deliver(&[do_authorize(order, "tok_visa")]).await;
+    let executor = world.executor();
+    executor.run_once().await.unwrap();
+    let trouble = executor.report().trouble.expect("it is red");
+    assert_eq!(trouble.cause, Cause::ProviderForbidden);
+    assert!(trouble.reason.contains("401") && trouble.reason.contains("GATEWAY_TOKEN"), "{}", trouble.reason);
+    assert_eq!((world.outcomes(order).await, world.status(order).await), (vec![], "authorizing"));
+    assert_eq!(arrivals(&world.provider).await, 0);
+
+    let world = world.showing(&token);
+    world.settle().await;
+    assert_eq!(world.outcomes(order).await, [Outcome::Succeeded]);
+    assert_eq!(arrivals(&world.provider).await, 1);
 }

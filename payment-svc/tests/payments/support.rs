@@ -18,7 +18,7 @@ use saga_core::{
     envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     participant::{IntentConfig, Intents, Participant},
-    service,
+    service::{self, config::Secret},
     testkit::{TestDatabase, deliver, unique},
 };
 use serde_json::Value;
@@ -38,10 +38,16 @@ pub(crate) struct Provider {
 
 impl Provider {
     pub(crate) async fn new(behaviour: Behaviour) -> Self {
+        Self::with_token(behaviour, None).await
+    }
+
+    /// One that lets in who shows the token.
+    pub(crate) async fn with_token(behaviour: Behaviour, token: Option<Secret>) -> Self {
         let database = TestDatabase::new(&[migrations::gateway()]).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
-        tokio::spawn(service::serve(listener, sim::api(database.pool.clone(), behaviour), CancellationToken::new()));
+        let api = sim::api(database.pool.clone(), behaviour, token.as_ref());
+        tokio::spawn(service::serve(listener, api, CancellationToken::new()));
         Self { database, addr }
     }
 
@@ -96,8 +102,12 @@ impl World {
     }
 
     async fn waiting(behaviour: Behaviour, patience: Duration) -> Self {
+        Self::before(Provider::new(behaviour).await, patience).await
+    }
+
+    /// One before this provider, which it shows no token.
+    pub(crate) async fn before(provider: Provider, patience: Duration) -> Self {
         let database = TestDatabase::new(&migrations::all()).await;
-        let provider = Provider::new(behaviour).await;
         let http = HttpGateway::new(&provider.url("/").parse().unwrap(), patience).unwrap();
         // Never opens: what the breaker does is tested apart.
         let breaker = BreakerConfig { payments: usize::MAX, ..BreakerConfig::default() };
@@ -105,6 +115,14 @@ impl World {
         let guarded = Arc::new(Guarded::new(http, breaker));
         let participant = Arc::new(effects::participant(name, guarded, database.pool.clone()));
         Self { database, provider, name, participant, attempts: 100, patience }
+    }
+
+    /// Its next process, which shows the provider this token.
+    pub(crate) fn showing(self, token: &Secret) -> Self {
+        let http = HttpGateway::new(&self.provider.url("/").parse().unwrap(), self.patience).unwrap();
+        let guarded = Guarded::new(http.with_token(token).unwrap(), BreakerConfig::default());
+        let participant = effects::participant(self.name, Arc::new(guarded), self.database.pool.clone());
+        Self { participant: Arc::new(participant), ..self }
     }
 
     /// Delivers messages in one batch, as the consumer would.

@@ -3,10 +3,13 @@
 //! Decoding is strict about what this crate's correctness hangs on (id, source, type, a saga's coordinates) and lenient
 //! about the rest: an attribute that only informs (`ce_time`, `ce_sequence`) is dropped when it does not parse.
 
-use super::{Envelope, EnvelopeError, Headers, SagaHeaders, Standing, header};
+use super::{Envelope, EnvelopeError, Headers, SagaHeaders, Standing, carried, header};
 use crate::id::{CommandId, MessageId, SagaId};
 use std::{borrow::Cow, collections::BTreeMap, str::FromStr};
 use time::{OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339};
+
+/// Longest `correlation-id`, in bytes. Our own are trace ids, of 32.
+const CORRELATION_MAX: usize = 200;
 
 /// The headers that have a field of their own; whatever else a record carries is passed through.
 const KNOWN: [&str; 23] = [
@@ -76,8 +79,8 @@ impl Envelope {
             time: found.text(header::TIME).and_then(|text| OffsetDateTime::parse(&text, &Rfc3339).ok()),
             sequence: found.text(header::SEQUENCE).and_then(|text| text.parse().ok()),
             content_type: found.text(header::CONTENT_TYPE),
-            traceparent: found.text(header::TRACEPARENT),
-            tracestate: found.text(header::TRACESTATE),
+            traceparent: found.carried(header::TRACEPARENT),
+            tracestate: found.carried(header::TRACESTATE),
             saga,
             other: found.rest(),
         };
@@ -117,9 +120,11 @@ impl Envelope {
         Standing { source: &self.source, epoch: said(epoch).unwrap_or_default(), sequence, redriven }
     }
 
-    /// What ties together all that one request caused: the `correlation-id` header.
+    /// What ties together all that one request caused: the `correlation-id` header. One that nobody sensible would write is none:
+    /// it goes on into all that the message causes.
     pub fn correlation_id(&self) -> Option<&str> {
-        self.other.get(header::CORRELATION_ID).map(String::as_str)
+        let carried = |id: &&String| id.len() <= CORRELATION_MAX && !id.chars().any(char::is_control);
+        self.other.get(header::CORRELATION_ID).filter(carried).map(String::as_str)
     }
 }
 
@@ -179,6 +184,11 @@ impl Found<'_> {
 
     fn text(&self, name: &str) -> Option<String> {
         self.0.get(name).map(|text| text.clone().into_owned())
+    }
+
+    /// Of somebody else's trace context, what may go on to whatever the record causes.
+    fn carried(&self, name: &str) -> Option<String> {
+        self.0.get(name).and_then(|text| carried(name, text)).map(str::to_owned)
     }
 
     fn saga(&mut self) -> Result<Option<SagaHeaders>, EnvelopeError> {
@@ -277,12 +287,14 @@ mod tests {
 
     prop_compose! {
         fn envelope()(
-            id: u128, source in text(), kind in text(), texts in proptest::array::uniform4(proptest::option::of(".*")),
+            id: u128, source in text(), kind in text(), texts in proptest::array::uniform2(proptest::option::of(".*")),
+            traceparent in proptest::option::of("00-[0-9a-f]{31}1-[0-9a-f]{15}1-0[01]"),
+            tracestate in proptest::option::of("[a-z]{1,8}=[!-+--<>-~]{1,20}"),
             time in proptest::option::of((-60_000_000_000i64..250_000_000_000, 0u32..1_000_000_000)),
             sequence: Option<i64>, saga in proptest::option::of(saga_headers()),
             other in proptest::collection::btree_map("x-[a-z]{1,8}|correlation-id", ".*", 0..4),
         ) -> Envelope {
-            let [subject, content_type, traceparent, tracestate] = texts;
+            let [subject, content_type] = texts;
             let time = time.map(|(seconds, nanos)| {
                 OffsetDateTime::from_unix_timestamp(seconds).unwrap().replace_nanosecond(nanos).unwrap()
             });

@@ -16,7 +16,7 @@ use super::{
     hosts::{Hosts, Listener, own_requests},
     problem::Problem,
 };
-use crate::{clock, panics::panic_text, transaction::Bound};
+use crate::{clock, panics::panic_text, trace, transaction::Bound};
 use axum::{
     Router,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
@@ -95,6 +95,11 @@ impl Api {
     #[must_use]
     pub fn reached_as(self, hosts: Hosts) -> Self {
         Self { hosts, ..self }
+    }
+
+    /// The router as it is on loopback, for tests that call it without a listener.
+    pub fn into_router(self) -> Router {
+        self.surrounded(true).0
     }
 
     /// The router of a listener that, with `loopback`, only this machine reaches; and its detached handlers, which are waited for at
@@ -217,7 +222,7 @@ struct TraceHeaders<'a>(&'a HeaderMap);
 
 impl Extractor for TraceHeaders<'_> {
     fn get(&self, key: &str) -> Option<&str> {
-        self.0.get(key)?.to_str().ok()
+        trace::carried(key, self.0.get(key)?.to_str().ok()?)
     }
 
     fn keys(&self) -> Vec<&str> {

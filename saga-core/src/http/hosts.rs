@@ -33,14 +33,14 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    /// From a list with commas; `*` stands for every name. The error is the entry that is no name.
-    pub fn parse(list: &str) -> Result<Self, String> {
+    /// From a list with commas; `*` stands for every name. The error is which of the entries is no name.
+    pub fn parse(list: &str) -> Result<Self, usize> {
         let entries: Vec<_> = list.split(',').map(|name| name.trim().to_ascii_lowercase()).collect();
         let is_name = |name: &String| {
             name == "*" || (!name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)))
         };
-        match entries.iter().find(|name| !is_name(name)) {
-            Some(wrong) => Err(wrong.clone()),
+        match entries.iter().position(|name| !is_name(name)) {
+            Some(wrong) => Err(wrong),
             None => Ok(Self { any: entries.iter().any(|name| name == "*"), names: entries.into() }),
         }
     }

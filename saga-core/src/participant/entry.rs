@@ -308,6 +308,7 @@ fn answered<A: Serialize>(performed: Performed<A>) -> Performed<Value> {
         Performed::InDoubt(failed) => Performed::InDoubt(failed),
         Performed::Contradiction(reason) => Performed::Contradiction(reason),
         Performed::NotMade { reason, again_after } => Performed::NotMade { reason, again_after },
+        Performed::NotLetIn { reason } => Performed::NotLetIn { reason },
     }
 }
 

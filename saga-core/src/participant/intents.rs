@@ -3,7 +3,7 @@
 //! ```text
 //!   open ──claim (commit: attempt counted)──► call, no tx ──┬─ answered ─► fence + records + reply, intent gone
 //!                                                           ├─ in doubt ─► back-off, open again
-//!                                                           ├─ not made ─► a pause, open again, nothing counted
+//!                                                           ├─ not made, not let in ─► a pause, open again, nothing counted
 //!                                                           └─ attempts ran out ─► `failed` reply, in doubt
 //! ```
 //!
@@ -37,7 +37,7 @@ use crate::{
     outage::Outage,
     outbox::Tx,
     panics::panic_text,
-    part::Report,
+    part::{Cause, Report},
     reason::reason,
     transaction::{Bound, Transaction},
 };
@@ -54,6 +54,9 @@ use uuid::Uuid;
 
 /// Shortest pause after a call that was not made, so that a handler that makes none does not run in a hot loop.
 const NOT_MADE_MIN: Duration = Duration::from_millis(50);
+
+/// Pause after a call that the provider did not let in: until an operator has acted, each further one is in vain.
+const NOT_LET_IN: Duration = Duration::from_secs(3);
 
 /// How often intents are counted for the gauges.
 const GAUGE_EVERY: Duration = Duration::from_secs(5);
@@ -286,6 +289,10 @@ impl Intents {
             Performed::InDoubt(failed) => self.back_off(claim, Counted::Yes, &failed.reason).await,
             Performed::NotMade { reason, again_after } => {
                 self.release(claim, Counted::No, again_after.max(NOT_MADE_MIN), &reason).await
+            }
+            Performed::NotLetIn { reason } => {
+                self.setup.failing_of(Cause::ProviderForbidden, &reason);
+                self.release(claim, Counted::No, NOT_LET_IN, &reason).await
             }
         }
     }

@@ -231,9 +231,9 @@ impl Participant {
         let occurrence = i32::try_from(saga.occurrence).map_err(|_| poison("occurrence is out of range".into()))?;
         let payload = message.payload.as_deref().ok_or_else(|| poison("a command with no payload".into()))?;
         let trace = [
-            (header::TRACEPARENT, envelope.traceparent.as_ref()),
-            (header::TRACESTATE, envelope.tracestate.as_ref()),
-            (header::CORRELATION_ID, envelope.other.get(header::CORRELATION_ID)),
+            (header::TRACEPARENT, envelope.traceparent.as_deref()),
+            (header::TRACESTATE, envelope.tracestate.as_deref()),
+            (header::CORRELATION_ID, envelope.correlation_id()),
         ];
         // Of an orchestrator that does not say yet which command its undo undoes: it is of the first derivation.
         let derived = || CommandId::derive(saga.saga, &saga.step, Op::Do, saga.occurrence);
@@ -246,10 +246,7 @@ impl Participant {
             cx: CommandContext { saga, message: envelope.id, undoes },
             payload,
             span: message.span(),
-            trace: trace
-                .into_iter()
-                .filter_map(|(name, value)| Some((name.into(), value?.replace('\0', ""))))
-                .collect(),
+            trace: trace.into_iter().filter_map(|(name, value)| Some((name.into(), value?.to_owned()))).collect(),
         })
     }
 }

@@ -2,16 +2,21 @@
 //!
 //! Everything is taken as text and validated afterwards, whole: somebody who starts a service with five mistakes gets
 //! five lines, each with the variable, what is wrong and what to do, and not one line five times.
+//!
+//! No value is shown, neither by `--help` nor in a mistake: what stands in the wrong variable may be a password.
 
+mod database;
 mod listeners;
 mod sagas;
+mod secret;
 
+pub use database::{DatabaseArgs, DatabaseSettings};
 pub use listeners::{AdminArgs, AdminSettings, HttpArgs, HttpSettings};
 pub use sagas::{OrchestratorArgs, ParticipantArgs, ParticipantSettings};
+pub use secret::{Place, Secret, database_url, http_url};
 
 use super::telemetry::TelemetrySettings;
 use clap::Args;
-use sqlx::postgres::PgConnectOptions;
 use std::{
     fmt,
     ops::{Bound, RangeBounds},
@@ -59,29 +64,18 @@ pub struct ServiceArgs {
     pub telemetry: TelemetryArgs,
 }
 
-/// The service's database.
-#[derive(Debug, Clone, Default, Args)]
-pub struct DatabaseArgs {
-    /// The service's own PostgreSQL database, for example `postgres://user:secret@db:5432/orders?sslmode=verify-full`
-    #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, global = true)]
-    pub database_url: Option<String>,
-    /// The most connections this process opens to it [default: 16]
-    #[arg(long, env = "DATABASE_MAX_CONNECTIONS", value_name = "NUMBER", global = true)]
-    pub database_max_connections: Option<String>,
-}
-
 /// Kafka.
 #[derive(Debug, Clone, Default, Args)]
 pub struct KafkaArgs {
     /// Kafka brokers to start from, `host:port`, several separated by commas
-    #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", global = true)]
+    #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", hide_env_values = true, global = true)]
     pub kafka_brokers: Option<String>,
     /// Copies that a topic created by this process has [default: 1]
-    #[arg(long, env = "KAFKA_REPLICATION_FACTOR", value_name = "NUMBER", global = true)]
+    #[arg(long, env = "KAFKA_REPLICATION_FACTOR", value_name = "NUMBER", hide_env_values = true, global = true)]
     pub kafka_replication_factor: Option<String>,
     /// After so long without a heartbeat a consumer's partitions go to another, milliseconds [default: 6000]. Not less than
     /// the brokers' group.min.session.timeout.ms, not more than 300000
-    #[arg(long, env = "KAFKA_SESSION_TIMEOUT_MS", value_name = "NUMBER", global = true)]
+    #[arg(long, env = "KAFKA_SESSION_TIMEOUT_MS", value_name = "NUMBER", hide_env_values = true, global = true)]
     pub kafka_session_timeout_ms: Option<String>,
 }
 
@@ -89,14 +83,14 @@ pub struct KafkaArgs {
 #[derive(Debug, Clone, Default, Args)]
 pub struct TelemetryArgs {
     /// What is logged, in the syntax of tracing's EnvFilter; what libraries repeat in an outage only by their names [default: info]
-    #[arg(long, env = "RUST_LOG", value_name = "FILTER", global = true)]
+    #[arg(long, env = "RUST_LOG", value_name = "FILTER", hide_env_values = true, global = true)]
     pub rust_log: Option<String>,
     /// `json` (a line per event, for machines) or `text` (for people) [default: json]
-    #[arg(long, env = "LOG_FORMAT", value_name = "FORMAT", global = true)]
+    #[arg(long, env = "LOG_FORMAT", value_name = "FORMAT", hide_env_values = true, global = true)]
     pub log_format: Option<String>,
     /// Where traces are sent by OTLP over HTTP, for example `http://collector:4318`; unset: nowhere
-    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL", global = true)]
-    pub otel_exporter_otlp_endpoint: Option<String>,
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_name = "URL", hide_env_values = true, global = true)]
+    pub otel_exporter_otlp_endpoint: Option<Secret>,
 }
 
 /// A valid [`ServiceArgs`].
@@ -116,22 +110,6 @@ pub struct Settings {
     pub telemetry: TelemetrySettings,
 }
 
-/// A valid [`DatabaseArgs`].
-#[derive(Debug, Clone)]
-pub struct DatabaseSettings {
-    /// Where it is; `sslmode` and the certificates are in the URL.
-    pub options: PgConnectOptions,
-    /// The pool's size.
-    pub max_connections: u32,
-}
-
-impl DatabaseSettings {
-    /// From a URL that the program itself made (tests, tools).
-    pub fn from_url(url: &str) -> Result<Self, sqlx::Error> {
-        Ok(Self { options: PgConnectOptions::from_str(url)?, max_connections: DEFAULT_MAX_CONNECTIONS })
-    }
-}
-
 /// A valid [`KafkaArgs`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KafkaSettings {
@@ -143,10 +121,11 @@ pub struct KafkaSettings {
     pub session_timeout: Duration,
 }
 
-/// 16: on one small machine, four processes together stay below PostgreSQL's default of 100.
-const DEFAULT_MAX_CONNECTIONS: u32 = 16;
 /// Not more than the client library lets pass between two polls (`max.poll.interval.ms`).
 const SESSION_TIMEOUT_MAX_MS: u64 = 300_000;
+/// Shorter tokens can be guessed.
+const MIN_TOKEN: usize = 16;
+
 impl ServiceArgs {
     /// Checks everything and reports every mistake at once.
     pub fn validate(&self, identity: &Identity) -> Result<Settings, ConfigErrors> {
@@ -173,30 +152,6 @@ impl ServiceArgs {
     }
 }
 
-impl DatabaseArgs {
-    /// Reads, and adds what is wrong to `errors`.
-    pub fn read(&self, errors: &mut ConfigErrors) -> Option<DatabaseSettings> {
-        let example = "set it to postgres://user:password@host:5432/database";
-        let options = match given(&self.database_url) {
-            None => errors.add("DATABASE_URL", "is not set", example),
-            Some(url) if !url.starts_with("postgres://") && !url.starts_with("postgresql://") => {
-                errors.add("DATABASE_URL", "is not a postgres:// URL", example)
-            }
-            Some(url) => match PgConnectOptions::from_str(url) {
-                Ok(options) if options.get_database().is_none_or(str::is_empty) => {
-                    errors.add("DATABASE_URL", "names no database", example)
-                }
-                Ok(options) => Some(options),
-                // The parser's message may repeat the URL's parts, but never the password.
-                Err(error) => errors.add("DATABASE_URL", format!("cannot be read ({error})"), example),
-            },
-        };
-        let max_connections =
-            number(&self.database_max_connections, "DATABASE_MAX_CONNECTIONS", DEFAULT_MAX_CONNECTIONS, 2.., errors);
-        Some(DatabaseSettings { options: options?, max_connections: max_connections? })
-    }
-}
-
 impl KafkaArgs {
     /// Reads, and adds what is wrong to `errors`.
     pub fn read(&self, errors: &mut ConfigErrors) -> Option<KafkaSettings> {
@@ -208,8 +163,8 @@ impl KafkaArgs {
         };
         let brokers = match given(&self.kafka_brokers) {
             None => errors.add("KAFKA_BROKERS", "is not set", example),
-            Some(list) => match list.split(',').find(|one| !broker(one)) {
-                Some(wrong) => errors.add("KAFKA_BROKERS", format!("has {wrong:?} in it"), example),
+            Some(list) => match list.split(',').position(|one| !broker(one)) {
+                Some(wrong) => errors.add("KAFKA_BROKERS", nth(wrong, "is not host:port"), example),
                 None => Some(list.to_owned()),
             },
         };
@@ -227,7 +182,7 @@ impl TelemetryArgs {
         TelemetrySettings::read(
             given(&self.rust_log),
             given(&self.log_format),
-            given(&self.otel_exporter_otlp_endpoint),
+            Secret::given(self.otel_exporter_otlp_endpoint.as_ref()),
             errors,
         )
     }
@@ -314,9 +269,28 @@ fn number<N: FromStr + PartialOrd + fmt::Display + Copy>(
             };
             let (from, to) = (bound("from", allowed.start_bound()), bound("to", allowed.end_bound()));
             let cure = format!("set it to a whole number{from}{to}, or leave it out for {default}");
-            errors.add(variable, format!("is {text:?}"), cure)
+            errors.add(variable, "is no such number", cure)
         }
     }
+}
+
+/// What is wrong with one of several entries of a variable. Its place tells which it is, because no value is shown.
+#[must_use]
+pub fn nth(index: usize, what: &str) -> String {
+    format!("has an entry, number {}, that {what}", index + 1)
+}
+
+/// A bearer token, if one is given.
+pub fn token(text: Option<&Secret>, variable: &'static str, errors: &mut ConfigErrors) -> Option<String> {
+    let token = Secret::given(text)?;
+    if token.len() < MIN_TOKEN || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return errors.add(
+            variable,
+            "is too short or has characters that a header cannot carry",
+            "use 16 or more printable ASCII characters without spaces, for example from `openssl rand -hex 16`",
+        );
+    }
+    Some(token.to_owned())
 }
 
 #[cfg(test)]
@@ -329,9 +303,13 @@ mod tests {
         Some(text.to_owned())
     }
 
+    fn secret(text: &str) -> Option<Secret> {
+        Some(text.into())
+    }
+
     fn valid() -> ServiceArgs {
         ServiceArgs {
-            database: DatabaseArgs { database_url: some("postgres://a:b@h/db"), ..DatabaseArgs::default() },
+            database: DatabaseArgs { database_url: secret("postgres://a:b@h/db"), ..DatabaseArgs::default() },
             kafka: KafkaArgs { kafka_brokers: some("localhost:9092"), ..KafkaArgs::default() },
             ..ServiceArgs::default()
         }
@@ -341,7 +319,7 @@ mod tests {
     fn every_mistake_is_told_at_once_with_its_variable_and_a_cure_but_no_password() {
         let args = ServiceArgs {
             database: DatabaseArgs {
-                database_url: some("mysql://root:hunter2@x/y"),
+                database_url: secret("mysql://root:hunter2@x/y"),
                 database_max_connections: some("many"),
             },
             kafka: KafkaArgs {
@@ -353,13 +331,13 @@ mod tests {
             admin: AdminArgs {
                 admin_addr: some("0.0.0.0:9"),
                 admin_hosts: some("a,"),
-                admin_viewer_token: some("short"),
+                admin_viewer_token: secret("short"),
                 admin_token: None,
             },
             telemetry: TelemetryArgs {
                 rust_log: some("saga=loud"),
                 log_format: some("xml"),
-                otel_exporter_otlp_endpoint: some("collector"),
+                otel_exporter_otlp_endpoint: secret("collector"),
             },
         };
         let errors = args.validate(&ME).unwrap_err();
@@ -383,7 +361,12 @@ mod tests {
             ]
         );
         let text = errors.to_string();
-        assert!(text.contains("KAFKA_BROKERS (--kafka-brokers) has \"b\" in it: set it to host:port"), "{text}");
+        assert!(
+            text.contains(
+                "KAFKA_BROKERS (--kafka-brokers) has an entry, number 2, that is not host:port: set it to host:port"
+            ),
+            "{text}"
+        );
         assert!(!text.contains("hunter2"), "{text}");
     }
 
@@ -433,11 +416,24 @@ mod tests {
         let mut args = valid();
         args.admin.admin_addr = some("[::]:9080");
         assert!(args.validate(&ME).is_err());
-        args.admin.admin_viewer_token = some("0123456789abcdef");
+        args.admin.admin_viewer_token = secret("0123456789abcdef");
         assert!(args.validate(&ME).is_err(), "a viewer's token alone leaves nobody who can act");
-        args.admin.admin_token = some("0123456789abcdef");
+        args.admin.admin_token = secret("0123456789abcdef");
         assert!(args.validate(&ME).is_err(), "the same token for both");
-        args.admin.admin_token = some("fedcba9876543210");
+        args.admin.admin_token = secret("fedcba9876543210");
         assert!(args.validate(&ME).is_ok());
+    }
+
+    #[test]
+    fn settings_and_what_they_were_read_from_show_no_secret() {
+        let mut args = valid();
+        args.database.database_url = secret("postgres://me:hunter2-hunter2-a@h/db?password=hunter2-hunter2-b");
+        args.admin.admin_token = secret("hunter2-hunter2-c");
+        args.admin.admin_viewer_token = secret("hunter2-hunter2-d");
+        args.telemetry.otel_exporter_otlp_endpoint = secret("https://collector/hunter2");
+        let settings = args.validate(&ME).unwrap();
+        let said = format!("{args:?}{args:#?}{settings:?}{settings:#?}");
+        assert!(!said.contains("hunter2"), "{said}");
+        assert!(said.contains("\"me\""), "it says as whom: {said}");
     }
 }

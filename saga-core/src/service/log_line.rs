@@ -2,18 +2,84 @@
 //!
 //! Every line carries `service`, `trace_id`, and the fields of all spans it happened in (an inner span wins), at the
 //! top level: `saga`, `message_id`, `request_id` are found by their name, wherever they were set. A saga's id is there under
-//! its type's name too: of an `order` saga, `order` is found.
+//! its type's name too, if this process has declared the type ([`name_sagas`]): of an `order` saga, `order` is found.
+//!
+//! Names of fields come from the program alone. A value may come from anywhere (a record's headers, a provider, an error of a
+//! broker), so each text is cleaned and has an end.
 
 use opentelemetry::trace::TraceContextExt;
 use serde_json::{Map, Value};
-use std::{fmt, io::Write, sync::OnceLock};
+use std::{
+    borrow::Cow,
+    collections::BTreeSet,
+    fmt,
+    io::Write,
+    sync::{OnceLock, PoisonError, RwLock},
+};
 use tracing::{
     Dispatch, Event, Subscriber,
     dispatcher::WeakDispatch,
     field::{Field, Visit},
     span::{Attributes, Id, Record},
 };
-use tracing_subscriber::{Layer, layer::Context, registry::LookupSpan};
+use tracing_subscriber::{
+    Layer,
+    field::MakeExt,
+    fmt::{
+        FormatFields,
+        format::{self, Writer},
+    },
+    layer::Context,
+    registry::LookupSpan,
+};
+
+/// Longest text in a line, in characters: a reason has a thousand, and an error may hold several.
+const TEXT_MAX: usize = 4_000;
+
+/// The types of sagas whose ids are found under the type's name.
+static SAGAS: RwLock<BTreeSet<String>> = RwLock::new(BTreeSet::new());
+
+/// Has the ids of sagas of these types found under the type's name. What a record calls its saga is no such name by itself:
+/// whoever forges records would give the fields of our logs their names.
+pub fn name_sagas<'a>(types: impl IntoIterator<Item = &'a str>) {
+    SAGAS.write().unwrap_or_else(PoisonError::into_inner).extend(types.into_iter().map(str::to_owned));
+}
+
+fn is_declared(saga_type: &str) -> bool {
+    SAGAS.read().unwrap_or_else(PoisonError::into_inner).contains(saga_type)
+}
+
+/// `text` with an end, and without what a terminal or a reader of lines takes for more than text. Line breaks and tabs stay.
+fn clean(text: &str) -> Cow<'_, str> {
+    let strange = |c: char| {
+        // Separators of lines and paragraphs, and what turns the direction of writing.
+        let formats = matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        formats || c.is_control() && !matches!(c, '\n' | '\t')
+    };
+    let cut = text.char_indices().nth(TEXT_MAX).map(|(at, _)| at);
+    if cut.is_none() && !text.chars().any(strange) {
+        return Cow::Borrowed(text);
+    }
+    let kept = &text[..cut.unwrap_or(text.len())];
+    let mut clean: String = kept.chars().map(|c| if strange(c) { '\u{fffd}' } else { c }).collect();
+    if cut.is_some() {
+        clean.push('…');
+    }
+    Cow::Owned(clean)
+}
+
+/// Fields as people read them, cleaned likewise. An event stays on its line.
+pub(crate) fn cleaned() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
+    let one = |writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug| {
+        let value = format!("{value:?}");
+        let value = clean(&value).replace('\n', "\\n");
+        match field.name() {
+            "message" => write!(writer, "{value}"),
+            name => write!(writer, "{}={value}", name.trim_start_matches("r#")),
+        }
+    };
+    format::debug_fn(one).delimited(" ")
+}
 
 /// Writes events as lines of JSON to `make_writer`'s writers.
 pub(crate) struct JsonLines<F> {
@@ -81,7 +147,9 @@ where
             let name = if name == "message" { name.to_owned() } else { free_name(name) };
             line.insert(name, value);
         }
-        if let (Some(saga), Some(Value::String(kind))) = (line.get("saga").cloned(), line.get("saga_type")) {
+        if let (Some(saga), Some(Value::String(kind))) = (line.get("saga").cloned(), line.get("saga_type"))
+            && is_declared(kind)
+        {
             let name = free_name(kind);
             line.entry(name).or_insert(saga);
         }
@@ -130,11 +198,11 @@ impl Fields {
 
 impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.set(field, format!("{value:?}"));
+        self.set(field, clean(&format!("{value:?}")));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.set(field, value);
+        self.set(field, clean(value));
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
@@ -192,7 +260,8 @@ mod tests {
     }
 
     #[test]
-    fn the_id_of_a_saga_is_found_under_its_types_name_unless_something_else_is_there() {
+    fn the_id_of_a_saga_is_found_under_its_declared_types_name() {
+        name_sagas(["order", "level"]);
         let lines = logged(|| {
             tracing::info!(saga = "s1", saga_type = "order", "one");
             tracing::info!(saga = "s1", saga_type = "order", order = "o1", "two");
@@ -200,6 +269,40 @@ mod tests {
         });
         assert_eq!((&lines[0]["order"], &lines[1]["order"]), (&"s1".into(), &"o1".into()));
         assert_eq!((&lines[2]["level"], &lines[2]["field_level"]), (&"INFO".into(), &"s1".into()));
+    }
+
+    #[test]
+    fn what_a_forged_record_says_names_no_field_and_is_cleaned_and_cut() {
+        let forged = format!("level\r\n\u{1b}[31m\0\u{9b}\u{202e}{}", "x".repeat(320_000));
+        let lines = logged(|| {
+            tracing::info_span!("message", saga = "s1", saga_type = forged).in_scope(|| tracing::info!("one"));
+            tracing::info!(saga = "s1", saga_type = "sadmin", error = %forged, "{forged}");
+        });
+        let names = |line: &Value| line.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        let every = ["level", "message", "saga", "saga_type", "service", "target", "timestamp", "trace_id"];
+        assert_eq!(names(&lines[0]), every);
+        assert!(!names(&lines[1]).contains(&"sadmin".to_owned()));
+        for text in [&lines[0]["saga_type"], &lines[1]["error"], &lines[1]["message"]] {
+            let text = text.as_str().unwrap();
+            assert!(text.starts_with("level\u{fffd}\n\u{fffd}[31m\u{fffd}\u{fffd}\u{fffd}xx"), "{text:.40}");
+            assert_eq!(text.chars().count(), TEXT_MAX + 1, "and a sign that it was cut");
+        }
+    }
+
+    #[test]
+    fn for_people_an_event_stays_on_its_line_whatever_its_values_hold() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let layer = tracing_subscriber::fmt::layer().with_ansi(false).without_time().with_target(false);
+        let layer = layer.fmt_fields(cleaned()).with_writer(move || writer.clone());
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            let forged = "a\n2026-01-01 INFO all is well\u{1b}[2J\u{85}";
+            tracing::info_span!("message", kind = %forged)
+                .in_scope(|| tracing::warn!(error = %forged, n = 1, "{forged}"));
+        });
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let clean = "a\\n2026-01-01 INFO all is well\u{fffd}[2J\u{fffd}";
+        assert_eq!(text, format!(" WARN message{{kind={clean}}}: {clean} error={clean} n=1\n"));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //!
 //! Whoever waits, for its turn or for a lock that a migration needs, says for whom, and waits on.
 
-use super::{config::DatabaseSettings, database, lock_watch::LockWatch};
+use super::{config::DatabaseSettings, database, in_clear, lock_watch::LockWatch};
 use refinery::Runner;
 use refinery_core::{
     AsyncMigrate, Migration,
@@ -74,6 +74,8 @@ pub enum MigrateError {
 
 /// Brings the schema up to date, in the order of `all`; waits for the database. Says how many migrations it applied.
 pub async fn migrate(settings: &DatabaseSettings, all: &[Migrations]) -> Result<usize, MigrateError> {
+    // Each process comes here first that has a database of its own.
+    in_clear::warn_of_database(&settings.options);
     let options = database::prepare(&settings.options, "migrate");
     let mut session = Session::open(&options).await?;
     session.take_turn().await?;

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`config`] | flags and environment, validated whole: every mistake at once |
 //! | [`telemetry`] | JSON logs that carry service, trace and ids; OTLP when asked for; metrics |
+//! | [`in_clear`] | says at the start what others on the way can read |
 //! | [`database`], [`migrate`] | a pool that is safe to cancel on; migrations under a lock |
 //! | [`topics`] | creates declared topics, reports mismatches |
 //! | [`health`], [`admin`] | three answers: does the loop turn, can callers be served, does all work move; the admin listener with its roles |
@@ -18,6 +19,7 @@ pub mod config;
 mod connections;
 pub mod database;
 pub mod health;
+pub mod in_clear;
 mod lock_watch;
 pub(crate) mod log_line;
 pub mod migrate;

@@ -5,7 +5,13 @@
 //! exported by OTLP only when `OTEL_EXPORTER_OTLP_ENDPOINT` is set; what cannot be delivered is dropped, never waited
 //! for.
 
-use super::{config::ConfigErrors, log_line::JsonLines};
+pub use super::log_line::name_sagas;
+use super::{
+    config::{ConfigErrors, Secret, http_url},
+    in_clear,
+    log_line::{self, JsonLines},
+};
+
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
 use opentelemetry::{KeyValue, trace::TracerProvider};
 use opentelemetry_otlp::WithExportConfig;
@@ -40,12 +46,33 @@ const EXPORT_GRACE: Duration = Duration::from_secs(2);
 pub struct TelemetrySettings {
     filter: String,
     format: Format,
-    otlp_endpoint: Option<String>,
+    otlp_endpoint: Option<Secret>,
+    otlp_credentials: Credentials,
+}
+
+/// Whether the exporter sends headers that it was given for the collector, which it reads itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Credentials {
+    Sent,
+    None,
+}
+
+impl Credentials {
+    fn of_environment() -> Self {
+        let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+        let any = ["OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"].into_iter().any(set);
+        if any { Self::Sent } else { Self::None }
+    }
 }
 
 impl Default for TelemetrySettings {
     fn default() -> Self {
-        Self { filter: with_quiet(DEFAULT_FILTER), format: Format::Json, otlp_endpoint: None }
+        Self {
+            filter: with_quiet(DEFAULT_FILTER),
+            format: Format::Json,
+            otlp_endpoint: None,
+            otlp_credentials: Credentials::None,
+        }
     }
 }
 
@@ -83,24 +110,34 @@ impl TelemetrySettings {
         let filter = filter.unwrap_or(DEFAULT_FILTER);
         let filter = match EnvFilter::try_new(filter) {
             Ok(_) => Some(with_quiet(filter)),
-            Err(error) => errors.add("RUST_LOG", format!("cannot be read ({error})"), "for example `info,sqlx=debug`"),
+            Err(_) => errors.add("RUST_LOG", "cannot be read", "set it to a filter such as `info,sqlx=debug`"),
         };
         let format = match format {
             None | Some("json") => Some(Format::Json),
             Some("text") => Some(Format::Text),
-            Some(other) => errors.add("LOG_FORMAT", format!("is {other:?}"), "set it to `json` or `text`"),
+            Some(_) => errors.add("LOG_FORMAT", "is neither `json` nor `text`", "set it to one of them"),
         };
-        let valid =
-            |url: &str| url.parse::<http::Uri>().is_ok_and(|uri| uri.scheme().is_some() && uri.host().is_some());
-        let otlp_endpoint = match endpoint {
-            Some(url) if !valid(url) => errors.add(
+        let otlp_endpoint = match endpoint.map(|url| http_url(url).map(|_| url.into())) {
+            Some(Err(wrong)) => errors.add(
                 "OTEL_EXPORTER_OTLP_ENDPOINT",
-                format!("is {url:?}"),
-                "set it to a URL such as http://collector:4318, or leave it out to send no traces",
+                wrong,
+                "set it to a URL such as https://collector:4318, with credentials in OTEL_EXPORTER_OTLP_HEADERS, or leave it \
+                 out to send no traces",
             ),
-            other => Some(other.map(str::to_owned)),
+            Some(Ok(url)) => Some(Some(url)),
+            None => Some(None),
         };
-        Some(Self { filter: filter?, format: format?, otlp_endpoint: otlp_endpoint? })
+        let otlp_credentials = Credentials::of_environment();
+        Some(Self { filter: filter?, format: format?, otlp_endpoint: otlp_endpoint?, otlp_credentials })
+    }
+}
+
+impl TelemetrySettings {
+    fn warn_of_what_is_in_clear(&self) {
+        if let (Some(endpoint), Credentials::Sent) = (&self.otlp_endpoint, self.otlp_credentials) {
+            let what = "the credentials in OTEL_EXPORTER_OTLP_HEADERS";
+            in_clear::warn_of_http("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.reveal(), what);
+        }
     }
 }
 
@@ -145,7 +182,7 @@ pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<Telem
     let resource = Resource::builder().with_attribute(KeyValue::new("service.name", service)).build();
     let mut provider = SdkTracerProvider::builder().with_resource(resource);
     if let Some(endpoint) = &settings.otlp_endpoint {
-        let endpoint = format!("{}/v1/traces", endpoint.trim_end_matches('/'));
+        let endpoint = format!("{}/v1/traces", endpoint.reveal().trim_end_matches('/'));
         provider = provider.with_batch_exporter(
             opentelemetry_otlp::SpanExporter::builder().with_http().with_endpoint(endpoint).build()?,
         );
@@ -154,7 +191,7 @@ pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<Telem
 
     let lines: Box<dyn Layer<_> + Send + Sync> = match settings.format {
         Format::Json => JsonLines::new(service, io::stdout).boxed(),
-        Format::Text => tracing_subscriber::fmt::layer().with_target(false).boxed(),
+        Format::Text => tracing_subscriber::fmt::layer().with_target(false).fmt_fields(log_line::cleaned()).boxed(),
     };
     // The filter was valid when the settings were read.
     let filter = EnvFilter::try_new(&settings.filter).unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
@@ -166,6 +203,7 @@ pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<Telem
         .with_threads(false)
         .with_tracked_inactivity(false);
     Registry::default().with(filter).with(spans).with(lines).try_init()?;
+    settings.warn_of_what_is_in_clear();
     Ok(TelemetryGuard { provider, metrics: metrics()? })
 }
 
@@ -207,6 +245,20 @@ mod tests {
         assert_eq!(heard(Some("warn,librdkafka=error")), ["a failed reconnect", "a notice"]);
         assert_eq!(heard(Some("info,sqlx_core::pool=warn")), ["a broken connection", "a notice", "ours"]);
         assert_eq!(heard(Some("info,sqlx=debug")), ["a broken connection", "a notice", "ours"]);
+    }
+
+    #[test]
+    fn credentials_for_a_collector_are_told_of_where_others_can_read_them() {
+        let said = |endpoint: &str, otlp_credentials| {
+            let read = TelemetrySettings::read(None, None, Some(endpoint), &mut ConfigErrors::default()).unwrap();
+            let log = Log::hear("warn");
+            TelemetrySettings { otlp_credentials, ..read }.warn_of_what_is_in_clear();
+            log.said("OTEL_EXPORTER_OTLP_ENDPOINT is an http:// URL").len()
+        };
+        assert_eq!(said("http://collector:4318", Credentials::Sent), 1);
+        assert_eq!(said("http://collector:4318", Credentials::None), 0);
+        assert_eq!(said("https://collector:4318", Credentials::Sent), 0);
+        assert_eq!(said("http://127.0.0.1:4318", Credentials::Sent), 0);
     }
 
     #[test]

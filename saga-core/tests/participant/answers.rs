@@ -8,6 +8,7 @@ use saga_core::{
     consumer::{HandleError, Message, UNDECLARED_SOURCE},
     envelope::{Op, Outcome::*},
     id::SagaId,
+    part::Cause,
     participant::{IntentConfig, Participant},
     testkit::{deliver, eventually},
 };
@@ -31,6 +32,30 @@ async fn a_call_that_was_not_made_counts_nothing_is_in_no_doubt_and_waits() {
     assert_eq!(world.outcomes(saga).await, [Succeeded], "and never failed");
     assert_eq!(world.provider.calls.of(key(saga)), 33);
     assert!(begun.elapsed() >= Duration::from_millis(31 * 60), "it asks no sooner than it was told");
+}
+
+#[tokio::test]
+async fn a_provider_that_lets_nobody_in_is_red_health_and_gives_nothing_up() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    // More often than there may be attempts would take too long here: each waits for three seconds.
+    world.deliver(&[message(saga, Op::Do, &pay(&["forbidden", "yes"]))]).await;
+    let executor = world.executor();
+    executor.run_once().await.unwrap();
+    let trouble = executor.report().trouble.expect("it is red at once");
+    assert_eq!(trouble.cause, Cause::ProviderForbidden);
+    assert!(trouble.reason.contains("the token is wrong"), "{}", trouble.reason);
+    assert_eq!((world.intents().await, world.outcomes(saga).await), (1, vec![]), "it waits");
+    let attempts: i32 =
+        sqlx::query_scalar("select attempts from participant_intent").fetch_one(&world.database.pool).await.unwrap();
+    assert_eq!(attempts, 0);
+    eventually(Duration::from_secs(60), || async {
+        executor.run_once().await.unwrap();
+        (world.intents().await == 0).then_some(())
+    })
+    .await;
+    assert_eq!(world.outcomes(saga).await, [Succeeded]);
+    eventually(Duration::from_secs(60), || async { executor.report().trouble.is_none().then_some(()) }).await;
 }
 
 #[tokio::test]

@@ -170,6 +170,7 @@ impl ExternalEffect<Pay> for PayEffect {
             "no" => Performed::Answered(None),
             "silence" => Performed::InDoubt("no answer".into()),
             "away" => Performed::NotMade { reason: "nobody was asked".into(), again_after: Duration::from_millis(60) },
+            "forbidden" => Performed::NotLetIn { reason: "the token is wrong".into() },
             "something else" => Performed::Contradiction("it did something else".into()),
             "hang" => {
                 self.0.hangs.notify_one();

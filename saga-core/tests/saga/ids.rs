@@ -5,9 +5,16 @@ use saga_core::{
     consumer::{HandleError, NO_SAGA},
     envelope::Outcome,
     id::SagaId,
+    service::telemetry,
     testkit::Log,
 };
 use serde_json::{Value, json};
+
+/// Hears what a process whose sagas are declared would write.
+fn hear() -> Log {
+    telemetry::name_sagas(["order"]);
+    Log::hear("warn")
+}
 
 fn is_of(line: &Value, saga: SagaId) {
     let id = json!(saga.to_string());
@@ -17,7 +24,7 @@ fn is_of(line: &Value, saga: SagaId) {
 
 #[tokio::test]
 async fn a_stuck_saga_says_its_id_and_its_step_on_the_line_itself() {
-    let log = Log::hear("warn");
+    let log = hear();
     let world = World::new().await;
     let saga = world.start(1).await;
     world.cancel(saga).await;
@@ -31,7 +38,7 @@ async fn a_stuck_saga_says_its_id_and_its_step_on_the_line_itself() {
 
 #[tokio::test]
 async fn a_reply_that_waits_for_another_replica_and_one_that_is_dropped_then_say_their_sagas_id() {
-    let log = Log::hear("warn");
+    let log = hear();
     let world = World::new().await;
     let saga = world.start(1).await;
     let (sent, other) = (world.last(saga).await, "another shape");

@@ -1,22 +1,19 @@
 //! The two listeners: where they listen, by which names they are reached, and who is let in.
 
-use super::{super::admin::AdminAuth, ConfigErrors, given};
+use super::{super::admin::AdminAuth, ConfigErrors, Secret, given, nth, token};
 use crate::http::Hosts;
 use clap::Args;
 use std::net::SocketAddr;
-
-/// Shorter tokens can be guessed.
-const MIN_TOKEN: usize = 16;
 
 /// The API's listener.
 #[derive(Debug, Clone, Default, Args)]
 pub struct HttpArgs {
     /// Where the API listens, address and port [default: 127.0.0.1 and the service's own port]
-    #[arg(long, env = "HTTP_ADDR", value_name = "IP:PORT", global = true)]
+    #[arg(long, env = "HTTP_ADDR", value_name = "IP:PORT", hide_env_values = true, global = true)]
     pub http_addr: Option<String>,
     /// Names that the API is reached by, separated by commas, beside IP addresses and localhost; off loopback also beside names
     /// without a dot. `*` stands for every name. Requests for another name get 421
-    #[arg(long, env = "HTTP_HOSTS", value_name = "NAME,...", global = true)]
+    #[arg(long, env = "HTTP_HOSTS", value_name = "NAME,...", hide_env_values = true, global = true)]
     pub http_hosts: Option<String>,
 }
 
@@ -25,17 +22,17 @@ pub struct HttpArgs {
 pub struct AdminArgs {
     /// Where health, metrics and inspection listen [default: 127.0.0.1 and the service's own admin port].
     /// Anything but loopback needs ADMIN_TOKEN
-    #[arg(long, env = "ADMIN_ADDR", value_name = "IP:PORT", global = true)]
+    #[arg(long, env = "ADMIN_ADDR", value_name = "IP:PORT", hide_env_values = true, global = true)]
     pub admin_addr: Option<String>,
     /// Names that the admin listener is reached by, like HTTP_HOSTS
-    #[arg(long, env = "ADMIN_HOSTS", value_name = "NAME,...", global = true)]
+    #[arg(long, env = "ADMIN_HOSTS", value_name = "NAME,...", hide_env_values = true, global = true)]
     pub admin_hosts: Option<String>,
     /// Bearer token that may look and act, 16 characters or more
     #[arg(long, env = "ADMIN_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
-    pub admin_token: Option<String>,
+    pub admin_token: Option<Secret>,
     /// Bearer token that may only look, 16 characters or more
     #[arg(long, env = "ADMIN_VIEWER_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
-    pub admin_viewer_token: Option<String>,
+    pub admin_viewer_token: Option<Secret>,
 }
 
 /// A valid [`HttpArgs`].
@@ -72,12 +69,12 @@ impl AdminArgs {
     pub fn read(&self, default_port: u16, errors: &mut ConfigErrors) -> Option<AdminSettings> {
         let addr = address(&self.admin_addr, "ADMIN_ADDR", default_port, errors);
         let hosts = hosts(&self.admin_hosts, "ADMIN_HOSTS", errors);
-        let operator = token(&self.admin_token, "ADMIN_TOKEN", errors);
-        let viewer = token(&self.admin_viewer_token, "ADMIN_VIEWER_TOKEN", errors);
+        let operator = token(self.admin_token.as_ref(), "ADMIN_TOKEN", errors);
+        let viewer = token(self.admin_viewer_token.as_ref(), "ADMIN_VIEWER_TOKEN", errors);
         if operator.is_some() && operator == viewer {
             errors.add::<()>("ADMIN_VIEWER_TOKEN", "is the same as ADMIN_TOKEN", "give each role a token of its own");
         }
-        if addr.is_some_and(|addr| !addr.ip().is_loopback()) && given(&self.admin_token).is_none() {
+        if addr.is_some_and(|addr| !addr.ip().is_loopback()) && Secret::given(self.admin_token.as_ref()).is_none() {
             errors.add::<()>(
                 "ADMIN_TOKEN",
                 "is not set, and ADMIN_ADDR is not a loopback address",
@@ -98,7 +95,7 @@ fn address(
     text.parse().ok().or_else(|| {
         errors.add(
             variable,
-            format!("is {text:?}"),
+            "is not an IP address and a port",
             format!("set it to an IP address and a port, for example 127.0.0.1:{default_port}"),
         )
     })
@@ -108,19 +105,7 @@ fn hosts(text: &Option<String>, variable: &'static str, errors: &mut ConfigError
     let Some(text) = given(text) else { return Some(Hosts::default()) };
     Hosts::parse(text).map_err(|wrong| {
         let cure = "set it to names separated by commas, without scheme and port: `orders.example.com`; `*` stands for every name";
-        errors.add::<()>(variable, format!("has {wrong:?} in it"), cure);
+        errors.add::<()>(variable, nth(wrong, "is no name"), cure);
     })
     .ok()
-}
-
-fn token(text: &Option<String>, variable: &'static str, errors: &mut ConfigErrors) -> Option<String> {
-    let token = given(text)?;
-    if token.len() < MIN_TOKEN || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return errors.add(
-            variable,
-            "is too short or has characters that a header cannot carry",
-            "use 16 or more printable ASCII characters without spaces, for example from `openssl rand -hex 16`",
-        );
-    }
-    Some(token.to_owned())
 }

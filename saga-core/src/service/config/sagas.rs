@@ -1,6 +1,6 @@
 //! What services take that run sagas, or take part in them.
 
-use super::{ConfigErrors, given};
+use super::{ConfigErrors, given, nth};
 use crate::topic::is_legal_name;
 use clap::Args;
 
@@ -8,10 +8,10 @@ use clap::Args;
 #[derive(Debug, Clone, Default, Args)]
 pub struct ParticipantArgs {
     /// Topics that commands may have their replies sent to beside the platform's own, several separated by commas
-    #[arg(long, env = "REPLY_TOPICS", value_name = "TOPIC,...", global = true)]
+    #[arg(long, env = "REPLY_TOPICS", value_name = "TOPIC,...", hide_env_values = true, global = true)]
     pub reply_topics: Option<String>,
     /// Sources (`ce_source`) whose commands are taken beside those of the platform's own orchestrators, several separated by commas
-    #[arg(long, env = "COMMAND_SOURCES", value_name = "SOURCE,...", global = true)]
+    #[arg(long, env = "COMMAND_SOURCES", value_name = "SOURCE,...", hide_env_values = true, global = true)]
     pub command_sources: Option<String>,
 }
 
@@ -19,7 +19,7 @@ pub struct ParticipantArgs {
 #[derive(Debug, Clone, Default, Args)]
 pub struct OrchestratorArgs {
     /// Sources (`ce_source`) whose replies are taken beside those of the platform's own participants, several separated by commas
-    #[arg(long, env = "REPLY_SOURCES", value_name = "SOURCE,...", global = true)]
+    #[arg(long, env = "REPLY_SOURCES", value_name = "SOURCE,...", hide_env_values = true, global = true)]
     pub reply_sources: Option<String>,
 }
 
@@ -36,9 +36,10 @@ impl ParticipantArgs {
     /// Reads, and adds what is wrong to `errors`.
     pub fn read(&self, errors: &mut ConfigErrors) -> Option<ParticipantSettings> {
         let topics = listed(&self.reply_topics);
-        let reply_topics = match topics.iter().find(|topic| !is_legal_name(topic)) {
+        let reply_topics = match topics.iter().position(|topic| !is_legal_name(topic)) {
             Some(wrong) => {
-                errors.add("REPLY_TOPICS", format!("has {wrong:?} in it"), "name topics, separated by commas")
+                let wrong = nth(wrong, "is no name of a topic that can be written to");
+                errors.add("REPLY_TOPICS", wrong, "name topics, separated by commas")
             }
             None => Some(topics),
         };
@@ -61,8 +62,8 @@ fn listed(text: &Option<String>) -> Vec<String> {
 
 fn sources(text: &Option<String>, variable: &'static str, errors: &mut ConfigErrors) -> Option<Vec<String>> {
     let listed = listed(text);
-    match listed.iter().find(|source| source.chars().any(|c| c.is_whitespace() || c.is_control())) {
-        Some(wrong) => errors.add(variable, format!("has {wrong:?} in it"), "name sources, separated by commas"),
+    match listed.iter().position(|source| source.chars().any(|c| c.is_whitespace() || c.is_control())) {
+        Some(wrong) => errors.add(variable, nth(wrong, "has a blank in it"), "name sources, separated by commas"),
         None => Some(listed),
     }
 }
