@@ -21,7 +21,7 @@ use axum::{
 use contracts::OrderId;
 use futures::{Stream, stream};
 use http::{HeaderMap, StatusCode};
-use saga_core::http::{Connection, Path, Problem, Working, count_refused};
+use saga_core::http::{Connection, Held, Path, Problem, count_refused};
 use sqlx::PgPool;
 use std::{collections::VecDeque, convert::Infallible, time::Duration};
 use tokio_util::sync::CancellationToken;
@@ -73,7 +73,7 @@ pub async fn order_events(
         unsent: VecDeque::new(),
         ended: false,
         versions,
-        _working: connection.map(|Extension(connection)| connection.working()),
+        _held: connection.map(|Extension(connection)| connection.streaming()),
         shutdown: state.shutdown.clone(),
     };
     let heartbeat = KeepAlive::new().interval(HEARTBEAT).text("heartbeat");
@@ -106,8 +106,8 @@ struct Follower {
     unsent: VecDeque<HistoryEntry>,
     ended: bool,
     versions: Watch,
-    /// The connection is not closed to make room for another while the stream is open.
-    _working: Option<Working>,
+    /// The connection is not the first that makes room for another.
+    _held: Option<Held>,
     shutdown: CancellationToken,
 }
 

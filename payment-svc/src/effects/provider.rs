@@ -73,7 +73,7 @@ impl Provider {
             Err(doubt @ Doubt::CircuitOpen { again_after, .. }) => {
                 return Performed::NotMade { reason: doubt.to_string(), again_after };
             }
-            Err(doubt @ Doubt::Forbidden { .. }) => return Performed::NotLetIn { reason: doubt.to_string() },
+            Err(doubt @ Doubt::NotLetIn) => return Performed::NotLetIn { reason: doubt.to_string() },
             Err(doubt) => return Performed::InDoubt(doubt.into()),
         };
         match (&answer, right.first()) {

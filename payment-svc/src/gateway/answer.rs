@@ -37,7 +37,7 @@ struct RefusedCode {
 }
 
 /// What an answer to `request` means. Only what says so in the provider's own words is a refusal: a 404 or 403 may be a
-/// proxy's. A 401 or 403 says nothing of the payment, but that nobody's is let in.
+/// proxy's. A 401 says nothing of the payment, but that nobody's is let in; a 403 may be about this payment alone.
 pub(super) fn read(request: &Request, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Result<Answer, Doubt> {
     match status {
         StatusCode::OK | StatusCode::CREATED => {
@@ -50,7 +50,7 @@ pub(super) fn read(request: &Request, status: StatusCode, headers: &HeaderMap, b
                 Err(_) => Err(Doubt::Status { status: status.as_u16() }),
             }
         }
-        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(Doubt::Forbidden { status: status.as_u16() }),
+        StatusCode::UNAUTHORIZED => Err(Doubt::NotLetIn),
         other => Err(Doubt::Status { status: other.as_u16() }),
     }
 }
@@ -146,10 +146,8 @@ mod tests {
             let status = StatusCode::from_u16(status).unwrap();
             assert!(read(&capture(), status, &of_type("text/html"), refused).is_err(), "a proxy's page");
         }
-        for status in [401, 403] {
-            assert!(matches!(interpret(&capture(), status, refused), Err(Doubt::Forbidden { .. })), "{status}");
-        }
-        for status in [400, 404, 408, 422, 425, 429, 500, 502, 503, 504, 302] {
+        assert!(matches!(interpret(&capture(), 401, refused), Err(Doubt::NotLetIn)));
+        for status in [400, 403, 404, 408, 422, 425, 429, 500, 502, 503, 504, 302] {
             assert!(matches!(interpret(&capture(), status, refused), Err(Doubt::Status { .. })), "{status}");
         }
     }

@@ -130,13 +130,8 @@ pub enum Doubt {
         status: u16,
     },
     /// The provider does not let us in: nobody's payment, and an operator has to act.
-    #[error(
-        "the gateway does not let payment-svc in (it answered {status}): set GATEWAY_TOKEN to a token that it takes"
-    )]
-    Forbidden {
-        /// The HTTP status.
-        status: u16,
-    },
+    #[error("the gateway does not let payment-svc in (it answered 401): set GATEWAY_TOKEN to a token that it takes")]
+    NotLetIn,
     /// An answer that cannot be read.
     #[error("the gateway's answer cannot be read: {0}")]
     Unreadable(String),
@@ -154,7 +149,7 @@ impl From<Doubt> for Failed {
     fn from(doubt: Doubt) -> Self {
         let why = match &doubt {
             Doubt::Timeout | Doubt::Connection(_) => Why::Unreachable,
-            Doubt::Status { .. } | Doubt::Forbidden { .. } => Why::Faulty,
+            Doubt::Status { .. } | Doubt::NotLetIn => Why::Faulty,
             Doubt::Unreadable(_) => Why::Unreadable,
             Doubt::CircuitOpen { .. } => Why::CircuitOpen,
         };
@@ -168,15 +163,15 @@ impl Doubt {
         match self {
             Self::Connection(_) => true,
             Self::Status { status } => *status >= 500,
-            Self::Timeout | Self::Forbidden { .. } | Self::Unreadable(_) | Self::CircuitOpen { .. } => false,
+            Self::Timeout | Self::NotLetIn | Self::Unreadable(_) | Self::CircuitOpen { .. } => false,
         }
     }
 
     /// Whether the provider may be away for everybody, which the breaker counts. Whatever else it says, it is there.
     pub(crate) fn is_away(&self) -> bool {
         match self {
-            Self::Timeout | Self::Connection(_) | Self::Forbidden { .. } => true,
-            Self::Status { status } => matches!(status, 429 | 502..=504),
+            Self::Timeout | Self::Connection(_) | Self::NotLetIn => true,
+            Self::Status { status } => matches!(status, 403 | 429 | 502..=504),
             Self::Unreadable(_) | Self::CircuitOpen { .. } => false,
         }
     }

@@ -87,9 +87,11 @@ pub(super) async fn admitted(State(admission): State<Admission>, request: Reques
 
 async fn admit(admission: &Admission, request: Request, next: Next) -> Result<Response, Problem> {
     let mutates = mutates(request.method());
+    let connection = request.extensions().get::<Connection>().cloned();
+    connection.iter().for_each(Connection::heard);
     let request = if mutates { admission.body(request).await? } else { request };
     // From here on the client waits for this process, and not the other way round.
-    let _working = request.extensions().get().map(Connection::working);
+    let _working = connection.as_ref().map(Connection::working);
     let slot = admission.slot().await?;
     let handler = async move {
         let response = next.run(request).await;

@@ -37,7 +37,8 @@ use uuid::Uuid;
 pub const REQUEST_ID: &str = "x-request-id";
 
 /// Bound of the transaction of one request: shorter than [`Limits::timeout`], so that the client hears what became of it.
-pub const REQUEST_MAX: Bound = Bound::new(Duration::from_secs(30));
+pub const REQUEST_MAX: Bound = Bound::new(REQUEST_WITHIN);
+const REQUEST_WITHIN: Duration = Duration::from_secs(30);
 
 /// What requests may take, of one listener.
 #[derive(Debug, Clone, Copy)]
@@ -46,27 +47,37 @@ pub struct Limits {
     pub body_bytes: usize,
     /// How long a body may take to arrive; then 408.
     pub body_within: Duration,
-    /// How long a client waits at most for the beginning of an answer; longer than `Prefer: wait` allows. Then 503.
+    /// How long a client waits at most for the beginning of an answer: longer than body, slot, and transaction or `Prefer: wait`
+    /// together. Then 503.
     pub timeout: Duration,
     /// How many requests are worked on at once, from when their body is there until their answer begins.
     pub concurrency: usize,
     /// How long a request waits for its turn among them; then 503.
     pub slot_within: Duration,
-    /// How many connections are open at once, and never more than half of the files that the process may open. A new one takes the
-    /// place of the one that has waited longest for its client.
+    /// How many connections are open at once, and never more than a quarter of the files that the process may open: it has two
+    /// listeners. A new one takes the place of the one that has waited longest for its client.
     pub connections: usize,
 }
 
+impl Limits {
+    const DEFAULT: Self = Self {
+        body_bytes: 64 * 1024,
+        body_within: Duration::from_secs(10),
+        timeout: Duration::from_secs(45),
+        concurrency: 1024,
+        slot_within: Duration::from_secs(2),
+        connections: 2048,
+    };
+}
+
+const _: () = {
+    let Limits { body_within, timeout, slot_within, .. } = Limits::DEFAULT;
+    assert!(body_within.as_secs() + slot_within.as_secs() + REQUEST_WITHIN.as_secs() < timeout.as_secs());
+};
+
 impl Default for Limits {
     fn default() -> Self {
-        Self {
-            body_bytes: 64 * 1024,
-            body_within: Duration::from_secs(10),
-            timeout: Duration::from_secs(40),
-            concurrency: 1024,
-            slot_within: Duration::from_secs(2),
-            connections: 4096,
-        }
+        Self::DEFAULT
     }
 }
 
@@ -148,7 +159,7 @@ const DATA_POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
 const DOCS_POLICY: &str = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; \
                            form-action 'none'; frame-ancestors 'none'";
 
-/// What browsers are told of each answer, unless its handler said otherwise.
+/// Headers for browsers, on each answer whose handler set no others.
 async fn with_headers(request: Request, next: Next) -> Response {
     let docs = request.uri().path().starts_with("/docs");
     let mut response = next.run(request).await;
@@ -157,6 +168,7 @@ async fn with_headers(request: Request, next: Next) -> Response {
         headers.entry(name).or_insert(HeaderValue::from_static(value));
     };
     set(header::X_CONTENT_TYPE_OPTIONS, "nosniff");
+    set(HeaderName::from_static("cross-origin-resource-policy"), "same-origin");
     set(header::CONTENT_SECURITY_POLICY, if docs { DOCS_POLICY } else { DATA_POLICY });
     if !docs {
         set(header::CACHE_CONTROL, "no-store");

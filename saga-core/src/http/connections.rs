@@ -1,11 +1,17 @@
 //! The open connections of one listener: their number has a bound, and one that waits for its client makes room for a new one.
 //!
-//! A connection *waits for its client* until a whole request has arrived, and again when that request is answered. While a handler
-//! works for it, or an event stream is open on it, it does not. When all places are taken, the connection that has waited longest
-//! is closed. So clients that send half a request, or nothing, cannot keep others out: each of them is closed for a newcomer.
+//! | a connection | makes room |
+//! |---|---|
+//! | waits for its client: for a request's head, for the rest of its body, for the next request | first, the one that has waited longest |
+//! | has an event stream open, whose client can come back | when no other waits, the oldest |
+//! | is worked for: its whole request is there, and no answer yet | never |
+//!
+//! So clients that send half a request, or nothing, cannot keep others out: each of them is closed for a newcomer. A proxy's idle
+//! connections are the first to go.
 
 use std::{
     collections::{BTreeMap, HashMap},
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 use tokio_util::sync::CancellationToken;
@@ -19,20 +25,45 @@ pub(crate) struct Connections {
 
 #[derive(Debug, Default)]
 struct Open {
-    /// Grows with each connection and each time one begins to wait.
+    /// Grows whenever a connection comes, or becomes another's elder or junior.
     turn: u64,
     by_id: HashMap<u64, Place>,
-    /// By the turn at which they began to wait for their client.
+    /// By the turn since which they wait for their client.
     waiting: BTreeMap<u64, u64>,
+    /// By the turn since which they do nothing but stream.
+    streaming: BTreeMap<u64, u64>,
 }
 
 #[derive(Debug)]
 struct Place {
-    /// How many handlers and streams work for it.
     working: usize,
-    /// When it began to wait.
+    streams: usize,
     since: u64,
     close: CancellationToken,
+}
+
+impl Open {
+    /// Changes a place and files it anew, as the youngest. Nothing when the connection has made room already.
+    fn refile(&mut self, id: u64, change: impl FnOnce(&mut Place)) {
+        let Some(place) = self.by_id.get_mut(&id) else { return };
+        self.waiting.remove(&place.since);
+        self.streaming.remove(&place.since);
+        self.turn += 1;
+        place.since = self.turn;
+        change(place);
+        match (place.working, place.streams) {
+            (0, 0) => self.waiting.insert(place.since, id),
+            (0, _) => self.streaming.insert(place.since, id),
+            _ => None,
+        };
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Place> {
+        let place = self.by_id.remove(&id)?;
+        self.waiting.remove(&place.since);
+        self.streaming.remove(&place.since);
+        Some(place)
+    }
 }
 
 impl Connections {
@@ -42,21 +73,22 @@ impl Connections {
     }
 
     /// A place for a new connection; `None` when each of the others is worked for.
-    pub(crate) fn enter(self: &Arc<Self>) -> Option<Entered> {
+    pub(crate) fn enter(self: &Arc<Self>, peer: IpAddr) -> Option<Entered> {
         let mut open = self.lock();
         if open.by_id.len() >= self.most {
-            let (_, longest) = open.waiting.pop_first()?;
-            if let Some(place) = open.by_id.remove(&longest) {
+            let waits = open.waiting.first_key_value().map(|(_, id)| (*id, "silent_connection"));
+            let streams = || open.streaming.first_key_value().map(|(_, id)| (*id, "old_stream"));
+            let (oldest, reason) = waits.or_else(streams)?;
+            if let Some(place) = open.remove(oldest) {
                 place.close.cancel();
+                super::admission::count_refused(reason);
             }
-            super::admission::count_refused("silent_connection");
         }
-        open.turn += 1;
-        let (id, close) = (open.turn, CancellationToken::new());
-        open.by_id.insert(id, Place { working: 0, since: id, close: close.clone() });
-        open.waiting.insert(id, id);
+        let (id, close) = (open.turn + 1, CancellationToken::new());
+        open.by_id.insert(id, Place { working: 0, streams: 0, since: id, close: close.clone() });
+        open.refile(id, |_| {});
         drop(open);
-        Some(Entered { connection: Connection { id, all: Arc::clone(self) }, close })
+        Some(Entered { connection: Connection { id, peer, all: Arc::clone(self) }, close })
     }
 
     fn lock(&self) -> MutexGuard<'_, Open> {
@@ -81,10 +113,7 @@ impl Entered {
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        let mut open = self.connection.all.lock();
-        if let Some(place) = open.by_id.remove(&self.connection.id) {
-            open.waiting.remove(&place.since);
-        }
+        self.connection.all.lock().remove(self.connection.id);
     }
 }
 
@@ -92,47 +121,60 @@ impl Drop for Entered {
 #[derive(Debug, Clone)]
 pub struct Connection {
     id: u64,
+    peer: IpAddr,
     all: Arc<Connections>,
 }
 
 impl Connection {
-    /// While this is kept, the connection is not closed for the sake of a new one. An answer that goes on for long, as an event
-    /// stream does, keeps one; the request itself has one until its answer begins.
+    /// The address at its other end, which may be a proxy's.
+    pub(crate) fn peer(&self) -> IpAddr {
+        self.peer
+    }
+
+    /// Its client was heard of: a request's head has arrived.
+    pub(crate) fn heard(&self) {
+        self.all.lock().refile(self.id, |_| {});
+    }
+
+    /// While this is kept, the connection does not make room for another.
+    pub(crate) fn working(&self) -> Held {
+        self.held(|place| &mut place.working)
+    }
+
+    /// While this is kept, the connection makes room for another only when none waits for its client. An answer that goes on for
+    /// as long as its client likes, as an event stream does, keeps one.
     #[must_use]
-    pub fn working(&self) -> Working {
-        let mut open = self.all.lock();
-        if let Some(place) = open.by_id.get_mut(&self.id) {
-            place.working += 1;
-            let since = place.since;
-            open.waiting.remove(&since);
-        }
-        drop(open);
-        Working(self.clone())
+    pub fn streaming(&self) -> Held {
+        self.held(|place| &mut place.streams)
+    }
+
+    fn held(&self, count: fn(&mut Place) -> &mut usize) -> Held {
+        self.all.lock().refile(self.id, |place| *count(place) += 1);
+        Held { connection: self.clone(), count }
     }
 }
 
-/// See [`Connection::working`].
+/// See [`Connection::streaming`].
 #[derive(Debug)]
-pub struct Working(Connection);
+pub struct Held {
+    connection: Connection,
+    count: fn(&mut Place) -> &mut usize,
+}
 
-impl Drop for Working {
+impl Drop for Held {
     fn drop(&mut self) {
-        let mut open = self.0.all.lock();
-        let turn = open.turn + 1;
-        if let Some(place) = open.by_id.get_mut(&self.0.id) {
-            place.working -= 1;
-            if place.working == 0 {
-                place.since = turn;
-                open.waiting.insert(turn, self.0.id);
-                open.turn = turn;
-            }
-        }
+        self.connection.all.lock().refile(self.connection.id, |place| *(self.count)(place) -= 1);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::Ipv4Addr;
+
+    fn enter(connections: &Arc<Connections>) -> Option<Entered> {
+        connections.enter(Ipv4Addr::LOCALHOST.into())
+    }
 
     fn is_closed(entered: &Entered) -> bool {
         entered.close.is_cancelled()
@@ -141,35 +183,49 @@ mod tests {
     #[test]
     fn the_connection_that_waits_longest_makes_room_and_one_at_work_does_not() {
         let connections = Connections::new(3);
-        let [first, second, third] = std::array::from_fn(|_| connections.enter().unwrap());
+        let [first, second, third] = std::array::from_fn(|_| enter(&connections).unwrap());
         let work = first.connection.working();
-        let fourth = connections.enter().unwrap();
+        let fourth = enter(&connections).unwrap();
         assert!(is_closed(&second) && !is_closed(&first) && !is_closed(&third), "the second waited longest");
-        // The first waits again, and not as long as the third.
+        // The first waits again, and the third sent a head: the fourth has waited longest now.
         drop(work);
-        let fifth = connections.enter().unwrap();
-        assert!(is_closed(&third) && !is_closed(&first));
-        let _work = [&first, &fourth, &fifth].map(|entered| entered.connection.working());
-        assert!(connections.enter().is_none(), "each is worked for");
+        third.connection.heard();
+        let fifth = enter(&connections).unwrap();
+        assert!(is_closed(&fourth) && !is_closed(&first) && !is_closed(&third));
+        let _work = [&first, &third, &fifth].map(|entered| entered.connection.working());
+        assert!(enter(&connections).is_none(), "each is worked for");
+    }
+
+    #[test]
+    fn a_stream_makes_room_when_no_connection_waits_for_its_client() {
+        let connections = Connections::new(3);
+        let [older, newer, silent] = std::array::from_fn(|_| enter(&connections).unwrap());
+        let _streams = [&older, &newer].map(|entered| entered.connection.streaming());
+        let working = enter(&connections).unwrap();
+        assert!(is_closed(&silent) && !is_closed(&older));
+        let _work = working.connection.working();
+        let _last = enter(&connections).unwrap();
+        assert!(is_closed(&older) && !is_closed(&newer));
     }
 
     #[test]
     fn a_place_is_given_back_once_however_its_connection_ends() {
         let connections = Connections::new(2);
-        let first = connections.enter().unwrap();
-        let (work, stream) = (first.connection.working(), first.connection.working());
+        let first = enter(&connections).unwrap();
+        let (work, stream) = (first.connection.working(), first.connection.streaming());
         drop(first);
         drop((work, stream));
-        let [second, third] = std::array::from_fn(|_| connections.enter().unwrap());
-        let fourth = connections.enter().unwrap();
+        let [second, third] = std::array::from_fn(|_| enter(&connections).unwrap());
+        let fourth = enter(&connections).unwrap();
         assert!(is_closed(&second));
         // What was closed takes up work that it had read already, and ends.
         drop(second.connection.working());
         drop(second);
         let open = connections.lock();
-        assert_eq!((open.by_id.len(), open.waiting.len()), (2, 2));
+        assert_eq!((open.by_id.len(), open.waiting.len(), open.streaming.len()), (2, 2, 0));
         drop(open);
         drop((third, fourth));
-        assert!(connections.lock().by_id.is_empty());
+        let open = connections.lock();
+        assert!(open.by_id.is_empty() && open.waiting.is_empty());
     }
 }

@@ -7,14 +7,16 @@
 //! |---|---|---|
 //! | its own name resolves to this address (DNS rebinding) | `Host` is a name that this listener is reached by | 421 |
 //! | it sends a request from its own origin | `Origin`, when there is one, is the request's own host, or listed | 421 |
-//! | it posts a form, or anything else that needs no preflight | a POST has a header or a type that a form cannot send | 415 |
+//! | it has an image, a script or a stream loaded from here, which sends no origin | `Sec-Fetch-Site`, when there is one, is not another site | 421 |
+//! | it posts a form, or anything else that needs no preflight | a POST has its own origin, or a header or a type that a form cannot send | 415 |
 //!
-//! An IP address and `localhost` are always good names: no other site has them. Off loopback, so is a name without a dot
+//! A person may follow a link from anywhere to here. An IP address and `localhost` are always good names: no other site has them. Off loopback, so is a name without a dot
 //! (`order-svc`): public names have one. Every other name is listed in `HTTP_HOSTS`, for the admin listener in `ADMIN_HOSTS`.
-//! No CORS header is ever sent, so a page of a listed origin can send requests, and the browser shows it no answer.
+//! `*` there stands for every host, and for no origin. No CORS header is ever sent, so a page of a listed origin can send requests,
+//! and the browser shows it no answer.
 //!
-//! The checks follow the OWASP sheets on cross-site request forgery ("custom request headers", "verifying origin") and the Fetch
-//! standard's list of types that need no preflight.
+//! The checks follow the OWASP sheets on cross-site request forgery ("custom request headers", "verifying origin"), the Fetch
+//! standard's list of types that need no preflight, and W3C's Fetch Metadata.
 
 use super::problem::Problem;
 use axum::{
@@ -33,9 +35,10 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    /// From a list with commas; `*` stands for every name. The error is which of the entries is no name.
+    /// From a list with commas; `*` stands for every host, and for no origin. The error is which of the entries is no name.
     pub fn parse(list: &str) -> Result<Self, usize> {
-        let entries: Vec<_> = list.split(',').map(|name| name.trim().to_ascii_lowercase()).collect();
+        let entries: Vec<_> =
+            list.split(',').map(|name| name.trim().trim_end_matches('.').to_ascii_lowercase()).collect();
         let is_name = |name: &String| {
             name == "*" || (!name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)))
         };
@@ -46,7 +49,7 @@ impl Hosts {
     }
 
     fn lists(&self, name: &str) -> bool {
-        self.any || self.names.iter().any(|listed| listed == name)
+        self.names.iter().any(|listed| listed == name)
     }
 }
 
@@ -61,7 +64,7 @@ pub(super) struct Listener {
 impl Listener {
     fn is_reached_as(&self, name: &str) -> bool {
         let own = is_address(name) || name == "localhost" || name.ends_with(".localhost");
-        own || (!self.loopback && !name.contains('.')) || self.hosts.lists(name)
+        own || (!self.loopback && !name.contains('.')) || self.hosts.any || self.hosts.lists(name)
     }
 
     /// Why a request is refused.
@@ -75,14 +78,19 @@ impl Listener {
         {
             return Some(refused("host", foreign_host(name)));
         }
-        for origin in request.headers().get_all(header::ORIGIN) {
+        let mut origins = request.headers().get_all(header::ORIGIN).iter().peekable();
+        let has_origin = origins.peek().is_some();
+        for origin in origins {
             let origin = origin.to_str().ok().and_then(origin_of);
             let own = origin.as_ref().is_some_and(|origin| Some(origin) == host.as_ref());
             if !own && !origin.is_some_and(|(name, _)| self.hosts.lists(&name)) {
                 return Some(refused("origin", foreign_origin()));
             }
         }
-        let form = *request.method() == Method::POST && is_what_a_form_sends(request.headers());
+        if !has_origin && is_of_another_site(request) {
+            return Some(refused("origin", foreign_origin()));
+        }
+        let form = *request.method() == Method::POST && !has_origin && is_what_a_form_sends(request.headers());
         form.then(|| refused("form", like_a_form()))
     }
 }
@@ -136,16 +144,26 @@ fn is_address(name: &str) -> bool {
     bare.parse::<IpAddr>().is_ok()
 }
 
+/// What a page of another site has a browser load. Not a link that a person follows.
+fn is_of_another_site(request: &Request) -> bool {
+    let says = |name: &str| request.headers().get(name).map(|value| value.to_str().unwrap_or_default());
+    let follows = matches!(*request.method(), Method::GET | Method::HEAD) && says("sec-fetch-mode") == Some("navigate");
+    says("sec-fetch-site").is_some_and(|site| !matches!(site, "same-origin" | "none")) && !follows
+}
+
 /// A page can have a browser send these to anywhere, without asking first.
 const FORM_TYPES: [&str; 3] = ["application/x-www-form-urlencoded", "multipart/form-data", "text/plain"];
-/// Before it sends one of these to another site, a browser asks that site.
-const NO_FORM_SENDS: [&str; 4] = ["idempotency-key", "if-match", "authorization", "x-requested-with"];
+/// Before it sends one of these to another site, a browser asks that site. (So it does before a bearer token, and not before the
+/// credentials that it keeps itself.)
+const NO_FORM_SENDS: [&str; 3] = ["idempotency-key", "if-match", "x-requested-with"];
 
 fn is_what_a_form_sends(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE).map(|value| value.to_str().unwrap_or_default());
     let kind = kind.map(|kind| kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase());
     let simple = kind.is_none_or(|kind| kind.is_empty() || FORM_TYPES.contains(&kind.as_str()));
-    simple && !NO_FORM_SENDS.iter().any(|name| headers.contains_key(*name))
+    let token = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.split_once(' '));
+    let shows_a_token = token.is_some_and(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+    simple && !shows_a_token && !NO_FORM_SENDS.iter().any(|name| headers.contains_key(*name))
 }
 
 fn foreign_host(name: &str) -> Problem {
@@ -157,7 +175,8 @@ fn foreign_host(name: &str) -> Problem {
 
 fn foreign_origin() -> Problem {
     Problem::new(StatusCode::MISDIRECTED_REQUEST, "foreign-origin", "A page of another site sent this").detail(
-        "The request's Origin is not its Host. List the page's host in HTTP_HOSTS (the admin listener's: ADMIN_HOSTS) if it may.",
+        "The request's Origin, or its Sec-Fetch-Site, is not this listener's. List the page's host in HTTP_HOSTS (the admin listener's: \
+         ADMIN_HOSTS) if it may send requests.",
     )
 }
 
@@ -210,7 +229,10 @@ mod tests {
         }
         assert_eq!(answer(&near, "GET", &[]), 400, "HTTP/1.1 names its host");
         assert_eq!(answer(&near, "GET", &[("host", "localhost"), ("host", "localhost")]), 400);
-        assert_eq!(answer(&listener(true, "*"), "GET", &[("host", "evil.example")]), 200);
+        let any = listener(true, "*");
+        assert_eq!(answer(&any, "GET", &[("host", "shop.example")]), 200);
+        let foreign = [("host", "shop.example"), ("origin", "http://evil.example")];
+        assert_eq!(answer(&any, "GET", &foreign), 421, "every host, and no origin");
     }
 
     #[test]
@@ -235,6 +257,23 @@ mod tests {
     }
 
     #[test]
+    fn what_a_page_of_another_site_loads_is_refused_and_a_link_to_here_is_not() {
+        let listener = listener(true, "");
+        for (site, mode, method, status) in [
+            ("cross-site", "no-cors", "GET", 421),
+            ("same-site", "no-cors", "GET", 421),
+            ("cross-site", "navigate", "POST", 421),
+            ("cross-site", "navigate", "GET", 200),
+            ("same-origin", "cors", "GET", 200),
+            ("none", "navigate", "GET", 200),
+        ] {
+            let headers =
+                [("host", "localhost"), ("sec-fetch-site", site), ("sec-fetch-mode", mode), ("if-match", "*")];
+            assert_eq!(answer(&listener, method, &headers), status, "{site} {mode} {method}");
+        }
+    }
+
+    #[test]
     fn a_post_that_a_form_could_send_is_refused() {
         let listener = listener(true, "");
         for (header, status) in [
@@ -247,6 +286,8 @@ mod tests {
             (Some(("idempotency-key", "k-1")), 200),
             (Some(("if-match", "*")), 200),
             (Some(("authorization", "Bearer x")), 200),
+            (Some(("authorization", "Basic x")), 415),
+            (Some(("origin", "http://localhost")), 200),
             (Some(("x-requested-with", "curl")), 200),
         ] {
             let headers: Vec<_> = [("host", "localhost")].into_iter().chain(header).collect();
@@ -257,9 +298,12 @@ mod tests {
 
     #[test]
     fn a_list_of_hosts_has_only_names_in_it() {
-        for wrong in ["", "a,,b", "http://a.example", "a.example:80", "a b", "*.example"] {
-            assert!(Hosts::parse(wrong).is_err(), "{wrong:?}");
+        for (wrong, which) in
+            [("", 0), ("a,,b", 1), ("http://a.example", 0), ("a, a.example:80", 1), ("a b", 0), ("*.example", 0)]
+        {
+            assert_eq!(Hosts::parse(wrong), Err(which), "{wrong:?}");
         }
-        assert!(Hosts::parse("a.example, *").unwrap().lists("whatever.example"));
+        let listed = Hosts::parse("A.example., *").unwrap();
+        assert!(listed.any && listed.lists("a.example"));
     }
 }

@@ -29,7 +29,7 @@ mod words;
 
 pub use admission::count_refused;
 pub use api::{Api, Limits, REQUEST_MAX};
-pub use connections::{Connection, Working};
+pub use connections::{Connection, Held};
 pub use extract::{Json, Path, Query};
 pub use hosts::Hosts;
 pub use if_match::IfMatch;

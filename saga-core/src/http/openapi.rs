@@ -14,6 +14,7 @@ const PROBLEM: &str = "application/problem+json";
 
 /// What a request of which kind may be answered.
 const ANY: &[(u16, &str)] = &[
+    (400, "The request cannot be understood"),
     (421, "The request's Host or Origin is not one of this listener's"),
     (500, "Something went wrong here; it is logged under the answer's `x-request-id`"),
     (503, "Not at the moment; the same request may work soon"),

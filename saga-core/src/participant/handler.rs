@@ -91,7 +91,7 @@ pub enum Performed<A> {
         /// When to try again.
         again_after: Duration,
     },
-    /// The provider does not let this process in (401, 403), whatever it asks for: an operator has to act. Health is red with
+    /// The provider does not let this process in (401), whatever it asks for: an operator has to act. Health is red with
     /// the reason. Nothing is in doubt that was not before, and no attempt is counted; it is tried again for as long as it takes.
     NotLetIn {
         /// Why, and what to do.

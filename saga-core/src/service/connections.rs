@@ -49,7 +49,7 @@ async fn serve_within(
     api: Api,
     token: CancellationToken,
 ) {
-    let open = Connections::new(api.limits.connections.min(half_of_the_files()));
+    let open = Connections::new(connections(api.limits.connections));
     let loopback = listener.local_addr().is_ok_and(|address| address.ip().is_loopback());
     let (router, in_flight) = api.surrounded(loopback);
     let connections = accept(listener, router, head_max, &open, token).await;
@@ -60,15 +60,34 @@ async fn serve_within(
     in_flight.wait().await;
 }
 
-/// Half of the files that this process may open. What the system allows at most is asked for first: many shells and service
-/// managers give a process 1,024.
-fn half_of_the_files() -> usize {
-    let files = match getrlimit(Resource::RLIMIT_NOFILE) {
-        Ok((soft, hard)) if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() => hard,
+/// Files that are asked of the system, which gives a process 1,024 or 256 in many shells: enough for two listeners, a pool and Kafka.
+/// macOS gives no more than this, whatever it says that it would.
+const FILES: u64 = 10_240;
+
+/// Asks the system for as many open files as this crate needs, and says how many it gives.
+pub fn open_files() -> u64 {
+    match getrlimit(Resource::RLIMIT_NOFILE) {
+        Ok((soft, hard)) if soft < hard.min(FILES) => {
+            let wanted = hard.min(FILES);
+            setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_or(soft, |()| wanted)
+        }
         Ok((soft, _)) => soft,
         Err(_) => 1024,
-    };
-    usize::try_from(files / 2).unwrap_or(usize::MAX)
+    }
+}
+
+/// As many connections as wanted, or a quarter of the files that the process may open.
+fn connections(wanted: usize) -> usize {
+    let files = open_files();
+    let most = wanted.min(usize::try_from(files / 4).unwrap_or(usize::MAX));
+    if most < wanted {
+        tracing::warn!(
+            files,
+            connections = most,
+            "fewer connections than usual: the process may open few files (ulimit -n)"
+        );
+    }
+    most
 }
 
 /// The connections that there are when `token` is cancelled.
@@ -85,8 +104,8 @@ async fn accept(
     let router = router.with_state(());
     let connections = GracefulShutdown::new();
     // Errors of accepting are seen to by axum's listener: it waits when there are no file descriptors left.
-    while let Some((stream, _)) = token.run_until_cancelled(Listener::accept(&mut listener)).await {
-        let Some(entered) = open.enter() else {
+    while let Some((stream, peer)) = token.run_until_cancelled(Listener::accept(&mut listener)).await {
+        let Some(entered) = open.enter(peer.ip()) else {
             turn_away(&stream);
             continue;
         };
@@ -99,16 +118,18 @@ async fn accept(
         let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             tokio::select! {
+                // Before it can take up a request whose answer would go nowhere.
+                biased;
+                () = entered.must_close() => tracing::debug!("a connection made room for a new one"),
                 // The client's doing: it hung up, kept silent, or does not speak HTTP.
                 ended = connection => ended.unwrap_or_else(|error| tracing::debug!(%error, "a connection ended")),
-                () = entered.must_close() => tracing::debug!("a connection on which nothing came made room for a new one"),
             }
         });
     }
     connections
 }
 
-/// Each connection is worked for: a client that can be told is told to come again.
+/// Each connection is worked for: the answer asks the client to come again.
 fn turn_away(stream: &TcpStream) {
     count_refused("connection");
     let answer =

@@ -35,7 +35,7 @@ pub use config::{
     KafkaArgs, KafkaSettings, OrchestratorArgs, ParticipantArgs, ParticipantSettings, ServiceArgs, ServiceCommand,
     Settings, TelemetryArgs,
 };
-pub use connections::serve;
+pub use connections::{open_files, serve};
 pub use health::{Health, Needs};
 pub use migrate::{Migrations, messaging_migrations, saga_migrations};
 pub use supervisor::{exit_code, run_all, task};
