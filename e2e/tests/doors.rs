@@ -8,7 +8,7 @@ use e2e::{
 };
 use futures::future::join_all;
 use reqwest::{Method, StatusCode};
-use saga_core::testkit::eventually;
+use saga_core::{service, testkit::eventually};
 use serde_json::Value;
 use stack::service::Service::{self, Gateway, Inventory, Orders, Payments, Relay};
 use std::time::{Duration, Instant};
@@ -106,6 +106,7 @@ fn no_listener_answers_a_page_of_another_site() {
 
 #[test]
 fn every_listener_serves_while_a_thousand_clients_send_half_a_request() {
+    service::open_files();
     beside_others(async |platform| {
         for listener in listeners(platform) {
             let head =
@@ -123,6 +124,7 @@ fn every_listener_serves_while_a_thousand_clients_send_half_a_request() {
 
 #[test]
 fn a_thousand_requests_that_wait_for_an_order_keep_nobody_else_waiting() {
+    service::open_files();
     unaudited(async |platform| {
         let body = Wish::of(&platform.item("waited-for", 100, 2_000).await, 1).body();
         // Nothing is paid, so no order comes to its end.
@@ -143,12 +145,19 @@ fn a_thousand_requests_that_wait_for_an_order_keep_nobody_else_waiting() {
             (placed > 0 && began.elapsed() < SOON).then_some(())
         };
         eventually(PATIENCE, read).await;
-        let mut applied = 0;
+        let (mut waited, mut answered_at_once) = (0, 0);
         for answer in waiting.await.expect("no panic") {
             let answer = answer.expect("an answer");
-            assert_eq!(answer.status(), StatusCode::ACCEPTED);
-            applied += usize::from(answer.headers().contains_key("preference-applied"));
+            match (answer.status(), answer.headers().contains_key("preference-applied")) {
+                (StatusCode::ACCEPTED, true) => waited += 1,
+                (StatusCode::ACCEPTED, false) => answered_at_once += 1,
+                // Shed, on a machine that places few orders a second.
+                (status, _) => {
+                    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+                    assert!(answer.headers().contains_key("retry-after"));
+                }
+            }
         }
-        assert!((1..MANY).contains(&applied), "{applied} waited");
+        assert!(waited > 0 && answered_at_once > 0, "{waited} waited, {answered_at_once} were answered at once");
     });
 }

@@ -11,7 +11,11 @@ use saga_core::{
     testkit::eventually,
 };
 use serde_json::{Value, json};
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -182,23 +186,32 @@ async fn a_head_beyond_its_bound_is_answered_431_or_its_connection_closed() {
 }
 
 #[tokio::test]
-async fn wrong_tokens_are_slowed_down_and_a_right_one_is_not() {
+async fn an_address_that_guesses_tokens_is_stopped_before_its_tokens_are_compared() {
     let (right, wrong) = ("operator-operator", "operator-operatoR");
     let health = Health::new(&CancellationToken::new());
     let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
     let guarded = Router::new().route("/v1/thing", get(|| async { "here" }));
     let auth = AdminAuth::new(Some(right.into()), None);
-    let (address, _stop) = listen(Api::new(admin_router(health, metrics, auth, guarded))).await;
-    let client = Client::builder().timeout(PATIENCE).build().unwrap();
-    let ask = |token: &str| client.get(format!("http://{address}/v1/thing")).bearer_auth(token).send();
-    let all = futures::future::join_all((0..64).map(|_| ask(wrong)));
-    let began = std::time::Instant::now();
-    let all = tokio::spawn(all);
-    let answer = ask(right).await.unwrap();
-    assert_eq!((answer.status().as_u16(), began.elapsed() < Duration::from_secs(1)), (200, true));
-    let statuses: Vec<_> = all.await.unwrap().into_iter().map(|answer| answer.unwrap().status().as_u16()).collect();
-    assert!(began.elapsed() >= Duration::from_secs(1));
-    let count = |status: u16| statuses.iter().filter(|is| **is == status).count();
-    assert_eq!((count(401) + count(429), count(401) <= 32 * 2), (64, true), "{statuses:?}");
-    assert!(count(429) > 0, "{statuses:?}");
+    let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
+    let (port, stop) = (listener.local_addr().unwrap().port(), CancellationToken::new());
+    tokio::spawn(serve(listener, Api::new(admin_router(health, metrics, auth, guarded)), stop.clone()));
+    // Two addresses of the loopback network.
+    let of =
+        |address: [u8; 4]| Client::builder().timeout(PATIENCE).local_address(IpAddr::from(address)).build().unwrap();
+    let (guesser, operator) = (of([127, 0, 0, 2]), of([127, 0, 0, 3]));
+    let ask = async |client: &Client, token: &str| {
+        let answer = client.get(format!("http://127.0.0.1:{port}/v1/thing")).bearer_auth(token).send().await.unwrap();
+        answer.status().as_u16()
+    };
+    // One is forgiven a second, so how many it takes depends on how fast this machine is.
+    let refused = eventually(PATIENCE, async || (ask(&guesser, wrong).await == 429).then(|| ()));
+    refused.await;
+    // A right one tells it nothing now. (Once a second one is compared: it guesses on until then.)
+    let mut answers = Vec::new();
+    for _ in 0..8 {
+        answers.push((ask(&guesser, wrong).await, ask(&guesser, right).await));
+    }
+    assert!(answers.contains(&(429, 429)), "{answers:?}");
+    assert_eq!(ask(&operator, right).await, 200, "another address is not held up");
+    stop.cancel();
 }

@@ -124,7 +124,7 @@ impl Api {
             .layer(DefaultBodyLimit::max(limits.body_bytes))
             .layer(middleware::from_fn_with_state(Admission::new(limits, in_flight.clone()), admitted))
             .layer(middleware::from_fn_with_state(limits.timeout, time_limited))
-            .layer(middleware::from_fn_with_state(Listener { hosts, loopback }, own_requests))
+            .layer(middleware::from_fn_with_state(Listener::new(hosts, loopback), own_requests))
             .layer(CatchPanicLayer::custom(panicked))
             .layer(middleware::from_fn(observed))
             .layer(middleware::from_fn(with_headers));

@@ -19,13 +19,18 @@
 //! standard's list of types that need no preflight, and W3C's Fetch Metadata.
 
 use super::problem::Problem;
+use crate::clock;
 use axum::{
     extract::{Request, State},
     middleware::Next,
     response::{IntoResponse, Response},
 };
-use http::{HeaderMap, Method, StatusCode, Version, header, uri::Authority};
-use std::{net::IpAddr, sync::Arc};
+use http::{HeaderMap, HeaderName, Method, StatusCode, Version, header, uri::Authority};
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 /// The names that a listener is reached by, beside those that are always good.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -56,12 +61,36 @@ impl Hosts {
 /// What a listener takes for its own.
 #[derive(Debug, Clone)]
 pub(super) struct Listener {
-    pub hosts: Hosts,
+    hosts: Hosts,
     /// Whether only this machine reaches it.
-    pub loopback: bool,
+    loopback: bool,
+    /// When a refusal was last logged.
+    logged: Arc<Mutex<Option<Instant>>>,
 }
 
+/// How often a refused host or origin is logged: what asks under a wrong name asks again and again.
+const LOGGED_EVERY: Duration = Duration::from_secs(60);
+
 impl Listener {
+    pub(super) fn new(hosts: Hosts, loopback: bool) -> Self {
+        Self { hosts, loopback, logged: Arc::default() }
+    }
+
+    fn log(&self, request: &Request) {
+        let (now, mut logged) = (clock::monotonic(), self.logged.lock().unwrap_or_else(PoisonError::into_inner));
+        if logged.is_some_and(|last| now.saturating_duration_since(last) < LOGGED_EVERY) {
+            return;
+        }
+        *logged = Some(now);
+        drop(logged);
+        let header = |name: HeaderName| request.headers().get(name).map(|value| shorten(&format!("{value:?}")));
+        tracing::warn!(
+            host = header(header::HOST),
+            origin = header(header::ORIGIN),
+            "a request was refused: it names this listener otherwise than HTTP_HOSTS and ADMIN_HOSTS, or comes from a page of another site"
+        );
+    }
+
     fn is_reached_as(&self, name: &str) -> bool {
         let own = is_address(name) || name == "localhost" || name.ends_with(".localhost");
         own || (!self.loopback && !name.contains('.')) || self.hosts.any || self.hosts.lists(name)
@@ -97,7 +126,12 @@ impl Listener {
 
 pub(super) async fn own_requests(State(listener): State<Listener>, request: Request, next: Next) -> Response {
     match listener.refuses(&request) {
-        Some(problem) => problem.into_response(),
+        Some(problem) => {
+            if problem.status() == StatusCode::MISDIRECTED_REQUEST {
+                listener.log(&request);
+            }
+            problem.into_response()
+        }
         None => next.run(request).await,
     }
 }
@@ -166,8 +200,12 @@ fn is_what_a_form_sends(headers: &HeaderMap) -> bool {
     simple && !shows_a_token && !NO_FORM_SENDS.iter().any(|name| headers.contains_key(*name))
 }
 
+fn shorten(text: &str) -> String {
+    text.chars().take(100).collect()
+}
+
 fn foreign_host(name: &str) -> Problem {
-    let name: String = name.chars().take(100).collect();
+    let name = shorten(name);
     Problem::new(StatusCode::MISDIRECTED_REQUEST, "misdirected", "This listener is not known under that name").detail(format!(
         "The request's Host is {name:?}. Use an IP address or localhost, or list the name in HTTP_HOSTS (the admin listener's: ADMIN_HOSTS)."
     ))
@@ -192,7 +230,7 @@ mod tests {
     use axum::body::Body;
 
     fn listener(loopback: bool, hosts: &str) -> Listener {
-        Listener { hosts: Hosts::parse(hosts).unwrap_or_default(), loopback }
+        Listener::new(Hosts::parse(hosts).unwrap_or_default(), loopback)
     }
 
     fn answer(listener: &Listener, method: &str, headers: &[(&str, &str)]) -> u16 {

@@ -5,8 +5,8 @@ use super::problem::Problem;
 use utoipa::{
     PartialSchema as _, ToSchema as _,
     openapi::{
-        Components, Content, OpenApi, Ref, RefOr, Response,
-        path::{Operation, PathItem},
+        Components, Content, ObjectBuilder, OpenApi, Ref, RefOr, Required, Response, Type,
+        path::{Operation, Parameter, ParameterBuilder, ParameterIn, PathItem},
     },
 };
 
@@ -30,7 +30,7 @@ const OF_POSTS: &[(u16, &str)] = &[(415, "It has neither a content type nor a he
 const BY_ROLE: &[(u16, &str)] = &[
     (401, "A token is needed"),
     (403, "The token's role may not do this"),
-    (429, "Too many wrong tokens are being shown"),
+    (429, "Too many wrong tokens came from this address"),
 ];
 
 /// The document with all that its operations may answer.
@@ -55,6 +55,9 @@ fn completed(mut document: OpenApi, also: &[(u16, &str)]) -> OpenApi {
             let kinds = kinds.chain([(changes, OF_CHANGES), (posts, OF_POSTS)]);
             let answers = kinds.filter(|(may, _)| *may).flat_map(|(_, answers)| answers);
             answers.for_each(|(status, description)| declare(operation, *status, description));
+            if posts && !body {
+                operation.parameters.get_or_insert_default().push(RefOr::T(requested_with()));
+            }
             operation.responses.responses.iter_mut().for_each(|(status, response)| as_problem(status, response));
         }
     }
@@ -65,6 +68,15 @@ fn completed(mut document: OpenApi, also: &[(u16, &str)]) -> OpenApi {
         components.schemas.entry(name).or_insert(schema);
     }
     document
+}
+
+/// What a POST without a body, and without another header that says so, tells that no form sent it by.
+fn requested_with() -> Parameter {
+    let description = "Any value: a header that a form cannot send. Not needed with `content-type: application/json`, a bearer token, \
+                       an Idempotency-Key, an If-Match, or an Origin of this listener";
+    let text = ObjectBuilder::new().schema_type(Type::String).min_length(Some(1));
+    let parameter = ParameterBuilder::new().name("X-Requested-With").parameter_in(ParameterIn::Header);
+    parameter.required(Required::False).description(Some(description)).schema(Some(text)).build()
 }
 
 /// Each operation, whether it may change something, and whether it is a POST.

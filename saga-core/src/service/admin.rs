@@ -5,11 +5,16 @@
 //! configuration refuses to listen off loopback without an operator's token; on loopback without one, whoever is on
 //! the machine is the operator.
 //!
-//! The answer to a wrong token waits for a second, and not more than 32 of them wait at once, so that this process lets nobody try
-//! more than 32 tokens a second; a right one is never held up. `http_refused_total{reason="token"}` counts them.
+//! An address has few guesses at the tokens (`wrong_tokens`). `http_refused_total{reason="token"}` counts the wrong ones.
 
-use super::health::{self, Health};
-use crate::http::{Problem, count_refused};
+use super::{
+    health::{self, Health},
+    wrong_tokens::WrongTokens,
+};
+use crate::{
+    clock,
+    http::{Connection, Problem, count_refused},
+};
 use axum::{
     Json, Router,
     extract::{Request, State},
@@ -20,14 +25,8 @@ use axum::{
 };
 use metrics_exporter_prometheus::PrometheusHandle;
 use sha2::{Digest, Sha256};
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc};
 use subtle::ConstantTimeEq;
-use tokio::sync::Semaphore;
-
-/// How long the answer to a wrong token waits.
-const WRONG_TOKEN_WAITS: Duration = Duration::from_secs(1);
-/// How many of them wait at once; then wrong tokens are answered 429.
-const WRONG_TOKENS_WAITING: usize = 32;
 
 /// What a caller of the admin listener may do. Handlers find it among the request's extensions; it is also who is named
 /// in an audit row.
@@ -55,8 +54,7 @@ impl Role {
 pub struct AdminAuth {
     operator: Option<[u8; 32]>,
     viewer: Option<[u8; 32]>,
-    /// Places for the answers to wrong tokens.
-    wrong: Arc<Semaphore>,
+    wrong: Arc<WrongTokens>,
 }
 
 impl fmt::Debug for AdminAuth {
@@ -75,14 +73,19 @@ impl AdminAuth {
         Self {
             operator: operator.map(digest),
             viewer: viewer.map(digest),
-            wrong: Arc::new(Semaphore::new(WRONG_TOKENS_WAITING)),
+            wrong: Arc::default(),
         }
+    }
+
+    /// Whether there is a token to be shown.
+    fn asks(&self) -> bool {
+        self.operator.is_some() || self.viewer.is_some()
     }
 
     /// The role of whoever shows `token`.
     #[must_use]
     pub fn role(&self, token: Option<&str>) -> Option<Role> {
-        if self.operator.is_none() && self.viewer.is_none() {
+        if !self.asks() {
             return Some(Role::Operator);
         }
         let shown: [u8; 32] = Sha256::digest(token?.as_bytes()).into();
@@ -147,16 +150,20 @@ async fn authorize(State(auth): State<AdminAuth>, mut request: Request, next: Ne
         scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
     });
     let looks = matches!(*request.method(), Method::GET | Method::HEAD);
+    let peer = request.extensions().get().map(Connection::peer);
+    if let (Some(peer), true) = (peer, token.is_some() && auth.asks())
+        && !auth.wrong.lets_try(peer, clock::monotonic())
+    {
+        count_refused("token");
+        return too_many_wrong().into_response();
+    }
     match auth.role(token) {
         None => {
-            if token.is_some() && !slowed_down(&auth).await {
-                return Problem::new(
-                    StatusCode::TOO_MANY_REQUESTS,
-                    "too-many-tokens",
-                    "Too many wrong tokens were shown",
-                )
-                .retry_after(1)
-                .into_response();
+            if token.is_some() {
+                count_refused("token");
+                if peer.is_some_and(|peer| auth.wrong.wrong(peer, clock::monotonic())) {
+                    tracing::warn!(peer = ?peer, "the admin listener was shown a wrong token");
+                }
             }
             let problem = Problem::new(StatusCode::UNAUTHORIZED, "unauthorized", "A bearer token is needed");
             let challenge = [(header::WWW_AUTHENTICATE, "Bearer realm=\"admin\"")];
@@ -174,11 +181,8 @@ async fn authorize(State(auth): State<AdminAuth>, mut request: Request, next: Ne
     }
 }
 
-/// Whether there was room to wait for the answer to a wrong token.
-async fn slowed_down(auth: &AdminAuth) -> bool {
-    count_refused("token");
-    let Ok(_place) = auth.wrong.try_acquire() else { return false };
-    tracing::warn!("the admin listener was shown a wrong token");
-    tokio::time::sleep(WRONG_TOKEN_WAITS).await;
-    true
+fn too_many_wrong() -> Problem {
+    Problem::new(StatusCode::TOO_MANY_REQUESTS, "too-many-tokens", "Too many wrong tokens came from this address")
+        .detail("No token from this address is looked at for a second.")
+        .retry_after(1)
 }

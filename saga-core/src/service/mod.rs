@@ -27,6 +27,7 @@ pub mod shutdown;
 pub mod supervisor;
 pub mod telemetry;
 pub mod topics;
+mod wrong_tokens;
 
 pub use admin::{AdminAuth, Role, admin_router};
 pub use assembly::{Parts, launch, launch_migrate, launch_with, run};

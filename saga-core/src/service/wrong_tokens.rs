@@ -1,0 +1,89 @@
+//! Guesses at the admin listener's tokens: each address has 32, and one more a second.
+//!
+//! What an address has left is looked at before its token is compared, so an answer beyond that tells nothing of the token. Others
+//! are not held up; but what comes through one proxy comes from one address. (A leaky bucket: Turner, "New directions in
+//! communications", 1986.)
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr},
+    sync::{Mutex, PoisonError},
+    time::Instant,
+};
+
+/// Wrong tokens that an address may show at once.
+const AT_ONCE: f64 = 32.0;
+/// How many are forgiven in a second.
+const FORGIVEN: f64 = 1.0;
+/// How many addresses are remembered.
+const ADDRESSES: usize = 4_096;
+
+/// Wrong tokens that are not forgiven yet, by address.
+#[derive(Debug, Default)]
+pub(super) struct WrongTokens(Mutex<HashMap<IpAddr, (f64, Instant)>>);
+
+impl WrongTokens {
+    /// Whether a token that this address shows is to be compared.
+    pub(super) fn lets_try(&self, peer: IpAddr, now: Instant) -> bool {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.get(&network(peer)).is_none_or(|wrong| left(wrong, now) + 1.0 <= AT_ONCE)
+    }
+
+    /// The token was wrong; whether it is this address's first for a while.
+    pub(super) fn wrong(&self, peer: IpAddr, now: Instant) -> bool {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= ADDRESSES {
+            known.retain(|_, wrong| left(wrong, now) > 0.0);
+        }
+        if known.len() >= ADDRESSES {
+            known.clear();
+        }
+        let before = known.get(&network(peer)).map_or(0.0, |wrong| left(wrong, now));
+        known.insert(network(peer), (before + 1.0, now));
+        before == 0.0
+    }
+}
+
+fn left((wrong, since): &(f64, Instant), now: Instant) -> f64 {
+    (wrong - now.saturating_duration_since(*since).as_secs_f64() * FORGIVEN).max(0.0)
+}
+
+/// One customer of a provider has a whole network of IPv6 addresses.
+fn network(peer: IpAddr) -> IpAddr {
+    match peer.to_canonical() {
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
+        v4 => v4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock;
+    use std::time::Duration;
+
+    #[test]
+    fn an_address_has_few_guesses_and_gets_them_back_and_others_have_theirs() {
+        let (tokens, now) = (WrongTokens::default(), clock::monotonic());
+        let [peer, neighbour, other]: [IpAddr; 3] =
+            ["2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"].map(|address| address.parse().unwrap());
+        assert!(tokens.wrong(peer, now), "the first is worth a line");
+        for _ in 1..32 {
+            assert!(tokens.lets_try(peer, now));
+            assert!(!tokens.wrong(peer, now));
+        }
+        assert!(!tokens.lets_try(peer, now) && !tokens.lets_try(neighbour, now), "they are of one network");
+        assert!(tokens.lets_try(other, now));
+        assert!(tokens.lets_try(peer, now + Duration::from_secs(1)));
+        assert!(tokens.wrong(peer, now + Duration::from_secs(60)), "all are forgiven");
+    }
+
+    #[test]
+    fn no_more_addresses_are_remembered_than_there_is_room_for() {
+        let (tokens, now) = (WrongTokens::default(), clock::monotonic());
+        for n in 0..10_000_u32 {
+            tokens.wrong(IpAddr::from(n.to_be_bytes()), now);
+        }
+        assert!(tokens.0.lock().unwrap().len() <= ADDRESSES);
+    }
+}
