@@ -55,7 +55,8 @@ impl<R> Happened<R> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
-    /// The participant did not answer: it is away, it is behind, or it could not understand the command and gave it up.
+    /// The participant did not answer in time: it is away or behind, it waits for what it calls, or it could not understand the
+    /// command and gave it up. Its own health says which.
     NoAnswer,
     /// What the participant calls was not reached, or did not answer in time.
     Unreachable,
@@ -65,8 +66,6 @@ pub enum Why {
     Unreadable,
     /// What the participant calls answered something else than was asked for.
     Contradiction,
-    /// The call was not made, because too many before it failed.
-    CircuitOpen,
     /// The participant's record of what was done is gone.
     RecordLost,
     /// It said why in words alone.
@@ -85,7 +84,6 @@ impl Why {
             Self::Faulty => "faulty",
             Self::Unreadable => "unreadable",
             Self::Contradiction => "contradiction",
-            Self::CircuitOpen => "circuit_open",
             Self::RecordLost => "record_lost",
             Self::Other => "other",
         }

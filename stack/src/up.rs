@@ -16,15 +16,17 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Where PostgreSQL and Kafka listen when nobody else does.
 pub const SERVER_PORTS: (u16, u16) = (5432, 9092);
-/// How often one process is started again: more often, and it will not get better by itself.
-const RESTARTS: u32 = 20;
-/// How often it is looked for processes that ended; also the pause before a restart.
+/// How often it is looked for processes that ended.
 const LOOK: Duration = Duration::from_secs(1);
+/// The pause before a process that ended soon after its start is started again doubles, up to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// A process that ran for so long ended for another reason than before.
+const STEADY: Duration = Duration::from_secs(60);
 
 /// Starts the platform, prints where it is, and stays until a signal comes.
 pub async fn up(directory: &StateDirectory) -> Result<()> {
@@ -62,27 +64,52 @@ pub async fn up(directory: &StateDirectory) -> Result<()> {
     Ok(())
 }
 
-/// Starts again what ends by itself (kill one and watch), the servers too, up to a number of times each; never returns. A
-/// PostgreSQL that was killed refuses to start while a backend of it is left: the next look starts it again.
+/// Starts again what ends by itself (kill one and watch), the servers too; never returns. A process that ends again and again is
+/// started again after longer and longer pauses. A PostgreSQL that was killed refuses to start while a backend of it is left.
 async fn supervise(stack: &Stack) {
-    let mut restarts = BTreeMap::<&str, u32>::new();
+    let mut lives = BTreeMap::<&str, Life>::new();
     loop {
         for process in stack.processes() {
-            let (name, count) = (process.name(), restarts.entry(process.name()).or_default());
+            let life = lives.entry(process.name()).or_insert_with(Life::new);
             // To ask also takes note of its end: until then the operating system keeps its number, and its locks look held.
-            if process.is_running() || *count > RESTARTS {
-                continue;
-            }
-            *count += 1;
-            if *count > RESTARTS {
-                eprintln!("{name} ended again and stays down; its log tells why: {}", process.log().display());
-            } else if let Err(error) = process.start_again() {
-                eprintln!("{name} ended and cannot be started again: {error}");
-            } else {
-                eprintln!("{name} ended by itself and was started again; its log: {}", process.log().display());
+            let Some(pause) = life.is_over(process.is_running(), Instant::now()) else { continue };
+            let (name, log) = (process.name(), process.log().display());
+            match process.start_again() {
+                Ok(()) => eprintln!(
+                    "{name} ended by itself and was started again; its log: {log}; the next time after {} s",
+                    pause.as_secs()
+                ),
+                Err(error) => eprintln!("{name} ended and cannot be started again: {error}"),
             }
         }
         tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// How often and when a process was started.
+struct Life {
+    began: Instant,
+    /// Before the next start.
+    pause: Duration,
+}
+
+impl Life {
+    fn new() -> Self {
+        Self { began: Instant::now(), pause: Duration::ZERO }
+    }
+
+    /// Whether it is to be started now; and how long it will rest if it ends soon.
+    fn is_over(&mut self, runs: bool, now: Instant) -> Option<Duration> {
+        let lived = now.saturating_duration_since(self.began);
+        if lived >= STEADY.max(self.pause) {
+            self.pause = Duration::ZERO;
+        }
+        if runs || lived < self.pause {
+            return None;
+        }
+        self.began = now;
+        self.pause = (self.pause * 2).clamp(LOOK, LONGEST_PAUSE);
+        Some(self.pause)
     }
 }
 
@@ -215,4 +242,27 @@ pub enum Follow {
     Yes,
     /// Only what is there.
     No,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_ends_again_and_again_rests_longer_and_one_that_ran_starts_at_once() {
+        let mut life = Life::new();
+        let mut now = life.began;
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            let rested = now;
+            while life.is_over(false, now).is_none() {
+                now += LOOK;
+            }
+            pauses.push(now.duration_since(rested).as_secs());
+        }
+        assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60]);
+        assert_eq!(life.is_over(true, now + STEADY), None);
+        assert!(life.is_over(false, now + STEADY + LOOK).is_some(), "it ran for a while");
+        assert!(life.is_over(false, now + STEADY + LOOK * 2).is_some());
+    }
 }

@@ -27,7 +27,7 @@ pub struct OrderView {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<CancelReason>,
     /// What made it fail, where the reason does not tell: `no_answer`, `unreachable`, `faulty`, `unreadable`, `contradiction`,
-    /// `circuit_open`, `record_lost` or `other`; later builds may know more.
+    /// `record_lost` or `other`; later builds may know more.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "unreachable")]
     pub cause: Option<String>,

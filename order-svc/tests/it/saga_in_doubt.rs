@@ -60,7 +60,7 @@ async fn time_out(shop: &Shop) {
 }
 
 fn failed() -> Value {
-    json!({ "error": "the participant is not well" })
+    json!({ "error": "the participant is not well", "why": "unreachable" })
 }
 
 /// The last command was sent once more, under the same id and the next attempt.
@@ -102,10 +102,10 @@ async fn every_step_that_is_silent_is_asked_again_and_its_late_and_second_replie
 }
 
 /// Lets the participant fail until its command is not sent any more.
-async fn fail_until_given_up(shop: &Shop, order: OrderId) {
+async fn fail_until_given_up(shop: &Shop, order: OrderId, answer: &Value) {
     for _ in 0..100 {
         let before = sent(shop, order).await.len();
-        shop.answer(order, Failed, failed()).await;
+        shop.answer(order, Failed, answer.clone()).await;
         let last = sent(shop, order).await;
         // What comes next is another command, or none: then nothing is due either.
         if last.len() > before || shop.saga_status(order).await == "stuck" {
@@ -121,7 +121,7 @@ async fn a_step_before_the_pivot_that_fails_for_good_is_undone_as_in_doubt_with_
     let shop = Shop::open().await;
     for (at, undone) in [(0, &["authorize-payment"][..]), (1, &["reserve-stock", "authorize-payment"])] {
         let order = waiting_at(&shop, way()[at].0, at).await;
-        fail_until_given_up(&shop, order).await;
+        fail_until_given_up(&shop, order, &failed()).await;
         for step in undone {
             let (op, last, ..) = sent(&shop, order).await.pop().unwrap();
             assert_eq!((op.as_str(), last.as_str()), ("undo", *step));
@@ -129,8 +129,32 @@ async fn a_step_before_the_pivot_that_fails_for_good_is_undone_as_in_doubt_with_
         }
         assert_eq!(shop.saga_status(order).await, "compensated");
         let view = json_of(shop.get(&format!("/v1/orders/{order}")).await).await;
-        assert_eq!(view["status"], "cancelled", "{view}");
+        assert_eq!((&view["status"], &view["cause"]), (&json!("cancelled"), &json!("unreachable")), "{view}");
     }
+}
+
+#[tokio::test]
+async fn an_orders_cause_is_what_its_participant_said_and_no_answer_is_one() {
+    let shop = Shop::open().await;
+    let ends = async |order: OrderId| {
+        let view = json_of(shop.get(&format!("/v1/orders/{order}")).await).await;
+        assert_eq!((&view["status"], &view["reason"]), (&json!("cancelling"), &json!("failed")), "{view}");
+        shop.answer(order, Succeeded, json!({})).await;
+        view["cause"].as_str().map(str::to_owned)
+    };
+    // The last two are of a build before causes, and of one after this.
+    let said = ["unreachable", "faulty", "unreadable", "contradiction", "record_lost", "", "tired"];
+    for (why, cause) in said.iter().zip([&said[..5], &["other", "other"]].concat()) {
+        let order = waiting_at(&shop, why, 0).await;
+        let answer = if why.is_empty() { json!({ "error": "no" }) } else { json!({ "error": "no", "why": why }) };
+        fail_until_given_up(&shop, order, &answer).await;
+        assert_eq!(ends(order).await.as_deref(), Some(cause));
+    }
+    let silent = waiting_at(&shop, "silent", 0).await;
+    while shop.status(silent).await == "pending" {
+        time_out(&shop).await;
+    }
+    assert_eq!(ends(silent).await.as_deref(), Some("no_answer"));
 }
 
 /// Retries as an operator does, with the revision that he saw.
@@ -148,7 +172,7 @@ async fn a_pivot_in_doubt_neither_undoes_nor_goes_on_and_an_operators_retry_sett
     let shop = Shop::open().await;
     for (key, outcome) in [("taken", Succeeded), ("refused", Rejected)] {
         let order = waiting_at(&shop, key, 2).await;
-        fail_until_given_up(&shop, order).await;
+        fail_until_given_up(&shop, order, &failed()).await;
         assert_eq!((shop.status(order).await.as_str(), shop.saga_status(order).await.as_str()), ("pending", "stuck"));
         assert!(sent(&shop, order).await.iter().all(|(op, ..)| op == "do"), "nothing is undone");
         retry(&shop, order).await;
@@ -167,7 +191,7 @@ async fn a_pivot_in_doubt_neither_undoes_nor_goes_on_and_an_operators_retry_sett
 async fn a_pivot_in_doubt_still_takes_its_late_reply_when_the_saga_is_stuck() {
     let shop = Shop::open().await;
     let order = waiting_at(&shop, "k", 2).await;
-    fail_until_given_up(&shop, order).await;
+    fail_until_given_up(&shop, order, &failed()).await;
     assert_eq!(shop.saga_status(order).await, "stuck");
     finishes(&shop, order, 2).await;
 }
@@ -177,7 +201,7 @@ async fn an_undo_that_fails_for_good_is_stuck_and_never_called_compensated_until
     let shop = Shop::open().await;
     let order = waiting_at(&shop, "k", 1).await;
     shop.answer(order, Rejected, json!({ "short": [{ "sku": "WIDGET-1", "requested": 2, "available": 1 }] })).await;
-    fail_until_given_up(&shop, order).await;
+    fail_until_given_up(&shop, order, &failed()).await;
     assert_eq!((shop.status(order).await.as_str(), shop.saga_status(order).await.as_str()), ("cancelling", "stuck"));
     let stuck = shop.get(&format!("/v1/orders/{order}")).await;
     assert_eq!(stuck.headers()["etag"], "\"2-stuck\"");

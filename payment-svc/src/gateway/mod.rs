@@ -148,10 +148,9 @@ pub enum Doubt {
 impl From<Doubt> for Failed {
     fn from(doubt: Doubt) -> Self {
         let why = match &doubt {
-            Doubt::Timeout | Doubt::Connection(_) => Why::Unreachable,
+            Doubt::Timeout | Doubt::Connection(_) | Doubt::CircuitOpen { .. } => Why::Unreachable,
             Doubt::Status { .. } | Doubt::NotLetIn => Why::Faulty,
             Doubt::Unreadable(_) => Why::Unreadable,
-            Doubt::CircuitOpen { .. } => Why::CircuitOpen,
         };
         Self::new(why, &doubt.to_string())
     }

@@ -37,6 +37,8 @@ impl IfMatch {
         let (mut any, mut some) = (false, false);
         for value in values {
             let mut rest = value.to_str().map_err(|_| refuse())?.trim();
+            // RFC 9110, section 5.6.1.2: an empty element of a list is none.
+            rest = rest.trim_start_matches([',', ' ', '\t']);
             while !rest.is_empty() {
                 some = true;
                 rest = match rest.strip_prefix('*') {
@@ -48,7 +50,7 @@ impl IfMatch {
                 };
                 rest = rest.trim_start();
                 match rest.strip_prefix(',') {
-                    Some(next) => rest = next.trim_start(),
+                    Some(next) => rest = next.trim_start_matches([',', ' ', '\t']),
                     None if rest.is_empty() => {}
                     None => return Err(refuse()),
                 }
@@ -100,8 +102,10 @@ mod tests {
             (&["*"], Ok(Some(IfMatch::Any))),
             (&["\"3\""], tags(&["3"])),
             (&["\"3\", \"4\"", "\"5\""], tags(&["3", "4", "5"])),
+            (&[", \"3\",, \"4\" ,"], tags(&["3", "4"])),
             (&["W/\"3\""], tags(&[])),
             (&[""], Err(400)),
+            (&[","], Err(400)),
             (&["3"], Err(400)),
             (&["\"3"], Err(400)),
             (&["*, \"3\""], Err(400)),

@@ -163,7 +163,7 @@ impl<'d> Turn<'d> {
 
     fn on_due(mut self) -> (State, Effects) {
         if let Some(open) = self.late() {
-            self.cancel(&open, FailureKind::Deadline, None);
+            self.cancel(&open, FailureKind::Deadline, None, None);
             return self.taken();
         }
         match self.state.open().copied() {
@@ -181,7 +181,7 @@ impl<'d> Turn<'d> {
 
     fn on_cancel(mut self, reason: &str) -> (State, Effects) {
         if let Some(open) = self.cancellable() {
-            self.cancel(&open, FailureKind::Cancelled, Some(reason.to_owned()));
+            self.cancel(&open, FailureKind::Cancelled, Some(reason.to_owned()), None);
             return self.taken();
         }
         let why = match (&self.state.status, &self.state.failure) {
@@ -194,7 +194,7 @@ impl<'d> Turn<'d> {
 
     fn on_retry(mut self) -> (State, Effects) {
         if let Some(open) = self.late() {
-            self.cancel(&open, FailureKind::Deadline, None);
+            self.cancel(&open, FailureKind::Deadline, None, None);
             return self.taken();
         }
         match self.state.status.clone() {
@@ -280,12 +280,12 @@ impl<'d> Turn<'d> {
         self.cancellable().filter(|_| passed)
     }
 
-    fn cancel(&mut self, open: &Open, kind: FailureKind, reason: Option<String>) {
+    fn cancel(&mut self, open: &Open, kind: FailureKind, reason: Option<String>, why: Option<Why>) {
         if open.wait == Wait::Local || open.attempt == 0 {
             // Its effect failed and was rolled back, or its command was never sent.
             self.state.steps[open.step] = StepState::NotDone;
         }
-        self.compensate(open.step, kind, None, reason, None);
+        self.compensate(open.step, kind, None, reason, why);
     }
 
     fn compensate(
@@ -379,7 +379,7 @@ impl<'d> Turn<'d> {
     fn attempt_failed(&mut self, open: Open, failed: &Failed) {
         let error = &failed.reason;
         if self.late().is_some() {
-            return self.cancel(&open, FailureKind::Deadline, Some(error.to_owned()));
+            return self.cancel(&open, FailureKind::Deadline, Some(error.to_owned()), Some(failed.why));
         }
         match self.state.status {
             // A stuck saga's last attempt has now been answered, with nothing new: it stays as it is.

@@ -70,11 +70,7 @@ impl AdminAuth {
     #[must_use]
     pub fn new(operator: Option<String>, viewer: Option<String>) -> Self {
         let digest = |token: String| Sha256::digest(token.as_bytes()).into();
-        Self {
-            operator: operator.map(digest),
-            viewer: viewer.map(digest),
-            wrong: Arc::default(),
-        }
+        Self { operator: operator.map(digest), viewer: viewer.map(digest), wrong: Arc::default() }
     }
 
     /// Whether there is a token to be shown.
