@@ -15,7 +15,7 @@ use contracts::{
 use saga_core::{
     command::{Command, Done, Happened},
     consumer::{HandleError, Handler, Message},
-    outbox::Tx,
+    outbox::{AppendError, Tx},
     participant::{CommandContext, CommandHandler, Decision, Participant, UndoHandler},
     service::ParticipantSettings,
 };
@@ -65,6 +65,14 @@ impl Handler for Commands {
 
     fn ends_with_a_statement(&self) -> bool {
         self.0.ends_with_a_statement()
+    }
+
+    fn gave_up(
+        &self,
+        tx: &mut Tx<'_>,
+        messages: &[(&Message, &str)],
+    ) -> impl Future<Output = Result<(), AppendError>> + Send {
+        self.0.gave_up(tx, messages)
     }
 
     fn committed(&self) {

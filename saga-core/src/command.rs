@@ -55,9 +55,10 @@ impl<R> Happened<R> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
-    /// The participant did not answer in time: it is away or behind, it waits for what it calls, or it could not understand the
-    /// command and gave it up. Its own health says which.
+    /// The participant did not answer in time: it is away or behind, or it waits for what it calls. Its own health says which.
     NoAnswer,
+    /// The participant could not understand the command, or failed at it too often. It is in the dead-letter topic with the reason.
+    GivenUp,
     /// What the participant calls was not reached, or did not answer in time.
     Unreachable,
     /// What the participant calls answered that it does not work.
@@ -80,6 +81,7 @@ impl Why {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::NoAnswer => "no_answer",
+            Self::GivenUp => "given_up",
             Self::Unreachable => "unreachable",
             Self::Faulty => "faulty",
             Self::Unreadable => "unreadable",

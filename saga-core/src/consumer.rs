@@ -208,6 +208,16 @@ pub trait Handler: Send + Sync + 'static {
         false
     }
 
+    /// Called with messages that are given up, each with the reason, in the transaction that dead-letters them: whoever waits for
+    /// an answer can be given one. It must not fail for anything that such a message says.
+    fn gave_up(
+        &self,
+        _tx: &mut Tx<'_>,
+        _messages: &[(&Message, &str)],
+    ) -> impl Future<Output = Result<(), AppendError>> + Send {
+        std::future::ready(Ok(()))
+    }
+
     /// Called after the batch's commit; for waking whoever works on what was written.
     fn committed(&self) {}
 }
@@ -228,6 +238,14 @@ impl<H: Handler, F: Fn() + Send + Sync + 'static> Handler for Then<H, F> {
 
     fn says_how_far_it_read(&self) -> bool {
         self.0.says_how_far_it_read()
+    }
+
+    fn gave_up(
+        &self,
+        tx: &mut Tx<'_>,
+        messages: &[(&Message, &str)],
+    ) -> impl Future<Output = Result<(), AppendError>> + Send {
+        self.0.gave_up(tx, messages)
     }
 
     fn committed(&self) {

@@ -2,7 +2,8 @@
 //!
 //! Every user may make a directory, or a link, in `/tmp` and `/var/tmp`, also under a name that we are about to use. So what is
 //! there already has to be ours, and nobody else may write to it. A link counts only if it is ours or root's. Modes and owners
-//! are changed through a handle that follows no link.
+//! are changed through a handle that follows no link. What lies above a directory that was named is not looked at: root often works
+//! in another user's checkout.
 
 use crate::{Error, Result};
 use nix::{

@@ -1,8 +1,8 @@
 //! A pom to the files it names; finds Java and Maven, or says what to install.
 //!
 //! Maven is asked once per pom: the answer is kept in the cache under the pom's digest, and asked for again only when
-//! one of the files it names is gone. What it names has to be as listed (see [`crate::jars`]): when it was fetched, and once
-//! more before a process first uses it, which takes 0.1 s for Kafka's.
+//! one of the files it names is gone. What it names has to be as listed (see [`crate::jars`]): when it was fetched, and Kafka's once
+//! more before a process first uses it, which takes 0.1 s. (PostgreSQL's programs are unpacked, and kept, once.)
 
 use crate::{Error, Result, cache::Cache, jars::JarList, process::Spec, progress::Progress};
 use sha2::{Digest, Sha256};

@@ -26,7 +26,7 @@ pub struct OrderView {
     /// Why it is being or was cancelled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<CancelReason>,
-    /// What made it fail, where the reason does not tell: `no_answer`, `unreachable`, `faulty`, `unreadable`, `contradiction`,
+    /// What made it fail, where the reason does not tell: `no_answer`, `given_up`, `unreachable`, `faulty`, `unreadable`, `contradiction`,
     /// `record_lost` or `other`; later builds may know more.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "unreachable")]

@@ -246,9 +246,9 @@ impl<H: Handler> Desk<H> {
         let messages: Vec<_> = fresh.into_iter().map(|(message, ..)| message).collect();
         self.handle(tx, &messages).await?;
         let letters = given_up.iter().filter_map(|(message, origin, attempts)| {
-            Some(DeadLetter::failed(message, origin, poison.get(&message.envelope.id)?, *attempts))
+            Some((message, origin, poison.get(&message.envelope.id)?, *attempts))
         });
-        dead_letter::append_in(tx, &self.config.group, letters).await?;
+        self.dead_letter(tx, &letters.collect::<Vec<_>>()).await?;
         let classes = given_up.iter().filter_map(|(message, ..)| poison.get(&message.envelope.id));
         Ok(classes.map(|fault| fault.class.clone()).collect())
     }
@@ -291,8 +291,8 @@ impl<H: Handler> Desk<H> {
         parking::hold_in(&mut tx, self.place(), &held).await?;
         let fresh = pick(single, &deliveries, Delivery::Fresh);
         let letters = fresh.messages.iter().zip(&fresh.origins);
-        let letters = letters.map(|(message, origin)| DeadLetter::failed(message, origin, fault, attempts));
-        dead_letter::append_in(&mut tx, &self.config.group, letters).await?;
+        let letters: Vec<_> = letters.map(|(message, origin)| (message, origin, fault, attempts)).collect();
+        self.dead_letter(&mut tx, &letters).await?;
         outbox::commit(tx, &self.pool).await?;
         self.count_dead_letters(&fault.class, fresh.messages.len());
         Ok(())
@@ -326,13 +326,25 @@ impl<H: Handler> Desk<H> {
         if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message, &self.config, self.clock.now())])
             .await?[0]
         {
-            let letter = DeadLetter::failed(&parked.message, &parked.origin, fault, attempts);
-            dead_letter::append_in(&mut tx, &self.config.group, [letter]).await?;
+            self.dead_letter(&mut tx, &[(&parked.message, &parked.origin, fault, attempts)]).await?;
         }
         parking::leave_in(&mut tx, self.place(), &[parked.id], parked.lane).await?;
         outbox::commit(tx, &self.pool).await?;
         self.count_dead_letters(&fault.class, 1);
         Ok(())
+    }
+
+    /// Dead-letters what was tried so often, and lets the handler answer it.
+    async fn dead_letter(&self, tx: &mut Tx<'_>, given_up: &[(&Message, &Origin, &Fault, u32)]) -> Result<(), Failure> {
+        if given_up.is_empty() {
+            return Ok(());
+        }
+        let letters = given_up
+            .iter()
+            .map(|(message, origin, fault, attempts)| DeadLetter::failed(message, origin, fault, *attempts));
+        dead_letter::append_in(tx, &self.config.group, letters).await?;
+        let said: Vec<_> = given_up.iter().map(|(message, _, fault, _)| (*message, fault.reason.as_str())).collect();
+        Ok(self.handler.gave_up(tx, &said).await?)
     }
 
     async fn handle_parked(

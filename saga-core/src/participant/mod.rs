@@ -41,15 +41,15 @@ pub use handler::{
 pub use intents::{IntentConfig, Intents};
 
 use crate::{
-    command::{Command, Never},
+    command::{Command, Failed, Never, Why},
     consumer::{HandleError, Handler, Message, Unfit},
     envelope::{Op, SagaHeaders, header},
     id::CommandId,
-    outbox::Tx,
+    outbox::{self, AppendError, Tx},
     topic,
 };
 use batch::{Incoming, Work};
-use entry::{Entry, External, ExternalUndoing, Plain, Undoing};
+use entry::{Entry, External, ExternalUndoing, Plain, Settled, Undoing};
 use fence::{Asked, FenceKey, Namespace, Place};
 use std::{
     collections::{HashMap, HashSet},
@@ -281,6 +281,20 @@ impl Handler for Participant {
     // Its last statement is ours, and always there: every command leaves its mark on a fence.
     fn ends_with_a_statement(&self) -> bool {
         true
+    }
+
+    /// The orchestrator does not wait for the answer to a command that nothing will come of. What could not be answered before it
+    /// runs, or comes from a source that is not declared, is not answered here either.
+    async fn gave_up(&self, tx: &mut Tx<'_>, messages: &[(&Message, &str)]) -> Result<(), AppendError> {
+        let reply = |(message, reason): &(&Message, &str)| {
+            self.knows_source(message).ok()?;
+            let command = self.parse(message).ok()?;
+            let failed = Failed::new(Why::GivenUp, &format!("{} gave the command up: {reason}", self.name));
+            let (outcome, payload) = batch::reply_of(&Settled::Failed(failed));
+            batch::count_reply(command.kind, outcome);
+            Some(batch::reply(command.kind, &command.cx, &command.trace, outcome, payload))
+        };
+        outbox::append_in(tx, &messages.iter().filter_map(reply).collect::<Vec<_>>()).await
     }
 
     fn committed(&self) {

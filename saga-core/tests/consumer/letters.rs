@@ -4,7 +4,7 @@ use crate::support::{Fixture, SOON, event, says};
 use saga_core::{
     consumer::{Consumer, HandleError, Handler, Message, Unfit},
     envelope::{Headers, exact},
-    outbox::Tx,
+    outbox::{AppendError, Tx},
     testkit::eventually,
 };
 use std::sync::{
@@ -100,6 +100,52 @@ async fn many_messages_that_can_never_be_handled_cost_one_more_look_and_no_attem
     let looks = strict.looks.load(Ordering::SeqCst);
     assert!(looks <= 40, "{looks} looks at {forged} forged messages");
     assert!(fixture.parked().await.is_empty(), "nothing waits behind them");
+    stop.cancel();
+    running.await.unwrap().unwrap();
+}
+
+/// Answers what it gives up.
+struct Answers;
+
+impl Handler for Answers {
+    async fn handle(&self, _: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
+        for message in batch {
+            if says(message, "unreadable") {
+                return Err(HandleError::Poison("it cannot be read".into()).of(message.envelope.id));
+            }
+            if says(message, "failing") {
+                return Err(anyhow::anyhow!("not today").into());
+            }
+        }
+        Ok(())
+    }
+
+    async fn gave_up(&self, tx: &mut Tx<'_>, messages: &[(&Message, &str)]) -> Result<(), AppendError> {
+        for (message, reason) in messages {
+            sqlx::query("insert into handled (key, value) values (convert_from($1, 'utf8'), $2)")
+                .bind(&message.payload)
+                .bind(reason)
+                .execute(&mut **tx)
+                .await?;
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_answers_what_is_given_up_in_the_transaction_that_dead_letters_it() {
+    let fixture = Fixture::new(1).await;
+    let records = [("a", "unreadable"), ("b", "failing"), ("c", "good"), ("d", "unreadable")];
+    fixture.send(&records.map(|(key, value)| event(key, value))).await;
+    let stop = CancellationToken::new();
+    let consumer = Consumer::new(fixture.config.clone(), fixture.database.pool.clone(), Arc::new(Answers));
+    let running = tokio::spawn(consumer.run(stop.clone()));
+    assert_eq!(fixture.until_dead_letters(3).await.len(), 3);
+    let mut answered = fixture.handled().await;
+    answered.sort_unstable();
+    let said = |of: &str, reason: &str| (of.to_owned(), reason.to_owned());
+    let unreadable = said("unreadable", "it cannot be read");
+    assert_eq!(answered, [said("failing", "not today"), unreadable.clone(), unreadable]);
     stop.cancel();
     running.await.unwrap().unwrap();
 }

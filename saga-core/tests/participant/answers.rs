@@ -5,12 +5,13 @@ use crate::{
     support::{Add, AddHandler, World, message, words},
 };
 use saga_core::{
-    consumer::{HandleError, Message, UNDECLARED_SOURCE},
+    consumer::{HandleError, Handler as _, Message, UNDECLARED_SOURCE},
     envelope::{Op, Outcome::*},
     id::SagaId,
     part::Cause,
     participant::{IntentConfig, Participant},
     testkit::{deliver, eventually},
+    transaction::{Bound, Transaction},
 };
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
@@ -108,6 +109,32 @@ async fn a_command_that_asks_for_its_reply_elsewhere_is_refused_before_it_runs()
         command.envelope.saga.as_mut().unwrap().reply_to = Some(topic.to_owned());
         let told = deliver(&world.database.pool, &participant, &[command]).await;
         assert_eq!((told.is_ok(), world.effects(saga).await), (allowed, i64::from(allowed)), "{topic}: {told:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_command_that_is_given_up_is_answered_and_a_strangers_is_not() {
+    let world = World::new().await;
+    let participant = Participant::new("adder").takes_commands_of(["orders"]).on::<Add>(AddHandler::default());
+    let command = |source: &str, reply_to: &str| {
+        let mut command = message(SagaId::new(), Op::Do, &Add { say: words(&["yes"]) });
+        command.envelope.source = source.into();
+        command.envelope.saga.as_mut().unwrap().reply_to = Some(reply_to.into());
+        command.payload = Some(b"[]".to_vec());
+        command
+    };
+    let all = [command("orders", "replies"), command("elsewhere", "replies"), command("orders", "no topic")];
+    let given_up: Vec<_> = all.iter().map(|command| (command, "it cannot be read")).collect();
+    let mut tx = Transaction::begin(&world.database.pool, Bound::new(Duration::from_secs(30))).await.unwrap();
+    participant.gave_up(&mut tx, &given_up).await.unwrap();
+    tx.commit().await.unwrap();
+    let sagas = all.each_ref().map(|command| command.envelope.saga.as_ref().unwrap().saga);
+    let replies = world.replies(sagas[0]).await;
+    assert_eq!((replies.len(), replies[0].outcome), (1, Failed));
+    let said = serde_json::json!({ "error": "adder gave the command up: it cannot be read", "why": "given_up" });
+    assert_eq!(replies[0].payload, said);
+    for stranger in &sagas[1..] {
+        assert!(world.replies(*stranger).await.is_empty());
     }
 }
 
