@@ -152,7 +152,7 @@ mod tests {
     /// Long enough that what is meant to end by itself has ended.
     const SOON: Duration = Duration::from_secs(20);
     const NEVER: Duration = Duration::from_secs(3_600);
-    const REQUEST: &str = "GET / HTTP/1.1\r\nhost: x\r\n\r\n";
+    const REQUEST: &str = "GET / HTTP/1.1\r\nhost: localhost\r\n\r\n";
 
     struct Served {
         address: std::net::SocketAddr,
@@ -190,7 +190,7 @@ mod tests {
         let served = served(Duration::from_millis(100), NEVER, Duration::from_millis(300)).await;
         for (said, answers) in [
             ("", 0),
-            ("GET / HTTP/1.1\r\nhost: x\r\nx-slow", 0),
+            ("GET / HTTP/1.1\r\nhost: localhost\r\nx-slow", 0),
             // What HTTP/2 begins with.
             ("PRI * HT", 0),
             (REQUEST, 1),
@@ -209,7 +209,7 @@ mod tests {
         let mut silent = TcpStream::connect(served.address).await.unwrap();
         let mut client = TcpStream::connect(served.address).await.unwrap();
         client.write_all(REQUEST.as_bytes()).await.unwrap();
-        served.begun.recv().await.unwrap();
+        timeout(SOON, served.begun.recv()).await.expect("its handler is called").unwrap();
         served.token.cancel();
         timeout(SOON, served.serving).await.expect("it stops").unwrap();
         assert!(heard(&mut client, "").await.ends_with("here"));
