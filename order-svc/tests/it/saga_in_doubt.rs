@@ -145,7 +145,7 @@ async fn an_orders_cause_is_what_its_participant_said_and_no_answer_is_one() {
     // The last two are of a build before causes, and of one after this.
     let said = ["unreachable", "faulty", "unreadable", "contradiction", "record_lost", "", "tired"];
     for (why, cause) in said.iter().zip([&said[..5], &["other", "other"]].concat()) {
-        let order = waiting_at(&shop, why, 0).await;
+        let order = waiting_at(&shop, &format!("k-{why}"), 0).await;
         let answer = if why.is_empty() { json!({ "error": "no" }) } else { json!({ "error": "no", "why": why }) };
         fail_until_given_up(&shop, order, &answer).await;
         assert_eq!(ends(order).await.as_deref(), Some(cause));

@@ -158,10 +158,7 @@ impl Fixture {
 
     /// Keys and values of what was handled, in the order of the handling.
     pub(crate) async fn handled(&self) -> Vec<(String, String)> {
-        sqlx::query_as("select coalesce(key, ''), coalesce(value, '') from handled order by n")
-            .fetch_all(&self.database.pool)
-            .await
-            .unwrap()
+        self.rows("select coalesce(key, ''), coalesce(value, '') from handled order by n").await
     }
 
     pub(crate) async fn until_handled(&self, count: usize) -> Vec<(String, String)> {
@@ -186,13 +183,19 @@ impl Fixture {
     }
 
     pub(crate) async fn parked(&self) -> Vec<(String, i32, bool)> {
-        sqlx::query_as(
+        self.rows(
             "select convert_from(payload, 'utf8'), attempts, next_attempt_at is not null
                from inbox_parked order by record_offset",
         )
-        .fetch_all(&self.database.pool)
         .await
-        .unwrap()
+    }
+
+    /// The tests cut connections: an answer that is lost is asked for again.
+    async fn rows<R>(&self, sql: &'static str) -> Vec<R>
+    where
+        R: Send + Unpin + for<'r> sqlx::FromRow<'r, sqlx::postgres::PgRow>,
+    {
+        eventually(SOON, || async { sqlx::query_as(sql).fetch_all(&self.database.pool).await.ok() }).await
     }
 
     /// Waits until nothing is parked any more.
@@ -221,14 +224,19 @@ impl Fixture {
 
     /// The dead letters, in their order: key, value, headers.
     pub(crate) async fn dead_letters(&self) -> Vec<(Option<String>, Option<String>, serde_json::Value)> {
-        sqlx::query_as(
-            "select key, convert_from(payload, 'utf8'), headers || jsonb_build_object('id', message_id)
-               from outbox where topic = $1 order by id",
-        )
-        .bind(self.topic.dead_letters())
-        .fetch_all(&self.database.pool)
+        let topic = self.topic.dead_letters();
+        // See `rows`.
+        eventually(SOON, || async {
+            sqlx::query_as(
+                "select key, convert_from(payload, 'utf8'), headers || jsonb_build_object('id', message_id)
+                   from outbox where topic = $1 order by id",
+            )
+            .bind(&topic)
+            .fetch_all(&self.database.pool)
+            .await
+            .ok()
+        })
         .await
-        .unwrap()
     }
 
     pub(crate) async fn until_dead_letters(
