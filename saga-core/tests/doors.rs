@@ -204,7 +204,7 @@ async fn an_address_that_guesses_tokens_is_stopped_before_its_tokens_are_compare
         answer.status().as_u16()
     };
     // One is forgiven a second, so how many it takes depends on how fast this machine is.
-    let refused = eventually(PATIENCE, async || (ask(&guesser, wrong).await == 429).then(|| ()));
+    let refused = eventually(PATIENCE, async || (ask(&guesser, wrong).await == 429).then_some(()));
     refused.await;
     // A right one tells it nothing now. (Once a second one is compared: it guesses on until then.)
     let mut answers = Vec::new();
