@@ -175,9 +175,9 @@ impl Pulse {
     }
 
     /// A new client begins: the group gives it its partitions.
-    pub(super) fn begins(&self) {
+    pub(super) fn begins(&self, now: Instant) {
         let mut state = self.lock();
-        (state.began, state.ends) = (Some(clock::monotonic()), false);
+        (state.began, state.ends) = (Some(now), false);
     }
 
     pub(super) fn polled(&self) {

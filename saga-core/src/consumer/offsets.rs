@@ -71,3 +71,64 @@ pub(super) fn one(topic: &str, partition: i32) -> TopicPartitionList {
     list.add_partition(topic, partition);
     list
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        clock,
+        consumer::{
+            ConsumerConfig,
+            buffer::Buffer,
+            client::{self, Context},
+            ends::Ends,
+            standing::{self, Start},
+        },
+        testkit::{Record, TestTopic, brokers, produce, unique},
+    };
+    use rdkafka::{
+        Statistics,
+        statistics::{Broker, Partition, Topic},
+    };
+    use std::{sync::atomic::AtomicBool, time::Duration};
+    use tokio::sync::mpsc::unbounded_channel;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn closing_does_not_undo_that_the_group_was_taken_back() {
+        let topic = TestTopic::create("tail", 1).await;
+        produce(&topic, &[Record::default()]).await;
+        let config = ConsumerConfig::new(&brokers(), &unique("group"), [topic.name()]);
+        let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/offsets").unwrap();
+        let pulse = Arc::new(Pulse::new(&config.group, &config.brokers, &pool));
+        // It answers rebalances itself.
+        let context =
+            Context { rebalances: unbounded_channel().0, pulse: Arc::clone(&pulse), closing: AtomicBool::new(true) };
+        let client = Arc::new(client::connect(&config, context).unwrap());
+        tokio::time::timeout(Duration::from_secs(40), client.recv()).await.unwrap().unwrap();
+        let asks = || standing::look(&config, &one(topic.name(), 0)).unwrap().start(topic.name(), 0, None);
+        let id = tokio::task::block_in_place(asks).id;
+        assert!(id.is_some());
+        let (done, is_done) = watch::channel(-1);
+        let offsets = Offsets::new(&client, id.clone(), done);
+        offsets.store(topic.name(), 0, 9);
+        tokio::task::block_in_place(|| client.commit_consumer_state(CommitMode::Sync)).unwrap();
+        assert_eq!(tokio::task::block_in_place(asks).group, Some(10));
+        // What is in hand is finished: it is stored, and not committed yet.
+        offsets.store(topic.name(), 0, 11);
+        pulse.reads(topic.name(), 0, Arc::new(Buffer::new(1, || {})), is_done, &Start { id, ..Start::default() });
+        let mut said = Statistics::default();
+        said.brokers.insert("b".into(), Broker { state: "UP".into(), ..Broker::default() });
+        let partitions = [(0, Partition { next_offset: 12, ..Partition::default() })].into();
+        said.topics.insert(topic.name().into(), Topic { partitions, ..Topic::default() });
+        pulse.statistics(&said);
+        pulse.asks();
+        let ranges = [((topic.name().to_owned(), 0), (0, 8))].into();
+        pulse.compare(Ends { ranges, ..Ends::default() }, clock::monotonic());
+
+        give_back(&client, &pulse, vec![(topic.name().to_owned(), 0)]);
+        drop(offsets);
+        tokio::task::block_in_place(|| drop(client));
+
+        assert_eq!(tokio::task::block_in_place(asks).group, Some(8));
+    }
+}

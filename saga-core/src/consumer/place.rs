@@ -136,8 +136,121 @@ impl Patience {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{
+        ends::Ends,
+        health::{ConsumerHealth, Pulse},
+    };
     use super::*;
-    use crate::clock;
+    use crate::{
+        clock,
+        part::{Cause, Trouble},
+    };
+    use futures::FutureExt;
+    use rdkafka::{
+        Statistics,
+        statistics::{Broker, Partition, Topic},
+    };
+
+    /// Reads partition 0 of `t`, whose id is `a`, up to here.
+    fn pulse(done: i64) -> Arc<Pulse> {
+        let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/places").unwrap();
+        let pulse = Pulse::new("group", "localhost:1", &pool);
+        let start = Start { id: Some("a".into()), ..Start::default() };
+        pulse.reads("t", 0, Arc::new(Buffer::new(4, || {})), watch::channel(done).1, &start);
+        Arc::new(pulse)
+    }
+
+    fn ends(end: i64, trouble: Option<Trouble>) -> Ends {
+        let mut ends = Ends::default();
+        ends.ranges.insert(("t".into(), 0), (0, end));
+        ends.troubles.extend(trouble.map(|trouble| ("t".into(), trouble)));
+        ends
+    }
+
+    #[tokio::test]
+    async fn a_client_is_not_replaced_for_what_an_operator_has_to_set_right() {
+        let (pulse, start) = (pulse(-1), clock::monotonic());
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let anew = || pulse.anew().now_or_never().is_some();
+        pulse.refused(Cause::KafkaForbidden, "no Read".into());
+        for seconds in [0, 20, 40] {
+            pulse.compare(ends(10, None), after(seconds));
+            assert!(!anew(), "it is refused");
+        }
+        pulse.served();
+        let missing = || Some(Trouble::new(Cause::Leaderless, "no leader"));
+        pulse.compare(ends(10, missing()), after(60));
+        assert!(!anew(), "another partition has no leader");
+        pulse.compare(ends(10, None), after(80));
+        assert!(anew());
+    }
+
+    #[tokio::test]
+    async fn a_topic_under_another_id_replaces_its_client_once() {
+        let pulse = pulse(5);
+        let anew = || pulse.anew().now_or_never().is_some();
+        pulse.topic_is("t", "a");
+        pulse.topic_is("another", "b");
+        assert!(!anew());
+        pulse.topic_is("t", "b");
+        assert!(anew());
+        pulse.topic_is("t", "b");
+        assert!(!anew(), "that client is on its way out");
+        assert!(pulse.rewind("t", 0).is_some() && pulse.rewind("another", 0).is_none());
+    }
+
+    #[tokio::test]
+    async fn while_a_client_is_replaced_health_says_that_it_starts() {
+        let (pulse, now) = (pulse(5), clock::monotonic());
+        let health = ConsumerHealth(Arc::clone(&pulse));
+        let trouble = || health.report().trouble.unwrap();
+        assert_eq!(trouble().reason, "it has not started");
+        let polled = async {
+            while trouble().reason == "it has not started" {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), pulse.busy(polled)).await.unwrap();
+        pulse.begins(now.checked_sub(Duration::from_secs(60)).unwrap());
+        assert_eq!(trouble().cause, Cause::Unassigned);
+        pulse.begins(now);
+        assert_eq!(trouble().cause, Cause::Starting);
+    }
+
+    #[tokio::test]
+    async fn ends_that_stay_unknown_are_a_trouble_and_what_waited_still_waits() {
+        let (pulse, now) = (pulse(5), clock::monotonic());
+        let health = ConsumerHealth(Arc::clone(&pulse));
+        (pulse.polled(), pulse.assigned());
+        pulse.compare(ends(10, None), now);
+        let missed = || [(("t".to_owned(), 0), "timed out".to_owned())].into();
+        (1..MISSES_MAX).for_each(|_| pulse.missed(missed()));
+        assert!(health.report().trouble.is_none() && health.report().waiting.is_some());
+        pulse.missed(missed());
+        let report = health.report();
+        assert!(report.trouble.unwrap().reason.contains("where partition 0 of t ends: timed out"));
+        assert!(report.waiting.is_some());
+        pulse.compare(ends(10, None), now);
+        assert!(health.report().trouble.is_none());
+    }
+
+    #[tokio::test]
+    async fn only_the_partition_that_lost_its_tail_is_read_again() {
+        let (pulse, now) = (pulse(10), clock::monotonic());
+        let start = Start { id: Some("a".into()), ..Start::default() };
+        pulse.reads("t", 1, Arc::new(Buffer::new(4, || {})), watch::channel(10).1, &start);
+        let mut said = Statistics::default();
+        said.brokers.insert("b".into(), Broker { state: "UP".into(), ..Broker::default() });
+        let partition = |partition| Partition { partition, next_offset: 10, ..Partition::default() };
+        let partitions = (0..2).map(|n| (n, partition(n))).collect();
+        said.topics.insert("t".into(), Topic { partitions, ..Topic::default() });
+        pulse.statistics(&said);
+        pulse.asks();
+        pulse.compare(ends(8, None), now);
+        assert!(pulse.anew().now_or_never().is_some());
+        assert_eq!(pulse.rewind("t", 0).unwrap().end, Some(8));
+        assert_eq!(pulse.rewind("t", 1), None);
+    }
 
     #[test]
     fn a_client_that_it_does_not_help_to_replace_is_replaced_ever_more_rarely() {
@@ -151,17 +264,5 @@ mod tests {
         assert!(!patience.ends(&partition, 5, at(1000)));
         patience.moves(&partition, 6, false);
         assert!(patience.ends(&partition, 6, at(1000)));
-    }
-
-    #[test]
-    fn what_waits_is_still_said_to_wait_while_its_end_is_not_known() {
-        let buffer = Arc::new(Buffer::new(4, || {}));
-        let mut place = Place::new(buffer, watch::channel(0).1, &Start::default());
-        place.compare(10, clock::monotonic());
-        let misses: Vec<bool> = (0..5).map(|_| place.misses()).collect();
-        assert_eq!(misses, [false, false, false, false, true]);
-        assert!(place.waiting.is_some());
-        place.compare(10, clock::monotonic());
-        assert!(!place.misses());
     }
 }

@@ -29,7 +29,7 @@ use crate::{
 };
 use futures::{FutureExt, StreamExt};
 use rdkafka::{
-    Message as _, TopicPartitionList,
+    Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
     error::{KafkaError, RDKafkaErrorCode},
     message::BorrowedMessage,
@@ -146,7 +146,7 @@ impl<H: Handler> Poll<H> {
     /// Polls until `stop`, or until the client has to be made anew, then lets go of everything in good order, within bounds.
     pub(super) async fn run(mut self, stop: &CancellationToken) -> Result<Polled, ConsumerError> {
         let pulse = Arc::clone(&self.pulse);
-        pulse.begins();
+        pulse.begins(clock::monotonic());
         let ended = self.poll_until(stop).await;
         pulse.busy(self.let_go(if ended.is_ok() { FINISH_MAX } else { Duration::ZERO })).await;
         ended
@@ -296,13 +296,15 @@ impl<H: Handler> Poll<H> {
                     let (topic, partition) = (element.topic().to_owned(), element.partition());
                     let start = standing.start(&topic, partition, pulse.rewind(&topic, partition).as_ref());
                     if let Some(offset) = start.instead {
-                        tracing::warn!(
-                            group = self.config.group,
-                            topic,
-                            partition,
-                            ?offset,
-                            "a partition is read again"
-                        );
+                        let group = &self.config.group;
+                        match offset {
+                            Offset::Beginning => {
+                                tracing::warn!(group, topic, partition, "the topic is read again from its begin");
+                            }
+                            end => {
+                                tracing::warn!(group, topic, partition, ?end, "the partition is read on from its end")
+                            }
+                        }
                         if let Err(error) = element.set_offset(offset) {
                             tracing::warn!(topic, partition, %error, "a partition is read from where the group has come to");
                         }
