@@ -221,7 +221,8 @@ mod tests {
     async fn ends_that_stay_unknown_are_a_trouble_and_what_waited_still_waits() {
         let (pulse, now) = (pulse(5), clock::monotonic());
         let health = ConsumerHealth(Arc::clone(&pulse));
-        (pulse.polled(), pulse.assigned());
+        pulse.polled();
+        pulse.assigned();
         pulse.compare(ends(10, None), now);
         let missed = || [(("t".to_owned(), 0), "timed out".to_owned())].into();
         (1..MISSES_MAX).for_each(|_| pulse.missed(missed()));

@@ -19,7 +19,7 @@ use super::{
     reading::Reading,
     record::Raw,
     refusal,
-    standing::{self, Standing, Start},
+    standing::{self, Start},
     transaction::{Desk, Stage},
     worker::{Ended, Worker},
 };
@@ -56,8 +56,8 @@ use uuid::Uuid;
 const FINISH_MAX: Duration = Duration::from_secs(10);
 /// How long closing the client may take; it can hang, and nothing depends on it.
 const CLOSE_MAX: Duration = Duration::from_secs(10);
-/// How often a client asks where the group has come to before it gives way to another one.
-const STANDING_TRIES: usize = 3;
+/// After so long a client gives way that could not take partitions, unless Kafka refuses something.
+const UNTAKEN_MAX: Duration = Duration::from_secs(10);
 /// Most records that are dispatched before other events get their turn.
 const RECORDS_PER_TURN: usize = 256;
 
@@ -122,6 +122,8 @@ pub(super) struct Poll<H> {
     /// When it was last asked whether Kafka still refuses.
     asked: Instant,
     asking: Option<JoinHandle<Option<Result<(), RDKafkaErrorCode>>>>,
+    /// Partitions were assigned, and it was not said where the group has come to in them: since when nobody reads them.
+    untaken: Option<Instant>,
 }
 
 impl<H: Handler> Poll<H> {
@@ -139,8 +141,22 @@ impl<H: Handler> Poll<H> {
         let held = HashMap::new();
         let says = handler.says_how_far_it_read();
         let ends = if says { Some(Arc::new(client::asking(&config).create()?)) } else { None };
-        let asked = clock::monotonic();
-        Ok(Self { config, pool, handler, pulse, client, ends, held, rebalances, drained, broken, asked, asking: None })
+        let (asked, asking, untaken) = (clock::monotonic(), None, None);
+        Ok(Self {
+            config,
+            pool,
+            handler,
+            pulse,
+            client,
+            ends,
+            held,
+            rebalances,
+            drained,
+            broken,
+            asked,
+            asking,
+            untaken,
+        })
     }
 
     /// Polls until `stop`, or until the client has to be made anew, then lets go of everything in good order, within bounds.
@@ -247,6 +263,10 @@ impl<H: Handler> Poll<H> {
             }
         }
         let now = clock::monotonic();
+        if self.untaken.is_some_and(|since| now >= since + UNTAKEN_MAX) && !self.pulse.is_refused() {
+            let topics = self.config.topics.join(", ");
+            self.pulse.make_anew(&topics, None, "where the group has come to was not said");
+        }
         if self.pulse.is_refused() && self.asking.is_none() && now >= self.asked + refusal::ASK_EVERY {
             let config = Arc::clone(&self.config);
             self.asked = now;
@@ -290,7 +310,7 @@ impl<H: Handler> Poll<H> {
     async fn take(&mut self, partitions: &TopicPartitionList) {
         let pulse = Arc::clone(&self.pulse);
         let partitions = partitions.clone();
-        match pulse.busy(self.standing(&partitions)).await {
+        match pulse.busy(standing::ask(&self.config, &partitions)).await {
             Some(standing) => {
                 for mut element in partitions.elements() {
                     let (topic, partition) = (element.topic().to_owned(), element.partition());
@@ -316,22 +336,9 @@ impl<H: Handler> Poll<H> {
                 pulse.assigned();
             }
             // Nothing of them is handled: a guess could pass over records.
-            None => pulse.make_anew(&self.config.topics.join(", "), None, "where the group has come to is not known"),
+            None => self.untaken = Some(clock::monotonic()),
         }
         client::answer(&*self.client, &Rebalance::Assigned(partitions));
-    }
-
-    async fn standing(&self, partitions: &TopicPartitionList) -> Option<Standing> {
-        for _ in 0..STANDING_TRIES {
-            let (config, partitions) = (Arc::clone(&self.config), partitions.clone());
-            match tokio::task::spawn_blocking(move || standing::look(&config, &partitions)).await {
-                Ok(Ok(standing)) => return Some(standing),
-                Ok(Err(error)) => tracing::debug!(%error, "where the group has come to was not said"),
-                Err(_) => {}
-            }
-            tokio::time::sleep(Duration::from_millis(500)).await;
-        }
-        None
     }
 
     fn employ(&self, topic: &str, partition: i32, start: Start) -> Held {

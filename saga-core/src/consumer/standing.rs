@@ -15,10 +15,13 @@ use rdkafka::{
 };
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+/// How often it is asked, and how long after one failure.
+const TRIES: usize = 3;
+const AGAIN: Duration = Duration::from_millis(500);
 /// How long the brokers may take for each answer.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// The library says a topic's id when it has its metadata. Brokers that know no ids are not waited for any longer.
@@ -77,6 +80,20 @@ impl Standing {
         let committed = committed.map(|(offset, of)| (*offset, of.as_str()));
         Start::of(self.ids.get(topic).map(String::as_str), committed, rewind)
     }
+}
+
+/// Asks a few times; `None` when it was not said.
+pub(super) async fn ask(config: &Arc<ConsumerConfig>, partitions: &TopicPartitionList) -> Option<Standing> {
+    for _ in 0..TRIES {
+        let (config, partitions) = (Arc::clone(config), partitions.clone());
+        match tokio::task::spawn_blocking(move || look(&config, &partitions)).await {
+            Ok(Ok(standing)) => return Some(standing),
+            Ok(Err(error)) => tracing::debug!(%error, "where the group has come to was not said"),
+            Err(_) => {}
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+    None
 }
 
 /// Asks with a client of its own: one that has known a topic for long may take it for another one.
