@@ -122,7 +122,7 @@ pub(super) struct Poll<H> {
     /// When it was last asked whether Kafka still refuses.
     asked: Instant,
     asking: Option<JoinHandle<Option<Result<(), RDKafkaErrorCode>>>>,
-    /// Partitions were assigned, and it was not said where the group has come to in them: since when nobody reads them.
+    /// Partitions were assigned, and it was not said where the group has come to in them: since when they are not read.
     untaken: Option<Instant>,
 }
 
