@@ -322,7 +322,7 @@ impl<H: Handler> Poll<H> {
                                 tracing::warn!(group, topic, partition, "the topic is read again from its begin");
                             }
                             end => {
-                                tracing::warn!(group, topic, partition, ?end, "the partition is read on from its end")
+                                tracing::warn!(group, topic, partition, ?end, "the partition is read on from its end");
                             }
                         }
                         if let Err(error) = element.set_offset(offset) {
