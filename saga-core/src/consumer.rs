@@ -24,8 +24,10 @@ mod dead_letter;
 mod ends;
 mod failure;
 mod health;
+mod offsets;
 mod parking;
 mod patience;
+mod place;
 mod poll;
 mod portion;
 mod reading;
@@ -33,6 +35,7 @@ mod record;
 mod refusal;
 mod rereading;
 mod retries;
+mod standing;
 mod transaction;
 mod worker;
 

@@ -48,8 +48,8 @@ impl ClientContext for Context {
     /// What matters of it we say ourselves, once; the library repeats itself for as long as a broker is away. That a topic is
     /// another one under its old name it says nowhere else.
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        if let Some((topic, id)) = made_again(text) {
-            self.pulse.was_made_again(topic, id);
+        if let Some((topic, id)) = topic_id(text) {
+            self.pulse.topic_is(topic, id);
         }
         tracing::debug!(target: "librdkafka", ?level, facility, text);
     }
@@ -82,16 +82,17 @@ impl ConsumerContext for Context {
     }
 }
 
-/// The id of a topic before the library knows one.
+/// What the library says for a topic that has no id.
 const NO_ID: &str = "AAAAAAAAAAAAAAAAAAAAAA";
 
-/// The topic that has another id than before, and which: it was deleted, and made again. The library says so in its log, and goes on
-/// at the offset, and the leader's epoch, that it had in the old one.
-fn made_again(text: &str) -> Option<(&str, &str)> {
+/// A topic, and the id that it has now. The library says so in its log when it sees the topic for the first time, and when it was
+/// deleted and made again: it then goes on at the offset, and the leader's epoch, that it had in the old one.
+pub(super) fn topic_id(text: &str) -> Option<(&str, &str)> {
     let (topic, ids) = text.split_once(" changed id from ")?;
     let topic = topic.rsplit(' ').next()?;
-    let (before, now) = ids.split_once(" to ")?;
-    (before != NO_ID && !topic.is_empty()).then_some((topic, now.trim_end()))
+    let (_, now) = ids.split_once(" to ")?;
+    let now = now.trim_end();
+    (now != NO_ID && !topic.is_empty()).then_some((topic, now))
 }
 
 /// Tells the library that a rebalance has been taken note of.
@@ -108,7 +109,7 @@ pub(super) fn answer<C: rdkafka::consumer::Consumer<Context>>(client: &C, rebala
 
 /// A client of the group, subscribed.
 pub(super) fn connect(config: &ConsumerConfig, context: Context) -> KafkaResult<Client> {
-    let client: Client = ClientConfig::new()
+    let client: Client = telling_ids(&mut ClientConfig::new())
         .set("bootstrap.servers", &config.brokers)
         .set("group.id", &config.group)
         .set("client.id", &config.group)
@@ -136,13 +137,15 @@ pub(super) fn connect(config: &ConsumerConfig, context: Context) -> KafkaResult<
         .set("topic.metadata.refresh.interval.ms", "10000")
         .set("allow.auto.create.topics", "false")
         .set("statistics.interval.ms", "2000")
-        // A few lines for each refresh of the metadata: see `made_again`.
-        .set("debug", "topic")
-        .set_log_level(RDKafkaLogLevel::Debug)
         .create_with_context(context)?;
     let topics: Vec<&str> = config.topics.iter().map(String::as_str).collect();
     client.subscribe(&topics)?;
     Ok(client)
+}
+
+/// With a few lines of log for each refresh of the metadata: see [`topic_id`].
+pub(super) fn telling_ids(config: &mut ClientConfig) -> &mut ClientConfig {
+    config.set("debug", "topic").set_log_level(RDKafkaLogLevel::Debug)
 }
 
 /// Settings of a client that asks about topics and groups: one of its own, so that the one that polls is not held up, nor its
@@ -164,12 +167,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_topic_that_was_made_again_is_told_from_one_that_is_seen_for_the_first_time() {
-        let says =
-            |from: &str| format!("[thrd:main]: Topic orders.replies changed id from {from} to 0OdD4H3gTDSwv4tPVPwPCg");
-        let text = says("bX6zZbVwQ1iN1C0hGkYl3w");
-        assert_eq!(made_again(&text), Some(("orders.replies", "0OdD4H3gTDSwv4tPVPwPCg")));
-        assert_eq!(made_again(&says(NO_ID)), None);
-        assert_eq!(made_again("[thrd:main]: Topic orders.replies partition count is zero"), None);
+    fn a_topics_id_is_found_in_the_line_that_says_it() {
+        let text = "[thrd:main]: Topic orders.replies changed id from AAAAAAAAAAAAAAAAAAAAAA to 0OdD4H3gTDSwv4tPVPwPCg";
+        assert_eq!(topic_id(text), Some(("orders.replies", "0OdD4H3gTDSwv4tPVPwPCg")));
+        assert_eq!(topic_id("Topic t changed id from 0OdD4H3gTDSwv4tPVPwPCg to AAAAAAAAAAAAAAAAAAAAAA"), None);
+        assert_eq!(topic_id("[thrd:main]: Topic orders.replies partition count is zero"), None);
     }
 }

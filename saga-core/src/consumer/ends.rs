@@ -4,7 +4,10 @@
 //! knew of the old. So a client of its own asks, every few seconds, and [`Pulse`] compares that with how far the consumer is.
 
 use super::{ConsumerConfig, client, health::Pulse};
-use crate::part::{Cause, Trouble};
+use crate::{
+    clock,
+    part::{Cause, Trouble},
+};
 use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
     error::{KafkaError, RDKafkaErrorCode as Code},
@@ -23,6 +26,8 @@ pub(super) struct Ends {
     pub(super) troubles: BTreeMap<String, Trouble>,
     /// The first offset of each partition, and the one after the last.
     pub(super) ranges: BTreeMap<(String, i32), (i64, i64)>,
+    /// The partitions of which they did not say that, and why.
+    pub(super) missed: BTreeMap<(String, i32), String>,
 }
 
 /// Looks, over and over.
@@ -38,11 +43,14 @@ pub(super) async fn keep_looking(config: &ConsumerConfig, pulse: &Pulse) -> Infa
     loop {
         tokio::time::sleep(EVERY).await;
         let (client, topics, held) = (Arc::clone(&client), config.topics.clone(), pulse.asks());
+        let all = held.clone();
         let asked = tokio::task::spawn_blocking(move || look(&client, &topics, held)).await;
         match asked {
-            Ok(Ok(ends)) => pulse.compare(ends),
-            // The polling client reports outages.
-            Ok(Err(error)) => tracing::debug!(group = config.group, %error, "where partitions end is not known"),
+            Ok(Ok(ends)) => pulse.compare(ends, clock::monotonic()),
+            Ok(Err(error)) => {
+                tracing::debug!(group = config.group, %error, "where partitions end is not known");
+                pulse.missed(all.into_iter().map(|partition| (partition, error.to_string())).collect());
+            }
             Err(_) => {}
         }
     }
@@ -68,10 +76,12 @@ fn look(client: &BaseConsumer, topics: &[String], held: Vec<(String, i32)>) -> R
         }
     }
     for (topic, partition) in held {
-        if !ends.troubles.contains_key(&topic)
-            && let Ok(range) = client.fetch_watermarks(&topic, partition, ANSWER_MAX)
-        {
-            ends.ranges.insert((topic, partition), range);
+        if ends.troubles.contains_key(&topic) {
+            continue;
+        }
+        match client.fetch_watermarks(&topic, partition, ANSWER_MAX) {
+            Ok(range) => drop(ends.ranges.insert((topic, partition), range)),
+            Err(error) => drop(ends.missed.insert((topic, partition), error.to_string())),
         }
     }
     Ok(ends)

@@ -4,15 +4,22 @@
 //! here for each partition that waits for it, and logged once for each. And here what the consumer has reached is compared with where
 //! its partitions end: what waits, since when it has not moved, and when the client has to be made anew.
 
-use super::{buffer::Buffer, ends::Ends, parking::Counts};
+use super::{
+    buffer::Buffer,
+    ends::Ends,
+    parking::Counts,
+    place::{Found, Patience, Place},
+    standing::{Rewind, Start},
+};
 use crate::{
     clock::{self, DatabaseClock},
     outage::Outage,
-    part::{Cause, Movement, Report, Trouble, Waiting},
+    part::{Cause, Report, Trouble, Waiting},
 };
 use rdkafka::Statistics;
 use std::{
     collections::BTreeMap,
+    future::Future,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -23,15 +30,6 @@ use tokio::sync::{Notify, watch};
 const POLL_MAX: Duration = Duration::from_secs(10);
 /// A group has given its members their partitions after so long, or there are none for this one.
 const ASSIGNED_MAX: Duration = Duration::from_secs(30);
-/// A client that has fetched nothing for so long, although there are records and room for them, is made anew.
-const WEDGED_AFTER: Duration = Duration::from_secs(10);
-/// One deletion shows itself in more than one way: also in what no id tells of.
-const NOTICED_TWICE: Duration = Duration::from_secs(5);
-/// For so long the partitions of a topic that was made again are read from their begin when they are assigned.
-const FROM_BEGIN_FOR: Duration = Duration::from_secs(60);
-/// A client that was made anew is given so long before it is again: it has to join the group.
-const ANEW_EVERY: Duration = Duration::from_secs(30);
-
 /// A record may wait so long for a lock before health says so.
 const LOCKED_MAX: Duration = Duration::from_secs(120);
 
@@ -89,64 +87,13 @@ struct State {
     topics: BTreeMap<String, Trouble>,
     /// The partitions that are read here.
     places: BTreeMap<(String, i32), Place>,
-    /// Topics that were made again, when that was noticed, and their ids, where those are known.
-    made_again: BTreeMap<String, (Instant, Option<String>)>,
-    made_anew: Option<Instant>,
-}
-
-/// How far one partition is.
-struct Place {
-    buffer: Arc<Buffer>,
-    /// The offset after what is done; negative until something is.
-    done: watch::Receiver<i64>,
-    /// The offset that the client fetches next; negative while it does not know.
-    fetched: i64,
-    /// The same, before the brokers were asked where the partition ends: no partition ends before that, unless it is another one.
-    reached: i64,
-    end: Option<i64>,
-    movement: Movement<(i64, i64)>,
-    waiting: Option<Waiting>,
-}
-
-/// What a comparison found.
-#[derive(Debug, PartialEq, Eq)]
-enum Found {
-    /// Nothing that the client will not cope with.
-    Fine,
-    /// The partition ends before what was read of it: it is another one.
-    Shrunk,
-    /// There are records and room for them, and the client does not fetch.
-    Wedged,
-}
-
-/// Where a client that is made anew reads a topic from.
-#[derive(Clone, Copy)]
-enum Resume<'a> {
-    /// From where the group has come to.
-    WhereItWas,
-    /// What was read of it is no longer there; the topic's id now, where that is known.
-    Begin(Option<&'a str>),
-}
-
-impl Place {
-    fn compare(&mut self, end: i64, now: Instant) -> Found {
-        self.end = Some(end);
-        let (pushed, oldest) = self.buffer.reached();
-        let done = *self.done.borrow();
-        let in_hand = pushed.map_or(0, |pushed| pushed.saturating_sub(done.max(0)).max(0));
-        let unfetched = if self.fetched < 0 { end } else { (end - self.fetched).max(0) };
-        if in_hand == 0 && unfetched == 0 {
-            self.movement.rests();
-            self.waiting = None;
-            return if self.reached > end { Found::Shrunk } else { Found::Fine };
-        }
-        let still_since = self.movement.waits_at((done, self.fetched), now);
-        let items = u64::try_from(unfetched).unwrap_or_default();
-        let items = items.saturating_add(u64::try_from(if done < 0 { 0 } else { in_hand }).unwrap_or_default());
-        self.waiting = Some(Waiting { items: Some(items.max(1)), oldest, still_since });
-        let still = now.saturating_duration_since(still_since);
-        if in_hand == 0 && still >= WEDGED_AFTER { Found::Wedged } else { Found::Fine }
-    }
+    /// Partitions that are read on from elsewhere than where the group has come to.
+    rewinds: BTreeMap<(String, i32), Rewind>,
+    /// The client is to be made anew, and has not been yet.
+    ends: bool,
+    patience: Patience,
+    /// Where a partition ends is not known, for too long.
+    unseen: Option<Trouble>,
 }
 
 impl Pulse {
@@ -206,7 +153,8 @@ impl Pulse {
             reason: format!("partition {partition} of {topic} waits until this is set right: {}", trouble.reason),
             since: Some(*since),
         });
-        waiting.or_else(|| state.topics.values().next().cloned()).or_else(|| state.locked.clone())
+        let waiting = waiting.or_else(|| state.topics.values().next().cloned()).or_else(|| state.unseen.clone());
+        waiting.or_else(|| state.locked.clone())
     }
 
     fn assignment_trouble(&self) -> Option<Trouble> {
@@ -226,11 +174,26 @@ impl Pulse {
         Some(Waiting { items: Some(items), oldest, still_since })
     }
 
-    pub(super) fn polled(&self) {
+    /// A new client begins: the group gives it its partitions.
+    pub(super) fn begins(&self, now: Instant) {
         let mut state = self.lock();
-        let now = clock::monotonic();
-        state.began.get_or_insert(now);
-        state.polled = Some(now);
+        (state.began, state.ends) = (Some(now), false);
+    }
+
+    pub(super) fn polled(&self) {
+        self.lock().polled = Some(clock::monotonic());
+    }
+
+    /// Does what is bounded and takes longer than a poll may.
+    pub(super) async fn busy<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut second = tokio::time::interval(Duration::from_secs(1));
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                _ = second.tick() => self.polled(),
+            }
+        }
     }
 
     pub(super) fn assigned(&self) {
@@ -242,10 +205,15 @@ impl Pulse {
     }
 
     /// A partition is read here from now on.
-    pub(super) fn reads(&self, topic: &str, partition: i32, buffer: Arc<Buffer>, done: watch::Receiver<i64>) {
-        let place =
-            Place { buffer, done, fetched: -1, reached: -1, end: None, movement: Movement::default(), waiting: None };
-        self.lock().places.insert((topic.to_owned(), partition), place);
+    pub(super) fn reads(
+        &self,
+        topic: &str,
+        partition: i32,
+        buffer: Arc<Buffer>,
+        done: watch::Receiver<i64>,
+        start: &Start,
+    ) {
+        self.lock().places.insert((topic.to_owned(), partition), Place::new(buffer, done, start));
     }
 
     /// The partitions that are read here, of which the brokers are asked now where they end.
@@ -256,64 +224,85 @@ impl Pulse {
     }
 
     /// Compares what the brokers said with what was reached before they were asked.
-    pub(super) fn compare(&self, ends: Ends) {
-        let now = clock::monotonic();
-        let mut anew = Vec::new();
+    pub(super) fn compare(&self, ends: Ends, now: Instant) {
+        let away = self.kafka.trouble().is_some();
         let mut state = self.lock();
-        state.topics = ends.troubles;
+        let State { places, patience, refused, rewinds, .. } = &mut *state;
+        let mut anew = None;
         for (partition, (_, end)) in ends.ranges {
-            let Some(place) = state.places.get_mut(&partition) else { continue };
+            let Some(place) = places.get_mut(&partition) else { continue };
             let found = place.compare(end, now);
-            if found != Found::Fine {
-                anew.push((partition, found));
+            patience.moves(&partition, place.done(), place.waiting.is_none());
+            // A new client cannot help while that is so.
+            let waits = away || refused.is_some() || ends.troubles.contains_key(&partition.0);
+            let why = match found {
+                Found::Shrunk if !away => {
+                    rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), end: Some(end) });
+                    "it ends before what was read of it"
+                }
+                Found::Wedged if !waits && patience.ends(&partition, place.done(), now) => {
+                    "there are records that the client does not fetch"
+                }
+                _ => continue,
+            };
+            anew = Some((partition, why));
+        }
+        state.topics = ends.troubles;
+        drop(state);
+        self.missed(ends.missed);
+        if let Some(((topic, partition), why)) = anew {
+            self.make_anew(&topic, Some(partition), why);
+        }
+    }
+
+    /// Takes note of the partitions that the brokers did not say the ends of, and why: what was known of those stays.
+    pub(super) fn missed(&self, partitions: BTreeMap<(String, i32), String>) {
+        let mut state = self.lock();
+        let mut unseen = None;
+        for (partition, reason) in partitions {
+            let missed = state.places.get_mut(&partition).is_some_and(Place::misses);
+            if missed && unseen.is_none() {
+                let (topic, partition) = partition;
+                unseen = Some(format!("the brokers do not say where partition {partition} of {topic} ends: {reason}"));
+            }
+        }
+        state.unseen = unseen.map(|reason| match state.unseen.take() {
+            Some(known) => Trouble { reason, ..known },
+            None => Trouble { since: Some(clock::monotonic()), ..Trouble::new(Cause::KafkaAway, reason) },
+        });
+    }
+
+    /// The client says which topic is there under this name. When it is another one than the one that was read, what is in it has
+    /// not been read. A record that comes twice changes nothing.
+    pub(super) fn topic_is(&self, topic: &str, id: &str) {
+        let mut state = self.lock();
+        let State { places, rewinds, .. } = &mut *state;
+        let mut why = None;
+        for (partition, place) in
+            places.iter().filter(|((of, _), place)| of == topic && place.id.as_deref() != Some(id))
+        {
+            // Where the id was not known, the group's offset says whether it is of this topic.
+            why = Some(if place.id.is_some() { "it was deleted and made again" } else { "its id was not known" });
+            if place.id.is_some() {
+                rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), end: None });
             }
         }
         drop(state);
-        if self.kafka.trouble().is_some() {
-            return;
+        if let Some(why) = why {
+            self.make_anew(topic, None, why);
         }
-        for ((topic, partition), found) in anew {
-            let why = match found {
-                Found::Fine => continue,
-                Found::Shrunk => "its partition ends before what was read of it",
-                Found::Wedged => "there are records that the client does not fetch",
-            };
-            let from = if found == Found::Shrunk { Resume::Begin(None) } else { Resume::WhereItWas };
-            self.make_anew(&topic, Some(partition), why, from);
-        }
-    }
-
-    /// The topic was deleted and made again: what is in it now has not been read. A record that comes twice changes nothing.
-    pub(super) fn was_made_again(&self, topic: &str, id: &str) {
-        self.make_anew(topic, None, "it was deleted and made again", Resume::Begin(Some(id)));
     }
 
     /// Has the polling task make its client anew.
-    fn make_anew(&self, topic: &str, partition: Option<i32>, why: &str, from: Resume<'_>) {
-        let now = clock::monotonic();
+    pub(super) fn make_anew(&self, topic: &str, partition: Option<i32>, why: &str) {
         let mut state = self.lock();
-        let ago = |at: &Instant| now.saturating_duration_since(*at);
-        let noticed = state.made_again.get(topic);
-        let just = match from {
-            // It may be made again and again, as soon as it is deleted.
-            Resume::Begin(Some(id)) => noticed.is_some_and(|(_, known)| known.as_deref() == Some(id)),
-            Resume::Begin(None) => noticed.is_some_and(|(at, _)| ago(at) < NOTICED_TWICE),
-            Resume::WhereItWas => state.made_anew.as_ref().is_some_and(|at| ago(at) < ANEW_EVERY),
-        };
-        if just {
+        if std::mem::replace(&mut state.ends, true) {
             return;
         }
-        if let Resume::Begin(id) = from {
-            state.made_again.insert(topic.to_owned(), (now, id.map(str::to_owned)));
-        }
-        state.made_anew = Some(now);
+        state.patience.made_anew(clock::monotonic());
         drop(state);
         metrics::counter!("consumer_made_anew_total", "group" => self.group.clone()).increment(1);
-        let group = &self.group;
-        match from {
-            Resume::Begin(_) => tracing::warn!(group, topic, partition, why, "the topic is read again from its begin"),
-            Resume::WhereItWas => tracing::warn!(group, topic, partition, why, "the client is made anew"),
-        }
+        tracing::warn!(group = self.group, topic, partition, why, "the client is made anew");
         self.anew.notify_one();
     }
 
@@ -322,11 +311,14 @@ impl Pulse {
         self.anew.notified().await;
     }
 
-    /// Whether a partition that is assigned now is read from its begin, whatever the group has come to: what that says may be of
-    /// the topic before. Partitions of one topic may be assigned one after the other.
-    pub(super) fn is_from_begin(&self, topic: &str) -> bool {
-        let noticed = self.lock().made_again.get(topic).map(|(at, _)| *at);
-        noticed.is_some_and(|at| clock::monotonic().saturating_duration_since(at) < FROM_BEGIN_FOR)
+    /// What was read of a partition and is no longer there.
+    pub(super) fn rewind(&self, topic: &str, partition: i32) -> Option<Rewind> {
+        self.lock().rewinds.get(&(topic.to_owned(), partition)).cloned()
+    }
+
+    /// The partition is read on from where it has to be.
+    pub(super) fn rewound(&self, topic: &str, partition: i32) {
+        self.lock().rewinds.remove(&(topic.to_owned(), partition));
     }
 
     /// Takes what the client library says of its brokers and partitions.

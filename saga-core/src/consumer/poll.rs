@@ -14,10 +14,12 @@ use super::{
     buffer::{Buffer, Room},
     client::{self, Client, Context, Rebalance},
     health::{Pulse, Reporter},
+    offsets::{self, Offsets, names, one},
     portion::Portions,
     reading::Reading,
     record::Raw,
     refusal,
+    standing::{self, Start},
     transaction::{Desk, Stage},
     worker::{Ended, Worker},
 };
@@ -54,25 +56,10 @@ use uuid::Uuid;
 const FINISH_MAX: Duration = Duration::from_secs(10);
 /// How long closing the client may take; it can hang, and nothing depends on it.
 const CLOSE_MAX: Duration = Duration::from_secs(10);
+/// After so long a client gives way that could not take partitions, unless Kafka refuses something.
+const UNTAKEN_MAX: Duration = Duration::from_secs(10);
 /// Most records that are dispatched before other events get their turn.
 const RECORDS_PER_TURN: usize = 256;
-
-/// Stores offsets for a worker.
-pub(super) struct Offsets {
-    client: Arc<Client>,
-    /// The offset after what is done.
-    done: watch::Sender<i64>,
-}
-
-impl Offsets {
-    pub(super) fn store(&self, topic: &str, partition: i32, last: i64) {
-        // The library refuses offsets of partitions that are not ours: that is what we want it to do.
-        self.done.send_replace(last.saturating_add(1));
-        if let Err(error) = self.client.store_offset(topic, partition, last) {
-            tracing::debug!(topic, partition, offset = last, %error, "an offset was not stored");
-        }
-    }
-}
 
 /// A partition that we read. When it is dropped without being finished (somebody dropped the consumer's future), its
 /// worker is cut off, or it would keep the client, and with it the partition, for as long as the process lives.
@@ -135,6 +122,8 @@ pub(super) struct Poll<H> {
     /// When it was last asked whether Kafka still refuses.
     asked: Instant,
     asking: Option<JoinHandle<Option<Result<(), RDKafkaErrorCode>>>>,
+    /// Partitions were assigned, and it was not said where the group has come to in them: since when they are not read.
+    untaken: Option<Instant>,
 }
 
 impl<H: Handler> Poll<H> {
@@ -152,19 +141,45 @@ impl<H: Handler> Poll<H> {
         let held = HashMap::new();
         let says = handler.says_how_far_it_read();
         let ends = if says { Some(Arc::new(client::asking(&config).create()?)) } else { None };
-        let asked = clock::monotonic();
-        Ok(Self { config, pool, handler, pulse, client, ends, held, rebalances, drained, broken, asked, asking: None })
+        let (asked, asking, untaken) = (clock::monotonic(), None, None);
+        Ok(Self {
+            config,
+            pool,
+            handler,
+            pulse,
+            client,
+            ends,
+            held,
+            rebalances,
+            drained,
+            broken,
+            asked,
+            asking,
+            untaken,
+        })
     }
 
     /// Polls until `stop`, or until the client has to be made anew, then lets go of everything in good order, within bounds.
     pub(super) async fn run(mut self, stop: &CancellationToken) -> Result<Polled, ConsumerError> {
+        let pulse = Arc::clone(&self.pulse);
+        pulse.begins(clock::monotonic());
         let ended = self.poll_until(stop).await;
-        let all = self.held.drain().flat_map(|(_, partitions)| partitions.into_values()).collect();
-        finish(all, if ended.is_ok() { FINISH_MAX } else { Duration::ZERO }).await;
+        pulse.busy(self.let_go(if ended.is_ok() { FINISH_MAX } else { Duration::ZERO })).await;
+        ended
+    }
+
+    async fn let_go(mut self, bound: Duration) {
+        let held: Vec<_> = self
+            .held
+            .drain()
+            .flat_map(|(topic, held)| held.into_iter().map(move |held| (topic.clone(), held)))
+            .collect();
+        let (places, all) = held.into_iter().map(|(topic, (partition, held))| ((topic, partition), held)).unzip();
+        finish(all, bound).await;
+        offsets::give_back(&self.client, &self.pulse, places);
         self.pulse.all_gone();
         self.rebalances.close();
         close(self.client).await;
-        ended
     }
 
     async fn poll_until(&mut self, stop: &CancellationToken) -> Result<Polled, ConsumerError> {
@@ -248,6 +263,10 @@ impl<H: Handler> Poll<H> {
             }
         }
         let now = clock::monotonic();
+        if self.untaken.is_some_and(|since| now >= since + UNTAKEN_MAX) && !self.pulse.is_refused() {
+            let topics = self.config.topics.join(", ");
+            self.pulse.make_anew(&topics, None, "where the group has come to was not said");
+        }
         if self.pulse.is_refused() && self.asking.is_none() && now >= self.asked + refusal::ASK_EVERY {
             let config = Arc::clone(&self.config);
             self.asked = now;
@@ -265,18 +284,12 @@ impl<H: Handler> Poll<H> {
 
     async fn rebalance(&mut self, rebalance: &Rebalance) {
         match rebalance {
-            Rebalance::Assigned(partitions) => {
-                for (topic, partition) in names(partitions) {
-                    let held = self.employ(&topic, partition);
-                    self.held.entry(topic).or_default().insert(partition, held);
-                }
-                self.pulse.assigned();
-            }
+            Rebalance::Assigned(partitions) => self.take(partitions).await,
             Rebalance::Revoked(partitions) => {
                 let gone = names(partitions).into_iter();
                 let gone =
                     gone.filter_map(|(topic, partition)| self.held.get_mut(&topic)?.remove(&partition)).collect();
-                finish(gone, FINISH_MAX).await;
+                self.pulse.busy(finish(gone, FINISH_MAX)).await;
                 self.pulse.gone(&names(partitions));
                 // The library remembers a pause beyond the assignment: when the partition comes back, nobody would know
                 // that it is paused, and it would never be read.
@@ -286,38 +299,57 @@ impl<H: Handler> Poll<H> {
                 if self.client.assignment_lost() {
                     self.pulse.lost();
                 }
+                client::answer(&*self.client, rebalance);
             }
-        }
-        match rebalance {
-            Rebalance::Assigned(partitions) => self.take(partitions),
-            Rebalance::Revoked(_) => client::answer(&*self.client, rebalance),
         }
         let held: usize = self.held.values().map(HashMap::len).sum();
         tracing::info!(group = self.config.group, partitions = held, "rebalanced");
     }
 
-    /// Reads from where the group has come to, and a topic that was made again from its begin.
-    fn take(&self, partitions: &TopicPartitionList) {
+    /// Reads from where the group has come to in the topics that are there now.
+    async fn take(&mut self, partitions: &TopicPartitionList) {
+        let pulse = Arc::clone(&self.pulse);
         let partitions = partitions.clone();
-        for mut partition in partitions.elements() {
-            if self.pulse.is_from_begin(partition.topic())
-                && let Err(error) = partition.set_offset(Offset::Beginning)
-            {
-                tracing::warn!(%error, "a partition is read from where the group has come to");
+        match pulse.busy(standing::ask(&self.config, &partitions)).await {
+            Some(standing) => {
+                for mut element in partitions.elements() {
+                    let (topic, partition) = (element.topic().to_owned(), element.partition());
+                    let start = standing.start(&topic, partition, pulse.rewind(&topic, partition).as_ref());
+                    if let Some(offset) = start.instead {
+                        let group = &self.config.group;
+                        match offset {
+                            Offset::Beginning => {
+                                tracing::warn!(group, topic, partition, "the topic is read again from its begin");
+                            }
+                            end => {
+                                tracing::warn!(group, topic, partition, ?end, "the partition is read on from its end");
+                            }
+                        }
+                        if let Err(error) = element.set_offset(offset) {
+                            tracing::warn!(topic, partition, %error, "a partition is read from where the group has come to");
+                        }
+                    }
+                    pulse.rewound(&topic, partition);
+                    let held = self.employ(&topic, partition, start);
+                    self.held.entry(topic).or_default().insert(partition, held);
+                }
+                pulse.assigned();
             }
+            // Nothing of them is handled: a guess could pass over records.
+            None => self.untaken = Some(clock::monotonic()),
         }
         client::answer(&*self.client, &Rebalance::Assigned(partitions));
     }
 
-    fn employ(&self, topic: &str, partition: i32) -> Held {
+    fn employ(&self, topic: &str, partition: i32, start: Start) -> Held {
         let (sender, name) = (self.drained.0.clone(), topic.to_owned());
         let buffer = Arc::new(Buffer::new(self.config.buffer, move || {
             // The receiver is gone only when the poll has ended.
             sender.send((name.clone(), partition)).ok();
         }));
         let (stop, owner) = (CancellationToken::new(), Uuid::new_v4());
-        let (done, is_done) = watch::channel(-1);
-        self.pulse.reads(topic, partition, Arc::clone(&buffer), is_done.clone());
+        let (done, is_done) = watch::channel(start.group.unwrap_or(-1));
+        self.pulse.reads(topic, partition, Arc::clone(&buffer), is_done.clone(), &start);
         let worker = Worker {
             desk: Desk {
                 ahead: super::transaction::Ahead::default(),
@@ -331,7 +363,7 @@ impl<H: Handler> Poll<H> {
                 stage: watch::channel(Stage::Beginning).0,
             },
             buffer: Arc::clone(&buffer),
-            offsets: Offsets { client: Arc::clone(&self.client), done },
+            offsets: Offsets::new(&self.client, start.id, done),
             report: Reporter { pulse: Arc::clone(&self.pulse), partition: (topic.to_owned(), partition) },
             stop: stop.clone(),
             careful: 0,
@@ -396,14 +428,4 @@ async fn close(client: Arc<Client>) {
     if tokio::time::timeout(CLOSE_MAX, closing).await.is_err() {
         tracing::warn!("the Kafka client did not close in time and is left behind");
     }
-}
-
-fn names(list: &TopicPartitionList) -> Vec<(String, i32)> {
-    list.elements().iter().map(|element| (element.topic().to_owned(), element.partition())).collect()
-}
-
-fn one(topic: &str, partition: i32) -> TopicPartitionList {
-    let mut list = TopicPartitionList::with_capacity(1);
-    list.add_partition(topic, partition);
-    list
 }

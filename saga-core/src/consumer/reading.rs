@@ -14,7 +14,6 @@ use crate::{
     transaction::{Bound, Transaction},
 };
 use rdkafka::{
-    Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
     error::KafkaResult,
 };
@@ -37,7 +36,7 @@ pub(super) struct Reading {
     pub(super) partition: i32,
     /// The worker's: when another one has taken the partition, nothing is said.
     pub(super) owner: Uuid,
-    /// The offset after what the worker has done; negative until it has done something.
+    /// The offset after what is done: at first what the group has come to, negative if that is nothing.
     pub(super) done: watch::Receiver<i64>,
 }
 
@@ -47,7 +46,7 @@ impl Reading {
         loop {
             let asked = clock::monotonic();
             if let Some((begin, end)) = self.range().await {
-                // Until the worker has done something, it stands where the group has come to.
+                // What no broker has any more need not be read.
                 let done = self.done.wait_for(|done| begin.max(*done) >= end).await.map(drop);
                 if done.is_err() {
                     return;
@@ -68,18 +67,13 @@ impl Reading {
         }
     }
 
-    /// Where reading begins, and where the partition ends.
+    /// Where the partition begins, and where it ends.
     async fn range(&self) -> Option<(i64, i64)> {
         let (client, topic, partition) = (Arc::clone(&self.client), self.topic.clone(), self.partition);
         let ask = tokio::task::spawn_blocking(move || -> KafkaResult<(i64, i64)> {
             // It reads nothing; what it says of connections must not pile up.
             while client.poll(Duration::ZERO).is_some() {}
-            let (first, end) = client.fetch_watermarks(&topic, partition, ANSWER_MAX)?;
-            let mut list = TopicPartitionList::with_capacity(1);
-            list.add_partition(&topic, partition);
-            let committed = client.committed_offsets(list, ANSWER_MAX)?;
-            let committed = committed.find_partition(&topic, partition).map(|found| found.offset());
-            Ok((if let Some(Offset::Offset(offset)) = committed { offset.max(first) } else { first }, end))
+            client.fetch_watermarks(&topic, partition, ANSWER_MAX)
         });
         match ask.await {
             Ok(Ok(range)) => Some(range),

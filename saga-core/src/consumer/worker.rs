@@ -22,7 +22,7 @@ use super::{
     claim::{self, Counted, Noted},
     failure::{Failure, Fault, Remedy},
     health::Reporter,
-    poll::Offsets,
+    offsets::Offsets,
     portion::{Portion, Portions},
     record::{Batch, Poison, Raw},
     transaction::Desk,

@@ -1,11 +1,11 @@
 //! Topics that are gone, made again, or led by nobody: health names the cause, and what is in them is read.
 
-use crate::support::{Fixture, SOON, events};
+use crate::support::{Fixture, Running, SOON, events};
 use rdkafka::mocking::MockCluster;
 use saga_core::{
     consumer::ConsumerHealth,
     part::Cause,
-    testkit::{create_topic, delete_topic, eventually, unique},
+    testkit::{Log, create_topic, delete_topic, eventually, unique},
 };
 
 async fn until(health: &ConsumerHealth, cause: Option<Cause>) {
@@ -31,6 +31,55 @@ async fn a_topic_made_again_with_more_records_is_read_from_its_begin() {
     }
     until(&running.health, None).await;
     running.stop().await;
+}
+
+/// The topic is made again with 20 records while ten of the old one are in hand.
+async fn with_the_old_in_hand(fixture: &Fixture) -> Running {
+    let running = fixture.start();
+    running.gate.send(false).unwrap();
+    fixture.send(&events(1, 10)).await;
+    eventually(SOON, || async { (!running.recorder.batches.lock().unwrap().is_empty()).then_some(()) }).await;
+    delete_topic(fixture.topic.name()).await;
+    create_topic(fixture.topic.name(), 1).await;
+    fixture.send(&events(1, 20)).await;
+    running
+}
+
+fn values(handled: &[(String, String)]) -> Vec<&str> {
+    handled.iter().map(|(_, value)| value.as_str()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_begins_after_a_topic_was_made_again_reads_all_of_it() {
+    let fixture = Fixture::new(1).await;
+    let running = with_the_old_in_hand(&fixture).await;
+    // What it had in hand it finishes, and says to the group: offsets of the topic that is gone.
+    let gate = running.gate.clone();
+    futures::future::join(running.stop(), async { gate.send_replace(true) }).await;
+    assert_eq!(fixture.handled().await.len(), 10);
+    let next = fixture.start();
+    let handled = fixture.until_handled(30).await;
+    assert_eq!(values(&handled[10..]), values(&handled_of(20)));
+    next.stop().await;
+}
+
+#[tokio::test]
+async fn a_member_that_takes_over_a_topic_made_again_reads_it_from_its_begin() {
+    let log = Log::hear("saga_core=info");
+    let fixture = Fixture::new(1).await;
+    let running = with_the_old_in_hand(&fixture).await;
+    eventually(SOON, || async { log.said("the client is made anew").first().map(drop) }).await;
+    // It gets the partition when the other makes its client anew, and has never seen the old topic.
+    let spare = fixture.start();
+    running.gate.send(true).unwrap();
+    let handled = fixture.until_handled(30).await;
+    assert_eq!(values(&handled[10..]), values(&handled_of(20)));
+    running.stop().await;
+    spare.stop().await;
+}
+
+fn handled_of(count: usize) -> Vec<(String, String)> {
+    (0..count).map(|n| ("k0".to_owned(), format!("{n:06}"))).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,0 +1,134 @@
+//! What a consumer says to its group of how far it is: offsets, each with the id of its topic (`standing.rs` says why).
+
+use super::{client::Client, health::Pulse, standing::Rewind};
+use rdkafka::{
+    Offset, TopicPartitionList,
+    consumer::{CommitMode, Consumer as _},
+    error::KafkaResult,
+};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// Stores offsets for a worker.
+pub(super) struct Offsets {
+    client: Arc<Client>,
+    /// The id of the topic that they are of; see `standing.rs`.
+    id: Option<String>,
+    /// The offset after what is done.
+    done: watch::Sender<i64>,
+}
+
+impl Offsets {
+    pub(super) fn new(client: &Arc<Client>, id: Option<String>, done: watch::Sender<i64>) -> Self {
+        Self { client: Arc::clone(client), id, done }
+    }
+
+    pub(super) fn store(&self, topic: &str, partition: i32, last: i64) {
+        let next = last.saturating_add(1);
+        self.done.send_replace(next);
+        // The library refuses offsets of partitions that are not ours: that is what we want it to do.
+        let stored =
+            place(topic, partition, next, self.id.as_deref()).and_then(|place| self.client.store_offsets(&place));
+        if let Err(error) = stored {
+            tracing::debug!(topic, partition, offset = last, %error, "an offset was not stored");
+        }
+    }
+}
+
+/// Takes the group back to where partitions end that lost their tail: another member may get them, and they may have grown.
+pub(super) fn give_back(client: &Client, pulse: &Pulse, held: Vec<(String, i32)>) {
+    for (topic, partition) in held {
+        let Some(Rewind { of: Some(id), end: Some(end) }) = pulse.rewind(&topic, partition) else { continue };
+        // What is stored goes back too, or closing would commit that.
+        let back = place(&topic, partition, end, Some(&id)).and_then(|place| {
+            client.store_offsets(&place)?;
+            client.commit(&place, CommitMode::Async)
+        });
+        if let Err(error) = back {
+            tracing::warn!(topic, partition, %error, "the group was not taken back to where the partition ends");
+        }
+    }
+}
+
+/// An offset of a partition, with the id of its topic.
+fn place(topic: &str, partition: i32, offset: i64, id: Option<&str>) -> KafkaResult<TopicPartitionList> {
+    let list = one(topic, partition);
+    for mut element in list.elements() {
+        element.set_offset(Offset::Offset(offset))?;
+        if let Some(id) = id {
+            element.set_metadata(id);
+        }
+    }
+    Ok(list)
+}
+
+pub(super) fn names(list: &TopicPartitionList) -> Vec<(String, i32)> {
+    list.elements().iter().map(|element| (element.topic().to_owned(), element.partition())).collect()
+}
+
+pub(super) fn one(topic: &str, partition: i32) -> TopicPartitionList {
+    let mut list = TopicPartitionList::with_capacity(1);
+    list.add_partition(topic, partition);
+    list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        clock,
+        consumer::{
+            ConsumerConfig,
+            buffer::Buffer,
+            client::{self, Context},
+            ends::Ends,
+            standing::{self, Start},
+        },
+        testkit::{Record, TestTopic, brokers, produce, unique},
+    };
+    use rdkafka::{
+        Statistics,
+        statistics::{Broker, Partition, Topic},
+    };
+    use std::{sync::atomic::AtomicBool, time::Duration};
+    use tokio::sync::mpsc::unbounded_channel;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn closing_does_not_undo_that_the_group_was_taken_back() {
+        let topic = TestTopic::create("tail", 1).await;
+        produce(&topic, &[Record::default()]).await;
+        let config = ConsumerConfig::new(&brokers(), &unique("group"), [topic.name()]);
+        let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/offsets").unwrap();
+        let pulse = Arc::new(Pulse::new(&config.group, &config.brokers, &pool));
+        // It answers rebalances itself.
+        let context =
+            Context { rebalances: unbounded_channel().0, pulse: Arc::clone(&pulse), closing: AtomicBool::new(true) };
+        let client = Arc::new(client::connect(&config, context).unwrap());
+        tokio::time::timeout(Duration::from_secs(40), client.recv()).await.unwrap().unwrap();
+        let asks = || standing::look(&config, &one(topic.name(), 0)).unwrap().start(topic.name(), 0, None);
+        let id = tokio::task::block_in_place(asks).id;
+        assert!(id.is_some());
+        let (done, is_done) = watch::channel(-1);
+        let offsets = Offsets::new(&client, id.clone(), done);
+        offsets.store(topic.name(), 0, 9);
+        tokio::task::block_in_place(|| client.commit_consumer_state(CommitMode::Sync)).unwrap();
+        assert_eq!(tokio::task::block_in_place(asks).group, Some(10));
+        // What is in hand is finished: it is stored, and not committed yet.
+        offsets.store(topic.name(), 0, 11);
+        pulse.reads(topic.name(), 0, Arc::new(Buffer::new(1, || {})), is_done, &Start { id, ..Start::default() });
+        let mut said = Statistics::default();
+        said.brokers.insert("b".into(), Broker { state: "UP".into(), ..Broker::default() });
+        let partitions = [(0, Partition { next_offset: 12, ..Partition::default() })].into();
+        said.topics.insert(topic.name().into(), Topic { partitions, ..Topic::default() });
+        pulse.statistics(&said);
+        pulse.asks();
+        let ranges = [((topic.name().to_owned(), 0), (0, 8))].into();
+        pulse.compare(Ends { ranges, ..Ends::default() }, clock::monotonic());
+
+        give_back(&client, &pulse, vec![(topic.name().to_owned(), 0)]);
+        drop(offsets);
+        tokio::task::block_in_place(|| drop(client));
+
+        assert_eq!(tokio::task::block_in_place(asks).group, Some(8));
+    }
+}

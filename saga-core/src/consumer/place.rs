@@ -1,0 +1,269 @@
+//! How far a partition is, compared with where it ends: what waits in it, and when its client has to be made anew.
+
+use super::{buffer::Buffer, standing::Start};
+use crate::part::{Movement, Waiting};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+use tokio::sync::watch;
+
+/// A client that has fetched nothing for so long, although there are records and room for them, is made anew.
+const WEDGED_AFTER: Duration = Duration::from_secs(10);
+/// A client that was made anew is given so long before it is again: it has to join the group. Twice as long each time that it did
+/// not help, as all other partitions of the member wait meanwhile.
+const ANEW_EVERY: Duration = Duration::from_secs(30);
+const ANEW_EVERY_MAX: Duration = Duration::from_secs(3600);
+/// So many looks in succession fail before health says that a partition's end is not known.
+const MISSES_MAX: u32 = 5;
+
+/// How far one partition is.
+pub(super) struct Place {
+    buffer: Arc<Buffer>,
+    /// The offset after what is done; negative until something is.
+    done: watch::Receiver<i64>,
+    /// The id of its topic when reading it began.
+    pub(super) id: Option<String>,
+    /// The offset that the client fetches next; negative while it does not know.
+    pub(super) fetched: i64,
+    /// The same, before the brokers were asked where the partition ends: no partition ends before that, unless it lost its tail.
+    pub(super) reached: i64,
+    pub(super) end: Option<i64>,
+    movement: Movement<(i64, i64)>,
+    pub(super) waiting: Option<Waiting>,
+    /// How often in succession it was not known where the partition ends.
+    misses: u32,
+}
+
+/// What a comparison found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// Nothing that the client will not cope with.
+    Fine,
+    /// The partition ends before what was read of it.
+    Shrunk,
+    /// There are records and room for them, and the client does not fetch.
+    Wedged,
+}
+
+impl Place {
+    pub(super) fn new(buffer: Arc<Buffer>, done: watch::Receiver<i64>, start: &Start) -> Self {
+        Self {
+            buffer,
+            done,
+            id: start.id.clone(),
+            fetched: -1,
+            reached: -1,
+            end: None,
+            movement: Movement::default(),
+            waiting: None,
+            misses: 0,
+        }
+    }
+
+    pub(super) fn done(&self) -> i64 {
+        *self.done.borrow()
+    }
+
+    pub(super) fn compare(&mut self, end: i64, now: Instant) -> Found {
+        self.misses = 0;
+        self.end = Some(end);
+        let (pushed, oldest) = self.buffer.reached();
+        let done = self.done();
+        let in_hand = pushed.map_or(0, |pushed| pushed.saturating_sub(done.max(0)).max(0));
+        let unfetched = if self.fetched < 0 { end } else { (end - self.fetched).max(0) };
+        if in_hand == 0 && unfetched == 0 {
+            self.movement.rests();
+            self.waiting = None;
+            return if self.reached > end { Found::Shrunk } else { Found::Fine };
+        }
+        let still_since = self.movement.waits_at((done, self.fetched), now);
+        let items = u64::try_from(unfetched).unwrap_or_default();
+        let items = items.saturating_add(u64::try_from(if done < 0 { 0 } else { in_hand }).unwrap_or_default());
+        self.waiting = Some(Waiting { items: Some(items.max(1)), oldest, still_since });
+        let still = now.saturating_duration_since(still_since);
+        if in_hand == 0 && still >= WEDGED_AFTER { Found::Wedged } else { Found::Fine }
+    }
+
+    /// Where it ends was asked and not answered: what was known of it stays. Whether that has been so for too long.
+    pub(super) fn misses(&mut self) -> bool {
+        self.misses = self.misses.saturating_add(1);
+        self.misses >= MISSES_MAX
+    }
+}
+
+/// Whether a client that does not fetch is made anew.
+#[derive(Default)]
+pub(super) struct Patience {
+    last: Option<Instant>,
+    wedged: BTreeMap<(String, i32), Wedge>,
+}
+
+/// A partition for which a client was made anew.
+struct Wedge {
+    /// What was done of it then.
+    done: i64,
+    until: Instant,
+    pause: Duration,
+}
+
+impl Patience {
+    /// The partition moves again, or nothing waits in it.
+    pub(super) fn moves(&mut self, partition: &(String, i32), done: i64, rests: bool) {
+        if self.wedged.get(partition).is_some_and(|wedge| rests || done > wedge.done) {
+            self.wedged.remove(partition);
+        }
+    }
+
+    /// Whether the client is made anew now, because it does not fetch this partition.
+    pub(super) fn ends(&mut self, partition: &(String, i32), done: i64, now: Instant) -> bool {
+        let before = self.wedged.get(partition);
+        if self.last.is_some_and(|last| now < last + ANEW_EVERY) || before.is_some_and(|wedge| now < wedge.until) {
+            return false;
+        }
+        let pause = before.map_or(ANEW_EVERY, |wedge| (wedge.pause * 2).min(ANEW_EVERY_MAX));
+        self.wedged.insert(partition.clone(), Wedge { done, until: now + pause, pause });
+        self.last = Some(now);
+        true
+    }
+
+    /// A client was made anew for another reason.
+    pub(super) fn made_anew(&mut self, now: Instant) {
+        self.last = Some(now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{
+        ends::Ends,
+        health::{ConsumerHealth, Pulse},
+    };
+    use super::*;
+    use crate::{
+        clock,
+        part::{Cause, Trouble},
+    };
+    use futures::FutureExt;
+    use rdkafka::{
+        Statistics,
+        statistics::{Broker, Partition, Topic},
+    };
+
+    /// Reads partition 0 of `t`, whose id is `a`, up to here.
+    fn pulse(done: i64) -> Arc<Pulse> {
+        let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/places").unwrap();
+        let pulse = Pulse::new("group", "localhost:1", &pool);
+        let start = Start { id: Some("a".into()), ..Start::default() };
+        pulse.reads("t", 0, Arc::new(Buffer::new(4, || {})), watch::channel(done).1, &start);
+        Arc::new(pulse)
+    }
+
+    fn ends(end: i64, trouble: Option<Trouble>) -> Ends {
+        let mut ends = Ends::default();
+        ends.ranges.insert(("t".into(), 0), (0, end));
+        ends.troubles.extend(trouble.map(|trouble| ("t".into(), trouble)));
+        ends
+    }
+
+    #[tokio::test]
+    async fn a_client_is_not_replaced_for_what_an_operator_has_to_set_right() {
+        let (pulse, start) = (pulse(-1), clock::monotonic());
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let anew = || pulse.anew().now_or_never().is_some();
+        pulse.refused(Cause::KafkaForbidden, "no Read".into());
+        for seconds in [0, 20, 40] {
+            pulse.compare(ends(10, None), after(seconds));
+            assert!(!anew(), "it is refused");
+        }
+        pulse.served();
+        let missing = || Some(Trouble::new(Cause::Leaderless, "no leader"));
+        pulse.compare(ends(10, missing()), after(60));
+        assert!(!anew(), "another partition has no leader");
+        pulse.compare(ends(10, None), after(80));
+        assert!(anew());
+    }
+
+    #[tokio::test]
+    async fn a_topic_under_another_id_replaces_its_client_once() {
+        let pulse = pulse(5);
+        let anew = || pulse.anew().now_or_never().is_some();
+        pulse.topic_is("t", "a");
+        pulse.topic_is("another", "b");
+        assert!(!anew());
+        pulse.topic_is("t", "b");
+        assert!(anew());
+        pulse.topic_is("t", "b");
+        assert!(!anew(), "that client is on its way out");
+        assert!(pulse.rewind("t", 0).is_some() && pulse.rewind("another", 0).is_none());
+    }
+
+    #[tokio::test]
+    async fn while_a_client_is_replaced_health_says_that_it_starts() {
+        let (pulse, now) = (pulse(5), clock::monotonic());
+        let health = ConsumerHealth(Arc::clone(&pulse));
+        let trouble = || health.report().trouble.unwrap();
+        assert_eq!(trouble().reason, "it has not started");
+        let polled = async {
+            while trouble().reason == "it has not started" {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), pulse.busy(polled)).await.unwrap();
+        pulse.begins(now.checked_sub(Duration::from_secs(60)).unwrap());
+        assert_eq!(trouble().cause, Cause::Unassigned);
+        pulse.begins(now);
+        assert_eq!(trouble().cause, Cause::Starting);
+    }
+
+    #[tokio::test]
+    async fn ends_that_stay_unknown_are_a_trouble_and_what_waited_still_waits() {
+        let (pulse, now) = (pulse(5), clock::monotonic());
+        let health = ConsumerHealth(Arc::clone(&pulse));
+        pulse.polled();
+        pulse.assigned();
+        pulse.compare(ends(10, None), now);
+        let missed = || [(("t".to_owned(), 0), "timed out".to_owned())].into();
+        (1..MISSES_MAX).for_each(|_| pulse.missed(missed()));
+        assert!(health.report().trouble.is_none() && health.report().waiting.is_some());
+        pulse.missed(missed());
+        let report = health.report();
+        assert!(report.trouble.unwrap().reason.contains("where partition 0 of t ends: timed out"));
+        assert!(report.waiting.is_some());
+        pulse.compare(ends(10, None), now);
+        assert!(health.report().trouble.is_none());
+    }
+
+    #[tokio::test]
+    async fn only_the_partition_that_lost_its_tail_is_read_again() {
+        let (pulse, now) = (pulse(10), clock::monotonic());
+        let start = Start { id: Some("a".into()), ..Start::default() };
+        pulse.reads("t", 1, Arc::new(Buffer::new(4, || {})), watch::channel(10).1, &start);
+        let mut said = Statistics::default();
+        said.brokers.insert("b".into(), Broker { state: "UP".into(), ..Broker::default() });
+        let partition = |partition| Partition { partition, next_offset: 10, ..Partition::default() };
+        let partitions = (0..2).map(|n| (n, partition(n))).collect();
+        said.topics.insert("t".into(), Topic { partitions, ..Topic::default() });
+        pulse.statistics(&said);
+        pulse.asks();
+        pulse.compare(ends(8, None), now);
+        assert!(pulse.anew().now_or_never().is_some());
+        assert_eq!(pulse.rewind("t", 0).unwrap().end, Some(8));
+        assert_eq!(pulse.rewind("t", 1), None);
+    }
+
+    #[test]
+    fn a_client_that_it_does_not_help_to_replace_is_replaced_ever_more_rarely() {
+        let (start, partition) = (clock::monotonic(), ("t".to_owned(), 0));
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut patience = Patience::default();
+        let replaced: Vec<u64> = (0..1000).filter(|second| patience.ends(&partition, 5, at(*second))).collect();
+        assert_eq!(replaced, [0, 30, 90, 210, 450, 930]);
+        // What was done before does not count, what is done since then does.
+        patience.moves(&partition, 5, false);
+        assert!(!patience.ends(&partition, 5, at(1000)));
+        patience.moves(&partition, 6, false);
+        assert!(patience.ends(&partition, 6, at(1000)));
+    }
+}
