@@ -115,10 +115,16 @@ impl Intents {
     /// `participant_intents{state}`: what is in doubt, or stays open for long, somebody has to look at.
     async fn keep_gauges(&self) {
         loop {
-            // An outage is told by readiness; the gauge keeps its last value.
-            let (counts, oldest) = self.bound().within(self.counts()).await.unwrap_or_default();
-            self.progress.counted(oldest);
-            for (state, count) in counts {
+            // Alone: that something waits, and for how long, is known also when there is too much to be counted in time.
+            match self.bound().within(self.oldest()).await {
+                Ok(oldest) => self.progress.seen(oldest),
+                Err(error) => self.progress.missed(&error),
+            }
+            // The gauges keep their last values while the intents cannot be counted.
+            let counts = self.bound().within(self.counts()).await.inspect_err(|error| {
+                tracing::debug!(participant = self.participant.name, %error, "intents were not counted");
+            });
+            for (state, count) in counts.unwrap_or_default() {
                 #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
                 metrics::gauge!("participant_intents", "participant" => self.participant.name, "state" => state)
                     .set(count as f64);
@@ -215,11 +221,18 @@ impl Intents {
         Ok((claims, due))
     }
 
-    async fn counts(&self) -> Result<(Vec<(String, i64)>, Option<Oldest>), sqlx::Error> {
+    async fn counts(&self) -> Result<Vec<(String, i64)>, sqlx::Error> {
         let mut tx = self.begin().await?;
-        let counted = (queue::counts(&mut tx).await?, queue::oldest(&mut tx).await?);
+        let counts = queue::counts(&mut tx).await?;
         tx.commit_quietly().await?;
-        Ok(counted)
+        Ok(counts)
+    }
+
+    async fn oldest(&self) -> Result<Option<Oldest>, sqlx::Error> {
+        let mut tx = self.begin().await?;
+        let oldest = queue::oldest(&mut tx).await?;
+        tx.commit_quietly().await?;
+        Ok(oldest)
     }
 
     async fn begin(&self) -> Result<Transaction, sqlx::Error> {

@@ -1,14 +1,15 @@
-//! What waits to be performed, and since when nothing of it moves: what health tells of effects.
+//! What waits to be performed, and since when nothing of it moves: what health tells of effects. A look that fails is no sign
+//! that nothing waits.
 
 use super::Oldest;
 use crate::{
     clock,
-    part::{Cause, Movement, Report, STALLED_AFTER, Trouble, Waiting},
+    part::{Cause, Looks, Movement, Report, STALLED_AFTER, Trouble, Waiting},
 };
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
-/// As it was last counted.
+/// As it was last seen.
 #[derive(Debug, Default)]
 pub(super) struct Progress(Mutex<Known>);
 
@@ -18,6 +19,7 @@ struct Known {
     settled: u64,
     movement: Movement<(u64, Uuid)>,
     waiting: Option<Waiting>,
+    looks: Looks,
     /// What was said last of the intent that waits for longest.
     last_error: Option<String>,
 }
@@ -32,9 +34,15 @@ impl Progress {
         self.lock().settled += 1;
     }
 
+    /// What waits could not be looked at: what was known of it stands.
+    pub(super) fn missed(&self, error: &sqlx::Error) {
+        self.lock().looks.missed(&error.into());
+    }
+
     /// This is the one that waits for longest.
-    pub(super) fn counted(&self, oldest: Option<Oldest>) {
+    pub(super) fn seen(&self, oldest: Option<Oldest>) {
         let mut known = self.lock();
+        known.looks.seen();
         let settled = known.settled;
         let Some((command, since, last_error, count)) = oldest else {
             *known = Known { settled, ..Known::default() };
@@ -45,10 +53,10 @@ impl Progress {
         known.last_error = last_error;
     }
 
-    /// The trouble that is known, or that nothing moves, with what was said last; and what waits.
+    /// The trouble that is known, or that nothing is known, or that nothing moves, with what was said last; and what waits.
     pub(super) fn report(&self, trouble: Option<Trouble>) -> Report {
         let known = self.lock();
-        let trouble = trouble.or_else(|| {
+        let trouble = trouble.or_else(|| known.looks.trouble()).or_else(|| {
             let since = known.waiting?.still_since;
             let still = clock::monotonic().saturating_duration_since(since);
             let said = known.last_error.as_deref().unwrap_or("no answer yet");
@@ -56,5 +64,28 @@ impl Progress {
             (still >= STALLED_AFTER).then(|| Trouble { since: Some(since), ..Trouble::new(Cause::Stalled, reason) })
         });
         Report { trouble, waiting: known.waiting }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn effects_that_cannot_be_looked_at_still_wait_and_that_is_said() {
+        let progress = Progress::default();
+        progress.seen(Some((Uuid::now_v7(), clock::now(), None, 7)));
+        let waiting = progress.report(None).waiting.expect("seven wait");
+        let slow = sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
+        progress.missed(&slow);
+        let report = progress.report(None);
+        assert_eq!((report.trouble, report.waiting), (None, Some(waiting)), "one look says nothing");
+        progress.missed(&slow);
+        progress.missed(&slow);
+        let report = progress.report(None);
+        assert_eq!(report.waiting, Some(waiting), "nothing of it was seen to move");
+        assert!(report.trouble.is_some_and(|trouble| trouble.reason.contains("what waits is not known")));
+        progress.seen(None);
+        assert_eq!(progress.report(None), Report::fine());
     }
 }
