@@ -24,7 +24,7 @@ use super::{
     entry::{Entry, Settled, StoredIntent},
     fence::{Fence, FenceKey, UndoState},
     handler::Performed,
-    queue::{self, Claimed, Counted, Oldest, Room, Which},
+    queue::{self, Claimed, Counted, Room, Which},
     store,
     unsettled::Unsettled,
 };
@@ -57,9 +57,6 @@ const NOT_MADE_MIN: Duration = Duration::from_millis(50);
 
 /// Pause after a call that the provider did not let in: until an operator has acted, each further one is in vain.
 const NOT_LET_IN: Duration = Duration::from_secs(3);
-
-/// How often intents are counted for the gauges.
-const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
 /// Executes a participant's intents.
 #[derive(Clone)]
@@ -109,27 +106,6 @@ impl Intents {
         tokio::select! {
             () = self.execute_all(token) => {}
             () = self.keep_gauges() => {}
-        }
-    }
-
-    /// `participant_intents{state}`: what is in doubt, or stays open for long, somebody has to look at.
-    async fn keep_gauges(&self) {
-        loop {
-            // Alone: that something waits, and for how long, is known also when there is too much to be counted in time.
-            match self.bound().within(self.oldest()).await {
-                Ok(oldest) => self.progress.seen(oldest),
-                Err(error) => self.progress.missed(&error),
-            }
-            // The gauges keep their last values while the intents cannot be counted.
-            let counts = self.bound().within(self.counts()).await.inspect_err(|error| {
-                tracing::debug!(participant = self.participant.name, %error, "intents were not counted");
-            });
-            for (state, count) in counts.unwrap_or_default() {
-                #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
-                metrics::gauge!("participant_intents", "participant" => self.participant.name, "state" => state)
-                    .set(count as f64);
-            }
-            tokio::time::sleep(GAUGE_EVERY).await;
         }
     }
 
@@ -219,20 +195,6 @@ impl Intents {
         };
         tx.commit_quietly().await?;
         Ok((claims, due))
-    }
-
-    async fn counts(&self) -> Result<Vec<(String, i64)>, sqlx::Error> {
-        let mut tx = self.begin().await?;
-        let counts = queue::counts(&mut tx).await?;
-        tx.commit_quietly().await?;
-        Ok(counts)
-    }
-
-    async fn oldest(&self) -> Result<Option<Oldest>, sqlx::Error> {
-        let mut tx = self.begin().await?;
-        let oldest = queue::oldest(&mut tx).await?;
-        tx.commit_quietly().await?;
-        Ok(oldest)
     }
 
     async fn begin(&self) -> Result<Transaction, sqlx::Error> {

@@ -1,13 +1,20 @@
 //! What waits to be performed, and since when nothing of it moves: what health tells of effects. A look that fails is no sign
 //! that nothing waits.
 
-use super::Oldest;
+use super::Intents;
 use crate::{
     clock,
     part::{Cause, Looks, Movement, Report, STALLED_AFTER, Trouble, Waiting},
+    participant::queue::{self, Oldest},
 };
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 use uuid::Uuid;
+
+/// How often it is looked what waits, and intents are counted for the gauges.
+const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
 /// As it was last seen.
 #[derive(Debug, Default)]
@@ -64,6 +71,43 @@ impl Progress {
             (still >= STALLED_AFTER).then(|| Trouble { since: Some(since), ..Trouble::new(Cause::Stalled, reason) })
         });
         Report { trouble, waiting: known.waiting }
+    }
+}
+
+impl Intents {
+    /// `participant_intents{state}`: what is in doubt, or stays open for long, somebody has to look at.
+    pub(super) async fn keep_gauges(&self) {
+        loop {
+            // Alone: that something waits, and for how long, is known also when there is too much to be counted in time.
+            match self.bound().within(self.oldest()).await {
+                Ok(oldest) => self.progress.seen(oldest),
+                Err(error) => self.progress.missed(&error),
+            }
+            // The gauges keep their last values while the intents cannot be counted.
+            let counts = self.bound().within(self.counts()).await.inspect_err(|error| {
+                tracing::debug!(participant = self.participant.name, %error, "intents were not counted");
+            });
+            for (state, count) in counts.unwrap_or_default() {
+                #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
+                metrics::gauge!("participant_intents", "participant" => self.participant.name, "state" => state)
+                    .set(count as f64);
+            }
+            tokio::time::sleep(GAUGE_EVERY).await;
+        }
+    }
+
+    async fn counts(&self) -> Result<Vec<(String, i64)>, sqlx::Error> {
+        let mut tx = self.begin().await?;
+        let counts = queue::counts(&mut tx).await?;
+        tx.commit_quietly().await?;
+        Ok(counts)
+    }
+
+    async fn oldest(&self) -> Result<Option<Oldest>, sqlx::Error> {
+        let mut tx = self.begin().await?;
+        let oldest = queue::oldest(&mut tx).await?;
+        tx.commit_quietly().await?;
+        Ok(oldest)
     }
 }
 
