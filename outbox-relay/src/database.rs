@@ -10,6 +10,7 @@
 //! statement: there are never more server processes than the pools have places.
 
 use saga_core::{
+    clock,
     outage::Outage,
     transaction::{Bound, why_none},
 };
@@ -98,6 +99,12 @@ impl Database {
             }
             error => why_none(&self.pool, error).await,
         }
+    }
+
+    /// Whether all its connections have been in use for so long.
+    pub(crate) fn is_full_for(&self, long: Duration) -> bool {
+        let since = self.full.trouble().and_then(|full| full.since);
+        since.is_some_and(|since| clock::monotonic().saturating_duration_since(since) >= long)
     }
 
     /// The outage of the database, one for all parts of this process that use it.

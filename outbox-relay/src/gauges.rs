@@ -3,8 +3,12 @@
 //! What an owner told would stay as it was when it lost the lease, and where nobody may publish (the position is another
 //! cluster's) nobody would tell at all, just when it matters. What cannot be looked up is told as unknown (NaN).
 
-use crate::{metric, outbox::Outbox, pending};
-use saga_core::{error_class::is_outage, outage::Outage};
+use crate::{metric, outbox::Outbox, pending, position::ReadError};
+use saga_core::{
+    error_class::is_outage,
+    outage::Outage,
+    part::{Cause, Trouble},
+};
 use std::time::Duration;
 
 /// How often they are set.
@@ -22,6 +26,7 @@ pub(crate) async fn run(outbox: &Outbox) {
             }
             Err(error) => {
                 metric::pending_unknown(&outbox.name);
+                outbox.status.progress.missed(&trouble(&error));
                 // Without the database or its tables nothing else works, and that is reported for the outbox.
                 if !error.database().is_some_and(|error| is_outage(error) || is_missing(error)) {
                     counting.failing(&error.to_string());
@@ -33,6 +38,10 @@ pub(crate) async fn run(outbox: &Outbox) {
         }
         tokio::time::sleep(EVERY).await;
     }
+}
+
+fn trouble(error: &ReadError) -> Trouble {
+    error.database().map_or_else(|| Trouble::new(Cause::Fault, error.to_string()), Trouble::from)
 }
 
 /// The service has not made its tables yet.

@@ -1,11 +1,15 @@
 //! What waits in an outbox and what is set apart, as it was last looked up: what health tells, on every replica, whoever publishes.
 
-use crate::pending::Pending;
+use crate::{pending::Pending, position::Position};
 use saga_core::{
-    clock::DatabaseClock,
-    part::{Cause, Movement, Trouble, Waiting},
+    clock::{self, DatabaseClock},
+    part::{Cause, Looks, Movement, STALLED_AFTER, Trouble, Waiting},
 };
-use std::sync::{Mutex, PoisonError};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
 
 /// What is known of an outbox's progress.
 #[derive(Default)]
@@ -17,19 +21,33 @@ struct Known {
     movement: Movement<i64>,
     waiting: Option<Waiting>,
     trouble: Option<Trouble>,
+    looks: Looks,
+    /// Topics that catch up, by how far each is.
+    catching_up: HashMap<String, Movement<Option<Position>>>,
 }
 
 impl Progress {
     /// What stands in the way of topics that have rows, and what waits for the main stream.
     pub(crate) fn get(&self) -> (Option<Trouble>, Option<Waiting>) {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (known.trouble.clone(), known.waiting)
+        let known = self.lock();
+        (known.looks.trouble().or_else(|| known.trouble.clone()), known.waiting)
+    }
+
+    /// It could not be looked up: what was known of it stands.
+    pub(crate) fn missed(&self, why: &Trouble) {
+        self.lock().looks.missed(why);
     }
 
     /// It was looked up.
     pub(crate) fn is(&self, pending: &Pending, clock: &DatabaseClock) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        known.trouble = trouble(pending, clock);
+        self.is_at(pending, clock, clock::monotonic());
+    }
+
+    fn is_at(&self, pending: &Pending, clock: &DatabaseClock, now: Instant) {
+        let mut known = self.lock();
+        known.looks.seen();
+        let hang = known.hang(pending, now);
+        known.trouble = trouble(pending, hang, clock);
         if pending.main == 0 || pending.whole {
             known.movement.rests();
             known.waiting = None;
@@ -39,10 +57,33 @@ impl Progress {
         let items = u64::try_from(pending.rows).ok();
         known.waiting = Some(Waiting { items, oldest: pending.oldest, still_since });
     }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Known {
+    /// Topics that should catch up with the main stream, have rows, and get no further.
+    fn hang(&mut self, pending: &Pending, now: Instant) -> Vec<Trouble> {
+        let behind = pending.behind.iter().filter(|behind| !pending.whole && behind.rows > 0 && behind.paused.resuming);
+        let behind: Vec<_> = behind.collect();
+        self.catching_up.retain(|topic, _| behind.iter().any(|behind| behind.paused.topic == *topic));
+        let stalled = behind.into_iter().filter_map(|behind| {
+            let movement = self.catching_up.entry(behind.paused.topic.clone()).or_default();
+            let since = movement.waits_at(behind.paused.position.clone(), now);
+            let still = now.saturating_duration_since(since);
+            let (rows, topic, seconds) = (behind.rows, &behind.paused.topic, still.as_secs());
+            let reason =
+                format!("{rows} rows of topic {topic:?} wait that catches up, and nothing moved for {seconds} s");
+            (still >= STALLED_AFTER).then(|| Trouble { since: Some(since), ..Trouble::new(Cause::Stalled, reason) })
+        });
+        stalled.collect()
+    }
 }
 
 /// Of the topics whose rows wait for something else than their turn.
-fn trouble(pending: &Pending, clock: &DatabaseClock) -> Option<Trouble> {
+fn trouble(pending: &Pending, hang: Vec<Trouble>, clock: &DatabaseClock) -> Option<Trouble> {
     if pending.whole {
         return (pending.rows > 0).then(|| Trouble::new(Cause::Paused, "an operator paused the whole outbox"));
     }
@@ -52,8 +93,52 @@ fn trouble(pending: &Pending, clock: &DatabaseClock) -> Option<Trouble> {
             let trouble = behind.paused.trouble(clock);
             Trouble { reason: format!("{} {}", behind.rows, trouble.reason), ..trouble }
         })
+        .chain(hang)
         .collect();
     // What an operator did not want comes first.
     troubles.sort_by_key(|trouble| trouble.cause == Cause::Paused);
     Trouble::all(troubles)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        pause::{Cause as SetApart, Paused},
+        pending::Behind,
+    };
+    use std::time::Duration;
+
+    /// A topic with rows that an operator has resumed, so far.
+    fn behind(after: i64, rows: i64) -> Pending {
+        let position = Some(Position { after, ..Position::initial() });
+        let (topic, reason) = (String::from("back"), String::from("for a while"));
+        let paused_at = clock::now();
+        let paused = Paused { topic, cause: SetApart::Operator, reason, paused_at, resuming: true, position };
+        Pending { rows, behind: vec![Behind { paused, rows }], ..Pending::default() }
+    }
+
+    #[test]
+    fn a_topic_that_catches_up_is_stalled_when_it_gets_no_further_and_not_before() {
+        let (progress, clock, start) = (Progress::default(), DatabaseClock::of("catches_up"), clock::monotonic());
+        let cause = |after, rows, seconds| {
+            progress.is_at(&behind(after, rows), &clock, start + Duration::from_secs(seconds));
+            progress.get().0.map(|trouble| trouble.cause)
+        };
+        assert_eq!([cause(1, 9, 0), cause(1, 9, 29), cause(2, 8, 35), cause(2, 8, 64)], [None; 4]);
+        assert_eq!(cause(2, 8, 65), Some(Cause::Stalled));
+        assert!(progress.get().0.unwrap().reason.contains("\"back\""));
+        assert_eq!([cause(3, 7, 66), cause(3, 0, 100), cause(3, 1, 101)], [None; 3], "without rows nothing waits");
+    }
+
+    #[test]
+    fn an_outbox_that_cannot_be_looked_up_is_not_in_order() {
+        let (progress, clock) = (Progress::default(), DatabaseClock::of("cannot_be_looked_up"));
+        progress.is(&Pending::default(), &clock);
+        let slow = Trouble::new(Cause::NoAnswer, "it takes too long");
+        (0..3).for_each(|_| progress.missed(&slow));
+        assert_eq!(progress.get().0.map(|trouble| trouble.cause), Some(Cause::NoAnswer));
+        progress.is(&Pending::default(), &clock);
+        assert_eq!(progress.get(), (None, None));
+    }
 }

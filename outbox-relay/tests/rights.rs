@@ -3,8 +3,11 @@
 mod common;
 
 use common::{World, append, limited_topic, published};
+use outbox_relay::{Relay, admin};
+use saga_core::service::Health;
 use serde_json::json;
-use sqlx::{Connection as _, PgConnection};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use tokio_util::sync::CancellationToken;
 
 #[tokio::test]
 async fn a_relay_publishes_parks_pauses_and_repairs_with_the_least_rights() {
@@ -74,5 +77,36 @@ async fn what_a_relay_may_not_do_is_a_missing_right_and_harms_nothing() {
     sqlx::query("select outbox_add_partition()").execute(&mut db).await.unwrap();
     drop(db);
     assert_eq!(world.count("select count(*) from outbox where topic <> 'another'").await, 1);
+    world.drop_role().await;
+}
+
+#[tokio::test]
+async fn a_relay_whose_requests_lack_a_table_or_a_right_is_not_ready() {
+    let world = World::of_least_rights().await;
+    let relay = Relay::new(&world.settings()).unwrap();
+    let health = Health::new(&CancellationToken::new());
+    admin::check_health(&health, &relay);
+    let role = world.role.as_deref().expect("it has a role of its own");
+    let said = async || {
+        health.look().await;
+        health.readiness().checks["databases"]
+    };
+    assert_eq!(said().await, "ok", "it has all that its requests need");
+    let alter = async |sql: String| sqlx::raw_sql(AssertSqlSafe(sql)).execute(world.db()).await.unwrap();
+    for table in ["outbox", "outbox_batch", "outbox_lease", "outbox_parked", "outbox_pause", "outbox_audit"] {
+        alter(format!("alter table {table} rename to mislaid")).await;
+        assert_eq!(said().await, "table_missing", "{table}");
+        alter(format!("alter table mislaid rename to {table}")).await;
+    }
+    for (right, table) in [("update", "outbox_parked"), ("delete", "outbox_pause"), ("insert", "outbox_audit")] {
+        alter(format!("revoke {right} on {table} from {role}")).await;
+        assert_eq!(said().await, "right_missing", "{right} on {table}");
+        alter(format!("grant {right} on {table} to {role}")).await;
+    }
+    assert_eq!(said().await, "ok");
+    alter(format!("alter role {role} set default_transaction_read_only = on")).await;
+    let standby = Relay::new(&world.settings()).unwrap();
+    admin::check_health(&health, &standby);
+    assert_eq!(said().await, "database_read_only");
     world.drop_role().await;
 }

@@ -119,11 +119,12 @@ impl Trouble {
         Self { cause, reason: reason::reason(&reason.into()), since: None }
     }
 
-    /// Several as one: the cause of the first, all the reasons, and since the earliest.
+    /// Several as one: the cause of the first, all the reasons, and since the earliest. A pause's age is a pause's alone.
     pub fn all(troubles: impl IntoIterator<Item = Self>) -> Option<Self> {
         let troubles: Vec<Self> = troubles.into_iter().collect();
         let cause = troubles.first()?.cause;
-        let since = troubles.iter().filter_map(|trouble| trouble.since).min();
+        let alike = |trouble: &&Self| (trouble.cause == Cause::Paused) == (cause == Cause::Paused);
+        let since = troubles.iter().filter(alike).filter_map(|trouble| trouble.since).min();
         let reasons: Vec<String> = troubles.into_iter().map(|trouble| trouble.reason).collect();
         Some(Self { since, ..Self::new(cause, reasons.join("; ")) })
     }
@@ -222,7 +223,7 @@ impl<M: PartialEq> Movement<M> {
     }
 
     /// Likewise, at this moment.
-    pub(crate) fn waits_at(&mut self, mark: M, now: Instant) -> Instant {
+    pub fn waits_at(&mut self, mark: M, now: Instant) -> Instant {
         match &self.last {
             Some((last, since)) if *last == mark => *since,
             _ => {
@@ -235,6 +236,38 @@ impl<M: PartialEq> Movement<M> {
     /// Nothing waits.
     pub fn rests(&mut self) {
         self.last = None;
+    }
+}
+
+/// So many looks in a row at what waits, each a few seconds after the other, may come to nothing.
+const MISSED_MAX: u32 = 3;
+
+/// Whether a part knows what waits for it. A look that comes to nothing says neither that nothing waits nor that nothing moves;
+/// several in a row are a trouble of their own.
+#[derive(Debug, Default)]
+pub struct Looks {
+    missed: u32,
+    last: Option<Trouble>,
+}
+
+impl Looks {
+    /// One came to nothing, for this reason.
+    pub fn missed(&mut self, why: &Trouble) {
+        self.missed = self.missed.saturating_add(1);
+        let since = self.last.as_ref().and_then(|first| first.since).or_else(|| Some(clock::monotonic()));
+        let reason = format!("what waits is not known: {}", why.reason);
+        self.last = Some(Trouble { since, ..Trouble::new(why.cause, reason) });
+    }
+
+    /// One showed what waits.
+    pub fn seen(&mut self) {
+        *self = Self::default();
+    }
+
+    /// That nothing is known any more.
+    #[must_use]
+    pub fn trouble(&self) -> Option<Trouble> {
+        self.last.clone().filter(|_| self.missed >= MISSED_MAX)
     }
 }
 
@@ -262,6 +295,31 @@ mod tests {
             [(Some(1), 0), (Some(1), 29), (Some(2), 31), (Some(2), 61), (None, 62), (Some(2), 63), (Some(2), 93)];
         let seen = seen.map(|(mark, seconds)| verdict(mark, seconds));
         assert_eq!(seen, [None, None, None, Some(Cause::Stalled), None, None, Some(Cause::Stalled)]);
+    }
+
+    #[test]
+    fn what_was_just_met_is_not_as_old_as_a_pause_beside_it() {
+        let (now, long_ago) = (clock::monotonic() + Duration::from_secs(7_200), clock::monotonic());
+        let met = |cause, since| Trouble { since: Some(since), ..Trouble::new(cause, cause.as_str()) };
+        let both = Trouble::all([met(Cause::TopicMissing, now), met(Cause::Paused, long_ago)]).unwrap();
+        assert_eq!((both.cause, both.since), (Cause::TopicMissing, Some(now)));
+        assert_eq!(both.reason, "topic_missing; paused");
+    }
+
+    #[test]
+    fn looks_that_come_to_nothing_are_a_trouble_when_there_are_several_in_a_row() {
+        let (mut looks, slow) = (Looks::default(), Trouble::new(Cause::NoAnswer, "it took too long"));
+        for _ in 1..MISSED_MAX {
+            looks.missed(&slow);
+            assert_eq!(looks.trouble(), None);
+        }
+        looks.missed(&slow);
+        let trouble = looks.trouble().expect("nothing is known");
+        assert_eq!(trouble.cause, Cause::NoAnswer);
+        assert!(trouble.reason.contains("it took too long") && trouble.since.is_some(), "{trouble:?}");
+        looks.seen();
+        looks.missed(&slow);
+        assert_eq!(looks.trouble(), None, "they are counted anew");
     }
 
     #[test]

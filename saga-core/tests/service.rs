@@ -18,7 +18,7 @@ use saga_core::{
     topic::Topic,
     transaction::Transaction,
 };
-use sqlx::{Connection, PgConnection};
+use sqlx::{Connection, PgConnection, PgPool};
 use std::{collections::BTreeSet, time::Duration};
 use tokio_util::sync::CancellationToken;
 
@@ -264,6 +264,49 @@ async fn clients_and_health_are_told_whether_the_pool_is_full_or_the_database_aw
         assert_eq!(Problem::from(error).kind(), "/problems/unavailable");
     }
     Outage::of_database(&away).working();
+}
+
+#[tokio::test]
+async fn a_locked_table_is_not_ready_also_when_what_waits_for_it_fills_the_pool() {
+    const HUNG: u32 = 3;
+    let database = TestDatabase::new(&[]).await;
+    sqlx::query("create table item (sku text)").execute(&database.pool).await.unwrap();
+    let options = pool_options(HUNG).acquire_timeout(Duration::from_millis(300));
+    let pool = options.connect(&database.url).await.unwrap();
+    let health = Health::new(&CancellationToken::new());
+    health.database(&pool);
+    let asked = pool.clone();
+    let ask = move || {
+        let pool = asked.clone();
+        async move { sqlx::query("select from item limit 1").execute(&pool).await.map(drop) }
+    };
+    health.answers("items", ask);
+    health.look().await;
+    assert!(health.readiness().ready);
+    let mut lock = database.pool.begin().await.unwrap();
+    sqlx::query("lock table item").execute(&mut *lock).await.unwrap();
+    health.look().await;
+    assert_eq!(health.readiness().checks["items"], "no_answer");
+
+    let hang = |pool: PgPool| async move {
+        // A look that was given up keeps its connection for a while.
+        while sqlx::query("select from item").execute(&pool).await.is_err() {}
+    };
+    let hung: Vec<_> = (0..HUNG).map(|_| tokio::spawn(hang(pool.clone()))).collect();
+    // The first look may find the pool not yet full, or another test's database away.
+    eventually(Duration::from_secs(60), || async {
+        health.look().await;
+        assert!(!health.readiness().ready, "requests that hang are not answered: {:?}", health.readiness());
+        (health.healthiness().parts["connections"].cause == Some(Cause::PoolFull)).then_some(())
+    })
+    .await;
+
+    lock.rollback().await.unwrap();
+    for hung in hung {
+        hung.await.unwrap();
+    }
+    health.look().await;
+    assert!(health.readiness().ready, "{:?}", health.readiness());
 }
 
 #[tokio::test]

@@ -26,7 +26,7 @@ use saga_core::{
     error_class::is_pool_full,
     http::{Limit, openapi::complete_by_role},
     part::{Cause, Report, Trouble},
-    service::Health,
+    service::{Health, Needs, missing},
     transaction::Bound,
 };
 use sqlx::PgConnection;
@@ -37,6 +37,18 @@ use utoipa_swagger_ui::SwaggerUi;
 
 /// One database that does not answer must not take as long as health waits for all of them.
 const ANSWER_MAX: Duration = Duration::from_millis(1_500);
+
+/// How long requests may have all connections before they are said not to be answered.
+const BUSY_MAX: Duration = Duration::from_secs(30);
+/// What requests read and write of an outbox's tables.
+const NEEDS: &[Needs] = &[
+    Needs { table: "outbox", rights: &["select"] },
+    Needs { table: "outbox_batch", rights: &["select"] },
+    Needs { table: "outbox_lease", rights: &["select"] },
+    Needs { table: "outbox_parked", rights: &["select", "update"] },
+    Needs { table: "outbox_pause", rights: &["select", "insert", "update", "delete"] },
+    Needs { table: "outbox_audit", rights: &["insert"] },
+];
 
 /// The routes.
 pub fn routes(relay: &Relay) -> Router {
@@ -90,19 +102,17 @@ pub fn check_health(health: &Health, relay: &Relay) {
         let relay = relay.clone();
         async move {
             let asked = relay.outboxes().iter().map(|outbox| async {
-                let seen = async |db: &mut PgConnection| {
-                    sqlx::query("select from outbox_lease limit 0").execute(db).await.map(drop)
-                };
+                let seen = async |db: &mut PgConnection| missing(&mut *db, NEEDS).await;
                 match tokio::time::timeout(ANSWER_MAX, outbox.admin.ask(seen)).await {
-                    // Requests have all connections: it answers them.
-                    Ok(Err(error)) if is_pool_full(&error) => Ok(()),
-                    Ok(answered) => answered,
-                    Err(_) => Err(Bound::new(ANSWER_MAX).no_answer()),
+                    // Requests have all connections: it answers them, unless they wait for something themselves.
+                    Ok(Err(error)) if is_pool_full(&error) && !outbox.admin.is_full_for(BUSY_MAX) => Report::fine(),
+                    Ok(Err(error)) => Trouble::from(&error).into(),
+                    Ok(Ok(report)) => report,
+                    Err(_) => Trouble::from(&Bound::new(ANSWER_MAX).no_answer()).into(),
                 }
             });
-            let answers: Vec<Result<(), sqlx::Error>> = futures::future::join_all(asked).await;
-            let red = answers.iter().map(|answer| answer.as_ref().err()).min_by_key(Option::is_some).flatten();
-            red.map_or_else(Report::fine, |error| Trouble::from(error).into())
+            let reports: Vec<Report> = futures::future::join_all(asked).await;
+            reports.into_iter().min_by_key(|report| report.trouble.is_some()).unwrap_or_default()
         }
     });
 }

@@ -24,7 +24,7 @@ use super::{
     entry::{Entry, Settled, StoredIntent},
     fence::{Fence, FenceKey, UndoState},
     handler::Performed,
-    queue::{self, Claimed, Counted, Oldest, Room, Which},
+    queue::{self, Claimed, Counted, Room, Which},
     store,
     unsettled::Unsettled,
 };
@@ -57,9 +57,6 @@ const NOT_MADE_MIN: Duration = Duration::from_millis(50);
 
 /// Pause after a call that the provider did not let in: until an operator has acted, each further one is in vain.
 const NOT_LET_IN: Duration = Duration::from_secs(3);
-
-/// How often intents are counted for the gauges.
-const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
 /// Executes a participant's intents.
 #[derive(Clone)]
@@ -109,21 +106,6 @@ impl Intents {
         tokio::select! {
             () = self.execute_all(token) => {}
             () = self.keep_gauges() => {}
-        }
-    }
-
-    /// `participant_intents{state}`: what is in doubt, or stays open for long, somebody has to look at.
-    async fn keep_gauges(&self) {
-        loop {
-            // An outage is told by readiness; the gauge keeps its last value.
-            let (counts, oldest) = self.bound().within(self.counts()).await.unwrap_or_default();
-            self.progress.counted(oldest);
-            for (state, count) in counts {
-                #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
-                metrics::gauge!("participant_intents", "participant" => self.participant.name, "state" => state)
-                    .set(count as f64);
-            }
-            tokio::time::sleep(GAUGE_EVERY).await;
         }
     }
 
@@ -213,13 +195,6 @@ impl Intents {
         };
         tx.commit_quietly().await?;
         Ok((claims, due))
-    }
-
-    async fn counts(&self) -> Result<(Vec<(String, i64)>, Option<Oldest>), sqlx::Error> {
-        let mut tx = self.begin().await?;
-        let counted = (queue::counts(&mut tx).await?, queue::oldest(&mut tx).await?);
-        tx.commit_quietly().await?;
-        Ok(counted)
     }
 
     async fn begin(&self) -> Result<Transaction, sqlx::Error> {

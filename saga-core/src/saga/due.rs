@@ -6,10 +6,10 @@
 use super::{
     backlog::Backlog,
     store::{Change, Due, Known, Locked, heard},
+    trouble::Overdue,
 };
 use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
 use std::time::Duration;
-use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out rows that another transaction has locked.
@@ -112,12 +112,20 @@ pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts
 }
 
 /// The saga that has been due for longest, whoever can decide it, and since when.
-pub(super) async fn oldest(tx: &mut Tx<'_>) -> sqlx::Result<Option<(Uuid, OffsetDateTime)>> {
+pub(super) async fn oldest(tx: &mut Tx<'_>) -> sqlx::Result<Option<Overdue>> {
     sqlx::query_as(
         "select saga_id, due_at from saga_due where due_at <= statement_timestamp() order by due_at, saga_id limit 1",
     )
     .fetch_optional(&mut **tx)
     .await
+}
+
+/// Which of these sagas, put off or not, should have been decided by now, and since when.
+pub(super) async fn waiting(tx: &mut Tx<'_>, sagas: &[Uuid]) -> sqlx::Result<Vec<Overdue>> {
+    sqlx::query_as("select saga_id, armed_at from saga where saga_id = any($1) and armed_at <= statement_timestamp()")
+        .bind(sagas)
+        .fetch_all(&mut **tx)
+        .await
 }
 
 /// Sagas that are due, without a lock: for taking them one by one.

@@ -12,6 +12,7 @@ use super::{
     measure,
     runner::Incoming,
     store::{self, Undecided},
+    trouble::Overdue,
 };
 use crate::{
     error_class::{ErrorClass, classify, is_outage, is_pool_full, renew_connections},
@@ -74,9 +75,7 @@ impl Engine {
                     self.trouble().none_since();
                     if counted.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
                         counted = Some(crate::clock::monotonic());
-                        self.within(self.count())
-                            .await
-                            .unwrap_or_else(|error| tracing::debug!(%error, "sagas were not counted"));
+                        self.look_at_what_waits().await;
                     }
                     if ticked.due + ticked.undecided >= BATCH as usize { Duration::ZERO } else { PAUSE }
                 }
@@ -120,6 +119,7 @@ impl Engine {
             fail_point!("saga.timers.before-commit", self.reply_topic());
             tx.commit_within_its_edges().await?;
             fail_point!("saga.timers.after-commit", self.reply_topic());
+            self.trouble().decided(due);
         }
         if all {
             self.patience().has_passed_over(&backlog);
@@ -157,14 +157,18 @@ impl Engine {
     async fn put_off(&self, saga: SagaId, wait: Duration) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
         due::put_off(&mut tx, &[saga], wait).await?;
-        tx.commit_quietly().await
+        tx.commit_quietly().await?;
+        self.trouble().puts_off([saga.0]);
+        Ok(())
     }
 
     async fn tick_one(&self, saga: SagaId, backlog: &Backlog) -> Result<(), BatchError> {
         let mut tx = self.begin_waiting(LOCK).await?;
         let rows = store::load(&mut tx, &[saga]).await?;
-        self.take_due(&mut tx, rows, backlog).await?;
-        Ok(tx.commit().await?)
+        let decided = self.take_due(&mut tx, rows, backlog).await?;
+        tx.commit().await?;
+        self.trouble().decided(decided);
+        Ok(())
     }
 
     async fn tick_undecided(&self) -> Result<usize, sqlx::Error> {
@@ -243,10 +247,26 @@ impl Engine {
         Ok(tx.commit().await?)
     }
 
+    /// What waits, and the gauges. First and alone what health asks: it is known also when the sagas are too many to be counted.
+    async fn look_at_what_waits(&self) {
+        match self.within(self.overdue()).await {
+            Ok((oldest, put_off)) => self.trouble().overdue(oldest, &put_off),
+            Err(error) => self.trouble().missed(&error),
+        }
+        self.within(self.count()).await.unwrap_or_else(|error| tracing::debug!(%error, "sagas were not counted"));
+    }
+
+    async fn overdue(&self) -> Result<(Option<Overdue>, Vec<Overdue>), sqlx::Error> {
+        let put_off = self.trouble().were_put_off();
+        let mut tx = self.begin().await?;
+        let overdue = (due::oldest(&mut tx).await?, due::waiting(&mut tx, &put_off).await?);
+        tx.commit_quietly().await?;
+        Ok(overdue)
+    }
+
     async fn count(&self) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
         measure::counted(&due::count(&mut tx, self.known()).await?, &self.known().definitions);
-        self.trouble().overdue(due::oldest(&mut tx).await?);
         tx.commit_quietly().await
     }
 }

@@ -8,9 +8,10 @@ use crate::{
     clock,
     error_class::{ErrorClass, classify, in_words},
     outage::Outage,
-    part::{Cause, Movement, Report, Waiting},
+    part::{Cause, Looks, Movement, Report, Waiting},
 };
 use std::{
+    collections::HashSet,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -29,12 +30,23 @@ pub(super) struct Trouble {
     progress: Mutex<Progress>,
 }
 
-/// What was due and not decided, when it was last counted.
+/// So many sagas that were put off are remembered: enough to know that some wait.
+const REMEMBERED: usize = 1_000;
+
+/// What was due and not decided, when it was last looked at.
 #[derive(Debug, Default)]
 struct Progress {
-    movement: Movement<(Uuid, OffsetDateTime)>,
+    /// How many were decided here. A saga that cannot be is no sign that none can.
+    decided: u64,
+    /// Sagas that could not be decided. They are not due while they are put off, but they wait.
+    put_off: HashSet<Uuid>,
+    movement: Movement<(u64, Option<Overdue>)>,
     waiting: Option<Waiting>,
+    looks: Looks,
 }
+
+/// A saga, and since when it is due.
+pub(super) type Overdue = (Uuid, OffsetDateTime);
 
 impl Trouble {
     pub(super) fn of(reply_topic: &str) -> Self {
@@ -50,20 +62,53 @@ impl Trouble {
     }
 
     pub(super) fn report(&self) -> Report {
-        let waiting = self.progress.lock().unwrap_or_else(PoisonError::into_inner).waiting;
-        Report { trouble: self.outage.trouble(), waiting }
+        let progress = self.progress();
+        Report { trouble: self.outage.trouble().or_else(|| progress.looks.trouble()), waiting: progress.waiting }
     }
 
-    /// The saga that has been due for longest, and since when.
-    pub(super) fn overdue(&self, oldest: Option<(Uuid, OffsetDateTime)>) {
-        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
-        match oldest {
-            None => *progress = Progress::default(),
-            Some(mark) => {
-                let still_since = progress.movement.waits(mark);
-                progress.waiting = Some(Waiting { items: None, oldest: Some(mark.1), still_since });
-            }
-        }
+    /// So many sagas that were due were decided.
+    pub(super) fn decided(&self, sagas: usize) {
+        self.progress().decided += sagas as u64;
+    }
+
+    /// These could not be decided, and are put off.
+    pub(super) fn puts_off(&self, sagas: impl IntoIterator<Item = Uuid>) {
+        let mut progress = self.progress();
+        let room = REMEMBERED.saturating_sub(progress.put_off.len());
+        progress.put_off.extend(sagas.into_iter().take(room));
+    }
+
+    /// Those that were put off, and may wait still.
+    pub(super) fn were_put_off(&self) -> Vec<Uuid> {
+        self.progress().put_off.iter().copied().collect()
+    }
+
+    /// The saga that has been due for longest, and those that wait of [`Trouble::were_put_off`].
+    pub(super) fn overdue(&self, oldest: Option<Overdue>, put_off: &[Overdue]) {
+        let mut progress = self.progress();
+        let progress = &mut *progress;
+        progress.looks.seen();
+        progress.put_off = put_off.iter().map(|(saga, _)| *saga).collect();
+        let since = oldest.iter().chain(put_off).map(|(_, since)| *since).min();
+        let Some(since) = since else {
+            progress.movement.rests();
+            progress.waiting = None;
+            return;
+        };
+        // Another replica moves work, too, and then another saga is the oldest. While sagas are put off that says nothing: they
+        // take turns.
+        let mark = (progress.decided, oldest.filter(|_| put_off.is_empty()));
+        let still_since = progress.movement.waits(mark);
+        progress.waiting = Some(Waiting { items: None, oldest: Some(since), still_since });
+    }
+
+    /// What waits could not be looked at: what was known of it stands.
+    pub(super) fn missed(&self, error: &sqlx::Error) {
+        self.progress().looks.missed(&error.into());
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn is(&self, error: &sqlx::Error, wait: Duration) {
@@ -86,5 +131,38 @@ impl Trouble {
 
     fn until(&self) -> MutexGuard<'_, Option<Instant>> {
         self.until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn still_since(trouble: &Trouble) -> Option<Instant> {
+        trouble.report().waiting.map(|waiting| waiting.still_since)
+    }
+
+    #[test]
+    fn timers_move_when_they_decide_others_and_stand_still_when_all_are_put_off() {
+        let (trouble, since) = (Trouble::of("timers_move"), clock::now());
+        let [unknown, one, other] = [Uuid::now_v7(), Uuid::now_v7(), Uuid::now_v7()].map(|saga| (saga, since));
+        trouble.overdue(Some(unknown), &[]);
+        let begin = still_since(&trouble).expect("it waits");
+        trouble.overdue(Some(unknown), &[]);
+        assert_eq!(still_since(&trouble), Some(begin));
+        trouble.decided(1);
+        trouble.overdue(Some(unknown), &[]);
+        assert!(still_since(&trouble) > Some(begin), "no replica knows the oldest, and others are decided");
+
+        trouble.puts_off([one.0, other.0]);
+        trouble.overdue(None, &[one, other]);
+        let begin = still_since(&trouble).expect("nothing is due, and two wait");
+        assert_eq!(trouble.report().waiting.unwrap().oldest, Some(since));
+        for turn in [one, other] {
+            trouble.overdue(Some(turn), &[one, other]);
+            assert_eq!(still_since(&trouble), Some(begin), "they take turns, and none is decided");
+        }
+        trouble.overdue(None, &[]);
+        assert_eq!((still_since(&trouble), trouble.were_put_off()), (None, vec![]));
     }
 }

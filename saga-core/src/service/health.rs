@@ -13,7 +13,7 @@
 mod questions;
 mod standing;
 
-pub use questions::Needs;
+pub use questions::{Needs, missing};
 pub(super) use standing::describe;
 pub use standing::{Standing, State};
 
@@ -25,11 +25,11 @@ use crate::{
     part::{Cause, Report, Trouble},
 };
 use futures::future::BoxFuture;
-use questions::{hear_clock, missing};
+use questions::{a_new_session_writes, hear_clock};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde::Serialize;
 use sqlx::PgPool;
-use standing::tell;
+use standing::{Part, measure, tell};
 use std::{
     borrow::Cow,
     collections::BTreeMap,
@@ -51,6 +51,10 @@ const TOO_OLD: Duration = Duration::from_secs(15);
 const LIVE_MAX: Duration = Duration::from_secs(60);
 
 type Name = Cow<'static, str>;
+
+/// The part that is the process itself: whether it has begun, stops, is watched.
+const PROCESS: Name = Cow::Borrowed("process");
+
 type Ask = Arc<dyn Fn() -> BoxFuture<'static, Report> + Send + Sync>;
 
 /// What depends on a check.
@@ -73,6 +77,8 @@ struct Inner {
     checks: Mutex<BTreeMap<Name, (Concern, Ask)>>,
     seen: Mutex<Option<Seen>>,
     began: Instant,
+    /// How the process itself stood when it was last asked.
+    process: Mutex<Option<Standing>>,
     /// That the pool of connections is full.
     pool: Mutex<Option<Arc<Outage>>>,
     /// There is a new check.
@@ -83,7 +89,7 @@ struct Inner {
 #[derive(Debug, Clone)]
 struct Seen {
     at: Instant,
-    parts: BTreeMap<Name, (Concern, Standing)>,
+    parts: BTreeMap<Name, Part>,
 }
 
 /// The answer of `/readyz`.
@@ -124,6 +130,7 @@ impl Health {
             checks: Mutex::default(),
             seen: Mutex::default(),
             began: clock::monotonic(),
+            process: Mutex::default(),
             pool: Mutex::default(),
             added: Notify::new(),
         }))
@@ -187,9 +194,10 @@ impl Health {
                         works.working();
                         Report::fine()
                     }
+                    // The database answers: how long that goes well is judged with the other checks.
                     Err(error) if is_pool_full(&error) => {
                         outage.working();
-                        Report::fine()
+                        Trouble::from(&error).into()
                     }
                     Err(error) => {
                         let trouble = Trouble::from(&error);
@@ -213,7 +221,14 @@ impl Health {
         let pool = pool.clone();
         self.callers_need("tables", move || {
             let pool = pool.clone();
-            async move { missing(&pool, needs).await.unwrap_or_else(|error| Trouble::from(&error).into()) }
+            async move {
+                let report = missing(&pool, needs).await.unwrap_or_else(|error| Trouble::from(&error).into());
+                let read_only = report.trouble.as_ref().is_some_and(|it| it.cause == Cause::DatabaseReadOnly);
+                if read_only && a_new_session_writes(&pool).await {
+                    renew_connections();
+                }
+                report
+            }
         });
     }
 
@@ -275,17 +290,12 @@ impl Health {
         let answers = futures::future::join_all(answers).await;
         let (now, before) = (clock::monotonic(), lock(&self.0.seen).clone());
         let before = before.map(|seen| seen.parts).unwrap_or_default();
-        // How busy a process is says nothing of whether it can be sent requests, and takes no traffic away: `connections` tells.
         let full = lock(&self.0.pool).as_ref().is_some_and(|full| full.trouble().is_some());
-        let is_busy = |report: &Report| {
-            full && report.trouble.as_ref().is_some_and(|t| matches!(t.cause, Cause::NoAnswer | Cause::PoolFull))
-        };
         let parts = answers.into_iter().map(|(name, concern, report)| {
-            let report = if concern == Concern::Callers && is_busy(&report) { Report::fine() } else { report };
-            let before = before.get(&name).map(|(_, standing)| standing);
-            let standing = Standing::judged(&report, before, now);
-            tell(&name, concern, before, &standing);
-            (name, (concern, standing))
+            let before = before.get(&name);
+            let part = Part::seen(concern, &report, before, full, now);
+            tell(&name, concern, before.map(|before| &before.standing), &part.standing);
+            (name, part)
         });
         let parts = parts.collect();
         *lock(&self.0.seen) = Some(Seen { at: now, parts });
@@ -315,10 +325,9 @@ impl Health {
     pub fn readiness(&self) -> Readiness {
         let (process, seen, age) = self.last();
         let seen = seen.map(|seen| seen.parts).unwrap_or_default();
-        let needed = seen.into_iter().filter(|(_, (concern, _))| *concern == Concern::Callers);
-        let process = process.map(|cause| ("process".into(), cause.as_str()));
-        let checks: BTreeMap<_, _> =
-            needed.map(|(name, (_, standing))| (name, standing.word())).chain(process).collect();
+        let needed = seen.into_iter().filter(|(_, part)| part.concern == Concern::Callers);
+        let process = process.map(|cause| (PROCESS, cause.as_str()));
+        let checks: BTreeMap<_, _> = needed.map(|(name, part)| (name, part.standing.word())).chain(process).collect();
         Readiness { ready: checks.values().all(|word| *word == "ok"), checks, age_seconds: age }
     }
 
@@ -327,16 +336,8 @@ impl Health {
     pub fn healthiness(&self) -> Healthiness {
         let (process, seen, age) = self.last();
         let seen = seen.map(|seen| seen.parts).unwrap_or_default();
-        let process = process.map(|cause| {
-            let reason = match cause {
-                Cause::Starting => lock(&self.0.starting).unwrap_or("the first look at the parts"),
-                Cause::Stopping => "it was asked to stop",
-                _ => "the loop that asks the parts does not turn",
-            };
-            ("process".into(), Standing::of(cause, reason))
-        });
-        let parts: BTreeMap<_, _> =
-            seen.into_iter().map(|(name, (_, standing))| (name, standing)).chain(process).collect();
+        let process = Some((PROCESS, self.process(process))).filter(|(_, process)| process.is_red());
+        let parts: BTreeMap<_, _> = seen.into_iter().map(|(name, part)| (name, part.standing)).chain(process).collect();
         Healthiness { healthy: !parts.values().any(Standing::is_red), age_seconds: age, parts }
     }
 
@@ -354,9 +355,32 @@ impl Health {
         (cause, seen, age.map(|age| (age.as_secs_f64() * 10.0).round() / 10.0))
     }
 
-    /// For `/metrics`: how old what was last seen is.
+    /// How the process itself stands; since when is remembered while it is red.
+    fn process(&self, cause: Option<Cause>) -> Standing {
+        let reason = |cause| match cause {
+            Cause::Starting => lock(&self.0.starting).unwrap_or("the first look at the parts"),
+            Cause::Stopping => "it was asked to stop",
+            _ => "the loop that asks the parts does not turn",
+        };
+        let mut before = lock(&self.0.process);
+        let since = match cause {
+            Some(Cause::Starting) => Some(self.0.began),
+            Some(Cause::Unwatched) => lock(&self.0.seen).as_ref().map(|seen| seen.at),
+            _ => None,
+        };
+        let trouble = cause.map(|cause| Trouble { since, ..Trouble::new(cause, reason(cause)) });
+        let now = Standing::of_process(trouble, before.as_ref());
+        measure(&PROCESS, Concern::Callers, before.as_ref(), &now);
+        *before = Some(now.clone());
+        now
+    }
+
+    /// For `/metrics`: how old what was last seen is, and how the process stands. No look tells that: a process that never looks
+    /// is the one to be told of.
     pub(super) fn tell_age(&self) {
-        metrics::gauge!("health_age_seconds").set(self.last().2.unwrap_or(f64::NAN));
+        let (cause, _, age) = self.last();
+        metrics::gauge!("health_age_seconds").set(age.unwrap_or(f64::NAN));
+        self.process(cause);
     }
 }
 
@@ -370,73 +394,4 @@ impl Healthiness {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    async fn looked(health: &Health) -> Readiness {
-        health.look().await;
-        health.readiness()
-    }
-
-    #[tokio::test]
-    async fn it_is_ready_while_what_callers_need_is_there_and_names_what_is_not() {
-        let stopping = CancellationToken::new();
-        let health = Health::new(&stopping);
-        assert_eq!(health.readiness().checks["process"], "starting", "nobody has looked yet");
-        health.callers_need("database", || async { Report::fine() });
-        assert!(looked(&health).await.ready);
-        health.callers_need("database", || async { Report::red(Cause::DatabaseAway, "at line 1721") });
-        let red = looked(&health).await;
-        assert!(!red.ready);
-        assert_eq!(red.checks["database"], "database_away");
-        health.callers_need("database", || async { Report::fine() });
-        assert!(looked(&health).await.ready, "it turns green by itself");
-        stopping.cancel();
-        assert!(!health.readiness().ready, "a process that stops takes no more work");
-    }
-
-    #[tokio::test]
-    async fn a_part_whose_work_stands_still_is_red_and_takes_no_traffic_away() {
-        let health = Health::new(&CancellationToken::new());
-        health.part("replies", || async { Report::red(Cause::KafkaAway, "no broker at 10.0.0.7") });
-        health.look().await;
-        assert!(health.readiness().ready && health.is_live());
-        let (first, open) = (health.healthiness(), health.healthiness().for_anybody());
-        assert!(!first.healthy);
-        assert_eq!(first.parts["replies"].cause, Some(Cause::KafkaAway));
-        assert_eq!(first.parts["replies"].reason.as_deref(), Some("no broker at 10.0.0.7"));
-        assert!(!serde_json::to_string(&open).unwrap().contains("10.0.0.7"), "strangers hear the cause alone");
-
-        health.part("replies", || async { Report::red(Cause::Stalled, "") });
-        health.look().await;
-        let later = health.healthiness();
-        assert_eq!(later.parts["replies"].cause, Some(Cause::Stalled));
-        assert_eq!(later.parts["replies"].since, first.parts["replies"].since, "it has been red all the time");
-    }
-
-    #[tokio::test]
-    async fn a_check_that_does_not_answer_is_red() {
-        let health = Health::new(&CancellationToken::new());
-        health.callers_need("stuck", std::future::pending);
-        health.look_within(Duration::from_millis(5)).await;
-        assert_eq!(health.readiness().checks["stuck"], "no_answer");
-    }
-
-    #[tokio::test]
-    async fn what_was_seen_too_long_ago_is_a_no_and_a_still_loop_is_not_alive() {
-        let health = Health::new(&CancellationToken::new());
-        health.callers_need("database", || async { Report::fine() });
-        health.look().await;
-        let age = |by: Duration| {
-            let mut seen = lock(&health.0.seen);
-            let seen = seen.as_mut().unwrap();
-            seen.at = seen.at.checked_sub(by).unwrap();
-        };
-        age(TOO_OLD);
-        assert_eq!(health.readiness().checks["process"], "unwatched");
-        assert_eq!(health.healthiness().parts["process"].cause, Some(Cause::Unwatched));
-        assert!(health.is_live());
-        age(LIVE_MAX);
-        assert!(!health.is_live());
-    }
-}
+mod tests;

@@ -37,6 +37,6 @@ pub use config::{
     Settings, TelemetryArgs,
 };
 pub use connections::{open_files, serve};
-pub use health::{Health, Needs};
+pub use health::{Health, Needs, missing};
 pub use migrate::{Migrations, messaging_migrations, saga_migrations};
 pub use supervisor::{exit_code, run_all, task};

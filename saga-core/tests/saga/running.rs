@@ -147,6 +147,36 @@ async fn a_due_saga_that_cannot_be_decided_is_put_off_and_the_others_are_not() {
 }
 
 #[tokio::test]
+async fn sagas_of_which_none_can_be_decided_wait_for_the_timers_though_none_is_due() {
+    let world = World::new().await;
+    let (saga, _) = (world.start(1).await, world.start(2).await);
+    world.time_passes().await;
+    for sql in [
+        "create function refuse() returns trigger language plpgsql as $$ begin raise exception 'cursed'; end $$",
+        "create trigger refuse before update on saga for each row execute function refuse()",
+    ] {
+        sqlx::query(sql).execute(&world.database.pool).await.unwrap();
+    }
+    let (engine, stop) = (Arc::clone(&world.engine), CancellationToken::new());
+    let timers = tokio::spawn({
+        let stop = stop.clone();
+        async move { engine.run_timers(stop).await }
+    });
+    let waiting = async || world.engine.timers_report().waiting;
+    let first = eventually(SOON, || async { waiting().await.filter(|waiting| waiting.oldest.is_some()) }).await;
+    let due = "select count(*) from saga_due where due_at <= clock_timestamp()";
+    assert_eq!(world.count(due).await, 0, "both are put off");
+    let armed = sqlx::query_scalar("select min(armed_at) from saga").fetch_one(&world.database.pool).await.unwrap();
+    assert_eq!(first.oldest, armed, "it waits since it was due");
+    sqlx::query("drop trigger refuse on saga").execute(&world.database.pool).await.unwrap();
+    world.time_passes().await;
+    eventually(SOON, || async { waiting().await.is_none().then_some(()) }).await;
+    assert_eq!(world.last(saga).await.attempt, 2);
+    stop.cancel();
+    timers.await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn a_definition_that_was_changed_under_its_version_is_another_one() {
     let (one, two) = (order_saga(1), order_saga(2));
     assert_eq!(one.fingerprint(), two.fingerprint(), "the shape is the same");

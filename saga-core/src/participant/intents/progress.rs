@@ -1,14 +1,22 @@
-//! What waits to be performed, and since when nothing of it moves: what health tells of effects.
+//! What waits to be performed, and since when nothing of it moves: what health tells of effects. A look that fails is no sign
+//! that nothing waits.
 
-use super::Oldest;
+use super::Intents;
 use crate::{
     clock,
-    part::{Cause, Movement, Report, STALLED_AFTER, Trouble, Waiting},
+    part::{Cause, Looks, Movement, Report, STALLED_AFTER, Trouble, Waiting},
+    participant::queue::{self, Oldest},
 };
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 use uuid::Uuid;
 
-/// As it was last counted.
+/// How often it is looked what waits, and intents are counted for the gauges.
+const GAUGE_EVERY: Duration = Duration::from_secs(5);
+
+/// As it was last seen.
 #[derive(Debug, Default)]
 pub(super) struct Progress(Mutex<Known>);
 
@@ -18,6 +26,7 @@ struct Known {
     settled: u64,
     movement: Movement<(u64, Uuid)>,
     waiting: Option<Waiting>,
+    looks: Looks,
     /// What was said last of the intent that waits for longest.
     last_error: Option<String>,
 }
@@ -32,9 +41,15 @@ impl Progress {
         self.lock().settled += 1;
     }
 
+    /// What waits could not be looked at: what was known of it stands.
+    pub(super) fn missed(&self, error: &sqlx::Error) {
+        self.lock().looks.missed(&error.into());
+    }
+
     /// This is the one that waits for longest.
-    pub(super) fn counted(&self, oldest: Option<Oldest>) {
+    pub(super) fn seen(&self, oldest: Option<Oldest>) {
         let mut known = self.lock();
+        known.looks.seen();
         let settled = known.settled;
         let Some((command, since, last_error, count)) = oldest else {
             *known = Known { settled, ..Known::default() };
@@ -45,10 +60,10 @@ impl Progress {
         known.last_error = last_error;
     }
 
-    /// The trouble that is known, or that nothing moves, with what was said last; and what waits.
+    /// The trouble that is known, or that nothing is known, or that nothing moves, with what was said last; and what waits.
     pub(super) fn report(&self, trouble: Option<Trouble>) -> Report {
         let known = self.lock();
-        let trouble = trouble.or_else(|| {
+        let trouble = trouble.or_else(|| known.looks.trouble()).or_else(|| {
             let since = known.waiting?.still_since;
             let still = clock::monotonic().saturating_duration_since(since);
             let said = known.last_error.as_deref().unwrap_or("no answer yet");
@@ -56,5 +71,65 @@ impl Progress {
             (still >= STALLED_AFTER).then(|| Trouble { since: Some(since), ..Trouble::new(Cause::Stalled, reason) })
         });
         Report { trouble, waiting: known.waiting }
+    }
+}
+
+impl Intents {
+    /// `participant_intents{state}`: what is in doubt, or stays open for long, somebody has to look at.
+    pub(super) async fn keep_gauges(&self) {
+        loop {
+            // Alone: that something waits, and for how long, is known also when there is too much to be counted in time.
+            match self.bound().within(self.oldest()).await {
+                Ok(oldest) => self.progress.seen(oldest),
+                Err(error) => self.progress.missed(&error),
+            }
+            // The gauges keep their last values while the intents cannot be counted.
+            let counts = self.bound().within(self.counts()).await.inspect_err(|error| {
+                tracing::debug!(participant = self.participant.name, %error, "intents were not counted");
+            });
+            for (state, count) in counts.unwrap_or_default() {
+                #[allow(clippy::cast_precision_loss, reason = "a gauge is a float")]
+                metrics::gauge!("participant_intents", "participant" => self.participant.name, "state" => state)
+                    .set(count as f64);
+            }
+            tokio::time::sleep(GAUGE_EVERY).await;
+        }
+    }
+
+    async fn counts(&self) -> Result<Vec<(String, i64)>, sqlx::Error> {
+        let mut tx = self.begin().await?;
+        let counts = queue::counts(&mut tx).await?;
+        tx.commit_quietly().await?;
+        Ok(counts)
+    }
+
+    async fn oldest(&self) -> Result<Option<Oldest>, sqlx::Error> {
+        let mut tx = self.begin().await?;
+        let oldest = queue::oldest(&mut tx).await?;
+        tx.commit_quietly().await?;
+        Ok(oldest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn effects_that_cannot_be_looked_at_still_wait_and_that_is_said() {
+        let progress = Progress::default();
+        progress.seen(Some((Uuid::now_v7(), clock::now(), None, 7)));
+        let waiting = progress.report(None).waiting.expect("seven wait");
+        let slow = sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
+        progress.missed(&slow);
+        let report = progress.report(None);
+        assert_eq!((report.trouble, report.waiting), (None, Some(waiting)), "one look says nothing");
+        progress.missed(&slow);
+        progress.missed(&slow);
+        let report = progress.report(None);
+        assert_eq!(report.waiting, Some(waiting), "nothing of it was seen to move");
+        assert!(report.trouble.is_some_and(|trouble| trouble.reason.contains("what waits is not known")));
+        progress.seen(None);
+        assert_eq!(progress.report(None), Report::fine());
     }
 }

@@ -1,13 +1,13 @@
 //! What health asks the database.
 
 use crate::{
-    error_class::{is_pool_full, renew_connections},
+    error_class::is_pool_full,
     outbox::has_one_to_spare,
     part::{Cause, Report},
     service::database,
     transaction::{Bound, is_timeout, why_none},
 };
-use sqlx::PgPool;
+use sqlx::{ConnectOptions as _, Connection as _, PgExecutor, PgPool};
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
@@ -23,36 +23,54 @@ pub struct Needs {
     pub rights: &'static [&'static str],
 }
 
+/// How a session that may not write is known.
+macro_rules! read_only {
+    () => {
+        "pg_is_in_recovery() or current_setting('transaction_read_only') = 'on'"
+    };
+}
+
 /// What is not there of what callers need.
-pub(super) async fn missing(pool: &PgPool, needs: &[Needs]) -> Result<Report, sqlx::Error> {
+///
+/// # Errors
+/// When the database does not say.
+pub async fn missing(db: impl PgExecutor<'_>, needs: &[Needs]) -> Result<Report, sqlx::Error> {
     let pairs = needs.iter().flat_map(|need| need.rights.iter().map(|right| (need.table, *right)));
     let (tables, rights): (Vec<&str>, Vec<&str>) = pairs.unzip();
     let written = rights.iter().any(|right| *right != "select");
-    let (lacks, is_there, read_only): (Option<String>, bool, bool) = sqlx::query_as(
-        "select need.name || ': ' || need.privilege, coalesce(to_regclass(need.name) is not null, true),
-                pg_is_in_recovery() or current_setting('transaction_read_only') = 'on'
-           from (values (1)) as one
+    let (lacks, is_there, read_only): (Option<String>, bool, bool) = sqlx::query_as(concat!(
+        "select need.name || ': ' || need.privilege, coalesce(to_regclass(need.name) is not null, true), ",
+        read_only!(),
+        " from (values (1)) as one
            left join lateral (select name, privilege
                                 from unnest($1::text[], $2::text[]) as n (name, privilege)
                                where to_regclass(name) is null
                                   or not has_table_privilege(to_regclass(name), privilege)
                                order by to_regclass(name) is not null, name
                                limit 1) as need on true",
-    )
+    ))
     .bind(tables)
     .bind(rights)
-    .fetch_one(pool)
+    .fetch_one(db)
     .await?;
     Ok(match lacks {
         Some(lacks) if is_there => Report::red(Cause::RightMissing, format!("a right is missing: {lacks}")),
         Some(lacks) => Report::red(Cause::TableMissing, format!("a table is missing: {lacks}")),
-        None if read_only && written => {
-            // Sessions may be read-only that began before a failover, while new ones are not.
-            renew_connections();
-            Report::red(Cause::DatabaseReadOnly, "the database takes no writes")
-        }
+        None if read_only && written => Report::red(Cause::DatabaseReadOnly, "the database takes no writes"),
         None => Report::fine(),
     })
+}
+
+/// Whether a session that begins now takes writes. Those of the pool may have begun before a failover. To replace them is of no use,
+/// and costs every request, while new ones take none either.
+pub(super) async fn a_new_session_writes(pool: &PgPool) -> bool {
+    let ask = async {
+        let mut connection = pool.connect_options().connect().await?;
+        let read_only: bool = sqlx::query_scalar(concat!("select ", read_only!())).fetch_one(&mut connection).await?;
+        connection.close().await?;
+        Ok::<bool, sqlx::Error>(!read_only)
+    };
+    Bound::new(POOL_MAX).within(ask).await.unwrap_or(false)
 }
 
 /// The database's clock; of a pool that gives no connection, why.
@@ -64,4 +82,29 @@ pub(super) async fn hear_clock(pool: &PgPool) -> Result<(OffsetDateTime, Instant
     }
     let why = async { Err(why_none(pool, sqlx::Error::PoolTimedOut).await) };
     Bound::new(POOL_MAX / 2).within(why).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testkit::TestDatabase;
+
+    #[tokio::test]
+    async fn sessions_are_replaced_only_when_new_ones_take_writes() {
+        const WRITTEN: &[Needs] = &[Needs { table: "item", rights: &["select", "insert"] }];
+        let database = TestDatabase::new(&[]).await;
+        sqlx::query("create table item (sku text)").execute(&database.pool).await.unwrap();
+        let read_only = "do $$ begin
+             execute format('alter database %I set default_transaction_read_only = on', current_database());
+         end $$";
+        sqlx::query(read_only).execute(&database.pool).await.unwrap();
+        let old = PgPool::connect(&database.url).await.unwrap();
+        let cause = async || missing(&old, WRITTEN).await.unwrap().trouble.map(|trouble| trouble.cause);
+        assert_eq!(cause().await, Some(Cause::DatabaseReadOnly));
+        assert!(!a_new_session_writes(&old).await, "the database takes no writes");
+        let writes = read_only.replace("set default_transaction_read_only = on", "reset default_transaction_read_only");
+        sqlx::query(sqlx::AssertSqlSafe(writes)).execute(&database.pool).await.unwrap();
+        assert_eq!(cause().await, Some(Cause::DatabaseReadOnly), "this session began before");
+        assert!(a_new_session_writes(&old).await);
+    }
 }

@@ -6,8 +6,36 @@ use crate::{
     part::{Cause, Report, Trouble, Waiting},
 };
 use serde::Serialize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use time::OffsetDateTime;
+
+/// How long a full pool excuses a check that callers depend on and that could not be asked. Callers wait as it does, so this is about
+/// as long as one of them would.
+const BUSY_MAX: Duration = Duration::from_secs(30);
+
+/// A part as it was last seen.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    pub(super) concern: Concern,
+    pub(super) standing: Standing,
+    /// When it last said something of itself.
+    answered: Instant,
+}
+
+impl Part {
+    /// What a report comes to. How busy a process is says nothing of whether it can be sent requests: while the pool is `full`, what
+    /// could not be asked stands as it stood. It does so for a bound only, because a table that is locked fills the pool, too.
+    pub(super) fn seen(concern: Concern, report: &Report, before: Option<&Self>, full: bool, now: Instant) -> Self {
+        let cause = report.trouble.as_ref().map(|trouble| trouble.cause);
+        let unasked = full && concern == Concern::Callers && matches!(cause, Some(Cause::NoAnswer | Cause::PoolFull));
+        let answered = before.filter(|_| unasked).map_or(now, |before| before.answered);
+        let standing = match before {
+            Some(before) if unasked && now.saturating_duration_since(answered) < BUSY_MAX => before.standing.clone(),
+            _ => Standing::judged(report, before.map(|before| &before.standing), now),
+        };
+        Self { concern, standing, answered }
+    }
+}
 
 /// How a part stood when it was last asked.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -45,8 +73,10 @@ impl Standing {
     fn red(trouble: Trouble, before: Option<&Self>, now: Instant) -> Self {
         let began = trouble.since.unwrap_or(now);
         let began = clock::now() - now.saturating_duration_since(began);
-        // The cause may change while it is red; since when it is red does not.
-        let since = before.and_then(|before| before.since).map_or(began, |before| before.min(began));
+        // The cause may change while it is red; since when it is red does not. But a start and an operator's pause are no fault, and
+        // have ages of their own.
+        let before = before.filter(|before| goes_on(before.cause, trouble.cause)).and_then(|before| before.since);
+        let since = before.map_or(began, |before| before.min(began));
         Self {
             state: State::Red,
             cause: Some(trouble.cause),
@@ -57,16 +87,16 @@ impl Standing {
         }
     }
 
-    pub(super) fn of(cause: Cause, reason: &str) -> Self {
-        let now = clock::monotonic();
-        Self::red(Trouble::new(cause, reason), None, now)
+    /// How the process itself stands.
+    pub(super) fn of_process(trouble: Option<Trouble>, before: Option<&Self>) -> Self {
+        trouble.map_or_else(Self::ok, |trouble| Self::red(trouble, before, clock::monotonic()))
     }
 
     fn ok() -> Self {
         Self { state: State::Ok, cause: None, since: None, waiting: None, oldest: None, reason: None }
     }
 
-    pub(super) fn judged(report: &Report, before: Option<&Self>, now: Instant) -> Self {
+    fn judged(report: &Report, before: Option<&Self>, now: Instant) -> Self {
         let standing = report.verdict(now).map_or_else(Self::ok, |trouble| Self::red(trouble, before, now));
         let Some(Waiting { items, oldest, .. }) = report.waiting else { return standing };
         Self { waiting: items, oldest, ..standing }
@@ -79,6 +109,11 @@ impl Standing {
     pub(super) fn is_red(&self) -> bool {
         self.state == State::Red
     }
+}
+
+/// Whether a part that was red because of `was` is red for as long because of `is`.
+fn goes_on(was: Option<Cause>, is: Cause) -> bool {
+    was == Some(is) || is != Cause::Paused && !matches!(was, Some(Cause::Starting | Cause::Paused))
 }
 
 /// Logs a part's change, once, and keeps the metrics.
@@ -99,6 +134,12 @@ pub(super) fn tell(name: &Name, concern: Concern, before: Option<&Standing>, now
         (Some(_), None) => tracing::info!(check = %name, "in order again"),
         (Some(_), Some(_)) | (None, None) => {}
     }
+    measure(name, concern, before, now);
+}
+
+/// Keeps a part's metrics.
+pub(super) fn measure(name: &Name, concern: Concern, before: Option<&Standing>, now: &Standing) {
+    let (was, is) = (before.and_then(|before| before.cause), now.cause);
     let gauge = |cause: Option<Cause>| {
         let reason = cause.map_or("none", Cause::as_str);
         metrics::gauge!("work_stalled_seconds", "part" => name.clone(), "reason" => reason)
@@ -120,10 +161,61 @@ pub(in crate::service) fn describe() {
         metrics::Unit::Seconds,
         "For how long a part of this process has not done its work, by part and cause; 0 while it does"
     );
-    metrics::describe_gauge!("ready", "1 while what callers need is there, by check");
+    metrics::describe_gauge!("ready", "1 while what callers need is there, by check; `process` is the process itself");
     metrics::describe_gauge!(
         "health_age_seconds",
         metrics::Unit::Seconds,
         "How long ago the parts were last asked; what is older than 15 s says nothing"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(start: Instant, seconds: u64) -> Instant {
+        start + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_full_pool_excuses_a_check_for_a_while_and_never_turns_red_into_green() {
+        let start = clock::monotonic();
+        let no_answer = || Report::red(Cause::NoAnswer, "no answer within 2s");
+        let no_connection = || Report::red(Cause::PoolFull, "the pool is full");
+        let seen = |report: Report, before: Option<&Part>, full, seconds| {
+            Part::seen(Concern::Callers, &report, before, full, at(start, seconds))
+        };
+        let fine = seen(Report::fine(), None, false, 0);
+        let excused = seen(no_connection(), Some(&fine), true, 10);
+        let excused = seen(no_answer(), Some(&excused), true, 29);
+        assert_eq!(excused.standing.word(), "ok");
+        let too_long = seen(no_connection(), Some(&excused), true, 30);
+        assert_eq!(too_long.standing.word(), "pool_full", "callers have not been served for as long");
+        let answered = seen(Report::fine(), Some(&too_long), true, 32);
+        assert_eq!(seen(no_connection(), Some(&answered), true, 61).standing.word(), "ok", "it is counted anew");
+
+        let locked = seen(no_answer(), Some(&fine), false, 1);
+        assert_eq!(locked.standing.word(), "no_answer", "nothing excuses it while the pool has connections");
+        assert_eq!(seen(no_connection(), Some(&locked), true, 3).standing.word(), "no_answer");
+        assert_eq!(seen(no_connection(), None, true, 0).standing.word(), "pool_full", "it never answered");
+        let refused = Report::red(Cause::TableMissing, "no table");
+        assert_eq!(seen(refused, Some(&fine), true, 1).standing.word(), "table_missing");
+    }
+
+    #[test]
+    fn since_goes_on_through_causes_but_not_from_a_start_nor_through_a_pause() {
+        let hours = |was: Cause, is: Cause| {
+            let two_hours_ago = clock::now() - Duration::from_secs(7_200);
+            let was = Standing::judged(&Report::red(was, "why"), None, clock::monotonic());
+            let was = Standing { since: Some(two_hours_ago), ..was };
+            let is = Standing::judged(&Report::red(is, "why"), Some(&was), clock::monotonic());
+            (clock::now() - is.since.unwrap()).whole_hours()
+        };
+        assert_eq!(hours(Cause::KafkaAway, Cause::Stalled), 2, "it has been red all the time");
+        assert_eq!(hours(Cause::Paused, Cause::KafkaAway), 0, "Kafka's blip is no older than itself");
+        assert_eq!(hours(Cause::KafkaAway, Cause::Paused), 0, "nor is a pause");
+        assert_eq!(hours(Cause::Paused, Cause::Paused), 2);
+        assert_eq!(hours(Cause::Starting, Cause::TableMissing), 0);
+        assert_eq!(hours(Cause::Starting, Cause::Starting), 2);
+    }
 }

@@ -1,0 +1,149 @@
+//! What each process says: `/livez`, `/readyz`, `/health` and the metrics, all of it, also what stays green.
+
+use crate::broken::Broken;
+use e2e::platform::{Platform, SETTLED};
+use serde_json::Value;
+use stack::service::Service;
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+/// Seen by the next look, or the one after it, however busy the machine is; and by the brokers' clients.
+pub(crate) const SEEN: Duration = Duration::from_secs(60);
+/// How long a look may take: one that ended later than that after the fault began after it.
+const LOOK: Duration = Duration::from_millis(2_500);
+
+/// Names, each with the causes of which it says one.
+pub(crate) type Reds = &'static [(&'static str, &'static [&'static str])];
+
+/// What a process says: what `/readyz` names (nothing: it is ready), and what `/health` does beside that. No more and no less.
+pub(crate) struct Says {
+    pub(crate) service: Service,
+    pub(crate) not_ready: Reds,
+    pub(crate) red: Reds,
+    /// Parts of which `/health` may, or may not: whether they have work at that moment is chance.
+    pub(crate) may: &'static [&'static str],
+}
+
+pub(crate) const fn not_ready(service: Service, not_ready: Reds, red: Reds) -> Says {
+    Says { service, not_ready, red, may: &[] }
+}
+
+pub(crate) const fn stays_ready(service: Service, red: Reds) -> Says {
+    not_ready(service, &[], red)
+}
+
+/// It has nothing to do with it.
+pub(crate) const fn fine(service: Service) -> Says {
+    stays_ready(service, &[])
+}
+
+/// One of the answers, with its body; `None` while there is none.
+async fn asked(platform: &Platform, service: Service, path: &str) -> Option<(u16, Value)> {
+    let answer = platform.http.get(platform.admin(service, path)).send().await.ok()?;
+    let status = answer.status().as_u16();
+    Some((status, serde_json::from_str(&answer.text().await.ok()?).unwrap_or(Value::Null)))
+}
+
+/// The names that are not in order, with their causes.
+fn reds<'a>(all: &'a Value, cause: impl Fn(&'a Value) -> Option<&'a str>) -> BTreeMap<&'a str, &'a str> {
+    let all = all.as_object().into_iter().flatten();
+    all.filter_map(|(name, it)| Some((name.as_str(), cause(it)?))).collect()
+}
+
+/// Whether these are the expected names, each with one of its causes.
+fn is_exactly<'e>(
+    found: &BTreeMap<&str, &str>,
+    expected: impl Iterator<Item = &'e (&'static str, &'static [&'static str])>,
+) -> bool {
+    let expected: BTreeMap<_, _> = expected.copied().collect();
+    found.keys().eq(expected.keys()) && found.iter().all(|(name, cause)| expected[name].contains(cause))
+}
+
+/// Whether all answers of a process are those, from a look that began after `broken`; what they are otherwise.
+async fn are(platform: &Platform, broken: Instant, says: &Says) -> Result<(), String> {
+    let since_then = broken.elapsed();
+    let ask = async |path: &str| asked(platform, says.service, path).await.ok_or(format!("{path}: no answer"));
+    let (live, _) = ask("/livez").await?;
+    let (status, ready) = ask("/readyz").await?;
+    let (healthy, health) = ask("/health").await?;
+    let otherwise = || Err(format!("/livez {live}, /readyz {status} {ready}, /health {healthy} {health}"));
+    let age = Duration::from_secs_f64(ready["age_seconds"].as_f64().unwrap_or(f64::from(u16::MAX)));
+    // What is red shows by itself that the look is new enough; what is green does not.
+    if says.red.is_empty() && says.not_ready.is_empty() && age + LOOK > since_then {
+        return Err(format!("its last look is {age:?} old"));
+    }
+    let not_ready = reds(&ready["checks"], |check| check.as_str().filter(|word| *word != "ok"));
+    let red = reds(&health["parts"], |part| part["since"].is_string().then(|| part["cause"].as_str()).flatten());
+    let mut sure = red.clone();
+    sure.retain(|part, _| !says.may.contains(part));
+    let statuses = [live, status, healthy];
+    let expected = [200, if not_ready.is_empty() { 200 } else { 503 }, if red.is_empty() { 200 } else { 503 }];
+    let all = says.not_ready.iter().chain(says.red);
+    if statuses != expected || !is_exactly(&not_ready, says.not_ready.iter()) || !is_exactly(&sure, all) {
+        return otherwise();
+    }
+    let checks = ready["checks"].as_object().ok_or("no checks")?;
+    let ready = checks.keys().map(|check| {
+        let value = if not_ready.contains_key(check.as_str()) { "0" } else { "1" };
+        (format!("ready{{check=\"{check}\"}} "), value)
+    });
+    measured(platform, says.service, ready.collect(), &red).await
+}
+
+/// Whether the metrics say the same.
+async fn measured(
+    platform: &Platform,
+    service: Service,
+    ready: Vec<(String, &str)>,
+    red: &BTreeMap<&str, &str>,
+) -> Result<(), String> {
+    let answer = platform.http.get(platform.admin(service, "/metrics")).send().await.map_err(|e| e.to_string())?;
+    let metrics = answer.text().await.map_err(|e| e.to_string())?;
+    let value = |series: &str| metrics.lines().find_map(|line| line.strip_prefix(series));
+    for (series, expected) in ready {
+        if value(&series) != Some(expected) {
+            return Err(format!("/metrics says {:?} of {series}", value(&series)));
+        }
+    }
+    for (part, cause) in red {
+        let series = format!("work_stalled_seconds{{part=\"{part}\",reason=\"{cause}\"}} ");
+        if value(&series).is_none_or(|value| value == "0") {
+            return Err(format!("/metrics does not say that {part} stands still"));
+        }
+    }
+    Ok(())
+}
+
+pub(crate) async fn until_they_say(platform: &Platform, broken: Broken, says: &[Says]) {
+    let begin = Instant::now();
+    for says in says {
+        let mut last = String::new();
+        let said = tokio::time::timeout(SEEN, async {
+            while let Err(otherwise) = are(platform, begin, says).await {
+                last = otherwise;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+        assert!(said.await.is_ok(), "{broken:?}: {} says {last}", says.service);
+    }
+}
+
+/// Everything is in order.
+pub(crate) async fn until_healthy(platform: &Platform, after: Broken) {
+    for service in Service::ALL {
+        let mut last = Value::Null;
+        let healthy = tokio::time::timeout(SETTLED, async {
+            loop {
+                match asked(platform, service, "/v1/health").await {
+                    Some((200, _)) => return,
+                    Some((_, health)) => last = health,
+                    None => {}
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+        assert!(healthy.await.is_ok(), "after {after:?}: {service} says {last}");
+    }
+}

@@ -1,0 +1,260 @@
+//! Each dependency is broken in each way, and `/livez`, `/readyz`, `/health` and the metrics say what that means, each for its own
+//! readers, and no more than that. Then it is mended, and orders go through.
+//!
+//! What takes a broker that lies (a partition without a leader, a topic without rights) is in saga-core's and the relay's own tests,
+//! on librdkafka's mock cluster.
+
+mod answers;
+mod broken;
+
+use answers::{Reds, Says, fine, not_ready, stays_ready, until_healthy, until_they_say};
+use broken::{Broken, delete_topic, make_topic, sql};
+use e2e::{
+    orders::Wish,
+    platform::{Platform, SETTLED, unaudited},
+};
+use serde_json::Value;
+use stack::service::Service::{Gateway, Inventory, Orders, Payments, Relay};
+
+const AWAY: &[&str] = &["database_away", "no_answer"];
+const NO_KAFKA: &[&str] = &["kafka_away"];
+/// A broker that stands still is not noticed by the consumers alone: it hands their partitions to nobody.
+const SILENT: &[&str] = &["kafka_away", "unassigned"];
+const READ_ONLY: &[&str] = &["database_read_only", "database_away"];
+const OUTBOXES_AWAY: Reds = &[("outbox:orders", AWAY), ("outbox:payments", AWAY), ("outbox:inventory", AWAY)];
+const OUTBOXES_WITHOUT_KAFKA: Reds =
+    &[("outbox:orders", NO_KAFKA), ("outbox:payments", NO_KAFKA), ("outbox:inventory", NO_KAFKA)];
+
+/// What is broken, and what each process concerned says.
+type Table = [(Broken, &'static [Says])];
+
+/// Servers that die or stand still.
+const SERVERS: &Table = &[
+    (
+        Broken::Postgres,
+        &[
+            not_ready(
+                Orders,
+                &[("database", AWAY), ("tables", AWAY), ("orders", AWAY)],
+                &[("replies", AWAY), ("timers", AWAY), ("catalogue", AWAY)],
+            ),
+            not_ready(
+                Payments,
+                &[("database", AWAY), ("tables", AWAY), ("payments", AWAY)],
+                &[("commands", AWAY), ("effects", AWAY)],
+            ),
+            not_ready(Inventory, &[("database", AWAY), ("tables", AWAY), ("items", AWAY)], &[("commands", AWAY)]),
+            not_ready(Gateway, &[("database", AWAY), ("tables", AWAY)], &[]),
+            not_ready(Relay, &[("databases", AWAY)], OUTBOXES_AWAY),
+        ],
+    ),
+    (
+        Broken::PostgresHangs,
+        &[
+            not_ready(
+                Orders,
+                &[("database", AWAY), ("tables", AWAY), ("orders", AWAY)],
+                &[("replies", AWAY), ("catalogue", AWAY)],
+            ),
+            not_ready(Relay, &[("databases", AWAY)], OUTBOXES_AWAY),
+        ],
+    ),
+    (
+        Broken::Kafka,
+        &[
+            stays_ready(Orders, &[("kafka", NO_KAFKA), ("replies", NO_KAFKA), ("catalogue", NO_KAFKA)]),
+            stays_ready(Payments, &[("kafka", NO_KAFKA), ("commands", NO_KAFKA)]),
+            stays_ready(Inventory, &[("kafka", NO_KAFKA), ("commands", NO_KAFKA)]),
+            fine(Gateway),
+            stays_ready(Relay, OUTBOXES_WITHOUT_KAFKA),
+        ],
+    ),
+    (
+        Broken::KafkaHangs,
+        &[
+            stays_ready(Orders, &[("kafka", NO_KAFKA), ("replies", SILENT), ("catalogue", SILENT)]),
+            fine(Gateway),
+            Says { may: &["outbox:orders", "outbox:payments", "outbox:inventory"], ..fine(Relay) },
+        ],
+    ),
+];
+
+/// A database that answers, and lacks something.
+const DATABASES: &Table = &[
+    (
+        Broken::Table("orders", "catalogue"),
+        &[
+            not_ready(
+                Orders,
+                &[("tables", &["table_missing"]), ("orders", &["table_missing"])],
+                &[("catalogue", &["table_missing"])],
+            ),
+            fine(Payments),
+            fine(Relay),
+        ],
+    ),
+    // What only the consumer needs takes no traffic away.
+    (
+        Broken::Table("orders", "inbox_parked"),
+        &[stays_ready(Orders, &[("replies", &["table_missing"]), ("catalogue", &["table_missing"])])],
+    ),
+    (
+        Broken::Right("select", "catalogue"),
+        &[not_ready(
+            Orders,
+            &[("tables", &["right_missing"]), ("orders", &["right_missing"])],
+            &[("catalogue", &["right_missing"])],
+        )],
+    ),
+    (
+        Broken::ReadOnly("orders"),
+        &[
+            Says {
+                // They notice when there is something to write.
+                may: &["replies", "catalogue"],
+                ..not_ready(Orders, &[("tables", &["database_read_only"])], &[("timers", &["database_read_only"])])
+            },
+            // Another one's.
+            fine(Payments),
+        ],
+    ),
+    // Its callers only read.
+    (
+        Broken::ReadOnly("payments"),
+        &[stays_ready(Payments, &[("commands", READ_ONLY), ("effects", READ_ONLY)]), fine(Orders)],
+    ),
+    (Broken::Catalogue, &[stays_ready(Orders, &[("catalogue", &["empty"])]), fine(Inventory)]),
+];
+
+/// Topics that are gone, the provider; and tables that only writes, or other tables' readers, need.
+const TOPICS: &Table = &[
+    (
+        Broken::Topic("orders.replies"),
+        &[
+            stays_ready(Orders, &[("replies", &["topic_missing"])]),
+            stays_ready(Relay, &[("outbox:payments", &["topic_missing"])]),
+        ],
+    ),
+    (
+        Broken::Topic("payments.commands"),
+        &[
+            stays_ready(Payments, &[("commands", &["topic_missing"])]),
+            stays_ready(Relay, &[("outbox:orders", &["topic_missing"])]),
+            fine(Inventory),
+        ],
+    ),
+    (Broken::Provider, &[stays_ready(Payments, &[("effects", &["stalled"])]), fine(Orders)]),
+    // A read would not notice.
+    (Broken::Right("insert", "outbox"), &[not_ready(Orders, &[("tables", &["right_missing"])], &[])]),
+    (
+        Broken::Table("orders", "outbox"),
+        &[
+            Says {
+                // A reply to the last order may be under way.
+                may: &["replies"],
+                ..not_ready(Orders, &[("tables", &["table_missing"])], &[])
+            },
+            // It asks of one outbox only that its requests are answered.
+            stays_ready(Relay, &[("outbox:orders", &["table_missing"])]),
+            fine(Payments),
+        ],
+    ),
+    (
+        Broken::Table("orders", "saga"),
+        &[
+            not_ready(
+                Orders,
+                &[("tables", &["table_missing"]), ("orders", &["table_missing"])],
+                &[("timers", &["table_missing"])],
+            ),
+            fine(Relay),
+        ],
+    ),
+    (
+        Broken::Locked("orders"),
+        &[
+            Says {
+                // What else wants a connection at that moment, and gets none.
+                may: &["replies", "timers", "catalogue"],
+                ..not_ready(Orders, &[("orders", &["no_answer"])], &[("connections", &["pool_full"])])
+            },
+            fine(Payments),
+        ],
+    ),
+];
+
+/// An order is placed, and confirmed.
+async fn an_order_goes_through(platform: &Platform, sku: &str, after: &str) {
+    let order = platform.place(&Wish::of(sku, 1)).await;
+    let ended = tokio::time::timeout(SETTLED, platform.outcome(order)).await;
+    assert_eq!(ended.as_deref(), Ok("confirmed"), "after {after}");
+}
+
+/// Breaks one after the other, hears all answers, mends it, and places an order.
+fn each_is_told(table: &'static Table) {
+    unaudited(async |platform| {
+        let sku = platform.item("health", 100, 10_000).await;
+        an_order_goes_through(platform, &sku, "the start").await;
+        for (broken, says) in table {
+            eprintln!("{broken:?}");
+            broken.breaks(platform, &sku).await;
+            until_they_say(platform, *broken, says).await;
+            broken.mended(platform).await;
+            until_healthy(platform, *broken).await;
+            an_order_goes_through(platform, &sku, &format!("{broken:?}")).await;
+        }
+    });
+}
+
+#[test]
+fn servers_that_die_or_stand_still_are_told_by_each_answer_to_whom_it_concerns() {
+    each_is_told(SERVERS);
+}
+
+#[test]
+fn what_a_database_lacks_is_told_by_each_answer_to_whom_it_concerns() {
+    each_is_told(DATABASES);
+}
+
+#[test]
+fn topics_and_a_provider_that_fail_are_told_by_each_answer_to_whom_it_concerns() {
+    each_is_told(TOPICS);
+}
+
+#[test]
+fn a_topic_that_is_deleted_and_made_again_at_once_is_read_from_its_new_begin() {
+    unaudited(async |platform| {
+        let sku = platform.item("again", 100, 10_000).await;
+        an_order_goes_through(platform, &sku, "the start").await;
+        // Now the leaders' epochs are later than those of a topic that is made anew.
+        let kafka = platform.stack.servers().kafka.as_ref().expect("the stack started its own");
+        for _ in 0..2 {
+            kafka.process.kill();
+            kafka.restart().await.expect("Kafka comes back");
+        }
+        an_order_goes_through(platform, &sku, "Kafka's restarts").await;
+        let before = platform.log_size(Orders);
+        for topic in ["orders.replies", "payments.commands", "orders.replies"] {
+            delete_topic(platform, topic).await;
+            make_topic(platform, topic).await;
+            an_order_goes_through(platform, &sku, topic).await;
+        }
+        let again = |line: &Value| line["message"] == "the topic is read again from its begin";
+        assert!(platform.lines(Orders, before).iter().any(again), "order-svc did not notice");
+        until_healthy(platform, Broken::Topic("made again")).await;
+    });
+}
+
+#[test]
+fn a_column_that_is_added_under_a_running_service_costs_no_order() {
+    unaudited(async |platform| {
+        let sku = platform.item("column", 100, 10_000).await;
+        an_order_goes_through(platform, &sku, "the start").await;
+        for table in ["orders", "saga", "catalogue", "inbox_parked", "outbox"] {
+            sql(platform, "orders", &format!("alter table {table} add column noted text")).await;
+            an_order_goes_through(platform, &sku, table).await;
+        }
+        until_they_say(platform, Broken::Catalogue, &[stays_ready(Orders, &[])]).await;
+        until_healthy(platform, Broken::Catalogue).await;
+    });
+}
