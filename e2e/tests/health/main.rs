@@ -162,11 +162,14 @@ const TOPICS: &Table = &[
     (
         Broken::Table("orders", "saga"),
         &[
-            not_ready(
-                Orders,
-                &[("tables", &["table_missing"]), ("orders", &["table_missing"])],
-                &[("timers", &["table_missing"])],
-            ),
+            Says {
+                may: &["replies"],
+                ..not_ready(
+                    Orders,
+                    &[("tables", &["table_missing"]), ("orders", &["table_missing"])],
+                    &[("timers", &["table_missing"])],
+                )
+            },
             fine(Relay),
         ],
     ),
