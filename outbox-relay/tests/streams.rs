@@ -243,7 +243,7 @@ async fn pause(world: &World, topic: &str) -> Value {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_resumed_topic_is_back_long_before_the_others_backlog_is_gone() {
-    let rows = size(300_000, 5_000_000);
+    let rows = size(600_000, 5_000_000);
     let world = World::new().await;
     let rare = unique("rare");
     create_topic(&rare, 1).await;
