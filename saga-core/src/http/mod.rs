@@ -10,8 +10,8 @@
 //! | [`idempotency`] | `Idempotency-Key`: the answer is stored in the transaction of its effect |
 //! | [`sagas`] | inspection of sagas, for the admin listener |
 //! | [`hosts`] | pages of other sites are refused: `Host`, `Origin`, forms |
-//! | [`connections`] | a bound on open connections; one that waits for its client makes room |
-//! | [`admission`] | a body of its own time, then a slot; handlers that a hang-up cannot cancel |
+//! | `connections` | a bound on open connections; one that waits for its client makes room |
+//! | `admission` | a body of its own time, then a slot; handlers that a hang-up cannot cancel |
 //! | [`api`] | limits, timeouts, request ids, traces, panics around every API |
 
 mod admission;
