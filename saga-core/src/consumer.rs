@@ -211,8 +211,8 @@ pub trait Handler: Send + Sync + 'static {
         false
     }
 
-    /// Called with messages that are given up, each with the reason, in the transaction that dead-letters them: whoever waits for
-    /// an answer can be given one. It must not fail for anything that such a message says.
+    /// Called with messages that are given up, each with the reason, in the transaction that dead-letters them, so that the handler
+    /// can answer them. It must not fail for anything that such a message says.
     fn gave_up(
         &self,
         _tx: &mut Tx<'_>,

@@ -3,7 +3,7 @@
 //! Kafka keeps a group's offsets by the topic's name. An offset of a topic that was deleted means nothing in the one that was made
 //! again, and it may be committed after that: records were in hand. So each offset is committed with the id of its topic, and one
 //! with another id is not used, in whichever process and however late. An offset without an id, an operator's or that of an older
-//! version, is believed.
+//! version, is believed; so is one with metadata that is no id, which another program left.
 
 use super::{ConsumerConfig, client};
 use crate::clock;
@@ -52,7 +52,7 @@ impl Start {
     /// `committed` is what the group has come to, with the id of the topic that it is of.
     fn of(id: Option<&str>, committed: Option<(i64, &str)>, rewind: Option<&Rewind>) -> Self {
         let of_now = committed.is_some_and(|(_, of)| id == Some(of));
-        let of_another = committed.is_some_and(|(_, of)| !of.is_empty() && id.is_some_and(|id| id != of));
+        let of_another = committed.is_some_and(|(_, of)| is_id(of) && id.is_some_and(|id| id != of));
         let instead = match rewind {
             _ if of_another => Some(Offset::Beginning),
             Some(Rewind { of: Some(of), end }) if id == Some(of) => {
@@ -65,6 +65,11 @@ impl Start {
         let group = committed.map(|(offset, _)| offset).filter(|_| instead.is_none());
         Self { id: id.map(str::to_owned), group, instead }
     }
+}
+
+/// Whether a text may be a topic's id: 16 bytes in URL-safe base64, without padding.
+fn is_id(text: &str) -> bool {
+    text.len() == 22 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
 /// What the brokers said of partitions.
@@ -154,12 +159,14 @@ mod tests {
     #[test]
     fn only_an_offset_of_the_topic_that_is_there_now_is_gone_on_from() {
         let instead = |id, committed| Start::of(id, committed, None).instead;
-        assert_eq!(instead(Some("a"), Some((5, "a"))), None);
-        assert_eq!(instead(Some("b"), Some((5, "a"))), Some(Offset::Beginning));
-        // An operator's, and where the brokers know no ids.
-        assert_eq!(instead(Some("b"), Some((5, ""))), None);
-        assert_eq!(instead(None, Some((5, "a"))), None);
-        assert_eq!(instead(Some("b"), None), None);
+        let (was, is) = ("bX6zZbVwQ1iN1C0hGkYl3w", "0OdD4H3gTDSwv4tPVPwPCg");
+        assert_eq!(instead(Some(was), Some((5, was))), None);
+        assert_eq!(instead(Some(is), Some((5, was))), Some(Offset::Beginning));
+        // An operator's, another program's, and where the brokers know no ids.
+        assert_eq!(instead(Some(is), Some((5, ""))), None);
+        assert_eq!(instead(Some(is), Some((5, "moved by hand on Monday"))), None);
+        assert_eq!(instead(None, Some((5, was))), None);
+        assert_eq!(instead(Some(is), None), None);
     }
 
     #[test]

@@ -27,7 +27,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
 
-/// Who is let in.
+/// Lets requests in, and gives each a slot.
 #[derive(Clone)]
 pub(super) struct Admission {
     limits: Limits,
