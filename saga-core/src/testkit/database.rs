@@ -90,15 +90,14 @@ impl Drop for TestDatabase {
     fn drop(&mut self) {
         let (server, name) = (self.server.clone(), self.name.clone());
         // A thread with a runtime of its own: the test's runtime may be the one that is being torn down.
-        let dropping = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+        super::waiting::clean_up(move || {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
             runtime.block_on(async {
-                let mut admin = PgConnection::connect(&server).await.ok()?;
+                let Ok(mut admin) = PgConnection::connect(&server).await else { return };
                 let sql = AssertSqlSafe(format!("drop database if exists {name} with (force)"));
-                sqlx::query(sql).execute(&mut admin).await.ok()
-            })
+                sqlx::query(sql).execute(&mut admin).await.ok();
+            });
         });
-        dropping.join().ok();
     }
 }
 

@@ -76,11 +76,10 @@ impl Deref for TestTopic {
 impl Drop for TestTopic {
     fn drop(&mut self) {
         let names = [self.name.clone(), self.dead_letters()];
-        let deleting = std::thread::spawn(move || {
+        super::waiting::clean_up(move || {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
             futures::executor::block_on(ADMIN.delete_topics(&names, &AdminOptions::new())).ok();
         });
-        deleting.join().ok();
     }
 }
 

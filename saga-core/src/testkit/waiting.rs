@@ -2,8 +2,12 @@
 
 use std::{
     future::Future,
+    sync::mpsc,
     time::{Duration, Instant},
 };
+
+/// How long a test waits for what cleans up after it.
+const CLEANED_WITHIN: Duration = Duration::from_secs(3);
 
 /// Looks again and again until it sees what is waited for, or `deadline` has passed: then the last look's answer says what
 /// was there instead.
@@ -42,4 +46,17 @@ where
         let seen = within(deadline, look).await;
         seen.unwrap_or_else(|()| panic!("{caller}: the condition did not come true within {deadline:?}"))
     }
+}
+
+/// Runs `cleaning` on a thread of its own, and waits for its end, but not for ever.
+///
+/// A `drop` blocks its task. Another future of that task may have what the server waits for: `drop database` waits for every
+/// session that logs in meanwhile, whichever its database. After the bound both the test and the cleaning go on.
+pub(super) fn clean_up(cleaning: impl FnOnce() + Send + 'static) {
+    let (done, is_done) = mpsc::channel();
+    std::thread::spawn(move || {
+        cleaning();
+        done.send(()).ok();
+    });
+    is_done.recv_timeout(CLEANED_WITHIN).ok();
 }
