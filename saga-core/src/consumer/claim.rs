@@ -53,18 +53,28 @@ pub(super) enum Counted {
     },
 }
 
-/// Takes the partition for `owner`.
-pub(super) async fn claim(mut tx: Transaction, place: Place<'_>, owner: Uuid) -> Result<Claimed, sqlx::Error> {
+/// Takes the partition for `owner`. What was noted of another topic, which had the same name, is forgotten: its offsets mean nothing in
+/// the one with this id.
+pub(super) async fn claim(
+    mut tx: Transaction,
+    place: Place<'_>,
+    owner: Uuid,
+    topic_id: Option<&str>,
+) -> Result<Claimed, sqlx::Error> {
     let row = sqlx::query(
         "with before as (
-             select clean, record_offset, attempts
+             select clean, case when topic_id <> $5 then null else record_offset end as record_offset, attempts
                from inbox_partition
               where consumer = $1 and topic = $2 and partition = $3
          ), taken as (
-             insert into inbox_partition (consumer, topic, partition, owner, reader)
-             values ($1, $2, $3, $4, $4)
+             insert into inbox_partition as p (consumer, topic, partition, owner, reader, topic_id)
+             values ($1, $2, $3, $4, $4, $5)
                  on conflict (consumer, topic, partition)
-                 do update set owner = excluded.owner, reader = excluded.reader, clean = false, taken_at = now()
+                 do update set owner = excluded.owner, reader = excluded.reader, clean = false, taken_at = now(),
+                               topic_id = coalesce(excluded.topic_id, p.topic_id),
+                               generation = p.generation + case when p.topic_id <> excluded.topic_id then 1 else 0 end,
+                               attempts = case when p.topic_id <> excluded.topic_id then 0 else p.attempts end,
+                               record_offset = case when p.topic_id <> excluded.topic_id then null else p.record_offset end
          )
          select coalesce(clean, true) as clean, record_offset, attempts, clock_timestamp() as time,
                 extract(epoch from current_setting('idle_in_transaction_session_timeout')::interval)::float8 as silence
@@ -74,6 +84,7 @@ pub(super) async fn claim(mut tx: Transaction, place: Place<'_>, owner: Uuid) ->
     .bind(place.topic)
     .bind(place.partition)
     .bind(owner)
+    .bind(topic_id)
     .fetch_one(&mut **tx)
     .await?;
     tx.commit_quietly().await?;

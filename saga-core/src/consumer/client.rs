@@ -48,8 +48,8 @@ impl ClientContext for Context {
     /// What matters of it we say ourselves, once; the library repeats itself for as long as a broker is away. That a topic is
     /// another one under its old name it says nowhere else.
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        if let Some((topic, id)) = topic_id(text) {
-            self.pulse.topic_is(topic, id);
+        if let Some((topic, was, is)) = topic_id(text) {
+            self.pulse.topic_is(topic, was, is);
         }
         tracing::debug!(target: "librdkafka", ?level, facility, text);
     }
@@ -85,14 +85,14 @@ impl ConsumerContext for Context {
 /// What the library says for a topic that has no id.
 const NO_ID: &str = "AAAAAAAAAAAAAAAAAAAAAA";
 
-/// A topic, and the id that it has now. The library says so in its log when it sees the topic for the first time, and when it was
+/// A topic, the id that it had, and the one that it has now. The library says so in its log when it sees the topic for the first time, and when it was
 /// deleted and made again: it then goes on at the offset, and the leader's epoch, that it had in the old one.
-pub(super) fn topic_id(text: &str) -> Option<(&str, &str)> {
+pub(super) fn topic_id(text: &str) -> Option<(&str, Option<&str>, &str)> {
     let (topic, ids) = text.split_once(" changed id from ")?;
     let topic = topic.rsplit(' ').next()?;
-    let (_, now) = ids.split_once(" to ")?;
-    let now = now.trim_end();
-    (now != NO_ID && !topic.is_empty()).then_some((topic, now))
+    let (was, is) = ids.split_once(" to ")?;
+    let is = is.trim_end();
+    (is != NO_ID && !topic.is_empty()).then_some((topic, Some(was).filter(|was| *was != NO_ID), is))
 }
 
 /// Tells the library that a rebalance has been taken note of.
@@ -169,7 +169,9 @@ mod tests {
     #[test]
     fn a_topics_id_is_found_in_the_line_that_says_it() {
         let text = "[thrd:main]: Topic orders.replies changed id from AAAAAAAAAAAAAAAAAAAAAA to 0OdD4H3gTDSwv4tPVPwPCg";
-        assert_eq!(topic_id(text), Some(("orders.replies", "0OdD4H3gTDSwv4tPVPwPCg")));
+        assert_eq!(topic_id(text), Some(("orders.replies", None, "0OdD4H3gTDSwv4tPVPwPCg")));
+        let again = "Topic t changed id from 0OdD4H3gTDSwv4tPVPwPCg to XPPOU8MURl+b04EK7X3+Bw";
+        assert_eq!(topic_id(again), Some(("t", Some("0OdD4H3gTDSwv4tPVPwPCg"), "XPPOU8MURl+b04EK7X3+Bw")));
         assert_eq!(topic_id("Topic t changed id from 0OdD4H3gTDSwv4tPVPwPCg to AAAAAAAAAAAAAAAAAAAAAA"), None);
         assert_eq!(topic_id("[thrd:main]: Topic orders.replies partition count is zero"), None);
     }

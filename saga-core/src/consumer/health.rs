@@ -237,7 +237,7 @@ impl Pulse {
             let waits = away || refused.is_some() || ends.troubles.contains_key(&partition.0);
             let why = match found {
                 Found::Shrunk if !away => {
-                    rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), end: Some(end) });
+                    rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), tail: Some((end, place.read())) });
                     "it ends before what was read of it"
                 }
                 Found::Wedged if !waits && patience.ends(&partition, place.done(), now) => {
@@ -272,19 +272,21 @@ impl Pulse {
         });
     }
 
-    /// The client says which topic is there under this name. When it is another one than the one that was read, what is in it has
-    /// not been read. A record that comes twice changes nothing.
-    pub(super) fn topic_is(&self, topic: &str, id: &str) {
+    /// The client says which topic is there under this name, and which one was there before as far as it knows. When it is another one
+    /// than the one that was read, what is in it has not been read. A record that comes twice changes nothing.
+    pub(super) fn topic_is(&self, topic: &str, was: Option<&str>, is: &str) {
         let mut state = self.lock();
         let State { places, rewinds, .. } = &mut *state;
         let mut why = None;
-        for (partition, place) in
-            places.iter().filter(|((of, _), place)| of == topic && place.id.as_deref() != Some(id))
-        {
-            // Where the id was not known, the group's offset says whether it is of this topic.
-            why = Some(if place.id.is_some() { "it was deleted and made again" } else { "its id was not known" });
-            if place.id.is_some() {
-                rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), end: None });
+        for (partition, place) in places.iter().filter(|((of, _), _)| of == topic) {
+            let known = place.id.as_ref().map(|id| id.topic.as_str()).or(was);
+            if known == Some(is) && place.id.is_some() {
+                continue;
+            }
+            // Where no id was known, the group's offset says whether it is of this topic.
+            why = Some(if known.is_some() { "it was deleted and made again" } else { "its id was not known" });
+            if known.is_some() {
+                rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), tail: None });
             }
         }
         drop(state);

@@ -1,6 +1,10 @@
-//! What a consumer says to its group of how far it is: offsets, each with the id of its topic (`standing.rs` says why).
+//! How far a consumer is, committed to its group: offsets, each with the topic that it is of (`standing.rs` says why).
 
-use super::{client::Client, health::Pulse, standing::Rewind};
+use super::{
+    client::Client,
+    health::Pulse,
+    standing::{Rewind, TopicId},
+};
 use rdkafka::{
     Offset, TopicPartitionList,
     consumer::{CommitMode, Consumer as _},
@@ -12,15 +16,20 @@ use tokio::sync::watch;
 /// Stores offsets for a worker.
 pub(super) struct Offsets {
     client: Arc<Client>,
-    /// The id of the topic that they are of; see `standing.rs`.
-    id: Option<String>,
+    /// The topic that they are of, where that is known.
+    id: Option<TopicId>,
     /// The offset after what is done.
     done: watch::Sender<i64>,
 }
 
 impl Offsets {
-    pub(super) fn new(client: &Arc<Client>, id: Option<String>, done: watch::Sender<i64>) -> Self {
+    pub(super) fn new(client: &Arc<Client>, id: Option<TopicId>, done: watch::Sender<i64>) -> Self {
         Self { client: Arc::clone(client), id, done }
+    }
+
+    /// The topic's id without its cluster.
+    pub(super) fn topic_id(&self) -> Option<&str> {
+        self.id.as_ref().map(|id| id.topic.as_str())
     }
 
     pub(super) fn store(&self, topic: &str, partition: i32, last: i64) {
@@ -28,7 +37,7 @@ impl Offsets {
         self.done.send_replace(next);
         // The library refuses offsets of partitions that are not ours: that is what we want it to do.
         let stored =
-            place(topic, partition, next, self.id.as_deref()).and_then(|place| self.client.store_offsets(&place));
+            place(topic, partition, next, self.id.as_ref()).and_then(|place| self.client.store_offsets(&place));
         if let Err(error) = stored {
             tracing::debug!(topic, partition, offset = last, %error, "an offset was not stored");
         }
@@ -38,7 +47,7 @@ impl Offsets {
 /// Takes the group back to where partitions end that lost their tail: another member may get them, and they may have grown.
 pub(super) fn give_back(client: &Client, pulse: &Pulse, held: Vec<(String, i32)>) {
     for (topic, partition) in held {
-        let Some(Rewind { of: Some(id), end: Some(end) }) = pulse.rewind(&topic, partition) else { continue };
+        let Some(Rewind { of: Some(id), tail: Some((end, _)) }) = pulse.rewind(&topic, partition) else { continue };
         // What is stored goes back too, or closing would commit that.
         let back = place(&topic, partition, end, Some(&id)).and_then(|place| {
             client.store_offsets(&place)?;
@@ -51,12 +60,12 @@ pub(super) fn give_back(client: &Client, pulse: &Pulse, held: Vec<(String, i32)>
 }
 
 /// An offset of a partition, with the id of its topic.
-fn place(topic: &str, partition: i32, offset: i64, id: Option<&str>) -> KafkaResult<TopicPartitionList> {
+fn place(topic: &str, partition: i32, offset: i64, id: Option<&TopicId>) -> KafkaResult<TopicPartitionList> {
     let list = one(topic, partition);
     for mut element in list.elements() {
         element.set_offset(Offset::Offset(offset))?;
         if let Some(id) = id {
-            element.set_metadata(id);
+            element.set_metadata(&id.to_string());
         }
     }
     Ok(list)

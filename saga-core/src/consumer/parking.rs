@@ -1,6 +1,6 @@
 //! The SQL of `inbox_parked`.
 //!
-//! A lane is what shares a key. Its first row has a time for its next attempt, the rows behind it have none; when the
+//! A lane is what shares a key, in the order of the topic; a topic that is made again goes on behind the one that was deleted. Its first row has a time for its next attempt, the rows behind it have none; when the
 //! first leaves, the next gets one, in the same transaction. So a lane is never without somebody who will wake it.
 
 use super::{
@@ -78,12 +78,13 @@ async fn insert(
     let messages = &batch.messages;
     sqlx::query(
         "insert into inbox_parked (consumer, topic, partition, record_offset, lane, source, message_id, key, payload,
-                                   headers, record_time, attempts, next_attempt_at, error_class, reason)
+                                   headers, record_time, attempts, next_attempt_at, error_class, reason, generation)
          select $1, $2, $3, r.record_offset, r.lane, r.source, r.message_id, r.key, r.payload,
                 r.headers, r.record_time, $4,
                 -- What has no lane waits behind nothing.
                 coalesce(clock_timestamp() + make_interval(secs => $5), case when r.lane is null then clock_timestamp() end),
-                $6, $7
+                $6, $7,
+                coalesce((select generation from inbox_partition where consumer = $1 and topic = $2 and partition = $3), 0)
            from unnest($8::bigint[], $9::bigint[], $10::text[], $11::uuid[], $12::bytea[], $13::bytea[], $14::jsonb[],
                        $15::timestamptz[])
                 as r (record_offset, lane, source, message_id, key, payload, headers, record_time)
@@ -206,7 +207,7 @@ pub(super) async fn lane_in(
         "select *
            from inbox_parked
           where consumer = $1 and topic = $2 and partition = $3 and lane = $4
-          order by record_offset
+          order by generation, record_offset
           limit $5",
     )
     .bind(place.consumer)
@@ -241,7 +242,7 @@ async fn wake_in(tx: &mut Tx<'_>, place: Place<'_>, lanes: &[i64]) -> Result<(),
           where id in (select distinct on (lane) id
                          from inbox_parked
                         where consumer = $1 and topic = $2 and partition = $3 and lane = any($4)
-                        order by lane, record_offset)
+                        order by lane, generation, record_offset)
             and next_attempt_at is null",
     )
     .bind(place.consumer)

@@ -1,6 +1,9 @@
 //! How far a partition is, compared with where it ends: what waits in it, and when its client has to be made anew.
 
-use super::{buffer::Buffer, standing::Start};
+use super::{
+    buffer::Buffer,
+    standing::{Start, TopicId},
+};
 use crate::part::{Movement, Waiting};
 use std::{
     collections::BTreeMap,
@@ -23,8 +26,8 @@ pub(super) struct Place {
     buffer: Arc<Buffer>,
     /// The offset after what is done; negative until something is.
     done: watch::Receiver<i64>,
-    /// The id of its topic when reading it began.
-    pub(super) id: Option<String>,
+    /// Its topic when reading it began.
+    pub(super) id: Option<TopicId>,
     /// The offset that the client fetches next; negative while it does not know.
     pub(super) fetched: i64,
     /// The same, before the brokers were asked where the partition ends: no partition ends before that, unless it lost its tail.
@@ -64,6 +67,11 @@ impl Place {
 
     pub(super) fn done(&self) -> i64 {
         *self.done.borrow()
+    }
+
+    /// How far it has been read: no offset beyond that is of this process.
+    pub(super) fn read(&self) -> i64 {
+        self.done().max(self.fetched).max(self.buffer.reached().0.unwrap_or_default())
     }
 
     pub(super) fn compare(&mut self, end: i64, now: Instant) -> Found {
@@ -139,6 +147,7 @@ mod tests {
     use super::super::{
         ends::Ends,
         health::{ConsumerHealth, Pulse},
+        standing::Rewind,
     };
     use super::*;
     use crate::{
@@ -151,11 +160,15 @@ mod tests {
         statistics::{Broker, Partition, Topic},
     };
 
+    fn begins_in(topic: &str) -> Start {
+        Start { id: Some(TopicId { cluster: "c".into(), topic: topic.into() }), ..Start::default() }
+    }
+
     /// Reads partition 0 of `t`, whose id is `a`, up to here.
     fn pulse(done: i64) -> Arc<Pulse> {
         let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/places").unwrap();
         let pulse = Pulse::new("group", "localhost:1", &pool);
-        let start = Start { id: Some("a".into()), ..Start::default() };
+        let start = begins_in("a");
         pulse.reads("t", 0, Arc::new(Buffer::new(4, || {})), watch::channel(done).1, &start);
         Arc::new(pulse)
     }
@@ -189,14 +202,27 @@ mod tests {
     async fn a_topic_under_another_id_replaces_its_client_once() {
         let pulse = pulse(5);
         let anew = || pulse.anew().now_or_never().is_some();
-        pulse.topic_is("t", "a");
-        pulse.topic_is("another", "b");
+        pulse.topic_is("t", None, "a");
+        pulse.topic_is("another", Some("a"), "b");
         assert!(!anew());
-        pulse.topic_is("t", "b");
+        pulse.topic_is("t", Some("a"), "b");
         assert!(anew());
-        pulse.topic_is("t", "b");
+        pulse.topic_is("t", Some("a"), "b");
         assert!(!anew(), "that client is on its way out");
         assert!(pulse.rewind("t", 0).is_some() && pulse.rewind("another", 0).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_topic_of_unknown_id_that_is_made_again_is_read_from_its_begin() {
+        let pulse = pulse(5);
+        pulse.reads("u", 0, Arc::new(Buffer::new(4, || {})), watch::channel(5).1, &Start::default());
+        // A new client says so of each topic: which one it was before is not known.
+        pulse.topic_is("u", None, "a");
+        assert!(pulse.anew().now_or_never().is_some() && pulse.rewind("u", 0).is_none());
+        pulse.begins(clock::monotonic());
+        pulse.topic_is("u", Some("a"), "b");
+        assert!(pulse.anew().now_or_never().is_some());
+        assert_eq!(pulse.rewind("u", 0), Some(Rewind { of: None, tail: None }));
     }
 
     #[tokio::test]
@@ -238,7 +264,7 @@ mod tests {
     #[tokio::test]
     async fn only_the_partition_that_lost_its_tail_is_read_again() {
         let (pulse, now) = (pulse(10), clock::monotonic());
-        let start = Start { id: Some("a".into()), ..Start::default() };
+        let start = begins_in("a");
         pulse.reads("t", 1, Arc::new(Buffer::new(4, || {})), watch::channel(10).1, &start);
         let mut said = Statistics::default();
         said.brokers.insert("b".into(), Broker { state: "UP".into(), ..Broker::default() });
@@ -249,7 +275,7 @@ mod tests {
         pulse.asks();
         pulse.compare(ends(8, None), now);
         assert!(pulse.anew().now_or_never().is_some());
-        assert_eq!(pulse.rewind("t", 0).unwrap().end, Some(8));
+        assert_eq!(pulse.rewind("t", 0).unwrap().tail, Some((8, 10)));
         assert_eq!(pulse.rewind("t", 1), None);
     }
 

@@ -348,7 +348,7 @@ impl<H: Handler> Poll<H> {
             sender.send((name.clone(), partition)).ok();
         }));
         let (stop, owner) = (CancellationToken::new(), Uuid::new_v4());
-        let (done, is_done) = watch::channel(start.group.unwrap_or(-1));
+        let (done, is_done) = watch::channel(start.next().unwrap_or(-1));
         self.pulse.reads(topic, partition, Arc::clone(&buffer), is_done.clone(), &start);
         let worker = Worker {
             desk: Desk {

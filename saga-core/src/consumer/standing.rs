@@ -2,8 +2,9 @@
 //!
 //! Kafka keeps a group's offsets by the topic's name. An offset of a topic that was deleted means nothing in the one that was made
 //! again, and it may be committed after that: records were in hand. So each offset is committed with the id of its topic, and one
-//! with another id is not used, in whichever process and however late. An offset without an id, an operator's or that of an older
-//! version, is believed; so is one with metadata that is no id, which another program left.
+//! of another topic is not used, in whichever process and however late. An offset without an id, an operator's or that of an older
+//! version, is believed; so is one with other metadata, which another program left, and one that a mirror brought from another
+//! cluster, where the same topic has another id.
 
 use super::{ConsumerConfig, client};
 use crate::clock;
@@ -11,7 +12,7 @@ use rdkafka::{
     ClientContext, Offset, TopicPartitionList,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, Consumer as _, ConsumerContext},
-    error::KafkaResult,
+    error::{KafkaError, KafkaResult, RDKafkaErrorCode},
 };
 use std::{
     collections::BTreeMap,
@@ -28,11 +29,36 @@ const ANSWER_MAX: Duration = Duration::from_secs(2);
 const ID_MAX: Duration = Duration::from_millis(500);
 const ID_TICK: Duration = Duration::from_millis(5);
 
+/// Which topic it is that has a name: Kafka gives each that is made an id, and each cluster gives others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct TopicId {
+    /// The cluster's id.
+    pub(super) cluster: String,
+    /// The topic's, in base64.
+    pub(super) topic: String,
+}
+
+impl TopicId {
+    /// Reads what an offset was committed with; `None` if it is no id.
+    fn parse(metadata: &str) -> Option<Self> {
+        let (cluster, topic) = metadata.rsplit_once(':')?;
+        let is_id =
+            topic.len() == 22 && topic.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/-_".contains(&byte));
+        is_id.then(|| Self { cluster: cluster.to_owned(), topic: topic.to_owned() })
+    }
+}
+
+impl std::fmt::Display for TopicId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.cluster, self.topic)
+    }
+}
+
 /// Where reading a partition begins.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Start {
-    /// The topic's id, where that is known.
-    pub(super) id: Option<String>,
+    /// The topic, where that is known.
+    pub(super) id: Option<TopicId>,
     /// The offset that the group has come to; `None` where that does not count.
     pub(super) group: Option<i64>,
     /// Where to begin instead of that.
@@ -42,48 +68,60 @@ pub(super) struct Start {
 /// What this process has read of a partition is no longer there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Rewind {
-    /// The id of the topic that it read, where that is known.
-    pub(super) of: Option<String>,
-    /// Where the partition ended when it had lost its tail.
-    pub(super) end: Option<i64>,
+    /// The topic that it read, where that is known.
+    pub(super) of: Option<TopicId>,
+    /// Where the partition ended when it had lost its tail, and how far this process had read by then: an offset of the group
+    /// beyond that is of a member that has read what came since.
+    pub(super) tail: Option<(i64, i64)>,
 }
 
 impl Start {
-    /// `committed` is what the group has come to, with the id of the topic that it is of.
-    fn of(id: Option<&str>, committed: Option<(i64, &str)>, rewind: Option<&Rewind>) -> Self {
-        let of_now = committed.is_some_and(|(_, of)| id == Some(of));
-        let of_another = committed.is_some_and(|(_, of)| is_id(of) && id.is_some_and(|id| id != of));
+    /// `committed` is what the group has come to, with the topic that it is of.
+    fn of(id: Option<&TopicId>, committed: Option<(i64, Option<&TopicId>)>, rewind: Option<&Rewind>) -> Self {
+        let of = committed.and_then(|(_, of)| of);
+        let of_now = of.is_some() && of == id;
+        let of_another = of.zip(id).is_some_and(|(of, id)| of.cluster == id.cluster && of.topic != id.topic);
         let instead = match rewind {
             _ if of_another => Some(Offset::Beginning),
-            Some(Rewind { of: Some(of), end }) if id == Some(of) => {
-                end.filter(|end| committed.is_some_and(|(offset, _)| offset > *end)).map(Offset::Offset)
+            Some(Rewind { of: Some(of), tail }) if id == Some(of) => {
+                let lost =
+                    |(end, read): &(i64, i64)| committed.is_some_and(|(offset, _)| offset > *end && offset <= *read);
+                tail.filter(lost).map(|(end, _)| Offset::Offset(end))
             }
             // Unless another member has read what is there now.
             Some(_) if !of_now => Some(Offset::Beginning),
             _ => None,
         };
         let group = committed.map(|(offset, _)| offset).filter(|_| instead.is_none());
-        Self { id: id.map(str::to_owned), group, instead }
+        Self { id: id.cloned(), group, instead }
     }
-}
 
-/// Whether a text may be a topic's id: 16 bytes in base64 without padding. librdkafka writes `+` and `/`, Kafka's own tools `-` and `_`.
-fn is_id(text: &str) -> bool {
-    text.len() == 22 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/-_".contains(&byte))
+    /// The offset that is known to be read next; `None` before the first record.
+    pub(super) fn next(&self) -> Option<i64> {
+        match self.instead {
+            Some(Offset::Offset(offset)) => Some(offset),
+            _ => self.group,
+        }
+    }
 }
 
 /// What the brokers said of partitions.
 #[derive(Debug, Default)]
 pub(super) struct Standing {
-    ids: BTreeMap<String, String>,
-    committed: BTreeMap<(String, i32), (i64, String)>,
+    ids: BTreeMap<String, TopicId>,
+    committed: BTreeMap<(String, i32), (i64, Option<TopicId>)>,
 }
 
 impl Standing {
     pub(super) fn start(&self, topic: &str, partition: i32, rewind: Option<&Rewind>) -> Start {
         let committed = self.committed.get(&(topic.to_owned(), partition));
-        let committed = committed.map(|(offset, of)| (*offset, of.as_str()));
-        Start::of(self.ids.get(topic).map(String::as_str), committed, rewind)
+        let committed = committed.map(|(offset, of)| (*offset, of.as_ref()));
+        Start::of(self.ids.get(topic), committed, rewind)
+    }
+
+    /// Whether it can be said of each offset whether it is of the topic that is there now.
+    fn is_whole(&self) -> bool {
+        self.committed.iter().all(|((topic, _), (_, of))| of.is_none() || self.ids.contains_key(topic))
     }
 }
 
@@ -112,18 +150,20 @@ pub(super) fn look(config: &ConsumerConfig, partitions: &TopicPartitionList) -> 
         let metadata = client.fetch_metadata(Some(topic), ANSWER_MAX)?;
         if metadata.topics().iter().all(|topic| topic.error().is_none())
             && let Some(id) = id(&client, topic)
+            && let Some(cluster) = client.client().fetch_cluster_id(ANSWER_MAX)
         {
-            standing.ids.insert(topic.to_owned(), id);
+            standing.ids.insert(topic.to_owned(), TopicId { cluster, topic: id });
         }
     }
     for found in client.committed_offsets(partitions.clone(), ANSWER_MAX)?.elements() {
         found.error()?;
         if let Offset::Offset(offset) = found.offset() {
             let partition = (found.topic().to_owned(), found.partition());
-            standing.committed.insert(partition, (offset, found.metadata().to_owned()));
+            standing.committed.insert(partition, (offset, TopicId::parse(found.metadata())));
         }
     }
-    Ok(standing)
+    // To believe an offset that may be of another topic would be to pass over records.
+    if standing.is_whole() { Ok(standing) } else { Err(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicId)) }
 }
 
 fn id(client: &BaseConsumer<Ids>, topic: &str) -> Option<String> {
@@ -144,7 +184,7 @@ struct Ids(Mutex<BTreeMap<String, String>>);
 
 impl ClientContext for Ids {
     fn log(&self, _: RDKafkaLogLevel, _: &str, text: &str) {
-        if let Some((topic, id)) = client::topic_id(text) {
+        if let Some((topic, _, id)) = client::topic_id(text) {
             self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(topic.to_owned(), id.to_owned());
         }
     }
@@ -156,32 +196,55 @@ impl ConsumerContext for Ids {}
 mod tests {
     use super::*;
 
+    fn id(cluster: &str, topic: &str) -> TopicId {
+        TopicId { cluster: cluster.to_owned(), topic: topic.to_owned() }
+    }
+
     #[test]
     fn only_an_offset_of_the_topic_that_is_there_now_is_gone_on_from() {
-        let instead = |id, committed| Start::of(id, committed, None).instead;
-        let (was, is) = ("XPPOU8MURl+b04EK7X3/Bw", "bjYnyU1yQzmRY2QTJ8AxNA");
-        assert_eq!(instead(Some(was), Some((5, was))), None);
-        assert_eq!(instead(Some(is), Some((5, was))), Some(Offset::Beginning));
-        // An operator's, another program's, and where the brokers know no ids.
-        assert_eq!(instead(Some(is), Some((5, ""))), None);
-        assert_eq!(instead(Some(is), Some((5, "moved by hand on Monday"))), None);
-        assert_eq!(instead(None, Some((5, was))), None);
-        assert_eq!(instead(Some(is), None), None);
+        let instead = |id: Option<&TopicId>, metadata: &str| {
+            Start::of(id, Some((5, TopicId::parse(metadata).as_ref())), None).instead
+        };
+        let (was, is) = (id("c", "XPPOU8MURl+b04EK7X3/Bw"), id("c", "bjYnyU1yQzmRY2QTJ8AxNA"));
+        assert_eq!(instead(Some(&was), &was.to_string()), None);
+        assert_eq!(instead(Some(&is), &was.to_string()), Some(Offset::Beginning));
+        // An operator's, another program's, one that a mirror brought, and where the brokers know no ids.
+        assert_eq!(instead(Some(&is), ""), None);
+        assert_eq!(instead(Some(&is), "moved: by hand on Monday"), None);
+        assert_eq!(instead(Some(&is), &id("another", &was.topic).to_string()), None);
+        assert_eq!(instead(None, ""), None);
+        assert_eq!(Start::of(Some(&is), None, None).instead, None);
+    }
+
+    #[test]
+    fn an_offset_whose_topic_cannot_be_compared_is_not_believed() {
+        let mut standing = Standing::default();
+        standing.committed.insert(("t".into(), 0), (5, None));
+        assert!(standing.is_whole(), "it is of no topic");
+        standing.committed.insert(("t".into(), 1), (5, Some(id("c", "a"))));
+        assert!(!standing.is_whole());
+        standing.ids.insert("t".into(), id("c", "b"));
+        assert!(standing.is_whole());
     }
 
     #[test]
     fn a_partition_is_read_again_from_the_end_that_it_had_or_from_its_begin() {
-        let rewind = |of: Option<&str>, end| Rewind { of: of.map(str::to_owned), end };
-        let start = |id, committed, rewind: &Rewind| Start::of(id, Some(committed), Some(rewind));
-        let tail = rewind(Some("a"), Some(3));
-        assert_eq!(start(Some("a"), (5, "a"), &tail).instead, Some(Offset::Offset(3)));
-        assert_eq!(start(Some("a"), (2, "a"), &tail).group, Some(2));
+        let (a, b) = (id("c", "a"), id("c", "b"));
+        let rewind = |of: Option<&TopicId>, tail| Rewind { of: of.cloned(), tail };
+        let start = |id: Option<&TopicId>, offset, of: Option<&TopicId>, rewind: &Rewind| {
+            Start::of(id, Some((offset, of)), Some(rewind))
+        };
+        let tail = rewind(Some(&a), Some((3, 6)));
+        assert_eq!(start(Some(&a), 5, Some(&a), &tail).instead, Some(Offset::Offset(3)));
+        assert_eq!(start(Some(&a), 5, Some(&a), &tail).next(), Some(3));
+        assert_eq!(start(Some(&a), 2, Some(&a), &tail).group, Some(2));
+        assert_eq!(start(Some(&a), 9, Some(&a), &tail).group, Some(9), "another member has read it");
         // It was another topic, whatever it lost.
-        for known in [&tail, &rewind(Some("a"), None)] {
-            assert_eq!(start(Some("b"), (5, ""), known).instead, Some(Offset::Beginning));
-            assert_eq!(start(Some("b"), (5, "b"), known).group, Some(5), "another member has read it");
+        for known in [&tail, &rewind(Some(&a), None)] {
+            assert_eq!(start(Some(&b), 5, None, known).instead, Some(Offset::Beginning));
+            assert_eq!(start(Some(&b), 5, Some(&b), known).group, Some(5), "another member has read it");
         }
         // It may have been.
-        assert_eq!(start(None, (5, ""), &rewind(None, Some(3))).instead, Some(Offset::Beginning));
+        assert_eq!(start(None, 5, None, &rewind(None, Some((3, 6)))).instead, Some(Offset::Beginning));
     }
 }

@@ -137,7 +137,7 @@ impl<H: Handler> Worker<H> {
         let desk = &self.desk;
         let claim = || async {
             let asked = clock::monotonic();
-            let claimed = claim::claim(desk.brief().await?, desk.place(), self.owner).await?;
+            let claimed = claim::claim(desk.brief().await?, desk.place(), self.owner, self.offsets.topic_id()).await?;
             desk.clock.heard(claimed.time, asked);
             Ok(claimed)
         };

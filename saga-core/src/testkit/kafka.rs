@@ -94,6 +94,11 @@ pub async fn create_topic(name: &str, partitions: i32) {
     results.into_iter().for_each(|result| {
         result.expect("a topic of a new name can be created");
     });
+    until_led(name, partitions).await;
+}
+
+/// Waits until the broker has leaders for so many partitions: it answers before its own metadata say what was done.
+async fn until_led(name: &str, partitions: i32) {
     super::eventually(PATIENCE, || async {
         let name = name.to_owned();
         tokio::task::spawn_blocking(move || {
@@ -108,7 +113,7 @@ pub async fn create_topic(name: &str, partitions: i32) {
     .await;
 }
 
-/// Deletes a topic.
+/// Deletes a topic, and waits until the broker serves it no longer.
 ///
 /// # Panics
 /// When the broker refuses.
@@ -116,6 +121,7 @@ pub async fn delete_topic(name: &str) {
     let deleted =
         ADMIN.delete_topics(&[name], &AdminOptions::new()).await.expect("the brokers of KAFKA_BROKERS answer");
     deleted.into_iter().for_each(|deleted| drop(deleted.expect("a topic that is there can be deleted")));
+    until_led(name, 0).await;
 }
 
 /// A record as it stands in a topic, or as it is to be written there.

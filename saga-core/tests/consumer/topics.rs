@@ -1,11 +1,15 @@
 //! Topics that are gone, made again, or led by nobody: health names the cause, and what is in them is read.
 
-use crate::support::{Fixture, Running, SOON, events};
+use crate::support::{Fixture, Running, SOON, event, events};
 use rdkafka::mocking::MockCluster;
 use saga_core::{
     consumer::ConsumerHealth,
     part::Cause,
     testkit::{Log, create_topic, delete_topic, eventually, unique},
+};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
 };
 
 async fn until(health: &ConsumerHealth, cause: Option<Cause>) {
@@ -35,10 +39,11 @@ async fn a_topic_made_again_with_more_records_is_read_from_its_begin() {
 
 /// The topic is made again with 20 records while ten of the old one are in hand.
 async fn with_the_old_in_hand(fixture: &Fixture) -> Running {
+    // They are there when the consumer begins, so that one fetch brings them all, and one batch has them all in hand.
+    fixture.send(&events(1, 10)).await;
     let running = fixture.start();
     running.gate.send(false).unwrap();
-    fixture.send(&events(1, 10)).await;
-    eventually(SOON, || async { (!running.recorder.batches.lock().unwrap().is_empty()).then_some(()) }).await;
+    eventually(SOON, || async { (*running.recorder.batches.lock().unwrap() == [10]).then_some(()) }).await;
     delete_topic(fixture.topic.name()).await;
     create_topic(fixture.topic.name(), 1).await;
     fixture.send(&events(1, 20)).await;
@@ -76,6 +81,52 @@ async fn a_member_that_takes_over_a_topic_made_again_reads_it_from_its_begin() {
     assert_eq!(values(&handled[10..]), values(&handled_of(20)));
     running.stop().await;
     spare.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_of_a_topic_made_again_wait_behind_what_was_parked_before() {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.attempts = 10_000;
+    let works = Arc::new(AtomicBool::new(false));
+    let may = Arc::clone(&works);
+    let running = fixture.start_with(move |message| {
+        let fails = message.payload.as_deref() == Some(b"old") && !may.load(Ordering::SeqCst);
+        if fails { Err(anyhow::anyhow!("not yet").into()) } else { Ok(()) }
+    });
+    fixture.send(&events(1, 3)).await;
+    fixture.send(&[event("a", "old")]).await;
+    eventually(SOON, || async { (fixture.parked().await.len() == 1).then_some(()) }).await;
+
+    delete_topic(fixture.topic.name()).await;
+    create_topic(fixture.topic.name(), 1).await;
+    fixture.send(&[event("a", "new")]).await;
+    eventually(SOON, || async { (fixture.parked().await.len() == 2).then_some(()) }).await;
+    works.store(true, Ordering::SeqCst);
+
+    let handled = fixture.until_handled(5).await;
+    assert_eq!(values(&handled[3..]), ["old", "new"]);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn attempts_at_a_record_of_a_deleted_topic_count_for_no_other_record() {
+    let fixture = Fixture::new(1).await;
+    let running = fixture.start();
+    fixture.send(&events(1, 1)).await;
+    fixture.until_handled(1).await;
+    running.stop().await;
+    // The process died of the record at offset 0, in its last attempt.
+    let dies = "update inbox_partition set clean = false, record_offset = 0, attempts = 3";
+    assert_eq!(sqlx::query(dies).execute(&fixture.database.pool).await.unwrap().rows_affected(), 1);
+
+    delete_topic(fixture.topic.name()).await;
+    create_topic(fixture.topic.name(), 1).await;
+    fixture.send(&events(1, 2)).await;
+    let next = fixture.start();
+
+    fixture.until_handled(3).await;
+    assert!(fixture.dead_letters().await.is_empty());
+    next.stop().await;
 }
 
 fn handled_of(count: usize) -> Vec<(String, String)> {
