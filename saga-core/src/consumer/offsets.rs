@@ -65,7 +65,7 @@ fn place(topic: &str, partition: i32, offset: i64, id: Option<&TopicId>) -> Kafk
     for mut element in list.elements() {
         element.set_offset(Offset::Offset(offset))?;
         if let Some(id) = id {
-            element.set_metadata(&id.to_string());
+            element.set_metadata(id.to_string());
         }
     }
     Ok(list)
