@@ -131,6 +131,12 @@ impl Engine {
                     coalesce(max(read_until) < clock_timestamp() - make_interval(secs => $2), false), clock_timestamp()
                from inbox_partition
               where topic = $1 and owner is not distinct from reader
+                -- A topic that was made again may have fewer partitions: nobody reads the others any more.
+                and (topic_id is null or topic_id = (select topic_id
+                                                       from inbox_partition
+                                                      where topic = $1 and topic_id is not null
+                                                      order by taken_at desc
+                                                      limit 1))
               group by partition",
         )
         .bind(self.reply_topic())

@@ -202,6 +202,32 @@ async fn timers_wait_for_a_partition_that_nobody_reads_within_a_bound_and_say_wh
 }
 
 #[tokio::test]
+async fn timers_do_not_wait_for_partitions_that_a_topic_made_again_has_not() {
+    let world = World::new().await;
+    for business_key in 1..=8 {
+        world.start(business_key).await;
+    }
+    for (partition, id, taken) in [(0, "now", "now()"), (1, "before", "now() - interval '1 day'")] {
+        sqlx::query(AssertSqlSafe(format!(
+            "insert into inbox_partition (consumer, topic, partition, owner, reader, topic_id, taken_at, read_until)
+             select 'orders', $1, $2, worker, worker, $3, {taken}, now() from gen_random_uuid() as worker"
+        )))
+        .bind(&world.reply_topic)
+        .bind(partition)
+        .bind(id)
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    }
+    world.an_hour_goes_by().await;
+    let read = "update inbox_partition set read_until = clock_timestamp() where partition = 0";
+    sqlx::query(read).execute(&world.database.pool).await.unwrap();
+
+    assert_eq!(world.engine.tick().await.unwrap().due, 8);
+    world.audit().await;
+}
+
+#[tokio::test]
 async fn a_wait_that_began_later_than_saga_due_says_is_judged_by_its_own_time() {
     let world = World::new().await;
     let saga = world.start(1).await;
