@@ -5,7 +5,8 @@ mod common;
 use common::{PATIENCE, World, append, ids, kafka, limit_topic, limited_topic, park, payloads, published};
 use rdkafka::admin::AdminOptions;
 use saga_core::{
-    envelope::{Op, SagaHeaders},
+    command::Op,
+    envelope::SagaHeaders,
     id::{CommandId, SagaId},
     outbox::{self, NewMessage, nudge},
     testkit::{Log, Record, eventually, read_to_end, unique},

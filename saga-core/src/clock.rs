@@ -202,6 +202,17 @@ fn is_fresh(heard: Option<Heard>, now: Instant) -> bool {
     heard.is_some_and(|heard| now.saturating_duration_since(heard.at) < FRESH)
 }
 
+/// Asks a database for the time, which decides from now on; with when it was asked.
+///
+/// # Errors
+/// When the database does not answer.
+pub(crate) async fn hear<'e>(executor: impl sqlx::PgExecutor<'e>) -> Result<(OffsetDateTime, Instant), sqlx::Error> {
+    let asked = monotonic();
+    let time = sqlx::query_scalar("select clock_timestamp()").fetch_one(executor).await?;
+    process().heard(time, asked);
+    Ok((time, asked))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

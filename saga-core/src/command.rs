@@ -2,7 +2,7 @@
 
 use crate::{reason::reason, topic::Topic};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use std::str::FromStr;
+use std::{fmt, str::FromStr};
 
 /// A command that a saga sends to a participant.
 ///
@@ -26,6 +26,60 @@ pub enum Never {}
 /// The reply of a command that has nothing to say but that it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Done {}
+
+macro_rules! text_enum {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum $name { $($(#[$vdoc])* $variant),+ }
+
+        impl $name {
+            /// All of them, as they stand in a header.
+            pub(crate) const NAMES: &'static [&'static str] = &[$($text),+];
+
+            /// As it stands in a header.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text),+ }
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = ();
+            fn from_str(text: &str) -> Result<Self, ()> {
+                match text { $($text => Ok(Self::$variant),)+ _ => Err(()) }
+            }
+        }
+    };
+}
+
+text_enum! {
+    /// Which way a saga's command goes.
+    Op {
+        /// Forward.
+        Do = "do",
+        /// Compensation.
+        Undo = "undo",
+    }
+}
+
+text_enum! {
+    /// How a participant answered. Only `Succeeded` and `Rejected` are final.
+    Outcome {
+        /// It is done.
+        Succeeded = "succeeded",
+        /// Certainly nothing happened, and nothing will.
+        Rejected = "rejected",
+        /// Not done now; the command stays open and a resend tries again.
+        Failed = "failed",
+    }
+}
 
 /// What is known of a step that is to be undone. An undo must handle both.
 ///

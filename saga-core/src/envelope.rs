@@ -10,11 +10,10 @@ pub mod exact;
 pub use carried::carried;
 
 use crate::{
-    command::Happened,
+    command::{Happened, Op, Outcome},
     id::{CommandId, MessageId, SagaId},
 };
-use serde::{Deserialize, Serialize};
-use std::{borrow::Cow, collections::BTreeMap, fmt, str::FromStr};
+use std::{borrow::Cow, collections::BTreeMap};
 use time::OffsetDateTime;
 
 /// Header name to value. Kafka allows a name twice and any bytes; we write each once, in UTF-8, and read the last. Most names
@@ -84,60 +83,6 @@ pub mod header {
     pub const ORIGINAL_SEQUENCE: &str = "x-original-sequence";
     /// In a dead letter: the `ce_epoch` of the record that was given up.
     pub const ORIGINAL_EPOCH: &str = "x-original-epoch";
-}
-
-macro_rules! text_enum {
-    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(rename_all = "snake_case")]
-        pub enum $name { $($(#[$vdoc])* $variant),+ }
-
-        impl $name {
-            /// All of them, as they stand in a header.
-            pub(crate) const NAMES: &'static [&'static str] = &[$($text),+];
-
-            /// As it stands in a header.
-            pub fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $text),+ }
-            }
-        }
-
-        impl fmt::Display for $name {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(self.as_str())
-            }
-        }
-
-        impl FromStr for $name {
-            type Err = ();
-            fn from_str(text: &str) -> Result<Self, ()> {
-                match text { $($text => Ok(Self::$variant),)+ _ => Err(()) }
-            }
-        }
-    };
-}
-
-text_enum! {
-    /// Which way a saga's command goes.
-    Op {
-        /// Forward.
-        Do = "do",
-        /// Compensation.
-        Undo = "undo",
-    }
-}
-
-text_enum! {
-    /// How a participant answered. Only `Succeeded` and `Rejected` are final.
-    Outcome {
-        /// It is done.
-        Succeeded = "succeeded",
-        /// Certainly nothing happened, and nothing will.
-        Rejected = "rejected",
-        /// Not done now; the command stays open and a resend tries again.
-        Failed = "failed",
-    }
 }
 
 /// A decoded message header set.

@@ -1,6 +1,6 @@
 //! Identifiers. Each is a newtype, so that a saga's id cannot be passed where a message's is meant.
 
-use crate::envelope::Op;
+use crate::command::Op;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::{fmt, str::FromStr};

@@ -5,22 +5,22 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`id`] | newtypes: [`id::SagaId`], [`id::MessageId`], [`id::CommandId`] |
 //! | [`command`], [`topic`] | what two services agree on: typed commands with their replies, and where they travel |
+//! | [`id`] | newtypes: [`id::SagaId`], [`id::MessageId`], [`id::CommandId`] |
 //! | [`envelope`] | message headers (CloudEvents 1.0, Kafka binary mode) |
 //! | [`trace`] | the trace context that a message carries |
+//! | [`error_class`] | what an error of PostgreSQL or Kafka means: the one classifier |
+//! | [`part`] | how the work of a part goes: what health asks of each |
+//! | [`outage`] | what is away, since when: the one place that knows outages |
+//! | [`retry`], [`clock`] | the only users of `backoff` and of time |
+//! | [`json`] | what JSON of others may be |
 //! | [`outbox`] | append messages within the caller's transaction |
+//! | [`transaction`] | the transaction that every part uses: bounded here and in the server |
 //! | [`inbox`] | which messages of a batch are new |
 //! | [`consumer`] | Kafka records to batches to one transaction per batch; retries, parking, dead letters |
 //! | [`participant`] | command, decide, reply: fenced and idempotent, external effects by intent |
 //! | [`saga`] | define a saga, decide (pure), persist, run, inspect |
 //! | [`http`] | problem details, health, metrics, mountable inspection routes |
-//! | [`error_class`] | what an error of PostgreSQL or Kafka means: the one classifier |
-//! | [`transaction`] | the transaction that every part uses: bounded here and in the server |
-//! | [`json`] | what JSON of others may be |
-//! | [`outage`] | what is away, since when: the one place that knows outages |
-//! | [`part`] | how the work of a part goes: what health asks of each |
-//! | [`retry`], [`clock`] | the only users of `backoff` and of time |
 //! | [`service`] | what a `main` needs: configuration, telemetry, pools, migrations, topics, shutdown |
 
 pub mod clock;

@@ -4,8 +4,7 @@
 
 use proptest::prelude::*;
 use saga_core::{
-    command::Happened,
-    envelope::Op,
+    command::{Happened, Op},
     saga::{
         decide::{command_id, decide},
         definition::Definition,

@@ -13,12 +13,12 @@ use reqwest::Method;
 use saga_core::{
     envelope::Headers,
     http::{
-        Api, Json, Limits, Path, Problem, Query,
+        Api, Json, Limits, Path, Problem, Query, Role,
         idempotency::{Answer, IdempotencyKey, once},
     },
     outbox::NewMessage,
     part::{Cause, Report},
-    service::{AdminAuth, Health, Role, admin_router, messaging_migrations, serve},
+    service::{AdminAuth, Health, admin_router, messaging_migrations, serve},
     testkit::{TestDatabase, eventually},
 };
 use serde::{Deserialize, Serialize};

@@ -7,6 +7,7 @@ mod arrows;
 mod bounds;
 mod expand;
 mod files;
+mod order;
 mod purity;
 mod seeded;
 mod source;
@@ -23,6 +24,13 @@ fn none(violations: &[Violation]) {
 #[test]
 fn crates_depend_on_each_other_only_where_an_arrow_is_drawn() {
     none(&arrows::check(&arrows::of_this_workspace()));
+}
+
+#[test]
+fn modules_use_only_what_is_read_before_them() {
+    let tree = Tree::of_this_workspace();
+    none(&order::saga_core(&tree));
+    none(&order::circles(&tree));
 }
 
 #[test]

@@ -68,7 +68,7 @@ fn folder_of(path: &str) -> String {
 }
 
 /// The file that a path of our own names, seen from the file `from`; `None` for somebody else's crate.
-fn file_of(sources: &BTreeMap<&str, String>, from: &str, path: &str) -> Option<String> {
+pub(crate) fn file_of(sources: &BTreeMap<&str, String>, from: &str, path: &str) -> Option<String> {
     let package = from.split('/').next()?;
     let mut segments = path.split("::");
     let mut folder = match segments.next()? {

@@ -1,7 +1,7 @@
 //! The checks can fail: each is shown something wrong, and finds it, and something right, and finds nothing.
 
 use crate::{
-    Violation, arrows, bounds, expand, files, purity,
+    Violation, arrows, bounds, expand, files, order, purity,
     source::{Tree, code, paths, without_tests},
 };
 
@@ -26,6 +26,36 @@ fn an_arrow_that_is_not_drawn_is_found() {
     one(&arrows::check(&crates("stack", "order-svc")), "stack must not depend on order-svc");
     assert!(arrows::check(&crates("e2e", "order-svc")).is_empty());
     one(&arrows::check(&[("new-svc".to_owned(), Vec::new())].into()), "does not know");
+}
+
+#[test]
+fn a_module_that_uses_a_later_one_is_found() {
+    let found = |from: &str, text: &str| {
+        let files = [(from, text), ("saga-core/src/service/admin.rs", ""), ("saga-core/src/id.rs", "")];
+        order::saga_core(&Tree::of(&files))
+    };
+    one(
+        &found("saga-core/src/http/sagas.rs", "use crate::{id::SagaId, service::admin::Role};"),
+        "must not use service",
+    );
+    one(&found("saga-core/src/http/sagas.rs", "use super::super::service::admin::Role;"), "must not use service");
+    one(&found("saga-core/src/news.rs", ""), "has no place");
+    assert!(found("saga-core/src/http/sagas.rs", "use crate::id::SagaId;").is_empty());
+    assert!(found("saga-core/src/testkit/database.rs", "use crate::service::admin::AdminAuth;").is_empty());
+}
+
+#[test]
+fn modules_that_need_each_other_in_a_circle_are_found() {
+    let found = |text: &str| {
+        let files = [
+            ("order-svc/src/api.rs", "use crate::orders::Orders;"),
+            ("order-svc/src/orders.rs", "use crate::store::rows;"),
+            ("order-svc/src/store/rows.rs", text),
+        ];
+        order::circles(&Tree::of(&files))
+    };
+    assert_eq!(found("use crate::api::View;").len(), 3);
+    assert!(found("").is_empty());
 }
 
 #[test]

@@ -5,7 +5,7 @@ use contracts::{
     OrderId,
     inventory::{CommitStock, ReleaseStock, ReserveStock},
 };
-use saga_core::{consumer::Message, envelope::Op};
+use saga_core::{command::Op, consumer::Message};
 use serde_json::json;
 
 fn reserve(order: OrderId, wanted: &[(&str, i64)]) -> Message {

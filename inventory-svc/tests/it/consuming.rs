@@ -4,8 +4,8 @@ use crate::support::{Warehouse, command, lines, order};
 use contracts::inventory::ReserveStock;
 use inventory_svc::commands::Commands;
 use saga_core::{
+    command::Op,
     consumer::{Consumer, ConsumerConfig},
-    envelope::Op,
     testkit::{Record, TestTopic, brokers, eventually, produce, unique},
 };
 use std::{sync::Arc, time::Duration};

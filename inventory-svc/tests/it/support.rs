@@ -7,9 +7,9 @@ use contracts::{
 use inventory_svc::{api, commands::Commands, migrations};
 use reqwest::{Client, Method, RequestBuilder, Response};
 use saga_core::{
-    command::Command,
+    command::{Command, Op, Outcome},
     consumer::{Coordinates, Message},
-    envelope::{Envelope, Op, Outcome, SagaHeaders},
+    envelope::{Envelope, SagaHeaders},
     http::Api,
     id::{CommandId, MessageId, SagaId},
     service,

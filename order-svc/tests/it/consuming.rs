@@ -6,8 +6,8 @@ use crate::{
 };
 use order_svc::{catalogue::CatalogueHandler, live::nudging};
 use saga_core::{
+    command::Outcome,
     consumer::{Consumer, ConsumerConfig, Handler},
-    envelope::Outcome,
     testkit::{Record, TestTopic, brokers, eventually, produce, unique},
 };
 use serde_json::json;

@@ -4,11 +4,11 @@
 use crate::support::Shop;
 use contracts::OrderId;
 use saga_core::{
-    consumer::Message,
-    envelope::{
+    command::{
         Op,
         Outcome::{self, Rejected, Succeeded},
     },
+    consumer::Message,
     id::{CommandId, MessageId, Nonce, SagaId},
 };
 use serde_json::{Value, json};

@@ -4,11 +4,9 @@
 use crate::support::{Shop, json_of};
 use contracts::OrderId;
 use saga_core::{
+    command::Outcome::{Failed, Rejected, Succeeded},
     consumer::Message,
-    envelope::{
-        Envelope,
-        Outcome::{Failed, Rejected, Succeeded},
-    },
+    envelope::Envelope,
     id::{MessageId, SagaId},
     testkit::time_passes,
 };

@@ -5,7 +5,7 @@ use crate::support::{PATIENCE, Shop, basket, id_of, json_of};
 use contracts::OrderId;
 use order_svc::domain::{CancelReason, Change, OrderStatus, StatusName};
 use reqwest::Response;
-use saga_core::envelope::Outcome::{Rejected, Succeeded};
+use saga_core::command::Outcome::{Rejected, Succeeded};
 use saga_core::{
     saga::RetryPolicy,
     testkit::{eventually, time_passes},

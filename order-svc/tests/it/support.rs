@@ -11,8 +11,9 @@ use order_svc::{
 };
 use reqwest::{Client, RequestBuilder, Response};
 use saga_core::{
+    command::Outcome,
     consumer::{Coordinates, Message},
-    envelope::{Envelope, Headers, Outcome, SagaHeaders},
+    envelope::{Envelope, Headers, SagaHeaders},
     id::MessageId,
     service,
     testkit::{TestDatabase, deliver, eventually},

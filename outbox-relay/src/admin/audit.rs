@@ -1,6 +1,6 @@
 //! Who did what: one row per action, in the transaction that performs it.
 
-use saga_core::service::Role;
+use saga_core::http::Role;
 use serde_json::Value;
 use sqlx::PgConnection;
 

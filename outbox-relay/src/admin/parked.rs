@@ -9,10 +9,7 @@ use super::{
 };
 use crate::{Relay, row::within_calendar};
 use axum::{Extension, extract::State};
-use saga_core::{
-    http::{Cursor, Json, Limit, List, Path, Problem, Query},
-    service::Role,
-};
+use saga_core::http::{Cursor, Json, Limit, List, Path, Problem, Query, Role};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sqlx::{Connection as _, FromRow, PgConnection, Row as _, postgres::PgRow};

@@ -10,8 +10,7 @@ use crate::{Relay, pause::WHOLE};
 use axum::{Extension, extract::State};
 use http::StatusCode;
 use saga_core::{
-    http::{Json, Path, Problem},
-    service::Role,
+    http::{Json, Path, Problem, Role},
     topic::is_legal_name,
 };
 use serde::Deserialize;

@@ -10,10 +10,7 @@ use super::{
 use crate::Relay;
 use axum::{Extension, extract::State};
 use http::StatusCode;
-use saga_core::{
-    http::{Json, Path, Problem},
-    service::Role,
-};
+use saga_core::http::{Json, Path, Problem, Role};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sqlx::{Connection as _, PgConnection};

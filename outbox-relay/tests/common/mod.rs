@@ -9,7 +9,8 @@ use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
 };
 use saga_core::{
-    service::{Role, messaging_migrations},
+    http::Role,
+    service::messaging_migrations,
     testkit::{
         Record, TestDatabase, TestTopic, brokers, count_to_end, eventually, map_to_end, read_to_end, size, unique,
     },

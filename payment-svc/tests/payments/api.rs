@@ -2,7 +2,7 @@
 
 use crate::support::{World, authorize, capture, new_order};
 use payment_svc::api;
-use saga_core::{envelope::Op::Do, service};
+use saga_core::{command::Op::Do, service};
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;

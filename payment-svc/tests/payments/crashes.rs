@@ -4,11 +4,11 @@ use crate::support::{
     World, authorize, capture, do_authorize, do_capture, message, new_order, refund, undo_authorize, void,
 };
 use saga_core::{
-    consumer::{Handler, Message},
-    envelope::{
+    command::{
         Op::{Do, Undo},
         Outcome::Succeeded,
     },
+    consumer::{Handler, Message},
     testkit::{FailPoint, failpoints::Fault},
 };
 

@@ -5,7 +5,7 @@ use payment_svc::{
     gateway::{Answer, Doubt, Guarded, HttpGateway, PaymentGateway, Request, breaker::BreakerConfig},
     sim::Behaviour,
 };
-use saga_core::{envelope::Outcome, id::CommandId, part::Cause, service::config::Secret, testkit::eventually};
+use saga_core::{command::Outcome, id::CommandId, part::Cause, service::config::Secret, testkit::eventually};
 use serde_json::{Value, json};
 use std::time::Duration;
 use uuid::Uuid;

@@ -3,8 +3,8 @@
 use crate::support::{DEADLINE, World, do_authorize, do_capture, new_order};
 use contracts::OrderId;
 use saga_core::{
+    command::Outcome::Succeeded,
     consumer::{Consumer, ConsumerConfig},
-    envelope::Outcome::Succeeded,
     testkit::{FailPoint, Record, TestTopic, brokers, eventually, failpoints::Fault, produce, unique},
 };
 use tokio_util::sync::CancellationToken;

@@ -3,8 +3,10 @@
 use crate::support::{World, do_authorize, new_order, undo_knowing};
 use contracts::OrderId;
 use saga_core::{
-    command::Happened,
-    envelope::Outcome::{Failed, Rejected, Succeeded},
+    command::{
+        Happened,
+        Outcome::{Failed, Rejected, Succeeded},
+    },
     testkit::{FailPoint, failpoints::Fault},
 };
 

@@ -4,7 +4,7 @@ use crate::support::{
     World, authorize, capture, do_authorize, do_capture, euros, message, new_order, refund, undo_authorize, void,
 };
 use contracts::{OrderId, money::Money, payments::AuthorizePayment};
-use saga_core::envelope::{
+use saga_core::command::{
     Op::{Do, Undo},
     Outcome::{Failed, Rejected, Succeeded},
 };

@@ -8,7 +8,7 @@ use payment_svc::{
     sim::Behaviour,
 };
 use saga_core::{
-    envelope::{
+    command::{
         Op::{Do, Undo},
         Outcome::{self, Failed, Rejected, Succeeded},
     },

@@ -13,9 +13,9 @@ use payment_svc::{
     store,
 };
 use saga_core::{
-    command::{Command, Happened},
+    command::{Command, Happened, Op, Outcome},
     consumer::{Coordinates, Message},
-    envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
+    envelope::{Envelope, Headers, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     participant::{IntentConfig, Intents, Participant},
     service::{self, config::Secret},

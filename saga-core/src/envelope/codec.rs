@@ -250,10 +250,7 @@ impl FromStr for Text {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        command::Happened,
-        envelope::{Op, Outcome},
-    };
+    use crate::command::{Happened, Op, Outcome};
     use proptest::prelude::*;
     use uuid::Uuid;
 

@@ -24,6 +24,7 @@ pub mod if_match;
 pub mod openapi;
 pub mod paging;
 pub mod problem;
+mod role;
 pub mod sagas;
 mod words;
 
@@ -35,4 +36,5 @@ pub use hosts::Hosts;
 pub use if_match::IfMatch;
 pub use paging::{Cursor, Limit, List};
 pub use problem::{FieldError, Problem};
+pub use role::Role;
 pub use sagas::{saga_openapi, saga_routes};

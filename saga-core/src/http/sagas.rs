@@ -13,6 +13,7 @@ use super::{
     openapi::complete_by_role,
     paging::{Cursor, Limit, List},
     problem::Problem,
+    role::Role,
 };
 use crate::{
     id::SagaId,
@@ -21,7 +22,6 @@ use crate::{
         inspect::Filter,
         view::{Payloads, SagaSummary, SagaView},
     },
-    service::admin::Role,
 };
 use axum::{Extension, Router, extract::State};
 use http::StatusCode;

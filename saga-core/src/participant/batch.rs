@@ -13,9 +13,9 @@ use super::{
     store,
 };
 use crate::{
-    command::{Failed, Why},
+    command::{Failed, Op, Outcome, Why},
     consumer::HandleError,
-    envelope::{Headers, Op, Outcome, header},
+    envelope::{Headers, header},
     id::CommandId,
     outbox::{NewMessage, Tx},
 };

@@ -4,9 +4,8 @@ use super::handler::{
     CommandContext, CommandHandler, Decision, ExternalEffect, ExternalUndo, Intent, Performed, Prepare, UndoHandler,
 };
 use crate::{
-    command::{Command, Failed, Happened, Never, Why},
+    command::{Command, Failed, Happened, Never, Op, Why},
     consumer::HandleError,
-    envelope::Op,
     json,
     outbox::Tx,
 };

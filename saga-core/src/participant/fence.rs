@@ -14,8 +14,8 @@
 
 use super::{entry::Settled, handler::CommandContext};
 use crate::{
-    command::Happened,
-    envelope::{Op, Outcome, SagaHeaders},
+    command::{Happened, Op, Outcome},
+    envelope::SagaHeaders,
     id::{CommandId, SagaId},
 };
 

@@ -29,9 +29,8 @@ use super::{
     unsettled::Unsettled,
 };
 use crate::{
-    command::{Failed, Why},
+    command::{Failed, Op, Outcome, Why},
     consumer::HandleError,
-    envelope::{Op, Outcome},
     error_class::{ErrorClass, classify, is_pool_full, renew_connections},
     fail_point::fail_point,
     outage::Outage,

@@ -41,9 +41,9 @@ pub use handler::{
 pub use intents::{IntentConfig, Intents};
 
 use crate::{
-    command::{Command, Failed, Never, Why},
+    command::{Command, Failed, Never, Op, Why},
     consumer::{HandleError, Handler, Message, Unfit},
-    envelope::{Op, SagaHeaders, header},
+    envelope::{SagaHeaders, header},
     id::CommandId,
     outbox::{self, AppendError, Tx},
     topic,

@@ -7,8 +7,8 @@ use super::{
 };
 use crate::{
     clock,
-    command::Happened,
-    envelope::{Envelope, Headers, Op, SagaHeaders, header},
+    command::{Happened, Op},
+    envelope::{Envelope, Headers, SagaHeaders, header},
     id::{CommandId, MessageId, SagaId},
     outbox::Tx,
     reason::reason,

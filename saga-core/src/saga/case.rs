@@ -10,7 +10,8 @@ use super::{
     store::{self, Change, Due, Row},
 };
 use crate::{
-    envelope::{Envelope, Op, SagaHeaders, header},
+    command::Op,
+    envelope::{Envelope, SagaHeaders, header},
     id::SagaId,
     json,
     outbox::NewMessage,

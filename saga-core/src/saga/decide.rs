@@ -22,8 +22,7 @@ use super::{
     },
 };
 use crate::{
-    command::{Failed, Happened, Why},
-    envelope::Op,
+    command::{Failed, Happened, Op, Why},
     id::{CommandId, SagaId},
 };
 use serde_json::Value;

@@ -19,7 +19,7 @@ pub use check::DefinitionError;
 pub use policy::RetryPolicy;
 pub use replies::{And, Replies};
 
-use crate::envelope::Op;
+use crate::command::Op;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::{fmt, marker::PhantomData, ops::Deref, sync::Arc, time::Duration};

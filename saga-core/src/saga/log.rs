@@ -2,7 +2,7 @@
 //! timeline. Pure.
 
 use super::state::{Ignored, Told};
-use crate::envelope::{Op, Outcome};
+use crate::command::{Op, Outcome};
 use serde::{Deserialize, Serialize};
 
 /// One event of a saga.

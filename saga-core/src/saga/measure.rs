@@ -9,7 +9,7 @@ use super::{
     engine::Unread,
     state::{Status, Told},
 };
-use crate::envelope::Op;
+use crate::command::Op;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 /// What a transaction did to a saga.

@@ -21,9 +21,9 @@ use super::{
     timers::PUT_OFF,
 };
 use crate::{
-    command::{Failed, Why},
+    command::{Failed, Outcome, Why},
     consumer::{HandleError, Handler, Message, NO_SAGA, Unfit},
-    envelope::{Envelope, Outcome, SagaHeaders},
+    envelope::{Envelope, SagaHeaders},
     fail_point::fail_point,
     id::{MessageId, SagaId},
     json,

@@ -23,12 +23,11 @@ use super::{
 };
 use crate::{
     clock,
-    envelope::Op,
+    command::Op,
     fail_point::fail_point,
     id::{Nonce, SagaId},
     json,
     outbox::{self, NewMessage, Tx},
-    service::database::hear_clock,
     transaction::connection,
 };
 use serde::Serialize;
@@ -51,7 +50,7 @@ impl Engine {
         business_key: &str,
     ) -> Result<(), StartError> {
         if !clock::process().is_known() {
-            hear_clock(&mut **tx).await?;
+            clock::hear(&mut **tx).await?;
         }
         let new = self.prepare(id, saga, input, business_key)?;
         match self.insert(tx, &[&new], &[]).await?.is_empty() {
@@ -76,7 +75,7 @@ impl Engine {
         business_key: &str,
     ) -> Result<(), StartError> {
         if !clock::process().is_known() {
-            self.within(async { hear_clock(&mut *connection(self.pool()).await?).await }).await?;
+            self.within(async { clock::hear(&mut *connection(self.pool()).await?).await }).await?;
         }
         let new = self.prepare(id, saga, input, business_key)?;
         let engine = Arc::clone(self);

@@ -6,8 +6,7 @@
 //! way or the other. When the process dies, the state in the row is all there is, and it is enough.
 
 use crate::{
-    command::{Failed, Happened, Why},
-    envelope::Op,
+    command::{Failed, Happened, Op, Why},
     id::{CommandId, Nonce, SagaId},
     reason::reason,
 };

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     clock,
-    envelope::{Op, Outcome},
+    command::{Op, Outcome},
     id::{CommandId, MessageId, SagaId},
     outbox::{self, NewMessage, Tx},
 };

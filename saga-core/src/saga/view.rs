@@ -8,7 +8,7 @@ use super::{
     state::{Failure, Open, State, Status, StepState, StuckWhy, Told, Wait},
 };
 use crate::{
-    envelope::{Op, Outcome},
+    command::{Op, Outcome},
     id::{CommandId, SagaId},
 };
 use serde::Serialize;

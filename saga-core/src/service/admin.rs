@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     clock,
-    http::{Connection, Problem, count_refused},
+    http::{Connection, Problem, Role, count_refused},
 };
 use axum::{
     Json, Router,
@@ -27,27 +27,6 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use sha2::{Digest, Sha256};
 use std::{fmt, sync::Arc};
 use subtle::ConstantTimeEq;
-
-/// What a caller of the admin listener may do. Handlers find it among the request's extensions; it is also who is named
-/// in an audit row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// May look.
-    Viewer,
-    /// May look and act.
-    Operator,
-}
-
-impl Role {
-    /// As it is written into an audit row.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Viewer => "viewer",
-            Self::Operator => "operator",
-        }
-    }
-}
 
 /// Whom the admin listener lets in. Holds digests: a token is compared in constant time, whatever its length.
 #[derive(Clone)]

@@ -9,7 +9,6 @@ use super::{
     admin::admin_router,
     config::{ConfigErrors, Identity, KafkaSettings, ServiceArgs, ServiceCommand, Settings},
     connections::serve,
-    database::hear_clock,
     health::{Health, Needs},
     migrate::{Migrations, migrate},
     shutdown,
@@ -108,7 +107,7 @@ async fn prepare(
 ) -> Result<(), BoxError> {
     migrate(&settings.database, migrations).await?;
     // Before anything gets a time of its own. If the database is just away, the check asks again.
-    hear_clock(pool).await.ok();
+    crate::clock::hear(pool).await.ok();
     health.database(pool);
     health.tables(pool, needs);
     Ok(())

@@ -7,16 +7,14 @@
 
 use super::config::DatabaseSettings;
 use crate::{
-    clock,
     error_class::{is_current, is_outage},
     retry::Backoff,
 };
 use sqlx::{
-    Connection, Error, PgConnection, PgExecutor, PgPool,
+    Connection, Error, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
-use std::time::{Duration, Instant};
-use time::OffsetDateTime;
+use std::time::Duration;
 
 /// How long a borrower waits for a connection before the request fails; a client's patience.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -98,17 +96,6 @@ pub(super) fn prepare(options: &PgConnectOptions, application: &str) -> PgConnec
         .clone()
         .application_name(application)
         .options([("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION)])
-}
-
-/// Asks the database for the time, which decides from now on ([`clock`]).
-///
-/// # Errors
-/// When the database does not answer.
-pub(crate) async fn hear_clock<'e>(executor: impl PgExecutor<'e>) -> Result<(OffsetDateTime, Instant), Error> {
-    let asked = clock::monotonic();
-    let time = sqlx::query_scalar("select clock_timestamp()").fetch_one(executor).await?;
-    clock::process().heard(time, asked);
-    Ok((time, asked))
 }
 
 /// One connection, as soon as there is one.

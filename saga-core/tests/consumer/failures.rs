@@ -2,8 +2,9 @@
 
 use crate::support::{Fixture, SOON, assert_complete, event, events, says, with_id};
 use saga_core::{
+    command::Op,
     consumer::{HandleError, TooOld},
-    envelope::{Envelope, Op, SagaHeaders},
+    envelope::{Envelope, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     testkit::{Log, Record, eventually, produce},
 };

@@ -5,8 +5,8 @@ use crate::{
     support::{Add, AddHandler, World, message, words},
 };
 use saga_core::{
+    command::{Op, Outcome::*},
     consumer::{HandleError, Handler as _, Message, UNDECLARED_SOURCE},
-    envelope::{Op, Outcome::*},
     id::SagaId,
     part::Cause,
     participant::{IntentConfig, Participant},

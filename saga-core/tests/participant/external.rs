@@ -2,7 +2,7 @@
 
 use crate::support::{Pay, Repay, World, message, words};
 use saga_core::{
-    envelope::{Op, Outcome::*},
+    command::{Op, Outcome::*},
     id::{CommandId, SagaId},
     participant::{Happened, IntentConfig},
     service::database::pool_options,

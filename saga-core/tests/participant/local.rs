@@ -2,8 +2,8 @@
 
 use crate::support::{Add, Pay, Remove, World, message, words};
 use saga_core::{
+    command::{Op, Outcome::*},
     consumer::{HandleError, Handler},
-    envelope::{Op, Outcome::*},
     id::{CommandId, SagaId},
     testkit::eventually,
 };

@@ -3,9 +3,8 @@
 
 use crate::support::{Add, Pay, Remove, RemoveHandler, Repay, World, message, undo, words};
 use saga_core::{
-    command::Happened,
+    command::{Happened, Op, Outcome::*},
     consumer::{HandleError, Message},
-    envelope::{Op, Outcome::*},
     id::{CommandId, SagaId},
     participant::{IntentConfig, Participant},
     testkit::{Log, deliver},

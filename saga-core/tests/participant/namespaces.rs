@@ -3,9 +3,10 @@
 
 use crate::support::{Add, Pay, Remove, Repay, World, message, words};
 use saga_core::{
-    command::{Command, Happened},
+    command::Outcome::*,
+    command::{Command, Happened, Op, Outcome},
     consumer::{HandleError, Message},
-    envelope::{Op, Outcome, Outcome::*, SagaHeaders},
+    envelope::SagaHeaders,
     id::{CommandId, MessageId, SagaId},
 };
 

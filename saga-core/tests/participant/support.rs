@@ -2,9 +2,9 @@
 
 use async_trait::async_trait;
 use saga_core::{
-    command::{Command, Done, Happened, Never},
+    command::{Command, Done, Happened, Never, Op, Outcome},
     consumer::{Coordinates, HandleError, Message},
-    envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
+    envelope::{Envelope, Headers, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     outbox::Tx,
     participant::{

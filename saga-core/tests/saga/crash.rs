@@ -3,8 +3,8 @@
 
 use crate::support::*;
 use saga_core::{
+    command::Op,
     consumer::{Handler, Message},
-    envelope::Op,
     id::SagaId,
     saga::Engine,
     testkit::{FailPoint, deliver, eventually, failpoints::Fault},

@@ -2,8 +2,8 @@
 
 use crate::support::*;
 use saga_core::{
+    command::Op,
     consumer::Message,
-    envelope::Op,
     id::SagaId,
     saga::{Engine, StartError},
     testkit::Log,

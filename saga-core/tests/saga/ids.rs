@@ -2,8 +2,8 @@
 
 use crate::support::*;
 use saga_core::{
+    command::Outcome,
     consumer::{HandleError, NO_SAGA},
-    envelope::Outcome,
     id::SagaId,
     service::telemetry,
     testkit::Log,

@@ -4,9 +4,9 @@ use crate::support::*;
 use axum::{Extension, Router, body::Body};
 use http::{Request, StatusCode};
 use saga_core::{
+    http::Role,
     http::saga_routes,
     saga::view::{Payloads, SagaView},
-    service::admin::Role,
 };
 use serde_json::{Value, json};
 use tower::ServiceExt;

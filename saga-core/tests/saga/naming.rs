@@ -4,7 +4,7 @@
 use crate::support::*;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use saga_core::{
-    envelope::Op,
+    command::Op,
     id::{CommandId, SagaId},
     saga::view::Payloads,
 };

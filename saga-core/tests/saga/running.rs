@@ -3,8 +3,8 @@
 use crate::support::*;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use saga_core::{
+    command::Outcome,
     consumer::{Consumer, ConsumerConfig},
-    envelope::Outcome,
     saga::definition::Definition,
     service::database::pool_options,
     testkit::{FreezingProxy, Record, TestTopic, brokers, eventually, produce, unique},

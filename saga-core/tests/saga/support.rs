@@ -2,9 +2,9 @@
 
 use async_trait::async_trait;
 use saga_core::{
-    command::{Command, Done, Never},
+    command::{Command, Done, Never, Op, Outcome},
     consumer::{Coordinates, HandleError, Message},
-    envelope::{Envelope, Headers, Op, Outcome, SagaHeaders},
+    envelope::{Envelope, Headers, SagaHeaders},
     id::{CommandId, MessageId, SagaId},
     outbox::Tx,
     saga::{Cancelled, Engine, EngineBuilder, Happened, LocalCall, LocalEffect, LocalError, RetryPolicy, Saga, saga},

@@ -3,8 +3,8 @@
 use crate::support::*;
 use async_trait::async_trait;
 use saga_core::{
+    command::{Op, Outcome},
     consumer::HandleError,
-    envelope::{Op, Outcome},
     id::{CommandId, SagaId},
     outbox::Tx,
     saga::{Cancelled, Engine, LocalCall, LocalEffect, LocalError, RetryError, RetryPolicy, StartError, saga},

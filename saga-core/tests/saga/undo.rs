@@ -2,7 +2,7 @@
 
 use crate::support::*;
 use saga_core::{
-    envelope::{Op, Outcome},
+    command::{Op, Outcome},
     id::{CommandId, SagaId},
     saga::{Cancelled, Engine, RetryPolicy, Saga, saga, view::Payloads},
     testkit::{deliver, time_passes},

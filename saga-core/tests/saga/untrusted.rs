@@ -4,8 +4,8 @@ use crate::support::*;
 use async_trait::async_trait;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use saga_core::{
+    command::Outcome,
     consumer::{HandleError, Message, UNDECLARED_SOURCE},
-    envelope::Outcome,
     id::SagaId,
     outbox::Tx,
     saga::{Engine, LocalCall, LocalEffect, LocalError, RetryError, StartError, inspect::Filter, saga, view::Payloads},

@@ -1,10 +1,10 @@
 //! What health asks the database.
 
 use crate::{
+    clock,
     error_class::is_pool_full,
     outbox::has_one_to_spare,
     part::{Cause, Report},
-    service::database,
     transaction::{Bound, is_timeout, why_none},
 };
 use sqlx::{ConnectOptions as _, Connection as _, PgExecutor, PgPool};
@@ -75,7 +75,7 @@ pub(super) async fn a_new_session_writes(pool: &PgPool) -> bool {
 
 /// The database's clock; of a pool that gives no connection, why.
 pub(super) async fn hear_clock(pool: &PgPool) -> Result<(OffsetDateTime, Instant), sqlx::Error> {
-    let heard = Bound::new(POOL_MAX).within(database::hear_clock(pool)).await;
+    let heard = Bound::new(POOL_MAX).within(clock::hear(pool)).await;
     let none = |error: &sqlx::Error| is_pool_full(error) || is_timeout(error) && !has_one_to_spare(pool);
     if !heard.as_ref().is_err_and(none) {
         return heard;

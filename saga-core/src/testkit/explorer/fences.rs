@@ -5,7 +5,7 @@ use super::{
     messages::Note,
     model::{Choice, Limits, Mistake, World},
 };
-use crate::envelope::Op;
+use crate::command::Op;
 
 /// How far a step's effect has come, at its participant (or, for a local effect, in the database).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

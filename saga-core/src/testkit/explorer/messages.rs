@@ -1,7 +1,7 @@
 //! The messages of a saga: each one bit, so that a world is small.
 
 use super::model::World;
-use crate::envelope::Op;
+use crate::command::Op;
 
 /// Most attempts of a command.
 pub(super) const ATTEMPTS: u32 = 3;

@@ -6,8 +6,7 @@ use super::{
     rules::{self, Violation},
 };
 use crate::{
-    command::{Failed, Happened},
-    envelope::Op,
+    command::{Failed, Happened, Op},
     id::{Nonce, SagaId},
     saga::{
         decide::{command_id, start},

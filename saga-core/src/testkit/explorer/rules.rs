@@ -5,8 +5,7 @@ use super::{
     model::{Model, Move, World},
 };
 use crate::{
-    command::Happened,
-    envelope::Op,
+    command::{Happened, Op},
     saga::{
         definition::{Role, StepKind},
         state::{Action, State, Status, StepState, StuckWhy, Verdict},

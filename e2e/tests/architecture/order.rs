@@ -1,0 +1,100 @@
+//! The order in which modules are read: each uses only those before it.
+
+use crate::{
+    Violation,
+    purity::file_of,
+    source::{Tree, paths},
+};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The modules of saga-core, as `lib.rs` and ARCHITECTURE.md name them. What only tests use is not among them.
+const SAGA_CORE: [&str; 22] = [
+    "reason",
+    "clock",
+    "topic",
+    "command",
+    "id",
+    "envelope",
+    "trace",
+    "error_class",
+    "part",
+    "outage",
+    "retry",
+    "gather",
+    "panics",
+    "json",
+    "outbox",
+    "transaction",
+    "inbox",
+    "consumer",
+    "participant",
+    "saga",
+    "http",
+    "service",
+];
+const OF_TESTS: [&str; 2] = ["testkit", "fail_point"];
+
+/// The crates whose modules may not need each other in a circle.
+const WITHOUT_CIRCLES: [&str; 3] = ["contracts", "order-svc", "inventory-svc"];
+
+/// Which module of a crate uses which others, each with a file that does.
+type Uses = BTreeMap<String, BTreeMap<String, String>>;
+
+/// The reading order of saga-core.
+pub(crate) fn saga_core(tree: &Tree) -> Vec<Violation> {
+    let place = |module: &str| SAGA_CORE.iter().position(|name| *name == module);
+    let mut violations = Vec::new();
+    for (module, others) in uses(tree, "saga-core") {
+        let Some(at) = place(&module) else {
+            violations.push(format!("saga-core: the module {module} has no place in the reading order"));
+            continue;
+        };
+        let later = others.iter().filter(|(other, _)| place(other).is_some_and(|other| other > at));
+        violations
+            .extend(later.map(|(other, file)| format!("{file} must not use {other}, which is read after {module}")));
+    }
+    violations
+}
+
+/// A module that needs itself through others, in the crates that have no such circle.
+pub(crate) fn circles(tree: &Tree) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for package in WITHOUT_CIRCLES {
+        let uses = uses(tree, package);
+        let (mut reached, mut open) = (BTreeSet::new(), Vec::new());
+        for module in uses.keys() {
+            reached.clear();
+            open.extend(uses[module].keys());
+            while let Some(next) = open.pop() {
+                if reached.insert(next) {
+                    open.extend(uses.get(next).into_iter().flat_map(BTreeMap::keys));
+                }
+            }
+            if reached.contains(module) {
+                violations.push(format!("{package}: the module {module} needs itself through others"));
+            }
+        }
+    }
+    violations
+}
+
+fn uses(tree: &Tree, package: &str) -> Uses {
+    let sources: BTreeMap<&str, String> = tree.sources().collect();
+    let mut uses = Uses::new();
+    for (path, code) in &sources {
+        let Some(module) = module_of(path, package) else { continue };
+        let others = uses.entry(module.to_owned()).or_default();
+        for used in paths(code).iter().filter_map(|name| file_of(&sources, path, name)) {
+            let other = module_of(&used, package).filter(|other| *other != module);
+            others.extend(other.map(|other| (other.to_owned(), (*path).to_owned())));
+        }
+    }
+    uses
+}
+
+/// The module at the crate's root that a file belongs to; `None` for the root itself, other crates, and what only tests use.
+fn module_of<'p>(path: &'p str, package: &str) -> Option<&'p str> {
+    let inside = path.strip_prefix(package)?.strip_prefix("/src/")?;
+    let module = inside.split('/').next()?.trim_end_matches(".rs");
+    (!["lib", "main"].contains(&module) && !OF_TESTS.contains(&module)).then_some(module)
+}
