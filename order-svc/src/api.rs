@@ -49,8 +49,8 @@ pub struct ApiState {
 #[openapi(
     info(
         title = "Orders",
-        description = "Place, follow and cancel orders. Each order is carried through by a saga that holds the money, puts the \
-                       stock aside, takes the money, and undoes what was done when one of these is refused."
+        description = "Place, follow and cancel orders. A saga carries each order through: it holds the money, puts the stock \
+                       aside and takes the money. When one of these is refused, it undoes what was done."
     ),
     tags((name = "orders", description = "Orders and what becomes of them"))
 )]

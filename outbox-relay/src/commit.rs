@@ -57,7 +57,7 @@ pub(crate) struct Stretch {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CommitError {
     /// The lease is somebody else's: this owner has been fenced.
-    #[error("fenced: progress was not recorded, because the lease is somebody else's")]
+    #[error("fenced: progress was not recorded, because another process has the lease")]
     Fenced,
     /// PostgreSQL said so, or is not there.
     #[error("recording progress: {0}")]

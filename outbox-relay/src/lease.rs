@@ -67,7 +67,7 @@ pub(crate) struct Lease {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LeaseError {
     /// Somebody else has it.
-    #[error("the lease was taken over by somebody else")]
+    #[error("another process has taken the lease over")]
     TakenOver,
     /// It could not be renewed in time.
     #[error("the lease could not be renewed before its end: {0}")]

@@ -203,7 +203,7 @@ pub async fn get_ledger(State(pool): State<PgPool>, Path(order): Path<OrderId>) 
 }
 
 fn no_payment(order: OrderId) -> Problem {
-    Problem::not_found(format!("Nobody asked for a payment of order {order}."))
+    Problem::not_found(format!("No payment of order {order} was ever asked for."))
 }
 
 fn view(Recorded { payment, created_at, updated_at }: Recorded, doubt: Option<RecordedDifference>) -> PaymentView {

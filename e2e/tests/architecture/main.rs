@@ -11,6 +11,7 @@ mod order;
 mod purity;
 mod seeded;
 mod source;
+mod words;
 
 use source::Tree;
 
@@ -68,6 +69,11 @@ fn a_transaction_begins_with_a_bound_or_not_at_all() {
 #[test]
 fn no_migration_of_this_release_keeps_an_older_build_from_writing() {
     none(&expand::only(&Tree::of_this_workspace()));
+}
+
+#[test]
+fn what_programs_say_names_components_in_short_sentences() {
+    none(&words::of_programs(&Tree::of_this_workspace()));
 }
 
 #[test]

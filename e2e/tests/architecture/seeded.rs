@@ -3,6 +3,7 @@
 use crate::{
     Violation, arrows, bounds, expand, files, order, purity,
     source::{Tree, code, paths, without_tests},
+    words,
 };
 
 fn one(found: &[Violation], part: &str) {
@@ -42,6 +43,22 @@ fn a_module_that_uses_a_later_one_is_found() {
     one(&found("saga-core/src/news.rs", ""), "has no place");
     assert!(found("saga-core/src/http/sagas.rs", "use crate::id::SagaId;").is_empty());
     assert!(found("saga-core/src/testkit/database.rs", "use crate::service::admin::AdminAuth;").is_empty());
+}
+
+#[test]
+fn a_process_that_is_spoken_of_as_a_person_and_a_long_sentence_are_found() {
+    let found = |text: &str| words::of_programs(&Tree::of(&[("saga-core/src/outbox.rs", text)]));
+    one(&found("fn f() { say(\"the lease is somebody else's\"); }"), "somebody");
+    one(&found("fn f() { say(\"a row that was \\\n    looked at\"); }"), "looked at");
+    one(&found(&format!("fn f() {{ say(\"{}end\"); }}", "one more word ".repeat(9))), "more than 25 words");
+    for fine in [
+        "// somebody\nfn f() { say(\"the lease is another process's\"); }",
+        "fn f() { sql(\"select nobody from a\"); }",
+        "#[cfg(test)]\nmod tests { fn f() { say(\"nobody came\"); } }",
+        &format!("fn f() {{ say(\"{}\"); }}", "Ten short words are one sentence, and here it ends. ".repeat(9)),
+    ] {
+        assert!(found(fine).is_empty(), "{fine}");
+    }
 }
 
 #[test]

@@ -52,17 +52,7 @@ pub(crate) fn code(text: &str) -> String {
         out.extend(chars[from..to.min(chars.len())].iter().map(|c| if *c == '\n' { '\n' } else { ' ' }));
     };
     while at < chars.len() {
-        let end = match (chars[at], chars.get(at + 1)) {
-            ('/', Some('/')) => find(&chars, at, |rest| rest[0] == '\n').unwrap_or(chars.len()),
-            ('/', Some('*')) => {
-                find(&chars, at + 2, |rest| rest.starts_with(&['*', '/'])).map_or(chars.len(), |n| n + 2)
-            }
-            ('"', _) => string_end(&chars, at + 1),
-            ('r', Some('"' | '#')) if at == 0 || !word(chars[at - 1]) || chars[at - 1] == 'b' => raw_end(&chars, at),
-            ('\'', Some('\\')) => find(&chars, at + 3, |rest| rest[0] == '\'').map_or(chars.len(), |n| n + 1),
-            ('\'', Some(_)) if chars.get(at + 2) == Some(&'\'') => at + 3,
-            _ => at,
-        };
+        let end = text_end(&chars, at);
         if end > at {
             blank(&mut out, at, end);
             at = end;
@@ -72,6 +62,42 @@ pub(crate) fn code(text: &str) -> String {
         }
     }
     out
+}
+
+/// The strings that a program's text outside of its test module has, each with its line. A line break that is escaped joins two lines.
+pub(crate) fn strings(text: &str) -> Vec<(usize, String)> {
+    let text = text.split("#[cfg(test)]\nmod ").next().unwrap_or(text);
+    let chars: Vec<char> = text.chars().collect();
+    let (mut found, mut at, mut line) = (Vec::new(), 0, 1);
+    while at < chars.len() {
+        let end = text_end(&chars, at).clamp(at + 1, chars.len());
+        let piece: String = chars[at..end].iter().collect();
+        if piece.len() > 1 && piece.starts_with(['"', 'r']) {
+            found.push((line, joined(&piece)));
+        }
+        line += piece.matches('\n').count();
+        at = end;
+    }
+    found
+}
+
+fn joined(text: &str) -> String {
+    let mut parts = text.split("\\\n");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |joined, part| joined + part.trim_start())
+}
+
+/// Where the comment, string or character ends that begins at `at`; `at` itself where there is none.
+fn text_end(chars: &[char], at: usize) -> usize {
+    match (chars[at], chars.get(at + 1)) {
+        ('/', Some('/')) => find(chars, at, |rest| rest[0] == '\n').unwrap_or(chars.len()),
+        ('/', Some('*')) => find(chars, at + 2, |rest| rest.starts_with(&['*', '/'])).map_or(chars.len(), |n| n + 2),
+        ('"', _) => string_end(chars, at + 1),
+        ('r', Some('"' | '#')) if at == 0 || !word(chars[at - 1]) || chars[at - 1] == 'b' => raw_end(chars, at),
+        ('\'', Some('\\')) => find(chars, at + 3, |rest| rest[0] == '\'').map_or(chars.len(), |n| n + 1),
+        ('\'', Some(_)) if chars.get(at + 2) == Some(&'\'') => at + 3,
+        _ => at,
+    }
 }
 
 fn find(chars: &[char], from: usize, is: impl Fn(&[char]) -> bool) -> Option<usize> {

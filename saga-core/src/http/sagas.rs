@@ -204,7 +204,7 @@ fn refused(error: RetryError) -> Problem {
     match error {
         RetryError::Unknown(_) => Problem::not_found(detail),
         RetryError::Version { .. } => {
-            Problem::conflict("stale", "The saga has changed since it was looked at").detail(detail)
+            Problem::conflict("stale", "The saga has changed since it was read").detail(detail)
         }
         RetryError::NotStuck(_) => Problem::conflict("not-stuck", "Only a stuck saga can be retried").detail(detail),
         RetryError::Undefined(..) => {

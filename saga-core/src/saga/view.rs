@@ -295,7 +295,7 @@ fn stuck(why: &StuckWhy, what: &str) -> (String, String) {
         StuckWhy::PivotInDoubt { error } => (
             with(
                 format!(
-                    "nobody knows whether the pivot {what} happened, so neither going on nor undoing would be right"
+                    "it is not known whether the pivot {what} happened, so neither going on nor undoing would be right"
                 ),
                 error,
             ),

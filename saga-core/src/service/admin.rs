@@ -158,6 +158,6 @@ async fn authorize(State(auth): State<AdminAuth>, mut request: Request, next: Ne
 
 fn too_many_wrong() -> Problem {
     Problem::new(StatusCode::TOO_MANY_REQUESTS, "too-many-tokens", "Too many wrong tokens came from this address")
-        .detail("No token from this address is looked at for a second.")
+        .detail("No token from this address is compared for a second.")
         .retry_after(1)
 }

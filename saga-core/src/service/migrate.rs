@@ -183,8 +183,8 @@ impl AsyncTransaction for Session {
                 owner = self.owner,
                 migration,
                 blocked_by,
-                "a migration waits for a lock, and this start with it; who wants the same table now waits behind them. \
-                 Let those who have it finish, or end them: pg_terminate_backend(pid)"
+                "a migration waits for a lock, so the service does not start yet; new statements on the same table wait behind \
+                 it. Let the sessions that hold the lock finish, or end them: pg_terminate_backend(pid)"
             );
         };
         let work = async {

@@ -80,8 +80,8 @@ pub fn database_url(url: &str) -> Result<PgConnectOptions, &'static str> {
         Ok(options) if options.get_database().is_none_or(str::is_empty) => Err("names no database"),
         Ok(options) => Ok(options),
         Err(_) => {
-            Err("cannot be read: write special characters of the user and the password as %XX, the port as a number, \
-                       and sslmode as disable, allow, prefer, require, verify-ca or verify-full")
+            Err("cannot be read: write special characters of the user and the password as %XX, and the port as a \
+                       number; sslmode is disable, allow, prefer, require, verify-ca or verify-full")
         }
     }
 }

@@ -1,0 +1,55 @@
+//! The language of what people read of a program: its log lines, errors, answers and help.
+
+use crate::{
+    Violation,
+    source::{Tree, strings},
+};
+
+/// Said of people alone. A component has a name, and a reader at night wants it.
+const OF_PEOPLE: [&str; 9] =
+    ["who", "whoever", "whom", "somebody", "someone", "nobody", "anybody", "told", "looked at"];
+/// A sentence of more words is read twice.
+const WORDS_MAX: usize = 25;
+
+/// What each program says in its strings. SQL is left out, by its first word, and so is what is no text: names and lists.
+pub(crate) fn of_programs(tree: &Tree) -> Vec<Violation> {
+    let programs = tree.0.iter().filter(|(path, _)| is_product(path));
+    let said = programs.flat_map(|(path, text)| strings(text).into_iter().map(move |(line, said)| (path, line, said)));
+    let mut violations = Vec::new();
+    for (path, line, said) in said.filter(|(_, _, said)| is_text(said)) {
+        let words = words(&said);
+        let found = OF_PEOPLE.iter().find(|phrase| format!(" {words} ").contains(&format!(" {phrase} ")));
+        violations.extend(found.map(|word| format!("{path}:{line}: {word:?} is said of people: {said}")));
+        if let Some(long) = sentences(&said).find(|sentence| sentence.split_whitespace().count() > WORDS_MAX) {
+            violations.push(format!("{path}:{line}: a sentence of more than {WORDS_MAX} words: {long}"));
+        }
+    }
+    violations
+}
+
+fn is_product(path: &str) -> bool {
+    let crates = ["saga-core", "outbox-relay", "order-svc", "inventory-svc", "payment-svc", "contracts", "stack"];
+    crates.iter().any(|name| path.starts_with(&format!("{name}/src/")))
+        && path.ends_with(".rs")
+        && !path.contains("/testkit/")
+        && !path.ends_with("/tests.rs")
+}
+
+fn is_text(said: &str) -> bool {
+    let first = said.trim_start_matches(['"', 'r', '#']).split(|c: char| !c.is_alphabetic()).next().unwrap_or_default();
+    let of_sql = [
+        "select", "insert", "update", "delete", "with", "create", "alter", "begin", "commit", "set", "notify", "lock",
+        "do", "grant", "explain", "from", "where", "and", "id",
+    ];
+    said.trim_matches('"').contains(' ') && said.contains(char::is_lowercase) && !of_sql.contains(&first)
+}
+
+/// Words in lower case, one space apart.
+fn words(said: &str) -> String {
+    let words = said.split(|c: char| !c.is_alphabetic() && c != '\'').filter(|word| !word.is_empty());
+    words.map(str::to_lowercase).collect::<Vec<_>>().join(" ")
+}
+
+fn sentences(said: &str) -> impl Iterator<Item = &str> {
+    said.split(". ").flat_map(|part| part.split([';', ':', '?', '\n']))
+}
