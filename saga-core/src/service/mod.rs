@@ -29,7 +29,7 @@ pub mod telemetry;
 pub mod topics;
 mod wrong_tokens;
 
-pub use admin::{AdminAuth, Role, admin_router};
+pub use admin::{AdminAuth, NotLetIn, Role, admin_router};
 pub use assembly::{Parts, launch, launch_migrate, launch_with, run};
 pub use config::{
     AdminArgs, AdminSettings, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, HttpSettings, Identity,
