@@ -9,6 +9,7 @@
 //! | [`command`], [`topic`] | what two services agree on: typed commands with their replies, and where they travel |
 //! | [`envelope`] | message headers (CloudEvents 1.0, Kafka binary mode) |
 //! | [`trace`] | the trace context that a message carries |
+//! | [`card`] | card numbers, which no service may keep |
 //! | [`outbox`] | append messages within the caller's transaction |
 //! | [`inbox`] | which messages of a batch are new |
 //! | [`consumer`] | Kafka records to batches to one transaction per batch; retries, parking, dead letters |
@@ -23,6 +24,7 @@
 //! | [`retry`], [`clock`] | the only users of `backoff` and of time |
 //! | [`service`] | what a `main` needs: configuration, telemetry, pools, migrations, topics, shutdown |
 
+pub mod card;
 pub mod clock;
 pub mod command;
 pub mod consumer;

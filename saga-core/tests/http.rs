@@ -311,6 +311,9 @@ async fn one_key_has_one_effect_and_one_answer() {
     let missing = client.post(format!("{url}/count")).json(&json!({"n": 1})).send().await.unwrap();
     assert_eq!(problem(missing).await, (400, "/problems/idempotency-key".into(), "Idempotency-Key".into()));
 
+    let card = problem(send("4111-1111-1111-1111", "x").await.unwrap()).await;
+    assert_eq!(card, (400, "/problems/idempotency-key".into(), "Idempotency-Key".into()), "it would be kept for ever");
+
     let slow = tokio::spawn(send("b", "hold"));
     state.held.notified().await;
     assert_eq!(problem(send("b", "hold").await.unwrap()).await.1, "/problems/in-flight");

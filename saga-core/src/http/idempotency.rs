@@ -33,7 +33,10 @@
 //! Keys are never forgotten yet; `idempotency_answer.created_at` is what a retention will go by.
 
 use super::{REQUEST_MAX, problem::Problem};
-use crate::{outbox::Tx, transaction::Transaction};
+use crate::{
+    card::{self, holds_a_card_number},
+    outbox::Tx, transaction::Transaction,
+};
 use axum::{
     extract::FromRequestParts,
     response::{IntoResponse, Response},
@@ -72,6 +75,7 @@ impl IdempotencyKey {
             return Err(refuse("is required, once"));
         };
         match value.to_str() {
+            Ok(key) if holds_a_card_number(key) => Err(refuse(card::REFUSED)),
             Ok(key) if (1..=200).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic()) => {
                 Ok(Self(key.to_owned()))
             }
