@@ -352,7 +352,8 @@ mod tests {
             let headers: Vec<_> = [("host", "shop.example"), ("origin", origin)].into_iter().chain(header).collect();
             assert_eq!(answer(&listener, "POST", &headers), status, "{origin} {header:?}");
         }
-        let both = [("host", "shop.example"), ("origin", "https://shop.example"), ("origin", "http://shop.example:8000")];
+        let both =
+            [("host", "shop.example"), ("origin", "https://shop.example"), ("origin", "http://shop.example:8000")];
         assert_eq!(answer(&listener, "POST", &both), 415);
     }
 

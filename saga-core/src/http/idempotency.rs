@@ -35,7 +35,8 @@
 use super::{REQUEST_MAX, problem::Problem};
 use crate::{
     card::{self, holds_a_card_number},
-    outbox::Tx, transaction::Transaction,
+    outbox::Tx,
+    transaction::Transaction,
 };
 use axum::{
     extract::FromRequestParts,

@@ -184,11 +184,9 @@ async fn authorize(State(auth): State<AdminAuth>, mut request: Request, next: Ne
             let challenge = [(header::WWW_AUTHENTICATE, "Bearer realm=\"admin\"")];
             (challenge, problem.detail("Send `Authorization: Bearer <token>` with a valid token.")).into_response()
         }
-        Ok(Role::Viewer) if !looks => {
-            Problem::new(StatusCode::FORBIDDEN, "forbidden", "An operator's token is needed")
-                .detail("This token may only look.")
-                .into_response()
-        }
+        Ok(Role::Viewer) if !looks => Problem::new(StatusCode::FORBIDDEN, "forbidden", "An operator's token is needed")
+            .detail("This token may only look.")
+            .into_response(),
         Ok(role) => {
             request.extensions_mut().insert(role);
             next.run(request).await

@@ -54,8 +54,9 @@ mod tests {
         let said = |place: &str| {
             let log = Log::hear("warn");
             warn_of_database(&database_url(&format!("postgres://me:hunter2@{place}")).unwrap());
-            let [clear, unverified] = ["the connection to the database may be in clear", "the server of the database is not verified"]
-                .map(|message| log.said(message));
+            let [clear, unverified] =
+                ["the connection to the database may be in clear", "the server of the database is not verified"]
+                    .map(|message| log.said(message));
             let lines = [clear.as_slice(), &unverified].concat();
             assert!(lines.iter().all(|line| line.to_string().contains("can ask for the role's password")), "{lines:?}");
             assert!(!format!("{lines:?}").contains("hunter2"));
