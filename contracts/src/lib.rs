@@ -4,13 +4,11 @@
 //! |---|---|
 //! | [`topics`] | every topic, declared once |
 //! | [`money`] | integer minor units with an ISO 4217 currency |
-//! | [`card`] | card numbers, which no service may keep |
 //! | [`product`] | stock-keeping units and quantities |
 //! | [`payments`] | what `payment-svc` can be told, and how it answers |
 //! | [`inventory`] | what `inventory-svc` can be told, how it answers, and its item events |
 //! | [`orders`] | what `order-svc` tells the world |
 
-pub mod card;
 pub mod inventory;
 pub mod money;
 pub mod orders;

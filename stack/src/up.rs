@@ -173,7 +173,8 @@ pub async fn status(directory: &StateDirectory) -> Result<bool> {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(["", "at", "admin", "health"]);
     let kafka = crate::kafka::answers(state.kafka_brokers.clone()).await;
-    let postgres = crate::postgres::answers(&state.database_url).await;
+    let own_url = state.socket_url.as_ref().unwrap_or(&state.database_url);
+    let postgres = crate::postgres::answers(own_url).await;
     table.add_row(["PostgreSQL", &without_password(&state.database_url), "", &health(&postgres)]);
     table.add_row(["Kafka", &state.kafka_brokers, "", &health(&kafka)]);
     let mut healthy = kafka.is_ok() && postgres.is_ok();
