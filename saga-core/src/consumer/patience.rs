@@ -131,7 +131,7 @@ impl<H: Handler> Worker<H> {
         let late = clock::monotonic().saturating_duration_since(first) > UNSAID;
         match made {
             Ok(_) if late => {
-                self.report.waits(Cause::TableMissing, "the inbox has no partition for a message that it remembers")
+                self.report.waits(Cause::TableMissing, "the inbox has no partition for a message that it remembers");
             }
             Ok(_) => {}
             Err(error) if classify(&error) == ErrorClass::Configuration => {
