@@ -172,7 +172,7 @@ async fn a_right_that_the_broker_refuses_is_red_with_its_cure_until_it_is_given(
 }
 
 #[tokio::test]
-async fn brokers_that_do_not_say_where_the_group_has_come_to_are_red_with_their_error() {
+async fn brokers_that_do_not_say_where_the_group_has_come_to_are_red_and_why() {
     let mut fixture = Fixture::new(1).await;
     let cluster = MockCluster::new(1).unwrap();
     let topic = unique("events");

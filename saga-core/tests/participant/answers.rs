@@ -77,7 +77,7 @@ async fn effects_are_in_order_when_another_replica_has_settled_what_failed_here(
 }
 
 #[tokio::test]
-async fn effects_say_that_their_database_takes_no_writes_or_that_their_table_is_locked() {
+async fn effects_say_that_their_database_is_read_only_or_their_table_locked() {
     let world = World::new().await;
     let read_only = [("default_transaction_read_only", "on")];
     let options = world.database.pool.connect_options().as_ref().clone().options(read_only);
