@@ -1,5 +1,5 @@
 -- For a volume of a build that had no roles but the superuser's: gives the database, and all in its schema public, to the role that is
--- called like the database. A superuser runs it in each database that docker/databases.sql names, after that script (README, Upgrades).
+-- called like the database. A superuser runs it in each database that docker/databases.sql names, after that script (docs/operations.md, Upgrades).
 -- It may run again.
 do $$
 declare

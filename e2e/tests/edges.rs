@@ -55,14 +55,15 @@ fn payment_svc_dies_before_and_after_each_commit_of_each_step() {
 }
 
 #[test]
-fn payment_svc_dies_before_and_after_it_calls_the_gateway_and_commits_the_answer_of_each_step() {
-    let calls = [
-        "participant.before-call",
-        "participant.after-call",
-        "participant.before-settle-commit",
-        "participant.after-settle-commit",
-    ];
+fn payment_svc_dies_before_and_after_it_calls_the_gateway_for_each_step() {
+    let calls = ["participant.before-call", "participant.after-call"];
     alone(async |platform| at(platform, kills(Service::Payments, "payment-svc", &calls, &PAYMENT_STEPS)).await);
+}
+
+#[test]
+fn payment_svc_dies_before_and_after_it_commits_the_answer_of_each_step() {
+    let commits = ["participant.before-settle-commit", "participant.after-settle-commit"];
+    alone(async |platform| at(platform, kills(Service::Payments, "payment-svc", &commits, &PAYMENT_STEPS)).await);
 }
 
 #[test]
@@ -71,15 +72,22 @@ fn inventory_svc_dies_before_and_after_each_commit_of_each_step() {
 }
 
 #[test]
-fn the_orchestrator_dies_before_and_after_each_commit_of_each_step() {
+fn the_orchestrator_dies_before_and_after_each_commit_of_each_payment_step() {
+    let commits = ["consumer.before-commit", "consumer.after-commit"];
+    alone(async |platform| at(platform, kills(Service::Orders, "order-svc.saga", &commits, &PAYMENT_STEPS)).await);
+}
+
+#[test]
+fn the_orchestrator_dies_before_and_after_each_commit_of_each_stock_step() {
+    alone(async |platform| at(platform, consumer_kills(Service::Orders, "order-svc.saga", &STOCK_STEPS)).await);
+}
+
+#[test]
+fn the_orchestrator_dies_around_its_decisions_and_before_it_records_what_it_read() {
     let decisions = ["saga.after-load", "saga.after-store"];
     let decisions = decisions.map(|point| Edge::kill(Service::Orders, format!("{point}@{}", ORDERS_REPLIES.name)));
-    alone(async |platform| {
-        let mut edges = consumer_kills(Service::Orders, "order-svc.saga", &[PAYMENT_STEPS, STOCK_STEPS].concat());
-        edges.extend(decisions);
-        edges.push(Edge::kill(Service::Orders, "consumer.before-read-until@order-svc.saga"));
-        at(platform, edges).await;
-    });
+    let read = Edge::kill(Service::Orders, "consumer.before-read-until@order-svc.saga");
+    alone(async |platform| at(platform, decisions.into_iter().chain([read]).collect()).await);
 }
 
 #[test]
@@ -201,50 +209,56 @@ async fn was_resent_once(platform: &Platform, edge: &Edge, order: Uuid, op: &str
     assert_eq!(sent(platform, order, op, step).await, 2, "{op} {step}, {edge:?}");
 }
 
+/// A command of each step is late, and the process dies at `point` around its commit of that.
+async fn commands_are_late(platform: &Platform, point: &str) {
+    let payments = &platform.stack.service(Service::Payments).process;
+    let inventory = &platform.stack.service(Service::Inventory).process;
+    let _go_on = (GoesOn(payments), GoesOn(inventory));
+    let sku = platform.item("late", 100, 100).await;
+    let wish = Wish::of(&sku, 2);
+    let edge = Edge::kill(Service::Orders, format!("{point}@{}", ORDERS_REPLIES.name));
+    // Who has to answer stands still; and the next one does before this one goes on.
+    payments.pause();
+    let order = platform.place(&wish).await;
+    let way = [
+        ("authorize-payment", payments, inventory),
+        ("reserve-stock", inventory, payments),
+        ("capture-payment", payments, inventory),
+        ("commit-stock", inventory, payments),
+    ];
+    for (step, answers, next) in way {
+        is_late(platform, &edge, order, "do", step).await;
+        next.pause();
+        answers.resume();
+    }
+    payments.resume();
+    assert_eq!(platform.outcome(order).await, "confirmed", "{point}");
+    platform.settles().await;
+    for (step, ..) in way {
+        was_resent_once(platform, &edge, order, "do", step).await;
+    }
+    for (step, answers) in [("authorize-payment", payments), ("reserve-stock", inventory)] {
+        answers.pause();
+        let order = platform.place(&wish).await;
+        let issued = || async { (sent(platform, order, "do", step).await == 1).then_some(()) };
+        eventually(SETTLED, issued).await;
+        assert_eq!(platform.cancel(order).await, 202, "{point}");
+        is_late(platform, &edge, order, "undo", step).await;
+        answers.resume();
+        assert_eq!(platform.outcome(order).await, "cancelled_by_customer", "{point}");
+        platform.settles().await;
+        was_resent_once(platform, &edge, order, "undo", step).await;
+    }
+}
+
 #[test]
-fn order_svc_dies_before_and_after_it_commits_that_a_command_of_each_step_is_late_and_resends_it_once() {
-    alone(async |platform| {
-        let payments = &platform.stack.service(Service::Payments).process;
-        let inventory = &platform.stack.service(Service::Inventory).process;
-        let _go_on = (GoesOn(payments), GoesOn(inventory));
-        let sku = platform.item("late", 100, 100).await;
-        let wish = Wish::of(&sku, 2);
-        for point in ["saga.timers.before-commit", "saga.timers.after-commit"] {
-            let edge = Edge::kill(Service::Orders, format!("{point}@{}", ORDERS_REPLIES.name));
-            // Who has to answer stands still; and the next one does before this one goes on.
-            payments.pause();
-            let order = platform.place(&wish).await;
-            let way = [
-                ("authorize-payment", payments, inventory),
-                ("reserve-stock", inventory, payments),
-                ("capture-payment", payments, inventory),
-                ("commit-stock", inventory, payments),
-            ];
-            for (step, answers, next) in way {
-                is_late(platform, &edge, order, "do", step).await;
-                next.pause();
-                answers.resume();
-            }
-            payments.resume();
-            assert_eq!(platform.outcome(order).await, "confirmed", "{point}");
-            platform.settles().await;
-            for (step, ..) in way {
-                was_resent_once(platform, &edge, order, "do", step).await;
-            }
-            for (step, answers) in [("authorize-payment", payments), ("reserve-stock", inventory)] {
-                answers.pause();
-                let order = platform.place(&wish).await;
-                let issued = || async { (sent(platform, order, "do", step).await == 1).then_some(()) };
-                eventually(SETTLED, issued).await;
-                assert_eq!(platform.cancel(order).await, 202, "{point}");
-                is_late(platform, &edge, order, "undo", step).await;
-                answers.resume();
-                assert_eq!(platform.outcome(order).await, "cancelled_by_customer", "{point}");
-                platform.settles().await;
-                was_resent_once(platform, &edge, order, "undo", step).await;
-            }
-        }
-    });
+fn order_svc_dies_before_it_commits_that_a_command_is_late_and_resends_it_once() {
+    alone(async |platform| commands_are_late(platform, "saga.timers.before-commit").await);
+}
+
+#[test]
+fn order_svc_dies_after_it_commits_that_a_command_is_late_and_resends_it_once() {
+    alone(async |platform| commands_are_late(platform, "saga.timers.after-commit").await);
 }
 
 /// A batch's transaction fails before its commit for each of the steps, and their records with it, which are tried again.

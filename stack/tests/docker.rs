@@ -161,9 +161,10 @@ fn ports_are_the_processes_own_and_published_on_loopback_only() {
 }
 
 #[test]
-fn the_readme_lists_every_listener_and_no_other() {
-    let readme = text("README.md");
-    let table = readme.split("### What listens\n").nth(1).expect("a table of listeners").split("\n###").next().unwrap();
+fn the_documents_list_every_listener_and_no_other() {
+    let operations = text("docs/operations.md");
+    let table =
+        operations.split("## What listens\n").nth(1).expect("a table of listeners").split("\n## ").next().unwrap();
     let rows = table.lines().filter(|line| line.starts_with("| ")).skip(1).map(|line| {
         let mut cells = line.split('|').map(str::trim).skip(1);
         (cells.next().unwrap().to_owned(), cells.next().unwrap().parse::<u16>().unwrap())
@@ -181,7 +182,7 @@ fn the_readme_lists_every_listener_and_no_other() {
     for server in ["postgres", "kafka"] {
         assert!(
             compose()["services"][server].get("ports").is_none(),
-            "{server} is published, and the README says it is not"
+            "{server} is published, and docs/operations.md says that it is not"
         );
     }
 }

@@ -5,6 +5,7 @@
 
 mod arrows;
 mod bounds;
+mod docs;
 mod expand;
 mod files;
 mod order;
@@ -72,8 +73,18 @@ fn no_migration_of_this_release_keeps_an_older_build_from_writing() {
 }
 
 #[test]
-fn what_programs_say_names_components_in_short_sentences() {
-    none(&words::of_programs(&Tree::of_this_workspace()));
+fn programs_and_comments_speak_of_components_as_of_components() {
+    let tree = Tree::of_this_workspace();
+    none(&words::of_programs(&tree));
+    none(&words::of_comments(&tree));
+}
+
+#[test]
+fn links_of_documents_lead_somewhere_and_sentences_are_short() {
+    let tree = Tree::of_this_workspace();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    none(&docs::links(&tree, |path| root.join(path).exists()));
+    none(&docs::language(&tree));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The checks can fail: each is shown something wrong, and finds it, and something right, and finds nothing.
 
 use crate::{
-    Violation, arrows, bounds, expand, files, order, purity,
+    Violation, arrows, bounds, docs, expand, files, order, purity,
     source::{Tree, code, paths, without_tests},
     words,
 };
@@ -51,11 +51,45 @@ fn a_process_that_is_spoken_of_as_a_person_and_a_long_sentence_are_found() {
     one(&found("fn f() { say(\"the lease is somebody else's\"); }"), "somebody");
     one(&found("fn f() { say(\"a row that was \\\n    looked at\"); }"), "looked at");
     one(&found(&format!("fn f() {{ say(\"{}end\"); }}", "one more word ".repeat(9))), "more than 25 words");
+    let comments = |text: &str| words::of_comments(&Tree::of(&[("saga-core/src/outbox.rs", text)]));
+    one(&comments("fn f() {} \n    // Whoever has the lease."), "whoever");
+    assert!(comments("/// An operator who retries.\nfn told() {}").is_empty());
     for fine in [
         "// somebody\nfn f() { say(\"the lease is another process's\"); }",
         "fn f() { sql(\"select nobody from a\"); }",
         "#[cfg(test)]\nmod tests { fn f() { say(\"nobody came\"); } }",
         &format!("fn f() {{ say(\"{}\"); }}", "Ten short words are one sentence, and here it ends. ".repeat(9)),
+    ] {
+        assert!(found(fine).is_empty(), "{fine}");
+    }
+}
+
+#[test]
+fn a_link_that_leads_nowhere_is_found() {
+    let found = |link: &str| {
+        let text = format!("# Map\n\nSee [this]({link}).\n\n```text\n[no](link)\n```\n\n## Way of one order\n");
+        docs::links(&Tree::of(&[("docs/map.md", &text)]), |path| {
+            path == "saga-core/src/lib.rs" || path == "docs/map.md"
+        })
+    };
+    one(&found("../saga-core/src/gone.rs"), "leads nowhere");
+    one(&found("#way-of-an-order"), "no heading");
+    one(&found("map.md#gone"), "no heading");
+    for fine in ["../saga-core/src/lib.rs", "#way-of-one-order", "map.md#map", "https://example.org/x"] {
+        assert!(found(fine).is_empty(), "{fine}");
+    }
+}
+
+#[test]
+fn a_long_sentence_of_a_document_is_found() {
+    let found = |text: &str| docs::language(&Tree::of(&[("docs/map.md", text)]));
+    one(&found(&format!("- {}end.", "one more word\n  ".repeat(9))), "more than 25 words");
+    one(&found("Whoever holds the lease publishes."), "whoever");
+    for fine in [
+        &format!("{}.", "Six words are one short sentence. ".repeat(9)),
+        &format!("- {}", "a list item has no end\n- ".repeat(9)),
+        &format!("| {} |", "whoever is in a table ".repeat(9)),
+        &format!("`{}`", "words of code are one ".repeat(9)),
     ] {
         assert!(found(fine).is_empty(), "{fine}");
     }

@@ -31,7 +31,7 @@ impl Tree {
                 if !SKIPPED.contains(&name.as_str()) {
                     self.read(&entry.path(), &format!("{path}/"));
                 }
-            } else if [".rs", ".sql", ".toml"].iter().any(|kind| name.ends_with(kind)) {
+            } else if [".rs", ".sql", ".toml", ".md"].iter().any(|kind| name.ends_with(kind)) {
                 self.0.insert(path, fs::read_to_string(entry.path()).expect("sources are UTF-8"));
             }
         }

@@ -8,8 +8,10 @@ use crate::{
 /// Said of people alone. A component has a name, and a reader at night wants it.
 const OF_PEOPLE: [&str; 9] =
     ["who", "whoever", "whom", "somebody", "someone", "nobody", "anybody", "told", "looked at"];
+/// Likewise where people are spoken of, too.
+pub(crate) const OF_PEOPLE_ALONE: [&str; 6] = ["whoever", "somebody", "someone", "nobody", "told", "looked at"];
 /// A sentence of more words is read twice.
-const WORDS_MAX: usize = 25;
+pub(crate) const WORDS_MAX: usize = 25;
 
 /// What each program says in its strings. SQL is left out, by its first word, and so is what is no text: names and lists.
 pub(crate) fn of_programs(tree: &Tree) -> Vec<Violation> {
@@ -25,6 +27,21 @@ pub(crate) fn of_programs(tree: &Tree) -> Vec<Violation> {
         }
     }
     violations
+}
+
+/// What comments and documentation of code say. An operator or a reader may be a `who`.
+pub(crate) fn of_comments(tree: &Tree) -> Vec<Violation> {
+    let sources =
+        tree.0.iter().filter(|(path, _)| path.ends_with(".rs") && !path.starts_with("e2e/tests/architecture/"));
+    let lines = sources
+        .flat_map(|(path, text)| text.lines().enumerate().map(move |(line, text)| (path, line + 1, text.trim())));
+    let comments = lines.filter(|(_, _, text)| text.starts_with("//"));
+    let spoken = comments.filter_map(|(path, line, text)| {
+        let said = format!(" {} ", words(text));
+        let word = OF_PEOPLE_ALONE.iter().find(|word| said.contains(&format!(" {word} ")))?;
+        Some(format!("{path}:{line}: {word:?} is said of people: {text}"))
+    });
+    spoken.collect()
 }
 
 fn is_product(path: &str) -> bool {
@@ -45,7 +62,7 @@ fn is_text(said: &str) -> bool {
 }
 
 /// Words in lower case, one space apart.
-fn words(said: &str) -> String {
+pub(crate) fn words(said: &str) -> String {
     let words = said.split(|c: char| !c.is_alphabetic() && c != '\'').filter(|word| !word.is_empty());
     words.map(str::to_lowercase).collect::<Vec<_>>().join(" ")
 }

@@ -1,0 +1,132 @@
+//! The documents: their links lead somewhere, and their language is that of a stranger.
+
+use crate::{
+    Violation,
+    source::Tree,
+    words::{OF_PEOPLE_ALONE, WORDS_MAX, words},
+};
+use std::collections::BTreeSet;
+
+/// The text of a document between its code blocks, each line with its number.
+fn prose(text: &str) -> Vec<(usize, &str)> {
+    let mut in_code = false;
+    let lines = text.lines().enumerate().filter(|(_, line)| {
+        let fence = line.trim_start().starts_with("```");
+        in_code ^= fence;
+        !in_code && !fence
+    });
+    lines.map(|(number, line)| (number + 1, line)).collect()
+}
+
+fn documents(tree: &Tree) -> impl Iterator<Item = (&str, &str)> {
+    let documents = tree.0.iter().filter(|(path, _)| path.ends_with(".md"));
+    documents.map(|(path, text)| (path.as_str(), text.as_str()))
+}
+
+/// Every relative link of a document leads to a file or folder, and every anchor to a heading. `exists` answers for paths from the
+/// workspace's root.
+pub(crate) fn links(tree: &Tree, exists: impl Fn(&str) -> bool) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for (path, text) in documents(tree) {
+        for (number, line) in prose(text) {
+            for target in line.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+                if target.starts_with("http://") || target.starts_with("https://") {
+                    continue;
+                }
+                let (file, anchor) =
+                    target.split_once('#').map_or((target, None), |(file, anchor)| (file, Some(anchor)));
+                let to = if file.is_empty() { path.to_owned() } else { resolve(path, file) };
+                let heading = |anchor: &str| tree.0.get(&to).is_none_or(|text| headings(text).contains(anchor));
+                if !file.is_empty() && !exists(&to) {
+                    violations.push(format!("{path}:{number}: the link to {target} leads nowhere"));
+                } else if anchor.is_some_and(|anchor| to.ends_with(".md") && !heading(anchor)) {
+                    violations
+                        .push(format!("{path}:{number}: {to} has no heading for #{}", anchor.unwrap_or_default()));
+                }
+            }
+        }
+    }
+    violations
+}
+
+/// `link`, as it stands in the document at `from`, from the workspace's root.
+fn resolve(from: &str, link: &str) -> String {
+    let mut folder: Vec<&str> = from.split('/').collect();
+    folder.pop();
+    for part in link.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(folder.pop()),
+            part => folder.push(part),
+        }
+    }
+    folder.join("/")
+}
+
+/// The anchors that GitHub makes of a document's headings.
+fn headings(text: &str) -> BTreeSet<String> {
+    let headings = prose(text).into_iter().filter(|(_, line)| line.starts_with('#'));
+    let slug = |line: &str| -> String {
+        let kept = line.trim_start_matches('#').trim().chars().filter_map(|c| match c {
+            ' ' => Some('-'),
+            c if c.is_alphanumeric() || matches!(c, '-' | '_') => Some(c),
+            _ => None,
+        });
+        kept.flat_map(char::to_lowercase).collect()
+    };
+    headings.map(|(_, line)| slug(line)).collect()
+}
+
+/// Sentences of documents are short, and speak of components as of components.
+pub(crate) fn language(tree: &Tree) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for (path, text) in documents(tree) {
+        for (number, paragraph) in paragraphs(text) {
+            let said = words(&paragraph);
+            let found = OF_PEOPLE_ALONE.iter().find(|phrase| format!(" {said} ").contains(&format!(" {phrase} ")));
+            violations.extend(found.map(|word| format!("{path}:{number}: {word:?} is said of people")));
+            let long = |sentence: &&str| sentence.split_whitespace().count() > WORDS_MAX;
+            if let Some(long) = paragraph.split(['.', '?', '!', ':', ';']).find(long) {
+                violations.push(format!("{path}:{number}: a sentence of more than {WORDS_MAX} words: {}", long.trim()));
+            }
+        }
+    }
+    violations
+}
+
+/// Paragraphs and list items, joined; without tables, headings, code and where links lead.
+fn paragraphs(text: &str) -> Vec<(usize, String)> {
+    let mut found: Vec<(usize, String)> = Vec::new();
+    let mut open = false;
+    for (number, line) in prose(text) {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with(['#', '|']) {
+            open = false;
+            continue;
+        }
+        let begins =
+            !open || line.starts_with("- ") || line.split_once(". ").is_some_and(|(n, _)| n.parse::<u8>().is_ok());
+        let text = without_code(&without_targets(line));
+        match found.last_mut() {
+            Some((_, paragraph)) if !begins => {
+                paragraph.push(' ');
+                paragraph.push_str(&text);
+            }
+            _ => found.push((number, text)),
+        }
+        open = true;
+    }
+    found
+}
+
+/// Without what stands in `](…)`.
+fn without_targets(line: &str) -> String {
+    let mut parts = line.split("](");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| text + part.split_once(')').map_or(part, |(_, rest)| rest))
+}
+
+/// Each piece of code is one word.
+fn without_code(line: &str) -> String {
+    line.split('`').enumerate().map(|(n, part)| if n % 2 == 0 { part } else { "code" }).collect()
+}
