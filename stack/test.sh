@@ -10,7 +10,7 @@ promised_minutes=20
 
 # More tests at a time than a few cores: most of their time they wait, for servers, leases and sessions to run out.
 if [ -z "${RUST_TEST_THREADS:-}" ] && [ "$(getconf _NPROCESSORS_ONLN)" -lt 4 ]; then
-  export RUST_TEST_THREADS=4
+  export RUST_TEST_THREADS=6
 fi
 
 code=$(mktemp) said=$(mktemp)

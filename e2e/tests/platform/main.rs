@@ -1,0 +1,11 @@
+//! The whole platform as processes. In one binary, so that tests which wait (for sessions and leases of what was killed to
+//! run out) do so side by side.
+
+mod audit;
+mod bad_input;
+mod crash;
+mod doors;
+mod edges;
+mod openapi;
+mod outcomes;
+mod steps;
