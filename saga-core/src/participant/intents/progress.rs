@@ -1,5 +1,5 @@
-//! What waits to be performed, and since when nothing of it moves: what health tells of effects. A look that fails is no sign
-//! that nothing waits.
+//! The effects that wait to be performed, and since when none of them has moved, for health. A look that fails is no
+//! sign that nothing waits.
 
 use super::Intents;
 use crate::{
@@ -13,21 +13,21 @@ use std::{
 };
 use uuid::Uuid;
 
-/// How often it is looked what waits, and intents are counted for the gauges.
+/// How often the executor looks at what waits, and counts intents for the gauges.
 const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
-/// As it was last seen.
+/// What the last look saw.
 #[derive(Debug, Default)]
 pub(super) struct Progress(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
-    /// How many were settled here. An intent that cannot be is no sign that none can.
+    /// Intents that this process settled. One intent that cannot be settled is no sign that none can.
     settled: u64,
     movement: Movement<(u64, Uuid)>,
     waiting: Option<Waiting>,
     looks: Looks,
-    /// What was said last of the intent that waits for longest.
+    /// The last error of the intent that waits for longest.
     last_error: Option<String>,
 }
 
@@ -36,17 +36,17 @@ impl Progress {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One was settled.
+    /// Counts an intent that was settled.
     pub(super) fn settled(&self) {
         self.lock().settled += 1;
     }
 
-    /// What waits could not be looked at: what was known of it stands.
+    /// Records a look that failed: what was known before stands.
     pub(super) fn missed(&self, error: &sqlx::Error) {
         self.lock().looks.missed(&error.into());
     }
 
-    /// This is the one that waits for longest.
+    /// Records a look: the intent that waits for longest.
     pub(super) fn seen(&self, oldest: Option<Oldest>) {
         let mut known = self.lock();
         known.looks.seen();
@@ -60,7 +60,7 @@ impl Progress {
         known.last_error = last_error;
     }
 
-    /// The trouble that is known, or that nothing is known, or that nothing moves, with what was said last; and what waits.
+    /// Reports the known trouble, or that looks fail, or that nothing moves and the last error; and what waits.
     pub(super) fn report(&self, trouble: Option<Trouble>) -> Report {
         let known = self.lock();
         let trouble = trouble.or_else(|| known.looks.trouble()).or_else(|| {
@@ -75,10 +75,11 @@ impl Progress {
 }
 
 impl Intents {
-    /// `participant_intents{state}`: what is in doubt, or stays open for long, somebody has to look at.
+    /// Keeps the gauge `participant_intents{state}`. Effects in doubt, or open for long, need an operator.
     pub(super) async fn keep_gauges(&self) {
         loop {
-            // Alone: that something waits, and for how long, is known also when there is too much to be counted in time.
+            // The oldest intent is read alone: what waits, and for how long, is known even when there is too much to be
+            // counted in time.
             match self.bound().within(self.oldest()).await {
                 Ok(oldest) => self.progress.seen(oldest),
                 Err(error) => self.progress.missed(&error),
