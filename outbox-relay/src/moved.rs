@@ -1,5 +1,5 @@
-//! What an operator runs, once, after an outbox was moved to another PostgreSQL cluster or has got another name. The relays
-//! are stopped meanwhile: each command holds the leases' table, and refuses while one is in use.
+//! What an operator runs, once, after an outbox was moved to another PostgreSQL cluster or has got another name. The
+//! relays are stopped meanwhile: each command holds the leases' table, and refuses while one is in use.
 
 use crate::{batch_log, position::Position, position::ReadError, settings::OutboxSettings};
 use sqlx::{Connection as _, PgConnection, PgTransaction};
@@ -10,8 +10,8 @@ use tracing::info;
 pub enum Cure {
     /// They were kept (`pg_upgrade`, a physical copy): the position holds here as well.
     Accept,
-    /// They mean nothing here (a logical copy): rows that are published and rows that are not are told apart by the position,
-    /// and get transaction ids of this cluster.
+    /// They mean nothing here (a logical copy): rows that are published and rows that are not are told apart by the
+    /// position, and get transaction ids of this cluster.
     Rewrite,
 }
 

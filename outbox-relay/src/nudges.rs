@@ -1,7 +1,8 @@
 //! Hears services tell that they have committed something (`notify outbox`), so that it is read at once.
 //!
-//! A hint and nothing more: whatever is lost of it, the reader looks by itself after its pause. One connection is held for
-//! it. Behind a pooler that hands a connection from one client to the next nothing is listened for: others would be told.
+//! A hint and nothing more: whatever is lost of it, the reader looks by itself after its pause. One connection is held
+//! for it. Behind a pooler that hands a connection from one client to the next nothing is listened for: others would be
+//! told.
 
 use futures::FutureExt as _;
 use saga_core::{outbox::NUDGES, transaction::Bound};

@@ -47,8 +47,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// How statements on the outbox are planned.
 pub(crate) const PLANS: [(&str, &str); 5] = [
-    // Every statement here has one index that answers it; statistics of a table that grows this fast are always old, and a
-    // plan made from them must not read the whole of it.
+    // Every statement here has one index that answers it; statistics of a table that grows this fast are always old,
+    // and a plan made from them must not read the whole of it.
     ("enable_seqscan", "off"),
     ("enable_bitmapscan", "off"),
     // Where rows are wanted in an index's order, that is the index.

@@ -1,11 +1,12 @@
 //! Rows that Kafka will never take as they are, and the lines behind them.
 //!
 //! A line is a topic and a key. While a row of it is parked, every later row of it is parked behind, so that its order
-//! holds; all other lines flow on. A row without a key is a line of its own. A parked row is a copy, made in the transaction
-//! that moves the position past it: whenever the process dies, a row is either still to come or parked, never neither.
+//! holds; all other lines flow on. A row without a key is a line of its own. A parked row is a copy, made in the
+//! transaction that moves the position past it: whenever the process dies, a row is either still to come or parked,
+//! never neither.
 //!
-//! A line may hold a million rows. Every statement here follows an index to the rows that it is about. Where it has their ids,
-//! it says `status || '' = 'parked'`, so that the planner does not take the index on lines for that.
+//! A line may hold a million rows. Every statement here follows an index to the rows that it is about. Where it has
+//! their ids, it says `status || '' = 'parked'`, so that the planner does not take the index on lines for that.
 
 use crate::{
     database::Database,
@@ -24,8 +25,8 @@ use uuid::Uuid;
 
 /// Lines that are loaded by one statement.
 const LINES_AT_ONCE: i64 = 2_000;
-/// Rows of a topic that stand for requests and are looked at together. Requests that are met make room for others, four times a
-/// second.
+/// Rows of a topic that stand for requests and are looked at together. Requests that are met make room for others, four
+/// times a second.
 const ASKED_AT_ONCE: i64 = 1_000;
 
 /// Lines with parked rows. Nearly always none. Shared by the session, which parks rows, and whatever tries them again.
@@ -54,8 +55,8 @@ pub(crate) struct Line {
 }
 
 impl Blocked {
-    /// Reads which lines are blocked, in place of what was known of the topics that are `mine`: what a session decided that
-    /// ended before it was recorded is decided again.
+    /// Reads which lines are blocked, in place of what was known of the topics that are `mine`: what a session decided
+    /// that ended before it was recorded is decided again.
     pub(crate) async fn load(
         &self,
         db: &Database,
@@ -205,8 +206,8 @@ pub(crate) struct Park {
     pub(crate) bytes: usize,
 }
 
-/// Lines that an operator wants tried again, and when the request was made: of each topic the first, however many there are.
-/// Rows without a key are one line here, and their first row tells the time.
+/// Lines that an operator wants tried again, and when the request was made: of each topic the first, however many there
+/// are. Rows without a key are one line here, and their first row tells the time.
 pub(crate) async fn requested(
     db: &mut PgConnection,
     outbox: &str,
@@ -251,8 +252,8 @@ pub(crate) async fn requested(
     Ok(lines.into_iter().map(|(topic, key, at)| (Line { topic, key }, at)).collect())
 }
 
-/// The next rows of a line that is to be tried again; the bodies of large ones are not read. A row without a key is a line of
-/// its own, so only those that were asked for are taken.
+/// The next rows of a line that is to be tried again; the bodies of large ones are not read. A row without a key is a
+/// line of its own, so only those that were asked for are taken.
 pub(crate) async fn waiting(
     db: &mut PgConnection,
     outbox: &str,
@@ -325,9 +326,9 @@ pub(crate) struct Published {
     pub(crate) ids: Vec<i64>,
 }
 
-/// The rows are published, if `owner` still holds the lease; false means: fenced. The request of a line goes on to its next
-/// row. When there is none, it stays on the last published row: from that the owner learns that the line is to be freed, also
-/// when it cannot do so at once.
+/// The rows are published, if `owner` still holds the lease; false means: fenced. The request of a line goes on to its
+/// next row. When there is none, it stays on the last published row: from that the owner learns that the line is to be
+/// freed, also when it cannot do so at once.
 pub(crate) async fn published(
     db: &mut PgConnection,
     outbox: &str,
@@ -406,8 +407,8 @@ pub(crate) async fn refused(
     Ok(())
 }
 
-/// The line has been tried, as was asked for at `requested`, if `owner` still holds the lease; a later request stands. So does
-/// that of a parked row without a key: it is a line of its own.
+/// The line has been tried, as was asked for at `requested`, if `owner` still holds the lease; a later request stands.
+/// So does that of a parked row without a key: it is a line of its own.
 pub(crate) async fn tried(
     db: &mut PgConnection,
     outbox: &str,
@@ -460,8 +461,8 @@ pub(crate) mod tests {
         assert_eq!(blocked.behind("t", Some("k"), 10), None);
     }
 
-    /// A connection as the relay has them, to a database in which rows 1 to `rows` of topic `t` are parked, without a key, and as
-    /// many behind them of topic `u`, each a line.
+    /// A connection as the relay has them, to a database in which rows 1 to `rows` of topic `t` are parked, without a
+    /// key, and as many behind them of topic `u`, each a line.
     pub(crate) async fn with_lines(rows: i64) -> (TestDatabase, PgConnection) {
         let database = TestDatabase::new(&[messaging_migrations()]).await;
         let options = PgConnectOptions::from_str(&database.url).unwrap().options(crate::outbox::PLANS);

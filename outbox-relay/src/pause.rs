@@ -1,8 +1,9 @@
 //! What is set apart from the main stream: a topic, or nothing but the whole outbox.
 //!
-//! The other topics go on while one is set apart, so it has a position of its own, recorded in the transaction that moves
-//! the outbox's position past its rows. When it resumes, a stream of its own publishes its rows from there, and hands it
-//! back to the main stream when it has caught up; until then the main stream passes over its rows. Nothing is parked for it.
+//! The other topics go on while one is set apart, so it has a position of its own, recorded in the transaction that
+//! moves the outbox's position past its rows. When it resumes, a stream of its own publishes its rows from there, and
+//! hands it back to the main stream when it has caught up; until then the main stream passes over its rows. Nothing is
+//! parked for it.
 
 use crate::position::{Position, ReadError};
 use saga_core::{
@@ -120,9 +121,9 @@ pub(crate) struct LeftBehind {
     pub(crate) position: Position,
 }
 
-/// Records where a topic is left behind, in the transaction that moves the position past it. A pause that has a position
-/// keeps it (the topic was catching up, and stopped again on the way); one that an operator asked for keeps its cause.
-/// A topic that refuses rows resumes at once: its stream finds out which they are.
+/// Records where a topic is left behind, in the transaction that moves the position past it. A pause that has a
+/// position keeps it (the topic was catching up, and stopped again on the way); one that an operator asked for keeps
+/// its cause. A topic that refuses rows resumes at once: its stream finds out which they are.
 pub(crate) async fn leave_in(tx: &mut PgConnection, outbox: &str, left: &LeftBehind) -> Result<(), sqlx::Error> {
     sqlx::query(
         "insert into outbox_pause as pause

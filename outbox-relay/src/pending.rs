@@ -166,8 +166,8 @@ async fn ids_behind(db: &mut PgConnection, after: i64) -> Result<i64, sqlx::Erro
     .await
 }
 
-/// Rows of a paused topic that the position has passed and the topic has not, and among how many rows of all topics they
-/// were looked for.
+/// Rows of a paused topic that the position has passed and the topic has not, and among how many rows of all topics
+/// they were looked for.
 async fn left_behind(
     db: &mut PgConnection,
     topic: &str,

@@ -6,11 +6,11 @@
 //!                          │ by id: …after_id│……    │
 //! ```
 //!
-//! A window holds the rows that are visible in `target` and not in `base`. Two rows of one key are in order: their writers
-//! held the key's lock to the commit, so the later one has the greater id, and no snapshot sees it without the earlier.
-//! A row that commits late, with however low an id, is in the first window whose target sees it. Nothing waits for
-//! anybody. `target` is never made smaller to bound a window (rows of a transaction that got its id early and the lock
-//! late would then overtake): a window is cut by id only.
+//! A window holds the rows that are visible in `target` and not in `base`. Two rows of one key are in order: their
+//! writers held the key's lock to the commit, so the later one has the greater id, and no snapshot sees it without the
+//! earlier. A row that commits late, with however low an id, is in the first window whose target sees it. Nothing waits
+//! for anybody. `target` is never made smaller to bound a window (rows of a transaction that got its id early and the
+//! lock late would then overtake): a window is cut by id only.
 //!
 //! No step of reading touches more rows than a stretch has, whatever lies in the window or outside it: a long window is
 //! first searched for its lowest and greatest id, piece by piece, then walked between them, stretch by stretch.
@@ -28,8 +28,8 @@ use sqlx::PgConnection;
 use std::{collections::VecDeque, sync::Arc};
 use tracing::warn;
 
-/// Rows that are read at once, where there is room for them. Large enough that a round trip costs nothing per row, small
-/// enough that the first one is not kept waiting.
+/// Rows that are read at once, where there is room for them. Large enough that a round trip costs nothing per row,
+/// small enough that the first one is not kept waiting.
 const PAGE_ROWS: usize = 5_000;
 /// Bytes of rows that a page may carry. One row may exceed it alone.
 const PAGE_BYTES: usize = 8 << 20;
@@ -127,7 +127,8 @@ impl Cursor {
             return;
         }
         let (_, most) = self.next_rows(i64::MAX, usize::MAX);
-        // What was made for these rows and not used yet is kept: to hold it while as much is asked for is to wait for oneself.
+        // What was made for these rows and not used yet is kept: to hold it while as much is asked for is to wait for
+        // oneself.
         if most > 0 && self.bodies.is_none() {
             let (_, least) = self.next_rows(i64::MAX, LEAST);
             self.bodies = Some(self.area.take(most, least).await);
@@ -150,8 +151,9 @@ impl Cursor {
         self.at.includes(main)
     }
 
-    /// The next rows, or `None` when nothing new is committed. An empty page means that a stretch of a long window held none,
-    /// or that there is no room yet for large rows, and that there is more to be read. Room was made for what this reads.
+    /// The next rows, or `None` when nothing new is committed. An empty page means that a stretch of a long window held
+    /// none, or that there is no room yet for large rows, and that there is more to be read. Room was made for what
+    /// this reads.
     pub(crate) async fn next(&mut self, db: &mut PgConnection) -> Result<Option<Page>, ReadError> {
         let page = self.find_next(db).await;
         self.give_back();
@@ -184,8 +186,9 @@ impl Cursor {
         }
     }
 
-    /// The next rows of those that the main stream has passed, which stands at `main`; `None` when it has passed no more.
-    /// An empty page is a stretch without such rows, which is recorded as well, or there is no room yet for large rows.
+    /// The next rows of those that the main stream has passed, which stands at `main`; `None` when it has passed no
+    /// more. An empty page is a stretch without such rows, which is recorded as well, or there is no room yet for large
+    /// rows.
     pub(crate) async fn follow(&mut self, db: &mut PgConnection, main: &Position) -> Result<Option<Page>, ReadError> {
         let page = self.find_passed(db, main).await;
         self.give_back();
@@ -331,9 +334,9 @@ impl Cursor {
         self.reached = 0;
     }
 
-    /// How many of the read rows up to `limit` a page may hold that has room for so many bytes which they lack, and how many
-    /// these are. The first row is always one of them. A row that is read alone is the last: while it waits for room, the
-    /// rows before it leave theirs.
+    /// How many of the read rows up to `limit` a page may hold that has room for so many bytes which they lack, and how
+    /// many these are. The first row is always one of them. A row that is read alone is the last: while it waits for
+    /// room, the rows before it leave theirs.
     fn next_rows(&self, limit: i64, room: usize) -> (usize, usize) {
         let (mut rows, mut bytes, mut lacking) = (0, 0_usize, 0);
         for row in self.read.iter().take_while(|row| row.id() <= limit) {
@@ -350,8 +353,8 @@ impl Cursor {
         (rows, lacking)
     }
 
-    /// Hands out as many of the read rows up to `limit` as a page may hold, with the large bodies that it may carry; none
-    /// when there is no room for these.
+    /// Hands out as many of the read rows up to `limit` as a page may hold, with the large bodies that it may carry;
+    /// none when there is no room for these.
     async fn cut(&mut self, db: &mut PgConnection, limit: i64) -> Result<Page, ReadError> {
         let (_, most) = self.next_rows(limit, usize::MAX);
         let bodies = self.bodies.take().or_else(|| self.area.try_take(most));
@@ -376,8 +379,8 @@ impl Cursor {
     }
 }
 
-/// Reads what the rows of a page lack, but for bodies that are too large to be read before the topic is known to take them.
-/// A row that was deleted since its page was read is left out: without its body it would be sent as a tombstone.
+/// Reads what the rows of a page lack, but for bodies that are too large to be read before the topic is known to take
+/// them. A row that was deleted since its page was read is left out: without its body it would be sent as a tombstone.
 async fn read_large(db: &mut PgConnection, rows: &mut Vec<Row>) -> Result<(), ReadError> {
     let (unread, lacking): (Vec<&Row>, Vec<&Row>) =
         rows.iter().filter(|row| row.lacks_body()).partition(|row| row.is_read_alone());

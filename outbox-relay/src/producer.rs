@@ -119,8 +119,8 @@ pub(crate) struct Kafka {
 
 /// Publishes one stream to Kafka; drop it to give up what it still holds.
 ///
-/// A batch must be no larger than its topic takes, and a producer has one batch size for all topics. So topics that take
-/// only small batches have a producer of their own. A topic's rows all go through one.
+/// A batch must be no larger than its topic takes, and a producer has one batch size for all topics. So topics that
+/// take only small batches have a producer of their own. A topic's rows all go through one.
 pub(crate) struct Publisher {
     kafka: Kafka,
     pub(crate) in_flight: Arc<InFlight>,

@@ -1,4 +1,5 @@
-//! What waits in an outbox and what is set apart, as it was last looked up: what health tells, on every replica, whoever publishes.
+//! What waits in an outbox and what is set apart, as it was last looked up: what health tells, on every replica,
+//! whoever publishes.
 
 use crate::{pending::Pending, position::Position};
 use saga_core::{

@@ -1,8 +1,9 @@
 //! Reads ahead of the producer, for one stream: the main stream's rows, or those of a topic that is set apart.
 //!
-//! After a full page of the main stream comes the next at once, after a small one when Kafka has it and a pause is over. The
-//! pauses grow with the time that nothing was found for, from 1 ms (5 ms while services tell of their commits) to 100 ms,
-//! and end when a service tells of a commit. A topic's reader follows the main stream at a pace of its own.
+//! After a full page of the main stream comes the next at once, after a small one when Kafka has it and a pause is
+//! over. The pauses grow with the time that nothing was found for, from 1 ms (5 ms while services tell of their
+//! commits) to 100 ms, and end when a service tells of a commit. A topic's reader follows the main stream at a pace of
+//! its own.
 
 use crate::{
     control::Control,
@@ -23,12 +24,12 @@ use tokio::sync::{mpsc, watch};
 struct Pauses {
     /// Between polls that find little or nothing.
     idle: RangeInclusive<Duration>,
-    /// The shortest while services tell of their commits: then it is for the few that do not, and a look in between, which
-    /// finds nothing, is spared.
+    /// The shortest while services tell of their commits: then it is for the few that do not, and a look in between,
+    /// which finds nothing, is spared.
     nudged: Duration,
     /// After a page of few rows the next is read when Kafka has acknowledged it, or so much later: what comes meanwhile
-    /// shares one poll, one request to Kafka and one transaction of the consumer. Rows that do not go to Kafka, as their topic
-    /// is paused, wait for nothing: there is one look for what was told of during the last.
+    /// shares one poll, one request to Kafka and one transaction of the consumer. Rows that do not go to Kafka, as
+    /// their topic is paused, wait for nothing: there is one look for what was told of during the last.
     acknowledged: Duration,
 }
 
@@ -224,7 +225,8 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
     const SOON: Duration = Duration::from_secs(30);
 
-    /// A reader that would pause for an hour, whatever it waits for, on a database of its own; the test is its publisher.
+    /// A reader that would pause for an hour, whatever it waits for, on a database of its own; the test is its
+    /// publisher.
     struct Reading {
         database: TestDatabase,
         _control: watch::Sender<Arc<Control>>,

@@ -33,8 +33,8 @@ pub(crate) struct RecordBuilder {
     source: String,
     /// What the rows' ids count in: the same for all that are published under one lease.
     epoch: Arc<str>,
-    /// A record's timestamp is when it was sent, by the database's clock: Kafka refuses what is far ahead of its own, and
-    /// keeps a record for so long after it.
+    /// A record's timestamp is when it was sent, by the database's clock: Kafka refuses what is far ahead of its own,
+    /// and keeps a record for so long after it.
     pub(crate) clock: Arc<DatabaseClock>,
     text: Vec<u8>,
 }
@@ -69,8 +69,9 @@ impl RecordBuilder {
         self.build_without(row, LeftOut::Nothing)
     }
 
-    /// The record of a dead letter, of which as little is left out as makes it fit into `limit` bytes: it says where its original
-    /// stands, and what of it is only to be read there. `None` where nothing helps, or the row is no dead letter.
+    /// The record of a dead letter, of which as little is left out as makes it fit into `limit` bytes: it says where
+    /// its original stands, and what of it is only to be read there. `None` where nothing helps, or the row is no dead
+    /// letter.
     pub(crate) fn build_within(&mut self, row: &Row, limit: usize) -> Option<Built> {
         if !is_dead_letter(row) {
             return None;
@@ -198,8 +199,8 @@ fn is_dead_letter(row: &Row) -> bool {
         && of(letter::OFFSET).is_some()
 }
 
-/// What is said of a row within this has the ids that its consumers log, and its trace. A warning like what is said in it:
-/// there are no other spans with `RUST_LOG=warn`.
+/// What is said of a row within this has the ids that its consumers log, and its trace. A warning like what is said in
+/// it: there are no other spans with `RUST_LOG=warn`.
 pub(crate) fn span(row: &Row) -> tracing::Span {
     let own = row.headers().map(parse).unwrap_or_default();
     let id = row.message_id().to_string();
@@ -243,8 +244,8 @@ fn varint(length: usize) -> usize {
     (64 - zigzag.max(1).leading_zeros() as usize).div_ceil(7)
 }
 
-/// A JSON object of strings as pairs. A value that is no string goes as its JSON text: a header must never be what keeps
-/// a committed row from being published.
+/// A JSON object of strings as pairs. A value that is no string goes as its JSON text: a header must never be what
+/// keeps a committed row from being published.
 fn parse(json: &str) -> Vec<(Cow<'_, str>, Cow<'_, str>)> {
     struct Pairs;
     impl<'de> Visitor<'de> for Pairs {

@@ -6,9 +6,10 @@
 //!    └──── refused ──────┘
 //! ```
 //!
-//! A row is claimed, in a commit of its own, before it is sent, and until its fate is known it cannot be discarded: what was
-//! discarded is never published. Retries have a producer of their own, so that a row that Kafka refuses costs no other row
-//! anything. When the process dies in between, the next owner sends the claimed rows again: the request still stands.
+//! A row is claimed, in a commit of its own, before it is sent, and until its fate is known it cannot be discarded:
+//! what was discarded is never published. Retries have a producer of their own, so that a row that Kafka refuses costs
+//! no other row anything. When the process dies in between, the next owner sends the claimed rows again: the request
+//! still stands.
 
 mod put_off;
 
@@ -43,8 +44,8 @@ use uuid::Uuid;
 const BYTES: usize = LEAST;
 /// Rows that are sent together at most, and looked at; what was sent is marked by one statement.
 const ROWS: usize = LEAST / ROW;
-/// Kafka acknowledges at least one row within this. A topic whose rows cannot be sent is left alone for as long, so that
-/// others are tried.
+/// Kafka acknowledges at least one row within this. A topic whose rows cannot be sent is left alone for as long, so
+/// that others are tried.
 const REPORT: Duration = Duration::from_secs(10);
 /// Turns that fail one after the other before health shows it.
 const FAILURES: u32 = 3;

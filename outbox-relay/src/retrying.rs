@@ -1,5 +1,6 @@
-//! The producer of parked rows that are tried again: its own, so that a row that Kafka refuses costs no other row anything. What
-//! it holds when it is dropped, or when the process dies, is in doubt; the rows stay claimed and are sent again.
+//! The producer of parked rows that are tried again: its own, so that a row that Kafka refuses costs no other row
+//! anything. What it holds when it is dropped, or when the process dies, is in doubt; the rows stay claimed and are
+//! sent again.
 
 use crate::{budget::Held, parking::Line, producer, row::Row};
 use rdkafka::{

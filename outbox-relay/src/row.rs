@@ -1,15 +1,16 @@
 //! One outbox row as it was read: a view into the bytes that PostgreSQL sent, copied only when the producer takes it.
 //!
-//! A page carries what is small of a row. Of a column that is large it carries the size; the body is read when the row's turn
-//! comes, so that the size of a page is known before it is fetched. A body that no topic takes by default is not even read
-//! then: the session reads it once it knows that the row is to be sent.
+//! A page carries what is small of a row. Of a column that is large it carries the size; the body is read when the
+//! row's turn comes, so that the size of a page is known before it is fetched. A body that no topic takes by default is
+//! not even read then: the session reads it once it knows that the row is to be sent.
 
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use std::sync::OnceLock;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Bytes up to which a column comes with its page: the payload, the headers as they are stored, and the key and the type.
+/// Bytes up to which a column comes with its page: the payload, the headers as they are stored, and the key and the
+/// type.
 const PAYLOAD_INLINE: usize = 3_072;
 const HEADERS_INLINE: usize = 1_024;
 const KEY_INLINE: usize = 256;
@@ -23,8 +24,8 @@ pub(crate) const OVERHEAD: usize = 512;
 /// What is said of a row that is not there any more when its body is read.
 pub(crate) const DELETED: &str = "the row was deleted from the outbox before it was published; it is left out";
 
-/// A time as [`OffsetDateTime`] can hold it, and RFC 3339 can say it. PostgreSQL knows infinity and many more years, which
-/// sqlx does not refuse but panics on; the outbox refuses them as well, but may have had such rows before it did.
+/// A time as [`OffsetDateTime`] can hold it, and RFC 3339 can say it. PostgreSQL knows infinity and many more years,
+/// which sqlx does not refuse but panics on; the outbox refuses them as well, but may have had such rows before it did.
 macro_rules! within_calendar {
     ($time:literal) => {
         concat!("least(greatest(", $time, ", '0001-01-01 00:00:00+00'), '9999-12-31 23:59:59.999999+00')")
@@ -40,9 +41,10 @@ macro_rules! small_headers {
 }
 pub(crate) use small_headers;
 
-/// The columns of a row, in the order that [`Row`] reads them; the numbers are [`PAYLOAD_INLINE`], [`HEADERS_INLINE`], [`KEY_INLINE`]. The length of a column that is
-/// stored apart is known without reading it, but for the headers': PostgreSQL writes those out as text, once, if they are
-/// large. An empty header object, as nearly all are small or empty, is not sent at all.
+/// The columns of a row, in the order that [`Row`] reads them; the numbers are [`PAYLOAD_INLINE`], [`HEADERS_INLINE`],
+/// [`KEY_INLINE`]. The length of a column that is stored apart is known without reading it, but for the headers':
+/// PostgreSQL writes those out as text, once, if they are large. An empty header object, as nearly all are small or
+/// empty, is not sent at all.
 macro_rules! columns {
     () => {
         concat!(
@@ -82,7 +84,8 @@ pub(crate) use whole_columns;
 pub(crate) struct Row {
     read: PgRow,
     id: i64,
-    /// Bytes of key, type, payload and headers as they came: they are asked for again and again, and to decode a column takes long.
+    /// Bytes of key, type, payload and headers as they came: they are asked for again and again, and to decode a column
+    /// takes long.
     as_read: usize,
     /// Of a row of which something was too large to come with the page.
     sizes: Option<Box<Sizes>>,

@@ -20,8 +20,8 @@ use std::{collections::BTreeSet, future::pending, pin::pin, sync::Arc};
 use tokio::sync::watch;
 use tracing::warn;
 
-/// So many records are made before the first of them is handed over. The library begins to send with the first record that
-/// it gets: when the others follow without a pause, they are in the same request.
+/// So many records are made before the first of them is handed over. The library begins to send with the first record
+/// that it gets: when the others follow without a pause, they are in the same request.
 const TOGETHER: usize = 500;
 /// Topics with stuck rows that the brokers are asked about at once.
 const ASKED_ABOUT: usize = 8;
@@ -95,8 +95,8 @@ impl Session {
         matches!(self.scope, Scope::Main { .. }) && is_full && self.topics.reachable().await
     }
 
-    /// Those of the topics that have a partition without a leader, as the brokers say. A stream of one topic has nothing
-    /// that flows meanwhile, so there it is enough that the brokers answer.
+    /// Those of the topics that have a partition without a leader, as the brokers say. A stream of one topic has
+    /// nothing that flows meanwhile, so there it is enough that the brokers answer.
     async fn leaderless(&self, topics: &BTreeSet<String>) -> BTreeSet<String> {
         let mut leaderless = BTreeSet::new();
         for topic in topics.iter().take(ASKED_ABOUT) {

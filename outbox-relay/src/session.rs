@@ -289,8 +289,8 @@ impl Session {
         }
     }
 
-    /// Waits until there is a report of each row: what no broker has got yet is taken back, and the brokers answer for the
-    /// rest. Whether they all did.
+    /// Waits until there is a report of each row: what no broker has got yet is taken back, and the brokers answer for
+    /// the rest. Whether they all did.
     async fn await_refusals(&self) -> bool {
         self.publisher.purge();
         let in_flight = self.publisher.in_flight.clone();
@@ -303,8 +303,8 @@ impl Session {
         tokio::time::timeout(REPORTS, reported).await.is_ok()
     }
 
-    /// The main stream leaves behind the topics that a failure is about. Each goes on, or waits, in a stream of its own,
-    /// so that the others pay for a refusal once.
+    /// The main stream leaves behind the topics that a failure is about. Each goes on, or waits, in a stream of its
+    /// own, so that the others pay for a refusal once.
     async fn set_apart(&mut self, ended: &Ended, refused: &[Refused]) {
         let mut causes: HashMap<&str, (Cause, String)> = HashMap::new();
         if let Ended::Stuck(topics) = ended {
@@ -341,8 +341,9 @@ impl Session {
         }
     }
 
-    /// A topic's own stream finds the row that is refused: at once where Kafka names it, or where it was alone in its batch,
-    /// which is certain only when there is a report of each row; else by sending the rows of the refused batch one by one.
+    /// A topic's own stream finds the row that is refused: at once where Kafka names it, or where it was alone in its
+    /// batch, which is certain only when there is a report of each row; else by sending the rows of the refused batch
+    /// one by one.
     fn suspect(&mut self, ended: &Ended, refused: &[Refused], all_reported: bool) {
         if !matches!(ended, Ended::Refused { .. } | Ended::GaveUp(_)) {
             return;

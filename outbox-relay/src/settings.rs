@@ -9,14 +9,15 @@ use std::{fmt, time::Duration};
 /// long pause of a healthy process.
 pub const LEASE: Duration = Duration::from_secs(10);
 
-/// A statement that reads the outbox takes so long at most. It reads a bounded number of rows, from a cold disk if need be.
+/// A statement that reads the outbox takes so long at most. It reads a bounded number of rows, from a cold disk if need
+/// be.
 pub const READING: Duration = Duration::from_secs(30);
 
 /// Parked rows that are resolved are kept for so long, so that an operator can still see how each one ended.
 pub const RESOLVED_KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
 
-/// Rows that no broker has taken for so long are stuck, and their topic is set apart while others flow. Longer than a change
-/// of a partition's leader usually takes.
+/// Rows that no broker has taken for so long are stuck, and their topic is set apart while others flow. Longer than a
+/// change of a partition's leader usually takes.
 pub const STUCK_AFTER: Duration = Duration::from_secs(5);
 
 /// A topic that refuses rows stays set apart until it has refused none for so long: each refusal costs a producer.

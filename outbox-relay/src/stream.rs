@@ -1,9 +1,9 @@
-//! A stream: rows of the outbox in order, with a position, a pace and errors of its own. The main stream has the rows of all
-//! topics but those that are set apart; each of these has a stream of its own, which hands its topic back when it has
-//! caught up (see `handover`). A stream is one session after another.
+//! A stream: rows of the outbox in order, with a position, a pace and errors of its own. The main stream has the rows
+//! of all topics but those that are set apart; each of these has a stream of its own, which hands its topic back when
+//! it has caught up (see `handover`). A stream is one session after another.
 //!
-//! When the process dies, the streams go on from their recorded positions: the main stream's in the batch log, a topic's
-//! beside the reason why it is set apart.
+//! When the process dies, the streams go on from their recorded positions: the main stream's in the batch log, a
+//! topic's beside the reason why it is set apart.
 
 use crate::{
     budget::{Area, Areas},

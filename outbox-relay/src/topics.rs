@@ -93,8 +93,8 @@ impl Topics {
         }
     }
 
-    /// Whether the brokers name the topic not among all that they name to this process, as they did a moment ago. Where they
-    /// do not answer, it may be there.
+    /// Whether the brokers name the topic not among all that they name to this process, as they did a moment ago. Where
+    /// they do not answer, it may be there.
     pub(crate) async fn lacks(&self, topic: &str) -> bool {
         self.named().await.is_some_and(|named| !named.contains(topic))
     }

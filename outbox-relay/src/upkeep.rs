@@ -1,5 +1,5 @@
-//! Looks after the tables of an outbox, for as long as this process runs: whichever process publishes, and whether Kafka is
-//! there or not. Two replicas that do it at once disturb each other no more than a lock that is not to be had.
+//! Looks after the tables of an outbox, for as long as this process runs: whichever process publishes, and whether
+//! Kafka is there or not. Two replicas that do it at once disturb each other no more than a lock that is not to be had.
 //!
 //! When the process dies in between, the next round of any replica goes on.
 
@@ -20,7 +20,8 @@ const AGAIN: Duration = Duration::from_secs(3);
 const STEPS: usize = 5;
 /// Half of a partition: with less ahead, its maker had time and something is wrong.
 const LEAST_AHEAD: i64 = 5_000_000;
-/// To validate a check reads all of the overflow, however large it is; it holds up no other statement. Everything else is short.
+/// To validate a check reads all of the overflow, however large it is; it holds up no other statement. Everything else
+/// is short.
 const VALIDATING: Duration = Duration::from_secs(3_600);
 /// Resolved rows that one statement deletes: it holds their locks, and a discard may wait for one.
 const DELETED_AT_ONCE: i64 = 500;

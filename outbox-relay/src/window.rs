@@ -16,9 +16,9 @@ const SEARCHED: i64 = 20_000;
 /// The column behind those of a row.
 const SNAPSHOT: usize = 9;
 
-/// The snapshot, once and in a row of its own (with hundreds of transactions running it is long), and up to `$2` rows of
-/// the transactions that began after the snapshot whose end is `$1`. A transaction id that this cluster has not given yet
-/// came with a copy of another cluster's rows, and means nothing here.
+/// The snapshot, once and in a row of its own (with hundreds of transactions running it is long), and up to `$2` rows
+/// of the transactions that began after the snapshot whose end is `$1`. A transaction id that this cluster has not
+/// given yet came with a copy of another cluster's rows, and means nothing here.
 macro_rules! new_rows {
     () => {
         concat!(
@@ -38,8 +38,9 @@ macro_rules! new_rows {
 
 const POLL: &str = new_rows!();
 
-/// And rows of `$3`, which were running then: only of those that ended, so that one that is writing a million rows costs
-/// nothing meanwhile. Where none was, this is left out: it is half of the plan, and to start the plan is a third of a poll.
+/// And rows of `$3`, which were running then: only of those that ended, so that one that is writing a million rows
+/// costs nothing meanwhile. Where none was, this is left out: it is half of the plan, and to start the plan is a third
+/// of a poll.
 const POLL_WITH_STRAGGLERS: &str = concat!(
     new_rows!(),
     "
@@ -57,9 +58,9 @@ const POLL_WITH_STRAGGLERS: &str = concat!(
        limit $2)"
 );
 
-/// Takes the snapshot that becomes a window's target, and the window's rows: all of them in no order if there are no more
-/// than `most`, else one row more. One statement, so that it is one snapshot, in a transaction that has no id of its own, so
-/// that the snapshot holds nothing of ours; and one round trip from a commit to its rows.
+/// Takes the snapshot that becomes a window's target, and the window's rows: all of them in no order if there are no
+/// more than `most`, else one row more. One statement, so that it is one snapshot, in a transaction that has no id of
+/// its own, so that the snapshot holds nothing of ours; and one round trip from a commit to its rows.
 pub(crate) async fn poll(db: &mut PgConnection, base: &Snapshot, most: i64) -> Result<(Snapshot, Vec<Row>), ReadError> {
     let stragglers = texts(base.running());
     let mut query = sqlx::query(if stragglers.is_empty() { POLL } else { POLL_WITH_STRAGGLERS });
@@ -206,7 +207,8 @@ impl Search {
 }
 
 /// A page of a long window's rows that are not in its range, with ids above `after` and below `before`: each straggling
-/// transaction's rows come in order from the index, so the page costs the same however many it wrote and however long ago.
+/// transaction's rows come in order from the index, so the page costs the same however many it wrote and however long
+/// ago.
 pub(crate) async fn stragglers(
     db: &mut PgConnection,
     stragglers: &[u64],
@@ -244,9 +246,9 @@ pub(crate) async fn stragglers(
     query.fetch_all(db).await?.into_iter().map(Row::new).collect()
 }
 
-/// A page of a long window along the primary key, and the id up to which there is no other row of the window. Visibility is
-/// asked by function on purpose: no index can answer it, so the primary key, which gives the order, is the only way the
-/// planner has. The upper bound keeps partitions out that hold nothing of the window.
+/// A page of a long window along the primary key, and the id up to which there is no other row of the window.
+/// Visibility is asked by function on purpose: no index can answer it, so the primary key, which gives the order, is
+/// the only way the planner has. The upper bound keeps partitions out that hold nothing of the window.
 pub(crate) async fn stretch(
     db: &mut PgConnection,
     at: &Position,
