@@ -38,7 +38,7 @@ pub struct OutOfStock {
 /// A line that falls short.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shortage {
-    /// The item.
+    /// The item that falls short.
     pub sku: Sku,
     /// How many pieces the order wants.
     pub requested: i64,
@@ -84,7 +84,7 @@ impl Command for CommitStock {
 /// An item of the catalogue as it is now; the record's key is the sku. A later `ce_sequence` wins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ItemChanged {
-    /// The item.
+    /// The item's stock-keeping unit; the record's key.
     pub sku: Sku,
     /// The item's name, for people.
     pub name: String,

@@ -86,7 +86,7 @@ impl From<Quantity> for i64 {
 /// A line of an order: so many pieces of one item.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
-    /// The item.
+    /// The item's stock-keeping unit.
     pub sku: Sku,
     /// The number of pieces.
     pub quantity: Quantity,

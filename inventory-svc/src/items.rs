@@ -34,9 +34,9 @@ pub enum ItemError {
 /// Changes of an item; `None` leaves a field as it is.
 #[derive(Debug, Clone, Default)]
 pub struct Change {
-    /// A new name.
+    /// The new name; `None`: the name stays.
     pub name: Option<Text>,
-    /// A new price.
+    /// The new price; `None`: the price stays.
     pub unit_price: Option<Price>,
 }
 
@@ -124,7 +124,7 @@ async fn announce_in(tx: &mut Tx<'_>, item: &Item) -> Result<(), ItemError> {
     Ok(outbox::append_in(tx, &[message]).await?)
 }
 
-/// One item.
+/// Finds an item by its sku; `None` if it does not exist.
 pub async fn find(pool: &PgPool, sku: &Sku) -> Result<Option<Item>, sqlx::Error> {
     let row = sqlx::query(
         "select i.sku, i.name, i.unit_price, i.currency, i.version, s.on_hand, s.reserved

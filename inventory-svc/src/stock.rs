@@ -75,7 +75,7 @@ pub async fn adjust_in(tx: &mut Tx<'_>, sku: &Sku, delta: Delta, reason: &Text) 
 /// The result of a reservation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reserving {
-    /// So many pieces are put aside.
+    /// That many pieces are put aside.
     Reserved(i64),
     /// One item or more falls short; nothing was written.
     Short(OutOfStock),

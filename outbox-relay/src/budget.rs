@@ -4,12 +4,12 @@
 //!  budget = an area for each stream + a place for one large row + the common rest
 //! ```
 //!
-//! Room is taken before rows are read. It is given back when Kafka has acknowledged them, or when the producer that has
-//! them is gone. A stream takes of the common rest at most as much as it leaves free, so it leaves room for others, and
+//! A stream takes room before it reads rows. It gives the room back when Kafka has acknowledged them, or when the
+//! producer that has them is gone. A stream takes at most as much of the common rest as it leaves free for others, and
 //! it never waits for the rest. What the rest does not give, the stream takes in its own area, for which it waits only
 //! until rows of its own are gone. So no stream waits for the rows of another, of this outbox or of another one. A row
-//! that is too large for an area, and for which the rest has no room, waits for the one place for large rows; what is
-//! there waits for Kafka only. A row that is larger than that place exceeds the budget alone.
+//! may be too large for an area, while the rest has no room for it. Then it waits for the one place for large rows; a
+//! row in that place waits for Kafka only. A row that is larger than that place exceeds the budget alone.
 
 use crate::row::{INLINE_BYTES, OVERHEAD};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,7 +1,8 @@
 //! All that is on its way to Kafka: one queue of pages and marks, in the order in which they are to be recorded.
 //!
 //! A row counts as published only with its delivery report. Reports come in order within a partition and in no order
-//! across them, so a page is complete when all its rows are, and progress is what lies before the first that is not.
+//! across them. So a page is complete when all its rows are, and progress is what lies before the first row that is
+//! not.
 
 use crate::{
     budget::Held,

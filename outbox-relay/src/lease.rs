@@ -16,8 +16,8 @@ use uuid::Uuid;
 /// The part of a lease that its owner leaves unused: it stops producing that long before the end, so that what is on
 /// its way has landed when the next owner starts.
 const UNUSED: u32 = 5;
-/// The part of a lease that one try to take or renew it may take, so that a connection that falls silent leaves the
-/// time for another try over a new one.
+/// The part of a lease that one try to take or renew it may take. If its connection falls silent, time is left for
+/// another try over a new one.
 const TRY: u32 = 5;
 
 /// Where leases are taken: a connection that nothing else can keep busy.

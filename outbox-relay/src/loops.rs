@@ -62,7 +62,7 @@ impl Loops {
         }
     }
 
-    /// Lets all loops begin anew: what was wrong when this process published last says nothing now.
+    /// Lets all loops begin anew: what was wrong when this process published last does not matter now.
     pub(crate) fn clear(&self) {
         for outage in std::mem::take(&mut *self.failing_loops()).into_values() {
             outage.working();

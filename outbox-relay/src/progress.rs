@@ -39,7 +39,7 @@ impl Progress {
         self.lock().looks.missed(why);
     }
 
-    /// Records a look.
+    /// Records a look at what waits and what is set apart.
     pub(crate) fn is(&self, pending: &Pending, clock: &DatabaseClock) {
         self.is_at(pending, clock, clock::monotonic());
     }

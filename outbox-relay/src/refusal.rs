@@ -11,7 +11,7 @@ pub(crate) enum Refusal {
     Row,
     /// No row of its topic can be published now: the topic is paused.
     Topic(Cause),
-    /// The refusal says nothing about the row: it is sent again.
+    /// The refusal is not about the row: it is sent again.
     Transient,
 }
 
@@ -29,7 +29,7 @@ impl Refusal {
     }
 }
 
-/// Whether the code is the whole cluster's or the producer's: it says nothing about the topic whose row met it.
+/// Whether the code is the whole cluster's or the producer's: it is not about the topic whose row met it.
 pub(crate) fn is_of_all_topics(code: Code) -> bool {
     matches!(classify_kafka(code), ErrorClass::Stale | ErrorClass::Passing)
         || matches!(

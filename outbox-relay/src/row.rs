@@ -79,7 +79,7 @@ macro_rules! whole_columns {
 }
 pub(crate) use whole_columns;
 
-/// An outbox row.
+/// An outbox row, as PostgreSQL sent it.
 pub(crate) struct Row {
     read: PgRow,
     id: i64,

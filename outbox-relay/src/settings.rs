@@ -26,7 +26,7 @@ pub const SET_APART_FOR: Duration = Duration::from_secs(60);
 /// The default compression of record batches: cheap, and headers repeat themselves.
 pub const COMPRESSION: &str = "lz4";
 
-/// The relay's settings.
+/// The settings of the whole process.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// The outboxes to publish.
@@ -53,7 +53,7 @@ pub struct Settings {
     pub compression: String,
 }
 
-/// One outbox.
+/// The settings of one outbox.
 #[derive(Clone)]
 pub struct OutboxSettings {
     /// The name: `ce_source` of its messages, and the key of its position.

@@ -67,7 +67,7 @@ pub(crate) struct Shared {
     pub(crate) control: watch::Receiver<Arc<Control>>,
     pub(crate) wanted: Weak<Wanted>,
     pub(crate) progress: mpsc::Sender<Progress>,
-    /// Wakes the recorder.
+    /// Wakes the recorder before its pause ends.
     pub(crate) hurry: Arc<Notify>,
     pub(crate) nudges: Arc<Nudges>,
     /// The main stream's position: it has sent, or passed over, all before.

@@ -88,8 +88,9 @@ impl Topics {
             .and_then(|config| config.as_ref().ok()?.get("max.message.bytes")?.value.as_deref()?.parse().ok());
         match limit {
             Some(max_message_bytes) => Ok(TopicState::Ready { max_message_bytes }),
-            // rdkafka 0.39 drops the broker's answer per topic: a topic that is missing, or whose configuration may not
-            // be read (a right of its own, without which writing may be allowed), looks like one without settings.
+            // rdkafka 0.39 drops the broker's answer per topic. A topic that is missing then looks like one without
+            // settings. So does one whose configuration may not be read (a right of its own, without which writing may
+            // be allowed).
             None => self.look_without_configuration(topic).await,
         }
     }

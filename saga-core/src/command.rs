@@ -76,7 +76,7 @@ text_enum! {
         Succeeded = "succeeded",
         /// Certainly nothing happened, and nothing will.
         Rejected = "rejected",
-        /// Not done now; the command stays open and a resend tries again.
+        /// The command is not done now; it stays open and a resend tries again.
         Failed = "failed",
     }
 }

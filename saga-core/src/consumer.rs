@@ -150,7 +150,7 @@ pub enum ConsumerError {
 pub struct Message {
     /// The headers, decoded.
     pub envelope: Envelope,
-    /// The record's key.
+    /// The record's key; `None`: the record has none.
     pub key: Option<Vec<u8>>,
     /// The record's value; `None` is a tombstone.
     pub payload: Option<Vec<u8>>,
@@ -307,7 +307,7 @@ pub struct Unfit {
 }
 
 impl Unfit {
-    /// For a message whose error is poison. Any other error is returned, with the id of its message.
+    /// Takes a message whose error is poison. Any other error is returned, with the id of its message.
     pub fn poison(message: MessageId, error: HandleError) -> Result<Self, HandleError> {
         match error {
             HandleError::Poison(reason) => Ok(Self { message, class: failure::POISON, reason }),
@@ -315,7 +315,7 @@ impl Unfit {
         }
     }
 
-    /// For a message whose source is not declared for its topic.
+    /// Takes a message whose source is not declared for its topic.
     pub(crate) fn undeclared(message: MessageId, reason: String) -> Self {
         Self { message, class: UNDECLARED_SOURCE, reason }
     }

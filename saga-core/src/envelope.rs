@@ -20,7 +20,7 @@ use time::OffsetDateTime;
 /// names are ours, and not copied.
 pub type Headers = BTreeMap<Cow<'static, str>, String>;
 
-/// Header names.
+/// The names of the headers.
 pub mod header {
     /// CloudEvents specification version; always `1.0`.
     pub const SPECVERSION: &str = "ce_specversion";
@@ -41,19 +41,19 @@ pub mod header {
     pub const EPOCH: &str = "ce_epoch";
     /// Media type of the payload.
     pub const CONTENT_TYPE: &str = "content-type";
-    /// W3C trace context.
+    /// W3C trace context: the ids of the trace and of the sending span.
     pub const TRACEPARENT: &str = "traceparent";
     /// W3C trace context, vendor part.
     pub const TRACESTATE: &str = "tracestate";
     /// Ties together all that one request caused.
     pub const CORRELATION_ID: &str = "correlation-id";
-    /// Saga instance.
+    /// The saga's id.
     pub const SAGA_ID: &str = "ce_sagaid";
-    /// Saga definition's name.
+    /// The name of the saga's definition.
     pub const SAGA_TYPE: &str = "ce_sagatype";
-    /// Saga definition's version.
+    /// The version of the saga's definition.
     pub const SAGA_VERSION: &str = "ce_sagaversion";
-    /// Step's name.
+    /// The name of the step.
     pub const SAGA_STEP: &str = "ce_sagastep";
     /// `do` or `undo`.
     pub const SAGA_OP: &str = "ce_sagaop";

@@ -1,7 +1,7 @@
 //! What an error of PostgreSQL or Kafka means for the work that met it: the one classifier of all parts.
 //!
-//! | class | what it says | what the part does |
 //! | class | meaning | what the part does |
+//! |---|---|---|
 //! | [`Passing`](ErrorClass::Passing) | the same will work another time | repeats with back-off, counts nothing |
 //! | [`Stale`](ErrorClass::Stale) | this connection is no longer good | replaces its connections ([`renew_connections`]), repeats, counts nothing |
 //! | [`Configuration`](ErrorClass::Configuration) | an operator has to act | stops loudly, turns health red, gives nothing up |

@@ -47,7 +47,7 @@ uuid_newtype! {
     MessageId
 }
 uuid_newtype! {
-    /// One saga instance.
+    /// One saga instance. The caller that starts the saga chooses it.
     SagaId
 }
 

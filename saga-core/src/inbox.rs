@@ -16,9 +16,9 @@ pub const FUTURE_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Whether a message may be handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
-    /// Not seen before; its row is written.
+    /// The message was not seen before; its row is written.
     Fresh,
-    /// Handled before.
+    /// The message was handled before.
     Duplicate,
     /// The message, or another of its key, is parked: it waits behind.
     Held,
@@ -38,7 +38,7 @@ pub struct Arrival<'a> {
     pub remembered: bool,
 }
 
-/// Where messages arrive.
+/// The place where messages arrive: a partition, read by a consumer group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place<'a> {
     /// The name of the consumer group.
@@ -86,7 +86,7 @@ pub fn admissible(id: MessageId, horizon: Duration, now: OffsetDateTime) -> Resu
 /// order of ids. Of two arrivals with one id the first is fresh. A held message gets no row.
 ///
 /// # Errors
-/// When the database says no.
+/// When the database returns an error.
 pub async fn receive_in(
     tx: &mut Tx<'_>,
     place: Place<'_>,
@@ -218,7 +218,7 @@ pub(crate) async fn known(
 /// partitions, belongs beside it.)
 ///
 /// # Errors
-/// When the database says no.
+/// When the database returns an error.
 pub async fn add_partitions(pool: &PgPool, horizon: Duration) -> Result<i32, sqlx::Error> {
     sqlx::query_scalar("select inbox_add_partitions(make_interval(secs => $1))")
         .bind(horizon.as_secs_f64())

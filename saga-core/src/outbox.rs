@@ -56,7 +56,7 @@ impl NewMessage {
         Ok(message)
     }
 
-    /// A message without a value: on a compacted topic it says that the key is gone.
+    /// A message without a value: on a compacted topic it means that the key is gone.
     pub fn tombstone(topic: &str, key: &str, kind: &str) -> Self {
         let mut headers = Headers::new();
         trace::inject_current(&mut headers);

@@ -17,8 +17,8 @@ pub struct Backoff {
     pub factor: f64,
     /// The longest wait, before the jitter.
     pub max: Duration,
-    /// 0 to 1: each wait is spread evenly over `1 - jitter` to `1 + jitter` of itself, so that many that failed
-    /// together do not come back together.
+    /// 0 to 1: each wait is spread evenly over `1 - jitter` to `1 + jitter` of itself. So work that failed together
+    /// does not come back together.
     pub jitter: f64,
 }
 

@@ -21,7 +21,7 @@ pub struct Topic {
 pub enum Cleanup {
     /// Old records are deleted after the retention.
     Delete,
-    /// Of each key, the last record is kept.
+    /// Kafka keeps the last record of each key.
     Compact,
 }
 

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A fence can be lost (a restore, an asynchronous failover), so its absence proves little. An effect in the same
-//! database is lost with it; one outside is not. So an undo without a record of its do has nothing to undo only where
-//! the effect is local and the orchestrator is in doubt as well. An external undo asks outside. An undo of what the
+//! database is lost with it; one outside is not. An undo without a record of its do has nothing to undo only if the
+//! effect is local and the orchestrator is in doubt, too. An external undo asks outside. An undo of what the
 //! orchestrator knows to have happened fails, and leaves its mark: a do that comes after it is refused.
 
 use super::{entry::Settled, handler::CommandContext};
@@ -164,7 +164,7 @@ const RENAMED: &str = "this participant has a record of this step for a saga of 
 /// What a command is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Move {
-    /// Its handler runs.
+    /// The command's handler runs.
     Run,
     /// The undo's handler runs; this is what is known of the do.
     Undo(Happened<Vec<u8>>),
@@ -222,7 +222,7 @@ impl Fence {
             DoState::Absent | DoState::Open if undone => Move::Refuse,
             DoState::Absent | DoState::Open if self.elsewhere => Move::Fail(RENAMED),
             DoState::Absent | DoState::Open => Move::Run,
-            // To refuse would say that certainly nothing happened; its undo settles that, and is answered.
+            // A refusal would mean that certainly nothing happened; the do's undo settles that, and gets the answer.
             DoState::InDoubt if undone => Move::Ignore,
             DoState::InDoubt => Move::CallAgain,
         }
@@ -386,7 +386,7 @@ mod tests {
         lost: bool,
         /// The do's success was answered, and then taken.
         success: (bool, bool),
-        /// What the undo says, which stays the same.
+        /// What the orchestrator's undo says of the do, which stays the same.
         said: Option<Happened>,
         /// The undo was answered with success.
         undone: bool,
@@ -457,7 +457,7 @@ mod tests {
             let asked = self.asked(op);
             match self.fence.next(asked) {
                 Move::Run | Move::Undo(_) => match end {
-                    // A refusal says that certainly nothing happened.
+                    // A refusal means that certainly nothing happened.
                     End::Rejected if self.effect && op == Op::Do => self.settle(op, End::Done),
                     End::Done | End::Rejected | End::Failed => self.settle(op, end),
                     // An effect in the same database is not called.

@@ -173,7 +173,7 @@ impl Participant {
         }
     }
 
-    /// What a command asks of its fence. An orchestrator whose command does not say what it knows counts as in doubt.
+    /// What a command asks of its fence. An orchestrator whose command does not carry what it knows counts as in doubt.
     fn asked(&self, entry: &dyn Entry, saga: &SagaHeaders) -> Asked {
         let Op::Undo = saga.op else { return Asked::Do };
         let undone = entry.undoes().and_then(|kind| self.entries.get(kind));

@@ -140,8 +140,7 @@ async fn lock(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, Commands>) -> Result<F
     their_own(&rows, keys)
 }
 
-/// Of the rows that were locked for `keys`, those that are their fences. Each key has a row, in the plain place or
-/// apart.
+/// The fences of `keys`, among the rows that were locked for them. Each key has a row, in the plain place or apart.
 fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, Commands>) -> Result<Found, sqlx::Error> {
     let mut fences = HashMap::with_capacity(keys.len());
     let mut locked = HashSet::with_capacity(keys.len());

@@ -107,8 +107,8 @@ impl Definition {
         &self.fingerprint
     }
 
-    /// What a saga's row says of the definition that it began with: the fingerprint, and the format that the state is
-    /// stored in, unless that is the first.
+    /// The text by which a saga's row names its definition: the fingerprint, and the format in which the state is
+    /// stored, unless that is the first.
     pub(crate) fn fingerprint_in(&self, format: u16) -> String {
         let fingerprint = &self.fingerprint;
         if format == 1 { fingerprint.clone() } else { format!("{fingerprint}.{format}") }
@@ -151,7 +151,7 @@ impl Definition {
     }
 }
 
-/// One step.
+/// A step of a saga, in the definition's order.
 #[derive(Debug, Clone)]
 pub struct Step {
     /// Unique within the definition; travels as `ce_sagastep`.
@@ -240,7 +240,7 @@ impl Role {
 /// What a command is built from.
 #[derive(Debug, Clone, Copy)]
 pub struct BuildFrom<'a> {
-    /// The saga's input.
+    /// The saga's input, as JSON.
     pub input: &'a Value,
     /// The replies of the remote steps before this one.
     pub replies: &'a [&'a Value],
@@ -254,15 +254,15 @@ type Check = dyn Fn(&Value) -> Result<(), serde_json::Error> + Send + Sync;
 /// A command, erased: where it goes, how it is built, what its answers look like.
 #[derive(Clone)]
 pub struct Call {
-    /// Its CloudEvents type.
+    /// The command's CloudEvents type.
     pub kind: &'static str,
-    /// Its participant's topic.
+    /// The topic that the command's participant reads.
     pub topic: &'static str,
-    /// Builds its payload.
+    /// Builds the command's payload, as JSON text.
     pub build: Arc<Build>,
     /// Whether a reply's payload is what the definition expects.
     pub check_reply: Arc<Check>,
-    /// Whether a rejection's payload is.
+    /// Whether a rejection's payload is what the definition expects.
     pub check_rejection: Arc<Check>,
 }
 
@@ -272,8 +272,8 @@ impl fmt::Debug for Call {
     }
 }
 
-/// A command could not be built: the input or a reply that was stored is not what the definition's types say. It means
-/// that a type was changed under running sagas; the saga becomes stuck.
+/// A command could not be built: the input or a stored reply does not fit the definition's types. So a type was changed
+/// under running sagas; the saga becomes stuck.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what}: {source}")]
 pub struct BuildError {

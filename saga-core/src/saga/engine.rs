@@ -111,7 +111,7 @@ impl Engine {
     /// Locks a saga's row in the caller's transaction, so that nothing happens to it until that ends.
     ///
     /// # Errors
-    /// When the database says no.
+    /// When the database returns an error.
     pub async fn lock_in(&self, tx: &mut Tx<'_>, id: SagaId) -> Result<(), sqlx::Error> {
         store::load(tx, &[id]).await.map(drop)
     }
@@ -119,7 +119,7 @@ impl Engine {
     /// Gives a stuck saga a fresh start, in a transaction of its own. `expected` is the revision that the operator saw.
     ///
     /// # Errors
-    /// When the saga is not what the operator saw, or the database says no.
+    /// When the saga is not what the operator saw, or the database returns an error.
     pub async fn retry(&self, id: SagaId, expected: i32, reason: &str, actor: &str) -> Result<(), RetryError> {
         self.within(self.retry_once(id, expected, reason, actor)).await
     }
@@ -260,7 +260,7 @@ impl Engine {
 }
 
 impl EngineBuilder {
-    /// Adds a definition.
+    /// Adds a definition; [`EngineBuilder::build`] checks it.
     pub fn define<I>(mut self, saga: &Saga<I>) -> Self {
         self.definitions.push(saga.shared());
         self

@@ -20,11 +20,11 @@ use uuid::Uuid;
 pub struct Filter {
     /// `running`, `compensating`, `stuck`, `completed` or `compensated`.
     pub status: Option<String>,
-    /// The definition's name.
+    /// The name of the sagas' definition.
     pub definition: Option<String>,
     /// The business key that the saga was started with, for example an order's number.
     pub business_key: Option<String>,
-    /// Only those that come after this one in the list (which are older).
+    /// Only sagas behind this one in the list, which are older: its creation time and its id.
     pub after: Option<(OffsetDateTime, Uuid)>,
 }
 
@@ -32,7 +32,7 @@ impl Engine {
     /// The newest sagas first, whatever their definition, and whether or not this build can read them; at most `limit`.
     ///
     /// # Errors
-    /// When the database says no.
+    /// When the database returns an error.
     pub async fn list(&self, filter: &Filter, limit: i64) -> Result<Vec<SagaSummary>, sqlx::Error> {
         let unfinished = matches!(filter.status.as_deref(), Some("running" | "compensating" | "stuck"));
         let sql = if unfinished { LIST_UNFINISHED } else { LIST };
@@ -51,7 +51,7 @@ impl Engine {
     /// One saga with its timeline.
     ///
     /// # Errors
-    /// When the database says no.
+    /// When the database returns an error.
     pub async fn inspect(&self, id: SagaId, payloads: Payloads) -> Result<Option<SagaView>, sqlx::Error> {
         let Some(row) = sqlx::query(ONE).bind(id.0).fetch_optional(self.pool()).await? else { return Ok(None) };
         let (summary, definition, state) = self.summary(&row)?;

@@ -14,9 +14,9 @@ use serde_json::Value;
 pub struct LocalCall<'a> {
     /// The saga that the effect runs for.
     pub saga: SagaId,
-    /// The effect's name.
+    /// The effect's name, under which the engine knows it.
     pub name: &'a str,
-    /// The saga's input.
+    /// The input that the saga was started with.
     pub input: &'a Value,
     /// Why the saga is undone; `None` while it goes forward.
     pub failure: Option<&'a Failure>,

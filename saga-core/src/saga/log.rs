@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// One event of a saga.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// The event.
+    /// What happened to the saga.
     #[serde(flatten)]
     pub what: What,
     /// What the engine did in answer, in order; empty where nothing followed.

@@ -76,11 +76,11 @@ fn nil() -> SagaId {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StepState {
-    /// Its command was issued and not finally answered: in doubt.
+    /// The step's command was issued and not finally answered: in doubt.
     Issued,
     /// The step is done, and this was the reply (null for a local effect).
     Done(Value),
-    /// Certainly nothing happened.
+    /// Certainly nothing happened: the step was refused, or rolled back, or never sent.
     NotDone,
     /// The step was undone, and the undo was acknowledged.
     Undone,
@@ -194,9 +194,9 @@ pub enum StuckWhy {
 pub struct Failure {
     /// The name of the step that was open.
     pub step: String,
-    /// What happened.
+    /// What made the saga fail.
     pub kind: FailureKind,
-    /// What the participant said when it refused.
+    /// The payload of the participant's rejection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rejection: Option<Value>,
     /// The reason that came with a cancel, or the last error.
@@ -271,14 +271,14 @@ pub struct Reply {
     pub command: CommandId,
     /// The attempt that is answered, from 1.
     pub attempt: u32,
-    /// The answer.
+    /// The answer, with its payload.
     pub answer: Answer,
 }
 
-/// What a participant says. Only the first two are final.
+/// A participant's answer to an attempt. Only the first two are final.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Answer {
-    /// It is done.
+    /// The command is done; this is its reply.
     Succeeded(Value),
     /// Certainly nothing happened, and nothing will.
     Rejected(Value),
@@ -316,7 +316,7 @@ pub enum Ignored {
     Late,
     /// A reply to a command that this saga never issued.
     Unknown,
-    /// Nothing is due.
+    /// A timer came early: nothing is due.
     NotDue,
     /// A cancel of a saga that is being undone.
     AlreadyCompensating,
@@ -352,7 +352,7 @@ impl Ignored {
 pub enum Action {
     /// Append this command to the outbox.
     Send(Send),
-    /// Run this local effect, then say [`Event::LocalDone`] or [`Event::Broken`].
+    /// Run this local effect, then report [`Event::LocalDone`] or [`Event::Broken`].
     RunLocal {
         /// Index of the step.
         step: usize,
@@ -370,9 +370,9 @@ pub struct Send {
     pub op: Op,
     /// The run of the step; 0 until an operator can retry with edited input.
     pub occurrence: u32,
-    /// Stable across resends.
+    /// The command's id, stable across resends.
     pub command: CommandId,
-    /// Of an undo: the command that it undoes, and what is known of it.
+    /// For an undo: the command that it undoes, and what is known of it.
     pub undoes: Option<(CommandId, Happened)>,
     /// The attempt, counted from 1.
     pub attempt: u32,

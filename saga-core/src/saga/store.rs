@@ -49,7 +49,7 @@ pub(super) struct Row {
     pub(super) now: OffsetDateTime,
 }
 
-/// A new saga.
+/// A new saga, with what its row and its log begin with.
 #[derive(Debug)]
 pub(super) struct NewSaga<'a> {
     pub(super) definition: &'a str,
@@ -118,8 +118,8 @@ pub(super) struct Known {
     pub(super) fingerprints: Vec<String>,
 }
 
-/// Inserts sagas that do not exist yet, with the first line of their logs, their due times and their commands; says
-/// which were new. A command's key is its saga's id.
+/// Inserts sagas that do not exist yet, with the first line of their logs, their due times and their commands; returns
+/// those that were new. A command's key is its saga's id.
 pub(super) async fn insert(
     tx: &mut Tx<'_>,
     sagas: &[NewSaga<'_>],

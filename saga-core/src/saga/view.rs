@@ -37,18 +37,18 @@ pub struct SagaSummary {
     pub readable: bool,
     /// The step that is open; `null` when it has ended or is not readable.
     pub step: Option<String>,
-    /// When it began.
+    /// When the saga began.
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
     /// When something happened to it last.
     #[serde(with = "time::serde::rfc3339")]
     pub updated_at: OffsetDateTime,
-    /// When it ended.
+    /// When the saga ended; `null` before.
     #[serde(with = "time::serde::rfc3339::option")]
     pub finished_at: Option<OffsetDateTime>,
 }
 
-/// One saga, whole.
+/// A saga with its steps and its timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct SagaView {
     /// The same fields as in the list.
@@ -87,7 +87,7 @@ pub struct FailureView {
     pub kind: super::state::FailureKind,
     /// The reason that came with a cancel, or the last error.
     pub reason: Option<String>,
-    /// What the participant said; only when payloads are asked for.
+    /// The payload of the participant's rejection; only when payloads are asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub rejection: Option<Value>,
@@ -123,7 +123,7 @@ pub struct StepView {
     pub command: Option<&'static str>,
     /// The type of the command, or the name of the local effect, that undoes it; `null` where nothing does.
     pub undo: Option<String>,
-    /// Its reply; only when payloads are asked for.
+    /// The step's reply; only when payloads are asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub reply: Option<Value>,
@@ -149,7 +149,7 @@ pub struct Line {
     /// The type of the command that was sent or answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub command: Option<&'static str>,
-    /// Its id, the same for every attempt.
+    /// The command's id, the same for every attempt.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<uuid::Uuid>)]
     pub command_id: Option<CommandId>,

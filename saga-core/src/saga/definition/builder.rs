@@ -58,7 +58,7 @@ pub struct SagaBuilder<I, R, P> {
     types: PhantomData<fn(I, R, P)>,
 }
 
-/// A step that has not said yet how it is undone. Say `.undo(..)` or `.nothing_to_undo()`.
+/// A step without its undo yet: `.undo(..)` or `.nothing_to_undo()` has to follow.
 #[must_use = "say how the step is undone: `.undo(..)` or `.nothing_to_undo()`"]
 pub struct UndoUndecided<I, R, C> {
     saga: SagaBuilder<I, R, BeforePivot>,

@@ -15,10 +15,10 @@ pub enum DefinitionError {
     BadName {
         /// The saga's name.
         saga: String,
-        /// The refused name.
+        /// The name that was refused, of the saga, a step or an effect.
         name: String,
     },
-    /// Two steps share a name, which tells a step's commands from those of other steps.
+    /// Two steps share a name, which distinguishes a step's commands from those of other steps.
     #[error("saga `{saga}` has two steps named `{step}`")]
     DuplicateStep {
         /// The saga's name.

@@ -11,7 +11,7 @@ pub struct RetryPolicy {
     pub first: Duration,
     /// The factor from each pause to the next; 0 counts as 1.
     pub factor: u32,
-    /// The longest pause.
+    /// The longest pause between two attempts.
     pub max: Duration,
     /// How many attempts there are in all; `None`: without end.
     pub attempts: Option<u32>,

@@ -86,7 +86,7 @@ pub(super) fn choices(limits: Limits, op: Op, fence: Fence, refusable: bool) -> 
         (Op::Do, Absent) => {
             [Choice::Succeed].into_iter().chain(refusable.then_some(Choice::Reject)).chain(fails).collect()
         }
-        // A refusal says that certainly nothing happened: not of what may be there under the same key.
+        // A refusal means that certainly nothing happened. That is not certain of what may be there under the same key.
         (Op::Do, Adrift | Held) | (Op::Undo, Done) => [Choice::Succeed].into_iter().chain(fails).collect(),
         (Op::Undo, Absent | Adrift | Held | Marked | MarkedAdrift | MarkedHeld) if limits.external => {
             [Choice::Succeed].into_iter().chain(fails).collect()
@@ -135,7 +135,7 @@ impl World {
         self.lost & (1 << step) != 0
     }
 
-    /// Whether the undo of this step says that it happened.
+    /// Whether the undo of this step carries that the step happened.
     pub(super) fn knows(&self, step: usize) -> bool {
         self.known & (1 << step) != 0
     }

@@ -6,7 +6,7 @@ use crate::command::Op;
 /// Most attempts of a command.
 pub(super) const ATTEMPTS: u32 = 3;
 
-/// A message, by what it says.
+/// A message, by its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Note {
     /// A command; the number is its attempt.

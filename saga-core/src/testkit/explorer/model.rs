@@ -45,7 +45,7 @@ pub struct Limits {
 pub enum Mistake {
     /// They take the absence of a fence for proof that nothing happened.
     TakesAbsenceForProof,
-    /// Their undo does not wait for the call that is under way, however slow that is.
+    /// The undo does not wait for the call that is under way, however slow that is.
     UndoesDuringTheCall,
 }
 
@@ -66,7 +66,7 @@ pub struct World {
     pub(super) late: bool,
     /// A bit for each step whose fence was lost.
     pub(super) lost: u8,
-    /// A bit for each step whose undo says that it happened.
+    /// A bit for each step whose undo carries that the step happened.
     pub(super) known: u8,
 }
 

@@ -19,7 +19,7 @@ pub struct Pairs {
     pub worlds: usize,
     /// How many things can happen, over all of them.
     pub transitions: usize,
-    /// In how many of them one saga is completed and the other compensated.
+    /// The number of them in which one saga is completed and the other compensated.
     pub one_of_each: usize,
 }
 

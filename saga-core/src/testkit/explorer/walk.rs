@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 #[derive(Debug)]
 pub struct Walk {
     pub(super) worlds: Vec<World>,
-    /// For each world, those that come next.
+    /// The worlds that come next, for each world.
     pub(super) next: Vec<Vec<u32>>,
     came_by: Vec<Option<(u32, Move)>>,
     /// How many things can happen, over all worlds.
