@@ -326,7 +326,7 @@ fn unknown(sku: impl std::fmt::Display) -> Problem {
     Problem::not_found(format!("There is no item {:?}.", sku.to_string().chars().take(64).collect::<String>()))
 }
 
-/// Both values, or every field that is wrong.
+/// Two parsed values, or every field that is wrong.
 fn both<A, B>(a: Result<A, BadField>, b: Result<B, BadField>) -> Result<(A, B), Problem> {
     match (a, b) {
         (Ok(a), Ok(b)) => Ok((a, b)),

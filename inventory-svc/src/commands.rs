@@ -30,7 +30,7 @@ impl Commands {
         Self::beside(ParticipantSettings::default())
     }
 
-    /// The same, with the topics and sources that configuration adds.
+    /// The handler for the consumer, with the topics and sources that configuration adds.
     #[must_use]
     pub fn beside(more: ParticipantSettings) -> Self {
         let participant = Participant::new("inventory")

@@ -170,7 +170,7 @@ impl RelayArgs {
         errors.finish(read())
     }
 
-    /// The same for commands that need nothing but the databases: `migrate`, `reanchor` and `rename`.
+    /// Checks what the commands `migrate`, `reanchor` and `rename` need, which is nothing but the databases.
     pub fn validate_databases(&self) -> Result<(Vec<OutboxSettings>, TelemetrySettings), ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let outboxes = read_outboxes(Secret::given(self.outboxes.as_ref()).unwrap_or_default(), &mut errors);

@@ -125,7 +125,7 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
                         "the topic can be written to; its rows are published from where they were left"
                     );
                     match db.ask(async |db| pause::resume(db, outbox, &paused.topic).await).await {
-                        // On a full pool, the next round asks about the topic again.
+                        // The next round asks about the topic again.
                         Ok(()) | Err(sqlx::Error::PoolTimedOut) => {}
                         Err(error) => return Err(error.into()),
                     }

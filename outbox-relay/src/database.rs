@@ -51,7 +51,7 @@ impl Database {
         Self::with_statements(options, connections, patience, Bound::new(patience).server())
     }
 
-    /// The same, with statements that the server ends after `longest`.
+    /// Makes a pool like [`Database::new`], with statements that the server ends after `longest`.
     pub(crate) fn with_statements(
         options: PgConnectOptions,
         connections: u32,
@@ -138,7 +138,7 @@ impl Database {
         self.within_times(1, conversation).await
     }
 
-    /// The same, for a conversation that does `times` as much as others.
+    /// Runs a conversation like [`Database::within`], one that does `times` as much as others.
     pub(crate) async fn within_times<T, E: From<sqlx::Error>>(
         &self,
         times: u32,

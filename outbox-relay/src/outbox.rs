@@ -123,14 +123,14 @@ impl Status {
         (role, trouble.or_else(|| away().filter(|_| role == Role::Owner)))
     }
 
-    /// The same, with loops that get no further.
+    /// The role, and the trouble of publishing, with that of loops that get no further.
     fn trouble(&self) -> (Role, Option<Trouble>) {
         let (role, trouble) = self.get();
         let stalled = || self.loops.trouble(&self.clock).filter(|_| role == Role::Owner);
         (role, trouble.or_else(stalled))
     }
 
-    /// The same, with the trouble of the outbox's tables; in words.
+    /// The role, and all trouble in words, with that of the outbox's tables.
     pub(crate) fn all(&self) -> (Role, Option<String>) {
         let (role, trouble) = self.trouble();
         let troubles: Vec<String> =

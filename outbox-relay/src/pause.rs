@@ -24,7 +24,7 @@ pub(crate) enum Cause {
     Operator,
     /// The topic is not there.
     Missing,
-    /// This process may not write to it.
+    /// This process may not write to the topic.
     Forbidden,
     /// No broker takes its rows: a partition has no leader, or one that cannot be reached.
     Leaderless,

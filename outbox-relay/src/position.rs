@@ -40,9 +40,9 @@ const PAGE_BYTES: usize = 8 << 20;
 pub struct Position {
     /// The snapshot whose visible rows are all published.
     pub base: Snapshot,
-    /// The snapshot up to which rows are being published: those visible in it and not in `base` …
+    /// The snapshot up to which rows are being published: those visible in it and not in `base`.
     pub target: Snapshot,
-    /// … whose id is greater than this.
+    /// The id up to which those rows are published; the rows behind it are still to come.
     pub after: i64,
 }
 

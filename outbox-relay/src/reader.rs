@@ -315,7 +315,7 @@ mod tests {
         nudge(&reading.database.pool);
         others.recv().await.unwrap();
         reading.page_is_done();
-        // Both come in one page: the reader did not look before the first was acknowledged.
+        // Both rows come in one page: the reader did not look before the first page was acknowledged.
         assert_eq!(reading.page().await, (None, vec!["second".to_owned(), "third".to_owned()]));
     }
 

@@ -21,7 +21,7 @@ pub(crate) struct Sending {
 
 /// The choice of rows to try of a line.
 pub(crate) enum Choice {
-    /// These rows, and their bytes.
+    /// The ids of the rows to send, and their bytes.
     Rows(Vec<i64>, usize),
     /// Its first row was refused unread.
     Refused,

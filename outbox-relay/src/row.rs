@@ -67,7 +67,7 @@ macro_rules! columns {
 }
 pub(crate) use columns;
 
-/// The same columns for a row that comes whole, whatever its size.
+/// The columns of `columns!` for a row that comes whole, whatever its size.
 macro_rules! whole_columns {
     () => {
         concat!(

@@ -43,7 +43,7 @@ use tracing::{info, warn};
 
 /// The most rows on their way to Kafka: enough to keep its batches full, few enough to be sent again after a failure.
 const ROWS_IN_FLIGHT: usize = 60_000;
-/// The same for a topic that is set apart, which has a pace of its own.
+/// The most rows on their way to Kafka of a topic that is set apart, which has a pace of its own.
 const ROWS_OF_A_TOPIC: usize = 10_000;
 /// How often the session checks whether its producer still lives, and the queue for rows that are stuck.
 pub(crate) const LOOK_AT_PRODUCER: Duration = Duration::from_secs(1);

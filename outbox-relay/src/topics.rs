@@ -27,7 +27,7 @@ const UNKNOWN_LIMIT: usize = usize::MAX;
 /// The state of a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TopicState {
-    /// It can be written to.
+    /// The relay can write to the topic.
     Ready {
         /// Its `max.message.bytes`; `usize::MAX` where it may not be read.
         max_message_bytes: usize,

@@ -38,9 +38,9 @@ macro_rules! new_rows {
 
 const POLL: &str = new_rows!();
 
-/// The same, and rows of the transactions `$3`, which were running then: only of those that ended, so that one that is
-/// writing a million rows costs nothing meanwhile. Where none was running, the shorter query serves: this part is half
-/// of the plan, and starting the plan is a third of a poll.
+/// The query of [`POLL`], and rows of the transactions `$3`, which were running at the first snapshot. It takes only
+/// those that ended, so that one that is writing a million rows costs nothing meanwhile. Where none was running,
+/// [`POLL`] serves: this part is half of the plan, and starting the plan is a third of a poll.
 const POLL_WITH_STRAGGLERS: &str = concat!(
     new_rows!(),
     "

@@ -266,10 +266,10 @@ pub enum HandleError {
     /// aside until it has it, without an attempt. Anything else counts as an attempt.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
-    /// It can never work, in this build or in a later one: undecodable. Dead-lettered at once.
+    /// The message can never work, in this build or in a later one: undecodable. Dead-lettered at once.
     #[error("{0}")]
     Poison(String),
-    /// It did not work this time: counted, retried with back-off, then dead-lettered.
+    /// The message did not work this time: counted, retried with back-off, then dead-lettered.
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
     /// Several messages of the batch can never work: dead-lettered together, and the others are handled without them.

@@ -28,7 +28,7 @@ pub(super) struct Origin {
     version: u32,
     attempt: u32,
     reply_to: Option<String>,
-    /// The same as in the command's headers; an older build does not write it.
+    /// The orchestrator's name in the command's headers; an older build does not write it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     orchestrator: Option<String>,
     message: MessageId,

@@ -30,7 +30,7 @@ pub enum EngineError {
 /// Why a saga was not started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// This engine does not have that definition.
+    /// This engine does not have the saga's definition.
     #[error("saga `{0}` version {1} is not defined in this engine")]
     Undefined(String, u32),
     /// There is a saga of this definition with this business key, or one with this id.

@@ -34,7 +34,7 @@ pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<OffsetDa
     from_millis(i64::deserialize(from)?)
 }
 
-/// The same format for a time that may be absent.
+/// The milliseconds of a time that may be absent.
 pub(super) mod option {
     use super::{Deserialize, Deserializer, OffsetDateTime, Serialize, Serializer, from_millis, to_millis};
 

@@ -33,7 +33,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(1);
 /// How long a saga, or a reply, that cannot be decided is left alone.
 pub(super) const PUT_OFF: Duration = Duration::from_secs(60);
-/// The same where the saga is not at fault: another transaction was in the way, a table or a right is missing.
+/// How long a saga that is not at fault is left alone: another transaction was in the way, a table or a right is
+/// missing.
 const PUT_OFF_WHAT_PASSES: Duration = Duration::from_secs(5);
 /// How long the timers wait for a lock: other sagas are due, too.
 const LOCK: Duration = Duration::from_secs(1);

@@ -51,7 +51,7 @@ pub struct SagaSummary {
 /// A saga with its steps and its timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct SagaView {
-    /// The same fields as in the list.
+    /// The fields that a list shows of the saga.
     #[serde(flatten)]
     pub summary: SagaSummary,
     /// Whether this replica knows its definition; otherwise only the timeline is shown, with numbers for the names of

@@ -16,11 +16,11 @@ pub enum Fence {
     Calling,
     /// External: the call has had its effect, and no record of it exists yet.
     Called,
-    /// It is done.
+    /// The step's effect is done.
     Done,
-    /// It was refused.
+    /// The step's command was refused.
     Rejected,
-    /// It was done and is undone.
+    /// The step's effect was done and is undone.
     Undone,
     /// The undo came first, or asked outside; what comes later is refused.
     Tombstone,

@@ -43,7 +43,7 @@ pub struct Limits {
 /// A seeded mistake of participants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mistake {
-    /// They take the absence of a fence for proof that nothing happened.
+    /// The participants take the absence of a fence for proof that nothing happened.
     TakesAbsenceForProof,
     /// The undo does not wait for the call that is under way, however slow that is.
     UndoesDuringTheCall,
