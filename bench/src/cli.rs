@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
 /// Measures the relay and the sagas, each beside a yardstick of the same run.
-#[derive(Debug, Parser)]
+#[derive(Parser)]
 #[command(version, about)]
 pub struct Cli {
     /// Which; both when nothing is said
@@ -29,7 +29,7 @@ pub struct Cli {
 }
 
 /// Which figure.
-#[derive(Debug, Subcommand)]
+#[derive(Subcommand)]
 pub enum Verb {
     /// The relay drains an outbox; beside it Kafka's own ProducerPerformance
     Relay,
@@ -81,7 +81,7 @@ pub struct SagaArgs {
 }
 
 /// The servers.
-#[derive(Debug, Clone, Args)]
+#[derive(Clone, Args)]
 pub struct ServerArgs {
     /// Use this PostgreSQL instead of starting one
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, global = true)]

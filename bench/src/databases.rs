@@ -6,7 +6,7 @@ use sqlx::{AssertSqlSafe, PgPool, postgres::PgConnectOptions};
 use std::str::FromStr;
 
 /// A database of a run.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Database {
     /// The database's name, with the prefix `bench_`.
     pub name: String,

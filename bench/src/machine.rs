@@ -69,10 +69,8 @@ impl Machine {
             preferred_ports: None,
         };
         let servers = Servers::start(config, progress).await?;
-        // Everything is on one machine, as a service may be with its PostgreSQL; there one connects by the socket.
-        let started = servers.postgres.as_ref().filter(|_| !args.tcp);
-        let socket = started.and_then(|postgres| postgres.socket_url("postgres"));
-        let database_url = socket.unwrap_or_else(|| servers.database_url.clone());
+        // Everything is on one machine, as a service may be with its PostgreSQL; such a service connects by the socket.
+        let database_url = if args.tcp { servers.database_url.clone() } else { servers.own_url() };
         let machine = Self { servers, cache: Cache::open()?, database_url };
         machine.tune(&args.postgres).await?;
         Ok(machine)

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 const DATABASES: &str = "BENCH_DATABASES";
 
 /// A process of a run.
-#[derive(Debug, Clone, Args)]
+#[derive(Clone, Args)]
 pub struct Role {
     /// Kafka.
     #[arg(long)]
@@ -33,7 +33,7 @@ pub struct Role {
 
 /// What the process does until a signal stops it. URLs come through the environment: they hold a password, and every
 /// user of the machine may read a process's arguments.
-#[derive(Debug, Clone, Subcommand)]
+#[derive(Clone, Subcommand)]
 pub enum Part {
     /// Publishes outboxes, as `outbox-relay` does
     Relay {

@@ -4,13 +4,11 @@
 //! |---|---|
 //! | [`topics`] | every topic, declared once |
 //! | [`money`] | integer minor units with an ISO 4217 currency |
-//! | [`card`] | card numbers, which no service may keep |
 //! | [`product`] | stock-keeping units and quantities |
 //! | [`payments`] | the commands of `payment-svc`, and its answers |
 //! | [`inventory`] | the commands of `inventory-svc`, its answers, and its item events |
 //! | [`orders`] | the events of `order-svc` |
 
-pub mod card;
 pub mod inventory;
 pub mod money;
 pub mod orders;

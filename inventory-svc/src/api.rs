@@ -259,7 +259,7 @@ async fn adjust(
     Json(body): Json<Adjustment>,
 ) -> Result<Response, Problem> {
     let sku = known(&sku)?;
-    let (delta, reason) = both(Delta::parse(body.delta), Text::reason(&body.reason))?;
+    let (delta, reason) = both(Delta::parse(body.delta), Text::parse("reason", &body.reason))?;
     let request = (sku.clone(), body);
     let done = idempotency::once(&pool, "POST /v1/items/{sku}/adjustments", &key, &request, move |tx| {
         Box::pin(async move {

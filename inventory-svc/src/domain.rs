@@ -1,11 +1,11 @@
 //! Items, shortages and movements. Pure: no I/O, no clock.
 
 use contracts::{
-    card::holds_a_card_number,
     inventory::{ItemChanged, OutOfStock, Shortage},
     money::Money,
     product::{Line, Sku},
 };
+use saga_core::card::{self, holds_a_card_number};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -35,8 +35,11 @@ fn bad(field: &'static str, message: impl Into<String>) -> BadField {
 pub struct Text(String);
 
 impl Text {
-    /// Parses the field `field`.
+    /// Parses the field `field`: people write there what they like, but no card number is kept.
     pub fn parse(field: &'static str, text: &str) -> Result<Self, BadField> {
+        if holds_a_card_number(text) {
+            return Err(bad(field, card::REFUSED));
+        }
         let text = text.trim();
         let length = text.chars().count();
         if !(1..=MAX_TEXT).contains(&length) || text.chars().any(char::is_control) {
@@ -45,15 +48,7 @@ impl Text {
         Ok(Self(text.to_owned()))
     }
 
-    /// Parses the field `reason`: people write there what they like, but no card number may be stored.
-    pub fn reason(text: &str) -> Result<Self, BadField> {
-        if holds_a_card_number(text) {
-            return Err(bad("reason", "holds what looks like a card number, which is not kept here"));
-        }
-        Self::parse("reason", text)
-    }
-
-    /// The text as it was parsed.
+    /// As text.
     pub fn as_str(&self) -> &str {
         &self.0
     }

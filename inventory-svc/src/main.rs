@@ -2,7 +2,7 @@
 
 use clap::Parser;
 use saga_core::service::{
-    ConfigErrors, ParticipantArgs, ServiceArgs, ServiceCommand, launch_migrate, launch_with, shutdown,
+    ConfigErrors, ParticipantArgs, ServiceArgs, ServiceCommand, command_line, launch_migrate, launch_with, shutdown,
 };
 use std::process::ExitCode;
 
@@ -24,7 +24,7 @@ struct Cli {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    run(Cli::parse()).await.unwrap_or_else(|mistakes| mistakes.report())
+    run(command_line::<Cli>()).await.unwrap_or_else(|mistakes| mistakes.report())
 }
 
 async fn run(Cli { command, args, participant }: Cli) -> Result<ExitCode, ConfigErrors> {

@@ -8,6 +8,8 @@
 --
 -- The lock is asked for only when there is something to do, and only on the overflow: what is called twice a minute must not
 -- end each vacuum.
+--
+-- A partition has an end that ids reach, so that another follows: one of 4 * 10^18 rows would be the last.
 create or replace function outbox_add_partition(rows_per_partition bigint default 10000000) returns text
 language plpgsql
 set lock_timeout = '100ms'
@@ -24,6 +26,10 @@ declare
     ahead      record;
     partition  text;
 begin
+    if rows_per_partition is null or rows_per_partition not between 1 and 100000000 then
+        raise exception 'a partition of the outbox is for 1 to 100000000 rows' using errcode = 'invalid_parameter_value';
+    end if;
+
     lock table only outbox in share update exclusive mode;
 
     select greatest(coalesce(pg_sequence_last_value(ids), 0), coalesce((select max(id) from outbox_overflow), 0))

@@ -23,6 +23,10 @@ create function outbox_grant(relay regrole) returns void
 language plpgsql
 as $$
 begin
+    -- An owner may have taken what everybody has by default. (One who does not own the schema is only warned.)
+    execute format('grant usage on schema %s to %s',
+                   (select relnamespace::regnamespace from pg_class where oid = 'outbox'::regclass), relay);
+    execute format('grant execute on function outbox_ids_ahead(), outbox_ranges() to %s', relay);
     -- Messages are read. They are never changed.
     execute format('grant select on outbox to %s', relay);
     -- How far the ids are, and which file they count in.

@@ -7,18 +7,22 @@
 //! Any replica may move an order, so a change is seen in the database, not in this process. There is one loop and one
 //! query per turn, however many clients wait; a commit of this process only makes the next turn come at once. (NOTIFY
 //! would queue every commit of the business behind one lock.) The channel carries a version and nothing else: who is
-//! woken reads what is new from the history. When the process dies, clients reconnect with the last id they saw.
+//! woken reads what is new from the history. When the process dies, clients reconnect with the last id they saw; so they do when
+//! the oldest stream ends to make room for a new one.
 
 use crate::store;
 use contracts::OrderId;
-use saga_core::consumer::{Handler, Then};
+use saga_core::{
+    consumer::{Handler, Then},
+    http::count_refused,
+};
 use sqlx::PgPool;
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -35,7 +39,7 @@ const SHORTEST_TURN: Duration = Duration::from_millis(5);
 /// How long a turn that failed keeps the next one away.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
-/// Nothing more can be watched now.
+/// Nothing more can be watched now: waits do not make room, and their callers are answered soon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TooMany {
     /// By this process.
@@ -59,13 +63,74 @@ pub enum Purpose {
 #[derive(Debug)]
 pub struct Watch {
     versions: watch::Receiver<i64>,
-    _place: OwnedSemaphorePermit,
+    made_room: CancellationToken,
+    number: u64,
+    live: Arc<LiveOrders>,
 }
 
 impl Watch {
-    /// Returns when the order has another version than the last time; an error when nothing watches it any more.
-    pub async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
-        self.versions.changed().await
+    /// Returns when the order has another version than the last time; `None` when this has made room for another, or nothing watches
+    /// the order any more.
+    pub async fn changed(&mut self) -> Option<()> {
+        tokio::select! {
+            changed = self.versions.changed() => changed.ok(),
+            () = self.made_room.cancelled() => None,
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.live.lock().places.remove(&self.number);
+    }
+}
+
+impl Purpose {
+    fn most(self) -> usize {
+        match self {
+            Self::Stream => MAX_STREAMS,
+            Self::Wait => MAX_WAITS,
+        }
+    }
+}
+
+/// What is watched, and the places that are taken. They are few enough to be counted when one comes.
+#[derive(Debug, Default)]
+struct Watched {
+    orders: HashMap<Uuid, watch::Sender<i64>>,
+    /// By age.
+    places: BTreeMap<u64, Place>,
+    last: u64,
+}
+
+#[derive(Debug)]
+struct Place {
+    order: Uuid,
+    purpose: Purpose,
+    made_room: CancellationToken,
+}
+
+impl Watched {
+    /// Gives a place; where all are taken, the oldest stream's.
+    fn enter(&mut self, place: Place) -> Result<u64, TooMany> {
+        let (order, purpose) = (place.order, place.purpose);
+        self.keep_below(MAX_OF_ONE, purpose, |place| place.order == order).ok_or(TooMany::OfOne)?;
+        self.keep_below(purpose.most(), purpose, |place| place.purpose == purpose).ok_or(TooMany::InAll)?;
+        self.last += 1;
+        self.places.insert(self.last, place);
+        Ok(self.last)
+    }
+
+    /// Ends the oldest stream of these when they are `most`; `None` when there is none that may end for this purpose.
+    fn keep_below(&mut self, most: usize, purpose: Purpose, these: impl Fn(&Place) -> bool) -> Option<()> {
+        if self.places.values().filter(|place| these(place)).count() < most {
+            return Some(());
+        }
+        let ends = |place: &Place| purpose == Purpose::Stream && place.purpose == Purpose::Stream && these(place);
+        let oldest = self.places.iter().find(|(_, place)| ends(place)).map(|(number, _)| *number)?;
+        self.places.remove(&oldest)?.made_room.cancel();
+        count_refused("old_stream");
+        Some(())
     }
 }
 
@@ -73,37 +138,28 @@ impl Watch {
 #[derive(Debug)]
 pub struct LiveOrders {
     pool: PgPool,
-    watched: Mutex<HashMap<Uuid, watch::Sender<i64>>>,
-    streams: Arc<Semaphore>,
-    waits: Arc<Semaphore>,
+    watched: Mutex<Watched>,
     wake: Notify,
 }
 
 impl LiveOrders {
     /// Nobody waits yet.
     pub fn new(pool: PgPool) -> Arc<Self> {
-        let [streams, waits] = [MAX_STREAMS, MAX_WAITS].map(|most| Arc::new(Semaphore::new(most)));
-        Arc::new(Self { pool, watched: Mutex::default(), streams, waits, wake: Notify::new() })
+        Arc::new(Self { pool, watched: Mutex::default(), wake: Notify::new() })
     }
 
     /// The order's version whenever it is another than `seen` (or another than what this process saw last).
-    pub fn watch(&self, order: OrderId, seen: i64, purpose: Purpose) -> Result<Watch, TooMany> {
-        let places = match purpose {
-            Purpose::Stream => &self.streams,
-            Purpose::Wait => &self.waits,
-        };
-        let place = Arc::clone(places).try_acquire_owned().map_err(|_| TooMany::InAll)?;
+    pub fn watch(self: &Arc<Self>, order: OrderId, seen: i64, purpose: Purpose) -> Result<Watch, TooMany> {
+        let made_room = CancellationToken::new();
         let mut watched = self.lock();
-        if watched.get(&order.0).is_some_and(|sender| sender.receiver_count() >= MAX_OF_ONE) {
-            return Err(TooMany::OfOne);
-        }
-        let mut versions = watched.entry(order.0).or_insert_with(|| watch::Sender::new(seen)).subscribe();
+        let number = watched.enter(Place { order: order.0, purpose, made_room: made_room.clone() })?;
+        let mut versions = watched.orders.entry(order.0).or_insert_with(|| watch::Sender::new(seen)).subscribe();
         if *versions.borrow() != seen {
             versions.mark_changed();
         }
         drop(watched);
         self.wake.notify_one();
-        Ok(Watch { versions, _place: place })
+        Ok(Watch { versions, made_room, number, live: Arc::clone(self) })
     }
 
     /// Something was committed: look now.
@@ -115,8 +171,8 @@ impl LiveOrders {
     pub async fn run_once(&self) -> Result<usize, sqlx::Error> {
         let ids: Vec<Uuid> = {
             let mut watched = self.lock();
-            watched.retain(|_, sender| sender.receiver_count() > 0);
-            watched.keys().copied().collect()
+            watched.orders.retain(|_, sender| sender.receiver_count() > 0);
+            watched.orders.keys().copied().collect()
         };
         if ids.is_empty() {
             return Ok(0);
@@ -124,7 +180,7 @@ impl LiveOrders {
         let versions = store::versions(&self.pool, &ids).await?;
         let watched = self.lock();
         let changed = versions.into_iter().filter(|(order, version)| {
-            watched.get(&order.0).is_some_and(|sender| {
+            watched.orders.get(&order.0).is_some_and(|sender| {
                 sender.send_if_modified(|known| {
                     let newer = *version > *known;
                     *known = (*known).max(*version);
@@ -140,7 +196,7 @@ impl LiveOrders {
         let mut failing = false;
         while !token.is_cancelled() {
             let pause = match self.run_once().await {
-                Ok(_) if self.lock().is_empty() => None,
+                Ok(_) if self.lock().orders.is_empty() => None,
                 Ok(_) => {
                     failing = false;
                     Some((SHORTEST_TURN, TURN))
@@ -172,8 +228,8 @@ impl LiveOrders {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, watch::Sender<i64>>> {
-        // A map of channels has no invariant that a panic elsewhere could break.
+    fn lock(&self) -> MutexGuard<'_, Watched> {
+        // Each change is complete before the lock is given back.
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,8 +1,7 @@
 //! The order REST API and the order saga: `order-svc serve`, `order-svc migrate`, `order-svc rebuild catalogue`.
 
-use clap::Parser;
 use order_svc::{IDENTITY, config::Cli, migrations, rebuild, serve};
-use saga_core::service::{ConfigErrors, launch_migrate, launch_with, shutdown};
+use saga_core::service::{ConfigErrors, command_line, launch_migrate, launch_with, shutdown};
 use std::process::ExitCode;
 
 /// See `tikv-jemallocator` in the workspace's `Cargo.toml`.
@@ -11,7 +10,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    run(Cli::parse()).await.unwrap_or_else(|mistakes| mistakes.report())
+    run(command_line::<Cli>()).await.unwrap_or_else(|mistakes| mistakes.report())
 }
 
 async fn run(Cli { command, args, sagas }: Cli) -> Result<ExitCode, ConfigErrors> {

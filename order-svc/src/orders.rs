@@ -174,7 +174,7 @@ impl Orders {
                     Some(_) => {}
                     None => return Ok(None),
                 }
-                if versions.changed().await.is_err() {
+                if versions.changed().await.is_none() {
                     return Ok(None);
                 }
             }

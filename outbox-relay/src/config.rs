@@ -75,7 +75,8 @@ pub struct CureArgs {
 #[derive(Debug, Clone, Default, Args)]
 pub struct RelayArgs {
     /// The outboxes to publish and their databases: `orders=postgres://user:secret@db:5432/orders,payments=…`.
-    /// The name is the messages' `ce_source`, and what the position is kept under: `rename` gives it another
+    /// The name is the messages' `ce_source`, and what the position is kept under: `rename` gives it another.
+    /// Set the variable: a flag is read by every user of the machine
     #[arg(long, env = "OUTBOXES", value_name = "NAME=URL,...", hide_env_values = true, global = true)]
     pub outboxes: Option<Secret>,
     /// At the first start of an outbox, leave out what was committed before

@@ -1,11 +1,10 @@
 //! Publishes committed outbox rows to Kafka, in order, and repairs what could not be published.
 
-use clap::Parser;
 use outbox_relay::{
     app,
     config::{Cli, Command, IDENTITY, RelayArgs},
 };
-use saga_core::service::{ConfigErrors, launch_with};
+use saga_core::service::{ConfigErrors, command_line, launch_with};
 use std::process::ExitCode;
 
 /// See `tikv-jemallocator` in the workspace's `Cargo.toml`.
@@ -14,7 +13,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let Cli { command, args } = Cli::parse();
+    let Cli { command, args } = command_line();
     let done = match command.unwrap_or(Command::Serve) {
         Command::Serve => serve(&args).await,
         other => with_databases(&args, other).await,

@@ -75,6 +75,12 @@ async fn what_a_relay_may_not_do_is_a_missing_right_and_harms_nothing() {
         .await
         .unwrap();
     sqlx::query("select outbox_add_partition()").execute(&mut db).await.unwrap();
+    // A partition without an end would be the last one that is made.
+    for rows in ["4000000000000000000", "100000001", "0", "-1", "null"] {
+        let sql = format!("select outbox_add_partition({rows})");
+        let refused = sqlx::query(AssertSqlSafe(sql)).execute(&mut db).await.unwrap_err();
+        assert_eq!(refused.as_database_error().unwrap().code().as_deref(), Some("22023"), "{rows}: {refused}");
+    }
     drop(db);
     assert_eq!(world.count("select count(*) from outbox where topic <> 'another'").await, 1);
     world.drop_role().await;

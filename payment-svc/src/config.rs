@@ -48,7 +48,9 @@ pub struct GatewayArgs {
     /// The payment provider's base URL [default: http://127.0.0.1:8083, where `payment-svc gateway-sim` listens]
     #[arg(long, env = "GATEWAY_URL", value_name = "URL", hide_env_values = true, global = true)]
     pub gateway_url: Option<Secret>,
-    /// Bearer token that the provider lets this service in by, 16 characters or more; `gateway-sim` asks for it when it is set
+    /// Bearer token that the provider lets this service in by, 16 characters or more; `gateway-sim` asks for it when it is
+    /// set, and needs it where HTTP_ADDR is not loopback.
+    /// Set the variable: a flag is read by every user of the machine
     #[arg(long, env = "GATEWAY_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
     pub gateway_token: Option<Secret>,
     /// Milliseconds that the provider has for an answer; later it is in doubt and asked again [default: 2000]

@@ -1,11 +1,10 @@
 //! Payments, the payment gateway port, and a simulated provider.
 
-use clap::Parser;
 use payment_svc::{
     config::{Cli, Command, IDENTITY},
     migrations, serve, sim,
 };
-use saga_core::service::{ConfigErrors, exit_code, launch_migrate};
+use saga_core::service::{ConfigErrors, command_line, exit_code, launch_migrate};
 use std::process::ExitCode;
 
 /// See `tikv-jemallocator` in the workspace's `Cargo.toml`.
@@ -14,7 +13,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    run(Cli::parse()).await.unwrap_or_else(|errors| errors.report())
+    run(command_line::<Cli>()).await.unwrap_or_else(|errors| errors.report())
 }
 
 async fn run(Cli { service, participant, gateway, command }: Cli) -> Result<ExitCode, ConfigErrors> {

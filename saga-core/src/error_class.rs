@@ -139,8 +139,28 @@ pub fn is_pool_full(error: &Error) -> bool {
 /// The text of `error` for the log; where sqlx's text does not say what to do, one that does.
 #[must_use]
 pub fn in_words(error: &Error) -> Cow<'static, str> {
-    if is_pool_full(error) { FULL.into() } else { error.to_string().into() }
+    match cure(error) {
+        _ if is_pool_full(error) => FULL.into(),
+        Some(cure) => format!("{error}; {cure}").into(),
+        None => error.to_string().into(),
+    }
 }
+
+/// What to do against `error`, where PostgreSQL does not say it.
+#[must_use]
+pub fn cure(error: &Error) -> Option<&'static str> {
+    match error.as_database_error()?.code()?.as_ref() {
+        "25006" => Some(READ_ONLY),
+        "55P03" => Some(LOCKED),
+        _ => None,
+    }
+}
+
+const READ_ONLY: &str = "the database takes no writes: let this process connect to the primary, or reset \
+                         default_transaction_read_only";
+
+const LOCKED: &str =
+    "another session holds the lock: pg_blocking_pids() says which, for each session in pg_stat_activity that waits";
 
 const FULL: &str = "all connections of the pool are in use, and the database answers: let this process do less at once \
                     (slots, batches, requests), or give it a larger pool (of a service: DATABASE_MAX_CONNECTIONS)";

@@ -14,6 +14,7 @@
 //! | [`outage`] | which dependencies are away, and since when: the one place that knows outages |
 //! | [`retry`], [`clock`] | the only users of `backoff` and of time |
 //! | [`json`] | limits of JSON from outside |
+//! | [`card`] | card numbers, which no service may keep |
 //! | [`outbox`] | append messages within the caller's transaction |
 //! | [`transaction`] | the transaction that every part uses: bounded here and in the server |
 //! | [`inbox`] | which messages of a batch are new |
@@ -23,6 +24,7 @@
 //! | [`http`] | problem details, health, metrics, mountable inspection routes |
 //! | [`service`] | what a `main` needs: configuration, telemetry, pools, migrations, topics, shutdown |
 
+pub mod card;
 pub mod clock;
 pub mod command;
 pub mod consumer;

@@ -50,6 +50,8 @@ causes! {
     DatabaseAway = "database_away",
     /// This process has all connections of its pool in use, and wants more.
     PoolFull = "pool_full",
+    /// A lock is waited for that another session holds.
+    Locked = "locked",
     /// The database takes no writes.
     DatabaseReadOnly = "database_read_only",
     /// A table, a column or a function is not there.
@@ -96,6 +98,7 @@ impl Cause {
             (Some("42P01" | "42703" | "42883" | "42704" | "3F000"), _) => Self::TableMissing,
             (Some("42501"), _) => Self::RightMissing,
             (Some("25006"), _) => Self::DatabaseReadOnly,
+            (Some("55P03"), _) => Self::Locked,
             (_, ErrorClass::Passing | ErrorClass::Stale) => Self::DatabaseAway,
             (_, ErrorClass::Configuration) => Self::DatabaseMisconfigured,
             (_, ErrorClass::Own) => Self::Fault,

@@ -311,6 +311,9 @@ async fn one_key_has_one_effect_and_one_answer() {
     let missing = client.post(format!("{url}/count")).json(&json!({"n": 1})).send().await.unwrap();
     assert_eq!(problem(missing).await, (400, "/problems/idempotency-key".into(), "Idempotency-Key".into()));
 
+    // Of keys that are mere numbers, some look like a card's by chance: they are taken.
+    assert_eq!(send("4111111111111111", "x").await.unwrap().status(), 201);
+
     let slow = tokio::spawn(send("b", "hold"));
     state.held.notified().await;
     assert_eq!(problem(send("b", "hold").await.unwrap()).await.1, "/problems/in-flight");

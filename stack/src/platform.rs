@@ -25,7 +25,7 @@ const READY_BOUND: Duration = Duration::from_secs(60);
 const ASK_BOUND: Duration = Duration::from_secs(3);
 
 /// What a stack is made of.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct StackConfig {
     /// The servers under it.
     pub servers: ServersConfig,
@@ -162,7 +162,6 @@ pub async fn asked(client: &reqwest::Client, url: &str) -> Result<(), String> {
 }
 
 /// The platform, running. Dropping it ends it at once; [`Stack::stop`] ends it in an orderly way.
-#[derive(Debug)]
 pub struct Stack {
     services: BTreeMap<Service, Running>,
     // After the services, so that it is dropped after them.
@@ -198,7 +197,7 @@ impl Stack {
 
     async fn create_databases(&self) -> Result<()> {
         let failed = |e: sqlx::Error| Error::Other(format!("could not make the services' databases: {e}"));
-        let mut connection = PgConnection::connect(&self.servers.database_url).await.map_err(failed)?;
+        let mut connection = PgConnection::connect(&self.servers.own_url()).await.map_err(failed)?;
         for name in Service::ALL.into_iter().filter_map(Service::database) {
             let exists = sqlx::query("select from pg_database where datname = $1").bind(name);
             if exists.fetch_optional(&mut connection).await.map_err(failed)?.is_none() {
@@ -296,7 +295,7 @@ impl Stack {
 
     /// How to connect to one of the databases: `orders`, `payments`, `inventory`, `gateway`.
     pub fn database_url(&self, database: &str) -> String {
-        with_database(&self.servers.database_url, database)
+        with_database(&self.servers.own_url(), database)
     }
 
     /// The servers under it: to be killed and started again, and where logs and data are.

@@ -13,7 +13,7 @@ use crate::{
 use nix::sys::signal::Signal;
 use sqlx::{Connection, PgConnection};
 use std::{
-    fs::File,
+    fs::{self, File},
     io::Read,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -96,9 +96,24 @@ impl Postgres {
     }
 
     async fn healthy(&self) -> Result<()> {
-        let url = self.url("postgres");
-        let lets_us_in = || async { answers(&url).await.map_err(|why| self.with_cure(why)) };
+        let lets_us_in = || async { self.lets_us_in().await.map_err(|why| self.with_cure(why)) };
         self.process.healthy(START_BOUND, lets_us_in).await
+    }
+
+    /// Another process may listen on the port before the server does, and ask for the password in clear. So the server shows
+    /// first that it is ours: by its socket, or by what it writes into its directory once it has the port.
+    async fn lets_us_in(&self) -> Result<(), String> {
+        if self.sockets.is_none() && !self.has_the_port() {
+            return Err("the server does not listen yet".to_owned());
+        }
+        answers(&self.own_url("postgres")).await
+    }
+
+    /// Whether `postmaster.pid` says that the server is ready: its first line is the process, its last one the state.
+    fn has_the_port(&self) -> bool {
+        let text = fs::read_to_string(self.data.join("postmaster.pid")).unwrap_or_default();
+        let is_ours = |line: &str| self.process.pid().is_some_and(|pid| line.trim() == pid.to_string());
+        text.lines().next().is_some_and(is_ours) && text.lines().last().is_some_and(|line| line.trim() == "ready")
     }
 
     /// Another password may have been set by hand.
@@ -110,7 +125,8 @@ impl Postgres {
         }
     }
 
-    /// How to connect to one of its databases, with the password.
+    /// How to connect to one of its databases over TCP, with the password: for programs of others. While the server is being
+    /// restarted, another process may have its port.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres:{}@127.0.0.1:{}/{database}", self.password.reveal(), self.port)
     }
@@ -120,7 +136,12 @@ impl Postgres {
         Password::file_of(&self.data)
     }
 
-    /// Likewise over its Unix socket, which spares each statement the way through the network's layers.
+    /// How to connect so that the password reaches this server only, wherever its socket's path fits.
+    pub fn own_url(&self, database: &str) -> String {
+        self.socket_url(database).unwrap_or_else(|| self.url(database))
+    }
+
+    /// Over its Unix socket, which also spares each statement the way through the network's layers.
     pub fn socket_url(&self, database: &str) -> Option<String> {
         let sockets = self.sockets.as_ref()?;
         let password = self.password.reveal();

@@ -25,6 +25,9 @@ pub const POLL: Duration = Duration::from_millis(10);
 /// How long a process has between its stop signal and SIGKILL: Kafka and PostgreSQL write their state out meanwhile.
 pub const STOP_BOUND: Duration = Duration::from_secs(20);
 
+/// What another user's process gets of our environment.
+const PASSED_ON: [&str; 3] = ["PATH", "LANG", "TZ"];
+
 /// What to start. Secrets go into its variables, which others on the machine cannot read; arguments everybody sees.
 #[derive(Clone)]
 pub struct Spec {
@@ -34,7 +37,7 @@ pub struct Spec {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// Variables in addition to ours.
+    /// Variables in addition to ours; another user's process gets few of ours.
     pub env: Vec<(String, String)>,
     /// What it reads from its standard input; a little, at once.
     pub input: String,
@@ -92,7 +95,12 @@ impl Spec {
         let out = log(OpenOptions::new().create(true).append(true).open(&self.log))?;
         let err = log(out.try_clone())?;
         let mut command = Command::new(&self.program);
-        command.args(&self.args).envs(self.env.iter().map(|(n, v)| (n, v)));
+        command.args(&self.args);
+        if self.user.is_some() {
+            // Another user's processes read what it has: only what any program needs, and nothing of ours.
+            command.env_clear().envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
+        }
+        command.envs(self.env.iter().map(|(n, v)| (n, v)));
         let input = if self.input.is_empty() { Stdio::null() } else { Stdio::piped() };
         command.stdin(input).stdout(out).stderr(err).process_group(0);
         if let Some(user) = &self.user {

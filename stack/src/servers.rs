@@ -28,7 +28,7 @@ pub enum Keep {
 }
 
 /// What to start, and where.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct ServersConfig {
     /// Where data goes.
     pub keep: Keep,
@@ -74,13 +74,12 @@ fn variable(name: &str) -> Option<String> {
 }
 
 /// The two servers, running. Dropping this ends what was started here.
-#[derive(Debug)]
 pub struct Servers {
     /// `None` when one was named.
     pub postgres: Option<Postgres>,
     /// `None` when one was named.
     pub kafka: Option<Kafka>,
-    /// How to connect to PostgreSQL's maintenance database.
+    /// How to connect to PostgreSQL's maintenance database over TCP: for the programs of others. Ours take [`Self::own_url`].
     pub database_url: String,
     /// Where Kafka is.
     pub kafka_brokers: String,
@@ -141,6 +140,11 @@ impl Servers {
             logs,
             home,
         })
+    }
+
+    /// How our own processes connect to PostgreSQL's maintenance database (see [`Postgres::own_url`]).
+    pub fn own_url(&self) -> String {
+        self.postgres.as_ref().map_or_else(|| self.database_url.clone(), |postgres| postgres.own_url("postgres"))
     }
 
     /// Where the data is.

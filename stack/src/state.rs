@@ -33,12 +33,15 @@ const DOWN_BOUND: Duration = Duration::from_secs(50);
 const LOOKED: Duration = Duration::from_millis(500);
 
 /// Who runs, and where.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub struct State {
     /// The process that supervises.
     pub pid: i32,
-    /// PostgreSQL, with its password.
+    /// PostgreSQL, with its password: where people connect to.
     pub database_url: String,
+    /// Where we connect to, when that is another place: the socket of the server that we started.
+    #[serde(default)]
+    pub socket_url: Option<String>,
     /// Where PostgreSQL's password is kept, when we started it.
     #[serde(default)]
     pub password_file: Option<PathBuf>,
@@ -124,6 +127,7 @@ impl StateDirectory {
         let state = State {
             pid: std::process::id().cast_signed(),
             database_url: servers.database_url.clone(),
+            socket_url: servers.postgres.as_ref().and_then(|postgres| postgres.socket_url("postgres")),
             password_file: servers.postgres.as_ref().map(Postgres::password_file),
             kafka_brokers: servers.kafka_brokers.clone(),
             services: Service::ALL.into_iter().map(|s| (s, stack.service(s).address.clone())).collect(),

@@ -86,28 +86,35 @@ async fn supervise(stack: &Stack) {
     }
 }
 
-/// How often and when a process was started.
+/// How often and when a process was started, and how long it ran.
 struct Life {
     began: Instant,
+    /// When it was first seen not to run.
+    ended: Option<Instant>,
     /// Before the next start.
     pause: Duration,
 }
 
 impl Life {
     fn new() -> Self {
-        Self { began: Instant::now(), pause: Duration::ZERO }
+        Self { began: Instant::now(), ended: None, pause: Duration::ZERO }
     }
 
     /// Whether it is to be started now; and how long it will rest if it ends soon.
     fn is_over(&mut self, runs: bool, now: Instant) -> Option<Duration> {
-        let lived = now.saturating_duration_since(self.began);
-        if lived >= STEADY.max(self.pause) {
-            self.pause = Duration::ZERO;
-        }
-        if runs || lived < self.pause {
+        if runs {
+            self.ended = None;
             return None;
         }
-        self.began = now;
+        let ended = *self.ended.get_or_insert(now);
+        // The time that it rests is none that it ran.
+        if ended.saturating_duration_since(self.began) >= STEADY {
+            self.pause = Duration::ZERO;
+        }
+        if now.saturating_duration_since(ended) < self.pause {
+            return None;
+        }
+        (self.began, self.ended) = (now, None);
         self.pause = (self.pause * 2).clamp(LOOK, LONGEST_PAUSE);
         Some(self.pause)
     }
@@ -173,7 +180,8 @@ pub async fn status(directory: &StateDirectory) -> Result<bool> {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(["", "at", "admin", "health"]);
     let kafka = crate::kafka::answers(state.kafka_brokers.clone()).await;
-    let postgres = crate::postgres::answers(&state.database_url).await;
+    let own_url = state.socket_url.as_ref().unwrap_or(&state.database_url);
+    let postgres = crate::postgres::answers(own_url).await;
     table.add_row(["PostgreSQL", &without_password(&state.database_url), "", &health(&postgres)]);
     table.add_row(["Kafka", &state.kafka_brokers, "", &health(&kafka)]);
     let mut healthy = kafka.is_ok() && postgres.is_ok();
@@ -253,16 +261,17 @@ mod tests {
         let mut life = Life::new();
         let mut now = life.began;
         let mut pauses = Vec::new();
-        for _ in 0..8 {
+        for _ in 0..10 {
             let rested = now;
             while life.is_over(false, now).is_none() {
                 now += LOOK;
             }
             pauses.push(now.duration_since(rested).as_secs());
         }
-        assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60]);
+        assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60, 60]);
         assert_eq!(life.is_over(true, now + STEADY), None);
         assert!(life.is_over(false, now + STEADY + LOOK).is_some(), "it ran for a while");
-        assert!(life.is_over(false, now + STEADY + LOOK * 2).is_some());
+        assert!(life.is_over(false, now + STEADY + LOOK * 2).is_none(), "it ended soon, which is just seen");
+        assert!(life.is_over(false, now + STEADY + LOOK * 3).is_some());
     }
 }

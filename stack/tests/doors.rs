@@ -3,21 +3,26 @@
 use nix::unistd::Uid;
 use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
 use stack::{
+    Error,
+    cache::Cache,
     password::Password,
-    postgres::{Durability, without_password},
+    ports,
+    postgres::{Durability, Postgres, without_password},
     progress::Progress,
     servers::{Keep, Servers, ServersConfig, elsewhere},
     state::StateDirectory,
 };
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
+    net::{Ipv4Addr, TcpListener, TcpStream},
     os::unix::{
         fs::{MetadataExt, PermissionsExt, chown, lchown, symlink},
         process::CommandExt,
     },
     path::Path,
     process::{Command, Stdio},
+    sync::{Arc, Mutex},
 };
 use tempfile::TempDir;
 
@@ -139,6 +144,85 @@ async fn the_password_is_in_a_file_of_ours_and_in_no_log_or_argument() {
     assert_eq!(files_with("this_is_logged", &place.path().join("logs")).len(), 1);
     servers.stop().await;
     assert_eq!(files_with(password.reveal(), place.path()), [file.to_str().unwrap()]);
+}
+
+/// A listener that asks for a password in clear, as another user of the machine may, and what it was sent.
+struct Asker {
+    port: u16,
+    heard: Arc<Mutex<Vec<String>>>,
+}
+
+impl Asker {
+    fn on(port: u16) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+        let (port, heard) = (listener.local_addr().unwrap().port(), Arc::<Mutex<Vec<String>>>::default());
+        let hears = Arc::clone(&heard);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                hears.lock().unwrap().extend(stream.ok().and_then(|stream| password_of(stream).ok()));
+            }
+        });
+        Self { port, heard }
+    }
+
+    fn heard(&self) -> Vec<String> {
+        self.heard.lock().unwrap().clone()
+    }
+}
+
+fn password_of(mut stream: TcpStream) -> std::io::Result<String> {
+    /// What a client sends first that would rather have TLS.
+    const TLS: &[u8] = &80_877_103_u32.to_be_bytes();
+    let mut message = |kind: usize| {
+        let mut head = vec![0; kind + 4];
+        stream.read_exact(&mut head)?;
+        let length = u32::from_be_bytes(head[kind..].try_into().unwrap());
+        let mut body = vec![0; length as usize - 4];
+        stream.read_exact(&mut body)?;
+        match &*body {
+            TLS => stream.write_all(b"N")?,
+            // AuthenticationCleartextPassword.
+            _ if kind == 0 => stream.write_all(&[b'R', 0, 0, 0, 8, 0, 0, 0, 3])?,
+            _ => {}
+        }
+        std::io::Result::Ok(body)
+    };
+    while message(0)? == TLS {}
+    Ok(String::from_utf8_lossy(&message(1)?).into_owned())
+}
+
+#[tokio::test]
+async fn a_listener_that_has_the_port_first_is_sent_no_password() {
+    let (place, far) = (place(), "long".repeat(30));
+    let (cache, asker) = (Cache::open().unwrap(), Asker::on(0));
+    // The socket's path fits in the first place, and not in the second.
+    for data in [place.path().join("postgres"), place.path().join(far).join("postgres")] {
+        let log = place.path().join("log");
+        let start = |port| Postgres::start(&cache, &data, &log, port, Durability::Off, &Progress::Silent);
+        let refused = start(asker.port).await.expect_err("its port is taken");
+        assert!(matches!(refused, Error::Exited { .. }), "{refused}");
+        let postgres = start(ports::free().unwrap()).await.unwrap();
+        assert_eq!(postgres.socket_url("postgres").is_some(), data.parent() == Some(place.path()));
+        postgres.process.stop().await;
+    }
+    assert_eq!(asker.heard(), [""; 0]);
+    let asked = format!("postgres://postgres:guessed@127.0.0.1:{}/postgres", asker.port);
+    PgConnection::connect(&asked).await.unwrap_err();
+    assert_eq!(asker.heard(), ["guessed\0"], "it does hear one");
+}
+
+#[tokio::test]
+async fn a_listener_that_takes_the_port_of_a_server_that_died_is_sent_no_password() {
+    let place = place();
+    let servers = started(place.path()).await;
+    let postgres = servers.postgres.as_ref().unwrap();
+    let own: PgConnectOptions = servers.own_url().parse().unwrap();
+    own.connect().await.unwrap().close().await.unwrap();
+    postgres.process.kill();
+    let asker = Asker::on(postgres.port);
+    own.connect().await.unwrap_err();
+    PgConnection::connect(&servers.database_url).await.unwrap_err();
+    assert_eq!(asker.heard().len(), 1, "it hears what is sent to the port, and nothing else");
 }
 
 /// As a build before passwords left it, with a transaction that only a server with its settings can start with.

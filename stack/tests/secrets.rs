@@ -104,6 +104,21 @@ fn no_configuration_error_repeats_what_it_was_given() {
     }
 }
 
+#[test]
+fn no_usage_error_repeats_a_url() {
+    for program in programs() {
+        for subcommand in subcommands(program, Vec::new()) {
+            for value in VALUES.into_iter().filter(|value| value.contains("://")) {
+                // None takes so many.
+                let arguments = [subcommand.clone(), vec![value.to_owned(); 3]].concat();
+                let (code, told) = said(program, &arguments, &[]);
+                assert_eq!(code, Some(2), "{program} {arguments:?}: {told}");
+                assert!(told.contains("a URL") && !told.contains(SECRET), "{program} {arguments:?}: {told}");
+            }
+        }
+    }
+}
+
 /// The first warning of a process that is started like this.
 fn warning(program: &str, arguments: &[&str], variables: &[(&str, &str)]) -> String {
     let mut command = Command::new(binary(program).unwrap());

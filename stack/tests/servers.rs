@@ -97,6 +97,16 @@ fn a_killed_parent_leaves_nothing_running() {
 }
 
 #[test]
+fn another_users_server_gets_no_more_of_our_environment_than_it_needs() {
+    let place = place();
+    let look = "tr '\\0' '\\n' < /proc/$(pgrep -f \"bin/postgres -D $TMPDIR\")/environ";
+    let output = stack(place.path(), &["sh", "-c", look]).env("A_TOKEN", "hunter2").output().unwrap();
+    let said = text(&output);
+    assert!(output.status.success() && said.contains("PATH="), "{said}");
+    assert_eq!(said.contains("hunter2"), !nix::unistd::Uid::effective().is_root(), "{said}");
+}
+
+#[test]
 fn servers_that_are_named_are_used_and_none_is_started() {
     let place = place();
     let mut stack = stack(place.path(), &["sh", "-c", "echo $DATABASE_URL $KAFKA_BROKERS"]);

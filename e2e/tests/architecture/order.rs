@@ -8,8 +8,9 @@ use crate::{
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The modules of saga-core, as `lib.rs` and ARCHITECTURE.md name them. What only tests use is not among them.
-const SAGA_CORE: [&str; 22] = [
+const SAGA_CORE: [&str; 23] = [
     "reason",
+    "card",
     "clock",
     "topic",
     "command",

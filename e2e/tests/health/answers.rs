@@ -2,6 +2,7 @@
 
 use crate::broken::Broken;
 use e2e::platform::{Platform, SETTLED};
+use saga_core::part::STALLED_AFTER;
 use serde_json::Value;
 use stack::service::Service;
 use std::{
@@ -127,6 +128,23 @@ pub(crate) async fn until_they_say(platform: &Platform, broken: Broken, says: &[
             }
         });
         assert!(said.await.is_ok(), "{broken:?}: {} says {last}", says.service);
+    }
+}
+
+/// They say this, and go on until work that stands still since then would be stalled: no part turns red, or green, that should not.
+pub(crate) async fn go_on_saying(platform: &Platform, broken: &[Broken], says: &[Says]) {
+    if let Some(last) = broken.last() {
+        until_they_say(platform, *last, says).await;
+    }
+    let (begin, longer) = (Instant::now(), STALLED_AFTER + LOOK);
+    while begin.elapsed() < longer {
+        for says in says {
+            // All looks are of later than that.
+            let since = begin.checked_sub(SEEN).expect("the machine runs for longer");
+            let said = are(platform, since, says).await;
+            assert_eq!(said, Ok(()), "{broken:?}: {}, after {:?}", says.service, begin.elapsed());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 

@@ -162,6 +162,8 @@ impl Broken {
                 sql(platform, database, &format!("alter database {database} set default_transaction_read_only = on"))
                     .await;
                 cut(platform, database).await;
+                // Something for the consumers to fail at.
+                platform.try_place(&Wish::of(sku, 1)).await;
             }
             Self::Kafka => kafka.process.kill(),
             Self::KafkaHangs => kafka.process.pause(),

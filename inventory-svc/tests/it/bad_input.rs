@@ -27,6 +27,7 @@ async fn a_bad_item_is_refused_by_its_field_and_nothing_is_written() {
         ("sku", with(good(), "/sku", json!(7))),
         ("name", with(good(), "/name", json!(""))),
         ("name", with(good(), "/name", json!("a\0b"))),
+        ("name", with(good(), "/name", json!("for 4111 1111 1111 1111"))),
         ("name", with(good(), "/name", json!("x".repeat(201)))),
         ("unit_price.amount", with(good(), "/unit_price/amount", json!(-1))),
         ("unit_price.amount", with(good(), "/unit_price/amount", json!(i64::MAX))),

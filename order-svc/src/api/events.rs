@@ -2,7 +2,8 @@
 //!
 //! An event's id is its sequence in the order's history, so a client that lost its connection sends the last one it saw
 //! and gets the rest from the database, whichever replica it asks; nothing is kept per client. A stream ends after a
-//! terminal status, and when the process stops; a client that comes back after the end gets 204, which tells an
+//! terminal status, when the process stops, and when it is the oldest
+//! of too many; a client that comes back after the end gets 204, which tells an
 //! `EventSource` to stay away.
 
 use super::{ApiState, read::no_such_order, view::StatusView};
@@ -51,7 +52,7 @@ const RECONNECT: Duration = Duration::from_secs(1);
         (status = 204, description = "The order has come to its end, and the client has seen it"),
         (status = 400, description = "The id, or Last-Event-ID, is not one", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "There is no such order", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "Too many streams are open at the moment, in all or for this order", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "Too many requests wait for this order at the moment", body = Problem, content_type = "application/problem+json"),
     ),
 )]
 pub async fn order_events(
@@ -141,7 +142,7 @@ impl Follower {
             }
             if self.unsent.is_empty() {
                 tokio::select! {
-                    changed = self.versions.changed() => changed.ok()?,
+                    changed = self.versions.changed() => changed?,
                     () = self.shutdown.cancelled() => return None,
                 }
             }

@@ -5,10 +5,10 @@
 
 use super::{CustomerId, MalformedCustomer, MalformedPaymentMethod, PaymentMethod};
 use contracts::{
-    card::holds_a_card_number,
     money::Currency,
     product::{Line, MalformedQuantity, MalformedSku, Quantity, Sku},
 };
+use saga_core::card::{self, holds_a_card_number};
 use serde::{Deserialize, Serialize};
 use std::{collections::HashMap, str::FromStr};
 
@@ -79,7 +79,7 @@ pub enum Fault {
     #[error(transparent)]
     PaymentMethod(#[from] MalformedPaymentMethod),
     /// A card's own number in place of a token or a name.
-    #[error("holds what looks like a card number, which is not kept here: {instead}")]
+    #[error("{}: {instead}", card::REFUSED)]
     CardNumber {
         /// What to send instead.
         instead: &'static str,

@@ -133,35 +133,51 @@ async fn an_open_stream_does_not_keep_the_process_from_stopping() {
 }
 
 #[tokio::test]
-async fn streams_of_one_order_have_a_cap_and_other_orders_are_followed() {
+async fn the_oldest_of_too_many_streams_of_one_order_ends_and_others_are_followed() {
     let shop = Shop::open().await;
     let (order, other) = (shop.write_order("c").await, shop.write_order("d").await);
     let mut open = Vec::new();
     for _ in 0..MAX_OF_ONE {
         open.push(Events::open(&shop, order, None).await);
     }
+    // The oldest stream ends for a newcomer, and its client goes on where it was.
+    let mut newcomer = Events::open(&shop, order, None).await;
+    assert_eq!(newcomer.next().await, Some(event("1", "pending")));
+    assert_eq!(open.remove(0).rest().await, [event("1", "pending")]);
+    open.push(Events::open(&shop, order, Some("1")).await);
+    assert_eq!(open.remove(0).rest().await, [event("1", "pending")]);
+    open.clear();
+    drop(newcomer);
+    // Waits do not: their callers are answered soon.
+    let wait = async || shop.orders.live.watch(order, 1, Purpose::Wait).ok();
+    let mut waits = Vec::new();
+    for _ in 0..MAX_OF_ONE {
+        waits.push(eventually(PATIENCE, wait).await);
+    }
     let refused = request(&shop, order, None).await;
     assert_eq!((refused.status().as_u16(), &refused.headers()["retry-after"]), (503, &"1".parse().unwrap()));
     assert_eq!(json_of(refused).await["type"], "/problems/busy");
     let mut events = Events::open(&shop, other, None).await;
     assert_eq!(events.next().await, Some(event("1", "pending")));
-    // A client that hangs up gives its place back.
-    drop(open.pop());
+    drop(waits.pop());
     eventually(PATIENCE, || async { (request(&shop, order, None).await.status() == 200).then_some(()) }).await;
 }
 
 #[tokio::test]
-async fn streams_in_all_have_a_cap_and_waits_have_places_of_their_own() {
+async fn the_oldest_of_too_many_streams_ends_and_waits_have_places_of_their_own() {
     let shop = Shop::open().await;
     let live = &shop.orders.live;
     let watch = |purpose| live.watch(OrderId(Uuid::now_v7()), 1, purpose);
     let streams: Vec<_> = (0..MAX_STREAMS).map(|_| watch(Purpose::Stream).unwrap()).collect();
-    let order = shop.write_order("c").await;
-    assert_eq!(request(&shop, order, None).await.status(), 503);
+    let (mut oldest, order) = (streams.into_iter(), shop.write_order("c").await);
+    let (mut first, mut second) = (oldest.next().unwrap(), oldest.next().unwrap());
+    assert_eq!(Events::open(&shop, order, None).await.next().await, Some(event("1", "pending")));
+    assert_eq!(first.changed().await, None, "it has made room");
+    assert!(futures::FutureExt::now_or_never(second.changed()).is_none(), "one is enough");
     let waits: Vec<_> = (0..MAX_WAITS).map(|_| watch(Purpose::Wait).unwrap()).collect();
     // With all waits taken, the answer comes at once, and the order is placed.
     let placed = shop.post_order("k", &basket()).header("Prefer", "wait=30").send().await.unwrap();
     assert_eq!((placed.status().as_u16(), placed.headers().get("preference-applied")), (202, None));
-    drop((streams, waits));
+    drop((oldest, second, waits));
     assert_eq!(request(&shop, order, None).await.status(), 200);
 }

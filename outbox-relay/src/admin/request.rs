@@ -3,7 +3,10 @@
 use crate::{Relay, outbox::Outbox, position::ReadError};
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
-use saga_core::http::Problem;
+use saga_core::{
+    card::{self, holds_a_card_number},
+    http::Problem,
+};
 use serde::Deserialize;
 use utoipa::ToSchema;
 
@@ -28,6 +31,7 @@ impl Reason {
         let reason = self.0.trim();
         match reason.chars().count() {
             0 => Err(Problem::field("reason", "must not be empty")),
+            _ if holds_a_card_number(reason) => Err(Problem::field("reason", card::REFUSED)),
             1..=LONGEST_REASON => Ok(reason),
             _ => Err(Problem::field("reason", "must not have more than 1000 characters")),
         }
@@ -85,5 +89,18 @@ impl From<serde_json::Error> for Failed {
 impl IntoResponse for Failed {
     fn into_response(self) -> Response {
         self.0.into_response()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_a_line_without_a_card_number() {
+        for wrong in ["", " ", &"x".repeat(LONGEST_REASON + 1), "paid with 4111 1111 1111 1111"] {
+            assert!(Reason(wrong.to_owned()).check().is_err(), "{wrong}");
+        }
+        assert_eq!(Reason(" see ticket 4711 ".to_owned()).check().ok(), Some("see ticket 4711"));
     }
 }

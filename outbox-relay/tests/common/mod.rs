@@ -58,11 +58,14 @@ impl World {
         Self { database, topic, name: "orders".to_owned(), role: None }
     }
 
-    /// One whose relays have a role with nothing but the rights that a relay needs.
+    /// One whose relays have a role with nothing but the rights that a relay needs, not even those that everybody has by default.
     pub async fn of_least_rights() -> Self {
         let world = Self::new().await;
         let role = unique("relay").replace(['-', '.'], "_");
-        let make = format!("create role {role} login password '{PASSWORD}'; select outbox_grant('{role}')");
+        let make = format!(
+            "revoke all on schema public from public; revoke all on all routines in schema public from public;
+             create role {role} login password '{PASSWORD}'; select outbox_grant('{role}')"
+        );
         sqlx::raw_sql(AssertSqlSafe(make)).execute(world.db()).await.expect("the role can be made");
         Self { role: Some(role), ..world }
     }

@@ -44,6 +44,8 @@ impl HttpGateway {
         let client = Client::builder()
             .timeout(timeout)
             .redirect(reqwest::redirect::Policy::none())
+            // A proxy of the environment would get the token, and payments with it; `http_proxy` is set for other programs.
+            .no_proxy()
             // Sooner than servers hang up on idle connections: a request that is sent at that moment is in doubt.
             .pool_idle_timeout(Duration::from_secs(30))
             .build()?;

@@ -71,7 +71,7 @@ pub struct SimSettings {
     pub admin: AdminSettings,
     /// Logs and traces.
     pub telemetry: TelemetrySettings,
-    /// What callers are let in by; everybody is when it is not set.
+    /// What callers are let in by; on loopback everybody is when it is not set.
     pub token: Option<Secret>,
     /// How it behaves.
     pub behaviour: Behaviour,
@@ -86,6 +86,14 @@ impl SimArgs {
         let admin = service.admin.read(IDENTITY.admin_port, &mut errors);
         let telemetry = service.telemetry.read(&mut errors);
         let token = gateway.token(&mut errors);
+        let is_open = http.as_ref().is_some_and(|http| !http.addr.ip().is_loopback());
+        if is_open && Secret::given(gateway.gateway_token.as_ref()).is_none() {
+            errors.add::<()>(
+                "GATEWAY_TOKEN",
+                "is not set, and HTTP_ADDR is not a loopback address",
+                "set a token of 16 characters or more, or listen on 127.0.0.1",
+            );
+        }
         let behaviour = self.behaviour(&mut errors);
         let settings = (|| {
             Some(SimSettings {
@@ -124,5 +132,32 @@ fn share(text: &Option<String>, variable: &'static str, default: f64, errors: &m
     match text.parse::<f64>() {
         Ok(share) if (0.0..=1.0).contains(&share) => Some(share),
         _ => errors.add(variable, "is no share", "set it to a number from 0 to 1"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use saga_core::service::{DatabaseArgs, HttpArgs};
+
+    #[test]
+    fn off_loopback_the_simulator_needs_a_token() {
+        let read = |addr: &str, token: Option<&str>| {
+            let service = ServiceArgs {
+                database: DatabaseArgs { database_url: Some("postgres://a:b@h/db".into()), ..DatabaseArgs::default() },
+                http: HttpArgs { http_addr: Some(addr.to_owned()), ..HttpArgs::default() },
+                ..ServiceArgs::default()
+            };
+            let gateway = GatewayArgs { gateway_token: token.map(Secret::from), ..GatewayArgs::default() };
+            SimArgs::default().validate(&service, &gateway).map(|settings| settings.token.is_some())
+        };
+        let token = Some("a-token-of-the-providers");
+        assert_eq!(read("127.0.0.1:1", None), Ok(false));
+        assert_eq!(read("0.0.0.0:1", token), Ok(true));
+        for none in [None, Some(" ")] {
+            let errors = read("0.0.0.0:1", none).unwrap_err();
+            assert_eq!(errors.mistakes().len(), 1, "{errors}");
+            assert_eq!(errors.mistakes()[0].variable, "GATEWAY_TOKEN");
+        }
     }
 }

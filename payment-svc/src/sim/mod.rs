@@ -22,7 +22,7 @@ use axum::{
 use http::{StatusCode, header};
 use saga_core::{
     http::{Api, Problem, openapi::complete},
-    service::{self, AdminAuth, Health, Needs, config::Secret, database, migrate, telemetry},
+    service::{self, AdminAuth, Health, Needs, NotLetIn, config::Secret, database, migrate, telemetry},
 };
 use sqlx::PgPool;
 use tokio::net::TcpListener;
@@ -71,14 +71,12 @@ pub fn api(pool: PgPool, behaviour: Behaviour, token: Option<&Secret>) -> Api {
 }
 
 async fn let_in(State(callers): State<AdminAuth>, request: Request, next: Next) -> Response {
-    let shown =
-        request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
-    if callers.role(shown).is_some() {
-        return next.run(request).await;
-    }
+    let Err(why) = callers.let_in(&request) else { return next.run(request).await };
     let problem = Problem::new(StatusCode::UNAUTHORIZED, "unauthorized", "A bearer token is needed");
     let problem =
         problem.detail("Send `Authorization: Bearer <token>` with the token in GATEWAY_TOKEN of gateway-sim.");
+    // Still 401: a caller that shows a wrong token over and over waits after a 401, and counts other answers against its payments.
+    let problem = if why == NotLetIn::TooMany { problem.retry_after(1) } else { problem };
     ([(header::WWW_AUTHENTICATE, "Bearer realm=\"gateway-sim\"")], problem).into_response()
 }
 

@@ -159,6 +159,55 @@ async fn rates_are_kept_and_stored_answers_do_not_change() {
     assert_eq!(provider.totals().await, [0; 5]);
 }
 
+/// Set in the process that the next test starts.
+const CALLS: &str = "CALLS_A_PROVIDER";
+
+#[tokio::test]
+async fn no_proxy_of_the_environment_is_asked_to_carry_the_token() {
+    if std::env::var_os(CALLS).is_some() {
+        let gateway = HttpGateway::new(&"http://127.0.0.1:1".parse().unwrap(), Duration::from_secs(1)).unwrap();
+        let gateway = gateway.with_token(&"a-token-of-the-providers".into()).unwrap();
+        let doubt = gateway.perform(key(), &request("tok_visa")).await.unwrap_err();
+        assert!(matches!(doubt, Doubt::Connection(_)), "nobody listens there: {doubt}");
+        return;
+    }
+    // A test cannot set variables of its own process, so it starts itself.
+    let proxy = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", proxy.local_addr().unwrap());
+    let mut calls = tokio::process::Command::new(std::env::current_exe().unwrap());
+    calls.args(["--exact", "gateway::no_proxy_of_the_environment_is_asked_to_carry_the_token"]).env(CALLS, "");
+    for variable in ["HTTP_PROXY", "http_proxy", "ALL_PROXY"] {
+        calls.env(variable, &url);
+    }
+    let output = calls.output().await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    proxy.set_nonblocking(true).unwrap();
+    assert_eq!(proxy.accept().map(drop).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+}
+
+#[tokio::test]
+async fn guesses_at_the_providers_token_are_slowed_down_and_look_like_any_wrong_one() {
+    let token = "a-token-of-the-providers";
+    let provider = Provider::with_token(Behaviour::default(), Some(token.into())).await;
+    let (client, ledger) = (reqwest::Client::new(), provider.url("/v1/ledger"));
+    let show = async |token: &str| client.get(&ledger).bearer_auth(token).send().await.unwrap();
+    assert_eq!(show(token).await.status(), 200);
+    let slowed = eventually(DEADLINE, async || {
+        let answer = show("another-token-of-it").await;
+        assert_eq!(answer.status(), 401);
+        answer.headers().contains_key("retry-after").then_some(())
+    });
+    slowed.await;
+    // The right one is not looked at now. (Once a second one is: the guesser guesses on until then.)
+    let mut answers = Vec::new();
+    for _ in 0..8 {
+        answers.push((show("another-token-of-it").await.status().as_u16(), show(token).await.status().as_u16()));
+    }
+    assert!(answers.contains(&(401, 401)), "{answers:?}");
+    // One is forgiven in a second.
+    eventually(DEADLINE, async || (show(token).await.status() == 200).then_some(())).await;
+}
+
 #[tokio::test]
 async fn without_the_token_the_provider_does_nothing_and_payments_wait_for_it() {
     let token = Secret::from("a-token-of-the-providers");

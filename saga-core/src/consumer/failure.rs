@@ -10,7 +10,7 @@
 
 use super::{HandleError, Unfit};
 use crate::{
-    error_class::{ErrorClass, classify, classify_chain, lock_wait},
+    error_class::{ErrorClass, classify, classify_chain, cure, in_words, lock_wait},
     id::MessageId,
     outbox::AppendError,
     part::Cause,
@@ -21,9 +21,9 @@ use std::{borrow::Cow, time::Duration};
 #[derive(Debug)]
 pub(super) enum Failure {
     /// It will pass; the text is for the log.
-    Passing(String),
+    Passing(Cause, String),
     /// The connection cannot be used any more, though another one can.
-    Stale(String),
+    Stale(Cause, String),
     /// Nothing works until an operator sets it right.
     Configuration(Cause, String),
     /// The pool had no connection in time: others use all of them, or the database is away.
@@ -75,6 +75,9 @@ pub(super) const POISON: &str = "poison";
 
 /// The class of what waits for a lock, as it stands in `inbox_parked`.
 pub(super) const LOCKED: &str = "locked";
+
+/// The class of a row of `inbox_parked` that this build cannot read.
+pub(super) const UNREADABLE: &str = "unreadable";
 
 impl Fault {
     pub(super) fn new(class: impl Into<Cow<'static, str>>, reason: &str, remedy: Remedy) -> Self {
@@ -135,7 +138,7 @@ impl From<sqlx::Error> for Failure {
         let class = database
             .and_then(|error| error.code())
             .map_or_else(|| "database".into(), |code| format!("database-{code}"));
-        let reason = error.to_string();
+        let reason = in_words(&error);
         let own = || Self::Fault(Fault::new(class, &reason, Remedy::Retry));
         Self::not_own(classify(&error), || Cause::of(&error), &reason).unwrap_or_else(own)
     }
@@ -159,7 +162,8 @@ impl From<HandleError> for Failure {
             }
             // A handler may wrap the database's errors in words of its own.
             HandleError::Failed(error) => {
-                let reason = format!("{error:#}");
+                let cure = database_error(&error).and_then(cure).map(|cure| format!("; {cure}")).unwrap_or_default();
+                let reason = format!("{error:#}{cure}");
                 let cause = || database_error(&error).map_or(Cause::DatabaseMisconfigured, Cause::of);
                 let class = classify_chain(error.as_ref()).and_then(|class| Self::not_own(class, cause, &reason));
                 class.unwrap_or_else(|| Self::Fault(Fault::new("failed", &reason, Remedy::Retry)))
@@ -219,8 +223,8 @@ impl Failure {
     /// A failure that is no fault of a record.
     fn not_own(class: ErrorClass, cause: impl FnOnce() -> Cause, reason: &str) -> Option<Self> {
         match class {
-            ErrorClass::Passing => Some(Self::Passing(reason.to_owned())),
-            ErrorClass::Stale => Some(Self::Stale(reason.to_owned())),
+            ErrorClass::Passing => Some(Self::Passing(cause(), reason.to_owned())),
+            ErrorClass::Stale => Some(Self::Stale(cause(), reason.to_owned())),
             ErrorClass::Configuration => Some(Self::Configuration(cause(), reason.to_owned())),
             ErrorClass::Own => None,
         }
@@ -272,7 +276,7 @@ impl From<crate::testkit::failpoints::Injected> for Failure {
         use crate::testkit::failpoints::Fault as Kind;
         match injected.0 {
             Kind::Crash | Kind::Kill => Self::Crash,
-            Kind::Outage => Self::Passing(injected.to_string()),
+            Kind::Outage => Self::Passing(Cause::DatabaseAway, injected.to_string()),
             Kind::Error => Self::Fault(Fault::new("failed", &injected.to_string(), Remedy::Retry)),
         }
     }
@@ -296,10 +300,10 @@ mod tests {
     #[test]
     fn an_outage_is_recognised_under_a_handlers_own_words() {
         let message = MessageId::new();
-        assert!(matches!(Failure::from(lost()), Failure::Passing(_)));
+        assert!(matches!(Failure::from(lost()), Failure::Passing(..)));
         let wrapped = || HandleError::Failed(anyhow::Error::from(lost()).context("could not read the stock"));
-        assert!(matches!(Failure::from(wrapped()), Failure::Passing(_)));
-        assert!(matches!(Failure::from(wrapped().of(message)), Failure::Passing(_)));
+        assert!(matches!(Failure::from(wrapped()), Failure::Passing(..)));
+        assert!(matches!(Failure::from(wrapped().of(message)), Failure::Passing(..)));
         assert!(!wrapped().of(message).is_fault());
     }
 
@@ -332,7 +336,7 @@ mod tests {
     fn a_lost_connection_is_a_silent_handler_only_where_that_was_possible() {
         let bound = Duration::from_secs(8);
         let after = |taken| Failure::of_handler(lost().into(), Duration::from_secs(taken), bound);
-        assert!(matches!(after(7), Failure::Passing(_)));
+        assert!(matches!(after(7), Failure::Passing(..)));
         let Failure::Silent(fault) = after(9) else { panic!("it was possible") };
         assert!(fault.reason.contains("idle_in_transaction_session_timeout`, 8s"), "{}", fault.reason);
     }

@@ -7,7 +7,7 @@
 use super::{
     buffer::Buffer,
     ends::Ends,
-    parking::Counts,
+    parking::{Counts, Untried},
     place::{Found, Patience, Place},
     standing::{Rewind, Start},
 };
@@ -30,8 +30,6 @@ use tokio::sync::{Notify, watch};
 const POLL_MAX: Duration = Duration::from_secs(10);
 /// A group has given its members their partitions after so long, or there are none for this one.
 const ASSIGNED_MAX: Duration = Duration::from_secs(30);
-/// A record may wait so long for a lock before health says so.
-const LOCKED_MAX: Duration = Duration::from_secs(120);
 
 /// What health asks. Cheap to clone.
 #[derive(Clone)]
@@ -94,6 +92,12 @@ struct State {
     patience: Patience,
     /// Where a partition ends is not known, for too long.
     unseen: Option<Trouble>,
+    /// Why partitions that are assigned are not read.
+    untaken: Option<Trouble>,
+    /// The parked record that was due for longest, or unreadable, at the last look.
+    untried: Option<i64>,
+    /// That it was at two looks.
+    forgotten: Option<Trouble>,
 }
 
 impl Pulse {
@@ -117,14 +121,13 @@ impl Pulse {
         };
         gauge("inbox_parked", counts.parked);
         gauge("inbox_parked_locked", counts.locked);
-        self.lock().locked = counts.longest.filter(|(_, since)| *since > LOCKED_MAX).map(|(reason, since)| {
-            let reason = format!(
-                "parked records that wait for locks: {}; the first, since {} s ago, {reason}",
-                counts.locked,
-                since.as_secs()
-            );
-            Trouble { since: clock::monotonic().checked_sub(since), ..Trouble::new(Cause::Stalled, reason) }
-        });
+        gauge("inbox_parked_untried", counts.untried.as_ref().map_or(0, |untried| untried.count));
+        let mut state = self.lock();
+        state.locked = counts.waits_for_locks();
+        // After an outage many are due for long, and each look sees another one first.
+        let before = std::mem::replace(&mut state.untried, counts.untried.as_ref().map(|untried| untried.id));
+        let again = counts.untried.filter(|untried| before == Some(untried.id));
+        state.forgotten = again.as_ref().map(Untried::trouble);
     }
 
     fn trouble(&self) -> Option<Trouble> {
@@ -154,7 +157,8 @@ impl Pulse {
             since: Some(*since),
         });
         let waiting = waiting.or_else(|| state.topics.values().next().cloned()).or_else(|| state.unseen.clone());
-        waiting.or_else(|| state.locked.clone())
+        let waiting = waiting.or_else(|| state.untaken.clone());
+        waiting.or_else(|| state.locked.clone()).or_else(|| state.forgotten.clone())
     }
 
     fn assignment_trouble(&self) -> Option<Trouble> {
@@ -198,6 +202,16 @@ impl Pulse {
 
     pub(super) fn assigned(&self) {
         self.lock().assigned = true;
+    }
+
+    /// Partitions that were assigned are read, or are not, for this reason.
+    pub(super) fn takes(&self, but: Option<&str>) {
+        let mut state = self.lock();
+        let since = state.untaken.take().and_then(|untaken| untaken.since).or_else(|| Some(clock::monotonic()));
+        state.untaken = but.map(|why| {
+            let reason = format!("the brokers do not say where the group has come to in its partitions: {why}");
+            Trouble { since, ..Trouble::new(Cause::KafkaAway, reason) }
+        });
     }
 
     pub(super) fn lost(&self) {
@@ -411,8 +425,8 @@ impl Reporter {
         self.pulse.database.failing(reason);
     }
 
-    /// An operator has to set this right; nothing is counted or given up meanwhile.
-    pub(super) fn is_misconfigured(&self, cause: Cause, reason: &str) {
+    /// An operator has to set this right, or another session to let go of a lock; nothing is counted or given up meanwhile.
+    pub(super) fn waits(&self, cause: Cause, reason: &str) {
         let (now, trouble) = (clock::monotonic(), Trouble::new(cause, reason));
         let known = {
             let mut state = self.pulse.lock();

@@ -5,7 +5,7 @@
 
 use super::{
     Coordinates, Message,
-    failure::{Fault, LOCKED},
+    failure::{Fault, LOCKED, UNREADABLE},
     record::{Batch, Origin, RawHeaders, lane},
 };
 use crate::{
@@ -13,12 +13,18 @@ use crate::{
     envelope::{Envelope, Headers},
     inbox::Place,
     outbox::Tx,
+    part::{Cause, Trouble},
     retry::Backoff,
     transaction::Transaction,
 };
 use sqlx::{Row, postgres::PgRow, types::Json};
 use std::{collections::BTreeSet, time::Duration};
 use time::OffsetDateTime;
+
+/// A record may wait so long for a lock before health says so.
+const LOCKED_MAX: Duration = Duration::from_secs(120);
+/// A record that has been due for so long, or that cannot be read and was parked so long ago, is one that nothing tries.
+const UNTRIED_MAX: Duration = Duration::from_secs(300);
 
 /// A parked record.
 #[derive(Debug, Clone)]
@@ -261,7 +267,52 @@ pub(super) struct Counts {
     pub(super) locked: i64,
     /// and what the first of them waits for, since when.
     pub(super) longest: Option<(String, Duration)>,
+    pub(super) untried: Option<Untried>,
     pub(super) time: OffsetDateTime,
+}
+
+impl Counts {
+    /// That records have been waiting for locks for too long.
+    pub(super) fn waits_for_locks(&self) -> Option<Trouble> {
+        let (reason, since) = self.longest.as_ref().filter(|(_, since)| *since > LOCKED_MAX)?;
+        let (locked, seconds) = (self.locked, since.as_secs());
+        let reason =
+            format!("parked records that wait for locks: {locked}; the first, since {seconds} s ago, {reason}");
+        Some(Trouble { since: clock::monotonic().checked_sub(*since), ..Trouble::new(Cause::Stalled, reason) })
+    }
+}
+
+/// Parked records that nothing tries: due for minutes, or put off because this build cannot read them.
+pub(super) struct Untried {
+    pub(super) count: i64,
+    /// The row of the first of them,
+    pub(super) id: i64,
+    topic: String,
+    partition: i32,
+    /// why it cannot be read,
+    unreadable: Option<String>,
+    /// and for how long it has been so.
+    age: Duration,
+}
+
+impl Untried {
+    pub(super) fn trouble(&self) -> Trouble {
+        let Self { count, id, topic, partition, unreadable, age } = self;
+        let why = match unreadable {
+            Some(reason) => format!(
+                "cannot be read by this build: {reason}; let a build try it that can, correct the row, or delete it"
+            ),
+            None => format!(
+                "is due since {} s ago; if the topic has no such partition any more, give it its partitions back, or set \
+                 `partition` of these rows to one that it has",
+                age.as_secs()
+            ),
+        };
+        let reason = format!(
+            "parked records that nothing tries: {count}; the first, row {id} of inbox_parked, of partition {partition} of {topic}, {why}"
+        );
+        Trouble { since: clock::monotonic().checked_sub(*age), ..Trouble::new(Cause::Stalled, reason) }
+    }
 }
 
 /// Counts what is parked.
@@ -278,16 +329,51 @@ pub(super) async fn count(mut tx: Transaction, consumer: &str) -> Result<Counts,
     .bind(LOCKED)
     .fetch_one(&mut **tx)
     .await?;
+    let untried = untried_in(&mut tx, consumer).await?;
     tx.commit_quietly().await?;
-    let since: Option<f64> = row.try_get("since")?;
-    let since = since.map(|since| Duration::try_from_secs_f64(since).unwrap_or_default());
     let reason: Option<String> = row.try_get("reason")?;
     Ok(Counts {
         parked: row.try_get("parked")?,
         locked: row.try_get("locked")?,
-        longest: reason.zip(since),
+        longest: reason.zip(row.try_get::<Option<f64>, _>("since")?.map(seconds)),
+        untried,
         time: row.try_get("time")?,
     })
+}
+
+async fn untried_in(tx: &mut Tx<'_>, consumer: &str) -> Result<Option<Untried>, sqlx::Error> {
+    let row = sqlx::query(
+        "select count(*) over () as count, id, topic, partition, unreadable,
+                extract(epoch from clock_timestamp() - since)::float8 as age
+           from (select id, topic, partition, case when error_class = $2 then reason end as unreadable,
+                        -- What cannot be read is put off, again and again.
+                        case when error_class = $2 then parked_at else next_attempt_at end as since
+                   from inbox_parked
+                  where consumer = $1) as parked
+          where since < clock_timestamp() - make_interval(secs => $3)
+          order by since, id
+          limit 1",
+    )
+    .bind(consumer)
+    .bind(UNREADABLE)
+    .bind(clock::seconds(UNTRIED_MAX))
+    .fetch_optional(&mut **tx)
+    .await?;
+    row.map(|row| {
+        Ok(Untried {
+            count: row.try_get("count")?,
+            id: row.try_get("id")?,
+            topic: row.try_get("topic")?,
+            partition: row.try_get("partition")?,
+            unreadable: row.try_get("unreadable")?,
+            age: seconds(row.try_get("age")?),
+        })
+    })
+    .transpose()
+}
+
+fn seconds(seconds: f64) -> Duration {
+    Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
 fn read(row: &PgRow) -> Result<Parked, sqlx::Error> {

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     clock,
-    error_class::{ErrorClass, classify, is_pool_full, renew_connections},
+    error_class::{ErrorClass, classify, in_words, is_pool_full, renew_connections},
     inbox::{self, FUTURE_MAX},
     part::Cause,
     retry::Backoff,
@@ -62,11 +62,11 @@ impl<H: Handler> Worker<H> {
                 // At once, unless it wants that over and over.
                 Failure::Again if !std::mem::replace(&mut again, true) => continue,
                 Failure::Again => {
-                    self.report.is_misconfigured(Cause::Fault, "its handler wants the same batch again and again");
+                    self.report.waits(Cause::Fault, "its handler wants the same batch again and again");
                 }
-                Failure::Configuration(cause, reason) => self.report.is_misconfigured(cause, &reason),
+                Failure::Configuration(cause, reason) => self.report.waits(cause, &reason),
                 Failure::Unprepared => self.prepare(first).await,
-                Failure::Passing(reason) => self.repeat(&reason, first),
+                Failure::Passing(cause, reason) => self.repeat(cause, &reason, first),
                 Failure::NoConnection => {
                     // That handlers of ours have all connections is no outage: they give them back within their bounds.
                     match why_none(&self.desk.pool, sqlx::Error::PoolTimedOut).await {
@@ -74,19 +74,22 @@ impl<H: Handler> Worker<H> {
                         error => self.report.fails(&error.to_string()),
                     }
                 }
-                Failure::Stale(reason) => {
+                Failure::Stale(cause, reason) => {
                     renew_connections();
-                    self.repeat(&reason, first);
+                    self.repeat(cause, &reason, first);
                 }
             }
             self.pause(delays.next().unwrap_or(PATIENCE.max)).await?;
         }
     }
 
-    /// The database cannot be used, since `first`.
-    fn repeat(&self, reason: &str, first: Instant) {
-        if clock::monotonic().saturating_duration_since(first) > UNSAID {
-            self.report.fails(reason);
+    /// The database cannot be used, since `first`. One that answers and does not do this is the partition's trouble: what others
+    /// ask of it is no sign that the partition goes on.
+    fn repeat(&self, cause: Cause, reason: &str, first: Instant) {
+        match cause {
+            _ if clock::monotonic().saturating_duration_since(first) <= UNSAID => {}
+            Cause::Locked | Cause::DatabaseReadOnly => self.report.waits(cause, reason),
+            _ => self.report.fails(reason),
         }
     }
 
@@ -117,7 +120,7 @@ impl<H: Handler> Worker<H> {
         }
         let reason = format!("no answer within {bound:?}; another connection is tried");
         self.report.fails(&reason);
-        Err(Failure::Passing(reason))
+        Err(Failure::Passing(Cause::DatabaseAway, reason))
     }
 
     /// Makes the inbox's partitions: upkeep is behind.
@@ -127,15 +130,15 @@ impl<H: Handler> Worker<H> {
         let made = self.desk.bound().within(inbox::add_partitions(&self.desk.pool, self.desk.config.horizon)).await;
         let late = clock::monotonic().saturating_duration_since(first) > UNSAID;
         match made {
-            Ok(_) if late => self
-                .report
-                .is_misconfigured(Cause::TableMissing, "the inbox has no partition for a message that it remembers"),
+            Ok(_) if late => {
+                self.report.waits(Cause::TableMissing, "the inbox has no partition for a message that it remembers");
+            }
             Ok(_) => {}
             Err(error) if classify(&error) == ErrorClass::Configuration => {
                 let reason = format!("the inbox's partitions cannot be made: {error}");
-                self.report.is_misconfigured(Cause::of(&error), &reason);
+                self.report.waits(Cause::of(&error), &reason);
             }
-            Err(error) => self.repeat(&error.to_string(), first),
+            Err(error) => self.repeat(Cause::of(&error), &in_words(&error), first),
         }
     }
 
@@ -181,8 +184,11 @@ impl<H: Handler> Worker<H> {
             let attempt = attempt();
             async move {
                 attempt.await.map_err(|failure| match failure {
-                    Failure::Fault(Fault { remedy: Remedy::Smaller | Remedy::Wait, reason, .. }) => {
-                        Failure::Passing(reason)
+                    Failure::Fault(Fault { remedy: Remedy::Smaller, reason, .. }) => {
+                        Failure::Passing(Cause::DatabaseAway, reason)
+                    }
+                    Failure::Fault(Fault { remedy: Remedy::Wait, reason, .. }) => {
+                        Failure::Passing(Cause::Locked, reason)
                     }
                     Failure::Fault(fault) => {
                         Failure::Configuration(Cause::Fault, format!("{}: {}", fault.class, fault.reason))

@@ -33,7 +33,8 @@ pub(super) struct Place {
     /// The same, before the brokers were asked where the partition ends: no partition ends before that, unless it lost its tail.
     pub(super) reached: i64,
     pub(super) end: Option<i64>,
-    movement: Movement<(i64, i64)>,
+    /// Of what is done, and of what is fetched while nothing is in hand.
+    movement: Movement<(i64, Option<i64>)>,
     pub(super) waiting: Option<Waiting>,
     /// How often in succession it was not known where the partition ends.
     misses: u32,
@@ -86,7 +87,9 @@ impl Place {
             self.waiting = None;
             return if self.reached > end { Found::Shrunk } else { Found::Fine };
         }
-        let still_since = self.movement.waits_at((done, self.fetched), now);
+        // What only arrives is not done: records that trickle in behind one that hangs move nothing.
+        let fetched = (in_hand == 0).then_some(self.fetched);
+        let still_since = self.movement.waits_at((done, fetched), now);
         let items = u64::try_from(unfetched).unwrap_or_default();
         let items = items.saturating_add(u64::try_from(if done < 0 { 0 } else { in_hand }).unwrap_or_default());
         self.waiting = Some(Waiting { items: Some(items.max(1)), oldest, still_since });
@@ -145,8 +148,10 @@ impl Patience {
 #[cfg(test)]
 mod tests {
     use super::super::{
+        buffer::Room,
         ends::Ends,
         health::{ConsumerHealth, Pulse},
+        record::Raw,
         standing::Rewind,
     };
     use super::*;
@@ -261,17 +266,43 @@ mod tests {
         assert!(health.report().trouble.is_none());
     }
 
+    /// The client says that it fetches this offset next of the first partitions of `t`.
+    fn fetched(partitions: i32, next_offset: i64) -> Statistics {
+        let mut said = Statistics::default();
+        said.brokers.insert("b".into(), Broker { state: "UP".into(), ..Broker::default() });
+        let partition = |partition| Partition { partition, next_offset, ..Partition::default() };
+        let partitions = (0..partitions).map(|n| (n, partition(n))).collect();
+        said.topics.insert("t".into(), Topic { partitions, ..Topic::default() });
+        said
+    }
+
+    #[tokio::test]
+    async fn records_that_keep_arriving_do_not_hide_that_none_is_done() {
+        let (pulse, start) = (pulse(5), clock::monotonic());
+        let buffer = Arc::new(Buffer::new(1_000, || {}));
+        let (done, is_done) = watch::channel(5);
+        pulse.reads("t", 0, Arc::clone(&buffer), is_done, &Start::default());
+        let still_since = |seconds: u32| {
+            let (offset, now) = (6 + i64::from(seconds), start + Duration::from_secs(seconds.into()));
+            let mut record = Raw::default();
+            record.offset = offset - 1;
+            assert_eq!(buffer.push(record), Room::Left);
+            pulse.statistics(&fetched(1, offset));
+            pulse.compare(ends(offset, None), now);
+            let waiting = ConsumerHealth(Arc::clone(&pulse)).report().waiting.expect("records are in hand");
+            waiting.still_since.duration_since(start).as_secs()
+        };
+        assert_eq!([0, 20, 40].map(still_since), [0; 3], "one arrives at each look, and none is done");
+        done.send_replace(7);
+        assert_eq!(still_since(50), 50);
+    }
+
     #[tokio::test]
     async fn only_the_partition_that_lost_its_tail_is_read_again() {
         let (pulse, now) = (pulse(10), clock::monotonic());
         let start = begins_in("a");
         pulse.reads("t", 1, Arc::new(Buffer::new(4, || {})), watch::channel(10).1, &start);
-        let mut said = Statistics::default();
-        said.brokers.insert("b".into(), Broker { state: "UP".into(), ..Broker::default() });
-        let partition = |partition| Partition { partition, next_offset: 10, ..Partition::default() };
-        let partitions = (0..2).map(|n| (n, partition(n))).collect();
-        said.topics.insert("t".into(), Topic { partitions, ..Topic::default() });
-        pulse.statistics(&said);
+        pulse.statistics(&fetched(2, 10));
         pulse.asks();
         pulse.compare(ends(8, None), now);
         assert!(pulse.anew().now_or_never().is_some());

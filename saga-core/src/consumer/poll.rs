@@ -36,7 +36,7 @@ use rdkafka::{
 };
 use sqlx::PgPool;
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     panic::AssertUnwindSafe,
     sync::{Arc, Mutex, Weak, atomic::AtomicBool},
     time::{Duration, Instant},
@@ -122,8 +122,8 @@ pub(super) struct Poll<H> {
     /// When it was last asked whether Kafka still refuses.
     asked: Instant,
     asking: Option<JoinHandle<Option<Result<(), RDKafkaErrorCode>>>>,
-    /// Partitions were assigned, and it was not said where the group has come to in them: since when they are not read.
-    untaken: Option<Instant>,
+    /// Partitions that were assigned, and of which it was not said where the group has come to: since when they are not read.
+    untaken: BTreeMap<(String, i32), Instant>,
 }
 
 impl<H: Handler> Poll<H> {
@@ -141,7 +141,7 @@ impl<H: Handler> Poll<H> {
         let held = HashMap::new();
         let says = handler.says_how_far_it_read();
         let ends = if says { Some(Arc::new(client::asking(&config).create()?)) } else { None };
-        let (asked, asking, untaken) = (clock::monotonic(), None, None);
+        let (asked, asking, untaken) = (clock::monotonic(), None, BTreeMap::new());
         Ok(Self {
             config,
             pool,
@@ -263,7 +263,7 @@ impl<H: Handler> Poll<H> {
             }
         }
         let now = clock::monotonic();
-        if self.untaken.is_some_and(|since| now >= since + UNTAKEN_MAX) && !self.pulse.is_refused() {
+        if self.untaken.values().any(|since| now >= *since + UNTAKEN_MAX) && !self.pulse.is_refused() {
             let topics = self.config.topics.join(", ");
             self.pulse.make_anew(&topics, None, "where the group has come to was not said");
         }
@@ -291,6 +291,7 @@ impl<H: Handler> Poll<H> {
                     gone.filter_map(|(topic, partition)| self.held.get_mut(&topic)?.remove(&partition)).collect();
                 self.pulse.busy(finish(gone, FINISH_MAX)).await;
                 self.pulse.gone(&names(partitions));
+                self.waits_no_more(partitions);
                 // The library remembers a pause beyond the assignment: when the partition comes back, nobody would know
                 // that it is paused, and it would never be read.
                 if let Err(error) = self.client.resume(partitions) {
@@ -311,7 +312,8 @@ impl<H: Handler> Poll<H> {
         let pulse = Arc::clone(&self.pulse);
         let partitions = partitions.clone();
         match pulse.busy(standing::ask(&self.config, &partitions)).await {
-            Some(standing) => {
+            Ok(standing) => {
+                self.waits_no_more(&partitions);
                 for mut element in partitions.elements() {
                     let (topic, partition) = (element.topic().to_owned(), element.partition());
                     let start = standing.start(&topic, partition, pulse.rewind(&topic, partition).as_ref());
@@ -336,9 +338,20 @@ impl<H: Handler> Poll<H> {
                 pulse.assigned();
             }
             // Nothing of them is handled: a guess could pass over records.
-            None => self.untaken = Some(clock::monotonic()),
+            Err(why) => {
+                self.untaken.extend(names(&partitions).into_iter().map(|partition| (partition, clock::monotonic())));
+                pulse.takes(Some(&why));
+            }
         }
         client::answer(&*self.client, &Rebalance::Assigned(partitions));
+    }
+
+    /// Partitions are read, or are somebody else's.
+    fn waits_no_more(&mut self, partitions: &TopicPartitionList) {
+        names(partitions).iter().for_each(|partition| _ = self.untaken.remove(partition));
+        if self.untaken.is_empty() {
+            self.pulse.takes(None);
+        }
     }
 
     fn employ(&self, topic: &str, partition: i32, start: Start) -> Held {

@@ -7,7 +7,7 @@
 use super::{
     Handler,
     claim::Counted,
-    failure::{Fault, Remedy},
+    failure::{Fault, Remedy, UNREADABLE},
     parking::{self, Due, Parked},
     portion::Portion,
     record::Poison,
@@ -90,7 +90,7 @@ impl<H: Handler> Worker<H> {
 
     /// A row that this build cannot read costs its own key, and nothing else: another build may have written it.
     async fn put_off(&self, id: i64, reason: &str) -> Result<(), Ended> {
-        let (desk, fault) = (&self.desk, Fault::new("unreadable", reason, Remedy::Retry));
+        let (desk, fault) = (&self.desk, Fault::new(UNREADABLE, reason, Remedy::Retry));
         let Desk { config, topic, partition, .. } = desk;
         tracing::error!(
             group = config.group,

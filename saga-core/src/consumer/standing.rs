@@ -125,18 +125,22 @@ impl Standing {
     }
 }
 
-/// Asks a few times; `None` when it was not said.
-pub(super) async fn ask(config: &Arc<ConsumerConfig>, partitions: &TopicPartitionList) -> Option<Standing> {
+/// Asks a few times.
+///
+/// # Errors
+/// In words, when it was not said.
+pub(super) async fn ask(config: &Arc<ConsumerConfig>, partitions: &TopicPartitionList) -> Result<Standing, String> {
+    let mut why = String::new();
     for _ in 0..TRIES {
         let (config, partitions) = (Arc::clone(config), partitions.clone());
         match tokio::task::spawn_blocking(move || look(&config, &partitions)).await {
-            Ok(Ok(standing)) => return Some(standing),
-            Ok(Err(error)) => tracing::debug!(%error, "where the group has come to was not said"),
-            Err(_) => {}
+            Ok(Ok(standing)) => return Ok(standing),
+            Ok(Err(error)) => why = error.to_string(),
+            Err(error) => why = error.to_string(),
         }
         tokio::time::sleep(AGAIN).await;
     }
-    None
+    Err(why)
 }
 
 /// Asks with a client of its own: one that has known a topic for long may take it for another one.

@@ -8,11 +8,12 @@
 //! | its own name resolves to this address (DNS rebinding) | `Host` is a name that this listener is reached by | 421 |
 //! | it sends a request from its own origin | `Origin`, when there is one, is the request's own host, or listed | 421 |
 //! | it has an image, a script or a stream loaded from here, which sends no origin | `Sec-Fetch-Site`, when there is one, is not another site | 421 |
-//! | it posts a form, or anything else that needs no preflight | a POST has its own origin, or a header or a type that a form cannot send | 415 |
+//! | it posts a form, or anything else that needs no preflight | a POST's `Origin` is the request's own host and port, or it has a header or a type that a form cannot send | 415 |
 //!
 //! A person may follow a link from anywhere to here. An IP address and `localhost` are always good names: no other site has them. Off loopback, so is a name without a dot
 //! (`order-svc`): public names have one. Every other name is listed in `HTTP_HOSTS`, for the admin listener in `ADMIN_HOSTS`.
-//! `*` there stands for every host, and for no origin. No CORS header is ever sent, so a page of a listed origin can send requests,
+//! `*` there stands for every host, and for no origin. A listed name is an origin under every scheme and port, where another server may
+//! have pages, so it may send requests and no forms. No CORS header is ever sent, so a page of a listed origin can send requests,
 //! and the browser shows it no answer.
 //!
 //! The checks follow the OWASP sheets on cross-site request forgery ("custom request headers", "verifying origin"), the Fetch
@@ -109,9 +110,11 @@ impl Listener {
         }
         let mut origins = request.headers().get_all(header::ORIGIN).iter().peekable();
         let has_origin = origins.peek().is_some();
+        let mut own_page = has_origin;
         for origin in origins {
             let origin = origin.to_str().ok().and_then(origin_of);
             let own = origin.as_ref().is_some_and(|origin| Some(origin) == host.as_ref());
+            own_page &= own;
             if !own && !origin.is_some_and(|(name, _)| self.hosts.lists(&name)) {
                 return Some(refused("origin", foreign_origin()));
             }
@@ -119,7 +122,7 @@ impl Listener {
         if !has_origin && is_of_another_site(request) {
             return Some(refused("origin", foreign_origin()));
         }
-        let form = *request.method() == Method::POST && !has_origin && is_what_a_form_sends(request.headers());
+        let form = *request.method() == Method::POST && !own_page && is_what_a_form_sends(request.headers());
         form.then(|| refused("form", like_a_form()))
     }
 }
@@ -332,6 +335,26 @@ mod tests {
             assert_eq!(answer(&listener, "POST", &headers), status, "{header:?}");
             assert_eq!(answer(&listener, "GET", &headers), 200, "{header:?}");
         }
+    }
+
+    #[test]
+    fn a_page_of_a_listed_name_sends_requests_and_only_a_page_of_our_own_sends_forms() {
+        let listener = listener(false, "shop.example");
+        let (json, text) = (Some(("content-type", "application/json")), Some(("content-type", "text/plain")));
+        for (origin, header, status) in [
+            ("http://shop.example:8000", text, 415),
+            ("http://shop.example:8000", None, 415),
+            ("http://shop.example:8000", json, 200),
+            ("http://shop.example:8000", Some(("idempotency-key", "k-1")), 200),
+            ("https://shop.example", text, 200),
+            ("https://shop.example", None, 200),
+        ] {
+            let headers: Vec<_> = [("host", "shop.example"), ("origin", origin)].into_iter().chain(header).collect();
+            assert_eq!(answer(&listener, "POST", &headers), status, "{origin} {header:?}");
+        }
+        let both =
+            [("host", "shop.example"), ("origin", "https://shop.example"), ("origin", "http://shop.example:8000")];
+        assert_eq!(answer(&listener, "POST", &both), 415);
     }
 
     #[test]

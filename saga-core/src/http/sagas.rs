@@ -16,6 +16,7 @@ use super::{
     role::Role,
 };
 use crate::{
+    card::{self, holds_a_card_number},
     id::SagaId,
     saga::{
         Engine, RetryError,
@@ -182,6 +183,9 @@ async fn retry_saga(
     let reason = request.reason.trim();
     if reason.is_empty() || reason.chars().count() > 500 {
         return Err(Problem::field("reason", "say why, in 1 to 500 characters"));
+    }
+    if holds_a_card_number(reason) {
+        return Err(Problem::field("reason", card::REFUSED));
     }
     let actor = role.map_or("operator", |Extension(role)| role.as_str()).to_owned();
     let (reason, expected) = (reason.to_owned(), request.expected_revision);

@@ -30,14 +30,15 @@ use super::{
     unsettled::Unsettled,
 };
 use crate::{
+    clock::DatabaseClock,
     command::{Failed, Op, Outcome, Why},
     consumer::HandleError,
-    error_class::{ErrorClass, classify, is_pool_full, renew_connections},
+    error_class::{ErrorClass, classify, in_words, renew_connections},
     fail_point::fail_point,
     outage::Outage,
     outbox::Tx,
     panics::panic_text,
-    part::{Cause, Report},
+    part::{Cause, Report, Trouble},
     reason::reason,
     transaction::{Bound, Transaction},
 };
@@ -64,7 +65,8 @@ pub struct Intents {
     participant: Arc<Participant>,
     pool: PgPool,
     database: Arc<Outage>,
-    /// Trouble that an operator has to set right before effects can be recorded.
+    clock: Arc<DatabaseClock>,
+    /// What an operator has to set right before effects can be recorded.
     setup: Arc<Outage>,
     /// Slots of calls in flight whose intents had been called before.
     again: Slots,
@@ -76,7 +78,8 @@ impl Intents {
     pub(super) fn new(participant: Arc<Participant>, pool: PgPool) -> Self {
         let setup = Outage::of(&format!("effects of {}", participant.name));
         let (database, again, progress) = (Outage::of_database(&pool), Slots::default(), Arc::default());
-        Self { database, setup, again, progress, participant, pool, config: IntentConfig::default() }
+        let clock = DatabaseClock::of(database.dependency());
+        Self { database, clock, setup, again, progress, participant, pool, config: IntentConfig::default() }
     }
 
     /// Replaces the default limits.
@@ -96,7 +99,7 @@ impl Intents {
     /// What stands in the way of effects, and which effect waits for longest.
     #[must_use]
     pub fn report(&self) -> Report {
-        let known = self.setup.trouble().or_else(|| self.database.trouble());
+        let known = self.setup.trouble().or_else(|| self.progress.unclaimed()).or_else(|| self.database.trouble());
         self.progress.report(known)
     }
 
@@ -116,16 +119,14 @@ impl Intents {
             let pause = match self.start(&mut calls, free).await {
                 Ok(pause) => {
                     self.database.working();
+                    self.progress.claims(None);
                     pause
                 }
                 Err(error) => {
                     if classify(&error) == ErrorClass::Stale {
                         renew_connections();
                     }
-                    // A full pool is reported as the pool's trouble, not as the database's.
-                    if !is_pool_full(&error) {
-                        self.database.failing(&format!("{} cannot claim intents: {error}", self.participant.name));
-                    }
+                    self.cannot_claim(&error);
                     self.config.poll
                 }
             };
@@ -139,7 +140,24 @@ impl Intents {
         while calls.join_next().await.is_some() {}
     }
 
-    /// Executes what is due now, once each; returns how many intents that were.
+    /// A database that answers and does not do this is a trouble of effects alone: what others ask of it is no sign that they go on.
+    fn cannot_claim(&self, error: &sqlx::Error) {
+        let reason = format!("{} cannot claim intents: {}", self.participant.name, in_words(error));
+        match Cause::of(error) {
+            // It is said of the pool.
+            Cause::PoolFull => {}
+            Cause::DatabaseAway => self.database.failing(&reason),
+            cause => self.progress.claims(Some(Trouble::new(cause, reason))),
+        }
+    }
+
+    /// What keeps this process from settling any, until an operator acts.
+    fn in_vain(&self, cause: Cause, reason: &str) {
+        self.setup.failing_of(cause, reason);
+        self.progress.in_vain(self.clock.now());
+    }
+
+    /// Executes what is due now, once each, and tells how many that were.
     pub async fn run_once(&self) -> Result<usize, sqlx::Error> {
         let mut calls = JoinSet::new();
         self.start(&mut calls, self.config.concurrency).await?;
@@ -237,7 +255,7 @@ impl Intents {
             renew_connections();
         }
         if class == ErrorClass::Configuration {
-            self.setup.failing_of(error.cause(), &reason);
+            self.in_vain(error.cause(), &reason);
         }
         let unsettled = if class.counts_nothing() {
             self.bound().within(self.back_off(&claim, Counted::No, &reason)).await
@@ -267,7 +285,7 @@ impl Intents {
                 self.release(claim, Counted::No, again_after.max(NOT_MADE_MIN), &reason).await
             }
             Performed::NotLetIn { reason } => {
-                self.setup.failing_of(Cause::ProviderForbidden, &reason);
+                self.in_vain(Cause::ProviderForbidden, &reason);
                 self.release(claim, Counted::No, NOT_LET_IN, &reason).await
             }
         }

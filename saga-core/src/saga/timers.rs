@@ -18,6 +18,7 @@ use crate::{
     error_class::{ErrorClass, classify, is_outage, is_pool_full, renew_connections},
     fail_point::fail_point,
     id::{MessageId, SagaId},
+    outage::Outage,
     part::Report,
     transaction::is_timeout,
 };
@@ -62,7 +63,10 @@ impl Engine {
     /// What stands in the way of the timers, and since when the saga is due that waits for longest.
     #[must_use]
     pub fn timers_report(&self) -> Report {
-        self.trouble().report()
+        let report = self.trouble().report();
+        // A transaction of theirs may wait for its whole bound before it is known that the database is away.
+        let trouble = report.trouble.or_else(|| Outage::of_database(self.pool()).trouble());
+        Report { trouble, ..report }
     }
 
     /// Works off what is due, until `token` is cancelled. When the database is away the timers log that once, and wait.

@@ -43,6 +43,15 @@ impl fmt::Debug for AdminAuth {
     }
 }
 
+/// Why a request is not let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NotLetIn {
+    /// It shows no token, or a wrong one.
+    Unknown,
+    /// Too many wrong tokens came from its address: its own was not looked at.
+    TooMany,
+}
+
 impl AdminAuth {
     /// From the tokens of the two roles. None at all: everybody is the operator (loopback only; see
     /// [`super::AdminArgs::read`]).
@@ -55,6 +64,33 @@ impl AdminAuth {
     /// Whether there is a token to be shown.
     fn asks(&self) -> bool {
         self.operator.is_some() || self.viewer.is_some()
+    }
+
+    /// The role of a request by the bearer token that it shows. Wrong ones are counted, by address.
+    ///
+    /// # Errors
+    /// Why it has none.
+    pub fn let_in(&self, request: &Request) -> Result<Role, NotLetIn> {
+        let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let token = shown.and_then(|value| {
+            let (scheme, token) = value.split_once(' ')?;
+            scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+        });
+        let peer = request.extensions().get().map(Connection::peer);
+        if let (Some(peer), true) = (peer, token.is_some() && self.asks())
+            && !self.wrong.lets_try(peer, clock::monotonic())
+        {
+            count_refused("token");
+            return Err(NotLetIn::TooMany);
+        }
+        let role = self.role(token);
+        if role.is_none() && token.is_some() {
+            count_refused("token");
+            if peer.is_some_and(|peer| self.wrong.wrong(peer, clock::monotonic())) {
+                tracing::warn!(peer = ?peer, "a listener was shown a wrong token");
+            }
+        }
+        role.ok_or(NotLetIn::Unknown)
     }
 
     /// The role of whoever shows `token`.
@@ -119,37 +155,18 @@ fn render(health: &Health, metrics: &PrometheusHandle) -> Response {
 }
 
 async fn authorize(State(auth): State<AdminAuth>, mut request: Request, next: Next) -> Response {
-    let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let token = shown.and_then(|value| {
-        let (scheme, token) = value.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
-    });
     let looks = matches!(*request.method(), Method::GET | Method::HEAD);
-    let peer = request.extensions().get().map(Connection::peer);
-    if let (Some(peer), true) = (peer, token.is_some() && auth.asks())
-        && !auth.wrong.lets_try(peer, clock::monotonic())
-    {
-        count_refused("token");
-        return too_many_wrong().into_response();
-    }
-    match auth.role(token) {
-        None => {
-            if token.is_some() {
-                count_refused("token");
-                if peer.is_some_and(|peer| auth.wrong.wrong(peer, clock::monotonic())) {
-                    tracing::warn!(peer = ?peer, "the admin listener was shown a wrong token");
-                }
-            }
+    match auth.let_in(&request) {
+        Err(NotLetIn::TooMany) => too_many_wrong().into_response(),
+        Err(NotLetIn::Unknown) => {
             let problem = Problem::new(StatusCode::UNAUTHORIZED, "unauthorized", "A bearer token is needed");
             let challenge = [(header::WWW_AUTHENTICATE, "Bearer realm=\"admin\"")];
             (challenge, problem.detail("Send `Authorization: Bearer <token>` with a valid token.")).into_response()
         }
-        Some(Role::Viewer) if !looks => {
-            Problem::new(StatusCode::FORBIDDEN, "forbidden", "An operator's token is needed")
-                .detail("This token may only look.")
-                .into_response()
-        }
-        Some(role) => {
+        Ok(Role::Viewer) if !looks => Problem::new(StatusCode::FORBIDDEN, "forbidden", "An operator's token is needed")
+            .detail("This token may only look.")
+            .into_response(),
+        Ok(role) => {
             request.extensions_mut().insert(role);
             next.run(request).await
         }

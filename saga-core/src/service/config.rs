@@ -247,6 +247,21 @@ impl fmt::Display for ConfigErrors {
     }
 }
 
+/// The command line. A usage error repeats no argument that looks like a URL: there may be a password in it.
+#[must_use]
+pub fn command_line<C: clap::Parser>() -> C {
+    C::try_parse().unwrap_or_else(|error| {
+        if error.use_stderr() && error.render().to_string().contains("://") {
+            eprintln!(
+                "error: an argument that looks like a URL is not expected where it stands, and not shown: it may hold a password. \
+                 Set its environment variable instead.\n--help names them."
+            );
+            std::process::exit(2);
+        }
+        error.exit()
+    })
+}
+
 /// A variable set to nothing is not set: that is how compose files and shells say "no value".
 fn given(text: &Option<String>) -> Option<&str> {
     text.as_deref().map(str::trim).filter(|text| !text.is_empty())

@@ -29,7 +29,7 @@ use questions::{a_new_session_writes, hear_clock};
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use serde::Serialize;
 use sqlx::PgPool;
-use standing::{Part, measure, tell};
+use standing::{Part, measure};
 use std::{
     borrow::Cow,
     collections::BTreeMap,
@@ -291,10 +291,12 @@ impl Health {
         let (now, before) = (clock::monotonic(), lock(&self.0.seen).clone());
         let before = before.map(|seen| seen.parts).unwrap_or_default();
         let full = lock(&self.0.pool).as_ref().is_some_and(|full| full.trouble().is_some());
+        let starting = lock(&self.0.starting).map(|_| now.saturating_duration_since(self.0.began));
         let parts = answers.into_iter().map(|(name, concern, report)| {
             let before = before.get(&name);
-            let part = Part::seen(concern, &report, before, full, now);
-            tell(&name, concern, before.map(|before| &before.standing), &part.standing);
+            let mut part = Part::seen(concern, &report, before, full, now);
+            part.tell(&name, starting);
+            measure(&name, concern, before.map(|before| &before.standing), &part.standing);
             (name, part)
         });
         let parts = parts.collect();

@@ -1,4 +1,5 @@
-//! What others on the way can read: said once when a process starts, for each place that it talks to without encryption.
+//! What others on the way can read, or ask for: said once when a process starts, for each place that it talks to without encryption,
+//! and for each database whose server is not verified.
 //!
 //! Loopback and Unix sockets leave the machine's memory nowhere, so nothing is said of them. Everything else is told of, also
 //! where a network is trusted: only its operator can know that.
@@ -7,18 +8,24 @@ use http::Uri;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use std::net::IpAddr;
 
-/// Says so when the connection to this database may be without encryption.
+/// Says so when the connection to this database may be without encryption, or its server may be another.
 pub fn warn_of_database(options: &PgConnectOptions) {
     let host = options.get_host();
-    let may_be_clear = matches!(options.get_ssl_mode(), PgSslMode::Disable | PgSslMode::Allow | PgSslMode::Prefer);
-    if may_be_clear && options.get_socket().is_none() && !is_loopback(host) {
+    let what = match options.get_ssl_mode() {
+        PgSslMode::Disable | PgSslMode::Allow | PgSslMode::Prefer => {
+            "the connection to the database may be in clear: rows can be read on the way"
+        }
+        PgSslMode::Require => "the server of the database is not verified",
+        PgSslMode::VerifyCa | PgSslMode::VerifyFull => return,
+    };
+    if options.get_socket().is_none() && !is_loopback(host) {
         let (database, sslmode) = (options.get_database().unwrap_or_default(), options.get_ssl_mode());
         tracing::warn!(
             host,
             database,
             ?sslmode,
-            "the connection to the database may be in clear: rows, and what the role's password is proved by, can be read on \
-             the way; set sslmode=verify-full in its URL, with sslrootcert where the authority is your own"
+            "{what}. A server that poses as this one can ask for the role's password itself, and gets it; set sslmode=verify-full \
+             in its URL, with sslrootcert where the authority is your own"
         );
     }
 }
@@ -43,20 +50,24 @@ mod tests {
     use crate::{service::config::database_url, testkit::Log};
 
     #[test]
-    fn a_database_is_told_of_where_it_is_elsewhere_and_encryption_is_not_certain() {
+    fn a_database_is_told_of_where_it_is_elsewhere_and_its_server_is_not_certain() {
         let said = |place: &str| {
             let log = Log::hear("warn");
             warn_of_database(&database_url(&format!("postgres://me:hunter2@{place}")).unwrap());
-            let lines = log.said("the connection to the database may be in clear");
+            let [clear, unverified] =
+                ["the connection to the database may be in clear", "the server of the database is not verified"]
+                    .map(|message| log.said(message));
+            let lines = [clear.as_slice(), &unverified].concat();
+            assert!(lines.iter().all(|line| line.to_string().contains("can ask for the role's password")), "{lines:?}");
             assert!(!format!("{lines:?}").contains("hunter2"));
-            lines.len()
+            (clear.len(), unverified.len())
         };
         for place in ["db/d", "10.0.0.1/d?sslmode=disable", "db/d?sslmode=allow", "db/d?sslmode=prefer", "[fd00::1]/d"]
         {
-            assert_eq!(said(place), 1, "{place}");
+            assert_eq!(said(place), (1, 0), "{place}");
         }
+        assert_eq!(said("db/d?sslmode=require"), (0, 1));
         for place in [
-            "db/d?sslmode=require",
             "db/d?sslmode=verify-ca",
             "db/d?sslmode=verify-full",
             "localhost/d",
@@ -66,7 +77,7 @@ mod tests {
             "localhost/d?host=/run/postgresql",
             "db/d?host=/run/postgresql",
         ] {
-            assert_eq!(said(place), 0, "{place}");
+            assert_eq!(said(place), (0, 0), "{place}");
         }
     }
 

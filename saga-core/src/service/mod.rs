@@ -29,12 +29,12 @@ pub mod telemetry;
 pub mod topics;
 mod wrong_tokens;
 
-pub use admin::{AdminAuth, admin_router};
+pub use admin::{AdminAuth, NotLetIn, admin_router};
 pub use assembly::{Parts, launch, launch_migrate, launch_with, run};
 pub use config::{
     AdminArgs, AdminSettings, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, HttpSettings, Identity,
     KafkaArgs, KafkaSettings, OrchestratorArgs, ParticipantArgs, ParticipantSettings, ServiceArgs, ServiceCommand,
-    Settings, TelemetryArgs,
+    Settings, TelemetryArgs, command_line,
 };
 pub use connections::{open_files, serve};
 pub use health::{Health, Needs, missing};

@@ -1,4 +1,4 @@
-//! Guesses at the admin listener's tokens: each address has 32, and one more a second.
+//! Guesses at a listener's tokens: each address has 32, and one more a second.
 //!
 //! What an address has left is looked at before its token is compared, so an answer beyond that tells nothing of the token. Others
 //! are not held up; but what comes through one proxy comes from one address. (A leaky bucket: Turner, "New directions in
@@ -35,8 +35,12 @@ impl WrongTokens {
         if known.len() >= ADDRESSES {
             known.retain(|_, wrong| left(wrong, now) > 0.0);
         }
-        if known.len() >= ADDRESSES {
-            known.clear();
+        if known.len() >= ADDRESSES && !known.contains_key(&network(peer)) {
+            // The one that has least to be forgiven. Who is held up stays so, however many others come.
+            let least = known.iter().min_by(|(_, a), (_, b)| left(a, now).total_cmp(&left(b, now)));
+            if let Some(address) = least.map(|(address, _)| *address) {
+                known.remove(&address);
+            }
         }
         let before = known.get(&network(peer)).map_or(0.0, |wrong| left(wrong, now));
         known.insert(network(peer), (before + 1.0, now));
@@ -79,11 +83,17 @@ mod tests {
     }
 
     #[test]
-    fn no_more_addresses_are_remembered_than_there_is_room_for() {
+    fn a_flood_of_addresses_takes_no_more_room_and_forgives_no_guesser() {
         let (tokens, now) = (WrongTokens::default(), clock::monotonic());
+        let guesser = IpAddr::from([192, 0, 2, 1]);
+        while tokens.lets_try(guesser, now) {
+            tokens.wrong(guesser, now);
+        }
         for n in 0..10_000_u32 {
             tokens.wrong(IpAddr::from(n.to_be_bytes()), now);
         }
         assert!(tokens.0.lock().unwrap().len() <= ADDRESSES);
+        assert!(!tokens.lets_try(guesser, now), "it is not forgiven because others came");
+        assert!(tokens.lets_try(guesser, now + Duration::from_secs(1)));
     }
 }

@@ -1,14 +1,18 @@
 //! Outages are said once each, however often is tried meanwhile, and so is their end. The next one is an outage of its own.
 
-use crate::support::{Fixture, SOON, events};
+use crate::support::{Fixture, Running, SOON, events};
 use rdkafka::{
     mocking::MockCluster,
     types::{RDKafkaApiKey, RDKafkaRespErr},
 };
 use saga_core::{
+    outage::Outage,
+    part::Cause,
     service::database::pool_options,
     testkit::{FreezingProxy, Log, eventually, unique},
 };
+use sqlx::Connection as _;
+use std::time::{Duration, Instant};
 
 /// How often this was said, once it was said `count` times.
 async fn says(log: &Log, message: &str, count: usize) -> usize {
@@ -48,6 +52,72 @@ async fn each_outage_of_the_database_and_its_end_are_said_once() {
     }
     running.stop().await;
     assert_eq!(log.warnings().len(), 3, "{:?}", log.warnings());
+}
+
+/// The consumer's cause is this one.
+async fn says_why(running: &Running, cause: Cause) {
+    let is = || running.health.report().trouble.is_some_and(|trouble| trouble.cause == cause);
+    eventually(SOON, || async { is().then_some(()) }).await;
+}
+
+async fn is_said_until_it_is_let_go_of(table: &str) {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.attempt_timeout = Duration::from_secs(2);
+    let running = fixture.start();
+    fixture.send(&events(1, 1)).await;
+    fixture.until_handled(1).await;
+    let mut holding = fixture.database.pool.begin().await.unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("lock table {table}"))).execute(&mut *holding).await.unwrap();
+    fixture.send(&events(1, 1)).await;
+    says_why(&running, Cause::Locked).await;
+    let (said, longer) = (Instant::now(), Duration::from_secs(5));
+    while said.elapsed() < longer {
+        // Another part's statements are answered.
+        Outage::of_database(&fixture.database.pool).working();
+        fixture.send(&events(1, 1)).await;
+        let trouble = running.health.report().trouble;
+        assert_eq!(trouble.as_ref().map(|trouble| trouble.cause), Some(Cause::Locked), "{table}: {trouble:?}");
+        assert!(trouble.unwrap().reason.contains("pg_blocking_pids"), "what to do is said");
+    }
+    holding.rollback().await.unwrap();
+    fixture.until_handled(3).await;
+    eventually(SOON, || async { running.health.check().ok() }).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_lock_on_the_inbox_is_said_until_it_is_let_go_of() {
+    tokio::join!(is_said_until_it_is_let_go_of("inbox"), is_said_until_it_is_let_go_of("inbox_parked"));
+}
+
+/// Every session that begins from now on may write, or may not; those that there are end.
+async fn may_write(fixture: &Fixture, may: bool) {
+    let value = if may { "reset default_transaction_read_only" } else { "set default_transaction_read_only = on" };
+    let alter = format!(
+        "do $$ begin execute format('alter database %I {value}', current_database()); end $$;
+         select pg_terminate_backend(pid) from pg_stat_activity
+          where datname = current_database() and pid <> pg_backend_pid()"
+    );
+    let mut connection = sqlx::PgConnection::connect(&fixture.database.url).await.unwrap();
+    // A transaction stays what it was when it began.
+    sqlx::raw_sql("set default_transaction_read_only = off").execute(&mut connection).await.unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(alter)).execute(&mut connection).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_database_that_takes_no_writes_is_said_and_is_not_away() {
+    let fixture = Fixture::new(1).await;
+    let running = fixture.start();
+    fixture.send(&events(1, 1)).await;
+    fixture.until_handled(1).await;
+    may_write(&fixture, false).await;
+    fixture.send(&events(1, 1)).await;
+    says_why(&running, Cause::DatabaseReadOnly).await;
+    assert!(running.health.check().unwrap_err().contains("default_transaction_read_only"), "what to do is said");
+    may_write(&fixture, true).await;
+    fixture.until_handled(2).await;
+    eventually(SOON, || async { running.health.check().ok() }).await;
+    running.stop().await;
 }
 
 #[tokio::test]
@@ -99,4 +169,26 @@ async fn a_right_that_the_broker_refuses_is_red_with_its_cure_until_it_is_given(
     assert_eq!(log.said("the consumer goes on: what Kafka refused was set right").len(), 1);
     running.stop().await;
     assert_eq!(log.warnings().len(), 1, "{:?}", log.warnings());
+}
+
+#[tokio::test]
+async fn brokers_that_do_not_say_where_the_group_has_come_to_are_red_and_why() {
+    let mut fixture = Fixture::new(1).await;
+    let cluster = MockCluster::new(1).unwrap();
+    let topic = unique("events");
+    cluster.create_topic(&topic, 1, 1).unwrap();
+    (fixture.config.brokers, fixture.config.topics) = (cluster.bootstrap_servers(), vec![topic]);
+    let refused = RDKafkaRespErr::RD_KAFKA_RESP_ERR_UNKNOWN;
+    cluster.request_errors(RDKafkaApiKey::OffsetFetch, &[refused; 10_000]);
+    let running = fixture.start();
+    let said = || async {
+        let trouble = running.health.report().trouble?;
+        trouble.reason.contains("where the group has come to").then_some(trouble)
+    };
+    let trouble = eventually(SOON, said).await;
+    assert!(trouble.cause == Cause::KafkaAway && trouble.since.is_some(), "{trouble:?}");
+    assert!(trouble.reason.contains("Unknown"), "the broker's own word is said: {}", trouble.reason);
+    cluster.clear_request_errors(RDKafkaApiKey::OffsetFetch);
+    eventually(SOON, || async { running.health.check().ok() }).await;
+    running.stop().await;
 }

@@ -156,3 +156,39 @@ async fn what_the_databases_clock_finds_new_is_handled_whatever_the_hosts_says()
     assert!(running.health.check().unwrap_err().contains("clocks"), "but it is said");
     running.stop().await;
 }
+
+#[tokio::test]
+async fn parked_records_that_nothing_tries_are_said_with_what_to_do() {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.attempts = 1_000;
+    let pool = &fixture.database.pool;
+    let fails = |message: &Message| match message.payload.as_deref() {
+        Some(b"bad") => Err(HandleError::Failed(anyhow::anyhow!("not yet"))),
+        _ => Ok(()),
+    };
+    fixture.send(&[event("a", "bad"), event("a", "behind")]).await;
+    let running = fixture.start_with(fails);
+    eventually(SOON, || async { (fixture.parked().await.len() == 2).then_some(()) }).await;
+    running.stop().await;
+
+    // The topic was made again with fewer partitions.
+    let gone = "update inbox_parked set partition = 7, next_attempt_at = next_attempt_at - interval '6 minutes'";
+    run_sql(pool, gone).await;
+    let running = fixture.start();
+    until_unhealthy(&running.health, "of partition 7 of ").await;
+    until_unhealthy(&running.health, "set `partition` of these rows to one that it has").await;
+    run_sql(
+        pool,
+        "update inbox_parked set partition = 0, parked_at = parked_at - interval '6 minutes';
+         alter table inbox_parked add column were jsonb;
+         update inbox_parked set were = headers, headers = '{}'",
+    )
+    .await;
+    until_unhealthy(&running.health, "cannot be read by this build").await;
+    assert!(fixture.handled().await.is_empty());
+    run_sql(pool, "update inbox_parked set headers = were").await;
+    fixture.until_unparked().await;
+    assert_eq!(fixture.handled().await.len(), 2);
+    eventually(SOON, || async { running.health.check().ok() }).await;
+    running.stop().await;
+}

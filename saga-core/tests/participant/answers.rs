@@ -13,6 +13,7 @@ use saga_core::{
     testkit::{deliver, eventually},
     transaction::{Bound, Transaction},
 };
+use sqlx::postgres::PgPoolOptions;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -57,6 +58,46 @@ async fn a_provider_that_lets_nobody_in_is_red_health_and_gives_nothing_up() {
     .await;
     assert_eq!(world.outcomes(saga).await, [Succeeded]);
     eventually(Duration::from_secs(60), || async { executor.report().trouble.is_none().then_some(()) }).await;
+}
+
+#[tokio::test]
+async fn effects_are_in_order_when_another_replica_has_settled_what_failed_here() {
+    let world = World::new().await;
+    world.deliver(&[message(SagaId::new(), Op::Do, &pay(&["forbidden"]))]).await;
+    let (executor, stop) = (world.executor(), CancellationToken::new());
+    executor.run_once().await.unwrap();
+    assert!(executor.report().trouble.is_some());
+    // Another process, with the right token.
+    sqlx::query("delete from participant_intent").execute(&world.database.pool).await.unwrap();
+    let settled = async {
+        eventually(Duration::from_secs(60), || async { executor.report().trouble.is_none().then_some(()) }).await;
+        stop.cancel();
+    };
+    tokio::join!(executor.run(stop.clone()), settled);
+}
+
+#[tokio::test]
+async fn effects_say_that_their_database_is_read_only_or_their_table_locked() {
+    let world = World::new().await;
+    let read_only = [("default_transaction_read_only", "on")];
+    let options = world.database.pool.connect_options().as_ref().clone().options(read_only);
+    let standby = PgPoolOptions::new().connect_with(options).await.unwrap();
+    let locked = &world.database.pool;
+    let mut holding = locked.begin().await.unwrap();
+    for (pool, cause) in [(&standby, Cause::DatabaseReadOnly), (locked, Cause::Locked)] {
+        if cause == Cause::Locked {
+            sqlx::raw_sql("lock table participant_intent").execute(&mut *holding).await.unwrap();
+        }
+        let config = IntentConfig { database_timeout: Duration::from_secs(1), ..IntentConfig::default() };
+        let (intents, stop) = (world.participant.intents(pool.clone()).with_config(config), CancellationToken::new());
+        let said = async {
+            let is = || intents.report().trouble.filter(|trouble| trouble.cause == cause);
+            eventually(Duration::from_secs(60), || async { is() }).await;
+            stop.cancel();
+        };
+        tokio::join!(intents.run(stop.clone()), said);
+    }
+    holding.rollback().await.unwrap();
 }
 
 #[tokio::test]

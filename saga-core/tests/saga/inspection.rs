@@ -128,6 +128,7 @@ async fn a_stuck_saga_says_why_and_retry_wants_a_reason_and_the_revision_that_wa
     assert!(view["waits"]["unblocked_by"].as_str().unwrap().contains("retry"));
     for (wrong, expected) in [
         (json!({ "reason": " ", "expected_revision": seen }), StatusCode::UNPROCESSABLE_ENTITY),
+        (json!({ "reason": "card 4111 1111 1111 1111", "expected_revision": seen }), StatusCode::UNPROCESSABLE_ENTITY),
         (json!({ "expected_revision": seen }), StatusCode::UNPROCESSABLE_ENTITY),
         (json!({ "reason": "x", "expected_revision": seen - 1 }), StatusCode::CONFLICT),
     ] {

@@ -3,6 +3,7 @@
 use crate::support::*;
 use saga_core::{
     id::{CommandId, SagaId},
+    outage::Outage,
     part::Cause,
     saga::{Engine, RetryPolicy, Saga, saga},
     service::{Health, database::pool_options},
@@ -75,6 +76,18 @@ async fn timers_on_a_full_pool_put_nothing_off_and_say_what_to_do_and_no_outage(
     tokio::join!(running, meanwhile).0.unwrap();
     assert!(log.said("waiting for the database").is_empty(), "{:?}", log.warnings());
     assert_eq!(world.sent(saga).await.len(), 2, "its command was sent again");
+}
+
+#[tokio::test]
+async fn timers_say_that_their_database_is_away_before_their_own_bound_has_passed() {
+    let world = World::new().await;
+    let saga = hurried(RetryPolicy::COMPENSABLE);
+    let engine = engine(&world, &saga);
+    assert_eq!(engine.timers_report().trouble, None);
+    // As health's own question finds that it does not answer.
+    Outage::of_database(&world.database.pool).failing("no answer");
+    let trouble = engine.timers_report().trouble;
+    assert_eq!(trouble.map(|trouble| trouble.cause), Some(Cause::DatabaseAway));
 }
 
 #[tokio::test]

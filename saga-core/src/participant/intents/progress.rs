@@ -11,6 +11,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// How often the executor looks at what waits, and counts intents for the gauges.
@@ -29,6 +30,10 @@ struct Known {
     looks: Looks,
     /// The last error of the intent that waits for longest.
     last_error: Option<String>,
+    /// When one was last not settled because of what an operator has to set right.
+    in_vain: Option<OffsetDateTime>,
+    /// Why none can be claimed.
+    unclaimed: Option<Trouble>,
 }
 
 impl Progress {
@@ -46,18 +51,36 @@ impl Progress {
         self.lock().looks.missed(&error.into());
     }
 
-    /// Records a look: the intent that waits for longest.
-    pub(super) fn seen(&self, oldest: Option<Oldest>) {
+    /// One could not be, until an operator acts.
+    pub(super) fn in_vain(&self, now: OffsetDateTime) {
+        self.lock().in_vain = Some(now);
+    }
+
+    /// Intents can be claimed, or cannot, for this reason.
+    pub(super) fn claims(&self, but: Option<Trouble>) {
+        self.lock().unclaimed = but;
+    }
+
+    pub(super) fn unclaimed(&self) -> Option<Trouble> {
+        self.lock().unclaimed.clone()
+    }
+
+    /// This is the one that waits for longest. Says whether all that was tried here in vain has been settled, by whichever replica.
+    pub(super) fn seen(&self, oldest: Option<Oldest>) -> bool {
         let mut known = self.lock();
+        let known = &mut *known;
         known.looks.seen();
-        let settled = known.settled;
+        let waits_since = oldest.as_ref().map(|(_, since, ..)| *since);
+        let over = known.in_vain.take_if(|last| waits_since.is_none_or(|since| since > *last)).is_some();
         let Some((command, since, last_error, count)) = oldest else {
-            *known = Known { settled, ..Known::default() };
-            return;
+            known.movement.rests();
+            (known.waiting, known.last_error) = (None, None);
+            return over;
         };
-        let still_since = known.movement.waits((settled, command));
+        let still_since = known.movement.waits((known.settled, command));
         known.waiting = Some(Waiting { items: u64::try_from(count).ok(), oldest: Some(since), still_since });
         known.last_error = last_error;
+        over
     }
 
     /// Reports the known trouble, or that looks fail, or that nothing moves and the last error; and what waits.
@@ -81,7 +104,11 @@ impl Intents {
             // The oldest intent is read alone: what waits, and for how long, is known even when there is too much to be
             // counted in time.
             match self.bound().within(self.oldest()).await {
-                Ok(oldest) => self.progress.seen(oldest),
+                Ok(oldest) => {
+                    if self.progress.seen(oldest) {
+                        self.setup.working();
+                    }
+                }
                 Err(error) => self.progress.missed(&error),
             }
             // The gauges keep their last values while the intents cannot be counted.
@@ -115,6 +142,19 @@ impl Intents {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_tried_in_vain_is_over_when_all_that_waits_came_later() {
+        let (progress, failed) = (Progress::default(), clock::now());
+        let waits = |after: i64| Some((Uuid::now_v7(), failed + time::Duration::seconds(after), None, 1));
+        assert!(!progress.seen(None), "nothing was in vain");
+        progress.in_vain(failed);
+        assert!(!progress.seen(waits(-1)), "it still waits");
+        assert!(progress.seen(waits(1)), "another replica has settled it");
+        assert!(!progress.seen(waits(1)));
+        progress.in_vain(failed);
+        assert!(progress.seen(None));
+    }
 
     #[test]
     fn effects_that_cannot_be_looked_at_still_wait_and_that_is_said() {

@@ -14,7 +14,8 @@ const DEFAULT_MAX_CONNECTIONS: u32 = 16;
 /// The service's database.
 #[derive(Debug, Clone, Default, Args)]
 pub struct DatabaseArgs {
-    /// The service's own PostgreSQL database, for example `postgres://user:secret@db:5432/orders?sslmode=verify-full`
+    /// The service's own PostgreSQL database, for example `postgres://user:secret@db:5432/orders?sslmode=verify-full`.
+    /// Set the variable: a flag is read by every user of the machine
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, global = true)]
     pub database_url: Option<Secret>,
     /// The most connections this process opens to it [default: 16]

@@ -27,10 +27,10 @@ pub struct AdminArgs {
     /// Names that the admin listener is reached by, like HTTP_HOSTS
     #[arg(long, env = "ADMIN_HOSTS", value_name = "NAME,...", hide_env_values = true, global = true)]
     pub admin_hosts: Option<String>,
-    /// Bearer token that may look and act, 16 characters or more
+    /// Bearer token that may look and act, 16 characters or more. Set the variable: a flag is read by every user of the machine
     #[arg(long, env = "ADMIN_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
     pub admin_token: Option<Secret>,
-    /// Bearer token that may only look, 16 characters or more
+    /// Bearer token that may only look, 16 characters or more. Set the variable: a flag is read by every user of the machine
     #[arg(long, env = "ADMIN_VIEWER_TOKEN", value_name = "TOKEN", hide_env_values = true, global = true)]
     pub admin_viewer_token: Option<Secret>,
 }

@@ -13,6 +13,9 @@ use time::OffsetDateTime;
 /// as long as one of them would.
 const BUSY_MAX: Duration = Duration::from_secs(30);
 
+/// What has not begun after so long is said to be red.
+const STARTS_MAX: Duration = Duration::from_secs(60);
+
 /// A part as it was last seen.
 #[derive(Debug, Clone)]
 pub(super) struct Part {
@@ -20,6 +23,8 @@ pub(super) struct Part {
     pub(super) standing: Standing,
     /// When it last said something of itself.
     answered: Instant,
+    /// Why it is red, as the log says.
+    told: Option<Cause>,
 }
 
 impl Part {
@@ -33,7 +38,31 @@ impl Part {
             Some(before) if unasked && now.saturating_duration_since(answered) < BUSY_MAX => before.standing.clone(),
             _ => Standing::judged(report, before.map(|before| &before.standing), now),
         };
-        Self { concern, standing, answered }
+        Self { concern, standing, answered, told: before.and_then(|before| before.told) }
+    }
+
+    /// Logs its change, once. Nothing is wrong with what starts, nor with what a process asks of its parts before it has begun
+    /// (`starting`, for so long): what is red then is logged when it still is afterwards.
+    pub(super) fn tell(&mut self, name: &Name, starting: Option<Duration>) {
+        let is = self.standing.cause;
+        let starts = Some(self.standing.age()).filter(|_| is == Some(Cause::Starting)).or(starting);
+        if is.is_some() && starts.is_some_and(|starts| starts < STARTS_MAX) {
+            return;
+        }
+        let reason = self.standing.reason.as_deref().unwrap_or_default();
+        match (std::mem::replace(&mut self.told, is), is) {
+            (None, Some(cause)) if self.concern == Concern::Callers => {
+                tracing::warn!(check = %name, cause = cause.as_str(), reason, "not ready");
+            }
+            (None, Some(cause)) => {
+                tracing::warn!(check = %name, cause = cause.as_str(), reason, "work does not move");
+            }
+            (Some(was), Some(is)) if was != is => {
+                tracing::info!(check = %name, cause = is.as_str(), reason, "for another reason now");
+            }
+            (Some(_), None) => tracing::info!(check = %name, "in order again"),
+            (Some(_), Some(_)) | (None, None) => {}
+        }
     }
 }
 
@@ -106,6 +135,12 @@ impl Standing {
         self.cause.map_or("ok", Cause::as_str)
     }
 
+    /// For how long it has been red.
+    fn age(&self) -> Duration {
+        let age = self.since.map(|since| clock::now() - since).unwrap_or_default();
+        age.try_into().unwrap_or_default()
+    }
+
     pub(super) fn is_red(&self) -> bool {
         self.state == State::Red
     }
@@ -114,27 +149,6 @@ impl Standing {
 /// Whether a part that was red because of `was` is red for as long because of `is`.
 fn goes_on(was: Option<Cause>, is: Cause) -> bool {
     was == Some(is) || is != Cause::Paused && !matches!(was, Some(Cause::Starting | Cause::Paused))
-}
-
-/// Logs a part's change, once, and keeps the metrics.
-pub(super) fn tell(name: &Name, concern: Concern, before: Option<&Standing>, now: &Standing) {
-    let reason = now.reason.as_deref().unwrap_or_default();
-    let (was, is) = (before.and_then(|before| before.cause), now.cause);
-    match (was, is) {
-        (None, Some(Cause::Starting)) => tracing::info!(check = %name, reason, "starting"),
-        (None | Some(Cause::Starting), Some(cause)) if concern == Concern::Callers => {
-            tracing::warn!(check = %name, cause = cause.as_str(), reason, "not ready");
-        }
-        (None | Some(Cause::Starting), Some(cause)) => {
-            tracing::warn!(check = %name, cause = cause.as_str(), reason, "work does not move");
-        }
-        (Some(was), Some(is)) if was != is => {
-            tracing::info!(check = %name, cause = is.as_str(), reason, "for another reason now");
-        }
-        (Some(_), None) => tracing::info!(check = %name, "in order again"),
-        (Some(_), Some(_)) | (None, None) => {}
-    }
-    measure(name, concern, before, now);
 }
 
 /// Keeps a part's metrics.
@@ -147,8 +161,7 @@ pub(super) fn measure(name: &Name, concern: Concern, before: Option<&Standing>, 
     if was != is {
         gauge(was).set(0.0);
     }
-    let stalled = now.since.map_or(0.0, |since| (clock::now() - since).as_seconds_f64().max(0.001));
-    gauge(is).set(stalled);
+    gauge(is).set(now.since.map_or(0.0, |_| now.age().as_secs_f64().max(0.001)));
     if concern == Concern::Callers {
         metrics::gauge!("ready", "check" => name.clone()).set(f64::from(u8::from(!now.is_red())));
     }
@@ -172,6 +185,7 @@ pub(in crate::service) fn describe() {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testkit::Log;
 
     fn at(start: Instant, seconds: u64) -> Instant {
         start + Duration::from_secs(seconds)
@@ -200,6 +214,33 @@ mod tests {
         assert_eq!(seen(no_connection(), None, true, 0).standing.word(), "pool_full", "it never answered");
         let refused = Report::red(Cause::TableMissing, "no table");
         assert_eq!(seen(refused, Some(&fine), true, 1).standing.word(), "table_missing");
+    }
+
+    #[test]
+    fn what_starts_is_no_warning_and_what_never_does_is_one() {
+        let log = Log::hear("info");
+        let now = clock::monotonic();
+        let mut part = None::<Part>;
+        let mut told = |report: Report, starting: Option<u64>| {
+            let mut seen = Part::seen(Concern::Work, &report, part.as_ref(), false, now);
+            seen.tell(&"replies".into(), starting.map(Duration::from_secs));
+            part = Some(seen);
+            let said = ["work does not move", "for another reason now", "in order again"];
+            said.map(|message| log.said(message).len())
+        };
+        let starts = |seconds| {
+            let since = now.checked_sub(Duration::from_secs(seconds));
+            Report::from(Trouble { since, ..Trouble::new(Cause::Starting, "it has not started") })
+        };
+        let missing = || Report::red(Cause::TableMissing, "no table");
+        assert_eq!(told(missing(), Some(1)), [0, 0, 0], "the process migrates");
+        assert_eq!(told(missing(), Some(61)), [1, 0, 0], "it does so for too long");
+        assert_eq!(told(missing(), None), [1, 0, 0], "once");
+        assert_eq!(told(Report::fine(), None), [1, 0, 1]);
+        assert_eq!(told(starts(0), None), [1, 0, 1]);
+        assert_eq!(told(starts(1), None), [1, 0, 1]);
+        assert_eq!(told(starts(61), None), [2, 0, 1], "it never does");
+        assert_eq!(told(missing(), None), [2, 1, 1]);
     }
 
     #[test]

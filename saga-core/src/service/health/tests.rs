@@ -1,6 +1,7 @@
 //! Health as a whole, without a database.
 
 use super::*;
+use crate::testkit::Log;
 use metrics_exporter_prometheus::PrometheusBuilder;
 
 async fn looked(health: &Health) -> Readiness {
@@ -42,6 +43,27 @@ async fn a_part_whose_work_stands_still_is_red_and_takes_no_traffic_away() {
     let later = health.healthiness();
     assert_eq!(later.parts["replies"].cause, Some(Cause::Stalled));
     assert_eq!(later.parts["replies"].since, first.parts["replies"].since, "it has been red all the time");
+}
+
+#[tokio::test]
+async fn what_is_red_before_the_process_begins_is_logged_only_if_it_stays_so() {
+    let log = Log::hear("warn");
+    let health = Health::new(&CancellationToken::new());
+    health.starting("the database");
+    for name in ["tables", "orders"] {
+        health.callers_need(name, || async { Report::red(Cause::TableMissing, "it is not migrated") });
+    }
+    health.part("replies", || async { Report::red(Cause::Starting, "it has not started") });
+    health.look().await;
+    health.look().await;
+    health.callers_need("tables", || async { Report::fine() });
+    health.look().await;
+    assert!(log.warnings().is_empty(), "{:?}", log.warnings());
+    health.started();
+    health.look().await;
+    health.look().await;
+    let said: Vec<_> = log.warnings().iter().map(|line| line["check"].clone()).collect();
+    assert_eq!(said, ["orders"], "{:?}", log.warnings());
 }
 
 #[tokio::test]

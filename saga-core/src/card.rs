@@ -12,14 +12,20 @@ const DIGITS: RangeInclusive<usize> = 13..=19;
 /// UUID from being one.
 const GROUP_MAX: usize = 7;
 
-/// Whether `text` holds what looks like a card number: 13 to 19 digits, in one group or with spaces, dashes or dots
-/// between. Its digits begin as the networks' cards do, and its check digit is right (Luhn). Digits directly beside a
-/// letter, `_` or `+` are part of a name, such as a token's, or of a telephone number.
+/// What people write between the groups; `_` as well, where digits stand on both sides or nothing.
+const SEPARATORS: [char; 5] = [' ', '-', '.', '/', ','];
+
+/// What is wrong with such a text: completes a sentence that begins with the field, and repeats nothing of it.
+pub const REFUSED: &str = "holds what looks like a card number, which is not kept here";
+
+/// Whether `text` holds what looks like a card number: 13 to 19 digits, in one group or with separators between,
+/// that begin as the networks' cards do and whose check digit is right (Luhn). Digits that a letter or `+` stands at, directly or
+/// with `_` between, are part of a name, such as a token's, or of a telephone number.
 #[must_use]
 pub fn holds_a_card_number(text: &str) -> bool {
-    text.split(|c: char| !(c.is_alphanumeric() || matches!(c, '_' | '+' | ' ' | '-' | '.'))).any(|piece| {
+    text.split(|c: char| !(c.is_alphanumeric() || matches!(c, '_' | '+') || SEPARATORS.contains(&c))).any(|piece| {
         let groups: Vec<Option<Vec<u32>>> =
-            piece.split([' ', '-', '.']).filter(|group| !group.is_empty()).map(digits).collect();
+            piece.split(SEPARATORS).flat_map(groups).filter(|group| !group.is_empty()).map(digits).collect();
         groups.split(Option::is_none).any(|run| {
             let run: Vec<&[u32]> = run.iter().flatten().map(Vec::as_slice).collect();
             run.iter().any(|group| is_a_card_number(group)) || is_grouped(&run)
@@ -27,7 +33,15 @@ pub fn holds_a_card_number(text: &str) -> bool {
     })
 }
 
-/// The digits of a group; `None` if it has anything else.
+/// The groups of a word: one, unless it is nothing but digits and `_`.
+fn groups(word: &str) -> Vec<&str> {
+    match word.chars().all(|c| c == '_' || c.is_ascii_digit()) {
+        true => word.split('_').collect(),
+        false => vec![word],
+    }
+}
+
+/// A group that consists of digits.
 fn digits(group: &str) -> Option<Vec<u32>> {
     group.chars().map(|c| c.to_digit(10)).collect()
 }
@@ -73,6 +87,12 @@ mod tests {
             "4111 1111 1111 1111",
             "4111-1111-1111-1111",
             "4111.1111.1111.1111",
+            "4111/1111/1111/1111",
+            "4111,1111,1111,1111",
+            "4111, 1111, 1111, 1111",
+            "4111_1111_1111_1111",
+            "4111_1111 1111/1111",
+            "_4111111111111111_",
             " 4111 1111 1111 1111 ",
             "4222222222222",
             "5555555555554444",
@@ -98,6 +118,9 @@ mod tests {
             "",
             "tok_visa",
             "tok_4111111111111111",
+            "tok_4111_1111_1111_1111",
+            "pm_12_4111111111111111",
+            "4111111111111111_tok",
             "d0c4111111111111111f",
             "+4222222222222",
             "pm_1MqLiJLkdIwHu7ixUEgbFdYF",
