@@ -148,7 +148,7 @@ pub enum ConsumerError {
 /// A record as a handler sees it.
 #[derive(Debug, Clone)]
 pub struct Message {
-    /// The headers, decoded.
+    /// The decoded headers.
     pub envelope: Envelope,
     /// The record's key; `None`: the record has none.
     pub key: Option<Vec<u8>>,
@@ -185,7 +185,7 @@ impl Message {
 /// Where a record stands in Kafka.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Coordinates {
-    /// The topic's name.
+    /// The name of the topic.
     pub topic: String,
     /// The partition's number, from 0.
     pub partition: i32,
@@ -298,7 +298,7 @@ pub const NO_SAGA: &str = "no-saga";
 /// A message that can never be handled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unfit {
-    /// The message's id.
+    /// The id of the message.
     pub message: MessageId,
     /// The kind of flaw, in one word: `x-error-class` of its dead letter.
     pub class: &'static str,
