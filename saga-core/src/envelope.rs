@@ -24,7 +24,7 @@ pub type Headers = BTreeMap<Cow<'static, str>, String>;
 pub mod header {
     /// CloudEvents specification version; always `1.0`.
     pub const SPECVERSION: &str = "ce_specversion";
-    /// Unique per logical message.
+    /// The message's id, unique per logical message.
     pub const ID: &str = "ce_id";
     /// The sender: the outbox's name unless the service set its own.
     pub const SOURCE: &str = "ce_source";
@@ -47,7 +47,7 @@ pub mod header {
     pub const TRACESTATE: &str = "tracestate";
     /// Ties together all that one request caused.
     pub const CORRELATION_ID: &str = "correlation-id";
-    /// The saga's id.
+    /// The id of the saga.
     pub const SAGA_ID: &str = "ce_sagaid";
     /// The name of the saga's definition.
     pub const SAGA_TYPE: &str = "ce_sagatype";
@@ -55,7 +55,7 @@ pub mod header {
     pub const SAGA_VERSION: &str = "ce_sagaversion";
     /// The name of the step.
     pub const SAGA_STEP: &str = "ce_sagastep";
-    /// `do` or `undo`.
+    /// The direction of the command: `do` or `undo`.
     pub const SAGA_OP: &str = "ce_sagaop";
     /// Which run of the step: 0, and more after a retry with edited input.
     pub const SAGA_OCCURRENCE: &str = "ce_sagaoccurrence";
@@ -88,23 +88,23 @@ pub mod header {
 /// A decoded message header set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
-    /// `ce_id`.
+    /// The message's id, `ce_id`.
     pub id: MessageId,
-    /// `ce_source`.
+    /// The sender's name, `ce_source`.
     pub source: String,
-    /// `ce_type`.
+    /// The message's type, `ce_type`.
     pub kind: String,
-    /// `ce_subject`.
+    /// The subject, for example the aggregate's id, `ce_subject`.
     pub subject: Option<String>,
-    /// `ce_time`.
+    /// When the message was written, `ce_time`; `None` also if it does not parse.
     pub time: Option<OffsetDateTime>,
-    /// `ce_sequence`.
+    /// The outbox row's id, `ce_sequence`; `None` also if it does not parse.
     pub sequence: Option<i64>,
-    /// `content-type`.
+    /// The media type of the payload, `content-type`.
     pub content_type: Option<String>,
-    /// `traceparent`.
+    /// The ids of the trace and of the sending span, `traceparent`.
     pub traceparent: Option<String>,
-    /// `tracestate`.
+    /// The vendor part of the trace context, `tracestate`.
     pub tracestate: Option<String>,
     /// The saga headers; `None` for a plain event.
     pub saga: Option<SagaHeaders>,
@@ -129,13 +129,13 @@ pub struct Standing<'a> {
 /// The saga headers of a command or a reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SagaHeaders {
-    /// The saga's id.
+    /// The id of the saga.
     pub saga: SagaId,
-    /// The definition's name.
+    /// The name of the saga's definition.
     pub definition: String,
-    /// The definition's version.
+    /// The version of the saga's definition.
     pub version: u32,
-    /// The step's name.
+    /// The name of the step.
     pub step: String,
     /// Whether the command does the step or undoes it.
     pub op: Op,
@@ -167,7 +167,7 @@ pub enum EnvelopeError {
     /// A header's value does not parse.
     #[error("header `{name}` is {value:?}, expected {expected}")]
     Malformed {
-        /// The header's name.
+        /// The name of the header.
         name: &'static str,
         /// Its value (truncated to 100 characters).
         value: String,

@@ -30,9 +30,9 @@ struct Known {
     looks: Looks,
     /// The last error of the intent that waits for longest.
     last_error: Option<String>,
-    /// When one was last not settled because of what an operator has to set right.
+    /// When an intent was last not settled because of what an operator has to set right.
     in_vain: Option<OffsetDateTime>,
-    /// Why none can be claimed.
+    /// Why no intent can be claimed.
     unclaimed: Option<Trouble>,
 }
 
@@ -51,12 +51,12 @@ impl Progress {
         self.lock().looks.missed(&error.into());
     }
 
-    /// One could not be, until an operator acts.
+    /// An intent could not be settled, until an operator acts.
     pub(super) fn in_vain(&self, now: OffsetDateTime) {
         self.lock().in_vain = Some(now);
     }
 
-    /// Intents can be claimed, or cannot, for this reason.
+    /// Intents can be claimed, or cannot, for the reason in `but`.
     pub(super) fn claims(&self, but: Option<Trouble>) {
         self.lock().unclaimed = but;
     }
@@ -65,7 +65,8 @@ impl Progress {
         self.lock().unclaimed.clone()
     }
 
-    /// This is the one that waits for longest. Says whether all that was tried here in vain has been settled, by whichever replica.
+    /// `oldest` is the intent that waits for longest. Returns whether all intents that were tried here in vain have
+    /// been settled, by whichever replica.
     pub(super) fn seen(&self, oldest: Option<Oldest>) -> bool {
         let mut known = self.lock();
         let known = &mut *known;
