@@ -48,7 +48,7 @@ impl Text {
         Ok(Self(text.to_owned()))
     }
 
-    /// As text.
+    /// The text, trimmed, 1 to 200 characters.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -133,7 +133,7 @@ pub enum ReservationStatus {
 pub enum Closing {
     /// The pieces go back.
     Release,
-    /// The pieces leave.
+    /// The pieces leave the house.
     Commit,
 }
 

@@ -42,7 +42,7 @@ impl From<sqlx::Error> for AdjustError {
 /// An adjustment as it stands in the ledger.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Adjusted {
-    /// The movement's id.
+    /// The id of the movement in the ledger.
     pub movement: i64,
     /// Pieces that are free now.
     pub on_hand: i64,
@@ -189,8 +189,8 @@ pub async fn close_in(tx: &mut Tx<'_>, order: OrderId, closing: Closing) -> Resu
     Ok(Closed::Done)
 }
 
-/// Locks the balances of `skus`, and of what is put aside for `orders`, for a transaction that will want them one after
-/// the other: all in the order of the skus.
+/// Locks the balances of `skus`, and of what is put aside for `orders`, all in the order of the skus. It is for a
+/// transaction that will want them one after the other.
 pub async fn lock_all_in(tx: &mut Tx<'_>, skus: &[Sku], orders: &[OrderId]) -> Result<(), sqlx::Error> {
     sqlx::query(
         "select s.sku
