@@ -85,7 +85,7 @@ fn handle(path: &Path) -> std::io::Result<File> {
     File::options().read(true).custom_flags((OFlag::O_NOFOLLOW | OFlag::O_DIRECTORY).bits()).open(path)
 }
 
-/// The user's name and number, as in `nobody (uid 65534)`; the number alone without a name.
+/// The user's name and number, as in `postgres (uid 26)`; the number alone without a name.
 pub(crate) fn name_of(uid: u32) -> String {
     let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
     user.map_or_else(|| format!("uid {uid}"), |user| format!("{} (uid {uid})", user.name))
