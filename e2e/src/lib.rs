@@ -1,5 +1,5 @@
-//! Whole-system tests: the platform's real processes on a real PostgreSQL and a real Kafka, under faults, and the audit
-//! that judges them afterwards by what stands in databases and topics.
+//! Whole-system tests: the platform's real processes on a real PostgreSQL and a real Kafka, under faults. The audit
+//! judges them afterwards by the rows of databases and the records of topics.
 //!
 //! | module | what it is |
 //! |---|---|
