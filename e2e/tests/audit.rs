@@ -1,5 +1,5 @@
-//! The audit is itself tested: it passes on what the platform wrote, and finds every corruption that is sown into copies
-//! of its databases and topics.
+//! The audit is itself tested. It passes on the platform's own rows, and finds every corruption that is sown into
+//! copies of its databases and topics.
 
 use contracts::topics;
 use e2e::{
@@ -106,7 +106,7 @@ fn every_seeded_corruption_is_found_and_nothing_else_is() {
         assert_eq!(platform.outcome(confirmed).await, "confirmed");
         assert_eq!(platform.outcome(cancelled).await, "out_of_stock");
         platform.passes_the_audit().await;
-        // Nobody may be connected to a database that is copied.
+        // No process may be connected to a database that is copied.
         Service::ALL.into_iter().for_each(|service| platform.stack.service(service).process.kill());
         let (facts, findings) = platform.judge().await.expect("the facts can be read");
         assert_eq!(findings, [], "at rest");

@@ -1,5 +1,5 @@
-//! What the platform does with what it cannot read, with a configuration that is wrong, with servers that are not there,
-//! and with somebody else's trace.
+//! The platform's reaction to input that it cannot read, to a configuration that is wrong, to servers that are not
+//! there, and to another program's trace.
 
 use contracts::topics::{INVENTORY_COMMANDS, ORDERS_REPLIES, PARTITIONS, PAYMENTS_COMMANDS};
 use e2e::{
@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, convert::Infallible, process::Command, time::Du
 
 const READ: [&str; 3] = [PAYMENTS_COMMANDS.name, INVENTORY_COMMANDS.name, ORDERS_REPLIES.name];
 
-/// A record that says who wrote it and nothing else, with bytes that are no JSON.
+/// A record that names its source and nothing else, with bytes that are no JSON.
 fn garbage(topic: &str, partition: i32, mark: &str) -> RecordFact {
     let value = Some(format!("\u{1}{mark} is not JSON").into_bytes());
     let key = Some(mark.to_owned());
@@ -84,7 +84,7 @@ fn a_command_of_an_unknown_type_and_one_that_is_no_command_are_dead_lettered() {
             let real = records.iter().find(|r| r.key == Some(order.to_string())).expect("it was commanded");
             let mut unknown = topics::resent(real);
             unknown.headers.insert("ce_type".into(), "nobody.knows.this.v9".into());
-            // A step of its own, or the fence would know the answer before the payload is looked at.
+            // The record has a step of its own: otherwise the fence would know the answer before the payload is read.
             let mut undecodable = topics::resent(real);
             undecodable.headers.insert("ce_sagastep".into(), "another-step".into());
             undecodable.value = Some(b"{\"order\":7}".to_vec());
@@ -92,7 +92,7 @@ fn a_command_of_an_unknown_type_and_one_that_is_no_command_are_dead_lettered() {
                 topics::write(&platform.brokers(), record).await.expect("it can be written");
             }
         }
-        // The next build may know the type: it is tried as often as any other. Nobody waits for that here.
+        // The next build may know the type: it is tried as often as any other. The test does not wait for that.
         let key = order.to_string();
         let letters = both.map(async |(topic, database)| {
             tokio::select! {
@@ -236,8 +236,8 @@ fn a_trace_is_carried_from_the_request_through_outbox_and_kafka_to_every_service
     });
 }
 
-/// Bodies with an array in the place of an object, and which field that is: all of it, and each field that is an object or a
-/// list of objects.
+/// Bodies with an array in the place of an object, each with the field that it is. That is the whole body, and each
+/// field that is an object or a list of objects.
 fn positional(document: &Value, schema: &str) -> Vec<(Value, String)> {
     let properties = document["components"]["schemas"][schema]["properties"].as_object().cloned().unwrap_or_default();
     let fields = properties.iter().filter_map(|(name, property)| {

@@ -165,7 +165,7 @@ fn payment_svc_dies_before_and_after_it_commits_an_undo_that_waited_for_a_call()
     });
 }
 
-/// Who was paused goes on, also when the test fails: the next one needs it.
+/// Lets a paused process go on, also when the test fails: the next test needs it.
 struct GoesOn<'a>(&'a Process);
 
 impl Drop for GoesOn<'_> {
@@ -196,7 +196,7 @@ async fn is_late(platform: &Platform, edge: &Edge, order: Uuid, op: &str, step: 
     sent_times(2).await;
 }
 
-/// Once more, and not twice: now that the order has ended nobody sends anything any more.
+/// The command was sent once more, and not twice: now that the order has ended no process sends anything any more.
 async fn was_resent_once(platform: &Platform, edge: &Edge, order: Uuid, op: &str, step: &str) {
     assert_eq!(sent(platform, order, op, step).await, 2, "{op} {step}, {edge:?}");
 }
@@ -211,7 +211,7 @@ fn order_svc_dies_before_and_after_it_commits_that_a_command_of_each_step_is_lat
         let wish = Wish::of(&sku, 2);
         for point in ["saga.timers.before-commit", "saga.timers.after-commit"] {
             let edge = Edge::kill(Service::Orders, format!("{point}@{}", ORDERS_REPLIES.name));
-            // Who has to answer stands still; and the next one does before this one goes on.
+            // The process that has to answer stands still; and the next one does before this one goes on.
             payments.pause();
             let order = platform.place(&wish).await;
             let way = [

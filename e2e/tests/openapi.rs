@@ -1,8 +1,8 @@
-//! Every OpenAPI document is valid, says of each operation what it may answer, and is true: schemathesis sends each operation what the
-//! document allows and what it forbids, and compares the answers.
+//! Every OpenAPI document is valid, lists the answers of each operation, and is true: schemathesis sends each operation
+//! the requests that the document allows, and those that it forbids. It compares the answers.
 //!
-//! The first is always tested. The second needs Python, which `stack/tools.sh` looks for, and once the network; where schemathesis
-//! cannot be had, the test says so, and fails in CI.
+//! The first is always tested. The second needs Python, which `stack/tools.sh` looks for, and once the network. Where
+//! schemathesis cannot be had, the test prints that, and fails in CI.
 
 use e2e::platform::{Platform, beside_others, unaudited};
 use serde_json::Value;
@@ -49,7 +49,7 @@ fn references<'a>(value: &'a Value, found: &mut BTreeSet<&'a str>) {
     }
 }
 
-/// What is wrong with a document, as far as that can be told from itself.
+/// The flaws of a document that the document itself shows.
 fn flaws(title: &str, document: &Value) -> Vec<String> {
     let mut flaws = Vec::new();
     let info = &document["info"];

@@ -1,5 +1,5 @@
-//! For every step of the order saga: it succeeds, is refused, fails and recovers, stays in doubt, and each command, undo
-//! and reply comes twice or late, or never. Money and stock add up. (`edges.rs` kills the processes meanwhile.)
+//! Every step of the order saga: it succeeds, is refused, fails and recovers, stays in doubt. Each command, undo and
+//! reply comes twice or late, or never. Money and stock add up. (`edges.rs` kills the processes meanwhile.)
 //!
 //! One platform, many orders at once: a case is a line of a table, and the audit judges all of them together.
 

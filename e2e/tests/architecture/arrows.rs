@@ -1,4 +1,4 @@
-//! Arrows between crates.
+//! The arrows that are allowed between crates.
 
 use crate::Violation;
 use serde_json::Value;

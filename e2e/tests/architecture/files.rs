@@ -49,9 +49,9 @@ pub(crate) fn module_docs(tree: &Tree) -> Vec<Violation> {
     silent.map(|(path, _)| format!("{path} does not begin by saying what it is for (`//!`)")).collect()
 }
 
-/// refinery embeds what its macro finds when the crate is built, and ignores a name that it does not understand: each
-/// file has such a name and a version of its own, each folder is embedded by somebody, and that somebody is built again
-/// when a file is added.
+/// refinery embeds the files that its macro finds when the crate is built, and ignores a name that it does not
+/// understand. Each file has such a name and a version of its own. Each folder is embedded by a crate, which is built
+/// again when a file is added.
 pub(crate) fn migrations(tree: &Tree) -> Vec<Violation> {
     let mut violations = Vec::new();
     let mut folders: BTreeMap<&str, BTreeSet<u32>> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! Which modules do no I/O, and who alone may do what.
+//! The modules that do no I/O, and the modules that alone may do a thing.
 
 use crate::{
     Violation,
@@ -67,7 +67,7 @@ fn folder_of(path: &str) -> String {
     }
 }
 
-/// The file that a path of our own names, seen from the file `from`; `None` for somebody else's crate.
+/// The file that a path of our own names, seen from the file `from`; `None` for another crate.
 pub(crate) fn file_of(sources: &BTreeMap<&str, String>, from: &str, path: &str) -> Option<String> {
     let package = from.split('/').next()?;
     let mut segments = path.split("::");

@@ -23,13 +23,13 @@ use std::process::Command;
 const REQUESTS: usize = 40;
 const STARTED_WITHOUT_KAFKA: Reds =
     &[("kafka", NO_KAFKA), ("commands", &["starting", "kafka_away"]), ("topics", NO_KAFKA)];
-/// What order-svc says of a locked table before anybody asks for it.
+/// order-svc's answers about a locked table before a request needs it.
 const LOCKED: Says = not_ready(Orders, &[("orders", &["no_answer"])], &[]);
 
-/// What is broken.
+/// The dependencies that a test breaks, each in its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Broken {
-    /// Killed.
+    /// PostgreSQL is killed.
     Postgres,
     /// All its processes stand still.
     PostgresHangs,
@@ -41,9 +41,9 @@ pub(crate) enum Broken {
     Locked(&'static str),
     /// The database takes no writes.
     ReadOnly(&'static str),
-    /// Killed.
+    /// Kafka is killed.
     Kafka,
-    /// It stands still.
+    /// Kafka stands still.
     KafkaHangs,
     /// A topic is deleted.
     Topic(&'static str),

@@ -1,8 +1,8 @@
-//! Each dependency is broken in each way, and `/livez`, `/readyz`, `/health` and the metrics say what that means, each for its own
-//! readers, and no more than that. Then it is mended, and orders go through.
+//! Each dependency is broken in each way. `/livez`, `/readyz`, `/health` and the metrics report what that means, each
+//! for its own readers, and no more than that. Then it is mended, and orders go through.
 //!
-//! What takes a broker that lies (a partition without a leader, a topic without rights) is in saga-core's and the relay's own tests,
-//! on librdkafka's mock cluster.
+//! Faults that take a broker that lies (a partition without a leader, a topic without rights) are in saga-core's and
+//! the relay's own tests. These use librdkafka's mock cluster.
 
 mod answers;
 mod broken;
@@ -19,7 +19,7 @@ use stack::service::Service::{self, Gateway, Inventory, Orders, Payments, Relay}
 
 const AWAY: &[&str] = &["database_away", "no_answer"];
 const NO_KAFKA: &[&str] = &["kafka_away"];
-/// A broker that stands still is not noticed by the consumers alone: it hands their partitions to nobody.
+/// The causes of a broker that stands still: it hands the partitions of the consumers to no member.
 const SILENT: &[&str] = &["kafka_away", "unassigned"];
 const READ_ONLY: &[&str] = &["database_read_only"];
 const OUTBOXES_AWAY: Reds = &[("outbox:orders", AWAY), ("outbox:payments", AWAY), ("outbox:inventory", AWAY)];
