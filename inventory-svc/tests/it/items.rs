@@ -82,7 +82,7 @@ async fn twenty_repeats_at_once_create_once() {
         let response = response.unwrap();
         match response.status().as_u16() {
             201 => created += 1,
-            // Not that the sku is taken: a repeat is told of its own first request only.
+            // The answer is not that the sku is taken: a repeat gets the answer to its own first request only.
             _ => assert_eq!(problem(response).await.1, "/problems/in-flight"),
         }
     }

@@ -25,7 +25,7 @@ fn binary(arguments: &[&str], variables: &[(&str, &str)]) -> Command {
     command
 }
 
-/// An address that nobody listens on.
+/// An address on which no process listens.
 fn free() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }

@@ -120,7 +120,7 @@ impl Warehouse {
         rows.iter().map(reply).collect()
     }
 
-    /// The ledger explains every balance, and nobody has fewer than nothing.
+    /// The ledger explains every balance, and no item has fewer pieces than none.
     pub(crate) async fn books_balance(&self) {
         let wrong: i64 = sqlx::query_scalar(
             "select count(*)
