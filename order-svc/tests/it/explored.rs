@@ -14,7 +14,7 @@ use saga_core::{
 const EVERYTHING: Limits =
     Limits { attempts: 2, breaks: 1, losses: 0, external: true, failures: true, cancels: true, mistake: None };
 
-/// The order saga, but each command is issued so many times at most: the worlds of a third attempt are like those of
+/// The order saga, but each command is issued so many times at most. The worlds of a third attempt are like those of
 /// the second, and too many.
 fn order_of_few_attempts(attempts: u32) -> Definition {
     let order = order_saga();

@@ -1,4 +1,4 @@
-//! Clients that hang up in the middle of a request, ten thousand times: no acknowledged order is lost, no order is half
+//! Clients hang up in the middle of a request, ten thousand times. No acknowledged order is lost, no order is half
 //! written, and no connection of the pool is left inside a transaction.
 
 use crate::support::{PATIENCE, Shop, basket, id_of};
@@ -15,10 +15,11 @@ use tokio_util::sync::CancellationToken;
 
 /// So many requests are cut off without an answer.
 const CUT_OFF: usize = 10_000;
-/// Whoever is answered in time is not cut off, so it takes more requests than that; never so many more.
+/// The most requests: a client that gets its answer in time is not cut off, so it takes more than those; never so many
+/// more.
 const REQUESTS: usize = 2 * CUT_OFF;
-/// About as many as the pool has connections, so that requests are cut in the middle of their transaction and not while
-/// they wait for a connection.
+/// About as many clients as the pool has connections. So requests are cut in the middle of their transaction and not
+/// while they wait for a connection.
 const CLIENTS: usize = 12;
 const PROBES: usize = 4;
 
@@ -48,7 +49,7 @@ fn request(addr: SocketAddr, key: &str) -> Vec<u8> {
 enum End {
     /// Not a byte of an answer: it hung up before.
     CutOff,
-    /// Its order.
+    /// The answer, with the order.
     Acknowledged(Value),
     /// Something else: the pool is busy, a connection was not made, or it hung up in the middle of its answer.
     Other,
@@ -112,8 +113,8 @@ fn answered(answer: &[u8]) -> End {
     }
 }
 
-/// Writes one row after the other on the pool's connections while the storm lasts. On a connection that somebody left
-/// inside a transaction, a write is acknowledged, is not the first statement of its transaction, and may be lost.
+/// Writes one row after the other on the pool's connections while the storm lasts. If a connection was left inside a
+/// transaction, a write on it is acknowledged, is not the first statement of its transaction, and may be lost.
 async fn probe(pool: PgPool, from: i64, storm: CancellationToken) -> (Vec<i64>, usize) {
     let (mut written, mut inside) = (Vec::new(), 0);
     for n in (from..).step_by(PROBES) {
@@ -172,7 +173,8 @@ async fn ten_thousand_clients_that_hang_up_lose_no_order_and_poison_no_connectio
     // One in twelve stays for its answer; on a busy machine some of those hear that the pool is.
     assert!(acknowledged.len() >= CUT_OFF / 20, "only {} were acknowledged", acknowledged.len());
 
-    // Whoever hung up may still be at work; then every connection is idle and outside of any transaction.
+    // A request whose client hung up may still be at work; then every connection is idle and outside of any
+    // transaction.
     eventually(PATIENCE, || async {
         let busy =
             "pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() and state <> 'idle'";
@@ -195,7 +197,7 @@ async fn ten_thousand_clients_that_hang_up_lose_no_order_and_poison_no_connectio
         cut_off.len(),
         acknowledged.len()
     );
-    // Else the clients would hang up before anybody is at work for them.
+    // Otherwise the clients would hang up before a handler is at work for them.
     assert!(unheard >= CUT_OFF as i64 / 4, "only {unheard} requests were cut off while they were worked on");
     for (table, per_order) in [
         ("idempotency_answer", 1),

@@ -37,8 +37,8 @@ pub(crate) struct Shop {
 }
 
 impl Shop {
-    /// Opens a shop that sells `WIDGET-1` for 19.99 EUR, `GADGET-2` for 5.00 EUR, `TEAPOT-3` for 30.00 USD, and two
-    /// things that nobody can pay for: `GOLD-4` costs all the money there is, `AIR-5` nothing.
+    /// Opens a shop that sells `WIDGET-1` for 19.99 EUR, `GADGET-2` for 5.00 EUR and `TEAPOT-3` for 30.00 USD. It also
+    /// sells two things that cannot be paid for: `GOLD-4` costs all the money there is, `AIR-5` nothing.
     pub(crate) async fn open() -> Self {
         let db = TestDatabase::new(&migrations::all()).await;
         sqlx::query(
