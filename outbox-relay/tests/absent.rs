@@ -1,4 +1,5 @@
-//! Topics that do not exist: some are set apart and waited for; of more, whoever made the names up, rows are parked.
+//! Topics that do not exist: some are set apart and waited for. Of more of them, wherever the names come from, rows are
+//! parked.
 
 mod common;
 

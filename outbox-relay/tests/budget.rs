@@ -1,4 +1,4 @@
-//! One budget of bytes for all outboxes of a process: nothing exceeds it, and nobody waits for a neighbour's rows.
+//! One budget of bytes for all outboxes of a process: nothing exceeds it, and no outbox waits for a neighbour's rows.
 
 mod common;
 

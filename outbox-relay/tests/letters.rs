@@ -1,4 +1,5 @@
-//! What a record has of its row: every header of a dead letter, its epoch, and of a dead letter that is too large what fits.
+//! A record holds of its row: every header of a dead letter, its epoch, and of a dead letter that is too large the
+//! parts that fit.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! Who publishes: one at a time; what a second one, a late one and a killed one can do.
+//! The ownership of an outbox: one relay publishes at a time. What a second one, a late one and a killed one can do.
 
 mod common;
 
@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-/// The lease's owner.
+/// The id of the owner whose lease has not run out.
 async fn owner(world: &World) -> Option<uuid::Uuid> {
     sqlx::query_scalar("select owner from outbox_lease where outbox = 'orders' and expires_at > clock_timestamp()")
         .fetch_optional(world.db())
@@ -50,7 +50,7 @@ async fn an_owner_whose_lease_was_taken_stops_and_changes_no_position() {
     world.append("k", "1").await;
     world.published(1).await;
     world.counts("select count(*) from outbox_batch", 1).await;
-    // Somebody else takes the lease, as if it had run out: what the relay does from here on is a zombie's.
+    // Another owner takes the lease, as if it had run out: the relay is a zombie from here on.
     let somebody = uuid::Uuid::new_v4();
     sqlx::query(
         "update outbox_lease set owner = $1, holder = 'somebody', expires_at = clock_timestamp() + interval '1 second'",

@@ -1,4 +1,4 @@
-//! The outbox's partitions: made ahead by every replica, and in nobody's way.
+//! The outbox's partitions: made ahead by every replica, and in the way of no transaction.
 
 mod common;
 
@@ -129,7 +129,7 @@ async fn no_row_is_refused_whenever_the_maker_of_a_partition_dies() {
             step(world.db()).await;
         }
         assert_eq!(world.count(CHECKS).await, i64::from(steps == 1 || steps == 2));
-        // Nobody goes on with it, for the rows of a hundred partitions.
+        // No replica goes on with it, for the rows of a hundred partitions.
         sqlx::query("select setval('outbox_id_seq', nextval('outbox_id_seq') + 1000000000)")
             .execute(world.db())
             .await

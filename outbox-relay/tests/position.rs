@@ -81,7 +81,7 @@ async fn a_low_id_that_commits_late_is_published() {
 async fn an_early_xid_that_appends_late_does_not_invert_its_key() {
     let world = World::new().await;
     let _relay = world.relay();
-    // It has its transaction id before anybody appends, and gets the key's lock after the other has committed.
+    // The early transaction has its id before any other appends, and gets the key's lock after the other has committed.
     let mut early = world.db().begin().await.unwrap();
     sqlx::query("select pg_current_xact_id()").execute(&mut *early).await.unwrap();
     world.append("k", "first").await;

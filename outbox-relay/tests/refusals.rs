@@ -234,7 +234,7 @@ async fn an_operator_pauses_a_topic_while_others_flow_and_resumes_it_in_order() 
     for i in 1..=5 {
         world.append("k", &i.to_string()).await;
         append(world.db(), &other, "k", &i.to_string()).await;
-        // Whoever commits does not know what is paused.
+        // A transaction that commits does not know what is paused.
         nudge(world.db());
     }
     published(&other, 5).await;

@@ -34,7 +34,7 @@ pub struct World {
     pub database: TestDatabase,
     pub topic: TestTopic,
     pub name: String,
-    /// As whom relays connect, if not as the owner.
+    /// The role that relays connect as; `None`: the owner.
     pub role: Option<String>,
 }
 
@@ -185,8 +185,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Parks rows 1 to `rows`, as if their topic had been too small for them: in so many lines, or without keys where there are
-/// none.
+/// Parks rows 1 to `rows`, as if their topic had been too small for them. They are in so many lines, or without keys
+/// where there are none.
 pub async fn park(world: &World, topic: &str, rows: usize, lines: usize) {
     let rows = i64::try_from(rows).unwrap();
     sqlx::query(

@@ -22,7 +22,7 @@ use std::{
 /// The relay as a process of its own; killed when it is dropped.
 struct Process {
     child: Child,
-    /// Its admin listener's.
+    /// The port of its admin listener.
     port: u16,
 }
 
@@ -88,7 +88,7 @@ impl Drop for Process {
     }
 }
 
-/// Appends under load until told to stop: ten keys, each locked by its row as an aggregate is.
+/// Appends under load until `stop` is set: ten keys, each locked by its row as an aggregate is.
 async fn load(world: &World, stop: Arc<AtomicBool>) {
     let writers = (0..4).map(|writer| {
         let stop = stop.clone();
@@ -302,7 +302,7 @@ async fn a_replica_that_stands_by_tells_how_far_behind_the_outbox_is() {
     replica.tells(&["outbox_pending{outbox=\"orders\"} 2", "outbox_paused_topics{outbox=\"orders\"} 1", not]).await;
     owner.stop().await;
     replica.tells(&[owns]).await;
-    // Somebody else takes the lease: what its former owner tells stays true.
+    // Another relay takes the lease: the former owner's metrics stay true.
     let owner = world.relay();
     replica.signal("-STOP");
     sqlx::query("update outbox_lease set expires_at = now()").execute(world.db()).await.unwrap();

@@ -21,7 +21,7 @@ async fn retry(world: &World) {
     assert_eq!(status, 202, "{problem}");
 }
 
-/// Discards these rows; those that were, as the operator was told.
+/// Discards these rows; returns those that were discarded, by the answers to the operator.
 async fn discard(world: &World, rows: impl IntoIterator<Item = i64>) -> BTreeSet<i64> {
     let mut discarded = BTreeSet::new();
     for id in rows {
@@ -35,8 +35,8 @@ async fn discard(world: &World, rows: impl IntoIterator<Item = i64>) -> BTreeSet
     discarded
 }
 
-/// Of rows 1 to `rows`, which were parked in `lines` lines, those are published that were not discarded, and no others; first
-/// occurrences are in order along each line.
+/// Of rows 1 to `rows`, which were parked in `lines` lines, those are published that were not discarded, and no others.
+/// First occurrences are in order along each line.
 async fn audit_parked(world: &World, topic: &str, rows: i64, lines: i64, discarded: &BTreeSet<i64>) {
     let expected: BTreeSet<i64> = (1..=rows).filter(|id| !discarded.contains(id)).collect();
     world.parked(0).await;
