@@ -1,4 +1,4 @@
-//! Payments over HTTP.
+//! Payments and their ledger over HTTP.
 
 use crate::support::{World, authorize, capture, new_order};
 use payment_svc::api;

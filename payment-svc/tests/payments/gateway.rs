@@ -198,7 +198,7 @@ async fn guesses_at_the_providers_token_are_slowed_down_and_look_like_any_wrong_
         answer.headers().contains_key("retry-after").then_some(())
     });
     slowed.await;
-    // The right one is not looked at now. (Once a second one is: the guesser guesses on until then.)
+    // The right token is not compared now. (Once a second one is: the guesser guesses on until then.)
     let mut answers = Vec::new();
     for _ in 0..8 {
         answers.push((show("another-token-of-it").await.status().as_u16(), show(token).await.status().as_u16()));

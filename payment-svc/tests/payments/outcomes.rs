@@ -92,8 +92,8 @@ async fn a_decline_is_a_rejection_with_the_gateways_reason_and_moves_nothing() {
 async fn whatever_happens_to_an_answer_the_money_is_held_once() {
     let world = World::impatient().await;
     for method in ["tok_lost_answer", "tok_error_once", "tok_slow"] {
-        // Slower than the time-out: in doubt, then the stored answer (the second is as slow, but the first has been
-        // performed by then; after all attempts it stays in doubt and fails).
+        // The gateway is slower than the time-out: in doubt, then the stored answer. (The second answer is as slow, but
+        // the first has been performed by then. After all attempts the command stays in doubt and fails.)
         let order = new_order();
         let (outcome, _) = world.do_and_settle(order, AUTHORIZE, Do, &authorize(order, method)).await;
         let expected = if method == "tok_slow" { Failed } else { Succeeded };

@@ -41,7 +41,7 @@ impl Provider {
         Self::with_token(behaviour, None).await
     }
 
-    /// One that lets in who shows the token.
+    /// A gateway that lets in callers that show the token.
     pub(crate) async fn with_token(behaviour: Behaviour, token: Option<Secret>) -> Self {
         let database = TestDatabase::new(&[migrations::gateway()]).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
