@@ -1,8 +1,8 @@
 //! What must not be said of a saga does not compile, and the compiler says why in words that help.
 //!
-//! Each case in `compile_fail/` begins with what the compiler has to say (`//~`); `good.rs` has to compile. The compiler
-//! is asked directly, with the libraries that this test was built from: trybuild would build every dependency a second
-//! time, Kafka's C library included, which takes minutes where this takes seconds.
+//! Each case in `compile_fail/` begins with the compiler's expected words (`//~`); `good.rs` has to compile. The test
+//! asks the compiler directly, with the libraries that it was built from. trybuild would build every dependency a
+//! second time, Kafka's C library included, which takes minutes where this takes seconds.
 
 use std::{
     ffi::OsStr,

@@ -1,4 +1,4 @@
-//! Slow and hostile callers, over a real listener: what they hold, nobody else waits for.
+//! Slow and hostile callers, over a real listener: no other caller waits for what they hold.
 
 use axum::{
     Router,

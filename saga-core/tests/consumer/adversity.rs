@@ -1,5 +1,5 @@
-//! What the consumer holds its own against: handlers that swallow errors, connections that fall silent, records that
-//! would take others with them, users that drop it.
+//! The consumer holds its own against handlers that swallow errors, connections that fall silent, records that would
+//! take others with them, users that drop it.
 
 use crate::support::{Fixture, Running, SOON, event, says, with_id};
 use saga_core::{
@@ -27,7 +27,7 @@ fn on(partition: i32, record: Record) -> Record {
     Record { partition: Some(partition), ..record }
 }
 
-/// Writes what it is told; when that is `swallow`, an error of the database is ignored.
+/// Writes the message's value; when that is `swallow`, ignores an error of the database.
 struct Careless;
 
 impl Handler for Careless {

@@ -112,8 +112,8 @@ async fn a_commit_of_what_failed_that_is_lost_or_not_heard_of_loses_nothing_and_
     futures::future::join_all(commits).await;
 }
 
-/// Starts consumers, one after another, that fail at `fail` and die of `kill`, until there are so many dead letters: how many
-/// died, and the one that did not.
+/// Starts consumers, one after another, that fail at `fail` and die of `kill`, until there are so many dead letters.
+/// Returns how many died, and the one that did not.
 async fn outlives(fixture: &Fixture, letters: usize) -> (u32, Running) {
     for deaths in 0..20 {
         let running = fixture.start_with(|message| match message.payload.as_deref() {

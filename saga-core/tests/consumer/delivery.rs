@@ -1,4 +1,4 @@
-//! Messages that nothing is wrong with: each is handled once, in order, whoever reads it.
+//! Messages that nothing is wrong with: each is handled once, in order, whichever member reads it.
 
 use crate::support::{Fixture, SOON, assert_complete, event, events, with_id};
 use saga_core::{
@@ -139,7 +139,7 @@ async fn whoever_waits_for_a_partition_gets_it_with_the_next_commit() {
         running.gate.send_replace(true);
     };
     tokio::join!(waits, commits).0.unwrap();
-    // The batch is done, whoever has the partition now; what comes next waits.
+    // The batch is done, whichever member has the partition now; the next batch waits.
     eventually(SOON, || async { (running.recorder.commits.load(Ordering::SeqCst) == 1).then_some(()) }).await;
     fixture.send(&[event("a", "2")]).await;
     fixture.until_somebody_waits_for(lock).await;

@@ -293,8 +293,8 @@ async fn what_passes_by_itself_is_repeated_and_counts_nothing_however_a_handler_
 async fn a_deadlock_with_another_transaction_is_repeated_and_counts_nothing() {
     let mut fixture = Fixture::new(1).await;
     fixture.config.attempts = 1;
-    // The server looks for deadlocks once in each wait, so the handler's last wait has to begin when ours has: lock 3 is a gate
-    // before it. It must find the handler's transaction, not ours: ours is patient.
+    // The server looks for deadlocks once in each wait, so the handler's last wait has to begin when ours has: lock 3
+    // is a gate before it. It must find the handler's transaction, not ours: ours is patient.
     sqlx::query(
         "create function locks_a_then_b() returns trigger language plpgsql as $$
          begin

@@ -31,7 +31,7 @@ async fn a_missing_table_stops_the_partition_loudly_and_gives_nothing_up() {
 
     let running = fixture.start();
     until_unhealthy(&running.health, "relation \"handled\" does not exist").await;
-    // It is tried again, and that is not told again.
+    // The batch is tried again, and that is not logged again.
     let tries = || running.recorder.batches.lock().unwrap().len();
     eventually(SOON, || async { (tries() > 5).then_some(()) }).await;
     assert_eq!(log.said("the partition waits until this is set right").len(), 1);
@@ -131,7 +131,8 @@ async fn a_hosts_wrong_clock_gives_no_message_up_for_its_age() {
     let running = fixture.start_on(&pool);
     until_unhealthy(&running.health, "clocks of this host and of its database differ").await;
     fixture.send(&[with_id(aged(20), "a", "new"), event("a", "not yet")]).await;
-    // By the host's clock it would be too old, by the database's the second is from the future: nobody knows.
+    // By the host's clock the first would be too old, by the database's the second is from the future: it is not known
+    // which.
     until_unhealthy(&running.health, "from the future, wait").await;
     assert!(fixture.dead_letters().await.is_empty());
 

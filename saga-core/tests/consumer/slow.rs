@@ -1,4 +1,5 @@
-//! Handlers that are slow, hang or wait for others, and records that fail among many: what it costs, and whom.
+//! Handlers that are slow, hang or wait for others, and records that fail among many: the cost, and the records that
+//! bear it.
 
 use crate::support::{Fixture, SOON, event, events, says};
 use saga_core::{
@@ -363,7 +364,7 @@ async fn slow_handlers_on_a_full_pool_are_no_outage_and_all_is_handled() {
     const PARTITIONS: i32 = 4;
     let mut fixture = Fixture::new(PARTITIONS).await;
     (fixture.config.attempt_timeout, fixture.config.attempts) = (Duration::from_secs(1), 1);
-    // Two connections for four partitions: who waits for one gives up long before an attempt does.
+    // Two connections for four partitions: a worker that waits for one gives up long before an attempt does.
     let options = pool_options(2).acquire_timeout(Duration::from_millis(200));
     let pool = options.connect(&fixture.database.url).await.unwrap();
     let log = Log::hear("warn");

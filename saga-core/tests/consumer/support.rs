@@ -203,12 +203,12 @@ impl Fixture {
         eventually(SOON, || async { self.parked().await.is_empty().then_some(()) }).await;
     }
 
-    /// Waits until somebody waits for this advisory lock.
+    /// Waits until a session waits for this advisory lock.
     pub(crate) async fn until_somebody_waits_for(&self, lock: i64) {
         eventually(SOON, || async { self.locks(false).await.contains(&lock).then_some(()) }).await;
     }
 
-    /// The advisory locks in this database that somebody has (`granted`), or waits for.
+    /// The advisory locks in this database that a session has (`granted`), or waits for.
     pub(crate) async fn locks(&self, granted: bool) -> Vec<i64> {
         sqlx::query_scalar(
             "select (classid::bigint << 32) | objid::bigint

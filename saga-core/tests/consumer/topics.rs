@@ -1,4 +1,4 @@
-//! Topics that are gone, made again, or led by nobody: health names the cause, and what is in them is read.
+//! Topics that are gone, made again, or without a leader: health names the cause, and their records are read.
 
 use crate::support::{Fixture, Running, SOON, event, events};
 use rdkafka::mocking::MockCluster;

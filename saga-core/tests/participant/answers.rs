@@ -1,4 +1,4 @@
-//! What an effect's provider did not answer, and commands that nobody can be answered to.
+//! Calls that an effect's provider did not answer, and commands without a place for the answer.
 
 use crate::{
     external::{key, pay},

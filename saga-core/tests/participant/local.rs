@@ -101,7 +101,7 @@ async fn an_undo_takes_back_once_and_is_answered_again() {
     assert_eq!(world.outcomes(saga).await, [Succeeded, Succeeded, Succeeded]);
     assert_eq!(world.calls.of(CommandId::derive(saga, "step", Op::Undo, 0)), 1);
     assert_eq!(world.effects(saga).await, 0);
-    // A late duplicate of the do is told what it was told before, and does nothing.
+    // A late duplicate of the do gets the answer that it got before, and does nothing.
     world.deliver(&[message(saga, Op::Do, &add(&["yes"]))]).await;
     assert_eq!(world.effects(saga).await, 0);
 }

@@ -229,7 +229,7 @@ async fn a_reply_topic_that_is_renamed_loses_no_fence_of_an_old_saga_in_silence(
             again.envelope.saga.as_mut().unwrap().attempt = attempt;
             world.deliver(&[again]).await;
         }
-        // Whose record that is nobody can tell: it is neither taken nor passed over.
+        // It is not known whose record that is: it is neither taken nor passed over.
         assert_eq!(after.outcomes(&world, saga).await, [Failed, Failed]);
         assert_eq!(world.effects(saga).await, 1, "it is not done twice, nor called undone while it is there");
         world.deliver(&[before.message(saga, Op::Undo, &Remove)]).await;

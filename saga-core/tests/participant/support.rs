@@ -61,7 +61,7 @@ command!(Remove, "test.remove.v1", Done, Never);
 command!(Pay, "test.pay.v1", Added, No);
 command!(Repay, "test.repay.v1", Done, Never);
 
-/// How often each command's handler was called, and what the undo was told.
+/// How often each command's handler was called.
 #[derive(Default)]
 pub(crate) struct Calls(Mutex<HashMap<CommandId, usize>>);
 
@@ -129,7 +129,7 @@ impl UndoHandler<Add, Remove> for RemoveHandler {
     }
 }
 
-/// Somebody else's system: what it did, by idempotency key.
+/// Another company's system: what it did, by idempotency key.
 #[derive(Default)]
 pub(crate) struct Provider {
     pub(crate) calls: Calls,

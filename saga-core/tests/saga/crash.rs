@@ -1,5 +1,5 @@
-//! Processes that die, errors, and success that nobody hears of, at every edge of the engine's transactions; and many
-//! at once.
+//! Processes that die, errors, and success that no caller hears of, at every edge of the engine's transactions; and
+//! many at once.
 
 use crate::support::*;
 use saga_core::{
@@ -49,7 +49,7 @@ async fn drive(world: &World, saga: SagaId) -> usize {
 async fn a_crash_at_any_edge_of_any_transaction_leaves_the_same_saga() {
     let world = World::new().await;
     let mut number = 0;
-    // The timers take an error for one saga's mistake, and go on with one saga at a time: nobody sees it fail.
+    // The timers take an error for one saga's mistake, and go on with one saga at a time: no caller sees it fail.
     for (edge, seen) in [
         ("saga.after-load", [(Fault::Crash, 1), (Fault::Error, 1), (Fault::Outage, 1)]),
         ("saga.after-store", [(Fault::Crash, 1), (Fault::Error, 1), (Fault::Outage, 1)]),

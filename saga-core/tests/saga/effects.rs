@@ -1,5 +1,5 @@
-//! Local effects that do not work: what passes repeats the batch and blames no saga, what is their own fault is tried
-//! again after a pause, and then somebody has to look.
+//! Local effects that do not work. A fault that passes repeats the batch and blames no saga. A fault of the effect's
+//! own is tried again after a pause, and then an operator has to look.
 
 use crate::support::*;
 use async_trait::async_trait;

@@ -1,5 +1,5 @@
-//! What names a saga's commands: a secret of its row, kept to its end; the derivation of the build before, to the end of the
-//! sagas that began with it.
+//! The names of a saga's commands. They come from a secret of its row, kept to its end. The derivation of the build
+//! before holds to the end of the sagas that began with it.
 
 use crate::support::*;
 use metrics_exporter_prometheus::PrometheusBuilder;

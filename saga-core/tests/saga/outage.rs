@@ -130,7 +130,7 @@ async fn after_an_outage_timers_wait_for_the_replies_of_their_partition_and_no_o
         let trail = world.trail(*saga).await;
         assert_eq!(trail.contains(&"authorize #2".into()), *partition == read, "{trail:?}");
     }
-    // What is read to its end holds nobody up, and goes on being said.
+    // A partition that is read to its end holds up no saga, and its row goes on being updated.
     eventually(SOON, async || (world.read_lately().await == 2).then_some(())).await;
     assert_eq!(world.time_out().await, 8);
     reader.stop().await;
@@ -148,7 +148,8 @@ async fn a_process_that_dies_before_it_says_how_far_it_has_read_resends_nothing(
     let dies = FailPoint::once("consumer.before-read-until", &group, Fault::Crash);
     eventually(SOON, async || dies.has_fired().then_some(())).await;
 
-    // A reply is committed, and nobody says that its partition was read so far; the next one comes when nobody reads.
+    // A reply is committed, and its partition's row does not show that it was read so far. The next reply comes when no
+    // consumer reads.
     let saga = SagaId::new();
     let mut tx = world.database.pool.begin().await.unwrap();
     engine.start_in(&mut tx, saga, &order_saga(1), &Order { order: 1 }, "1").await.unwrap();
@@ -274,7 +275,7 @@ async fn what_has_to_wait_for_replies_is_not_looked_at_five_times_a_second() {
         .await
         .unwrap();
     }
-    // Of the other partition, which nobody has read.
+    // These sagas are of the other partition, which no consumer has read.
     sqlx::query(
         "with waiting as (
              insert into saga

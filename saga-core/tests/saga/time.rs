@@ -1,4 +1,4 @@
-//! Time passing: deadlines that nobody looked at in time, and what comes long after it was wanted.
+//! Time passing: deadlines that no process checked in time, and replies long after they were wanted.
 
 use crate::support::*;
 use saga_core::{
