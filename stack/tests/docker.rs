@@ -1,4 +1,4 @@
-//! `docker/` against the programs themselves, so that it cannot rot where no container engine is at hand: each process
+//! `docker/` against the programs themselves, so that it cannot rot where no container engine is at hand. Each process
 //! is started here as the container would start it, with the variables that compose.yaml gives it.
 
 use serde_norway::Value;
@@ -97,7 +97,7 @@ fn each_process_knows_each_variable_that_it_is_given() {
 fn each_process_accepts_its_configuration() {
     for service in Service::ALL {
         let mut given = variables(service);
-        // The one mistake that makes it stop; a second one would be told beside it.
+        // The one mistake that makes the process stop; a second one would be reported beside it.
         given.insert("ADMIN_TOKEN".into(), String::new());
         let (code, said) = say(service, &[], &given);
         assert_eq!(code, Some(2), "{service}: {said}");

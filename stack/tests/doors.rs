@@ -1,4 +1,4 @@
-//! Who gets in: PostgreSQL asks everybody for its password, and no directory is used that others may change.
+//! The doors: PostgreSQL asks every client for its password, and no directory is used that others may change.
 
 use nix::unistd::Uid;
 use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
@@ -26,7 +26,7 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// A uid that nobody has.
+/// A uid that no user has.
 const ANOTHER: u32 = 12_345;
 
 /// Below /tmp, so that PostgreSQL's user gets there when this runs as root.
@@ -58,7 +58,7 @@ async fn refusal(dir: &Path) -> String {
     }
 }
 
-/// The SQLSTATE with which somebody is refused who connects like this.
+/// The SQLSTATE with which PostgreSQL refuses a client that connects like this.
 async fn sqlstate(options: &PgConnectOptions) -> String {
     let refused = options.connect().await.expect_err("it let in somebody");
     refused.as_database_error().and_then(|e| e.code()).expect("PostgreSQL itself refused").into_owned()

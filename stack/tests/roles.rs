@@ -14,7 +14,7 @@ use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
 /// What a busy machine may take.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Between two looks.
+/// The pause between two looks.
 const LOOK: Duration = Duration::from_millis(50);
 
 fn password(role: &str) -> String {

@@ -1,5 +1,5 @@
-//! What the programs print: with a secret in every variable, no `--help` and no configuration error shows one; and what is not
-//! encrypted is said at the start.
+//! The output of the programs. With a secret in every variable, no `--help` and no configuration error shows one. A
+//! connection without encryption is reported at the start.
 
 use stack::service::{Service, binary};
 use std::{
