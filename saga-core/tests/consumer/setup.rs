@@ -1,4 +1,5 @@
-//! What an operator has to set right (a table, a right, a clock): the partition waits for it, loudly, and gives nothing up.
+//! Faults that an operator has to set right (a table, a right, a clock): the partition waits, loudly, and gives nothing
+//! up.
 
 use crate::support::{Fixture, SOON, event, events, with_id};
 use saga_core::{
@@ -46,7 +47,7 @@ async fn a_missing_table_stops_the_partition_loudly_and_gives_nothing_up() {
     running.stop().await;
 }
 
-/// Reads all columns of a table, as prepared statements do whose answer changes with it.
+/// A handler that reads all columns of a table, as prepared statements do whose answer changes with it.
 struct ReadsAll;
 
 impl Handler for ReadsAll {
@@ -115,7 +116,7 @@ async fn set_clock(fixture: &Fixture, ahead: &str) {
     run_sql(&fixture.database.pool, &sql).await;
 }
 
-/// An id that was made so many days ago.
+/// A message id that was made so many days ago.
 fn aged(days: i64) -> MessageId {
     let at = time::OffsetDateTime::now_utc() - time::Duration::days(days);
     let seconds = u64::try_from(at.unix_timestamp()).unwrap();

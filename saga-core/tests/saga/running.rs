@@ -1,4 +1,4 @@
-//! The engine as it runs: replies through Kafka and the consumer, timers in their loop, and what stands in their way.
+//! The engine as it runs: replies through Kafka and the consumer, timers in their loop, and the trouble that they meet.
 
 use crate::support::*;
 use metrics_exporter_prometheus::PrometheusBuilder;
@@ -65,7 +65,7 @@ async fn the_timers_give_a_silent_connection_up_and_go_on_with_another() {
     let (proxy, url) = FreezingProxy::of_database(&world.database.url).await;
     let engine = builder_of(pool_options(8).connect(&url).await.unwrap(), &world.reply_topic, 1);
     let engine = engine.attempt_max(Duration::from_millis(500)).build().unwrap();
-    // They have a connection, and nothing to do.
+    // The timers have a connection, and nothing to do.
     assert_eq!(engine.tick().await.unwrap().due, 0);
     proxy.freeze();
     world.time_passes().await;

@@ -142,7 +142,7 @@ async fn whoever_waits_for_somebodys_transaction_waits_alone_and_learns_how_it_e
         let order = Order { order: held };
         engine.start_in(&mut other, SagaId::new(), &plain(), &order, &held.to_string()).await.unwrap();
         let (waits, beside) = (start(&engine, held), start(&engine, beside));
-        // The same set, and the next one.
+        // One start is in the same set, the other in the next one.
         timeout(SOON, beside).await.expect("it holds nobody up").unwrap().unwrap();
         let again = start(&engine, held);
         timeout(SOON, start(&engine, later)).await.expect("it holds nobody up").unwrap().unwrap();
@@ -186,7 +186,7 @@ fn starts_go_on_when_the_runtime_that_took_care_of_them_has_ended() {
     let ending = runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (saga, order) = (plain(), Order { order: 1 });
     let mut asked = Box::pin(engine.start(SagaId::new(), &saga, &order, "1"));
-    // It ends with a start in hand, before it has begun with it.
+    // The runtime ends with a start in hand, before it has begun with it.
     ending.block_on(async { assert!(futures::poll!(asked.as_mut()).is_pending()) });
     drop(ending);
     let told = lasting.block_on(async { timeout(SOON, asked).await.expect("it is told") });

@@ -367,7 +367,7 @@ async fn two_runners_at_once_issue_each_resend_once() {
     world.audit().await;
 }
 
-/// Goes on after an error of the database, as if nothing had been.
+/// A handler that goes on after an error of the database, as if nothing had been.
 struct Swallows;
 
 #[async_trait]

@@ -1,4 +1,4 @@
-//! What an undo says of its step; undos that cannot be done; commands that were never sent.
+//! The headers of undos about their steps; undos that cannot be done; commands that were never sent.
 
 use crate::support::*;
 use saga_core::{
