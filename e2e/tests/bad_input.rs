@@ -33,7 +33,7 @@ fn what_cannot_be_read_is_dead_lettered_with_its_reason_and_place_and_the_partit
                 topics::write(&platform.brokers(), &garbage(topic, partition, &mark)).await.expect("it can be written");
             }
         }
-        // Behind the garbage, in whichever partitions its key falls.
+        // The orders come behind the garbage, in whichever partitions their keys fall.
         let sku = platform.item("behind-garbage", 100, 50).await;
         for _ in 0..8 {
             let order = platform.place(&Wish::of(&sku, 1)).await;
@@ -60,7 +60,7 @@ async fn dead_letters(platform: &Platform, topic: &str, key: &str, wanted: usize
     .await
 }
 
-/// Has what is parked tried at once, again and again.
+/// Has parked records tried at once, again and again.
 async fn parked_is_due(platform: &Platform, database: &str) -> Infallible {
     let mut db = platform.database(database).await;
     let due = "update inbox_parked set next_attempt_at = clock_timestamp() where next_attempt_at > clock_timestamp()";
@@ -132,7 +132,7 @@ fn waits_for(lines: &[Value], what: &str) -> usize {
     lines.iter().filter(|line| line["message"] == what).count()
 }
 
-/// Starts processes while a server is down, and it only when all of them wait for it.
+/// Starts processes while a server is down, and the server only when all of them wait for it.
 async fn start_without<B>(platform: &Platform, services: &[Service], what: &str, comes_back: B) -> B::Output
 where
     B: Future,
@@ -142,7 +142,7 @@ where
         platform.stack.service(service).process.start_again().expect("the program is there");
     }
     let waiting = |n: usize| waits_for(&platform.lines(services[n], before[n]), what);
-    // The relay speaks of each outbox.
+    // The relay has a line for each outbox.
     let once = |n: usize| if services[n] == Service::Relay { 3 } else { 1 };
     for (n, &service) in services.iter().enumerate() {
         eventually(SETTLED, || async { (waiting(n) >= once(n)).then_some(()) }).await;
@@ -195,7 +195,7 @@ fn who_is_started_without_kafka_waits_says_so_once_and_resumes_by_itself() {
     });
 }
 
-/// No, and not merely no answer.
+/// Whether health answers no, and not merely nothing.
 async fn is_red(platform: &Platform, service: Service) -> bool {
     let url = platform.admin(service, "/health");
     eventually(SETTLED, || async { platform.http.get(&url).send().await.ok() }).await.status().is_server_error()
@@ -226,7 +226,7 @@ fn a_trace_is_carried_from_the_request_through_outbox_and_kafka_to_every_service
         for service in [Service::Orders, Service::Payments, Service::Inventory] {
             let log = platform.lines(service, 0);
             let of_order: Vec<_> = log.iter().filter(|line| line["saga"] == id.as_str()).collect();
-            // The others speak of an order only when something is wrong with it (`edges.rs`).
+            // The other services log an order only when something is wrong with it (`edges.rs`).
             assert!(service != Service::Orders || !of_order.is_empty(), "{service} says nothing about {id}");
             for line in of_order {
                 assert_eq!(line["trace_id"], trace.as_str(), "{service}: {line}");
@@ -294,7 +294,7 @@ fn an_array_in_the_place_of_an_object_is_refused_by_every_operation() {
                 .expect("JSON");
             for (method, path, schema) in operations(&document) {
                 let id = uuid::Uuid::now_v7().to_string();
-                // A parked row's is a number, and is read before the body.
+                // The id of a parked row is a number, and is read before the body.
                 let of_path = if path.contains("/parked/") { "1" } else { &id };
                 let url = format!("{base}{}", path.replace("{id}", of_path).replace(['{', '}'], ""));
                 for (body, field) in positional(&document, &schema) {

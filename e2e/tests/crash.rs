@@ -17,7 +17,7 @@ const ORDERS: usize = 120;
 /// How long a stand-by may take to take over, and everything else that happens by itself.
 const TAKEN_OVER: Duration = Duration::from_secs(60);
 
-/// Orders while `services` are killed again and again; then everything settles.
+/// Places orders while `services` are killed again and again; then everything settles.
 async fn killed_under_load(platform: &Platform, services: &[Service]) {
     let chance = Chance::new("moments");
     services.iter().for_each(|service| platform.wants_fault(&format!("SIGKILL {service}"), 1));
@@ -25,7 +25,7 @@ async fn killed_under_load(platform: &Platform, services: &[Service]) {
     let before: Vec<_> = services.iter().map(killed).collect();
     let token = CancellationToken::new();
     let orders = async {
-        // Until each of them was hit: an order may be faster than the next kill.
+        // The load goes on until each of them was hit: an order may be faster than the next kill.
         while !token.is_cancelled() {
             load(platform, ORDERS, chance.clone()).await;
             if services.iter().zip(&before).all(|(service, before)| killed(service) > *before) {
@@ -157,7 +157,7 @@ fn a_relay_that_is_paused_past_its_lease_and_comes_back_changes_no_position() {
         let standby = platform.stack.start_another(Service::Relay).await.expect("a second relay starts");
         let zombie = platform.stack.service(Service::Relay);
         let meanwhile = async {
-            // Under load, so that it has records on their way.
+            // The relay is under load, so that it has records on their way.
             eventually(TAKEN_OVER, || async { (platform.accepted() % CUSTOMERS > 3).then_some(()) }).await;
             zombie.process.pause();
             platform.fault_fired("SIGSTOP outbox-relay");
@@ -198,7 +198,7 @@ fn a_relay_that_is_paused_past_its_lease_and_comes_back_changes_no_position() {
     });
 }
 
-/// Cuts every client's connections to PostgreSQL, ours too; how many.
+/// Cuts every client's connections to PostgreSQL, ours too; returns how many.
 async fn cut_connections(platform: &Platform) -> i64 {
     let mut admin = PgConnection::connect(&platform.stack.database_url("postgres")).await.expect("PostgreSQL runs");
     let cut = "select count(pg_terminate_backend(pid)) from pg_stat_activity

@@ -4,7 +4,7 @@ use crate::Violation;
 use serde_json::Value;
 use std::{collections::BTreeMap, process::Command};
 
-/// What each crate may depend on, tests included. The two that drive whole systems may depend on everything.
+/// The crates that each crate may depend on, tests included. The two that drive whole systems may depend on everything.
 const ARROWS: [(&str, &[&str]); 7] = [
     ("saga-core", &["saga-core"]),
     ("contracts", &["saga-core"]),

@@ -7,7 +7,7 @@ use crate::{Violation, source::Tree};
 const RELEASED: [(&str, u32); 6] =
     [("messaging", 7), ("saga", 2), ("order", 1), ("inventory", 2), ("payment", 1), ("gateway", 1)];
 
-/// What an older build cannot live with, and what to do instead.
+/// The statements that an older build cannot live with, each with what to do instead.
 const CONTRACTS: [(&str, &str); 12] = [
     ("drop table", "drop it a release later"),
     ("drop column", "drop it a release later"),

@@ -15,7 +15,7 @@ mod words;
 
 use source::Tree;
 
-/// Something that is not as the architecture says.
+/// A difference between the source and the architecture, in words.
 pub(crate) type Violation = String;
 
 fn none(violations: &[Violation]) {
