@@ -54,7 +54,7 @@ fn on_the_wire<T: Serialize + DeserializeOwned + PartialEq + Debug>(message: &T)
     written
 }
 
-/// Where in `json` there are objects, as JSON pointers.
+/// The places of objects in `json`, as JSON pointers.
 fn objects(json: &Value) -> Vec<String> {
     let below =
         |name: &str, value: &Value| objects(value).into_iter().map(|at| format!("/{name}{at}")).collect::<Vec<_>>();

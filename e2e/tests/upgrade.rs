@@ -33,7 +33,8 @@ async fn some_orders(platform: &Platform) {
     eventually(SOON, || async { (platform.accepted() >= before + BETWEEN).then_some(()) }).await;
 }
 
-/// Upgrades a service, runs a replica of the old build beside it, and, as chance has it, rolls it back and upgrades again.
+/// Upgrades a service, and runs a replica of the old build beside it. As chance has it, rolls it back and upgrades
+/// again.
 async fn upgrade(platform: &Platform, service: Service, old: &Path, new: &Path, chance: &mut Chance) {
     let running = platform.stack.service(service);
     let becomes = async |build: &Path| {

@@ -61,7 +61,7 @@ async fn an_owner_whose_lease_was_taken_stops_and_changes_no_position() {
     .unwrap();
     world.append("k", "2").await;
     world.append("k", "3").await;
-    // It may still send; it records nothing until it has a lease of its own again.
+    // The zombie may still send; it records nothing until it has a lease of its own again.
     let records = world.published(3).await;
     assert_eq!(payloads(&records, "k"), ["1", "2", "3"]);
     world.counts(RECORDED, 3).await;
@@ -167,7 +167,7 @@ async fn when_postgres_cuts_every_connection_the_relay_goes_on_by_itself() {
 async fn a_relay_that_waits_for_tables_or_brokers_stops_when_it_is_asked() {
     let world = World::new().await;
     let nowhere = Settings {
-        // A port that refuses.
+        // The port refuses connections.
         kafka_brokers: String::from("127.0.0.1:1"),
         ..world.settings()
     };
@@ -191,7 +191,7 @@ async fn a_replica_that_stands_by_writes_nothing() {
     .await
     .unwrap();
     let _relay = world.relay();
-    // Whatever locks the row leaves its transaction id there.
+    // Each statement that locks the row leaves its transaction id there.
     let looks = AtomicUsize::new(0);
     eventually(PATIENCE, || async {
         let found: Option<(String, bool)> = sqlx::query_as(

@@ -148,7 +148,7 @@ async fn the_oldest_of_too_many_streams_of_one_order_ends_and_others_are_followe
     assert_eq!(open.remove(0).rest().await, [event("1", "pending")]);
     open.clear();
     drop(newcomer);
-    // Waits do not: their callers are answered soon.
+    // Waits make no room: their callers are answered soon.
     let wait = async || shop.orders.live.watch(order, 1, Purpose::Wait).ok();
     let mut waits = Vec::new();
     for _ in 0..MAX_OF_ONE {

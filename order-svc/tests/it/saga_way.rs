@@ -32,7 +32,7 @@ async fn cancel(shop: &Shop, order: OrderId) -> Response {
     shop.client.post(shop.url(&format!("/v1/orders/{order}/cancel"))).json(&json!({})).send().await.unwrap()
 }
 
-/// What was sent for an order: `step` and `undo step`, in order.
+/// The messages that were sent for an order: `step` and `undo step`, in order.
 async fn sent(shop: &Shop, order: OrderId) -> Vec<String> {
     sqlx::query_scalar(
         "select case headers ->> 'ce_sagaop' when 'undo' then 'undo ' else '' end || (headers ->> 'ce_sagastep')
