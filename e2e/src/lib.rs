@@ -11,8 +11,8 @@
 //! | [`faults`] | a seeded source of chance, and processes that die or stop at moments that it picks |
 //! | [`failpoint`] | processes that die at a named edge of a transaction |
 //!
-//! The binaries must have been built with the whole workspace (`cargo build --workspace --bins`): then this crate's use of
-//! saga-core's test kit compiles the fail points into them.
+//! The binaries must have been built with the whole workspace (`cargo build --workspace --bins`). Then this crate's use
+//! of saga-core's test kit compiles the fail points into them.
 
 pub mod audit;
 pub mod failpoint;

@@ -108,7 +108,8 @@ impl From<CancelOrderError> for Problem {
             | CancelOrderError::Store(StoreError::Database(error) | StoreError::Append(AppendError::Database(error))) => {
                 error.into()
             }
-            // While a new version is rolled out, another replica may know the definition, or the format, of this order's saga.
+            // While a new version is rolled out, another replica may know the definition, or the format, of this
+            // order's saga.
             CancelOrderError::Saga(error @ (CancelError::Undefined(..) | CancelError::Unreadable(..))) => {
                 tracing::warn!(%error, "an order cannot be cancelled by this replica");
                 Self::unavailable()

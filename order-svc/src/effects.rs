@@ -1,7 +1,7 @@
 //! The order saga's effects on orders: open, confirm, cancel, in the transaction in which the engine takes the step.
 //!
-//! Invariant: an order's status and its saga move together or not at all. When the process dies here, neither moved, and
-//! the reply that moved them is read again.
+//! Invariant: an order's status and its saga move together or not at all. When the process dies here, neither moved,
+//! and the reply that moved them is read again.
 
 use crate::{
     domain::{CancelReason, Change, PlaceOrder},

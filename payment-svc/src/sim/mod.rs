@@ -82,8 +82,8 @@ async fn let_in(State(callers): State<AdminAuth>, request: Request, next: Next) 
     ([(header::WWW_AUTHENTICATE, "Bearer realm=\"gateway-sim\"")], problem).into_response()
 }
 
-/// Runs the simulator until it is asked to stop. The admin listener answers from the first moment, red until the database
-/// is there.
+/// Runs the simulator until it is asked to stop. The admin listener answers from the first moment, red until the
+/// database is there.
 pub async fn run(settings: SimSettings) -> anyhow::Result<()> {
     let telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
     let token = service::shutdown::token();

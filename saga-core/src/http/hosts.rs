@@ -17,8 +17,8 @@
 //! and no forms. No CORS header is ever sent, so a page of a listed origin can send requests, and the browser shows it
 //! no answer.
 //!
-//! The checks follow the OWASP sheets on cross-site request forgery ("custom request headers", "verifying origin"), the Fetch
-//! standard's list of types that need no preflight, and W3C's Fetch Metadata.
+//! The checks follow the OWASP sheets on cross-site request forgery ("custom request headers", "verifying origin").
+//! They also follow the Fetch standard's list of types that need no preflight, and W3C's Fetch Metadata.
 
 use super::problem::Problem;
 use crate::clock;
