@@ -1,5 +1,5 @@
 //! Every message as it stands on the wire. Every running service, and every record already in a topic, has to live with
-//! a snapshot that changes: add optional fields, or give the type a new version.
+//! a snapshot that changes. So add optional fields, or give the type a new version.
 
 use contracts::{
     OrderId,

@@ -1,5 +1,5 @@
-//! The platform's reaction to input that it cannot read, to a configuration that is wrong, to servers that are not
-//! there, and to another program's trace.
+//! The platform's reaction to input that it cannot read, to a wrong configuration, to servers that are not there, and
+//! to another program's trace.
 
 use contracts::topics::{INVENTORY_COMMANDS, ORDERS_REPLIES, PARTITIONS, PAYMENTS_COMMANDS};
 use e2e::{

@@ -19,8 +19,8 @@ use uuid::Uuid;
 const PAYMENT_STEPS: [&str; 3] = ["do authorize-payment", "undo authorize-payment", "do capture-payment"];
 const STOCK_STEPS: [&str; 3] = ["do reserve-stock", "undo reserve-stock", "do commit-stock"];
 
-/// Goes wrong at the edges one after another: each with an order that is confirmed, one that is short of stock, and one
-/// that is not captured.
+/// Goes wrong at the edges one after another. Each edge meets an order that is confirmed, one that is short of stock,
+/// and one that is not captured.
 async fn at(platform: &Platform, edges: Vec<Edge>) {
     let sku = platform.item("edge", 100, 1_000).await;
     for edge in edges {

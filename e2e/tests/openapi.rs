@@ -1,4 +1,4 @@
-//! Every OpenAPI document is valid, lists the answers of each operation, and is true: schemathesis sends each operation
+//! Every OpenAPI document is valid, lists the answers of each operation, and is true. schemathesis sends each operation
 //! the requests that the document allows, and those that it forbids. It compares the answers.
 //!
 //! The first is always tested. The second needs Python, which `stack/tools.sh` looks for, and once the network. Where

@@ -30,10 +30,10 @@ pub mod step {
     pub const COMMIT: &str = "commit-stock";
 }
 
-/// The saga's steps: open the order; hold the money; put the stock aside; take the money, and from here on there is no
-/// way back; confirm the order; let the stock leave the house. If a step is refused before the money is taken, the
-/// engine undoes the steps before it in reverse order. It undoes a step whether it is known to have happened or only
-/// might have.
+/// The saga's steps: open the order; hold the money; put the stock aside; take the money; confirm the order; let the
+/// stock leave the house. Once the money is taken there is no way back. If a step is refused before that, the engine
+/// undoes the steps before it in reverse order. It undoes a step whether it is known to have happened or only might
+/// have.
 pub fn order_saga() -> Saga<PlaceOrder> {
     saga::<PlaceOrder>("order", 1)
         .local_with_undo(local::OPEN, local::CANCEL)

@@ -18,9 +18,9 @@ const SEPARATORS: [char; 5] = [' ', '-', '.', '/', ','];
 /// What is wrong with such a text: completes a sentence that begins with the field, and repeats nothing of it.
 pub const REFUSED: &str = "holds what looks like a card number, which is not kept here";
 
-/// Whether `text` holds what looks like a card number: 13 to 19 digits, in one group or with separators between. They
-/// begin as the networks' cards do, and their check digit is right (Luhn). Digits that a letter or `+` touches,
-/// directly or with `_` between, are part of a name, such as a token's, or of a telephone number.
+/// Whether `text` holds what looks like a card number: 13 to 19 digits, in one group or with separators between. The
+/// digits begin as the networks' cards do, and their check digit is right (Luhn). Digits that a letter or `+` touches,
+/// directly or with `_` between, do not count. They are part of a name, such as a token's, or of a telephone number.
 #[must_use]
 pub fn holds_a_card_number(text: &str) -> bool {
     text.split(|c: char| !(c.is_alphanumeric() || matches!(c, '_' | '+') || SEPARATORS.contains(&c))).any(|piece| {

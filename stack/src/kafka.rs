@@ -104,8 +104,8 @@ impl Java {
         Ok(Self { program, class_path, options })
     }
 
-    /// One of Kafka's programs. `dir` holds the logging configuration, and the library that Kafka unpacks for lz4: a
-    /// JVM that is killed would leave that in the common temporary directory.
+    /// One of Kafka's programs. `dir` holds the logging configuration, and the library that Kafka unpacks for lz4. A
+    /// JVM that is killed would leave that library in the common temporary directory.
     pub fn spec(&self, name: &str, log: &Path, dir: &Path, class: &str) -> Spec {
         let logging = dir.join("log4j2.properties");
         Spec::new(name, &self.program, log)

@@ -37,8 +37,8 @@ fn run(package: &Path, arguments: &[&str]) -> (Option<i32>, String) {
     (status.code(), String::from_utf8([stdout, stderr].concat()).unwrap())
 }
 
-/// Quotes output, so that its lines do not begin as they do: when a test here fails, the script that runs this suite
-/// reads this as well.
+/// Quotes output, so that its lines do not begin as they do. When a test here fails, the script that runs this suite
+/// reads the output as well.
 fn quoted(said: &str) -> String {
     format!("\n| {}", said.replace('\n', "\n| "))
 }

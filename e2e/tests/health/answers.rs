@@ -10,8 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a fault may take to be seen: by the next look or the one after it, however busy the machine is; and by the
-/// brokers' clients.
+/// How long a fault may take to be seen, by the brokers' clients too. The next look sees it or the one after it,
+/// however busy the machine is.
 pub(crate) const SEEN: Duration = Duration::from_secs(60);
 /// How long a look may take: a look that ended later than that after the fault began after it.
 const LOOK: Duration = Duration::from_millis(2_500);

@@ -1,7 +1,7 @@
 //! A request becomes an order, or the list of everything that is wrong with it.
 //!
-//! The request's types take what JSON can hold (any text, any 64-bit number), so that this module, not the decoder,
-//! names every bad field at once.
+//! The request's types take what JSON can hold (any text, any 64-bit number). So this module, not the decoder, names
+//! every bad field at once.
 
 use super::{CustomerId, MalformedCustomer, MalformedPaymentMethod, PaymentMethod};
 use contracts::{

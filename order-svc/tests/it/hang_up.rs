@@ -115,8 +115,8 @@ fn answered(answer: &[u8]) -> End {
     }
 }
 
-/// Writes one row after the other on the pool's connections while the storm lasts. If a connection was left inside a
-/// transaction, a write on it is acknowledged, is not the first statement of its transaction, and may be lost.
+/// Writes one row after the other on the pool's connections while the storm lasts. On a connection that was left inside
+/// a transaction, a write is acknowledged, and may be lost. Such a write is not the first statement of its transaction.
 async fn probe(pool: PgPool, from: i64, storm: CancellationToken) -> (Vec<i64>, usize) {
     let (mut written, mut inside) = (Vec::new(), 0);
     for n in (from..).step_by(PROBES) {

@@ -74,8 +74,8 @@ pub(crate) struct World {
     pub(crate) provider: Provider,
     pub(crate) name: &'static str,
     pub(crate) participant: Arc<Participant>,
-    /// The most calls of one intent. They are more than are ever needed, unless giving up is what a test is about: on a
-    /// busy machine some take longer than they may.
+    /// The most calls of one intent: more than are ever needed, unless giving up is what a test is about. On a busy
+    /// machine some calls take longer than they may.
     attempts: u32,
     /// How long one call may take.
     patience: Duration,

@@ -55,8 +55,8 @@ pub(super) enum Counted {
     },
 }
 
-/// Takes the partition for `owner`. Another topic may have had the same name; what was noted of it is forgotten,
-/// because its offsets mean nothing in the topic with this id.
+/// Takes the partition for `owner`. Notes about another topic of the same name are forgotten: their offsets mean
+/// nothing in the topic with this id.
 pub(super) async fn claim(
     mut tx: Transaction,
     place: Place<'_>,
@@ -100,8 +100,7 @@ pub(super) async fn claim(
 }
 
 /// Records that `owner` let go in good order. Its process did not die of what it had, so the batch that it noted is
-/// forgotten, and an attempt that is not decided did not happen. Nothing is done if another worker has taken the
-/// partition.
+/// forgotten. An attempt that is not decided did not happen. Nothing is done if another worker has taken the partition.
 pub(super) async fn release(
     mut tx: Transaction,
     place: Place<'_>,

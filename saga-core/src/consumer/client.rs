@@ -86,8 +86,8 @@ impl ConsumerContext for Context {
 const NO_ID: &str = "AAAAAAAAAAAAAAAAAAAAAA";
 
 /// Parses a topic, the id that it had, and the id that it has now. The library logs them when it sees the topic for the
-/// first time. It also does when the topic was deleted and made again: then it goes on at the offset and the leader's
-/// epoch of the old topic.
+/// first time, and when the topic was deleted and made again. In the new topic it goes on at the offset and the
+/// leader's epoch of the old one.
 pub(super) fn topic_id(text: &str) -> Option<(&str, Option<&str>, &str)> {
     let (topic, ids) = text.split_once(" changed id from ")?;
     let topic = topic.rsplit(' ').next()?;

@@ -1,8 +1,8 @@
 //! Whether a consumer does its work: what health asks.
 //!
-//! [`Outage`] reports outages. Faults that an operator has to set right (a missing table or right, clocks that differ)
-//! are kept here for each partition, and logged once. Here, too, the consumer's offset is compared with each
-//! partition's end: what waits, since when it has not moved, and when the client has to be made anew.
+//! [`Outage`] reports outages. Faults that an operator has to set right (a missing table, clocks that differ) are kept
+//! here for each partition, and logged once. The consumer's offset is compared here with each partition's end. That
+//! shows what waits, since when it has not moved, and when the client has to be made anew.
 
 use super::{
     buffer::Buffer,

@@ -55,8 +55,8 @@ pub(super) enum Due {
     },
 }
 
-/// Parks records behind the parked records of their keys. Where a key has none any more (a copy that was parked at
-/// another partition has just left there), the first of them is due at once.
+/// Parks records behind the parked records of their keys. A key may have none any more: a copy that was parked at
+/// another partition has just left there. Then the first of its records is due at once.
 pub(super) async fn hold_in(tx: &mut Tx<'_>, place: Place<'_>, held: &Batch) -> Result<(), sqlx::Error> {
     insert(tx, place, held, 0, None, None).await?;
     let lanes: BTreeSet<i64> = held.messages.iter().filter_map(lane).collect();

@@ -86,7 +86,7 @@ impl<H: Handler> Worker<H> {
     }
 
     /// The database cannot be used, since `first`. A database that answers and does not do this is the partition's
-    /// trouble: what others ask of it is no sign that the partition goes on.
+    /// trouble. Its answers to others are no sign that the partition goes on.
     fn repeat(&self, cause: Cause, reason: &str, first: Instant) {
         match cause {
             _ if clock::monotonic().saturating_duration_since(first) <= UNSAID => {}

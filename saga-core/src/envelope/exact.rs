@@ -1,5 +1,5 @@
-//! Headers that do not fit into an object of texts: with bytes that are no text, with no value, more than one of a
-//! name, or with an empty name.
+//! Headers that do not fit into an object of texts. Their bytes are no text, or they have no value or an empty name, or
+//! there are several of a name.
 //!
 //! A [`Headers`] map, and the `headers` column of the outbox, have one text for each name. A header that does not fit
 //! goes under the one name that no other header can have there, [`EXACT`], as a JSON text. The text holds pairs of name

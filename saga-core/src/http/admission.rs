@@ -1,7 +1,7 @@
 //! Admission of requests: a request's body is read first, then the request waits for a slot, for a moment.
 //!
 //! A body that comes slowly holds no slot. So clients that never finish theirs hold up no other client. When no slot
-//! becomes free in time, the request is shed with 503 and `Retry-After`: a queue without a bound would answer no client
+//! becomes free in time, the request is shed with 503 and `Retry-After`. A queue without a bound would answer no client
 //! in time.
 //!
 //! A handler that changes something runs as a task of its own and takes its slot along. A client that hangs up ends the

@@ -1,5 +1,5 @@
-//! Warnings of what others on the way can read, or ask for. They are logged once when a process starts, for each place
-//! that it talks to without encryption, and for each database whose server is not verified.
+//! Warnings of what others on the way can read, or ask for. A process logs them once when it starts, for each place
+//! that it talks to without encryption. It also logs one for each database whose server is not verified.
 //!
 //! Loopback and Unix sockets leave the machine's memory nowhere, so there is no warning for them. There is one for
 //! every other place, also where a network is trusted: only its operator can know that.

@@ -1,9 +1,9 @@
 //! Creates declared topics; reports a topic that is not as declared, and never changes it.
 //!
-//! Each declared topic has its dead letter topic beside it, `<name>.dlt`, with as many partitions and kept for ever: a
-//! dead letter must not go away before an operator has read it. A topic's owner creates it at start. Several processes
-//! may try at once, or after one another: a topic that is there already is what was wanted. A process that dies here
-//! has created some; the next start creates the rest.
+//! Each declared topic has its dead letter topic beside it, `<name>.dlt`, with as many partitions. That topic keeps its
+//! records for ever: a dead letter must not go away before an operator has read it. A topic's owner creates it at
+//! start. Several processes may try at once, or after one another: a topic that is there already is what was wanted. A
+//! process that dies here has created some; the next start creates the rest.
 
 use super::config::KafkaSettings;
 use crate::{
