@@ -8,14 +8,14 @@ use std::str::FromStr;
 /// A database of a run.
 #[derive(Clone)]
 pub struct Database {
-    /// Its name.
+    /// The database's name, with the prefix `bench_`.
     pub name: String,
-    /// How to connect to it.
+    /// The URL to connect to it, with the password.
     pub url: String,
 }
 
 impl Database {
-    /// Makes it, or makes it anew.
+    /// Creates the database; one of the same name is dropped first.
     pub async fn create(machine: &Machine, name: &str, migrations: &[Migrations]) -> anyhow::Result<Self> {
         let mut admin = machine.admin().await?;
         let name = format!("bench_{name}");
@@ -28,19 +28,19 @@ impl Database {
         Ok(database)
     }
 
-    /// Drops it.
+    /// Drops the database, and cuts its connections.
     pub async fn drop(self, machine: &Machine) -> anyhow::Result<()> {
         let mut admin = machine.admin().await?;
         sqlx::query(AssertSqlSafe(format!("drop database {} with (force)", self.name))).execute(&mut admin).await?;
         Ok(())
     }
 
-    /// For the services' own code.
+    /// The settings for the services' own code.
     pub fn settings(&self, max_connections: u32) -> Result<DatabaseSettings, sqlx::Error> {
         Ok(DatabaseSettings { max_connections, ..DatabaseSettings::from_url(&self.url)? })
     }
 
-    /// A pool as the services have it.
+    /// A pool like the services'.
     pub async fn pool(&self, max_connections: u32) -> Result<PgPool, sqlx::Error> {
         database::connect(&self.settings(max_connections)?, "bench").await
     }

@@ -1,7 +1,7 @@
 //! The relay drains an outbox; beside it, in turns, Kafka's own producer tool writes as many records of that size.
 //!
-//! The relay's time is the database's: from its taking the lease to its recording the last row as published, which is
-//! after Kafka acknowledged it. The tool's is what the tool says of itself: from its first record to the last
+//! The relay's time is measured in the database: from its taking the lease to its recording the last row as published.
+//! That is after Kafka acknowledged the row. The tool measures its own time: from its first record to the last
 //! acknowledgement, without the JVM's start.
 
 use crate::{
@@ -23,47 +23,47 @@ use sqlx::PgPool;
 use stack::progress::Progress;
 use std::time::{Duration, Instant};
 
-/// Rows of one transaction that fills the outbox.
+/// Rows in each transaction that fills the outbox.
 const ROWS_PER_TRANSACTION: u32 = 2_000;
-/// Aggregates that the rows are of.
+/// How many aggregates the rows belong to.
 const KEYS: u32 = 10_000;
-/// How often progress is told, in rows.
+/// How many rows lie between two lines of progress.
 const TOLD_EVERY: u32 = 100_000;
-/// How often the relay's progress is looked at.
+/// How often the bench reads the relay's progress.
 const LOOK: Duration = Duration::from_millis(100);
-/// When no row was published for so long, something is wrong.
+/// When no row was published for this long, something is wrong.
 const STALLED: Duration = Duration::from_secs(60);
 
-/// The figure.
+/// The figures of all rounds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Drain {
     /// Rows of a round.
     pub rows: u32,
-    /// Bytes of payload of each.
+    /// Bytes of payload of each row.
     pub bytes: usize,
     /// Partitions of the topic.
     pub partitions: i32,
-    /// Compression of both.
+    /// Compression of the relay's and of the tool's records.
     pub compression: String,
-    /// The rounds.
+    /// The rounds, in order.
     pub rounds: Vec<Round>,
 }
 
-/// Both, once.
+/// One run of the relay and one of the tool.
 #[derive(Debug, Clone, Serialize)]
 pub struct Round {
     /// Rows a second of the relay.
     pub relay: f64,
     /// Records a second of the tool.
     pub tool: f64,
-    /// What the relay's drain cost.
+    /// The cost of the relay's drain.
     pub relay_cost: Cost,
-    /// What the tool cost.
+    /// The cost of the tool's run.
     pub tool_cost: Cost,
 }
 
 impl Drain {
-    /// The rounds' medians, and the median of their ratios.
+    /// The medians of the relay and of the tool, and the median of their ratios.
     pub fn medians(&self) -> (f64, f64, f64) {
         let median = |of: fn(&Round) -> f64| {
             let mut all: Vec<f64> = self.rounds.iter().map(of).collect();
@@ -96,7 +96,7 @@ async fn drain(machine: &Machine, args: &RelayArgs, of: &str, progress: &Progres
     let database = Database::create(machine, "drain", &[messaging_migrations()]).await?;
     let pool = database.pool(4).await?;
     fill(&pool, &topic, args, of, progress).await?;
-    // What filling left to be written is not the relay's to pay for.
+    // The relay should not pay for pages that the filling left to be written.
     sqlx::query("checkpoint").execute(&pool).await?;
     let before = meter::read(machine, &[]).await?;
     let relay = start_relay(machine, &[&database], &args.compression, Threads::All)?;
@@ -111,7 +111,7 @@ async fn drain(machine: &Machine, args: &RelayArgs, of: &str, progress: &Progres
     Ok((f64::from(args.rows) / seconds, after.since(&before)))
 }
 
-/// Rows as a service appends them, in transactions of many.
+/// Appends rows as a service does, in transactions of many.
 async fn fill(pool: &PgPool, topic: &str, args: &RelayArgs, of: &str, progress: &Progress) -> anyhow::Result<()> {
     let mut letters = Letters(0x2545_f491_4f6c_dd1d);
     let mut at = 0;
@@ -148,7 +148,7 @@ impl Letters {
     }
 }
 
-/// Waits until every row is recorded as published; the seconds from the lease to there.
+/// Waits until every row is recorded as published; returns the seconds from the lease to that moment.
 async fn wait(pool: &PgPool, rows: u32, of: &str, progress: &Progress) -> anyhow::Result<f64> {
     progress.step(format!("the relay drains {rows} rows ({of})"));
     let (mut moved, mut told) = ((0, Instant::now()), 0);

@@ -8,7 +8,7 @@
 //! | [`machine`] | the servers, tuned and durable; what this machine is |
 //! | [`databases`], [`topics`] | databases and topics of a run |
 //! | [`meter`] | CPU, commits, WAL, fsyncs and messages of a stretch of time |
-//! | [`statements`] | where PostgreSQL spends its time |
+//! | [`statements`] | the statements in which PostgreSQL spends its time |
 //! | [`role`] | the processes that a run consists of: this binary, started again |
 //! | [`drain`], [`producer_tool`] | the relay against Kafka's own producer tool |
 //! | [`sagas`] | sagas of three remote steps, 64 in flight |

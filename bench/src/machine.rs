@@ -1,6 +1,6 @@
-//! The servers of a run, durable and with memory as on a small production machine; and what this machine is.
+//! The servers of a run, durable and with memory as on a small production machine; and the description of this machine.
 //!
-//! When this process dies, what it started is gone with it (see [`stack::guard`]).
+//! When this process dies, the servers that it started end with it (see [`stack::guard`]).
 
 use crate::cli::ServerArgs;
 use anyhow::Context as _;
@@ -15,10 +15,10 @@ use stack::{
 };
 use std::{fs, thread};
 
-/// What the server is started with, beside `stack`'s settings. Durability is PostgreSQL's default: everything.
+/// Settings of the server beside those of `stack`. Durability is PostgreSQL's default: everything.
 const SETTINGS: [(&str, &str); 7] = [
     ("shared_preload_libraries", "pg_stat_statements"),
-    // Counts only when a run asks for it: counting costs a few percent.
+    // A run turns counting on when it needs it: counting costs a few percent.
     ("pg_stat_statements.track", "none"),
     ("pg_stat_statements.track_planning", "on"),
     ("shared_buffers", "1GB"),
@@ -28,36 +28,36 @@ const SETTINGS: [(&str, &str); 7] = [
     ("wal_buffers", "64MB"),
 ];
 
-/// The servers, running.
+/// The servers of a run.
 pub struct Machine {
     servers: Servers,
     cache: Cache,
     database_url: String,
 }
 
-/// What the figures were measured on.
+/// The machine on which the figures were measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Description {
     /// The processor's name.
     pub processor: String,
-    /// How many of it this process may use.
+    /// How many processors this process may use.
     pub processors: usize,
-    /// Main memory.
+    /// Main memory, in GiB.
     pub memory_gib: u64,
-    /// The kernel.
+    /// The kernel's version.
     pub kernel: String,
     /// PostgreSQL's version and the settings that matter for durability.
     pub postgres: String,
     /// One synced write, as PostgreSQL's WAL does it: the median of a few hundred, in microseconds.
     pub sync_us: u64,
-    /// How the kernel schedules this process, and all that it starts; `None` where nobody can tell.
+    /// How the kernel schedules this process, and all that it starts; `None` where the kernel does not show it.
     pub scheduling: Option<&'static str>,
-    /// How many processes wanted a processor when this began, beside it (the 1-minute load).
+    /// How many processes wanted a processor when the run began, without the bench (the 1-minute load).
     pub load_before: f64,
 }
 
 impl Machine {
-    /// Starts what is not named.
+    /// Starts the servers that `args` does not name.
     pub async fn start(args: &ServerArgs, progress: &Progress) -> anyhow::Result<Self> {
         let named = |value: &Option<String>| value.clone().filter(|value| !value.trim().is_empty());
         let config = ServersConfig {
@@ -69,7 +69,7 @@ impl Machine {
             preferred_ports: None,
         };
         let servers = Servers::start(config, progress).await?;
-        // Everything is on one machine, as a service may be with its PostgreSQL; then people connect by the socket.
+        // Everything is on one machine, as a service may be with its PostgreSQL; such a service connects by the socket.
         let database_url = if args.tcp { servers.database_url.clone() } else { servers.own_url() };
         let machine = Self { servers, cache: Cache::open()?, database_url };
         machine.tune(&args.postgres).await?;
@@ -77,7 +77,7 @@ impl Machine {
     }
 
     async fn tune(&self, more: &[String]) -> anyhow::Result<()> {
-        // A server that somebody named is left as it is.
+        // A server that the caller named is left as it is.
         let Some(postgres) = &self.servers.postgres else { return Ok(()) };
         let mut admin = self.admin().await?;
         let more = more.iter().filter_map(|setting| setting.split_once('='));
@@ -97,12 +97,12 @@ impl Machine {
         PgConnection::connect(&self.database_url).await.context("connect to PostgreSQL")
     }
 
-    /// Stops what was started.
+    /// Stops the servers that this run started.
     pub async fn stop(self) {
         self.servers.stop().await;
     }
 
-    /// `KAFKA_BROKERS`.
+    /// The value of `KAFKA_BROKERS`.
     pub fn brokers(&self) -> &str {
         &self.servers.kafka_brokers
     }
@@ -122,12 +122,12 @@ impl Machine {
         self.servers.kafka.as_ref().and_then(|kafka| kafka.process.pid())
     }
 
-    /// Where logs go.
+    /// The directory of the servers' logs.
     pub fn logs(&self) -> &std::path::Path {
         &self.servers.logs
     }
 
-    /// Where files may be put that nobody keeps.
+    /// The directory for temporary files.
     pub fn directory(&self) -> &std::path::Path {
         self.servers.directory()
     }
@@ -137,7 +137,7 @@ impl Machine {
         Ok(Java::find(&self.cache, Durability::On, progress).await?)
     }
 
-    /// What the figures are measured on.
+    /// Describes the machine for the report.
     pub async fn describe(&self) -> anyhow::Result<Description> {
         let mut admin = self.admin().await?;
         let postgres: String = sqlx::query_scalar(
@@ -169,7 +169,7 @@ impl Machine {
         })
     }
 
-    /// How long a synced write takes where the servers' data is.
+    /// How long a synced write takes where the servers' data is, in microseconds: the median.
     async fn sync(&self) -> anyhow::Result<u64> {
         let path = self.directory().join("sync");
         tokio::task::spawn_blocking(move || {
@@ -193,7 +193,7 @@ impl Machine {
     }
 }
 
-/// The policy in `/proc/…/stat`, see `sched(7)`.
+/// The scheduling policy in `/proc/…/stat`, see `sched(7)`.
 fn scheduling(stat: &str) -> Option<&'static str> {
     // The name of the program, in parentheses, may have spaces in it.
     let policy = stat.rsplit_once(')')?.1.split_whitespace().nth(38)?;

@@ -1,4 +1,4 @@
-//! What a stretch of time cost: CPU of each process, commits, WAL and fsyncs of PostgreSQL.
+//! The cost of a stretch of time: CPU of each process, commits, WAL and fsyncs of PostgreSQL.
 
 use crate::machine::Machine;
 use serde::Serialize;
@@ -10,10 +10,10 @@ use std::{
     time::Instant,
 };
 
-/// Processor time is told in these parts of a second, whatever the kernel's own clock does (`USER_HZ`).
+/// The kernel reports processor time in these parts of a second, whatever its own clock does (`USER_HZ`).
 const TICKS: f64 = 100.0;
 
-/// What was used up to a moment.
+/// What was used up to a moment, by all meters.
 #[derive(Debug, Clone)]
 pub struct Reading {
     at: Instant,
@@ -21,12 +21,12 @@ pub struct Reading {
     database: [i64; 4],
 }
 
-/// What a stretch of time cost.
+/// The cost of a stretch of time.
 #[derive(Debug, Clone, Serialize)]
 pub struct Cost {
-    /// How long it was.
+    /// The length of the stretch.
     pub seconds: f64,
-    /// CPU seconds by process. Empty where the kernel does not tell.
+    /// CPU seconds by process. Empty where the kernel does not report them.
     pub cpu_seconds: BTreeMap<String, f64>,
     /// Commits, in all databases.
     pub commits: i64,
@@ -45,7 +45,7 @@ impl Cost {
     }
 }
 
-/// Reads all meters. `processes` are those of the run, by name; the servers and this process are read always.
+/// Reads all meters. `processes` are those of the run, by name; the servers and this process are always read.
 pub async fn read(machine: &Machine, processes: &[(&str, Option<u32>)]) -> anyhow::Result<Reading> {
     let mut admin = machine.admin().await?;
     // Counters that backends keep to themselves are flushed within a second; reading twice as much time costs nothing.
@@ -73,7 +73,7 @@ pub async fn read(machine: &Machine, processes: &[(&str, Option<u32>)]) -> anyho
     let tree = Tree::read();
     let mut cpu = BTreeMap::new();
     for (name, pid) in all {
-        // Ours alone: our children are the others.
+        // For this process its own time alone: its children are the other processes.
         let seconds = pid.and_then(|pid| match pid == std::process::id() {
             true => own(Path::new("/proc/self/stat")),
             false => tree.with_children(pid),
@@ -93,7 +93,7 @@ pub fn cpu_of(pid: Option<u32>) -> Option<f64> {
 pub struct Compilers(BTreeMap<PathBuf, f64>);
 
 impl Compilers {
-    /// `None` when there is no such process.
+    /// Reads the compilers of the JVM with this process id; `None` when there is no such process.
     pub fn read(jvm: u32) -> Option<Self> {
         let threads = fs::read_dir(format!("/proc/{jvm}/task")).ok()?.flatten().map(|thread| thread.path());
         let compilers = threads.filter(|thread| {
@@ -102,14 +102,14 @@ impl Compilers {
         Some(Self(compilers.filter_map(|thread| Some((thread.clone(), own(&thread.join("stat"))?))).collect()))
     }
 
-    /// Seconds that they worked from `before` to here.
+    /// Seconds that the compilers worked from `before` to here.
     pub fn since(&self, before: &Self) -> f64 {
         self.0.iter().map(|(thread, now)| now - before.0.get(thread).unwrap_or(&0.0)).sum()
     }
 }
 
 impl Reading {
-    /// What the time from `before` to here cost. A process that was not there then began with nothing.
+    /// The cost of the time from `before` to here. A process that did not exist then began with nothing.
     pub fn since(&self, before: &Self) -> Cost {
         let spent = |name: &String, now: &f64| now - before.cpu.get(name).unwrap_or(&0.0);
         let cpu = self.cpu.iter().map(|(name, now)| (name.clone(), spent(name, now)));
@@ -133,7 +133,7 @@ fn stat(path: &Path) -> Option<Vec<u64>> {
     Some(rest.split_whitespace().map(|field| field.parse().unwrap_or(0)).collect())
 }
 
-/// Processor time of a process, or a thread, alone.
+/// Processor time of one process, or one thread, without children.
 fn own(path: &Path) -> Option<f64> {
     let stat = stat(path)?;
     #[allow(clippy::cast_precision_loss)]
@@ -150,7 +150,7 @@ impl Tree {
         Self(
             pids.filter_map(|pid| {
                 let stat = stat(Path::new(&format!("/proc/{pid}/stat")))?;
-                // With the children that ended and were waited for: backends come and go.
+                // The time includes children that ended and were waited for: backends come and go.
                 Some((pid, *stat.get(1)?, stat.get(11..15)?.iter().sum()))
             })
             .collect(),

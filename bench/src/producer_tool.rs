@@ -1,6 +1,6 @@
 //! Kafka's own `ProducerPerformance`, with the relay's guarantees: `acks=all`, idempotent, the same compression.
 //!
-//! What it has easier: records without key and headers, made in its own memory, and nothing to record afterwards.
+//! The tool has less to do: records without key and headers, made in its own memory, and no progress to record.
 
 use crate::{
     cli::RelayArgs,
@@ -15,13 +15,13 @@ use std::fs;
 /// The tool's class.
 const CLASS: &str = "org.apache.kafka.tools.ProducerPerformance";
 
-/// Runs it once: records a second, and what it cost.
+/// Runs the tool once; returns its records a second, and the cost.
 pub async fn run(machine: &Machine, args: &RelayArgs, progress: &Progress) -> anyhow::Result<(f64, Cost)> {
     let topic = String::from("bench.tool");
     topics::create(machine.brokers(), std::slice::from_ref(&topic), args.partitions).await?;
     let java = machine.java(progress).await?;
     let log = machine.directory().join("producer-performance.log");
-    // The log is appended to; what the tool says of itself is its last line.
+    // The log is appended to; the tool's summary is its last line.
     let _ = fs::remove_file(&log);
     let spec = java.spec("ProducerPerformance", &log, &machine.directory().join("kafka"), CLASS).args([
         "--topic".to_owned(),
@@ -59,7 +59,7 @@ pub async fn run(machine: &Machine, args: &RelayArgs, progress: &Progress) -> an
     Ok((rate, cost))
 }
 
-/// `1000000 records sent, 300000.1 records/sec (73.24 MB/sec), …`: of the last line, which sums up.
+/// The rate in the tool's last line, which sums up: `1000000 records sent, 300000.1 records/sec (73.24 MB/sec), …`.
 fn rate(said: &str) -> Option<f64> {
     let line = said.lines().rfind(|line| line.contains("records/sec"))?;
     line.split(',').find(|part| part.contains("records/sec"))?.split_whitespace().next()?.parse().ok()

@@ -1,4 +1,4 @@
-//! What was measured: a table for people, JSON for machines.
+//! The report of a run: a table for people, JSON for programs.
 
 use crate::{
     drain::Drain,
@@ -11,47 +11,47 @@ use serde::Serialize;
 use std::{fmt, fs, path::Path};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-/// Of the producer tool's rate, the relay reaches at least this part.
+/// The relay reaches at least this part of the producer tool's rate.
 const RELAY_GOAL: f64 = 0.5;
-/// Sagas a second, with 64 in flight.
+/// Sagas a second that each layout reaches, with 64 in flight.
 const SAGAS_GOAL: f64 = 1_500.0;
-/// Transactions of a saga, done one by one.
+/// Transactions of a saga that is carried out without batches.
 const STEPS_PER_SAGA: f64 = 7.0;
 
-/// Everything.
+/// The figures of a run.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// When.
+    /// When the run began, RFC 3339 in UTC.
     pub at: String,
-    /// On what.
+    /// The machine that it ran on.
     pub machine: Description,
-    /// The relay's drain.
+    /// The relay's drain; `None` if the run had none.
     pub relay: Option<Drain>,
-    /// The sagas, in each layout.
+    /// The sagas, one entry for each layout that ran.
     pub sagas: Vec<Sagas>,
-    /// What was to be reached, and whether it was.
+    /// The goals, and what the run reached of each.
     pub goals: Vec<Goal>,
 }
 
-/// A goal.
+/// A goal of a figure.
 #[derive(Debug, Clone, Serialize)]
 pub struct Goal {
-    /// Of what.
+    /// The figure's name.
     pub name: String,
-    /// At least this.
+    /// The least value that meets the goal.
     pub at_least: f64,
-    /// Was reached.
+    /// The value that the run reached.
     pub reached: f64,
 }
 
 impl Report {
-    /// Nothing measured yet.
+    /// A report without figures yet.
     pub fn new(machine: Description) -> Self {
         let at = OffsetDateTime::now_utc().format(&Rfc3339).unwrap_or_default();
         Self { at, machine, relay: None, sagas: Vec::new(), goals: Vec::new() }
     }
 
-    /// Puts the goals beside what was measured.
+    /// Puts the goals beside the measured figures.
     #[must_use]
     pub fn judged(mut self) -> Self {
         let relay = self.relay.as_ref().map(|drain| Goal {
@@ -73,7 +73,7 @@ impl Report {
         self.goals.iter().any(|goal| goal.reached < goal.at_least)
     }
 
-    /// Writes the JSON.
+    /// Writes the report as JSON, and makes the folder if it is missing.
     pub fn write(&self, path: &Path) -> anyhow::Result<()> {
         let write = || {
             path.parent().map_or(Ok(()), fs::create_dir_all)?;
@@ -113,7 +113,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// A table whose columns but the first are numbers.
+/// A table with numbers in all columns except the first.
 fn table(head: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(UTF8_HORIZONTAL_ONLY).set_header(head);

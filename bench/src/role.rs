@@ -1,5 +1,5 @@
-//! The processes that a run consists of. Each is this binary, started again, so that the processor time of each can be
-//! told apart, and nothing has to be built or found besides.
+//! The processes that a run consists of. Each is this binary, started again. So the processor time of each can be
+//! measured apart, and nothing else has to be built or found.
 
 use crate::{
     databases::Database,
@@ -17,7 +17,7 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// The databases of a process.
+/// The environment variable with the databases of a process.
 const DATABASES: &str = "BENCH_DATABASES";
 
 /// A process of a run.
@@ -31,8 +31,8 @@ pub struct Role {
     pub part: Part,
 }
 
-/// What the process does until it is told to stop. URLs come through the environment: they hold a password, and everybody may read
-/// a process's arguments.
+/// What the process does until a signal stops it. URLs come through the environment: they hold a password, and every
+/// user of the machine may read a process's arguments.
 #[derive(Clone, Subcommand)]
 pub enum Part {
     /// Publishes outboxes, as `outbox-relay` does
@@ -101,15 +101,16 @@ async fn relay(kafka: &str, outboxes: &[String], compression: &str, stop: Cancel
     Ok(outbox_relay::run(settings, stop).await?)
 }
 
-/// What tokio takes for the number of its threads.
+/// The environment variable from which tokio takes the number of its threads.
 const WORKER_THREADS: &str = "TOKIO_WORKER_THREADS";
 
-/// How many threads a process works with, unless the environment says it.
+/// How many threads a process works with, unless the environment sets the number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Threads {
-    /// One for each processor.
+    /// One thread for each processor.
     All,
-    /// One. Where several processes share few processors with PostgreSQL and Kafka, more hand the same work to each other.
+    /// One thread. Where several processes share few processors with PostgreSQL and Kafka, more threads hand the same
+    /// work to each other.
     One,
 }
 
@@ -153,7 +154,7 @@ pub fn start_orchestrator(
     start(machine, "orchestrator", Threads::One, &database.url, args)
 }
 
-/// As the command line knows it.
+/// The layout's name on the command line.
 fn name_of(layout: Layout) -> String {
     layout.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }

@@ -1,26 +1,26 @@
-//! Where PostgreSQL spends its time: statements by total time, counted in a stretch of their own.
+//! The statements in which PostgreSQL spends its time, by total time, counted in a stretch of their own.
 
 use crate::machine::Machine;
 use serde::Serialize;
 use sqlx::{AssertSqlSafe, Row as _};
 
-/// Statements told.
+/// How many statements the report lists.
 const TOLD: i64 = 16;
 
 /// A statement, over all databases.
 #[derive(Debug, Clone, Serialize)]
 pub struct Statement {
-    /// Its beginning.
+    /// The first 90 characters of its text.
     pub text: String,
-    /// How often.
+    /// How often it was called.
     pub calls: i64,
-    /// Milliseconds in all.
+    /// Milliseconds of execution, in all calls.
     pub total_ms: f64,
-    /// Milliseconds of planning besides.
+    /// Milliseconds of planning, in all calls.
     pub planning_ms: f64,
 }
 
-/// Begins to count; false where the server does not.
+/// Begins to count; false where the server cannot count.
 pub async fn begin(machine: &Machine) -> anyhow::Result<bool> {
     if !track(machine, "top").await? {
         return Ok(false);
@@ -30,7 +30,7 @@ pub async fn begin(machine: &Machine) -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Ends counting; the statements that took the most time.
+/// Ends counting; returns the statements that took the most time.
 pub async fn end(machine: &Machine) -> anyhow::Result<Vec<Statement>> {
     let mut admin = machine.admin().await?;
     let rows = sqlx::query(
@@ -57,7 +57,7 @@ pub async fn end(machine: &Machine) -> anyhow::Result<Vec<Statement>> {
 }
 
 async fn track(machine: &Machine, what: &str) -> anyhow::Result<bool> {
-    // Only a server of our own is changed.
+    // The bench changes only a server that it started itself.
     if machine.postgres_pid().is_none() {
         return Ok(false);
     }

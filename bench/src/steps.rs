@@ -1,7 +1,8 @@
 //! The yardstick beside the sagas: bare step-transactions (inbox row, saga row updated, outbox row) on the same
-//! PostgreSQL, without Kafka, relay, JSON or engine.
+//! PostgreSQL. There is no Kafka, relay, JSON or engine.
 //!
-//! Twice: one step a transaction, as many connections as are useful; and sets of steps, as a consumer's batches are.
+//! The yardstick is measured twice: with one step a transaction, on as many connections as are useful; and with sets of
+//! steps, like a consumer's batches.
 
 use crate::{cli::SagaArgs, databases::Database, machine::Machine};
 use saga_core::service::messaging_migrations;
@@ -11,25 +12,25 @@ use stack::progress::Progress;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// Connections that work at once.
+/// How many connections work at once.
 const CONNECTIONS: u32 = 16;
-/// Steps of a set.
+/// How many steps a set has.
 const SET: usize = 16;
-/// Sagas that each connection's steps are of.
+/// How many sagas each connection's steps belong to.
 const SAGAS: usize = 64;
-/// How long each is measured.
+/// How long each variant is measured.
 const TIME: Duration = Duration::from_secs(5);
 
 /// The yardstick, in steps a second.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Steps {
-    /// One a transaction.
+    /// Steps a second with one step a transaction.
     pub singly: f64,
-    /// In sets of `SET`.
+    /// Steps a second in sets of `SET`.
     pub in_sets: f64,
 }
 
-/// Measures both.
+/// Measures both variants.
 pub async fn run(machine: &Machine, args: &SagaArgs, progress: &Progress) -> anyhow::Result<Steps> {
     let database = Database::create(machine, "steps", &[messaging_migrations()]).await?;
     let pool = database.pool(CONNECTIONS).await?;

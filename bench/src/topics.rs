@@ -1,4 +1,4 @@
-//! Topics of a run, and how many messages are in them.
+//! Topics of a run, and the number of messages in them.
 
 use anyhow::Context as _;
 use rdkafka::{
@@ -10,10 +10,10 @@ use rdkafka::{
 };
 use std::time::Duration;
 
-/// How long the broker may take for anything.
+/// How long the broker may take for each request.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Makes topics, anew if they are there.
+/// Creates topics; those that exist are deleted first.
 pub async fn create(brokers: &str, names: &[String], partitions: i32) -> anyhow::Result<()> {
     let admin: AdminClient<DefaultClientContext> = ClientConfig::new().set("bootstrap.servers", brokers).create()?;
     let options = AdminOptions::new().operation_timeout(Some(PATIENCE));
@@ -29,7 +29,7 @@ pub async fn create(brokers: &str, names: &[String], partitions: i32) -> anyhow:
         loop {
             let new = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
             match admin.create_topics([&new], &options).await?.into_iter().next() {
-                // Deleting takes the broker a moment.
+                // The broker takes a moment to delete a topic.
                 Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) if tokio::time::Instant::now() < deadline => {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }

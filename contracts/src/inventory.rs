@@ -1,4 +1,4 @@
-//! What `inventory-svc` can be told, how it answers, and its item events. A reservation is known by its order.
+//! The commands of `inventory-svc`, its answers, and its item events. The order's id identifies a reservation.
 
 use crate::{
     OrderId,
@@ -15,20 +15,20 @@ use serde::{Deserialize, Serialize};
 /// Put stock aside for an order: every line or none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReserveStock {
-    /// For which order.
+    /// The order that the stock is for.
     pub order: OrderId,
-    /// What, each sku once.
+    /// The lines, each sku once.
     pub lines: Vec<Line>,
 }
 
 /// The stock is put aside.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reserved {
-    /// How many pieces in all.
+    /// How many pieces are put aside, in all lines.
     pub pieces: i64,
 }
 
-/// Not enough of something; nothing was put aside.
+/// One item or more falls short; nothing was put aside.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OutOfStock {
     /// Each line that falls short.
@@ -38,11 +38,11 @@ pub struct OutOfStock {
 /// A line that falls short.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shortage {
-    /// Of what.
+    /// The item that falls short.
     pub sku: Sku,
-    /// How many were asked for.
+    /// How many pieces the order wants.
     pub requested: i64,
-    /// How many there are; 0 for an item nobody knows.
+    /// How many pieces are free; 0 for an item that does not exist.
     pub available: i64,
 }
 
@@ -56,7 +56,7 @@ impl Command for ReserveStock {
 /// Put back what [`ReserveStock`] put aside, whether or not it did.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReleaseStock {
-    /// Of which order.
+    /// The order whose stock is put back.
     pub order: OrderId,
 }
 
@@ -70,7 +70,7 @@ impl Command for ReleaseStock {
 /// The reserved stock leaves the house. It comes after the pivot, so it cannot be refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CommitStock {
-    /// Of which order.
+    /// The order whose stock leaves.
     pub order: OrderId,
 }
 
@@ -84,9 +84,9 @@ impl Command for CommitStock {
 /// An item of the catalogue as it is now; the record's key is the sku. A later `ce_sequence` wins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ItemChanged {
-    /// Which.
+    /// The item's stock-keeping unit; the record's key.
     pub sku: Sku,
-    /// What people call it.
+    /// The item's name, for people.
     pub name: String,
     /// What one piece costs.
     pub unit_price: Money,

@@ -1,13 +1,13 @@
-//! What the order platform's services say to each other. No I/O, no service's internals.
+//! The contracts between the order platform's services. No I/O, no service's internals.
 //!
 //! | module | what it is |
 //! |---|---|
 //! | [`topics`] | every topic, declared once |
 //! | [`money`] | integer minor units with an ISO 4217 currency |
 //! | [`product`] | stock-keeping units and quantities |
-//! | [`payments`] | what `payment-svc` can be told, and how it answers |
-//! | [`inventory`] | what `inventory-svc` can be told, how it answers, and its item events |
-//! | [`orders`] | what `order-svc` tells the world |
+//! | [`payments`] | the commands of `payment-svc`, and its answers |
+//! | [`inventory`] | the commands of `inventory-svc`, its answers, and its item events |
+//! | [`orders`] | the events of `order-svc` |
 
 pub mod inventory;
 pub mod money;

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Deserializer, Serialize};
 use std::{fmt, str::FromStr};
 
-// It is part of messages, which are read tolerantly: a field that a later version adds is ignored. What people send is read
-// [`strictly`].
+// Money is part of messages, which are read tolerantly: a field that a later version adds is ignored. Requests of
+// people are read [`strictly`].
 /// An amount in minor units (cents) of a currency.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Money {
@@ -17,7 +17,7 @@ pub struct Money {
 }
 
 impl Money {
-    /// Adds, `None` when the currencies differ or the sum overflows.
+    /// Adds; `None` when the currencies differ or the sum overflows.
     #[must_use]
     pub fn checked_add(self, other: Self) -> Option<Self> {
         (self.currency == other.currency)
@@ -26,7 +26,7 @@ impl Money {
             .map(|amount| Self { amount, ..self })
     }
 
-    /// Multiplies, `None` on overflow.
+    /// Multiplies; `None` on overflow.
     #[must_use]
     pub fn checked_mul(self, factor: i64) -> Option<Self> {
         self.amount.checked_mul(factor).map(|amount| Self { amount, ..self })
@@ -36,7 +36,7 @@ impl Money {
 /// For `#[serde(deserialize_with)]` in requests of people: a field that [`Money`] does not have is refused.
 ///
 /// # Errors
-/// As for any other malformed money.
+/// The same as for any other malformed money.
 pub fn strictly<'de, D: Deserializer<'de>>(from: D) -> Result<Money, D::Error> {
     Strict::deserialize(from).map(|Strict { amount, currency }| Money { amount, currency })
 }
@@ -44,7 +44,7 @@ pub fn strictly<'de, D: Deserializer<'de>>(from: D) -> Result<Money, D::Error> {
 /// [`strictly`] for money that may be `null`. It also needs `#[serde(default)]` where it may be left out.
 ///
 /// # Errors
-/// As [`strictly`].
+/// The same as for [`strictly`].
 pub fn strictly_if_any<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Money>, D::Error> {
     let strict = Option::<Strict>::deserialize(from)?;
     Ok(strict.map(|Strict { amount, currency }| Money { amount, currency }))
@@ -62,7 +62,7 @@ struct Strict {
 #[serde(try_from = "String", into = "String")]
 pub struct Currency([u8; 3]);
 
-/// The active codes of ISO 4217 that name money somebody can pay with.
+/// The active codes of ISO 4217 that name money for payments.
 const CODES: &str = "AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BHD BIF BMD BND BOB BRL BSD BTN BWP BYN BZD CAD \
     CDF CHF CLP CNY COP CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF GTQ GYD HKD \
     HNL HTG HUF IDR ILS INR IQD IRR ISK JMD JOD JPY KES KGS KHR KMF KPW KRW KWD KYD KZT LAK LBP LKR LRD LSL LYD MAD \
@@ -70,7 +70,7 @@ const CODES: &str = "AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BHD BIF BMD
     RON RSD RUB RWF SAR SBD SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TND TOP TRY TTD TWD TZS \
     UAH UGX USD UYU UZS VED VES VND VUV WST XAF XCD XCG XOF XPF YER ZAR ZMW ZWG";
 
-/// Not an active ISO 4217 code.
+/// A text that is no active ISO 4217 code.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not an ISO 4217 currency code such as \"EUR\"")]
 pub struct UnknownCurrency(String);

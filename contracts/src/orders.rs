@@ -1,18 +1,18 @@
-//! What `order-svc` tells the world, on `orders.events`, keyed by order.
+//! The events of `order-svc`, on `orders.events`, keyed by order.
 
 use crate::{OrderId, money::Money, product::Line};
 use serde::{Deserialize, Serialize};
 
-/// Somebody placed an order; its saga has begun.
+/// A customer placed an order; its saga has begun.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OrderPlaced {
-    /// Which.
+    /// The order's id.
     pub order: OrderId,
-    /// Who.
+    /// The id of the customer that placed the order.
     pub customer: String,
-    /// What.
+    /// The lines that the customer ordered.
     pub lines: Vec<Line>,
-    /// For how much.
+    /// The price of all lines.
     pub total: Money,
 }
 
@@ -24,7 +24,7 @@ impl OrderPlaced {
 /// The order is paid; nothing will undo it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OrderConfirmed {
-    /// Which.
+    /// The order's id.
     pub order: OrderId,
 }
 
@@ -33,12 +33,12 @@ impl OrderConfirmed {
     pub const TYPE: &'static str = "orders.confirmed.v1";
 }
 
-/// The order came to nothing, and everything that was done for it is undone.
+/// The order is cancelled, and everything that was done for it is undone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OrderCancelled {
-    /// Which.
+    /// The order's id.
     pub order: OrderId,
-    /// Why, for example `payment_declined`, `out_of_stock`, `cancelled_by_customer`.
+    /// The reason, for example `payment_declined`, `out_of_stock`, `cancelled_by_customer`.
     pub reason: String,
 }
 

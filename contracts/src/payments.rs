@@ -1,4 +1,4 @@
-//! What `payment-svc` can be told, and how it answers. A payment is known by its order.
+//! The commands of `payment-svc`, and its answers. The order's id identifies a payment.
 
 use crate::{OrderId, money::Money, topics};
 use saga_core::{
@@ -12,9 +12,9 @@ use serde::{Deserialize, Serialize};
 pub struct AuthorizePayment {
     /// The order that is paid.
     pub order: OrderId,
-    /// Who pays.
+    /// The id of the customer that pays.
     pub customer: String,
-    /// How much.
+    /// The amount to hold.
     pub amount: Money,
     /// The gateway's token of the customer's means of payment.
     pub method: String,
@@ -23,13 +23,13 @@ pub struct AuthorizePayment {
 /// The money is held.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Authorized {
-    /// The gateway's reference.
+    /// The gateway's reference of the authorization.
     pub authorization: String,
-    /// How much is held.
+    /// The amount that is held.
     pub amount: Money,
 }
 
-/// The gateway said no; nothing is held.
+/// The gateway declined; nothing is held.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Declined {
     /// The gateway's reason, for example `insufficient_funds`.
@@ -62,20 +62,20 @@ impl Command for VoidPayment {
 pub struct CapturePayment {
     /// The order that is paid.
     pub order: OrderId,
-    /// How much; what was authorized.
+    /// The amount to take; the authorized amount.
     pub amount: Money,
 }
 
 /// The money is taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Captured {
-    /// The gateway's reference.
+    /// The gateway's reference of the capture.
     pub capture: String,
-    /// How much was taken.
+    /// The amount that was taken.
     pub amount: Money,
 }
 
-/// The gateway will not hand out what it held (it expired, for example); nothing was taken.
+/// The gateway refuses to hand out what it held (it expired, for example); nothing was taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CaptureRefused {
     /// The gateway's reason.
@@ -94,23 +94,23 @@ impl Command for CapturePayment {
 pub struct RefundPayment {
     /// The order whose payment is given back.
     pub order: OrderId,
-    /// How much.
+    /// The amount to give back.
     pub amount: Money,
 }
 
 /// The money is given back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refunded {
-    /// The gateway's reference.
+    /// The gateway's reference of the refund.
     pub refund: String,
-    /// How much was given back.
+    /// The amount that was given back.
     pub amount: Money,
 }
 
-/// More than was captured, or nothing was.
+/// The refund is more than was captured, or nothing was captured.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefundRefused {
-    /// Why.
+    /// The reason, in words.
     pub reason: String,
 }
 

@@ -8,13 +8,13 @@ use std::{fmt, str::FromStr};
 #[serde(try_from = "String", into = "String")]
 pub struct Sku(String);
 
-/// Not a stock-keeping unit.
+/// A text that is no stock-keeping unit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a sku is 1 to 64 characters of A-Z, a-z, 0-9, '.', '_' and '-'")]
 pub struct MalformedSku;
 
 impl Sku {
-    /// As text.
+    /// The unit as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -50,12 +50,12 @@ impl fmt::Display for Sku {
     }
 }
 
-/// A quantity that somebody orders: 1 to 1,000,000 pieces.
+/// A quantity of an order's line: 1 to 1,000,000 pieces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "i64", into = "i64")]
 pub struct Quantity(i64);
 
-/// Not a quantity.
+/// A number that is no quantity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a quantity is a whole number from 1 to {}", Quantity::MAX)]
 pub struct MalformedQuantity;
@@ -64,7 +64,7 @@ impl Quantity {
     /// The most pieces of one line.
     pub const MAX: i64 = 1_000_000;
 
-    /// As a number.
+    /// The number of pieces.
     pub fn get(self) -> i64 {
         self.0
     }
@@ -83,12 +83,12 @@ impl From<Quantity> for i64 {
     }
 }
 
-/// So many pieces of one thing.
+/// A line of an order: so many pieces of one item.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
-    /// Of what.
+    /// The item's stock-keeping unit.
     pub sku: Sku,
-    /// How many.
+    /// The number of pieces.
     pub quantity: Quantity,
 }
 

@@ -1,4 +1,5 @@
-//! Every topic of the order platform, declared once. Each consumed topic has a dead letter topic beside it, `<name>.dlt`.
+//! Every topic of the order platform, declared once. Each consumed topic has a dead letter topic beside it,
+//! `<name>.dlt`.
 
 use saga_core::topic::{Cleanup, Topic};
 
@@ -17,13 +18,13 @@ pub const ORDERS_EVENTS: Topic = Topic::events("orders.events", PARTITIONS);
 pub const INVENTORY_ITEMS: Topic =
     Topic { name: "inventory.items", partitions: PARTITIONS, retention: None, cleanup: Cleanup::Compact };
 
-/// Where the platform's participants may be told to reply to. Configuration adds to it (`REPLY_TOPICS`).
+/// The topics that the platform's participants may reply to. Configuration adds to it (`REPLY_TOPICS`).
 pub const REPLIES: [&str; 1] = [ORDERS_REPLIES.name];
 
-/// Whose commands the platform's participants take: the `ce_source` of a message is what its outbox is called. Configuration adds to
-/// it (`COMMAND_SOURCES`).
+/// The sources whose commands the platform's participants take: the `ce_source` of a message is its outbox's name.
+/// Configuration adds to it (`COMMAND_SOURCES`).
 pub const COMMAND_SOURCES: [&str; 1] = ["orders"];
-/// The types of the platform's sagas (`ce_sagatype`): a line of a log has a saga's id under the name of its type.
+/// The types of the platform's sagas (`ce_sagatype`): a log line has a saga's id under the name of its type.
 pub const SAGAS: [&str; 1] = ["order"];
-/// Whose replies the order saga takes. Configuration adds to it (`REPLY_SOURCES`).
+/// The sources whose replies the order saga takes. Configuration adds to it (`REPLY_SOURCES`).
 pub const REPLY_SOURCES: [&str; 2] = ["payments", "inventory"];

@@ -1,5 +1,5 @@
-//! Every message as it stands on the wire. A snapshot that changes is a change that every running service and every
-//! record already in a topic has to live with: add optional fields, or give the type a new version.
+//! Every message as it stands on the wire. Every running service, and every record already in a topic, has to live with
+//! a snapshot that changes. So add optional fields, or give the type a new version.
 
 use contracts::{
     OrderId,
@@ -35,8 +35,8 @@ fn lines() -> Vec<Line> {
     vec![line("WIDGET-1", 2), line("GADGET-2", 1)]
 }
 
-/// Writes `message`, reads it back, reads it with fields that this version does not know, one at each of its objects and
-/// then one at all of them, and returns what was written.
+/// Writes `message`, and reads it back. Then reads it with fields that this version does not know, one at each of its
+/// objects and then one at all of them. Returns what was written.
 fn on_the_wire<T: Serialize + DeserializeOwned + PartialEq + Debug>(message: &T) -> Value {
     let written = serde_json::to_value(message).unwrap();
     assert_eq!(&serde_json::from_value::<T>(written.clone()).unwrap(), message);
@@ -54,7 +54,7 @@ fn on_the_wire<T: Serialize + DeserializeOwned + PartialEq + Debug>(message: &T)
     written
 }
 
-/// Where in `json` there are objects, as JSON pointers.
+/// The places of objects in `json`, as JSON pointers.
 fn objects(json: &Value) -> Vec<String> {
     let below =
         |name: &str, value: &Value| objects(value).into_iter().map(|at| format!("/{name}{at}")).collect::<Vec<_>>();

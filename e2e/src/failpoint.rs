@@ -1,7 +1,7 @@
 //! Processes in which something goes wrong at a named edge of a transaction.
 //!
-//! The names are saga-core's (`testkit::failpoints` lists them); a process arms them from its environment, and its log
-//! says what fired. Only that counts: a process may end, and work may be done, without it.
+//! The names are saga-core's (`testkit::failpoints` lists them). A process arms them from its environment, and its log
+//! holds which fired. Only that counts: a process may end, and work may be done, without it.
 
 use crate::platform::{Platform, SETTLED};
 use saga_core::testkit::{eventually, failpoints::FIRES};
@@ -17,33 +17,33 @@ use std::{
 /// How long a process may take to come to the edge, as often as it is to go wrong there.
 const REACHED: Duration = SETTLED;
 
-/// What goes wrong at an edge.
+/// The faults that an edge can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wrong {
     /// The process dies there, once.
     Kill,
-    /// An error that counts as the message's own fault, so often.
+    /// The edge returns an error that counts as the message's own fault, so often.
     Error(usize),
-    /// An error as of a lost connection, so often.
+    /// The edge returns an error as of a lost connection, so often.
     Outage(usize),
 }
 
 /// An edge of a transaction in one of the processes.
 #[derive(Debug, Clone)]
 pub struct Edge {
-    /// Which process.
+    /// The process that has the edge.
     pub service: Service,
     /// The fail point with its scope, as in `consumer.after-commit@payment-svc`, and perhaps a step, as in
     /// `consumer.after-commit@payment-svc/undo authorize-payment`.
     pub name: String,
-    /// How often it is passed before.
+    /// How often the edge is passed before the fault.
     pub skip: usize,
-    /// What happens there.
+    /// The fault at the edge.
     pub wrong: Wrong,
 }
 
 impl Edge {
-    /// The process dies there the first time.
+    /// An edge at which the process dies the first time.
     pub fn kill(service: Service, name: impl Into<String>) -> Self {
         Self { service, name: name.into(), skip: 0, wrong: Wrong::Kill }
     }
@@ -58,7 +58,7 @@ impl Edge {
         format!("{}={skipped}{action}", self.name)
     }
 
-    /// How often it is to go wrong.
+    /// How often the edge is to go wrong.
     fn times(&self) -> usize {
         match self.wrong {
             Wrong::Kill => 1,
@@ -66,7 +66,7 @@ impl Edge {
         }
     }
 
-    /// How often it went wrong since the process's log was so long.
+    /// How often the edge went wrong since the process's log had `since` bytes.
     fn fired(&self, log: &Path, since: u64) -> io::Result<usize> {
         let (mut file, mut lines) = (File::open(log)?, Vec::new());
         file.seek(SeekFrom::Start(since))?;
@@ -77,19 +77,19 @@ impl Edge {
 }
 
 impl Platform {
-    /// Restarts a process so that something goes wrong at the edge while `work` is done, then starts it as it was.
+    /// Restarts a process so that something goes wrong at the edge while `work` is done. Then starts it as it was.
     ///
     /// # Panics
-    /// When it does not go wrong there, as often as it is to: then `work` does not come to the edge, or the binaries were
-    /// built without fail points, or `RUST_LOG` leaves warnings out.
+    /// When the edge does not go wrong as often as it is to. Then `work` does not come to the edge, or the binaries
+    /// were built without fail points, or `RUST_LOG` leaves warnings out.
     pub async fn goes_wrong_at<T>(&self, edge: &Edge, work: impl Future<Output = T>) -> T {
         let running = self.stack.service(edge.service);
         let armed = edge.armed();
         running.process.stop().await;
-        // What is in the log by now is about other edges, or about an earlier passage of this one.
+        // The log so far is about other edges, or about an earlier passage of this one.
         let since = running.process.log().metadata().expect("it has written a log").len();
         running.process.start_again_with(&[("FAILPOINTS", &armed)]).expect("the program is there");
-        // It may die before it is ready: what is wrong with that is said below.
+        // The process may die before it is ready: what is wrong with that is reported below.
         let _ = running.ready().await;
         let meanwhile = async {
             if edge.wrong == Wrong::Kill {
@@ -111,18 +111,18 @@ impl Platform {
         running.start_again().await.unwrap_or_else(|error| panic!("{service} does not come back: {error}"));
     }
 
-    /// Waits until it went wrong at the edge as often as it is to.
+    /// Waits until the edge went wrong as often as it is to.
     async fn fires(&self, running: &Running, edge: &Edge, since: u64) {
         let fired = || edge.fired(running.process.log(), since).expect("the log can be read");
         let all = eventually(REACHED * 2, || async { (fired() >= edge.times()).then_some(()) });
-        // With a bound of its own, because it can say which edge it is about.
+        // The wait has a bound of its own, because its error can name the edge.
         let reached = tokio::time::timeout(REACHED, all).await;
         let (service, armed, times) = (edge.service, edge.armed(), fired());
         assert!(reached.is_ok(), "{service}: {armed} fired {times} times; were the binaries built with --workspace?");
         (0..times).for_each(|_| self.fault_fired(&edge.name));
     }
 
-    /// Waits until the platform's processes all say that their work moves.
+    /// Waits until `/health` of each of the platform's processes reports that its work moves.
     pub async fn all_ready(&self) {
         for service in Service::ALL {
             let url = self.admin(service, "/health");

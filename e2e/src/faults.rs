@@ -13,7 +13,7 @@ use uuid::Uuid;
 pub struct Chance(u64);
 
 impl Chance {
-    /// From `E2E_SEED`, or new; says which.
+    /// Takes the seed from `E2E_SEED`, or a new one, and prints it.
     ///
     /// # Panics
     /// When `E2E_SEED` is no number.
@@ -35,12 +35,12 @@ impl Chance {
         (z ^ (z >> 31)) % end.max(1)
     }
 
-    /// So many milliseconds.
+    /// A duration of `from` to `to` milliseconds.
     pub fn millis(&mut self, from: u64, to: u64) -> Duration {
         Duration::from_millis(from + self.below(to - from))
     }
 
-    /// One of them.
+    /// One of `of`, at random.
     pub fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
         let index = self.below(of.len() as u64);
         &of[usize::try_from(index).unwrap_or_default()]
@@ -49,14 +49,14 @@ impl Chance {
 
 impl Platform {
     /// Kills (SIGKILL) one of `services` again and again, each time at a moment of chance, and starts it again, until
-    /// `token` is cancelled. All of them run, and are ready, when this returns; how often it killed.
+    /// `token` is cancelled. All of them run, and are ready, when this returns. Returns how often it killed.
     ///
     /// # Panics
     /// When a process does not come back.
     pub async fn kills(&self, services: &[Service], mut chance: Chance, token: CancellationToken) -> usize {
         let mut killed = 0;
         while !token.is_cancelled() {
-            // Not a wait for something: the moment is the fault.
+            // This is no wait for a condition: the moment is the fault.
             tokio::time::sleep(chance.millis(50, 700)).await;
             let service = *chance.pick(services);
             let running = self.stack.service(service);
@@ -72,7 +72,7 @@ impl Platform {
     /// Lets every pause of the engine and of the provider's callers be over, again and again, until `done`.
     ///
     /// # Panics
-    /// When that takes too long.
+    /// When that takes longer than [`SETTLED`].
     pub async fn time_flies_until(&self, done: impl AsyncFn() -> bool) {
         eventually(SETTLED, || async {
             time_passes(&self.orders).await;
@@ -85,10 +85,10 @@ impl Platform {
         .await;
     }
 
-    /// The provider does what it is asked for an order's payment: its simulator goes by the token that it remembers.
+    /// Lets the provider do what it is asked for an order's payment: its simulator goes by the token that it remembers.
     ///
     /// # Panics
-    /// When its database does not answer.
+    /// When the provider's database does not answer.
     pub async fn provider_is_well_for(&self, order: Uuid) {
         sqlx::query("update gateway_authorization set method = 'tok_visa' where \"order\" = $1")
             .bind(order.to_string())

@@ -1,5 +1,5 @@
-//! Whole-system tests: the platform's real processes on a real PostgreSQL and a real Kafka, under faults, and the audit
-//! that judges them afterwards by what stands in databases and topics.
+//! Whole-system tests: the platform's real processes on a real PostgreSQL and a real Kafka, under faults. The audit
+//! judges them afterwards by the rows of databases and the records of topics.
 //!
 //! | module | what it is |
 //! |---|---|
@@ -11,8 +11,8 @@
 //! | [`faults`] | a seeded source of chance, and processes that die or stop at moments that it picks |
 //! | [`failpoint`] | processes that die at a named edge of a transaction |
 //!
-//! The binaries must have been built with the whole workspace (`cargo build --workspace --bins`): then this crate's use of
-//! saga-core's test kit compiles the fail points into them.
+//! The binaries must have been built with the whole workspace (`cargo build --workspace --bins`). Then this crate's use
+//! of saga-core's test kit compiles the fail points into them.
 
 pub mod audit;
 pub mod failpoint;

@@ -5,7 +5,7 @@ use crate::{faults::Chance, orders::Wish, platform::Platform};
 /// How many customers there are at a time.
 pub const CUSTOMERS: usize = 12;
 
-/// Orders of every kind, by many customers at once, until all are placed.
+/// Places orders of every kind, by many customers at once, until all are placed.
 ///
 /// # Panics
 /// When a request gets no answer for a minute.

@@ -1,4 +1,4 @@
-//! What a customer does: orders, cancels, looks; and what a shop does before: items and stock.
+//! A customer's actions: orders, cancellations, looks. Also a shop's actions before: items and stock.
 
 use crate::{
     audit::{Answer, Request},
@@ -17,38 +17,38 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// An order to be placed.
 #[derive(Debug, Clone)]
 pub struct Wish {
-    /// Who.
+    /// The id of the ordering customer.
     pub customer: String,
-    /// (sku, pieces)
+    /// The items to order: (sku, pieces).
     pub items: Vec<(String, i64)>,
-    /// The payment provider's test token: it chooses how the provider behaves.
+    /// The payment provider's test token, which decides how the provider behaves.
     pub payment_method: String,
-    /// W3C trace context to send along.
+    /// The W3C trace context to send along; `None`: none.
     pub traceparent: Option<String>,
 }
 
 impl Wish {
-    /// So many pieces of one thing.
+    /// An order of so many pieces of one item.
     pub fn of(sku: &str, pieces: i64) -> Self {
         let items = vec![(sku.to_owned(), pieces)];
         Self { customer: "customer-1".into(), items, payment_method: "tok_visa".into(), traceparent: None }
     }
 
-    /// And of another.
+    /// Adds so many pieces of another item.
     #[must_use]
     pub fn and(mut self, sku: &str, pieces: i64) -> Self {
         self.items.push((sku.to_owned(), pieces));
         self
     }
 
-    /// Paid with this.
+    /// Sets the token that pays.
     #[must_use]
     pub fn paid_with(mut self, token: &str) -> Self {
         token.clone_into(&mut self.payment_method);
         self
     }
 
-    /// As it is sent.
+    /// The JSON body of the request.
     pub fn body(&self) -> Value {
         let items = self.items.iter().map(|(sku, quantity)| json!({ "sku": sku, "quantity": quantity }));
         let items: Vec<_> = items.collect();
@@ -57,10 +57,10 @@ impl Wish {
 }
 
 impl Platform {
-    /// A new item with so many pieces on hand, known to order-svc too; its sku.
+    /// Creates an item with so many pieces on hand, known to order-svc too; returns its sku.
     ///
     /// # Panics
-    /// When inventory-svc refuses, or order-svc does not hear of it.
+    /// When inventory-svc refuses, or order-svc does not hear of the item.
     pub async fn item(&self, name: &str, price: i64, pieces: i64) -> String {
         let sku = unique(name);
         let item = json!({
@@ -80,7 +80,7 @@ impl Platform {
         sku
     }
 
-    /// Asks under one key until there is an answer that is a success: the service may be down.
+    /// Repeats a request under one key until it succeeds: the service may be down.
     async fn insists(&self, url: &str, key: &str, body: &Value) {
         eventually(PATIENCE, || async {
             let answer = self.http.post(url).header("idempotency-key", key).json(body).send().await.ok()?;
@@ -91,10 +91,10 @@ impl Platform {
         .await;
     }
 
-    /// Places an order as a patient customer does: who gets no answer asks again under the same key.
+    /// Places an order as a patient customer does: without an answer it asks again under the same key.
     ///
     /// # Panics
-    /// When it is refused, or there is no answer for a long time.
+    /// When the order is refused, or there is no answer for a long time.
     pub async fn place(&self, wish: &Wish) -> Uuid {
         match self.ask(wish).await {
             Answer::Accepted(order) => order,
@@ -107,12 +107,12 @@ impl Platform {
         self.ask_once(wish, &unique("order")).await;
     }
 
-    /// Places an order, and notes for the audit what was answered.
+    /// Places an order, and notes the answer for the audit.
     pub async fn ask(&self, wish: &Wish) -> Answer {
         let key = unique("order");
         let answered = within(PATIENCE, || async {
             match self.ask_once(wish, &key).await {
-                // In flight, or out of order: the same request again tells.
+                // The request is in flight, or something is out of order: the same request again brings the answer.
                 unsure @ (Answer::Unknown | Answer::Refused(409 | 500..=599)) => Err(unsure),
                 answer => Ok(answer),
             }
@@ -145,13 +145,13 @@ impl Platform {
         answer.json().await.ok()
     }
 
-    /// Cancels as a customer; the answer's status, 0 for none.
+    /// Cancels as a customer; returns the answer's status, 0 for none.
     pub async fn cancel(&self, order: Uuid) -> u16 {
         let url = format!("{}/v1/orders/{order}/cancel", self.stack.url(Service::Orders));
         self.http.post(url).json(&json!({})).send().await.map_or(0, |answer| answer.status().as_u16())
     }
 
-    /// Waits until the order is confirmed or cancelled; its status, and why it was cancelled.
+    /// Waits until the order is confirmed or cancelled; returns its status, and why it was cancelled.
     pub async fn end_of(&self, order: Uuid) -> (String, Option<String>) {
         eventually(SETTLED, || async {
             let order = self.order(order).await?;
@@ -162,7 +162,7 @@ impl Platform {
         .await
     }
 
-    /// How the order ended, in short: `confirmed`, or why it was cancelled.
+    /// The order's end, in short: `confirmed`, or why it was cancelled.
     pub async fn outcome(&self, order: Uuid) -> String {
         let (status, reason) = self.end_of(order).await;
         reason.unwrap_or(status)
@@ -171,7 +171,7 @@ impl Platform {
     /// The saga as its inspection shows it.
     ///
     /// # Panics
-    /// When the inspection does not know it.
+    /// When the inspection does not know the saga.
     pub async fn saga(&self, order: Uuid) -> Value {
         let url = self.admin(Service::Orders, &format!("/v1/sagas/{order}"));
         eventually(SETTLED, || async {
@@ -182,10 +182,10 @@ impl Platform {
         .await
     }
 
-    /// Gives a stuck saga a fresh start, as an operator who has looked at it does.
+    /// Gives a stuck saga a fresh start, as an operator does that has inspected it.
     ///
     /// # Panics
-    /// When that is refused.
+    /// When the engine refuses that.
     pub async fn retries(&self, order: Uuid, reason: &str) {
         let seen = self.saga(order).await["revision"].clone();
         let retry = self.http.post(self.admin(Service::Orders, &format!("/v1/sagas/{order}/retry")));
@@ -195,7 +195,7 @@ impl Platform {
         *self.expected().operator_actions.entry("retry-saga".to_owned()).or_default() += 1;
     }
 
-    /// An item's pieces: (on hand, reserved).
+    /// The pieces of an item: (on hand, reserved).
     pub async fn stock_of(&self, sku: &str) -> (i64, i64) {
         let url = format!("{}/v1/items/{sku}", self.stack.url(Service::Inventory));
         eventually(SETTLED, || async {
@@ -205,10 +205,10 @@ impl Platform {
         .await
     }
 
-    /// What the gateway did for an order, in its order: `authorized 100`, `captured 100`, …
+    /// The gateway's movements for an order, in their order: `authorized 100`, `captured 100`, …
     ///
     /// # Panics
-    /// When its database cannot be read.
+    /// When the gateway's database cannot be read.
     pub async fn at_gateway(&self, order: Uuid) -> Vec<String> {
         let facts = self.sources().read_databases().await.expect("the databases can be read");
         let name = order.to_string();
@@ -217,7 +217,7 @@ impl Platform {
         movements.map(|movement| format!("{} {}", movement.kind, movement.amount)).collect()
     }
 
-    /// How often the payment provider was asked under one key, at most, of those that an order's commands have.
+    /// How often the payment provider was asked under one key, at most, of the keys of an order's commands.
     pub async fn asked_under_one_key(&self, order: Uuid) -> i32 {
         let keys: Vec<String> =
             sqlx::query_scalar("select headers ->> 'ce_commandid' from outbox where topic = $1 and key = $2")

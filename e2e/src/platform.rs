@@ -1,10 +1,11 @@
 //! Running platforms that the tests of a binary use, and the judgement over them.
 //!
-//! Starting one costs seconds, so they are used again; tests keep apart by orders and items of their own. Tests that break
-//! nothing for others share one, and hold it shared; judging wants it alone, because what moves looks like a
-//! contradiction. A test that breaks things has one for itself for as long as it runs: most of its time it waits, for sessions, leases and claims to run
-//! out, and meanwhile another can do the same next door. Everything lives in one runtime that outlives the tests; when the
-//! binary ends, however it ends, the stack's guard ends the processes.
+//! Starting a platform costs seconds, so platforms are used again; tests keep apart by orders and items of their own.
+//! Tests that break nothing for others share one, and hold it shared. Judging wants it alone, because what moves looks
+//! like a contradiction. A test that breaks things has one for itself for as long as it runs. Most of its time it
+//! waits, for sessions, leases and claims to run out, and meanwhile another test can do the same next door. Everything
+//! lives in one runtime that outlives the tests. When the binary ends, however it ends, the stack's guard ends the
+//! processes.
 
 use crate::{
     audit::{Answer, Expectations, Facts, Finding, Sources, audit},
@@ -33,10 +34,11 @@ use tokio::{
 };
 use uuid::Uuid;
 
-/// What a saga may take until it has ended, with everything that a test does to it: retries and claims run out in
-/// seconds, consumers come back in seconds, and two cores are shared by all of it.
+/// How long a saga may take until it has ended, with everything that a test does to it. Retries and claims run out in
+/// seconds, consumers come back in seconds, and all of it shares two cores.
 pub const SETTLED: Duration = Duration::from_secs(90);
-/// After the sagas' end: the last records are published and taken, the last offsets committed.
+/// How long the rest may take after the sagas' end: the last records are published and taken, the last offsets
+/// committed.
 const AT_REST: Duration = Duration::from_secs(30);
 
 static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
@@ -44,22 +46,22 @@ static RUNTIME: LazyLock<Runtime> = LazyLock::new(|| {
     runtime.expect("a runtime can be made")
 });
 static SHARED: OnceCell<Platform> = OnceCell::const_new();
-/// Those for one test at a time that nobody uses now.
+/// The platforms for one test at a time that no test uses now.
 static FREE: Mutex<Vec<Platform>> = Mutex::new(Vec::new());
-/// How many of those there are at most: each is two servers and five processes, which mostly wait: for sessions and leases
-/// of what was killed to run out. With three of them two cores were idle for two thirds of the time.
+/// The most platforms for one test at a time: each is two servers and five processes, which mostly wait for sessions and
+/// leases of killed processes to run out. With three of them, two cores were idle for two thirds of the time.
 static ROOM: Semaphore = Semaphore::const_new(5);
 
 /// A platform under test.
 pub struct Platform {
-    /// Its processes.
+    /// The servers and processes of the platform.
     pub stack: Stack,
-    /// order-svc's database.
+    /// A pool of order-svc's database.
     pub orders: PgPool,
-    /// HTTP, with a bound on each request.
+    /// An HTTP client, with a bound on each request.
     pub http: reqwest::Client,
     expected: Mutex<Expectations>,
-    /// What an earlier test was told: one finding fails one test.
+    /// The findings that earlier tests failed with: one finding fails one test.
     known: Mutex<BTreeSet<Finding>>,
     turn: RwLock<()>,
 }
@@ -109,13 +111,14 @@ pub fn unaudited(test: impl AsyncFnOnce(&Platform)) {
     });
 }
 
-/// For tests that stop processes: claims of calls that died outlive the gateway's timeout, and tests wait for that.
+/// The configuration for tests that stop processes: claims of calls that died outlive the gateway's timeout, and tests
+/// wait for that.
 pub fn for_breaking() -> StackConfig {
     let hasty = StackConfig::for_tests().env(Service::Payments, "GATEWAY_TIMEOUT_MS", "1000");
     hasty.env(Service::Gateway, "GATEWAY_SIM_SLOW_MS", "500")
 }
 
-/// Given back at the end of a test; not by one that fails, which may leave anything behind.
+/// A platform that is given back at the end of a test; not by one that fails, which may leave anything behind.
 struct Taken(Option<Platform>);
 
 impl Deref for Taken {
@@ -136,17 +139,17 @@ impl Drop for Taken {
 }
 
 impl Platform {
-    /// Starts one.
+    /// Starts a platform.
     ///
     /// # Panics
-    /// When it does not start: nothing can be tested.
+    /// When the platform does not start: nothing can be tested.
     pub async fn start(config: StackConfig) -> Self {
-        // What tests write themselves is taken like what the platform's own services write.
+        // The services take messages that tests write themselves like those of the platform's own services.
         let participants = [Service::Payments, Service::Inventory].into_iter();
         let config = participants.fold(config, |config, service| config.env(service, "COMMAND_SOURCES", ECHO));
         let config = config.env(Service::Orders, "REPLY_SOURCES", ECHO);
         let stack = Stack::start(config, &Progress::Silent).await.unwrap_or_else(|e| panic!("the platform: {e}"));
-        // Lazily, and few: a test that kills PostgreSQL must not be told by its own pool.
+        // The pool is lazy, and small: when a test kills PostgreSQL, its own pool must not be the one to report it.
         let pool = PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(60));
         let orders = pool.connect_lazy(&stack.database_url("orders")).expect("the stack's own URL");
         let http = reqwest::Client::builder().timeout(Duration::from_secs(40)).build().expect("a client");
@@ -154,23 +157,23 @@ impl Platform {
         Self { stack, orders, http, expected, known: Mutex::default(), turn: RwLock::new(()) }
     }
 
-    /// What the audit is to expect; tests add to it.
+    /// The audit's expectations; tests add to them.
     pub fn expected(&self) -> MutexGuard<'_, Expectations> {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says that a kind of fault is to fire so often in addition.
+    /// Adds to how often a kind of fault is to fire.
     pub fn wants_fault(&self, kind: &str, times: usize) {
         let mut expected = self.expected();
         expected.faults.entry(kind.to_owned()).or_default().wanted += times;
     }
 
-    /// Says that a fault fired.
+    /// Notes that a fault fired.
     pub fn fault_fired(&self, kind: &str) {
         self.expected().faults.entry(kind.to_owned()).or_default().fired += 1;
     }
 
-    /// Where the facts are.
+    /// The places of the facts.
     pub fn sources(&self) -> Sources {
         let url = |name| self.stack.database_url(name);
         Sources {
@@ -182,12 +185,12 @@ impl Platform {
         }
     }
 
-    /// Where Kafka is.
+    /// The addresses of Kafka's brokers.
     pub fn brokers(&self) -> String {
         self.stack.servers().kafka_brokers.clone()
     }
 
-    /// One of the services' databases.
+    /// A connection to one of the services' databases.
     ///
     /// # Panics
     /// When PostgreSQL does not answer.
@@ -195,7 +198,7 @@ impl Platform {
         PgConnection::connect(&self.stack.database_url(name)).await.expect("the stack's own database is there")
     }
 
-    /// A gauge as `/metrics` tells it, over all its labels; 0 when it is not there.
+    /// The value of a gauge on `/metrics`, over all its labels; 0 when it is not there.
     ///
     /// # Panics
     /// When the process does not answer.
@@ -213,13 +216,13 @@ impl Platform {
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// How many bytes one of the processes wrote to its log by now.
+    /// How many bytes one of the processes has written to its log by now.
     pub fn log_size(&self, service: Service) -> usize {
         let log = self.stack.service(service).process.log();
         fs::metadata(log).map_or(0, |meta| usize::try_from(meta.len()).unwrap_or_default())
     }
 
-    /// The admin listener of one of the processes, with a path.
+    /// The URL of a path on a process's admin listener.
     pub fn admin(&self, service: Service, path: &str) -> String {
         format!("{}{path}", self.stack.admin_url(service))
     }
@@ -227,7 +230,7 @@ impl Platform {
     /// Waits until every saga has ended, or is stuck where that is expected.
     ///
     /// # Panics
-    /// When that takes too long; it says which sagas did not end, and where they stand.
+    /// When that takes longer than [`SETTLED`]; the panic names the sagas that did not end, and their states.
     pub async fn settles(&self) {
         let settled = within(SETTLED, || async {
             match self.open_sagas().await {
@@ -280,7 +283,7 @@ impl Platform {
         panic!("{n} findings:\n{}\n{stories}(logs: {logs})", lines.join("\n"));
     }
 
-    /// The facts, and what contradicts the invariants and was not found before.
+    /// The facts, and the findings that are new: contradictions of the invariants.
     pub async fn judge(&self) -> Result<(Facts, Vec<Finding>)> {
         let facts = self.sources().read().await?;
         let mut findings = audit(&facts, &self.expected());
@@ -295,7 +298,7 @@ impl Platform {
     }
 }
 
-/// The ids that findings name.
+/// The ids that occur in findings.
 fn sagas_in(lines: &[String]) -> BTreeSet<Uuid> {
     let words = lines.iter().flat_map(|line| line.split(|c: char| !c.is_ascii_hexdigit() && c != '-'));
     words.filter(|word| word.len() == 36).filter_map(|word| word.parse().ok()).collect()

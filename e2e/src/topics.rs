@@ -21,10 +21,10 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// How long the broker may take for anything that is asked of it.
+/// How long the broker may take for each question.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Who reads what: consumer groups and their topics.
+/// The consumer groups, each with the topic that it reads.
 pub const GROUPS: [(&str, &str); 4] = [
     ("payment-svc", contracts::topics::PAYMENTS_COMMANDS.name),
     ("inventory-svc", contracts::topics::INVENTORY_COMMANDS.name),
@@ -38,7 +38,7 @@ pub async fn read_all(brokers: &str) -> Result<Vec<RecordFact>> {
     tokio::task::spawn_blocking(move || read_all_blocking(&brokers)).await?
 }
 
-/// Every record of one topic, from its beginning to what is its end now.
+/// Every record of one topic, from its beginning to its end at the moment.
 pub async fn read(brokers: &str, topic: &str) -> Result<Vec<RecordFact>> {
     let (brokers, topic) = (brokers.to_owned(), topic.to_owned());
     tokio::task::spawn_blocking(move || {
@@ -49,7 +49,7 @@ pub async fn read(brokers: &str, topic: &str) -> Result<Vec<RecordFact>> {
 }
 
 fn consumer(brokers: &str, group: &str) -> Result<BaseConsumer> {
-    // Assigning and asking for offsets want a group; none is joined, and nothing is committed.
+    // Assigning and asking for offsets want a group; the client joins none, and commits nothing.
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", brokers).set("group.id", group).set("enable.auto.commit", "false");
     config.set("enable.partition.eof", "true").set("log_level", "2");
@@ -102,7 +102,8 @@ fn read_topics(consumer: &BaseConsumer, topics: &[String]) -> Result<Vec<RecordF
     Ok(records)
 }
 
-/// The event of a partition's end does not say of which topic; our position does.
+/// Whether the reader is at a partition's end. The library's event of it names no topic; the reader's position shows
+/// it.
 fn ended(consumer: &BaseConsumer, (topic, partition): &(String, i32)) -> bool {
     let high = consumer.fetch_watermarks(topic, *partition, PATIENCE).map(|(_, high)| high);
     let position = consumer.position().ok().and_then(|all| all.find_partition(topic, *partition).map(|p| p.offset()));
@@ -127,7 +128,7 @@ fn own(message: &BorrowedMessage<'_>) -> RecordFact {
     }
 }
 
-/// How many records each group has not taken yet, per partition; those that have taken all are there with 0.
+/// How many records each group has not taken yet, per partition; 0 where it has taken all.
 pub async fn lag(brokers: &str) -> Result<Vec<(String, String, i32, i64)>> {
     let brokers = brokers.to_owned();
     tokio::task::spawn_blocking(move || {
@@ -150,7 +151,7 @@ pub async fn lag(brokers: &str) -> Result<Vec<(String, String, i32, i64)>> {
     .await?
 }
 
-/// One producer for each set of brokers: making one takes longer than using it.
+/// The producer of a set of brokers, made once: making one takes longer than using it.
 fn producer(brokers: &str) -> Result<FutureProducer> {
     static PRODUCERS: Mutex<BTreeMap<String, FutureProducer>> = Mutex::new(BTreeMap::new());
     let mut producers = PRODUCERS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -181,7 +182,7 @@ pub async fn write(brokers: &str, record: &RecordFact) -> Result<()> {
 /// The `ce_source` of records that an [`Echo`], or a test, wrote.
 pub const ECHO: &str = "e2e-echo";
 
-/// The same message as a resend would bring it: a new message id, everything else as it was.
+/// The message of `record` as a resend would bring it: a new message id, everything else as it was.
 #[must_use]
 pub fn resent(record: &RecordFact) -> RecordFact {
     let mut record = record.clone();
@@ -190,7 +191,7 @@ pub fn resent(record: &RecordFact) -> RecordFact {
     record
 }
 
-/// Says every record of some topics again, as soon as it sees it.
+/// Writes every record of some topics again, as soon as it sees it.
 #[derive(Debug)]
 pub struct Echo {
     stop: CancellationToken,
@@ -199,7 +200,7 @@ pub struct Echo {
 }
 
 impl Echo {
-    /// Begins with what is written from now on.
+    /// Begins with the records that are written from now on.
     pub async fn start(brokers: &str, topics: &[&str]) -> Result<Self> {
         let (stop, brokers) = (CancellationToken::new(), brokers.to_owned());
         let consumer: StreamConsumer = ClientConfig::new()
@@ -232,16 +233,16 @@ impl Echo {
         Ok(Self { stop, repeated, echoing })
     }
 
-    /// What it has said again by now: `do authorize-payment in payments.commands`.
+    /// The records that it has written again by now: `do authorize-payment in payments.commands`.
     ///
     /// # Panics
-    /// When it has ended: the topics could not be read, or written.
+    /// When the echo has ended: the topics could not be read, or written.
     pub fn repeated(&self) -> BTreeSet<String> {
         assert!(!self.echoing.is_finished(), "the echo has ended");
         self.repeated.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Ends it.
+    /// Ends the echo, and returns its error.
     pub async fn stop(self) -> Result<()> {
         self.stop.cancel();
         self.echoing.await?

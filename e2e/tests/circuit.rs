@@ -1,4 +1,4 @@
-//! What the provider does to some payments, and what others notice of it.
+//! The provider's behaviour towards some payments, and its effect on others.
 
 use e2e::{
     orders::Wish,
@@ -10,14 +10,14 @@ use stack::service::Service;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
-/// Between two healthy orders, and between two whose captures fail.
+/// The pauses between two healthy orders, and between two whose captures fail.
 const HEALTHY: Duration = Duration::from_millis(250);
 const FAILING: Duration = Duration::from_millis(500);
 
 /// A p99 below this is as good as any: on a busy machine it is noise.
 const FAST: Duration = Duration::from_millis(300);
 
-/// Places orders at their pace; how long the slowest but 1% took until they were confirmed.
+/// Places orders at their pace; returns how long the slowest but 1% took until they were confirmed.
 async fn p99(platform: &Platform, sku: &str, orders: u32) -> Duration {
     let begun = Instant::now();
     let each = (0..orders).map(async |n| {
@@ -82,7 +82,7 @@ fn a_provider_that_is_away_is_waited_for_and_calls_not_made_count_nothing() {
             (gauge("gateway_calls_not_made_total").await >= not_made + 50.0).then_some(())
         })
         .await;
-        // Meanwhile one in a second tried.
+        // Meanwhile one payment a second tried.
         assert!(attempts().await <= before + 25, "calls that were not made are counted");
         gateway.process.start_again().expect("the program is there");
         for order in orders {

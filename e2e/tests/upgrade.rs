@@ -33,7 +33,8 @@ async fn some_orders(platform: &Platform) {
     eventually(SOON, || async { (platform.accepted() >= before + BETWEEN).then_some(()) }).await;
 }
 
-/// Upgrades a service, runs a replica of the old build beside it, and, as chance has it, rolls it back and upgrades again.
+/// Upgrades a service, and runs a replica of the old build beside it. As chance has it, rolls it back and upgrades
+/// again.
 async fn upgrade(platform: &Platform, service: Service, old: &Path, new: &Path, chance: &mut Chance) {
     let running = platform.stack.service(service);
     let becomes = async |build: &Path| {
@@ -77,7 +78,7 @@ fn each_service_is_upgraded_and_rolled_back_under_load() {
                 let next = usize::try_from(chance.below(left.len() as u64)).unwrap_or_default();
                 upgrade(platform, left.swap_remove(next), &old, &new, &mut chance).await;
             }
-            // All the way back, and forth, with sagas of both builds open.
+            // All services go the whole way back, and forth, with sagas of both builds open.
             for build in [&old, &new] {
                 for service in Service::ALL {
                     let running = platform.stack.service(service);
@@ -92,7 +93,7 @@ fn each_service_is_upgraded_and_rolled_back_under_load() {
     });
 }
 
-/// Orders whose payment is answered slowly: they are open while a service changes its build.
+/// Places orders whose payment is answered slowly: they are open while a service changes its build.
 async fn slow_orders(platform: &Platform) {
     let slow = platform.item("slow", 100, 1_000).await;
     for _ in 0..5 {

@@ -69,7 +69,7 @@ struct NewItem {
     unit_price: Money,
 }
 
-/// What is to be changed; what is left out stays.
+/// The changes of an item; a field that is left out stays.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct ItemPatch {
@@ -103,7 +103,7 @@ struct Adjustment {
     /// Not 0; at most a thousand million either way.
     #[schema(example = 100)]
     delta: i64,
-    /// Why, for whoever reads the ledger; 1 to 200 characters.
+    /// The reason, for readers of the ledger; 1 to 200 characters.
     #[schema(min_length = 1, max_length = 200, example = "delivery 4711")]
     reason: String,
 }
@@ -111,14 +111,14 @@ struct Adjustment {
 /// An adjustment as it was made.
 #[derive(Debug, Serialize, ToSchema)]
 struct AdjustmentView {
-    /// Its row in the ledger.
+    /// The id of its row in the ledger.
     movement: i64,
     #[schema(value_type = String, example = "WIDGET-1")]
     sku: Sku,
     delta: i64,
     /// Pieces that were free after it.
     on_hand: i64,
-    /// Pieces that were put aside then.
+    /// Pieces that were put aside after it.
     reserved: i64,
 }
 
@@ -130,17 +130,17 @@ struct MovementView {
     kind: String,
     on_hand_delta: i64,
     reserved_delta: i64,
-    /// For which order.
+    /// The order that the pieces are for; absent for an adjustment.
     #[serde(skip_serializing_if = "Option::is_none")]
     order: Option<OrderId>,
-    /// Why somebody adjusted.
+    /// The reason of an adjustment; absent otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     #[serde(with = "time::serde::rfc3339")]
     moved_at: OffsetDateTime,
 }
 
-/// Which page of a list.
+/// The page of a list to return.
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields, default)]
@@ -317,7 +317,7 @@ fn etag(item: &Item) -> String {
     format!("\"{}\"", item.version)
 }
 
-/// A sku in a path that is not well-formed is one that nobody has.
+/// A sku in a path that is not well-formed belongs to no item.
 fn known(sku: &str) -> Result<Sku, Problem> {
     sku.parse().map_err(|_| unknown(sku))
 }
@@ -326,7 +326,7 @@ fn unknown(sku: impl std::fmt::Display) -> Problem {
     Problem::not_found(format!("There is no item {:?}.", sku.to_string().chars().take(64).collect::<String>()))
 }
 
-/// Both values, or every field that is wrong.
+/// Two parsed values, or every field that is wrong.
 fn both<A, B>(a: Result<A, BadField>, b: Result<B, BadField>) -> Result<(A, B), Problem> {
     match (a, b) {
         (Ok(a), Ok(b)) => Ok((a, b)),

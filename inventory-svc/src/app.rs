@@ -1,4 +1,4 @@
-//! The parts put together.
+//! The parts put together: what `serve` runs.
 
 use crate::{api, commands::Commands, items};
 use axum::Router;
@@ -13,7 +13,7 @@ use saga_core::{
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
-/// Who this is.
+/// The service's name and its default ports.
 pub const IDENTITY: Identity = Identity { name: "inventory-svc", http_port: 8082, admin_port: 9082 };
 
 mod embedded {
@@ -30,7 +30,7 @@ pub fn migrations() -> Vec<Migrations> {
 /// The consumer group of `inventory.commands`, and the name under which the inbox knows it.
 pub const GROUP: &str = "inventory-svc";
 
-/// What requests read and write.
+/// The tables that requests read and write, with the rights that they need.
 const NEEDS: &[Needs] = &[
     Needs { table: "item", rights: &["select", "insert", "update"] },
     Needs { table: "stock", rights: &["select", "insert", "update"] },

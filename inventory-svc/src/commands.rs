@@ -1,5 +1,5 @@
-//! What the order saga can ask for. The fence around each (saga-core's participant) answers a repeat from what is
-//! stored and refuses a reservation whose release came first; here is only what happens once.
+//! The handlers of the order saga's commands. The fence around each (saga-core's participant) answers a repeat with the
+//! stored reply, and refuses a reservation whose release came first. So the handlers here only do what happens once.
 
 use crate::{
     domain::{Closing, gather},
@@ -24,13 +24,13 @@ use saga_core::{
 pub struct Commands(Participant);
 
 impl Commands {
-    /// Ready to be given to the consumer.
+    /// The handler, ready for the consumer.
     #[must_use]
     pub fn new() -> Self {
         Self::beside(ParticipantSettings::default())
     }
 
-    /// Likewise, with what configuration adds.
+    /// The handler for the consumer, with the topics and sources that configuration adds.
     #[must_use]
     pub fn beside(more: ParticipantSettings) -> Self {
         let participant = Participant::new("inventory")
@@ -52,9 +52,10 @@ impl Default for Commands {
 }
 
 impl Handler for Commands {
-    /// Each command locks its items in order, but a batch is many commands: two partitions whose batches want the same
-    /// items the other way round would deadlock, a second each time. So the items of all are locked first. A batch that
-    /// shares more than items with this one (an order's fence, its reservation) is of the same partition, and waits.
+    /// Each command locks its items in order, but a batch is many commands. Two partitions whose batches want the same
+    /// items the other way round would deadlock, a second each time. So the handler first locks the items of all
+    /// commands. A batch that shares more than items with this one (an order's fence, its reservation) is of the same
+    /// partition, and waits.
     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
         if batch.len() > 1 {
             let (skus, orders) = touched(batch);
@@ -80,7 +81,7 @@ impl Handler for Commands {
     }
 }
 
-/// What a batch will lock: items by name, and the items of orders. What cannot be read is for the participant to refuse.
+/// What a batch will lock: items by name, and the items of orders. The participant refuses what cannot be read.
 fn touched(batch: &[Message]) -> (Vec<Sku>, Vec<OrderId>) {
     let (mut skus, mut orders) = (Vec::new(), Vec::new());
     for message in batch {
@@ -112,7 +113,7 @@ impl CommandHandler<ReserveStock> for Reserve {
         cx: &CommandContext,
         command: ReserveStock,
     ) -> anyhow::Result<Decision<ReserveStock>> {
-        // Nobody has as many as do not fit a number.
+        // More pieces than fit a number are more than any stock has.
         let Some(wanted) = gather(&command.lines) else {
             return Ok(Decision::Rejected(OutOfStock { short: Vec::new() }));
         };

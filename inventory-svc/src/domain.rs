@@ -1,4 +1,4 @@
-//! What an item, a shortage and a movement are. Pure: no I/O, no clock.
+//! Items, shortages and movements. Pure: no I/O, no clock.
 
 use contracts::{
     inventory::{ItemChanged, OutOfStock, Shortage},
@@ -20,9 +20,9 @@ pub const MAX_TEXT: usize = 200;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} {message}")]
 pub struct BadField {
-    /// The request's field.
+    /// The name of the request's field.
     pub field: &'static str,
-    /// What is wrong with it.
+    /// What is wrong with it, in words.
     pub message: String,
 }
 
@@ -48,7 +48,7 @@ impl Text {
         Ok(Self(text.to_owned()))
     }
 
-    /// As text.
+    /// The text, trimmed, 1 to 200 characters.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -67,7 +67,7 @@ impl Price {
         }
     }
 
-    /// As money.
+    /// The price as money.
     pub fn money(self) -> Money {
         self.0
     }
@@ -86,7 +86,7 @@ impl Delta {
         Ok(Self(pieces))
     }
 
-    /// As a number.
+    /// The number of pieces; negative when they are taken away.
     pub fn get(self) -> i64 {
         self.0
     }
@@ -95,9 +95,9 @@ impl Delta {
 /// An item as it is now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Item {
-    /// Which.
+    /// The item's stock-keeping unit.
     pub sku: Sku,
-    /// What people call it.
+    /// The item's name, for people.
     pub name: String,
     /// What one piece costs.
     pub unit_price: Money,
@@ -110,21 +110,21 @@ pub struct Item {
 }
 
 impl Item {
-    /// What the world is told of it.
+    /// The event that announces the item's state.
     pub fn event(&self) -> ItemChanged {
         ItemChanged { sku: self.sku.clone(), name: self.name.clone(), unit_price: self.unit_price }
     }
 }
 
-/// Where a reservation stands.
+/// The status of a reservation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ReservationStatus {
     /// The pieces are put aside.
     Reserved,
-    /// They were put back.
+    /// The pieces were put back.
     Released,
-    /// They left the house.
+    /// The pieces left the house.
     Committed,
 }
 
@@ -133,7 +133,7 @@ pub enum ReservationStatus {
 pub enum Closing {
     /// The pieces go back.
     Release,
-    /// The pieces leave.
+    /// The pieces leave the house.
     Commit,
 }
 
@@ -157,8 +157,8 @@ pub fn gather(lines: &[Line]) -> Option<BTreeMap<Sku, i64>> {
     Some(wanted)
 }
 
-/// All or nothing: every line that falls short of `on_hand`, or the number of pieces to put aside. An item that is not
-/// in `on_hand` is one that nobody knows.
+/// Decides about all lines together: the number of pieces to put aside, or every line that falls short of `on_hand`. An
+/// item that is not in `on_hand` does not exist.
 pub fn decide(wanted: &BTreeMap<Sku, i64>, on_hand: &BTreeMap<Sku, i64>) -> Result<i64, OutOfStock> {
     let short: Vec<Shortage> = wanted
         .iter()

@@ -14,29 +14,29 @@ pub enum ItemError {
     /// No item has this sku.
     #[error("there is no item {0}")]
     Unknown(Sku),
-    /// It was changed since the caller read it.
+    /// The item was changed since the caller read it.
     #[error("the item is at version {current} by now")]
     Stale {
-        /// The version it is at.
+        /// The version that the item has now.
         current: i64,
     },
-    /// The database.
+    /// The database returned an error.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
-    /// The event.
+    /// The event could not be written as JSON.
     #[error(transparent)]
     Event(#[from] serde_json::Error),
-    /// The outbox.
+    /// The event could not be appended to the outbox.
     #[error(transparent)]
     Append(#[from] outbox::AppendError),
 }
 
-/// What is to be changed of an item; `None` stays as it is.
+/// Changes of an item; `None` leaves a field as it is.
 #[derive(Debug, Clone, Default)]
 pub struct Change {
-    /// A new name.
+    /// The new name; `None`: the name stays.
     pub name: Option<Text>,
-    /// A new price.
+    /// The new price; `None`: the price stays.
     pub unit_price: Option<Price>,
 }
 
@@ -72,7 +72,8 @@ pub async fn create_in(tx: &mut Tx<'_>, sku: &Sku, name: &Text, price: Price) ->
     Ok(item)
 }
 
-/// Changes an item whose version is one that was `seen`, and announces it. A change to what it is already changes nothing.
+/// Changes an item if the caller has `seen` its version, and announces it. A change to the values that it has changes
+/// nothing.
 pub async fn change_in(
     tx: &mut Tx<'_>,
     sku: &Sku,
@@ -123,7 +124,7 @@ async fn announce_in(tx: &mut Tx<'_>, item: &Item) -> Result<(), ItemError> {
     Ok(outbox::append_in(tx, &[message]).await?)
 }
 
-/// One item.
+/// Finds an item by its sku; `None` if it does not exist.
 pub async fn find(pool: &PgPool, sku: &Sku) -> Result<Option<Item>, sqlx::Error> {
     let row = sqlx::query(
         "select i.sku, i.name, i.unit_price, i.currency, i.version, s.on_hand, s.reserved

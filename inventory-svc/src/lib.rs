@@ -9,10 +9,10 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`domain`] | what an item, a shortage and a movement are; pure |
+//! | [`domain`] | items, shortages and movements; pure |
 //! | [`items`] | SQL of items and the catalogue's events |
 //! | [`stock`] | SQL of balances, reservations and the ledger that explains them |
-//! | [`commands`] | what the order saga can ask for |
+//! | [`commands`] | the handlers of the order saga's commands |
 //! | [`api`] | the HTTP API and its OpenAPI document |
 //! | [`app`] | the parts put together |
 

@@ -1,7 +1,7 @@
 //! SQL of balances, reservations, and the ledger that explains the balances.
 //!
-//! Invariant: a balance and the movement that explains it are written by one statement, and the rows of `stock` are
-//! locked before, in the order of their skus, whoever asks. A process that dies here has moved nothing.
+//! Invariant: one statement writes a balance and the movement that explains it. Before that, every caller locks the
+//! rows of `stock`, in the order of their skus. A process that dies here has moved nothing.
 
 use crate::domain::{Closing, Delta, Text, decide};
 use crate::items::parse_sku;
@@ -18,13 +18,13 @@ pub enum AdjustError {
     /// No item has this sku.
     #[error("there is no item {0}")]
     Unknown(Sku),
-    /// More would be taken away than there is.
+    /// The adjustment would take away more than there is.
     #[error("fewer than nothing would be on hand")]
     Negative,
-    /// More than the books can hold.
+    /// More would be on hand than the table's limit.
     #[error("more would be on hand than can be counted")]
     TooMany,
-    /// The database.
+    /// The database returned another error.
     #[error(transparent)]
     Database(sqlx::Error),
 }
@@ -42,7 +42,7 @@ impl From<sqlx::Error> for AdjustError {
 /// An adjustment as it stands in the ledger.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Adjusted {
-    /// The movement's id.
+    /// The id of the movement in the ledger.
     pub movement: i64,
     /// Pieces that are free now.
     pub on_hand: i64,
@@ -72,12 +72,12 @@ pub async fn adjust_in(tx: &mut Tx<'_>, sku: &Sku, delta: Delta, reason: &Text) 
     Ok(Adjusted { movement: row.try_get("id")?, on_hand: row.try_get("on_hand")?, reserved: row.try_get("reserved")? })
 }
 
-/// What became of a wish to reserve.
+/// The result of a reservation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reserving {
-    /// So many pieces are put aside.
+    /// That many pieces are put aside.
     Reserved(i64),
-    /// Not enough; nothing was written.
+    /// One item or more falls short; nothing was written.
     Short(OutOfStock),
     /// The order has a reservation already; nothing was written.
     HasOne,
@@ -126,14 +126,14 @@ pub async fn reserve_in(
     Ok(Reserving::Reserved(pieces))
 }
 
-/// What became of a wish to release or to commit.
+/// The result of a release or a commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Closed {
-    /// It is done, now or before.
+    /// The reservation has ended as asked, now or before.
     Done,
-    /// The order has no reservation that could be.
+    /// The order has no reservation that could end.
     NoReservation,
-    /// It ended the other way: what was committed cannot be released.
+    /// The reservation ended the other way: what was committed cannot be released.
     EndedOtherwise,
 }
 
@@ -189,8 +189,8 @@ pub async fn close_in(tx: &mut Tx<'_>, order: OrderId, closing: Closing) -> Resu
     Ok(Closed::Done)
 }
 
-/// Locks the balances of `skus`, and of what is put aside for `orders`, for a transaction that will want them one after
-/// the other: all in the order of the skus.
+/// Locks the balances of `skus`, and of what is put aside for `orders`, all in the order of the skus. It is for a
+/// transaction that will want them one after the other.
 pub async fn lock_all_in(tx: &mut Tx<'_>, skus: &[Sku], orders: &[OrderId]) -> Result<(), sqlx::Error> {
     sqlx::query(
         "select s.sku
@@ -214,7 +214,7 @@ pub async fn lock_all_in(tx: &mut Tx<'_>, skus: &[Sku], orders: &[OrderId]) -> R
 /// Locks the balances of `skus`, in the order of the skus, and reads what is on hand.
 async fn lock_in<'a>(tx: &mut Tx<'_>, skus: impl Iterator<Item = &'a Sku>) -> Result<BTreeMap<Sku, i64>, sqlx::Error> {
     let skus: Vec<&str> = skus.map(Sku::as_str).collect();
-    // `collate "C"` is the order that Rust sorts in; what matters is that it is one order for all.
+    // `collate "C"` is the order that Rust sorts in; all transactions have to use one order.
     let rows =
         sqlx::query("select sku, on_hand from stock where sku = any($1) order by sku collate \"C\" for no key update")
             .bind(&skus)
@@ -230,7 +230,7 @@ fn columns(lines: &BTreeMap<Sku, i64>) -> (Vec<&str>, Vec<i64>) {
 /// A row of the ledger.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Movement {
-    /// Its id; it grows.
+    /// The movement's id; later ones are greater.
     pub id: i64,
     /// `adjusted`, `reserved`, `released` or `committed`.
     pub kind: String,
@@ -238,11 +238,11 @@ pub struct Movement {
     pub on_hand_delta: i64,
     /// Change of the pieces that are put aside.
     pub reserved_delta: i64,
-    /// For which order; `None` for an adjustment.
+    /// The order that the pieces are for; `None` for an adjustment.
     pub order: Option<OrderId>,
-    /// Why somebody adjusted.
+    /// The reason of an adjustment; `None` otherwise.
     pub reason: Option<String>,
-    /// When.
+    /// When the pieces moved, by the database's clock.
     pub moved_at: OffsetDateTime,
 }
 

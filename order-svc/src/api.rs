@@ -9,8 +9,8 @@
 //! | [`prefer`] | `Prefer: wait=N` |
 //! | [`view`] | what an order looks like from outside |
 //!
-//! Handlers are thin: they turn a request into a question to [`Orders`] and the answer into a response. Whatever writes
-//! runs detached from the connection ([`saga_core::http::api`]), so a client that hangs up cancels nothing.
+//! Handlers are thin: they turn a request into a question to [`Orders`] and the answer into a response. A handler that
+//! writes runs detached from the connection ([`saga_core::http::api`]), so a client that hangs up cancels nothing.
 
 pub mod cancel;
 pub mod events;
@@ -36,10 +36,10 @@ use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
-/// What handlers share.
+/// The state that the handlers share.
 #[derive(Clone)]
 pub struct ApiState {
-    /// What they ask.
+    /// The orders that the handlers ask.
     pub orders: Orders,
     /// Ends streams and waits when the process stops: an open stream would keep it from stopping.
     pub shutdown: CancellationToken,
@@ -56,8 +56,8 @@ pub struct ApiState {
 )]
 struct Document;
 
-/// The API, its description at `/openapi.json` and a page to try it at `/docs`. Whoever serves it surrounds it with
-/// limits and with detached handlers ([`saga_core::http::api`]).
+/// The API, its description at `/openapi.json` and a page to try it at `/docs`. The caller surrounds it with limits and
+/// with detached handlers ([`saga_core::http::api`]).
 pub fn router(state: ApiState) -> Router {
     let router = documented().split_for_parts().0;
     router.with_state(state).merge(SwaggerUi::new("/docs").url("/openapi.json", document()))
@@ -76,7 +76,7 @@ fn documented() -> OpenApiRouter<ApiState> {
         .routes(routes!(events::order_events))
 }
 
-/// An order's version as a strong entity tag; an order that waits for an operator looks different at the same version.
+/// The order's version as a strong entity tag, with [`STUCK`] behind it for an order that waits for an operator.
 fn etag(order: &Order) -> String {
     let stuck = if order.stuck { STUCK } else { "" };
     format!("\"{}{stuck}\"", order.version)
@@ -108,7 +108,8 @@ impl From<CancelOrderError> for Problem {
             | CancelOrderError::Store(StoreError::Database(error) | StoreError::Append(AppendError::Database(error))) => {
                 error.into()
             }
-            // While a new version is rolled out, another replica may know the definition, or the format, of this order's saga.
+            // While a new version is rolled out, another replica may know the definition, or the format, of this
+            // order's saga.
             CancelOrderError::Saga(error @ (CancelError::Undefined(..) | CancelError::Unreadable(..))) => {
                 tracing::warn!(%error, "an order cannot be cancelled by this replica");
                 Self::unavailable()

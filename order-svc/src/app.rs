@@ -31,10 +31,10 @@ use tokio_util::sync::CancellationToken;
 use utoipa_swagger_ui::SwaggerUi;
 use uuid::Uuid;
 
-/// Who this is.
+/// The service's name and its default ports.
 pub const IDENTITY: Identity = Identity { name: "order-svc", http_port: 8080, admin_port: 9080 };
 
-/// What requests read and write.
+/// The tables that requests read and write, with the rights that they need.
 const NEEDS: &[Needs] = &[
     Needs { table: "orders", rights: &["select", "insert", "update"] },
     Needs { table: "order_line", rights: &["select", "insert"] },
@@ -47,7 +47,7 @@ const NEEDS: &[Needs] = &[
     Needs { table: "idempotency_answer", rights: &["select", "insert"] },
 ];
 
-/// The group that takes the replies to the order saga.
+/// The consumer group that takes the replies to the order saga.
 const REPLIES: &str = "order-svc.saga";
 
 /// Runs the service until `token` is cancelled or a part of it fails.
@@ -83,13 +83,14 @@ pub async fn serve(settings: Settings, reply_sources: Vec<String>, token: Cancel
     service::run(settings, pool, health, token, parts).await.map_err(anyhow::Error::from_boxed)
 }
 
-/// What callers need: to read orders and to price them, as their requests do; and which work has to move.
+/// Adds the checks of health. Callers need to read orders and to price them, as their requests do. Each part's work has
+/// to move.
 fn tell_health(health: &Health, orders: &Orders, replies: ConsumerHealth, items: ConsumerHealth) {
     let pool = orders.pool.clone();
     health.answers("orders", move || {
         let pool = pool.clone();
         async move {
-            // It finds none: a row that cannot be read concerns who asks for it.
+            // The query finds no order: a row that cannot be read concerns only the request for it.
             store::find(&pool, OrderId(Uuid::nil())).await?;
             catalogue::prices(&pool, &[]).await.map(drop)
         }

@@ -1,12 +1,14 @@
-//! What can be ordered, and for how much: a copy of inventory-svc's items, and the only module that touches `catalogue`.
+//! The products that can be ordered, with their prices: a copy of inventory-svc's items, and the only module that
+//! touches `catalogue`.
 //!
 //! ```text
 //!   inventory.items ──► consumer (group order-svc.catalogue) ──► catalogue ──► prices of POST /v1/orders
 //! ```
 //!
-//! Invariant: of one sku the last news holds. A record is news when its sequence is higher than any that was seen of its sku, its
-//! source and its epoch: so repeats and replays change nothing, and a source whose ids are given a second time (a restore, another
-//! database) is heard. When the process dies here, the batch is rolled back and read again. [`rebuild`] makes all of it anew.
+//! Invariant: of one sku the last news holds. A record is news when its sequence is higher than any that was seen of
+//! its sku, its source and its epoch. So repeats and replays change nothing. A source whose ids are given a second time
+//! (a restore, another database) still counts. When the process dies here, the batch is rolled back and read again.
+//! [`rebuild`] makes the whole copy anew.
 
 pub mod rebuild;
 
@@ -20,30 +22,31 @@ use saga_core::{
 use sqlx::{PgExecutor, PgPool};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// The group that keeps the catalogue.
+/// The consumer group that keeps the catalogue.
 pub const GROUP: &str = "order-svc.catalogue";
 
-/// The topic keeps an item for ever, and the last word wins whenever it comes: however old a record is, it is handled.
+/// The consumer's settings. The topic keeps an item for ever, and the last record wins whenever it comes: however old a
+/// record is, it is handled.
 pub fn consumer_config(brokers: &str) -> ConsumerConfig {
     ConsumerConfig { too_old: TooOld::Handle, ..ConsumerConfig::new(brokers, GROUP, [INVENTORY_ITEMS.name]) }
 }
 
-/// Prices of those of `skus` that can be ordered.
+/// The prices of those of `skus` that can be ordered.
 pub async fn prices(db: impl PgExecutor<'_>, skus: &[&str]) -> Result<HashMap<Sku, Money>, sqlx::Error> {
     let rows: Vec<(String, i64, String)> =
         sqlx::query_as("select sku, unit_price, currency from catalogue where sku = any($1) and not withdrawn")
             .bind(skus)
             .fetch_all(db)
             .await?;
-    // A row that does not parse cannot be sold; the consumer only writes what parsed.
+    // A row that does not parse cannot be sold; the consumer writes only rows that parsed.
     let parsed = rows.into_iter().filter_map(|(sku, amount, currency)| {
         Some((sku.parse().ok()?, Money { amount, currency: currency.parse().ok()? }))
     });
     Ok(parsed.collect())
 }
 
-/// How the copy is: what stands in its consumer's way; and that it is empty although there are items, so that nothing can be
-/// ordered.
+/// The state of the copy, for health: what stands in its consumer's way. The copy is red, too, if it is empty although
+/// there are items, so that nothing can be ordered.
 pub async fn report(pool: &PgPool, items: &ConsumerHealth) -> Report {
     let report = items.report();
     if report.trouble.is_some() || items.ever_had_records() != Some(true) {
@@ -63,14 +66,14 @@ pub async fn report(pool: &PgPool, items: &ConsumerHealth) -> Report {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CatalogueHandler;
 
-/// What one record says of its sku.
+/// The content of one record, by its sku.
 struct Said<'m> {
     sku: String,
     standing: Standing<'m>,
     item: Option<ItemChanged>,
 }
 
-/// What was seen of each sku: the highest sequence of each source and epoch.
+/// The highest sequence that was seen of each sku, by source and epoch.
 #[derive(Default)]
 struct Seen(HashMap<String, BTreeMap<(String, String), i64>>);
 
@@ -92,11 +95,11 @@ fn read(message: &Message) -> Result<Said<'_>, HandleError> {
     let poison = |why: String| HandleError::Poison(why);
     let kind = &message.envelope.kind;
     if kind != ItemChanged::TYPE {
-        // A later build may know it.
+        // A later build may know the type.
         return Err(anyhow::anyhow!("type {kind:?} is not {:?}", ItemChanged::TYPE).into());
     }
     let standing = message.envelope.standing();
-    // An older build's dead letter does not say where its original stood.
+    // An older build's dead letter does not carry where its original stood.
     if standing.sequence.is_none() && !standing.redriven {
         return Err(poison("an item record needs a ce_sequence".into()));
     }
@@ -112,7 +115,7 @@ fn read(message: &Message) -> Result<Said<'_>, HandleError> {
             }
             Ok(Said { sku: item.sku.to_string(), standing, item: Some(item) })
         }
-        // A tombstone: the item is gone. Its sku is the record's key.
+        // A tombstone means that the item is gone. Its sku is the record's key.
         None => {
             let key = message.key.as_deref().and_then(|key| std::str::from_utf8(key).ok());
             let sku: Sku = key
@@ -124,11 +127,11 @@ fn read(message: &Message) -> Result<Said<'_>, HandleError> {
 }
 
 async fn take_in(tx: &mut Tx<'_>, said: &[Said<'_>]) -> Result<(), sqlx::Error> {
-    // Before anything is read: what a rebuild has put in place of the catalogue must be seen.
+    // The lock comes before anything is read: the handler must see what a rebuild has put in place of the catalogue.
     sqlx::query("lock table catalogue in row exclusive mode").execute(&mut **tx).await?;
     let skus: BTreeSet<&str> = said.iter().map(|said| said.sku.as_str()).collect();
     let mut seen = Seen::of(tx, &skus).await?;
-    // Sorted by sku, as rows are locked in one order everywhere; the last news of each sku in this batch.
+    // The last news of each sku in this batch, sorted by sku: rows are locked in one order everywhere.
     let mut news: BTreeMap<&str, &Said<'_>> = BTreeMap::new();
     for said in said {
         if seen.is_news(said) {
@@ -162,8 +165,9 @@ impl Seen {
         let Standing { source, epoch, sequence, redriven } = said.standing;
         let place = (source.to_owned(), epoch.to_owned());
         let seen = self.0.entry(said.sku.clone()).or_default();
-        // What was given up once comes at any time: it is compared with nothing but what it can be compared with. That is its own
-        // epoch, and what came of its source before epochs were named, whose ids went on in the first that was.
+        // A record that was given up once comes at any time, so it is compared only with records that it can be
+        // compared with. These are those of its own epoch, and those of its source from before epochs were named. Their
+        // ids went on in the first epoch that was.
         let before = |of: &(String, String), highest: i64| {
             of.0 == source && of.1.is_empty() && sequence.is_some_and(|sequence| highest < sequence)
         };

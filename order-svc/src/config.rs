@@ -1,4 +1,4 @@
-//! What `order-svc` takes beside what every service takes.
+//! The settings of `order-svc` beside those of every service.
 
 use saga_core::service::{OrchestratorArgs, ServiceArgs};
 
@@ -12,7 +12,7 @@ pub struct Cli {
     /// What every service takes.
     #[command(flatten)]
     pub args: ServiceArgs,
-    /// What whoever runs sagas takes beside.
+    /// What a service that runs sagas takes beside.
     #[command(flatten)]
     pub sagas: OrchestratorArgs,
 }

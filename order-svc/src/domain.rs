@@ -1,7 +1,7 @@
 //! What an order is: pure, no I/O, no clock.
 //!
-//! Invariant: a value of these types is already checked. A request becomes a [`NewOrder`] ([`intake`]), a `NewOrder` and
-//! the catalogue's prices become a [`PlaceOrder`] ([`pricing`]), and from then on only [`OrderStatus`] changes, along a
+//! Invariant: a value of these types is already checked. A request becomes a [`NewOrder`] ([`intake`]). A `NewOrder`
+//! and the catalogue's prices become a [`PlaceOrder`] ([`pricing`]). From then on only [`OrderStatus`] changes, along a
 //! declared graph ([`status`]). When the process dies here, nothing is lost: nothing was done.
 
 pub mod intake;
@@ -21,17 +21,17 @@ use time::OffsetDateTime;
 /// saga, so it changes only by adding optional fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlaceOrder {
-    /// Its id, which is also the saga's.
+    /// The order's id, which is also the saga's.
     pub order: OrderId,
-    /// Whose.
+    /// The caller's own name for the customer.
     pub customer: CustomerId,
-    /// What, each sku once, at the price of the moment it was placed.
+    /// The lines, each sku once, at the price of the moment the order was placed.
     pub lines: Vec<PricedLine>,
-    /// For how much.
+    /// The sum of the lines, in one currency.
     pub total: Money,
     /// The gateway's token of the customer's means of payment.
     pub payment_method: PaymentMethod,
-    /// When.
+    /// When the order was placed, by the service's clock.
     #[serde(with = "time::serde::rfc3339")]
     pub placed_at: OffsetDateTime,
 }
@@ -42,7 +42,7 @@ impl PlaceOrder {
         self.lines.iter().map(|line| Line { sku: line.sku.clone(), quantity: line.quantity }).collect()
     }
 
-    /// What the world is told of it.
+    /// The event that announces the order.
     pub fn event(&self) -> OrderPlaced {
         OrderPlaced {
             order: self.order,
@@ -53,26 +53,27 @@ impl PlaceOrder {
     }
 }
 
-/// An order as it is now. Its payment token is not part of it: nobody who looks at an order needs it.
+/// An order as it is now. Its payment token is not part of it: no reader of an order needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Order {
-    /// Its id.
+    /// The order's id, which is also the saga's.
     pub id: OrderId,
-    /// Whose.
+    /// The caller's own name for the customer.
     pub customer: CustomerId,
-    /// What.
+    /// The lines, each sku once, at the price of the moment the order was placed.
     pub lines: Vec<PricedLine>,
-    /// For how much.
+    /// The sum of the lines, in one currency.
     pub total: Money,
-    /// Where it stands.
+    /// The status, with the data that belongs to it.
     pub status: OrderStatus,
-    /// What made it fail, where the reason for its cancellation does not tell: a word of [`saga_core::command::Why`].
+    /// The cause of the failure, where the reason for the cancellation does not show it: a word of
+    /// [`saga_core::command::Why`].
     pub cause: Option<String>,
-    /// Its saga waits for an operator.
+    /// Whether the order's saga waits for an operator.
     pub stuck: bool,
-    /// The sequence of its last status in its history: 1 when placed, one more with each change.
+    /// The sequence of the order's last status in its history: 1 when placed, one more with each change.
     pub version: i64,
-    /// When it was placed.
+    /// When the order was placed.
     pub placed_at: OffsetDateTime,
 }
 
@@ -89,7 +90,7 @@ macro_rules! parsed_text {
         pub struct $error;
 
         impl $name {
-            /// As text.
+            /// The text as it was parsed.
             pub fn as_str(&self) -> &str {
                 &self.0
             }
@@ -119,9 +120,9 @@ macro_rules! parsed_text {
 }
 
 parsed_text! {
-    /// Who orders: the caller's own name for a customer.
+    /// The caller's own name for a customer, 1 to 100 visible ASCII characters.
     CustomerId,
-    /// Not a customer id.
+    /// The error of a text that is no customer id.
     MalformedCustomer,
     "a customer id is 1 to 100 visible ASCII characters without spaces",
     |text| (1..=100).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())
@@ -130,7 +131,7 @@ parsed_text! {
 parsed_text! {
     /// The payment gateway's token of a means of payment. It is worth money, so it is never shown by `Debug`.
     PaymentMethod,
-    /// Not a token.
+    /// The error of a text that is no payment token.
     MalformedPaymentMethod,
     "a payment method is the gateway's token: 1 to 200 visible ASCII characters without spaces",
     |text| (1..=200).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic())

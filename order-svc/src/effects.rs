@@ -1,7 +1,7 @@
-//! What the order saga does to orders: open, confirm, cancel, in the transaction in which the engine takes the step.
+//! The order saga's effects on orders: open, confirm, cancel, in the transaction in which the engine takes the step.
 //!
-//! Invariant: an order's status and its saga move together or not at all. When the process dies here, neither moved, and
-//! the reply that moved them is read again.
+//! Invariant: an order's status and its saga move together or not at all. When the process dies here, neither moved,
+//! and the reply that moved them is read again.
 
 use crate::{
     domain::{CancelReason, Change, PlaceOrder},
@@ -24,15 +24,15 @@ use serde::Deserialize;
 #[derive(Debug, Clone, Copy)]
 pub struct OpenOrder;
 
-/// The money is taken: confirmed.
+/// Confirms the order: the money is taken.
 #[derive(Debug, Clone, Copy)]
 pub struct ConfirmOrder;
 
-/// The saga has begun to undo the order: cancelling, with the reason that it gives.
+/// Sets the order to cancelling, with the saga's reason: the saga has begun to undo it.
 #[derive(Debug, Clone, Copy)]
 pub struct OrderTurned;
 
-/// Everything else is undone: cancelled, with the reason that the saga gives.
+/// Sets the order to cancelled, with the saga's reason: everything else is undone.
 #[derive(Debug, Clone, Copy)]
 pub struct CancelOrder;
 
@@ -93,7 +93,7 @@ async fn change(
     Ok(store::change_in(tx, &changes, clock::now()).await?)
 }
 
-/// What the customer is told, of what the saga knows. The reasons are few and stable; the details are in the saga.
+/// The reason that the customer gets for a saga's failure. The reasons are few and stable; the details are in the saga.
 pub fn reason_of(failure: &Failure) -> CancelReason {
     match failure.kind {
         FailureKind::Rejected => match failure.step.as_str() {
@@ -104,7 +104,7 @@ pub fn reason_of(failure: &Failure) -> CancelReason {
         },
         FailureKind::Cancelled => match failure.reason.as_deref().map(str::parse) {
             Some(Ok(CancelReason::CancelledByCustomer)) => CancelReason::CancelledByCustomer,
-            // Whoever else cancels a saga does so at the inspection, with words of their own.
+            // Any other caller cancels a saga at the inspection, with a reason in words of its own.
             _ => CancelReason::CancelledByOperator,
         },
         FailureKind::Deadline => CancelReason::TimedOut,

@@ -8,7 +8,7 @@
 //! | [`orders`] | what can be asked of orders: place, cancel, wait |
 //! | [`store`] | the SQL of orders |
 //! | [`catalogue`] | what can be ordered, and for how much: SQL and consumer; made anew from its topic |
-//! | [`live`] | who waits for an order, told of its changes |
+//! | [`live`] | the clients that wait for an order, and its changes |
 //! | [`api`] | the HTTP API |
 //! | [`migrations`] | the schema, embedded |
 //! | [`config`], [`rebuild`] | what the program is configured with; what an operator runs beside it |

@@ -1,14 +1,14 @@
-//! Who waits for an order, told of its changes: server-sent events and `Prefer: wait`.
+//! The clients that wait for an order, and its changes: server-sent events and `Prefer: wait`.
 //!
 //! ```text
 //!   orders.version ──(one query for all that is watched)──► LiveOrders ──► a watch channel per order ──► streams
 //! ```
 //!
 //! Any replica may move an order, so a change is seen in the database, not in this process. There is one loop and one
-//! query per turn, however many clients wait; a commit of this process only makes the next turn come at once. (NOTIFY
-//! would queue every commit of the business behind one lock.) The channel carries a version and nothing else: who is
-//! woken reads what is new from the history. When the process dies, clients reconnect with the last id they saw; so they do when
-//! the oldest stream ends to make room for a new one.
+//! query per turn, however many clients wait. A commit of this process only makes the next turn come at once. (NOTIFY
+//! would queue every commit of the business behind one lock.) The channel carries a version and nothing else: a task
+//! that wakes reads what is new from the history. When the process dies, clients reconnect with the last id they saw.
+//! So they do when the oldest stream ends to make room for a new one.
 
 use crate::store;
 use contracts::OrderId;
@@ -28,7 +28,8 @@ use uuid::Uuid;
 
 /// The most event streams at once, of this process. With one order each, a turn's query takes some milliseconds.
 pub const MAX_STREAMS: usize = 1_024;
-/// The most requests at once that wait for an order's end; each has one of the API's slots meanwhile, of which there are 1,024.
+/// The most requests at once that wait for an order's end. Each has one of the API's slots meanwhile, of which there
+/// are 1,024.
 pub const MAX_WAITS: usize = 256;
 /// The most streams and waits at once for one order: its customer's pages, and some of the shop's.
 pub const MAX_OF_ONE: usize = 64;
@@ -42,10 +43,10 @@ const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// Nothing more can be watched now: waits do not make room, and their callers are answered soon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TooMany {
-    /// By this process.
+    /// This process serves as many streams, or as many waits, as it can.
     #[error("this process serves as many of this kind as it can")]
     InAll,
-    /// Of this order.
+    /// As many streams and waits are open for this order as may be.
     #[error("{MAX_OF_ONE} streams and waits are open for this order")]
     OfOne,
 }
@@ -53,13 +54,13 @@ pub enum TooMany {
 /// What a watch is for: each kind has places of its own, so that neither takes the other's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// An event stream.
+    /// A stream of server-sent events.
     Stream,
-    /// `Prefer: wait`.
+    /// A request with `Prefer: wait`.
     Wait,
 }
 
-/// One order, watched. Dropping it gives its place back.
+/// One client's watch over one order. Dropping it gives its place back.
 #[derive(Debug)]
 pub struct Watch {
     versions: watch::Receiver<i64>,
@@ -69,8 +70,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Returns when the order has another version than the last time; `None` when this has made room for another, or nothing watches
-    /// the order any more.
+    /// Returns when the order has another version than the last time. `None` when this has made room for another, or
+    /// nothing watches the order any more.
     pub async fn changed(&mut self) -> Option<()> {
         tokio::select! {
             changed = self.versions.changed() => changed.ok(),
@@ -94,11 +95,11 @@ impl Purpose {
     }
 }
 
-/// What is watched, and the places that are taken. They are few enough to be counted when one comes.
+/// The orders that are watched, and the places that are taken. They are few enough to be counted when one comes.
 #[derive(Debug, Default)]
 struct Watched {
     orders: HashMap<Uuid, watch::Sender<i64>>,
-    /// By age.
+    /// The places by their numbers, which grow: the first is the oldest.
     places: BTreeMap<u64, Place>,
     last: u64,
 }
@@ -111,7 +112,7 @@ struct Place {
 }
 
 impl Watched {
-    /// Gives a place; where all are taken, the oldest stream's.
+    /// Gives a place; where all are taken, the place of the oldest stream.
     fn enter(&mut self, place: Place) -> Result<u64, TooMany> {
         let (order, purpose) = (place.order, place.purpose);
         self.keep_below(MAX_OF_ONE, purpose, |place| place.order == order).ok_or(TooMany::OfOne)?;
@@ -121,7 +122,7 @@ impl Watched {
         Ok(self.last)
     }
 
-    /// Ends the oldest stream of these when they are `most`; `None` when there is none that may end for this purpose.
+    /// Ends the oldest stream of `these` when they are `most`; `None` when there is none that may end for this purpose.
     fn keep_below(&mut self, most: usize, purpose: Purpose, these: impl Fn(&Place) -> bool) -> Option<()> {
         if self.places.values().filter(|place| these(place)).count() < most {
             return Some(());
@@ -134,7 +135,7 @@ impl Watched {
     }
 }
 
-/// The orders that somebody waits for.
+/// The orders that clients wait for.
 #[derive(Debug)]
 pub struct LiveOrders {
     pool: PgPool,
@@ -143,12 +144,12 @@ pub struct LiveOrders {
 }
 
 impl LiveOrders {
-    /// Nobody waits yet.
+    /// Without any order that is watched.
     pub fn new(pool: PgPool) -> Arc<Self> {
         Arc::new(Self { pool, watched: Mutex::default(), wake: Notify::new() })
     }
 
-    /// The order's version whenever it is another than `seen` (or another than what this process saw last).
+    /// Watches the order: reports its version whenever it is another than `seen` (or than this process saw last).
     pub fn watch(self: &Arc<Self>, order: OrderId, seen: i64, purpose: Purpose) -> Result<Watch, TooMany> {
         let made_room = CancellationToken::new();
         let mut watched = self.lock();
@@ -162,12 +163,13 @@ impl LiveOrders {
         Ok(Watch { versions, made_room, number, live: Arc::clone(self) })
     }
 
-    /// Something was committed: look now.
+    /// Makes the next turn come at once: something was committed.
     pub fn nudge(&self) {
         self.wake.notify_one();
     }
 
-    /// Looks at everything that is watched, tells whoever waits, and says how many changes it saw.
+    /// Reads the versions of all orders that are watched, and wakes the watches of those that changed. Returns how many
+    /// changes it saw.
     pub async fn run_once(&self) -> Result<usize, sqlx::Error> {
         let ids: Vec<Uuid> = {
             let mut watched = self.lock();
@@ -191,7 +193,7 @@ impl LiveOrders {
         Ok(changed.count())
     }
 
-    /// Looks until `token` is cancelled.
+    /// Takes turns until `token` is cancelled.
     pub async fn run(&self, token: CancellationToken) {
         let mut failing = false;
         while !token.is_cancelled() {
@@ -216,13 +218,13 @@ impl LiveOrders {
         }
     }
 
-    /// Waits at least the first and at most the second duration; without them, until somebody watches.
+    /// Waits at least the first and at most the second duration; without them, until a client watches an order.
     async fn pause(&self, pause: Option<(Duration, Duration)>) {
         match pause {
             None => self.wake.notified().await,
             Some((shortest, longest)) => {
                 tokio::time::sleep(shortest).await;
-                // Woken or not: the next turn looks.
+                // Woken or not, the next turn looks.
                 tokio::time::timeout(longest - shortest, self.wake.notified()).await.ok();
             }
         }

@@ -11,7 +11,7 @@ pub fn all() -> Vec<Migrations> {
     vec![messaging_migrations(), saga_migrations(), own()]
 }
 
-/// Runs migrations/order.
+/// The service's own migrations, from `migrations/order`.
 pub fn own() -> Migrations {
     Migrations { owner: "order", runner: embedded::migrations::runner() }
 }

@@ -7,31 +7,33 @@ use contracts::{
 };
 use saga_core::saga::{Saga, saga};
 
-/// Local effects: what the saga does to the order itself, in the engine's transaction.
+/// The local effects: what the saga does to the order itself, in the engine's transaction.
 pub mod local {
-    /// Writes the order: pending.
+    /// Writes the order, as pending.
     pub const OPEN: &str = "open-order";
-    /// Its undo: cancelled.
+    /// Cancels the order: the undo of [`OPEN`].
     pub const CANCEL: &str = "cancel-order";
-    /// Confirmed.
+    /// Confirms the order.
     pub const CONFIRM: &str = "confirm-order";
 }
 
-/// Steps that can be refused; an order's reason for being cancelled is derived from their names.
+/// The names of the steps. An order's reason for being cancelled is derived from the names of those that can be
+/// refused.
 pub mod step {
-    /// The gateway may decline.
+    /// Holds the money. The gateway may decline.
     pub const AUTHORIZE: &str = "authorize-payment";
-    /// There may not be enough.
+    /// Puts the stock aside. There may not be enough.
     pub const RESERVE: &str = "reserve-stock";
-    /// The pivot. The gateway may have let go of the money.
+    /// Takes the money: the pivot. The gateway may have let go of the money.
     pub const CAPTURE: &str = "capture-payment";
-    /// Cannot be refused.
+    /// Lets the stock leave. It cannot be refused.
     pub const COMMIT: &str = "commit-stock";
 }
 
-/// Open the order; hold the money; put the stock aside; take the money, and from here on there is no way back; confirm
-/// the order; let the stock leave the house. If anything is refused before the money is taken, what was done is undone
-/// in reverse order, whether it is known to have happened or only might have.
+/// The saga's steps: open the order; hold the money; put the stock aside; take the money; confirm the order; let the
+/// stock leave the house. Once the money is taken there is no way back. If a step is refused before that, the engine
+/// undoes the steps before it in reverse order. It undoes a step whether it is known to have happened or only might
+/// have.
 pub fn order_saga() -> Saga<PlaceOrder> {
     saga::<PlaceOrder>("order", 1)
         .local_with_undo(local::OPEN, local::CANCEL)

@@ -1,4 +1,4 @@
-//! What can be asked of orders: place one, cancel one, wait for one. HTTP is one way to ask; tests are another.
+//! The operations on orders: place one, cancel one, wait for one. HTTP is one caller; tests are another.
 //!
 //! Invariant: an order, its history, its event, its saga and the saga's first command are one transaction. When the
 //! process dies before the commit there is nothing; after it, the saga goes on by itself, here or in another replica.
@@ -27,17 +27,17 @@ use std::{sync::Arc, time::Duration};
 use time::OffsetDateTime;
 use tokio_util::sync::CancellationToken;
 
-/// Behind the version of an order that waits for an operator, in its entity tag.
+/// The end of the entity tag of an order that waits for an operator, behind its version.
 pub const STUCK: &str = "-stuck";
 
-/// Everything that asking needs. Cheap to clone.
+/// Everything that the operations need. Cheap to clone.
 #[derive(Clone)]
 pub struct Orders {
-    /// The orders' database.
+    /// The pool of the orders' database.
     pub pool: PgPool,
-    /// What runs their sagas.
+    /// The engine that runs the orders' sagas.
     pub engine: Arc<Engine>,
-    /// Who waits for them.
+    /// The clients that wait for orders.
     pub live: Arc<LiveOrders>,
     saga: Saga<PlaceOrder>,
 }
@@ -45,25 +45,25 @@ pub struct Orders {
 /// Why an order was not placed.
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
-    /// It cannot be sold like this.
+    /// The order cannot be sold like this; the fields that are wrong.
     #[error("{} fields are wrong", .0.len())]
     Refused(Vec<BadField>),
-    /// Its saga did not start.
+    /// The order's saga did not start.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// The database said no.
+    /// The database returned an error.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
 
-/// What became of a cancellation.
+/// The outcome of a cancellation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CancelOutcome {
-    /// It is being cancelled, by this request or an earlier one, or it is cancelled already.
+    /// The order is being cancelled, by this request or an earlier one, or it is cancelled already.
     Cancelled(Box<Order>),
     /// The money is being taken, or was: the order can only be confirmed.
     TooLate(Box<Order>),
-    /// It is not at the version that the caller saw; nothing was done.
+    /// The order is not at the version that the caller saw; nothing was done.
     Stale,
     /// There is no such order.
     Unknown,
@@ -72,13 +72,13 @@ pub enum CancelOutcome {
 /// Why a cancellation was not decided.
 #[derive(Debug, thiserror::Error)]
 pub enum CancelOrderError {
-    /// The engine could not decide.
+    /// The engine could not decide about the saga.
     #[error(transparent)]
     Saga(#[from] CancelError),
     /// The order could not be changed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// There is an order whose saga is gone.
+    /// The order exists, and its saga does not.
     #[error("order {0} has no saga")]
     NoSaga(OrderId),
 }
@@ -89,7 +89,8 @@ impl Orders {
         Self::taking_replies_of(Vec::new(), pool)
     }
 
-    /// Likewise, with sources whose replies are taken beside those of the platform's participants.
+    /// Binds them like [`Orders::new`], with sources whose replies are taken beside those of the platform's
+    /// participants.
     pub fn taking_replies_of(more: Vec<String>, pool: PgPool) -> Result<Self, EngineErrors> {
         let saga = order_saga();
         let engine = Engine::builder(pool.clone(), &ORDERS_REPLIES)
@@ -131,7 +132,7 @@ impl Orders {
         let mut tx = Transaction::begin(&self.pool, REQUEST_MAX).await.map_err(StoreError::from)?;
         let saga = SagaId(order.0);
         if let Some(seen) = seen {
-            // The saga's row is locked first, as everywhere. Then nobody changes the order.
+            // The saga's row is locked first, as everywhere. Then no other transaction changes the order.
             self.engine.lock_in(&mut tx, saga).await.map_err(StoreError::from)?;
             let (_, version) = store::status_for_update_in(&mut tx, order).await?;
             if !seen.allows(&version.to_string()) && !seen.allows(&format!("{version}{STUCK}")) {
@@ -139,7 +140,7 @@ impl Orders {
                 return Ok(CancelOutcome::Stale);
             }
         }
-        // The saga decides, and its effects change the order.
+        // The engine decides about the saga, and the saga's effects change the order.
         let verdict = self.engine.cancel_in(&mut tx, saga, CancelReason::CancelledByCustomer.as_str()).await?;
         let found = store::find(&mut **tx, order).await.map_err(StoreError::from)?;
         tx.commit().await.map_err(StoreError::from)?;
@@ -154,8 +155,8 @@ impl Orders {
         }
     }
 
-    /// Waits until an order has come to its end, for `patience` at most and not longer than `token`; the order as it is
-    /// then. `None` when it could not be waited for at all, because too many requests wait already or there is no such order.
+    /// Waits until an order has come to its end, for `patience` at most and not longer than `token`; returns the order
+    /// as it is then. `None` when too many requests wait already, or there is no such order.
     pub async fn settle(
         &self,
         order: OrderId,

@@ -1,4 +1,4 @@
-//! `order-svc rebuild`: what an operator runs, beside the service, when a copy is lost or wrong.
+//! `order-svc rebuild`: an operator runs it, beside the service, when a copy is lost or wrong.
 
 use crate::{
     IDENTITY,
@@ -12,19 +12,19 @@ use saga_core::service::{
     telemetry::TelemetrySettings,
 };
 
-/// What it needs.
+/// The settings of a rebuild: those of the service without its listeners.
 #[derive(Debug)]
 pub struct Settings {
-    /// The database.
+    /// The settings of the orders' database.
     pub database: DatabaseSettings,
-    /// Kafka.
+    /// The settings of the Kafka client that reads the topic.
     pub kafka: KafkaSettings,
-    /// Logs.
+    /// The settings of the logs.
     pub telemetry: TelemetrySettings,
 }
 
 impl Settings {
-    /// Reads, and adds what is wrong to `errors`.
+    /// Reads the arguments, and adds each mistake to `errors`.
     pub fn read(args: &ServiceArgs, errors: &mut ConfigErrors) -> Option<Self> {
         let database = args.database.read(errors);
         let kafka = args.kafka.read(errors);
@@ -37,7 +37,7 @@ impl Settings {
 pub async fn run(what: Copied, settings: &Settings) -> anyhow::Result<()> {
     let Copied::Catalogue { withdraw_missing } = what;
     migrate(&settings.database, &migrations::all()).await?;
-    // One connection for as long as it takes: its session has tables of its own.
+    // The pool keeps one connection for as long as the rebuild takes: its session has tables of its own.
     let one = database::pool_options(1).max_lifetime(None).idle_timeout(None);
     let pool = one.connect_lazy_with(settings.database.options.clone().application_name(IDENTITY.name));
     let what = if withdraw_missing { Missing::Withdraw } else { Missing::Stay };

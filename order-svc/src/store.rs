@@ -1,8 +1,8 @@
 //! The SQL of orders: the only file that touches `orders`, `order_line` and `order_status_history`.
 //!
-//! Invariant: an order, its history and the event that tells of it change in one transaction, the caller's; every
-//! function that writes says so with `_in`. Each locks the order's row before it appends to the outbox, so the events of
-//! one order leave in the order of its history. When the process dies here, the transaction never happened.
+//! Invariant: an order, its history and the event that announces the change move in one transaction, the caller's.
+//! Every function that writes in it ends in `_in`. Each locks the order's row before it appends to the outbox, so the
+//! events of one order leave in the order of its history. When the process dies here, the transaction never happened.
 
 use crate::domain::{Change, CustomerId, NotAllowed, Order, OrderStatus, PlaceOrder, PricedLine, StatusName};
 use contracts::{
@@ -20,18 +20,18 @@ use uuid::Uuid;
 /// Why an order was not read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The database said no.
+    /// The database returned an error.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
     /// The graph does not have this change.
     #[error("order {order}: {source}")]
     NotAllowed {
-        /// Which order.
+        /// The order that the change was for.
         order: OrderId,
-        /// What was tried.
+        /// The change that was tried.
         source: NotAllowed,
     },
-    /// There is no such order.
+    /// There is no order of this id.
     #[error("there is no order {0}")]
     Unknown(OrderId),
     /// An event could not be written as JSON.
@@ -47,18 +47,18 @@ pub enum StoreError {
 pub struct HistoryEntry {
     /// 1 when placed, one more with each change.
     pub sequence: i64,
-    /// Where the order stood from then on.
+    /// The status of the order from then on.
     pub status: OrderStatus,
-    /// Since when.
+    /// When the order got this status.
     pub at: OffsetDateTime,
 }
 
-/// What to list.
+/// The orders to list; both fields `None`: all.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
-    /// Only this customer's.
+    /// Only this customer's orders; `None`: all customers'.
     pub customer: Option<CustomerId>,
-    /// Only those that stand here.
+    /// Only orders of this status; `None`: of any.
     pub status: Option<StatusName>,
 }
 
@@ -91,7 +91,7 @@ pub async fn insert_in(tx: &mut Tx<'_>, order: &PlaceOrder) -> Result<(), StoreE
     Ok(outbox::append_in(tx, &[event]).await?)
 }
 
-/// Moves orders along the graph: their rows, their histories, and the events where the world is told of the change. Four
+/// Moves orders along the graph: their rows, their histories, and the events that announce a change. It takes four
 /// statements, whatever the number of orders; each order stands in `changes` once. Nothing is written when one of them
 /// is refused.
 pub async fn change_in(tx: &mut Tx<'_>, changes: &[(OrderId, Change)], now: OffsetDateTime) -> Result<(), StoreError> {
@@ -127,7 +127,7 @@ pub async fn change_in(tx: &mut Tx<'_>, changes: &[(OrderId, Change)], now: Offs
     Ok(outbox::append_in(tx, &events).await?)
 }
 
-/// Notes what made a step of the orders' sagas fail.
+/// Notes what made a step of each order's saga fail.
 pub async fn note_causes_in(tx: &mut Tx<'_>, causes: &[(OrderId, &str)]) -> Result<(), StoreError> {
     if causes.is_empty() {
         return Ok(());
@@ -142,7 +142,7 @@ pub async fn note_causes_in(tx: &mut Tx<'_>, causes: &[(OrderId, &str)]) -> Resu
     Ok(())
 }
 
-/// Locks an order's row to the end of the transaction and says where the order stands, and at which version.
+/// Locks an order's row to the end of the transaction and returns the order's status and version.
 pub async fn status_for_update_in(tx: &mut Tx<'_>, order: OrderId) -> Result<(OrderStatus, i64), StoreError> {
     statuses_for_update_in(tx, vec![order.0]).await?.remove(&order).ok_or(StoreError::Unknown(order))
 }
@@ -171,12 +171,12 @@ fn event_of(order: OrderId, status: OrderStatus) -> Result<Option<NewMessage>, s
             let cancelled = OrderCancelled { order, reason: reason.to_string() };
             message(order, OrderCancelled::TYPE, &cancelled).map(Some)
         }
-        // A promise between the customer and this service; other services learn of the outcome.
+        // A promise between the customer and this service: other services learn only of the outcome.
         OrderStatus::Pending | OrderStatus::Cancelling { .. } => Ok(None),
     }
 }
 
-/// The columns that [`to_order`] reads; `tail` says which orders.
+/// The columns that [`to_order`] reads; `tail` selects the orders.
 macro_rules! select_orders {
     ($tail:literal) => {
         concat!(
@@ -196,14 +196,14 @@ macro_rules! select_orders {
     };
 }
 
-/// One order, if there is one.
+/// Finds an order by its id; `None` if it does not exist.
 pub async fn find(db: impl PgExecutor<'_>, order: OrderId) -> Result<Option<Order>, sqlx::Error> {
     let row = sqlx::query(select_orders!("where o.id = $1")).bind(order.0).fetch_optional(db).await?;
     row.map(|row| to_order(&row)).transpose()
 }
 
 /// Up to `limit` orders, newest first, that were placed before `before`. Each combination of filters is a statement of
-/// its own, so that each is planned for its own index (a generic plan for `$1 is null or …` uses none).
+/// its own. So each is planned for its own index (a generic plan for `$1 is null or …` uses none).
 pub async fn list(
     db: impl PgExecutor<'_>,
     filter: &Filter,

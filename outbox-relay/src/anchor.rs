@@ -1,5 +1,5 @@
-//! Whether an outbox's position may be followed here: it means something only in the cluster, and under the name, that it was
-//! recorded in. What may not be followed is refused, with the command that is right; nothing is published then.
+//! Checks whether an outbox's position may be followed here: it means something only in the cluster, and under the
+//! name, that it was recorded in. If not, the relay refuses with the command that is right, and publishes nothing.
 
 use crate::{
     batch_log,
@@ -25,25 +25,25 @@ pub(crate) enum AnchorError {
          after a logical copy (pg_dump, logical replication) `outbox-relay reanchor {outbox} --rewrite`"
     )]
     OtherCluster {
-        /// Which outbox.
+        /// The outbox's name in OUTBOXES.
         outbox: String,
-        /// In the position.
+        /// The system identifier in the position.
         recorded: i64,
-        /// Here.
+        /// The system identifier of this cluster.
         found: i64,
     },
-    /// Rows came with a copy of another cluster's.
+    /// Rows came with a copy of another cluster's outbox.
     #[error(
         "row {id} of outbox {outbox:?} was written by transaction {xid}, which this PostgreSQL cluster has not had yet: it came \
          with a logical copy of another cluster. Nothing is published, and nothing is lost. Stop the relays and the outbox's \
          writers, and run `outbox-relay reanchor {outbox} --rewrite`"
     )]
     ForeignRows {
-        /// Which outbox.
+        /// The outbox's name in OUTBOXES.
         outbox: String,
-        /// The first of them.
+        /// The id of the first such row.
         id: i64,
-        /// What is written in it.
+        /// The transaction id that stands in the row.
         xid: String,
     },
     /// The database's rows were published under another name before, or are at this moment.
@@ -54,9 +54,9 @@ pub(crate) enum AnchorError {
          everything is to be published once more"
     )]
     OtherName {
-        /// Which outbox.
+        /// The outbox's name in OUTBOXES.
         outbox: String,
-        /// How it was called.
+        /// The name that it was published under.
         other: String,
     },
     /// Another replica has the lease.
@@ -65,13 +65,13 @@ pub(crate) enum AnchorError {
     /// The position could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The database.
+    /// The database returned an error.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
 
 impl AnchorError {
-    /// What the database said, if it is about the database.
+    /// The database's error, if the cause is the database.
     pub(crate) fn database(&self) -> Option<&sqlx::Error> {
         match self {
             Self::Commit(CommitError::Database(error))
@@ -82,11 +82,11 @@ impl AnchorError {
     }
 }
 
-/// Where an outbox is.
+/// An outbox whose position may be followed.
 pub(crate) struct Anchored {
-    /// The cluster's.
+    /// The system identifier of its cluster.
     pub(crate) system_identifier: i64,
-    /// What its rows' ids count in.
+    /// The epoch that its rows' ids count in.
     pub(crate) epoch: Arc<str>,
 }
 
@@ -125,7 +125,7 @@ async fn check(db: &mut PgConnection, outbox: &Outbox, lease: &Lease) -> Result<
     Ok(found)
 }
 
-/// A row of a transaction that this cluster has not had yet.
+/// The first row of a transaction that this cluster has not had yet: its id and transaction id.
 async fn foreign_row(db: &mut PgConnection) -> Result<Option<(i64, String)>, sqlx::Error> {
     sqlx::query_as(
         "select id, xid::text
@@ -138,7 +138,8 @@ async fn foreign_row(db: &mut PgConnection) -> Result<Option<(i64, String)>, sql
     .await
 }
 
-/// Another name under which the outbox is being published, or, at the `first` start under this one, was published before.
+/// Another name under which the outbox is being published, or, at the `first` start under this one, was published
+/// before.
 async fn other_name(db: &mut PgConnection, outbox: &str, first: bool) -> Result<Option<String>, sqlx::Error> {
     sqlx::query_scalar(
         "(select other.outbox

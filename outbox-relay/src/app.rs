@@ -1,4 +1,4 @@
-//! The parts put together: what `serve` and `migrate` do.
+//! The parts put together: the commands `serve` and `migrate`.
 
 use crate::{
     Relay, admin,
@@ -16,7 +16,7 @@ use saga_core::{
 };
 use tokio::net::TcpListener;
 
-/// Publishes until it is told to stop or a part of it fails.
+/// Publishes until a signal stops it or a part of it fails.
 pub async fn serve(configuration: Configuration) -> anyhow::Result<()> {
     let stop = shutdown::token();
     configuration.relay.outboxes.iter().for_each(|outbox| in_clear::warn_of_database(&outbox.database));
@@ -47,7 +47,7 @@ pub async fn serve(configuration: Configuration) -> anyhow::Result<()> {
     Ok(service::run_all(&stop, tasks).await?)
 }
 
-/// Does what needs nothing but the databases, and ends.
+/// Runs a command that needs nothing but the databases, and returns.
 pub async fn run_once(outboxes: Vec<OutboxSettings>, command: Command) -> anyhow::Result<()> {
     let named = |name: &str| {
         let found = outboxes.iter().find(|outbox| outbox.name == name);

@@ -1,4 +1,4 @@
-//! What has been published: a log in the outbox's own database, whose last entry is the position.
+//! The log of what has been published, in the outbox's own database; its last entry is the position.
 //!
 //! An entry is written only for rows that Kafka acknowledged, in order, without a gap, and only by the holder of the
 //! lease. When the process dies before the entry, its rows are published again (same `ce_id`); never skipped.
@@ -47,11 +47,11 @@ pub(crate) struct Entry {
     pub(crate) rows: i32,
 }
 
-/// Appends what one commit records, as one entry behind entry `n`, if `owner` still holds the lease; false means: fenced. The log
-/// grows by commits, however many pages each covers.
+/// Appends what one commit records, as one entry behind entry `n`, if `owner` still holds the lease; false: the owner
+/// is fenced. The log grows by commits, however many pages each covers.
 ///
-/// The lease row is locked until the caller's transaction ends, so that nobody takes over between the check and the
-/// commit; the primary key on `n` would catch even that.
+/// The lease row is locked until the caller's transaction ends. So no other process takes over between the check and
+/// the commit; the primary key on `n` would catch even that.
 pub(crate) async fn append_in(
     tx: &mut PgConnection,
     outbox: &str,

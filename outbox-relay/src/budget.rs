@@ -4,30 +4,30 @@
 //!  budget = an area for each stream + a place for one large row + the common rest
 //! ```
 //!
-//! Room is taken before rows are read. It is given back when Kafka has acknowledged them, or when the producer that has them
-//! is gone. A stream takes of the common rest at most as much as it leaves free, so it leaves room for others, and it never
-//! waits for the rest. What the rest does not give, the stream takes in its own area, for which it waits only until rows of
-//! its own are gone. So no stream waits for the rows of another, of this outbox or of another one. A row that is too large
-//! for an area, and for which the rest has no room, waits for the one place for large rows; what is there waits for Kafka
-//! only. A row that is larger than that place exceeds the budget alone.
+//! A stream takes room before it reads rows. It gives the room back when Kafka has acknowledged them, or when the
+//! producer that has them is gone. A stream takes at most as much of the common rest as it leaves free for others, and
+//! it never waits for the rest. What the rest does not give, the stream takes in its own area, for which it waits only
+//! until rows of its own are gone. So no stream waits for the rows of another, of this outbox or of another one. A row
+//! may be too large for an area, while the rest has no room for it. Then it waits for the one place for large rows; a
+//! row in that place waits for Kafka only. A row that is larger than that place exceeds the budget alone.
 
 use crate::row::{INLINE_BYTES, OVERHEAD};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-/// Bytes that a stream can always take at once when it holds no others: some hundred small rows, or one that comes with its
-/// page.
+/// Bytes that a stream can always take at once when it holds no others: some hundred small rows, or one that comes with
+/// its page.
 pub(crate) const LEAST: usize = 2 << 20;
-/// A stream's own: for rows that are read, and for what these still lack.
+/// A stream's own area: for rows that are read, and for what these still lack.
 const AREA: usize = 2 * LEAST;
 /// The place for one row that is too large for an area.
 const LARGE: usize = 16 << 20;
-/// Topics of one outbox that are set apart and publish at once; others wait for their turn. Each has a producer, with threads
-/// of its own.
+/// Topics of one outbox that are set apart and publish at once; others wait for their turn. Each has a producer, with
+/// threads of its own.
 const TOPICS_AT_ONCE: usize = 8;
-/// Of one outbox: the main stream, the retries, and topics that are set apart.
+/// Streams of one outbox: the main stream, the retries, and topics that are set apart.
 const STREAMS: usize = TOPICS_AT_ONCE + 2;
-/// What the budget is where nothing is said, and what it is then for each outbox at least.
+/// The default budget; where there are many outboxes, at least the second value for each.
 const DEFAULT: usize = 256 << 20;
 const DEFAULT_OF_ONE: usize = 64 << 20;
 /// What a row takes at most that comes with its page.
@@ -38,7 +38,7 @@ pub const fn least(outboxes: usize) -> usize {
     LARGE + outboxes * STREAMS * AREA
 }
 
-/// The budget for so many outboxes where nothing is said.
+/// The default budget for so many outboxes.
 pub fn default(outboxes: usize) -> usize {
     DEFAULT.max(DEFAULT_OF_ONE * outboxes)
 }
@@ -49,7 +49,7 @@ pub(crate) struct Budget {
     /// What is common to all streams.
     rest: usize,
     now: Mutex<Now>,
-    /// One holder at a time: of a large row for which the rest has no room.
+    /// The place for large rows: one holder at a time, whose row finds no room in the rest.
     large: Arc<Semaphore>,
 }
 
@@ -119,7 +119,7 @@ pub(crate) struct Area {
     budget: Arc<Budget>,
     mine: Mutex<Mine>,
     freed: Notify,
-    /// Another topic's turn comes when the last of this one's rows is gone.
+    /// Held until the last of this topic's rows is gone; then it is another topic's turn.
     _turn: Option<OwnedSemaphorePermit>,
 }
 
@@ -139,7 +139,7 @@ impl Area {
         self.mine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Room in the common rest, if the stream leaves as much of it free as it then has.
+    /// Takes room in the common rest, if the stream leaves as much of it free as it then has; `None` otherwise.
     pub(crate) fn try_take(self: &Arc<Self>, bytes: usize) -> Option<Held> {
         let (mut now, mut mine) = (self.budget.now(), self.mine());
         let free = self.budget.rest - now.of_rest;
@@ -162,8 +162,8 @@ impl Area {
         Some(Held { area: self.clone(), own: bytes, of_rest: 0, large: None })
     }
 
-    /// Room for `most` bytes in the common rest, or for `least` as soon as the stream's own rows leave it. One part of the
-    /// stream waits here at a time.
+    /// Takes room for `most` bytes in the common rest, or for `least` as soon as the stream's own rows leave it. One
+    /// part of the stream waits here at a time.
     pub(crate) async fn take(self: &Arc<Self>, most: usize, least: usize) -> Held {
         if least > LEAST {
             return self.take_alone(least).await;
@@ -177,7 +177,7 @@ impl Area {
         }
     }
 
-    /// Room for one row, in the common rest or in the place for large rows.
+    /// Takes room for one row, in the common rest or in the place for large rows.
     pub(crate) async fn take_alone(self: &Arc<Self>, bytes: usize) -> Held {
         if let Some(held) = self.try_take(bytes) {
             return held;
@@ -187,7 +187,7 @@ impl Area {
         Held { area: self.clone(), own: 0, of_rest: 0, large: Some(Large { _place: place, bytes }) }
     }
 
-    /// Whether the stream reads nothing more before rows of its own are gone.
+    /// Whether the stream reads nothing more until rows of its own are gone.
     pub(crate) fn is_full(&self) -> bool {
         self.mine().waits
     }
@@ -225,17 +225,18 @@ struct Large {
 }
 
 impl Held {
-    /// All of them.
+    /// All bytes that this holds.
     pub(crate) fn bytes(&self) -> usize {
         self.own + self.of_rest + self.large.as_ref().map_or(0, |large| large.bytes)
     }
 
-    /// Gives back all but so many.
+    /// Gives back all but `bytes`.
     pub(crate) fn keep(&mut self, bytes: usize) {
         drop(self.split(self.bytes().saturating_sub(bytes)));
     }
 
-    /// So many of them, or all; those of the common rest first. A large row's stay together.
+    /// Splits off `bytes`, or all if there are fewer; those of the common rest first. A large row's bytes stay
+    /// together.
     pub(crate) fn split(&mut self, bytes: usize) -> Self {
         let of_rest = bytes.min(self.of_rest);
         let own = (bytes - of_rest).min(self.own);
@@ -244,7 +245,7 @@ impl Held {
         Self { area: self.area.clone(), own, of_rest, large: None }
     }
 
-    /// Both in one, of the same stream.
+    /// Joins two holds of the same stream.
     pub(crate) fn join(&mut self, mut other: Self) {
         debug_assert!(Arc::ptr_eq(&self.area, &other.area));
         self.own += std::mem::take(&mut other.own);
@@ -272,7 +273,7 @@ mod tests {
 
     const MIB: usize = 1 << 20;
 
-    /// A budget with so much of a common rest, and the areas of an outbox.
+    /// A budget with `rest` bytes of a common rest, and the areas of an outbox.
     fn areas(rest: usize) -> (Arc<Budget>, Areas) {
         let budget = Budget::new(least(1) + rest, 1);
         let areas = Areas::new(&budget);

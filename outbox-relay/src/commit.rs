@@ -1,7 +1,8 @@
-//! Records progress: the batch log, and in the same transaction whatever became of rows that were not published.
+//! Records progress: the batch log, and in the same transaction the fate of rows that were not published.
 //!
-//! One task for all streams of an outbox, each stream's progress in its order. Everything that is complete when the last commit returned goes into the next one, so the disk's
-//! pace never holds the producer up. No row written means that the lease is somebody else's: the session ends, loudly.
+//! One task records for all streams of an outbox, each stream's progress in its order. Everything that was complete
+//! when the last commit returned goes into the next one, so the disk's pace never delays the producer. If a commit
+//! writes no row, another process has the lease: the session ends, loudly.
 
 use crate::{
     batch_log::{self, Entry},
@@ -15,18 +16,19 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::{Notify, mpsc, oneshot};
 use uuid::Uuid;
 
-/// Entries that one commit records at most.
+/// How many entries one commit records at most.
 const ENTRIES: usize = 256;
 
-/// Parked rows that one transaction copies, or the few more of its last stretch, whatever comes behind a blocked line. Their
-/// bytes are bounded likewise. It may take a lease's time for each such part, as its last stretch may have several.
+/// How many parked rows one transaction copies, whatever comes behind a blocked line; its last stretch may exceed that.
+/// Their bytes are bounded likewise. The transaction may take a lease's time for each such part, as its last stretch
+/// may have several.
 const PARKED: usize = 5_000;
 
-/// Bytes of rows that are parked by one statement, or the few more of its last row.
+/// How many bytes of parked rows one statement copies; its last row may exceed that.
 const COPIED_AT_ONCE: usize = 32 << 20;
 
-/// Between two commits. Only a turn of retries and the end of a session wait for them, and each is a sync of the disk that
-/// business transactions wait for too; what a crash in between costs is a few more repeats.
+/// The pause between two commits. Only a turn of retries and the end of a session wait for a commit. Each commit is a
+/// sync of the disk that business transactions wait for too. A crash in between costs a few more repeats.
 const GATHER: Duration = Duration::from_millis(25);
 
 /// Something that is now true, and has to be recorded behind all that became true before it.
@@ -39,9 +41,9 @@ pub(crate) enum Progress {
     Advanced(Arc<str>, Position),
     /// A topic has caught up with the others.
     CaughtUp(CaughtUp),
-    /// Something passed that leaves no trace here.
+    /// Nothing to record: what passed leaves no trace.
     Nothing,
-    /// Tell when everything before this is recorded.
+    /// Asks for a signal when everything before this is recorded.
     Flush(oneshot::Sender<()>),
 }
 
@@ -56,28 +58,28 @@ pub(crate) struct Stretch {
 /// Why recording ended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CommitError {
-    /// The lease is somebody else's: this owner has been fenced.
+    /// Another process has the lease: this owner has been fenced.
     #[error("fenced: progress was not recorded, because another process has the lease")]
     Fenced,
-    /// PostgreSQL said so, or is not there.
+    /// PostgreSQL returned an error, or is away.
     #[error("recording progress: {0}")]
     Database(#[from] sqlx::Error),
 }
 
-/// Records for one lease of one outbox.
+/// Records progress for one lease of one outbox.
 pub(crate) struct Recorder {
     pub(crate) db: Database,
     pub(crate) outbox: String,
     pub(crate) owner: Uuid,
     pub(crate) system_identifier: i64,
-    /// The last entry of the log.
+    /// The number of the log's last entry.
     pub(crate) n: i64,
-    /// Something waits for what is recorded next.
+    /// Wakes the recorder early: another task waits for what is recorded next.
     pub(crate) hurry: Arc<Notify>,
 }
 
 impl Recorder {
-    /// Records what comes, until nothing more can come.
+    /// Records progress until no more can come.
     pub(crate) async fn run(mut self, mut progress: mpsc::Receiver<Progress>) -> Result<(), CommitError> {
         let database = self.db.clone();
         let mut db = database.connect().await?;
@@ -91,7 +93,7 @@ impl Recorder {
             }
             for done in batch.drain(..) {
                 if let Progress::Flush(recorded) = done {
-                    // What waits for it may have ended.
+                    // The task that waits for it may have ended.
                     recorded.send(()).ok();
                 }
             }
@@ -126,7 +128,7 @@ impl Recorder {
         for progress in batch {
             self.record_in(&mut tx, progress).await?;
         }
-        // Last: the lease cannot be renewed from here on until the commit.
+        // This check is the last statement before the entry: the lease cannot be renewed from here on until the commit.
         let held: Option<(bool,)> =
             sqlx::query_as("select true from outbox_lease where outbox = $1 and owner = $2 for share")
                 .bind(&self.outbox)
@@ -176,14 +178,14 @@ impl Recorder {
                 self.n += 1;
                 Ok(())
             }
-            // Somebody else wrote entry n: he is the owner, or was, and knows better than we where the outbox stands.
+            // Another process wrote entry n: it is the owner, or was, and knows better where the outbox stands.
             Err(sqlx::Error::Database(error)) if error.is_unique_violation() => Err(CommitError::Fenced),
             Err(error) => Err(error.into()),
         }
     }
 }
 
-/// How many of the first rows one statement copies, for its time in the server is bounded.
+/// How many of the first rows one statement copies: the server bounds a statement's time.
 fn copied_at_once(rows: &[Park]) -> usize {
     let mut bytes = 0;
     let full = rows.iter().position(|row| {
@@ -227,7 +229,7 @@ async fn copy(tx: &mut PgConnection, outbox: &str, rows: &[Park]) -> Result<(), 
     Ok(())
 }
 
-/// The bytes of the rows that it parks.
+/// The bytes of the rows that `progress` parks.
 fn parked_bytes(progress: &Progress) -> usize {
     match progress {
         Progress::Rows(stretch) => stretch.parked.iter().map(|row| row.bytes).sum(),
@@ -235,13 +237,13 @@ fn parked_bytes(progress: &Progress) -> usize {
     }
 }
 
-/// How often the time of one conversation it may take.
+/// How many times the bound of one conversation the batch may take.
 fn parts(batch: &[Progress]) -> u32 {
     let bytes: usize = batch.iter().map(parked_bytes).sum();
     u32::try_from(bytes / COPIED_AT_ONCE).unwrap_or(u32::MAX).saturating_add(1)
 }
 
-/// How much of it one transaction records.
+/// How many elements of the batch one transaction records.
 fn at_once(batch: &[Progress]) -> usize {
     let (mut parked, mut bytes) = (0, 0);
     let full = batch.iter().position(|progress| {

@@ -1,4 +1,4 @@
-//! Flags and environment of the binary. Every mistake is told at once.
+//! Flags and environment of the binary. It reports every mistake at once.
 
 use crate::{
     budget,
@@ -16,7 +16,7 @@ use std::{fmt::Display, str::FromStr, time::Duration};
 /// The relay among the services; it has no API of its own, only the admin listener.
 pub const IDENTITY: Identity = Identity { name: "outbox-relay", http_port: 0, admin_port: 9084 };
 
-/// A lease shorter than this is lost to a hiccup.
+/// The shortest lease that is allowed; a shorter one would be lost to a hiccup.
 const LEAST_LEASE_SECONDS: u64 = 2;
 
 /// Publishes committed outbox rows to Kafka, in order
@@ -90,14 +90,16 @@ pub struct RelayArgs {
     /// How long a stand-by waits for an owner that was killed or is stuck [default: 10]
     #[arg(long, env = "LEASE_SECONDS", value_name = "SECONDS", hide_env_values = true, global = true)]
     pub lease_seconds: Option<String>,
-    /// How long rows may wait for a partition without a leader before their topic is set apart and others go on [default: 5]
+    /// How long rows may wait for a partition without a leader before their topic is set apart and others go on
+    /// [default: 5]
     #[arg(long, env = "STUCK_AFTER_SECONDS", value_name = "SECONDS", hide_env_values = true, global = true)]
     pub stuck_after_seconds: Option<String>,
     /// How long a topic whose rows Kafka refuses stays set apart after the last refusal [default: 60]
     #[arg(long, env = "SET_APART_SECONDS", value_name = "SECONDS", hide_env_values = true, global = true)]
     pub set_apart_seconds: Option<String>,
-    /// Mebibytes of rows that the process holds at most, read and not yet acknowledged by Kafka, for all outboxes. Kafka's client
-    /// copies a row while it is handed over, so the process needs more [default: 256, or 64 for each outbox if that is more]
+    /// Mebibytes of rows that the process holds at most, read and not yet acknowledged by Kafka, for all outboxes.
+    /// Kafka's client copies a row while it is handed over, so the process needs more [default: 256, or 64 for each
+    /// outbox if that is more]
     #[arg(long, env = "HELD_MEBIBYTES", value_name = "MEBIBYTES", hide_env_values = true, global = true)]
     pub held_mebibytes: Option<String>,
     /// Compression of what is sent: `none`, `lz4`, `zstd`, `gzip` or `snappy` [default: lz4]
@@ -117,11 +119,11 @@ pub struct RelayArgs {
 /// A valid [`RelayArgs`].
 #[derive(Debug, Clone)]
 pub struct Configuration {
-    /// The relay's own.
+    /// The relay's own settings.
     pub relay: Settings,
-    /// The admin listener's.
+    /// The admin listener's settings.
     pub admin: AdminSettings,
-    /// Logs and traces.
+    /// The settings of logs and traces.
     pub telemetry: TelemetrySettings,
 }
 
@@ -130,7 +132,7 @@ impl RelayArgs {
     pub fn validate(&self) -> Result<Configuration, ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let outboxes = read_outboxes(Secret::given(self.outboxes.as_ref()).unwrap_or_default(), &mut errors);
-        // Of what else there is for Kafka, a relay needs nothing: it makes no topics and consumes none.
+        // A relay needs nothing else of the Kafka settings: it makes no topics and consumes none.
         let kafka = KafkaArgs { kafka_brokers: self.kafka_brokers.clone(), ..KafkaArgs::default() }.read(&mut errors);
         let lease = seconds("LEASE_SECONDS", self.lease_seconds.as_deref(), (LEAST_LEASE_SECONDS, LEASE), &mut errors);
         let stuck = self.stuck_after_seconds.as_deref();
@@ -169,7 +171,7 @@ impl RelayArgs {
         errors.finish(read())
     }
 
-    /// Likewise for what needs nothing but the databases: `migrate`, `reanchor` and `rename`.
+    /// Checks what the commands `migrate`, `reanchor` and `rename` need, which is nothing but the databases.
     pub fn validate_databases(&self) -> Result<(Vec<OutboxSettings>, TelemetrySettings), ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let outboxes = read_outboxes(Secret::given(self.outboxes.as_ref()).unwrap_or_default(), &mut errors);
@@ -205,7 +207,7 @@ fn number<T: FromStr + PartialOrd + Display>(
     }
 }
 
-/// On or off; off when nothing is said.
+/// On or off; off where the text is absent or empty.
 fn switch(variable: &'static str, text: Option<&str>, errors: &mut ConfigErrors) -> Option<bool> {
     match text.map(str::trim) {
         None | Some("" | "false" | "0") => Some(false),
@@ -226,7 +228,8 @@ fn read_outboxes(text: &str, errors: &mut ConfigErrors) -> Option<Vec<OutboxSett
             good = false;
         };
         let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        // What stands for a name may be a piece of a password with a comma in it: until all of the entry is right, it is not shown.
+        // What stands for a name may be a piece of a password with a comma in it: messages do not show it until the
+        // entry is right.
         if name.is_empty() || !name.chars().all(legal) {
             wrong(nth(n, "does not begin with `name=`, a name of letters, digits, - _ or ."));
             continue;

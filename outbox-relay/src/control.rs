@@ -1,5 +1,5 @@
-//! What operators and brokers want of the owner, looked up a few times a second: pauses, retries, missing topics that
-//! have appeared. The database is the only channel, so any replica's admin endpoints can be used.
+//! Looks up, a few times a second, what operators and brokers want of the owner: pauses, retries, and missing topics
+//! that have appeared. The database is the only channel, so any replica's admin endpoints can be used.
 
 use crate::{
     database::Database,
@@ -21,21 +21,21 @@ use tokio::{
 };
 use tracing::{debug, info};
 
-/// How long an operator waits at most for something to happen.
+/// The pause between two looks; an operator waits at most this long for an effect.
 const LOOK: Duration = Duration::from_millis(250);
-/// How often the brokers are asked about a topic that is not there.
+/// How often the relay asks the brokers about a topic that is not there.
 const ASK_MISSING: Duration = Duration::from_secs(1);
-/// … and about one that is there but may not be written to: each try costs a producer.
+/// How often it asks about a topic that is there but may not be written to: each try costs a producer.
 const ASK_FORBIDDEN: Duration = Duration::from_secs(30);
-/// … and about one whose rows no broker takes.
+/// How often it asks about a topic whose rows no broker takes.
 const ASK_LEADERLESS: Duration = Duration::from_secs(2);
-/// Missing topics that the brokers are asked about one by one; of more, they are asked for all that they have.
+/// Up to so many missing topics the relay asks about one by one; for more, it asks for the names of all topics.
 const FEW: usize = 8;
 
-/// What is wanted.
+/// What operators and brokers want of the owner now.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Control {
-    /// Nothing is to be published at all.
+    /// Whether an operator has paused the whole outbox.
     pub(crate) whole: bool,
     /// Topics that are not to be published, or are catching up.
     pub(crate) paused: HashMap<String, Paused>,
@@ -51,7 +51,7 @@ pub(crate) async fn look(db: &mut PgConnection, outbox: &str) -> Result<Control,
     Ok(Control { whole, paused, retry: parking::requested(db, outbox).await? })
 }
 
-/// What is wanted, told to whoever obeys.
+/// Passes what is wanted on to the tasks that obey.
 pub(crate) struct Wanted {
     outbox: String,
     control: Mutex<watch::Sender<Arc<Control>>>,
@@ -63,7 +63,7 @@ impl Wanted {
         (Self { outbox: outbox.to_owned(), control: Mutex::new(control) }, told)
     }
 
-    /// Looks, and tells what is new. One at a time: what was looked up earlier must not be told later.
+    /// Looks, and passes on what is new. One look at a time: an earlier look must not overwrite a later one.
     pub(crate) async fn refresh(&self, db: &mut PgConnection) -> Result<Arc<Control>, ReadError> {
         let told = self.control.lock().await;
         let control = Arc::new(look(db, &self.outbox).await?);
@@ -87,7 +87,8 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
         let now = Instant::from_std(saga_core::clock::monotonic());
         let control = match db.ask(async |db| wanted.refresh(db).await).await {
             Ok(control) => control,
-            // Others have all the connections. Whoever finds out that the database is away, it is not this.
+            // Other work has all the connections. A database outage is reported elsewhere; here it only delays the next
+            // attempt.
             Err(ReadError::Database(sqlx::Error::PoolTimedOut)) => {
                 loops.failing(WANTED, part::Cause::PoolFull, "no connection was free to look it up");
                 continue;
@@ -107,7 +108,7 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
                 Cause::Missing => ASK_MISSING,
                 Cause::Forbidden => ASK_FORBIDDEN,
             };
-            // The first time, the brokers have just said no.
+            // The first time, the brokers have refused a moment ago.
             let last = *asked.entry(paused.topic.clone()).or_insert(now);
             if now.duration_since(last) < every {
                 continue;
@@ -124,7 +125,7 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
                         "the topic can be written to; its rows are published from where they were left"
                     );
                     match db.ask(async |db| pause::resume(db, outbox, &paused.topic).await).await {
-                        // It is asked about again.
+                        // The next round asks about the topic again.
                         Ok(()) | Err(sqlx::Error::PoolTimedOut) => {}
                         Err(error) => return Err(error.into()),
                     }
@@ -137,7 +138,7 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
     }
 }
 
-/// Whether the brokers say now that the topic can be written to.
+/// Whether the brokers' answer is now that the topic can be written to.
 async fn look_again(topics: &Topics, paused: &Paused) -> Result<bool, KafkaError> {
     let ready = matches!(topics.look(&paused.topic).await?, TopicState::Ready { .. });
     Ok(ready && (paused.cause != Cause::Leaderless || !topics.lacks_leader(&paused.topic).await?))
@@ -163,7 +164,7 @@ mod tests {
         let loops = Arc::new(Loops::new("all_connections".into()));
         let looking = run(db.clone(), Topics::new(&brokers()).unwrap(), loops.clone(), Arc::new(wanted));
         let looking = AbortOnDropHandle::new(tokio::spawn(looking));
-        // The same patience, and it came later: by now `looking` has lost its own.
+        // These have the same patience and came later: by now `looking` has lost its own.
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
         let trouble = loops.trouble(&DatabaseClock::of("all_connections"));

@@ -1,13 +1,13 @@
-//! Conversations with the outbox's database, each of them bounded, here and in the server.
+//! Conversations with the outbox's database, each of them bounded, in this process and in the server.
 //!
-//! A host that is lost says nothing: its connections neither answer nor end, and a task that waits for one waits for ever. An
-//! owner that waits like that publishes nothing while its lease is renewed over another connection, so no replica takes over
-//! either. So every conversation has a bound, and a connection whose conversation did not come to its end is closed: only
-//! what is given back is used again.
+//! A host that is lost sends nothing: its connections neither answer nor end, and a task that waits for one waits for
+//! ever. An owner that waits like that publishes nothing while its lease is renewed over another connection, so no
+//! replica takes over either. So every conversation has a bound. A connection whose conversation did not come to its
+//! end is closed; only a connection that is given back is used again.
 //!
-//! A statement that waits for a lock does not notice that its client is gone. So every statement has a bound in the server
-//! as well, a little above ours, and a connection that is given up keeps its place in the pool until the server has ended its
-//! statement: there are never more server processes than the pools have places.
+//! A statement that waits for a lock does not notice that its client is gone. So every statement has a bound in the
+//! server as well, a little above this process's. A connection that is given up keeps its place in the pool until the
+//! server has ended its statement. So there are never more server processes than the pools have places.
 
 use saga_core::{
     clock,
@@ -26,9 +26,9 @@ use std::{
     time::Duration,
 };
 
-/// A connection that was in use so short a time ago is given out without asking whether it is still there.
+/// A connection that was in use within this time is given out without a ping.
 const TRUSTED: Duration = Duration::from_millis(500);
-/// To be asked that takes one round trip, so it has only this part of a conversation's time: several may be silent.
+/// A ping takes one round trip, so it has only this part of a conversation's time: several connections may be silent.
 const PING: u32 = 8;
 /// A server that has ended a statement answers within this.
 const ANSWER: Duration = Duration::from_millis(250);
@@ -37,7 +37,7 @@ const ANSWER: Duration = Duration::from_millis(250);
 #[derive(Debug, Clone)]
 pub(crate) struct Database {
     pool: PgPool,
-    /// That all of them are in use.
+    /// The shortage in which all connections of the pool are in use.
     full: Arc<Outage>,
     patience: Duration,
     /// How long the server may take to end the statement of a connection that is given up.
@@ -45,12 +45,13 @@ pub(crate) struct Database {
 }
 
 impl Database {
-    /// Connects when it is first used. A conversation, and getting a connection for it, may take `patience` each.
+    /// Makes a pool that connects when it is first used. A conversation, and getting a connection for it, may take
+    /// `patience` each.
     pub(crate) fn new(options: PgConnectOptions, connections: u32, patience: Duration) -> Self {
         Self::with_statements(options, connections, patience, Bound::new(patience).server())
     }
 
-    /// Likewise, with statements of which the server ends each after `longest`.
+    /// Makes a pool like [`Database::new`], with statements that the server ends after `longest`.
     pub(crate) fn with_statements(
         options: PgConnectOptions,
         connections: u32,
@@ -71,7 +72,7 @@ impl Database {
                     Ok::<_, sqlx::Error>(true)
                 })
             })
-            // sqlx asks as well, but without a bound: a silent connection would keep its place in the pool for ever.
+            // sqlx pings as well, but without a bound: a silent connection would keep its place in the pool for ever.
             .after_release(move |connection, _| {
                 Box::pin(async move { Bound::new(ping).within(connection.ping()).await.map(|()| true) })
             })
@@ -80,7 +81,7 @@ impl Database {
         Self { pool, full, patience, ends: longest + ANSWER }
     }
 
-    /// A connection, for one conversation or several.
+    /// Takes a connection, for one conversation or several.
     pub(crate) async fn connect(&self) -> Result<Borrowed, sqlx::Error> {
         match self.pool.acquire().await {
             Ok(connection) => {
@@ -91,7 +92,8 @@ impl Database {
         }
     }
 
-    /// Who has the only one of a pool comes here again when it is closed: then it is the server that takes too long.
+    /// In a pool of one, the task that has the connection comes here again when it is closed: then the server takes too
+    /// long.
     async fn why_none(&self, error: sqlx::Error) -> sqlx::Error {
         match error {
             sqlx::Error::PoolTimedOut if self.pool.options().get_max_connections() == 1 => {
@@ -101,7 +103,7 @@ impl Database {
         }
     }
 
-    /// Whether all its connections have been in use for so long.
+    /// Whether all its connections have been in use for at least `long`.
     pub(crate) fn is_full_for(&self, long: Duration) -> bool {
         let since = self.full.trouble().and_then(|full| full.since);
         since.is_some_and(|since| clock::monotonic().saturating_duration_since(since) >= long)
@@ -112,12 +114,12 @@ impl Database {
         Outage::of_database(&self.pool)
     }
 
-    /// Where it is.
+    /// The options with which the pool connects.
     pub(crate) fn options(&self) -> PgConnectOptions {
         self.pool.connect_options().as_ref().clone()
     }
 
-    /// One conversation over a connection of its own.
+    /// Runs one conversation over a connection of its own.
     pub(crate) async fn ask<T, E: From<sqlx::Error>>(
         &self,
         conversation: impl AsyncFnOnce(&mut PgConnection) -> Result<T, E>,
@@ -128,7 +130,7 @@ impl Database {
         Ok(said)
     }
 
-    /// `conversation`, if it comes to its end in time.
+    /// Runs `conversation`; an error if it does not come to its end in time.
     pub(crate) async fn within<T, E: From<sqlx::Error>>(
         &self,
         conversation: impl Future<Output = Result<T, E>>,
@@ -136,7 +138,7 @@ impl Database {
         self.within_times(1, conversation).await
     }
 
-    /// Likewise, of one that does so many times as much as others.
+    /// Runs a conversation like [`Database::within`], one that does `times` as much as others.
     pub(crate) async fn within_times<T, E: From<sqlx::Error>>(
         &self,
         times: u32,
@@ -146,7 +148,8 @@ impl Database {
     }
 }
 
-/// A connection from the pool. It is closed when it is dropped, as it is by an error or in the middle of a conversation.
+/// A connection from the pool. It is closed when it is dropped, as it is by an error or in the middle of a
+/// conversation.
 pub(crate) struct Borrowed {
     connection: Option<PoolConnection<Postgres>>,
     ends: Duration,
@@ -155,7 +158,7 @@ pub(crate) struct Borrowed {
 const THERE: &str = "it is taken only when this is given back or dropped";
 
 impl Borrowed {
-    /// For others to use: the conversation is over.
+    /// Gives the connection back for others to use: the conversation is over.
     pub(crate) fn give_back(mut self) {
         drop(self.connection.take());
     }
@@ -182,7 +185,8 @@ impl Drop for Borrowed {
             drop(connection.detach());
             return;
         };
-        // The server answers when it has ended the statement; a host that is gone does not, and is not waited for.
+        // The server answers when it has ended the statement. A host that is gone does not answer, and the task waits
+        // no longer than `ends`.
         let ends = self.ends;
         runtime.spawn(async move {
             tokio::time::timeout(ends, connection.ping()).await.ok();

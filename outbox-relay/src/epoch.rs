@@ -1,16 +1,18 @@
-//! What the ids of an outbox's rows count in, said of every record (`ce_epoch`).
+//! The epoch that the ids of an outbox's rows count in; every record carries it (`ce_epoch`).
 //!
-//! A consumer for which the last value wins compares `ce_sequence`, and that means something only as long as ids go on where they
-//! were: not after a restore, which gives ids a second time, nor in a database that was made anew. So an epoch is named by what
-//! changes then: the cluster, its timeline, the database, and the file of the sequence. One more than was needed does no harm.
+//! A consumer for which the last value wins compares `ce_sequence`. That means something only as long as ids go on
+//! where they were: not after a restore, which gives ids a second time, nor in a database that was made anew. So an
+//! epoch's name consists of what changes then: the cluster, its timeline, the database, and the file of the sequence.
+//! One epoch more than was needed does no harm.
 
 use sqlx::PgConnection;
 use std::sync::Arc;
 
 /// The epoch of this database's outbox, as long as its lease is held.
 pub(crate) async fn read(db: &mut PgConnection) -> Result<Arc<str>, sqlx::Error> {
-    // The timeline of what is written now: the control file has that of the last checkpoint, and a promotion comes before its
-    // checkpoint. `alter sequence … restart` and `truncate … restart identity` give the sequence another file.
+    // The query takes the timeline of what is written now. The control file has that of the last checkpoint, and a
+    // promotion comes before its checkpoint. `alter sequence … restart` and `truncate … restart identity` give the
+    // sequence another file.
     let epoch: String = sqlx::query_scalar(
         "select concat_ws('-',
                           (select system_identifier from pg_control_system()),

@@ -1,4 +1,4 @@
-//! What becomes of a row: it is sent, passed over, parked, or its topic is left behind with it.
+//! The fate of a row: it is sent, passed over, parked, or its topic is left behind with it.
 
 use crate::{
     budget::Held,
@@ -17,21 +17,21 @@ use std::{pin::pin, time::Duration};
 use tokio::time::timeout;
 use tracing::warn;
 
-/// Topics of one outbox that are set apart because they are missing or forbidden, at most. A real one is missing because a
-/// deployment is not finished, and there are few of those. Names that are made up have no end.
+/// How many topics of one outbox may be set apart because they are missing or forbidden. A real topic is missing
+/// because a deployment is not finished, and there are few of those. Invented names have no end.
 pub(crate) const MOST_ABSENT: usize = 128;
 
-/// What is said of a dead letter that its topic does not take whole.
+/// The log line about a dead letter that its topic does not take whole.
 pub(crate) const LEFT_OUT: &str = "a dead letter is too large for its topic: what is left out is to be read where its original \
      stands (x-original-topic, x-original-partition, x-original-offset), as long as that topic keeps it";
 
-/// What becomes of a row.
+/// The fate of a row.
 pub(crate) enum Fate {
-    /// Nothing to do: it is left behind with its topic, or gone.
+    /// Nothing to do: the row is left behind with its topic, or gone.
     Pass,
-    /// Nothing to do: Kafka has acknowledged it already.
+    /// Nothing to do: Kafka has acknowledged the row already.
     Known,
-    /// It is sent, to a topic that takes at most so many bytes.
+    /// The row is sent, to a topic that takes at most so many bytes.
     Send(Built, usize),
     Park(Park),
     Leave(LeftBehind),
@@ -97,7 +97,8 @@ impl Session {
         Ok(Fate::Send(built, limit))
     }
 
-    /// A dead letter arrives all the same: what its topic does not take stands where its original does.
+    /// Decides on a row that is too large. A dead letter arrives all the same: what its topic does not take stands
+    /// where its original does.
     async fn too_large(&mut self, row: &Row, size: usize, limit: usize, ticket: Ticket) -> Result<Fate, Ended> {
         if takes_dead_letters(row.topic()) {
             let lacks_headers = row.headers().is_none() || row.lacks_key() || row.kind().is_empty();
@@ -119,13 +120,13 @@ impl Session {
     fn absent(&self) -> usize {
         let Scope::Main { .. } = &self.scope else { return 0 };
         let control = self.control.borrow();
-        // What was left behind a moment ago is not among what was looked up.
+        // A topic that was left behind a moment ago is not in the last look yet.
         let is_absent = |topic: &&String| control.paused.get(*topic).is_none_or(|paused| paused.cause.is_absence());
         self.paused.iter().filter(is_absent).count()
     }
 
-    /// Whether as many topics are set apart as may be, and the brokers do not know this one either. They say so of all topics at
-    /// once: were each asked about, thousands of invented names would hold up everything else.
+    /// Whether as many topics are set apart as may be, and the brokers do not know this one either. The brokers answer
+    /// for all topics at once: a question about each of thousands of invented names would delay everything else.
     async fn has_no_place_for(&mut self, topic: &str) -> Result<bool, Ended> {
         if self.absent() < MOST_ABSENT {
             return Ok(false);
@@ -167,7 +168,7 @@ impl Session {
         Fate::Park(Park { id: row.id(), reason, blocked_by: None, bytes: row.bytes() })
     }
 
-    /// The row's topic takes nothing now: it is left behind just before this row.
+    /// Leaves the row's topic behind just before this row, because the topic takes nothing now.
     async fn leave(
         &mut self,
         page: &Page,
@@ -184,15 +185,15 @@ impl Session {
         Ok(Fate::Leave(LeftBehind { topic, cause, reason, position }))
     }
 
-    /// A topic that was catching up takes nothing now: it waits again.
+    /// Lets a topic that was catching up wait again, because it takes nothing now.
     pub(crate) async fn stall(&self, topic: String, cause: Cause, reason: String) -> Result<Ended, Ended> {
         warn!(outbox = self.outbox, topic, reason, "the topic cannot catch up yet; the others go on");
         self.db.ask(async |db| pause::stall(db, &self.outbox, &topic, cause, &reason).await).await?;
         Ok(Ended::Stalled(topic))
     }
 
-    /// Asks the brokers about a topic: its limit, or why it takes nothing. When no broker answers at all, it waits for them;
-    /// when they answer and say nothing of this topic, the topic is what takes nothing.
+    /// Asks the brokers about a topic: its limit, or why it takes nothing. When no broker answers at all, the relay
+    /// waits for them. When they answer without a word on this topic, the topic is what takes nothing.
     pub(crate) async fn look(&mut self, topic: &str) -> Result<Result<usize, (Cause, String)>, Ended> {
         let topics = self.topics.clone();
         let mut pause = Duration::from_millis(50);
@@ -221,7 +222,7 @@ impl Session {
     }
 }
 
-/// Why a row of a topic that is missing is parked, where others wait in the outbox.
+/// The reason for parking a row of a missing topic, where rows of other missing topics wait in the outbox.
 fn no_place(topic: &str) -> String {
     format!(
         "the topic {topic:?} is missing or forbidden, like {MOST_ABSENT} others that are set apart already, which is as many as \
@@ -229,7 +230,7 @@ fn no_place(topic: &str) -> String {
     )
 }
 
-/// Why a row is parked without being sent.
+/// The reason for parking a row without sending it.
 pub(crate) fn too_large(size: usize, limit: usize) -> String {
     format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)")
 }

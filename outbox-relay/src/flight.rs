@@ -1,4 +1,4 @@
-//! One page on its way to Kafka, or a mark between two pages: its rows, what became of each, and what is to be recorded of it.
+//! One page on its way to Kafka, or a mark between two pages: its rows, the state of each, and what to record of it.
 
 use crate::{
     batch_log::Entry,
@@ -13,14 +13,14 @@ use saga_core::clock;
 use std::{sync::Arc, time::Instant};
 use time::OffsetDateTime;
 
-/// What became of a row in flight.
+/// The state of a row in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
     Open,
     Acknowledged,
-    /// Kafka had acknowledged it before, and does not get it again.
+    /// Kafka had acknowledged the row before, and does not get it again.
     Known,
-    /// Kafka does not get it from this page.
+    /// Kafka does not get the row from this page.
     Passed,
 }
 
@@ -44,19 +44,19 @@ pub(crate) struct Flight {
     pub(crate) rows: Vec<Sent>,
     pub(crate) topics: Vec<String>,
     pub(crate) open: usize,
-    /// How many of its rows the sender has gone through, and when it had gone through the last of these.
+    /// How many of its rows the sender has gone through, and when it went through the last of these.
     pub(crate) given: usize,
     pub(crate) given_at: Instant,
-    /// The sender has no row of it in hand any more.
+    /// Whether the sender has let go of all its rows.
     pub(crate) sealed: bool,
     pub(crate) held: Option<Held>,
     pub(crate) decided: Decided,
 }
 
 pub(crate) enum What {
-    /// Rows of the outbox, and where they stand.
+    /// Rows of the outbox, and their place in it.
     Page { lane: Option<Arc<str>>, base: Snapshot, target: Snapshot, to: i64 },
-    /// Something that is true as soon as all before it is.
+    /// Something that becomes true as soon as all before it is.
     Mark(Progress),
 }
 
@@ -65,12 +65,12 @@ pub(crate) enum What {
 pub(crate) struct Decided {
     pub(crate) parked: Vec<(usize, Park)>,
     pub(crate) left_behind: Vec<(usize, LeftBehind)>,
-    /// When the first row was written that goes to Kafka.
+    /// When the first row that goes to Kafka was written; `None` while none does.
     pub(crate) oldest: Option<OffsetDateTime>,
 }
 
 impl Flight {
-    /// A page. It keeps of each row what a report needs, and the room of all.
+    /// Makes a flight of a page. It keeps what a report needs of each row, and the room of all.
     pub(crate) fn of(page: &mut Page) -> Self {
         let (lane, base, target) = (page.lane.clone(), page.base.clone(), page.target.clone());
         let what = What::Page { lane, base, target, to: page.to };
@@ -82,12 +82,12 @@ impl Flight {
         Self::new(what, [])
     }
 
-    /// Of rows with these ids and topics.
+    /// Makes a flight of rows with these ids and topics.
     pub(crate) fn new<'a>(what: What, rows: impl IntoIterator<Item = (i64, &'a str)>) -> Self {
         let mut topics: Vec<String> = Vec::new();
         let mut topic = 0;
         let mut of_topic = |name: &str| {
-            // Neighbours are mostly of one topic.
+            // Neighbouring rows are mostly of one topic.
             if topics.get(topic).is_none_or(|last| last != name) {
                 topic = topics.iter().position(|known| known == name).unwrap_or(topics.len());
                 if topic == topics.len() {
@@ -102,23 +102,23 @@ impl Flight {
         Self { what, rows, topics, open, given: 0, given_at, sealed: false, held: None, decided: Decided::default() }
     }
 
-    /// It is one of the reader's pages.
+    /// Whether it is one of the reader's pages.
     pub(crate) fn is_page(&self) -> bool {
         matches!(self.what, What::Page { .. })
     }
 
-    /// The position behind it, if it is a page.
+    /// The position behind the flight, if it is a page.
     pub(crate) fn position(&self) -> Option<Position> {
         let What::Page { base, target, to, .. } = &self.what else { return None };
         Some(Position { base: base.clone(), target: target.clone(), after: *to })
     }
 
-    /// When the first row was written that went to Kafka.
+    /// When the first row that went to Kafka was written; `None` if none did.
     pub(crate) fn oldest(&self) -> Option<OffsetDateTime> {
         self.decided.oldest
     }
 
-    /// How many rows went to which topic.
+    /// How many rows went to each topic; topics without rows are left out.
     pub(crate) fn published(&self) -> Vec<(&str, u64)> {
         let mut published: Vec<(&str, u64)> = self.topics.iter().map(|topic| (topic.as_str(), 0)).collect();
         for row in self.rows.iter().filter(|row| row.state == State::Acknowledged) {
@@ -128,7 +128,7 @@ impl Flight {
         published
     }
 
-    /// Only its first rows.
+    /// Cuts the flight to its first `rows` rows.
     pub(crate) fn cut(mut self, rows: usize) -> Self {
         self.rows.truncate(rows);
         if let (What::Page { to, .. }, Some(last)) = (&mut self.what, self.rows.last()) {

@@ -1,7 +1,8 @@
-//! How far behind the outbox is, for as long as this process runs: on every replica, whoever publishes.
+//! How far behind the outbox is, for as long as this process runs: on every replica, whichever publishes.
 //!
-//! What an owner told would stay as it was when it lost the lease, and where nobody may publish (the position is another
-//! cluster's) nobody would tell at all, just when it matters. What cannot be looked up is told as unknown (NaN).
+//! Values of the owner alone would stay as they were when it lost the lease. Where no replica may publish, because the
+//! position is another cluster's, there would be no values at all, just when they matter. A value that cannot be looked
+//! up is shown as unknown (NaN).
 
 use crate::{metric, outbox::Outbox, pending, position::ReadError};
 use saga_core::{
@@ -11,10 +12,10 @@ use saga_core::{
 };
 use std::time::Duration;
 
-/// How often they are set.
+/// How often the gauges are set.
 const EVERY: Duration = Duration::from_secs(5);
 
-/// Sets the gauges until it is dropped.
+/// Sets the gauges until the future is dropped.
 pub(crate) async fn run(outbox: &Outbox) {
     let counting = Outage::of(&format!("what is pending in outbox {}", outbox.name));
     loop {
@@ -44,7 +45,7 @@ fn trouble(error: &ReadError) -> Trouble {
     error.database().map_or_else(|| Trouble::new(Cause::Fault, error.to_string()), Trouble::from)
 }
 
-/// The service has not made its tables yet.
+/// Whether the error means that the service has not made its tables yet.
 pub(crate) fn is_missing(error: &sqlx::Error) -> bool {
     error.as_database_error().and_then(|error| error.code()).is_some_and(|code| matches!(&*code, "42P01" | "42883"))
 }

@@ -1,4 +1,4 @@
-//! How a topic comes back into the main stream, without a row left out, sent twice or overtaken.
+//! The hand-over: a topic comes back into the main stream, without a row left out, sent twice or overtaken.
 //!
 //! ```text
 //!  topic's stream ──ask──▶ main stream        It has published all that the main stream has passed, or nearly.
@@ -6,9 +6,9 @@
 //!                 ──done─▶                    All rows before the split are acknowledged: the topic is back.
 //! ```
 //!
-//! When a row behind the split comes before the word, the main stream waits for it, for a moment. Without it the topic
-//! stays set apart, and asks again. When the process dies in between, the topic is still recorded as set apart, at a
-//! position that its stream has published up to.
+//! If a row behind the split comes before `done`, the main stream waits for `done`, for a moment. If it does not come,
+//! the topic stays set apart, and asks again. When the process dies in between, the topic is still recorded as set
+//! apart, at a position that its stream has published up to.
 
 use crate::{
     commit::Progress,
@@ -36,19 +36,21 @@ use tokio::{
 };
 use tracing::info;
 
-/// The main stream waits so long at a row of a topic that is about to come back: as long as a page takes, at a slow time.
+/// How long the main stream waits at a row of a topic that is about to come back: as long as a page takes, at a slow
+/// time.
 const HOLD: Duration = Duration::from_millis(250);
-/// A topic that was not back in time asks again after `HOLD`, then twice as long each time, and this at most.
+/// The longest pause of a topic that was not back in time. It asks again after `HOLD`, then after twice as long each
+/// time.
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
 
-/// A topic's stream asks to hand its topic over.
+/// The question of a topic's stream whether it may hand its topic over.
 pub(crate) struct Ask {
     topic: String,
     paused_at: OffsetDateTime,
     split: oneshot::Sender<Split>,
 }
 
-/// Where the main stream stands at this moment.
+/// The main stream's position at this moment.
 pub(crate) struct Split {
     at: Position,
     done: oneshot::Sender<()>,
@@ -108,16 +110,16 @@ impl Joining {
 /// The topic of a stream that is set apart, on its way back.
 pub(crate) struct Leaving {
     pub(crate) topic: String,
-    /// When its pause began: the topic may be paused again meanwhile, which is another pause.
+    /// When its pause began: a later pause of the topic is another pause.
     pub(crate) paused_at: OffsetDateTime,
-    /// Not before: Kafka has refused rows of it.
-    /// Or it was not back in time.
+    /// The earliest time for a hand-over, because Kafka has refused rows of the topic, or because it was not back in
+    /// time. `None`: at once.
     pub(crate) not_before: Option<Instant>,
-    /// All that the main stream had passed here was read and sent.
+    /// A position up to which this stream has read and sent all that the main stream had passed.
     caught_up: Option<Position>,
     asked: Option<oneshot::Receiver<Split>>,
     split: Option<Split>,
-    /// Splits that were not made in time.
+    /// How many splits were not made in time.
     late: u32,
 }
 
@@ -131,7 +133,7 @@ impl Leaving {
         self.not_before.is_none_or(|at| Instant::from_std(clock::monotonic()) >= at)
     }
 
-    /// The main stream has passed a row of the topic while it waited for the word.
+    /// Sets the next pause: the main stream passed a row of the topic because the answer came too late.
     fn was_late(&mut self) {
         let pause = HOLD * 2_u32.saturating_pow(self.late.min(16));
         self.late += 1;
@@ -156,18 +158,18 @@ impl Leaving {
 
 /// The next step of a hand-over.
 pub(crate) enum Handed {
-    /// To the main stream.
+    /// For the main stream: a topic's stream asks.
     Asked(Ask),
-    /// To the main stream: all before the split is acknowledged, or the topic's stream has ended.
+    /// For the main stream: all before the split is acknowledged, or the topic's stream has ended.
     Done(CaughtUp, Result<(), RecvError>),
-    /// To a topic's stream, unless the main stream does not know it as set apart.
+    /// For a topic's stream: the split; an error if the main stream does not know the topic as set apart.
     Split(Result<Split, RecvError>),
-    /// A topic has refused nothing for long enough.
+    /// The topic has refused nothing for long enough.
     Quiet,
 }
 
 impl Scope {
-    /// Waits for the next step.
+    /// Waits for the next step of a hand-over.
     pub(crate) async fn handed_over(&mut self, shared: &Shared) -> Handed {
         match self {
             Self::Main { joining } => {
@@ -180,7 +182,7 @@ impl Scope {
         }
     }
 
-    /// The topic is not to be published now, or in another stream.
+    /// Whether the topic is not to be published now, or is another stream's.
     pub(crate) fn is_withdrawn(&self, control: &Control) -> bool {
         let Self::Topic(leaving) = self else { return false };
         let paused = control.paused.get(&leaving.topic);
@@ -196,7 +198,7 @@ impl Session {
                 Ok(())
             }
             Handed::Done(caught_up, Ok(())) => self.take_back(caught_up).await,
-            // It asks again, or its next stream does.
+            // The topic's stream asks again, or its next one does.
             Handed::Done(_, Err(_)) => Ok(()),
             Handed::Split(Ok(split)) => {
                 if let Scope::Topic(leaving) = &mut self.scope {
@@ -204,7 +206,7 @@ impl Session {
                 }
                 self.go_on_leaving().await
             }
-            // It is looked up again what the topic is.
+            // The session ends as paused, so that the topic's state is looked up again.
             Handed::Split(Err(_)) => Err(Ended::Paused),
             Handed::Quiet => self.go_on_leaving().await,
         }
@@ -216,14 +218,14 @@ impl Session {
             return;
         }
         let (done, word) = oneshot::channel();
-        // Where the topic's stream has ended it does not matter.
+        // If the topic's stream has ended, the failed send does not matter.
         if split.send(Split { at: self.at.clone(), done }).is_ok() {
             joining.take(&topic);
             joining.0.push(Join { topic, paused_at, done: word });
         }
     }
 
-    /// A row of a topic that is set apart has come: whether the topic is back in the main stream with it.
+    /// Called at a row of a topic that is set apart: whether the topic is back in the main stream with it.
     pub(crate) async fn is_back(&mut self, topic: &str) -> Result<bool, Ended> {
         let Scope::Main { joining } = &mut self.scope else { return Ok(false) };
         let Some(Join { topic, paused_at, mut done }) = joining.take(topic) else { return Ok(false) };
@@ -241,7 +243,7 @@ impl Session {
         Ok(!self.paused.contains(&topic))
     }
 
-    /// A topic goes on in the main stream, unless it has been paused again: then it stays where its stream stopped.
+    /// Lets a topic go on in the main stream, unless it has been paused again: then it stays where its stream stopped.
     async fn take_back(&mut self, caught_up: CaughtUp) -> Result<(), Ended> {
         let CaughtUp { topic, paused_at } = &caught_up;
         let paused = self.control.borrow().paused.get(topic).map(|paused| paused.paused_at);
@@ -254,7 +256,7 @@ impl Session {
         self.mark(Progress::CaughtUp(caught_up)).await
     }
 
-    /// Every row that the main stream had passed at `at` is sent.
+    /// Records that every row that the main stream had passed at `at` is sent.
     pub(crate) async fn caught_up(&mut self, at: Position) -> Result<(), Ended> {
         if let Scope::Topic(leaving) = &mut self.scope {
             leaving.caught_up = Some(at);
@@ -267,7 +269,7 @@ impl Session {
         let Some(caught_up) = &leaving.caught_up else { return Ok(()) };
         let Some(split) = leaving.split.take_if(|split| caught_up.includes(&split.at)) else {
             if leaving.split.is_none() && leaving.asked.is_none() && leaving.is_quiet() {
-                // What is on its way may take longer than the main stream waits.
+                // Rows on their way may take longer than the main stream waits.
                 self.settle().await?;
                 let Scope::Topic(leaving) = &mut self.scope else { return Ok(()) };
                 let (split, asked) = oneshot::channel();
@@ -277,7 +279,7 @@ impl Session {
             return Ok(());
         };
         self.settle().await?;
-        // Without the word that it waits for, the main stream has passed a row, which is read next.
+        // If `done` came too late, the main stream has passed a row, which this stream reads next.
         match split.done.send(()) {
             Ok(()) => Err(Ended::Joined),
             Err(_) => {

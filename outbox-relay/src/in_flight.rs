@@ -1,7 +1,8 @@
-//! What is on its way to Kafka: one queue of pages and marks, in the order in which they are to be recorded.
+//! All that is on its way to Kafka: one queue of pages and marks, in the order in which they are to be recorded.
 //!
 //! A row counts as published only with its delivery report. Reports come in order within a partition and in no order
-//! across them, so a page is complete when all its rows are, and progress is what lies before the first that is not.
+//! across them. So a page is complete when all its rows are, and progress is what lies before the first row that is
+//! not.
 
 use crate::{
     budget::Held,
@@ -21,10 +22,10 @@ use std::{
 };
 use tokio::sync::Notify;
 
-/// Rows of a page at most, as bits of a ticket.
+/// The most rows of a page, as bits of a ticket.
 const ROW_BITS: u32 = 20;
 
-/// Names one row in flight: it travels through librdkafka as a bare number, so that a report allocates nothing.
+/// The number of one row in flight: it travels through librdkafka as a bare number, so that a report allocates nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Ticket(pub(crate) usize);
 
@@ -43,7 +44,7 @@ impl Ticket {
     }
 }
 
-/// The queue. The sender and the producer's polling thread share it.
+/// The queue, which the sender and the producer's polling thread share.
 #[derive(Default)]
 pub(crate) struct InFlight {
     queue: Mutex<Queue>,
@@ -51,7 +52,7 @@ pub(crate) struct InFlight {
     sent: AtomicUsize,
     /// Whether each report wakes the sender, and not only the last one of a page.
     eager: AtomicBool,
-    /// A page is complete, or a row was refused.
+    /// Signals that a page is complete, or that a row was refused.
     pub(crate) changed: Notify,
 }
 
@@ -62,9 +63,9 @@ struct Queue {
     flights: VecDeque<Flight>,
     rows: usize,
     refused: Vec<(Ticket, RDKafkaErrorCode)>,
-    /// Of each topic the earliest row that is open, and since when it was seen to be that.
+    /// For each topic, the earliest open row, and since when it has been that one.
     earliest: HashMap<String, (Ticket, Instant)>,
-    /// The room of what was given up: the producer has it until it is gone, and this with it.
+    /// The room of flights that were given up: the producer has their rows until it is gone, and this goes with it.
     given_up: Vec<Held>,
 }
 
@@ -81,7 +82,7 @@ pub(crate) struct Refused {
 pub(crate) struct Stuck {
     /// The topics of these rows.
     pub(crate) topics: BTreeSet<String>,
-    /// Rows of other topics were sent later, and Kafka has acknowledged them.
+    /// Whether Kafka has acknowledged rows of other topics that were sent later.
     pub(crate) others_flow: bool,
 }
 
@@ -90,12 +91,12 @@ impl Queue {
         number.checked_sub(self.first).and_then(|at| self.flights.get_mut(at))
     }
 
-    /// Of each topic the earliest row that the producer has had for longer than the others, and when it got it.
+    /// For each topic, the row that the producer has had for longest, and when it got it.
     fn earliest(&self) -> Vec<(String, Ticket, Instant)> {
         let mut found: Vec<(String, Ticket, Instant)> = Vec::new();
         let mut topics = HashSet::new();
         for (at, flight) in self.flights.iter().enumerate() {
-            // Of a topic's rows in one flight only the first is looked up.
+            // Only the first row of a topic in one flight is looked up.
             let mut seen = vec![false; flight.topics.len()];
             for (index, row) in flight.rows[..flight.given].iter().enumerate() {
                 if row.state != State::Open || std::mem::replace(&mut seen[row.topic], true) {
@@ -110,7 +111,7 @@ impl Queue {
         found
     }
 
-    /// Sets what became of a row; tells whether its flight is complete with it.
+    /// Sets the state of a row; returns whether its flight is complete with it.
     fn settle(&mut self, ticket: Ticket, state: State) -> bool {
         let Some(flight) = self.flight(ticket.flight()) else { return false };
         let row = &mut flight.rows[ticket.row()];
@@ -123,10 +124,10 @@ impl Queue {
     }
 }
 
-/// What a queue leaves behind that is given up.
+/// The remains of a queue that is given up.
 #[derive(Default)]
 pub(crate) struct GivenUp {
-    /// What may still be recorded, the first page's acknowledged beginning, and the position behind it.
+    /// The first page's acknowledged beginning, which may still be recorded, and the position behind it.
     pub(crate) beginning: Option<(Progress, Option<Position>)>,
     /// Rows behind that which were acknowledged all the same, by topic.
     pub(crate) beyond: HashMap<String, HashSet<i64>>,
@@ -137,8 +138,8 @@ impl InFlight {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A flight is about to be sent; returns its number. It is not complete before it is sealed: its last row may be
-    /// acknowledged while the sender still has it in hand.
+    /// Opens a flight that is about to be sent; returns its number. It is not complete before it is sealed: its last
+    /// row may be acknowledged while the sender still has it in hand.
     pub(crate) fn open(&self, flight: Flight) -> usize {
         let mut queue = self.queue();
         queue.rows += flight.rows.len();
@@ -146,7 +147,7 @@ impl InFlight {
         queue.first + queue.flights.len() - 1
     }
 
-    /// The sender is done with the flight, whether or not it came to its end.
+    /// Seals a flight: the sender is done with it, whether or not it came to its end.
     pub(crate) fn seal(&self, number: usize, decided: Decided) {
         let mut queue = self.queue();
         if let Some(flight) = queue.flight(number) {
@@ -174,12 +175,12 @@ impl InFlight {
         Some(flight)
     }
 
-    /// How many rows it holds.
+    /// How many rows are in flight.
     pub(crate) fn rows(&self) -> usize {
         self.queue().rows
     }
 
-    /// More room that the flight of a row takes.
+    /// Adds room that the flight of a row takes.
     pub(crate) fn hold(&self, ticket: Ticket, held: Held) {
         if let Some(flight) = self.queue().flight(ticket.flight()) {
             match &mut flight.held {
@@ -189,36 +190,36 @@ impl InFlight {
         }
     }
 
-    /// From here on every report wakes the sender, or only a complete page does.
+    /// Sets whether every report wakes the sender, or only a complete page does.
     pub(crate) fn set_eager(&self, eager: bool) {
         self.eager.store(eager, Ordering::SeqCst);
     }
 
-    /// The producer is about to get a row.
+    /// Counts a row that the producer is about to get.
     pub(crate) fn sending(&self) {
         self.sent.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// The producer did not take it.
+    /// Takes a row out of the count that the producer did not take.
     pub(crate) fn not_sent(&self) {
         self.sent.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// The producer gave the row up because it was asked to.
+    /// Records that the producer gave a row up because the session wanted that.
     pub(crate) fn purged(&self) {
         self.sent.fetch_sub(1, Ordering::SeqCst);
         self.changed.notify_one();
     }
 
-    /// The sender has gone through the first `rows` rows of a flight.
+    /// Records that the sender has gone through the first `rows` rows of a flight.
     pub(crate) fn given(&self, number: usize, rows: usize) {
         if let Some(flight) = self.queue().flight(number) {
             (flight.given, flight.given_at) = (rows, clock::monotonic());
         }
     }
 
-    /// The topics of which the producer has had the same row as the earliest for longer than `patience`. A topic that is
-    /// slow is none of them: its earliest row is another from one look to the next.
+    /// The topics of which the producer has had the same row as the earliest for longer than `patience`. A topic that
+    /// is slow is none of them: its earliest row is another from one look to the next.
     pub(crate) fn stuck(&self, patience: Duration) -> Stuck {
         self.stuck_at(clock::monotonic(), patience)
     }
@@ -264,7 +265,7 @@ impl InFlight {
         self.sent.load(Ordering::SeqCst)
     }
 
-    /// Kafka has acknowledged the row.
+    /// Records that Kafka has acknowledged the row.
     pub(crate) fn delivered(&self, ticket: Ticket) {
         let complete = self.queue().settle(ticket, State::Acknowledged);
         self.sent.fetch_sub(1, Ordering::SeqCst);
@@ -273,12 +274,12 @@ impl InFlight {
         }
     }
 
-    /// The row needs nothing more, and the producer does not get it.
+    /// Records that the row needs nothing more, and that the producer does not get it.
     pub(crate) fn passed(&self, ticket: Ticket) {
         self.settled(ticket, State::Passed);
     }
 
-    /// Likewise: Kafka acknowledged it in a session before.
+    /// Records that Kafka acknowledged the row in an earlier session.
     pub(crate) fn known(&self, ticket: Ticket) {
         self.settled(ticket, State::Known);
     }
@@ -289,19 +290,19 @@ impl InFlight {
         }
     }
 
-    /// Kafka refused the row, in a report.
+    /// Records that Kafka refused the row, in a report.
     pub(crate) fn failed(&self, ticket: Ticket, code: RDKafkaErrorCode) {
         self.refused_at_once(ticket, code);
         self.sent.fetch_sub(1, Ordering::SeqCst);
         self.changed.notify_one();
     }
 
-    /// The producer refused the row on the spot.
+    /// Records that the producer refused the row on the spot.
     pub(crate) fn refused_at_once(&self, ticket: Ticket, code: RDKafkaErrorCode) {
         self.queue().refused.push((ticket, code));
     }
 
-    /// How many refusals there are.
+    /// How many refusals are recorded.
     pub(crate) fn refusals(&self) -> usize {
         self.queue().refused.len()
     }
@@ -319,7 +320,7 @@ impl InFlight {
         refused.into_iter().filter_map(of).collect()
     }
 
-    /// The first row that was refused, and how. No row is named if its flight is gone.
+    /// The first row that was refused, and its error. The id is `None` if its flight is gone.
     pub(crate) fn failure(&self) -> Option<(Option<i64>, RDKafkaErrorCode)> {
         let mut queue = self.queue();
         let (ticket, code) = *queue.refused.iter().min_by_key(|(ticket, _)| *ticket)?;
@@ -367,7 +368,7 @@ mod tests {
         Flight::new(what, ids.into_iter().map(|id| (id, if id % 2 == 0 { "even" } else { "odd" })))
     }
 
-    /// The ids of the pages that are complete, as they are recorded.
+    /// The first and last ids of the complete pages, as they are recorded.
     fn recorded(in_flight: &InFlight) -> Vec<(i64, i64)> {
         let mut recorded = Vec::new();
         while let Some(flight) = in_flight.take_complete() {

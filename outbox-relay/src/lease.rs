@@ -1,9 +1,9 @@
-//! Who publishes: one owner per outbox, by a lease in the outbox's database.
+//! The lease in the outbox's database: it decides which process publishes, one owner per outbox.
 //!
-//! The database's clock judges; the owner itself stops by its own monotonic clock, before the lease ends. An owner is
-//! identified by a UUID made anew at each acquisition: a number that is counted up can repeat after a failover of the
-//! database that lost its last commits. When the process dies, the lease runs out and a stand-by takes over; a clean stop
-//! gives it back at once. The lease has a connection of its own: whatever else waits for the database, renewing does not.
+//! The database's clock judges; the owner itself stops by its own monotonic clock, before the lease ends. A UUID made
+//! anew at each acquisition identifies the owner: a counter can repeat after a failover of the database that lost its
+//! last commits. When the process dies, the lease runs out and a stand-by takes over; a clean stop gives it back at
+//! once. The lease has a connection of its own, so that renewing waits for no other work.
 
 use crate::database::Database;
 use saga_core::{clock::DatabaseClock, error_class::is_outage, outage::Outage};
@@ -13,10 +13,10 @@ use time::OffsetDateTime;
 use tokio::{sync::watch, time::Instant};
 use uuid::Uuid;
 
-/// The part of a lease that its owner leaves unused: it stops producing that long before the end, so that what is on its
-/// way has landed when the next owner starts.
+/// The part of a lease that its owner leaves unused: it stops producing that long before the end, so that what is on
+/// its way has landed when the next owner starts.
 const UNUSED: u32 = 5;
-/// The part of a lease that one try to take or renew it may take, so that a connection that falls silent leaves the time for
+/// The part of a lease that one try to take or renew it may take. If its connection falls silent, time is left for
 /// another try over a new one.
 const TRY: u32 = 5;
 
@@ -24,11 +24,11 @@ const TRY: u32 = 5;
 #[derive(Debug)]
 pub(crate) struct Leases {
     db: Database,
-    /// How long a lease is.
+    /// How long a lease lasts without renewal.
     pub(crate) length: Duration,
-    /// It is read each time that a lease is looked at.
+    /// The database's clock; each look at a lease reads it.
     pub(crate) clock: Arc<DatabaseClock>,
-    /// Of the outbox's database.
+    /// The outage of the outbox's database.
     pub(crate) outage: Arc<Outage>,
 }
 
@@ -59,25 +59,25 @@ pub(crate) struct Lease {
     pub(crate) outbox: String,
     pub(crate) owner: Uuid,
     length: Duration,
-    /// When to stop producing, unless it is renewed before.
+    /// When to stop producing, unless the lease is renewed before.
     ends: watch::Sender<Instant>,
 }
 
 /// Why a lease is over.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LeaseError {
-    /// Somebody else has it.
+    /// Another process has the lease.
     #[error("another process has taken the lease over")]
     TakenOver,
-    /// It could not be renewed in time.
+    /// The lease could not be renewed in time.
     #[error("the lease could not be renewed before its end: {0}")]
     RanOut(String),
 }
 
 impl Lease {
-    /// Takes the lease if nobody has it. An expiry further ahead than one lease counts as expired: it was written by
-    /// a server whose clock was ahead of this one's (the primary before a failover). `before` is a lease that this process had and has
-    /// let go of. While another process has it, this only reads.
+    /// Takes the lease if no process has it. An expiry further ahead than one lease counts as expired. A server whose
+    /// clock was ahead of this one's wrote it (the primary before a failover). `before` is a lease that this process
+    /// had and has let go of. While another process has the lease, this only reads.
     pub(crate) async fn acquire(
         leases: &Leases,
         outbox: &str,
@@ -174,7 +174,7 @@ impl Lease {
         Ok(renewed.is_some())
     }
 
-    /// Gives it back, so that a stand-by need not wait for its end.
+    /// Gives the lease back, so that a stand-by need not wait for its end.
     pub(crate) async fn release(&self, leases: &Leases) -> Result<(), sqlx::Error> {
         let statement = sqlx::query("delete from outbox_lease where outbox = $1 and owner = $2")
             .bind(&self.outbox)

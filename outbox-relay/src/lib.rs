@@ -79,7 +79,7 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Connects to nothing yet.
+    /// Makes the relay, which connects to nothing yet.
     pub fn new(settings: &Settings) -> Result<Self, rdkafka::error::KafkaError> {
         metric::describe();
         let budget = budget::Budget::new(settings.held, settings.outboxes.len());
@@ -88,7 +88,7 @@ impl Relay {
         Ok(Self { outboxes: outboxes?.into(), budget })
     }
 
-    /// The outboxes.
+    /// The outboxes, in the order of the settings.
     pub fn outboxes(&self) -> &[Arc<Outbox>] {
         &self.outboxes
     }

@@ -1,4 +1,4 @@
-//! Which loops of an outbox get no further: what health shows, and metrics.
+//! The loops of an outbox that get no further, for health and metrics.
 
 use crate::pause::{Cause as SetApart, Paused};
 use saga_core::{
@@ -11,14 +11,14 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-/// The main stream, among the loops.
+/// The main stream's name among the loops.
 pub(crate) const MAIN: &str = "the main stream";
-/// Trying parked rows again, among the loops.
+/// The name of the retries of parked rows among the loops.
 pub(crate) const RETRIES: &str = "parked rows that are tried again";
-/// Looking up what operators want, among the loops.
+/// The name of the look-up of operators' wishes among the loops.
 pub(crate) const WANTED: &str = "what operators want";
 
-/// Topics that wait and are named; more of them say no more.
+/// How many waiting topics a reason names; more of them would add nothing.
 const NAMED: usize = 8;
 
 /// The loops of one outbox that have failed and not got further since. Metric: `outage{dependency}`.
@@ -40,7 +40,7 @@ impl Loops {
         self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The loop got no further, for this reason.
+    /// Records that the loop got no further, for this reason.
     pub(crate) fn failing(&self, name: &str, cause: Cause, reason: &str) {
         let mut loops = self.failing_loops();
         let outage =
@@ -48,21 +48,21 @@ impl Loops {
         outage.failing_of(cause, reason);
     }
 
-    /// The loop got further.
+    /// Records that the loop got further.
     pub(crate) fn working(&self, name: &str) {
         if let Some(outage) = self.failing_loops().get(name) {
             outage.working();
         }
     }
 
-    /// The loop has ended; what was wrong with it is recorded elsewhere.
+    /// Forgets a loop that has ended; its trouble is recorded elsewhere.
     pub(crate) fn ended(&self, name: &str) {
         if let Some(outage) = self.failing_loops().remove(name) {
             outage.working();
         }
     }
 
-    /// All loops begin anew, with nothing against them: what was wrong when this process published last says nothing now.
+    /// Lets all loops begin anew: what was wrong when this process published last does not matter now.
     pub(crate) fn clear(&self) {
         for outage in std::mem::take(&mut *self.failing_loops()).into_values() {
             outage.working();
@@ -74,7 +74,7 @@ impl Loops {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Topics that are set apart and whose rows wait, not by an operator's wish.
+    /// Sets the topics that are set apart and whose rows wait, except those that an operator wants to wait.
     pub(crate) fn wait(&self, paused: &HashMap<String, Paused>) {
         // Whether brokers take the rows of a topic again shows only when it is back.
         let waits = |paused: &&Paused| match paused.cause {
@@ -87,7 +87,7 @@ impl Loops {
         *self.waiting() = waiting;
     }
 
-    /// What is wrong now: loops first, then the topics whose rows wait.
+    /// The trouble now: loops first, then the topics whose rows wait.
     pub(crate) fn trouble(&self, clock: &DatabaseClock) -> Option<Trouble> {
         let failing: Vec<Trouble> = self.failing_loops().values().filter_map(|outage| outage.trouble()).collect();
         let waiting = self.waiting().iter().take(NAMED).map(|paused| paused.trouble(clock)).collect::<Vec<_>>();

@@ -4,7 +4,7 @@ use crate::{control::Control, flight::Flight, pending::Pending};
 use saga_core::clock::DatabaseClock;
 use std::collections::HashSet;
 
-/// Says what the metrics mean.
+/// Describes the metrics.
 pub(crate) fn describe() {
     metrics::describe_gauge!(
         "outbox_pending",
@@ -36,7 +36,7 @@ pub(crate) fn describe() {
     );
 }
 
-/// A page is acknowledged.
+/// Counts the rows of an acknowledged page.
 pub(crate) fn published(outbox: &str, flight: &Flight, clock: &DatabaseClock) {
     for (topic, rows) in flight.published() {
         metrics::counter!("outbox_published_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned())
@@ -48,25 +48,25 @@ pub(crate) fn published(outbox: &str, flight: &Flight, clock: &DatabaseClock) {
     }
 }
 
-/// A row is parked.
+/// Counts a row that is parked.
 pub(crate) fn parked(outbox: &str, topic: &str) {
     metrics::counter!("outbox_parked_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned()).increment(1);
 }
 
-/// How many ids are left in partitions.
+/// Sets how many ids are left in partitions; `None`: not known.
 #[allow(clippy::cast_precision_loss)]
 pub(crate) fn ids_ahead(outbox: &str, ids: Option<i64>) {
     let ids = ids.map_or(f64::NAN, |ids| ids as f64);
     metrics::gauge!("outbox_ids_ahead", "outbox" => outbox.to_owned()).set(ids);
 }
 
-/// What rows take in this process.
+/// Sets how many bytes rows take in this process.
 #[allow(clippy::cast_precision_loss)]
 pub(crate) fn bytes_held(bytes: usize) {
     metrics::gauge!("outbox_bytes_held").set(bytes as f64);
 }
 
-/// Which topics are set apart, as the owner last saw it.
+/// The topics that are set apart, as the owner last saw them.
 #[derive(Default)]
 pub(crate) struct SetApart(HashSet<(String, &'static str)>);
 
@@ -81,19 +81,19 @@ impl SetApart {
     }
 }
 
-/// Whether this process publishes.
+/// Sets whether this process publishes.
 pub(crate) fn owner(outbox: &str, owner: bool) {
     metrics::gauge!("outbox_owner", "outbox" => outbox.to_owned()).set(f64::from(u8::from(owner)));
 }
 
-/// Nobody here knows how far behind the outbox is.
+/// Sets the gauges to unknown: this process cannot look up how far behind the outbox is.
 pub(crate) fn pending_unknown(outbox: &str) {
     for gauge in ["outbox_pending", "outbox_oldest_pending_age_seconds", "outbox_parked", "outbox_paused_topics"] {
         metrics::gauge!(gauge, "outbox" => outbox.to_owned()).set(f64::NAN);
     }
 }
 
-/// How far behind the outbox is.
+/// Sets how far behind the outbox is.
 #[allow(clippy::cast_precision_loss)]
 pub(crate) fn pending(outbox: &str, pending: &Pending, clock: &DatabaseClock) {
     let age = pending.oldest.map_or(0.0, |oldest| clock.since(oldest));

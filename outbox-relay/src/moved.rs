@@ -1,5 +1,5 @@
-//! What an operator runs, once, after an outbox was moved to another PostgreSQL cluster or has got another name. The relays
-//! are stopped meanwhile: each command holds the leases' table, and refuses while one is in use.
+//! The commands that an operator runs, once, after an outbox was moved to another PostgreSQL cluster or has got another
+//! name. The relays are stopped meanwhile: each command holds the leases' table, and refuses while a lease is in use.
 
 use crate::{batch_log, position::Position, position::ReadError, settings::OutboxSettings};
 use sqlx::{Connection as _, PgConnection, PgTransaction};
@@ -8,10 +8,10 @@ use tracing::info;
 /// How transaction ids came to this cluster.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cure {
-    /// They were kept (`pg_upgrade`, a physical copy): the position holds here as well.
+    /// The ids were kept (`pg_upgrade`, a physical copy): the position holds here as well.
     Accept,
-    /// They mean nothing here (a logical copy): rows that are published and rows that are not are told apart by the position,
-    /// and get transaction ids of this cluster.
+    /// The ids mean nothing here (a logical copy). The position separates published rows from the others, and all rows
+    /// get transaction ids of this cluster.
     Rewrite,
 }
 
@@ -21,26 +21,26 @@ pub enum MoveError {
     /// A relay publishes the outbox.
     #[error("{holder} publishes outbox {outbox:?} at this moment; stop the relays first. Nothing was changed")]
     InUse {
-        /// Which outbox.
+        /// The outbox's name in OUTBOXES.
         outbox: String,
-        /// Host and process.
+        /// The host and the process of the relay.
         holder: String,
     },
-    /// There is nothing to take over.
+    /// The outbox has no position to take over.
     #[error("outbox {0:?} has no position in this database; nothing was changed")]
     NoPosition(String),
-    /// There is something already.
+    /// The outbox has a position already.
     #[error("outbox {0:?} has a position of its own in this database; nothing was changed")]
     HasPosition(String),
     /// The position does not parse.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// PostgreSQL said so, or is not there.
+    /// PostgreSQL returned an error, or is away.
     #[error("nothing was changed: {0}")]
     Database(#[from] sqlx::Error),
 }
 
-/// Lets the outbox be published in this cluster.
+/// Allows the outbox to be published in this cluster.
 ///
 /// # Errors
 /// [`MoveError`]; then nothing was changed.
@@ -78,8 +78,8 @@ pub async fn reanchor(outbox: &OutboxSettings, cure: Cure) -> Result<(), MoveErr
     Ok(())
 }
 
-/// Rows that are not published are of this transaction from now on, all others of one that everything sees; returns the
-/// snapshot behind the latter and before the former.
+/// Gives rows that are not published this transaction's id, and all others the id of a transaction that everything
+/// sees. Returns the snapshot behind the latter and before the former.
 async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Result<String, sqlx::Error> {
     sqlx::query(
         "update outbox as row
@@ -99,7 +99,7 @@ async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Resul
     .execute(&mut *tx)
     .await?;
     let base: String = sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&mut *tx).await?;
-    // The first transaction id that is given to anybody.
+    // PostgreSQL's first normal transaction id.
     sqlx::query(
         "update outbox
             set xid = '3'
@@ -120,7 +120,7 @@ async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Resul
     Ok(base)
 }
 
-/// Gives what is known of an outbox to another name.
+/// Gives an outbox's records to another name.
 ///
 /// # Errors
 /// [`MoveError`]; then nothing was changed.
@@ -154,7 +154,7 @@ pub async fn rename(outbox: &OutboxSettings, from: &str) -> Result<(), MoveError
     Ok(())
 }
 
-/// No relay takes a lease from here to the end, and none has one.
+/// Begins a transaction in which no relay takes a lease, and none has one.
 async fn begin<'c>(db: &'c mut PgConnection, outboxes: &[&str]) -> Result<PgTransaction<'c>, MoveError> {
     let mut tx = db.begin().await?;
     sqlx::query("lock table outbox_lease in share row exclusive mode").execute(&mut *tx).await?;

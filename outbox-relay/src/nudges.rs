@@ -1,7 +1,8 @@
-//! Hears services tell that they have committed something (`notify outbox`), so that it is read at once.
+//! Listens for the nudges of services that have committed something (`notify outbox`), so that it is read at once.
 //!
-//! A hint and nothing more: whatever is lost of it, the reader looks by itself after its pause. One connection is held for
-//! it. Behind a pooler that hands a connection from one client to the next nothing is listened for: others would be told.
+//! A nudge is a hint and nothing more: if one is lost, the reader's next look finds the rows. The listener holds one
+//! connection. Behind a pooler that hands a connection from one client to the next the relay does not listen, because
+//! other clients would get the nudges.
 
 use futures::FutureExt as _;
 use saga_core::{outbox::NUDGES, transaction::Bound};
@@ -14,18 +15,18 @@ use tokio::sync::Notify;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info};
 
-/// Until it is tried again to listen.
+/// The pause before the next try to listen.
 const AGAIN: Duration = Duration::from_secs(2);
 /// PostgreSQL answers within this.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Nothing heard for so long: is the connection still there?
+/// After this long without a nudge the listener checks its connection.
 const QUIET: Duration = Duration::from_secs(30);
-/// How often it is looked whether connections are our own: a busy pooler may give us the same one by chance.
+/// How often the check for a pooler looks: a busy pooler may give the same connection twice by chance.
 const LOOKS: usize = 5;
 
-/// Listens for as long as it lives.
+/// Listens for as long as this value lives.
 pub(crate) struct Nudges {
-    /// Many that nobody has waited for are one.
+    /// Signals a nudge; several that no task has waited for become one.
     heard: Arc<Notify>,
     _listening: AbortOnDropHandle<()>,
 }
@@ -37,12 +38,12 @@ impl Nudges {
         Self { heard, _listening }
     }
 
-    /// Waits for the next, or returns at once when there was one since the last.
+    /// Waits for the next nudge, or returns at once when there was one since the last.
     pub(crate) async fn heard(&self) {
         self.heard.notified().await;
     }
 
-    /// Whether there was one since the last: for who is about to look anyway.
+    /// Whether there was a nudge since the last, for a task that is about to look anyway.
     pub(crate) fn take(&self) -> bool {
         self.heard().now_or_never().is_some()
     }
@@ -58,7 +59,7 @@ async fn listen(options: PgConnectOptions, heard: Arc<Notify>) {
                 );
                 return;
             }
-            // Whoever finds out that the database is away, it is not this.
+            // A database outage is reported elsewhere; here it only delays the next attempt.
             Err(error) => debug!(%error, "commits are not heard of; listening again soon"),
         }
         tokio::time::sleep(AGAIN).await;
@@ -78,10 +79,10 @@ async fn hear(options: &PgConnectOptions, heard: &Notify) -> Result<Pooled, sqlx
                 while listener.next_buffered().is_some() {}
                 heard.notify_one();
             }
-            // The connection was lost, and is made again by the next call.
+            // The connection was lost; the next call makes a new one.
             Ok(Ok(None)) => {}
             Ok(Err(error)) => return Err(error),
-            // A host that is gone says nothing, either.
+            // A host that is gone sends nothing, either.
             Err(_) => {
                 Bound::new(ANSWER).within(sqlx::query("select 1").execute(&mut listener)).await?;
             }
@@ -89,10 +90,11 @@ async fn hear(options: &PgConnectOptions, heard: &Notify) -> Result<Pooled, sqlx
     }
 }
 
-/// There is somebody between us and PostgreSQL who gives a client another connection for each transaction.
+/// A pooler between the relay and PostgreSQL gives a client another connection for each transaction.
 struct Pooled;
 
-/// Who has a connection to PostgreSQL of their own has it for good, and nobody else has it meanwhile.
+/// Whether there is a pooler. Without one, each client has its server process for good, and no other client has it
+/// meanwhile.
 async fn is_pooled(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
     let mut one = PgConnection::connect_with(options).await?;
     let mut other = PgConnection::connect_with(options).await?;
@@ -112,6 +114,6 @@ async fn is_pooled(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
 }
 
 async fn backend(connection: &mut PgConnection) -> Result<i32, sqlx::Error> {
-    // Without preparing it: not every pooler can do that.
+    // The query is not prepared: not every pooler can do that.
     sqlx::raw_sql("select pg_backend_pid()").fetch_one(connection).await?.try_get(0)
 }

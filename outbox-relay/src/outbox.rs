@@ -1,4 +1,5 @@
-//! One outbox as this process sees it: stands by, owns it, stands by again. What happens to one stops no other.
+//! One outbox as this process sees it: the process stands by, owns it, stands by again. What happens to one outbox
+//! stops no other.
 
 use crate::{
     budget::{Areas, Budget},
@@ -28,46 +29,46 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-/// Recorder, control, session, retry, and a few for the topics that are set apart.
+/// Connections for the recorder, control, session, retry, and a few for the topics that are set apart.
 const CONNECTIONS: u32 = 7;
-/// Reader, what counts, and two for the topics that are set apart.
+/// Connections for the reader, the gauges, and two for the topics that are set apart.
 const READING_CONNECTIONS: u32 = 4;
-/// For the admin endpoints. They have their own, so that requests that wait keep nothing from being published.
+/// Connections for the admin endpoints, of their own, so that waiting requests keep nothing from being published.
 const ADMIN_CONNECTIONS: u32 = 4;
-/// An operator's patience; an answer that takes longer costs the database more than it is worth.
+/// The bound of an admin statement; an answer that takes longer costs the database more than it is worth.
 const ADMIN_STATEMENT: Duration = Duration::from_secs(5);
-/// A request may make several statements, and wait as long for a connection.
+/// The bound of an admin conversation; a request may make several statements, and wait as long for a connection.
 const ADMIN_PATIENCE: Duration = Duration::from_secs(8);
-/// Nothing here holds a lock for long. What does is somebody else's, and may hold it for hours.
+/// The relay holds no lock for long. A longer wait is for another client's lock, which may last for hours.
 const ADMIN_LOCK: &str = "1s";
-/// Between two looks at a lease that somebody else has.
+/// The pause between two looks at a lease that another process has.
 const STAND_BY: Duration = Duration::from_millis(500);
-/// Between two tries when something is wrong with the database.
+/// The longest pause between two tries when something is wrong with the database.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// How statements on the outbox are planned.
+/// Settings that decide how statements on the outbox are planned.
 pub(crate) const PLANS: [(&str, &str); 5] = [
-    // Every statement here has one index that answers it; statistics of a table that grows this fast are always old, and a
-    // plan made from them must not read the whole of it.
+    // Every statement here has one index that answers it. Statistics of a table that grows this fast are always old,
+    // and a plan made from them must not read the whole of it.
     ("enable_seqscan", "off"),
     ("enable_bitmapscan", "off"),
-    // Where rows are wanted in an index's order, that is the index.
+    // Where rows are wanted in an index's order, the plan has to use that index.
     ("enable_sort", "off"),
     ("jit", "off"),
-    // And so one plan for all parameters: to make one for each poll costs more than the poll.
+    // So one plan serves all parameters: making one for each poll costs more than the poll.
     ("plan_cache_mode", "force_generic_plan"),
 ];
 
-/// One outbox.
+/// An outbox, with what this process needs to publish it.
 pub struct Outbox {
-    /// Its name: `ce_source` of its messages, and the key of its lease and position.
+    /// The name: `ce_source` of its messages, and the key of its lease and position.
     pub name: String,
     pub(crate) db: Database,
-    /// For statements that may read much: their bound is not the lease's.
+    /// Connections for statements that may read much; their bound does not depend on the lease.
     pub(crate) reading: Database,
     pub(crate) admin: Database,
     pub(crate) leases: Leases,
-    /// Of publishing this outbox, whatever the reason; the database's own is with the leases.
+    /// The outage of publishing this outbox, whatever the reason; the database's own is with the leases.
     pub(crate) outage: Arc<Outage>,
     upkeep: Upkeep,
     pub(crate) topics: Topics,
@@ -81,32 +82,32 @@ pub struct Outbox {
     pub(crate) status: Status,
 }
 
-/// What this process does with an outbox.
+/// The role of this process for an outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// Not decided yet.
+    /// The process has not decided yet.
     Starting,
-    /// Somebody else publishes.
+    /// Another process publishes.
     StandingBy,
     /// This process publishes.
     Owner,
-    /// It would publish, but something is wrong.
+    /// This process should publish, but something is wrong.
     Failing,
 }
 
 const KAFKA_AWAY: &str = "Kafka is not there";
 
-/// What is known about an outbox without asking its database.
+/// What the process knows about an outbox without asking its database.
 pub(crate) struct Status {
     now: Mutex<(Role, Option<Trouble>)>,
-    /// What waits in it, and what is set apart.
+    /// The rows that wait, and the topics that are set apart.
     pub(crate) progress: Progress,
     pub(crate) brokers: Arc<Brokers>,
-    /// What gets no further while this process publishes.
+    /// The loops that get no further while this process publishes.
     pub(crate) loops: Arc<Loops>,
     pub(crate) clock: Arc<DatabaseClock>,
-    /// What is wrong with its tables, whoever publishes.
+    /// Trouble with the outbox's tables, on every replica.
     upkeep: Arc<Outage>,
 }
 
@@ -115,21 +116,21 @@ impl Status {
         *self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (role, trouble);
     }
 
-    /// What it does, and why it does not publish although it should.
+    /// The role, and why the process does not publish although it should.
     pub(crate) fn get(&self) -> (Role, Option<Trouble>) {
         let (role, trouble) = self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let away = || self.brokers.are_away().then(|| Trouble::new(Cause::KafkaAway, KAFKA_AWAY));
         (role, trouble.or_else(|| away().filter(|_| role == Role::Owner)))
     }
 
-    /// Likewise, with loops that get no further.
+    /// The role, and the trouble of publishing, with that of loops that get no further.
     fn trouble(&self) -> (Role, Option<Trouble>) {
         let (role, trouble) = self.get();
         let stalled = || self.loops.trouble(&self.clock).filter(|_| role == Role::Owner);
         (role, trouble.or_else(stalled))
     }
 
-    /// Likewise, with what is wrong with its tables; in words.
+    /// The role, and all trouble in words, with that of the outbox's tables.
     pub(crate) fn all(&self) -> (Role, Option<String>) {
         let (role, trouble) = self.trouble();
         let troubles: Vec<String> =
@@ -137,7 +138,7 @@ impl Status {
         (role, (!troubles.is_empty()).then(|| troubles.join("; ")))
     }
 
-    /// What health tells of the outbox.
+    /// What health shows of the outbox.
     pub(crate) fn report(&self) -> Report {
         let (set_apart, waiting) = self.progress.get();
         let trouble = match self.trouble() {
@@ -147,17 +148,17 @@ impl Status {
         Report { trouble, waiting }
     }
 
-    /// What health tells of its tables.
+    /// What health shows of its tables.
     pub(crate) fn upkeep(&self) -> Report {
         Report { trouble: self.upkeep.trouble(), waiting: None }
     }
 
-    /// No broker answers.
+    /// Records that no broker answers.
     pub(crate) fn kafka_is_away(&self) {
         self.set(Role::Owner, Some(Trouble::new(Cause::KafkaAway, KAFKA_AWAY)));
     }
 
-    /// The outbox was ended by a fault in the relay itself.
+    /// Records that a fault in the relay itself ended the outbox.
     pub(crate) fn fault(&self, panic: String) {
         self.set(Role::Failing, Some(Trouble::new(Cause::Fault, panic)));
     }
@@ -175,9 +176,9 @@ impl Outbox {
     ) -> Result<Self, rdkafka::error::KafkaError> {
         let idle = (settings.lease.as_millis() * 3 / 4).to_string();
         let options = outbox.database.clone().application_name("outbox-relay").options(PLANS).options([
-            // What is recorded as published must survive a crash of the server, or it is published twice.
+            // What is recorded as published must survive a crash of the server, or the relay publishes it twice.
             ("synchronous_commit", "on"),
-            // An owner that is stopped inside a transaction holds the lease's row: no longer than the lease.
+            // An owner that is stopped inside a transaction holds the lease's row, but no longer than the lease.
             ("idle_in_transaction_session_timeout", &idle),
         ]);
         let place = format!("outbox {} in database {}", outbox.name, options.get_database().unwrap_or_default());
@@ -272,7 +273,7 @@ impl Outbox {
             Err(OwnerError::Lease(LeaseError::TakenOver)) => {}
             _ => match lease.release(&self.leases).await {
                 Ok(()) => info!(outbox = self.name, owner = %lease.owner, "gave the lease back"),
-                // Then it runs out.
+                // The lease then runs out.
                 Err(error) => warn!(outbox = self.name, %error, "the lease could not be given back"),
             },
         }
@@ -285,14 +286,14 @@ enum Stood {
     Owner,
 }
 
-/// What an outage of this outbox is reported to, and how long to wait before the next try.
+/// The tries to publish: it reports an outage of this outbox, and decides how long to wait before the next try.
 #[derive(Default)]
 struct Tries {
     pause: Duration,
 }
 
 impl Tries {
-    /// Publishing ended for this reason, after so long.
+    /// Reports why publishing ended, after so long; returns the pause before the next try.
     fn report(&mut self, outbox: &Outbox, problem: &OwnerError, after: Duration) -> Duration {
         let database = problem.database();
         let missing = database.and_then(|error| error.as_database_error()?.code()).is_some_and(|code| code == "42P01");
@@ -316,7 +317,7 @@ impl Tries {
     }
 }
 
-/// This process, for people who read the lease.
+/// The name of this process in the lease, for people: host and process id.
 fn holder() -> String {
     let host = std::env::var("HOSTNAME")
         .ok()

@@ -1,6 +1,6 @@
 //! An owner's time, from taking the lease to losing it: the streams, and what they share.
 //!
-//! When the process dies, the lease runs out, and whoever takes it next starts from the batch log.
+//! When the process dies, the lease runs out, and the next process to take it starts from the batch log.
 
 use crate::{
     anchor::{AnchorError, Anchored, anchor},
@@ -36,10 +36,10 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{info, warn};
 
-/// Stretches that wait to be recorded. Small things; the limit is there so that there is one.
+/// How many stretches may wait to be recorded. They are small; the limit only prevents endless growth.
 const UNRECORDED: usize = 1_024;
 
-/// Why an owner is none any more.
+/// Why an owner stopped publishing.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OwnerError {
     /// The lease is lost.
@@ -54,7 +54,7 @@ pub(crate) enum OwnerError {
     /// The outbox could not be read.
     #[error(transparent)]
     Read(#[from] ReadError),
-    /// The database.
+    /// The database returned an error.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
     /// librdkafka does not accept the configuration.
@@ -66,15 +66,15 @@ pub(crate) enum OwnerError {
     /// A task of the owner's panicked.
     #[error("publishing stopped, by a fault in the relay itself: {what} ended: {why}")]
     Panicked {
-        /// What the task does.
+        /// The task's work, in words.
         what: &'static str,
-        /// What it said.
+        /// The text of the panic.
         why: String,
     },
 }
 
 impl OwnerError {
-    /// What it means for the outbox.
+    /// The trouble that the error is for the outbox.
     pub(crate) fn trouble(&self) -> Trouble {
         let cause = match (self.database(), self) {
             (Some(error), _) => Cause::of(error),
@@ -88,7 +88,7 @@ impl OwnerError {
         }
     }
 
-    /// What the database said, if it is about the database.
+    /// The database's error, if the cause is the database.
     pub(crate) fn database(&self) -> Option<&sqlx::Error> {
         match self {
             Self::Commit(CommitError::Database(error))
@@ -100,12 +100,12 @@ impl OwnerError {
     }
 }
 
-/// Publishes under `lease` until it is lost, something fails, or `stop`.
+/// Publishes under `lease` until the lease is lost, something fails, or `stop`.
 pub(crate) async fn own(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Result<(), OwnerError> {
     tokio::select! {
         biased;
         lost = lease.keep(&outbox.leases) => Err(lost.into()),
-        // The lease is given back also after a panic, and the outbox tries again.
+        // After a panic, too, the process gives the lease back, and the outbox tries again.
         ended = AssertUnwindSafe(publish(outbox, lease, stop)).catch_unwind() => ended.unwrap_or_else(|panic| {
             Err(OwnerError::Panicked { what: "publishing", why: message(&*panic) })
         }),
@@ -123,7 +123,7 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let (n, at) = last.map_or((0, Position::initial()), |last| (last.n, last.position));
     let (wanted, control) = Wanted::new(&outbox.name, first);
     let wanted = Arc::new(wanted);
-    // When the looking ends, so does the channel.
+    // The channel ends when the looking ends.
     let weak = Arc::downgrade(&wanted);
     let loops = outbox.status.loops.clone();
     let looking = control::run(outbox.db.clone(), outbox.topics.clone(), loops, wanted);
@@ -140,7 +140,7 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let set_apart = AbortOnDropHandle::new(tokio::spawn(set_apart::run(shared.clone())));
     let ended = tokio::select! {
         biased;
-        // These first: that they ended is why the streams do.
+        // These branches come first: the streams end because these tasks did.
         recorded = &mut recorder => return joined("recording progress", recorded)?.map_err(OwnerError::from),
         fault = &mut retrying => return joined("trying parked rows again", fault),
         looked = &mut looking => return joined("looking up what operators want", looked)?.map_err(OwnerError::from),
@@ -151,14 +151,14 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
         Err(_) => drop(set_apart),
     }
     drop(shared);
-    // All progress is in its hands.
+    // The recorder now has all progress.
     let recorded = joined("recording progress", recorder.await)?;
     // An error of the recorder's is the reason for the stream's.
     recorded?;
     ended
 }
 
-/// What the streams of the outbox share.
+/// The state that the streams of the outbox share.
 fn shared(
     (outbox, epoch): (&Outbox, Arc<str>),
     blocked: Arc<Blocked>,
@@ -199,7 +199,7 @@ fn shared(
     })
 }
 
-/// Waits until a broker answers, and says so once; false when the process stops first.
+/// Waits until a broker answers, and logs that once; false when the process stops first.
 async fn wait_for_kafka(outbox: &Outbox, stop: &CancellationToken) -> bool {
     let mut said = false;
     while !outbox.topics.reachable().await {
@@ -220,12 +220,12 @@ async fn wait_for_kafka(outbox: &Outbox, stop: &CancellationToken) -> bool {
     true
 }
 
-/// What a task said at its end, unless it panicked.
+/// The result of a task, unless it panicked.
 pub(crate) fn joined<T>(what: &'static str, ended: Result<T, JoinError>) -> Result<T, OwnerError> {
     ended.map_err(|why| OwnerError::Panicked { what, why: why.to_string() })
 }
 
-/// What a panic said.
+/// The text of a panic.
 fn message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(ToString::to_string);
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| String::from("it said nothing"))

@@ -1,11 +1,12 @@
 //! Rows that Kafka will never take as they are, and the lines behind them.
 //!
 //! A line is a topic and a key. While a row of it is parked, every later row of it is parked behind, so that its order
-//! holds; all other lines flow on. A row without a key is a line of its own. A parked row is a copy, made in the transaction
-//! that moves the position past it: whenever the process dies, a row is either still to come or parked, never neither.
+//! holds; all other lines flow on. A row without a key is a line of its own. A parked row is a copy, made in the
+//! transaction that moves the position past it. So whenever the process dies, a row is either still to come or parked,
+//! never neither.
 //!
-//! A line may hold a million rows. Every statement here follows an index to the rows that it is about. Where it has their ids,
-//! it says `status || '' = 'parked'`, so that the planner does not take the index on lines for that.
+//! A line may hold a million rows. Every statement here follows an index to its rows. A statement that has their ids
+//! says `status || '' = 'parked'`, so that the planner does not take the index on lines for that.
 
 use crate::{
     database::Database,
@@ -22,19 +23,19 @@ use std::{
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Lines that are loaded by one statement.
+/// How many lines one statement loads.
 const LINES_AT_ONCE: i64 = 2_000;
-/// Rows of a topic that stand for requests and are looked at together. Requests that are met make room for others, four times a
+/// How many rows of a topic with requests one look reads. Requests that are met make room for others, four times a
 /// second.
 const ASKED_AT_ONCE: i64 = 1_000;
 
-/// Lines with parked rows. Nearly always none. Shared by the session, which parks rows, and whatever tries them again.
+/// Lines with parked rows; nearly always none. The session, which parks rows, shares it with the retries.
 #[derive(Debug, Default)]
 pub(crate) struct Blocked {
-    /// Topic to key to what is parked there.
+    /// By topic and key: the rows that are parked there.
     lines: Mutex<HashMap<String, HashMap<String, Waiting>>>,
     any: AtomicBool,
-    /// Held while lines are loaded and while one is freed: what is loaded is not older than what is freed.
+    /// Held while lines are loaded and while one is freed, so that no load is older than a freed line.
     turn: tokio::sync::Mutex<()>,
 }
 
@@ -54,8 +55,8 @@ pub(crate) struct Line {
 }
 
 impl Blocked {
-    /// Reads which lines are blocked, in place of what was known of the topics that are `mine`: what a session decided that
-    /// ended before it was recorded is decided again.
+    /// Reads which lines are blocked, and replaces what was known of the topics that are `mine`. A session may have
+    /// ended before its decisions were recorded: the next one decides again.
     pub(crate) async fn load(
         &self,
         db: &Database,
@@ -88,7 +89,7 @@ impl Blocked {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The row that row `id` of this line has to wait behind, if there is one; then `id` is to be parked as well.
+    /// The row that row `id` of this line has to wait behind, if there is one; then `id` has to be parked as well.
     pub(crate) fn behind(&self, topic: &str, key: Option<&str>, id: i64) -> Option<i64> {
         if !self.any.load(Ordering::Acquire) {
             return None;
@@ -99,7 +100,7 @@ impl Blocked {
         Some(waiting.first)
     }
 
-    /// Row `id` is to be parked; later rows of its line wait behind it.
+    /// Blocks a line: row `id` has to be parked, and later rows of its line wait behind it.
     pub(crate) fn block(&self, topic: &str, key: Option<&str>, id: i64) {
         let Some(key) = key else { return };
         let mut lines = self.lines();
@@ -108,7 +109,7 @@ impl Blocked {
         line.or_insert(Waiting { first: id, last: id }).last = id;
     }
 
-    /// Lets a line flow again if none of its rows is parked, and none is about to be; says whether it flows.
+    /// Lets a line flow again if none of its rows is parked, and none is about to be; returns whether it flows.
     pub(crate) async fn free(&self, db: &mut PgConnection, outbox: &str, line: &Line) -> Result<bool, sqlx::Error> {
         let _turn = self.turn.lock().await;
         let Some(last) = self.last(line) else { return Ok(true) };
@@ -131,7 +132,7 @@ impl Blocked {
         Some(self.lines().get(&line.topic)?.get(line.key.as_ref()?)?.last)
     }
 
-    /// Forgets the line, unless another row was parked behind `last`.
+    /// Forgets the line, unless a further row was parked behind `last`.
     fn remove(&self, line: &Line, last: i64) -> bool {
         let mut lines = self.lines();
         let (Some(keys), Some(key)) = (lines.get_mut(&line.topic), &line.key) else { return true };
@@ -150,8 +151,8 @@ impl Blocked {
 /// Topic, hash of the key, key, first and last parked row of a line.
 type LineColumns = (String, String, String, i64, i64);
 
-/// Lines with parked rows, in the order of topic and hash, behind these: from one to the next by the index, whatever is
-/// parked in them.
+/// Lines with parked rows, in the order of topic and hash, behind the given ones. The query goes from one to the next
+/// by the index, however many rows are parked in them.
 async fn lines_behind(
     db: &mut PgConnection,
     outbox: &str,
@@ -195,18 +196,18 @@ async fn lines_behind(
     .await
 }
 
-/// A row that is to be parked.
+/// A row that has to be parked.
 #[derive(Debug, Clone)]
 pub(crate) struct Park {
     pub(crate) id: i64,
     pub(crate) reason: String,
     pub(crate) blocked_by: Option<i64>,
-    /// Of the whole row.
+    /// The bytes of the whole row.
     pub(crate) bytes: usize,
 }
 
-/// Lines that an operator wants tried again, and when the request was made: of each topic the first, however many there are.
-/// Rows without a key are one line here, and their first row tells the time.
+/// The lines that an operator wants tried again, with the time of the request: those of each topic that come first,
+/// however many there are. Rows without a key are one line here, with the time of their first row.
 pub(crate) async fn requested(
     db: &mut PgConnection,
     outbox: &str,
@@ -251,8 +252,8 @@ pub(crate) async fn requested(
     Ok(lines.into_iter().map(|(topic, key, at)| (Line { topic, key }, at)).collect())
 }
 
-/// The next rows of a line that is to be tried again; the bodies of large ones are not read. A row without a key is a line of
-/// its own, so only those that were asked for are taken.
+/// The next rows of a line that is to be tried again; the bodies of large ones are not read. A row without a key is a
+/// line of its own, so only requested rows are taken.
 pub(crate) async fn waiting(
     db: &mut PgConnection,
     outbox: &str,
@@ -281,8 +282,8 @@ pub(crate) async fn waiting(
     found.into_iter().map(Row::new).collect()
 }
 
-/// Takes parked rows to send them, if `owner` still holds the lease. From here on, and until it is known what became of
-/// them, they cannot be discarded. A row that was discarded just now is not among those that are returned.
+/// Takes parked rows to send them, if `owner` still holds the lease. From here on, until their fate is known, they
+/// cannot be discarded. A row that was discarded just now is not returned.
 pub(crate) async fn claim(
     db: &mut PgConnection,
     outbox: &str,
@@ -307,7 +308,7 @@ pub(crate) async fn claim(
     Ok(rows)
 }
 
-/// These rows of `owner` were surely not published: they can be discarded again.
+/// Releases rows of `owner` that were surely not published: they can be discarded again.
 pub(crate) async fn release(db: &mut PgConnection, outbox: &str, owner: Uuid, ids: &[i64]) -> Result<(), sqlx::Error> {
     sqlx::query("update outbox_parked set sending_by = null where outbox = $1 and id = any ($2) and sending_by = $3")
         .bind(outbox)
@@ -318,16 +319,16 @@ pub(crate) async fn release(db: &mut PgConnection, outbox: &str, owner: Uuid, id
     Ok(())
 }
 
-/// Published rows of a line, and the request by which they were tried: it stands for what is left of the line.
+/// Published rows of a line, and the request by which they were tried; the request covers the rest of the line.
 pub(crate) struct Published {
     pub(crate) line: Line,
     pub(crate) requested: OffsetDateTime,
     pub(crate) ids: Vec<i64>,
 }
 
-/// The rows are published, if `owner` still holds the lease; false means: fenced. The request of a line goes on to its next
-/// row. When there is none, it stays on the last published row: from that the owner learns that the line is to be freed, also
-/// when it cannot do so at once.
+/// Records that rows are published, if `owner` still holds the lease; false: the owner is fenced. The request of a line
+/// goes on to its next row. When there is none, it stays on the last published row. From that the owner learns to free
+/// the line, even if it cannot do so at once.
 pub(crate) async fn published(
     db: &mut PgConnection,
     outbox: &str,
@@ -381,8 +382,8 @@ pub(crate) async fn published(
     Ok(done > 0 || ids.is_empty())
 }
 
-/// A row was refused again, for this reason, if `owner` still holds the lease. What became of a row that another owner
-/// claimed is not known by that.
+/// Records that a row was refused again, for this reason, if `owner` still holds the lease. The fate of a row that
+/// another owner claimed stays open.
 pub(crate) async fn refused(
     db: &mut PgConnection,
     outbox: &str,
@@ -406,8 +407,8 @@ pub(crate) async fn refused(
     Ok(())
 }
 
-/// The line has been tried, as was asked for at `requested`, if `owner` still holds the lease; a later request stands. So does
-/// that of a parked row without a key: it is a line of its own.
+/// Records that the line has been tried, by the request of `requested`, if `owner` still holds the lease. A later
+/// request stands, and so does that of a parked row without a key, which is a line of its own.
 pub(crate) async fn tried(
     db: &mut PgConnection,
     outbox: &str,
@@ -460,7 +461,7 @@ pub(crate) mod tests {
         assert_eq!(blocked.behind("t", Some("k"), 10), None);
     }
 
-    /// A connection as the relay has them, to a database in which rows 1 to `rows` of topic `t` are parked, without a key, and as
+    /// A database and a connection like the relay's. Rows 1 to `rows` of topic `t` are parked, without a key, and as
     /// many behind them of topic `u`, each a line.
     pub(crate) async fn with_lines(rows: i64) -> (TestDatabase, PgConnection) {
         let database = TestDatabase::new(&[messaging_migrations()]).await;
@@ -536,7 +537,7 @@ pub(crate) mod tests {
     async fn what_a_look_at_requests_touches_does_not_depend_on_how_many_wait() {
         let rows = i64::try_from(saga_core::testkit::size(20_000, 200_000)).unwrap();
         let (_database, mut db) = with_lines(rows).await;
-        // As far as the planner knows nothing is asked for: an operator asks for all between two looks of autovacuum.
+        // The planner knows of no requests: an operator asks for all rows between two looks of autovacuum.
         sqlx::raw_sql("analyze outbox_parked").execute(&mut db).await.unwrap();
         sqlx::query("update outbox_parked set retry_requested_at = clock_timestamp()").execute(&mut db).await.unwrap();
         sqlx::query("update outbox_parked set topic = 'v' where id = 2 * $1")

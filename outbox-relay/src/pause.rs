@@ -1,8 +1,9 @@
-//! What is set apart from the main stream: a topic, or nothing but the whole outbox.
+//! Pauses: a topic that is set apart from the main stream, or the whole outbox.
 //!
-//! The other topics go on while one is set apart, so it has a position of its own, recorded in the transaction that moves
-//! the outbox's position past its rows. When it resumes, a stream of its own publishes its rows from there, and hands it
-//! back to the main stream when it has caught up; until then the main stream passes over its rows. Nothing is parked for it.
+//! The other topics go on while one is set apart. So it has a position of its own, recorded in the transaction that
+//! moves the outbox's position past its rows. When it resumes, a stream of its own publishes its rows from there. The
+//! stream hands it back to the main stream when it has caught up; until then the main stream passes over its rows. No
+//! row is parked for it.
 
 use crate::position::{Position, ReadError};
 use saga_core::{
@@ -19,11 +20,11 @@ pub(crate) const WHOLE: &str = "*";
 /// Why a topic is paused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cause {
-    /// Somebody wanted it.
+    /// An operator wanted it.
     Operator,
     /// The topic is not there.
     Missing,
-    /// This process may not write to it.
+    /// This process may not write to the topic.
     Forbidden,
     /// No broker takes its rows: a partition has no leader, or one that cannot be reached.
     Leaderless,
@@ -42,34 +43,34 @@ impl Cause {
         }
     }
 
-    /// Nothing of it can be written to: it may be an invented name.
+    /// Whether the topic takes no row at all: its name may be invented.
     pub(crate) fn is_absence(self) -> bool {
         matches!(self, Self::Missing | Self::Forbidden)
     }
 
-    /// As it is recorded. What a later build recorded waits for an operator.
+    /// Reads a recorded cause. A cause of a later build waits for an operator.
     fn parse(text: &str) -> Self {
         let all = [Self::Missing, Self::Forbidden, Self::Leaderless, Self::Refusing];
         all.into_iter().find(|cause| cause.as_str() == text).unwrap_or(Self::Operator)
     }
 }
 
-/// A pause as it is recorded.
+/// A pause, as the database has it.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Paused {
     pub(crate) topic: String,
     pub(crate) cause: Cause,
-    /// Why, in words.
+    /// The reason, in words.
     pub(crate) reason: String,
     pub(crate) paused_at: OffsetDateTime,
-    /// An operator wants it to end, or the topic has appeared.
+    /// Whether the pause is to end: an operator wants that, or the topic has appeared.
     pub(crate) resuming: bool,
-    /// All of the topic's rows before it are published; `None` until the owner has seen the pause.
+    /// The position before which all of the topic's rows are published; `None` until the owner has seen the pause.
     pub(crate) position: Option<Position>,
 }
 
 impl Paused {
-    /// What that means for the topic's rows, as long as they wait.
+    /// The trouble that the pause is for the topic's rows, as long as they wait.
     pub(crate) fn trouble(&self, clock: &DatabaseClock) -> Trouble {
         let cause = match self.cause {
             Cause::Operator => part::Cause::Paused,
@@ -87,7 +88,7 @@ impl Paused {
 type PauseColumns =
     (String, String, String, OffsetDateTime, Option<OffsetDateTime>, Option<String>, Option<String>, Option<i64>);
 
-/// Everything that is paused.
+/// Reads all pauses of an outbox.
 pub(crate) async fn load(db: &mut PgConnection, outbox: &str) -> Result<Vec<Paused>, ReadError> {
     let found: Vec<PauseColumns> = sqlx::query_as(
         "select topic, cause, reason, paused_at, resume_requested_at, base::text, target::text, after_id
@@ -120,9 +121,9 @@ pub(crate) struct LeftBehind {
     pub(crate) position: Position,
 }
 
-/// Records where a topic is left behind, in the transaction that moves the position past it. A pause that has a position
-/// keeps it (the topic was catching up, and stopped again on the way); one that an operator asked for keeps its cause.
-/// A topic that refuses rows resumes at once: its stream finds out which they are.
+/// Records where a topic is left behind, in the transaction that moves the position past it. A pause that has a
+/// position keeps it (the topic was catching up, and stopped again on the way); one that an operator asked for keeps
+/// its cause. A topic that refuses rows resumes at once: its stream finds out which they are.
 pub(crate) async fn leave_in(tx: &mut PgConnection, outbox: &str, left: &LeftBehind) -> Result<(), sqlx::Error> {
     sqlx::query(
         "insert into outbox_pause as pause
@@ -146,7 +147,7 @@ pub(crate) async fn leave_in(tx: &mut PgConnection, outbox: &str, left: &LeftBeh
     Ok(())
 }
 
-/// A topic that was catching up cannot: it waits again, for another reason than before.
+/// Lets a topic that was catching up wait again, for another reason than before.
 pub(crate) async fn stall(
     db: &mut PgConnection,
     outbox: &str,
@@ -168,7 +169,7 @@ pub(crate) async fn stall(
     Ok(())
 }
 
-/// The topic has caught up to here.
+/// Records how far a topic has caught up.
 pub(crate) async fn advance_in(
     tx: &mut PgConnection,
     outbox: &str,
@@ -194,14 +195,14 @@ pub(crate) async fn advance_in(
 #[derive(Debug, Clone)]
 pub(crate) struct CaughtUp {
     pub(crate) topic: String,
-    /// When its pause began: the topic may have been paused again since, which is another pause.
+    /// When its pause began: a later pause of the topic is another pause.
     pub(crate) paused_at: OffsetDateTime,
 }
 
-/// The topic has caught up and is paused no more.
+/// Ends the pause of a topic that has caught up.
 pub(crate) async fn end_in(tx: &mut PgConnection, outbox: &str, caught_up: &CaughtUp) -> Result<(), sqlx::Error> {
-    // Not if an operator paused it again in the meantime, whether or not he resumed that as well: the rows that were
-    // passed over for that pause are found from its position alone.
+    // The pause stays if an operator paused the topic again in the meantime, even if that pause was resumed as well.
+    // Only its position leads to the rows that were passed over for it.
     sqlx::query("delete from outbox_pause where outbox = $1 and topic = $2 and paused_at = $3")
         .bind(outbox)
         .bind(&caught_up.topic)
@@ -211,7 +212,7 @@ pub(crate) async fn end_in(tx: &mut PgConnection, outbox: &str, caught_up: &Caug
     Ok(())
 }
 
-/// The topic is there again: it resumes like one that an operator resumes.
+/// Resumes a topic that is there again, like one that an operator resumes.
 pub(crate) async fn resume(db: &mut PgConnection, outbox: &str, topic: &str) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update outbox_pause
@@ -225,7 +226,7 @@ pub(crate) async fn resume(db: &mut PgConnection, outbox: &str, topic: &str) -> 
     Ok(())
 }
 
-/// The topic takes nothing now, so it is paused; the owner records where it is left behind.
+/// Pauses a topic that takes nothing now; the owner records where it is left behind.
 pub(crate) async fn begin(
     db: &mut PgConnection,
     outbox: &str,

@@ -1,4 +1,4 @@
-//! What is not published yet: how many rows, and since when.
+//! Rows that are not published yet: how many, and since when.
 
 use crate::{
     batch_log,
@@ -10,7 +10,7 @@ use crate::{
 use sqlx::PgConnection;
 use time::OffsetDateTime;
 
-/// Rows are counted up to here; more are estimated. Counting is paid for by the database that is behind already.
+/// Up to this many rows are counted; more are estimated. The counting burdens a database that is behind already.
 const COUNTED: i64 = 100_000;
 
 /// How far behind an outbox is.
@@ -22,13 +22,13 @@ pub(crate) struct Pending {
     pub(crate) oldest: Option<OffsetDateTime>,
     pub(crate) parked: i64,
     pub(crate) paused: i64,
-    /// The batch that was recorded last.
+    /// The number of the batch that was recorded last.
     pub(crate) n: i64,
     /// How many of `rows` wait for the main stream.
     pub(crate) main: i64,
-    /// The whole outbox is paused.
+    /// Whether the whole outbox is paused.
     pub(crate) whole: bool,
-    /// What waits of each topic that is set apart.
+    /// The waiting rows of each topic that is set apart.
     pub(crate) behind: Vec<Behind>,
 }
 
@@ -39,19 +39,19 @@ pub(crate) struct Behind {
     pub(crate) rows: i64,
 }
 
-/// Looks at an outbox.
+/// Measures how far behind an outbox is.
 pub(crate) async fn of(db: &mut PgConnection, outbox: &str) -> Result<Pending, ReadError> {
     let Some(last) = batch_log::last(db, outbox).await? else { return look(db, outbox, &Position::initial()).await };
     if last.system_identifier == batch_log::system_identifier(db).await? {
         return Ok(Pending { n: last.n, ..look(db, outbox, &last.position).await? });
     }
-    // The position was another cluster's, and its transaction ids say nothing here. But ids of rows go on.
+    // The position is another cluster's, and its transaction ids mean nothing here. But ids of rows go on.
     let (rows, oldest) = behind_id(db, outbox).await?;
     let (parked, paused) = set_aside(db, outbox).await?;
     Ok(Pending { rows, main: rows, n: last.n, oldest, parked, paused, ..Pending::default() })
 }
 
-/// Looks at an outbox whose position is `at`.
+/// Measures an outbox whose position is `at`.
 async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> Result<Pending, ReadError> {
     let mut pending = behind_position(db, at).await?;
     for paused in pause::load(db, outbox).await? {
@@ -79,7 +79,7 @@ async fn set_aside(db: &mut PgConnection, outbox: &str) -> Result<(i64, i64), sq
     .await
 }
 
-/// Rows behind the last that were published, by id: all but those that committed late.
+/// Counts rows behind the last published one, by id: all except those that committed late.
 async fn behind_id(db: &mut PgConnection, outbox: &str) -> Result<(i64, Option<OffsetDateTime>), sqlx::Error> {
     sqlx::query_as(concat!(
         "select count(*), min(",
@@ -102,8 +102,9 @@ async fn behind_id(db: &mut PgConnection, outbox: &str) -> Result<(i64, Option<O
     .await
 }
 
-/// Rows behind the position: the rest of its window, and what its target does not see. Found by transaction, as the
-/// window itself is: after a straggler the position's id may lie far below rows that were published long ago.
+/// Counts rows behind the position: the rest of its window, and what its target does not see. They are found by
+/// transaction, as the window itself is. After a straggler, the position's id may lie far below rows that were
+/// published long ago.
 async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending, ReadError> {
     let span = Span::between(&at.base, &at.target);
     let (rows, oldest): (i64, Option<OffsetDateTime>) = sqlx::query_as(concat!(
@@ -153,7 +154,7 @@ async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending
     Ok(Pending { rows, exact, oldest, main: rows, ..Pending::default() })
 }
 
-/// How many ids were given behind `after`, but for those that were left out after an overflow.
+/// How many ids were given behind `after`, without those that were left out after an overflow.
 async fn ids_behind(db: &mut PgConnection, after: i64) -> Result<i64, sqlx::Error> {
     sqlx::query_scalar(
         "select coalesce(sum(greatest(least(to_id, last.id + 1) - greatest(from_id, $1 + 1), 0)), 0)::bigint
@@ -166,8 +167,8 @@ async fn ids_behind(db: &mut PgConnection, after: i64) -> Result<i64, sqlx::Erro
     .await
 }
 
-/// Rows of a paused topic that the position has passed and the topic has not, and among how many rows of all topics they
-/// were looked for.
+/// Rows of a paused topic that the position has passed and the topic has not. The last value is how many rows of all
+/// topics the query read for that.
 async fn left_behind(
     db: &mut PgConnection,
     topic: &str,

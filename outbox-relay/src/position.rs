@@ -1,19 +1,20 @@
-//! Which rows come next: the outbox between two snapshots, by id, page by page.
+//! The rows that come next: the outbox between two snapshots, by id, page by page.
 //!
 //! ```text
-//!  published ──────────────┐ base            target ┌─ not looked at yet
+//!  published ──────────────┐ base            target ┌─ not read yet
 //!                          │ rows of this window,   │
 //!                          │ by id: …after_id│……    │
 //! ```
 //!
-//! A window holds the rows that are visible in `target` and not in `base`. Two rows of one key are in order: their writers
-//! held the key's lock to the commit, so the later one has the greater id, and no snapshot sees it without the earlier.
-//! A row that commits late, with however low an id, is in the first window whose target sees it. Nothing waits for
-//! anybody. `target` is never made smaller to bound a window (rows of a transaction that got its id early and the lock
-//! late would then overtake): a window is cut by id only.
+//! A window holds the rows that are visible in `target` and not in `base`. Two rows of one key are in order: their
+//! writers held the key's lock to the commit. So the later one has the greater id, and no snapshot sees it without the
+//! earlier. A row that commits late, with however low an id, is in the first window whose target sees it. No reader
+//! waits for a writer. `target` is never made smaller to bound a window: rows of a transaction that got its id early
+//! and the lock late would then overtake. A window is cut by id only.
 //!
-//! No step of reading touches more rows than a stretch has, whatever lies in the window or outside it: a long window is
-//! first searched for its lowest and greatest id, piece by piece, then walked between them, stretch by stretch.
+//! No step of reading touches more rows than a stretch has, whatever lies in the window or outside it. In a long
+//! window, the cursor first searches the lowest and greatest id, piece by piece. Then it walks between them, stretch by
+//! stretch.
 //!
 //! When the process dies, a new owner starts from the last position that was recorded in the batch log and
 //! publishes again what was not.
@@ -28,30 +29,30 @@ use sqlx::PgConnection;
 use std::{collections::VecDeque, sync::Arc};
 use tracing::warn;
 
-/// Rows that are read at once, where there is room for them. Large enough that a round trip costs nothing per row, small
-/// enough that the first one is not kept waiting.
+/// How many rows are read at once, where there is room for them. Large enough that a round trip costs nothing per row,
+/// small enough that the first row does not wait.
 const PAGE_ROWS: usize = 5_000;
 /// Bytes of rows that a page may carry. One row may exceed it alone.
 const PAGE_BYTES: usize = 8 << 20;
 
-/// Where reading stands.
+/// The point that reading has reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Position {
-    /// Everything visible in it is published.
+    /// The snapshot whose visible rows are all published.
     pub base: Snapshot,
-    /// What is being published: the rows visible in it and not in `base` …
+    /// The snapshot up to which rows are being published: those visible in it and not in `base`.
     pub target: Snapshot,
-    /// … whose id is greater than this.
+    /// The id up to which those rows are published; the rows behind it are still to come.
     pub after: i64,
 }
 
 impl Position {
-    /// Before the first row.
+    /// The position before the first row.
     pub fn initial() -> Self {
         Self { base: Snapshot::initial(), target: Snapshot::initial(), after: 0 }
     }
 
-    /// All that `snapshot` sees is published.
+    /// The position at which all that `snapshot` sees is published.
     pub fn at(snapshot: Snapshot) -> Self {
         Self { base: snapshot.clone(), target: snapshot, after: 0 }
     }
@@ -62,7 +63,7 @@ impl Position {
         same && self.after >= other.after || self.base.includes(&other.target)
     }
 
-    /// Up to which id the rows of a window are published here that ends with `target`.
+    /// The id up to which rows of the window that ends with `target` are published here; `None`: none of them.
     fn limit(&self, target: &Snapshot) -> Option<i64> {
         if self.base.includes(target) {
             return Some(i64::MAX);
@@ -71,7 +72,7 @@ impl Position {
     }
 }
 
-/// Rows to publish, in order, and where they stand. There may be none: then a stretch of ids held nothing to publish.
+/// Rows to publish, in order, and their place. There may be no rows: then a stretch of ids held nothing to publish.
 pub(crate) struct Page {
     /// The topic whose rows these are, when it is catching up after a pause; else rows of any topic.
     pub(crate) lane: Option<Arc<str>>,
@@ -86,15 +87,15 @@ pub(crate) struct Page {
     pub(crate) held: Option<Held>,
 }
 
-/// How the rows of the current window are found.
+/// How the cursor finds the rows of the current window.
 enum Plan {
-    /// Not known yet: try all of it at once.
+    /// The window's length is not known yet: the cursor tries all of it at once.
     Untried,
-    /// All of it has been read.
+    /// The whole window has been read.
     Read,
-    /// Too many for one page: look for the ids between which they lie.
+    /// The window has too many rows for one page: the cursor looks for the ids between which they lie.
     Search(Search),
-    /// Along the primary key from `floor` to `top`; rows of stragglers lie below and above as well.
+    /// The cursor walks along the primary key from `floor` to `top`; rows of stragglers lie below and above as well.
     Walk { floor: i64, top: i64 },
 }
 
@@ -103,12 +104,12 @@ pub(crate) struct Cursor {
     at: Position,
     plan: Plan,
     lane: Option<Arc<str>>,
-    /// Read, but not handed out: large rows cut a page into several.
+    /// Rows that were read, but not handed out: large rows cut a page into several.
     read: VecDeque<Row>,
-    /// The window is read up to this id.
+    /// The id up to which the window is read.
     reached: i64,
     area: Arc<Area>,
-    /// The room for what is read next; once it is read, what its rows take.
+    /// The room for what is read next; after the read, the room that its rows take.
     room: Option<Held>,
     /// The room for what the rows of the next page lack.
     bodies: Option<Held>,
@@ -120,21 +121,22 @@ impl Cursor {
         Self { at, plan: Plan::Untried, lane, read: VecDeque::new(), reached, area, room: None, bodies: None }
     }
 
-    /// Waits for room for what the next step reads. Not within a conversation, whose time is bounded.
+    /// Waits for room for what the next step reads. Do not call it within a conversation, whose time is bounded.
     pub(crate) async fn make_room(&mut self) {
         if self.read.is_empty() {
             self.room = Some(self.area.take((PAGE_ROWS + 1) * ROW, LEAST).await);
             return;
         }
         let (_, most) = self.next_rows(i64::MAX, usize::MAX);
-        // What was made for these rows and not used yet is kept: to hold it while as much is asked for is to wait for oneself.
+        // Room that was made for these rows and not used yet is kept. To ask for as much while holding it would be to
+        // wait for itself.
         if most > 0 && self.bodies.is_none() {
             let (_, least) = self.next_rows(i64::MAX, LEAST);
             self.bodies = Some(self.area.take(most, least).await);
         }
     }
 
-    /// How many rows there is room for, beside one more that tells whether these are all.
+    /// How many rows there is room for, without one more that shows whether these are all.
     fn rows(&self) -> i64 {
         let rows = self.room.as_ref().map_or(0, Held::bytes) / ROW;
         i64::try_from(rows).unwrap_or(i64::MAX).saturating_sub(1)
@@ -150,15 +152,16 @@ impl Cursor {
         self.at.includes(main)
     }
 
-    /// The next rows, or `None` when nothing new is committed. An empty page means that a stretch of a long window held none,
-    /// or that there is no room yet for large rows, and that there is more to be read. Room was made for what this reads.
+    /// The next rows, or `None` when nothing new is committed. An empty page means that there is more to read: a
+    /// stretch of a long window held no rows, or there is no room yet for large ones. [`Cursor::make_room`] comes
+    /// first.
     pub(crate) async fn next(&mut self, db: &mut PgConnection) -> Result<Option<Page>, ReadError> {
         let page = self.find_next(db).await;
         self.give_back();
         page
     }
 
-    /// The room that nothing was read into.
+    /// Gives back room that nothing was read into.
     fn give_back(&mut self) {
         if self.read.is_empty() {
             self.room = None;
@@ -184,8 +187,9 @@ impl Cursor {
         }
     }
 
-    /// The next rows of those that the main stream has passed, which stands at `main`; `None` when it has passed no more.
-    /// An empty page is a stretch without such rows, which is recorded as well, or there is no room yet for large rows.
+    /// The next rows among those that the main stream, which stands at `main`, has passed; `None` when it has passed no
+    /// more. An empty page is a stretch without such rows, which is recorded as well, or there is no room yet for large
+    /// rows.
     pub(crate) async fn follow(&mut self, db: &mut PgConnection, main: &Position) -> Result<Option<Page>, ReadError> {
         let page = self.find_passed(db, main).await;
         self.give_back();
@@ -194,7 +198,7 @@ impl Cursor {
 
     async fn find_passed(&mut self, db: &mut PgConnection, main: &Position) -> Result<Option<Page>, ReadError> {
         if self.at.base == self.at.target && self.read.is_empty() {
-            // As much as the main stream has finished at once; then the window that it is in.
+            // The topic takes what the main stream has finished, at once; then the window that it is in.
             let target = if main.base.includes(&self.at.base) && main.base != self.at.base {
                 &main.base
             } else if main.base == self.at.base && main.target != main.base {
@@ -221,7 +225,7 @@ impl Cursor {
     async fn poll(&mut self, db: &mut PgConnection) -> Result<bool, ReadError> {
         let (target, rows) = window::poll(db, &self.at.base, self.rows()).await?;
         if rows.is_empty() {
-            // Nothing between the two: the new snapshot is as good a base, and a cheaper one to look from.
+            // Nothing lies between the two snapshots: the new one is as good a base, and a cheaper one to look from.
             self.at = Position::at(target);
             return Ok(false);
         }
@@ -247,10 +251,10 @@ impl Cursor {
         Ok(())
     }
 
-    /// A long window: looks for the ids between which it lies.
+    /// Starts on a long window: looks for the ids between which it lies.
     async fn search(&mut self, db: &mut PgConnection) -> Result<(), ReadError> {
         self.plan = if self.at.base.is_initial() {
-            // The whole outbox: what is there now holds it.
+            // For the whole outbox, the present ids are the range.
             Plan::Walk { floor: 0, top: window::greatest_id(db).await? }
         } else {
             Plan::Search(Search::of(&self.span()))
@@ -262,10 +266,11 @@ impl Cursor {
         Span::between(&self.at.base, &self.at.target)
     }
 
-    /// Reads the next rows of the window; an exhausted one is closed. It may find none on its way.
+    /// Reads the next rows of the window, and closes an exhausted one. It may find no rows on its way.
     async fn fill(&mut self, db: &mut PgConnection) -> Result<(), ReadError> {
         match &mut self.plan {
-            // How many of its rows were published before is not known, and they would be passed over one by one.
+            // How many of the window's rows were published before is not known, and they would be passed over one by
+            // one.
             Plan::Untried if self.at.after > 0 => return self.search(db).await,
             Plan::Untried => return self.try_whole(db).await,
             Plan::Read => self.close(),
@@ -279,19 +284,19 @@ impl Cursor {
         Ok(())
     }
 
-    /// A window that was not polled: of a topic that catches up, or begun by an owner before.
+    /// Tries a window that was not polled: of a topic that catches up, or begun by an owner before.
     async fn try_whole(&mut self, db: &mut PgConnection) -> Result<(), ReadError> {
         let span = self.span();
         let lane = self.lane.as_deref();
         if lane.is_some() && window::is_long(db, &span, self.rows()).await? {
-            // Its rows of this topic may be few, and would be looked for among all.
+            // The topic's rows may be few, and the query would look for them among all.
             return self.search(db).await;
         }
         let rows = window::whole(db, &span, lane, self.rows()).await?;
         self.take_whole(db, rows).await
     }
 
-    /// The next stretch of a long window.
+    /// Reads the next stretch of a long window.
     async fn walk(&mut self, db: &mut PgConnection, floor: i64, top: i64) -> Result<(), ReadError> {
         let (lane, most) = (self.lane.clone(), self.rows());
         let lane = lane.as_deref();
@@ -317,7 +322,7 @@ impl Cursor {
         Ok(())
     }
 
-    /// Keeps what was read, and no more room than it takes.
+    /// Keeps the rows that were read, and no more room than they take.
     fn put(&mut self, rows: Vec<Row>) {
         self.read.extend(rows);
         if let Some(room) = self.room.as_mut().filter(|_| !self.read.is_empty()) {
@@ -331,9 +336,9 @@ impl Cursor {
         self.reached = 0;
     }
 
-    /// How many of the read rows up to `limit` a page may hold that has room for so many bytes which they lack, and how many
-    /// these are. The first row is always one of them. A row that is read alone is the last: while it waits for room, the
-    /// rows before it leave theirs.
+    /// How many of the read rows up to `limit` fit into a page, and how many bytes they lack. The page has `room` bytes
+    /// for what rows lack. The first row is always one of them. A row that is read alone is the last: while it waits
+    /// for room, the rows before it leave theirs.
     fn next_rows(&self, limit: i64, room: usize) -> (usize, usize) {
         let (mut rows, mut bytes, mut lacking) = (0, 0_usize, 0);
         for row in self.read.iter().take_while(|row| row.id() <= limit) {
@@ -350,8 +355,8 @@ impl Cursor {
         (rows, lacking)
     }
 
-    /// Hands out as many of the read rows up to `limit` as a page may hold, with the large bodies that it may carry; none
-    /// when there is no room for these.
+    /// Hands out as many of the read rows up to `limit` as a page may hold, with the large bodies that it may carry;
+    /// none when there is no room for these.
     async fn cut(&mut self, db: &mut PgConnection, limit: i64) -> Result<Page, ReadError> {
         let (_, most) = self.next_rows(limit, usize::MAX);
         let bodies = self.bodies.take().or_else(|| self.area.try_take(most));
@@ -367,7 +372,7 @@ impl Cursor {
         Ok(Page { held: Some(bodies), ..page })
     }
 
-    /// A page of these rows, behind which the cursor then stands.
+    /// Makes a page of these rows, behind which the cursor then stands.
     fn page(&mut self, rows: Vec<Row>, limit: i64) -> Page {
         let after = self.at.after;
         self.at.after = self.read.front().map_or(self.reached, |next| next.id() - 1).min(limit);
@@ -376,8 +381,8 @@ impl Cursor {
     }
 }
 
-/// Reads what the rows of a page lack, but for bodies that are too large to be read before the topic is known to take them.
-/// A row that was deleted since its page was read is left out: without its body it would be sent as a tombstone.
+/// Reads what the rows of a page lack, without bodies that may be read only once the topic is known to take them. A row
+/// that was deleted since its page was read is left out: without its body it would be sent as a tombstone.
 async fn read_large(db: &mut PgConnection, rows: &mut Vec<Row>) -> Result<(), ReadError> {
     let (unread, lacking): (Vec<&Row>, Vec<&Row>) =
         rows.iter().filter(|row| row.lacks_body()).partition(|row| row.is_read_alone());
@@ -409,7 +414,7 @@ async fn read_large(db: &mut PgConnection, rows: &mut Vec<Row>) -> Result<(), Re
 }
 
 impl ReadError {
-    /// What the database said, if it is about the database.
+    /// The database's error, if the cause is the database.
     pub(crate) fn database(&self) -> Option<&sqlx::Error> {
         match self {
             Self::Database(error) => Some(error),
@@ -421,7 +426,7 @@ impl ReadError {
 /// Reading the outbox failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// PostgreSQL said so, or is not there.
+    /// PostgreSQL returned an error, or is away.
     #[error("reading the outbox: {0}")]
     Database(#[from] sqlx::Error),
     /// A snapshot in the batch log, or from the server, does not parse.

@@ -1,8 +1,8 @@
-//! The Kafka producer: idempotent, gap-free, never giving a record up by itself.
+//! The Kafka producer: idempotent, gap-free, and it never gives a record up by itself.
 //!
 //! With librdkafka's defaults a record that times out or is refused is dropped from the middle, and its successors
-//! overtake it. With the gap-free guarantee it makes the producer fatal instead; then it is dropped and rebuilt. Nobody
-//! waits for its remaining reports: some never come.
+//! overtake it. With the gap-free guarantee it makes the producer fatal instead; then the relay drops and rebuilds it.
+//! The relay does not wait for its remaining reports: some never come.
 
 use crate::{
     in_flight::{InFlight, Ticket},
@@ -23,17 +23,17 @@ use std::{
 };
 use tracing::{debug, info, warn};
 
-/// Records in the producer's queue at most; the sender waits before that, so this is only a fence.
+/// The most records in the producer's queue; the sender waits before that, so this is only a safeguard.
 const QUEUE_RECORDS: &str = "1000000";
 
-/// A batch's size at most, where every topic allows it. Also what librdkafka takes by default.
+/// The largest batch, where every topic allows it. librdkafka's default is the same.
 const BATCH_BYTES: usize = 1_000_000;
 
-/// Whether the brokers are there, as the producer's last words said.
+/// Whether the brokers are away, by the producer's last report.
 #[derive(Debug, Default)]
 pub(crate) struct Brokers {
     away: AtomicBool,
-    /// Somebody is asking.
+    /// Whether a task is asking the brokers.
     asking: AtomicBool,
 }
 
@@ -87,7 +87,7 @@ impl ProducerContext for Reports {
             Err((error, _)) => {
                 let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
                 match code {
-                    // Purged by ourselves: nothing is to be published now, or the producer is being dropped.
+                    // The relay purged it: nothing is to be published now, or the producer is being dropped.
                     RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight => self.in_flight.purged(),
                     code => self.in_flight.failed(Ticket(ticket), code),
                 }
@@ -96,17 +96,17 @@ impl ProducerContext for Reports {
     }
 }
 
-/// What a row became when it was offered to the producer.
+/// The result of offering a row to the producer.
 pub(crate) enum Offered {
-    /// It is on its way.
+    /// The producer has the row.
     Taken,
-    /// The queue is full; try again when something was acknowledged.
+    /// The queue is full; try again after an acknowledgement.
     Full,
-    /// It was refused on the spot.
+    /// The producer refused the row on the spot.
     Refused(RDKafkaErrorCode),
 }
 
-/// What producers of one outbox have in common.
+/// The settings that producers of one outbox have in common.
 #[derive(Clone)]
 pub(crate) struct Kafka {
     pub(crate) outbox: String,
@@ -117,10 +117,10 @@ pub(crate) struct Kafka {
     pub(crate) state: Arc<Brokers>,
 }
 
-/// Publishes one stream to Kafka; drop it to give up what it still holds.
+/// Publishes one stream to Kafka; dropping it gives up what it still holds.
 ///
-/// A batch must be no larger than its topic takes, and a producer has one batch size for all topics. So topics that take
-/// only small batches have a producer of their own. A topic's rows all go through one.
+/// A batch must be no larger than its topic takes, and a producer has one batch size for all topics. So topics that
+/// take only small batches have a producer of their own. A topic's rows all go through one.
 pub(crate) struct Publisher {
     kafka: Kafka,
     pub(crate) in_flight: Arc<InFlight>,
@@ -129,7 +129,7 @@ pub(crate) struct Publisher {
 }
 
 impl Publisher {
-    /// With the producer that nearly all topics share.
+    /// Makes the producer that nearly all topics share.
     pub(crate) fn new(kafka: &Kafka) -> Result<Self, KafkaError> {
         let mut publisher =
             Self { kafka: kafka.clone(), in_flight: Arc::new(InFlight::default()), producers: BTreeMap::new() };
@@ -173,12 +173,12 @@ impl Publisher {
         })
     }
 
-    /// Takes back what is not on its way to a broker yet.
+    /// Takes back records that are not on their way to a broker yet.
     pub(crate) fn purge(&self) {
         self.producers.values().for_each(|producer| producer.purge(PurgeConfig::default().queue()));
     }
 
-    /// While nothing is sent, no report tells that the brokers are back: they are asked.
+    /// Asks whether the brokers are back: while nothing is sent, no report shows it.
     pub(crate) fn ask_for_brokers(&self, topics: &Topics) {
         let Kafka { outbox, state, .. } = &self.kafka;
         if !state.are_away() || state.asking.swap(true, Ordering::Relaxed) {
@@ -193,7 +193,7 @@ impl Publisher {
         });
     }
 
-    /// Why a producer will never send again, if so.
+    /// Why a producer will never send again; `None`: all can.
     pub(crate) fn fatal(&self) -> Option<String> {
         let fatal = self.producers.values().find_map(|producer| producer.client().fatal_error());
         fatal.map(|(code, reason)| format!("{code}: {reason}"))
@@ -204,13 +204,13 @@ impl Publisher {
 fn batch_bytes(limit: usize) -> usize {
     match limit.saturating_sub(BATCH_HEADER) {
         room @ BATCH_BYTES.. => BATCH_BYTES.min(room),
-        // A batch of one byte is a batch of one record: there is none that is smaller.
+        // A batch of one byte is a batch of one record: no batch is smaller.
         0 => 1,
         room => 1 << room.ilog2(),
     }
 }
 
-/// How every producer of an outbox is configured.
+/// The configuration of every producer of an outbox.
 pub(crate) fn config(outbox: &str, brokers: &str, compression: &str, limit: usize) -> ClientConfig {
     let mut config = ClientConfig::new();
     config
@@ -220,16 +220,16 @@ pub(crate) fn config(outbox: &str, brokers: &str, compression: &str, limit: usiz
         .set("acks", "all")
         .set("enable.gapless.guarantee", "true")
         .set("message.timeout.ms", "0")
-        // Rows come by the page, hundreds without a pause: there is nothing to wait for.
+        // Rows come by the page, hundreds without a pause, so the producer need not wait for more.
         .set("linger.ms", "0")
         .set("batch.size", batch_bytes(limit).to_string())
         .set("batch.num.messages", "20000")
-        // Whether a row is too large is the topic's to say, and is known before it is offered.
+        // The topic decides whether a row is too large, and the relay knows that before it offers the row.
         .set("message.max.bytes", "1000000000")
         .set("queue.buffering.max.messages", QUEUE_RECORDS)
         .set("queue.buffering.max.kbytes", "2097151")
         .set("compression.type", compression)
-        // As every Java producer does it: a key's partition must not depend on the producer.
+        // Every Java producer does the same: a key's partition must not depend on the producer.
         .set("partitioner", "murmur2_random")
         .set("allow.auto.create.topics", "false")
         .set("topic.metadata.propagation.max.ms", "10000");
@@ -238,7 +238,8 @@ pub(crate) fn config(outbox: &str, brokers: &str, compression: &str, limit: usiz
 
 impl Drop for Publisher {
     fn drop(&mut self) {
-        // Dropping purges the queue and waits for the polling thread: not on a thread that drives futures.
+        // The drop purges the queue and waits for the polling thread, so it must not run on a thread that drives
+        // futures.
         let producers = std::mem::take(&mut self.producers);
         std::thread::spawn(move || drop(producers));
     }

@@ -1,4 +1,5 @@
-//! What waits in an outbox and what is set apart, as it was last looked up: what health tells, on every replica, whoever publishes.
+//! The rows that wait in an outbox and the topics that are set apart, as the last look saw them: for health, on every
+//! replica, whichever publishes.
 
 use crate::{pending::Pending, position::Position};
 use saga_core::{
@@ -11,34 +12,34 @@ use std::{
     time::Instant,
 };
 
-/// What is known of an outbox's progress.
+/// An outbox's progress, as far as it is known.
 #[derive(Default)]
 pub(crate) struct Progress(Mutex<Known>);
 
 #[derive(Default)]
 struct Known {
-    /// By the number of the batch that was recorded last.
+    /// The mark is the number of the batch that was recorded last.
     movement: Movement<i64>,
     waiting: Option<Waiting>,
     trouble: Option<Trouble>,
     looks: Looks,
-    /// Topics that catch up, by how far each is.
+    /// Topics that catch up; the mark is how far each has come.
     catching_up: HashMap<String, Movement<Option<Position>>>,
 }
 
 impl Progress {
-    /// What stands in the way of topics that have rows, and what waits for the main stream.
+    /// The trouble of topics that have rows, and what waits for the main stream.
     pub(crate) fn get(&self) -> (Option<Trouble>, Option<Waiting>) {
         let known = self.lock();
         (known.looks.trouble().or_else(|| known.trouble.clone()), known.waiting)
     }
 
-    /// It could not be looked up: what was known of it stands.
+    /// Records a look that failed: what was known before stands.
     pub(crate) fn missed(&self, why: &Trouble) {
         self.lock().looks.missed(why);
     }
 
-    /// It was looked up.
+    /// Records a look at what waits and what is set apart.
     pub(crate) fn is(&self, pending: &Pending, clock: &DatabaseClock) {
         self.is_at(pending, clock, clock::monotonic());
     }
@@ -64,7 +65,7 @@ impl Progress {
 }
 
 impl Known {
-    /// Topics that should catch up with the main stream, have rows, and get no further.
+    /// The troubles of topics that should catch up with the main stream, have rows, and get no further.
     fn hang(&mut self, pending: &Pending, now: Instant) -> Vec<Trouble> {
         let behind = pending.behind.iter().filter(|behind| !pending.whole && behind.rows > 0 && behind.paused.resuming);
         let behind: Vec<_> = behind.collect();
@@ -82,7 +83,7 @@ impl Known {
     }
 }
 
-/// Of the topics whose rows wait for something else than their turn.
+/// The trouble of topics whose rows wait for something else than their turn.
 fn trouble(pending: &Pending, hang: Vec<Trouble>, clock: &DatabaseClock) -> Option<Trouble> {
     if pending.whole {
         return (pending.rows > 0).then(|| Trouble::new(Cause::Paused, "an operator paused the whole outbox"));
@@ -95,7 +96,7 @@ fn trouble(pending: &Pending, hang: Vec<Trouble>, clock: &DatabaseClock) -> Opti
         })
         .chain(hang)
         .collect();
-    // What an operator did not want comes first.
+    // Trouble that no operator wanted comes first.
     troubles.sort_by_key(|trouble| trouble.cause == Cause::Paused);
     Trouble::all(troubles)
 }
@@ -109,7 +110,7 @@ mod tests {
     };
     use std::time::Duration;
 
-    /// A topic with rows that an operator has resumed, so far.
+    /// A topic with rows that an operator has resumed; `after` is how far it has come.
     fn behind(after: i64, rows: i64) -> Pending {
         let position = Some(Position { after, ..Position::initial() });
         let (topic, reason) = (String::from("back"), String::from("for a while"));

@@ -1,8 +1,9 @@
-//! Reads ahead of the producer, for one stream: the main stream's rows, or those of a topic that is set apart.
+//! The reader of one stream reads ahead of the producer: the main stream's rows, or those of a topic that is set apart.
 //!
-//! After a full page of the main stream comes the next at once, after a small one when Kafka has it and a pause is over. The
-//! pauses grow with the time that nothing was found for, from 1 ms (5 ms while services tell of their commits) to 100 ms,
-//! and end when a service tells of a commit. A topic's reader follows the main stream at a pace of its own.
+//! After a full page of the main stream the reader takes the next at once. After a small page it waits until Kafka has
+//! that page, and for a pause. The pauses grow with the time in which nothing was found, from 1 ms to 100 ms; the
+//! shortest is 5 ms while services nudge. A nudge ends a pause. A topic's reader follows the main stream at a pace of
+//! its own.
 
 use crate::{
     control::Control,
@@ -19,16 +20,16 @@ use std::{
 };
 use tokio::sync::{mpsc, watch};
 
-/// How long nothing is read.
+/// How long the reader pauses.
 struct Pauses {
-    /// Between polls that find little or nothing.
+    /// The pause between polls that find little or nothing.
     idle: RangeInclusive<Duration>,
-    /// The shortest while services tell of their commits: then it is for the few that do not, and a look in between, which
-    /// finds nothing, is spared.
+    /// The shortest pause while services nudge. Then the pause serves only the few services that do not, and a look in
+    /// between, which finds nothing, is spared.
     nudged: Duration,
-    /// After a page of few rows the next is read when Kafka has acknowledged it, or so much later: what comes meanwhile
-    /// shares one poll, one request to Kafka and one transaction of the consumer. Rows that do not go to Kafka, as their topic
-    /// is paused, wait for nothing: there is one look for what was told of during the last.
+    /// After a page of few rows, the longest wait for Kafka's acknowledgement before the next read. Rows that come
+    /// meanwhile share one poll, one request to Kafka and one transaction of the consumer. Rows that do not go to
+    /// Kafka, as their topic is paused, wait for nothing: one look covers all nudges of the last.
     acknowledged: Duration,
 }
 
@@ -37,24 +38,24 @@ const PAUSES: Pauses = Pauses {
     nudged: Duration::from_millis(5),
     acknowledged: Duration::from_millis(10),
 };
-/// Services tell of their commits for so long after the last time.
+/// How long after the last nudge services count as nudging.
 const NUDGED: Duration = Duration::from_secs(1);
 const FEW_ROWS: usize = 500;
-/// A pause is this part of the time that nothing was found for: what comes after a while waits that much longer. When
-/// pauses doubled, a message of a conversation waited as long again as the answer before it had taken: 64 sagas went
+/// A pause is this part of the time in which nothing was found: what comes after a while waits that much longer. When
+/// pauses doubled, a message of a conversation waited as long again as the answer before it had taken. 64 sagas went
 /// round in one convoy, at a sixth of the pace (measured).
 const PATIENCE: u32 = 16;
 
-/// Between two looks of a topic's reader at what the main stream has passed: each is a statement or two.
+/// The pause between two looks of a topic's reader at what the main stream has passed: each is a statement or two.
 const FOLLOW: Duration = Duration::from_millis(50);
 /// An empty stretch is recorded no more often than this.
 const EMPTY: Duration = Duration::from_secs(1);
 
-/// What the publisher gets, in order.
+/// An item for the publisher, in order.
 pub(crate) enum Item {
     /// Rows to publish.
     Page(Page),
-    /// Every row of the topic that the main stream had passed at this position was handed out.
+    /// The reader has handed out every row of the topic that the main stream had passed at this position.
     CaughtUp(Position),
 }
 
@@ -63,7 +64,7 @@ pub(crate) struct Reader {
     cursor: Cursor,
     control: watch::Receiver<Arc<Control>>,
     items: mpsc::Sender<Item>,
-    /// Pages given to the publisher, and how many of them it has done with.
+    /// How many pages the publisher got, and how many of them it has done with.
     given: usize,
     done: watch::Receiver<usize>,
     pauses: Pauses,
@@ -79,7 +80,7 @@ impl Reader {
         Self { cursor, control, items, given: 0, done, pauses: PAUSES }
     }
 
-    /// Reads until the publisher wants no more.
+    /// Reads until the publisher takes no more.
     pub(crate) async fn run(mut self, database: Database, nudges: Arc<Nudges>) -> Result<(), ReadError> {
         let mut db = database.connect().await?;
         self.run_with(&database, &mut db, &nudges).await?;
@@ -90,7 +91,7 @@ impl Reader {
     async fn run_with(&mut self, database: &Database, db: &mut PgConnection, nudges: &Nudges) -> Result<(), ReadError> {
         let (mut found_last, mut nudged_last) = (clock::monotonic(), None::<Instant>);
         loop {
-            // What has been told of by now is in the window that is opened next.
+            // Commits with a nudge so far are in the window that is opened next.
             if !self.cursor.knows_more() && nudges.take() {
                 nudged_last = Some(clock::monotonic());
             }
@@ -109,7 +110,7 @@ impl Reader {
             let nudged = nudged_last.is_some_and(|last| last.elapsed() < NUDGED);
             let shortest = if nudged { self.pauses.nudged } else { *self.pauses.idle.start() };
             let pause = (idle / PATIENCE).clamp(shortest, shortest.max(*self.pauses.idle.end()));
-            // Copies, in which a change is seen that stays new for `run_once`.
+            // The copies see a change that stays new for `run_once`.
             let (mut control, mut done) = (self.control.clone(), self.done.clone());
             let paused = async {
                 tokio::select! {
@@ -135,7 +136,7 @@ impl Reader {
         }
     }
 
-    /// One page. The database has to answer in time; the publisher may take the page when it likes.
+    /// Reads one page. The database has to answer in time; the publisher may take the page at any time.
     async fn run_once(&mut self, database: &Database, db: &mut PgConnection) -> Result<Found, ReadError> {
         if self.control.borrow_and_update().whole {
             return Ok(Found::Nothing);
@@ -158,13 +159,13 @@ enum Found {
 /// Reads the rows of a topic that is set apart, as far as the main stream has passed them.
 pub(crate) struct Follower {
     pub(crate) cursor: Cursor,
-    /// Where the main stream stands.
+    /// The main stream's position.
     pub(crate) main: watch::Receiver<Position>,
     pub(crate) items: mpsc::Sender<Item>,
 }
 
 impl Follower {
-    /// Reads until the publisher wants no more.
+    /// Reads until the publisher takes no more.
     pub(crate) async fn run(mut self, database: Database) -> Result<(), ReadError> {
         let mut recorded = None::<Instant>;
         loop {
@@ -172,7 +173,7 @@ impl Follower {
             self.cursor.make_room().await;
             let began = clock::monotonic();
             let page = database.ask(async |db| self.cursor.follow(db, &main).await).await?;
-            // Where the main stream has passed no more than was read, the next step comes when it has.
+            // If the main stream has passed no more than was read, the next step waits for it.
             let follows = page.is_none();
             let item = match page {
                 Some(page) if page.rows.is_empty() && recorded.is_some_and(|last| last.elapsed() < EMPTY) => None,
@@ -183,7 +184,7 @@ impl Follower {
                 None if self.cursor.has_reached(&main) => Some(Item::CaughtUp(main)),
                 None => None,
             };
-            // As long as it took: the main stream reads from the same database.
+            // The pause is as long as the step took: the main stream reads from the same database.
             let pause = if follows { FOLLOW } else { began.elapsed().min(FOLLOW) };
             if let Some(item) = item
                 && self.items.send(item).await.is_err()
@@ -196,7 +197,7 @@ impl Follower {
             }
             if follows {
                 tokio::select! {
-                    // The main stream has passed something more, or there is none any more.
+                    // The main stream has passed further rows, or has ended.
                     changed = self.main.changed() => if changed.is_err() { return Ok(()) },
                     () = self.items.closed() => return Ok(()),
                 }
@@ -224,7 +225,8 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
     const SOON: Duration = Duration::from_secs(30);
 
-    /// A reader that would pause for an hour, whatever it waits for, on a database of its own; the test is its publisher.
+    /// A reader that would pause for an hour, whatever it waits for, on a database of its own; the test is its
+    /// publisher.
     struct Reading {
         database: TestDatabase,
         _control: watch::Sender<Arc<Control>>,
@@ -234,7 +236,7 @@ mod tests {
     }
 
     impl Reading {
-        /// It listens, has looked, found nothing, and pauses.
+        /// Starts a reader that listens, has looked, found nothing, and pauses.
         async fn start() -> Self {
             let database = TestDatabase::new(&[messaging_migrations()]).await;
             let options = sqlx::postgres::PgConnectOptions::from_str(&database.url).unwrap();
@@ -253,7 +255,7 @@ mod tests {
             reading
         }
 
-        /// How many connections of the relay's have done what begins like this, and do nothing now.
+        /// How many connections of the relay have run a statement that begins like this, and are idle now.
         async fn idle_after(&self, last: &str) -> i64 {
             sqlx::query_scalar(
                 "select count(*) from pg_stat_activity
@@ -265,7 +267,7 @@ mod tests {
             .unwrap()
         }
 
-        /// Commits a row of each topic, and does not tell of them.
+        /// Commits a row of each topic, without a nudge.
         async fn append(&self, topics: &[&str]) {
             sqlx::query("select outbox_append(topic, 'a', 'test.v1', ''::bytea) from unnest($1::text[]) as topic")
                 .bind(topics)
@@ -305,7 +307,7 @@ mod tests {
         nudge(&reading.database.pool);
         assert_eq!(reading.page().await, (None, vec!["first".to_owned()]));
         others.recv().await.unwrap();
-        // It waits for Kafka, and is told meanwhile.
+        // The reader waits for Kafka, and gets a nudge meanwhile.
         reading.append(&["second"]).await;
         nudge(&reading.database.pool);
         others.recv().await.unwrap();
@@ -313,7 +315,7 @@ mod tests {
         nudge(&reading.database.pool);
         others.recv().await.unwrap();
         reading.page_is_done();
-        // In one page: it did not look before the first was acknowledged.
+        // Both rows come in one page: the reader did not look before the first page was acknowledged.
         assert_eq!(reading.page().await, (None, vec!["second".to_owned(), "third".to_owned()]));
     }
 
@@ -327,11 +329,11 @@ mod tests {
         for _ in 0..TIMES {
             reading.append(&["paused", "flows"]).await;
             nudge(&reading.database.pool);
-            // The publisher passes over the one, and has the other acknowledged.
+            // The publisher passes over one row, and has the other acknowledged.
             assert_eq!(reading.page().await, (None, both.to_vec()));
             reading.page_is_done();
         }
-        // The first, and one for each nudge of a service.
+        // There is the first look, and one for each nudge of a service.
         assert!((TIMES..=1 + TIMES).contains(&looks()), "{} looks", looks());
     }
 
@@ -345,7 +347,7 @@ mod tests {
         let target: String =
             sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&reading.database.pool).await.unwrap();
         let (base, target): (Snapshot, Snapshot) = (base.parse().unwrap(), target.parse().unwrap());
-        // The main stream is through, and there is nothing more for it.
+        // The main stream has passed all, and gets no more rows.
         let (_main, following) = watch::channel(Position::at(target.clone()));
         let mut lock = reading.database.pool.begin().await.unwrap();
         sqlx::query("lock table outbox in access exclusive mode").execute(&mut *lock).await.unwrap();
@@ -387,7 +389,7 @@ mod tests {
         let cursor = Cursor::new(Position::initial(), Some("apart".into()), area);
         let follower = Follower { cursor, main: following, items };
         let _follower = AbortOnDropHandle::new(tokio::spawn(follower.run(Database::new(options, 1, SOON))));
-        // Also where a stretch has no rows it is handed out, to be recorded.
+        // A stretch without rows is handed out, too, to be recorded.
         let mut next = async || loop {
             match tokio::time::timeout(SOON, handed.recv()).await.expect("it reads").unwrap() {
                 Item::Page(page) if page.rows.is_empty() => {}

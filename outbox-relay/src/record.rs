@@ -1,6 +1,6 @@
 //! A row as a Kafka record: its headers (CloudEvents, binary mode) and its exact size on the broker.
 //!
-//! The payload passes through as it is. What the row's own headers say wins, except for what identifies the row.
+//! The payload passes through as it is. The row's own headers win, except over those that identify the row.
 
 use crate::row::Row;
 use rdkafka::{
@@ -25,16 +25,16 @@ use serde::{
 use std::{borrow::Cow, fmt, io::Write as _, sync::Arc};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-/// What the row's headers may not override.
+/// Headers that the row's own may not override.
 const OURS: [&str; 6] = [header::SPECVERSION, header::ID, header::TYPE, header::TIME, header::SEQUENCE, header::EPOCH];
 
 /// Builds records of one outbox. Reuses its buffers.
 pub(crate) struct RecordBuilder {
     source: String,
-    /// What the rows' ids count in: the same for all that are published under one lease.
+    /// The epoch that the rows' ids count in: the same for all that is published under one lease.
     epoch: Arc<str>,
-    /// A record's timestamp is when it was sent, by the database's clock: Kafka refuses what is far ahead of its own, and
-    /// keeps a record for so long after it.
+    /// The database's clock gives a record's timestamp, which is when it was sent. Kafka refuses timestamps far ahead
+    /// of its own clock, and keeps a record for a fixed time after its timestamp.
     pub(crate) clock: Arc<DatabaseClock>,
     text: Vec<u8>,
 }
@@ -44,19 +44,19 @@ pub(crate) struct RecordBuilder {
 pub(crate) struct Built {
     pub(crate) headers: OwnedHeaders,
     pub(crate) size: usize,
-    /// What of a dead letter is left out, because its topic does not take it whole.
+    /// The part of a dead letter that is left out, because its topic does not take it whole.
     pub(crate) left_out: LeftOut,
 }
 
-/// What of a row its record has not.
+/// The part of a row that its record lacks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum LeftOut {
     #[default]
     Nothing,
     Payload,
-    /// And the headers that the dead letter has of its original.
+    /// The payload, and the headers that the dead letter has of its original.
     Headers,
-    /// And the key.
+    /// The payload, those headers, and the key.
     Key,
 }
 
@@ -69,8 +69,8 @@ impl RecordBuilder {
         self.build_without(row, LeftOut::Nothing)
     }
 
-    /// The record of a dead letter, of which as little is left out as makes it fit into `limit` bytes: it says where its original
-    /// stands, and what of it is only to be read there. `None` where nothing helps, or the row is no dead letter.
+    /// The record of a dead letter, with as little left out as makes it fit into `limit` bytes. It names the place of
+    /// its original, and what is only to be read there. `None` where nothing helps, or the row is no dead letter.
     pub(crate) fn build_within(&mut self, row: &Row, limit: usize) -> Option<Built> {
         if !is_dead_letter(row) {
             return None;
@@ -79,7 +79,7 @@ impl RecordBuilder {
         less.into_iter().map(|left_out| self.build_without(row, left_out)).find(|built| built.size <= limit)
     }
 
-    /// The record, or as much of a dead letter as fits into `limit` bytes; else how large it is.
+    /// The record, or as much of a dead letter as fits into `limit` bytes; the error is its size.
     pub(crate) fn fit(&mut self, row: &Row, limit: usize) -> Result<Built, usize> {
         let whole = self.build(row);
         if whole.size <= limit { Ok(whole) } else { self.build_within(row, limit).ok_or(whole.size) }
@@ -140,14 +140,14 @@ impl RecordBuilder {
     fn time(&mut self, at: OffsetDateTime) -> &[u8] {
         self.text.clear();
         if at.format_into(&mut self.text, &Rfc3339).is_err() {
-            // Years beyond 9999 have no RFC 3339 form, and no such row was written by a working clock.
+            // Years beyond 9999 have no RFC 3339 form, and no working clock wrote such a row.
             self.text.clear();
             self.text.extend_from_slice(b"9999-12-31T23:59:59Z");
         }
         &self.text
     }
 
-    /// Of records that are sent now: milliseconds since 1970.
+    /// The timestamp of records that are sent now: milliseconds since 1970.
     pub(crate) fn timestamp(&self) -> i64 {
         i64::try_from(self.clock.now().unix_timestamp_nanos() / 1_000_000).unwrap_or(0)
     }
@@ -161,7 +161,7 @@ impl RecordBuilder {
 
 /// Headers as they are put together, and their size in a record.
 struct Headers {
-    /// Always there between two calls.
+    /// `Some` between two calls.
     headers: Option<OwnedHeaders>,
     count: usize,
     size: usize,
@@ -189,7 +189,7 @@ pub(crate) fn takes_dead_letters(topic: &str) -> bool {
     topic.ends_with(&dead_letter_topic(""))
 }
 
-/// Whether a consumer gave the row's record up: then it says where that stands.
+/// Whether the row is a dead letter of a consumer: its headers name the place of the original.
 fn is_dead_letter(row: &Row) -> bool {
     let own = row.headers().map(parse).unwrap_or_default();
     let of = |name: &str| own.iter().find(|(of, _)| of == name).map(|(_, value)| value.as_ref());
@@ -198,16 +198,16 @@ fn is_dead_letter(row: &Row) -> bool {
         && of(letter::OFFSET).is_some()
 }
 
-/// What is said of a row within this has the ids that its consumers log, and its trace. A warning like what is said in it:
-/// there are no other spans with `RUST_LOG=warn`.
+/// A span for log lines about a row, with the ids that its consumers log, and its trace. The span is a warning like the
+/// lines in it: with `RUST_LOG=warn` there are no other spans.
 pub(crate) fn span(row: &Row) -> tracing::Span {
     let own = row.headers().map(parse).unwrap_or_default();
     let id = row.message_id().to_string();
     let ours = [(header::SPECVERSION, "1.0"), (header::ID, &id), (header::TYPE, row.kind())];
     let theirs = own.iter().map(|(name, value)| (name.as_ref(), value.as_ref()));
-    // Of a name that comes twice, the last counts.
+    // Of headers with one name, the last counts.
     let all = [(header::SOURCE, "outbox")].into_iter().chain(theirs).chain(ours);
-    // Whoever wrote the row may have written anything.
+    // The row's writer may have written any headers.
     let Ok(envelope) = Envelope::decode(all.map(|(name, value)| (name, Some(value.as_bytes())))) else {
         return tracing::warn_span!("row", message_id = id);
     };
@@ -225,7 +225,7 @@ pub(crate) fn span(row: &Row) -> tracing::Span {
     span
 }
 
-/// The record of a row, to be given to a producer with what names it there.
+/// The record of a row, for a producer, with the number that names it there.
 pub(crate) fn of(row: &Row, built: Built, opaque: usize, timestamp: i64) -> BaseRecord<'_, [u8], [u8], usize> {
     let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(row.topic(), opaque).headers(built.headers);
     record.key = row.key().map(str::as_bytes).filter(|_| built.left_out < LeftOut::Key);
@@ -234,7 +234,7 @@ pub(crate) fn of(row: &Row, built: Built, opaque: usize, timestamp: i64) -> Base
     record
 }
 
-/// What stands before the records of a batch (magic 2).
+/// The bytes before the records of a batch (magic 2).
 pub(crate) const BATCH_HEADER: usize = 61;
 
 /// Bytes of a length as a zigzag varint.
@@ -243,8 +243,8 @@ fn varint(length: usize) -> usize {
     (64 - zigzag.max(1).leading_zeros() as usize).div_ceil(7)
 }
 
-/// A JSON object of strings as pairs. A value that is no string goes as its JSON text: a header must never be what keeps
-/// a committed row from being published.
+/// A JSON object of strings as pairs. A value that is no string goes as its JSON text: a header must never be what
+/// keeps a committed row from being published.
 fn parse(json: &str) -> Vec<(Cow<'_, str>, Cow<'_, str>)> {
     struct Pairs;
     impl<'de> Visitor<'de> for Pairs {

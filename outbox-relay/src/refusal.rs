@@ -1,17 +1,17 @@
-//! What a refusal means: whether it is about the row, about its topic, or about neither.
+//! The meaning of a refusal: whether it is about the row, about its topic, or about neither.
 
 use crate::pause::Cause;
 use rdkafka::types::RDKafkaErrorCode as Code;
 use saga_core::error_class::{ErrorClass, classify_kafka};
 
-/// What is to become of what was refused.
+/// What the relay does after a refusal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// This row will be refused for ever: it is parked.
+    /// Kafka will refuse this row for ever: it is parked.
     Row,
     /// No row of its topic can be published now: the topic is paused.
     Topic(Cause),
-    /// It says nothing about the row: it is sent again.
+    /// The refusal is not about the row: it is sent again.
     Transient,
 }
 
@@ -20,16 +20,16 @@ impl Refusal {
         match code {
             Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition => Self::Topic(Cause::Missing),
             Code::TopicAuthorizationFailed => Self::Topic(Cause::Forbidden),
-            // A batch of one record, where a nudge announces a row.
+            // This is a batch of one record: no smaller one can be sent.
             Code::MessageBatchTooLarge => Self::Row,
-            // A timestamp, above all, tells of a clock and not of the row.
+            // A refused timestamp, above all, is a clock's fault and not the row's.
             code if classify_kafka(code) == ErrorClass::Own => Self::Row,
             _ => Self::Transient,
         }
     }
 }
 
-/// Whether the code is the whole cluster's or the producer's: it says nothing about the topic whose row met it.
+/// Whether the code is the whole cluster's or the producer's: it is not about the topic whose row met it.
 pub(crate) fn is_of_all_topics(code: Code) -> bool {
     matches!(classify_kafka(code), ErrorClass::Stale | ErrorClass::Passing)
         || matches!(
@@ -52,7 +52,7 @@ mod tests {
         assert_eq!(Refusal::of(Code::InvalidTimestamp), Refusal::Transient);
         assert_eq!(Refusal::of(Code::MessageSizeTooLarge), Refusal::Row);
         assert_eq!(Refusal::of(Code::UnknownTopicOrPartition), Refusal::Topic(Cause::Missing));
-        // Kafka's own topics exist and take nothing: to wait for them would never end.
+        // Kafka's own topics exist and take nothing: a wait for them would never end.
         assert_eq!(Refusal::of(Code::InvalidTopic), Refusal::Row);
     }
 

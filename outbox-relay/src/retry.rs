@@ -1,4 +1,4 @@
-//! Tries parked lines again, when an operator asked for it: in order, many rows at a time, beside everything else.
+//! Tries parked lines again, when an operator asked for it: in order, many rows at a time, beside all other work.
 //!
 //! ```text
 //!  parked ──claim──▶ being sent ──report──▶ published
@@ -6,9 +6,10 @@
 //!    └──── refused ──────┘
 //! ```
 //!
-//! A row is claimed, in a commit of its own, before it is sent, and until its fate is known it cannot be discarded: what was
-//! discarded is never published. Retries have a producer of their own, so that a row that Kafka refuses costs no other row
-//! anything. When the process dies in between, the next owner sends the claimed rows again: the request still stands.
+//! The relay claims a row, in a commit of its own, before it sends it. Until its fate is known the row cannot be
+//! discarded: what was discarded is never published. Retries have a producer of their own, so that a row that Kafka
+//! refuses costs no other row anything. When the process dies in between, the next owner sends the claimed rows again:
+//! the request still stands.
 
 mod put_off;
 
@@ -39,19 +40,19 @@ use tokio::sync::watch;
 use tracing::{debug, info, warn};
 use uuid::Uuid;
 
-/// Bytes that are sent together at most. One row may exceed it alone.
+/// The most bytes that are sent together. One row may exceed it alone.
 const BYTES: usize = LEAST;
-/// Rows that are sent together at most, and looked at; what was sent is marked by one statement.
+/// The most rows that are read and sent together; one statement marks what was sent.
 const ROWS: usize = LEAST / ROW;
-/// Kafka acknowledges at least one row within this. A topic whose rows cannot be sent is left alone for as long, so that
-/// others are tried.
+/// Kafka acknowledges at least one row within this. A topic whose rows cannot be sent is left alone for as long, so
+/// that others are tried.
 const REPORT: Duration = Duration::from_secs(10);
-/// Turns that fail one after the other before health shows it.
+/// How many turns may fail one after the other before health shows it.
 const FAILURES: u32 = 3;
-/// Between two turns, after one that could do nothing.
+/// The pause between two turns, after one that could do nothing.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Rows of a line that are to be sent, when that was asked for, and how large a record may be.
+/// A line, the time of its request, how large a record may be, and the rows to send.
 type Chosen = (Line, OffsetDateTime, usize, Vec<i64>);
 
 /// Tries parked lines again, for one owner.
@@ -67,13 +68,13 @@ pub(crate) struct Retries {
     blocked: Arc<Blocked>,
     control: watch::Receiver<Arc<Control>>,
     loops: Arc<Loops>,
-    /// Requests that were met, by when they were made: what is known of them may be a moment old.
+    /// Requests that were met, by the time of the request: the last look may be a moment old.
     met: HashMap<Line, OffsetDateTime>,
-    /// Rows that are still to be sent one at a time, because a batch was refused and the culprit is not known.
+    /// How many rows are still to be sent one at a time, because a batch was refused and the culprit is not known.
     one_by_one: usize,
-    /// Topics whose rows could not be sent, until when they are left alone.
+    /// Topics whose rows could not be sent, and until when they are left alone.
     silent: HashMap<String, std::time::Instant>,
-    /// The line that comes first in the next turn: there was no room for it.
+    /// The line that comes first in the next turn, because it found no room in the last.
     first: Option<Line>,
     producer: Option<Retrying>,
 }
@@ -107,7 +108,7 @@ impl Retries {
         }
     }
 
-    /// Tries what is asked for until it is dropped.
+    /// Tries requested lines until the future is dropped.
     pub(crate) async fn run(mut self) {
         let mut failures = 0;
         loop {
@@ -116,7 +117,7 @@ impl Retries {
                 self.producer = None;
                 self.loops.working(loops::RETRIES);
                 if self.control.changed().await.is_err() {
-                    // The owner's time ends, and this with it.
+                    // The owner's time ends, and this future with it.
                     return std::future::pending().await;
                 }
                 continue;
@@ -155,7 +156,7 @@ impl Retries {
         lines.map(|(line, at)| (line.clone(), *at)).collect()
     }
 
-    /// Sends rows of these lines, as many as go together; says whether anything was done.
+    /// Sends rows of these lines, as many as go together; returns whether anything was done.
     async fn turn(&mut self, mut lines: Vec<(Line, OffsetDateTime)>) -> Result<bool, sqlx::Error> {
         if let Some(at) = self.first.take().and_then(|first| lines.iter().position(|(line, _)| *line == first)) {
             lines.rotate_left(at);
@@ -190,7 +191,7 @@ impl Retries {
                     done = true;
                     self.met(line, requested).await?;
                 }
-                // It is the first of the next turn.
+                // The line is the first of the next turn.
                 Choice::NoRoom => self.first = self.first.take().or(Some(line)),
                 Choice::Nothing => done |= self.finish(line, requested).await?,
             }
@@ -203,8 +204,8 @@ impl Retries {
         self.send(chosen, held).await
     }
 
-    /// The first rows of a line that fit. A row that its topic does not take is refused unread: alone if it
-    /// has no key, else with all behind it.
+    /// The first rows of a line that fit. A row that its topic does not take is refused unread: alone if it has no key,
+    /// else with all behind it.
     async fn choose(&self, line: &Line, limit: usize, most: usize, room: usize) -> Result<Choice, sqlx::Error> {
         let found = self.db.ask(async |db| parking::waiting(db, &self.outbox, line, most).await).await?;
         if found.is_empty() {
@@ -213,7 +214,7 @@ impl Retries {
         let (mut ids, mut bytes, mut refused) = (Vec::new(), 0, false);
         for row in found {
             let size = row.bytes();
-            // Of a dead letter as much is sent as fits.
+            // For a dead letter, as much is sent as fits.
             if size > limit && !takes_dead_letters(&line.topic) {
                 if line.key.is_some() && !ids.is_empty() {
                     break;
@@ -263,7 +264,7 @@ impl Retries {
         Ok(limit)
     }
 
-    /// Claims the rows, sends them, and records what became of them.
+    /// Claims the rows, sends them, and records their fate.
     async fn send(&mut self, chosen: Vec<Chosen>, held: Held) -> Result<bool, sqlx::Error> {
         let ids: Vec<i64> = chosen.iter().flat_map(|(.., ids)| ids.iter().copied()).collect();
         let claimed = self.db.ask(async |db| parking::claim(db, &self.outbox, self.owner, &ids).await).await?;
@@ -302,7 +303,7 @@ impl Retries {
         Ok(done)
     }
 
-    /// Sends the rows and waits for their reports; what has none is in doubt.
+    /// Sends the rows and waits for their reports; a row without one is in doubt.
     async fn deliver(&mut self, lines: &[Sending], records: Vec<Built>, held: Held) -> Vec<Option<Result<(), Code>>> {
         let mut reports = vec![None; records.len()];
         let rows = || lines.iter().flat_map(|line| &line.rows);
@@ -339,7 +340,7 @@ impl Retries {
         reports
     }
 
-    /// Records what became of the rows; says whether anything was done, and which rows were surely not published.
+    /// Records the fate of the rows; returns whether anything was done, and which rows were surely not published.
     async fn settle(
         &mut self,
         lines: Vec<Sending>,
@@ -355,7 +356,7 @@ impl Retries {
                 match reports.next().flatten() {
                     Some(Ok(())) => ids.push(row.id()),
                     Some(Err(code)) => {
-                        // Else a broker may have it all the same: it stays claimed, and is sent again.
+                        // In other cases a broker may have the row all the same: it stays claimed, and is sent again.
                         if Refusal::of(code) != Refusal::Transient {
                             behind = line.key.is_some();
                             unsent.push(row.id());
@@ -409,7 +410,7 @@ impl Retries {
         self.db.ask(async |db| parking::refused(db, &self.outbox, self.owner, row.id(), reason).await).await
     }
 
-    /// Nothing of what was asked for is left of the line.
+    /// Frees a line of which no requested row is left.
     async fn finish(&mut self, line: Line, requested: OffsetDateTime) -> Result<bool, sqlx::Error> {
         if !self.db.ask(async |db| self.blocked.free(db, &self.outbox, &line).await).await? {
             return Ok(false);
@@ -421,7 +422,7 @@ impl Retries {
         Ok(true)
     }
 
-    /// The request is met, whatever came of it.
+    /// Records that the request is met, whatever came of it.
     async fn met(&mut self, line: Line, requested: OffsetDateTime) -> Result<(), sqlx::Error> {
         self.db.ask(async |db| parking::tried(db, &self.outbox, self.owner, &line, requested).await).await?;
         self.met.insert(line, requested);

@@ -1,5 +1,6 @@
-//! The producer of parked rows that are tried again: its own, so that a row that Kafka refuses costs no other row anything. What
-//! it holds when it is dropped, or when the process dies, is in doubt; the rows stay claimed and are sent again.
+//! The producer of parked rows that are tried again: its own, so that a row that Kafka refuses costs no other row
+//! anything. Rows that it holds when it is dropped, or when the process dies, are in doubt; they stay claimed and are
+//! sent again.
 
 use crate::{budget::Held, parking::Line, producer, row::Row};
 use rdkafka::{
@@ -18,9 +19,9 @@ pub(crate) struct Sending {
     pub(crate) rows: Vec<Row>,
 }
 
-/// What there is to try of a line.
+/// The choice of rows to try of a line.
 pub(crate) enum Choice {
-    /// These rows, and their bytes.
+    /// The ids of the rows to send, and their bytes.
     Rows(Vec<i64>, usize),
     /// Its first row was refused unread.
     Refused,
@@ -33,7 +34,7 @@ pub(crate) enum Choice {
 /// A producer of parked rows, and its reports.
 pub(crate) struct Retrying {
     producer: Option<ThreadedProducer<Reports>>,
-    /// The room of what it has.
+    /// The room of the rows that the producer has.
     pub(crate) held: Option<Held>,
     pub(crate) reports: mpsc::UnboundedReceiver<(usize, Result<(), Code>)>,
 }
@@ -59,7 +60,8 @@ impl Retrying {
 
 impl Drop for Retrying {
     fn drop(&mut self) {
-        // Dropping purges the queue and waits for the polling thread: not on a thread that drives futures.
+        // The drop purges the queue and waits for the polling thread, so it must not run on a thread that drives
+        // futures.
         let (producer, held) = (self.producer.take(), self.held.take());
         std::thread::spawn(move || {
             drop(producer);
@@ -84,7 +86,7 @@ impl ProducerContext for Reports {
             Ok(_) => Ok(()),
             Err((error, _)) => Err(error.rdkafka_error_code().unwrap_or(Code::Unknown)),
         };
-        // Rows are purged when the producer is given up; their reports are not waited for then.
+        // Rows are purged when the producer is given up; then no task waits for their reports.
         self.0.send((index, report)).ok();
     }
 }

@@ -1,30 +1,31 @@
 //! One outbox row as it was read: a view into the bytes that PostgreSQL sent, copied only when the producer takes it.
 //!
-//! A page carries what is small of a row. Of a column that is large it carries the size; the body is read when the row's turn
-//! comes, so that the size of a page is known before it is fetched. A body that no topic takes by default is not even read
-//! then: the session reads it once it knows that the row is to be sent.
+//! A page carries the small columns of a row. For a large column it carries the size. The body is read when the row's
+//! turn comes, so that the size of a page is known before it is fetched. A body that no topic takes by default is not
+//! even read then: the session reads it once it knows that the row will be sent.
 
 use sqlx::{PgConnection, Row as _, postgres::PgRow};
 use std::sync::OnceLock;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Bytes up to which a column comes with its page: the payload, the headers as they are stored, and the key and the type.
+/// Bytes up to which a column comes with its page: the payload, the headers as they are stored, and the key and the
+/// type.
 const PAYLOAD_INLINE: usize = 3_072;
 const HEADERS_INLINE: usize = 1_024;
 const KEY_INLINE: usize = 256;
-/// Bytes that a row takes at most, about, that comes whole with its page.
+/// The most bytes, about, of a row that comes whole with its page.
 pub(crate) const INLINE_BYTES: usize = PAYLOAD_INLINE + HEADERS_INLINE + 2 * KEY_INLINE;
 /// A body up to this size is read with its page: Kafka's default for `max.message.bytes`. A larger one is read when the
 /// topic is known to take it.
 pub(crate) const READ_AHEAD_BYTES: usize = 1_048_588;
-/// What a row takes here, and in Kafka's client, beside its bytes.
+/// The bytes that a row takes here, and in Kafka's client, beside its own.
 pub(crate) const OVERHEAD: usize = 512;
-/// What is said of a row that is not there any more when its body is read.
+/// The log line about a row that is gone when its body is read.
 pub(crate) const DELETED: &str = "the row was deleted from the outbox before it was published; it is left out";
 
-/// A time as [`OffsetDateTime`] can hold it, and RFC 3339 can say it. PostgreSQL knows infinity and many more years, which
-/// sqlx does not refuse but panics on; the outbox refuses them as well, but may have had such rows before it did.
+/// A time as [`OffsetDateTime`] can hold it, and RFC 3339 can write it. PostgreSQL knows infinity and many more years,
+/// on which sqlx panics. The outbox refuses them as well, but may have had such rows before it did.
 macro_rules! within_calendar {
     ($time:literal) => {
         concat!("least(greatest(", $time, ", '0001-01-01 00:00:00+00'), '9999-12-31 23:59:59.999999+00')")
@@ -32,7 +33,7 @@ macro_rules! within_calendar {
 }
 pub(crate) use within_calendar;
 
-/// Whether the headers are as large as they look: what is compressed may be of any size.
+/// Whether the headers are as large as they look: compressed ones may be of any size.
 macro_rules! small_headers {
     () => {
         "pg_column_size(headers) <= 1024 and pg_column_compression(headers) is null"
@@ -40,9 +41,9 @@ macro_rules! small_headers {
 }
 pub(crate) use small_headers;
 
-/// The columns of a row, in the order that [`Row`] reads them; the numbers are [`PAYLOAD_INLINE`], [`HEADERS_INLINE`], [`KEY_INLINE`]. The length of a column that is
-/// stored apart is known without reading it, but for the headers': PostgreSQL writes those out as text, once, if they are
-/// large. An empty header object, as nearly all are small or empty, is not sent at all.
+/// The columns of a row, in the order that [`Row`] reads them; the numbers are [`PAYLOAD_INLINE`], [`HEADERS_INLINE`],
+/// [`KEY_INLINE`]. PostgreSQL knows the length of a column that is stored apart without reading it. Only large headers
+/// it writes out as text, once. An empty header object is not sent at all; nearly all are small or empty.
 macro_rules! columns {
     () => {
         concat!(
@@ -66,7 +67,7 @@ macro_rules! columns {
 }
 pub(crate) use columns;
 
-/// The same of a row that comes whole, whatever its size.
+/// The columns of `columns!` for a row that comes whole, whatever its size.
 macro_rules! whole_columns {
     () => {
         concat!(
@@ -78,17 +79,17 @@ macro_rules! whole_columns {
 }
 pub(crate) use whole_columns;
 
-/// An outbox row.
+/// An outbox row, as PostgreSQL sent it.
 pub(crate) struct Row {
     read: PgRow,
     id: i64,
-    /// Bytes of key, type, payload and headers as they came: they are asked for again and again, and to decode a column takes long.
+    /// Bytes of key, type, payload and headers as they came. They are stored because decoding a column takes long.
     as_read: usize,
-    /// Of a row of which something was too large to come with the page.
+    /// The sizes of its columns, if something was too large to come with the page.
     sizes: Option<Box<Sizes>>,
-    /// What was too large to come with the page.
+    /// The part that was too large to come with the page, once it is read.
     body: OnceLock<Body>,
-    /// A key that was too large to come with the page of a row whose body is not read yet.
+    /// A key that was too large to come with the page, while the row's body is not read yet.
     large_key: Option<String>,
 }
 
@@ -112,7 +113,7 @@ impl Sizes {
     }
 }
 
-/// What a page leaves out of a large row.
+/// The part of a large row that a page leaves out.
 #[derive(Debug)]
 pub(crate) struct Body {
     pub(crate) id: i64,
@@ -125,7 +126,7 @@ pub(crate) struct Body {
 type BodyColumns = (i64, Option<String>, String, Option<Vec<u8>>, Option<String>);
 
 impl Body {
-    /// The bodies of these rows, in no order. A row that was deleted meanwhile is not among them.
+    /// Reads the bodies of these rows, in no order. A row that was deleted meanwhile is not among them.
     pub(crate) async fn read(db: &mut PgConnection, ids: &[i64]) -> Result<Vec<Self>, sqlx::Error> {
         let found: Vec<BodyColumns> = sqlx::query_as(
             "select id, key, type, payload, nullif(headers, '{}')::text from outbox where id = any ($1)",
@@ -141,8 +142,8 @@ impl Body {
 impl Row {
     pub(crate) fn new(read: PgRow) -> Result<Self, sqlx::Error> {
         let id = read.try_get_unchecked(0)?;
-        // Everything else is read where a failure is not handled, so it is looked at here once: types are given by the
-        // statement, and text columns are valid UTF-8 because the connection's encoding is UTF-8.
+        // Everything else is read where a failure is not handled, so it is checked here once. The statement fixes the
+        // types, and text columns are valid UTF-8 because the connection's encoding is UTF-8.
         read.try_get::<OffsetDateTime, _>(7)?;
         let sizes: Option<Vec<Option<i32>>> = read.try_get_unchecked(8)?;
         let sizes = sizes.map(|sizes| Box::new(Sizes::new(&sizes)));
@@ -177,7 +178,7 @@ impl Row {
         }
     }
 
-    /// The `ce_type`; empty while the body of a row is not read whose type is large.
+    /// The `ce_type`; empty while a large type's row has no body read.
     pub(crate) fn kind(&self) -> &str {
         match self.body.get() {
             Some(body) => &body.kind,
@@ -221,12 +222,12 @@ impl Row {
         }
     }
 
-    /// Bytes that it takes with its body.
+    /// Bytes that the row takes with its body.
     pub(crate) fn cost(&self) -> usize {
         self.bytes().saturating_add(OVERHEAD)
     }
 
-    /// Bytes that it takes as it came with its page.
+    /// Bytes that the row takes as it came with its page.
     pub(crate) fn cost_as_read(&self) -> usize {
         OVERHEAD + self.as_read
     }
@@ -250,14 +251,14 @@ impl Row {
         self.sizes.is_some() && self.body.get().is_none()
     }
 
-    /// Whether the key has still to be read before it is known what becomes of the row.
+    /// Whether the key has still to be read before the row's fate can be decided.
     pub(crate) fn lacks_key(&self) -> bool {
         let is_large = self.sizes.as_ref().is_some_and(|sizes| sizes.key > KEY_INLINE);
         is_large && self.large_key.is_none() && self.lacks_body()
     }
 
     pub(crate) fn set_body(&self, body: Body) {
-        // It was read twice: the row is never changed, so both are the same.
+        // The body was read twice: the row is never changed, so both are the same.
         self.body.set(body).ok();
     }
 

@@ -1,4 +1,4 @@
-//! Sends the rows of a page, and waits for what Kafka says of them.
+//! Sends the rows of a page, and waits for Kafka's reports on them.
 
 use crate::{
     commit::{CommitError, Progress},
@@ -20,10 +20,10 @@ use std::{collections::BTreeSet, future::pending, pin::pin, sync::Arc};
 use tokio::sync::watch;
 use tracing::warn;
 
-/// So many records are made before the first of them is handed over. The library begins to send with the first record that
-/// it gets: when the others follow without a pause, they are in the same request.
+/// How many records are made before the first of them is handed over. librdkafka begins to send with the first record
+/// that it gets. When the others follow without a pause, they are in the same request.
 const TOGETHER: usize = 500;
-/// Topics with stuck rows that the brokers are asked about at once.
+/// How many topics with stuck rows the brokers are asked about at once.
 const ASKED_ABOUT: usize = 8;
 
 /// A record that is made, of a topic that takes at most `limit` bytes.
@@ -35,7 +35,7 @@ struct Ready<'a> {
 }
 
 impl Session {
-    /// Hands on what is complete, and notices a failure.
+    /// Hands complete flights to the recorder, and notices a failure.
     pub(crate) async fn complete(&mut self) -> Result<(), Ended> {
         while let Some(flight) = self.publisher.in_flight.take_complete() {
             self.pages_done.send_modify(|done| *done += usize::from(flight.is_page()));
@@ -56,8 +56,8 @@ impl Session {
         Ok(())
     }
 
-    /// A producer that is fatal sends nothing any more, and may never report what it holds. And one that lives may hold
-    /// rows that no broker takes.
+    /// Looks at the producer. A fatal one sends nothing any more, and may never report what it holds. A live one may
+    /// hold rows that no broker takes.
     pub(crate) async fn look_at_producer(&mut self) -> Result<(), Ended> {
         self.publisher.ask_for_brokers(&self.topics);
         if let Some(reason) = self.publisher.fatal() {
@@ -95,8 +95,8 @@ impl Session {
         matches!(self.scope, Scope::Main { .. }) && is_full && self.topics.reachable().await
     }
 
-    /// Those of the topics that have a partition without a leader, as the brokers say. A stream of one topic has nothing
-    /// that flows meanwhile, so there it is enough that the brokers answer.
+    /// The topics among these that have a partition without a leader, by the brokers' answer. A stream of one topic has
+    /// nothing that flows meanwhile, so there it is enough that the brokers answer.
     async fn leaderless(&self, topics: &BTreeSet<String>) -> BTreeSet<String> {
         let mut leaderless = BTreeSet::new();
         for topic in topics.iter().take(ASKED_ABOUT) {
@@ -111,7 +111,7 @@ impl Session {
         leaderless
     }
 
-    /// Puts something into the sequence that is true as soon as all before it is.
+    /// Puts a mark into the sequence, which becomes true as soon as all before it is.
     pub(crate) async fn mark(&mut self, progress: Progress) -> Result<(), Ended> {
         self.publisher.in_flight.mark(progress);
         self.complete().await
@@ -121,7 +121,7 @@ impl Session {
         let number = self.publisher.in_flight.open(Flight::of(&mut page));
         let mut decided = Decided::default();
         let sent = self.send_rows(&page, number, &mut decided).await;
-        // Also where sending failed: the acknowledged rows of the page still have to be separated from the others.
+        // The page is sealed even if sending failed: its acknowledged rows still have to be separated from the others.
         self.publisher.in_flight.seal(number, decided);
         if sent.is_ok() {
             self.at = Position { base: page.base, target: page.target, after: page.to };
@@ -129,7 +129,7 @@ impl Session {
                 self.shared.main.send_replace(self.at.clone());
             }
         }
-        // The next page may be there already, and the next: the lease is renewed in the same task, and needs its turn.
+        // Further pages may be there already: the lease is renewed in the same task, and needs its turn.
         tokio::task::yield_now().await;
         sent
     }
@@ -140,7 +140,7 @@ impl Session {
         for (index, row) in page.rows.iter().enumerate() {
             let ticket = Ticket::new(number, index);
             let alone = !self.memory.suspects.is_empty() && self.memory.suspects.contains(&row.id());
-            // To ask about a topic may take its time: nothing waits for that but rows of the topic, and what follows.
+            // A question about a topic may take its time: only rows of the topic, and those that follow, wait for it.
             if alone || ready.len() == TOGETHER || !self.memory.limits.contains_key(row.topic()) {
                 self.send_all(&mut ready).await?;
                 self.publisher.in_flight.given(number, index);
@@ -173,7 +173,7 @@ impl Session {
         Ok(())
     }
 
-    /// The row's record, if it goes to Kafka.
+    /// The row's record, if it goes to Kafka; `None` otherwise.
     async fn ready<'r>(
         &mut self,
         page: &Page,
@@ -236,7 +236,7 @@ impl Session {
     /// Waits until everything sent so far is acknowledged.
     pub(crate) async fn settle(&mut self) -> Result<(), Ended> {
         self.wait_until(|session| session.publisher.in_flight.sent() == 0).await?;
-        // The last of it may have been acknowledged since completed pages were looked for.
+        // The last of it may have been acknowledged since the last look for completed pages.
         self.complete().await
     }
 
@@ -259,7 +259,7 @@ impl Session {
         waited
     }
 
-    /// Waits for `word`; meanwhile what is in flight goes on, and the stream obeys.
+    /// Waits for `word`; meanwhile rows in flight go on, and the stream obeys operators.
     pub(crate) async fn meanwhile<T>(&mut self, word: impl Future<Output = T>) -> Result<T, Ended> {
         let mut word = pin!(word);
         let mut control = self.control.clone();
@@ -273,7 +273,7 @@ impl Session {
         }
     }
 
-    /// Until something changes.
+    /// Waits until something changes.
     async fn wait(&mut self, control: &mut watch::Receiver<Arc<Control>>) -> Result<(), Ended> {
         let in_flight = self.publisher.in_flight.clone();
         tokio::select! {
@@ -286,17 +286,17 @@ impl Session {
     }
 }
 
-/// Waits until nothing of the stream is to be published any more.
+/// Waits until no row of the stream may be published any more.
 async fn withdrawn(control: &mut watch::Receiver<Arc<Control>>, scope: &Scope) {
     let paused = control.wait_for(|control| control.whole || scope.is_withdrawn(control)).await.map(drop);
-    // When looking it up has ended, the session ends by that.
+    // When the looking ends, the session ends by that.
     if paused.is_err() {
         pending::<()>().await;
     }
 }
 
 impl Scope {
-    /// What the stream is called in health and metrics.
+    /// The stream's name in health and metrics.
     pub(crate) fn name(&self) -> &str {
         match self {
             Self::Main { .. } => loops::MAIN,

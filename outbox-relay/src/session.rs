@@ -1,4 +1,4 @@
-//! One producer's life in one stream: takes what the reader read, in order, and keeps many rows in flight.
+//! One producer's life in one stream: it takes the reader's pages, in order, and keeps many rows in flight.
 //!
 //! ```text
 //!  reader ──pages──▶ session ──records──▶ librdkafka ──▶ Kafka
@@ -7,8 +7,8 @@
 //!                      └── in flight ◀── delivery reports
 //! ```
 //!
-//! The main stream and each topic that is set apart have sessions of their own. Whatever goes wrong ends a session; the
-//! next one of its stream goes on behind what was acknowledged without a gap. A row that this process saw acknowledged
+//! The main stream and each topic that is set apart have sessions of their own. Any failure ends a session; the next
+//! one of its stream goes on behind what was acknowledged without a gap. A row that this process saw acknowledged
 //! beyond that is not sent a second time.
 
 use crate::{
@@ -41,19 +41,19 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-/// Rows on their way to Kafka at most: enough to keep its batches full, few enough to be sent again after a failure.
+/// The most rows on their way to Kafka: enough to keep its batches full, few enough to be sent again after a failure.
 const ROWS_IN_FLIGHT: usize = 60_000;
-/// … of a topic that is set apart, which has a pace of its own.
+/// The most rows on their way to Kafka of a topic that is set apart, which has a pace of its own.
 const ROWS_OF_A_TOPIC: usize = 10_000;
-/// How often a producer is asked whether it still lives, and the queue for rows that are stuck.
+/// How often the session checks whether its producer still lives, and the queue for rows that are stuck.
 pub(crate) const LOOK_AT_PRODUCER: Duration = Duration::from_secs(1);
-/// How long a stop waits for what is in flight; what is not acknowledged by then is sent again by the next owner.
+/// How long a stop waits for rows in flight; the next owner sends again what is not acknowledged by then.
 const LAST_DELIVERIES: Duration = Duration::from_secs(10);
-/// How long what is in flight is waited for where it is the stream that cannot go on, and not the producer.
+/// How long the session waits for rows in flight where the stream cannot go on, and not the producer.
 const OTHERS: Duration = Duration::from_secs(2);
-/// How long the reports of what brokers have already got are waited for after a refusal.
+/// How long the session waits, after a refusal, for reports of what brokers have already got.
 const REPORTS: Duration = Duration::from_millis(500);
-/// Failures without progress in between, after which a topic that is named by them is set apart, whatever the code.
+/// How many failures, without progress in between, set apart a topic that they name, whatever the code.
 const FAILURES: u32 = 3;
 
 /// Why a session ended.
@@ -62,7 +62,7 @@ pub(crate) enum Ended {
     /// The process stops.
     #[error("stopped")]
     Stopped,
-    /// Nothing is to be published now: the whole outbox, or this topic.
+    /// The whole outbox, or this topic, is not to be published now.
     #[error("paused")]
     Paused,
     /// The topic is in the main stream again.
@@ -79,13 +79,13 @@ pub(crate) enum Ended {
     Refused {
         /// The first row in flight that failed.
         id: Option<i64>,
-        /// How.
+        /// Kafka's error code.
         code: RDKafkaErrorCode,
     },
     /// The producer gave up by itself.
     #[error("the Kafka producer gave up: {0}")]
     GaveUp(String),
-    /// What operators want is not looked up any more.
+    /// The look-up of operators' wishes has ended.
     #[error("looking up what operators want ended")]
     Control,
     /// Reading ended; its own error says why.
@@ -100,21 +100,21 @@ pub(crate) enum Ended {
     /// What was done could not be recorded.
     #[error(transparent)]
     Commit(#[from] CommitError),
-    /// The database, on another errand.
+    /// The database returned an error in other work.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
 
-/// What one session of a stream leaves to the next.
+/// The state that one session of a stream leaves to the next.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    /// The stream has dealt with all before.
+    /// The position up to which the stream has dealt with all rows.
     pub(crate) at: Position,
     /// `max.message.bytes` of the topics seen.
     pub(crate) limits: HashMap<String, usize>,
-    /// Rows of a refused batch: each is sent while nothing else is in flight, until the one is known that is refused.
+    /// Rows of a refused batch. Each is sent while nothing else is in flight, until the one is known that is refused.
     pub(crate) suspects: HashSet<i64>,
-    /// What Kafka said of single rows.
+    /// Kafka's refusals of single rows.
     pub(crate) verdicts: HashMap<i64, RDKafkaErrorCode>,
     /// Failures since a page was last complete.
     pub(crate) failures: u32,
@@ -129,18 +129,18 @@ impl Memory {
     }
 }
 
-/// Which stream a session is of.
+/// The stream that a session belongs to.
 pub(crate) enum Scope {
-    /// Of all topics that are not set apart.
+    /// The main stream, of all topics that are not set apart.
     Main {
         /// Topics that are about to come back.
         joining: Joining,
     },
-    /// Of one topic that is set apart.
+    /// The stream of one topic that is set apart.
     Topic(Box<Leaving>),
 }
 
-/// One producer's life.
+/// One producer's life in a stream.
 pub(crate) struct Session {
     pub(crate) shared: Arc<Shared>,
     pub(crate) scope: Scope,
@@ -152,9 +152,9 @@ pub(crate) struct Session {
     pub(crate) builder: RecordBuilder,
     pub(crate) memory: Memory,
     pub(crate) blocked: Arc<Blocked>,
-    /// Set apart: passed over in the main stream.
+    /// Topics that are set apart; the main stream passes over their rows.
     pub(crate) paused: HashSet<String>,
-    /// Where the stream stands.
+    /// The stream's position.
     pub(crate) at: Position,
     pub(crate) control: watch::Receiver<Arc<Control>>,
     pub(crate) look_at: tokio::time::Interval,
@@ -206,7 +206,7 @@ impl Session {
         self.publisher.in_flight.rows() < rows
     }
 
-    /// Does what operators want: stops, leaves a topic behind.
+    /// Does what operators want: stops, or leaves a topic behind.
     async fn obey(&mut self) -> Result<(), Ended> {
         let control = self.control.borrow_and_update().clone();
         if control.whole || self.scope.is_withdrawn(&control) {
@@ -230,8 +230,8 @@ impl Session {
         Ok(())
     }
 
-    /// Drops the producer and says what the next session has to know. What is acknowledged is handed to the recorder
-    /// first. A stop or a pause waits a while for what the brokers have already got.
+    /// Drops the producer and returns what the next session has to know. It first hands what is acknowledged to the
+    /// recorder. A stop or a pause waits a while for what the brokers have already got.
     pub(crate) async fn finish(mut self, ended: &Ended) -> Memory {
         let mut all_reported = false;
         match ended {
@@ -248,16 +248,16 @@ impl Session {
                         in_flight.changed.notified().await;
                     }
                 };
-                // What is not acknowledged by then is sent again.
+                // The next session sends again what is not acknowledged by then.
                 tokio::time::timeout(OTHERS, others).await.ok();
             }
-            // A producer may be seen to be fatal before the reports that say why.
+            // A fatal producer may be noticed before the reports that name the reason.
             Ended::Refused { .. } | Ended::GaveUp(_) => all_reported = self.await_refusals().await,
             Ended::Commit(_) => {}
-            // Nothing is wrong with the producer: what it has sent is not to be sent again.
+            // The producer is sound: what it has sent should not be sent again.
             _ => self.await_deliveries(OTHERS).await,
         }
-        // Its failure is why we are here.
+        // A failure here is the one that ended the session.
         self.complete().await.ok();
         let refused = self.publisher.in_flight.refused();
         let left = self.publisher.in_flight.give_up();
@@ -289,8 +289,8 @@ impl Session {
         }
     }
 
-    /// Waits until there is a report of each row: what no broker has got yet is taken back, and the brokers answer for the
-    /// rest. Whether they all did.
+    /// Waits until there is a report of each row; returns whether there is. The producer takes back what no broker has
+    /// got yet, and the brokers answer for the rest.
     async fn await_refusals(&self) -> bool {
         self.publisher.purge();
         let in_flight = self.publisher.in_flight.clone();
@@ -303,8 +303,8 @@ impl Session {
         tokio::time::timeout(REPORTS, reported).await.is_ok()
     }
 
-    /// The main stream leaves behind the topics that a failure is about. Each goes on, or waits, in a stream of its own,
-    /// so that the others pay for a refusal once.
+    /// Leaves behind, in the main stream, the topics that a failure is about. Each goes on, or waits, in a stream of
+    /// its own, so that the others pay for a refusal once.
     async fn set_apart(&mut self, ended: &Ended, refused: &[Refused]) {
         let mut causes: HashMap<&str, (Cause, String)> = HashMap::new();
         if let Ended::Stuck(topics) = ended {
@@ -323,13 +323,14 @@ impl Session {
                 Refusal::Transient => continue,
             };
             if cause == Cause::Missing {
-                // It may have been deleted, and what was acknowledged with it.
+                // The topic may have been deleted, and the acknowledged rows with it.
                 self.shared.forget(topic);
             }
             causes.entry(topic).or_insert((cause, said));
         }
         if !causes.is_empty() {
-            // What was wrong is recorded with the topics, and no row of another topic may come that shows it.
+            // The trouble is recorded with the topics, and perhaps no row of another topic comes to show that the
+            // stream works.
             self.shared.loops.working(self.scope.name());
         }
         for (topic, (cause, reason)) in causes {
@@ -341,8 +342,9 @@ impl Session {
         }
     }
 
-    /// A topic's own stream finds the row that is refused: at once where Kafka names it, or where it was alone in its batch,
-    /// which is certain only when there is a report of each row; else by sending the rows of the refused batch one by one.
+    /// Finds the refused row in a topic's own stream: at once where Kafka names it, or where it was alone in its batch.
+    /// The latter is certain only when there is a report of each row. Otherwise the rows of the refused batch are sent
+    /// one by one.
     fn suspect(&mut self, ended: &Ended, refused: &[Refused], all_reported: bool) {
         if !matches!(ended, Ended::Refused { .. } | Ended::GaveUp(_)) {
             return;

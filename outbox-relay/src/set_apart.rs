@@ -1,4 +1,4 @@
-//! Runs a stream for each topic that is set apart and may go on. What happens to one stops no other.
+//! Runs a stream for each topic that is set apart and may go on. What happens to one stream stops no other.
 
 use crate::stream::{Shared, run_topic};
 use saga_core::{
@@ -13,7 +13,7 @@ use std::{
 use tokio::task::JoinSet;
 use tracing::error;
 
-/// Between the failure of a topic's stream and its next start.
+/// The pause between the failure of a topic's stream and its next start.
 const AGAIN: Duration = Duration::from_secs(2);
 
 /// Runs the topics' streams until the process stops and they have.

@@ -1,42 +1,43 @@
-//! What the relay needs to know.
+//! The relay's settings and their defaults.
 
 use crate::budget;
 use saga_core::service::config::Place;
 use sqlx::postgres::PgConnectOptions;
 use std::{fmt, time::Duration};
 
-/// A lease is this long: the time after which a stand-by takes over from an owner that was killed. Longer than a
-/// long pause of a healthy process.
+/// The default length of a lease, after which a stand-by takes over from an owner that was killed. Longer than a long
+/// pause of a healthy process.
 pub const LEASE: Duration = Duration::from_secs(10);
 
-/// A statement that reads the outbox takes so long at most. It reads a bounded number of rows, from a cold disk if need be.
+/// The default bound of a statement that reads the outbox. It reads a bounded number of rows, from a cold disk if need
+/// be.
 pub const READING: Duration = Duration::from_secs(30);
 
-/// Parked rows that are resolved are kept for so long, so that an operator can still see how each one ended.
+/// How long resolved parked rows are kept by default, so that an operator can still see how each one ended.
 pub const RESOLVED_KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
 
-/// Rows that no broker has taken for so long are stuck, and their topic is set apart while others flow. Longer than a change
-/// of a partition's leader usually takes.
+/// The default time after which rows that no broker has taken are stuck, and their topic is set apart while others
+/// flow. Longer than a change of a partition's leader usually takes.
 pub const STUCK_AFTER: Duration = Duration::from_secs(5);
 
-/// A topic that refuses rows stays set apart until it has refused none for so long: each refusal costs a producer.
+/// The default time for which a topic stays set apart after its last refusal: each refusal costs a producer.
 pub const SET_APART_FOR: Duration = Duration::from_secs(60);
 
-/// Compression of record batches: cheap, and headers repeat themselves.
+/// The default compression of record batches: cheap, and headers repeat themselves.
 pub const COMPRESSION: &str = "lz4";
 
-/// The relay's settings.
+/// The settings of the whole process.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// What to publish.
+    /// The outboxes to publish.
     pub outboxes: Vec<OutboxSettings>,
     /// `bootstrap.servers`.
     pub kafka_brokers: String,
-    /// An outbox without a position begins with what is committed from now on.
+    /// Whether an outbox without a position begins with what is committed from now on.
     pub from_now: bool,
-    /// An outbox that was published under another name begins from its first row.
+    /// Whether an outbox that was published under another name begins from its first row.
     pub publish_again: bool,
-    /// How long a lease is.
+    /// How long a lease lasts; at least 2 s in the binary.
     pub lease: Duration,
     /// The bound of statements that read the outbox, which is not the lease's.
     pub reading: Duration,
@@ -52,12 +53,12 @@ pub struct Settings {
     pub compression: String,
 }
 
-/// One outbox.
+/// The settings of one outbox.
 #[derive(Clone)]
 pub struct OutboxSettings {
-    /// Its name.
+    /// The name: `ce_source` of its messages, and the key of its position.
     pub name: String,
-    /// The database that it is in.
+    /// The database that has the outbox.
     pub database: PgConnectOptions,
 }
 
@@ -69,7 +70,7 @@ impl fmt::Debug for OutboxSettings {
 }
 
 impl Settings {
-    /// With the defaults.
+    /// Settings with all defaults.
     pub fn new(kafka_brokers: impl Into<String>, outboxes: Vec<OutboxSettings>) -> Self {
         Self {
             held: budget::default(outboxes.len()),

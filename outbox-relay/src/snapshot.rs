@@ -5,7 +5,7 @@
 
 use std::{fmt, str::FromStr};
 
-/// What was committed at one moment, as `pg_current_snapshot()` tells it.
+/// What was committed at one moment, as `pg_current_snapshot()` returns it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     xmin: u64,
@@ -14,12 +14,12 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Before everything: no transaction is visible in it.
+    /// The snapshot before everything: no transaction is visible in it.
     pub fn initial() -> Self {
         Self { xmin: 1, xmax: 1, xip: Vec::new() }
     }
 
-    /// Whether it is the one before everything.
+    /// Whether it is the snapshot before everything.
     pub fn is_initial(&self) -> bool {
         self.xmax == 1
     }
@@ -29,7 +29,7 @@ impl Snapshot {
         other.xmax <= self.xmax && self.xip.iter().all(|&xid| !other.sees(xid))
     }
 
-    /// Whether the transaction had ended.
+    /// Whether the transaction had ended at this snapshot.
     pub fn sees(&self, xid: u64) -> bool {
         xid < self.xmax && (xid < self.xmin || self.xip.binary_search(&xid).is_err())
     }
@@ -46,7 +46,7 @@ impl fmt::Display for Snapshot {
     }
 }
 
-/// The text is not a snapshot.
+/// A text that is no snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a snapshot (xmin:xmax:xip,…)")]
 pub struct NotASnapshot(String);
@@ -71,22 +71,22 @@ impl FromStr for Snapshot {
     }
 }
 
-/// Which transactions ended between two snapshots, in the form in which an index can find their rows: one range, with
-/// exceptions, and a few single ones that were running at the first snapshot.
+/// The transactions that ended between two snapshots, in a form in which an index can find their rows. That form is one
+/// range with exceptions, and a few single ones that were running at the first snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
     /// The range's first transaction id.
     pub from: u64,
     /// The first transaction id behind the range.
     pub to: u64,
-    /// Within the range, but still running at the second snapshot.
+    /// Transactions in the range that were still running at the second snapshot.
     pub running: Vec<u64>,
-    /// Below the range: ran at the first snapshot, ended by the second.
+    /// Transactions below the range that ran at the first snapshot and had ended by the second.
     pub stragglers: Vec<u64>,
 }
 
 impl Span {
-    /// What `target` sees and `base` does not.
+    /// The transactions that `target` sees and `base` does not.
     pub fn between(base: &Snapshot, target: &Snapshot) -> Self {
         Self {
             from: base.xmax,

@@ -1,9 +1,9 @@
-//! A stream: rows of the outbox in order, with a position, a pace and errors of its own. The main stream has the rows of all
-//! topics but those that are set apart; each of these has a stream of its own, which hands its topic back when it has
-//! caught up (see `handover`). A stream is one session after another.
+//! A stream: rows of the outbox in order, with a position, a pace and errors of its own. The main stream has the rows
+//! of all topics but those that are set apart; each of these has a stream of its own, which hands its topic back when
+//! it has caught up (see `handover`). A stream is one session after another.
 //!
-//! When the process dies, the streams go on from their recorded positions: the main stream's in the batch log, a topic's
-//! beside the reason why it is set apart.
+//! When the process dies, the streams go on from their recorded positions: the main stream's in the batch log, a
+//! topic's beside the reason why it is set apart.
 
 use crate::{
     budget::{Area, Areas},
@@ -40,37 +40,37 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::warn;
 
-/// Pages read ahead of the producer.
+/// How many pages are read ahead of the producer.
 const PAGES_AHEAD: usize = 3;
-/// Between two sessions, when the first found out why it failed.
+/// The pause between two sessions, when the first found out why it failed.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
-/// … and when one after the other fails.
+/// The longest pause, when one session after the other fails.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// What the streams of one outbox share.
+/// The state that the streams of one outbox share.
 pub(crate) struct Shared {
     pub(crate) outbox: String,
-    /// What its rows' ids count in.
+    /// The epoch that its rows' ids count in.
     pub(crate) epoch: Arc<str>,
     pub(crate) db: Database,
-    /// For statements that may read much.
+    /// Connections for statements that may read much.
     pub(crate) reading: Database,
     pub(crate) clock: Arc<DatabaseClock>,
     pub(crate) blocked: Arc<Blocked>,
     pub(crate) kafka: Kafka,
     pub(crate) topics: Topics,
     pub(crate) loops: Arc<Loops>,
-    /// Rows that no broker has taken for so long are stuck.
+    /// How long no broker takes a row before it is stuck.
     pub(crate) stuck_after: Duration,
-    /// A topic that has refused a row stays set apart for so long after.
+    /// How long a topic that has refused a row stays set apart.
     pub(crate) set_apart_for: Duration,
     pub(crate) control: watch::Receiver<Arc<Control>>,
     pub(crate) wanted: Weak<Wanted>,
     pub(crate) progress: mpsc::Sender<Progress>,
-    /// Wakes the recorder.
+    /// Wakes the recorder before its pause ends.
     pub(crate) hurry: Arc<Notify>,
     pub(crate) nudges: Arc<Nudges>,
-    /// Where the main stream stands: it has sent, or passed over, all before.
+    /// The main stream's position: it has sent, or passed over, all before.
     pub(crate) main: watch::Sender<Position>,
     pub(crate) asks: Asks,
     /// Room for the rows of each stream.
@@ -78,8 +78,8 @@ pub(crate) struct Shared {
     pub(crate) stop: CancellationToken,
     /// Rows that Kafka has acknowledged beyond what is recorded, by topic.
     pub(crate) acknowledged: Mutex<HashMap<String, HashSet<i64>>>,
-    /// Topics that have come back since the main stream's session began, by when their pause began: what is known of it
-    /// may be a moment old.
+    /// Topics that have come back since the main stream's session began, with the start of their pause: the last look
+    /// at pauses may be a moment old.
     pub(crate) back: Mutex<HashMap<String, OffsetDateTime>>,
 }
 
@@ -88,7 +88,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    /// Kafka has acknowledged these rows.
+    /// Remembers rows that Kafka has acknowledged.
     pub(crate) fn remember(&self, rows: HashMap<String, HashSet<i64>>) {
         let mut acknowledged = lock(&self.acknowledged);
         for (topic, ids) in rows {
@@ -96,7 +96,7 @@ impl Shared {
         }
     }
 
-    /// Whether Kafka has acknowledged the row; asked once, when it comes again.
+    /// Whether Kafka has acknowledged the row; the answer is given once, when the row comes again.
     pub(crate) fn was_acknowledged(&self, topic: &str, id: i64) -> bool {
         let mut acknowledged = lock(&self.acknowledged);
         if acknowledged.is_empty() {
@@ -110,12 +110,12 @@ impl Shared {
         was
     }
 
-    /// What the topic had acknowledged is gone with it.
+    /// Forgets the acknowledged rows of a topic that is gone.
     pub(crate) fn forget(&self, topic: &str) {
         lock(&self.acknowledged).remove(topic);
     }
 
-    /// The topic has come back into the main stream.
+    /// Records that the topic has come back into the main stream.
     pub(crate) fn has_come_back(&self, topic: &str, paused_at: OffsetDateTime) {
         lock(&self.back).insert(topic.to_owned(), paused_at);
     }
@@ -133,7 +133,7 @@ impl Shared {
         recorded.await.map_err(|_| CommitError::Fenced)
     }
 
-    /// What is wanted now. What was looked up last may be older than what was recorded since.
+    /// Looks up what operators want now. The last look may be older than what was recorded since.
     async fn refresh(&self) -> Result<Arc<Control>, ReadError> {
         match self.wanted.upgrade() {
             Some(wanted) => self.db.ask(async |db| wanted.refresh(db).await).await,
@@ -142,7 +142,7 @@ impl Shared {
     }
 }
 
-/// The main stream, until the process stops.
+/// Runs the main stream, until the process stops.
 pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), OwnerError> {
     let mut memory = Memory::at(at);
     loop {
@@ -165,7 +165,7 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
             Ended::Paused | Ended::Stuck(_) | Ended::Joined | Ended::Stalled(_) => {}
             Ended::Refused { .. } | Ended::GaveUp(_) => {
                 warn!(outbox = shared.outbox, reason = %ended, "the producer is rebuilt");
-                // The first is over as soon as it is noticed.
+                // The first failure is over as soon as it is noticed.
                 if memory.failures > 1 {
                     shared.loops.failing(MAIN, part::Cause::Refused, &ended.to_string());
                 }
@@ -176,7 +176,7 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
     }
 }
 
-/// The stream of a topic that is set apart, until the topic is handed back or waits for something.
+/// Runs the stream of a topic that is set apart, until the topic is handed back or waits for something.
 pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), OwnerError> {
     let mut memory = None::<Memory>;
     loop {
@@ -202,7 +202,7 @@ pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), O
                 }
                 rest(left.failures, &shared.stop).await;
             }
-            // It is looked up again whether the topic may go on.
+            // The next round looks up again whether the topic may go on.
             Ended::Paused | Ended::Stuck(_) => {}
             _ => return Err(failure(ended)),
         }
@@ -210,7 +210,7 @@ pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), O
     }
 }
 
-/// Where the topic's stream goes on, if the topic is set apart and may go on.
+/// The position from which the topic's stream goes on, if the topic is set apart and may go on.
 async fn resuming(shared: &Shared, topic: &str) -> Result<Option<(Paused, Position)>, OwnerError> {
     shared.flush().await?;
     let control = shared.refresh().await?;
@@ -229,7 +229,7 @@ fn failure(ended: Ended) -> OwnerError {
     }
 }
 
-/// Waits before the next session: the longer, the more failed since the last that got further.
+/// Waits before the next session, longer with each failure since the last progress.
 async fn rest(failures: u32, stop: &CancellationToken) {
     let pause = SHORTEST_PAUSE * 2_u32.saturating_pow(failures.saturating_sub(1));
     tokio::select! {
@@ -238,7 +238,7 @@ async fn rest(failures: u32, stop: &CancellationToken) {
     }
 }
 
-/// One producer's life, from the stream's position to the last that can be recorded of it.
+/// Runs one producer's life, from the stream's position to the last that can be recorded of it.
 async fn session(
     shared: &Arc<Shared>,
     area: Arc<Area>,
@@ -288,7 +288,7 @@ async fn session(
         stop: shared.stop.clone(),
     };
     let ended = session.run(pages).await;
-    // Reading first: what it reads from here on is of no use.
+    // Reading ends first: what it reads from here on is of no use.
     let read =
         if matches!(ended, Ended::Reader) { joined("reading the outbox", (&mut reader).await) } else { Ok(Ok(())) };
     drop(reader);

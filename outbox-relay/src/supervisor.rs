@@ -1,11 +1,12 @@
-//! Runs an outbox, and starts it again when a fault in the relay itself ends it. What happens to one stops no other.
+//! Runs an outbox, and starts it again when a fault in the relay itself ends it. What happens to one outbox stops no
+//! other.
 
 use crate::outbox::Outbox;
 use std::{sync::Arc, time::Duration};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::error;
 
-/// Between a panic and the next start: doubles from one panic to the next, up to the second.
+/// The pause between a panic and the next start: it doubles with each panic, from the first value up to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
 /// Runs `outbox` until `stop`.
@@ -24,7 +25,7 @@ pub(crate) async fn supervise(outbox: Arc<Outbox>, stop: CancellationToken) {
     restart(run, reported, PAUSES, &stop).await;
 }
 
-/// Starts what `run` makes, and again after each panic, until it ends by itself or `stop`.
+/// Runs the future that `run` makes, and a new one after each panic, until it ends by itself or `stop`.
 async fn restart<F>(
     run: impl Fn() -> F,
     reported: impl Fn(String),

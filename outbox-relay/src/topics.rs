@@ -1,4 +1,5 @@
-//! What the brokers say about a topic before the first row goes to it: is it there, may we, how large may a record be.
+//! Questions to the brokers about a topic before the first row goes to it: is it there, may the relay write, how large
+//! may a record be.
 
 use rdkafka::{
     ClientConfig, ClientContext,
@@ -14,30 +15,30 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long the brokers may take to answer; they are asked again after that.
+/// How long the brokers may take to answer; then the relay asks again.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// How old the names of all topics may be.
+/// How old the list of all topics' names may be.
 const NAMED_MAX: Duration = Duration::from_secs(1);
 
-/// Where the topic's `max.message.bytes` may not be read: the broker judges.
+/// The limit where the relay may not read the topic's `max.message.bytes`: the broker judges.
 const UNKNOWN_LIMIT: usize = usize::MAX;
 
-/// What a topic is like.
+/// The state of a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum TopicState {
-    /// It can be written to.
+    /// The relay can write to the topic.
     Ready {
         /// Its `max.message.bytes`; `usize::MAX` where it may not be read.
         max_message_bytes: usize,
     },
-    /// It is not there.
+    /// The topic is not there; with the reason.
     Missing(String),
-    /// This process may not write to it.
+    /// This process may not write to the topic; with the reason.
     Forbidden(String),
 }
 
-/// Logs nothing by itself: who asks says what it means.
+/// A client context that logs at debug level only: the caller knows what an error means.
 struct Quiet;
 
 impl ClientContext for Quiet {
@@ -46,14 +47,14 @@ impl ClientContext for Quiet {
     }
 }
 
-/// When the brokers named which topics.
+/// The names of all topics, and when the brokers gave them.
 type Named = (Instant, Arc<HashSet<String>>);
 
 /// Asks the brokers about topics.
 #[derive(Clone)]
 pub(crate) struct Topics {
     admin: Arc<AdminClient<Quiet>>,
-    /// All topics that the brokers name, and when they did.
+    /// All topics that the brokers name, and when they did; `None` before the first answer.
     named: Arc<Mutex<Option<Named>>>,
 }
 
@@ -62,7 +63,7 @@ impl Topics {
         let admin = ClientConfig::new()
             .set("bootstrap.servers", brokers)
             .set("client.id", "outbox-relay")
-            // Asking must not create.
+            // A question must not create a topic.
             .set("allow.auto.create.topics", "false")
             .create_with_context(Quiet)?;
         Ok(Self { admin: Arc::new(admin), named: Arc::default() })
@@ -79,7 +80,7 @@ impl Topics {
     /// Asks about one topic; an error means that the brokers did not answer.
     pub(crate) async fn look(&self, topic: &str) -> Result<TopicState, KafkaError> {
         let options = AdminOptions::new().request_timeout(Some(Timeout::After(PATIENCE)));
-        // Whether the brokers are away, or only do not tell a topic's settings, the metadata says.
+        // The metadata shows whether the brokers are away, or only withhold a topic's settings.
         let described =
             self.admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await.unwrap_or_default();
         let limit = described
@@ -87,14 +88,15 @@ impl Topics {
             .and_then(|config| config.as_ref().ok()?.get("max.message.bytes")?.value.as_deref()?.parse().ok());
         match limit {
             Some(max_message_bytes) => Ok(TopicState::Ready { max_message_bytes }),
-            // rdkafka 0.39 drops the broker's answer per topic: a topic that is missing, or whose configuration may not
-            // be read (a right of its own, without which writing may be allowed), looks like one without settings.
+            // rdkafka 0.39 drops the broker's answer per topic. A topic that is missing then looks like one without
+            // settings. So does one whose configuration may not be read (a right of its own, without which writing may
+            // be allowed).
             None => self.look_without_configuration(topic).await,
         }
     }
 
-    /// Whether the brokers name the topic not among all that they name to this process, as they did a moment ago. Where they
-    /// do not answer, it may be there.
+    /// Whether the brokers' list of all topics, of a moment ago, lacks this one. Where the brokers do not answer, the
+    /// topic may be there.
     pub(crate) async fn lacks(&self, topic: &str) -> bool {
         self.named().await.is_some_and(|named| !named.contains(topic))
     }
@@ -115,7 +117,7 @@ impl Topics {
         Some(named)
     }
 
-    /// Whether a partition of the topic has no leader, as the brokers say.
+    /// Whether a partition of the topic has no leader, by the brokers' answer.
     pub(crate) async fn lacks_leader(&self, topic: &str) -> Result<bool, KafkaError> {
         let (admin, name) = (self.admin.clone(), topic.to_owned());
         let asked = tokio::task::spawn_blocking(move || {

@@ -1,5 +1,5 @@
-//! Looks after the tables of an outbox, for as long as this process runs: whichever process publishes, and whether Kafka is
-//! there or not. Two replicas that do it at once disturb each other no more than a lock that is not to be had.
+//! Looks after the tables of an outbox, for as long as this process runs: whichever process publishes, and whether
+//! Kafka is there or not. Two replicas that do it at once only delay each other by a lock.
 //!
 //! When the process dies in between, the next round of any replica goes on.
 
@@ -12,17 +12,18 @@ use sqlx::{PgConnection, postgres::PgConnectOptions};
 use std::{sync::Arc, time::Duration};
 use tracing::info;
 
-/// How often partitions are looked after. One holds ten million rows, and a whole one is kept ahead.
+/// How often the upkeep looks at partitions. One holds ten million rows, and a whole one is kept ahead.
 const EVERY: Duration = Duration::from_secs(30);
-/// After a lock was not to be had.
+/// The pause after a lock that could not be taken.
 const AGAIN: Duration = Duration::from_secs(3);
-/// Calls that a partition takes at most: a check is added, validated, and used, and the ids go on in the partition.
+/// The most calls that a partition takes: a check is added, validated, and used, and the ids go on in the partition.
 const STEPS: usize = 5;
-/// Half of a partition: with less ahead, its maker had time and something is wrong.
+/// Half of a partition: with less ahead, the upkeep had time to make one and something is wrong.
 const LEAST_AHEAD: i64 = 5_000_000;
-/// To validate a check reads all of the overflow, however large it is; it holds up no other statement. Everything else is short.
+/// The bound of a check's validation, which reads all of the overflow, however large; it blocks no other statement. All
+/// other statements are short.
 const VALIDATING: Duration = Duration::from_secs(3_600);
-/// Resolved rows that one statement deletes: it holds their locks, and a discard may wait for one.
+/// How many resolved rows one statement deletes: it holds their locks, and a discard may wait for one.
 const DELETED_AT_ONCE: i64 = 500;
 
 /// The upkeep of one outbox.
@@ -30,14 +31,14 @@ pub(crate) struct Upkeep {
     outbox: String,
     db: Database,
     validating: Database,
-    /// Parked rows that are resolved are kept for so long.
+    /// How long resolved parked rows are kept.
     resolved_kept: Duration,
-    /// Whether rows overflow, or soon will; and what the upkeep cannot do.
+    /// The outage of the upkeep: rows overflow, or soon will, or the upkeep cannot do its work.
     pub(crate) outage: Arc<Outage>,
 }
 
 impl Upkeep {
-    /// Connects to nothing yet. A conversation may take `patience`.
+    /// Makes the upkeep, which connects to nothing yet. A conversation may take `patience`.
     pub(crate) fn new(
         place: &str,
         outbox: &str,
@@ -54,12 +55,12 @@ impl Upkeep {
         }
     }
 
-    /// Looks after the tables until it is dropped.
+    /// Looks after the tables until the future is dropped.
     pub(crate) async fn run(&self) {
         loop {
             let pause = match self.run_once().await {
                 Ok(pause) => pause,
-                // Other parts meet it too, and report it.
+                // Other parts meet this error too, and report it.
                 Err(error) if is_outage(&error) || is_missing(&error) => {
                     metric::ids_ahead(&self.outbox, None);
                     EVERY / 10
@@ -73,7 +74,7 @@ impl Upkeep {
         }
     }
 
-    /// Says how long it may rest.
+    /// Does one round; returns how long to rest.
     async fn run_once(&self) -> Result<Duration, sqlx::Error> {
         let added = self.add_partitions().await;
         let ahead: i64 =
@@ -102,8 +103,8 @@ impl Upkeep {
         Ok(())
     }
 
-    /// Deletes parked rows that were resolved long ago. What was discarded stays as long as the row in the outbox does:
-    /// nothing else tells that it was not published.
+    /// Deletes parked rows that were resolved long ago. A discarded row stays as long as the row in the outbox does: no
+    /// other record shows that it was not published.
     async fn delete_resolved(&self) -> Result<(), sqlx::Error> {
         let mut rows = 0;
         loop {
@@ -120,7 +121,7 @@ impl Upkeep {
     }
 }
 
-/// What health says when partitions are late.
+/// The text for health when partitions are late.
 fn late(ahead: i64, error: Option<sqlx::Error>, blocking: &[String]) -> String {
     let mut said = match ahead {
         0 => String::from("rows go to outbox_overflow, for no partition is there for them"),
@@ -149,7 +150,7 @@ async fn is_to_validate(db: &mut PgConnection) -> Result<bool, sqlx::Error> {
     .await
 }
 
-/// Which transactions have locked what a new partition needs, the longest first. A vacuum has no name.
+/// The transactions that have locked what a new partition needs, the longest first. A vacuum has no name.
 async fn blocking(db: &mut PgConnection) -> Result<Vec<String>, sqlx::Error> {
     sqlx::query_scalar(
         "select format('process %s (%s, in its transaction for %s s)', pid, name, age)

@@ -7,18 +7,18 @@ use crate::{
 };
 use sqlx::{PgConnection, Row as _};
 
-/// Ids that one step of a walk covers: rows of other windows and topics among them are passed over.
+/// How many ids one step of a walk covers: rows of other windows and topics among them are passed over.
 const STRETCH_IDS: i64 = 20_000;
 
-/// Index entries that one step of a search looks at.
+/// How many index entries one step of a search reads.
 const SEARCHED: i64 = 20_000;
 
-/// The column behind those of a row.
+/// The index of the column behind those of a row.
 const SNAPSHOT: usize = 9;
 
-/// The snapshot, once and in a row of its own (with hundreds of transactions running it is long), and up to `$2` rows of
-/// the transactions that began after the snapshot whose end is `$1`. A transaction id that this cluster has not given yet
-/// came with a copy of another cluster's rows, and means nothing here.
+/// The query returns the snapshot once, in a row of its own, because with hundreds of running transactions it is long.
+/// It also returns up to `$2` rows of the transactions that began after the snapshot whose end is `$1`. A transaction
+/// id that this cluster has not given yet came with a copy of another cluster's rows, and means nothing here.
 macro_rules! new_rows {
     () => {
         concat!(
@@ -38,8 +38,9 @@ macro_rules! new_rows {
 
 const POLL: &str = new_rows!();
 
-/// And rows of `$3`, which were running then: only of those that ended, so that one that is writing a million rows costs
-/// nothing meanwhile. Where none was, this is left out: it is half of the plan, and to start the plan is a third of a poll.
+/// The query of [`POLL`], and rows of the transactions `$3`, which were running at the first snapshot. It takes only
+/// those that ended, so that one that is writing a million rows costs nothing meanwhile. Where none was running,
+/// [`POLL`] serves: this part is half of the plan, and starting the plan is a third of a poll.
 const POLL_WITH_STRAGGLERS: &str = concat!(
     new_rows!(),
     "
@@ -57,9 +58,9 @@ const POLL_WITH_STRAGGLERS: &str = concat!(
        limit $2)"
 );
 
-/// Takes the snapshot that becomes a window's target, and the window's rows: all of them in no order if there are no more
-/// than `most`, else one row more. One statement, so that it is one snapshot, in a transaction that has no id of its own, so
-/// that the snapshot holds nothing of ours; and one round trip from a commit to its rows.
+/// Takes the snapshot that becomes a window's target, and the window's rows. All of them come in no order if there are
+/// no more than `most`, else one row more. It is one statement, so that there is one snapshot. Its transaction has no
+/// id, so that the snapshot holds none of the relay's. And there is one round trip from a commit to its rows.
 pub(crate) async fn poll(db: &mut PgConnection, base: &Snapshot, most: i64) -> Result<(Snapshot, Vec<Row>), ReadError> {
     let stragglers = texts(base.running());
     let mut query = sqlx::query(if stragglers.is_empty() { POLL } else { POLL_WITH_STRAGGLERS });
@@ -151,17 +152,17 @@ pub(crate) async fn whole(
     query.fetch_all(db).await?.into_iter().map(Row::new).collect()
 }
 
-/// The greatest id that there is.
+/// The greatest id in the outbox; 0 where it is empty.
 pub(crate) async fn greatest_id(db: &mut PgConnection) -> Result<i64, sqlx::Error> {
     let id: Option<i64> =
         sqlx::query_scalar("select id from outbox order by id desc limit 1").fetch_optional(db).await?;
     Ok(id.unwrap_or(0))
 }
 
-/// Looks for the ids between which the range of a long window lies: along the index on transaction ids, which holds the
-/// window and nothing else, a bounded piece at a time.
+/// The search for the ids between which the range of a long window lies. It goes along the index on transaction ids,
+/// which holds the window and nothing else, a bounded piece at a time.
 pub(crate) struct Search {
-    /// What the last piece ended with.
+    /// The place at which the last piece ended.
     xid: String,
     id: i64,
     /// The transaction id behind the range.
@@ -176,7 +177,7 @@ impl Search {
         Self { xid, id: i64::MIN, to, lowest: i64::MAX, greatest: 0 }
     }
 
-    /// Looks at the next piece; when it was the last, tells the lowest and the greatest id.
+    /// Reads the next piece; after the last one, returns the lowest and the greatest id.
     pub(crate) async fn step(&mut self, db: &mut PgConnection) -> Result<Option<(i64, i64)>, sqlx::Error> {
         type Found = (i64, Option<i64>, Option<i64>, Option<String>, Option<i64>);
         let (rows, lowest, greatest, xid, id): Found = sqlx::query_as(
@@ -205,8 +206,9 @@ impl Search {
     }
 }
 
-/// A page of a long window's rows that are not in its range, with ids above `after` and below `before`: each straggling
-/// transaction's rows come in order from the index, so the page costs the same however many it wrote and however long ago.
+/// A page of a long window's rows that are not in its range, with ids above `after` and below `before`. The index gives
+/// each straggling transaction's rows in order. So the page costs the same however many rows it wrote and however long
+/// ago.
 pub(crate) async fn stragglers(
     db: &mut PgConnection,
     stragglers: &[u64],
@@ -244,9 +246,9 @@ pub(crate) async fn stragglers(
     query.fetch_all(db).await?.into_iter().map(Row::new).collect()
 }
 
-/// A page of a long window along the primary key, and the id up to which there is no other row of the window. Visibility is
-/// asked by function on purpose: no index can answer it, so the primary key, which gives the order, is the only way the
-/// planner has. The upper bound keeps partitions out that hold nothing of the window.
+/// A page of a long window along the primary key, and the id up to which there is no other row of the window. The query
+/// asks for visibility by function on purpose: no index can answer that. So the primary key, which gives the order, is
+/// the only way for the planner. The upper bound keeps partitions out that hold nothing of the window.
 pub(crate) async fn stretch(
     db: &mut PgConnection,
     at: &Position,
@@ -289,7 +291,7 @@ pub(crate) async fn stretch(
     Ok((rows, reached))
 }
 
-/// The id before the next row's behind `after`, or `top` when there is none up to it.
+/// The id before the next row's behind `after`, or `top` when there is no row up to it.
 async fn before_next(db: &mut PgConnection, after: i64, top: i64) -> Result<i64, sqlx::Error> {
     let next: Option<i64> = sqlx::query_scalar("select id from outbox where id > $1 and id <= $2 order by id limit 1")
         .bind(after)
@@ -340,7 +342,7 @@ mod tests {
             Self { database, db }
         }
 
-        /// Rows of a topic, in a transaction of their own.
+        /// Appends rows of a topic, in a transaction of their own.
         async fn append(&self, topic: &str, rows: usize) {
             self.append_bodies(topic, rows, 1, "{}").await;
         }
@@ -366,7 +368,7 @@ mod tests {
             text.parse().unwrap()
         }
 
-        /// Rows that come from here on are in a partition of their own.
+        /// Makes a partition for the rows that come from here on.
         async fn next_partition(&self) {
             sqlx::raw_sql(
                 "create table later partition of outbox for values from (20000001) to (30000001);
@@ -384,18 +386,18 @@ mod tests {
             cursor.follow(&mut self.db, &Position::at(target.clone())).await.unwrap()
         }
 
-        /// One step of a cursor, and how many rows it touched.
+        /// Makes one step of a cursor; returns the rows, and how many it touched.
         async fn step(&mut self, cursor: &mut Cursor, target: &Snapshot) -> (Option<Vec<i64>>, i64) {
-            // What transactions before touched may still be among it.
+            // The count may still include what earlier transactions touched.
             let before = touched(&mut self.db).await;
             let page = self.page(cursor, target).await;
             let touched = touched(&mut self.db).await - before;
             (page.map(|page| page.rows.iter().map(Row::id).collect()), touched)
         }
 
-        /// All that a cursor finds up to `target`, and how many rows its dearest step touched.
+        /// Reads all that a cursor finds up to `target`; returns it, and how many rows its dearest step touched.
         async fn read(&mut self, mut cursor: Cursor, target: &Snapshot) -> (Vec<i64>, i64) {
-            // One transaction: only for so long the server counts what it touches apart.
+            // The step runs in one transaction: only for so long the server counts its reads apart.
             sqlx::raw_sql("begin").execute(&mut self.db).await.unwrap();
             let (mut found, mut dearest) = (Vec::new(), 0);
             loop {
@@ -433,7 +435,7 @@ mod tests {
         let (found, dearest) = reading.read(cursor, &target).await;
         assert_eq!(found, (11..=7_010).collect::<Vec<i64>>());
         assert!(dearest <= 7_100, "{dearest} rows");
-        // Begun by an owner that died in the middle of it, when everything was new.
+        // This window was begun by an owner that died in the middle of it, when everything was new.
         let cursor =
             Cursor::new(Position { base: Snapshot::initial(), target: target.clone(), after: 3_000 }, None, room());
         let (found, dearest) = reading.read(cursor, &target).await;
@@ -460,7 +462,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_window_of_any_length_is_searched_piece_by_piece() {
-        /// What a relay waits for at most, which is no more than the bound of a statement that reads.
+        /// The longest that a relay waits, which is no more than the bound of a statement that reads.
         const SOON: Duration = Duration::from_secs(10);
         let mut reading = Reading::new().await;
         reading.append("before", 10).await;

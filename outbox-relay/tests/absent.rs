@@ -1,4 +1,5 @@
-//! Topics that do not exist: some are set apart and waited for; of more, whoever made the names up, rows are parked.
+//! Topics that do not exist: some are set apart and waited for. Of more of them, wherever the names come from, rows are
+//! parked.
 
 mod common;
 
@@ -7,7 +8,7 @@ use saga_core::testkit::{create_topic, eventually, size, unique};
 use serde_json::json;
 use std::time::Instant;
 
-/// As many as one outbox sets apart.
+/// The most topics that one outbox sets apart.
 const MOST: i64 = 128;
 
 #[tokio::test]
@@ -37,12 +38,12 @@ async fn topics_that_do_not_exist_neither_stall_the_others_nor_pause_without_end
         .unwrap();
     assert!(reason.contains("as many as there may be") && reason.contains("create it"), "{reason}");
 
-    // One that was set apart appears: its pause ends, and leaves room for another.
+    // A topic that was set apart appears: its pause ends, and leaves room for another.
     let appears = format!("{prefix}.1");
     create_topic(&appears, 1).await;
     published(&appears, 1).await;
     world.counts("select count(*) from outbox_pause", MOST - 1).await;
-    // And one whose row was parked, when it is tried again.
+    // A topic appears whose row was parked, when that is tried again.
     let appears = format!("{prefix}.{topics}");
     create_topic(&appears, 1).await;
     eventually(PATIENCE, || async {

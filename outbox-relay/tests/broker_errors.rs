@@ -1,6 +1,6 @@
 //! Brokers that answer with errors. librdkafka's mock cluster injects them; nothing else here is pretended.
 //!
-//! Order is not looked at here: the mock checks sequence numbers of transactional producers only. When it refuses a batch
+//! Order is not checked here: the mock checks sequence numbers of transactional producers only. When it refuses a batch
 //! it takes the ones behind it all the same, which no real broker does.
 
 mod common;

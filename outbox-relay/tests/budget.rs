@@ -1,4 +1,4 @@
-//! One budget of bytes for all outboxes of a process: nothing exceeds it, and nobody waits for a neighbour's rows.
+//! One budget of bytes for all outboxes of a process: nothing exceeds it, and no outbox waits for a neighbour's rows.
 
 mod common;
 
@@ -20,7 +20,7 @@ async fn two(settings: impl FnOnce(Settings) -> Settings) -> ([World; 2], Relay)
     ([first, second], Relay::new(&settings(both)).unwrap())
 }
 
-/// Rows of so many bytes.
+/// Appends rows of so many bytes.
 async fn append_large(world: &World, topic: &str, rows: usize, bytes: i32) {
     for _ in 0..rows {
         sqlx::query("select outbox_append($1, 'k', 'test.v1', convert_to(repeat('x', $2), 'UTF8'))")
@@ -88,7 +88,7 @@ async fn an_outbox_whose_rows_no_broker_takes_leaves_the_others_their_room() {
     all_published(&stuck, 1).await;
     cluster.broker_down(1).unwrap();
     append_large(&stuck, "stuck", 200, 500_000).await;
-    // All that it can hold.
+    // The relay holds all that it can.
     eventually(PATIENCE, || async { (relay.held().0 > 2 << 20).then_some(()) }).await;
     append_large(&flows, "flows", 200, 500_000).await;
     all_published(&flows, 200).await;

@@ -1,4 +1,4 @@
-//! When a row was written, according to PostgreSQL, which knows more times than a calendar has.
+//! The time when a row was written: PostgreSQL knows more times than a calendar has.
 
 mod common;
 
@@ -9,7 +9,7 @@ use saga_core::testkit::eventually;
 #[tokio::test]
 async fn a_row_whose_time_no_calendar_has_is_published_and_listed_like_any_other() {
     let world = World::new().await;
-    // As it could be written before this was refused.
+    // The row is written as it could be before this was refused.
     sqlx::query("alter table outbox drop constraint if exists outbox_created_at_range")
         .execute(world.db())
         .await
@@ -23,7 +23,7 @@ async fn a_row_whose_time_no_calendar_has_is_published_and_listed_like_any_other
     .await
     .unwrap();
     for at in times {
-        // One is published, one is parked.
+        // One row is published, one is parked.
         for topic in [world.topic.name(), "two words"] {
             sqlx::query(
                 "insert into outbox (message_id, topic, key, type, created_at)
@@ -58,7 +58,7 @@ async fn a_row_whose_time_no_calendar_has_is_published_and_listed_like_any_other
 #[tokio::test]
 async fn a_time_that_no_calendar_has_is_refused_where_it_is_written() {
     let world = World::new().await;
-    // Also in partitions that are made later.
+    // The constraint also holds in partitions that are made later.
     let partition: Option<String> =
         sqlx::query_scalar("select outbox_add_partition(20000000)").fetch_one(world.db()).await.unwrap();
     assert!(partition.is_some());

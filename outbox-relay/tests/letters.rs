@@ -1,4 +1,5 @@
-//! What a record has of its row: every header of a dead letter, its epoch, and of a dead letter that is too large what fits.
+//! The parts of its row that a record holds: every header of a dead letter, and its epoch. Of a dead letter that is too
+//! large, the parts that fit.
 
 mod common;
 
@@ -53,7 +54,7 @@ async fn headers_that_are_no_text_come_out_as_they_went_in() {
     assert_eq!((all(&records[0], ""), all(&records[0], "plain")), (vec![bytes("x")], vec![bytes("p")]));
     assert_eq!((all(&records[0], "ce_id").len(), all(&records[0], "ce_sequence")), (1, vec![bytes("1")]));
     assert_eq!(all(&records[1], ""), [bytes("written by others")], "an old row, or one of another language");
-    // Each says what its sequence counts in.
+    // Each record names the epoch that its sequence counts in.
     let epochs: Vec<_> = records.iter().map(|record| record.header("ce_epoch").unwrap()).collect();
     assert_eq!(epochs[0], epochs[1]);
     assert_eq!(epochs[0].split('-').count(), 4, "{epochs:?}");
@@ -67,7 +68,7 @@ async fn a_dead_letter_that_is_too_large_arrives_and_says_where_the_rest_stands(
     let letters = format!("{original}.dlt");
     create_with(&letters, 1, "max.message.bytes", "3000").await;
     append(&world, &original, 2_000, &json!({ "x-shop": "1" })).await;
-    // Beyond what a page brings, beyond what any topic takes, and with headers that do not fit either.
+    // These are beyond what a page brings, beyond what any topic takes, and with headers that do not fit either.
     append(&world, &original, 10_000, &json!({ "x-shop": "1" })).await;
     append(&world, &original, 2_000_000, &json!({ "x-shop": "1" })).await;
     append(&world, &original, 10_000, &json!({ "x-shop": "y".repeat(5_000) })).await;

@@ -1,4 +1,5 @@
-//! An outbox in another cluster, or under another name: refused with the command that is right, and that command.
+//! An outbox in another cluster, or under another name. The relay refuses it and names the right command; and that
+//! command.
 
 mod common;
 
@@ -7,7 +8,7 @@ use outbox_relay::{OutboxSettings, Relay, Settings};
 use saga_core::testkit::{eventually, read_to_end};
 use std::process::Command;
 
-/// What the relay says is wrong with its first outbox.
+/// The problem that the relay reports of its first outbox.
 async fn problem(relay: &Relay, part: &str) -> String {
     eventually(PATIENCE, || async {
         let (_, outboxes) = call(relay, "GET", "/v1/outboxes", None).await;
@@ -62,7 +63,7 @@ async fn rows_of_a_logical_copy_are_refused_and_then_rewritten_by_a_command() {
     world.append("k", "4").await;
     let records = world.published(5).await;
     assert_eq!(ids(&records).len(), 5, "each once");
-    // What was published stays so when everything is moved again.
+    // Rows that were published stay so when everything is moved again.
     running.stop().await;
     sqlx::query("update outbox_batch set system_identifier = 4711").execute(world.db()).await.unwrap();
     sqlx::query("update outbox set xid = '8000000000000000000' where id > 2").execute(world.db()).await.unwrap();
@@ -107,7 +108,7 @@ async fn an_outbox_under_another_name_publishes_nothing_again_unless_it_is_said(
     let running = world.relay();
     world.append("k", "0").await;
     world.published(1).await;
-    // A second name, while the first is at work.
+    // A second name comes, while the first is at work.
     let second = Relay::new(&named(&world, "again")).unwrap();
     let beside = Running::of(second.clone());
     problem(&second, "orders").await;

@@ -1,4 +1,4 @@
-//! A database that does not answer: the relay says so, and goes on by itself.
+//! A database that does not answer: the relay reports it, and goes on by itself.
 
 mod common;
 
@@ -32,7 +32,7 @@ async fn connections_that_fall_silent_again_and_again_stop_nothing() {
     for round in 0..5 {
         world.append("k", &round.to_string()).await;
         assert_eq!(ids(&world.published(round + 1).await).len(), round + 1, "each once");
-        // It is recorded, so nothing has to be sent again.
+        // The batch is recorded, so nothing has to be sent again.
         world.counts(RECORDED, i64::try_from(round).unwrap() + 1).await;
         proxy.freeze();
     }
@@ -108,7 +108,7 @@ async fn a_retry_does_not_wait_for_the_row_that_is_being_tried() {
     .execute(world.db())
     .await
     .unwrap();
-    // As the owner does while it waits for Kafka.
+    // The test locks the row, as the owner does while it waits for Kafka.
     let mut other = connect(&world).await;
     let mut tx = other.begin().await.unwrap();
     sqlx::query("select from outbox_parked where id = 1 for update").execute(&mut *tx).await.unwrap();
@@ -127,8 +127,8 @@ async fn a_retry_does_not_wait_for_the_row_that_is_being_tried() {
 
 #[tokio::test]
 async fn a_locked_outbox_leaves_no_server_process_behind() {
-    // Recorder, control, session, retry and a spare one; two that read; upkeep; the lease's; a listener, which looks
-    // with two.
+    // The most connections: recorder, control, session, retry and a spare one; two that read; upkeep; the lease's; a
+    // listener, which asks with two.
     const CONNECTIONS: i64 = 5 + 2 + 1 + 1 + 2;
     let world = World::new().await;
     let _relay = world.relay();
@@ -137,7 +137,7 @@ async fn a_locked_outbox_leaves_no_server_process_behind() {
     let mut other = connect(&world).await;
     let mut tx = other.begin().await.unwrap();
     sqlx::query("lock table outbox in access exclusive mode").execute(&mut *tx).await.unwrap();
-    // In no transaction: within one, what the server's processes do is remembered.
+    // The test watches in no transaction: within one, PostgreSQL keeps its first answer about the server's processes.
     let watching = Mutex::new((connect(&world).await, 0, HashSet::new()));
     eventually(PATIENCE, || async {
         let (db, most, owners) = &mut *watching.lock().await;

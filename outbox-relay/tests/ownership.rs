@@ -1,4 +1,4 @@
-//! Who publishes: one at a time; what a second one, a late one and a killed one can do.
+//! The ownership of an outbox: one relay publishes at a time. What a second one, a late one and a killed one can do.
 
 mod common;
 
@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-/// The lease's owner.
+/// The id of the owner whose lease has not run out.
 async fn owner(world: &World) -> Option<uuid::Uuid> {
     sqlx::query_scalar("select owner from outbox_lease where outbox = 'orders' and expires_at > clock_timestamp()")
         .fetch_optional(world.db())
@@ -50,7 +50,7 @@ async fn an_owner_whose_lease_was_taken_stops_and_changes_no_position() {
     world.append("k", "1").await;
     world.published(1).await;
     world.counts("select count(*) from outbox_batch", 1).await;
-    // Somebody else takes the lease, as if it had run out: what the relay does from here on is a zombie's.
+    // Another owner takes the lease, as if it had run out: the relay is a zombie from here on.
     let somebody = uuid::Uuid::new_v4();
     sqlx::query(
         "update outbox_lease set owner = $1, holder = 'somebody', expires_at = clock_timestamp() + interval '1 second'",
@@ -61,7 +61,7 @@ async fn an_owner_whose_lease_was_taken_stops_and_changes_no_position() {
     .unwrap();
     world.append("k", "2").await;
     world.append("k", "3").await;
-    // It may still send; it records nothing until it has a lease of its own again.
+    // The zombie may still send; it records nothing until it has a lease of its own again.
     let records = world.published(3).await;
     assert_eq!(payloads(&records, "k"), ["1", "2", "3"]);
     world.counts(RECORDED, 3).await;
@@ -167,7 +167,7 @@ async fn when_postgres_cuts_every_connection_the_relay_goes_on_by_itself() {
 async fn a_relay_that_waits_for_tables_or_brokers_stops_when_it_is_asked() {
     let world = World::new().await;
     let nowhere = Settings {
-        // A port that refuses.
+        // The port refuses connections.
         kafka_brokers: String::from("127.0.0.1:1"),
         ..world.settings()
     };
@@ -191,7 +191,7 @@ async fn a_replica_that_stands_by_writes_nothing() {
     .await
     .unwrap();
     let _relay = world.relay();
-    // Whatever locks the row leaves its transaction id there.
+    // Each statement that locks the row leaves its transaction id there.
     let looks = AtomicUsize::new(0);
     eventually(PATIENCE, || async {
         let found: Option<(String, bool)> = sqlx::query_as(

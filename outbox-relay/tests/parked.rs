@@ -19,10 +19,10 @@ use std::{
 };
 
 const RETRY: &str = "/v1/outboxes/orders/parked/retry";
-/// What one request counts of a line, and of keyless rows takes, at most.
+/// The most rows that one request counts of a line, and the most keyless rows that it takes.
 const AT_ONCE: usize = 10_000;
 
-/// Rows that are asked for and not tried yet.
+/// The number of rows that are asked for and not tried yet.
 const ASKED: &str = "select count(*) from outbox_parked where retry_requested_at is not null";
 
 #[tokio::test]
@@ -58,7 +58,7 @@ async fn many_parked_rows_without_a_key_are_tried_again_request_by_request() {
     park(&world, &world.topic, rows, 0).await;
     let relay = Relay::new(&world.settings()).unwrap();
     let _running = Running::of(relay.clone());
-    // As fast as an operator can ask: what is asked for is tried meanwhile.
+    // The requests come as fast as an operator can ask: rows that are asked for are tried meanwhile.
     let mut asked = 0;
     while asked < rows {
         let (status, answer) = call(&relay, "POST", RETRY, Some(json!({ "reason": "try" }))).await;
@@ -177,7 +177,7 @@ async fn what_an_operator_was_told_is_discarded_is_never_published() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn where_a_topics_limit_may_not_be_read_the_broker_judges() {
-    // The mock cluster tells no topic's settings, as brokers do not without a right to it.
+    // The mock cluster returns no topic's settings, as brokers do not without a right to it.
     let cluster = MockCluster::new(1).unwrap();
     cluster.create_topic("orders.events", 1, 1).unwrap();
     let world = World::new().await;

@@ -1,4 +1,4 @@
-//! The outbox's partitions: made ahead by every replica, and in nobody's way.
+//! The outbox's partitions: made ahead by every replica, and in the way of no transaction.
 
 mod common;
 
@@ -15,10 +15,10 @@ use std::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// So many rows have overflowed, as if no relay had run for long.
+/// A world in which so many rows have overflowed, as if no relay had run for long.
 async fn overflowed(rows: usize) -> World {
     let world = World::new().await;
-    // No vacuum, which holds a lock for as long as it takes: then a step is put off.
+    // Vacuum is off: it holds a lock for as long as it takes, and then a step is put off.
     sqlx::raw_sql(
         "alter table outbox_overflow set (autovacuum_enabled = off);
          alter sequence outbox_id_seq restart 25000001",
@@ -32,12 +32,12 @@ async fn overflowed(rows: usize) -> World {
     world
 }
 
-/// One call of what makes partitions.
+/// One call of the function that makes partitions.
 async fn step(db: impl sqlx::PgExecutor<'_>) -> Option<String> {
     sqlx::query_scalar("select outbox_add_partition()").fetch_one(db).await.unwrap()
 }
 
-/// Of a relay that sees no broker.
+/// The settings of a relay that sees no broker.
 fn without_kafka(world: &World) -> Settings {
     Settings { kafka_brokers: "127.0.0.1:9".to_owned(), ..world.settings() }
 }
@@ -74,7 +74,7 @@ async fn no_insert_waits_while_the_overflow_is_searched_for_rows() {
     }
     assert_eq!(world.count(PARTITIONS).await, 3);
     assert_eq!(world.count(CHECKS).await, 0);
-    // And the ids go on in it.
+    // The ids go on in the new partition.
     let first: i64 = made.unwrap().trim_start_matches("outbox_").parse().unwrap();
     assert_eq!(step(world.db()).await, None);
     let before = world.count("select count(*) from outbox_overflow").await;
@@ -122,14 +122,14 @@ async fn the_slowest_insert_while_a_partition_is_made_is_as_quick_as_others() {
 
 #[tokio::test]
 async fn no_row_is_refused_whenever_the_maker_of_a_partition_dies() {
-    // The check is added, validated, used, and the ids go on in the partition.
+    // The steps: the check is added, validated, used, and the ids go on in the partition.
     for steps in 0..4 {
         let world = overflowed(50).await;
         for _ in 0..steps {
             step(world.db()).await;
         }
         assert_eq!(world.count(CHECKS).await, i64::from(steps == 1 || steps == 2));
-        // Nobody goes on with it, for the rows of a hundred partitions.
+        // No replica goes on with it, for the rows of a hundred partitions.
         sqlx::query("select setval('outbox_id_seq', nextval('outbox_id_seq') + 1000000000)")
             .execute(world.db())
             .await
@@ -193,7 +193,7 @@ async fn a_vacuum_of_the_overflow_makes_no_insert_wait_and_is_named_while_it_las
     let world = overflowed(50).await;
     let options = PgConnectOptions::from_str(&world.database.url).unwrap().application_name("a-vacuum");
     let mut vacuum = PgConnection::connect_with(&options).await.unwrap();
-    // What a vacuum holds, and this one gives no way.
+    // This is the lock of a vacuum, and this one gives no way.
     let mut vacuuming = vacuum.begin().await.unwrap();
     sqlx::query("lock table outbox_overflow in share update exclusive mode").execute(&mut *vacuuming).await.unwrap();
     let pid: i32 = sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut *vacuuming).await.unwrap();
@@ -244,7 +244,7 @@ async fn a_long_reader_of_the_overflow_makes_no_insert_wait() {
     let making =
         async { sqlx::query_scalar::<_, Option<String>>("select outbox_add_partition()").fetch_one(world.db()).await };
     let inserting = async {
-        // As soon as it waits for its lock, and so stands before all others.
+        // The insert comes as soon as the maker waits for its lock, and so stands before all others.
         eventually(PATIENCE, || async {
             let tried = "select count(*) from pg_stat_activity
                           where datname = current_database() and query like '%outbox_add_partition%'

@@ -1,4 +1,4 @@
-//! Nothing is skipped, nothing is inverted, nothing waits: with real transactions.
+//! No row is skipped, no two are inverted, none waits: with real transactions.
 
 mod common;
 
@@ -81,7 +81,7 @@ async fn a_low_id_that_commits_late_is_published() {
 async fn an_early_xid_that_appends_late_does_not_invert_its_key() {
     let world = World::new().await;
     let _relay = world.relay();
-    // It has its transaction id before anybody appends, and gets the key's lock after the other has committed.
+    // The early transaction has its id before any other appends, and gets the key's lock after the other has committed.
     let mut early = world.db().begin().await.unwrap();
     sqlx::query("select pg_current_xact_id()").execute(&mut *early).await.unwrap();
     world.append("k", "first").await;
@@ -234,7 +234,7 @@ async fn a_long_backlog_with_a_straggler_far_behind_is_published_in_order() {
     let relay = Running::start(&world.unhurried());
     world.published(12_000).await;
     relay.stop().await;
-    // A window whose stragglers lie below its range, each of them more than a page.
+    // The window has stragglers below its range, each more than a page.
     Rows::of(&world.topic, 11_000).append(world.db()).await;
     straggler.commit().await.unwrap();
     let relay = Running::start(&world.unhurried());
@@ -258,7 +258,7 @@ async fn from_now_leaves_out_what_was_committed_before_and_nothing_else() {
     open.commit().await.unwrap();
     assert_eq!(payloads(&world.published(1).await, "k"), ["committed later"]);
     relay.stop().await;
-    // Only the first start means it.
+    // Only the first start counts the setting.
     world.append("k", "while it was away").await;
     let relay = Running::start(&settings);
     assert_eq!(payloads(&world.published(2).await, "k"), ["committed later", "while it was away"]);

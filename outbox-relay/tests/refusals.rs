@@ -1,4 +1,4 @@
-//! What Kafka refuses: rows that are too large, topics that are not there. Everything else flows on.
+//! Rows that Kafka refuses: too large, or to topics that are not there. All other rows flow on.
 
 mod common;
 
@@ -167,7 +167,7 @@ async fn a_row_that_only_the_broker_refuses_is_found_and_parked() {
         append(&mut *tx, &topic, &format!("small-{}", i % 3), &i.to_string()).await;
         append(&mut *tx, &world.topic, "elsewhere", &i.to_string()).await;
     }
-    // Not compressible, or lz4 would make it fit.
+    // The text is not compressible: otherwise lz4 would make it fit.
     let noise: String = (0..200).map(|_| uuid::Uuid::new_v4().to_string()).collect();
     append(&mut *tx, &topic, "large", &noise).await;
     append(&mut *tx, &topic, "large", "behind").await;
@@ -198,7 +198,7 @@ async fn a_missing_topic_pauses_only_itself_and_resumes_when_it_appears() {
     .await;
     let (_, events) = world.call("GET", "/v1/outboxes/orders/events?state=pending", None).await;
     assert_eq!(events["items"].as_array().unwrap().len(), 10);
-    // It is still known after a restart.
+    // The pause is still known after a restart.
     relay.stop().await;
     let _relay = world.relay();
     for i in 10..20 {
@@ -234,7 +234,7 @@ async fn an_operator_pauses_a_topic_while_others_flow_and_resumes_it_in_order() 
     for i in 1..=5 {
         world.append("k", &i.to_string()).await;
         append(world.db(), &other, "k", &i.to_string()).await;
-        // Whoever commits does not know what is paused.
+        // A transaction that commits does not know what is paused.
         nudge(world.db());
     }
     published(&other, 5).await;
@@ -253,7 +253,7 @@ async fn an_operator_pauses_and_resumes_everything() {
     world.call("POST", "/v1/outboxes/orders/pause", Some(request.clone())).await;
     let _relay = world.relay();
     world.append("k", "1").await;
-    // The relay owns the outbox and looks at it, and publishes nothing.
+    // The relay owns the outbox and reads it, and publishes nothing.
     eventually(PATIENCE, || async {
         let (_, outboxes) = world.call("GET", "/v1/outboxes", None).await;
         (outboxes[0]["paused"] == true && outboxes[0]["owner"].is_object() && outboxes[0]["lag"]["rows"] == 1)
@@ -271,7 +271,7 @@ async fn an_operator_pauses_and_resumes_everything() {
 async fn a_row_whose_topic_has_no_legal_name_is_parked_and_stops_nothing() {
     let world = World::new().await;
     let _relay = world.relay();
-    // `*` is what a pause of everything is called. The last exists, and takes nothing from clients.
+    // `*` is the name of a pause of everything. The last topic exists, and takes nothing from clients.
     let names = ["*", "two words", "..", "__consumer_offsets"];
     for topic in names {
         append(world.db(), topic, "k", "lost").await;

@@ -37,7 +37,7 @@ async fn a_relay_publishes_parks_pauses_and_repairs_with_the_least_rights() {
         assert_eq!(status, 200, "{answer}");
     }
     assert_eq!(world.count("select count(*) from outbox_audit").await, 4);
-    // Its upkeep: the second partition is the relay's, by way of the owner.
+    // The relay's upkeep works: the second partition is the relay's, by way of the owner.
     let made =
         "select count(*) from pg_class where relname = 'outbox_000000010000001' and relowner = current_user::regrole";
     world.counts(made, 1).await;
@@ -69,7 +69,7 @@ async fn what_a_relay_may_not_do_is_a_missing_right_and_harms_nothing() {
         let code = refused.as_database_error().unwrap().code();
         assert_eq!(code.as_deref(), Some("42501"), "{sql}: {refused}");
     }
-    // In its own temporary schema it may make things of any name, and they are not taken for the outbox.
+    // In its own temporary schema the role may make things of any name, and they are not taken for the outbox.
     sqlx::raw_sql("create temporary table outbox (id bigint generated always as identity)")
         .execute(&mut db)
         .await

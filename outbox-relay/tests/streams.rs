@@ -1,4 +1,4 @@
-//! What is set apart flows on its own, and what flows with the others pays for none of it.
+//! A topic that is set apart flows on its own, and the topics that flow together pay for none of it.
 
 mod common;
 
@@ -45,7 +45,7 @@ async fn all_together(world: &World) {
     world.counts("select count(*) from outbox_pause", 0).await;
 }
 
-/// Distinct payloads of a topic of the mock cluster, read until there are `count`.
+/// Reads a topic of the mock cluster until there are `count` distinct payloads.
 async fn read_mock(cluster: &Cluster, topic: &str, count: usize) {
     read_from(cluster.bootstrap_servers(), topic, 1, count).await;
 }
@@ -68,7 +68,7 @@ async fn on_mock(world: &World, cluster: &Cluster, leader: Option<i32>) -> (Rela
 }
 
 async fn others_flow_while(leader: Option<i32>, lose: impl Fn(&Cluster), find: impl Fn(&Cluster)) {
-    // More than are sent before others are acknowledged.
+    // There are more rows than are sent before others are acknowledged.
     let rows = size(20, 60_500);
     let world = World::new().await;
     let cluster = MockCluster::new(3).unwrap();
@@ -76,7 +76,7 @@ async fn others_flow_while(leader: Option<i32>, lose: impl Fn(&Cluster), find: i
     let health = Health::new(&CancellationToken::new());
     admin::check_health(&health, &relay);
     lose(&cluster);
-    // Of the topic that flows there are as many, and some behind the last of the others.
+    // The topic that flows has as many rows, and some behind the last of the others.
     Rows::of("flows", rows).append(world.db()).await;
     Rows::of("stuck", 2 * rows).each(2, "flows").append(world.db()).await;
     let view = set_apart(&world, "stuck", "leaderless").await;
@@ -117,7 +117,7 @@ async fn topics_that_fill_the_stream_are_set_apart_though_no_other_flows() {
     append(world.db(), topics[1], "k", "0").await;
     world.counts(RECORDED, 2).await;
     cluster.broker_down(1).unwrap();
-    // More bytes than are sent before others are acknowledged.
+    // There are more bytes than are sent before others are acknowledged.
     let large = "x".repeat(900_000);
     for i in 0..20 {
         append(world.db(), topics[i % 2], "k", &large).await;
@@ -184,7 +184,7 @@ async fn a_pause_of_everything_takes_back_what_no_broker_has_got_yet() {
     append(world.db(), "slow", "k", "first").await;
     world.counts(RECORDED, 1).await;
     cluster.broker_round_trip_time(-1, Duration::from_millis(500)).unwrap();
-    // Few to a batch, and five batches on their way at most.
+    // A batch holds few rows, and at most five batches are on their way.
     Rows::of("slow", rows).of_bytes(3_000).append(world.db()).await;
     let before = eventually(patience(), || async {
         let now = world.recorded().await;
@@ -192,7 +192,7 @@ async fn a_pause_of_everything_takes_back_what_no_broker_has_got_yet() {
     })
     .await;
     world.call("POST", "/v1/outboxes/orders/pause", Some(json!({ "reason": "stop" }))).await;
-    // Nothing is recorded any more for as long as several round trips take.
+    // The wait ends when nothing is recorded any more for as long as several round trips take.
     let last = std::sync::Mutex::new((before, Instant::now()));
     let after = eventually(patience(), || async {
         let now = world.recorded().await;
@@ -231,7 +231,7 @@ async fn rows_of_a_missing_topic_amid_many_are_published_once_when_it_appears() 
     assert_eq!(found.len(), others, "the others once as well");
 }
 
-/// A topic is paused, and its relay has seen that.
+/// Pauses a topic, and waits until its relay has seen that.
 async fn pause(world: &World, topic: &str) -> Value {
     append(world.db(), topic, "k0", "0").await;
     published(topic, 1).await;
@@ -303,7 +303,7 @@ async fn a_topic_that_catches_up_over_many_rows_costs_the_others_nearly_nothing(
     relay.stop().await;
 }
 
-/// When which rows arrive at a consumer of the topic.
+/// The arrivals of rows at a consumer of the topic: each row's id, with its time.
 fn arrivals(topic: &str) -> mpsc::UnboundedReceiver<(i64, Instant)> {
     let consumer: BaseConsumer =
         ClientConfig::new().set("bootstrap.servers", brokers()).set("group.id", topic).create().unwrap();
@@ -324,7 +324,7 @@ fn arrivals(topic: &str) -> mpsc::UnboundedReceiver<(i64, Instant)> {
     arrived
 }
 
-/// From a good row's commit to its arrival at a consumer, row after row, each after what `before` does.
+/// The time from a good row's commit to its arrival at a consumer, row after row, each after `before`.
 async fn took(
     world: &World,
     arrived: &mut mpsc::UnboundedReceiver<(i64, Instant)>,
@@ -367,14 +367,14 @@ async fn a_topic_that_refuses_row_after_row_costs_the_others_nearly_nothing() {
     published(&compacted, 1).await;
     let mut arrived = arrivals(&world.topic);
     let refused = async |i: usize| {
-        // A record without a key is refused by every broker for a topic that is compacted.
+        // Every broker refuses a record without a key for a topic that is compacted.
         if i.is_multiple_of(5) {
             let append = sqlx::query("select outbox_append($1, null, 'test.v1', 'x')").bind(&compacted);
             append.execute(world.db()).await.unwrap();
         }
     };
-    // Turn by turn, so that the machine is as busy beside the bad topic as without it. What costs the others something costs it
-    // in every round; what the machine does by itself does not happen in each.
+    // The rounds take turns, so that the machine is as busy beside the bad topic as without it. A cost to the others
+    // shows in every round; the machine's own delays do not come in each.
     let mut rounds = Vec::new();
     while rounds.last().is_none_or(|(beside, quiet)| *beside > 3 * *quiet) {
         assert!(rounds.len() < ROUNDS, "the slowest but one in a hundred, beside it and without it: {rounds:?}");
@@ -388,7 +388,7 @@ async fn a_topic_that_refuses_row_after_row_costs_the_others_nearly_nothing() {
     let view = set_apart(&world, &compacted, "refusing").await;
     assert!(view["reason"].as_str().unwrap().contains("InvalidRecord"), "{view}");
     world.parked(i64::try_from(rounds.len() * TURNS * ROWS / 5).unwrap()).await;
-    // Its good rows flow as well.
+    // The good rows of the bad topic flow as well.
     append(world.db(), &compacted, "k", "still good").await;
     assert_eq!(payloads(&published(&compacted, 2).await, "k"), ["good", "still good"]);
 }

@@ -27,7 +27,7 @@ use utoipa_swagger_ui::SwaggerUi;
 )]
 struct Document;
 
-/// The API with everything around it, its description at `/openapi.json` and a page to try it at `/docs`.
+/// The API's routes, its description at `/openapi.json` and a page to try it at `/docs`.
 pub fn router(pool: PgPool) -> Router {
     let router: Router = documented().split_for_parts().0.with_state(pool);
     router.merge(SwaggerUi::new("/docs").url("/openapi.json", document()))
@@ -45,19 +45,19 @@ fn documented() -> OpenApiRouter<PgPool> {
         .routes(routes!(get_ledger))
 }
 
-/// A payment.
+/// A payment as it is now.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct PaymentView {
     /// The order that is paid.
     order: OrderId,
-    /// Who pays.
+    /// The id of the paying customer.
     customer: String,
-    /// How much.
+    /// The amount to pay, with its currency.
     amount: Money,
-    /// How far it is.
+    /// The payment's status.
     #[schema(example = "authorized")]
     status: &'static str,
-    /// Why it was declined.
+    /// The code of the gateway's refusal; absent unless declined.
     #[serde(skip_serializing_if = "Option::is_none")]
     decline_reason: Option<String>,
     /// The gateway's reference of the authorization.
@@ -68,17 +68,18 @@ pub struct PaymentView {
     capture: Option<String>,
     /// Minor units held at the gateway.
     held: i64,
-    /// Minor units taken.
+    /// Minor units that were taken.
     captured: i64,
     /// Minor units given back of what was taken.
     refunded: i64,
-    /// Why nobody can say what became of it: the gateway answered something else than it was asked.
+    /// The answer that leaves the payment in doubt: it has another amount or currency than was asked for. Absent
+    /// otherwise.
     #[serde(skip_serializing_if = "Option::is_none")]
     in_doubt: Option<DifferenceView>,
-    /// When it was first asked for.
+    /// When the payment was first asked for.
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
-    /// When it last changed.
+    /// When the payment last changed.
     #[serde(with = "time::serde::rfc3339")]
     updated_at: OffsetDateTime,
 }
@@ -86,18 +87,18 @@ pub struct PaymentView {
 /// An answer of the gateway of another amount or currency than was asked for. It settled nothing.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct DifferenceView {
-    /// In words.
+    /// The difference in words.
     #[schema(example = "asked to capture 1000 EUR, the gateway answered 999 EUR")]
     reason: String,
     /// `authorize`, `void`, `capture` or `refund`.
     movement: String,
-    /// How much was asked for.
+    /// The amount that was asked for.
     asked: Money,
-    /// How much was answered.
+    /// The amount that was answered.
     answered: Money,
-    /// The gateway's reference.
+    /// The gateway's reference in that answer.
     reference: String,
-    /// When it was first answered.
+    /// When the gateway first answered so.
     #[serde(with = "time::serde::rfc3339")]
     at: OffsetDateTime,
 }
@@ -105,43 +106,44 @@ pub struct DifferenceView {
 /// One side of a movement of money; the entries of a payment add up to nothing.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct EntryView {
-    /// Its place in the ledger.
+    /// The entry's id; it grows along the ledger.
     id: i64,
     /// `authorize`, `void`, `capture` or `refund`.
     movement: String,
     /// `customer`, `held` or `merchant`.
     account: String,
-    /// Signed minor units.
+    /// The amount in minor units, negative where the account loses it.
     amount: i64,
-    /// The gateway's reference.
+    /// The gateway's reference of the operation.
     reference: String,
-    /// When it was entered.
+    /// When the entry was made.
     #[serde(with = "time::serde::rfc3339")]
     at: OffsetDateTime,
 }
 
-/// A payment's ledger.
+/// The ledger of one order's payment.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct LedgerView {
-    /// Whose.
+    /// The order that is paid.
     order: OrderId,
-    /// Its entries, oldest first.
+    /// The entries, oldest first.
     entries: Vec<EntryView>,
     /// What was asked for and answered otherwise, oldest first; none of it is an entry.
     differences: Vec<DifferenceView>,
 }
 
-/// Which payments.
+/// The payments to list.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct ListQuery {
-    /// Only these: `authorizing`, `authorized`, `declined`, `captured` or `voided`.
+    /// Only payments of this status: `authorizing`, `authorized`, `declined`, `captured` or `voided`; all when left
+    /// out.
     #[param(inline)]
     status: Option<StatusName>,
-    /// Only this customer's.
+    /// Only this customer's payments; all customers' when left out.
     customer: Option<String>,
-    /// How many, 1 to 200; 50 when not said.
+    /// The most rows of the page, 1 to 200; 50 when left out.
     #[serde(default)]
     #[param(value_type = Option<u32>)]
     limit: Limit,
@@ -150,7 +152,7 @@ pub struct ListQuery {
     cursor: Option<Cursor>,
 }
 
-/// How far a payment is.
+/// The status of a payment.
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum StatusName {
@@ -158,11 +160,11 @@ pub enum StatusName {
     Authorizing,
     /// The money is held.
     Authorized,
-    /// The gateway said no.
+    /// The gateway refused; nothing is held.
     Declined,
     /// The money was taken.
     Captured,
-    /// Nothing is held.
+    /// The gateway holds nothing, and will not.
     Voided,
 }
 

@@ -1,4 +1,4 @@
-//! What `payment-svc` takes beside what every service takes.
+//! The settings of `payment-svc` beside those of every service.
 
 use crate::sim::SimArgs;
 use reqwest::Url;
@@ -8,7 +8,7 @@ use saga_core::service::{
 };
 use std::time::Duration;
 
-/// The service.
+/// The service's name and its default ports.
 pub const IDENTITY: Identity = Identity { name: "payment-svc", http_port: 8081, admin_port: 9081 };
 
 /// Holds, takes and gives back the money of orders, by commands from Kafka, at a payment provider.
@@ -61,21 +61,21 @@ pub struct GatewayArgs {
     pub gateway_concurrency: Option<String>,
 }
 
-/// A valid [`GatewayArgs`].
+/// The settings of a valid [`GatewayArgs`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatewaySettings {
     /// The provider's base URL, without a user or a password.
     pub url: Url,
-    /// What the provider lets us in by.
+    /// The token that the provider lets the service in by; `None`: it asks for none.
     pub token: Option<Secret>,
-    /// How long it has for an answer.
+    /// How long the provider has for an answer.
     pub timeout: Duration,
-    /// Requests in flight at once.
+    /// How many requests may be in flight at once.
     pub concurrency: usize,
 }
 
 impl GatewayArgs {
-    /// Checks these and the others and reports every mistake at once.
+    /// Checks these arguments and the others, and reports every mistake at once.
     pub fn validate(
         &self,
         service: &ServiceArgs,
@@ -120,7 +120,7 @@ impl GatewayArgs {
     }
 }
 
-/// Milliseconds, at most an hour.
+/// Reads a number of milliseconds, at most an hour.
 pub(crate) fn millis(
     text: &Option<String>,
     variable: &'static str,

@@ -18,38 +18,38 @@ pub struct Payment {
     pub order: OrderId,
     /// The paying customer; empty where the row was lost and only the gateway knew of the payment.
     pub customer: String,
-    /// How much.
+    /// The amount to pay, with its currency.
     pub amount: Money,
-    /// The command that the present authorization belongs to; its idempotency key at the gateway.
+    /// The command that the present authorization belongs to; its id is the idempotency key at the gateway.
     pub authorize_key: CommandId,
-    /// How far it is.
+    /// The state of the payment, with the gateway's references.
     pub status: Status,
 }
 
-/// How far a payment is.
+/// The state of a payment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Status {
-    /// The gateway is being asked.
+    /// The gateway is being asked; it may hold the money.
     Authorizing,
     /// The money is held.
     Authorized {
-        /// The gateway's reference.
+        /// The gateway's reference of the authorization.
         authorization: String,
     },
-    /// The gateway said no; nothing is held.
+    /// The gateway refused; nothing is held.
     Declined {
-        /// Its reason.
+        /// The code of the gateway's refusal.
         reason: String,
     },
-    /// The money is ours.
+    /// The gateway has taken the money.
     Captured {
         /// The gateway's reference of the authorization.
         authorization: String,
         /// The gateway's reference of the capture.
         capture: String,
-        /// What was given back.
+        /// Minor units that were given back.
         refunded: i64,
-        /// What is being given back: asked for, not answered.
+        /// Minor units that are being given back: asked for, not answered.
         refunding: i64,
     },
     /// Nothing is held, and nothing will be.
@@ -61,89 +61,90 @@ pub enum Status {
 pub enum Event {
     /// The gateway holds the money.
     Authorized {
-        /// Its reference.
+        /// The gateway's reference of the authorization.
         authorization: String,
     },
-    /// The gateway said no.
+    /// The gateway refused.
     Declined {
-        /// Its reason.
+        /// The code of the gateway's refusal.
         reason: String,
     },
-    /// The gateway holds nothing (any more). `released` tells of money whose authorization nobody had heard of.
+    /// The gateway holds nothing (any more). `released` is money of an authorization that the service had not heard of.
     Voided {
-        /// What it let go, if it held something.
+        /// The money that the gateway let go, if it held any.
         released: Option<Released>,
     },
     /// The gateway took the money.
     Captured {
-        /// Its reference.
+        /// The gateway's reference of the capture.
         capture: String,
     },
     /// A refund is being asked for.
     RefundBegun {
-        /// How much.
+        /// Minor units that are asked for.
         amount: i64,
     },
-    /// The gateway gave it back.
+    /// The gateway gave the money back.
     Refunded {
-        /// Its reference.
+        /// The gateway's reference of the refund.
         refund: String,
-        /// How much.
+        /// Minor units that were given back.
         amount: i64,
     },
-    /// The gateway did not give it back.
+    /// The gateway did not give the money back.
     RefundRefused {
-        /// How much was asked for.
+        /// Minor units that were asked for.
         amount: i64,
     },
 }
 
-/// What the gateway held and let go.
+/// Money that the gateway held and let go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Released {
-    /// Its reference.
+    /// The gateway's reference of the authorization.
     pub reference: String,
-    /// How much. It may be another amount than was asked for, if the gateway said so of the authorization, too.
+    /// The amount that was let go. It may be another than was asked for, if the gateway answered the authorization with
+    /// it, too.
     pub amount: Money,
 }
 
-/// Where money is.
+/// The accounts of the ledger, by where the money is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Account {
-    /// The customer's.
+    /// The money is the customer's.
     Customer,
-    /// Held at the gateway.
+    /// The money is held at the gateway.
     Held,
-    /// Ours.
+    /// The money is the merchant's.
     Merchant,
 }
 
-/// Why money moves.
+/// The kinds of movements of money.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MovementKind {
-    /// Customer to held.
+    /// From customer to held.
     Authorize,
-    /// Held to customer.
+    /// From held back to the customer.
     Void,
-    /// Held to merchant.
+    /// From held to the merchant.
     Capture,
-    /// Merchant to customer.
+    /// From the merchant back to the customer.
     Refund,
 }
 
 /// Money that moves from one account to another: two ledger entries that add up to nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Movement {
-    /// Why.
+    /// The kind, which decides the two accounts.
     pub kind: MovementKind,
-    /// How much, positive.
+    /// The amount, positive, with its currency.
     pub amount: Money,
-    /// The gateway's reference.
+    /// The gateway's reference of the operation.
     pub reference: String,
 }
 
 impl Movement {
-    /// It was held, and nobody here had heard of it: both movements enter when it is let go.
+    /// The movements of money that was held without the service knowing: both enter when it is let go.
     pub fn held_and_let_go(released: &Released) -> [Self; 2] {
         let both = [MovementKind::Authorize, MovementKind::Void];
         both.map(|kind| Self { kind, amount: released.amount, reference: released.reference.clone() })
@@ -154,9 +155,9 @@ impl Movement {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a payment that is {status} cannot become {event:?}")]
 pub struct IllegalMove {
-    /// The payment's status.
+    /// The name of the payment's status.
     pub status: &'static str,
-    /// What was to happen.
+    /// The event that was to happen.
     pub event: Event,
 }
 
@@ -171,11 +172,11 @@ pub enum Refusal {
     AlreadyPaid,
     /// There is no payment that is authorized.
     NotAuthorized,
-    /// Another amount or currency than was authorized.
+    /// The amount or currency is another than was authorized.
     AmountDiffers,
-    /// Nothing was captured.
+    /// Nothing of the payment was captured.
     NotCaptured,
-    /// More than what was captured and not given back.
+    /// The amount is more than what was captured and not given back.
     AmountTooLarge,
 }
 
@@ -185,7 +186,7 @@ impl Payment {
         Self { order, customer: String::new(), amount, authorize_key, status: Status::Voided }
     }
 
-    /// What happened, happens to the payment: its next state, and the money that moved.
+    /// Applies `event`, which happened: returns the payment's next state, and the money that moved.
     pub fn apply(mut self, event: Event) -> Result<(Self, Vec<Movement>), IllegalMove> {
         let total = self.amount.amount;
         let status = self.status.name();
@@ -241,7 +242,7 @@ impl Payment {
         matches!(self.status, Status::Declined { .. } | Status::Voided)
     }
 
-    /// The authorization that `amount` can be captured of.
+    /// The authorization of which `amount` can be captured.
     pub fn capturable(&self, amount: Money) -> Result<&str, Refusal> {
         match &self.status {
             Status::Authorized { authorization } if amount == self.amount => Ok(authorization),
@@ -250,7 +251,7 @@ impl Payment {
         }
     }
 
-    /// The authorization whose capture `amount` can be given back of.
+    /// The authorization of whose capture `amount` can be given back.
     pub fn refundable(&self, amount: Money) -> Result<&str, Refusal> {
         match &self.status {
             Status::Captured { .. } if amount.amount <= 0 => Err(Refusal::InvalidAmount),
@@ -267,7 +268,7 @@ impl Payment {
 }
 
 impl Status {
-    /// As it is stored and shown.
+    /// The name under which the status is stored and shown.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Authorizing => "authorizing",
@@ -280,7 +281,7 @@ impl Status {
 }
 
 impl Refusal {
-    /// As it stands in a reply.
+    /// The name of the refusal in a reply.
     pub fn reason(self) -> &'static str {
         match self {
             Self::InvalidAmount => "invalid_amount",
@@ -295,7 +296,7 @@ impl Refusal {
 }
 
 impl MovementKind {
-    /// As it is stored and shown.
+    /// The name under which the kind is stored and shown.
     pub fn name(self) -> &'static str {
         match self {
             Self::Authorize => "authorize",
@@ -305,7 +306,7 @@ impl MovementKind {
         }
     }
 
-    /// From which account to which.
+    /// The account that the money leaves, and the one that it reaches.
     pub fn accounts(self) -> (Account, Account) {
         match self {
             Self::Authorize => (Account::Customer, Account::Held),
@@ -317,7 +318,7 @@ impl MovementKind {
 }
 
 impl Account {
-    /// As it is stored and shown.
+    /// The name under which the account is stored and shown.
     pub fn name(self) -> &'static str {
         match self {
             Self::Customer => "customer",

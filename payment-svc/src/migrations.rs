@@ -15,12 +15,12 @@ pub fn all() -> [Migrations; 2] {
     [messaging_migrations(), payment()]
 }
 
-/// Runs migrations/payment.
+/// The service's own migrations, from `migrations/payment`.
 pub fn payment() -> Migrations {
     Migrations { owner: "payment", runner: payment_sql::migrations::runner() }
 }
 
-/// Runs migrations/gateway: the simulator's, in a database of its own.
+/// The simulator's migrations, from `migrations/gateway`, for a database of its own.
 pub fn gateway() -> Migrations {
     Migrations { owner: "gateway", runner: gateway_sql::migrations::runner() }
 }

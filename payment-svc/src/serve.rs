@@ -1,7 +1,7 @@
 //! The service's process: the consumer of commands, the executor of intents, the two listeners.
 //!
-//! When it dies, nothing is lost: commands that were not committed come again from Kafka, and intents that were open are
-//! resolved by whoever claims them next.
+//! When the process dies, nothing is lost. Commands that were not committed come again from Kafka. The process that
+//! claims the open intents next resolves them.
 
 use crate::{
     api,
@@ -22,10 +22,10 @@ use sqlx::PgPool;
 use std::{convert::Infallible, sync::Arc, time::Duration};
 use uuid::Uuid;
 
-/// What this service reads, and so creates: its commands.
+/// The topics that this service reads, and so creates: its commands.
 const TOPICS: [Topic; 1] = [topics::PAYMENTS_COMMANDS];
 
-/// What requests read; nobody writes by request.
+/// The tables that requests read; no request writes.
 const NEEDS: &[Needs] =
     &[Needs { table: "payment", rights: &["select"] }, Needs { table: "ledger_entry", rights: &["select"] }];
 
@@ -82,7 +82,7 @@ pub fn participant(gateway: &GatewaySettings, pool: &PgPool) -> anyhow::Result<P
     Ok(effects::participant(IDENTITY.name, provider, pool.clone()))
 }
 
-/// A call has the provider's time-out, and time for quick retries and for what is read and written beside it.
+/// The limits of a call: the provider's time-out, and time for quick retries and for the database's work beside it.
 pub fn limits(gateway: &GatewaySettings) -> IntentConfig {
     IntentConfig {
         concurrency: gateway.concurrency,

@@ -19,50 +19,50 @@ use uuid::Uuid;
 /// One side of a movement, as it was entered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// Its place in the ledger.
+    /// The entry's id; it grows along the ledger.
     pub id: i64,
-    /// `authorize`, `void`, `capture`, `refund`.
+    /// The kind of movement: `authorize`, `void`, `capture`, `refund`.
     pub movement: String,
-    /// `customer`, `held`, `merchant`.
+    /// The account of this side: `customer`, `held`, `merchant`.
     pub account: String,
-    /// Signed minor units.
+    /// The amount in minor units, negative where the account loses it.
     pub amount: i64,
-    /// The gateway's reference.
+    /// The gateway's reference of the operation.
     pub reference: String,
-    /// When it was entered.
+    /// When the entry was made.
     pub at: OffsetDateTime,
 }
 
 /// A payment with its row's times.
 #[derive(Debug, Clone)]
 pub struct Recorded {
-    /// The payment.
+    /// The payment, without its row's times.
     pub payment: Payment,
-    /// When it was first asked for.
+    /// When the payment was first asked for.
     pub created_at: OffsetDateTime,
-    /// When it last changed.
+    /// When the payment last changed.
     pub updated_at: OffsetDateTime,
 }
 
 /// An answer of the gateway of another amount or currency than was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
-    /// Whose payment.
+    /// The order whose payment it is.
     pub order: OrderId,
-    /// The command under whose id it was asked.
+    /// The command under whose id the gateway was asked.
     pub command: CommandId,
     /// What was asked for: `authorize`, `void`, `capture`, `refund`.
     pub movement: &'static str,
-    /// How much was asked for.
+    /// The amount that was asked for.
     pub asked: Money,
-    /// How much was answered.
+    /// The amount that was answered.
     pub answered: Money,
-    /// The gateway's reference.
+    /// The gateway's reference in that answer.
     pub reference: String,
 }
 
 impl Difference {
-    /// In words.
+    /// The difference in words, for people.
     pub fn reason(&self) -> String {
         difference_in_words(self.movement, self.asked, self.answered)
     }
@@ -71,22 +71,22 @@ impl Difference {
 /// A [`Difference`] as it is on record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecordedDifference {
-    /// Whose payment.
+    /// The order whose payment it is.
     pub order: OrderId,
-    /// What was asked for.
+    /// What was asked for: `authorize`, `void`, `capture`, `refund`.
     pub movement: String,
-    /// How much was asked for.
+    /// The amount that was asked for.
     pub asked: Money,
-    /// How much was answered.
+    /// The amount that was answered.
     pub answered: Money,
-    /// The gateway's reference.
+    /// The gateway's reference in that answer.
     pub reference: String,
-    /// When it was first answered.
+    /// When the gateway first answered so.
     pub at: OffsetDateTime,
 }
 
 impl RecordedDifference {
-    /// In words.
+    /// The difference in words, for people.
     pub fn reason(&self) -> String {
         difference_in_words(&self.movement, self.asked, self.answered)
     }
@@ -97,12 +97,12 @@ fn difference_in_words(movement: &str, asked: Money, answered: Money) -> String 
     format!("asked to {movement} {}, the gateway answered {}", text(asked), text(answered))
 }
 
-/// Which payments a list shows.
+/// The payments that a list shows; both fields `None`: all.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
-    /// Only this status.
+    /// Only payments of this status; `None`: of any.
     pub status: Option<String>,
-    /// Only this customer's.
+    /// Only this customer's payments; `None`: all customers'.
     pub customer: Option<String>,
 }
 
@@ -128,7 +128,7 @@ macro_rules! differences {
     };
 }
 
-/// The order's payment, locked.
+/// Reads the order's payment and locks it; `None` if there is none.
 pub async fn lock(tx: &mut Tx<'_>, order: OrderId) -> Result<Option<Payment>, sqlx::Error> {
     let row = sqlx::query(payments!("where order_id = $1 for update")).bind(order.0).fetch_optional(&mut **tx).await?;
     row.as_ref().map(payment).transpose()
@@ -211,7 +211,7 @@ async fn enter(
     Ok(())
 }
 
-/// The order's payment.
+/// Finds the order's payment, with its row's times; `None` if there is none.
 pub async fn find(pool: &PgPool, order: OrderId) -> Result<Option<Recorded>, sqlx::Error> {
     let row = sqlx::query(payments!("where order_id = $1")).bind(order.0).fetch_optional(pool).await?;
     row.as_ref().map(recorded).transpose()
@@ -239,8 +239,9 @@ pub async fn ledger(pool: &PgPool, order: OrderId) -> Result<Vec<Entry>, sqlx::E
         .collect()
 }
 
-/// What may be held of the authorization under this key: what was asked for, then whatever else the gateway answered, as
-/// long as it is not certain. Nothing where no payment is of this key, or nothing of it can be held.
+/// The amounts that may be held of the authorization under this key, as long as that is not certain. First comes what
+/// was asked for, then what else the gateway answered. Empty where no payment is of this key, or nothing of it can be
+/// held.
 pub async fn may_be_held(
     pool: &PgPool,
     bound: Bound,
@@ -307,7 +308,7 @@ pub async fn differences(pool: &PgPool, order: OrderId) -> Result<Vec<RecordedDi
     rows.iter().map(difference).collect()
 }
 
-/// Which of these payments are in doubt because of a difference.
+/// Those of these payments that are in doubt because of a difference, with the difference.
 pub async fn in_doubt(pool: &PgPool, orders: &[OrderId]) -> Result<HashMap<OrderId, RecordedDifference>, sqlx::Error> {
     let rows = sqlx::query(concat!(differences!("payment_in_doubt"), " where order_id = any($1)"))
         .bind(orders.iter().map(|order| order.0).collect::<Vec<_>>())
@@ -351,13 +352,13 @@ fn from_micros(micros: i64) -> Result<OffsetDateTime, Problem> {
         .map_err(|_| Problem::malformed("The cursor is not one of ours.").with_field("cursor", "take it from the page"))
 }
 
-/// How many payments the ledger does not explain: always none.
+/// The payments that the ledger does not explain: always none.
 pub async fn imbalances(pool: &PgPool) -> Result<Vec<OrderId>, sqlx::Error> {
     let orders: Vec<Uuid> = sqlx::query_scalar("select order_id from payment_imbalance").fetch_all(pool).await?;
     Ok(orders.into_iter().map(OrderId).collect())
 }
 
-/// A status as it lies in columns.
+/// The columns of a status.
 #[derive(Default)]
 struct Columns<'a> {
     authorization: Option<&'a str>,

@@ -1,14 +1,15 @@
-//! Card numbers, which no service may keep. Pure.
+//! Card numbers, which no service may store. Pure.
 //!
-//! A payment is made by the gateway's token. Whoever puts the card's own number into a field would have it stored for ever, in
-//! tables, topics and logs; so each text of people's that one might be put into is refused before it is used for anything.
+//! A payment is made by the gateway's token. A card's own number in a field would be stored for ever, in tables, topics
+//! and logs. So each text that a person writes, and that might hold one, is refused before it is used.
 
 use std::ops::RangeInclusive;
 
 /// How many digits a card number has.
 const DIGITS: RangeInclusive<usize> = 13..=19;
 
-/// Most digits that people write in one group, where they write groups (`3782 822463 10005`). It keeps a UUID from being one.
+/// The most digits that people write in one group, where they write groups (`3782 822463 10005`). The limit keeps a
+/// UUID from being one.
 const GROUP_MAX: usize = 7;
 
 /// What people write between the groups; `_` as well, where digits stand on both sides or nothing.
@@ -17,9 +18,9 @@ const SEPARATORS: [char; 5] = [' ', '-', '.', '/', ','];
 /// What is wrong with such a text: completes a sentence that begins with the field, and repeats nothing of it.
 pub const REFUSED: &str = "holds what looks like a card number, which is not kept here";
 
-/// Whether `text` holds what looks like a card number: 13 to 19 digits, in one group or with separators between,
-/// that begin as the networks' cards do and whose check digit is right (Luhn). Digits that a letter or `+` stands at, directly or
-/// with `_` between, are part of a name, such as a token's, or of a telephone number.
+/// Whether `text` holds what looks like a card number: 13 to 19 digits, in one group or with separators between. The
+/// digits begin as the networks' cards do, and their check digit is right (Luhn). Digits that a letter or `+` touches,
+/// directly or with `_` between, do not count. They are part of a name, such as a token's, or of a telephone number.
 #[must_use]
 pub fn holds_a_card_number(text: &str) -> bool {
     text.split(|c: char| !(c.is_alphanumeric() || matches!(c, '_' | '+') || SEPARATORS.contains(&c))).any(|piece| {
@@ -45,7 +46,7 @@ fn digits(group: &str) -> Option<Vec<u32>> {
     group.chars().map(|c| c.to_digit(10)).collect()
 }
 
-/// Whether some neighbouring short groups are one together.
+/// Whether some neighbouring short groups form one card number.
 fn is_grouped(run: &[&[u32]]) -> bool {
     (0..run.len()).any(|first| {
         let mut number = Vec::new();
@@ -60,13 +61,13 @@ fn is_a_card_number(digits: &[u32]) -> bool {
     DIGITS.contains(&digits.len()) && is_of_a_network(digits) && has_check_digit(digits)
 }
 
-/// 2221 to 2720, and what begins with 3, 4, 5 or 6.
+/// Whether the digits begin as the networks' cards do: with 2221 to 2720, or with 3, 4, 5 or 6.
 fn is_of_a_network(digits: &[u32]) -> bool {
     let first_four = digits.iter().take(4).fold(0, |number, digit| number * 10 + digit);
     matches!(first_four, 2_221..=2_720 | 3_000..=6_999)
 }
 
-/// Luhn's.
+/// Whether the last digit is right by Luhn's rule.
 fn has_check_digit(digits: &[u32]) -> bool {
     let weighed = digits.iter().rev().enumerate().map(|(place, digit)| match place % 2 {
         0 => *digit,

@@ -3,10 +3,10 @@
 //! Rules that depend on time take `now` as a parameter, so that tests choose it and a retry decides as the first
 //! attempt did.
 //!
-//! The database's clock decides. It is one for all processes, and the host's may be an hour off, or in 1970. Whoever reads
-//! `clock_timestamp()` passes it on with [`DatabaseClock::heard`]; from then on [`now`] is that time, carried on by the monotonic clock. How
-//! far the host's clock is off is [`DatabaseClock::skew`], which health and the log tell. Until the database was heard, the host's clock
-//! has to do.
+//! The database's clock decides. It is one for all processes, and the host's may be an hour off, or in 1970. A part
+//! that reads `clock_timestamp()` passes it on with [`DatabaseClock::heard`]; from then on [`now`] is that time,
+//! carried on by the monotonic clock. [`DatabaseClock::skew`] is how far the host's clock is off, which health and the
+//! log show. Until the database has answered once, the host's clock decides.
 
 use std::{
     collections::BTreeMap,
@@ -16,29 +16,29 @@ use std::{
 use time::OffsetDateTime;
 use uuid::{NoContext, Timestamp, Uuid};
 
-/// What the database said, and when it did by the monotonic clock.
+/// The database's time in its answer, and the moment of that by the monotonic clock.
 #[derive(Debug, Clone, Copy)]
 struct Heard {
     time: OffsetDateTime,
     at: Instant,
 }
 
-/// What was heard so long ago is heard again: the database may have failed over to a machine with another clock.
+/// The age from which a reading is stale: the database may have failed over to a machine with another clock.
 const FRESH: Duration = Duration::from_secs(10);
 
-/// An answer that took longer, because of a lock for example, says too little of when the database looked at its clock.
+/// An answer that took longer, because of a lock for example, shows too little of when the database read its clock.
 const ROUND_TRIP_MAX: Duration = Duration::from_millis(250);
 
-/// A difference between the host's clock and the database's that is logged.
+/// The process logs a difference of this much between the host's clock and the database's.
 const SKEW_LOGGED: Duration = Duration::from_secs(5);
 
-/// A difference that is not healthy, and with which nothing is given up because of its age.
+/// From this difference on health is red, and no part gives work up because of its age.
 const SKEW_MAX: Duration = Duration::from_secs(120);
 
 /// The clock of one database, as it was when it was last read; from then on it advances as the monotonic clock does.
 #[derive(Debug)]
 pub struct DatabaseClock {
-    /// `None`: it logs nothing.
+    /// The database's name in log lines; `None`: the clock logs nothing.
     name: Option<String>,
     state: Mutex<State>,
 }
@@ -68,13 +68,13 @@ impl DatabaseClock {
         Arc::clone(all.entry(database.to_owned()).or_insert_with(new))
     }
 
-    /// The database said that it was `time`; it was asked at `asked`. A difference of seconds from the host's clock is logged
-    /// once, and so is its end.
+    /// Takes the database's `time` from an answer to a question of `asked`. A difference of seconds from the host's
+    /// clock is logged once, and so is its end.
     pub fn heard(&self, time: OffsetDateTime, asked: Instant) {
         let (now, mut state) = (monotonic(), self.state());
         let took = now.saturating_duration_since(asked);
         if took <= ROUND_TRIP_MAX || state.heard.is_none() {
-            // It looked at its clock somewhere on the way there and back.
+            // The database read its clock somewhere on the way there and back.
             state.heard = Some(Heard { time, at: asked + took / 2 });
         }
         let Some(database) = &self.name else { return };
@@ -92,7 +92,8 @@ impl DatabaseClock {
         }
     }
 
-    /// The time by the database's clock, UTC, in the microseconds that PostgreSQL keeps. The host's, until the database was heard.
+    /// The time by the database's clock, UTC, in the microseconds that PostgreSQL keeps. The host's, until the database
+    /// has answered once.
     #[must_use]
     pub fn now(&self) -> OffsetDateTime {
         cut(by_database(self.state().heard).unwrap_or_else(host))
@@ -104,22 +105,23 @@ impl DatabaseClock {
         (self.now() - at).as_seconds_f64().max(0.0)
     }
 
-    /// Whether the database was heard lately. If not, and if it matters, ask it first.
+    /// Whether a reading of the last 10 s is there. If not, and if it matters, ask the database first.
     #[must_use]
     pub fn is_known(&self) -> bool {
         is_fresh(self.state().heard, monotonic())
     }
 
-    /// How far the host's clock is ahead of the database's; negative when it is behind. `None` until the database was heard.
+    /// How far the host's clock is ahead of the database's; negative when it is behind. `None` until the database has
+    /// answered once.
     #[must_use]
     pub fn skew(&self) -> Option<time::Duration> {
         self.state().skew()
     }
 
-    /// Fine, or that the clocks differ by two minutes or more.
+    /// Succeeds unless the clocks differ by two minutes or more.
     ///
     /// # Errors
-    /// In words, with what to do.
+    /// The difference, in words, with what to do.
     pub fn check(&self) -> Result<(), String> {
         let skew = self.skew().unwrap_or_default();
         if skew.unsigned_abs() < SKEW_MAX {
@@ -143,8 +145,8 @@ impl State {
     }
 }
 
-/// The time by the database's clock, UTC, cut to the microseconds that PostgreSQL keeps: what is written is what is read
-/// back. The host's, until the database was heard.
+/// The time by the database's clock, UTC, cut to the microseconds that PostgreSQL keeps, so that it reads back what was
+/// written. The host's time, until the database has answered once.
 #[must_use]
 pub fn now() -> OffsetDateTime {
     PROCESS.now()
@@ -162,8 +164,8 @@ pub fn monotonic() -> Instant {
     Instant::now()
 }
 
-/// `wait` for SQL's `make_interval(secs => …)`. What is longer than a thousand years is a thousand years: added to a time, it
-/// is one that PostgreSQL can write.
+/// `wait` for SQL's `make_interval(secs => …)`. A longer wait than a thousand years becomes a thousand years: added to
+/// a time, it is one that PostgreSQL can write.
 pub(crate) fn seconds(wait: Duration) -> f64 {
     const LONGEST: Duration = Duration::from_secs(1_000 * 365 * 24 * 3_600);
     wait.min(LONGEST).as_secs_f64()
@@ -178,7 +180,8 @@ pub(crate) fn host() -> OffsetDateTime {
     cut(now)
 }
 
-/// A new UUIDv7 for a message: it carries its time of birth in milliseconds, by the clock that inboxes judge its age by.
+/// A new UUIDv7 for a message: it carries its time of birth in milliseconds, by the clock that inboxes judge its age
+/// by.
 pub(crate) fn uuid() -> Uuid {
     let now = now();
     let seconds = u64::try_from(now.unix_timestamp()).unwrap_or(0);
@@ -202,7 +205,7 @@ fn is_fresh(heard: Option<Heard>, now: Instant) -> bool {
     heard.is_some_and(|heard| now.saturating_duration_since(heard.at) < FRESH)
 }
 
-/// Asks a database for the time, which decides from now on; with when it was asked.
+/// Asks a database for the time, which decides from now on. Returns it with the moment of the question.
 ///
 /// # Errors
 /// When the database does not answer.

@@ -23,7 +23,7 @@ pub trait Command: Serialize + DeserializeOwned + Send + Sync + 'static {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Never {}
 
-/// The reply of a command that has nothing to say but that it is done.
+/// The reply of a command whose reply holds nothing beside the fact that it is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Done {}
 
@@ -35,10 +35,10 @@ macro_rules! text_enum {
         pub enum $name { $($(#[$vdoc])* $variant),+ }
 
         impl $name {
-            /// All of them, as they stand in a header.
+            /// All names, as they stand in a header.
             pub(crate) const NAMES: &'static [&'static str] = &[$($text),+];
 
-            /// As it stands in a header.
+            /// The name, as it stands in a header.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text),+ }
             }
@@ -60,11 +60,11 @@ macro_rules! text_enum {
 }
 
 text_enum! {
-    /// Which way a saga's command goes.
+    /// Whether a saga's command does its step or undoes it.
     Op {
-        /// Forward.
+        /// The step's command.
         Do = "do",
-        /// Compensation.
+        /// The command that compensates it.
         Undo = "undo",
     }
 }
@@ -72,19 +72,19 @@ text_enum! {
 text_enum! {
     /// How a participant answered. Only `Succeeded` and `Rejected` are final.
     Outcome {
-        /// It is done.
+        /// The command is done.
         Succeeded = "succeeded",
         /// Certainly nothing happened, and nothing will.
         Rejected = "rejected",
-        /// Not done now; the command stays open and a resend tries again.
+        /// The command is not done now; it stays open and a resend tries again.
         Failed = "failed",
     }
 }
 
 /// What is known of a step that is to be undone. An undo must handle both.
 ///
-/// The orchestrator's undo is built from it and says it (`ce_sagahappened`); the participant's undo is given what its
-/// own record says.
+/// The orchestrator builds its undo from it and sends it (`ce_sagahappened`). The participant's undo receives what its
+/// own record shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Happened<R = ()> {
@@ -95,7 +95,7 @@ pub enum Happened<R = ()> {
 }
 
 impl<R> Happened<R> {
-    /// As it stands in a header.
+    /// The name, as it stands in a header.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Yes(_) => "yes",
@@ -104,14 +104,16 @@ impl<R> Happened<R> {
     }
 }
 
-/// Why a participant did not get a command done: a small vocabulary, for machines. It only grows; a word that a later build says is
-/// read as [`Why::Other`].
+/// Why a participant did not get a command done: a small vocabulary, for programs. It only grows; a reader takes a name
+/// that a later build sends for [`Why::Other`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
-    /// The participant did not answer in time: it is away or behind, or it waits for what it calls. Its own health says which.
+    /// The participant did not answer in time: it is away or behind, or it waits for the provider. Its own health shows
+    /// which.
     NoAnswer,
-    /// The participant could not understand the command, or failed at it too often. It is in the dead-letter topic with the reason.
+    /// The participant could not understand the command, or failed at it too often. It is in the dead-letter topic with
+    /// the reason.
     GivenUp,
     /// What the participant calls was not reached, or did not answer in time.
     Unreachable,
@@ -123,14 +125,14 @@ pub enum Why {
     Contradiction,
     /// The participant's record of what was done is gone.
     RecordLost,
-    /// It said why in words alone.
+    /// The participant gave a reason in words alone.
     #[default]
     #[serde(other)]
     Other,
 }
 
 impl Why {
-    /// As it stands in messages and answers.
+    /// The name, as it stands in messages and answers.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -146,17 +148,17 @@ impl Why {
     }
 }
 
-/// What a participant says when it did not get a command done, this time.
+/// A participant's account of an attempt that did not get its command done.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Failed {
-    /// For machines.
+    /// The reason for programs.
     pub why: Why,
-    /// For people; cleaned.
+    /// The reason for people; cleaned.
     pub reason: String,
 }
 
 impl Failed {
-    /// For this reason, which is cleaned: others wrote it, and it is stored.
+    /// Cleans `text`, because another program wrote it and it is stored.
     #[must_use]
     pub fn new(why: Why, text: &str) -> Self {
         Self { why, reason: reason(text) }

@@ -1,4 +1,4 @@
-//! Kafka records to batches to one transaction per batch.
+//! Kafka records to batches, and one transaction per batch.
 //!
 //! ```text
 //!  record -> buffer of its partition -> batch = transaction: lock, inbox, handler, commit -> offset
@@ -10,11 +10,11 @@
 //!                                     <topic>.dlt, through the outbox
 //! ```
 //!
-//! What holds: a message is handled once, whatever dies when; messages of one key are handled in their order; no record
-//! stops its partition. What a process that dies leaves behind: at most one open transaction per partition, rolled back
-//! by the database; offsets that are behind what is done, which the inbox makes up for; and a mark that makes the next
-//! worker note its first batches before it tries them, because one of their records may be what killed it. When the process
-//! dies in a batch that was noted, its records are taken one by one, each attempt counted.
+//! What holds: a message is handled once, whatever dies when; messages of one key are handled in order; no record stops
+//! its partition. A process that dies leaves at most one open transaction per partition, which the database rolls back.
+//! Its offsets are behind its work, which the inbox makes up for. It also leaves a mark: the next worker notes its
+//! first batches before it tries them, because one of their records may have killed the process. If the process dies in
+//! a noted batch, the next worker takes its records one by one, each attempt counted.
 
 mod buffer;
 mod claim;
@@ -62,7 +62,7 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(3600);
 /// How often parked records are counted and the database's clock is read; also how soon failed upkeep is tried again.
 const GAUGE_EVERY: Duration = Duration::from_secs(15);
 
-/// Reads topics as a member of a group and has a [`Handler`] handle what is new.
+/// Reads topics as a member of a group; a [`Handler`] handles the new messages.
 pub struct Consumer<H> {
     config: Arc<ConsumerConfig>,
     pool: PgPool,
@@ -77,13 +77,13 @@ impl<H: Handler> Consumer<H> {
         Self { config: Arc::new(config), pool, handler, pulse }
     }
 
-    /// What readiness asks.
+    /// A handle for readiness to ask.
     pub fn health(&self) -> ConsumerHealth {
         ConsumerHealth(Arc::clone(&self.pulse))
     }
 
-    /// Runs until `stop` is cancelled, then finishes the open transactions within a bound. A broker or a database that
-    /// is away is waited for.
+    /// Runs until `stop` is cancelled, then finishes the open transactions within a bound. When a broker or the
+    /// database is away, the consumer waits.
     ///
     /// # Errors
     /// When the client is misconfigured or broken for good; the process should end and be started again.
@@ -95,7 +95,7 @@ impl<H: Handler> Consumer<H> {
         }
     }
 
-    /// With one client after another: one that goes no further is replaced.
+    /// Polls with one client after another: a client that cannot go on is replaced.
     async fn poll(&self, stop: &CancellationToken) -> Result<(), ConsumerError> {
         loop {
             let (config, handler) = (Arc::clone(&self.config), Arc::clone(&self.handler));
@@ -116,7 +116,8 @@ async fn upkeep(pool: &PgPool, config: &ConsumerConfig, pulse: &health::Pulse) -
         if made.is_none_or(|made| now.saturating_duration_since(made) > UPKEEP_EVERY) {
             match bound.within(inbox::add_partitions(pool, config.horizon)).await {
                 Ok(_) => made = Some(now),
-                // Two weeks are made ahead: an outage now matters to nobody. At first start the worker makes them.
+                // Partitions exist two weeks ahead, so an outage now does no harm. At first start the worker makes
+                // them.
                 Err(error) => tracing::debug!(%error, "inbox partitions could not be made"),
             }
         }
@@ -133,13 +134,13 @@ async fn upkeep(pool: &PgPool, config: &ConsumerConfig, pulse: &health::Pulse) -
 /// Why a consumer ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsumerError {
-    /// Its settings are wrong, or the client library says that it cannot go on.
+    /// The settings are wrong, or the client library cannot go on.
     #[error("the Kafka consumer cannot go on")]
     Kafka(#[from] KafkaError),
     /// A bug of this crate.
     #[error("a partition's worker panicked")]
     WorkerPanicked,
-    /// A test let it die.
+    /// A test's fail point ended the consumer.
     #[error("a fail point let the consumer die")]
     Crashed,
 }
@@ -147,13 +148,13 @@ pub enum ConsumerError {
 /// A record as a handler sees it.
 #[derive(Debug, Clone)]
 pub struct Message {
-    /// Its headers.
+    /// The decoded headers.
     pub envelope: Envelope,
-    /// The record's key.
+    /// The record's key; `None`: the record has none.
     pub key: Option<Vec<u8>>,
     /// The record's value; `None` is a tombstone.
     pub payload: Option<Vec<u8>>,
-    /// Where it stood.
+    /// The record's place in Kafka.
     pub at: Coordinates,
 }
 
@@ -184,11 +185,11 @@ impl Message {
 /// Where a record stands in Kafka.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Coordinates {
-    /// Topic.
+    /// The name of the topic.
     pub topic: String,
-    /// Partition.
+    /// The partition's number, from 0.
     pub partition: i32,
-    /// Offset.
+    /// The record's offset in the partition.
     pub offset: i64,
 }
 
@@ -199,20 +200,20 @@ pub trait Handler: Send + Sync + 'static {
     /// `tx` is read committed, and may have begun 0.1 s before the batch was there: `now()` is the time when it did.
     fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> impl Future<Output = Result<(), HandleError>> + Send;
 
-    /// Whether the last thing that `handle` does, whenever it has done anything, is a statement in `tx` whose error it
-    /// returns. If not, the runtime sends one before the commit, to find out whether an error was swallowed on the way.
+    /// Whether `handle`, if it has done anything, ends with a statement in `tx` whose error it returns. If not, the
+    /// runtime sends one before the commit, to find out whether an error was swallowed on the way.
     fn ends_with_a_statement(&self) -> bool {
         false
     }
 
-    /// Whether another part waits for what this handler reads (the saga timers, for replies): then each partition's consumer says
-    /// every few seconds, in `inbox_partition.read_until`, until when it has been read.
+    /// Whether another part waits for what this handler reads, as the saga timers wait for replies. Then each
+    /// partition's consumer records in `inbox_partition.read_until`, every few seconds, until when it has been read.
     fn says_how_far_it_read(&self) -> bool {
         false
     }
 
-    /// Called with messages that are given up, each with the reason, in the transaction that dead-letters them, so that the handler
-    /// can answer them. It must not fail for anything that such a message says.
+    /// Called with messages that are given up, each with the reason, in the transaction that dead-letters them, so that
+    /// the handler can answer them. It must not fail because of anything in such a message.
     fn gave_up(
         &self,
         _tx: &mut Tx<'_>,
@@ -221,12 +222,12 @@ pub trait Handler: Send + Sync + 'static {
         std::future::ready(Ok(()))
     }
 
-    /// Called after the batch's commit; for waking whoever works on what was written.
+    /// Called after the batch's commit, to wake the tasks that work on what was written.
     fn committed(&self) {}
 }
 
-/// A handler like the first, which does the second, too, after each commit. What wraps a handler in another way has to hand on
-/// every question of the trait: those with an answer of their own are easily forgotten.
+/// A handler like the first, which calls the second after each commit. Any other wrapper of a handler has to pass on
+/// every method of the trait: those with a default are easily forgotten.
 #[derive(Debug)]
 pub struct Then<H, F>(pub H, pub F);
 
@@ -260,36 +261,36 @@ impl<H: Handler, F: Fn() + Send + Sync + 'static> Handler for Then<H, F> {
 /// Why a batch was not handled.
 #[derive(Debug, thiserror::Error)]
 pub enum HandleError {
-    /// The database refused. Serialization failures, deadlocks and outages are repeated and count nothing. A missing table
-    /// or right stops the partition until it is there. A message that waits for a lock that another transaction holds is set
+    /// The database refused. Serialization failures, deadlocks and outages are repeated and count nothing. A missing
+    /// table or right stops the partition until it is there. A message that waits for another transaction's lock is set
     /// aside until it has it, without an attempt. Anything else counts as an attempt.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
-    /// It can never work, in this build or in a later one: undecodable. Dead-lettered at once.
+    /// The message can never work, in this build or in a later one: undecodable. Dead-lettered at once.
     #[error("{0}")]
     Poison(String),
-    /// It did not work this time: counted, retried with back-off, then dead-lettered.
+    /// The message did not work this time: counted, retried with back-off, then dead-lettered.
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
-    /// Several messages of the batch can never work: dead-lettered together, and the others are handled without them. Made by
-    /// [`HandleError::unfit`].
+    /// Several messages of the batch can never work: dead-lettered together, and the others are handled without them.
+    /// Made by [`HandleError::unfit`].
     #[error("{} messages of the batch cannot be handled; the first: {}", .0.len(), .0.first().map_or("", |first| first.reason.as_str()))]
     Several(Vec<Unfit>),
     /// An error of one message of the batch; made by [`HandleError::of`].
     #[error("message {message}: {error}")]
     Of {
-        /// Whose it is.
+        /// The id of that message.
         message: MessageId,
-        /// What went wrong with it.
+        /// The error that it caused.
         error: Box<HandleError>,
     },
-    /// Nothing is wrong with the messages: roll back, and hand them in again at once. Counts nothing. For a handler that
-    /// takes a batch the short way first and has found out that this batch needs the long one.
+    /// Nothing is wrong with the messages: roll back, and hand them in again at once. Counts nothing. For a handler
+    /// that takes a batch the short way first and has found out that this batch needs the long one.
     #[error("the batch is to be handled again")]
     Again,
 }
 
-/// The class of what comes from a source that is not declared for its topic.
+/// The class of a message whose source is not declared for its topic.
 pub const UNDECLARED_SOURCE: &str = "undeclared-source";
 /// The class of a reply to a saga that does not exist.
 pub const NO_SAGA: &str = "no-saga";
@@ -297,16 +298,16 @@ pub const NO_SAGA: &str = "no-saga";
 /// A message that can never be handled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unfit {
-    /// Which.
+    /// The id of the message.
     pub message: MessageId,
-    /// What kind of thing is wrong with it, in one word: `x-error-class` of its dead letter.
+    /// The kind of flaw, in one word: `x-error-class` of its dead letter.
     pub class: &'static str,
-    /// What is wrong with it.
+    /// The flaw, in words.
     pub reason: String,
 }
 
 impl Unfit {
-    /// Of a message whose error says that it is poison; any other error is given back, with the name of its message.
+    /// Takes a message whose error is poison. Any other error is returned, with the id of its message.
     pub fn poison(message: MessageId, error: HandleError) -> Result<Self, HandleError> {
         match error {
             HandleError::Poison(reason) => Ok(Self { message, class: failure::POISON, reason }),
@@ -314,15 +315,15 @@ impl Unfit {
         }
     }
 
-    /// Of a message whose source is not declared for its topic.
+    /// Takes a message whose source is not declared for its topic.
     pub(crate) fn undeclared(message: MessageId, reason: String) -> Self {
         Self { message, class: UNDECLARED_SOURCE, reason }
     }
 }
 
 impl HandleError {
-    /// Of a batch in which these messages can never be handled. They are found in one look through the batch, so that each costs
-    /// its own dead letter and no attempt at the whole.
+    /// The error of a batch in which these messages can never be handled. The handler finds them in one look through
+    /// the batch, so that each costs its own dead letter and no attempt at the whole.
     ///
     /// # Errors
     /// If there are any.
@@ -334,8 +335,8 @@ impl HandleError {
         }
     }
 
-    /// Names the message whose error this is. Only that message is then set aside, and the rest of its batch is handled
-    /// together. The culprit of an error without a name is searched for by halving the batch.
+    /// Names the message that caused this error. Only that message is then set aside, and the rest of its batch is
+    /// handled together. Without a name, the runtime searches for the culprit by halving the batch.
     #[must_use]
     pub fn of(self, message: MessageId) -> Self {
         match self {
@@ -344,7 +345,7 @@ impl HandleError {
         }
     }
 
-    /// The message that it names, and the error itself.
+    /// The message that the error names, and the error itself.
     pub(crate) fn parts(self) -> (Option<MessageId>, Self) {
         match self {
             Self::Of { message, error } => (Some(message), error.parts().1),
@@ -353,7 +354,7 @@ impl HandleError {
     }
 }
 
-/// A message that can never be published is the handler's fault; anything else is the database's word.
+/// A message that can never be published is the handler's fault; any other error is the database's.
 impl From<AppendError> for HandleError {
     fn from(error: AppendError) -> Self {
         match error {

@@ -16,60 +16,60 @@ use crate::{
 use std::{borrow::Cow, collections::BTreeMap};
 use time::OffsetDateTime;
 
-/// Header name to value. Kafka allows a name twice and any bytes; we write each once, in UTF-8, and read the last. Most names
-/// are ours, and not copied.
+/// Header name to value. Kafka allows a name twice and any bytes; we write each once, in UTF-8, and read the last. Most
+/// names are ours, and not copied.
 pub type Headers = BTreeMap<Cow<'static, str>, String>;
 
-/// Header names.
+/// The names of the headers.
 pub mod header {
     /// CloudEvents specification version; always `1.0`.
     pub const SPECVERSION: &str = "ce_specversion";
-    /// Unique per logical message.
+    /// The message's id, unique per logical message.
     pub const ID: &str = "ce_id";
-    /// Who says it: the outbox's name unless the service set its own.
+    /// The sender: the outbox's name unless the service set its own.
     pub const SOURCE: &str = "ce_source";
-    /// What it is; also tells how to decode the payload.
+    /// The message's type, which also decides how to decode the payload.
     pub const TYPE: &str = "ce_type";
-    /// What it is about.
+    /// The subject, for example the aggregate's id.
     pub const SUBJECT: &str = "ce_subject";
-    /// When it was written, RFC 3339.
+    /// When the message was written, RFC 3339.
     pub const TIME: &str = "ce_time";
     /// The outbox row's id: it grows along a key, within an epoch of its source.
     pub const SEQUENCE: &str = "ce_sequence";
-    /// What the sequence counts in: another one begins with a restore, a promotion, a new database or a new outbox. To be compared
-    /// for equality alone.
+    /// The epoch that the sequence counts in: a new one begins with a restore, a promotion, a new database or a new
+    /// outbox. Epochs may only be compared for equality.
     pub const EPOCH: &str = "ce_epoch";
     /// Media type of the payload.
     pub const CONTENT_TYPE: &str = "content-type";
-    /// W3C trace context.
+    /// W3C trace context: the ids of the trace and of the sending span.
     pub const TRACEPARENT: &str = "traceparent";
     /// W3C trace context, vendor part.
     pub const TRACESTATE: &str = "tracestate";
     /// Ties together all that one request caused.
     pub const CORRELATION_ID: &str = "correlation-id";
-    /// Saga instance.
+    /// The id of the saga.
     pub const SAGA_ID: &str = "ce_sagaid";
-    /// Saga definition's name.
+    /// The name of the saga's definition.
     pub const SAGA_TYPE: &str = "ce_sagatype";
-    /// Saga definition's version.
+    /// The version of the saga's definition.
     pub const SAGA_VERSION: &str = "ce_sagaversion";
-    /// Step's name.
+    /// The name of the step.
     pub const SAGA_STEP: &str = "ce_sagastep";
-    /// `do` or `undo`.
+    /// The direction of the command: `do` or `undo`.
     pub const SAGA_OP: &str = "ce_sagaop";
     /// Which run of the step: 0, and more after a retry with edited input.
     pub const SAGA_OCCURRENCE: &str = "ce_sagaoccurrence";
-    /// What names the orchestrator, where that is not the topic that wants the reply.
+    /// The orchestrator's name, where the topic for the reply does not name it.
     pub const SAGA_ORCHESTRATOR: &str = "ce_sagaorchestrator";
     /// In an undo: the id of the command that it undoes.
     pub const SAGA_UNDOES: &str = "ce_sagaundoes";
     /// In an undo: `yes` when the orchestrator took the step's success, `in_doubt` otherwise.
     pub const SAGA_HAPPENED: &str = "ce_sagahappened";
-    /// Stable across resends.
+    /// The command's id, stable across resends.
     pub const COMMAND_ID: &str = "ce_commandid";
-    /// 1 for the first send of a command.
+    /// The attempt; 1 for the first send of a command.
     pub const ATTEMPT: &str = "ce_attempt";
-    /// The topic that wants the reply.
+    /// The topic that the reply goes to.
     pub const REPLY_TO: &str = "ce_replyto";
     /// In a reply: the command's id.
     pub const CAUSATION_ID: &str = "ce_causationid";
@@ -88,72 +88,73 @@ pub mod header {
 /// A decoded message header set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
-    /// `ce_id`.
+    /// The message's id, `ce_id`.
     pub id: MessageId,
-    /// `ce_source`.
+    /// The sender's name, `ce_source`.
     pub source: String,
-    /// `ce_type`.
+    /// The message's type, `ce_type`.
     pub kind: String,
-    /// `ce_subject`.
+    /// The subject, for example the aggregate's id, `ce_subject`.
     pub subject: Option<String>,
-    /// `ce_time`.
+    /// When the message was written, `ce_time`; `None` also if it does not parse.
     pub time: Option<OffsetDateTime>,
-    /// `ce_sequence`.
+    /// The outbox row's id, `ce_sequence`; `None` also if it does not parse.
     pub sequence: Option<i64>,
-    /// `content-type`.
+    /// The media type of the payload, `content-type`.
     pub content_type: Option<String>,
-    /// `traceparent`.
+    /// The ids of the trace and of the sending span, `traceparent`.
     pub traceparent: Option<String>,
-    /// `tracestate`.
+    /// The vendor part of the trace context, `tracestate`.
     pub tracestate: Option<String>,
-    /// What sagas add; `None` for a plain event.
+    /// The saga headers; `None` for a plain event.
     pub saga: Option<SagaHeaders>,
-    /// All other headers, passed through.
+    /// All other headers, which pass through.
     pub other: Headers,
 }
 
-/// Where a message stands among all that its source has published: sequences of one epoch can be compared, and no others.
+/// Where a message stands among all that its source has published: sequences of one epoch can be compared, and no
+/// others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Standing<'a> {
-    /// Whose sequence it is.
+    /// The `ce_source` whose sequence it is.
     pub source: &'a str,
-    /// What the sequence counts in; empty where it is not said.
+    /// The epoch that the sequence counts in; empty where the message has none.
     pub epoch: &'a str,
-    /// Its place.
+    /// The place in the epoch; `None` where the message has none.
     pub sequence: Option<i64>,
-    /// The message was given up by a consumer and sent again: it may come behind anything.
+    /// Whether a consumer gave the message up and an operator sent it again: it may come behind anything.
     pub redriven: bool,
 }
 
-/// What a saga's command or reply carries.
+/// The saga headers of a command or a reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SagaHeaders {
-    /// Saga instance.
+    /// The id of the saga.
     pub saga: SagaId,
-    /// Definition's name.
+    /// The name of the saga's definition.
     pub definition: String,
-    /// Definition's version.
+    /// The version of the saga's definition.
     pub version: u32,
-    /// Step's name.
+    /// The name of the step.
     pub step: String,
-    /// Which way.
+    /// Whether the command does the step or undoes it.
     pub op: Op,
-    /// Which run of the step.
+    /// The run of the step: 0, and more after a retry with edited input.
     pub occurrence: u32,
-    /// The command (in a reply: the one that is answered).
+    /// The command's id (in a reply: that of the command that is answered).
     pub command: CommandId,
     /// 1 for the first send (in a reply: of the command that is answered).
     pub attempt: u32,
-    /// Undo only: the command that it undoes. `None` in the undo of an orchestrator that does not say it yet.
+    /// Undo only: the command that it undoes. `None` if the orchestrator is of a build that does not send it.
     pub undoes: Option<CommandId>,
-    /// Undo only: what the orchestrator knows of the step. `None` where it does not say it yet, which is in doubt.
+    /// Undo only: what the orchestrator knows of the step. `None`, if its build does not send it, counts as in doubt.
     pub happened: Option<Happened>,
-    /// Command only: what names its orchestrator, and with `definition` the namespace that saga and step are names in. `None`:
-    /// `reply_to` does; so it is in every command of an older build.
+    /// Command only: the name of its orchestrator; with `definition` it is the namespace of saga and step. `None`:
+    /// `reply_to` names the orchestrator, as in every command of an older build.
     pub orchestrator: Option<String>,
-    /// Command only: the topic that wants the reply.
+    /// Command only: the topic that the reply goes to.
     pub reply_to: Option<String>,
-    /// Reply only.
+    /// Reply only: how the command ended.
     pub outcome: Option<Outcome>,
 }
 
@@ -166,11 +167,11 @@ pub enum EnvelopeError {
     /// A header's value does not parse.
     #[error("header `{name}` is {value:?}, expected {expected}")]
     Malformed {
-        /// Which header.
+        /// The name of the header.
         name: &'static str,
-        /// What it said (truncated to 100 characters).
+        /// Its value (truncated to 100 characters).
         value: String,
-        /// What it should have been.
+        /// The form that was expected.
         expected: &'static str,
     },
 }

@@ -1,6 +1,6 @@
 //! What an error of PostgreSQL or Kafka means for the work that met it: the one classifier of all parts.
 //!
-//! | class | what it says | what the part does |
+//! | class | meaning | what the part does |
 //! |---|---|---|
 //! | [`Passing`](ErrorClass::Passing) | the same will work another time | repeats with back-off, counts nothing |
 //! | [`Stale`](ErrorClass::Stale) | this connection is no longer good | replaces its connections ([`renew_connections`]), repeats, counts nothing |
@@ -26,11 +26,11 @@ use std::{
 pub enum ErrorClass {
     /// A lost connection, a restart, a deadlock, a lock that was not to be had in time. Repeat; count nothing.
     Passing,
-    /// The connection is no longer good: a plan for a table that has changed, a server that has become a standby. Replace
-    /// the connection and repeat; count nothing.
+    /// The connection is no longer good: a plan for a table that has changed, a server that has become a standby.
+    /// Replace the connection and repeat; count nothing.
     Stale,
-    /// A missing table, a missing right, a wrong schema, a wrong password: every item would fail the same way. Stop this
-    /// part loudly and give nothing up.
+    /// A missing table, a missing right, a wrong schema, a wrong password: every item would fail the same way. Stop
+    /// this part loudly and give nothing up.
     Configuration,
     /// The item itself is at fault. Count the attempt.
     Own,
@@ -44,7 +44,7 @@ impl ErrorClass {
     }
 }
 
-/// The class of an error of sqlx's.
+/// The class of an error of sqlx.
 #[must_use]
 pub fn classify(error: &Error) -> ErrorClass {
     match error {
@@ -64,9 +64,9 @@ pub fn classify(error: &Error) -> ErrorClass {
     }
 }
 
-/// The class of the database error within `error` or one of its causes, whatever types it is wrapped in; `None` if there is
-/// none. A wrapper whose `source` skips the `sqlx::Error` itself (`#[error(transparent)]`) hides errors that PostgreSQL did not
-/// send, such as a time-out of the pool.
+/// The class of the database error within `error` or one of its causes, whatever types it is wrapped in; `None` if
+/// there is none. A wrapper whose `source` skips the `sqlx::Error` itself (`#[error(transparent)]`) hides errors that
+/// PostgreSQL did not send, such as a time-out of the pool.
 #[must_use]
 pub fn classify_chain(error: &(dyn std::error::Error + 'static)) -> Option<ErrorClass> {
     Some(match find(error)? {
@@ -75,8 +75,8 @@ pub fn classify_chain(error: &(dyn std::error::Error + 'static)) -> Option<Error
     })
 }
 
-/// What PostgreSQL says of a lock that was not to be had (55P03: `lock_timeout`, `nowait`), and where that was; `None` when
-/// `error` and its causes are of another kind.
+/// PostgreSQL's message about a lock that could not be taken (55P03: `lock_timeout`, `nowait`), and where that was.
+/// `None` when `error` and its causes are of another kind.
 #[must_use]
 pub fn lock_wait(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     let answer = match find(error)? {
@@ -113,8 +113,8 @@ fn find<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<Found<'a>> {
     None
 }
 
-/// Whether `error` says that the database cannot be reached or cannot work now, so that nothing else will work either. That a
-/// pool is full says nothing of the database: [`is_pool_full`].
+/// Whether `error` means that the database cannot be reached or cannot work now, so that nothing else will work either.
+/// A full pool means nothing of the kind: [`is_pool_full`].
 #[must_use]
 pub fn is_outage(error: &Error) -> bool {
     match error {
@@ -129,14 +129,14 @@ pub fn is_outage(error: &Error) -> bool {
     }
 }
 
-/// Whether `error` says that this process uses all connections of the pool. sqlx says the same when none can be opened;
-/// [`transaction::connection`](crate::transaction::connection) and what begins there tell the two apart.
+/// Whether `error` means that this process uses all connections of the pool. sqlx returns the same when none can be
+/// opened; [`transaction::connection`](crate::transaction::connection) and what begins there distinguish the two.
 #[must_use]
 pub fn is_pool_full(error: &Error) -> bool {
     matches!(error, Error::PoolTimedOut)
 }
 
-/// What to tell of `error` where sqlx's words do not say what to do.
+/// The text of `error` for the log; where sqlx's text does not say what to do, one that does.
 #[must_use]
 pub fn in_words(error: &Error) -> Cow<'static, str> {
     match cure(error) {
@@ -165,7 +165,7 @@ const LOCKED: &str =
 const FULL: &str = "all connections of the pool are in use, and the database answers: let this process do less at once \
                     (slots, batches, requests), or give it a larger pool (of a service: DATABASE_MAX_CONNECTIONS)";
 
-/// Whether `error` says that a concurrent transaction was in the way: the same, repeated at once, may work.
+/// Whether `error` means that a concurrent transaction was in the way: the same, repeated at once, may work.
 #[must_use]
 pub fn is_conflict(error: &Error) -> bool {
     matches!(error, Error::Database(answer) if matches!(answer.code().as_deref(), Some("40001" | "40P01")))
@@ -186,7 +186,8 @@ fn classify_sqlstate(code: &str, routine: Option<&str>) -> ErrorClass {
         ("26000" | "42P05", _) => ErrorClass::Stale,
         // The server has become a standby, or is not yet a primary.
         ("25006", _) => ErrorClass::Stale,
-        // A feature that this server lacks; an index or a page that is damaged; a database or a schema that is not there.
+        // A feature that this server lacks; an index or a page that is damaged; a database or a schema that is not
+        // there.
         ("0A000" | "XX001" | "XX002" | "55P02" | "3D000" | "3F000", _) => ErrorClass::Configuration,
         // 28: the role and its password. 42: tables, columns, functions, rights. F0: the server's configuration file.
         (_, "28" | "42" | "F0") => ErrorClass::Configuration,
@@ -233,7 +234,7 @@ pub fn classify_kafka(code: Kafka) -> ErrorClass {
         | Kafka::ProducerFenced
         | Kafka::Fenced
         | Kafka::FencedInstanceId => ErrorClass::Stale,
-        // Rights, identities, missing topics, settings; a timestamp that is refused tells of a clock.
+        // Rights, identities, missing topics, settings; a refused timestamp points to a wrong clock.
         Kafka::TopicAuthorizationFailed
         | Kafka::GroupAuthorizationFailed
         | Kafka::ClusterAuthorizationFailed
@@ -274,8 +275,8 @@ pub fn classify_kafka(code: Kafka) -> ErrorClass {
 /// When a part last found a connection stale.
 static RENEWED: Mutex<Option<Instant>> = Mutex::new(None);
 
-/// Has every pool of this process (`service::database::pool_options`) replace the connections that it has, one by one, before
-/// they are used again. For [`ErrorClass::Stale`]: a changed table or a failover concerns all of them.
+/// Has every pool of this process (`service::database::pool_options`) replace the connections that it has, one by one,
+/// before they are used again. For [`ErrorClass::Stale`]: a changed table or a failover concerns all of them.
 pub fn renew_connections() {
     *RENEWED.lock().unwrap_or_else(PoisonError::into_inner) = Some(clock::monotonic());
 }

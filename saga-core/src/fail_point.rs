@@ -1,9 +1,9 @@
 //! Places where a test may inject a fault.
 
-/// `fail_point!("consumer.before-commit", &self.group)`: the name of the edge, and the scope that tells one instance from
-/// another. A third argument is whose steps pass it: an iterator of `&SagaHeaders`. Returns from the function with
-/// `Err(Injected.into())` when a test armed it (`testkit::failpoints`, which also lists all names); nothing at all without
-/// the `testkit` feature.
+/// `fail_point!("consumer.before-commit", &self.group)`: the name of the edge, and the scope that distinguishes
+/// instances. A third argument, an iterator of `&SagaHeaders`, lists the steps that pass it. The macro returns from the
+/// function with `Err(Injected.into())` when a test armed it (`testkit::failpoints`, which also lists all names).
+/// Without the `testkit` feature it does nothing.
 #[allow(unused_macros, reason = "used from wherever a transaction has an edge")]
 macro_rules! fail_point {
     ($name:literal, $scope:expr) => {

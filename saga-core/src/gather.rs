@@ -1,13 +1,15 @@
-//! When a set waits a moment for more: while sets follow one another, and it is much smaller than they are.
+//! Decides when an unusually small set waits 1 ms for more members: only while sets follow one another closely, and
+//! only if this one is less than half as large as usual.
 //!
-//! Whatever is taken together goes on together: a set that is apart by a fraction of a millisecond is a transaction, a page
-//! and a request of its own at every hop behind this one. A fifth of all batches had one message, and many were split off
-//! where a producer sent the first of many before it had the others (measured). Where all sets are about as small as this
-//! one nobody waits; where a large one comes now and then, small ones behind it wait for a while, and get nothing for it.
+//! What is taken together goes on together. A set that is apart by a fraction of a millisecond stays apart at every hop
+//! behind this one: a transaction, a page and a request of its own. A fifth of all batches had one message. Many were
+//! split off where a producer sent the first of many before it had the others (measured). Where all sets are about as
+//! small as this one, none waits. Where a large set comes now and then, small ones behind it wait for a while, and get
+//! nothing for it.
 
 use std::time::{Duration, Instant};
 
-/// How long it waits; a timer makes it one or two milliseconds.
+/// How long a set waits; a timer makes it one or two milliseconds.
 pub(crate) const MOMENT: Duration = Duration::from_millis(1);
 
 /// Sets follow one another when they begin within this.
@@ -19,12 +21,12 @@ const PART: usize = 2;
 /// How many of the last sets make up what is usual.
 const LAST: usize = 8;
 
-/// The sets before.
+/// What is known of the sets before this one.
 #[derive(Debug, Default)]
 pub(crate) struct Gathering {
-    /// A moving average of their sizes, times [`LAST`].
+    /// A moving average of the last sets' sizes, times [`LAST`].
     usual: usize,
-    /// When the last of them began.
+    /// When the last set began; `None` before the first.
     last: Option<Instant>,
 }
 
@@ -35,9 +37,9 @@ impl Gathering {
         dense && size * PART * LAST < self.usual
     }
 
-    /// A set of `size` members begins.
+    /// Records that a set of `size` members begins.
     pub(crate) fn begins(&mut self, size: usize, now: Instant) {
-        // Rounded so that a mean that is not whole counts as less: when in doubt, nobody waits.
+        // The average is rounded down, so that in doubt no set waits.
         self.usual = self.usual - self.usual.div_ceil(LAST) + size;
         self.last = Some(now);
     }

@@ -47,17 +47,17 @@ uuid_newtype! {
     MessageId
 }
 uuid_newtype! {
-    /// One saga instance.
+    /// One saga instance. The caller that starts the saga chooses it.
     SagaId
 }
 
-/// A secret of one saga: what its command ids are derived from, so that only a process that reads the saga's row can compute them. It
-/// is never sent, logged or shown.
+/// A secret of one saga. Its command ids are derived from it, so that only a process that reads the saga's row can
+/// compute them. It is never sent, logged or shown.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Nonce(#[serde(with = "uuid::serde::simple")] pub(crate) Uuid);
 
 impl Nonce {
-    /// A new one: 122 random bits.
+    /// A new nonce: 122 random bits.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
         Self(Uuid::new_v4())
@@ -77,15 +77,15 @@ impl fmt::Debug for Nonce {
 pub struct CommandId(pub Uuid);
 
 impl CommandId {
-    /// The first derivation: UUIDv5 of step, operation and occurrence in the namespace of the saga. All of that is public,
-    /// and two definitions with one saga id share it; so no saga begins with it any more. One that did keeps it to its
-    /// end. `occurrence` counts from 0 and grows when an operator retries with edited input.
+    /// The first derivation: UUIDv5 of step, operation and occurrence in the namespace of the saga. All of that is
+    /// public, and two definitions with one saga id share it, so no new saga uses it. A saga that began with it keeps
+    /// it to its end. `occurrence` counts from 0 and grows when an operator retries with edited input.
     pub fn derive(saga: SagaId, step: &str, op: Op, occurrence: u32) -> Self {
         Self(Uuid::new_v5(&saga.0, format!("{step}/{op}/{occurrence}").as_bytes()))
     }
 
-    /// The second derivation: SHA-256 of the saga's secret, and of the command's namespace and place (orchestrator and
-    /// definition). Derived, not drawn, so that the saga's core stays free of randomness.
+    /// The second derivation: SHA-256 of the saga's secret, of the command's namespace (orchestrator and definition),
+    /// and of its place. The id is derived and not drawn, so that the saga's core stays free of randomness.
     pub fn derive_secretly(
         nonce: Nonce,
         (orchestrator, definition): (&str, &str),
@@ -97,7 +97,7 @@ impl CommandId {
         let occurrence = occurrence.to_be_bytes();
         let fields = [orchestrator.as_bytes(), definition.as_bytes(), saga.0.as_bytes(), step.as_bytes()];
         for field in fields.into_iter().chain([op.as_str().as_bytes(), &occurrence]) {
-            // With its length, so that no two lists of fields are one text.
+            // Each field goes in with its length, so that no two lists of fields are one text.
             hash.update((field.len() as u64).to_be_bytes());
             hash.update(field);
         }

@@ -1,26 +1,26 @@
-//! Which messages of a batch are new.
+//! The inbox: which messages of a batch are new.
 //!
-//! A row is written in the transaction that handles the message: a message whose row is there is done, one whose row is
-//! not there left nothing behind, whenever the process died. Two that handle one message at once meet at the row's key,
-//! and the second waits for the first to commit or roll back.
+//! A row is written in the transaction that handles the message. So a message with a row is done, and one without a row
+//! left nothing behind, whenever the process died. Two transactions that handle one message at once meet at the row's
+//! key. The second waits for the first to commit or roll back.
 
 use crate::{id::MessageId, outbox::Tx};
 use sqlx::{PgExecutor, PgPool, Row};
 use std::{collections::HashSet, time::Duration};
 use time::OffsetDateTime;
 
-/// How far ahead of our clock the birth of a message may lie; more is a broken clock, or an id that is no UUIDv7 of an
-/// honest maker. Well below what partitions are made ahead for (14 days).
+/// How far ahead of our clock the birth of a message may lie. More means a broken clock, or an id that is no honest
+/// UUIDv7. Well below the 14 days that partitions are made ahead for.
 pub const FUTURE_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Whether a message may be handled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Delivery {
-    /// Not seen before; its row is written.
+    /// The message was not seen before; its row is written.
     Fresh,
-    /// Handled before.
+    /// The message was handled before.
     Duplicate,
-    /// Something of its key is parked, or it is parked itself: it waits behind.
+    /// The message, or another of its key, is parked: it waits behind.
     Held,
 }
 
@@ -33,32 +33,32 @@ pub struct Arrival<'a> {
     pub id: MessageId,
     /// A hash of the record's key; `None` for a record without one.
     pub lane: Option<i64>,
-    /// Whether the inbox remembers it; if not it has no row, and is fresh whenever it comes. Everything is, but for what
-    /// is older than the horizon and is handled all the same.
+    /// Whether the inbox remembers the message; if not, the message has no row and is fresh whenever it comes. Only
+    /// messages that are older than the horizon, and handled all the same, are not remembered.
     pub remembered: bool,
 }
 
-/// Where messages arrive.
+/// The place where messages arrive: a partition, read by a consumer group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place<'a> {
-    /// The consumer group.
+    /// The name of the consumer group.
     pub consumer: &'a str,
-    /// Topic.
+    /// The topic's name.
     pub topic: &'a str,
-    /// Partition.
+    /// The partition's number, from 0.
     pub partition: i32,
 }
 
-/// Why an id cannot be in the inbox: nobody could tell whether the message was handled before.
+/// Why an id cannot be in the inbox, which then could not show whether the message was handled before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Inadmissible {
-    /// It does not tell its age.
+    /// The id does not hold the time of its birth.
     #[error("the message id is not a UUIDv7")]
     NotV7,
-    /// Older than the inbox remembers.
+    /// The id is older than the inbox remembers.
     #[error("the message is older than the inbox's horizon")]
     TooOld,
-    /// Its maker's clock is wrong.
+    /// The clock of the id's maker is wrong.
     #[error("the message's id is more than a day ahead of the clock")]
     FromTheFuture,
 }
@@ -66,7 +66,7 @@ pub enum Inadmissible {
 /// Whether the inbox can remember `id`.
 ///
 /// # Errors
-/// When it cannot; such a message is dead-lettered, never handled.
+/// The reason; the consumer dead-letters such a message and never handles it.
 pub fn admissible(id: MessageId, horizon: Duration, now: OffsetDateTime) -> Result<(), Inadmissible> {
     let born = match id.0.get_timestamp() {
         Some(timestamp) if id.0.get_version_num() == 7 => timestamp.to_unix().0,
@@ -82,11 +82,11 @@ pub fn admissible(id: MessageId, horizon: Duration, now: OffsetDateTime) -> Resu
     }
 }
 
-/// Writes the rows of what is new in `arrivals` and says of each what it is: one statement, rows in the order of ids.
-/// Of two arrivals with one id the first is fresh. What is held gets no row.
+/// Writes the rows of the new messages among `arrivals` and returns what each message is: one statement, rows in the
+/// order of ids. Of two arrivals with one id the first is fresh. A held message gets no row.
 ///
 /// # Errors
-/// When the database says no.
+/// When the database returns an error.
 pub async fn receive_in(
     tx: &mut Tx<'_>,
     place: Place<'_>,
@@ -114,7 +114,7 @@ pub async fn receive_in(
     .bind(arrivals.iter().map(|arrival| arrival.remembered).collect::<Vec<_>>())
     .fetch_all(&mut **tx)
     .await?;
-    // Nearly always all of them are new, and nothing more has to be asked.
+    // Nearly always all messages are new, and no further query is needed.
     if rows.len() == arrivals.len() {
         return Ok(vec![Delivery::Fresh; arrivals.len()]);
     }
@@ -124,7 +124,8 @@ pub async fn receive_in(
     }
     let held = held(tx, place, arrivals).await?;
     let mut deliveries = vec![Delivery::Duplicate; arrivals.len()];
-    // Those that are held last: one whose row was written is fresh, even if a copy of it was parked elsewhere since.
+    // Held messages come last: a message whose row was written is fresh, even if a copy of it was parked elsewhere
+    // since.
     for waits in [false, true] {
         for (n, arrival) in arrivals.iter().enumerate().filter(|(n, _)| held[*n] == waits) {
             if written.remove(&(arrival.source, arrival.id)) {
@@ -139,7 +140,7 @@ pub async fn receive_in(
     Ok(deliveries)
 }
 
-/// Which of `arrivals` have to wait: something of their lane is parked, or they are themselves.
+/// Which of `arrivals` have to wait: their lane has something parked, or they are parked themselves.
 async fn held(tx: &mut Tx<'_>, place: Place<'_>, arrivals: &[Arrival<'_>]) -> Result<Vec<bool>, sqlx::Error> {
     sqlx::query_scalar(
         "select exists (select from inbox_parked p
@@ -159,8 +160,8 @@ async fn held(tx: &mut Tx<'_>, place: Place<'_>, arrivals: &[Arrival<'_>]) -> Re
     .await
 }
 
-/// Writes the rows of what is new in `arrivals`, whatever is parked, and says of each whether it was new. For what comes
-/// out of the parking place itself; all ids differ there.
+/// Writes the rows of the new messages among `arrivals`, whatever is parked, and returns whether each was new. For
+/// messages that come out of the parking place; all ids differ there.
 pub(crate) async fn record_in(
     tx: &mut Tx<'_>,
     consumer: &str,
@@ -212,12 +213,12 @@ pub(crate) async fn known(
     .await
 }
 
-/// Makes the partitions that messages of the next two weeks, and of the past as far as `horizon`, belong to; says how
-/// many were missing. To be called at start and now and then. (Forgetting what is older than the horizon, by dropping
-/// whole partitions, belongs beside it.)
+/// Makes the partitions for messages of the next two weeks, and of the past as far as `horizon`; returns how many were
+/// missing. Call it at start and now and then. (Forgetting what is older than the horizon, by dropping whole
+/// partitions, belongs beside it.)
 ///
 /// # Errors
-/// When the database says no.
+/// When the database returns an error.
 pub async fn add_partitions(pool: &PgPool, horizon: Duration) -> Result<i32, sqlx::Error> {
     sqlx::query_scalar("select inbox_add_partitions(make_interval(secs => $1))")
         .bind(horizon.as_secs_f64())

@@ -1,7 +1,7 @@
-//! What JSON of others may be, so that everything that is taken can also be kept and read again. Pure.
+//! Limits of JSON from outside, so that everything that is taken can also be stored and read again. Pure.
 //!
-//! `serde_json` reads 127 levels of arrays and objects. What this crate keeps it wraps in a few levels of its own (a
-//! saga's state, an inspection's answer): a reply of 126 levels was stored, and then nothing could read its saga. So
+//! `serde_json` reads 127 levels of arrays and objects. This crate wraps what it stores in a few levels of its own (a
+//! saga's state, an inspection's answer). A reply of 126 levels was stored, and then no build could read its saga. So
 //! each input, reply, command and stored answer is held to `DEPTH_MAX` where it comes in.
 
 mod named;
@@ -12,13 +12,13 @@ use crate::reason::reason;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// Most levels of arrays and objects. The rest of the 127 is for what they are stored and shown in.
+/// The most levels of arrays and objects. The rest of the 127 is for the levels in which they are stored and shown.
 pub(crate) const DEPTH_MAX: usize = 100;
 
-/// Reads one JSON value that came from outside: structs from objects alone, and no deeper than what can be kept.
+/// Reads one JSON value that came from outside: structs from objects alone, and no deeper than can be stored.
 ///
 /// # Errors
-/// In words, which quote no more of `text` than a short piece.
+/// The flaw, in words, which quote no more of `text` than a short piece.
 pub fn read<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
     if let Some(flaw) = flaw_of_text(text) {
         return Err(flaw);
@@ -28,7 +28,7 @@ pub fn read<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
     value.map_err(|error| reason(&error.to_string()))
 }
 
-/// Why `text`, which is JSON, cannot be kept.
+/// The flaw for which `text`, which is JSON, cannot be stored; `None`: it can.
 pub(crate) fn flaw_of_text(text: &[u8]) -> Option<String> {
     let (mut depth, mut deepest, mut in_text, mut escaped) = (0_usize, 0, false, false);
     for byte in text {
@@ -48,7 +48,7 @@ pub(crate) fn flaw_of_text(text: &[u8]) -> Option<String> {
     (deepest > DEPTH_MAX).then(too_deep)
 }
 
-/// Why `value` cannot be kept as `jsonb`, which has no place for the NUL that JSON can say.
+/// The flaw for which `value` cannot be stored as `jsonb`, which has no place for a NUL; `None`: it can.
 pub(crate) fn flaw(value: &Value) -> Option<String> {
     flaw_below(value, DEPTH_MAX)
 }

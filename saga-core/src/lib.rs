@@ -11,9 +11,9 @@
 //! | [`trace`] | the trace context that a message carries |
 //! | [`error_class`] | what an error of PostgreSQL or Kafka means: the one classifier |
 //! | [`part`] | how the work of a part goes: what health asks of each |
-//! | [`outage`] | what is away, since when: the one place that knows outages |
+//! | [`outage`] | which dependencies are away, and since when: the one place that knows outages |
 //! | [`retry`], [`clock`] | the only users of `backoff` and of time |
-//! | [`json`] | what JSON of others may be |
+//! | [`json`] | limits of JSON from outside |
 //! | [`card`] | card numbers, which no service may keep |
 //! | [`outbox`] | append messages within the caller's transaction |
 //! | [`transaction`] | the transaction that every part uses: bounded here and in the server |

@@ -1,8 +1,8 @@
-//! What is away, since when: the one place that knows outages, for all parts of a process.
+//! Which dependencies are away, and since when: the one place that knows outages, for all parts of a process.
 //!
 //! Every part that needs a dependency reports what it saw. The first failure of an outage is logged, and so is its end,
-//! once each, however many parts report and however often. An outage ends when a part worked and no part failed for
-//! two seconds after: a server that starts up accepts one connection and refuses the next. Nothing survives the process; a
+//! once each, however many parts report and however often. An outage ends when a part worked and no part failed for two
+//! seconds after: a server that starts up accepts one connection and refuses the next. Nothing survives the process; a
 //! new process sees the outage itself.
 
 use crate::{
@@ -16,10 +16,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// No part may fail for so long after one worked, or the outage goes on.
+/// If a part fails within this time after another worked, the outage goes on.
 const CALM: Duration = Duration::from_secs(2);
 
-/// So long an answer stands for who asks next.
+/// How long one answer of a dependency serves further questions.
 const ASKED_LATELY: Duration = Duration::from_secs(1);
 
 /// One dependency or part of this process, and whether it is away. Metrics: `outage{dependency}` is 1 during an outage,
@@ -28,7 +28,7 @@ const ASKED_LATELY: Duration = Duration::from_secs(1);
 pub struct Outage {
     dependency: String,
     now: Mutex<Option<Away>>,
-    /// When it was last asked whether it answers, and what came of it.
+    /// When the dependency was last asked, and whether it answered.
     asked: tokio::sync::Mutex<Option<(Instant, bool)>>,
 }
 
@@ -42,7 +42,7 @@ struct Away {
     worked: bool,
 }
 
-/// What is away, for the words of the log.
+/// The kind of a dependency, for the texts of the log.
 enum Kind {
     Database,
     Kafka,
@@ -84,7 +84,8 @@ impl Outage {
         Self::of(&format!("database {name} at {host}:{}", options.get_port()))
     }
 
-    /// That this process has all connections of `pool` in use, and wants more: no outage of the database.
+    /// The shortage in which this process has all connections of `pool` in use, and wants more: no outage of the
+    /// database.
     #[must_use]
     pub fn of_pool(pool: &PgPool) -> Arc<Self> {
         Self::of(&format!("the pool of connections to {}", Self::of_database(pool).dependency))
@@ -98,13 +99,13 @@ impl Outage {
         all.iter().any(|outage| matches!(outage.kind(), Kind::Database) && outage.check().is_err())
     }
 
-    /// What is, or is not, away.
+    /// The name of the dependency or part.
     #[must_use]
     pub fn dependency(&self) -> &str {
         &self.dependency
     }
 
-    /// Whether it answers, by `ask`: that is asked once for all who want to know at one time.
+    /// Whether the dependency answers `ask`: one question serves all callers within a second.
     pub(crate) async fn answers(&self, ask: impl Future<Output = bool>) -> bool {
         let mut asked = self.asked.lock().await;
         match *asked {
@@ -117,7 +118,7 @@ impl Outage {
         }
     }
 
-    /// A part could not use it, for this reason.
+    /// Reports that a part could not use the dependency, for this reason.
     pub fn failing(&self, reason: &str) {
         let cause = match self.kind() {
             Kind::Database => Cause::DatabaseAway,
@@ -127,7 +128,7 @@ impl Outage {
         self.failing_of(cause, reason);
     }
 
-    /// Likewise, with the cause.
+    /// The same as [`Outage::failing`], with the cause.
     pub fn failing_of(&self, cause: Cause, reason: &str) {
         if self.fails(cause, reason, clock::monotonic()) {
             let dependency = &self.dependency;
@@ -141,20 +142,20 @@ impl Outage {
         }
     }
 
-    /// A part used it.
+    /// Reports that a part could use the dependency.
     pub fn working(&self) {
         self.works(clock::monotonic());
     }
 
-    /// Fine, or the reason and since when.
+    /// Succeeds unless there is an outage.
     ///
     /// # Errors
-    /// In words, during an outage.
+    /// The reason in words, and since when.
     pub fn check(&self) -> Result<(), String> {
         self.trouble().map_or(Ok(()), |trouble| Err(trouble.reason))
     }
 
-    /// The cause, the reason and since when, during an outage.
+    /// The cause, the reason and since when; `None` outside an outage.
     pub fn trouble(&self) -> Option<Trouble> {
         let now = clock::monotonic();
         self.end_if_over(now);
@@ -165,7 +166,7 @@ impl Outage {
         })
     }
 
-    /// Says whether this is the first failure of an outage.
+    /// Records a failure; returns whether it is the first of an outage.
     fn fails(&self, cause: Cause, reason: &str, now: Instant) -> bool {
         let mut away = self.lock();
         let first = away.is_none();

@@ -1,8 +1,8 @@
-//! The outbox: messages written in the transaction that changes the state they tell of.
+//! The outbox: messages written in the transaction that changes the state they report.
 //!
-//! Rules of an append, kept by whoever calls it: it comes *after* the statement that locks the aggregate, and that lock
-//! is held to the commit. Then the order of ids along a key is the order of commits along that key. A process that dies
-//! before its commit has sent nothing; after it, the relay sends what is there.
+//! The caller keeps two rules of an append. The append comes *after* the statement that locks the aggregate, and that
+//! lock is held to the commit. Then the order of ids along a key is the order of commits along that key. A process that
+//! dies before its commit has sent nothing; after the commit, the relay sends the messages.
 
 use crate::{
     clock,
@@ -16,23 +16,23 @@ use serde::Serialize;
 use sqlx::{AssertSqlSafe, Either, PgConnection, PgExecutor, PgPool, Row as _, postgres::PgArguments, types::Json};
 use std::{borrow::Cow, time::Duration};
 
-/// The caller's transaction. Whatever takes it is atomic with the rest of that transaction.
+/// The caller's transaction. Work that takes it is atomic with the rest of that transaction.
 pub type Tx<'a> = sqlx::Transaction<'a, sqlx::Postgres>;
 
 /// A statement whose parameters are being bound.
 pub(crate) type Statement<'q> = sqlx::query::Query<'q, sqlx::Postgres, PgArguments>;
 
-/// What a nudge is told on, in the outbox's own database: `notify outbox`.
+/// The channel that nudges go to, in the outbox's own database: `notify outbox`.
 pub const NUDGES: &str = "outbox";
-/// A nudge that takes longer is given up: the relay looks by itself.
+/// A nudge that takes longer is given up: the relay's next look finds the row.
 const NUDGE_MAX: Duration = Duration::from_secs(1);
 
 /// A message to be published once the transaction commits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewMessage {
-    /// `ce_id`; also what the consumers' inboxes know it by.
+    /// `ce_id`; the consumers' inboxes know the message by it.
     pub id: MessageId,
-    /// Where to.
+    /// The topic's name.
     pub topic: String,
     /// The record key: the aggregate's or the saga's id. Messages of one key stay in order.
     pub key: String,
@@ -40,7 +40,7 @@ pub struct NewMessage {
     pub kind: String,
     /// The record's value; `None` is a tombstone.
     pub payload: Option<Vec<u8>>,
-    /// Further headers.
+    /// Further headers, beside those that the other fields become.
     pub headers: Headers,
 }
 
@@ -48,7 +48,7 @@ impl NewMessage {
     /// A message with a JSON payload, a new id, and the current span's trace context.
     ///
     /// # Errors
-    /// When `payload` cannot be said in JSON.
+    /// If `payload` cannot be written as JSON.
     pub fn json<T: Serialize>(topic: &str, key: &str, kind: &str, payload: &T) -> Result<Self, serde_json::Error> {
         let payload = serde_json::to_vec(payload)?;
         let mut message = Self { payload: Some(payload), ..Self::tombstone(topic, key, kind) };
@@ -56,7 +56,7 @@ impl NewMessage {
         Ok(message)
     }
 
-    /// A message without a value: on a compacted topic it says that the key is gone.
+    /// A message without a value: on a compacted topic it means that the key is gone.
     pub fn tombstone(topic: &str, key: &str, kind: &str) -> Self {
         let mut headers = Headers::new();
         trace::inject_current(&mut headers);
@@ -77,8 +77,8 @@ impl NewMessage {
         self
     }
 
-    /// Continues what `cause` belongs to: its correlation id, and its trace, unless the current span is of that trace already.
-    /// (The span of a batch of many is not: it has a trace of its own.)
+    /// Continues what `cause` belongs to: its correlation id, and its trace, unless the current span is of that trace
+    /// already. (The span of a batch of many has a trace of its own.)
     #[must_use]
     pub fn caused_by(mut self, cause: &Envelope) -> Self {
         if let Some(id) = cause.correlation_id() {
@@ -97,8 +97,8 @@ impl NewMessage {
         self
     }
 
-    /// Whether it could ever be published. What PostgreSQL or Kafka would refuse later is refused here, so that it
-    /// fails the transaction that made it and not the relay.
+    /// Whether it could ever be published. What PostgreSQL or Kafka would refuse later is refused here. So it fails the
+    /// transaction that made it and not the relay.
     pub(crate) fn validate(&self) -> Result<(), InvalidMessage> {
         if !topic::is_legal_name(&self.topic) {
             return Err(InvalidMessage::Topic(self.topic.chars().take(topic::NAME_MAX).collect()));
@@ -130,13 +130,13 @@ pub enum InvalidMessage {
         max = topic::NAME_MAX
     )]
     Topic(String),
-    /// It must say what it is.
+    /// A message must have a type.
     #[error("the type is empty or contains NUL")]
     Kind,
-    /// PostgreSQL cannot store it.
+    /// PostgreSQL's text cannot hold a NUL, so the key must have none.
     #[error("the key contains NUL")]
     Key,
-    /// PostgreSQL cannot store it.
+    /// A header needs a name, and PostgreSQL's `jsonb` cannot hold a NUL.
     #[error("header {0:?} has an empty name or contains NUL")]
     Header(String),
 }
@@ -144,20 +144,20 @@ pub enum InvalidMessage {
 /// Why messages were not appended.
 #[derive(Debug, thiserror::Error)]
 pub enum AppendError {
-    /// One can never be published; nothing was written.
+    /// One message can never be published; nothing was written.
     #[error("message {id} cannot be published")]
     Invalid {
-        /// Which.
+        /// The message's id.
         id: MessageId,
-        /// Why.
+        /// Why it can never be published.
         source: InvalidMessage,
     },
-    /// The database said no.
+    /// The database returned an error.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
 
-/// For functions that know only the database's errors: an invalid message is one that cannot be encoded.
+/// For functions that know only the database's errors: an invalid message becomes one that cannot be encoded.
 impl From<AppendError> for sqlx::Error {
     fn from(error: AppendError) -> Self {
         match error {
@@ -173,12 +173,13 @@ impl From<AppendError> for sqlx::Error {
 /// `synchronous_commit = off` can lose a row that was published.
 ///
 /// # Errors
-/// When a message can never be published, or the database says no.
+/// When a message can never be published, or the database returns an error.
 pub async fn append_in(tx: &mut Tx<'_>, messages: &[NewMessage]) -> Result<(), AppendError> {
     append_keyed_in(tx, messages, own_keys(messages)).await
 }
 
-/// Likewise, with keys that may be absent in place of the messages' own: a dead letter has the key that its record had.
+/// The same as [`append_in`], with keys that may be absent in place of the messages' own: a dead letter has the key of
+/// its record.
 pub(crate) async fn append_keyed_in(
     tx: &mut Tx<'_>,
     messages: &[NewMessage],
@@ -191,13 +192,13 @@ pub(crate) async fn append_keyed_in(
     Ok(())
 }
 
-/// Commits a transaction of the caller's own in which messages were appended, and tells the relay of them ([`nudge`]) over a
-/// connection of `pool`, which is of the same database. A transaction in which a statement failed must not come here: PostgreSQL
-/// answers its commit with a rollback, and the driver calls that a success.
+/// Commits a transaction of the caller's own in which messages were appended. Then nudges the relay ([`nudge`]) over a
+/// connection of `pool`, which is of the same database. Do not pass a transaction in which a statement failed:
+/// PostgreSQL answers its commit with a rollback, and the driver calls that a success.
 ///
 /// # Errors
-/// That of the commit. When the connection was lost it is in doubt: it may have been committed, and the relay then finds the
-/// messages by itself. Ids that the caller made tell, when they are looked for.
+/// That of the commit. If the connection was lost, the commit is in doubt: it may have happened, and the relay then
+/// finds the messages by itself. A caller that made the ids itself can look for them.
 pub async fn commit(tx: Tx<'static>, pool: &PgPool) -> Result<(), sqlx::Error> {
     fail_point!("outbox.before-commit", database_of(pool).as_str());
     tx.commit().await?;
@@ -206,19 +207,19 @@ pub async fn commit(tx: Tx<'static>, pool: &PgPool) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-/// For tests: which of a machine's outboxes it is.
+/// The database's name, by which tests distinguish a machine's outboxes.
 #[cfg(feature = "testkit")]
 fn database_of(pool: &PgPool) -> String {
     pool.connect_options().get_database().unwrap_or_default().to_owned()
 }
 
-/// Tells the relay that something was committed, so that it looks at once and not after its pause. Returns at once: a task
-/// tells, over a connection of `pool` if there is one to spare. A hint: where it is lost, the row is found by the relay's
-/// next look, a few milliseconds later while there is traffic, 0.1 s when there was none for a while.
+/// Nudges the relay after a commit, so that it looks at once and not after its pause. Returns at once: a task sends the
+/// nudge, over a connection of `pool` if there is one to spare. A nudge is a hint. If it is lost, the relay's next look
+/// finds the row: a few milliseconds later while there is traffic, 0.1 s when there was none for a while.
 ///
-/// Batches of a consumer and sagas that start by themselves are told of by the library, and so is what [`commit`] commits;
-/// this is for whoever commits messages in another way. It comes *after* that commit. Within a business transaction never
-/// notify: PostgreSQL lets such transactions commit one after another. Needs a tokio runtime around it.
+/// The library nudges for a consumer's batches, for sagas that start by themselves and for what [`commit`] commits.
+/// Call this after committing messages in another way, and *after* that commit. Never notify within a business
+/// transaction: PostgreSQL lets such transactions commit only one after another. Needs a tokio runtime around it.
 pub fn nudge(pool: &PgPool) {
     if has_one_to_spare(pool) {
         let pool = pool.clone();
@@ -231,13 +232,13 @@ pub(crate) fn has_one_to_spare(pool: &PgPool) -> bool {
     pool.num_idle() > 0 || pool.size() < pool.options().get_max_connections()
 }
 
-/// Likewise over a connection that has just committed.
+/// The same as [`nudge`], over a connection that has just committed.
 pub(crate) async fn nudge_with(connection: &mut PgConnection) {
     tell(connection).await;
 }
 
-/// A transaction of its own. It waits for no disk, as a notification does not survive a crash anyway, and not for others who
-/// notify: all of them commit one after another.
+/// The SQL of a nudge, in a transaction of its own. It does not wait for the disk, as a notification does not survive a
+/// crash anyway. Nor does it wait long for other notifiers, which all commit one after another.
 const TELL: &str = "set local synchronous_commit = off; set local lock_timeout = '100ms'; notify outbox";
 
 async fn tell(connection: impl PgExecutor<'_>) {
@@ -247,27 +248,30 @@ async fn tell(connection: impl PgExecutor<'_>) {
     }
 }
 
-/// What begins in one round trip with the commit of what was before it.
+/// What follows a commit in the same round trip.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Next<'a> {
-    /// Tell the relay like [`nudge`].
+    /// Whether to nudge the relay, like [`nudge`].
     pub(crate) tell: bool,
-    /// The beginning of the next transaction on this connection, whose last column says whether it shall be; `None`: none.
+    /// The SQL that begins the next transaction on this connection, whose last column says whether it shall go on;
+    /// `None`: none.
     pub(crate) begin: Option<&'a str>,
 }
 
-/// Commits, tells the relay, and begins the next transaction on the same connection: one round trip instead of three. Returns
-/// the next if it has begun.
+/// Commits, nudges the relay, and begins the next transaction on the same connection: one round trip instead of three.
+/// Returns the next transaction if it has begun.
 ///
 /// # Errors
-/// As of [`commit`]: an error of what comes behind the commit is none. If that *hangs*, the commit is in doubt like one whose
-/// connection was lost, because PostgreSQL answers all of it at once; so nothing in it waits for anybody for long.
+/// The same as [`commit`]. An error in a statement after the commit is ignored: the commit already happened. If such a
+/// statement *hangs*, the commit is in doubt like one whose connection was lost, because PostgreSQL answers all of it
+/// at once. So none of them waits long.
 pub(crate) async fn commit_and_begin(mut tx: Tx<'static>, next: Next<'_>) -> Result<Option<Tx<'static>>, sqlx::Error> {
     let tell = if next.tell { format!("begin; {TELL}; commit;") } else { String::new() };
-    // In any case: whatever is dropped is rolled back, and the server warns when there is nothing to roll back.
+    // A `begin` comes in any case: dropping the connection rolls back, and the server warns when there is nothing to
+    // roll back.
     let begin = next.begin.unwrap_or("begin");
     let mut answers = sqlx::raw_sql(AssertSqlSafe(format!("commit; {tell} {begin}"))).fetch_many(&mut *tx);
-    // Of the commit.
+    // This is the answer to the commit.
     let Some(Either::Left(_)) = answers.try_next().await? else {
         return Err(sqlx::Error::Protocol("there is no answer to a commit".into()));
     };
@@ -292,8 +296,8 @@ pub(crate) async fn commit_and_begin(mut tx: Tx<'static>, next: Next<'_>) -> Res
     }
 }
 
-/// The append as SQL, of messages that are the parameters 1 to 6: also a part of statements that write what a batch
-/// came to together with what it sends, because each statement is a round trip that locks are held for.
+/// The append as SQL, of messages that are the parameters 1 to 6. Statements that write a batch's outcome contain it as
+/// well, because each further statement is a round trip while locks are held.
 //
 // `order by ordinality`: without it ids are given in any order, and the order of ids is the order of publishing.
 macro_rules! insert_messages {

@@ -1,4 +1,5 @@
-//! What a panic said. Pure. Where a service's own code runs among others' work, a panic is that one piece of work's error.
+//! The text of a panic. Pure. Where a service's own code runs among others' work, a panic is that one piece of work's
+//! error.
 
 use std::any::Any;
 

@@ -1,8 +1,8 @@
 //! A part of a process, and how its work goes: what health asks of each part.
 //!
-//! A part tells what stands in its way, if it knows ([`Trouble`]), and what waits for it and since when nothing of that has
-//! moved ([`Waiting`]). Work that does not move is a trouble of its own, also where the part knows of none. Nothing here
-//! survives the process.
+//! A part reports what stands in its way, if it knows ([`Trouble`]). It also reports what waits for it, and since when
+//! none of that has moved ([`Waiting`]). Work that does not move is a trouble of its own, even if the part knows of
+//! none. Nothing here survives the process.
 
 use crate::{
     clock,
@@ -13,21 +13,22 @@ use serde::Serialize;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
-/// Work that has not moved for so long is stalled.
+/// Work that has not moved for this long is stalled.
 pub const STALLED_AFTER: Duration = Duration::from_secs(30);
 
 macro_rules! causes {
     ($($(#[$doc:meta])* $variant:ident = $text:literal),+ $(,)?) => {
-        /// Why a part does not do its work: a small vocabulary, for machines and for whoever may not see more. It only grows.
+        /// Why a part does not do its work: a small vocabulary, for programs and for readers that may not see more. It
+        /// only grows.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
         #[serde(rename_all = "snake_case")]
         pub enum Cause { $($(#[$doc])* $variant),+ }
 
         impl Cause {
-            /// All there are.
+            /// All causes, in the order of their declaration.
             pub const ALL: &'static [Self] = &[$(Self::$variant),+];
 
-            /// As it stands in answers and metrics.
+            /// The name, as it stands in answers and metrics.
             #[must_use]
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text),+ }
@@ -37,7 +38,7 @@ macro_rules! causes {
 }
 
 causes! {
-    /// It has not begun yet.
+    /// The part has not begun yet.
     Starting = "starting",
     /// The process stops.
     Stopping = "stopping",
@@ -75,9 +76,9 @@ causes! {
     Unassigned = "unassigned",
     /// The clocks of this host and of its database differ by minutes.
     ClockSkew = "clock_skew",
-    /// What it should know is not there.
+    /// Data that the part needs is missing.
     Empty = "empty",
-    /// An operator paused it.
+    /// An operator paused the part.
     Paused = "paused",
     /// The position is of another cluster, or of another outbox: an operator has to say how it was copied.
     Moved = "moved",
@@ -108,21 +109,22 @@ impl Cause {
 /// What stands in a part's way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trouble {
-    /// For machines, and for anybody.
+    /// The cause, for programs and for any reader.
     pub cause: Cause,
-    /// In words, for the log and for who runs this process. It may hold what the database or a broker said.
+    /// The reason in words, for the log and for operators. It may hold text of the database or of a broker.
     pub reason: String,
-    /// Since when, if the part knows.
+    /// When it began; `None` if the part does not know.
     pub since: Option<Instant>,
 }
 
 impl Trouble {
-    /// One that the part has just met.
+    /// A trouble that the part has just met; its age is not known.
     pub fn new(cause: Cause, reason: impl Into<String>) -> Self {
         Self { cause, reason: reason::reason(&reason.into()), since: None }
     }
 
-    /// Several as one: the cause of the first, all the reasons, and since the earliest. A pause's age is a pause's alone.
+    /// Joins several troubles: the cause of the first, all the reasons, and the earliest age. A pause's age counts only
+    /// among pauses.
     pub fn all(troubles: impl IntoIterator<Item = Self>) -> Option<Self> {
         let troubles: Vec<Self> = troubles.into_iter().collect();
         let cause = troubles.first()?.cause;
@@ -142,42 +144,42 @@ impl From<&sqlx::Error> for Trouble {
 /// What waits for a part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waiting {
-    /// How many things, where that is known.
+    /// How many items; `None` where that is not known.
     pub items: Option<u64>,
-    /// How old the oldest is, where that is known.
+    /// When the oldest item came; `None` where that is not known.
     pub oldest: Option<OffsetDateTime>,
-    /// When something of it last moved; or when it came, if nothing has since.
+    /// When some of it last moved, or came, if none has moved since.
     pub still_since: Instant,
 }
 
 /// How a part's work goes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Report {
-    /// What stands in its way.
+    /// What stands in the part's way; `None`: nothing that it knows.
     pub trouble: Option<Trouble>,
-    /// What waits for it.
+    /// What waits for the part; `None`: nothing.
     pub waiting: Option<Waiting>,
 }
 
 impl Report {
-    /// Nothing stands in its way, and nothing waits.
+    /// A report of no trouble, and of no work that waits.
     #[must_use]
     pub fn fine() -> Self {
         Self::default()
     }
 
-    /// Something stands in its way.
+    /// A report of a trouble.
     pub fn red(cause: Cause, reason: impl Into<String>) -> Self {
         Trouble::new(cause, reason).into()
     }
 
-    /// With what waits for the part.
+    /// Adds what waits for the part.
     #[must_use]
     pub fn with_waiting(self, waiting: Option<Waiting>) -> Self {
         Self { waiting, ..self }
     }
 
-    /// What is wrong: what the part says itself, or that its work has not moved for too long.
+    /// The trouble: what the part reports itself, or that its work has not moved for too long.
     pub(crate) fn verdict(&self, now: Instant) -> Option<Trouble> {
         let stalled = || {
             let since = self.waiting?.still_since;
@@ -207,7 +209,7 @@ impl From<Result<(), sqlx::Error>> for Report {
     }
 }
 
-/// Tells since when work stands still, from a mark that changes whenever something of it is done.
+/// Finds out since when work stands still, from a mark that changes whenever some of it is done.
 #[derive(Debug)]
 pub struct Movement<M> {
     last: Option<(M, Instant)>,
@@ -220,12 +222,12 @@ impl<M> Default for Movement<M> {
 }
 
 impl<M: PartialEq> Movement<M> {
-    /// Something waits, and the mark is this now: since when it is the same.
+    /// Takes the current mark while something waits; returns since when the mark is the same.
     pub fn waits(&mut self, mark: M) -> Instant {
         self.waits_at(mark, clock::monotonic())
     }
 
-    /// Likewise, at this moment.
+    /// The same as [`Movement::waits`], at the moment `now`.
     pub fn waits_at(&mut self, mark: M, now: Instant) -> Instant {
         match &self.last {
             Some((last, since)) if *last == mark => *since,
@@ -236,16 +238,16 @@ impl<M: PartialEq> Movement<M> {
         }
     }
 
-    /// Nothing waits.
+    /// Records that nothing waits.
     pub fn rests(&mut self) {
         self.last = None;
     }
 }
 
-/// So many looks in a row at what waits, each a few seconds after the other, may come to nothing.
+/// How many looks in a row at what waits, a few seconds apart, may fail.
 const MISSED_MAX: u32 = 3;
 
-/// Whether a part knows what waits for it. A look that comes to nothing says neither that nothing waits nor that nothing moves;
+/// Whether a part knows what waits for it. A failed look means neither that nothing waits nor that nothing moves;
 /// several in a row are a trouble of their own.
 #[derive(Debug, Default)]
 pub struct Looks {
@@ -254,7 +256,7 @@ pub struct Looks {
 }
 
 impl Looks {
-    /// One came to nothing, for this reason.
+    /// Records a look that failed, for this reason.
     pub fn missed(&mut self, why: &Trouble) {
         self.missed = self.missed.saturating_add(1);
         let since = self.last.as_ref().and_then(|first| first.since).or_else(|| Some(clock::monotonic()));
@@ -262,12 +264,12 @@ impl Looks {
         self.last = Some(Trouble { since, ..Trouble::new(why.cause, reason) });
     }
 
-    /// One showed what waits.
+    /// Records a look that showed what waits.
     pub fn seen(&mut self) {
         *self = Self::default();
     }
 
-    /// That nothing is known any more.
+    /// The trouble that several looks in a row failed; `None` otherwise.
     #[must_use]
     pub fn trouble(&self) -> Option<Trouble> {
         self.last.clone().filter(|_| self.missed >= MISSED_MAX)

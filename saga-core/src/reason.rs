@@ -1,21 +1,22 @@
-//! Texts that say why something failed. Pure.
+//! Texts about why something failed. Pure.
 //!
-//! A handler, an effect, a panic or another service wrote them, so they may hold anything and be of any length. They are
-//! cleaned where they enter: PostgreSQL's text and jsonb cannot hold a NUL, and one such text would fail its whole
-//! transaction, again and again.
+//! A handler, an effect, a panic or another service wrote them, so they may hold anything and be of any length. This
+//! module cleans them where they enter. PostgreSQL's text and jsonb cannot hold a NUL, and one such text would fail its
+//! whole transaction, again and again.
 
 /// Longest reason that is kept, in characters.
 const REASON_MAX: usize = 1_000;
 
-/// `text` without control characters (line breaks and tabs stay), without places in somebody's source, and with an end.
+/// `text` without control characters (line breaks and tabs stay), without places in source code, and cut to 1,000
+/// characters.
 pub(crate) fn reason(text: &str) -> String {
     let shown = |c: char| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c };
     let text: String = text.chars().take(REASON_MAX).map(shown).collect();
     without_places(&text)
 }
 
-/// Without ` at line 1721`, which sqlx adds (the line of PostgreSQL's own source that raised the error), and without
-/// ` at line 1 column 7`, which serde_json adds (of a text that nobody sees).
+/// Removes ` at line 1721`, which sqlx adds (the line of PostgreSQL's own source that raised the error). Removes ` at
+/// line 1 column 7`, which serde_json adds (of a text that the reader does not have).
 pub(crate) fn without_places(text: &str) -> String {
     const AT: &str = " at line ";
     let number = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();

@@ -1,8 +1,8 @@
 //! Retries: how long to wait before the next attempt. The only user of `backoff`.
 //!
 //! Two kinds. *In process*: [`Backoff::delays`] is an endless sequence of waits for a loop that lives as long as the
-//! process does. *Durable*: [`next_attempt_at`] is a pure function whose result is stored beside the work, so that
-//! whoever is alive then takes it up; a process that dies in between loses nothing.
+//! process does. *Durable*: [`next_attempt_at`] is a pure function whose result is stored beside the work. Any process
+//! alive at that time takes the work up; a process that dies in between loses nothing.
 
 use backoff::{ExponentialBackoff, ExponentialBackoffBuilder, backoff::Backoff as _};
 use std::time::Duration;
@@ -15,10 +15,10 @@ pub struct Backoff {
     pub first: Duration,
     /// How much longer each wait is than the one before; at least 1.
     pub factor: f64,
-    /// No wait is longer, before the jitter.
+    /// The longest wait, before the jitter.
     pub max: Duration,
-    /// 0 to 1: each wait is spread evenly over `1 - jitter` to `1 + jitter` of itself, so that many that failed
-    /// together do not come back together.
+    /// 0 to 1: each wait is spread evenly over `1 - jitter` to `1 + jitter` of itself. So work that failed together
+    /// does not come back together.
     pub jitter: f64,
 }
 
@@ -29,7 +29,7 @@ impl Backoff {
         Self { first, factor: 2.0, max, jitter: 0.2 }
     }
 
-    /// The waits of an in-process retry, endless. Whoever wants fewer attempts says `.take(n)`.
+    /// The waits of an in-process retry, endless; `.take(n)` limits the attempts.
     #[must_use]
     pub fn delays(&self) -> Delays {
         let inner = ExponentialBackoffBuilder::new()

@@ -1,5 +1,5 @@
-//! What a Kafka topic is meant to be. Declared once, in a contracts crate; created at start by
-//! [`crate::service::topics`]; a mismatch is reported, never changed in silence.
+//! Declarations of Kafka topics. A contracts crate declares each topic once, and [`crate::service::topics`] creates it
+//! at start. A mismatch is reported, never changed in silence.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ pub struct Topic {
     pub name: &'static str,
     /// How many partitions it is created with.
     pub partitions: i32,
-    /// How long a record is kept; `None` is for ever.
+    /// How long a record is kept; `None`: for ever.
     pub retention: Option<Duration>,
     /// What happens to old records.
     pub cleanup: Cleanup,
@@ -21,7 +21,7 @@ pub struct Topic {
 pub enum Cleanup {
     /// Old records are deleted after the retention.
     Delete,
-    /// Of each key, the last record is kept.
+    /// Kafka keeps the last record of each key.
     Compact,
 }
 
@@ -41,9 +41,9 @@ impl From<&Topic> for String {
 /// Longest name of a topic that Kafka accepts, in bytes.
 pub const NAME_MAX: usize = 249;
 
-/// Whether a message of ours can go to a topic of this name: 1 to [`NAME_MAX`] of a-z, A-Z, 0-9, `.`, `_` and `-`, neither `.` nor
-/// `..`, and not beginning with `__`, as Kafka's own topics do. What a message, a command's `ce_replyto` or a relay says of a
-/// topic is judged by this rule alone.
+/// Whether a message of ours can go to a topic of this name. A name has 1 to [`NAME_MAX`] of a-z, A-Z, 0-9, `.`, `_`
+/// and `-`. It is neither `.` nor `..`, and does not begin with `__` as Kafka's own topics do. This rule alone judges
+/// the topics in messages, in a command's `ce_replyto` and in the relay.
 #[must_use]
 pub fn is_legal_name(name: &str) -> bool {
     let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
@@ -53,8 +53,8 @@ pub fn is_legal_name(name: &str) -> bool {
         && !name.starts_with("__")
 }
 
-/// What Kafka's default partitioner makes of a record's key, as the relay's does (`murmur2`): modulo the number of partitions it
-/// is the record's partition. Never negative.
+/// The hash of a record's key in Kafka's default partitioner and in the relay's (`murmur2`). Modulo the number of
+/// partitions it is the record's partition. Never negative.
 #[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap)]
 pub(crate) fn key_hash(key: &[u8]) -> i32 {
     const MIX: u32 = 0x5bd1_e995;
@@ -91,7 +91,7 @@ mod tests {
 
     #[test]
     fn a_keys_hash_is_that_of_kafkas_default_partitioner() {
-        // The vectors of Kafka's own tests, whose sign the partitioner takes off.
+        // These vectors are from Kafka's own tests; the partitioner takes the sign off.
         for (key, hash) in [
             ("21", -973_932_308),
             ("foobar", -790_332_482),

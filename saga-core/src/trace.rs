@@ -1,7 +1,7 @@
 //! W3C trace context across processes: HTTP -> outbox -> Kafka -> consumer.
 //!
-//! The context is stored with the outbox row and travels in the record's headers; whoever handles the record continues
-//! it. Without a tracing layer that knows OpenTelemetry nothing is written and nothing is read.
+//! The context is stored with the outbox row and travels in the record's headers; the consumer that handles the record
+//! continues it. Without a tracing layer that knows OpenTelemetry nothing is written and nothing is read.
 
 pub use crate::envelope::carried;
 
@@ -37,7 +37,7 @@ pub fn context_of(envelope: &Envelope) -> Option<Context> {
 /// Makes `span` continue the trace that a message came with. Must be called before the span is entered.
 pub fn continue_from(span: &Span, envelope: &Envelope) {
     if let Some(context) = context_of(envelope) {
-        // The error says that there is no OpenTelemetry layer or that it filters this span: nothing to continue.
+        // The error means that there is no OpenTelemetry layer or that it filters this span: nothing to continue.
         span.set_parent(context).ok();
     }
 }
@@ -53,7 +53,7 @@ struct Writer<'a>(&'a mut Headers);
 
 impl Injector for Writer<'_> {
     fn set(&mut self, key: &str, value: String) {
-        // An empty tracestate is what most traces have; it says nothing.
+        // An empty tracestate is what most traces have; it is left out.
         if carried(key, &value).is_some() {
             let name = [header::TRACEPARENT, header::TRACESTATE].into_iter().find(|name| *name == key);
             self.0.insert(name.map_or_else(|| key.to_owned().into(), Cow::Borrowed), value);

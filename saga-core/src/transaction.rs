@@ -1,12 +1,15 @@
-//! The one transaction type of all parts: it knows its bound, the server knows it too, and its commit wakes the relay.
+//! The one transaction type of all parts: it has a bound, the server knows that bound too, and its commit wakes the
+//! relay.
 //!
 //! Dropping a future ends nothing in PostgreSQL: a backend that waits for a lock does not look at its socket. So a
-//! transaction cannot begin without a [`Bound`]. The part gives it up after [`Bound::client`]; PostgreSQL ends the statement a
-//! little later (`statement_timeout`), and from version 17 on the whole transaction (`transaction_timeout`). That is before
-//! the pool gives up on the connection, so an attempt that was abandoned never costs a backend beside the pool's.
+//! transaction cannot begin without a [`Bound`]. The part gives it up after [`Bound::client`]. PostgreSQL ends the
+//! statement a little later (`statement_timeout`), and from version 17 on the whole transaction
+//! (`transaction_timeout`). That is before the pool gives up on the connection, so an abandoned attempt never costs a
+//! backend beside the pool's.
 //!
-//! A wait for a lock is another transaction's doing, and has a bound of its own ([`Bound::lock`], `lock_timeout`), well below the
-//! others: PostgreSQL says 55P03 before the part gives up, and a part that works slowly and one that waits are told apart.
+//! A wait for a lock is another transaction's doing, and has a bound of its own ([`Bound::lock`], `lock_timeout`), well
+//! below the others. PostgreSQL returns 55P03 before the part gives up, so slow work and a wait for a lock can be
+//! distinguished.
 //!
 //! When the process dies, the server ends the statement within the bound, and rolls back.
 
@@ -31,13 +34,13 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// At least 1 ms; at most what PostgreSQL can be given (24 days).
+    /// A bound of `client`: at least 1 ms; at most what PostgreSQL accepts (24 days).
     #[must_use]
     pub const fn new(client: Duration) -> Self {
         Self { client, lock: None }
     }
 
-    /// Likewise, but a statement of it waits for no lock longer than `lock`.
+    /// The same bound, but its statements wait for no lock longer than `lock`.
     #[must_use]
     pub const fn with_lock(self, lock: Duration) -> Self {
         Self { lock: Some(lock), ..self }
@@ -49,15 +52,15 @@ impl Bound {
         self.client
     }
 
-    /// How long a statement of it waits for a lock: half of [`Bound::client`], so that what the transaction did before the wait
-    /// does not make a time-out of it.
+    /// How long a statement under this bound waits for a lock: half of [`Bound::client`], unless [`Bound::with_lock`]
+    /// says otherwise. So the work before the wait does not make a time-out of it.
     #[must_use]
     pub fn lock(self) -> Duration {
         self.lock.unwrap_or(self.client / 2)
     }
 
-    /// When PostgreSQL ends a statement of it: a tenth later than [`Bound::client`], 0.1 to 0.5 s, so that the part's own
-    /// bound comes first, and the server's before the pool closes the connection.
+    /// When PostgreSQL ends a statement under this bound: a tenth later than [`Bound::client`], 0.1 to 0.5 s. So the
+    /// part's own bound comes first, and the server's before the pool closes the connection.
     #[must_use]
     pub fn server(self) -> Duration {
         self.client.saturating_add(self.margin())
@@ -67,7 +70,7 @@ impl Bound {
         (self.client / 10).clamp(Duration::from_millis(100), Duration::from_millis(500))
     }
 
-    /// What `work` comes to, or a time-out of the kind that an outage is. What `work` holds is dropped.
+    /// Runs `work`, and drops it with a time-out of the kind that an outage is.
     ///
     /// # Errors
     /// Those of `work`, and [`io::ErrorKind::TimedOut`].
@@ -82,8 +85,9 @@ impl Bound {
         sqlx::Error::Io(io::Error::new(io::ErrorKind::TimedOut, text))
     }
 
-    /// Begins a read committed transaction under this bound, in one round trip. `columns`, if any, are evaluated behind the bound
-    /// in the same statement: a wait for a lock among them is bounded, and a statement less is parsed and answered.
+    /// Begins a read committed transaction under this bound, in one round trip. The same statement evaluates `columns`,
+    /// if any, behind the bound. So a wait for a lock among them is bounded, and one statement less is parsed and
+    /// answered.
     pub(crate) fn begin_sql(self, columns: &str) -> String {
         let (statement, lock) = (milliseconds(self.server()), milliseconds(self.lock()));
         let transaction = milliseconds(self.server().saturating_add(self.margin()));
@@ -107,18 +111,19 @@ pub fn is_timeout(error: &sqlx::Error) -> bool {
     }
 }
 
-/// What PostgreSQL takes: not 0, which is no bound.
+/// Clamps a bound to what PostgreSQL accepts; 0 would mean no bound.
 fn milliseconds(bound: Duration) -> u128 {
     bound.as_millis().clamp(1, i32::MAX.unsigned_abs().into())
 }
 
-/// How long the database may take to answer a question that it can answer at once.
+/// How long the database may take to answer a trivial query.
 const ANSWER_MAX: Duration = Duration::from_secs(4);
 
-/// A connection of the pool.
+/// Takes a connection of the pool.
 ///
 /// # Errors
-/// When there is none in time: [`is_pool_full`] tells whether this process has all of them in use, or none can be opened.
+/// If there is none in time: [`is_pool_full`] distinguishes a pool that this process uses up from a database that opens
+/// none.
 pub async fn connection(pool: &PgPool) -> Result<PoolConnection<Postgres>, sqlx::Error> {
     match pool.acquire().await {
         Ok(connection) => Ok(connection),
@@ -126,8 +131,8 @@ pub async fn connection(pool: &PgPool) -> Result<PoolConnection<Postgres>, sqlx:
     }
 }
 
-/// Why `pool` gave no connection: sqlx says the same of one that is full and of a database that is away. All who find out at
-/// one time open one connection for it.
+/// Why `pool` gave no connection: sqlx returns the same error for a full pool and for a database that is away. All
+/// callers of one moment share one connection that is opened to find out.
 pub async fn why_none(pool: &PgPool, error: sqlx::Error) -> sqlx::Error {
     if !is_pool_full(&error) {
         return error;
@@ -139,8 +144,8 @@ pub async fn why_none(pool: &PgPool, error: sqlx::Error) -> sqlx::Error {
     sqlx::Error::Io(io::Error::new(io::ErrorKind::NotConnected, "no connection to the database can be opened"))
 }
 
-/// Whether the database would answer somebody else's question. A pool whose connections are all in use says nothing of the
-/// database, so then it is asked over one that is opened for that.
+/// Whether the database would answer another client's query. A pool whose connections are all in use shows nothing of
+/// the database, so then a connection is opened for the question.
 pub(crate) async fn database_answers(pool: &PgPool) -> bool {
     let ask = async {
         if has_one_to_spare(pool) {
@@ -153,7 +158,7 @@ pub(crate) async fn database_answers(pool: &PgPool) -> bool {
     tokio::time::timeout(ANSWER_MAX, ask).await.is_ok_and(|answer| answer.is_ok())
 }
 
-/// A transaction of a part's own, read committed. Dropped, it is rolled back. Give it, as [`Tx`], to whatever works within it.
+/// A transaction of a part's own, read committed. Dropping it rolls it back. Give it, as [`Tx`], to the work within it.
 #[must_use = "a transaction that is dropped is rolled back"]
 pub struct Transaction {
     tx: Tx<'static>,
@@ -161,10 +166,11 @@ pub struct Transaction {
 }
 
 impl Transaction {
-    /// Begins on a connection of `pool`, in one round trip. Run it, with the work and the commit, inside [`Bound::within`].
+    /// Begins on a connection of `pool`, in one round trip. Run it, with the work and the commit, inside
+    /// [`Bound::within`].
     ///
     /// # Errors
-    /// When the pool has no connection in time ([`connection`]), or the database says no.
+    /// When the pool has no connection in time ([`connection`]), or the database returns an error.
     pub async fn begin(pool: &PgPool, bound: Bound) -> Result<Self, sqlx::Error> {
         match pool.begin_with(AssertSqlSafe(bound.begin_sql(""))).await {
             Ok(tx) => Ok(Self { tx, pool: pool.clone() }),
@@ -172,17 +178,17 @@ impl Transaction {
         }
     }
 
-    /// Commits, and tells the relay that there may be messages to publish. A transaction in which a statement failed must not
-    /// come here: PostgreSQL answers its commit with a rollback, and the driver calls that a success.
+    /// Commits, and nudges the relay, as there may be messages to publish. Do not commit a transaction in which a
+    /// statement failed: PostgreSQL answers its commit with a rollback, and the driver calls that a success.
     ///
     /// # Errors
-    /// That of the commit. When the connection was lost, the commit is in doubt: ids that the caller made tell, when they are
-    /// looked for.
+    /// That of the commit. If the connection was lost, the commit is in doubt; a caller that made the ids itself can
+    /// look for them.
     pub async fn commit(self) -> Result<(), sqlx::Error> {
         outbox::commit(self.tx, &self.pool).await
     }
 
-    /// Likewise, for what has fail points of its own around its commit.
+    /// The same as [`Transaction::commit`], for callers with fail points of their own around their commit.
     pub(crate) async fn commit_within_its_edges(self) -> Result<(), sqlx::Error> {
         self.tx.commit().await?;
         outbox::nudge(&self.pool);
@@ -192,7 +198,7 @@ impl Transaction {
     /// Commits a transaction that appended no message.
     ///
     /// # Errors
-    /// As of [`Transaction::commit`].
+    /// The same as [`Transaction::commit`].
     pub async fn commit_quietly(self) -> Result<(), sqlx::Error> {
         self.tx.commit().await
     }

@@ -1,8 +1,8 @@
-//! What must not be said of a saga does not compile, and the compiler says why in words that help.
+//! Mistakes in a saga's definition do not compile, and the compiler's message helps.
 //!
-//! Each case in `compile_fail/` begins with what the compiler has to say (`//~`); `good.rs` has to compile. The compiler
-//! is asked directly, with the libraries that this test was built from: trybuild would build every dependency a second
-//! time, Kafka's C library included, which takes minutes where this takes seconds.
+//! Each case in `compile_fail/` begins with the compiler's expected words (`//~`); `good.rs` has to compile. The test
+//! asks the compiler directly, with the libraries that it was built from. trybuild would build every dependency a
+//! second time, Kafka's C library included, which takes minutes where this takes seconds.
 
 use std::{
     ffi::OsStr,
@@ -19,8 +19,8 @@ struct Compiler {
 }
 
 impl Compiler {
-    /// There may be several builds of a library side by side (other features); the right pair is one with which what
-    /// has to compile does.
+    /// There may be several builds of a library side by side (other features). The right pair is one with which
+    /// `good.rs` compiles.
     fn find() -> Self {
         let exe = std::env::current_exe().unwrap();
         let libraries = exe.parent().unwrap().to_owned();

@@ -1,4 +1,4 @@
-//! Slow and hostile callers, over a real listener: what they hold, nobody else waits for.
+//! Slow and hostile callers, over a real listener: no other caller waits for what they hold.
 
 use axum::{
     Router,
@@ -31,7 +31,7 @@ const NEVER: Duration = Duration::from_secs(3_600);
 const HALF: &str =
     "POST /echo HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{";
 
-/// What a test works with: the listener's address, a signal for each request to `/work`, and the permission to answer it.
+/// A test's means: the listener's address, a signal for each request to `/work`, and the permission to answer it.
 struct Served {
     address: SocketAddr,
     begun: Arc<Semaphore>,
@@ -82,7 +82,7 @@ impl Served {
     }
 }
 
-/// What the server answers until it closes the connection.
+/// The server's answer until it closes the connection.
 async fn heard(mut stream: TcpStream) -> String {
     let mut heard = Vec::new();
     let read = timeout(PATIENCE, stream.read_to_end(&mut heard)).await.expect("the connection is closed");
@@ -101,7 +101,7 @@ async fn bodies_that_never_come_whole_keep_nobody_waiting() {
     }
     let whole = served.ask(Method::POST, "/echo").json(&json!({ "n": 1 })).send().await.unwrap();
     assert_eq!((whole.status().as_u16(), served.quick().await), (200, 200));
-    // They are still there, and each may still send the rest.
+    // The slow clients are still there, and each may still send the rest.
     let mut last = half.pop().unwrap();
     last.write_all(format!("{:>98}}}", "").as_bytes()).await.unwrap();
     let mut answer = [0; 15];
@@ -175,7 +175,7 @@ async fn a_head_beyond_its_bound_is_answered_431_or_its_connection_closed() {
         let mut stream = TcpStream::connect(served.address).await.unwrap();
         let mut answer = String::new();
         let asked = async {
-            // The server may answer and close before it has read all, and what it did not read resets the connection.
+            // The server may answer and close before it has read all, and the unread rest resets the connection.
             stream.write_all(head.as_bytes()).await?;
             stream.read_to_string(&mut answer).await
         };
@@ -195,7 +195,7 @@ async fn an_address_that_guesses_tokens_is_stopped_before_its_tokens_are_compare
     let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
     let (port, stop) = (listener.local_addr().unwrap().port(), CancellationToken::new());
     tokio::spawn(serve(listener, Api::new(admin_router(health, metrics, auth, guarded)), stop.clone()));
-    // Two addresses of the loopback network.
+    // The clients have two addresses of the loopback network.
     let of =
         |address: [u8; 4]| Client::builder().timeout(PATIENCE).local_address(IpAddr::from(address)).build().unwrap();
     let (guesser, operator) = (of([127, 0, 0, 2]), of([127, 0, 0, 3]));
@@ -203,10 +203,10 @@ async fn an_address_that_guesses_tokens_is_stopped_before_its_tokens_are_compare
         let answer = client.get(format!("http://127.0.0.1:{port}/v1/thing")).bearer_auth(token).send().await.unwrap();
         answer.status().as_u16()
     };
-    // One is forgiven a second, so how many it takes depends on how fast this machine is.
+    // One guess is forgiven a second, so how many it takes depends on how fast this machine is.
     let refused = eventually(PATIENCE, async || (ask(&guesser, wrong).await == 429).then_some(()));
     refused.await;
-    // A right one tells it nothing now. (Once a second one is compared: it guesses on until then.)
+    // A right token reveals nothing to the guesser now. (Once a second one is compared: it guesses on until then.)
     let mut answers = Vec::new();
     for _ in 0..8 {
         answers.push((ask(&guesser, wrong).await, ask(&guesser, right).await));

@@ -1,4 +1,5 @@
-//! The production `decide` in every world there is; and random schedules of random definitions where there are too many.
+//! The production `decide` in every world there is; and random schedules of random definitions where there are too
+//! many.
 //!
 //! `EXPLORE=full cargo test --release -p saga-core --test explorer` walks the larger worlds as well.
 
@@ -90,7 +91,7 @@ fn every_definition_of_up_to_three_steps_keeps_every_rule_in_every_world() {
     println!("{definitions} definitions, {worlds} worlds in {:?}", started.elapsed());
 }
 
-/// Seeded mistakes about what was sent, and what it says.
+/// Seeded mistakes about the messages that were sent, and their content.
 fn mistakes_of_sending() -> Vec<(&'static str, Decide)> {
     vec![
         ("an undo says that it is in doubt whatever is known", |definition, state, event, now| {
@@ -270,7 +271,7 @@ fn a_step_that_is_undone_elsewhere_is_found_and_no_engine_takes_it() {
     assert_eq!(error.to_string(), says);
 }
 
-/// Takes a path through worlds that are too many to visit: each choice picks one of what can happen.
+/// Takes a path through worlds that are too many to visit: each choice picks one of the events that can happen.
 fn take_a_path(definition: &Definition, limits: Limits, choices: &[u16]) -> Result<(), TestCaseError> {
     let model = Model::new(definition, limits, decide);
     let mut world = model.begin().map_err(|violation| TestCaseError::fail(violation.to_string()))?;

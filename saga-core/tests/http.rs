@@ -52,7 +52,7 @@ struct Filter {
     limit: u8,
 }
 
-/// Serves `api` for the length of a test; the base URL.
+/// Serves `api` for the length of a test; returns the base URL.
 async fn start(api: impl Into<Api> + Send + 'static) -> (String, CancellationToken) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -134,7 +134,7 @@ async fn caused_by(headers: &[(&str, &str)]) -> Headers {
 async fn of_a_callers_trace_context_only_what_is_valid_and_short_goes_on() {
     let tracer = opentelemetry_sdk::trace::SdkTracerProvider::builder().build().tracer("test");
     let subscriber = tracing_subscriber::registry().with(tracing_opentelemetry::layer().with_tracer(tracer));
-    // With one subscriber alone, tracing would remember for all threads what the first one to come by wants to hear.
+    // With one subscriber alone, tracing would keep the first thread's interest for all threads.
     let _another = tracing::Dispatch::new(tracing::subscriber::NoSubscriber::default());
     let _heard = tracing::subscriber::set_default(subscriber);
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -344,7 +344,7 @@ async fn a_thousand_clients_that_hang_up_lose_nothing_that_was_acknowledged() {
         acknowledged += i64::from(matches!(answer, Ok(Ok(response)) if response.status() == 201));
     }
     let settled = eventually(Duration::from_secs(20), || async {
-        // Effects and stored answers are written by one transaction, so they agree at every moment.
+        // One transaction writes effects and stored answers, so they agree at every moment.
         let (effects, answers): (i64, i64) =
             sqlx::query_as("select (select count(*) from counted), (select count(*) from idempotency_answer)")
                 .fetch_one(&database.pool)

@@ -105,7 +105,7 @@ async fn no_statistics_are_kept_of_what_messages_say_in_new_partitions_either() 
     .fetch_all(&database.pool)
     .await
     .unwrap();
-    // The overflow, the first partition and the one that was just made.
+    // The partitions are the overflow, the first one and the one that was just made.
     assert_eq!(kept.len(), 6, "{kept:?}");
     assert!(kept.iter().all(|(_, kept)| !kept), "{kept:?}");
 }

@@ -1,4 +1,4 @@
-//! What every service is started with, on a real PostgreSQL and Kafka.
+//! The parts that every service is started with, on a real PostgreSQL and Kafka.
 
 use refinery::{Migration, Runner};
 use saga_core::{
@@ -122,7 +122,7 @@ async fn a_migration_that_waits_for_a_lock_says_for_whom_and_so_does_who_waits_f
     assert_eq!((&line["level"], &line["database"]), (&"WARN".into(), &name.as_str().into()), "{line}");
     assert!(line["blocked_by"].as_str().unwrap().contains("(migrate, active, "), "{line}");
 
-    // Both look once more, and find nothing new to say.
+    // Both processes look once more, and find nothing new to report.
     let looked_at = async || -> time::OffsetDateTime {
         sqlx::query_scalar(
             "select min(query_start) from pg_stat_activity
@@ -146,12 +146,12 @@ async fn a_begin_that_is_cancelled_poisons_no_connection() {
     let database = TestDatabase::new(&[]).await;
     let pool = pool_options(2).connect(&database.url).await.unwrap();
     sqlx::query("create table written (n int)").execute(&pool).await.unwrap();
-    // Cut `begin` off at every moment from at once to long after its answer.
+    // The test cuts `begin` off at every moment from at once to long after its answer.
     for n in 0..400_u64 {
         let begin = pool.begin();
-        // Why it ended is not asked: cut off is what this is about.
+        // The result does not matter: the test is about futures that are cut off.
         drop(tokio::time::timeout(Duration::from_micros(n % 200), begin).await);
-        // Acknowledged, so it must be there.
+        // The insert is acknowledged, so the row must be there.
         sqlx::query("insert into written values ($1)").bind(i32::try_from(n).unwrap()).execute(&pool).await.unwrap();
     }
     pool.close().await;
@@ -177,7 +177,7 @@ async fn a_database_that_is_away_is_waited_for() {
     let (host, there) = (away.options.get_host().to_owned(), away.options.get_port());
     away.options = away.options.host("127.0.0.1").port(port);
     let waiting = tokio::spawn(async move { database::connect(&away, "test").await });
-    // It comes up: whatever connects to the port is passed on to the real server.
+    // The server comes up: each connection to the port is passed on to the real one.
     let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     tokio::spawn(async move {
         while let Ok((mut from, _)) = listener.accept().await {
@@ -205,7 +205,7 @@ async fn a_column_that_is_added_under_warm_connections_costs_one_request() {
     let pool = pool_options(8).connect(&database.url).await.unwrap();
     sqlx::query("create table item (sku text)").execute(&pool).await.unwrap();
     let all = async || sqlx::query("select * from item").fetch_all(&pool).await;
-    // Eight at once, so that each connection has the statement prepared.
+    // Eight queries run at once, so that each connection has the statement prepared.
     let mut held = Vec::new();
     for _ in 0..8 {
         let mut connection = pool.acquire().await.unwrap();
@@ -236,7 +236,7 @@ async fn clients_and_health_are_told_whether_the_pool_is_full_or_the_database_aw
     };
     assert!(looked().await.0.ready);
     let busy = pool.acquire().await.unwrap();
-    // While another test's database is away, none is said to be there.
+    // While another test's database is away, no database counts as there.
     eventually(Duration::from_secs(60), || async {
         let begun = Transaction::begin(&pool, REQUEST_MAX).await.err()?;
         let read = sqlx::query("select 1").execute(&pool).await.err()?;
@@ -289,7 +289,7 @@ async fn a_locked_table_is_not_ready_also_when_what_waits_for_it_fills_the_pool(
     assert_eq!(health.readiness().checks["items"], "no_answer");
 
     let hang = |pool: PgPool| async move {
-        // A look that was given up keeps its connection for a while.
+        // A query that was given up keeps its connection for a while.
         while sqlx::query("select from item").execute(&pool).await.is_err() {}
     };
     let hung: Vec<_> = (0..HUNG).map(|_| tokio::spawn(hang(pool.clone()))).collect();
@@ -337,7 +337,7 @@ async fn a_connection_to_a_server_that_became_a_standby_is_replaced() {
     let database = TestDatabase::new(&[]).await;
     let pool = pool_options(1).connect(&database.url).await.unwrap();
     sqlx::query("create table written (n int)").execute(&pool).await.unwrap();
-    // As a failover does it: sessions that are there may only read, new ones may write.
+    // A failover leaves it like this: sessions that are there may only read, new ones may write.
     let write = "insert into written values (1)";
     let mut session = pool.acquire().await.unwrap();
     sqlx::query("set default_transaction_read_only = on").execute(&mut *session).await.unwrap();

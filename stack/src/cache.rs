@@ -1,9 +1,10 @@
-//! Where the servers' files are kept between runs, and who may read them.
+//! The servers' files that are kept between runs, and the users that may read them.
 //!
-//! PostgreSQL refuses to run as root. As root it runs under `postgres` where that user exists, else `nobody`, and that
-//! user has to get at the programs and its data: a directory below somebody's 0700 home will not do.
+//! PostgreSQL refuses to run as root. As root it runs under `postgres` where that user exists, else `nobody`. That user
+//! has to get at the programs and its data: a directory below another user's 0700 home will not do.
 //!
-//! A cache entry is made aside and then renamed, under a lock: when we die half way, the next run makes it again.
+//! A cache entry is made aside and then renamed, under a lock: when the process dies half way, the next run makes it
+//! again.
 
 use crate::{Error, Result, directory, progress::Progress};
 use nix::unistd::{Uid, User};
@@ -13,14 +14,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What the directories are called.
+/// The name of the directories.
 pub const NAME: &str = "saga-stack";
-/// Where root's cache goes when root's home is closed to others, and where data goes when a checkout is.
+/// The place of root's cache when root's home is closed to others, and of data when a checkout is.
 const ROOT_CACHE: &str = "/var/cache";
-/// How many runs' logs are kept: more than can reasonably run at once.
+/// How many runs' logs are kept: more runs than can reasonably go on at once.
 const LOGS_KEPT: usize = 50;
 
-/// As whom PostgreSQL runs: `None` is as ourselves.
+/// The user that PostgreSQL runs as; `None`: our own.
 pub fn server_user() -> Result<Option<User>> {
     if !Uid::effective().is_root() {
         return Ok(None);
@@ -57,7 +58,7 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// `$STACK_CACHE`, else the XDG cache directory, else (root with a closed home) one below `/var/cache`.
+    /// Opens `$STACK_CACHE`, else the XDG cache directory, else (root with a closed home) one below `/var/cache`.
     pub fn open() -> Result<Self> {
         let user = server_user()?;
         let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
@@ -71,18 +72,19 @@ impl Cache {
         Self::at(root.unwrap_or_else(std::env::temp_dir).join(NAME))
     }
 
-    /// A cache in this directory.
+    /// Opens a cache in this directory.
     pub fn at(root: PathBuf) -> Result<Self> {
         directory::make(&root)?;
         Ok(Self { root })
     }
 
-    /// The entry's directory; it exists only when it is complete.
+    /// The directory of an entry; it exists only when it is complete.
     pub fn entry(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }
 
-    /// The entry, made by `make` in an empty directory when it is not there. One process at a time makes entries.
+    /// The entry of this name, made by `make` in an empty directory when it is not there. One process at a time makes
+    /// entries.
     pub async fn entry_or<F>(&self, name: &str, progress: &Progress, make: impl FnOnce(PathBuf) -> F) -> Result<PathBuf>
     where
         F: Future<Output = Result<()>>,
@@ -103,16 +105,16 @@ impl Cache {
         Ok(entry)
     }
 
-    /// Forgets an entry, so that it is made again.
+    /// Removes an entry, so that it is made again.
     pub fn discard(&self, name: &str) {
         let _ = fs::remove_dir_all(self.entry(name));
     }
 
-    /// A new directory for the logs of one run. The oldest of them go: this is a cache.
+    /// Makes a directory for the logs of one run. The oldest of them go: this is a cache.
     pub fn log_directory(&self) -> Result<PathBuf> {
         let logs = self.root.join("logs");
         directory::make(&logs)?;
-        // Version 7 names sort by age.
+        // Names of version 7 sort by age.
         let mut runs: Vec<PathBuf> = fs::read_dir(&logs).into_iter().flatten().flatten().map(|e| e.path()).collect();
         runs.sort_unstable();
         for old in runs.iter().take(runs.len().saturating_sub(LOGS_KEPT)) {

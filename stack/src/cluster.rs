@@ -1,7 +1,7 @@
-//! PostgreSQL's data directory: looked at, made, and closed to those without its password.
+//! PostgreSQL's data directory: checked, made, and closed to clients without its password.
 //!
-//! Builds before this one let in everybody who reached the port. A data directory of theirs has no password beside it: it is
-//! given one, and its `pg_hba.conf` is written anew, by PostgreSQL's single-user mode, which listens nowhere.
+//! Builds before this one let in every client that reached the port. A data directory of theirs has no password beside
+//! it. PostgreSQL's single-user mode, which listens nowhere, then sets one, and `pg_hba.conf` is written anew.
 
 use crate::{
     Error, Result, directory,
@@ -17,7 +17,8 @@ use std::{
     path::Path,
 };
 
-/// Nobody without a password, over the loopback interface and the socket. `initdb` writes the same.
+/// The rules of `pg_hba.conf`: no client without a password, over the loopback interface and the socket. `initdb`
+/// writes the same.
 const HBA: &str = "\
 # type  database     user  address        method
 local   all          all                  scram-sha-256
@@ -28,7 +29,7 @@ host    replication  all   127.0.0.1/32   scram-sha-256
 host    replication  all   ::1/128        scram-sha-256
 ";
 
-/// Where PostgreSQL's programs are, and as whom they run.
+/// The place of PostgreSQL's programs, and the user that they run as.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Programs<'a> {
     pub(crate) home: &'a Path,
@@ -44,7 +45,7 @@ impl Programs<'_> {
     }
 }
 
-/// Makes the data directory when it is not there yet, and tells its password.
+/// Makes the data directory when it is not there yet, and returns its password.
 pub(crate) async fn prepare(programs: Programs<'_>, data: &Path, durability: Durability) -> Result<Password> {
     if let Some(parent) = data.parent() {
         directory::make(parent)?;
@@ -73,7 +74,7 @@ async fn initdb(programs: Programs<'_>, data: &Path, verifier: &str) -> Result<(
     // An initdb that was interrupted leaves a directory that the next one would refuse.
     let _ = fs::remove_dir_all(data);
     directory::make_closed(data, programs.user)?;
-    // Beside the data, because `initdb` wants that empty; gone when this function ends.
+    // The file lies beside the data, because `initdb` wants the directory empty. It is gone when this function ends.
     let place = data.parent().unwrap_or(Path::new("/"));
     let mut file = tempfile::NamedTempFile::new_in(place).map_err(Error::io(doing()))?;
     writeln!(file, "{verifier}").map_err(Error::io(doing()))?;
@@ -86,7 +87,7 @@ async fn initdb(programs: Programs<'_>, data: &Path, verifier: &str) -> Result<(
     spec.run().await
 }
 
-/// Closes a data directory that let in everybody, or whose password was lost.
+/// Closes a data directory that let in every client, or whose password was lost.
 async fn close(programs: Programs<'_>, data: &Path, verifier: &str, durability: Durability) -> Result<()> {
     write_hba(data, programs.user).map_err(Error::io(format!("close the data directory {}", data.display())))?;
     let settings = settings(durability).into_iter().chain(["exit_on_error=on"]);
@@ -97,7 +98,7 @@ async fn close(programs: Programs<'_>, data: &Path, verifier: &str, durability: 
     spec.run().await
 }
 
-/// Aside, and renamed: the directory is the server's user's, who might have put a link there.
+/// Writes the file aside, and renames it: the directory is the server's user's, which might have put a link there.
 fn write_hba(data: &Path, user: Option<&User>) -> std::io::Result<()> {
     let aside = data.join("pg_hba.conf.part");
     let _ = fs::remove_file(&aside);

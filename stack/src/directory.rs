@@ -1,9 +1,9 @@
-//! Our directories in places that others use too: each is looked at before it is used.
+//! Our directories in places that others use too: each is checked before it is used.
 //!
-//! Every user may make a directory, or a link, in `/tmp` and `/var/tmp`, also under a name that we are about to use. So what is
-//! there already has to be ours, and nobody else may write to it. A link counts only if it is ours or root's. Modes and owners
-//! are changed through a handle that follows no link. What lies above a directory that was named is not looked at: root often works
-//! in another user's checkout.
+//! Every user may make a directory, or a link, in `/tmp` and `/var/tmp`, also under a name that is about to be used. So
+//! a directory that is there already has to be ours, and no other user may write to it. A link counts only if it is
+//! ours or root's. Modes and owners are changed through a handle that follows no link. Directories above one that was
+//! named are not checked: root often works in another user's checkout.
 
 use crate::{Error, Result};
 use nix::{
@@ -17,7 +17,7 @@ use std::{
     path::Path,
 };
 
-/// The group and all others may write.
+/// The mode bits by which the group and all others may write.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
 /// Makes a directory that others may read, whatever our umask is; one that is there already has to be ours.
@@ -27,7 +27,7 @@ pub fn make(path: &Path) -> Result<()> {
         let doing = || format!("make the directory {}", directory.display());
         match fs::create_dir(directory) {
             Ok(()) => open_to_readers(directory)?,
-            // Another process of ours may have made it meanwhile; so may another user, which the look below finds.
+            // Another process of ours may have made it meanwhile; so may another user, which the check below finds.
             Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
             Err(e) => return Err(Error::io(doing())(e)),
         }
@@ -35,14 +35,14 @@ pub fn make(path: &Path) -> Result<()> {
     check(path, None)
 }
 
-/// Lets others read a directory that we have just made.
+/// Lets others read a directory that was just made here.
 pub fn open_to_readers(path: &Path) -> Result<()> {
     let doing = || format!("let others read {}", path.display());
     let handle = handle(path).map_err(Error::io(doing()))?;
     handle.set_permissions(Permissions::from_mode(0o755)).map_err(Error::io(doing()))
 }
 
-/// Makes a directory that only `user` gets into, or only we do. Its parent is one of ours.
+/// Makes a directory that only `user` gets into, or only our own user. Its parent is one of ours.
 pub fn make_closed(path: &Path, user: Option<&User>) -> Result<()> {
     let doing = || format!("make the directory {}", path.display());
     DirBuilder::new().mode(0o700).create(path).map_err(Error::io(doing()))?;
@@ -52,8 +52,8 @@ pub fn make_closed(path: &Path, user: Option<&User>) -> Result<()> {
     fchown(&handle, Some(user.uid.as_raw()), Some(user.gid.as_raw())).map_err(Error::io(doing()))
 }
 
-/// Whether a directory may be used: it is ours, root's or `user`'s, nobody else writes to it, and no other user's link leads
-/// there.
+/// Whether a directory may be used: it is ours, root's or `user`'s, no other user writes to it, and no other user's
+/// link leads there.
 pub fn check(path: &Path, user: Option<&User>) -> Result<()> {
     let look = |at: std::io::Result<fs::Metadata>| at.map_err(Error::io(format!("look at {}", path.display())));
     let refuse = |why: String, cure: String| Err(Error::NotOurs { directory: path.to_owned(), why, cure });
@@ -80,12 +80,12 @@ pub fn check(path: &Path, user: Option<&User>) -> Result<()> {
     Ok(())
 }
 
-/// A directory itself, opened: `ELOOP` or `ENOTDIR` for a link.
+/// Opens the directory itself: `ELOOP` or `ENOTDIR` for a link.
 fn handle(path: &Path) -> std::io::Result<File> {
     File::options().read(true).custom_flags((OFlag::O_NOFOLLOW | OFlag::O_DIRECTORY).bits()).open(path)
 }
 
-/// `nobody (uid 65534)`.
+/// The user's name and number, as in `postgres (uid 26)`; the number alone without a name.
 pub(crate) fn name_of(uid: u32) -> String {
     let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
     user.map_or_else(|| format!("uid {uid}"), |user| format!("{} (uid {uid})", user.name))
@@ -99,7 +99,7 @@ mod tests {
         os::unix::fs::{chown, lchown, symlink},
     };
 
-    /// A uid that nobody has.
+    /// A uid that no user has.
     const ANOTHER: u32 = 12_345;
 
     fn refused(path: &Path) -> String {
@@ -112,7 +112,7 @@ mod tests {
     fn is_root() -> bool {
         let root = Uid::effective().is_root();
         if !root {
-            // Not by `eprintln`, which shows what a test says only when it fails.
+            // The line does not go through `eprintln`, which shows a test's output only when the test fails.
             std::io::stderr()
                 .write_all(b"NOT TESTED with what belongs to another user: only root can make that\n")
                 .unwrap();
@@ -179,7 +179,7 @@ mod tests {
         DirBuilder::new().mode(0o700).create(&ours).unwrap();
         symlink(&ours, &link).unwrap();
         make(&link).unwrap();
-        // Even a link of our own is no way to change what it leads to.
+        // Not even a link of our own is a way to change the directory that it leads to.
         assert!(open_to_readers(&link).is_err() && make_closed(&link, None).is_err());
         if is_root() {
             lchown(&link, Some(ANOTHER), None).unwrap();

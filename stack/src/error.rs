@@ -1,8 +1,8 @@
-//! What can go wrong, said so that the reader knows what to do.
+//! The errors of this crate, in words that show the reader what to do.
 
 use std::{fmt, path::PathBuf};
 
-/// The result of everything here.
+/// The result of every function of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why the system, or a part of it, did not come up.
@@ -11,17 +11,17 @@ pub enum Error {
     /// A program that has to be installed is not.
     #[error("{what}.\n  Install it: {install}\n  Or point DATABASE_URL and KAFKA_BROKERS to servers that run already.")]
     Missing {
-        /// What is missing.
+        /// The program that is missing, in words.
         what: String,
-        /// The command that gets it.
+        /// The command that installs the program.
         install: String,
     },
-    /// The operating system refused something.
+    /// The operating system refused an operation.
     #[error("could not {doing}: {source}")]
     Io {
-        /// What was tried.
+        /// The operation, as in `write the file`.
         doing: String,
-        /// Why not.
+        /// The operating system's error.
         source: std::io::Error,
     },
     /// A directory is not ours alone.
@@ -29,62 +29,62 @@ pub enum Error {
         "the directory {} cannot be used: {why}.\n  Either {cure}, or name another: STACK_CACHE is the cache's, STACK_DIR what `make up` keeps.", .directory.display()
     )]
     NotOurs {
-        /// Which.
+        /// The path of the directory.
         directory: PathBuf,
-        /// Whose it is as well.
+        /// Whose the directory is as well, in words.
         why: String,
-        /// What to type.
+        /// What to do, as the reader would type it.
         cure: String,
     },
     /// A jar is not the one that is listed.
     #[error("{jar} is not used: {why}.\n  {cure}")]
     Jar {
-        /// Which.
+        /// The name of the jar.
         jar: String,
-        /// What is wrong with it.
+        /// What is wrong with the jar.
         why: String,
-        /// What to do.
+        /// What to do, in words.
         cure: String,
     },
     /// A process ended that should not have.
     #[error("{name} ended while it was starting ({status}).\n{}", LogTail(.log))]
     Exited {
-        /// Which.
+        /// The process's name.
         name: String,
-        /// How.
+        /// The exit status, in words.
         status: String,
-        /// Its log.
+        /// The path of its log.
         log: PathBuf,
     },
     /// A process runs but does not become healthy.
     #[error("{name} was not healthy after {seconds} s: {last}.\n{}", LogTail(.log))]
     Unhealthy {
-        /// Which.
+        /// The process's name.
         name: String,
-        /// How long it was given.
+        /// How long the process was given, in seconds.
         seconds: u64,
-        /// What the last look said.
+        /// The answer to the last check.
         last: String,
-        /// Its log.
+        /// The path of its log.
         log: PathBuf,
     },
-    /// A tool failed.
+    /// A tool, such as Maven, failed.
     #[error("{name} failed ({status}).\n{}", LogTail(.log))]
     Failed {
-        /// Which.
+        /// The tool's name.
         name: String,
-        /// How.
+        /// The exit status, in words.
         status: String,
-        /// What it wrote.
+        /// The path of the tool's log.
         log: PathBuf,
     },
-    /// Everything else.
+    /// Any other error, in words.
     #[error("{0}")]
     Other(String),
 }
 
 impl Error {
-    /// For `map_err`: what was being done when the operating system refused.
+    /// Makes an error for `map_err`; `doing` is the operation that the operating system refused.
     pub fn io(doing: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         let doing = doing.into();
         move |source| Self::Io { doing, source }

@@ -1,4 +1,4 @@
-//! The SHA-256 of each jar. Maven's own checksums come from where the jars come from; these are ours, in the tree.
+//! The SHA-256 of each jar. Maven's own checksums come from the jars' source; these are ours, in the tree.
 //!
 //! `make jars` lists them anew when a version in a pom was changed.
 
@@ -11,17 +11,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Which jars may be used, as `sha256sum` writes it.
+/// The jars that may be used, in the format of `sha256sum`.
 #[derive(Debug, Clone, Copy)]
 pub struct JarList {
-    /// Where it is in the tree.
+    /// The list's path in the tree.
     pub path: &'static str,
-    /// What it says.
+    /// The text of the list.
     pub text: &'static str,
 }
 
 impl JarList {
-    /// An error unless each of the files is listed, and is what is listed.
+    /// Verifies that each of the files is listed, and has the listed digest.
     pub fn verify(&self, files: &[PathBuf]) -> Result<()> {
         let listed: HashMap<&str, &str> = self.entries().map(|(digest, name)| (name, digest)).collect();
         for file in files {
@@ -47,7 +47,7 @@ impl JarList {
         Ok(())
     }
 
-    /// Digests and names.
+    /// The digests and the names of the listed jars.
     fn entries(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         self.text.lines().filter_map(|line| line.split_once("  "))
     }
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
     use std::fs;
 
-    /// Of `abc`, from FIPS 180-2.
+    /// The list holds the digest of `abc`, from FIPS 180-2.
     const LIST: JarList = JarList {
         path: "the/list",
         text: "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad  a-1.jar\n",

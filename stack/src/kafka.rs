@@ -22,19 +22,20 @@ use std::{
     time::Duration,
 };
 
-/// The pom that names it; its version is there.
+/// The pom that names Kafka's jars; Kafka's version is there.
 const POM: &str = include_str!("../kafka/pom.xml");
-/// Its jars.
+/// The listed jars of Kafka.
 const JARS: JarList = JarList { path: "stack/kafka/jars.sha256", text: include_str!("../kafka/jars.sha256") };
-/// Without a logging configuration it logs nothing.
+/// The logging configuration, without which Kafka logs nothing.
 const LOG4J: &str = include_str!("../kafka/log4j2.properties");
-/// It answers after 2.4 s on two idle cores; a busy machine takes several times that.
+/// How long a start may take: the broker answers after 2.4 s on two idle cores, and a busy machine takes several times
+/// that.
 const START_BOUND: Duration = Duration::from_secs(90);
 
-/// A broker that we started.
+/// A broker that was started here.
 #[derive(Debug)]
 pub struct Kafka {
-    /// The process.
+    /// The broker's process, a JVM.
     pub process: Process,
     /// The port that clients connect to, on the loopback interface.
     pub port: u16,
@@ -69,13 +70,13 @@ impl Kafka {
         Ok(Self { process, port: ports[0] })
     }
 
-    /// Starts it again on its data and port after it was killed, and waits until it answers.
+    /// Starts the broker again on its data and port after it was killed, and waits until it answers.
     pub async fn restart(&self) -> Result<()> {
         self.process.start_again()?;
         self.process.healthy(START_BOUND, || answers(self.brokers())).await
     }
 
-    /// What `KAFKA_BROKERS` is set to.
+    /// The broker's address, as in `KAFKA_BROKERS`.
     pub fn brokers(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
@@ -90,33 +91,33 @@ pub struct Java {
 }
 
 impl Java {
-    /// Java and Kafka's jars, fetched on the first run. Benchmarks run Kafka's own tools with it too.
+    /// Finds Java and Kafka's jars, fetched on the first run. Benchmarks run Kafka's own tools with them, too.
     pub async fn find(cache: &Cache, durability: Durability, progress: &Progress) -> Result<Self> {
         let program = maven::java()?;
         let jars = pom().resolve(cache, progress).await?;
         let class_path = std::env::join_paths(jars).map_err(|e| Error::Other(e.to_string()))?;
         let options: &[&str] = match durability {
-            // Starts faster and stays small; slower at full speed.
+            // These options start faster and stay small; they are slower at full speed.
             Durability::Off => &["-Xmx512m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"],
             Durability::On => &["-Xmx1g", "-XX:+UseSerialGC"],
         };
         Ok(Self { program, class_path, options })
     }
 
-    /// One of Kafka's programs; `dir` holds the logging configuration, and the library that it unpacks for lz4: a JVM that is
-    /// killed would leave that where nobody looks.
+    /// One of Kafka's programs. `dir` holds the logging configuration, and the library that Kafka unpacks for lz4. A
+    /// JVM that is killed would leave that library in the common temporary directory.
     pub fn spec(&self, name: &str, log: &Path, dir: &Path, class: &str) -> Spec {
         let logging = dir.join("log4j2.properties");
         Spec::new(name, &self.program, log)
             .args(self.options.iter().copied())
             .args([format!("-Dlog4j2.configurationFile={}", logging.display())])
-            // The directory is a broker's: there is none where somebody named brokers that run.
+            // The directory is a broker's: there is none where running brokers were named.
             .args(dir.is_dir().then(|| format!("-Djava.io.tmpdir={}", dir.display())))
             .args(["-cp".into(), self.class_path.clone(), class.into()])
     }
 }
 
-/// What is fetched of Kafka.
+/// The pom of Kafka, with its list of jars.
 pub fn pom() -> Pom {
     Pom { name: "Kafka", text: POM, jars: JARS, properties: vec![] }
 }
@@ -152,7 +153,7 @@ auto.create.topics.enable=false
     )
 }
 
-/// Whether the broker tells about itself; librdkafka's call blocks.
+/// Whether the broker returns its metadata; librdkafka's call blocks.
 pub async fn answers(brokers: String) -> Result<(), String> {
     let asked = tokio::task::spawn_blocking(move || {
         let consumer: BaseConsumer = ClientConfig::new()

@@ -5,13 +5,13 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`cache`] | where the servers' files are kept between runs, and who may read them |
+//! | [`cache`] | where the servers' files are kept between runs, and which users may read them |
 //! | [`directory`] | directories in places that others use too |
-//! | [`maven`] | a pom to the files it names; finds Java and Maven, or says what to install |
+//! | [`maven`] | resolves a pom to its files; finds Java and Maven, or reports what to install |
 //! | [`jars`] | the SHA-256 of each jar |
-//! | [`guard`] | ends what we started when we die |
+//! | [`guard`] | ends the processes that were started here when this process dies |
 //! | [`process`] | one server process: started, healthy, paused, killed, stopped |
-//! | [`ports`] | ports that nobody uses |
+//! | [`ports`] | ports on which no process listens |
 //! | [`postgres`], [`kafka`] | the two servers |
 //! | `cluster`, [`password`] | PostgreSQL's data directory and its password |
 //! | [`servers`] | the two together, or those that `DATABASE_URL` and `KAFKA_BROKERS` name |

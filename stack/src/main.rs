@@ -68,7 +68,7 @@ enum Verb {
 
 #[derive(Debug, Args)]
 struct StateArgs {
-    /// Where the platform keeps its data, its logs, and who runs.
+    /// Where the platform keeps its data, its logs, and its state.
     #[arg(long, env = "STACK_DIR", default_value = ".stack")]
     dir: PathBuf,
 }

@@ -1,8 +1,9 @@
-//! A pom to the files it names; finds Java and Maven, or says what to install.
+//! Resolves a pom to the files it names; finds Java and Maven, or reports what to install.
 //!
-//! Maven is asked once per pom: the answer is kept in the cache under the pom's digest, and asked for again only when
-//! one of the files it names is gone. What it names has to be as listed (see [`crate::jars`]): when it was fetched, and Kafka's once
-//! more before a process first uses it, which takes 0.1 s. (PostgreSQL's programs are unpacked, and kept, once.)
+//! Maven resolves each pom once. The answer is kept in the cache under the pom's digest, and Maven is asked again only
+//! when one of the files is gone. The files have to be as listed (see [`crate::jars`]). They are verified when they
+//! were fetched, and Kafka's once more before a process first uses them, which takes 0.1 s. (PostgreSQL's programs are
+//! unpacked, and kept, once.)
 
 use crate::{Error, Result, cache::Cache, jars::JarList, process::Spec, progress::Progress};
 use sha2::{Digest, Sha256};
@@ -13,15 +14,15 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-/// Kafka 4's server needs this.
+/// The oldest Java that Kafka 4's server runs on.
 const JAVA_AT_LEAST: u32 = 17;
-/// Pinned, because Maven otherwise takes what its own version prefers.
+/// The plugin's goal, pinned: Maven otherwise takes the version that its own version prefers.
 const GOAL: &str = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1:build-classpath";
 
 /// The entries whose files were verified by this process.
 static VERIFIED: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// What to type to get Java and Maven.
+/// The command that installs Java and Maven on this system.
 fn install_hint() -> String {
     if cfg!(target_os = "macos") {
         "brew install openjdk maven".into()
@@ -34,7 +35,7 @@ fn install_hint() -> String {
     }
 }
 
-/// The Java to run servers with: `$JAVA_HOME`'s, else the one on the path. Checked to be recent enough.
+/// The Java to run servers with: `$JAVA_HOME`'s, else the one on the path. It is checked to be recent enough.
 pub fn java() -> Result<PathBuf> {
     let home = std::env::var_os("JAVA_HOME").filter(|home| !home.is_empty());
     let java = home.map_or_else(|| PathBuf::from("java"), |home| PathBuf::from(home).join("bin/java"));
@@ -51,27 +52,28 @@ pub fn java() -> Result<PathBuf> {
     }
 }
 
-/// Of `openjdk version "17.0.15" 2025-04-15`: 17. Of `"1.8.0"`: 1, which is old enough to be refused.
+/// The major version. Of `openjdk version "17.0.15" 2025-04-15`: 17. Of `"1.8.0"`: 1, which is old enough to be
+/// refused.
 fn major_version(said: &str) -> Option<u32> {
     let quoted = said.split('"').nth(1)?;
     quoted.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// A pom, and what it is called.
+/// A pom, with the name of what it fetches.
 #[derive(Debug, Clone)]
 pub struct Pom {
-    /// What people call what it fetches.
+    /// The name, for people, of what the pom fetches.
     pub name: &'static str,
-    /// The pom itself.
+    /// The text of the pom.
     pub text: &'static str,
-    /// The jars that it may fetch.
+    /// The jars that the pom may fetch.
     pub jars: JarList,
-    /// Properties that Maven is given for it.
+    /// The properties that Maven gets for the pom.
     pub properties: Vec<(&'static str, String)>,
 }
 
 impl Pom {
-    /// The cache's entry for it: other contents, other entry.
+    /// The name of the pom's entry in the cache: other contents, other entry.
     pub fn entry(&self) -> String {
         let mut digest = Sha256::new();
         digest.update(self.text);
@@ -83,7 +85,7 @@ impl Pom {
         format!("{}-{digest}", self.name.to_lowercase())
     }
 
-    /// The files that it resolves to, in class path order.
+    /// Resolves the pom to its files, in class path order.
     pub async fn resolve(&self, cache: &Cache, progress: &Progress) -> Result<Vec<PathBuf>> {
         let entry = self.entry();
         let kept = || read(&cache.entry(&entry));
@@ -116,12 +118,12 @@ impl Pom {
         verified.map_err(|e| Error::Other(e.to_string()))?
     }
 
-    /// Asks Maven, whatever the cache says; the answer is written into `dir`.
+    /// Asks Maven, whatever the cache holds; the answer is written into `dir`.
     pub async fn fetch(&self, dir: &Path, progress: &Progress) -> Result<Vec<PathBuf>> {
         let name = self.name;
         progress.step(format!("fetching {name} from Maven Central (once)"));
         fs::write(dir.join("pom.xml"), self.text).map_err(Error::io(format!("write {}", dir.display())))?;
-        // Beside the directory, which is thrown away when this fails: the log has to outlive it.
+        // The log lies beside the directory, which is thrown away when this fails: the log has to outlive it.
         let log = dir.with_extension("log");
         let _ = fs::remove_file(&log);
         let mut spec =

@@ -33,24 +33,24 @@ impl fmt::Debug for Password {
 }
 
 impl Password {
-    /// A new one: 122 random bits, as letters and digits that mean themselves in a URL.
+    /// Makes a password: 122 random bits, as letters and digits that mean themselves in a URL.
     pub fn random() -> Self {
         Self(uuid::Uuid::new_v4().simple().to_string())
     }
 
-    /// For a URL.
+    /// The password itself, for a URL.
     pub fn reveal(&self) -> &str {
         &self.0
     }
 
-    /// Where the password of a data directory is kept.
+    /// The file that holds the password of a data directory.
     pub fn file_of(data: &Path) -> PathBuf {
         let mut name = data.file_name().unwrap_or_default().to_owned();
         name.push(".password");
         data.with_file_name(name)
     }
 
-    /// The password of a data directory; `None` when none is kept.
+    /// Reads the password of a data directory; `None` when none is kept.
     pub fn read(data: &Path) -> Result<Option<Self>> {
         let path = Self::file_of(data);
         let doing = || format!("read the password of PostgreSQL ({})", path.display());
@@ -74,7 +74,7 @@ impl Password {
         Ok(Some(Self(text.trim().to_owned())).filter(|password| !password.0.is_empty()))
     }
 
-    /// Keeps it, whole or not at all.
+    /// Writes the password's file, whole or not at all.
     pub fn keep(&self, data: &Path) -> Result<()> {
         let path = Self::file_of(data);
         let doing = || format!("keep the password of PostgreSQL ({})", path.display());
@@ -90,14 +90,15 @@ impl Password {
         let _ = fs::remove_file(Self::file_of(data));
     }
 
-    /// What the server gets in its place.
+    /// The SCRAM verifier, which the server gets in the password's place.
     pub fn verifier(&self, durability: Durability) -> String {
         verifier(self.0.as_bytes(), uuid::Uuid::new_v4().as_bytes(), rounds(durability))
     }
 }
 
-/// How often the hash is taken, by every client that connects. That makes the passwords that people choose harder to guess; for a
-/// random one it only costs time. Servers that are kept have PostgreSQL's default, because some clients refuse fewer.
+/// How often the hash is taken, by every client that connects. Many rounds make the passwords that people choose harder
+/// to guess; for a random one they only cost time. Servers that are kept have PostgreSQL's default, because some
+/// clients refuse fewer.
 fn rounds(durability: Durability) -> u32 {
     match durability {
         Durability::Off => 1,
@@ -105,7 +106,7 @@ fn rounds(durability: Durability) -> u32 {
     }
 }
 
-/// `SCRAM-SHA-256$<rounds>:<salt>$<StoredKey>:<ServerKey>`.
+/// The verifier's text: `SCRAM-SHA-256$<rounds>:<salt>$<StoredKey>:<ServerKey>`.
 fn verifier(password: &[u8], salt: &[u8], rounds: u32) -> String {
     let mut round = hmac(password, &[salt, &1_u32.to_be_bytes()].concat());
     let mut salted = round;
@@ -157,7 +158,7 @@ mod tests {
 
     #[test]
     fn the_verifier_is_the_one_of_rfc_7677() {
-        // Its example: the server's signature and the client's proof follow from these two keys.
+        // The RFC's example: the server's signature and the client's proof follow from these two keys.
         let salt = BASE64_STANDARD.decode("W22ZaJ0SNY7soEsUEjb6gQ==").unwrap();
         let expected = "SCRAM-SHA-256$4096:W22ZaJ0SNY7soEsUEjb6gQ==\
                         $WG5d8oPm3OtcPnkdi4Uo7BkeZkBFzpcXkuLmtbsT4qY=:wfPLwcE6nTWhTAmQ7tl2KeoiWGPlZqQxSrmfPwDl2dU=";

@@ -19,29 +19,30 @@ use std::{
     time::Duration,
 };
 
-/// Migrations and the first rebalance included, on a busy machine.
+/// How long a process may take to become ready, migrations and the first rebalance included, on a busy machine.
 const READY_BOUND: Duration = Duration::from_secs(60);
-/// One question about health.
+/// How long one question about health may take.
 const ASK_BOUND: Duration = Duration::from_secs(3);
 
-/// What a stack is made of.
+/// The configuration of a stack.
 #[derive(Clone)]
 pub struct StackConfig {
-    /// The servers under it.
+    /// The servers under the platform.
     pub servers: ServersConfig,
-    /// Use the services' own ports where they are free.
+    /// Whether the services use their own ports where these are free.
     pub preferred_ports: bool,
-    /// What `RUST_LOG` says.
+    /// The value of `RUST_LOG` for every process.
     pub log_level: String,
-    /// Where the services' programs are, when not where [`binary`] looks.
+    /// The directory of the services' programs; `None`: where [`binary`] looks.
     pub programs: Option<PathBuf>,
     /// Variables in addition, for one of the processes: fail points, timeouts.
     pub env: BTreeMap<Service, Vec<(String, String)>>,
 }
 
 impl StackConfig {
-    /// For tests: servers of its own whatever the environment names, nothing kept, any ports. Its Kafka allows a shorter
-    /// session than brokers do by default: tests that kill processes wait less for their partitions.
+    /// The configuration of tests: servers of its own whatever the environment names, nothing kept, any ports. Its
+    /// Kafka allows a shorter session than brokers do by default: tests that kill processes wait less for their
+    /// partitions.
     pub fn for_tests() -> Self {
         let servers = ServersConfig { database_url: None, kafka_brokers: None, ..ServersConfig::for_tests() };
         let log_level = std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into());
@@ -50,7 +51,7 @@ impl StackConfig {
         consumers.into_iter().fold(tests, |tests, service| tests.env(service, "KAFKA_SESSION_TIMEOUT_MS", "2000"))
     }
 
-    /// With a variable for one of the processes.
+    /// Adds a variable for one of the processes.
     #[must_use]
     pub fn env(mut self, service: Service, name: &str, value: impl Into<String>) -> Self {
         self.env.entry(service).or_default().push((name.to_owned(), value.into()));
@@ -58,46 +59,47 @@ impl StackConfig {
     }
 }
 
-/// A process of the platform, and where it listens.
+/// A process of the platform, with its addresses.
 #[derive(Debug)]
 pub struct Running {
-    /// Which.
+    /// The kind of the process.
     pub service: Service,
     /// The process: to be killed, paused, started again.
     pub process: Process,
-    /// Where it listens, also after it was started again.
+    /// The process's addresses, also after it was started again.
     pub address: Address,
     client: reqwest::Client,
 }
 
 impl Running {
-    /// Waits until it serves its callers and each of its parts has begun; an error when it ends meanwhile.
+    /// Waits until the process serves its callers and each of its parts has begun; an error when it ends meanwhile.
     pub async fn ready(&self) -> Result<()> {
         let admin = self.address.admin_url();
         self.process.healthy(READY_BOUND, || async { has_begun(&self.client, &admin).await }).await
     }
 
-    /// Starts it again after it was killed or stopped, and waits until it is ready.
+    /// Starts the process again after it was killed or stopped, and waits until it is ready.
     pub async fn start_again(&self) -> Result<()> {
         self.process.start_again()?;
         self.ready().await
     }
 
-    /// Stops it in an orderly way and starts the program of that name in `programs` in its place: an upgrade, or the way back.
+    /// Stops the process in an orderly way and starts the program of that name in `programs` in its place: an upgrade,
+    /// or the way back.
     pub async fn becomes(&self, programs: &Path) -> Result<()> {
         self.process.replace_program(programs.join(self.service.program().0));
         self.restart().await
     }
 
-    /// Stops it in an orderly way, starts it again, waits until it is ready.
+    /// Stops the process in an orderly way, starts it again, waits until it is ready.
     pub async fn restart(&self) -> Result<()> {
         self.process.stop().await;
         self.start_again().await
     }
 }
 
-/// Whether the process whose admin listener this is serves its callers, and each of its parts has begun, whether or not its work
-/// moves.
+/// Whether the process of this admin listener serves its callers, and each of its parts has begun, whether or not its
+/// work moves.
 pub async fn has_begun(client: &reqwest::Client, admin: &str) -> Result<(), String> {
     asked(client, &format!("{admin}/readyz")).await?;
     let health = client.get(format!("{admin}/health")).timeout(ASK_BOUND).send().await;
@@ -111,28 +113,28 @@ pub async fn has_begun(client: &reqwest::Client, admin: &str) -> Result<(), Stri
     starts.map_or(Ok(()), |(part, _)| Err(format!("its part {part} has not begun")))
 }
 
-/// What `/health` and `/v1/health` say.
+/// The answer of `/health` and `/v1/health`.
 #[derive(Debug, serde::Deserialize)]
 pub struct Health {
     /// Whether all work moves.
     pub healthy: bool,
-    /// How each part stands.
+    /// The standing of each part, by its name.
     pub parts: BTreeMap<String, Part>,
 }
 
-/// How a part stands.
+/// The standing of a part.
 #[derive(Debug, serde::Deserialize)]
 pub struct Part {
-    /// Why its work does not move.
+    /// Why the part's work does not move; `None` while it does.
     pub cause: Option<String>,
-    /// Since when.
+    /// Since when the part's work does not move, RFC 3339.
     pub since: Option<String>,
-    /// In words.
+    /// The reason in words; `None` without a token where one is needed.
     pub reason: Option<String>,
 }
 
-/// What is wrong with the process whose admin listener this is, part by part; without a token, where it takes one, without the
-/// reasons in words.
+/// The troubles of the process of this admin listener, part by part. Without a token, where the listener takes one,
+/// they come without the reasons in words.
 pub async fn troubles(client: &reqwest::Client, admin: &str) -> Result<Vec<String>, String> {
     let ask = async |path: &str| {
         let answer = client.get(format!("{admin}{path}")).timeout(ASK_BOUND).send().await;
@@ -151,7 +153,7 @@ pub async fn troubles(client: &reqwest::Client, admin: &str) -> Result<Vec<Strin
     Ok(red.collect())
 }
 
-/// Whether `/readyz` says yes, and what it says otherwise.
+/// Whether the answer is a success; otherwise what it holds.
 pub async fn asked(client: &reqwest::Client, url: &str) -> Result<(), String> {
     let answer = client.get(url).timeout(ASK_BOUND).send().await.map_err(|e| e.without_url().to_string())?;
     let status = answer.status();
@@ -164,7 +166,7 @@ pub async fn asked(client: &reqwest::Client, url: &str) -> Result<(), String> {
 /// The platform, running. Dropping it ends it at once; [`Stack::stop`] ends it in an orderly way.
 pub struct Stack {
     services: BTreeMap<Service, Running>,
-    // After the services, so that it is dropped after them.
+    // The field stands after the services, so that it is dropped after them.
     servers: Servers,
     config: StackConfig,
     addresses: BTreeMap<Service, Address>,
@@ -175,7 +177,7 @@ pub struct Stack {
 impl Stack {
     /// Starts everything and waits until everything is ready.
     pub async fn start(config: StackConfig, progress: &Progress) -> Result<Self> {
-        // Before anything is started: what is not built should be said at once.
+        // The check comes before anything is started: a missing program should be reported at once.
         for service in Service::ALL {
             binary(service.program().0)?;
         }
@@ -188,7 +190,7 @@ impl Stack {
         let replicas = AtomicUsize::new(1);
         let mut stack = Self { services: BTreeMap::new(), servers, config, addresses, replicas, client };
         stack.create_databases().await?;
-        // The services at once; the relay after them, because it reads the tables that they make.
+        // The services start at once; the relay after them, because it reads the tables that they make.
         for together in [&Service::ALL[..1], &Service::ALL[1..4], &Service::ALL[4..]] {
             stack.start_services(together, progress).await?;
         }
@@ -201,7 +203,7 @@ impl Stack {
         for name in Service::ALL.into_iter().filter_map(Service::database) {
             let exists = sqlx::query("select from pg_database where datname = $1").bind(name);
             if exists.fetch_optional(&mut connection).await.map_err(failed)?.is_none() {
-                // One of four constants; `create database` takes no parameters.
+                // The name is one of four constants; `create database` takes no parameters.
                 let create = sqlx::query(AssertSqlSafe(format!("create database {name}")));
                 create.execute(&mut connection).await.map_err(failed)?;
             }
@@ -238,7 +240,7 @@ impl Stack {
         Ok(Running { service, process, address, client: self.client.clone() })
     }
 
-    /// What a process is told. Everything that it reads is set, so that our own environment does not leak in.
+    /// The variables of a process. Every variable that it reads is set, so that our own environment does not leak in.
     fn environment(&self, service: Service, address: &Address) -> Vec<(String, String)> {
         let listen = |port: u16| format!("127.0.0.1:{port}");
         let mut env = vec![
@@ -270,12 +272,13 @@ impl Stack {
         named.collect::<Vec<_>>().join(",")
     }
 
-    /// One of the platform's processes.
+    /// The process of this kind.
     pub fn service(&self, service: Service) -> &Running {
         &self.services[&service]
     }
 
-    /// Starts another process of the same kind beside it (a standby relay, a second replica), with ports of its own.
+    /// Starts another process of the same kind beside the first (a standby relay, a second replica), with ports of its
+    /// own.
     pub async fn start_another(&self, service: Service) -> Result<Running> {
         let number = self.replicas.fetch_add(1, Ordering::Relaxed) + 1;
         let running = self.launch(service, &format!("{service}-{number}"), Address::free(service)?)?;
@@ -283,39 +286,39 @@ impl Stack {
         Ok(running)
     }
 
-    /// Where the API of a service is.
+    /// The URL of a service's API.
     pub fn url(&self, service: Service) -> String {
         self.addresses[&service].url()
     }
 
-    /// Where health, metrics and inspection of a process are.
+    /// The URL of a process's health, metrics and inspection.
     pub fn admin_url(&self, service: Service) -> String {
         self.addresses[&service].admin_url()
     }
 
-    /// How to connect to one of the databases: `orders`, `payments`, `inventory`, `gateway`.
+    /// The URL of one of the databases: `orders`, `payments`, `inventory`, `gateway`.
     pub fn database_url(&self, database: &str) -> String {
         with_database(&self.servers.own_url(), database)
     }
 
-    /// The servers under it: to be killed and started again, and where logs and data are.
+    /// The servers under the platform: to be killed and started again, with the places of logs and data.
     pub fn servers(&self) -> &Servers {
         &self.servers
     }
 
-    /// Where every process writes its log.
+    /// The directory of every process's log.
     pub fn logs(&self) -> &Path {
         &self.servers.logs
     }
 
-    /// Everything that runs here: the servers, unless others were named, and the platform's processes.
+    /// All processes that run here: the servers, unless others were named, and the platform's.
     pub fn processes(&self) -> impl Iterator<Item = &Process> {
         let postgres = self.servers.postgres.iter().map(|postgres| &postgres.process);
         let kafka = self.servers.kafka.iter().map(|kafka| &kafka.process);
         postgres.chain(kafka).chain(self.services.values().map(|running| &running.process))
     }
 
-    /// The logs of all that runs here.
+    /// The logs of all processes that run here.
     pub fn log_files(&self) -> Vec<PathBuf> {
         self.processes().map(|process| process.log().to_owned()).collect()
     }
@@ -334,7 +337,7 @@ impl Stack {
     }
 }
 
-/// The same server, another database.
+/// The URL of another database on the same server.
 fn with_database(url: &str, database: &str) -> String {
     let (url, query) = url.split_once('?').map_or((url, String::new()), |(url, query)| (url, format!("?{query}")));
     let authority = url.find("://").map_or(0, |at| at + 3);

@@ -1,7 +1,8 @@
-//! Ports that nobody uses.
+//! Ports on which no process listens.
 //!
 //! A port that looks free may be another stack's that is just starting: it would answer for ours, and ours would be
-//! taken for healthy. So a port is claimed by a lock in the cache, which the kernel releases when we end, however we do.
+//! taken for healthy. So a port is claimed by a lock in the cache, which the kernel releases when this process ends,
+//! however it does.
 
 use crate::{Error, Result, cache::Cache, directory};
 use std::{
@@ -12,17 +13,17 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-/// Below the ports that systems hand to outgoing connections: one of those could take a port between our look and the
-/// server's start, or while a server is being restarted.
+/// The range lies below the ports that systems hand to outgoing connections. Such a connection could take a port
+/// between the check and the server's start, or while a server is being restarted.
 const RANGE: Range<u16> = 15_000..32_000;
-/// More refusals than this mean that something else is wrong.
+/// How many claims may be refused; more mean that something else is wrong.
 const TRIES: usize = 1_000;
 
-/// Ours, as long as we live.
+/// The locks of the ports that this process has claimed, held as long as it lives.
 static CLAIMED: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
-/// A port on the loopback interface that nobody listens on or is about to, chosen at random. Nobody else gets it while
-/// this process lives.
+/// A port on the loopback interface, chosen at random, on which no process listens or is about to. No other stack gets
+/// it while this process lives.
 pub fn free() -> Result<u16> {
     let claims = claims()?;
     for _ in 0..TRIES {
@@ -35,7 +36,7 @@ pub fn free() -> Result<u16> {
     Err(Error::Other(format!("found no free port from {} to {}", RANGE.start, RANGE.end)))
 }
 
-/// `wanted` when it is free, otherwise any.
+/// The port `wanted` when it is free, otherwise any.
 pub fn free_or(wanted: u16) -> Result<u16> {
     if claim(&claims()?, wanted)? { Ok(wanted) } else { free() }
 }

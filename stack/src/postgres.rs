@@ -19,35 +19,36 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The version that is fetched.
+/// The version of PostgreSQL that is fetched.
 pub const VERSION: &str = "18.1";
-/// The pom that names it.
+/// The pom that names PostgreSQL's jar.
 const POM: &str = include_str!("../postgres/pom.xml");
-/// Its jars, one for each platform.
+/// The listed jars of PostgreSQL, one for each platform.
 const JARS: JarList = JarList { path: "stack/postgres/jars.sha256", text: include_str!("../postgres/jars.sha256") };
-/// A server that recovers from a crash takes a while; a fresh one answers in 0.3 s.
+/// How long a start may take: a server that recovers from a crash takes a while, a fresh one answers in 0.3 s.
 const START_BOUND: Duration = Duration::from_secs(60);
 
-/// Linux takes 107 bytes for a socket's path, macOS 103, and `/.s.PGSQL.65535` comes behind the directory's.
+/// The longest directory of a socket. Linux takes 107 bytes for a socket's path, macOS 103, and `/.s.PGSQL.65535` comes
+/// behind the directory's.
 const SOCKET_DIRECTORY_MAX: usize = 103 - 15;
 
 /// What a server promises about power failures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// Nothing: for tests, whose data is thrown away. A killed *process* loses nothing even so.
+    /// It promises nothing: for tests, whose data is thrown away. A killed *process* loses nothing even so.
     Off,
-    /// Everything, as in production: for what people keep, and for benchmarks.
+    /// It promises everything, as in production: for data that people keep, and for benchmarks.
     On,
 }
 
-/// A server that we started.
+/// A PostgreSQL server that was started here.
 #[derive(Debug)]
 pub struct Postgres {
-    /// The process.
+    /// The server's own process, its postmaster.
     pub process: Process,
-    /// Its port on the loopback interface.
+    /// The server's port on the loopback interface.
     pub port: u16,
-    /// Where its Unix socket is, if the path is short enough for one.
+    /// The directory of its Unix socket; `None` if the path is too long for one.
     sockets: Option<String>,
     password: Password,
     data: PathBuf,
@@ -73,7 +74,7 @@ impl Postgres {
         let sockets = socket_directory(data);
         spec = spec.args(["-c".to_owned(), format!("unix_socket_directories={}", sockets.unwrap_or_default())]);
         spec.user = user;
-        // "Fast": ends its clients. Smart, which is SIGTERM, would wait for them.
+        // SIGINT is PostgreSQL's fast shutdown, which ends its clients. SIGTERM, the smart one, would wait for them.
         spec.stop = Signal::SIGINT;
         spec.orphan = if durability == Durability::Off { Signal::SIGQUIT } else { Signal::SIGINT };
         let process = Process::start(spec)?;
@@ -82,13 +83,14 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// Starts it again on its data and port after it was killed, and waits until it answers.
+    /// Starts the server again on its data and port after it was killed, and waits until it answers.
     pub async fn restart(&self) -> Result<()> {
         let start = Instant::now();
         loop {
             self.process.start_again()?;
             match self.healthy().await {
-                // The old one's backends need a moment to see that their parent is gone; until then it refuses to start.
+                // The old server's backends need a moment to see that their parent is gone; until then the new one
+                // refuses to start.
                 Err(Error::Exited { .. }) if start.elapsed() < START_BOUND => {}
                 other => return other,
             }
@@ -100,8 +102,9 @@ impl Postgres {
         self.process.healthy(START_BOUND, lets_us_in).await
     }
 
-    /// Another process may listen on the port before the server does, and ask for the password in clear. So the server shows
-    /// first that it is ours: by its socket, or by what it writes into its directory once it has the port.
+    /// Whether the server answers. Another process may listen on the port before the server does, and ask for the
+    /// password in clear. So the server shows first that it is ours: by its socket, or by what it writes into its
+    /// directory once it has the port.
     async fn lets_us_in(&self) -> Result<(), String> {
         if self.sockets.is_none() && !self.has_the_port() {
             return Err("the server does not listen yet".to_owned());
@@ -109,14 +112,14 @@ impl Postgres {
         answers(&self.own_url("postgres")).await
     }
 
-    /// Whether `postmaster.pid` says that the server is ready: its first line is the process, its last one the state.
+    /// Whether `postmaster.pid` shows that the server is ready: its first line is the process, its last one the state.
     fn has_the_port(&self) -> bool {
         let text = fs::read_to_string(self.data.join("postmaster.pid")).unwrap_or_default();
         let is_ours = |line: &str| self.process.pid().is_some_and(|pid| line.trim() == pid.to_string());
         text.lines().next().is_some_and(is_ours) && text.lines().last().is_some_and(|line| line.trim() == "ready")
     }
 
-    /// Another password may have been set by hand.
+    /// Adds the cure where the password is wrong: another may have been set by hand.
     fn with_cure(&self, why: String) -> String {
         let file = self.password_file();
         match why.contains("password authentication failed") {
@@ -125,23 +128,23 @@ impl Postgres {
         }
     }
 
-    /// How to connect to one of its databases over TCP, with the password: for programs of others. While the server is being
+    /// The URL of one of its databases over TCP, with the password: for other programs. While the server is being
     /// restarted, another process may have its port.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres:{}@127.0.0.1:{}/{database}", self.password.reveal(), self.port)
     }
 
-    /// Where its password is kept.
+    /// The file that holds the password.
     pub fn password_file(&self) -> PathBuf {
         Password::file_of(&self.data)
     }
 
-    /// How to connect so that the password reaches this server only, wherever its socket's path fits.
+    /// The URL by which the password reaches this server only, wherever its socket's path fits.
     pub fn own_url(&self, database: &str) -> String {
         self.socket_url(database).unwrap_or_else(|| self.url(database))
     }
 
-    /// Over its Unix socket, which also spares each statement the way through the network's layers.
+    /// The URL over its Unix socket, which also spares each statement the way through the network's layers.
     pub fn socket_url(&self, database: &str) -> Option<String> {
         let sockets = self.sockets.as_ref()?;
         let password = self.password.reveal();
@@ -149,19 +152,19 @@ impl Postgres {
     }
 }
 
-/// A URL for people to read: without what is nobody's business.
+/// A URL for people to read: without the password and the parameters.
 pub fn without_password(url: &str) -> String {
     let parsed = reqwest::Url::parse(url).ok().filter(|url| !url.cannot_be_a_base());
     let Some(mut url) = parsed else { return "(a URL that cannot be read)".into() };
     // Only a URL without a host refuses, and that has no password.
     let _ = url.set_password(None);
-    // A parameter may be one as well.
+    // A parameter may be a password as well.
     url.set_query(None);
     url.into()
 }
 
-/// Sockets go into the data directory, which nobody else gets into; if its path fits, and means itself in a list and in a
-/// URL.
+/// The directory of the sockets: the data directory, which only the server's user gets into. `None` unless its path
+/// fits, and means itself in a list and in a URL.
 fn socket_directory(data: &Path) -> Option<&str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-');
     let path = data.to_str().filter(|_| data.is_absolute())?;
@@ -173,7 +176,7 @@ pub(crate) fn settings(durability: Durability) -> Vec<&'static str> {
         "listen_addresses=127.0.0.1",
         // Many test databases with a pool each share one server.
         "max_connections=600",
-        // Prepared transactions are one of the things the outbox is tested with.
+        // The outbox is tested with prepared transactions, too.
         "max_prepared_transactions=64",
         "log_line_prefix=%m [%p] %d %a ",
         "log_min_messages=warning",
@@ -185,15 +188,15 @@ pub(crate) fn settings(durability: Durability) -> Vec<&'static str> {
     settings
 }
 
-/// Whether the server lets us in.
+/// Whether the server lets a client of this URL in.
 pub async fn answers(url: &str) -> Result<(), String> {
     let connection = tokio::time::timeout(Duration::from_secs(5), PgConnection::connect(url)).await;
     let connection = connection.map_err(|_| "no answer".to_owned())?.map_err(|e| e.to_string())?;
     connection.close().await.map_err(|e| e.to_string())
 }
 
-/// Where the programs are: in `$STACK_POSTGRES` (another version's directory, the one with `bin` in it), else unpacked
-/// from Maven's jar on the first run.
+/// The directory of the programs: `$STACK_POSTGRES` (another version's directory, the one with `bin` in it), else
+/// unpacked from Maven's jar on the first run.
 async fn programs(cache: &Cache, progress: &Progress) -> Result<PathBuf> {
     if let Some(home) = std::env::var_os("STACK_POSTGRES").filter(|home| !home.is_empty()) {
         return Ok(home.into());
@@ -219,7 +222,7 @@ enum Musl {
     Yes,
 }
 
-/// The jar's name for a machine, as Rust tells what it is.
+/// The jar's name for a machine, by Rust's names of its system and architecture.
 fn platform(os: &str, arch: &str, musl: Musl) -> Result<&'static str> {
     match (os, arch, musl) {
         ("linux", "x86_64", Musl::No) => Ok("linux-amd64"),
@@ -237,7 +240,7 @@ fn platform(os: &str, arch: &str, musl: Musl) -> Result<&'static str> {
     }
 }
 
-/// jar > .txz > files.
+/// Unpacks the jar, and the `.txz` in it, into files.
 fn unpack(jars: &[PathBuf], into: &Path) -> Result<()> {
     let odd = |what: String| Error::Other(format!("the jar of PostgreSQL is not as expected: {what}"));
     let jar = jars.first().ok_or_else(|| odd("there is none".into()))?;

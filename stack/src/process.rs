@@ -1,7 +1,7 @@
 //! One server process: started in a process group of its own with its output in a log file, and ended for certain.
 //!
 //! Nothing here waits on a runtime's signal handling, because tests share a stack between runtimes: ends are polled.
-//! When *we* die, [`crate::guard`] ends the process.
+//! When *this process* dies, [`crate::guard`] ends the server process.
 
 use crate::{Error, Result, guard};
 use nix::{
@@ -20,39 +20,41 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How often an end is looked for.
+/// The pause between two checks whether a process has ended.
 pub const POLL: Duration = Duration::from_millis(10);
 /// How long a process has between its stop signal and SIGKILL: Kafka and PostgreSQL write their state out meanwhile.
 pub const STOP_BOUND: Duration = Duration::from_secs(20);
 
-/// What another user's process gets of our environment.
+/// The variables of our environment that another user's process gets.
 const PASSED_ON: [&str; 3] = ["PATH", "LANG", "TZ"];
 
-/// What to start. Secrets go into its variables, which others on the machine cannot read; arguments everybody sees.
+/// A program to start. Secrets go into its variables, which others on the machine cannot read; every user sees its
+/// arguments.
 #[derive(Clone)]
 pub struct Spec {
-    /// What people call it.
+    /// The process's name, for people.
     pub name: String,
-    /// The program.
+    /// The path of the program, or its name on `PATH`.
     pub program: PathBuf,
-    /// Its arguments.
+    /// The arguments, without the program's name.
     pub args: Vec<OsString>,
     /// Variables in addition to ours; another user's process gets few of ours.
     pub env: Vec<(String, String)>,
-    /// What it reads from its standard input; a little, at once.
+    /// The text on its standard input; a little, at once.
     pub input: String,
-    /// Where its output goes; appended to.
+    /// The log that its output is appended to.
     pub log: PathBuf,
-    /// As whom, when not as ourselves.
+    /// The user that the program runs as; `None`: our own.
     pub user: Option<User>,
-    /// What asks it to stop.
+    /// The signal that asks the process to stop.
     pub stop: Signal,
-    /// What it is sent when we die: a gentle signal where data is kept, a fast one where it is thrown away.
+    /// The signal that it gets when this process dies: a gentle one where data is kept, a fast one where it is thrown
+    /// away.
     pub orphan: Signal,
 }
 
 impl fmt::Debug for Spec {
-    /// Without variables and input, where secrets are.
+    /// Shows the spec without variables and input, where secrets are.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, program, args, log, .. } = self;
         let mut spec = f.debug_struct("Spec");
@@ -61,7 +63,7 @@ impl fmt::Debug for Spec {
 }
 
 impl Spec {
-    /// A program that stops at SIGTERM, as ourselves.
+    /// A program that stops at SIGTERM, under our own user.
     pub fn new(name: impl Into<String>, program: impl Into<PathBuf>, log: impl Into<PathBuf>) -> Self {
         Self {
             name: name.into(),
@@ -76,14 +78,14 @@ impl Spec {
         }
     }
 
-    /// With these arguments.
+    /// Adds arguments behind those that it has.
     #[must_use]
     pub fn args<A: Into<OsString>>(mut self, args: impl IntoIterator<Item = A>) -> Self {
         self.args.extend(args.into_iter().map(Into::into));
         self
     }
 
-    /// With this variable.
+    /// Adds a variable.
     #[must_use]
     pub fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.env.push((name.into(), value.into()));
@@ -97,7 +99,8 @@ impl Spec {
         let mut command = Command::new(&self.program);
         command.args(&self.args);
         if self.user.is_some() {
-            // Another user's processes read what it has: only what any program needs, and nothing of ours.
+            // Another user can read the variables of its processes: they get only what any program needs, and nothing
+            // of ours.
             command.env_clear().envs(PASSED_ON.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
         }
         command.envs(self.env.iter().map(|(n, v)| (n, v)));
@@ -113,7 +116,8 @@ impl Spec {
         Error::io(format!("start {} ({})", self.name, self.program.display()))
     }
 
-    /// Runs it to its end (`initdb`, Maven); not zero is an error with the end of its output.
+    /// Runs the program to its end (`initdb`, Maven). An exit code other than zero is an error with the end of its
+    /// output.
     pub async fn run(&self) -> Result<()> {
         let process = Process::start(self.clone())?;
         let status = process.wait().await;
@@ -124,7 +128,7 @@ impl Spec {
     }
 }
 
-/// How a process ended, for people.
+/// The way in which a process ended, for people.
 fn text(status: Option<ExitStatus>) -> String {
     status.map_or_else(|| "it was ended".to_owned(), |s| s.to_string())
 }
@@ -133,30 +137,30 @@ fn text(status: Option<ExitStatus>) -> String {
 #[derive(Debug)]
 pub struct Process {
     spec: Spec,
-    /// Starts as the spec's; another build's while a test upgrades it.
+    /// The program: the spec's at first, another build's while a test upgrades it.
     program: Mutex<PathBuf>,
     child: Mutex<Option<Child>>,
 }
 
 impl Process {
-    /// Starts it; says nothing about its health.
+    /// Starts the process, without a check of its health.
     pub fn start(spec: Spec) -> Result<Self> {
         let process = Self { program: Mutex::new(spec.program.clone()), spec, child: Mutex::new(None) };
         process.start_again()?;
         Ok(process)
     }
 
-    /// Starts the same again after it ended; nothing when it runs.
+    /// Starts the process again after it ended; does nothing while it runs.
     pub fn start_again(&self) -> Result<()> {
         self.start_again_with(&[])
     }
 
-    /// From the next start on, it is this program: another build of the same.
+    /// Makes it another program from the next start on: another build of the same.
     pub fn replace_program(&self, program: PathBuf) {
         *self.program.lock().unwrap_or_else(PoisonError::into_inner) = program;
     }
 
-    /// Starts it again with these variables in addition, for this one life: an armed fail point, for example.
+    /// Starts the process again with these variables in addition, for this one life: an armed fail point, for example.
     pub fn start_again_with(&self, env: &[(&str, &str)]) -> Result<()> {
         if self.is_running() {
             return Ok(());
@@ -166,24 +170,24 @@ impl Process {
         let mut child = command.envs(env.iter().copied()).spawn().map_err(self.spec.spawn_error())?;
         guard::watch(child.id(), self.spec.orphan.as_str().trim_start_matches("SIG"));
         if let Some(mut input) = child.stdin.take() {
-            // A program that ended without reading says why in its log.
+            // A program that ended without reading has the reason in its log.
             let _ = input.write_all(self.spec.input.as_bytes());
         }
         *self.child() = Some(child);
         Ok(())
     }
 
-    /// What people call it.
+    /// The process's name, for people.
     pub fn name(&self) -> &str {
         &self.spec.name
     }
 
-    /// Its process id, which is its process group's too; `None` after it ended.
+    /// The process id, which is its process group's too; `None` after it ended.
     pub fn pid(&self) -> Option<u32> {
         self.child().as_ref().map(Child::id)
     }
 
-    /// Where its output goes.
+    /// The log that its output goes to.
     pub fn log(&self) -> &Path {
         &self.spec.log
     }
@@ -192,12 +196,12 @@ impl Process {
         self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it runs (or is paused).
+    /// Whether the process runs (or is paused).
     pub fn is_running(&self) -> bool {
         self.try_wait().is_none()
     }
 
-    /// `None` while it runs; then how it ended, or `Some(None)` when somebody else was told that.
+    /// `None` while the process runs; then its exit status, or `Some(None)` when an earlier call took that.
     fn try_wait(&self) -> Option<Option<ExitStatus>> {
         let mut child = self.child();
         let Some(running) = child.as_mut() else { return Some(None) };
@@ -207,7 +211,7 @@ impl Process {
         Some(Some(status))
     }
 
-    /// Waits until it ended.
+    /// Waits until the process has ended.
     pub async fn wait(&self) -> Option<ExitStatus> {
         loop {
             match self.try_wait() {
@@ -217,16 +221,16 @@ impl Process {
         }
     }
 
-    /// Sends a signal to its process group; nothing when it has ended.
+    /// Sends a signal to its process group; does nothing when it has ended.
     pub fn signal(&self, signal: Signal) {
-        // Under the lock and only while it was not reaped: the number cannot be another's.
+        // The signal is sent under the lock and only while the process was not reaped: the number cannot be another's.
         if let Some(running) = self.child().as_ref() {
             let group = i32::try_from(running.id()).expect("the kernel's process ids fit in an i32");
             let _ = killpg(Pid::from_raw(group), signal);
         }
     }
 
-    /// SIGKILL, and waits until it is gone.
+    /// Sends SIGKILL, and waits until the process is gone.
     pub fn kill(&self) {
         self.signal(Signal::SIGKILL);
         let mut child = self.child();
@@ -236,29 +240,29 @@ impl Process {
         }
     }
 
-    /// SIGSTOP: it keeps its connections and does nothing.
+    /// Sends SIGSTOP: the process keeps its connections and does nothing.
     pub fn pause(&self) {
         self.signal(Signal::SIGSTOP);
     }
 
-    /// SIGCONT.
+    /// Sends SIGCONT: the process goes on.
     pub fn resume(&self) {
         self.signal(Signal::SIGCONT);
     }
 
-    /// Asks it to stop, and waits until it has. `true` when it did so by itself.
+    /// Asks the process to stop, and waits until it has. `true` when it did so by itself.
     pub async fn stop(&self) -> bool {
         self.ask_to_stop();
         self.stopped().await
     }
 
-    /// Asks it to stop. To be asked twice means "at once" to many programs.
+    /// Asks the process to stop. To be asked twice means "at once" to many programs.
     pub fn ask_to_stop(&self) {
         self.signal(self.spec.stop);
         self.resume();
     }
 
-    /// Waits, within [`STOP_BOUND`], until it stopped after it was asked to; then kills it.
+    /// Waits, within [`STOP_BOUND`], until the process stopped after it was asked to; then kills it.
     pub async fn stopped(&self) -> bool {
         let gentle = tokio::time::timeout(STOP_BOUND, self.wait()).await.is_ok();
         if !gentle {
@@ -267,7 +271,7 @@ impl Process {
         gentle
     }
 
-    /// Waits until `probe` says yes; an error when the process ends before, or the bound is over.
+    /// Waits until `probe` succeeds; an error when the process ends before, or the bound is over.
     pub async fn healthy<F>(&self, bound: Duration, mut probe: impl FnMut() -> F) -> Result<()>
     where
         F: Future<Output = Result<(), String>>,
@@ -291,7 +295,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if self.spec.orphan == Signal::SIGQUIT {
-            // PostgreSQL: an immediate shutdown frees its shared memory, SIGKILL would leave it behind.
+            // For PostgreSQL, an immediate shutdown frees its shared memory, which SIGKILL would leave behind.
             self.signal(Signal::SIGQUIT);
             self.resume();
             let start = Instant::now();

@@ -1,4 +1,5 @@
-//! What a person sees while things start: a spinner with the current step on a terminal, plain lines elsewhere.
+//! The progress that a person sees while things start: a spinner with the current step on a terminal, plain lines
+//! elsewhere.
 
 use indicatif::{ProgressBar, ProgressStyle};
 use std::{io::IsTerminal, time::Duration};
@@ -6,14 +7,14 @@ use std::{io::IsTerminal, time::Duration};
 /// How often the spinner turns.
 const TURN: Duration = Duration::from_millis(100);
 
-/// Where progress goes: standard error, so that standard output stays the command's own.
+/// The place of progress: standard error, so that standard output stays the command's own.
 #[derive(Debug, Clone)]
 pub enum Progress {
-    /// A terminal.
+    /// Standard error is a terminal: a spinner.
     Bar(ProgressBar),
-    /// A file or a pipe.
+    /// Standard error is a file or a pipe: plain lines.
     Lines,
-    /// Nobody looks (tests).
+    /// No progress is shown, as in tests.
     Silent,
 }
 
@@ -31,7 +32,7 @@ impl Progress {
         Self::Bar(bar)
     }
 
-    /// Something has begun and takes a while.
+    /// Shows that a step has begun that takes a while.
     pub fn step(&self, what: impl AsRef<str>) {
         match self {
             Self::Bar(bar) => bar.set_message(what.as_ref().to_owned()),
@@ -40,7 +41,7 @@ impl Progress {
         }
     }
 
-    /// Something is done and worth keeping on the screen.
+    /// Shows that a step is done, and keeps that on the screen.
     pub fn done(&self, what: impl AsRef<str>) {
         match self {
             Self::Bar(bar) => bar.println(format!("  {}", what.as_ref())),
@@ -49,7 +50,7 @@ impl Progress {
         }
     }
 
-    /// Nothing more will come; the spinner leaves the screen.
+    /// Ends the progress; the spinner leaves the screen.
     pub fn finish(&self) {
         if let Self::Bar(bar) = self {
             bar.finish_and_clear();

@@ -17,7 +17,7 @@ use std::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Resolves when somebody wants us to end.
+/// Resolves when a signal asks this process to end.
 pub fn interrupted() -> Result<impl Future<Output = Signal>> {
     let listen = |kind| signal(kind).map_err(Error::io("listen for signals"));
     let (mut int, mut term) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
@@ -31,12 +31,12 @@ pub fn interrupted() -> Result<impl Future<Output = Signal>> {
     })
 }
 
-/// Runs the command to its end. A signal for us goes to the command and everything it started.
+/// Runs the command to its end. A signal for this process goes to the command and everything it started.
 pub async fn command(command: &[OsString], servers: &Servers) -> Result<ExitCode> {
     let [program, args @ ..] = command else { return Err(Error::Other("no command".into())) };
     let mut prepared = Command::new(program);
     prepared.args(args).env("DATABASE_URL", &servers.database_url).env("KAFKA_BROKERS", &servers.kafka_brokers);
-    // On a terminal it stays in our process group: it may read from there, and Ctrl-C reaches both.
+    // On a terminal the command stays in our process group: it may read from there, and Ctrl-C reaches both.
     let own_group = !std::io::stdin().is_terminal();
     if own_group {
         prepared.process_group(0);
@@ -60,7 +60,7 @@ pub async fn command(command: &[OsString], servers: &Servers) -> Result<ExitCode
         guard::forget(pid);
     }
     let status = status.map_err(Error::io("wait for the command"))?;
-    // A shell's way of telling a signal.
+    // A shell's code for a death by signal.
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }

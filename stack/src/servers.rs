@@ -15,7 +15,7 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// How often a server is started before it is believed that ports are not the reason.
+/// How often a server is started before it is clear that ports are not the reason.
 const STARTS: usize = 3;
 
 /// Where the servers keep their data.
@@ -23,29 +23,29 @@ const STARTS: usize = 3;
 pub enum Keep {
     /// In a temporary directory, thrown away at the end.
     Nothing,
-    /// In this directory.
+    /// In this directory, where the data stays.
     In(PathBuf),
 }
 
-/// What to start, and where.
+/// The servers to start, and where.
 #[derive(Clone)]
 pub struct ServersConfig {
-    /// Where data goes.
+    /// Where the servers keep their data.
     pub keep: Keep,
-    /// Where logs go; a directory in the cache when nobody says. They outlive the servers, for who has to read them.
+    /// The directory of the logs; `None`: one in the cache. The logs outlive the servers, for a person to read them.
     pub logs: Option<PathBuf>,
-    /// What it promises.
+    /// What PostgreSQL promises about power failures.
     pub durability: Durability,
-    /// Use this PostgreSQL instead of starting one.
+    /// The PostgreSQL to use instead of starting one.
     pub database_url: Option<String>,
-    /// Use this Kafka instead of starting one.
+    /// The Kafka to use instead of starting one.
     pub kafka_brokers: Option<String>,
-    /// PostgreSQL's port when it is free, and Kafka's.
+    /// The ports of PostgreSQL and Kafka, used where they are free.
     pub preferred_ports: Option<(u16, u16)>,
 }
 
 impl ServersConfig {
-    /// For tests: nothing kept, nothing synced, any ports, whatever the environment names.
+    /// The configuration of tests: nothing kept, nothing synced, any ports, and the servers that the environment names.
     pub fn for_tests() -> Self {
         Self {
             keep: Keep::Nothing,
@@ -58,7 +58,7 @@ impl ServersConfig {
     }
 }
 
-/// Starts a server that ended at once again: another process may have taken its port between our look and its start.
+/// Starts a server that ended at once again: another process may have taken its port between the check and its start.
 async fn with_other_ports<T, F: Future<Output = Result<T>>>(mut start: impl FnMut() -> F) -> Result<T> {
     for _ in 1..STARTS {
         match start().await {
@@ -75,25 +75,25 @@ fn variable(name: &str) -> Option<String> {
 
 /// The two servers, running. Dropping this ends what was started here.
 pub struct Servers {
-    /// `None` when one was named.
+    /// The server that was started here; `None` when one was named.
     pub postgres: Option<Postgres>,
-    /// `None` when one was named.
+    /// The broker that was started here; `None` when one was named.
     pub kafka: Option<Kafka>,
-    /// How to connect to PostgreSQL's maintenance database over TCP: for the programs of others. Ours take [`Self::own_url`].
+    /// The URL of PostgreSQL's maintenance database over TCP, for other programs. Our own take [`Self::own_url`].
     pub database_url: String,
-    /// Where Kafka is.
+    /// The addresses of Kafka's brokers.
     pub kafka_brokers: String,
-    /// Where the logs are.
+    /// The directory of the logs.
     pub logs: PathBuf,
-    // Last, so that it goes after the processes that write there.
+    // The field is the last, so that it goes after the processes that write there.
     home: Home,
 }
 
 impl Servers {
-    /// Starts what is not named, both at once.
+    /// Starts the servers that are not named, both at once.
     pub async fn start(config: ServersConfig, progress: &Progress) -> Result<Self> {
         if config.kafka_brokers.is_none() {
-            // Before anything is fetched: what has to be installed should be said at once.
+            // The check comes before anything is fetched: what has to be installed should be reported at once.
             maven::java()?;
         }
         let cache = Cache::open()?;
@@ -142,12 +142,12 @@ impl Servers {
         })
     }
 
-    /// How our own processes connect to PostgreSQL's maintenance database (see [`Postgres::own_url`]).
+    /// The URL with which our own processes connect to PostgreSQL's maintenance database (see [`Postgres::own_url`]).
     pub fn own_url(&self) -> String {
         self.postgres.as_ref().map_or_else(|| self.database_url.clone(), |postgres| postgres.own_url("postgres"))
     }
 
-    /// Where the data is.
+    /// The directory of the data.
     pub fn directory(&self) -> &Path {
         self.home.path()
     }
@@ -161,7 +161,7 @@ impl Servers {
         };
         let kafka = async {
             match &self.kafka {
-                // What is thrown away needs no orderly end, and Kafka's takes seconds.
+                // A broker whose data is thrown away needs no orderly end, which takes Kafka seconds.
                 Some(kafka) if self.home.is_temporary() => kafka.process.kill(),
                 Some(kafka) => drop(kafka.process.stop().await),
                 None => {}
@@ -207,8 +207,8 @@ impl Home {
         matches!(self, Self::Temporary(_))
     }
 
-    /// Where a server that may run as another user keeps its data: here, or, when that user cannot get here, below
-    /// the temporary directory under a name that this place always leads to.
+    /// The directory where a server that may run as another user keeps its data. It is in this place or, when that user
+    /// cannot get here, below the temporary directory, under a name that this place always leads to.
     fn server_data(&self, name: &str) -> Result<PathBuf> {
         let user = cache::server_user()?;
         if cache::reachable(self.path(), user.as_ref()) {
@@ -217,14 +217,14 @@ impl Home {
         let link = self.path().join(name);
         let target = elsewhere(self.path());
         directory::make(&target)?;
-        // For people who look for it; the server goes to the target itself.
+        // The link is for people that look for the data; the server goes to the target itself.
         let _ = std::os::unix::fs::symlink(target.join(name), &link);
         Ok(target.join(name))
     }
 }
 
-/// Where the data of a directory goes that the server's user cannot get to. Every user may make something under this name, so it
-/// is looked at before it is used.
+/// The place for the data of a directory that the server's user cannot get to. Every user may make something under this
+/// name, so the place is checked before it is used.
 pub fn elsewhere(directory: &Path) -> PathBuf {
     let name = directory.to_string_lossy().replace('/', "-");
     Path::new("/var/tmp").join(format!("{}{name}", cache::NAME))

@@ -1,4 +1,4 @@
-//! The platform's processes: what each is called, what it needs, where it listens.
+//! The platform's processes: their names, their databases, their ports.
 
 use crate::{Error, Result, ports};
 use std::{fmt, path::PathBuf};
@@ -9,25 +9,25 @@ pub enum Service {
     /// The simulated payment provider.
     #[serde(rename = "gateway-sim")]
     Gateway,
-    /// `payment-svc`.
+    /// The payments, `payment-svc`.
     #[serde(rename = "payment-svc")]
     Payments,
-    /// `inventory-svc`.
+    /// The stock, `inventory-svc`.
     #[serde(rename = "inventory-svc")]
     Inventory,
-    /// `order-svc`.
+    /// The orders and their sagas, `order-svc`.
     #[serde(rename = "order-svc")]
     Orders,
-    /// `outbox-relay`.
+    /// The relay of all outboxes, `outbox-relay`.
     #[serde(rename = "outbox-relay")]
     Relay,
 }
 
 impl Service {
-    /// All, in the order in which they are started: who is called comes before who calls.
+    /// All processes, in the order in which they are started: a callee comes before its callers.
     pub const ALL: [Self; 5] = [Self::Gateway, Self::Payments, Self::Inventory, Self::Orders, Self::Relay];
 
-    /// What people call it, and its log.
+    /// The name of the process, and of its log.
     pub fn name(self) -> &'static str {
         match self {
             Self::Gateway => "gateway-sim",
@@ -46,7 +46,7 @@ impl Service {
         }
     }
 
-    /// Its own database; the relay reads everybody's.
+    /// The process's own database; the relay has none and reads those of the services.
     pub fn database(self) -> Option<&'static str> {
         match self {
             Self::Gateway => Some("gateway"),
@@ -62,7 +62,7 @@ impl Service {
         matches!(self, Self::Payments | Self::Inventory | Self::Orders)
     }
 
-    /// Where it listens when nobody says otherwise: the API (the relay has none) and the admin listener.
+    /// The default ports: the API's (the relay has none) and the admin listener's.
     pub fn default_ports(self) -> (Option<u16>, u16) {
         match self {
             Self::Orders => (Some(8080), 9080),
@@ -80,10 +80,10 @@ impl fmt::Display for Service {
     }
 }
 
-/// Where a process listens.
+/// The ports of a process, on the loopback interface.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Address {
-    /// The API's port.
+    /// The port of the API; `None`: it has none.
     pub http: Option<u16>,
     /// The admin listener's port.
     pub admin: u16,
@@ -96,18 +96,18 @@ impl Address {
         Ok(Self { http: http.map(ports::free_or).transpose()?, admin: ports::free_or(admin)? })
     }
 
-    /// Any free ports.
+    /// Any ports that are free.
     pub fn free(service: Service) -> Result<Self> {
         let (http, _) = service.default_ports();
         Ok(Self { http: http.map(|_| ports::free()).transpose()?, admin: ports::free()? })
     }
 
-    /// Where the API is; for a process without one, where its admin listener is.
+    /// The URL of the API; for a process without one, of its admin listener.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.http.unwrap_or(self.admin))
     }
 
-    /// Where health, metrics and inspection are.
+    /// The URL of health, metrics and inspection.
     pub fn admin_url(&self) -> String {
         format!("http://127.0.0.1:{}", self.admin)
     }

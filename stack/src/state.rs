@@ -1,11 +1,11 @@
-//! What is known from outside about a platform that stays up: `.stack/` of the checkout.
+//! The state of a platform that stays up, as others see it: `.stack/` of the checkout.
 //!
 //! | file | what |
 //! |---|---|
 //! | `lock` | held (flock) as long as anything of it runs, also by the guard: survives no death, needs no clean-up |
-//! | `state.json` | who runs, where, and its logs; only ours to read, because of PostgreSQL's password; may be stale, so only read while the lock is held |
+//! | `state.json` | what runs, where, and its logs; only ours to read, because of PostgreSQL's password; may be stale, so only read while the lock is held |
 //! | `postgres.password` | PostgreSQL's password, where the data is here (see [`crate::password`]) |
-//! | `logs/`, `postgres/`, `kafka/` | what they are called |
+//! | `logs/`, `postgres/`, `kafka/` | the logs, and the servers' data |
 
 use crate::{
     Error, Result, directory,
@@ -27,50 +27,51 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// An orderly end of everything: each process has 20 s, and they end side by side, in two turns.
+/// How long an orderly end of everything may take: each process has 20 s, and they end side by side, in two turns.
 const DOWN_BOUND: Duration = Duration::from_secs(50);
-/// Longer than a look at the lock takes on a busy machine.
+/// How long the lock is tried for: longer than a check of the lock takes on a busy machine.
 const LOOKED: Duration = Duration::from_millis(500);
 
-/// Who runs, and where.
+/// The processes that run, and their addresses.
 #[derive(Serialize, Deserialize)]
 pub struct State {
-    /// The process that supervises.
+    /// The id of the process that supervises.
     pub pid: i32,
-    /// PostgreSQL, with its password: where people connect to.
+    /// PostgreSQL's URL, with its password: where people connect to.
     pub database_url: String,
-    /// Where we connect to, when that is another place: the socket of the server that we started.
+    /// The URL that our own processes connect to, when it is another: the socket of the server that was started here.
     #[serde(default)]
     pub socket_url: Option<String>,
-    /// Where PostgreSQL's password is kept, when we started it.
+    /// The file with PostgreSQL's password, when the server was started here.
     #[serde(default)]
     pub password_file: Option<PathBuf>,
-    /// Kafka.
+    /// The addresses of Kafka's brokers.
     pub kafka_brokers: String,
-    /// The platform's processes.
+    /// The platform's processes, with their addresses.
     pub services: Vec<(Service, Address)>,
-    /// The logs of all.
+    /// The logs of all processes.
     pub logs: Vec<PathBuf>,
 }
 
-/// The directory that holds it.
+/// The directory that holds the state.
 #[derive(Debug, Clone)]
 pub struct StateDirectory(PathBuf);
 
 impl StateDirectory {
-    /// This directory, which need not exist yet. The servers work in directories of their own, so the path is made absolute.
+    /// The state in this directory, which need not exist yet. The servers work in directories of their own, so the path
+    /// is made absolute.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         let path = path.into();
         Self(std::path::absolute(&path).unwrap_or(path))
     }
 
-    /// Its path.
+    /// The absolute path of the directory.
     pub fn path(&self) -> &Path {
         &self.0
     }
 
-    /// The lock, for who is going to run; `None` while another runs. Tried for a moment: who only looks holds it too,
-    /// for as long as it takes to let it go.
+    /// Takes the lock, before a platform starts; `None` while another platform runs. It is tried for a moment: a
+    /// process that only checks holds the lock too, for as long as it takes to let it go.
     pub async fn lock(&self) -> Result<Option<File>> {
         let start = Instant::now();
         loop {
@@ -82,7 +83,8 @@ impl StateDirectory {
         }
     }
 
-    /// Whether anything of it runs. Shares the lock, so that lookers see the platform and not each other.
+    /// Whether anything of a platform runs. The check shares the lock, so that two checks at once see the platform and
+    /// not each other.
     fn is_held(&self) -> Result<bool> {
         Ok(self.try_lock(File::try_lock_shared)?.is_none())
     }
@@ -99,7 +101,7 @@ impl StateDirectory {
         }
     }
 
-    /// Who runs; `None` when nobody does.
+    /// The state of the platform that runs; `None` when none does.
     pub fn running(&self) -> Result<Option<State>> {
         if !self.0.is_dir() || !self.is_held()? {
             return Ok(None);
@@ -121,7 +123,7 @@ impl StateDirectory {
         self.0.join("state.json")
     }
 
-    /// Says who runs: for the one that holds the lock.
+    /// Writes the state of the platform; the caller holds the lock.
     pub fn write(&self, stack: &Stack) -> Result<()> {
         let servers = stack.servers();
         let state = State {
@@ -134,7 +136,7 @@ impl StateDirectory {
             logs: stack.log_files(),
         };
         let text = serde_json::to_vec_pretty(&state).map_err(|e| Error::Other(e.to_string()))?;
-        // Whole or not at all: others read it at any time.
+        // The file is written whole or not at all: others read it at any time.
         let doing = || format!("write {}", self.file().display());
         // A temporary file's mode is 0600.
         let mut aside = tempfile::NamedTempFile::new_in(&self.0).map_err(Error::io(doing()))?;
@@ -142,18 +144,18 @@ impl StateDirectory {
         aside.persist(self.file()).map(drop).map_err(|e| Error::io(doing())(e.error))
     }
 
-    /// Nobody runs any more: for the one that holds the lock.
+    /// Removes the state, as nothing runs any more; the caller holds the lock.
     pub fn clear(&self) {
         let _ = fs::remove_file(self.file());
     }
 
-    /// Ends what runs, in an orderly way within a bound, otherwise by force. `false` when nothing ran.
+    /// Ends the platform that runs, in an orderly way within a bound, otherwise by force. `false` when none ran.
     pub async fn down(&self) -> Result<bool> {
         let Some(state) = self.running()? else { return Ok(false) };
         let supervisor = Pid::from_raw(state.pid);
         let _ = kill(supervisor, Signal::SIGTERM);
         if !self.ended_within(DOWN_BOUND).await? {
-            // Its guard ends the rest.
+            // The supervisor's guard ends the rest.
             let _ = kill(supervisor, Signal::SIGKILL);
             if !self.ended_within(DOWN_BOUND).await? {
                 return Err(Error::Other(format!("process {} does not end", state.pid)));
@@ -173,10 +175,10 @@ impl StateDirectory {
         Ok(false)
     }
 
-    /// Ends what runs and removes its data.
+    /// Ends the platform that runs and removes its data.
     pub async fn reset(&self) -> Result<()> {
         self.down().await?;
-        // PostgreSQL's data may be elsewhere, when its user cannot get here. A link tells that, but not where.
+        // PostgreSQL's data may be elsewhere, when its user cannot get here. A link shows that, but not where.
         if let Ok(here) = fs::canonicalize(&self.0)
             && here.join("postgres").is_symlink()
             && let elsewhere = elsewhere(&here)

@@ -1,4 +1,4 @@
-//! `stack up` and what goes with it: a platform that stays up until Ctrl-C or `stack down`, its data kept.
+//! `stack up` and the commands around it: a platform that stays up until Ctrl-C or `stack down`, its data kept.
 
 use crate::{
     Error, Result, guard,
@@ -19,16 +19,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Where PostgreSQL and Kafka listen when nobody else does.
+/// The ports of PostgreSQL and Kafka, where these are free.
 pub const SERVER_PORTS: (u16, u16) = (5432, 9092);
-/// How often it is looked for processes that ended.
+/// How often the supervisor looks for processes that ended.
 const LOOK: Duration = Duration::from_secs(1);
-/// The pause before a process that ended soon after its start is started again doubles, up to this.
+/// The longest pause before a process that ended soon after its start is started again; the pause doubles up to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// A process that ran for so long ended for another reason than before.
 const STEADY: Duration = Duration::from_secs(60);
 
-/// Starts the platform, prints where it is, and stays until a signal comes.
+/// Starts the platform, prints its addresses, and stays until a signal comes.
 pub async fn up(directory: &StateDirectory) -> Result<()> {
     let Some(lock) = directory.lock().await? else {
         return Err(Error::Other("it is running already; `make status` tells where, `make down` ends it".into()));
@@ -64,14 +64,16 @@ pub async fn up(directory: &StateDirectory) -> Result<()> {
     Ok(())
 }
 
-/// Starts again what ends by itself (kill one and watch), the servers too; never returns. A process that ends again and again is
-/// started again after longer and longer pauses. A PostgreSQL that was killed refuses to start while a backend of it is left.
+/// Starts again each process that ends by itself (kill one and watch), the servers too; never returns. A process that
+/// ends again and again is started again after longer and longer pauses. A PostgreSQL that was killed refuses to start
+/// while a backend of it is left.
 async fn supervise(stack: &Stack) {
     let mut lives = BTreeMap::<&str, Life>::new();
     loop {
         for process in stack.processes() {
             let life = lives.entry(process.name()).or_insert_with(Life::new);
-            // To ask also takes note of its end: until then the operating system keeps its number, and its locks look held.
+            // The question also takes note of the process's end: until then the operating system keeps its number, and
+            // its locks look held.
             let Some(pause) = life.is_over(process.is_running(), Instant::now()) else { continue };
             let (name, log) = (process.name(), process.log().display());
             match process.start_again() {
@@ -86,12 +88,12 @@ async fn supervise(stack: &Stack) {
     }
 }
 
-/// How often and when a process was started, and how long it ran.
+/// When a process was started last, and how long it rests before the next start.
 struct Life {
     began: Instant,
-    /// When it was first seen not to run.
+    /// When the process was first seen not to run; `None` while it runs.
     ended: Option<Instant>,
-    /// Before the next start.
+    /// The pause before the next start.
     pause: Duration,
 }
 
@@ -100,14 +102,14 @@ impl Life {
         Self { began: Instant::now(), ended: None, pause: Duration::ZERO }
     }
 
-    /// Whether it is to be started now; and how long it will rest if it ends soon.
+    /// Whether the process is to be started now; then the pause that follows if it ends soon.
     fn is_over(&mut self, runs: bool, now: Instant) -> Option<Duration> {
         if runs {
             self.ended = None;
             return None;
         }
         let ended = *self.ended.get_or_insert(now);
-        // The time that it rests is none that it ran.
+        // The time that a process rests is not time that it ran.
         if ended.saturating_duration_since(self.began) >= STEADY {
             self.pause = Duration::ZERO;
         }
@@ -130,13 +132,13 @@ fn config(directory: &StateDirectory) -> StackConfig {
             ..ServersConfig::for_tests()
         },
         preferred_ports: true,
-        // What the binaries do by themselves is what people want to see.
+        // The programs run with their own defaults: that is what people want to see.
         env: BTreeMap::new(),
         ..StackConfig::for_tests()
     }
 }
 
-/// Where everything is, for a person to click on.
+/// Prints the addresses of everything, for a person to click on.
 pub fn print_places(stack: &Stack) {
     let servers = stack.servers();
     let mut table = Table::new();
@@ -147,14 +149,14 @@ pub fn print_places(stack: &Stack) {
         let running = stack.service(service);
         let api = running.address.http.map_or_else(String::new, |_| format!("{}/docs", running.address.url()));
         let admin = running.address.admin_url();
-        // Whose API is for operators has it there, and its description beside it.
+        // A process whose API is for operators has it there, and its description beside it.
         let admin = if api.is_empty() { format!("{admin}/docs") } else { admin };
         table.add_row([service.name(), &api, &admin]);
     }
     println!("\n{table}\n\nlogs: {}", stack.logs().display());
 }
 
-/// Where, not what: what is printed may be copied anywhere.
+/// Prints the place of the password, not the password: the output may be copied anywhere.
 fn print_password_file(file: Option<&Path>) {
     if let Some(file) = file {
         println!("PostgreSQL's password: {}", file.display());
@@ -170,7 +172,7 @@ fn print_ports_taken(stack: &Stack) {
     }
 }
 
-/// What runs and whether it is healthy; `true` when everything is.
+/// Prints what runs and whether it is healthy; `true` when everything is.
 pub async fn status(directory: &StateDirectory) -> Result<bool> {
     let Some(state) = directory.running()? else {
         println!("Nothing runs. `make up` starts it.");
@@ -212,13 +214,14 @@ fn health(answer: &Result<(), String>) -> String {
     answer.as_ref().map_or_else(|why| format!("NOT READY: {why}"), |()| READY.into())
 }
 
-/// The end of every log, and with `follow` what comes. Without a platform that runs, the logs that the last one left.
+/// Shows the end of every log, and with `follow` the lines to come. Without a platform that runs, shows the logs that
+/// the last one left.
 pub fn logs(directory: &StateDirectory, follow: Follow) -> Result<()> {
     let files = match directory.running()? {
         Some(State { logs, .. }) => logs,
         None => {
             let left = logs_left(directory);
-            // `tail` without files would read what is typed.
+            // `tail` without files would read its standard input.
             if left.is_empty() {
                 return Err(Error::Other("there are no logs yet; `make up` makes some".into()));
             }
@@ -232,7 +235,7 @@ pub fn logs(directory: &StateDirectory, follow: Follow) -> Result<()> {
     if follow == Follow::Yes {
         tail.arg("-f");
     }
-    // Becomes `tail`: it does this better than we would, and Ctrl-C is its own.
+    // The process becomes `tail`, which does this better than its own code would, and handles Ctrl-C.
     Err(Error::io("run tail")(tail.args(files).exec()))
 }
 
@@ -243,12 +246,12 @@ fn logs_left(directory: &StateDirectory) -> Vec<PathBuf> {
     files
 }
 
-/// Whether to go on with what comes.
+/// Whether to go on with the lines to come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Follow {
-    /// Until Ctrl-C.
+    /// Go on until Ctrl-C.
     Yes,
-    /// Only what is there.
+    /// Show only the lines that are there.
     No,
 }
 

@@ -1,4 +1,4 @@
-//! `docker/` against the programs themselves, so that it cannot rot where no container engine is at hand: each process
+//! `docker/` against the programs themselves, so that it cannot rot where no container engine is at hand. Each process
 //! is started here as the container would start it, with the variables that compose.yaml gives it.
 
 use serde_norway::Value;
@@ -33,12 +33,12 @@ fn words(value: &Value) -> Vec<&str> {
     value.as_sequence().unwrap().iter().map(|word| word.as_str().unwrap()).collect()
 }
 
-/// A process of ours as compose.yaml describes it.
+/// A process of the platform as compose.yaml describes it.
 fn process(service: Service) -> Value {
     compose()["services"][service.name()].clone()
 }
 
-/// What stands for a secret in compose.yaml, from the environment or docker/.env.
+/// The secret that stands in compose.yaml, from the environment or docker/.env.
 fn secret(name: &str) -> String {
     format!("{}-0123456789abcdef", name.to_lowercase().replace('_', "-"))
 }
@@ -57,7 +57,7 @@ fn put_in(value: &str) -> (Vec<String>, String) {
     (names, text)
 }
 
-/// Its variables, with the secrets put in.
+/// The process's variables, with the secrets put in.
 fn variables(service: Service) -> BTreeMap<String, String> {
     let process = process(service);
     let variables = process["environment"].as_mapping().unwrap().iter().map(|(name, value)| {
@@ -68,7 +68,7 @@ fn variables(service: Service) -> BTreeMap<String, String> {
     variables.collect()
 }
 
-/// What the process prints when it is started like this, with nothing else in its environment.
+/// The output of the process when it is started like this, with nothing else in its environment.
 fn say(service: Service, arguments: &[&str], variables: &BTreeMap<String, String>) -> (Option<i32>, String) {
     let process = process(service);
     let command = words(&process["command"]);
@@ -85,7 +85,7 @@ fn each_process_knows_each_variable_that_it_is_given() {
     for service in Service::ALL {
         let (code, help) = say(service, &["--help"], &BTreeMap::new());
         assert_eq!(code, Some(0), "{help}");
-        // It is wrapped to the width of a terminal.
+        // The help is wrapped to the width of a terminal.
         let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
         for name in variables(service).keys() {
             assert!(help.contains(&format!("[env: {name}")), "{service} does not know {name}:\n{help}");
@@ -97,7 +97,7 @@ fn each_process_knows_each_variable_that_it_is_given() {
 fn each_process_accepts_its_configuration() {
     for service in Service::ALL {
         let mut given = variables(service);
-        // The one mistake that makes it stop; a second one would be told beside it.
+        // The one mistake that makes the process stop; a second one would be reported beside it.
         given.insert("ADMIN_TOKEN".into(), String::new());
         let (code, said) = say(service, &[], &given);
         assert_eq!(code, Some(2), "{service}: {said}");
@@ -226,7 +226,7 @@ fn alerts_are_about_metrics_that_there_are_and_every_admin_listener_is_scraped()
     for rule in rules {
         let (alert, expr) = (rule["alert"].as_str().unwrap(), rule["expr"].as_str().unwrap());
         assert!(rule["annotations"]["summary"].is_string() && rule["labels"]["severity"].is_string(), "{alert}");
-        // In PromQL a metric is what is neither a function, nor a label, nor a word of the language.
+        // In PromQL a word is a metric if it is neither a function, nor a label, nor a word of the language.
         let outside = expr.split('"').step_by(2).collect::<String>();
         let words = outside.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
         let metrics: Vec<&str> = words.filter(|word| word.contains('_') || *word == "ready").collect();

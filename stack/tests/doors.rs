@@ -1,4 +1,4 @@
-//! Who gets in: PostgreSQL asks everybody for its password, and no directory is used that others may change.
+//! The doors: PostgreSQL asks every client for its password, and no directory is used that others may change.
 
 use nix::unistd::Uid;
 use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
@@ -26,10 +26,10 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// A uid that nobody has.
+/// A uid that no user has.
 const ANOTHER: u32 = 12_345;
 
-/// Below /tmp, so that PostgreSQL's user gets there when this runs as root.
+/// A directory below /tmp, so that PostgreSQL's user gets there when this runs as root.
 fn place() -> TempDir {
     let place = tempfile::Builder::new().prefix("stack-doors-").tempdir_in("/tmp").unwrap();
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -58,13 +58,13 @@ async fn refusal(dir: &Path) -> String {
     }
 }
 
-/// The SQLSTATE with which somebody is refused who connects like this.
+/// The SQLSTATE with which PostgreSQL refuses a client that connects like this.
 async fn sqlstate(options: &PgConnectOptions) -> String {
     let refused = options.connect().await.expect_err("it let in somebody");
     refused.as_database_error().and_then(|e| e.code()).expect("PostgreSQL itself refused").into_owned()
 }
 
-/// Runs as another user; whether that went well.
+/// Runs a program as another user; returns whether that succeeded.
 fn as_another(program: &str, arguments: &[&Path]) -> bool {
     let mut command = Command::new(program);
     let status = command
@@ -81,7 +81,7 @@ fn as_another(program: &str, arguments: &[&Path]) -> bool {
 fn is_root() -> bool {
     let root = Uid::effective().is_root();
     if !root {
-        // Not by `eprintln`, which shows what a test says only when it fails.
+        // The line does not go through `eprintln`, which shows a test's output only when the test fails.
         std::io::stderr()
             .write_all(b"NOT TESTED with another user of the machine: only root can act as one\n")
             .unwrap();
@@ -146,7 +146,7 @@ async fn the_password_is_in_a_file_of_ours_and_in_no_log_or_argument() {
     assert_eq!(files_with(password.reveal(), place.path()), [file.to_str().unwrap()]);
 }
 
-/// A listener that asks for a password in clear, as another user of the machine may, and what it was sent.
+/// A listener that asks for a password in clear, as another user of the machine may, and the messages that it got.
 struct Asker {
     port: u16,
     heard: Arc<Mutex<Vec<String>>>,
@@ -171,7 +171,7 @@ impl Asker {
 }
 
 fn password_of(mut stream: TcpStream) -> std::io::Result<String> {
-    /// What a client sends first that would rather have TLS.
+    /// The first message of a client that would rather have TLS.
     const TLS: &[u8] = &80_877_103_u32.to_be_bytes();
     let mut message = |kind: usize| {
         let mut head = vec![0; kind + 4];
@@ -181,7 +181,7 @@ fn password_of(mut stream: TcpStream) -> std::io::Result<String> {
         stream.read_exact(&mut body)?;
         match &*body {
             TLS => stream.write_all(b"N")?,
-            // AuthenticationCleartextPassword.
+            // The answer is AuthenticationCleartextPassword.
             _ if kind == 0 => stream.write_all(&[b'R', 0, 0, 0, 8, 0, 0, 0, 3])?,
             _ => {}
         }
@@ -225,7 +225,8 @@ async fn a_listener_that_takes_the_port_of_a_server_that_died_is_sent_no_passwor
     assert_eq!(asker.heard().len(), 1, "it hears what is sent to the port, and nothing else");
 }
 
-/// As a build before passwords left it, with a transaction that only a server with its settings can start with.
+/// Leaves the data as a build before passwords did, with a transaction that only a server with its settings can start
+/// with.
 async fn make_old(servers: Servers, data: &Path) {
     let mut connection = PgConnection::connect(&servers.database_url).await.unwrap();
     sqlx::raw_sql("create table kept (); alter role postgres password null").execute(&mut connection).await.unwrap();

@@ -1,4 +1,4 @@
-//! A jar that is not as listed is not used, whether Maven has just fetched it or long ago; and how the list is made.
+//! A jar that is not as listed is not used, whether Maven has just fetched it or long ago. Also how the list is made.
 
 use stack::{cache::Cache, kafka::pom, progress::Progress};
 use std::{
@@ -9,14 +9,14 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// The SHA-256 of a file that says `jar`.
+/// The SHA-256 of a file whose content is `jar`.
 const DIGEST_OF_IT: &str = "0163f1eea7894350060624d315234d40c508ab251ba121714e234503045faadd";
 
 fn folder() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// A stand-in for Maven, which names what these commands write.
+/// A stand-in for Maven, which names the files that these commands write.
 fn maven(place: &Path, names: &str) {
     let script = format!(
         "#!/bin/sh\nfor a in \"$@\"; do case $a in\n  -Dmdep.outputFile=*) out=${{a#*=}} ;;\n  \
@@ -32,7 +32,7 @@ fn path(place: &Path) -> String {
     format!("{}:{}", place.join("bin").display(), std::env::var("PATH").unwrap())
 }
 
-/// Whether `stack run` runs its command with this cache, and what it says.
+/// Whether `stack run` runs its command with this cache, and its output.
 fn run(place: &Path, cache: &Path) -> (bool, String) {
     let mut stack = Command::new(env!("CARGO_BIN_EXE_stack"));
     stack.args(["run", "--", "true"]).env("PATH", path(place)).env("STACK_CACHE", cache).env("TMPDIR", place);
@@ -66,13 +66,13 @@ fn what_maven_fetches_is_refused_unless_it_is_as_listed() {
         assert!(!ran && said.contains(&format!("{jar} is not used")) && said.contains(&why), "{said}");
         assert!(said.contains(DIGEST_OF_IT), "{said}");
         assert!(fs::read_to_string(place.path().join("asked")).unwrap().contains("--strict-checksums"));
-        // And it is not kept for the next time.
+        // The file is not kept for the next time either.
         assert!(!run(place.path(), &cache).0);
         assert_eq!(fs::read_to_string(place.path().join("asked")).unwrap().lines().count(), 2);
     }
 }
 
-/// The class path that is kept for Kafka, fetched if need be, and what the cache calls it.
+/// The name of Kafka's entry in the cache, and its class path, fetched if need be.
 fn kept() -> (String, Vec<PathBuf>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (cache, pom) = (Cache::open().unwrap(), pom());

@@ -1,4 +1,4 @@
-//! Servers whose data is kept: what was written is there after an orderly end, after SIGKILL, and on other ports.
+//! Servers whose data is kept: rows and records are there after an orderly end, after SIGKILL, and on other ports.
 
 use rdkafka::{
     ClientConfig,
@@ -55,7 +55,7 @@ async fn holds_what_was_written(servers: &Servers) {
 
 #[tokio::test]
 async fn kept_data_survives_an_orderly_end_a_kill_and_other_ports() {
-    // Below /tmp, so that PostgreSQL's user gets there when this runs as root.
+    // The directory is below /tmp, so that PostgreSQL's user gets there when this runs as root.
     let place = tempfile::Builder::new().prefix("stack-kept-").tempdir_in("/tmp").unwrap();
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
 

@@ -1,5 +1,5 @@
-//! The roles that `docker/databases.sql` makes, on a real PostgreSQL: the platform works under them, and each has no right that
-//! it does not need.
+//! The roles that `docker/databases.sql` makes, on a real PostgreSQL. The platform works under them, and each has no
+//! right that it does not need.
 
 use reqwest::{StatusCode, Url};
 use serde_json::{Value, json};
@@ -12,16 +12,16 @@ use stack::{
 };
 use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
-/// What a busy machine may take.
+/// How long a busy machine may take.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// Between two looks.
+/// The pause between two looks.
 const LOOK: Duration = Duration::from_millis(50);
 
 fn password(role: &str) -> String {
     format!("{role}-0123456789abcdef")
 }
 
-/// What psql would send: `\getenv` takes from the environment, `:'…'` puts in.
+/// The statements that psql would send: `\getenv` takes from the environment, `:'…'` puts in.
 fn statements() -> Vec<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("docker/databases.sql");
     let script = fs::read_to_string(path).unwrap();
@@ -40,7 +40,7 @@ fn statements() -> Vec<String> {
     sql.split(';').map(str::trim).filter(|statement| !statement.is_empty()).map(str::to_owned).collect()
 }
 
-/// How a role connects to a database of the server.
+/// The URL with which a role connects to a database of the server.
 fn url(server: &str, role: &str, database: &str) -> String {
     let mut url: Url = server.parse().unwrap();
     url.set_username(role).unwrap();
@@ -78,7 +78,7 @@ async fn platform(servers: &Servers) -> Stack {
     Stack::start(config, &Progress::Silent).await.unwrap()
 }
 
-/// An order, through every process, topic and database.
+/// Waits for an order, through every process, topic and database.
 async fn is_confirmed(stack: &Stack) {
     let http = reqwest::Client::new();
     let post = async |url: String, key: &str, body: &Value| {
@@ -93,7 +93,7 @@ async fn is_confirmed(stack: &Stack) {
     let order = json!({ "customer_id": "ada", "items": [{ "sku": "W", "quantity": 1 }], "payment_method": "tok_visa" });
     let placed = tokio::time::timeout(PATIENCE, async {
         loop {
-            // Its item is unknown to order-svc until the record of it arrives.
+            // The order's item is unknown to order-svc until the record of it arrives.
             match post(format!("{orders}/v1/orders"), "o", &order).await {
                 (StatusCode::UNPROCESSABLE_ENTITY, _) => tokio::time::sleep(LOOK).await,
                 (status, placed) => {
@@ -158,7 +158,8 @@ async fn the_platform_works_under_the_roles_of_the_containers_and_they_may_no_mo
             assert!(missing || refused == Err("42P01".into()) && sql.starts_with("select from"), "{sql}: {refused:?}");
         }
         assert_eq!(run(server, "relay", database, &format!("select from {own}")).await, Err(MISSING.into()));
-        // Rows have come, so a whole partition is to be there ahead of them. The relay's role makes it, and its service owns it.
+        // Rows have come, so a whole partition is to be there ahead of them. The relay's role makes it, and its service
+        // owns it.
         let owner = "select pg_get_userbyid(relowner)::text from pg_class where relname = 'outbox_000000010000001'";
         let made = async {
             loop {

@@ -1,5 +1,5 @@
-//! What the programs print: with a secret in every variable, no `--help` and no configuration error shows one; and what is not
-//! encrypted is said at the start.
+//! The output of the programs. With a secret in every variable, no `--help` and no configuration error shows one. A
+//! connection without encryption is reported at the start.
 
 use stack::service::{Service, binary};
 use std::{
@@ -8,7 +8,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-/// In every value that a variable is given here.
+/// The secret in every value that a variable gets here.
 const SECRET: &str = "hunter2";
 
 /// Values with the secret wherever one may stand. Most are right for no variable, some for one or another.
@@ -28,7 +28,7 @@ fn programs() -> BTreeSet<&'static str> {
     Service::ALL.into_iter().map(|service| service.program().0).collect()
 }
 
-/// Exit code and all that is printed, with nothing else in the environment.
+/// The exit code and all output, with nothing else in the environment.
 fn said(program: &str, arguments: &[String], variables: &[(&str, &str)]) -> (Option<i32>, String) {
     let mut command = Command::new(binary(program).unwrap());
     let output = command.args(arguments).env_clear().envs(variables.iter().copied()).output().unwrap();
@@ -89,10 +89,10 @@ fn no_configuration_error_repeats_what_it_was_given() {
                 _ => {}
             }
             let all = VALUES.map(|value| names.iter().map(|name| (name.as_str(), value)).collect::<Vec<_>>());
-            // With one variable alone, what has to be set is missing: it never gets as far as connecting.
+            // With one variable alone, a required one is missing: the program never gets as far as connecting.
             let each = names.iter().flat_map(|name| VALUES.map(|value| vec![(name.as_str(), value)]));
             let each = each.filter(|set| !["DATABASE_URL", "OUTBOXES"].contains(&set[0].0));
-            // Beside a format that there is not, it does not either.
+            // With a format that does not exist, it does not connect either.
             let urls = ["DATABASE_URL", "OUTBOXES", "GATEWAY_URL"].into_iter().filter(|name| names.contains(*name));
             let urls = urls.flat_map(|name| VALUES.map(|value| vec![(name, value), ("LOG_FORMAT", "xml")]));
             for set in all.into_iter().chain(each).chain(urls) {
@@ -109,7 +109,7 @@ fn no_usage_error_repeats_a_url() {
     for program in programs() {
         for subcommand in subcommands(program, Vec::new()) {
             for value in VALUES.into_iter().filter(|value| value.contains("://")) {
-                // None takes so many.
+                // No subcommand takes so many arguments.
                 let arguments = [subcommand.clone(), vec![value.to_owned(); 3]].concat();
                 let (code, told) = said(program, &arguments, &[]);
                 assert_eq!(code, Some(2), "{program} {arguments:?}: {told}");
@@ -133,7 +133,7 @@ fn warning(program: &str, arguments: &[&str], variables: &[(&str, &str)]) -> Str
 
 #[test]
 fn a_process_says_at_its_start_what_others_on_the_way_can_read() {
-    // An address of no network.
+    // The address is of no network.
     const DATABASE: &str = "postgres://me:hunter2@192.0.2.1:5432/d";
     let admin = ("ADMIN_ADDR", "127.0.0.1:0");
     for (program, arguments) in [

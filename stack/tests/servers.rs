@@ -1,4 +1,4 @@
-//! `stack run`: starts and cleans up, whatever happens to it.
+//! `stack run` starts and cleans up, whatever happens to it.
 
 use std::{
     fs,
@@ -9,10 +9,10 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// What a busy machine may take.
+/// How long a busy machine may take.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// A directory that marks what belongs to a test: its servers keep their data there, and say so in their arguments.
+/// A directory that marks the processes of a test: its servers keep their data there, and have it in their arguments.
 fn place() -> TempDir {
     let place = tempfile::Builder::new().prefix("stack-test-").tempdir_in("/tmp").unwrap();
     fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -55,7 +55,7 @@ fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
-/// A `stack run` whose command waits for ever, with its servers up.
+/// Starts a `stack run` whose command waits for ever, with its servers up.
 fn started(place: &Path) -> Child {
     let mut command = stack(place, &["sh", "-c", "echo up; exec sleep 600"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
@@ -135,7 +135,7 @@ fn once_the_servers_are_fetched_maven_is_not_needed_any_more() {
     let start = Instant::now();
     let again = stack(place.path(), &["env"]).env("PATH", path).output().unwrap();
     assert!(again.status.success(), "{}", text(&again));
-    // It takes about two seconds; the bound allows for what else this machine does, not for Maven.
+    // The run takes about two seconds; the bound allows for other work of this machine, not for Maven.
     assert!(start.elapsed() < Duration::from_secs(30), "{:?}", start.elapsed());
 }
 
@@ -150,7 +150,7 @@ fn without_a_jvm_or_maven_it_says_what_to_install() {
         let said = text(&output);
         assert!(!output.status.success());
         assert!(said.contains(missing) && said.contains("Install") && said.contains("DATABASE_URL"), "{said}");
-        // What cleans up after it ends a moment later.
+        // The guard, which cleans up after the stack, ends a moment later.
         wait_until("no process is left", || processes_of(place.path()).is_empty());
     }
 }

@@ -1,4 +1,4 @@
-//! `stack/test.sh`, which `make test` runs: it is cargo's own output that it reads, so cargo runs a small package here.
+//! `stack/test.sh`, which `make test` runs. It reads cargo's own output, so cargo runs a small package here.
 
 use std::{
     fs,
@@ -37,7 +37,8 @@ fn run(package: &Path, arguments: &[&str]) -> (Option<i32>, String) {
     (status.code(), String::from_utf8([stdout, stderr].concat()).unwrap())
 }
 
-/// Not at the beginning of lines: when a test here fails, the script that runs this very suite reads this as well.
+/// Quotes output, so that its lines do not begin as they do. When a test here fails, the script that runs this suite
+/// reads the output as well.
 fn quoted(said: &str) -> String {
     format!("\n| {}", said.replace('\n', "\n| "))
 }
@@ -63,7 +64,7 @@ fn the_suite_ends_with_its_sum_how_long_it_took_and_what_took_longest() {
 #[test]
 fn a_suite_that_takes_longer_than_is_promised_says_so_and_does_not_fail_for_it() {
     let package = package();
-    // A clock by which twenty-one minutes and a second go by between two looks.
+    // The clock goes on by twenty-one minutes and a second between two looks.
     let clock = "#!/bin/sh\necho $(( $(cat \"$0.at\" 2>/dev/null || echo 0) + 1261 )) > \"$0.at\"\ncat \"$0.at\"\n";
     let date = package.path().join("bin/date");
     fs::write(&date, clock).unwrap();

@@ -1,4 +1,4 @@
-//! `stack/tools.sh`, which `make` runs first: what is missing is installed on Debian as root, and named elsewhere.
+//! `stack/tools.sh`, which `make` runs first: it installs missing tools on Debian as root, and names them elsewhere.
 //! The machine around it is made of stand-ins here, so that nothing is really installed.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
@@ -70,7 +70,7 @@ fn a_python_without_venv_is_missing_and_one_with_it_is_left_alone() {
     assert!(!done && said.contains("not installed: python3 (with venv)\n") && said.contains("Install"), "{said}");
 }
 
-/// What the two variables say when servers run already.
+/// The two variables as they are when servers run already.
 const NAMED: [(&str, &str); 2] = [("DATABASE_URL", "postgres://there"), ("KAFKA_BROKERS", "there:9092")];
 
 #[test]

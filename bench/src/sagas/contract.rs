@@ -9,12 +9,12 @@ use saga_core::{
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Where the replies go.
+/// The topic that the replies go to.
 pub const REPLIES: &str = "bench.replies";
 /// The step whose reply ends the saga.
 pub const LAST_STEP: &str = "third";
 
-/// Whose the steps are.
+/// Which services the steps belong to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Layout {
@@ -33,10 +33,10 @@ impl fmt::Display for Layout {
     }
 }
 
-/// What a saga is started with.
+/// The input of a saga.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Nothing {
-    /// Of some size, as an order's would be.
+    /// A text of some size, like an order's.
     pub note: String,
 }
 
@@ -45,7 +45,7 @@ macro_rules! command {
         #[doc = concat!("A command to the participant that reads `", $commands, "`.")]
         #[derive(Debug, Clone, Serialize, Deserialize)]
         pub struct $name {
-            /// Of some size, as a real one's would be.
+            /// A text of some size, like a real command's.
             pub note: String,
         }
 
@@ -70,7 +70,7 @@ macro_rules! commands {
             command!(Second, SECOND, "bench.second.v1", $second);
             command!(Third, THIRD, "bench.third.v1", $third);
 
-            /// Three commands, then the end.
+            /// A saga of three commands.
             pub fn definition() -> Saga<Nothing> {
                 saga::<Nothing>("bench", 1)
                     .step("first", |input, ()| First { note: input.note.clone() })
@@ -89,7 +89,7 @@ commands!(apart, "Of three services.", "bench.first.commands", "bench.second.com
 commands!(together, "Of one service.", "bench.commands", "bench.commands", "bench.commands");
 
 impl Layout {
-    /// The services' databases.
+    /// The names of the services' databases.
     pub fn services(self) -> &'static [&'static str] {
         match self {
             Self::ThreeServices => &["first", "second", "third"],
@@ -97,7 +97,7 @@ impl Layout {
         }
     }
 
-    /// Their command topics, in the same order.
+    /// The services' command topics, in the same order.
     pub fn command_topics(self) -> Vec<&'static str> {
         match self {
             Self::ThreeServices => vec![apart::FIRST.name, apart::SECOND.name, apart::THIRD.name],
@@ -105,7 +105,7 @@ impl Layout {
         }
     }
 
-    /// The saga.
+    /// The definition of the saga.
     pub fn definition(self) -> Saga<Nothing> {
         match self {
             Self::ThreeServices => apart::definition(),

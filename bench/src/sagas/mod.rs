@@ -1,4 +1,4 @@
-//! Sagas a second: three remote no-op steps, so many in flight, everything on this machine.
+//! Sagas a second: three remote no-op steps, a fixed number in flight, everything on this machine.
 //!
 //! ```text
 //!   orchestrator ─┬─ outbox ─┐             ┌─ commands ─► participants (3 services, or 1)
@@ -35,34 +35,34 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-/// Statements are counted for so long, after the measured time.
+/// How long statements are counted, after the measured time.
 const COUNTED: Duration = Duration::from_secs(5);
 /// The first saga ends within this, or something is broken.
 const FIRST_END: Duration = Duration::from_secs(120);
-/// A JVM compiles itself for so long at most: some of it never ends.
+/// How long the bench waits at most for a JVM to compile itself: some of that never ends.
 const COMPILED_MAX: Duration = Duration::from_secs(180);
-/// Its compilers are looked at so often,
+/// How often the bench reads the JVM's compilers.
 const LOOK_AT_COMPILERS: Duration = Duration::from_secs(5);
-/// are quiet when they take less than this part of a processor,
+/// The compilers are quiet when they take less than this part of a processor.
 pub const COMPILERS_QUIET: f64 = 0.05;
-/// and have done when they were at so many looks in a row: they rest between their last large pieces of work, one of which
-/// was a third of a processor for 10 s.
+/// The compilers have done when they were quiet at so many looks in a row. They rest between their last large pieces of
+/// work, one of which was a third of a processor for 10 s.
 const QUIET_LOOKS: usize = 4;
-/// Microseconds; a slower saga is told as this slow.
+/// In microseconds; the histogram counts a slower saga as this slow.
 const SLOWEST: u64 = 600_000_000;
 
-/// The figure.
+/// The figures of one layout.
 #[derive(Debug, Clone, Serialize)]
 pub struct Sagas {
-    /// Whose the steps are.
+    /// Which services the steps belong to.
     pub layout: Layout,
-    /// In flight.
+    /// How many sagas were in flight.
     pub in_flight: usize,
     /// Partitions of each topic.
     pub partitions: i32,
-    /// That ended in the measured time.
+    /// Sagas that ended in the measured time.
     pub ended: u64,
-    /// A second.
+    /// Sagas that ended, for each measured second.
     pub per_second: f64,
     /// Milliseconds from beginning to end.
     pub latency_ms: Latency,
@@ -70,30 +70,30 @@ pub struct Sagas {
     pub compilers: Option<f64>,
     /// Messages in the command and reply topics.
     pub messages: i64,
-    /// What it cost.
+    /// The cost of the measured time.
     pub cost: Cost,
     /// Statements by total time, in a stretch of their own.
     pub statements: Vec<Statement>,
     /// Sagas that ended while the statements were counted.
     pub ended_while_counted: u64,
-    /// The yardstick.
+    /// The yardstick, measured after the sagas.
     pub steps: Steps,
 }
 
-/// Of a histogram.
+/// Quantiles of a histogram, in milliseconds.
 #[derive(Debug, Clone, Serialize)]
 pub struct Latency {
-    /// Half were faster.
+    /// Half of the sagas were faster.
     pub p50: f64,
-    /// 99 of 100 were faster.
+    /// 99 of 100 sagas were faster.
     pub p99: f64,
-    /// 999 of 1000 were faster.
+    /// 999 of 1000 sagas were faster.
     pub p999: f64,
-    /// The slowest.
+    /// The time of the slowest saga.
     pub max: f64,
 }
 
-/// Measures, and the yardstick after it.
+/// Measures the sagas, and the yardstick after them.
 pub async fn run(machine: &Machine, layout: Layout, args: &SagaArgs, progress: &Progress) -> anyhow::Result<Sagas> {
     progress.step(format!("sagas, {layout}: preparing databases and topics"));
     let orders = Database::create(machine, "orchestrator", &[messaging_migrations(), saga_migrations()]).await?;
@@ -133,13 +133,13 @@ async fn measure(
     progress.step("sagas: waiting for the first to end");
     await_first_end(&databases[0]).await?;
     pass(progress, "sagas: warming up", Duration::from_secs(args.warm_up)).await;
-    // As autovacuum would within the minute: plans that were made for empty tables are made anew.
+    // Autovacuum would do the same within the minute: plans that were made for empty tables are made anew.
     for database in databases {
         sqlx::query("vacuum analyze").execute(&database.pool(1).await?).await?;
     }
     await_compilers(machine, progress).await;
-    // From here on the WAL is written to files that were there before. New ones would be filled with zeros first, by
-    // whoever commits, once a second: a cost that a database has only while it is new.
+    // From here on the WAL goes to files that existed before. The committing transaction would first fill a new file
+    // with zeros, once a second: a cost that a database has only while it is new.
     sqlx::query("checkpoint").execute(&databases[0].pool(1).await?).await?;
     let compiled = compilers(machine);
     let (from, before, written) =
@@ -191,7 +191,8 @@ async fn measure(
     })
 }
 
-/// Until a saga has ended: the consumers have joined their groups, which takes a few seconds on a busy machine.
+/// Waits until a saga has ended: the consumers have then joined their groups, which takes a few seconds on a busy
+/// machine.
 async fn await_first_end(orchestrator: &Database) -> anyhow::Result<()> {
     let pool = orchestrator.pool(1).await?;
     let deadline = Instant::now() + FIRST_END;
@@ -202,8 +203,8 @@ async fn await_first_end(orchestrator: &Database) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Until the broker's JVM has nearly done with compiling itself, which takes the longer the slower the machine is, and which
-/// a broker does once in its life. Where nobody can tell, at once.
+/// Waits until the broker's JVM has nearly done with compiling itself. That takes longer on a slower machine, and a
+/// broker does it once in its life. Returns at once where the bench cannot read the compilers.
 async fn await_compilers(machine: &Machine, progress: &Progress) {
     let deadline = Instant::now() + COMPILED_MAX;
     let mut quiet = 0;
@@ -214,7 +215,7 @@ async fn await_compilers(machine: &Machine, progress: &Progress) {
     }
 }
 
-/// `None` where the broker is not ours.
+/// The broker's compilers; `None` where the bench did not start the broker.
 fn compilers(machine: &Machine) -> Option<Compilers> {
     machine.kafka_pid().and_then(Compilers::read)
 }

@@ -1,8 +1,9 @@
-//! The orchestrator, and whoever starts its sagas: so many in flight, each that ends followed by the next.
+//! The orchestrator, and the clients that start its sagas: a fixed number in flight, each that ends followed by the
+//! next.
 //!
-//! Each start is asked for by itself, as a request would; what starts at one moment shares a transaction, as everything
-//! does. A saga has ended for us when the transaction that
-//! ended it is committed; its latency is counted from before the transaction that starts it.
+//! A client asks for each start by itself, as a request would. Starts of one moment share a transaction, as everything
+//! does. For the bench a saga has ended when the transaction that ended it is committed. Its latency counts from before
+//! the transaction that starts it.
 
 use super::contract::{LAST_STEP, Layout, Nothing, REPLIES};
 use anyhow::Context as _;
@@ -24,24 +25,24 @@ use std::{
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-/// A saga that ended.
+/// The record of a saga that ended.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Ended {
-    /// Microseconds since 1970.
+    /// When it ended, in microseconds since 1970.
     pub at: u64,
-    /// Microseconds from its beginning.
+    /// How long it took, in microseconds.
     pub took: u64,
 }
 
-/// Who waits for which saga.
+/// The clients that wait, by saga.
 #[derive(Default)]
 struct Waiting {
     sagas: Mutex<HashMap<SagaId, oneshot::Sender<()>>>,
-    /// Sagas that end with the transaction that is open in a task. A worker is a task.
+    /// Sagas that end with the transaction that is open in a task; each worker is a task.
     ending: Mutex<HashMap<tokio::task::Id, Vec<SagaId>>>,
 }
 
-/// The engine's handler, and a look at what it ends.
+/// The engine's handler, and a watch for the sagas that it ends.
 struct Watching<H> {
     inner: H,
     waiting: Arc<Waiting>,
@@ -79,7 +80,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs sagas until `stop`, then writes down in `out` what ended when.
+/// Runs sagas until `stop`, then writes to `out` which sagas ended when.
 pub async fn play(
     kafka: &str,
     run: &str,

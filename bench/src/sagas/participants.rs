@@ -1,4 +1,4 @@
-//! Participants that do nothing, with the whole of the runtime around it: inbox, fence, stored reply, outbox.
+//! Participants that do nothing, with the whole of the runtime around them: inbox, fence, stored reply, outbox.
 
 use super::contract::{Layout, apart, together};
 use async_trait::async_trait;
@@ -22,7 +22,7 @@ impl<C: Command<Reply = Done>> CommandHandler<C> for DoNothing {
     }
 }
 
-/// All of them, each on a database of its own, until `stop`.
+/// Runs all participants, each on a database of its own, until `stop`.
 pub async fn play(
     kafka: &str,
     run: &str,

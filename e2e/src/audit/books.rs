@@ -45,7 +45,7 @@ pub fn money_adds_up(facts: &Facts) -> Vec<Finding> {
     wrong.into_iter().map(|what| Finding::new(Invariant::I7, what)).collect()
 }
 
-/// The gateway's balances, its movements, and payment-svc's ledger say the same.
+/// Compares the gateway's balances, its movements, and payment-svc's ledger.
 fn gateway(facts: &Facts, ledger: &BTreeMap<Uuid, Balance>) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut moved: BTreeMap<&str, Balance> = BTreeMap::new();
@@ -117,7 +117,7 @@ pub fn stock_adds_up(facts: &Facts) -> Vec<Finding> {
             wrong.push(format!("{sku}: less than nothing: {stock:?}"));
         }
     }
-    // An order that is confirmed was shipped as ordered; I6 compares each saga's, this the sums.
+    // An order that is confirmed was shipped as ordered. I6 compares each saga's pieces, this the sums.
     let mut ordered: BTreeMap<&str, i64> = BTreeMap::new();
     for (id, order) in &facts.orders {
         if facts.sagas.get(id).is_some_and(|saga| saga.status == "completed") {

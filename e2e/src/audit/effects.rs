@@ -1,4 +1,4 @@
-//! I3 and I6: what was done was done once, and agrees with how the saga ended.
+//! I3 and I6: each effect happened once, and agrees with the saga's end.
 
 use super::{Balance, Expectations, Facts, Finding, Invariant, LedgerEntry, OrderFact};
 use std::collections::BTreeMap;
@@ -97,7 +97,7 @@ fn compensated(facts: &Facts, id: Uuid, order: &OrderFact) -> Vec<String> {
     wrong
 }
 
-/// The order's money, as payment-svc and as the gateway tell it.
+/// The order's money, by payment-svc's books and by the gateway's.
 fn money(facts: &Facts, order: Uuid) -> [(&'static str, Balance); 2] {
     let mut payments = Balance::default();
     let moved = facts.payments.iter().filter(|entry| entry.order == order).filter_map(LedgerEntry::moved);

@@ -1,35 +1,35 @@
-//! What was found in the databases and the topics, as plain values.
+//! The content of the databases and the topics, as plain values.
 
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Everything that the audit looks at.
+/// Everything that the audit judges.
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
-    /// order-svc's orders.
+    /// order-svc's orders, by id.
     pub orders: BTreeMap<Uuid, OrderFact>,
-    /// Which order each Idempotency-Key made.
+    /// The order that each Idempotency-Key made.
     pub keys: BTreeMap<String, Uuid>,
-    /// The engine's sagas.
+    /// The engine's sagas, by id.
     pub sagas: BTreeMap<Uuid, SagaFact>,
-    /// Sagas that the timers know: when they are due.
+    /// The sagas that the timers know, with their due times.
     pub due: BTreeMap<Uuid, Option<OffsetDateTime>>,
-    /// Replies that no replica could decide yet, by saga.
+    /// The sagas of replies that no replica could decide yet.
     pub undecided: Vec<Uuid>,
     /// payment-svc's ledger, in its order.
     pub payments: Vec<LedgerEntry>,
-    /// What payment-svc's balances say, by order: held, captured, refunded.
+    /// payment-svc's balances, by order: held, captured, refunded.
     pub balances: BTreeMap<Uuid, [i64; 3]>,
-    /// The gateway's authorizations.
+    /// The authorizations of the gateway.
     pub authorizations: Vec<Authorization>,
     /// The gateway's movements, in their order.
     pub movements: Vec<GatewayMovement>,
-    /// inventory-svc's balances.
+    /// inventory-svc's balances, by sku.
     pub stock: BTreeMap<String, Stock>,
-    /// Its ledger.
+    /// inventory-svc's ledger, in its order.
     pub stock_movements: Vec<StockMovement>,
-    /// Its reservations.
+    /// inventory-svc's reservations, with their lines.
     pub reservations: Vec<Reservation>,
     /// Each service's messaging tables, by the name of its database, which is its outbox's name.
     pub databases: BTreeMap<String, Messaging>,
@@ -37,35 +37,35 @@ pub struct Facts {
     pub records: Vec<RecordFact>,
     /// Records that a consumer group has not taken yet: (group, topic, partition, how many).
     pub lag: Vec<(String, String, i32, i64)>,
-    /// The database's time when this was read.
+    /// The database's time when the facts were read.
     pub now: Option<OffsetDateTime>,
 }
 
-/// An order.
+/// An order of order-svc.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OrderFact {
-    /// Where it stands.
+    /// The name of the order's status.
     pub status: String,
-    /// In minor units.
+    /// The total, in minor units.
     pub total: i64,
-    /// ISO 4217.
+    /// The currency's code, ISO 4217.
     pub currency: String,
-    /// The sequence of its last status.
+    /// The sequence of the last status.
     pub version: i64,
-    /// Pieces by sku.
+    /// The number of pieces, by sku.
     pub lines: BTreeMap<String, i64>,
-    /// Its lines' prices times quantities.
+    /// The sum of the lines' prices times their quantities, in minor units.
     pub sum_of_lines: i64,
     /// (sequence, previous, status), in order.
     pub history: Vec<(i64, Option<String>, String)>,
 }
 
-/// A saga.
+/// A saga of the engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SagaFact {
-    /// Where it stands.
+    /// The name of the saga's status.
     pub status: String,
-    /// Its events so far.
+    /// The number of its events so far.
     pub revision: i32,
     /// (revision, kind), in order.
     pub log: Vec<(i32, String)>,
@@ -74,15 +74,15 @@ pub struct SagaFact {
 /// An entry of payment-svc's ledger: one side of a movement of money.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LedgerEntry {
-    /// Whose.
+    /// The order that is paid.
     pub order: Uuid,
-    /// `authorize`, `void`, `capture`, `refund`.
+    /// The kind of movement: `authorize`, `void`, `capture`, `refund`.
     pub movement: String,
-    /// `customer`, `held`, `merchant`.
+    /// The account of this side: `customer`, `held`, `merchant`.
     pub account: String,
-    /// In minor units; what enters the account is positive.
+    /// The amount in minor units; positive where it enters the account.
     pub amount: i64,
-    /// ISO 4217.
+    /// The currency's code, ISO 4217.
     pub currency: String,
 }
 
@@ -102,18 +102,18 @@ impl LedgerEntry {
 /// Sums by kind of movement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Balance {
-    /// Held in all.
+    /// Minor units held in all.
     pub authorized: i64,
-    /// Let go.
+    /// Minor units let go.
     pub voided: i64,
-    /// Taken.
+    /// Minor units taken.
     pub captured: i64,
-    /// Given back.
+    /// Minor units given back.
     pub refunded: i64,
 }
 
 impl Balance {
-    /// With one movement more.
+    /// Adds one movement.
     pub fn add(&mut self, kind: &str, amount: i64) {
         match kind {
             "authorized" => self.authorized += amount,
@@ -123,7 +123,7 @@ impl Balance {
         }
     }
 
-    /// What is neither taken nor let go.
+    /// The minor units that are neither taken nor let go.
     pub fn held(&self) -> i64 {
         self.authorized - self.voided - self.captured
     }
@@ -132,65 +132,65 @@ impl Balance {
 /// The gateway's view of one authorization.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Authorization {
-    /// The gateway's name of it.
+    /// The gateway's reference of the authorization.
     pub reference: String,
-    /// Whose: the order's id as text.
+    /// The order's id as text.
     pub order: String,
-    /// ISO 4217.
+    /// The currency's code, ISO 4217.
     pub currency: String,
-    /// What its balances say.
+    /// The sums of its balances.
     pub balance: Balance,
-    /// What it says is still held.
+    /// The minor units that are still held, as the gateway has it.
     pub held: i64,
 }
 
-/// A movement of money as the gateway has it.
+/// A movement of money in the gateway's books.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatewayMovement {
-    /// Which authorization's.
+    /// The reference of the authorization.
     pub reference: String,
-    /// The idempotency key that it came under.
+    /// The idempotency key of its request.
     pub key: String,
-    /// `authorized`, `voided`, `captured`, `refunded`.
+    /// The kind of movement: `authorized`, `voided`, `captured`, `refunded`.
     pub kind: String,
-    /// In minor units.
+    /// The amount, in minor units.
     pub amount: i64,
 }
 
-/// How many pieces there are.
+/// The pieces of an item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Stock {
-    /// Free.
+    /// Pieces that are free.
     pub on_hand: i64,
-    /// Put aside.
+    /// Pieces that are put aside.
     pub reserved: i64,
 }
 
 /// A movement of stock.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StockMovement {
-    /// Of what.
+    /// The item's stock-keeping unit.
     pub sku: String,
-    /// `adjusted`, `reserved`, `released`, `committed`.
+    /// The kind of movement: `adjusted`, `reserved`, `released`, `committed`.
     pub kind: String,
-    /// Pieces that became free.
+    /// Pieces that became free; negative where they became fewer.
     pub on_hand: i64,
-    /// Pieces that were put aside.
+    /// Pieces that were put aside; negative where they became fewer.
     pub reserved: i64,
-    /// For which reservation.
+    /// The reservation that it belongs to; `None` for an adjustment.
     pub reservation: Option<Uuid>,
 }
 
-/// A reservation.
+/// A reservation of an order's pieces.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reservation {
-    /// Its id.
+    /// The id of the reservation.
     pub id: Uuid,
-    /// Whose.
+    /// The order that the pieces are for.
     pub order: Uuid,
-    /// `reserved`, `released`, `committed`.
+    /// The status: `reserved`, `released`, `committed`.
     pub status: String,
-    /// Pieces by sku.
+    /// The number of pieces, by sku.
     pub lines: BTreeMap<String, i64>,
 }
 
@@ -199,15 +199,15 @@ pub struct Reservation {
 pub struct Messaging {
     /// Rows of the outbox, by id.
     pub outbox: BTreeMap<i64, OutboxRow>,
-    /// Rows that Kafka would not take: id to status.
+    /// The rows that Kafka would not take: id to status.
     pub parked: BTreeMap<i64, String>,
     /// Topics that are paused, with the cause.
     pub paused: Vec<(String, String)>,
-    /// What operators did, by action.
+    /// The number of operators' actions, by action.
     pub operator_actions: BTreeMap<String, usize>,
     /// Records that failed and wait: (consumer, topic, partition, lane, offset, next attempt).
     pub parked_records: Vec<ParkedRecord>,
-    /// External effects and undos that wait.
+    /// The external effects and undos that wait.
     pub intents: Vec<IntentFact>,
     /// Fences whose run or undo is still open: (saga, step, run, undo).
     pub open_fences: Vec<(Uuid, String, String, String)>,
@@ -216,93 +216,93 @@ pub struct Messaging {
 /// A row of an outbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutboxRow {
-    /// `ce_id`.
+    /// The message's id, `ce_id`.
     pub message: Uuid,
-    /// Where to.
+    /// The topic that the row goes to.
     pub topic: String,
-    /// The record's key.
+    /// The key of the record.
     pub key: Option<String>,
-    /// `ce_type`.
+    /// The message's type, `ce_type`.
     pub kind: String,
-    /// Its payload.
+    /// The payload, `None` for a tombstone.
     pub payload: Option<Vec<u8>>,
 }
 
 /// A record that a consumer could not handle yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParkedRecord {
-    /// The consumer group.
+    /// The group of the consumer.
     pub consumer: String,
-    /// Its topic and partition, and the hash of its key: a line.
+    /// The topic, the partition, and the hash of the record's key: a line.
     pub line: (String, i32, Option<i64>),
-    /// Its place.
+    /// The offset in the partition.
     pub offset: i64,
-    /// When it is tried again.
+    /// When the record is tried again; `None` behind another of its line.
     pub next_attempt_at: Option<OffsetDateTime>,
-    /// What went wrong last.
+    /// The reason of the last failure, in words.
     pub reason: Option<String>,
 }
 
 /// An external effect, or an undo, that waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IntentFact {
-    /// Whose.
+    /// The saga that the effect is of.
     pub saga: Uuid,
-    /// Which step's.
+    /// The name of the step.
     pub step: String,
-    /// `do` or `undo`.
+    /// The direction: `do` or `undo`.
     pub op: String,
-    /// `waiting`, `ready`, `open`, `in_doubt`.
+    /// The state: `waiting`, `ready`, `open`, `in_doubt`.
     pub state: String,
-    /// When somebody takes it next.
+    /// When an executor takes it next.
     pub due_at: OffsetDateTime,
 }
 
 /// A record of a topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RecordFact {
-    /// Its topic.
+    /// The name of the topic.
     pub topic: String,
-    /// Its partition.
+    /// The number of the partition.
     pub partition: i32,
-    /// Its place there.
+    /// The offset in the partition.
     pub offset: i64,
-    /// Its key.
+    /// The key; `None` if it has none.
     pub key: Option<String>,
-    /// Its value.
+    /// The value; `None` for a tombstone.
     pub value: Option<Vec<u8>>,
-    /// Its headers; the last of a name counts.
+    /// The headers; of several of a name, the last.
     pub headers: BTreeMap<String, String>,
 }
 
 impl RecordFact {
-    /// A header's value.
+    /// The value of a header.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).map(String::as_str)
     }
 
-    /// `topic/partition@offset`.
+    /// The record's place, as in `topic/partition@offset`.
     pub fn coordinates(&self) -> String {
         format!("{}/{}@{}", self.topic, self.partition, self.offset)
     }
 }
 
-/// A request that makes an order, and what the client was told.
+/// A request that makes an order, and the answer to its client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// Its Idempotency-Key.
+    /// The request's Idempotency-Key.
     pub key: String,
-    /// The answer.
+    /// The last answer to the request.
     pub answer: Answer,
 }
 
-/// What a client was told.
+/// The answer that a client got.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
-    /// 2xx, with this order.
+    /// The answer was 2xx, with this order.
     Accepted(Uuid),
-    /// Another status.
+    /// The answer had another status.
     Refused(u16),
-    /// No answer: it may or may not have happened.
+    /// There was no answer: the request may or may not have been done.
     Unknown,
 }

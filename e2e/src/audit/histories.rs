@@ -46,7 +46,7 @@ pub fn sagas_have_a_whole_log(facts: &Facts) -> Vec<Finding> {
     findings
 }
 
-/// I9: as many rows of operator actions as were answered with success.
+/// I9: there are as many rows of operator actions as actions were answered with success.
 pub fn operators_are_on_record(facts: &Facts, expected: &Expectations) -> Vec<Finding> {
     let mut recorded: BTreeMap<&str, usize> = BTreeMap::new();
     for (action, count) in facts.databases.values().flat_map(|database| &database.operator_actions) {

@@ -4,7 +4,7 @@ use super::{Expectations, Facts, Finding, Invariant, RecordFact};
 use saga_core::envelope::header;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// How the name of a dead letter topic ends.
+/// The end of a dead letter topic's name.
 const DEAD_LETTERS: &str = ".dlt";
 
 /// I2: the committed ids of every outbox are the ids in the topics, and those parked or discarded.
@@ -88,7 +88,7 @@ fn dead_letters(facts: &Facts) -> Vec<(&str, i64)> {
     dead.map(|(name, (id, _))| (name.as_str(), *id)).collect()
 }
 
-/// Records that the platform wrote, without dead letters.
+/// The records that the platform wrote, without dead letters.
 fn ours<'a>(facts: &'a Facts, expected: &'a Expectations) -> impl Iterator<Item = &'a RecordFact> {
     facts.records.iter().filter(|record| {
         let source = record.header(header::SOURCE);

@@ -1,15 +1,15 @@
-//! The audit: what must be true after everything has settled, whatever happened before.
+//! The audit: the invariants that hold after everything has settled, whatever happened before.
 //!
-//! [`Facts`] are read from every database and every topic; each invariant is a pure function over them that returns what
-//! contradicts it. It trusts nobody: not the services' answers (they are evidence to be checked), not the constraints of
-//! the databases (a check here repeats them), not the relay's own books.
+//! [`Facts`] are read from every database and every topic. Each invariant is a pure function over them that returns
+//! what contradicts it. The audit trusts no part of the system. The services' answers are evidence to be checked, a
+//! check here repeats the databases' constraints, and the relay's own books do not count.
 //!
 //! | file | invariants |
 //! |---|---|
 //! | [`requests`] | I1 every accepted request has one order, I10 faults fired and most requests succeeded |
 //! | [`messages`] | I2 committed outbox ids = ids in topics + parked + discarded, I5 first occurrences in order |
 //! | [`effects`] | I3 effects once, at the gateway too; I6 a saga's end and the effects agree |
-//! | [`waiting`] | I4 nothing waits that nobody will wake |
+//! | [`waiting`] | I4 nothing waits that no process will wake |
 //! | [`books`] | I7 money and stock add up |
 //! | [`histories`] | I8 histories are paths of the declared graphs, I9 one audit row per operator action |
 
@@ -30,7 +30,7 @@ use std::{
 };
 use uuid::Uuid;
 
-/// What must hold.
+/// The invariants, by their numbers in the table above.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[allow(missing_docs, reason = "the numbers are explained once, in this module's table")]
 pub enum Invariant {
@@ -46,12 +46,12 @@ pub enum Invariant {
     I10,
 }
 
-/// Something that contradicts an invariant.
+/// A contradiction of an invariant.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Finding {
-    /// Which.
+    /// The invariant that is contradicted.
     pub invariant: Invariant,
-    /// How, with the ids to look for.
+    /// The contradiction, with the ids to look for.
     pub what: String,
 }
 
@@ -67,12 +67,12 @@ impl fmt::Display for Finding {
     }
 }
 
-/// What the test did and what it therefore expects: everything else is a finding.
+/// The test's own actions, and what it expects of them: everything else is a finding.
 #[derive(Debug, Clone, Default)]
 pub struct Expectations {
-    /// What clients asked for, and what they were told.
+    /// The clients' requests, and the answers to them.
     pub requests: Vec<Request>,
-    /// Sagas that may be stuck at the end.
+    /// The sagas that may be stuck at the end.
     pub stuck: BTreeSet<Uuid>,
     /// Sources (`ce_source`) of records that a test wrote into the topics itself.
     pub foreign_sources: BTreeSet<String>,
@@ -80,20 +80,20 @@ pub struct Expectations {
     pub faults: BTreeMap<String, Fired>,
     /// Operator actions that were answered with success, by kind.
     pub operator_actions: BTreeMap<String, usize>,
-    /// Of all requests, how many percent must have been accepted.
+    /// The least share of all requests that must have been accepted, in percent.
     pub least_accepted_percent: usize,
 }
 
-/// A kind of fault: how often it was meant to fire at least, and did.
+/// The counts of one kind of fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Fired {
-    /// At least.
+    /// The least number of times that it was meant to fire.
     pub wanted: usize,
-    /// In fact.
+    /// The number of times that it fired.
     pub fired: usize,
 }
 
-/// Everything that contradicts an invariant; empty when all is well.
+/// All findings of the audit; empty when all is well.
 pub fn audit(facts: &Facts, expected: &Expectations) -> Vec<Finding> {
     let mut findings = [
         requests::accepted_requests_have_one_order(facts, expected),

@@ -8,18 +8,18 @@ use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Where the facts are.
+/// The places of the facts: the databases' URLs, and the brokers.
 #[derive(Debug, Clone)]
 pub struct Sources {
-    /// order-svc's database.
+    /// The URL of order-svc's database.
     pub orders: String,
-    /// payment-svc's.
+    /// The URL of payment-svc's database.
     pub payments: String,
-    /// inventory-svc's.
+    /// The URL of inventory-svc's database.
     pub inventory: String,
-    /// The simulated provider's.
+    /// The URL of the simulated provider's database.
     pub gateway: String,
-    /// Kafka.
+    /// The addresses of Kafka's brokers.
     pub brokers: String,
 }
 
@@ -32,7 +32,7 @@ impl Sources {
         Ok(facts)
     }
 
-    /// Reads what stands in the databases.
+    /// Reads the rows of the databases.
     pub async fn read_databases(&self) -> Result<Facts> {
         let mut facts = Facts::default();
         let at = |url: &str| format!("cannot read {url}");
@@ -49,7 +49,7 @@ impl Sources {
 }
 
 impl Sources {
-    /// What the databases know of one order, row by row, for whoever has to find out what went wrong.
+    /// The rows that the databases have of one order, for the reader that has to find out what went wrong.
     pub async fn story(&self, order: Uuid) -> Result<String> {
         let id = order.to_string();
         let questions = [

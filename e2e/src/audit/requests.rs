@@ -1,4 +1,4 @@
-//! I1 and I10: what clients were told is what stands in the database, and the run was worth judging.
+//! I1 and I10: the answers to clients agree with the database, and the run was worth judging.
 
 use super::{Answer, Expectations, Facts, Finding, Invariant};
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,13 +1,13 @@
-//! I4: nothing waits that nobody will wake.
+//! I4: nothing waits that no process will wake.
 
 use super::{Expectations, Facts, Finding, Invariant, Messaging, RecordFact};
 use std::collections::BTreeSet;
 use time::{Duration, OffsetDateTime};
 
-/// Whoever wakes things looks at least this often, on a busy machine.
+/// How overdue a time may be: each process that wakes work looks at least this often, on a busy machine.
 const OVERDUE: Duration = Duration::seconds(30);
 
-/// I4: whatever has not ended has somebody who takes it up again, and soon.
+/// I4: for everything that has not ended there is a process that takes it up again, and soon.
 pub fn nothing_waits_unwatched(facts: &Facts, expected: &Expectations) -> Vec<Finding> {
     let overdue = |at: OffsetDateTime| facts.now.is_some_and(|now| at + OVERDUE < now);
     let mut wrong = sagas(facts, &overdue);
@@ -24,7 +24,7 @@ pub fn nothing_waits_unwatched(facts: &Facts, expected: &Expectations) -> Vec<Fi
     wrong.into_iter().map(|what| Finding::new(Invariant::I4, what)).collect()
 }
 
-/// Whether a test wrote it.
+/// Whether a test wrote the record.
 fn is_foreign(record: &RecordFact, expected: &Expectations) -> bool {
     record.header("ce_source").is_some_and(|source| expected.foreign_sources.contains(source))
 }

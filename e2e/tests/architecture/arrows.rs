@@ -1,10 +1,10 @@
-//! Arrows between crates.
+//! The arrows that are allowed between crates.
 
 use crate::Violation;
 use serde_json::Value;
 use std::{collections::BTreeMap, process::Command};
 
-/// What each crate may depend on, tests included. The two that drive whole systems may depend on everything.
+/// The crates that each crate may depend on, tests included. The two that drive whole systems may depend on everything.
 const ARROWS: [(&str, &[&str]); 7] = [
     ("saga-core", &["saga-core"]),
     ("contracts", &["saga-core"]),

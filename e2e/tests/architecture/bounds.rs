@@ -1,12 +1,13 @@
-//! Transactions have a bound: nothing begins one but `saga_core::transaction`, which cannot begin without. The relay's
-//! connections (`outbox-relay/src/database.rs`) cannot be made without a bound, so what begins on them has it.
+//! Transactions have a bound: only `saga_core::transaction` begins one, and it cannot begin without a bound. The
+//! relay's connections (`outbox-relay/src/database.rs`) cannot be made without a bound, so each transaction on them has
+//! it.
 
 use crate::{
     Violation,
     source::{Tree, code, without_tests},
 };
 
-/// Where a transaction may begin in another way, and why.
+/// The files in which a transaction may begin in another way, and why.
 const ALLOWED: [(&str, &str); 7] = [
     ("saga-core/src/service/database.rs", "the services' pool: statements outside of transactions have a bound, too"),
     ("outbox-relay/src/nudges.rs", "one connection that listens; each of its statements has a bound"),
@@ -17,7 +18,7 @@ const ALLOWED: [(&str, &str); 7] = [
     ("saga-core/src/service/migrate.rs", "a migration takes as long as it takes"),
 ];
 
-/// How a top-level transaction begins; `tx.begin()` is a savepoint.
+/// The ways in which a top-level transaction begins; `tx.begin()` is a savepoint.
 const BEGINS: [&str; 6] =
     ["pool.begin(", "pool().begin(", "connection.begin(", "begin_with(", "try_begin(", "PgPoolOptions::new("];
 

@@ -1,5 +1,5 @@
-//! Migrations only expand within a release: the build before must be able to read and write under every one of them,
-//! because both run at once during an upgrade, and the old one alone after it is rolled back.
+//! Migrations only expand within a release: the build before must be able to read and write under every one of them.
+//! Both builds run at once during an upgrade, and the old one alone after it is rolled back.
 
 use crate::{Violation, source::Tree};
 
@@ -7,7 +7,7 @@ use crate::{Violation, source::Tree};
 const RELEASED: [(&str, u32); 6] =
     [("messaging", 7), ("saga", 2), ("order", 1), ("inventory", 2), ("payment", 1), ("gateway", 1)];
 
-/// What an older build cannot live with, and what to do instead.
+/// The statements that an older build cannot live with, each with what to do instead.
 const CONTRACTS: [(&str, &str); 12] = [
     ("drop table", "drop it a release later"),
     ("drop column", "drop it a release later"),
@@ -81,8 +81,8 @@ fn comes_back(text: &str, what: &str, statement: &str) -> bool {
     !name.is_empty() && again.iter().any(|again| text.contains(again))
 }
 
-/// Without comments, in lower case, each on one line. A function's body is one statement with what is before it, up to its
-/// first semicolon; what it does when it is called is not judged here.
+/// The statements without comments, in lower case, each on one line. A function's body is one statement with the text
+/// before it, up to its first semicolon. What it does when it is called is not judged here.
 fn statements(text: &str) -> Vec<String> {
     let text: String =
         text.lines().map(|line| line.split("--").next().unwrap_or_default()).collect::<Vec<_>>().join("\n");

@@ -6,9 +6,9 @@ use crate::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Lines of a `main.rs`: configuration, telemetry, run.
+/// The most lines of a `main.rs`: configuration, telemetry, run.
 const MAIN: usize = 40;
-/// Lines of a file without its tests and blank lines: one sitting.
+/// The most lines of a file without its tests and blank lines: one sitting.
 const FILE: usize = 420;
 /// The binaries that run in production.
 const BINARIES: [&str; 4] = ["outbox-relay", "order-svc", "inventory-svc", "payment-svc"];
@@ -23,7 +23,7 @@ pub(crate) fn mains(tree: &Tree) -> Vec<Violation> {
 }
 
 pub(crate) fn lengths(tree: &Tree) -> Vec<Violation> {
-    // Comments count, strings count (SQL is code): only what `code` blanks inside a line is looked through.
+    // Comments count, and strings count (SQL is code): only what `code` blanks inside a line is left out.
     let sources = tree.0.iter().filter(|(path, _)| path.ends_with(".rs"));
     sources
         .filter_map(|(path, text)| {
@@ -49,9 +49,9 @@ pub(crate) fn module_docs(tree: &Tree) -> Vec<Violation> {
     silent.map(|(path, _)| format!("{path} does not begin by saying what it is for (`//!`)")).collect()
 }
 
-/// refinery embeds what its macro finds when the crate is built, and ignores a name that it does not understand: each
-/// file has such a name and a version of its own, each folder is embedded by somebody, and that somebody is built again
-/// when a file is added.
+/// refinery embeds the files that its macro finds when the crate is built, and ignores a name that it does not
+/// understand. Each file has such a name and a version of its own. Each folder is embedded by a crate, which is built
+/// again when a file is added.
 pub(crate) fn migrations(tree: &Tree) -> Vec<Violation> {
     let mut violations = Vec::new();
     let mut folders: BTreeMap<&str, BTreeSet<u32>> = BTreeMap::new();

@@ -1,7 +1,7 @@
 //! The architecture, as a test: which arrows exist between crates and modules, and which do not.
 //!
-//! The checks look at `cargo metadata` and at the source's text. Each is a function from what it looks at to what it
-//! found wrong, so that a test can show it something wrong and see it found.
+//! The checks read `cargo metadata` and the source's text. Each is a function from what it reads to the violations that
+//! it found. So a test can give it a violation and see it found.
 
 mod arrows;
 mod bounds;
@@ -16,7 +16,7 @@ mod words;
 
 use source::Tree;
 
-/// Something that is not as the architecture says.
+/// A difference between the source and the architecture, in words.
 pub(crate) type Violation = String;
 
 fn none(violations: &[Violation]) {

@@ -7,7 +7,7 @@ use crate::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The modules of saga-core, as `lib.rs` and ARCHITECTURE.md name them. What only tests use is not among them.
+/// The modules of saga-core, as `lib.rs` and ARCHITECTURE.md name them. Modules that only tests use are not among them.
 const SAGA_CORE: [&str; 23] = [
     "reason",
     "card",
@@ -38,7 +38,7 @@ const OF_TESTS: [&str; 2] = ["testkit", "fail_point"];
 /// The crates whose modules may not need each other in a circle.
 const WITHOUT_CIRCLES: [&str; 3] = ["contracts", "order-svc", "inventory-svc"];
 
-/// Which module of a crate uses which others, each with a file that does.
+/// The modules that each module of a crate uses, each with a file that does.
 type Uses = BTreeMap<String, BTreeMap<String, String>>;
 
 /// The reading order of saga-core.
@@ -57,7 +57,7 @@ pub(crate) fn saga_core(tree: &Tree) -> Vec<Violation> {
     violations
 }
 
-/// A module that needs itself through others, in the crates that have no such circle.
+/// Finds a module that needs itself through others, in the crates that have no such circle.
 pub(crate) fn circles(tree: &Tree) -> Vec<Violation> {
     let mut violations = Vec::new();
     for package in WITHOUT_CIRCLES {
@@ -93,7 +93,8 @@ fn uses(tree: &Tree, package: &str) -> Uses {
     uses
 }
 
-/// The module at the crate's root that a file belongs to; `None` for the root itself, other crates, and what only tests use.
+/// The module at the crate's root that a file belongs to; `None` for the root itself, other crates, and modules that
+/// only tests use.
 fn module_of<'p>(path: &'p str, package: &str) -> Option<&'p str> {
     let inside = path.strip_prefix(package)?.strip_prefix("/src/")?;
     let module = inside.split('/').next()?.trim_end_matches(".rs");

@@ -1,4 +1,4 @@
-//! Which modules do no I/O, and who alone may do what.
+//! The modules that do no I/O, and the modules that alone may do a thing.
 
 use crate::{
     Violation,
@@ -6,10 +6,10 @@ use crate::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Crates that mean I/O.
+/// The crates that mean I/O.
 const IO: [&str; 8] = ["sqlx", "rdkafka", "axum", "tokio", "tokio_util", "reqwest", "hyper", "refinery"];
 
-/// Where purity begins; it spreads to whatever these files use of our own.
+/// Whether purity begins in this file; it spreads to whatever these files use of our own.
 fn is_pure(path: &str) -> bool {
     let core = ["saga/definition.rs", "saga/decide.rs", "envelope.rs", "command.rs", "topic.rs", "id.rs"];
     core.iter().any(|file| path == format!("saga-core/src/{file}"))
@@ -49,7 +49,7 @@ fn first(path: &str) -> &str {
     path.split("::").next().unwrap_or(path)
 }
 
-/// `mod x;` of the file at `path`, as files.
+/// The files of each `mod x;` in the file at `path`.
 fn submodules(code: &str, path: &str) -> Vec<String> {
     let folder = folder_of(path);
     let names = code.lines().filter_map(|line| {
@@ -67,7 +67,7 @@ fn folder_of(path: &str) -> String {
     }
 }
 
-/// The file that a path of our own names, seen from the file `from`; `None` for somebody else's crate.
+/// The file that a path of our own names, seen from the file `from`; `None` for another crate.
 pub(crate) fn file_of(sources: &BTreeMap<&str, String>, from: &str, path: &str) -> Option<String> {
     let package = from.split('/').next()?;
     let mut segments = path.split("::");
@@ -96,14 +96,15 @@ pub(crate) fn file_of(sources: &BTreeMap<&str, String>, from: &str, path: &str) 
     found
 }
 
-/// `backoff` is unmaintained: one file uses it, and can replace it.
+/// Checks that one file alone uses `backoff`, which is unmaintained, and can replace it.
 pub(crate) fn backoff(tree: &Tree) -> Vec<Violation> {
     let used = |code: &str| paths(code).iter().any(|path| path == "backoff" || path.starts_with("backoff::"));
     let others = tree.sources().filter(|(path, code)| *path != "saga-core/src/retry.rs" && used(code));
     others.map(|(path, _)| format!("{path} must not use backoff; saga_core::retry does")).collect()
 }
 
-/// The tools and tests that drive the system measure time as they like; what runs in production asks one place.
+/// Checks that production code asks one place for the time. Tools and tests that drive the system measure time as they
+/// like.
 pub(crate) fn clock(tree: &Tree) -> Vec<Violation> {
     let exempt = |path: &str| {
         path == "saga-core/src/clock.rs"
@@ -126,7 +127,7 @@ pub(crate) fn clock(tree: &Tree) -> Vec<Violation> {
         .collect()
 }
 
-/// The library serves other platforms, too.
+/// Checks that the library knows no orders: it serves other platforms, too.
 pub(crate) fn engine_knows_no_orders(tree: &Tree) -> Vec<Violation> {
     let words = ["OrderId", "order_id", "payment", "Payment", "inventory", "Inventory", "sku", "Sku"];
     let core = tree.sources().filter(|(path, _)| path.starts_with("saga-core/src/"));

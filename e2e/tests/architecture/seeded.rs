@@ -1,4 +1,4 @@
-//! The checks can fail: each is shown something wrong, and finds it, and something right, and finds nothing.
+//! The checks can fail: each finds the violation that it is shown, and finds nothing in good code.
 
 use crate::{
     Violation, arrows, bounds, docs, expand, files, order, purity,

@@ -64,7 +64,8 @@ pub(crate) fn code(text: &str) -> String {
     out
 }
 
-/// The strings that a program's text outside of its test module has, each with its line. A line break that is escaped joins two lines.
+/// The strings that a program's text outside of its test module has, each with its line. An escaped line break joins
+/// two lines.
 pub(crate) fn strings(text: &str) -> Vec<(usize, String)> {
     let text = text.split("#[cfg(test)]\nmod ").next().unwrap_or(text);
     let chars: Vec<char> = text.chars().collect();
@@ -87,7 +88,7 @@ fn joined(text: &str) -> String {
     parts.fold(first, |joined, part| joined + part.trim_start())
 }
 
-/// Where the comment, string or character ends that begins at `at`; `at` itself where there is none.
+/// The end of the comment, string or character that begins at `at`; `at` itself where there is none.
 fn text_end(chars: &[char], at: usize) -> usize {
     match (chars[at], chars.get(at + 1)) {
         ('/', Some('/')) => find(chars, at, |rest| rest[0] == '\n').unwrap_or(chars.len()),
@@ -122,7 +123,7 @@ fn raw_end(chars: &[char], at: usize) -> usize {
     find(chars, at + 2 + hashes, |rest| rest.starts_with(&close)).map_or(chars.len(), |n| n + close.len())
 }
 
-/// Without `#[cfg(test)] mod … { … }`.
+/// The code without `#[cfg(test)] mod … { … }`.
 pub(crate) fn without_tests(code: &str) -> String {
     let mut rest = code;
     let mut out = String::with_capacity(code.len());

@@ -5,7 +5,7 @@ use crate::{
     source::{Tree, strings},
 };
 
-/// Said of people alone. A component has a name, and a reader at night wants it.
+/// Words that are used of people alone. A component has a name, and a reader at night wants it.
 const OF_PEOPLE: [&str; 9] =
     ["who", "whoever", "whom", "somebody", "someone", "nobody", "anybody", "told", "looked at"];
 /// Likewise where people are spoken of, too.
@@ -13,7 +13,8 @@ pub(crate) const OF_PEOPLE_ALONE: [&str; 6] = ["whoever", "somebody", "someone",
 /// A sentence of more words is read twice.
 pub(crate) const WORDS_MAX: usize = 25;
 
-/// What each program says in its strings. SQL is left out, by its first word, and so is what is no text: names and lists.
+/// Checks the strings of each program. SQL is left out, by its first word, and so are strings that are no text: names
+/// and lists.
 pub(crate) fn of_programs(tree: &Tree) -> Vec<Violation> {
     let programs = tree.0.iter().filter(|(path, _)| is_product(path));
     let said = programs.flat_map(|(path, text)| strings(text).into_iter().map(move |(line, said)| (path, line, said)));

@@ -1,4 +1,4 @@
-//! What each process says: `/livez`, `/readyz`, `/health` and the metrics, all of it, also what stays green.
+//! The answers of each process: `/livez`, `/readyz`, `/health` and the metrics, all of them, also what stays green.
 
 use crate::broken::Broken;
 use e2e::platform::{Platform, SETTLED};
@@ -10,20 +10,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Seen by the next look, or the one after it, however busy the machine is; and by the brokers' clients.
+/// How long a fault may take to be seen, by the brokers' clients too. The next look sees it or the one after it,
+/// however busy the machine is.
 pub(crate) const SEEN: Duration = Duration::from_secs(60);
-/// How long a look may take: one that ended later than that after the fault began after it.
+/// How long a look may take: a look that ended later than that after the fault began after it.
 const LOOK: Duration = Duration::from_millis(2_500);
 
-/// Names, each with the causes of which it says one.
+/// The names that are red, each with the causes of which it has one.
 pub(crate) type Reds = &'static [(&'static str, &'static [&'static str])];
 
-/// What a process says: what `/readyz` names (nothing: it is ready), and what `/health` does beside that. No more and no less.
+/// A process's expected answers: the names in `/readyz` (none: it is ready), and those in `/health` beside them. No
+/// more and no less.
 pub(crate) struct Says {
     pub(crate) service: Service,
     pub(crate) not_ready: Reds,
     pub(crate) red: Reds,
-    /// Parts of which `/health` may, or may not: whether they have work at that moment is chance.
+    /// Parts that `/health` may name, or not: whether they have work at that moment is chance.
     pub(crate) may: &'static [&'static str],
 }
 
@@ -35,7 +37,7 @@ pub(crate) const fn stays_ready(service: Service, red: Reds) -> Says {
     not_ready(service, &[], red)
 }
 
-/// It has nothing to do with it.
+/// The process has nothing to do with the fault.
 pub(crate) const fn fine(service: Service) -> Says {
     stays_ready(service, &[])
 }
@@ -62,7 +64,8 @@ fn is_exactly<'e>(
     found.keys().eq(expected.keys()) && found.iter().all(|(name, cause)| expected[name].contains(cause))
 }
 
-/// Whether all answers of a process are those, from a look that began after `broken`; what they are otherwise.
+/// Whether all answers of a process are the expected ones, from a look that began after `broken`; otherwise what they
+/// are.
 async fn are(platform: &Platform, broken: Instant, says: &Says) -> Result<(), String> {
     let since_then = broken.elapsed();
     let ask = async |path: &str| asked(platform, says.service, path).await.ok_or(format!("{path}: no answer"));
@@ -71,7 +74,7 @@ async fn are(platform: &Platform, broken: Instant, says: &Says) -> Result<(), St
     let (healthy, health) = ask("/health").await?;
     let otherwise = || Err(format!("/livez {live}, /readyz {status} {ready}, /health {healthy} {health}"));
     let age = Duration::from_secs_f64(ready["age_seconds"].as_f64().unwrap_or(f64::from(u16::MAX)));
-    // What is red shows by itself that the look is new enough; what is green does not.
+    // A red part shows by itself that the look is new enough; a green one does not.
     if says.red.is_empty() && says.not_ready.is_empty() && age + LOOK > since_then {
         return Err(format!("its last look is {age:?} old"));
     }
@@ -93,7 +96,7 @@ async fn are(platform: &Platform, broken: Instant, says: &Says) -> Result<(), St
     measured(platform, says.service, ready.collect(), &red).await
 }
 
-/// Whether the metrics say the same.
+/// Checks that the metrics agree.
 async fn measured(
     platform: &Platform,
     service: Service,
@@ -131,7 +134,8 @@ pub(crate) async fn until_they_say(platform: &Platform, broken: Broken, says: &[
     }
 }
 
-/// They say this, and go on until work that stands still since then would be stalled: no part turns red, or green, that should not.
+/// Waits until the processes answer so. They have to go on until work that stands still since then would be stalled: no
+/// part turns red, or green, that should not.
 pub(crate) async fn go_on_saying(platform: &Platform, broken: &[Broken], says: &[Says]) {
     if let Some(last) = broken.last() {
         until_they_say(platform, *last, says).await;
@@ -139,7 +143,7 @@ pub(crate) async fn go_on_saying(platform: &Platform, broken: &[Broken], says: &
     let (begin, longer) = (Instant::now(), STALLED_AFTER + LOOK);
     while begin.elapsed() < longer {
         for says in says {
-            // All looks are of later than that.
+            // All looks are later than that.
             let since = begin.checked_sub(SEEN).expect("the machine runs for longer");
             let said = are(platform, since, says).await;
             assert_eq!(said, Ok(()), "{broken:?}: {}, after {:?}", says.service, begin.elapsed());
@@ -148,7 +152,7 @@ pub(crate) async fn go_on_saying(platform: &Platform, broken: &[Broken], says: &
     }
 }
 
-/// Everything is in order.
+/// Waits until everything is in order.
 pub(crate) async fn until_healthy(platform: &Platform, after: Broken) {
     for service in Service::ALL {
         let mut last = Value::Null;

@@ -19,19 +19,19 @@ use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection, PgConnection, postgre
 use stack::service::Service::{Gateway, Inventory, Orders};
 use std::process::Command;
 
-/// More than order-svc's pool has connections.
+/// More requests than order-svc's pool has connections.
 const REQUESTS: usize = 40;
 const STARTED_WITHOUT_KAFKA: Reds =
     &[("kafka", NO_KAFKA), ("commands", &["starting", "kafka_away"]), ("topics", NO_KAFKA)];
-/// What order-svc says of a locked table before anybody asks for it.
+/// order-svc's answers about a locked table before a request needs it.
 const LOCKED: Says = not_ready(Orders, &[("orders", &["no_answer"])], &[]);
 
-/// What is broken.
+/// The dependencies that a test breaks, each in its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Broken {
-    /// Killed.
+    /// PostgreSQL is killed.
     Postgres,
-    /// All its processes stand still.
+    /// All of PostgreSQL's processes stand still.
     PostgresHangs,
     /// A table is renamed away.
     Table(&'static str, &'static str),
@@ -41,9 +41,9 @@ pub(crate) enum Broken {
     Locked(&'static str),
     /// The database takes no writes.
     ReadOnly(&'static str),
-    /// Killed.
+    /// Kafka is killed.
     Kafka,
-    /// It stands still.
+    /// Kafka stands still.
     KafkaHangs,
     /// A topic is deleted.
     Topic(&'static str),
@@ -53,7 +53,7 @@ pub(crate) enum Broken {
     Provider,
 }
 
-/// What only a superuser may do; PostgreSQL may just have been killed.
+/// Runs statements that only a superuser may run; PostgreSQL may just have been killed.
 pub(crate) async fn sql(platform: &Platform, database: &str, statements: &str) {
     let url = platform.stack.database_url(database);
     eventually(SEEN, || async {
@@ -81,7 +81,7 @@ pub(crate) async fn delete_topic(platform: &Platform, topic: &str) {
     deleted.into_iter().for_each(|deleted| drop(deleted.expect("the topic can be deleted")));
 }
 
-/// With the partitions that a topic of ours has. As soon as the broker lets it.
+/// Makes a topic with the partitions of the platform's topics, as soon as the broker lets it.
 pub(crate) async fn make_topic(platform: &Platform, topic: &str) {
     let admin = admin(platform);
     eventually(SEEN, || async {
@@ -91,19 +91,19 @@ pub(crate) async fn make_topic(platform: &Platform, topic: &str) {
     .await;
 }
 
-/// All processes of PostgreSQL: its backends are no members of its group.
+/// Signals all processes of PostgreSQL: its backends are no members of its group.
 fn signal_postgres(platform: &Platform, signal: Signal) {
     let postgres = platform.stack.servers().postgres.as_ref().expect("the stack started its own");
     let parent = postgres.process.pid().expect("it runs").to_string();
     let children = Command::new("pgrep").args(["-P", &parent]).output().expect("pgrep is there");
     let children = String::from_utf8_lossy(&children.stdout).into_owned();
     for pid in children.lines().chain([parent.as_str()]).filter_map(|pid| pid.trim().parse().ok()) {
-        // One may have ended meanwhile.
+        // One process may have ended meanwhile.
         kill(Pid::from_raw(pid), signal).ok();
     }
 }
 
-/// order-svc under a role of its own, which owns nothing.
+/// Runs order-svc under a role of its own, which owns nothing.
 async fn with_a_role_of_its_own(platform: &Platform) {
     sql(
         platform,
@@ -122,14 +122,14 @@ async fn with_a_role_of_its_own(platform: &Platform) {
     platform.stack.service(Orders).ready().await.expect("it may do all that it has to");
 }
 
-/// Locks a table of order-svc's; when it has said so, more requests come than its pool has connections, over and over until they
-/// are answered.
+/// Locks a table of order-svc. When order-svc has reported that, more requests come than its pool has connections, over
+/// and over until they are answered.
 async fn lock_and_ask(platform: &Platform, table: &'static str) {
     let url = platform.stack.database_url("orders");
     tokio::spawn(async move {
         let mut connection = PgConnection::connect(&url).await.expect("PostgreSQL is there");
         let hold = format!("set application_name = 'holder'; begin; lock table {table}; select pg_sleep(600)");
-        // It is ended when the table is free again.
+        // The statement is ended when the table is free again.
         sqlx::raw_sql(AssertSqlSafe(hold)).execute(&mut connection).await.ok();
     });
     until_they_say(platform, Broken::Locked(table), &[LOCKED]).await;
@@ -150,7 +150,7 @@ impl Broken {
             Self::PostgresHangs => signal_postgres(platform, Signal::SIGSTOP),
             Self::Table(database, table) => {
                 sql(platform, database, &format!("alter table {table} rename to mislaid")).await;
-                // Something for the consumers to fail at.
+                // The order gives the consumers something to fail at.
                 platform.try_place(&Wish::of(sku, 1)).await;
             }
             Self::Right(right, table) => {
@@ -162,7 +162,7 @@ impl Broken {
                 sql(platform, database, &format!("alter database {database} set default_transaction_read_only = on"))
                     .await;
                 cut(platform, database).await;
-                // Something for the consumers to fail at.
+                // The order gives the consumers something to fail at.
                 platform.try_place(&Wish::of(sku, 1)).await;
             }
             Self::Kafka => kafka.process.kill(),

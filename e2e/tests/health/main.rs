@@ -1,8 +1,8 @@
-//! Each dependency is broken in each way, and `/livez`, `/readyz`, `/health` and the metrics say what that means, each for its own
-//! readers, and no more than that. Then it is mended, and orders go through.
+//! Each dependency is broken in each way. `/livez`, `/readyz`, `/health` and the metrics report what that means, each
+//! for its own readers, and no more than that. Then it is mended, and orders go through.
 //!
-//! What takes a broker that lies (a partition without a leader, a topic without rights) is in saga-core's and the relay's own tests,
-//! on librdkafka's mock cluster.
+//! Faults that take a broker that lies (a partition without a leader, a topic without rights) are in saga-core's and
+//! the relay's own tests. These use librdkafka's mock cluster.
 
 mod answers;
 mod broken;
@@ -19,14 +19,14 @@ use stack::service::Service::{self, Gateway, Inventory, Orders, Payments, Relay}
 
 const AWAY: &[&str] = &["database_away", "no_answer"];
 const NO_KAFKA: &[&str] = &["kafka_away"];
-/// A broker that stands still is not noticed by the consumers alone: it hands their partitions to nobody.
+/// The causes of a broker that stands still: it hands the partitions of the consumers to no member.
 const SILENT: &[&str] = &["kafka_away", "unassigned"];
 const READ_ONLY: &[&str] = &["database_read_only"];
 const OUTBOXES_AWAY: Reds = &[("outbox:orders", AWAY), ("outbox:payments", AWAY), ("outbox:inventory", AWAY)];
 const OUTBOXES_WITHOUT_KAFKA: Reds =
     &[("outbox:orders", NO_KAFKA), ("outbox:payments", NO_KAFKA), ("outbox:inventory", NO_KAFKA)];
 
-/// What is broken, and what each process concerned says.
+/// Each fault, with the answers of each process concerned.
 type Table = [(Broken, &'static [Says])];
 
 /// Servers that die or stand still.
@@ -80,7 +80,7 @@ const SERVERS: &Table = &[
     ),
 ];
 
-/// A database that answers, and lacks something.
+/// Faults of a database that answers, and lacks something.
 const DATABASES: &Table = &[
     (
         Broken::Table("orders", "catalogue"),
@@ -94,7 +94,7 @@ const DATABASES: &Table = &[
             fine(Relay),
         ],
     ),
-    // What only the consumer needs takes no traffic away.
+    // A table that only the consumer needs takes no traffic away.
     (
         Broken::Table("orders", "inbox_parked"),
         &[stays_ready(Orders, &[("replies", &["table_missing"]), ("catalogue", &["table_missing"])])],
@@ -111,15 +111,15 @@ const DATABASES: &Table = &[
         Broken::ReadOnly("orders"),
         &[
             Says {
-                // They notice when there is something to write.
+                // These parts notice when there is something to write.
                 may: &["replies", "catalogue"],
                 ..not_ready(Orders, &[("tables", &["database_read_only"])], &[("timers", &["database_read_only"])])
             },
-            // Another one's.
+            // The database is another service's.
             fine(Payments),
         ],
     ),
-    // Its callers only read.
+    // The callers of payment-svc only read.
     (
         Broken::ReadOnly("payments"),
         &[stays_ready(Payments, &[("commands", READ_ONLY), ("effects", READ_ONLY)]), fine(Orders)],
@@ -127,7 +127,7 @@ const DATABASES: &Table = &[
     (Broken::Catalogue, &[stays_ready(Orders, &[("catalogue", &["empty"])]), fine(Inventory)]),
 ];
 
-/// What lasts for longer than work may stand still, side by side; and what is said all the time.
+/// Faults that last for longer than work may stand still, side by side; and the answers all the time.
 const LASTING: (&[Broken], &[Says]) = (
     &[Broken::ReadOnly("payments"), Broken::Catalogue],
     &[
@@ -138,7 +138,7 @@ const LASTING: (&[Broken], &[Says]) = (
     ],
 );
 
-/// Topics that are gone, the provider; and tables that only writes, or other tables' readers, need.
+/// Faults of topics and the provider; and of tables that only writes, or other tables' readers, need.
 const TOPICS: &Table = &[
     (
         Broken::Topic("orders.replies"),
@@ -156,7 +156,7 @@ const TOPICS: &Table = &[
         ],
     ),
     (Broken::Provider, &[stays_ready(Payments, &[("effects", &["stalled"])]), fine(Orders)]),
-    // A read would not notice.
+    // A read would not notice the missing right.
     (Broken::Right("insert", "outbox"), &[not_ready(Orders, &[("tables", &["right_missing"])], &[])]),
     (
         Broken::Table("orders", "outbox"),
@@ -166,7 +166,7 @@ const TOPICS: &Table = &[
                 may: &["replies"],
                 ..not_ready(Orders, &[("tables", &["table_missing"])], &[])
             },
-            // It asks of one outbox only that its requests are answered.
+            // Of one outbox the relay needs only that its requests are answered.
             stays_ready(Relay, &[("outbox:orders", &["table_missing"])]),
             fine(Payments),
         ],
@@ -189,7 +189,7 @@ const TOPICS: &Table = &[
         Broken::Locked("orders"),
         &[
             Says {
-                // What else wants a connection at that moment, and gets none.
+                // These parts may want a connection at that moment, too, and get none.
                 may: &["replies", "timers", "catalogue"],
                 ..not_ready(Orders, &[("orders", &["no_answer"])], &[("connections", &["pool_full"])])
             },
@@ -198,14 +198,14 @@ const TOPICS: &Table = &[
     ),
 ];
 
-/// An order is placed, and confirmed.
+/// Places an order, and waits until it is confirmed.
 async fn an_order_goes_through(platform: &Platform, sku: &str, after: &str) {
     let order = platform.place(&Wish::of(sku, 1)).await;
     let ended = tokio::time::timeout(SETTLED, platform.outcome(order)).await;
     assert_eq!(ended.as_deref(), Ok("confirmed"), "after {after}");
 }
 
-/// Breaks one after the other, hears all answers, mends it, and places an order; then what lasts.
+/// Breaks one after the other, checks all answers, mends it, and places an order; then the faults that last.
 fn each_is_told(table: &'static Table, (lasting, says_all_the_time): (&'static [Broken], &'static [Says])) {
     unaudited(async |platform| {
         let sku = platform.item("health", 100, 10_000).await;
@@ -269,7 +269,7 @@ fn a_topic_that_is_deleted_and_made_again_at_once_is_read_from_its_new_begin() {
         let again = |line: &Value| line["message"] == "the topic is read again from its begin";
         for (service, before) in before {
             let lines = platform.lines(service, before);
-            // A partition whose offset Kafka forgot with its topic is read from its begin without a word.
+            // A partition whose offset Kafka forgot with its topic is read from its begin without a line in the log.
             let times = match service {
                 Orders => 1..=2 * PARTITIONS as usize,
                 Payments => 0..=PARTITIONS as usize,

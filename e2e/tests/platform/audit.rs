@@ -1,5 +1,5 @@
-//! The audit is itself tested: it passes on what the platform wrote, and finds every corruption that is sown into copies
-//! of its databases and topics.
+//! The audit is itself tested. It passes on the platform's own rows, and finds every corruption that is sown into
+//! copies of its databases and topics.
 
 use contracts::topics;
 use e2e::{
@@ -12,8 +12,8 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stack::service::Service;
 use uuid::Uuid;
 
-/// What is sown, into which database, and which invariant has to find it. `$ok` is a confirmed order, `$no` a cancelled
-/// one whose payment was voided, `$sku` an item.
+/// The corruptions: the database, the statement, and the invariant that has to find it. `$ok` is a confirmed order,
+/// `$no` a cancelled one whose payment was voided, `$sku` an item.
 const SEEDS: &[(&str, &str, Invariant)] = &[
     ("orders", "delete from idempotency_answer where location like '%$ok'", Invariant::I1),
     (
@@ -106,7 +106,7 @@ fn every_seeded_corruption_is_found_and_nothing_else_is() {
         assert_eq!(platform.outcome(confirmed).await, "confirmed");
         assert_eq!(platform.outcome(cancelled).await, "out_of_stock");
         platform.passes_the_audit().await;
-        // Nobody may be connected to a database that is copied.
+        // No process may be connected to a database that is copied.
         Service::ALL.into_iter().for_each(|service| platform.stack.service(service).process.kill());
         let (facts, findings) = platform.judge().await.expect("the facts can be read");
         assert_eq!(findings, [], "at rest");
@@ -124,19 +124,19 @@ fn every_seeded_corruption_is_found_and_nothing_else_is() {
     });
 }
 
-/// What the audit says of a copy of the platform's databases into which `sql` was sown. The topics stay as they are.
+/// The audit's findings on a copy of the platform's databases into which `sql` was sown. The topics stay as they are.
 async fn sown(platform: &Platform, facts: &Facts, database: &str, sql: &str) -> Vec<Finding> {
     let sources = platform.sources();
     let url = |name: &str| platform.stack.database_url(name);
     let copy = unique("sown").replace('-', "_");
     let mut admin = PgConnection::connect(&url("postgres")).await.expect("PostgreSQL runs");
-    // Idle connections of our own pool too; it makes new ones.
+    // Idle connections of our own pool end, too; it makes new ones.
     let alone = "select pg_terminate_backend(pid, 5000) from pg_stat_activity where datname = $1";
     sqlx::query(alone).bind(database).execute(&mut admin).await.expect("we may");
     let create = format!("create database {copy} template {database}");
     sqlx::raw_sql(AssertSqlSafe(create)).execute(&mut admin).await.expect("a copy can be made");
     let mut db = PgConnection::connect(&url(&copy)).await.expect("the copy is there");
-    // Corruption does not ask for permission: without triggers and foreign keys, and without checks.
+    // Corruption does not ask for permission: it comes without triggers and foreign keys, and without checks.
     sqlx::raw_sql(AssertSqlSafe(format!("set session_replication_role = replica; {UNCHECKED}; {sql}")))
         .execute(&mut db)
         .await
@@ -169,7 +169,7 @@ begin
 end
 $$";
 
-/// Corruptions of what stands in the topics, and of how far they are read.
+/// Corruptions of the topics' records, and of how far they are read.
 fn in_topics(facts: &Facts, expected: &Expectations) {
     let finds = |what: &str, invariant, corrupt: &dyn Fn(&mut Facts)| {
         let mut facts = facts.clone();
@@ -198,7 +198,7 @@ fn in_topics(facts: &Facts, expected: &Expectations) {
         record.topic.push_str(".dlt");
         facts.records.push(record);
     });
-    // A repeat is no corruption: it is what at-least-once means.
+    // A repeat is no corruption: at-least-once means just that.
     let mut repeated = facts.clone();
     repeated.records.push(facts.records[reply(facts)].clone());
     assert_eq!(audit(&repeated, expected), []);

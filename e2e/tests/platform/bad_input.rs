@@ -1,5 +1,5 @@
-//! What the platform does with what it cannot read, with a configuration that is wrong, with servers that are not there,
-//! and with somebody else's trace.
+//! The platform's reaction to input that it cannot read, to a wrong configuration, to servers that are not there, and
+//! to another program's trace.
 
 use contracts::topics::{INVENTORY_COMMANDS, ORDERS_REPLIES, PARTITIONS, PAYMENTS_COMMANDS};
 use e2e::{
@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, convert::Infallible, process::Command, time::Du
 
 const READ: [&str; 3] = [PAYMENTS_COMMANDS.name, INVENTORY_COMMANDS.name, ORDERS_REPLIES.name];
 
-/// A record that says who wrote it and nothing else, with bytes that are no JSON.
+/// A record that names its source and nothing else, with bytes that are no JSON.
 fn garbage(topic: &str, partition: i32, mark: &str) -> RecordFact {
     let value = Some(format!("\u{1}{mark} is not JSON").into_bytes());
     let key = Some(mark.to_owned());
@@ -33,7 +33,7 @@ fn what_cannot_be_read_is_dead_lettered_with_its_reason_and_place_and_the_partit
                 topics::write(&platform.brokers(), &garbage(topic, partition, &mark)).await.expect("it can be written");
             }
         }
-        // Behind the garbage, in whichever partitions its key falls.
+        // The orders come behind the garbage, in whichever partitions their keys fall.
         let sku = platform.item("behind-garbage", 100, 50).await;
         for _ in 0..8 {
             let order = platform.place(&Wish::of(&sku, 1)).await;
@@ -60,7 +60,7 @@ async fn dead_letters(platform: &Platform, topic: &str, key: &str, wanted: usize
     .await
 }
 
-/// Has what is parked tried at once, again and again.
+/// Has parked records tried at once, again and again.
 async fn parked_is_due(platform: &Platform, database: &str) -> Infallible {
     let mut db = platform.database(database).await;
     let due = "update inbox_parked set next_attempt_at = clock_timestamp() where next_attempt_at > clock_timestamp()";
@@ -84,7 +84,7 @@ fn a_command_of_an_unknown_type_and_one_that_is_no_command_are_dead_lettered() {
             let real = records.iter().find(|r| r.key == Some(order.to_string())).expect("it was commanded");
             let mut unknown = topics::resent(real);
             unknown.headers.insert("ce_type".into(), "nobody.knows.this.v9".into());
-            // A step of its own, or the fence would know the answer before the payload is looked at.
+            // The record has a step of its own: otherwise the fence would know the answer before the payload is read.
             let mut undecodable = topics::resent(real);
             undecodable.headers.insert("ce_sagastep".into(), "another-step".into());
             undecodable.value = Some(b"{\"order\":7}".to_vec());
@@ -92,7 +92,7 @@ fn a_command_of_an_unknown_type_and_one_that_is_no_command_are_dead_lettered() {
                 topics::write(&platform.brokers(), record).await.expect("it can be written");
             }
         }
-        // The next build may know the type: it is tried as often as any other. Nobody waits for that here.
+        // The next build may know the type: it is tried as often as any other. The test does not wait for that.
         let key = order.to_string();
         let letters = both.map(async |(topic, database)| {
             tokio::select! {
@@ -132,7 +132,7 @@ fn waits_for(lines: &[Value], what: &str) -> usize {
     lines.iter().filter(|line| line["message"] == what).count()
 }
 
-/// Starts processes while a server is down, and it only when all of them wait for it.
+/// Starts processes while a server is down, and the server only when all of them wait for it.
 async fn start_without<B>(platform: &Platform, services: &[Service], what: &str, comes_back: B) -> B::Output
 where
     B: Future,
@@ -142,7 +142,7 @@ where
         platform.stack.service(service).process.start_again().expect("the program is there");
     }
     let waiting = |n: usize| waits_for(&platform.lines(services[n], before[n]), what);
-    // The relay speaks of each outbox.
+    // The relay has a line for each outbox.
     let once = |n: usize| if services[n] == Service::Relay { 3 } else { 1 };
     for (n, &service) in services.iter().enumerate() {
         eventually(SETTLED, || async { (waiting(n) >= once(n)).then_some(()) }).await;
@@ -195,7 +195,7 @@ fn who_is_started_without_kafka_waits_says_so_once_and_resumes_by_itself() {
     });
 }
 
-/// No, and not merely no answer.
+/// Whether health answers no, and not merely nothing.
 async fn is_red(platform: &Platform, service: Service) -> bool {
     let url = platform.admin(service, "/health");
     eventually(SETTLED, || async { platform.http.get(&url).send().await.ok() }).await.status().is_server_error()
@@ -226,7 +226,7 @@ fn a_trace_is_carried_from_the_request_through_outbox_and_kafka_to_every_service
         for service in [Service::Orders, Service::Payments, Service::Inventory] {
             let log = platform.lines(service, 0);
             let of_order: Vec<_> = log.iter().filter(|line| line["saga"] == id.as_str()).collect();
-            // The others speak of an order only when something is wrong with it (`edges.rs`).
+            // The other services log an order only when something is wrong with it (`edges.rs`).
             assert!(service != Service::Orders || !of_order.is_empty(), "{service} says nothing about {id}");
             for line in of_order {
                 assert_eq!(line["trace_id"], trace.as_str(), "{service}: {line}");
@@ -236,8 +236,8 @@ fn a_trace_is_carried_from_the_request_through_outbox_and_kafka_to_every_service
     });
 }
 
-/// Bodies with an array in the place of an object, and which field that is: all of it, and each field that is an object or a
-/// list of objects.
+/// Bodies with an array in the place of an object, each with the field that it is. That is the whole body, and each
+/// field that is an object or a list of objects.
 fn positional(document: &Value, schema: &str) -> Vec<(Value, String)> {
     let properties = document["components"]["schemas"][schema]["properties"].as_object().cloned().unwrap_or_default();
     let fields = properties.iter().filter_map(|(name, property)| {
@@ -294,7 +294,7 @@ fn an_array_in_the_place_of_an_object_is_refused_by_every_operation() {
                 .expect("JSON");
             for (method, path, schema) in operations(&document) {
                 let id = uuid::Uuid::now_v7().to_string();
-                // A parked row's is a number, and is read before the body.
+                // The id of a parked row is a number, and is read before the body.
                 let of_path = if path.contains("/parked/") { "1" } else { &id };
                 let url = format!("{base}{}", path.replace("{id}", of_path).replace(['{', '}'], ""));
                 for (body, field) in positional(&document, &schema) {

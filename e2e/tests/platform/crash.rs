@@ -17,7 +17,7 @@ const ORDERS: usize = 120;
 /// How long a stand-by may take to take over, and everything else that happens by itself.
 const TAKEN_OVER: Duration = Duration::from_secs(60);
 
-/// Orders while `services` are killed again and again; then everything settles.
+/// Places orders while `services` are killed again and again; then everything settles.
 async fn killed_under_load(platform: &Platform, services: &[Service]) {
     let chance = Chance::new("moments");
     services.iter().for_each(|service| platform.wants_fault(&format!("SIGKILL {service}"), 1));
@@ -25,7 +25,7 @@ async fn killed_under_load(platform: &Platform, services: &[Service]) {
     let before: Vec<_> = services.iter().map(killed).collect();
     let token = CancellationToken::new();
     let orders = async {
-        // Until each of them was hit: an order may be faster than the next kill.
+        // The load goes on until each of them was hit: an order may be faster than the next kill.
         while !token.is_cancelled() {
             load(platform, ORDERS, chance.clone()).await;
             if services.iter().zip(&before).all(|(service, before)| killed(service) > *before) {
@@ -59,7 +59,7 @@ fn everything_is_killed_in_any_order_under_load() {
     alone(async |platform| killed_under_load(platform, &all).await);
 }
 
-/// Who publishes an outbox, and how many batches there are.
+/// The owner of each outbox, and how many batches there are.
 async fn owners(platform: &Platform) -> Vec<(String, String)> {
     let mut owners = Vec::new();
     for outbox in ["orders", "payments", "inventory"] {
@@ -157,7 +157,7 @@ fn a_relay_that_is_paused_past_its_lease_and_comes_back_changes_no_position() {
         let standby = platform.stack.start_another(Service::Relay).await.expect("a second relay starts");
         let zombie = platform.stack.service(Service::Relay);
         let meanwhile = async {
-            // Under load, so that it has records on their way.
+            // The relay is under load, so that it has records on their way.
             eventually(TAKEN_OVER, || async { (platform.accepted() % CUSTOMERS > 3).then_some(()) }).await;
             zombie.process.pause();
             platform.fault_fired("SIGSTOP outbox-relay");
@@ -171,7 +171,7 @@ fn a_relay_that_is_paused_past_its_lease_and_comes_back_changes_no_position() {
         zombie.ready().await.expect("the zombie finds out, and stands by");
         load(platform, 20, Chance::new("load")).await;
         platform.settles().await;
-        // Whoever wrote since is the new owner; the zombie wrote nothing, and the numbers have no gap or fork.
+        // The new owner wrote all since then. The zombie wrote nothing, and the numbers have no gap or fork.
         for (outbox, owner) in &after {
             let mut db = PgConnection::connect(&platform.stack.database_url(outbox)).await.expect("it is there");
             let (batches, last): (i64, i64) =
@@ -198,7 +198,7 @@ fn a_relay_that_is_paused_past_its_lease_and_comes_back_changes_no_position() {
     });
 }
 
-/// Cuts every client's connections to PostgreSQL, ours too; how many.
+/// Cuts every client's connections to PostgreSQL, ours too; returns how many.
 async fn cut_connections(platform: &Platform) -> i64 {
     let mut admin = PgConnection::connect(&platform.stack.database_url("postgres")).await.expect("PostgreSQL runs");
     let cut = "select count(pg_terminate_backend(pid)) from pg_stat_activity
@@ -227,7 +227,7 @@ fn connections_to_postgresql_are_cut_under_load() {
     });
 }
 
-/// Until whoever asks whether all their work moves is told that it does not.
+/// Waits until `/health` of each process reports that not all its work moves.
 async fn are_red(platform: &Platform, services: &[Service]) {
     for service in services {
         let url = platform.admin(*service, "/health");
@@ -236,8 +236,8 @@ async fn are_red(platform: &Platform, services: &[Service]) {
     }
 }
 
-/// What the processes said of an outage that began when their logs were so long: nothing over and over. Requests that
-/// failed, and statements that were slow, are told each.
+/// Checks the processes' logs of an outage, which began when the logs had these sizes: no line comes over and over.
+/// Each request that failed, and each slow statement, has a line of its own.
 fn nothing_is_said_over_and_over(platform: &Platform, logs: &[(Service, usize)]) {
     let mut said = BTreeMap::<_, usize>::new();
     for &(service, since) in logs {
@@ -290,7 +290,7 @@ fn kafka_is_killed_under_load_and_everything_resumes_by_itself() {
             eventually(TAKEN_OVER, || async { (platform.accepted() > placed + 10).then_some(()) }).await;
             kafka.process.kill();
             platform.fault_fired("SIGKILL kafka");
-            // Orders are still taken: nobody waits for Kafka within a request.
+            // Orders are still taken: no request waits for Kafka.
             let placed = platform.accepted();
             eventually(TAKEN_OVER, || async { (platform.accepted() > placed).then_some(()) }).await;
             are_red(platform, &[Service::Payments, Service::Inventory, Service::Orders, Service::Relay]).await;

@@ -1,6 +1,7 @@
-//! Every listener of the running platform keeps strangers' pages out, and serves its callers while clients hold whatever they can.
+//! Every listener of the running platform keeps pages of other sites out, and serves its callers while clients hold all
+//! they can.
 //!
-//! What each bound does by itself is shown in `saga-core/tests/doors.rs` and `order-svc/tests/it/live.rs`.
+//! The effect of each bound by itself is shown in `saga-core/tests/doors.rs` and `order-svc/tests/it/live.rs`.
 
 use e2e::{
     orders::Wish,
@@ -15,9 +16,10 @@ use std::time::{Duration, Instant};
 use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use uuid::Uuid;
 
-/// More than a listener works on at once.
+/// More requests than a listener works on at once.
 const MANY: usize = 1_030;
-/// Until a listener answers while strangers hold what they can. On an idle machine it takes milliseconds.
+/// How long a listener may take to answer while other clients hold what they can. On an idle machine it takes
+/// milliseconds.
 const SOON: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -25,7 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Listener {
     name: String,
     url: String,
-    /// Is answered 200 without a token.
+    /// A path that is answered 200 without a token.
     get: &'static str,
     /// A route for POST.
     post: &'static str,
@@ -66,7 +68,7 @@ impl Listener {
         (status, problem["type"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// Connections that have sent a part of a request, and wait.
+    /// Opens connections that have sent a part of a request, and wait.
     async fn held_by(&self, part: &str) -> Vec<TcpStream> {
         let address = self.url.strip_prefix("http://").expect("a listener's URL");
         let one = || async {
@@ -127,7 +129,7 @@ fn a_thousand_requests_that_wait_for_an_order_keep_nobody_else_waiting() {
     service::open_files();
     unaudited(async |platform| {
         let body = Wish::of(&platform.item("waited-for", 100, 2_000).await, 1).body();
-        // Nothing is paid, so no order comes to its end.
+        // No payment is made, so no order comes to its end.
         platform.stack.service(Payments).process.kill();
         let client = reqwest::Client::builder().timeout(PATIENCE).build().expect("a client");
         let url = format!("{}/v1/orders", platform.stack.url(Orders));
@@ -137,7 +139,7 @@ fn a_thousand_requests_that_wait_for_an_order_keep_nobody_else_waiting() {
             request.json(&body).send()
         };
         let waiting = tokio::spawn(join_all((0..MANY).map(|_| place("wait=20"))));
-        // Those beyond the cap are answered at once, so some are answered while others wait.
+        // Requests beyond the cap are answered at once, so some are answered while others wait.
         let read = || async {
             let began = Instant::now();
             let answer = client.get(&url).send().await.ok()?;
@@ -151,7 +153,7 @@ fn a_thousand_requests_that_wait_for_an_order_keep_nobody_else_waiting() {
             match (answer.status(), answer.headers().contains_key("preference-applied")) {
                 (StatusCode::ACCEPTED, true) => waited += 1,
                 (StatusCode::ACCEPTED, false) => answered_at_once += 1,
-                // Shed, on a machine that places few orders a second.
+                // The request is shed, on a machine that places few orders a second.
                 (status, _) => {
                     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
                     assert!(answer.headers().contains_key("retry-after"));

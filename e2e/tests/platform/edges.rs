@@ -1,10 +1,10 @@
-//! The services' processes die before and after each commit that an order passes on its way, step by step; and transactions
-//! fail for other reasons. Money and stock add up.
+//! The services' processes die before and after each commit that an order passes on its way, step by step. Transactions
+//! fail for other reasons, too. Money and stock add up.
 //!
-//! A kill is tied to a step: the fail point fires when a batch has the step's command, or its reply, in it. The claim of a
-//! call is one statement; what is before it is `consumer.after-commit`, and what is after it `participant.before-call`. The
-//! relay is killed in `crash.rs`. A saga or a reply that is taken alone, and a record that failed, lose their commits in
-//! saga-core's own tests (`crash.rs`, `crashes.rs`).
+//! A kill is tied to a step: the fail point fires when a batch has the step's command, or its reply, in it. The claim
+//! of a call is one statement. The commit before it is `consumer.after-commit`, and what is after it
+//! `participant.before-call`. The relay is killed in `crash.rs`. A saga or a reply that is taken alone, and a record
+//! that failed, lose their commits in saga-core's own tests (`crash.rs`, `crashes.rs`).
 
 use contracts::topics::ORDERS_REPLIES;
 use e2e::{
@@ -19,7 +19,8 @@ use uuid::Uuid;
 const PAYMENT_STEPS: [&str; 3] = ["do authorize-payment", "undo authorize-payment", "do capture-payment"];
 const STOCK_STEPS: [&str; 3] = ["do reserve-stock", "undo reserve-stock", "do commit-stock"];
 
-/// One after another: each with an order that is confirmed, one that is short of stock, and one that is not captured.
+/// Goes wrong at the edges one after another. Each edge meets an order that is confirmed, one that is short of stock,
+/// and one that is not captured.
 async fn at(platform: &Platform, edges: Vec<Edge>) {
     let sku = platform.item("edge", 100, 1_000).await;
     for edge in edges {
@@ -41,7 +42,7 @@ fn kills(service: Service, scope: &str, points: &[&str], steps: &[&str]) -> Vec<
     each.map(|name| Edge::kill(service, name)).collect()
 }
 
-/// Around a consumer's commits, for each step; and where nothing is committed, once.
+/// The edges around a consumer's commits, for each step; and once where no record is committed.
 fn consumer_kills(service: Service, group: &str, steps: &[&str]) -> Vec<Edge> {
     let commits = kills(service, group, &["consumer.before-commit", "consumer.after-commit"], steps);
     let others = ["consumer.before-begin", "consumer.after-inbox", "consumer.before-store"];
@@ -96,7 +97,7 @@ fn a_request_whose_process_dies_before_or_after_its_commit_has_one_effect_when_i
         for point in ["outbox.before-commit", "outbox.after-commit"] {
             let (orders, stock) = (format!("{point}@orders"), format!("{point}@inventory"));
             let dies = Edge::kill(Service::Inventory, stock);
-            // The item's own POST, then that of its first delivery.
+            // The first passage is the item's own POST, the second that of its first delivery.
             for skip in [0, 1] {
                 let edge = Edge { skip, ..dies.clone() };
                 let sku = platform.goes_wrong_at(&edge, platform.item("edge", 100, 20)).await;
@@ -116,10 +117,10 @@ fn a_request_whose_process_dies_before_or_after_its_commit_has_one_effect_when_i
     });
 }
 
-/// Around the commits of payment-svc that are no batch's, and no answer's of the gateway.
+/// The edges around the commits of payment-svc that are neither a batch's nor those of a gateway's answer.
 const AROUND_OTHER_COMMITS: [&str; 2] = ["outbox.before-commit@payments", "outbox.after-commit@payments"];
 
-/// How many calls of an order's are in this state.
+/// How many calls of an order are in this state.
 async fn calls(platform: &Platform, order: Uuid, state: &str) -> i64 {
     let count = sqlx::query_scalar("select count(*) from participant_intent where saga_id = $1 and state = $2");
     let count = count.bind(order).bind(state);
@@ -173,7 +174,7 @@ fn payment_svc_dies_before_and_after_it_commits_an_undo_that_waited_for_a_call()
     });
 }
 
-/// Who was paused goes on, also when the test fails: the next one needs it.
+/// Lets a paused process go on, also when the test fails: the next test needs it.
 struct GoesOn<'a>(&'a Process);
 
 impl Drop for GoesOn<'_> {
@@ -193,7 +194,8 @@ async fn sent(platform: &Platform, order: Uuid, op: &str, step: &str) -> i64 {
     count.fetch_one(&platform.orders).await.expect("the outbox can be read")
 }
 
-/// A command was sent and is not answered: its deadline passes, and order-svc dies in the timers' transaction.
+/// Waits for a command that was sent and is not answered: its deadline passes, and order-svc dies in the timers'
+/// transaction.
 async fn is_late(platform: &Platform, edge: &Edge, order: Uuid, op: &str, step: &str) {
     let sent_times = async |times: i64| {
         let enough = || async { (sent(platform, order, op, step).await >= times).then_some(()) };
@@ -204,7 +206,7 @@ async fn is_late(platform: &Platform, edge: &Edge, order: Uuid, op: &str, step: 
     sent_times(2).await;
 }
 
-/// Once more, and not twice: now that the order has ended nobody sends anything any more.
+/// The command was sent once more, and not twice: now that the order has ended no process sends anything any more.
 async fn was_resent_once(platform: &Platform, edge: &Edge, order: Uuid, op: &str, step: &str) {
     assert_eq!(sent(platform, order, op, step).await, 2, "{op} {step}, {edge:?}");
 }
@@ -217,7 +219,7 @@ async fn commands_are_late(platform: &Platform, point: &str) {
     let sku = platform.item("late", 100, 100).await;
     let wish = Wish::of(&sku, 2);
     let edge = Edge::kill(Service::Orders, format!("{point}@{}", ORDERS_REPLIES.name));
-    // Who has to answer stands still; and the next one does before this one goes on.
+    // The process that has to answer stands still; and the next one does before this one goes on.
     payments.pause();
     let order = platform.place(&wish).await;
     let way = [
@@ -261,7 +263,8 @@ fn order_svc_dies_after_it_commits_that_a_command_is_late_and_resends_it_once() 
     alone(async |platform| commands_are_late(platform, "saga.timers.after-commit").await);
 }
 
-/// A batch's transaction fails before its commit for each of the steps, and their records with it, which are tried again.
+/// The edges at which a batch's transaction fails before its commit, one for each of the steps. Their records fail with
+/// it, and are tried again.
 fn failures(service: Service, group: &str, steps: &[&str]) -> Vec<Edge> {
     let name = |step| format!("consumer.before-commit@{group}/{step}");
     steps.iter().map(|step| Edge { service, name: name(step), skip: 0, wrong: Wrong::Error(2) }).collect()

@@ -1,8 +1,8 @@
-//! Every OpenAPI document is valid, says of each operation what it may answer, and is true: schemathesis sends each operation what the
-//! document allows and what it forbids, and compares the answers.
+//! Every OpenAPI document is valid, lists the answers of each operation, and is true. schemathesis sends each operation
+//! the requests that the document allows, and those that it forbids. It compares the answers.
 //!
-//! The first is always tested. The second needs Python, which `stack/tools.sh` looks for, and once the network; where schemathesis
-//! cannot be had, the test says so, and fails in CI.
+//! The first is always tested. The second needs Python, which `stack/tools.sh` looks for, and once the network. Where
+//! schemathesis cannot be had, the test prints that, and fails in CI.
 
 use e2e::platform::{Platform, beside_others, unaudited};
 use serde_json::Value;
@@ -14,9 +14,9 @@ use std::{
     process::{Command, Output},
 };
 
-/// Pinned, because another version may judge differently; with hashes, because what is fetched runs here.
+/// The pinned packages, because another version may judge differently; with hashes, because what is fetched runs here.
 const SCHEMATHESIS: &str = include_str!("../../schemathesis.txt");
-/// What each operation is sent, of each kind.
+/// The number of requests that each operation gets, of each kind.
 const EXAMPLES: usize = 25;
 
 /// Every listener with a document, and its title.
@@ -49,7 +49,7 @@ fn references<'a>(value: &'a Value, found: &mut BTreeSet<&'a str>) {
     }
 }
 
-/// What is wrong with a document, as far as that can be told from itself.
+/// The flaws of a document that the document itself shows.
 fn flaws(title: &str, document: &Value) -> Vec<String> {
     let mut flaws = Vec::new();
     let info = &document["info"];
@@ -136,10 +136,10 @@ fn a_document_with_flaws_is_found_out() {
     }
 }
 
-/// Where schemathesis is, in a virtual environment of the project's own; `Err` says why it cannot be had.
+/// The program of schemathesis, in a virtual environment of the project's own; `Err` holds why it cannot be had.
 fn schemathesis() -> Result<PathBuf, String> {
     let target = std::env::current_exe().map_err(|e| e.to_string())?;
-    // target/debug/deps/openapi-…
+    // The test binary is target/debug/deps/openapi-…
     let target = target.ancestors().nth(3).ok_or("the test runs outside a target directory")?;
     let (place, run) = (target.join("schemathesis"), |program: &Path, arguments: &[&str]| -> Result<Output, String> {
         let ran = Command::new(program).args(arguments).output();
@@ -150,7 +150,8 @@ fn schemathesis() -> Result<PathBuf, String> {
         }
     });
     let (program, pip) = (place.join("bin/st"), place.join("bin/pip"));
-    // Written last: what an installation that was interrupted left, or another list, is made anew.
+    // The list is written last: after an installation that was interrupted, or of another list, everything is made
+    // anew.
     let installed = place.join("installed.txt");
     let is_there = fs::read_to_string(&installed).is_ok_and(|list| list == SCHEMATHESIS);
     if is_there && run(&program, &["--version"]).is_ok() {
@@ -174,7 +175,7 @@ fn schemathesis_finds_nothing_in_any_document() {
             return;
         }
     };
-    // What it sends may pause outboxes and move money.
+    // The requests may pause outboxes and move money.
     unaudited(async |platform| {
         let mut found = Vec::new();
         for (title, url) in documents(platform) {
@@ -193,7 +194,7 @@ fn schemathesis_finds_nothing_in_any_document() {
                 "--seed",
                 "1",
                 "--no-color",
-                // Each operation alone: what follows from what is the other tests' concern.
+                // Each operation is tested alone: sequences of operations are the other tests' concern.
                 "--phases",
                 "examples,coverage,fuzzing",
                 "--generation-database",

@@ -1,5 +1,5 @@
-//! For every step of the order saga: it succeeds, is refused, fails and recovers, stays in doubt, and each command, undo
-//! and reply comes twice or late, or never. Money and stock add up. (`edges.rs` kills the processes meanwhile.)
+//! Every step of the order saga: it succeeds, is refused, fails and recovers, stays in doubt. Each command, undo and
+//! reply comes twice or late, or never. Money and stock add up. (`edges.rs` kills the processes meanwhile.)
 //!
 //! One platform, many orders at once: a case is a line of a table, and the audit judges all of them together.
 
@@ -16,13 +16,13 @@ use stack::service::Service;
 use std::collections::BTreeSet;
 use uuid::Uuid;
 
-/// Which step, what the participant does with it, how the order ends, and what the gateway has done by then.
+/// A step, the participant's behaviour, the order's end, and what the gateway has done by then.
 struct Case {
     step: &'static str,
     fault: &'static str,
     /// The simulated provider's behaviour.
     token: &'static str,
-    /// More than there are: `reserve-stock` is refused, and the payment voided.
+    /// More pieces than there are: `reserve-stock` is refused, and the payment voided.
     too_many: bool,
     outcome: &'static str,
     gateway: &'static [&'static str],
@@ -109,7 +109,7 @@ fn every_command_undo_and_reply_comes_twice_while_the_order_runs() {
     });
 }
 
-/// What an order's records in a topic say again, each as a resend would: under a new message id.
+/// The records of orders in a topic, as they stand there.
 async fn records_of(platform: &Platform, topic: &str, orders: &[Uuid]) -> Vec<RecordFact> {
     let names: Vec<_> = orders.iter().map(ToString::to_string).collect();
     let all = topics::read(&platform.brokers(), topic).await.expect("the topic can be read");
@@ -126,7 +126,7 @@ fn every_command_undo_and_reply_comes_again_after_the_end() {
         let mut replies = 0;
         for topic in [PAYMENTS_COMMANDS.name, INVENTORY_COMMANDS.name, ORDERS_REPLIES.name] {
             for record in records_of(platform, topic, &orders).await {
-                // As it was: the inbox knows it. And as a resend: the fence, or the saga, does.
+                // The record comes as it was: the inbox knows it. And as a resend: the fence, or the saga, does.
                 topics::write(&platform.brokers(), &record).await.expect("it can be written");
                 topics::write(&platform.brokers(), &topics::resent(&record)).await.expect("it can be written");
                 replies += usize::from(topic == ORDERS_REPLIES.name);
@@ -141,8 +141,8 @@ fn every_command_undo_and_reply_comes_again_after_the_end() {
         assert_eq!(after.stock, before.stock);
         let statuses = |facts: &e2e::audit::Facts| facts.sagas.values().map(|s| s.status.clone()).collect::<Vec<_>>();
         assert_eq!(statuses(&after), statuses(&before));
-        // Replies that came again, and those that commands that came again were answered with, were noted as ignored: each
-        // kind of them once.
+        // Replies that came again were noted as ignored, and so were the answers to commands that came again. Each kind
+        // of them was once.
         let ignored = |order| after.sagas[order].log.iter().filter(|(_, kind)| kind == "ignored").count();
         assert!(replies > orders.len() && orders.iter().all(|order| ignored(order) > 0));
     });

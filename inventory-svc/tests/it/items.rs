@@ -5,7 +5,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use sqlx::Row;
 
-/// What was announced of a sku, in order.
+/// The events that were announced of a sku, in order.
 async fn announced(warehouse: &Warehouse, sku: &str) -> Vec<Value> {
     let rows = sqlx::query("select payload, type from outbox where topic = 'inventory.items' and key = $1 order by id");
     let rows = rows.bind(sku).fetch_all(&warehouse.db.pool).await.unwrap();
@@ -44,7 +44,7 @@ async fn a_repeated_creation_gets_the_same_answer_and_announces_nothing_more() {
         let header = |name: &str| answer.headers()[name].to_str().unwrap().to_owned();
         let head = (answer.status().as_u16(), header("location"), header("etag"), header("content-type"));
         answers.push((head, answer.text().await.unwrap()));
-        // What was answered stays what is answered, whatever became of the item since.
+        // An answer stays the same, whatever became of the item since.
         sqlx::query("update stock set on_hand = on_hand + 1").execute(&warehouse.db.pool).await.unwrap();
     }
     assert_eq!(answers[0].0, (201, "/v1/items/A".into(), "\"1\"".into(), "application/json".into()));
@@ -82,7 +82,7 @@ async fn twenty_repeats_at_once_create_once() {
         let response = response.unwrap();
         match response.status().as_u16() {
             201 => created += 1,
-            // Not that the sku is taken: a repeat is told of its own first request only.
+            // The answer is not that the sku is taken: a repeat gets the answer to its own first request only.
             _ => assert_eq!(problem(response).await.1, "/problems/in-flight"),
         }
     }

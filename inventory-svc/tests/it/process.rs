@@ -1,4 +1,4 @@
-//! The binary itself: how it is configured, what it says, how it waits and how it ends.
+//! The binary itself: its configuration, its output, its waits and its end.
 
 use inventory_svc::migrations;
 use nix::{
@@ -25,12 +25,12 @@ fn binary(arguments: &[&str], variables: &[(&str, &str)]) -> Command {
     command
 }
 
-/// An address that nobody listens on.
+/// An address on which no process listens.
 fn free() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }
 
-/// Ends `child` as an orchestrator does; its exit code and the lines that it logged.
+/// Ends `child` as an orchestrator does; returns its exit code and the lines that it logged.
 async fn stop(child: Child) -> (Option<i32>, Vec<Value>) {
     let pid = i32::try_from(child.id().unwrap()).unwrap();
     kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
@@ -56,7 +56,7 @@ async fn every_mistake_in_the_configuration_is_told_at_once() {
 async fn help_explains_each_option_and_shows_no_secret() {
     let secret = [("ADMIN_TOKEN", "hunter2-hunter2-hunter2"), ("DATABASE_URL", "postgres://u:hunter2@h/d")];
     let output = binary(&["--help"], &secret).output().await.unwrap();
-    // Wrapped to the terminal's width, whatever that is here.
+    // The help is wrapped to the terminal's width, whatever that is here.
     let help = String::from_utf8(output.stdout).unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(output.status.success());
     for variable in [

@@ -1,4 +1,4 @@
-//! The schema keeps its own rules, whoever writes to it; the names of its constraints are part of the code.
+//! The schema keeps its own rules, whichever program writes to it; the names of its constraints are part of the code.
 
 use inventory_svc::migrations;
 use saga_core::testkit::TestDatabase;

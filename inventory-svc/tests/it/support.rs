@@ -52,7 +52,7 @@ impl Warehouse {
         Self { db, client: Client::new(), commands: Commands::new(), url, stop }
     }
 
-    /// With so many pieces of each.
+    /// Opens a warehouse with so many pieces of each item.
     pub(crate) async fn stocked(pieces: &[(&str, i64)]) -> Self {
         let warehouse = Self::open().await;
         for (sku, on_hand) in pieces {
@@ -83,7 +83,7 @@ impl Warehouse {
         self.request(Method::POST, &format!("/v1/items/{sku}/adjustments")).header("idempotency-key", key).json(body)
     }
 
-    /// On hand and reserved.
+    /// The pieces of an item on hand, and those reserved.
     pub(crate) async fn balance(&self, sku: &str) -> (i64, i64) {
         let row = sqlx::query("select on_hand, reserved from stock where sku = $1").bind(sku);
         let row = row.fetch_one(&self.db.pool).await.unwrap();
@@ -95,7 +95,7 @@ impl Warehouse {
         deliver(&self.db.pool, &self.commands, messages).await.unwrap();
     }
 
-    /// Handles one command; the last reply to it.
+    /// Handles one command; returns the last reply to it.
     pub(crate) async fn send(&self, message: &Message) -> Reply {
         self.handle(std::slice::from_ref(message)).await;
         let command = message.envelope.saga.as_ref().unwrap().command;
@@ -120,7 +120,7 @@ impl Warehouse {
         rows.iter().map(reply).collect()
     }
 
-    /// The ledger explains every balance, and nobody has fewer than nothing.
+    /// The ledger explains every balance, and no item has fewer pieces than none.
     pub(crate) async fn books_balance(&self) {
         let wrong: i64 = sqlx::query_scalar(
             "select count(*)
@@ -192,7 +192,7 @@ pub(crate) fn command<C: Command>(order: OrderId, step: &str, op: Op, command: &
     }
 }
 
-/// Status, problem type and the fields that are named.
+/// The status, the problem's type and the fields that it names.
 pub(crate) async fn problem(response: Response) -> (u16, String, Vec<String>) {
     let status = response.status().as_u16();
     assert_eq!(response.headers()["content-type"], "application/problem+json", "{status}");

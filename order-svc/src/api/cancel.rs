@@ -1,4 +1,4 @@
-//! `POST /v1/orders/{id}/cancel`.
+//! The handler of `POST /v1/orders/{id}/cancel`: cancels an order in time.
 
 use super::{ApiState, etag_header, read::no_such_order, view::OrderView};
 use crate::{

@@ -1,10 +1,9 @@
 //! `GET /v1/orders/{id}/events`: an order's way as server-sent events.
 //!
-//! An event's id is its sequence in the order's history, so a client that lost its connection sends the last one it saw
-//! and gets the rest from the database, whichever replica it asks; nothing is kept per client. A stream ends after a
-//! terminal status, when the process stops, and when it is the oldest
-//! of too many; a client that comes back after the end gets 204, which tells an
-//! `EventSource` to stay away.
+//! An event's id is its sequence in the order's history. A client that lost its connection sends the last one it saw.
+//! It gets the rest from the database, whichever replica it asks; the service keeps nothing per client. A stream ends
+//! after a terminal status, when the process stops, and when it is the oldest of too many. A client that comes back
+//! after the end gets 204, which keeps an `EventSource` away.
 
 use super::{ApiState, read::no_such_order, view::StatusView};
 use crate::{
@@ -28,7 +27,7 @@ use std::{collections::VecDeque, convert::Infallible, time::Duration};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// Proxies close connections that say nothing for a minute or so.
+/// How often a stream sends a comment: proxies close connections that are silent for a minute or so.
 const HEARTBEAT: Duration = Duration::from_secs(15);
 /// How soon a client that lost its connection comes back.
 const RECONNECT: Duration = Duration::from_secs(1);
@@ -99,7 +98,7 @@ fn last_event_id(headers: &HeaderMap, newest: i64) -> Result<i64, Problem> {
     })
 }
 
-/// One client's place in one order's history.
+/// The place of one client in one order's history.
 struct Follower {
     pool: PgPool,
     order: OrderId,
@@ -107,7 +106,7 @@ struct Follower {
     unsent: VecDeque<HistoryEntry>,
     ended: bool,
     versions: Watch,
-    /// The connection is not the first that makes room for another.
+    /// While this is kept, the connection makes room for another only when none waits for its client.
     _held: Option<Held>,
     shutdown: CancellationToken,
 }
@@ -134,7 +133,7 @@ impl Follower {
             }
             match store::history_after(&self.pool, self.order, self.seen).await {
                 Ok(entries) => self.unsent.extend(entries),
-                // The client comes back with the last id it saw; the outage itself is told by readiness.
+                // The client comes back with the last id it saw; readiness reports the outage itself.
                 Err(error) => {
                     tracing::debug!(order = %self.order, %error, "an event stream ends early");
                     return None;

@@ -1,4 +1,4 @@
-//! `POST /v1/orders`.
+//! The handler of `POST /v1/orders`: places an order under its Idempotency-Key.
 
 use super::{ApiState, etag, etag_header, prefer, prefer::PreferWait, refused, view::OrderView};
 use crate::domain::{Order, OrderStatus, PlaceOrder, PlaceOrderRequest};
@@ -16,7 +16,7 @@ use saga_core::{
 };
 use std::time::Duration;
 
-/// What keeps this operation's keys apart from other operations'. Whoever calls joins it once callers are known.
+/// The scope that keeps this operation's keys apart from other operations'. The caller joins it once callers are known.
 const SCOPE: &str = "POST /v1/orders";
 
 /// Place an order
@@ -79,8 +79,8 @@ pub async fn place_order(
     }
 }
 
-/// The answer after waiting; `None` when nobody could wait, in which case the first answer is as good: the order is
-/// placed, and nothing that goes wrong from here on may say otherwise.
+/// The answer after waiting; `None` when the service could not wait. In that case the first answer is as good: the
+/// order is placed, and nothing that goes wrong from here on may change that answer.
 async fn waited(state: &ApiState, placed: &Order, wait: Duration) -> Option<Response> {
     let settled = state.orders.settle(placed.id, placed.version, wait, &state.shutdown).await;
     let order =
@@ -98,7 +98,7 @@ fn location(order: &Order) -> String {
     format!("/v1/orders/{}", order.id)
 }
 
-/// The order as it was just written.
+/// Builds the order as it was just written.
 fn placed(order: PlaceOrder) -> Order {
     Order {
         id: order.order,

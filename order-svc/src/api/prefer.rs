@@ -4,14 +4,14 @@ use axum::extract::FromRequestParts;
 use http::{HeaderMap, HeaderName, HeaderValue, request::Parts};
 use std::{convert::Infallible, time::Duration};
 
-/// Nobody waits longer than that, whatever they prefer.
+/// The longest wait of a request, whatever its client prefers.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
 const PREFER: HeaderName = HeaderName::from_static("prefer");
-/// Says which preference was honoured.
+/// The response header that names the preference that was honoured.
 pub const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 
-/// How long to wait; `None` is not at all. A preference that is not understood is none (RFC 7240, section 2).
+/// How long to wait; `None`: not at all. A preference that is not understood counts as none (RFC 7240, section 2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PreferWait(pub Option<Duration>);
 
@@ -29,7 +29,7 @@ impl PreferWait {
     }
 }
 
-/// The answer's `Preference-Applied` for a wait of this length.
+/// The value of `Preference-Applied` for a wait of this length.
 pub fn applied(wait: Duration) -> HeaderValue {
     HeaderValue::from_str(&format!("wait={}", wait.as_secs())).unwrap_or(HeaderValue::from_static("wait"))
 }

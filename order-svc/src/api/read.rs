@@ -94,7 +94,7 @@ pub(super) fn no_such_order(id: Uuid) -> Problem {
     Problem::not_found(format!("There is no order {id}."))
 }
 
-/// Whether `If-None-Match` names this version; weak comparison, as RFC 9110 wants it here.
+/// Whether `If-None-Match` names this version, by weak comparison, as RFC 9110 wants it here.
 fn matches(headers: &HeaderMap, etag: &[u8]) -> bool {
     headers.get_all(header::IF_NONE_MATCH).iter().any(|value| {
         value

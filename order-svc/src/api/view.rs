@@ -31,7 +31,8 @@ pub struct OrderView {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "unreachable")]
     pub cause: Option<String>,
-    /// It goes on when an operator has looked at it: something that was done for it can neither be finished nor undone by itself.
+    /// Whether the order waits for an operator: something that was done for it can neither be finished nor undone by
+    /// itself.
     #[serde(skip_serializing_if = "is_false")]
     pub waits_for_operator: bool,
     /// When it was placed.
@@ -106,7 +107,7 @@ impl From<PricedLine> for ItemView {
 }
 
 impl StatusView {
-    /// A row of an order's history.
+    /// Makes the view of a row of an order's history.
     pub fn new(order: OrderId, entry: HistoryEntry) -> Self {
         Self {
             order_id: order,

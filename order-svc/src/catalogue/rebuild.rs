@@ -5,9 +5,9 @@
 //!                                            what came meanwhile ────┴─► catalogue
 //! ```
 //!
-//! The same handler fills the session's tables, which have the names of the real ones and so stand before them. Orders are
-//! priced all the while, from what was there and then from what is new. When the process dies before its one commit, nothing has
-//! changed, and the session's tables are gone with it.
+//! The same handler fills the session's tables, which have the names of the real ones and so stand before them.
+//! Meanwhile orders are priced from the old rows, and then from the new ones. When the process dies before its one
+//! commit, nothing has changed, and the session's tables are gone with it.
 
 use super::CatalogueHandler;
 use saga_core::{
@@ -20,29 +20,31 @@ use saga_core::{
 use sqlx::{AssertSqlSafe, PgPool};
 use std::time::{Duration, Instant};
 
-/// Of a transaction with some hundred records.
+/// The bound of a transaction with some hundred records.
 const BATCH: Bound = Bound::new(Duration::from_secs(30));
-/// Of the transaction that puts the new catalogue in place, in which the consumer waits. It waits for the consumer's batch itself.
+/// The bound of the transaction that puts the new catalogue in place, in which the consumer waits. It waits for the
+/// consumer's batch itself.
 const PLACE: Bound = Bound::new(Duration::from_secs(60)).with_lock(Duration::from_secs(2));
-/// How often it is tried to come between two batches of the consumer.
+/// How often the rebuild tries to come between two batches of the consumer.
 const TRIES: u32 = 30;
-/// What came since the last look at the topic's end is few, and the server ends a transaction that is silent for longer (8 s).
+/// The longest time for the records since the last look at the topic's end, which are few. The server ends a
+/// transaction that is silent for longer (8 s).
 const LAST_MAX: Duration = Duration::from_secs(5);
-/// Between two lines that tell how far it is.
+/// The pause between two log lines of progress.
 const TELL_EVERY: Duration = Duration::from_secs(2);
 
-/// What came of it.
+/// The figures of a rebuild.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Rebuilt {
     /// Records that were read.
     pub records: u64,
     /// Items that the topic has, with those that are withdrawn.
     pub items: u64,
-    /// Items of which the catalogue had something else, or nothing.
+    /// Items of which the catalogue had another row, or none.
     pub changed: u64,
     /// Items of the catalogue that the topic does not have.
     pub missing: u64,
-    /// Records that are no item; the consumer dead-letters such.
+    /// Records that are no item, which the consumer dead-letters.
     pub unreadable: u64,
 }
 
@@ -55,16 +57,16 @@ pub enum Missing {
     Withdraw,
 }
 
-/// Why the catalogue is as it was.
+/// Why the catalogue was not replaced.
 #[derive(Debug, thiserror::Error)]
 pub enum RebuildError {
     /// The topic could not be read.
     #[error("nothing was changed: {0}")]
     Topic(#[from] RereadingError),
-    /// PostgreSQL said so, or is not there.
+    /// PostgreSQL returned an error, or is not there.
     #[error("nothing was changed: {0}")]
     Database(#[from] sqlx::Error),
-    /// The consumer's transactions, or others, kept the catalogue locked.
+    /// Transactions of the consumer, or others, kept the catalogue locked.
     #[error("nothing was changed: the catalogue was in use at each of {tries} tries to exchange it; run it again", tries = TRIES)]
     InUse,
     /// Records came faster than they could be read.
@@ -75,7 +77,8 @@ pub enum RebuildError {
     Late,
 }
 
-/// Reads the topic from its beginning and puts what it says in place of the catalogue. `pool` has one connection, which stays.
+/// Reads the topic from its beginning and puts its items in place of the catalogue. `pool` has one connection, which
+/// stays.
 ///
 /// # Errors
 /// [`RebuildError`]; then nothing was changed.
@@ -83,7 +86,7 @@ pub async fn rebuild(pool: &PgPool, brokers: &str, topic: &str, missing: Missing
     let real = prepare(pool).await?;
     let mut reading = Rereading::begin(brokers, topic).await?;
     let (mut done, mut told) = (Rebuilt::default(), clock::monotonic());
-    // Twice: what came while the first was read is little.
+    // Twice: the records that came while the first pass ran are few.
     for _ in 0..2 {
         while let Some(read) = reading.next().await? {
             let batch = async {
@@ -105,7 +108,7 @@ pub async fn rebuild(pool: &PgPool, brokers: &str, topic: &str, missing: Missing
     Err(RebuildError::InUse)
 }
 
-/// Makes the session's tables; says in which schema the real ones are.
+/// Makes the session's tables; returns the schema of the real ones.
 async fn prepare(pool: &PgPool) -> Result<String, sqlx::Error> {
     let mut db = pool.acquire().await?;
     sqlx::raw_sql("drop table if exists pg_temp.catalogue, pg_temp.catalogue_seen").execute(&mut *db).await?;
@@ -124,7 +127,8 @@ async fn prepare(pool: &PgPool) -> Result<String, sqlx::Error> {
     Ok(real)
 }
 
-/// Takes what was read; what is no item is named and passed over. Gives back how many records that were, and how many no items.
+/// Takes records that were read; one that is no item is named and passed over. Returns how many records that were, and
+/// how many were no item.
 async fn take_in(tx: &mut Tx<'_>, read: &Reread) -> Result<(u64, u64), sqlx::Error> {
     let mut unreadable = 0;
     for (at, reason) in &read.unreadable {
@@ -134,7 +138,7 @@ async fn take_in(tx: &mut Tx<'_>, read: &Reread) -> Result<(u64, u64), sqlx::Err
     let mut messages = read.messages.clone();
     let all = count(messages.len()) + unreadable;
     loop {
-        // It looks at the records before it touches the database, so the transaction is as it was.
+        // The handler checks the records before it touches the database, so the transaction is as it was.
         let unfit = match CatalogueHandler.handle(tx, &messages).await {
             Ok(()) => return Ok((all, unreadable)),
             Err(HandleError::Several(unfit)) => unfit.into_iter().map(|unfit| (unfit.message, unfit.reason)).collect(),
@@ -157,8 +161,9 @@ fn is_among(unfit: &[(saga_core::id::MessageId, String)], message: &Message) -> 
     found.is_some()
 }
 
-/// Puts the session's tables in place of the real ones, with what has come to the last moment; `None` when the consumer did not
-/// let it in. It can be tried again only then: what is read behind that is rolled back with everything else.
+/// Puts the session's tables in place of the real ones, with the records to the last moment. `None` when the consumer
+/// did not let it in. It can be tried again only then: records that are read behind that are rolled back with
+/// everything else.
 async fn place(
     pool: &PgPool,
     real: &str,
@@ -170,7 +175,7 @@ async fn place(
     let say = async |tx: &mut Tx<'_>, statement: String| {
         Ok::<_, sqlx::Error>(sqlx::query(AssertSqlSafe(statement)).execute(&mut **tx).await?.rows_affected())
     };
-    // Readers of prices are let through; the consumer waits, and what it has done until now is in the topic before its end.
+    // Readers of prices go on. The consumer waits, and what it has done until now is in the topic before its end.
     match say(&mut tx, format!("lock table {real}.catalogue in share row exclusive mode")).await {
         Err(error) if error_class::lock_wait(&error).is_some() => return Ok(None),
         locked => drop(locked?),

@@ -1,7 +1,7 @@
 //! A request becomes an order, or the list of everything that is wrong with it.
 //!
-//! The request's types take what JSON can hold (any text, any 64-bit number), so that this module, not the decoder,
-//! names every bad field at once.
+//! The request's types take what JSON can hold (any text, any 64-bit number). So this module, not the decoder, names
+//! every bad field at once.
 
 use super::{CustomerId, MalformedCustomer, MalformedPaymentMethod, PaymentMethod};
 use contracts::{
@@ -19,7 +19,7 @@ pub const MAX_LINES: usize = 100;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PlaceOrderRequest {
-    /// Who orders.
+    /// The caller's own name for the customer.
     #[schema(min_length = 1, max_length = 100, pattern = "^[!-~]+$", example = "customer-17")]
     pub customer_id: String,
     /// What; each sku once.
@@ -42,23 +42,23 @@ pub struct RequestedItem {
     pub quantity: i64,
 }
 
-/// A request that can be priced.
+/// A request whose fields are all well-formed, and that can be priced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewOrder {
-    /// Who orders.
+    /// The caller's own name for the customer.
     pub customer: CustomerId,
-    /// Who pays.
+    /// The gateway's token of the means of payment.
     pub payment_method: PaymentMethod,
-    /// What: 1 to [`MAX_LINES`] lines, each sku once.
+    /// The lines: 1 to [`MAX_LINES`], each sku once.
     pub lines: Vec<Line>,
 }
 
 /// A field of the request and what is wrong with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BadField {
-    /// As in `items[0].quantity`.
+    /// The field's path, as in `items[0].quantity`.
     pub field: String,
-    /// What is wrong.
+    /// What is wrong with the field.
     pub fault: Fault,
 }
 
@@ -69,60 +69,60 @@ impl BadField {
     }
 }
 
-/// What can be wrong with a field.
+/// The kinds of faults that a field can have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
-    /// Not a customer id.
+    /// The text is no customer id.
     #[error(transparent)]
     Customer(#[from] MalformedCustomer),
-    /// Not a payment token.
+    /// The text is no payment token.
     #[error(transparent)]
     PaymentMethod(#[from] MalformedPaymentMethod),
-    /// A card's own number in place of a token or a name.
+    /// The text holds a card's own number in place of a token or a name.
     #[error("{}: {instead}", card::REFUSED)]
     CardNumber {
-        /// What to send instead.
+        /// What to send instead, in words.
         instead: &'static str,
     },
-    /// Not a sku.
+    /// The text is no sku.
     #[error(transparent)]
     Sku(#[from] MalformedSku),
-    /// Not a quantity.
+    /// The number is no quantity.
     #[error(transparent)]
     Quantity(#[from] MalformedQuantity),
-    /// No lines.
+    /// The order has no lines.
     #[error("an order has at least one item")]
     NoItems,
-    /// Too many lines.
+    /// The order has more than [`MAX_LINES`] lines.
     #[error("an order has at most {MAX_LINES} items")]
     TooManyItems,
     /// The sku stands in an earlier line already.
     #[error("is the same product as items[{first}]: order it once, with the whole quantity")]
     Duplicate {
-        /// Which line had it first.
+        /// The index of the line that has the sku first.
         first: usize,
     },
-    /// Not in the catalogue.
+    /// The sku is not in the catalogue.
     #[error("is not a product of the catalogue")]
     UnknownProduct,
-    /// Priced in another currency than the first line.
+    /// The product is priced in another currency than the first line.
     #[error("is sold in {currency}, but the order's first item in {first}: one order has one currency")]
     OtherCurrency {
-        /// This line's.
+        /// The currency of this line.
         currency: Currency,
-        /// The first line's.
+        /// The currency of the first line.
         first: Currency,
     },
-    /// More than an order may cost.
+    /// The total is more than an order may cost.
     #[error("come to more than one order may cost")]
     TotalTooLarge,
-    /// A total of zero.
+    /// The total is zero.
     #[error("cost nothing, and there is no payment of nothing")]
     NothingToPay,
 }
 
 impl PlaceOrderRequest {
-    /// Checks every field and lists every bad one.
+    /// Checks every field; lists every bad one.
     pub fn validate(&self) -> Result<NewOrder, Vec<BadField>> {
         let mut bad = Vec::new();
         let customer = parse_unless_card(&mut bad, "customer_id", &self.customer_id, "send a name of your own");
@@ -163,7 +163,8 @@ impl PlaceOrderRequest {
     }
 }
 
-/// The types themselves take such a number: it may stand in a saga that an older build began, and that has to end.
+/// Parses a field that must hold no card number. The types themselves take such a number: it may stand in a saga that
+/// an older build began, and that has to end.
 fn parse_unless_card<T: FromStr<Err: Into<Fault>>>(
     bad: &mut Vec<BadField>,
     field: &str,

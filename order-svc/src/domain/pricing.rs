@@ -1,4 +1,4 @@
-//! What an order costs: the catalogue's prices times its quantities, in one currency, without overflow.
+//! The price of an order: the catalogue's prices times its quantities, in one currency, without overflow.
 
 use super::{BadField, Fault, NewOrder};
 use contracts::{
@@ -8,21 +8,21 @@ use contracts::{
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
-/// So many pieces of one thing, at a price.
+/// The pieces of one product, at the price of one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PricedLine {
-    /// Of what.
+    /// The product's stock-keeping unit.
     pub sku: Sku,
-    /// How many.
+    /// The number of pieces.
     pub quantity: Quantity,
-    /// What one piece costs.
+    /// The price of one piece.
     pub unit_price: Money,
 }
 
 /// The most that one order may cost, in minor units: the largest whole number that every JSON reader keeps exact.
 pub const MAX_TOTAL: i64 = 9_007_199_254_740_991;
 
-/// Prices `order` from `catalogue`, or says of each line why it cannot be sold.
+/// Prices `order` from `catalogue`, or lists for each line why it cannot be sold.
 pub fn price(order: &NewOrder, catalogue: &HashMap<Sku, Money>) -> Result<(Vec<PricedLine>, Money), Vec<BadField>> {
     let mut bad = Vec::new();
     let mut lines = Vec::with_capacity(order.lines.len());
@@ -54,7 +54,7 @@ pub fn price(order: &NewOrder, catalogue: &HashMap<Sku, Money>) -> Result<(Vec<P
     }
 }
 
-/// The sum of all lines; `None` when there is none, currencies differ, or it does not fit below [`MAX_TOTAL`].
+/// The sum of all lines; `None` when there is none, currencies differ, or it exceeds [`MAX_TOTAL`].
 pub fn total(lines: &[PricedLine]) -> Option<Money> {
     lines
         .iter()

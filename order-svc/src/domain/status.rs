@@ -1,4 +1,4 @@
-//! Where an order stands, and the only way it gets elsewhere: [`OrderStatus::transition`].
+//! The status of an order, and the only way in which it changes: [`OrderStatus::transition`].
 //!
 //! ```text
 //!   pending ──► confirmed
@@ -15,38 +15,38 @@ use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 use time::OffsetDateTime;
 
-/// Where an order stands, with what is known there and only there.
+/// The status of an order, with the data that belongs to it alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OrderStatus {
-    /// Placed; its saga runs.
+    /// The order is placed; its saga runs.
     Pending,
-    /// Paid; nothing will undo it.
+    /// The order is paid; nothing will undo it.
     Confirmed {
-        /// Since when.
+        /// When the order was confirmed.
         at: OffsetDateTime,
     },
-    /// Somebody cancelled it in time; what was done is being undone.
+    /// The order was cancelled in time; what was done is being undone.
     Cancelling {
-        /// Why.
+        /// Why the order is being cancelled.
         reason: CancelReason,
     },
-    /// It came to nothing, and everything that was done for it is undone.
+    /// The order came to nothing, and everything that was done for it is undone.
     Cancelled {
-        /// Why.
+        /// Why the order was cancelled.
         reason: CancelReason,
-        /// Since when.
+        /// When the order was cancelled.
         at: OffsetDateTime,
     },
 }
 
-/// What can happen to an order after it was placed.
+/// A change that can happen to an order after it was placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
-    /// The pivot succeeded.
+    /// The pivot succeeded: the order is confirmed.
     Confirm,
     /// The saga accepted a cancellation.
     RequestCancel(CancelReason),
-    /// Everything is undone.
+    /// Everything that was done is undone.
     Cancel(CancelReason),
 }
 
@@ -54,14 +54,14 @@ pub enum Change {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("an order that is {from} cannot become {to}")]
 pub struct NotAllowed {
-    /// Where the order stands.
+    /// The status that the order has.
     pub from: StatusName,
-    /// Where it should have gone.
+    /// The status that the order should have got.
     pub to: StatusName,
 }
 
 impl OrderStatus {
-    /// The declared graph. `transition` allows these and no others.
+    /// The declared graph: `transition` allows these changes and no others.
     pub const GRAPH: [(StatusName, StatusName); 4] = [
         (StatusName::Pending, StatusName::Confirmed),
         (StatusName::Pending, StatusName::Cancelling),
@@ -69,7 +69,7 @@ impl OrderStatus {
         (StatusName::Cancelling, StatusName::Cancelled),
     ];
 
-    /// Where `change` leads from here.
+    /// The status to which `change` leads from this one.
     pub fn transition(self, change: Change, now: OffsetDateTime) -> Result<Self, NotAllowed> {
         match (self, change) {
             (Self::Pending, Change::Confirm) => Ok(Self::Confirmed { at: now }),
@@ -87,7 +87,7 @@ impl OrderStatus {
         }
     }
 
-    /// Its name alone.
+    /// The status without its data.
     pub fn name(self) -> StatusName {
         match self {
             Self::Pending => StatusName::Pending,
@@ -97,7 +97,7 @@ impl OrderStatus {
         }
     }
 
-    /// Why it is being or was cancelled.
+    /// Why the order is being or was cancelled; `None` otherwise.
     pub fn reason(self) -> Option<CancelReason> {
         match self {
             Self::Pending | Self::Confirmed { .. } => None,
@@ -105,7 +105,7 @@ impl OrderStatus {
         }
     }
 
-    /// When it reached its end.
+    /// When the order was confirmed or cancelled; `None` before.
     pub fn closed_at(self) -> Option<OffsetDateTime> {
         match self {
             Self::Pending | Self::Cancelling { .. } => None,
@@ -130,7 +130,7 @@ impl OrderStatus {
 }
 
 impl Change {
-    /// The status it leads to.
+    /// The status to which the change leads.
     pub fn leads_to(self) -> StatusName {
         match self {
             Self::Confirm => StatusName::Confirmed,
@@ -153,10 +153,10 @@ macro_rules! named {
         pub struct $error;
 
         impl $name {
-            /// All there are.
+            /// All values, in the order of their declaration.
             pub const ALL: [Self; [$($text),+].len()] = [$(Self::$variant),+];
 
-            /// As it stands in the database and in JSON.
+            /// The name in the database and in JSON.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text),+ }
             }
@@ -212,7 +212,7 @@ named! {
 }
 
 impl StatusName {
-    /// Nothing leads out of it.
+    /// Whether nothing leads out of the status.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Confirmed | Self::Cancelled)
     }

@@ -1,4 +1,4 @@
-//! Whatever is wrong with a request: 4xx, a problem that names the field, and nothing written.
+//! Bad requests of every kind: 4xx, a problem that names the field, and nothing written.
 
 use crate::support::{Shop, basket, json_of};
 use reqwest::Method;

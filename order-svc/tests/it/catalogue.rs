@@ -76,7 +76,7 @@ async fn an_item_that_is_gone_cannot_be_ordered_and_an_old_record_does_not_bring
     assert_eq!(price(&db.pool, "A").await, None);
     take(&db.pool, &[item("A", 4, 400)]).await.unwrap();
     assert_eq!(price(&db.pool, "A").await, Some(400));
-    // Gone before it was ever seen.
+    // The item is gone before it was ever seen.
     take(&db.pool, &[message("B", 2, None), item("B", 1, 100)]).await.unwrap();
     assert_eq!(price(&db.pool, "B").await, None);
 }
@@ -107,7 +107,7 @@ async fn what_is_no_item_is_poison() {
     assert_eq!(price(&db.pool, "A").await, None);
 }
 
-/// As a relay says it that names its epoch.
+/// The message as a relay publishes it that names its epoch.
 fn in_epoch(epoch: &str, mut message: Message) -> Message {
     message.envelope.other.insert("ce_epoch".into(), epoch.to_owned());
     message
@@ -128,7 +128,7 @@ fn redriven(epoch: &str, original: Message) -> Message {
 async fn a_source_whose_ids_begin_again_is_heard_and_repeats_of_before_are_not() {
     let db = database().await;
     take(&db.pool, &[in_epoch("1", item("A", 700, 100)), in_epoch("1", item("A", 701, 200))]).await.unwrap();
-    // Restored, or another database: ids are given a second time.
+    // The source is restored, or another database: ids are given a second time.
     take(&db.pool, &[in_epoch("2", item("A", 3, 300))]).await.unwrap();
     assert_eq!(price(&db.pool, "A").await, Some(300));
     for repeat in [in_epoch("1", item("A", 700, 100)), in_epoch("1", item("A", 701, 200))] {
@@ -137,7 +137,7 @@ async fn a_source_whose_ids_begin_again_is_heard_and_repeats_of_before_are_not()
     }
     take(&db.pool, &[in_epoch("2", item("A", 2, 1)), in_epoch("2", item("A", 4, 400))]).await.unwrap();
     assert_eq!(price(&db.pool, "A").await, Some(400));
-    // All of it in one batch, with an older relay's records between, which name no epoch.
+    // All of it comes in one batch, with an older relay's records between, which name no epoch.
     let batch = [item("B", 9, 1), in_epoch("1", item("B", 5, 2)), in_epoch("2", item("B", 1, 3)), item("B", 9, 1)];
     take(&db.pool, &batch).await.unwrap();
     assert_eq!(price(&db.pool, "B").await, Some(3));
@@ -153,10 +153,10 @@ async fn a_redriven_record_counts_by_its_originals_sequence_and_freezes_nothing(
     assert_eq!(price(&db.pool, "A").await, Some(600));
     take(&db.pool, &[in_epoch("1", item("A", 7, 700))]).await.unwrap();
     assert_eq!(price(&db.pool, "A").await, Some(700), "9,000,000 was the sequence of another outbox");
-    // It cannot be compared with what a restored source said since.
+    // The dead letter cannot be compared with the records of the restored source since.
     take(&db.pool, &[in_epoch("2", item("A", 1, 100)), redriven("1", item("A", 9, 900))]).await.unwrap();
     assert_eq!(price(&db.pool, "A").await, Some(100));
-    // What came before epochs were named has the ids before: the newest record of an old item is not lost for good.
+    // Records from before epochs were named have the lower ids: the newest record of an old item is not lost for good.
     take(&db.pool, &[item("C", 900, 1), redriven("1", item("C", 899, 2))]).await.unwrap();
     assert_eq!(price(&db.pool, "C").await, Some(1));
     take(&db.pool, &[redriven("1", item("C", 901, 3))]).await.unwrap();

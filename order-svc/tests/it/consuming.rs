@@ -1,4 +1,4 @@
-//! Through a real Kafka: items reach the catalogue, replies move orders, and whoever waits is told.
+//! Through a real Kafka: items reach the catalogue, replies move orders, and clients that wait get the changes.
 
 use crate::{
     catalogue::{item, price},
@@ -38,7 +38,7 @@ async fn items_reach_the_catalogue_and_garbage_between_them_is_dead_lettered() {
     let records = [Record::from(&item("NEW-1", 1, 200)), garbage, Record::from(&unknown_version), last.clone(), last];
     produce(topic.name(), &records).await;
     eventually(PATIENCE, || async {
-        // A type that a later build may know is tried again; nobody waits for that here.
+        // A type that a later build may know is tried again; the test does not wait for that.
         sqlx::query(
             "update inbox_parked set next_attempt_at = clock_timestamp() where next_attempt_at > clock_timestamp()",
         )
@@ -73,7 +73,7 @@ async fn a_reply_on_the_topic_moves_the_order_and_wakes_whoever_waits() {
     })
     .await;
     let declined = shop.reply(order, Outcome::Rejected, json!({ "reason": "insufficient_funds" })).await;
-    // Published twice, as a relay may; and an answer to nobody.
+    // The reply is published twice, as a relay may; and there is a record that answers no command.
     let record = Record::from(&declined);
     let garbage = Record { key: Some(order.to_string().into_bytes()), value: None, ..Record::default() };
     produce(topic.name(), &[garbage, record.clone(), record]).await;

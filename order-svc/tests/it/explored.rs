@@ -1,5 +1,5 @@
-//! The order saga itself in every world there is: what `saga-core/tests/explorer.rs` does with sagas of its shape, and
-//! of any other. A step that is added to it is explored here.
+//! The order saga itself in every world there is: `saga-core/tests/explorer.rs` does the same with sagas of its shape,
+//! and of any other. A step that is added to it is explored here.
 
 use order_svc::order_saga::order_saga;
 use proptest::prelude::*;
@@ -14,7 +14,7 @@ use saga_core::{
 const EVERYTHING: Limits =
     Limits { attempts: 2, breaks: 1, losses: 0, external: true, failures: true, cancels: true, mistake: None };
 
-/// The order saga, but each command is issued so many times at most: the worlds of a third attempt are like those of
+/// The order saga, but each command is issued so many times at most. The worlds of a third attempt are like those of
 /// the second, and too many.
 fn order_of_few_attempts(attempts: u32) -> Definition {
     let order = order_saga();
@@ -61,7 +61,7 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    /// With its own retries: every world of those would be too many to visit.
+    /// The saga has its own retries here: every world of those would be too many to visit.
     #[test]
     fn the_order_saga_keeps_every_rule_on_random_paths(choices in prop::collection::vec(any::<u16>(), 0..200)) {
         let order = order_saga();

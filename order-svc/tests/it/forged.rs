@@ -1,5 +1,5 @@
-//! Who can write to the topic of replies, and knows all that is public of an order (its id, the saga's name, its steps), still
-//! confirms none: a command's id needs the saga's secret, which leaves the database in commands alone.
+//! A program that can write to the topic of replies confirms no order. It may know all that is public of one: its id,
+//! the saga's name, its steps. A command's id needs the saga's secret, which leaves the database in commands alone.
 
 use crate::support::Shop;
 use contracts::OrderId;

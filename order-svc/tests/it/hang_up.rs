@@ -1,4 +1,4 @@
-//! Clients that hang up in the middle of a request, ten thousand times: no acknowledged order is lost, no order is half
+//! Clients hang up in the middle of a request, ten thousand times. No acknowledged order is lost, no order is half
 //! written, and no connection of the pool is left inside a transaction.
 
 use crate::support::{PATIENCE, Shop, basket, id_of};
@@ -13,23 +13,24 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// So many requests are cut off without an answer.
+/// The number of requests that are cut off without an answer.
 const CUT_OFF: usize = 10_000;
-/// Whoever is answered in time is not cut off, so it takes more requests than that; never so many more.
+/// The most requests: a client that gets its answer in time is not cut off, so it takes more than those; never so many
+/// more.
 const REQUESTS: usize = 2 * CUT_OFF;
-/// About as many as the pool has connections, so that requests are cut in the middle of their transaction and not while
-/// they wait for a connection.
+/// About as many clients as the pool has connections. So requests are cut in the middle of their transaction and not
+/// while they wait for a connection.
 const CLIENTS: usize = 12;
 const PROBES: usize = 4;
 
-/// Where a client hangs up.
+/// The moment at which a client hangs up.
 #[derive(Debug, Clone, Copy)]
 enum HangUp {
-    /// After so many bytes of its request; at least one, or there was no request.
+    /// The client hangs up after so many bytes of its request; at least one, or there was no request.
     AfterSending(usize),
-    /// After the whole request, so many microseconds later.
+    /// The client hangs up after the whole request, so many microseconds later.
     AfterWaiting(u64),
-    /// Never: it reads the answer.
+    /// The client never hangs up: it reads the answer.
     Never,
 }
 
@@ -43,14 +44,14 @@ fn request(addr: SocketAddr, key: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// What a client has seen when it leaves.
+/// The end of a request as its client saw it.
 #[derive(Debug)]
 enum End {
-    /// Not a byte of an answer: it hung up before.
+    /// The client got not a byte of an answer: it hung up before.
     CutOff,
-    /// Its order.
+    /// The client got the answer, with the order.
     Acknowledged(Value),
-    /// Something else: the pool is busy, a connection was not made, or it hung up in the middle of its answer.
+    /// The pool was busy, a connection was not made, or the client hung up in the middle of its answer.
     Other,
 }
 
@@ -61,14 +62,16 @@ async fn client(addr: SocketAddr, n: usize) -> End {
 
 async fn talk(addr: SocketAddr, n: usize) -> std::io::Result<End> {
     let request = request(addr, &format!("hang-up-{n}"));
-    // Spread over the whole request, and over the time that the transaction takes; one in twelve stays.
+    // The moments are spread over the whole request, and over the time that the transaction takes; one client in twelve
+    // stays.
     let hang_up = match n % 12 {
         0 => HangUp::Never,
         1..=3 => HangUp::AfterSending(1 + n * 37 % (request.len() - 1)),
         _ => HangUp::AfterWaiting((n as u64 * 7_919) % 15_000),
     };
     let mut stream = TcpStream::connect(addr).await?;
-    // A reset, not a polite end: nothing waits in TIME_WAIT, and the server learns of it at once.
+    // The client resets the connection and does not end it politely. So nothing waits in TIME_WAIT, and the server
+    // learns of it at once.
     stream.set_zero_linger()?;
     let mut answer = Vec::new();
     match hang_up {
@@ -78,7 +81,7 @@ async fn talk(addr: SocketAddr, n: usize) -> std::io::Result<End> {
         }
         HangUp::AfterWaiting(micros) => {
             stream.write_all(&request).await?;
-            // What arrives before the client loses its patience is an acknowledgement.
+            // An answer that arrives before the client loses its patience is an acknowledgement.
             tokio::select! {
                 read = stream.read_to_end(&mut answer) => read.map(|_| answered(&answer)),
                 () = patience(Duration::from_micros(micros)) => {
@@ -94,7 +97,7 @@ async fn talk(addr: SocketAddr, n: usize) -> std::io::Result<End> {
     }
 }
 
-/// As exact as the scheduler: the runtime's timers count whole milliseconds.
+/// Waits, as exactly as the scheduler: the runtime's timers count whole milliseconds.
 async fn patience(length: Duration) {
     let begun = std::time::Instant::now();
     while begun.elapsed() < length {
@@ -112,15 +115,15 @@ fn answered(answer: &[u8]) -> End {
     }
 }
 
-/// Writes one row after the other on the pool's connections while the storm lasts. On a connection that somebody left
-/// inside a transaction, a write is acknowledged, is not the first statement of its transaction, and may be lost.
+/// Writes one row after the other on the pool's connections while the storm lasts. On a connection that was left inside
+/// a transaction, a write is acknowledged, and may be lost. Such a write is not the first statement of its transaction.
 async fn probe(pool: PgPool, from: i64, storm: CancellationToken) -> (Vec<i64>, usize) {
     let (mut written, mut inside) = (Vec::new(), 0);
     for n in (from..).step_by(PROBES) {
         if storm.is_cancelled() {
             break;
         }
-        // As one message of the simple protocol, so that a transaction of its own begins with the statement.
+        // The statement is one message of the simple protocol, so that a transaction of its own begins with it.
         let write = format!("insert into probe values ({n}) returning transaction_timestamp() < statement_timestamp()");
         // The pool may be too busy for a while.
         if let Ok(row) = sqlx::raw_sql(AssertSqlSafe(write)).fetch_one(&pool).await {
@@ -151,7 +154,7 @@ async fn ten_thousand_clients_that_hang_up_lose_no_order_and_poison_no_connectio
             End::Other => other += 1,
         }
     }
-    // The last few hang up as well.
+    // The last few clients hang up as well.
     drop(clients);
     storm.cancel();
     let (mut written, mut inside) = (Vec::new(), 0);
@@ -169,10 +172,11 @@ async fn ten_thousand_clients_that_hang_up_lose_no_order_and_poison_no_connectio
     assert_eq!(kept, written.len() as i64, "writes were acknowledged and are lost");
     assert!(written.len() > 100, "the storm left no room for probes: {}", written.len());
     assert_eq!(cut_off.len(), CUT_OFF, "beside {} acknowledged and {other} others", acknowledged.len());
-    // One in twelve stays for its answer; on a busy machine some of those hear that the pool is.
+    // One client in twelve stays for its answer; on a busy machine some of those hear that the pool is.
     assert!(acknowledged.len() >= CUT_OFF / 20, "only {} were acknowledged", acknowledged.len());
 
-    // Whoever hung up may still be at work; then every connection is idle and outside of any transaction.
+    // A request whose client hung up may still be at work; then every connection is idle and outside of any
+    // transaction.
     eventually(PATIENCE, || async {
         let busy =
             "pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() and state <> 'idle'";
@@ -187,7 +191,7 @@ async fn ten_thousand_clients_that_hang_up_lose_no_order_and_poison_no_connectio
             .unwrap();
         assert!(found, "order {order} of request {n} was acknowledged and is lost");
     }
-    // All or nothing: as many of everything as there are orders.
+    // All or nothing: there are as many rows of everything as there are orders.
     let orders = shop.count("orders").await;
     let unheard = orders - acknowledged.len() as i64;
     println!(
@@ -195,7 +199,7 @@ async fn ten_thousand_clients_that_hang_up_lose_no_order_and_poison_no_connectio
         cut_off.len(),
         acknowledged.len()
     );
-    // Else the clients would hang up before anybody is at work for them.
+    // Otherwise the clients would hang up before a handler is at work for them.
     assert!(unheard >= CUT_OFF as i64 / 4, "only {unheard} requests were cut off while they were worked on");
     for (table, per_order) in [
         ("idempotency_answer", 1),
@@ -207,7 +211,7 @@ async fn ten_thousand_clients_that_hang_up_lose_no_order_and_poison_no_connectio
     ] {
         assert_eq!(shop.count(table).await, orders * per_order, "{table}");
     }
-    // Clients repeat what they heard nothing of, on the connections that the storm went over.
+    // Clients repeat the requests without an answer, on the connections that the storm went over.
     for n in cut_off.iter().step_by(97) {
         let order = shop.place(&format!("hang-up-{n}")).await;
         assert_eq!(shop.status(order).await, "pending");

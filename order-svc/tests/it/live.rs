@@ -72,7 +72,7 @@ async fn a_stream_tells_the_past_then_what_happens_and_ends_with_the_order() {
     let order = shop.write_order("c").await;
     let mut events = Events::open(&shop, order, None).await;
     assert_eq!(events.next().await, Some(event("1", "pending")));
-    // Another replica would do it like this: nothing in this process is told.
+    // Another replica would do it like this: no task of this process hears of it.
     shop.change(order, Change::RequestCancel(CancelReason::CancelledByCustomer)).await;
     assert_eq!(events.next().await, Some(event("2", "cancelling")));
     shop.change(order, Change::Cancel(CancelReason::CancelledByCustomer)).await;
@@ -117,7 +117,7 @@ async fn many_clients_of_one_order_hear_the_same_whenever_they_come() {
     for events in early.into_iter().chain(late) {
         assert_eq!(events.rest().await, [event("1", "pending"), event("2", "confirmed")]);
     }
-    // Nobody waits any more: the next turn forgets the order and asks the database nothing.
+    // No client waits any more: the next turn forgets the order and asks the database nothing.
     assert_eq!(shop.orders.live.run_once().await.unwrap(), 0);
 }
 
@@ -148,7 +148,7 @@ async fn the_oldest_of_too_many_streams_of_one_order_ends_and_others_are_followe
     assert_eq!(open.remove(0).rest().await, [event("1", "pending")]);
     open.clear();
     drop(newcomer);
-    // Waits do not: their callers are answered soon.
+    // Waits make no room: their callers are answered soon.
     let wait = async || shop.orders.live.watch(order, 1, Purpose::Wait).ok();
     let mut waits = Vec::new();
     for _ in 0..MAX_OF_ONE {

@@ -100,8 +100,8 @@ async fn a_refused_order_does_not_use_up_its_key() {
 #[tokio::test]
 async fn while_a_request_is_being_worked_on_its_key_is_in_flight() {
     let shop = Shop::open().await;
-    // Somebody changes the widget's price and has not committed: the first request waits for nothing, so hold it up at
-    // the order itself, by a lock that only writers of orders meet.
+    // Another transaction changes the widget's price and has not committed: the first request does not wait for that.
+    // So a lock that only writers of orders meet holds it up at the order itself.
     let mut blocker = shop.db.pool.begin().await.unwrap();
     sqlx::query("lock table orders in share mode").execute(&mut *blocker).await.unwrap();
     let first = tokio::spawn(shop.post_order("k", &basket()).send());
@@ -146,7 +146,7 @@ async fn connections_that_break_anywhere_leave_one_order_per_key_for_whoever_rep
     let client = |n: usize| {
         let shop = &shop;
         async move {
-            // Refused for a moment, or nobody knows: the same key finds out.
+            // The request is refused for a moment, or its fate is not known: the same key finds out.
             eventually(PATIENCE, || async {
                 let answer = shop.post_order(&format!("k{n}"), &basket()).send().await.unwrap();
                 match answer.status().as_u16() {

@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct World {
     db: TestDatabase,
     topic: TestTopic,
-    /// What `order-svc rebuild` has: one connection.
+    /// The connection of `order-svc rebuild`: one alone.
     own: PgPool,
 }
 
@@ -70,11 +70,11 @@ async fn a_catalogue_that_was_lost_or_is_wrong_is_made_anew_beside_its_consumer(
     let stop = CancellationToken::new();
     let running = world.consume(&stop);
     world.publish(&[("A", 1, 100), ("B", 2, 200), ("A", 3, 300), ("C", 4, 400)]).await;
-    // Each is in a partition of its own.
+    // Each item is in a partition of its own.
     for (sku, price) in [("A", 300), ("B", 200), ("C", 400)] {
         eventually(PATIENCE, || async { (world.price(sku).await == Some(price)).then_some(()) }).await;
     }
-    // Lost, wrong, and frozen by a sequence that was never this source's.
+    // The copy has lost an item, has a wrong price, and is frozen by a sequence that was never this source's.
     world.run("delete from catalogue where sku = 'B'").await;
     world.run("update catalogue set unit_price = 7 where sku = 'A'").await;
     world.run("update catalogue_seen set sequence = 9000000 where sku = 'C'").await;

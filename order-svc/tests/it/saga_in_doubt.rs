@@ -1,5 +1,5 @@
-//! The order saga when its participants fail, are silent or answer too late: resent, undone as in doubt, or stuck until an
-//! operator retries.
+//! The order saga when its participants fail, are silent or answer too late. It resends, undoes as in doubt, or is
+//! stuck until an operator retries.
 
 use crate::support::{Shop, json_of};
 use contracts::OrderId;
@@ -12,7 +12,7 @@ use saga_core::{
 };
 use serde_json::{Value, json};
 
-/// The way forward: each step with the reply that it is waited for.
+/// The way forward: each step with the reply that the saga waits for.
 fn way() -> [(&'static str, Value); 4] {
     let amount = json!({ "amount": 4_498, "currency": "EUR" });
     [
@@ -39,7 +39,7 @@ async fn finishes(shop: &Shop, order: OrderId, from: usize) {
     assert_eq!((shop.status(order).await.as_str(), shop.saga_status(order).await.as_str()), ("confirmed", "completed"));
 }
 
-/// Commands that were sent: operation, step, attempt, command id.
+/// The commands that were sent: operation, step, attempt, command id.
 async fn sent(shop: &Shop, order: OrderId) -> Vec<(String, String, String, String)> {
     sqlx::query_as(
         "select headers ->> 'ce_sagaop', headers ->> 'ce_sagastep', headers ->> 'ce_attempt', headers ->> 'ce_commandid'
@@ -51,7 +51,7 @@ async fn sent(shop: &Shop, order: OrderId) -> Vec<(String, String, String, Strin
     .unwrap()
 }
 
-/// The wait is over: a deadline, or the pause before a resend.
+/// Lets the wait be over: a deadline, or the pause before a resend.
 async fn time_out(shop: &Shop) {
     time_passes(&shop.db.pool).await;
     assert_eq!(shop.orders.engine.tick().await.unwrap().due, 1);
@@ -61,7 +61,7 @@ fn failed() -> Value {
     json!({ "error": "the participant is not well", "why": "unreachable" })
 }
 
-/// The last command was sent once more, under the same id and the next attempt.
+/// Checks that the last command was sent once more, under the same id and the next attempt.
 async fn assert_resent(shop: &Shop, order: OrderId, step: &str) {
     let sent = sent(shop, order).await;
     let [.., first, second] = sent.as_slice() else { panic!("{sent:?}") };
@@ -105,7 +105,7 @@ async fn fail_until_given_up(shop: &Shop, order: OrderId, answer: &Value) {
         let before = sent(shop, order).await.len();
         shop.answer(order, Failed, answer.clone()).await;
         let last = sent(shop, order).await;
-        // What comes next is another command, or none: then nothing is due either.
+        // The next message is another command, or there is none: then nothing is due either.
         if last.len() > before || shop.saga_status(order).await == "stuck" {
             return;
         }
@@ -140,7 +140,7 @@ async fn an_orders_cause_is_what_its_participant_said_and_no_answer_is_one() {
         shop.answer(order, Succeeded, json!({})).await;
         view["cause"].as_str().map(str::to_owned)
     };
-    // The last two are of a build before causes, and of one after this.
+    // The last two causes are of a build before causes, and of one after this.
     let said = ["unreachable", "faulty", "unreadable", "contradiction", "record_lost", "", "tired"];
     for (why, cause) in said.iter().zip([&said[..5], &["other", "other"]].concat()) {
         let order = waiting_at(&shop, &format!("k-{why}"), 0).await;
@@ -155,7 +155,7 @@ async fn an_orders_cause_is_what_its_participant_said_and_no_answer_is_one() {
     assert_eq!(ends(silent).await.as_deref(), Some("no_answer"));
 }
 
-/// Retries as an operator does, with the revision that he saw.
+/// Retries as an operator does, with the revision that the inspection shows.
 async fn retry(shop: &Shop, order: OrderId) {
     let revision: i32 = sqlx::query_scalar("select revision from saga where saga_id = $1")
         .bind(order.0)

@@ -1,5 +1,5 @@
-//! The order saga's way through this service: replies go in by the engine's handler, commands and events come out of
-//! the outbox, and the order says where it stands.
+//! The order saga's way through this service. Replies go in by the engine's handler, commands and events come out of
+//! the outbox, and the order has its status.
 
 use crate::support::{PATIENCE, Shop, basket, id_of, json_of};
 use contracts::OrderId;
@@ -32,7 +32,7 @@ async fn cancel(shop: &Shop, order: OrderId) -> Response {
     shop.client.post(shop.url(&format!("/v1/orders/{order}/cancel"))).json(&json!({})).send().await.unwrap()
 }
 
-/// What was sent for an order: `step` and `undo step`, in order.
+/// The messages that were sent for an order: `step` and `undo step`, in order.
 async fn sent(shop: &Shop, order: OrderId) -> Vec<String> {
     sqlx::query_scalar(
         "select case headers ->> 'ce_sagaop' when 'undo' then 'undo ' else '' end || (headers ->> 'ce_sagastep')
@@ -55,7 +55,7 @@ async fn events(shop: &Shop, order: OrderId) -> Vec<(String, Value)> {
     .unwrap()
 }
 
-/// The order is cancelled for this reason, the world was told, and its history is a path of the graph.
+/// The order is cancelled for this reason, its event was published, and its history is a path of the graph.
 async fn assert_cancelled(shop: &Shop, order: OrderId, reason: &str) {
     let view = json_of(shop.get(&format!("/v1/orders/{order}")).await).await;
     assert_eq!((&view["status"], &view["reason"]), (&json!("cancelled"), &json!(reason)));
@@ -179,14 +179,14 @@ async fn an_order_that_cannot_be_confirmed_stops_its_own_saga_and_no_other() {
         shop.answer(order, Succeeded, reserved()).await;
         orders.push(order);
     }
-    // Somebody wrote to the database by hand.
+    // A person wrote to the database by hand.
     shop.change(orders[1], Change::Cancel(CancelReason::Failed)).await;
     let mut batch = Vec::new();
     for order in &orders {
         batch.push(shop.reply(*order, Succeeded, captured()).await);
     }
     shop.deliver(&batch).await;
-    // It may pass, so it is tried again; then somebody has to look.
+    // The error may pass, so the effect is tried again; then an operator has to look.
     for _ in 1..RetryPolicy::LOCAL.attempts.unwrap() {
         assert_eq!(shop.saga_status(orders[1]).await, "running");
         time_passes(&shop.db.pool).await;

@@ -1,4 +1,4 @@
-//! The database refuses what the code must never write, by constraints with names.
+//! The database refuses the rows that the code must never write, by constraints with names.
 
 use futures::future::join_all;
 use order_svc::{
@@ -18,7 +18,7 @@ async fn database() -> TestDatabase {
     TestDatabase::new(&[own()]).await
 }
 
-/// Runs `sql` and says which constraint refused it.
+/// Runs `sql` and returns the constraint that refused it.
 async fn refused_by(pool: &PgPool, sql: &str) -> Option<String> {
     let error = sqlx::query(AssertSqlSafe(sql.to_owned())).execute(pool).await.err()?;
     let error = error.into_database_error().expect("the server refused, not the connection");

@@ -37,8 +37,8 @@ pub(crate) struct Shop {
 }
 
 impl Shop {
-    /// Opens a shop that sells `WIDGET-1` for 19.99 EUR, `GADGET-2` for 5.00 EUR, `TEAPOT-3` for 30.00 USD, and two
-    /// things that nobody can pay for: `GOLD-4` costs all the money there is, `AIR-5` nothing.
+    /// Opens a shop that sells `WIDGET-1` for 19.99 EUR, `GADGET-2` for 5.00 EUR and `TEAPOT-3` for 30.00 USD. It also
+    /// sells two things that cannot be paid for: `GOLD-4` costs all the money there is, `AIR-5` nothing.
     pub(crate) async fn open() -> Self {
         let db = TestDatabase::new(&migrations::all()).await;
         sqlx::query(
@@ -149,7 +149,7 @@ pub(crate) fn id_of(order: &Value) -> OrderId {
     OrderId(order["id"].as_str().expect("an order has an id").parse().unwrap())
 }
 
-/// Orders as the store writes them, without a saga: for what only reads.
+/// Orders as the store writes them, without a saga: for tests that only read.
 impl Shop {
     pub(crate) async fn write_order(&self, customer: &str) -> OrderId {
         let unit_price = Money { amount: 250, currency: "EUR".parse().unwrap() };
@@ -193,7 +193,7 @@ impl Shop {
         Message { envelope, key: Some(order.to_string().into()), payload: Some(payload.to_string().into()), at }
     }
 
-    /// What the consumer does with a batch of replies.
+    /// Handles a batch of replies as the consumer does.
     pub(crate) async fn deliver(&self, replies: &[Message]) {
         let handler = nudging(self.orders.engine.handler(), self.orders.live.clone());
         deliver(&self.db.pool, &handler, replies).await.unwrap();

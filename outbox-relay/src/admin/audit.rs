@@ -1,10 +1,10 @@
-//! Who did what: one row per action, in the transaction that performs it.
+//! The audit: one row per action, with its actor and reason, in the transaction that performs it.
 
 use saga_core::http::Role;
 use serde_json::Value;
 use sqlx::PgConnection;
 
-/// Writes the action down.
+/// Writes a row of the audit.
 pub(super) async fn write_in(
     tx: &mut PgConnection,
     outbox: &str,

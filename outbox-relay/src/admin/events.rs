@@ -1,5 +1,5 @@
-//! The outbox's rows by state. A request looks at a bounded stretch of ids, newest first; when that held less than a page,
-//! the cursor says where to go on.
+//! The outbox's rows by state. A request reads a bounded stretch of ids, newest first. When that held less than a page,
+//! the cursor carries where to go on.
 
 #![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
 
@@ -17,7 +17,7 @@ use time::OffsetDateTime;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
-/// Rows that one request looks at. There is no index on topic, key or type, on purpose.
+/// The rows that one request reads. There is no index on topic, key or type, on purpose.
 const STRETCH: i64 = 20_000;
 
 /// What became of a row.
@@ -26,9 +26,9 @@ const STRETCH: i64 = 20_000;
 pub(super) enum EventState {
     /// Committed, not published yet.
     Pending,
-    /// Kafka has it.
+    /// Acknowledged by Kafka.
     Published,
-    /// Refused, or behind one that was.
+    /// Refused by Kafka, or behind a row that was.
     Parked,
     /// Parked, and given up by an operator.
     Discarded,
@@ -50,38 +50,38 @@ impl EventState {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct EventQuery {
-    /// What became of them.
+    /// Only rows in this state; all when left out.
     state: Option<EventState>,
-    /// Of this topic.
+    /// Only rows of this topic; all topics when left out.
     topic: Option<String>,
-    /// Of this key.
+    /// Only rows of this key; all keys when left out.
     key: Option<String>,
-    /// Of this `ce_type`.
+    /// Only rows of this `ce_type`; all types when left out.
     #[serde(rename = "type")]
     kind: Option<String>,
-    /// How many at most.
+    /// The most rows of the page.
     limit: Option<Limit>,
-    /// From the page before.
+    /// `next_cursor` of the page before.
     cursor: Option<Cursor>,
 }
 
 /// A row. Its payload is not shown.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct EventView {
-    /// The row: `ce_sequence`.
+    /// The id of the row: `ce_sequence`.
     id: i64,
     /// `pending`, `published`, `parked` or `discarded`.
     state: String,
-    /// `ce_id`.
+    /// The message's id: `ce_id`.
     message_id: Uuid,
     topic: String,
     key: Option<String>,
-    /// `ce_type`.
+    /// The message's type: `ce_type`.
     #[serde(rename = "type")]
     kind: String,
-    /// Of the payload; `null` for a tombstone.
+    /// The size of the payload, in bytes; `null` for a tombstone.
     bytes: Option<i32>,
-    /// Its own headers.
+    /// The message's own headers, without those that the relay adds.
     headers: serde_json::Value,
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
@@ -125,7 +125,7 @@ pub(super) async fn list(
     Ok(Json(page))
 }
 
-/// The oldest row that was looked at, unless all were, and what was found.
+/// The oldest row that was read, unless all were, and the rows that were found.
 async fn find(
     db: &mut PgConnection,
     outbox: &str,
@@ -158,8 +158,8 @@ async fn find(
     Ok((oldest_looked_at, rows))
 }
 
-/// A row is published when the position covers it, unless its topic was left behind before it; what was parked has its
-/// own record.
+/// A row is published when the position covers it, unless its topic was left behind before it. A row that was parked
+/// has a record of its own.
 const FIND: &str = concat!(
     "
     select *

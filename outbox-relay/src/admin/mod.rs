@@ -10,7 +10,8 @@
 //! | `POST /v1/outboxes/{name}/parked/{id}/discard` | give one up |
 //! | `POST /v1/outboxes/{name}/parked/discard` | give up a line, or a topic, many rows at a time |
 //!
-//! Every verb is audited in the transaction that performs it, and the owner, wherever it runs, sees it in the database.
+//! Every verb is audited in the transaction that performs it. The outbox's owner, wherever it runs, sees it in the
+//! database.
 
 mod audit;
 mod events;
@@ -35,12 +36,12 @@ use utoipa::{OpenApi as _, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
 
-/// One database that does not answer must not take as long as health waits for all of them.
+/// How long one database may take to answer. It must not take as long as health waits for all of them.
 const ANSWER_MAX: Duration = Duration::from_millis(1_500);
 
-/// How long requests may have all connections before they are said not to be answered.
+/// How long requests may have all connections before health reports that the outbox does not answer.
 const BUSY_MAX: Duration = Duration::from_secs(30);
-/// What requests read and write of an outbox's tables.
+/// The tables of an outbox that requests read and write.
 const NEEDS: &[Needs] = &[
     Needs { table: "outbox", rights: &["select"] },
     Needs { table: "outbox_batch", rights: &["select"] },
@@ -50,13 +51,13 @@ const NEEDS: &[Needs] = &[
     Needs { table: "outbox_audit", rights: &["insert"] },
 ];
 
-/// The routes.
+/// The routes, with `/openapi.json` and `/docs`.
 pub fn routes(relay: &Relay) -> Router {
     let router = documented().with_state(relay.clone()).split_for_parts().0;
     router.merge(SwaggerUi::new("/docs").url("/openapi.json", openapi()))
 }
 
-/// Their description.
+/// The OpenAPI document of the routes.
 pub fn openapi() -> OpenApi {
     complete_by_role(documented().split_for_parts().1)
 }
@@ -64,7 +65,7 @@ pub fn openapi() -> OpenApi {
 #[derive(utoipa::OpenApi)]
 #[openapi(
     info(title = "outbox-relay", description = "What the relay publishes, what it could not, and the repairs"),
-    // Types of parameters are not found by themselves.
+    // utoipa does not find the types of parameters by itself.
     components(schemas(events::EventState, Limit))
 )]
 struct Document;
@@ -81,9 +82,10 @@ fn documented() -> OpenApiRouter<Relay> {
         .routes(routes!(parked::discard_many))
 }
 
-/// What health tells. Callers need the databases, of which one that answers is enough: what can be asked is shown, and a relay that
-/// is started while one of them is away publishes the others. Each outbox has three parts: its publishing, its tables, its
-/// database's clock. The first is red while the outbox should be published and is not; standing by is fine.
+/// Adds the checks of health. Callers need the databases, of which one that answers is enough. The relay shows what can
+/// be asked, and one that is started while a database is away publishes the others. Each outbox has three parts: its
+/// publishing, its tables, its database's clock. The first is red while the outbox should be published and is not;
+/// standing by is fine.
 pub fn check_health(health: &Health, relay: &Relay) {
     for outbox in relay.outboxes() {
         let part = |name: &str, report: fn(&Outbox) -> Report| {
@@ -104,7 +106,8 @@ pub fn check_health(health: &Health, relay: &Relay) {
             let asked = relay.outboxes().iter().map(|outbox| async {
                 let seen = async |db: &mut PgConnection| missing(&mut *db, NEEDS).await;
                 match tokio::time::timeout(ANSWER_MAX, outbox.admin.ask(seen)).await {
-                    // Requests have all connections: it answers them, unless they wait for something themselves.
+                    // Requests have all connections: the database answers them, unless they wait for something
+                    // themselves.
                     Ok(Err(error)) if is_pool_full(&error) && !outbox.admin.is_full_for(BUSY_MAX) => Report::fine(),
                     Ok(Err(error)) => Trouble::from(&error).into(),
                     Ok(Ok(report)) => report,

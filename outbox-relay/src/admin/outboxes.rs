@@ -1,4 +1,4 @@
-//! What there is: every outbox with its owner, its position and how far behind it is.
+//! The list of outboxes: each with its owner, its position and how far behind it is.
 
 #![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
 
@@ -16,93 +16,93 @@ use time::OffsetDateTime;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-/// One outbox.
+/// An outbox of this relay, as it is now.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct OutboxView {
-    /// Its name.
+    /// The name of the outbox.
     name: String,
-    /// What the process that answers does with it.
+    /// What the process that answers does with the outbox.
     role: Role,
-    /// What is wrong, if anything is.
+    /// What is wrong, in words; `null` when nothing is.
     problem: Option<String>,
-    /// What its database says; `null` while it cannot be asked.
+    /// What the outbox's database holds; `null` while it cannot be asked.
     #[serde(flatten)]
     known: Option<Known>,
 }
 
-/// What an outbox's database says.
+/// What an outbox's database holds.
 #[derive(Debug, Serialize, ToSchema)]
 struct Known {
-    /// Who publishes it.
+    /// The process that publishes the outbox; `null` before the first.
     owner: Option<Owner>,
-    /// How far it is.
+    /// The position up to which rows are published.
     position: PositionView,
-    /// How far it is behind.
+    /// How far publishing is behind.
     lag: Lag,
-    /// Nothing is published, because an operator said so.
+    /// Whether an operator has paused the whole outbox: nothing is published.
     paused: bool,
     /// Topics that are paused, or catching up.
     paused_topics: Vec<PausedTopic>,
-    /// Parked rows.
+    /// The number of parked rows.
     parked: i64,
 }
 
-/// The lease.
+/// The lease, as it stands in the database.
 #[derive(Debug, Serialize, ToSchema)]
 struct Owner {
-    /// Made anew at each acquisition.
+    /// The lease's id, made anew at each acquisition.
     id: Uuid,
-    /// Host and process.
+    /// The host and process that have the lease.
     holder: String,
-    /// Since when.
+    /// When the process acquired the lease.
     #[serde(with = "time::serde::rfc3339")]
     acquired_at: OffsetDateTime,
-    /// Until when, unless renewed.
+    /// When the lease runs out, unless it is renewed.
     #[serde(with = "time::serde::rfc3339")]
     expires_at: OffsetDateTime,
-    /// It ran out, and nobody has taken it.
+    /// The lease ran out, and no process has taken it.
     expired: bool,
 }
 
 /// The last entry of the batch log.
 #[derive(Debug, Serialize, ToSchema)]
 struct PositionView {
-    /// Its number; 0 before the first.
+    /// The number of the entry; 0 before the first.
     n: i64,
-    /// All rows visible in this snapshot are published …
+    /// The snapshot whose visible rows are all published.
     base: String,
-    /// … and of those visible in this one …
+    /// The snapshot up to which rows are being published: those visible in it and not in `base`.
     target: String,
-    /// … the ones up to this id.
+    /// The id up to which those rows are published.
     to_id: i64,
 }
 
-/// How far behind.
+/// How far publishing is behind, in rows and in seconds.
 #[derive(Debug, Serialize, ToSchema)]
 struct Lag {
     /// Committed rows that are not published.
     rows: i64,
-    /// Whether that is a count; many are estimated.
+    /// Whether `rows` is a count; many are estimated.
     exact: bool,
-    /// The age of the oldest.
+    /// The age of the oldest of those rows.
     seconds: f64,
 }
 
-/// A paused topic.
+/// A topic that is paused, or catching up.
 #[derive(Debug, Serialize, ToSchema)]
 struct PausedTopic {
     topic: String,
     /// `operator`, `missing`, `forbidden`, `leaderless` (no broker takes its rows) or `refusing` (Kafka refused rows of it).
     cause: &'static str,
-    /// Why, in words.
+    /// Why the topic is paused, in words.
     reason: String,
     #[serde(with = "time::serde::rfc3339")]
     paused_at: OffsetDateTime,
-    /// Its rows are being published again, from where they were left.
+    /// Whether the topic's rows are being published again, from where they were left.
     catching_up: bool,
 }
 
-/// Every outbox of this relay, whoever owns it.
+/// Every outbox of this relay, whichever process owns it.
 #[utoipa::path(
     get, path = "/v1/outboxes", tag = "outboxes", operation_id = "listOutboxes",
     responses((status = 200, body = [OutboxView]))

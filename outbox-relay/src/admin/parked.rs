@@ -1,4 +1,4 @@
-//! Parked rows: look at them, discard one.
+//! Parked rows: list them, discard one, or many.
 
 #![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
 
@@ -22,41 +22,42 @@ use uuid::Uuid;
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct ParkedQuery {
-    /// Of this topic.
+    /// Only rows of this topic; all topics when left out.
     topic: Option<String>,
-    /// Of this key.
+    /// Only rows of this key; all keys when left out.
     key: Option<String>,
-    /// How many at most.
+    /// The most rows of the page.
     limit: Option<Limit>,
-    /// From the page before.
+    /// `next_cursor` of the page before.
     cursor: Option<Cursor>,
 }
 
 /// A parked row. Its payload is not shown.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ParkedView {
-    /// The outbox row.
+    /// The id of the outbox row.
     id: i64,
-    /// `ce_id`.
+    /// The message's id: `ce_id`.
     message_id: Uuid,
     topic: String,
     key: Option<String>,
-    /// `ce_type`.
+    /// The message's type: `ce_type`.
     #[serde(rename = "type")]
     kind: String,
-    /// Of the payload.
+    /// The size of the payload, in bytes; `null` for a tombstone.
     bytes: Option<i32>,
-    /// Why it is parked.
+    /// Why the row is parked, in words.
     reason: String,
-    /// The row that it waits behind now: the first of its topic and key that is parked. `null` when it is that one.
+    /// The row that this row waits behind now: the first of its topic and key that is parked. `null` when it is that
+    /// row.
     blocked_by: Option<i64>,
     #[serde(with = "time::serde::rfc3339")]
     created_at: OffsetDateTime,
     #[serde(with = "time::serde::rfc3339")]
     parked_at: OffsetDateTime,
-    /// How often it was tried again.
+    /// How often the relay tried the row again.
     attempts: i32,
-    /// It is being tried again.
+    /// Whether the row is being tried again.
     retrying: bool,
 }
 
@@ -118,11 +119,12 @@ async fn find(
         .await
 }
 
-/// A page of the parked rows of some topics: from each, by an index, as many as the page has, whatever else was ever parked.
+/// A page of the parked rows of some topics. Each topic yields as many as the page has, by an index, whatever else was
+/// ever parked.
 macro_rules! find {
     ($which:literal, $order:literal) => {
         concat!(
-            // What a row was parked behind may have been discarded, or published, since.
+            // The row that a row was parked behind may have been discarded, or published, since.
             "select found.id, message_id, found.topic, found.key, type, bytes, created_at, parked_at, attempts, retrying,
                     first.id as blocked_by,
                     case when found.blocked_by is null then reason
@@ -154,7 +156,7 @@ macro_rules! find {
     };
 }
 
-/// A row that is not resolved is parked; it is said like its index.
+/// The condition of a row that is not resolved, which is parked; it reads like the index's condition.
 const FIND: &str = find!("resolved_at is null and $4::text is null ", "id ");
 const FIND_OF_KEY: &str = find!("status = 'parked' and md5(key) = md5($4) ", "md5(key), id ");
 
@@ -170,11 +172,11 @@ pub(super) struct DiscardRequest {
     reason: Reason,
 }
 
-/// What became of it.
+/// What became of the row.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Discarded {
-    /// Rows that waited behind it and are tried now, 10000 of them counted at most. They stay when another row before them is
-    /// parked.
+    /// Rows that waited behind the row and are tried now, 10000 of them counted at most. They stay when another row
+    /// before them is parked.
     released: i64,
 }
 
@@ -220,7 +222,7 @@ pub(super) async fn discard(
                 let problem = Problem::conflict("not-parked", "The row is not parked any more");
                 return Err(problem.detail(format!("It is {status}.")).into());
             }
-            // Kafka may take it at any moment, or has: only its answer tells.
+            // Kafka may take the row at any moment, or has: only its answer shows that.
             if sending {
                 return Err(being_retried().into());
             }
@@ -244,9 +246,9 @@ pub(super) async fn discard(
         .await
 }
 
-/// If no row of the line is parked before `id` any more, asks the owner to try the rest of the line, by a request that stands
-/// on its first row. It stands on the discarded row as well: when nothing is left, the owner learns from it that the line is
-/// free.
+/// Asks the owner to try the rest of the line, if no row of the line is parked before `id` any more. The request stands
+/// on the line's first row. It stands on the discarded row as well: when nothing is left, the owner learns from it that
+/// the line is free.
 async fn release(
     tx: &mut PgConnection,
     outbox: &str,
@@ -291,21 +293,21 @@ async fn release(
     Ok(released)
 }
 
-/// Rows that one request discards at most; the statement's time is limited.
+/// The most rows that one request discards; the statement's time is limited.
 const DISCARDED_AT_ONCE: i64 = 10_000;
 
 /// Which rows are given up, and why.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct DiscardManyRequest {
-    /// Of this topic.
+    /// The topic of the rows.
     topic: String,
-    /// Of this key; the whole topic when left out.
+    /// The key of the rows; the whole topic when left out.
     key: Option<String>,
     reason: Reason,
 }
 
-/// What became of them.
+/// What became of the rows.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct DiscardedMany {
     /// Rows that are given up, 10000 at most, the earliest of each line.
@@ -358,8 +360,8 @@ pub(super) async fn discard_many(
         .await
 }
 
-/// The last row of a line is asked for with its end: from that the owner learns that the line is free. What Kafka may take at
-/// any moment stays.
+/// Where the last row of a line is discarded, a request stands on it, from which the owner learns that the line is
+/// free. A row that Kafka may take at any moment stays.
 const DISCARD_MANY: &str = "
     with free as materialized (
              select id, key
@@ -412,7 +414,7 @@ mod tests {
     async fn what_a_page_of_parked_rows_touches_does_not_depend_on_how_many_there_are() {
         let rows = 10_000;
         let (_database, mut db) = with_lines(rows).await;
-        // Most of them are resolved, and each page begins behind them.
+        // Most of the rows are resolved, and each page begins behind them.
         sqlx::query("update outbox_parked set status = 'published', resolved_at = now() where id % $1 <= 9_000")
             .bind(rows)
             .execute(&mut db)

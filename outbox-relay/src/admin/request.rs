@@ -1,4 +1,4 @@
-//! What requests have in common: which outbox, why, and what becomes of a request that fails.
+//! What requests have in common: the outbox's name, the reason, and the answer to a request that fails.
 
 use crate::{Relay, outbox::Outbox, position::ReadError};
 use axum::response::{IntoResponse, Response};
@@ -10,23 +10,23 @@ use saga_core::{
 use serde::Deserialize;
 use utoipa::ToSchema;
 
-/// A reason is a line, not an essay.
+/// The longest reason, in characters: it is a line, not an essay.
 const LONGEST_REASON: usize = 1_000;
 
-/// The outbox of that name.
+/// Finds the outbox of that name; 404 if this relay has none.
 pub(super) fn outbox<'a>(relay: &'a Relay, name: &str) -> Result<&'a Outbox, Problem> {
     let found = relay.outboxes().iter().find(|outbox| outbox.name == name);
     found.map(AsRef::as_ref).ok_or_else(|| Problem::not_found("This relay has no outbox of that name."))
 }
 
-/// Why an operator does it: goes into the audit.
+/// Why an operator acts: goes into the audit.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(transparent)]
 #[schema(value_type = String, min_length = 1, max_length = 1000, example = "limit raised, see ticket 4711")]
 pub(super) struct Reason(String);
 
 impl Reason {
-    /// The reason, if there is one.
+    /// Checks the reason: it is not empty, not too long, and holds no card number.
     pub(super) fn check(&self) -> Result<&str, Problem> {
         let reason = self.0.trim();
         match reason.chars().count() {
@@ -38,7 +38,7 @@ impl Reason {
     }
 }
 
-/// Why a request fails.
+/// The problem with which a request fails.
 pub(super) struct Failed(Problem);
 
 impl From<Problem> for Failed {
@@ -48,7 +48,7 @@ impl From<Problem> for Failed {
 }
 
 impl From<sqlx::Error> for Failed {
-    /// What waited too long is told what to do about it: it is an operator who asks.
+    /// The answer for a wait that took too long says what to do about it: an operator reads it.
     fn from(error: sqlx::Error) -> Self {
         let code = error.as_database_error().and_then(|error| error.code());
         let (kind, title, detail) = match code.as_deref() {

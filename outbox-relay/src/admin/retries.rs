@@ -1,4 +1,4 @@
-//! An operator wants parked lines tried again.
+//! Retries of parked lines, at an operator's request.
 
 #![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
 
@@ -16,16 +16,16 @@ use serde_json::json;
 use sqlx::{Connection as _, PgConnection};
 use utoipa::ToSchema;
 
-/// Lines, and rows without a key, that one request asks for at most; the statement's time is limited.
+/// The most lines, and rows without a key, that one request asks for; the statement's time is limited.
 const RETRIED_AT_ONCE: i64 = 10_000;
 
 /// Which lines to try again, and why.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RetryRequest {
-    /// Of this topic; of all topics when left out.
+    /// Only lines of this topic; all topics when left out.
     topic: Option<String>,
-    /// Of this key; of all keys when left out.
+    /// Only lines of this key; all keys when left out.
     key: Option<String>,
     reason: Reason,
 }
@@ -33,8 +33,8 @@ pub(super) struct RetryRequest {
 /// What will be tried.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Retrying {
-    /// How many rows of the lines that will be tried are parked. Of one line, 10000 are counted at most; of one topic, 10000
-    /// lines are asked for at most, then repeat the request.
+    /// The number of parked rows in the lines that will be tried. Of one line, 10000 are counted at most. Of one topic,
+    /// 10000 lines are asked for at most; then repeat the request.
     rows: i64,
 }
 
@@ -105,8 +105,8 @@ pub(super) async fn topics(db: &mut PgConnection, outbox: &str) -> Result<Vec<St
     .await
 }
 
-/// Asks for the lines of a topic; says how many rows are parked in them, and whether there are any at all. The request
-/// stands on the first row of a line, and on each row without a key. A row that is locked is left as it is.
+/// Asks for the lines of a topic; returns how many rows are parked in them, and whether there are any at all. The
+/// request stands on the first row of a line, and on each row without a key. A row that is locked is left as it is.
 async fn ask(db: &mut PgConnection, outbox: &str, topic: &str, key: Option<&str>) -> Result<(i64, bool), sqlx::Error> {
     let (lines, any): (i64, bool) =
         sqlx::query_as(ASK_LINES).bind(outbox).bind(topic).bind(key).bind(RETRIED_AT_ONCE).fetch_one(&mut *db).await?;
@@ -192,7 +192,7 @@ mod tests {
             let before = touched(&mut tx).await;
             assert_eq!(ask(&mut tx, "orders", "t", None).await.unwrap(), (10_000, true));
             let touched = touched(&mut tx).await - before;
-            // Each is found, locked, and updated.
+            // Each row is found, locked, and updated.
             assert!(touched < 31_000, "{touched} rows, {left} left");
             tx.commit().await.unwrap();
         }

@@ -1,5 +1,5 @@
-//! Parked rows whose topic takes nothing now: the topic is paused, so that it is looked for, or left alone for a while. Nothing of
-//! that is lost when the process dies: the request still stands.
+//! Parked rows whose topic takes nothing now: the relay pauses the topic, so that it looks for it, or leaves it alone
+//! for a while. No state is lost when the process dies: the request still stands.
 
 use super::{REPORT, Retries};
 use crate::{
@@ -11,7 +11,7 @@ use saga_core::part;
 use tracing::warn;
 
 impl Retries {
-    /// The topic takes nothing now: it is paused, so that it is looked for. Then its lines are tried again.
+    /// Pauses a topic that takes nothing now, so that the relay looks for it. Then its lines are tried again.
     pub(super) async fn put_off(
         &mut self,
         topic: &str,
@@ -28,7 +28,7 @@ impl Retries {
         Ok(None)
     }
 
-    /// Parked rows of the topic cannot be sent now: those of other topics are tried meanwhile.
+    /// Leaves a topic alone whose parked rows cannot be sent now: those of other topics are tried meanwhile.
     pub(super) fn leave_alone(&mut self, topic: String, reason: &str) {
         warn!(outbox = self.outbox, topic, reason, "parked rows of the topic cannot be sent; they are tried again");
         let reason = format!("parked rows of topic {topic} cannot be sent: {reason}");

@@ -27,14 +27,14 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
 pub const PATIENCE: Duration = Duration::from_secs(60);
-/// Short, so that a fail-over does not take long.
+/// The lease of the tests: short, so that a fail-over does not take long.
 pub const LEASE: Duration = Duration::from_secs(2);
 
 pub struct World {
     pub database: TestDatabase,
     pub topic: TestTopic,
     pub name: String,
-    /// As whom relays connect, if not as the owner.
+    /// The role that relays connect as; `None`: the owner.
     pub role: Option<String>,
 }
 
@@ -47,7 +47,7 @@ impl World {
     }
 
     pub async fn with_partitions(partitions: i32) -> Self {
-        // `RUST_LOG` shows what the relay says.
+        // `RUST_LOG` shows the relay's log.
         tracing_subscriber::fmt()
             .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
             .with_test_writer()
@@ -58,7 +58,8 @@ impl World {
         Self { database, topic, name: "orders".to_owned(), role: None }
     }
 
-    /// One whose relays have a role with nothing but the rights that a relay needs, not even those that everybody has by default.
+    /// A world whose relays have a role with nothing but the rights that a relay needs. It lacks even the rights that
+    /// every role has by default.
     pub async fn of_least_rights() -> Self {
         let world = Self::new().await;
         let role = unique("relay").replace(['-', '.'], "_");
@@ -70,14 +71,14 @@ impl World {
         Self { role: Some(role), ..world }
     }
 
-    /// Roles are the server's, and outlive a test's database.
+    /// Drops the role: roles are the server's, and outlive a test's database.
     pub async fn drop_role(&self) {
         let Some(role) = &self.role else { return };
         let drop = format!("drop owned by {role}; drop role {role}");
         sqlx::raw_sql(AssertSqlSafe(drop)).execute(self.db()).await.expect("the role can be dropped");
     }
 
-    /// With a lease that a busy machine does not lose, and as much time to read as a relay has.
+    /// The settings with a lease that a busy machine does not lose, and as much time to read as a relay has.
     pub fn unhurried(&self) -> Settings {
         let settings = self.settings();
         Settings { lease: Duration::from_secs(20), ..Settings::new(brokers(), settings.outboxes) }
@@ -105,7 +106,7 @@ impl World {
         append(self.db(), &self.topic, key, payload).await
     }
 
-    /// What the topic holds, once it holds `count` distinct ids.
+    /// The topic's records, once it holds `count` distinct ids.
     pub async fn published(&self, count: usize) -> Vec<Record> {
         published(&self.topic, count).await
     }
@@ -135,10 +136,10 @@ impl World {
     }
 }
 
-/// Rows that the batch log has recorded.
+/// The number of rows that the batch log has recorded.
 pub const RECORDED: &str = "select coalesce(sum(rows), 0)::bigint from outbox_batch";
 
-/// How long is waited at most, where the sizes are those of `make soak`.
+/// The longest wait, where the sizes are those of `make soak`.
 pub fn patience() -> Duration {
     PATIENCE * u32::try_from(size(1, 20)).expect("it is small")
 }
@@ -156,12 +157,12 @@ impl<'a> Rows<'a> {
         Self { topic, rows, rare: None, bytes: 0 }
     }
 
-    /// Each `every`th is of this topic instead.
+    /// Makes each `every`th row one of the topic `rare` instead.
     pub fn each(self, every: usize, rare: &'a str) -> Self {
         Self { rare: Some((rare, every)), ..self }
     }
 
-    /// Their payloads have so many bytes more.
+    /// Makes the payloads longer by so many bytes.
     pub fn of_bytes(self, bytes: usize) -> Self {
         Self { bytes, ..self }
     }
@@ -185,8 +186,8 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Parks rows 1 to `rows`, as if their topic had been too small for them: in so many lines, or without keys where there are
-/// none.
+/// Parks rows 1 to `rows`, as if their topic had been too small for them. They are in so many lines, or without keys
+/// where there are none.
 pub async fn park(world: &World, topic: &str, rows: usize, lines: usize) {
     let rows = i64::try_from(rows).unwrap();
     sqlx::query(
@@ -211,31 +212,31 @@ pub fn kafka() -> AdminClient<DefaultClientContext> {
     ClientConfig::new().set("bootstrap.servers", brokers()).create().expect("an admin client needs only brokers")
 }
 
-/// A topic of which one setting is this.
+/// Makes a topic with this value of a setting.
 pub async fn topic_with(partitions: i32, setting: &str, value: &str) -> String {
     let name = unique(&setting.replace('.', "-"));
     create_with(&name, partitions, setting, value).await;
     name
 }
 
-/// Likewise, of this name.
+/// Makes a topic of this name, with this value of a setting.
 pub async fn create_with(name: &str, partitions: i32, setting: &str, value: &str) {
     let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1)).set(setting, value);
     let created = kafka().create_topics([&topic], &AdminOptions::new()).await.expect("the brokers answer");
     created.into_iter().for_each(|created| drop(created.expect("the topic is new")));
 }
 
-/// A topic whose records may have so many bytes.
+/// Makes a topic whose records may have so many bytes.
 pub async fn limited_topic(bytes: &str) -> String {
     topic_with(2, "max.message.bytes", bytes).await
 }
 
-/// The topic's records may have so many bytes from now on.
+/// Limits the topic's records to so many bytes from now on.
 pub async fn limit_topic(topic: &str, bytes: &str) {
     let limit = AlterConfig::new(ResourceSpecifier::Topic(topic)).set("max.message.bytes", bytes);
     let altered = kafka().alter_configs([&limit], &AdminOptions::new()).await.expect("the brokers answer");
     altered.into_iter().for_each(|altered| drop(altered.expect("the topic is there")));
-    // The broker learns of it a moment later.
+    // The broker learns of the limit a moment later.
     eventually(PATIENCE, || async {
         let (topic, options) = (ResourceSpecifier::Topic(topic), AdminOptions::new());
         let described = kafka().describe_configs([&topic], &options).await.expect("the brokers answer");
@@ -298,7 +299,7 @@ pub async fn published(topic: &str, count: usize) -> Vec<Record> {
     .await
 }
 
-/// The ids of what the topic holds, once it holds `count` records; for topics that hold very many.
+/// The ids in the topic, once it holds `count` records; for topics that hold very many.
 pub async fn published_ids(topic: &str, count: usize) -> Vec<i64> {
     eventually(patience(), || async { (count_to_end(topic).await >= count).then_some(()) }).await;
     map_to_end(topic, |record| id(&record)).await
@@ -313,7 +314,7 @@ pub fn ids(records: &[Record]) -> Vec<i64> {
     records.iter().map(id).collect()
 }
 
-/// Payloads of one key, each at its first occurrence.
+/// The payloads of one key, each at its first occurrence.
 pub fn payloads(records: &[Record], key: &str) -> Vec<String> {
     let mut seen = HashSet::new();
     records
@@ -336,7 +337,7 @@ pub async fn call(relay: &Relay, method: &str, path: &str, body: Option<Value>) 
     (status, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
 }
 
-/// A relay in this process.
+/// A relay that runs in this process.
 pub struct Running {
     pub stop: CancellationToken,
     task: Option<JoinHandle<()>>,
@@ -357,7 +358,7 @@ impl Running {
         Self { stop, task: Some(task) }
     }
 
-    /// Stops it as a SIGTERM would.
+    /// Stops the relay as a SIGTERM would.
     pub async fn stop(mut self) {
         self.stop.cancel();
         let task = self.task.take().expect("stopped once");
@@ -374,7 +375,7 @@ impl Drop for Running {
     }
 }
 
-/// Looks, and waits no longer if this part is red with this reason.
+/// Asks health once; the reason, if this part is red with this reason.
 pub async fn is_red(health: &saga_core::service::Health, part: &str, reason: &str) -> Option<String> {
     health.look().await;
     assert!(health.readiness().ready, "{:?}", health.readiness());
@@ -383,7 +384,7 @@ pub async fn is_red(health: &saga_core::service::Health, part: &str, reason: &st
     part.reason.filter(|said| said.contains(reason))
 }
 
-/// Looks, and waits no longer if the outbox `orders` is, or is not, in order; callers are served all the time.
+/// Asks health once, whether the outbox `orders` is, or is not, in order; callers are served all the time.
 pub async fn is_healthy(health: &saga_core::service::Health, wanted: bool) -> Option<()> {
     health.look().await;
     assert!(health.readiness().ready, "{:?}", health.readiness());

@@ -22,7 +22,7 @@ use std::{
 /// The relay as a process of its own; killed when it is dropped.
 struct Process {
     child: Child,
-    /// Its admin listener's.
+    /// The port of its admin listener.
     port: u16,
 }
 
@@ -51,7 +51,7 @@ impl Process {
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
     }
 
-    /// The most memory that it ever had.
+    /// The most memory that the process ever had, in megabytes.
     #[cfg(target_os = "linux")]
     fn most_megabytes(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
@@ -59,7 +59,7 @@ impl Process {
         most.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") / 1024
     }
 
-    /// Waits until its health is red with this reason; green without one.
+    /// Waits until the process's health is red with this reason; green without one.
     async fn is_red_with(&self, reason: Option<&str>) {
         let url = format!("http://127.0.0.1:{}/v1/health", self.port);
         eventually(PATIENCE, || async {
@@ -70,7 +70,7 @@ impl Process {
         .await;
     }
 
-    /// Waits until its metrics have these lines.
+    /// Waits until the process's metrics have these lines.
     async fn tells(&self, lines: &[&str]) {
         let url = format!("http://127.0.0.1:{}/metrics", self.port);
         eventually(PATIENCE, || async {
@@ -88,7 +88,7 @@ impl Drop for Process {
     }
 }
 
-/// Appends under load until told to stop: ten keys, each locked by its row as an aggregate is.
+/// Appends under load until `stop` is set: ten keys, each locked by its row as an aggregate is.
 async fn load(world: &World, stop: Arc<AtomicBool>) {
     let writers = (0..4).map(|writer| {
         let stop = stop.clone();
@@ -129,7 +129,7 @@ async fn world_with_aggregates() -> World {
     world
 }
 
-/// Committed ids are the topic's ids, and first occurrences are in order along each key.
+/// Checks that committed ids are the topic's ids, and that first occurrences are in order along each key.
 async fn audit(world: &World) {
     let committed: Vec<i64> =
         sqlx::query_scalar("select id from outbox order by id").fetch_all(world.db()).await.unwrap();
@@ -155,7 +155,7 @@ async fn killed_again_and_again_under_load_it_loses_nothing_and_inverts_nothing(
         for _ in 0..6 {
             let before = world.count("select coalesce(max(n), 0) from outbox_batch").await;
             let process = Process::start(&world);
-            // Killed in the middle of publishing, not before it began.
+            // The process is killed in the middle of publishing, not before it began.
             eventually(PATIENCE, || async {
                 (world.count("select coalesce(max(n), 0) from outbox_batch").await > before + 20).then_some(())
             })
@@ -238,7 +238,7 @@ async fn what_a_relay_has_in_memory_does_not_grow_with_its_rows() {
     let (row, headers) = (size(100_000_000, 300_000_000), size(2_000, 5_000));
     let world = World::new().await;
     let missing = unique("missing");
-    // As what cannot be compressed is stored.
+    // The payload is stored like one that cannot be compressed.
     sqlx::raw_sql(
         "alter table outbox alter column payload set storage external;
          alter table outbox_parked alter column payload set storage external",
@@ -302,7 +302,7 @@ async fn a_replica_that_stands_by_tells_how_far_behind_the_outbox_is() {
     replica.tells(&["outbox_pending{outbox=\"orders\"} 2", "outbox_paused_topics{outbox=\"orders\"} 1", not]).await;
     owner.stop().await;
     replica.tells(&[owns]).await;
-    // Somebody else takes the lease: what its former owner tells stays true.
+    // Another relay takes the lease: the former owner's metrics stay true.
     let owner = world.relay();
     replica.signal("-STOP");
     sqlx::query("update outbox_lease set expires_at = now()").execute(world.db()).await.unwrap();

@@ -15,13 +15,13 @@ use std::collections::{BTreeSet, HashMap};
 
 const RETRY: &str = "/v1/outboxes/orders/parked/retry";
 
-/// Asks for all that is parked to be tried again.
+/// Asks for a retry of all parked rows.
 async fn retry(world: &World) {
     let (status, problem) = world.call("POST", RETRY, Some(json!({ "reason": "try" }))).await;
     assert_eq!(status, 202, "{problem}");
 }
 
-/// Discards these rows; those that were, as the operator was told.
+/// Discards these rows; returns those that were discarded, by the answers to the operator.
 async fn discard(world: &World, rows: impl IntoIterator<Item = i64>) -> BTreeSet<i64> {
     let mut discarded = BTreeSet::new();
     for id in rows {
@@ -35,8 +35,8 @@ async fn discard(world: &World, rows: impl IntoIterator<Item = i64>) -> BTreeSet
     discarded
 }
 
-/// Of rows 1 to `rows`, which were parked in `lines` lines, those are published that were not discarded, and no others; first
-/// occurrences are in order along each line.
+/// Of rows 1 to `rows`, which were parked in `lines` lines, those are published that were not discarded, and no others.
+/// First occurrences are in order along each line.
 async fn audit_parked(world: &World, topic: &str, rows: i64, lines: i64, discarded: &BTreeSet<i64>) {
     let expected: BTreeSet<i64> = (1..=rows).filter(|id| !discarded.contains(id)).collect();
     world.parked(0).await;
@@ -66,7 +66,7 @@ async fn killed_again_and_again_while_lines_are_tried_it_loses_and_inverts_nothi
         let before = world.count(PUBLISHED).await;
         let process = Process::start(&world);
         eventually(PATIENCE, || async { (world.count(PUBLISHED).await > before).then_some(()) }).await;
-        // Rows that are tried about now, and some that are not for long.
+        // Some rows are tried about now, and some are not for long.
         let (soon, late) = (before + 1_000..before + 1_020, (1..10).map(|n| rows - kill * 7 - n * 1_001));
         let killed = async {
             eventually(PATIENCE, || async { (world.count(PUBLISHED).await > before + 1_000).then_some(()) }).await;
@@ -88,7 +88,7 @@ async fn what_a_relay_had_claimed_when_it_died_is_sent_by_the_next() {
     cluster.create_topic("orders.events", 1, 1).unwrap();
     let world = World::new().await;
     park(&world, "orders.events", 10, 2).await;
-    // What is claimed reaches no broker.
+    // The claimed rows reach no broker.
     cluster.request_errors(RDKafkaApiKey::Produce, &[RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS; 10_000]);
     let brokers = cluster.bootstrap_servers();
     let process = Process::start_with(&world, &[("KAFKA_BROKERS", &brokers)]);
@@ -97,7 +97,7 @@ async fn what_a_relay_had_claimed_when_it_died_is_sent_by_the_next() {
     world.counts(claimed, 10).await;
     drop(process);
     assert_eq!(world.count(claimed).await, 10);
-    // What the dead relay did with them is not known.
+    // It is not known what the dead relay did with the rows.
     assert!(discard(&world, [1, 9]).await.is_empty());
     cluster.clear_request_errors(RDKafkaApiKey::Produce);
     let _process = Process::start_with(&world, &[("KAFKA_BROKERS", &brokers)]);
@@ -105,7 +105,7 @@ async fn what_a_relay_had_claimed_when_it_died_is_sent_by_the_next() {
     world.counts("select count(*) from outbox_parked where status = 'published' and sending_by is null", 10).await;
 }
 
-/// Whatever records a parked row as published waits for this lock.
+/// Takes a lock that each statement waits for that records a parked row as published.
 async fn lock_recording(world: &World) -> sqlx::PgConnection {
     let mut db = sqlx::PgConnection::connect(&world.database.url).await.unwrap();
     sqlx::raw_sql(
@@ -136,7 +136,7 @@ async fn what_a_relay_had_sent_but_not_recorded_when_it_died_is_sent_again() {
                   where datname = current_database() and application_name = 'outbox-relay' and wait_event = 'advisory'";
     world.counts(waits, 1).await;
     drop(process);
-    // Before its server process, which does not notice that, gets the lock and goes on.
+    // The session ends before its server process, which does not notice the kill, gets the lock and goes on.
     let relays = "select count(pg_terminate_backend(pid, 10000)) from pg_stat_activity
                    where datname = current_database() and application_name = 'outbox-relay'";
     assert!(world.count(relays).await > 0);

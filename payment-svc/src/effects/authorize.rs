@@ -1,4 +1,4 @@
-//! Hold the money.
+//! The effect of `AuthorizePayment`: hold the money.
 
 use super::{Provider, happened, locked, reference};
 use crate::{
@@ -13,7 +13,7 @@ use saga_core::{
     participant::{CommandContext, Decision, ExternalEffect, Intent, Performed, Prepare},
 };
 
-/// Longest customer or token; the gateway and the database take as much.
+/// The longest customer or token, in bytes; the gateway and the database take as much.
 const MAX_TEXT: usize = 200;
 
 pub(super) struct Authorize(pub(super) Provider);
@@ -86,7 +86,7 @@ impl ExternalEffect<AuthorizePayment> for Authorize {
     }
 }
 
-/// This command's own payment is there, and its fence was lost. To refuse it would say that nothing happened.
+/// Answers for this command's own payment, whose fence was lost. A refusal would mean that nothing happened.
 fn again(payment: Payment) -> Prepare<AuthorizePayment, ()> {
     match payment.status {
         Status::Authorizing => Prepare::Call(()),

@@ -1,4 +1,4 @@
-//! Take the money that is held.
+//! The effect of `CapturePayment`: take the money that is held.
 
 use super::{Provider, happened, locked, reference};
 use crate::{

@@ -7,11 +7,11 @@
 //! | [`capture`] | take it: the order saga's pivot |
 //! | [`refund`] | give it back |
 //!
-//! An answer of another amount or currency than was asked for settles nothing: it is put on record beside what was asked
-//! (`provider`), the command fails, and the payment stays in doubt.
+//! An answer of another amount or currency than was asked for settles nothing. It is put on record beside what was
+//! asked (`provider`), the command fails, and the payment stays in doubt.
 //!
-//! When the process dies between the call and its record, the intent is still there: the gateway is asked again under
-//! the command's id and gives the same answer.
+//! When the process dies between the call and its record, the intent is still there. The participant asks the gateway
+//! again under the command's id and gets the same answer.
 
 pub mod authorize;
 pub mod capture;
@@ -35,7 +35,7 @@ use saga_core::{id::CommandId, outbox::Tx, participant::Participant};
 use sqlx::PgPool;
 use std::sync::Arc;
 
-/// The payments' participant: what `payments.commands` is answered by. Answers that differ are put on record in `pool`.
+/// The payments' participant, which answers `payments.commands`. Answers that differ are put on record in `pool`.
 pub fn participant(name: &'static str, gateway: Arc<dyn PaymentGateway>, pool: PgPool) -> Participant {
     let provider = Provider::new(gateway, pool);
     Participant::new(name)
@@ -47,7 +47,7 @@ pub fn participant(name: &'static str, gateway: Arc<dyn PaymentGateway>, pool: P
         .external::<RefundPayment>(refund::Refund(provider))
 }
 
-/// Applies `event` to the order's payment and writes what follows.
+/// Applies `event` to the order's payment, and saves the payment and its movements.
 async fn happened(tx: &mut Tx<'_>, payment: Payment, command: CommandId, event: Event) -> anyhow::Result<()> {
     let (payment, movements) = payment.apply(event)?;
     store::save(tx, &payment, command, &movements).await?;
@@ -60,7 +60,7 @@ async fn locked(tx: &mut Tx<'_>, order: OrderId) -> anyhow::Result<Payment> {
         .with_context(|| format!("the payment of order {order} was there when it was prepared"))
 }
 
-/// A `Done` of the gateway names what it did.
+/// The reference in a `Done` of the gateway, which names what it did.
 fn reference(reference: Option<String>) -> anyhow::Result<String> {
     reference.context("the gateway did it and gave no reference")
 }

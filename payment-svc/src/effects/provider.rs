@@ -1,4 +1,4 @@
-//! The provider as the effects ask it: under the command's id, and with what an answer has to agree with.
+//! The provider as the effects ask it: under the command's id, and with the amount that an answer has to agree with.
 
 use crate::{
     gateway::{Answer, Doubt, PaymentGateway, Request},
@@ -14,10 +14,10 @@ use saga_core::{
 use sqlx::PgPool;
 use std::{sync::Arc, time::Duration};
 
-/// Bound of what is read and written beside a call: it is part of the time that the call may take.
+/// The bound of the database's work beside a call: it is part of the time that the call may take.
 const BOUND: Bound = Bound::new(Duration::from_millis(900));
 
-/// When to try again what the database kept from being asked.
+/// The pause before a question that the database prevented is asked again.
 const DATABASE_PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Clone)]
@@ -31,8 +31,8 @@ impl Provider {
         Self { gateway, pool }
     }
 
-    /// Asks under the command's id to move `asked`. An answer of another amount or currency is put on record, and settles
-    /// nothing.
+    /// Asks the gateway under the command's id to move `asked`. An answer of another amount or currency is put on
+    /// record, and settles nothing.
     pub(super) async fn ask(
         &self,
         cx: &CommandContext,
@@ -43,8 +43,9 @@ impl Provider {
         self.ask_for(cx, order, request, &[asked]).await
     }
 
-    /// Asks to let go of what is, or may be, held under `authorize_key`. Where the authorization itself was answered with
-    /// another amount, the gateway may let go of that. Without a record of the payment, whatever it says is right.
+    /// Asks the gateway to let go of what is, or may be, held under `authorize_key`. Where the authorization itself was
+    /// answered with another amount, the gateway may let go of that. Without a record of the payment, any answer is
+    /// right.
     pub(super) async fn ask_to_void(
         &self,
         cx: &CommandContext,
@@ -60,7 +61,8 @@ impl Provider {
         }
     }
 
-    /// The first of `right` is what was asked for; any of them will do, and anything where there is none.
+    /// Accepts an answer of any amount in `right`, whose first was asked for; of any amount at all where `right` is
+    /// empty.
     async fn ask_for(
         &self,
         cx: &CommandContext,
@@ -99,7 +101,7 @@ impl Provider {
             "{reason}: the payment is in doubt; compare it with the gateway's books");
         match store::record_difference(&self.pool, BOUND, &difference).await {
             Ok(()) => Performed::Contradiction(reason),
-            // It is not on record yet: asked again, the gateway says the same.
+            // The answer is not on record yet: asked again, the gateway repeats it.
             Err(error) => {
                 let reason = format!("{reason}, which could not be put on record: {error}");
                 Performed::InDoubt(Failed::new(Why::Contradiction, &reason))

@@ -1,4 +1,4 @@
-//! Give back what was captured, all of it or a part.
+//! The effect of `RefundPayment`: give back what was captured, all of it or a part.
 
 use super::{Provider, happened, locked, reference};
 use crate::{

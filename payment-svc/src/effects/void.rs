@@ -1,9 +1,10 @@
 //! Let go of what an authorization held, or may have held.
 //!
-//! The gateway is asked by the authorization's idempotency key, not by its reference: so it is safe where nobody knows
-//! whether the authorization ever came, and keeps one that is still under way from holding money later. It needs no row of
-//! ours: after an asynchronous failover the payment may be lost while the gateway holds its money. What the gateway then
-//! lets go is entered in the ledger all the same, or it would not say the same as the gateway's.
+//! The effect asks the gateway by the authorization's idempotency key, not by its reference. So it is safe where it is
+//! not known whether the authorization ever came. It also keeps one that is still under way from holding money later.
+//! It needs no row of ours: after an asynchronous failover the payment may be lost while the gateway holds its money.
+//! Money that the gateway then lets go is entered in the ledger all the same: otherwise the ledger would differ from
+//! the gateway's.
 
 use super::{Provider, happened};
 use crate::{
@@ -25,7 +26,7 @@ pub(super) struct Void(pub(super) Provider);
 
 #[async_trait]
 impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
-    /// The key of the authorization.
+    /// The idempotency key of the authorization.
     type Prepared = CommandId;
     type Answer = Answer;
 
@@ -63,7 +64,7 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
         let released = reference.zip(amount).map(|(reference, amount)| Released { reference, amount });
         let (order, command) = (intent.command.order, intent.cx.idempotency_key());
         match store::lock(tx, order).await? {
-            // Its record was lost after it was entered here; the gateway repeats what it said.
+            // The void's record was lost after it was entered here; the gateway repeats its answer.
             Some(payment) if payment.authorize_key == intent.prepared && payment.status == Status::Voided => {}
             Some(payment) if payment.authorize_key == intent.prepared => {
                 happened(tx, payment, command, Event::Voided { released }).await?;
@@ -81,7 +82,7 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
     }
 }
 
-/// Enters what the gateway held and let go of an authorization that no row is of.
+/// Enters the money of an authorization that no row is of, which the gateway held and let go.
 async fn enter_lost(
     tx: &mut Tx<'_>,
     found: Option<Payment>,

@@ -1,9 +1,9 @@
-//! What is believed of a provider's answer. Pure.
+//! Checks of a provider's answer. Pure.
 //!
-//! The provider is somebody else's system: each field that is used is checked here, where it comes in, so that whatever is
-//! kept, logged, sent or put into a path later is short and clean. What cannot be believed is doubt, never a refusal; what
-//! says no is a refusal, however strangely it says so. Whether the amount is the one that was asked for is judged where that
-//! is known ([`crate::effects`]).
+//! The provider is another company's system. So each field that is used is checked here, where it comes in. What is
+//! kept, logged, sent or put into a path later is then short and clean. An answer that cannot be believed is doubt,
+//! never a refusal. An answer that says no is a refusal, however strange its words. Whether the amount is the one that
+//! was asked for is judged where that is known ([`crate::effects`]).
 
 use super::{Answer, Doubt, Request};
 use contracts::money::Money;
@@ -11,13 +11,14 @@ use http::{HeaderMap, StatusCode, header};
 use saga_core::json;
 use serde::Deserialize;
 
-/// Longest answer that is read, in bytes. The provider's have some hundred; a refusal is still one with an endless code.
+/// The longest answer that is read, in bytes. The provider's have some hundred; a refusal is still one with an endless
+/// code.
 pub(super) const BODY_MAX: usize = 4 * 1024 * 1024;
 
-/// Longest reference, in bytes: it stands in a path, and an index entry has an end.
+/// The longest reference, in bytes: it stands in a path, and an index entry has an end.
 const REFERENCE_MAX: usize = 128;
 
-/// Longest code of a refusal that is kept, in characters.
+/// The longest code of a refusal that is kept, in characters.
 const CODE_MAX: usize = 100;
 
 #[derive(Deserialize)]
@@ -36,8 +37,9 @@ struct RefusedCode {
     code: String,
 }
 
-/// What an answer to `request` means. Only what says so in the provider's own words is a refusal: a 404 or 403 may be a
-/// proxy's. A 401 says nothing of the payment, but that nobody's is let in; a 403 may be about this payment alone.
+/// The meaning of an answer to `request`. Only an answer that says so in the provider's own words is a refusal: a 404
+/// or 403 may be a proxy's. A 401 says nothing of the payment: the provider lets in no request of ours. A 403 may be
+/// about this payment alone.
 pub(super) fn read(request: &Request, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Result<Answer, Doubt> {
     match status {
         StatusCode::OK | StatusCode::CREATED => {
@@ -64,8 +66,8 @@ fn is_json(headers: &HeaderMap) -> Result<(), String> {
     Err(format!("its content type is not JSON's but {:?}", essence.chars().take(CODE_MAX).collect::<String>()))
 }
 
-/// What was done. Only a void may have found nothing: then it names no amount, and no reference either where there was
-/// nothing at all.
+/// Reads what was done. Only a void may have found nothing: then it names no amount, and no reference either where
+/// there was nothing at all.
 fn done(request: &Request, body: &[u8]) -> Result<Answer, String> {
     let DoneBody { reference, amount } = json::read(body)?;
     let may_be_nothing = matches!(request, Request::Void { .. });
@@ -82,7 +84,7 @@ fn done(request: &Request, body: &[u8]) -> Result<Answer, String> {
     Ok(Answer::Done { reference, amount })
 }
 
-/// Whether a reference is short, and fits into a path.
+/// Checks that a reference is short, and fits into a path.
 pub(super) fn check_reference(text: &str) -> Result<(), String> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b':' | b'~' | b'+' | b'=');
     let sane = (1..=REFERENCE_MAX).contains(&text.len()) && text.bytes().all(allowed);
@@ -96,7 +98,7 @@ pub(super) fn check_reference(text: &str) -> Result<(), String> {
     ))
 }
 
-/// A refusal's code as people read it: without control characters, and with an end.
+/// A refusal's code for people: without control characters, and with an end.
 fn code(text: &str) -> String {
     let clean: String = text.chars().take(CODE_MAX).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
     if clean.trim().is_empty() { "unspecified".into() } else { clean }

@@ -1,4 +1,5 @@
-//! A circuit breaker for one operation of the provider's: when the provider is away, few ask, until one is answered.
+//! A circuit breaker for one operation of the provider: when the provider is away, few payments ask, until one is
+//! answered.
 //!
 //! ```text
 //!   closed ── no payment was answered for a while, and several payments were tried in vain meanwhile ──► open
@@ -6,12 +7,13 @@
 //!      └───────────────────────────────── any answer at all ──────────────────────────────────────────────┘
 //! ```
 //!
-//! Invariant: what one payment meets costs no other. An error that is one payment's own is repeated for that payment again
-//! and again; it opens nothing as long as others are answered, and where it did (no other payment asked meanwhile), payments that
-//! have not failed yet may still try.
+//! Invariant: the failure of one payment costs no other. An error that is one payment's own is repeated for that
+//! payment again and again. It opens nothing as long as others are answered. Where it did open the circuit (no other
+//! payment asked meanwhile), payments that have not failed yet may still try.
 //!
-//! It is our own because those that exist count errors, not payments, and cut off all payments alike. It only saves time and
-//! the provider: a payment that is turned away made no call and waits. When the process dies it is closed again, which costs a few calls.
+//! The breaker is our own because existing ones count errors, not payments, and cut off all payments alike. It only
+//! saves time and the provider: a payment that is turned away made no call and waits. When the process dies it is
+//! closed again, which costs a few calls.
 
 use saga_core::id::CommandId;
 use std::{
@@ -20,17 +22,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Most payments that are remembered to have failed. What is forgotten may try once more.
+/// The most payments that are remembered to have failed. One that is forgotten may try once more.
 const REMEMBERED: usize = 10_000;
 
-/// When the circuit opens, and how it is tried.
+/// When the circuit opens, and how often it is tried.
 #[derive(Debug, Clone, Copy)]
 pub struct BreakerConfig {
-    /// For how long no payment must have been answered before it opens.
+    /// How long no payment must have been answered before the circuit opens.
     pub silence: Duration,
     /// How many payments must have been tried in vain meanwhile.
     pub payments: usize,
-    /// When it is open: how often one that has failed may try. Others may ten times as often.
+    /// How often a payment that has failed may try while the circuit is open. Payments that have not may try ten times
+    /// as often.
     pub try_every: Duration,
 }
 
@@ -40,7 +43,7 @@ impl Default for BreakerConfig {
     }
 }
 
-/// Whether the provider may be asked.
+/// The circuit of one operation, which decides whether the provider may be asked.
 #[derive(Debug)]
 pub struct Breaker {
     config: BreakerConfig,
@@ -49,9 +52,10 @@ pub struct Breaker {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Since when no payment has been answered, and which tried meanwhile.
+    /// Since when no payment has been answered, and the payments that tried meanwhile; `None`: the last try was
+    /// answered.
     vain: Option<Vain>,
-    /// When it opened, and when the next may try.
+    /// When the circuit opened, and when the next payment may try; `None`: it is closed.
     open: Option<Open>,
 }
 
@@ -64,14 +68,14 @@ struct Vain {
 #[derive(Debug, Clone, Copy)]
 struct Open {
     since: Instant,
-    /// When one that has failed may try.
+    /// When a payment that has failed may try.
     again: Instant,
-    /// When one that has not may.
+    /// When a payment that has not failed may try.
     fresh: Instant,
 }
 
 impl Breaker {
-    /// A closed circuit.
+    /// Makes a closed circuit.
     pub fn new(config: BreakerConfig) -> Self {
         Self { config, state: Mutex::default() }
     }
@@ -79,14 +83,14 @@ impl Breaker {
     /// Whether to ask for `payment` now; an admitted call reports by [`Breaker::answered`] or [`Breaker::in_vain`].
     ///
     /// # Errors
-    /// When to come again: the longer it has been open, the later.
+    /// How long to wait before the next try: the longer the circuit has been open, the longer.
     pub fn admits(&self, payment: CommandId, now: Instant) -> Result<(), Duration> {
         let mut state = self.state();
         let failed = state.vain.as_ref().is_some_and(|vain| vain.payments.contains(&payment));
         let Some(open) = &mut state.open else { return Ok(()) };
         let turn = if failed { &mut open.again } else { &mut open.fresh };
         if now >= *turn {
-            // Should the call never report, another may try after that time.
+            // Should the call never report, another payment may try after that time.
             *turn = now + self.config.try_every;
             return Ok(());
         }
@@ -94,14 +98,14 @@ impl Breaker {
         Err(patience.clamp(self.config.try_every / 10, self.config.try_every * 10))
     }
 
-    /// The provider is there, whatever it said; true when that closed the circuit.
+    /// Notes that the provider is there, whatever it answered; true when that closed the circuit.
     pub fn answered(&self) -> bool {
         let mut state = self.state();
         state.vain = None;
         state.open.take().is_some()
     }
 
-    /// The provider was away for `payment`; true when that opened the circuit.
+    /// Notes that the provider was away for `payment`; true when that opened the circuit.
     pub fn in_vain(&self, payment: CommandId, now: Instant) -> bool {
         let mut state = self.state();
         let vain = state.vain.get_or_insert_with(|| Vain { since: now, payments: HashSet::new() });
@@ -142,7 +146,7 @@ mod tests {
         (Breaker::new(CONFIG), move |millis| start + Duration::from_millis(millis))
     }
 
-    /// Opens it by payments 1 to 3, at 5,000 ms.
+    /// Opens a breaker by payments 1 to 3, at 5,000 ms.
     fn open() -> (Breaker, impl Fn(u64) -> Instant) {
         let (breaker, at) = breaker();
         assert!(!breaker.in_vain(payment(1), at(0)) && !breaker.in_vain(payment(2), at(2_000)));

@@ -1,5 +1,6 @@
 //! Quick retries and a circuit per operation before a gateway. Every request is idempotent under its key, so all may be
-//! retried; what is still in doubt afterwards is the durable schedule's ([`saga_core::participant::intents`]).
+//! retried. A call that is still in doubt afterwards is left to the durable schedule
+//! ([`saga_core::participant::intents`]).
 //!
 //! | metric | what it says |
 //! |---|---|
@@ -16,7 +17,8 @@ use async_trait::async_trait;
 use saga_core::{clock, id::CommandId, retry::Backoff};
 use std::time::Duration;
 
-/// Retries within one call: two, soon. A provider that needs longer is left to the durable schedule, which holds no task.
+/// The pauses of retries within one call: two, soon. A provider that needs longer is left to the durable schedule,
+/// which holds no task.
 const QUICK: Backoff = Backoff::doubling(Duration::from_millis(20), Duration::from_millis(100));
 const QUICK_RETRIES: usize = 2;
 
@@ -28,7 +30,7 @@ pub struct Guarded<G> {
 }
 
 impl<G: PaymentGateway> Guarded<G> {
-    /// Guards `inner`.
+    /// Guards `inner` with a closed circuit for each operation.
     pub fn new(inner: G, config: BreakerConfig) -> Self {
         for operation in Operation::ALL {
             metrics::gauge!("gateway_circuit_open", "operation" => operation.name()).set(0);
@@ -36,7 +38,7 @@ impl<G: PaymentGateway> Guarded<G> {
         Self { inner, breakers: Operation::ALL.map(|_| Breaker::new(config)) }
     }
 
-    /// One call, and what it says of the provider.
+    /// Makes one call, and reports to the circuit what it shows of the provider.
     async fn ask(&self, breaker: &Breaker, key: CommandId, request: &Request) -> Result<Answer, Doubt> {
         let answer = self.inner.perform(key, request).await;
         let operation = request.operation().name();
@@ -58,7 +60,7 @@ impl<G: PaymentGateway> Guarded<G> {
         answer
     }
 
-    /// With quick retries; the time is that of the calls alone.
+    /// Makes a call with quick retries; the measured time is that of the calls alone.
     async fn call(&self, breaker: &Breaker, key: CommandId, request: &Request) -> Result<Answer, Doubt> {
         let mut pauses = QUICK.delays().take(QUICK_RETRIES);
         loop {

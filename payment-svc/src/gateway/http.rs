@@ -16,43 +16,46 @@ use std::time::Duration;
 pub struct HttpGateway {
     client: Client,
     base: Url,
-    /// Marked as sensitive: `Debug` does not show it.
+    /// The bearer token's header. It is marked as sensitive: `Debug` does not show it.
     authorization: Option<HeaderValue>,
 }
 
 /// A gateway that cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
-    /// The HTTP client.
+    /// The HTTP client could not be built.
     #[error("the gateway's client cannot be built: {0}")]
     Client(#[from] reqwest::Error),
-    /// The URL.
+    /// The URL cannot be a base URL.
     #[error("the gateway's URL cannot be a base URL")]
     Base,
-    /// The token.
+    /// The token does not fit into a header.
     #[error("the gateway's token has characters that a header cannot carry")]
     Token,
 }
 
 impl HttpGateway {
-    /// The provider at `base`; each request, from connect to the last byte, may take `timeout`.
+    /// Makes a client of the provider at `base`; each request, from connect to the last byte, may take `timeout`.
     pub fn new(base: &Url, timeout: Duration) -> Result<Self, SetupError> {
         if base.cannot_be_a_base() {
             return Err(SetupError::Base);
         }
-        // A redirect would be followed with the body dropped or repeated elsewhere: it is an answer that cannot be read.
+        // A redirect would be followed with the body dropped or repeated elsewhere: it is an answer that cannot be
+        // read.
         let client = Client::builder()
             .timeout(timeout)
             .redirect(reqwest::redirect::Policy::none())
-            // A proxy of the environment would get the token, and payments with it; `http_proxy` is set for other programs.
+            // A proxy of the environment would get the token, and payments with it; `http_proxy` is set for other
+            // programs.
             .no_proxy()
-            // Sooner than servers hang up on idle connections: a request that is sent at that moment is in doubt.
+            // The client closes idle connections sooner than servers do: a request that is sent at that moment is in
+            // doubt.
             .pool_idle_timeout(Duration::from_secs(30))
             .build()?;
         Ok(Self { client, base: base.clone(), authorization: None })
     }
 
-    /// With a bearer token in each request.
+    /// Adds a bearer token to each request.
     pub fn with_token(self, token: &Secret) -> Result<Self, SetupError> {
         let header = HeaderValue::from_str(&format!("Bearer {}", token.reveal()));
         let mut header = header.map_err(|_| SetupError::Token)?;
@@ -91,7 +94,7 @@ impl HttpGateway {
 impl PaymentGateway for HttpGateway {
     async fn perform(&self, key: CommandId, request: &Request) -> Result<Answer, Doubt> {
         if let Request::Capture { authorization, .. } | Request::Refund { authorization, .. } = request {
-            // An older build kept whatever the provider called a reference.
+            // An older build kept any text that the provider called a reference.
             answer::check_reference(authorization).map_err(Doubt::Unreadable)?;
         }
         let (url, body) = self.request(request);
@@ -105,7 +108,7 @@ impl PaymentGateway for HttpGateway {
     }
 }
 
-/// The body, as long as it is no longer than any answer that is believed.
+/// Reads the body, as long as it is no longer than any answer that is believed.
 async fn read(mut response: Response) -> Result<Vec<u8>, Doubt> {
     let too_long = || Doubt::Unreadable(format!("it is longer than {BODY_MAX} bytes"));
     if response.content_length().is_some_and(|length| length > BODY_MAX as u64) {

@@ -1,9 +1,9 @@
-//! The port to the payment provider: what we ask it, and what its answers mean.
+//! The port to the payment provider: what the service asks it, and what its answers mean.
 //!
-//! An answer is *certain* (done, or refused and nothing moved) or there is *doubt*: no answer in time, a 5xx, a lost
-//! connection, an answer that cannot be believed (`answer`). Doubt is never taken for a refusal. Every request carries a key
-//! under which the provider performs it once, so that doubt is resolved by asking again. A call that an open circuit keeps from
-//! being made ([`breaker`]) is in no doubt.
+//! An answer is *certain* (done, or refused and nothing moved), or there is *doubt*. Doubt is no answer in time, a 5xx,
+//! a lost connection, an answer that cannot be believed (`answer`). Doubt is never taken for a refusal. Every request
+//! carries a key under which the provider performs it once, so that doubt is resolved by asking again. A call that an
+//! open circuit keeps from being made ([`breaker`]) is in no doubt.
 
 mod answer;
 pub mod breaker;
@@ -25,13 +25,13 @@ pub use http::HttpGateway;
 /// A request to the provider.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
-    /// Hold money.
+    /// Hold money of the customer.
     Authorize {
-        /// For which order.
+        /// The order's id, as text.
         order: String,
-        /// Whose.
+        /// The paying customer's id.
         customer: String,
-        /// How much.
+        /// The amount to hold, with its currency.
         amount: Money,
         /// The provider's token of the means of payment.
         method: String,
@@ -41,40 +41,40 @@ pub enum Request {
         /// The key of the authorization.
         authorization_key: CommandId,
     },
-    /// Take what is held.
+    /// Take the money that is held.
     Capture {
         /// The provider's reference of the authorization.
         authorization: String,
-        /// How much.
+        /// The amount to take, with its currency.
         amount: Money,
     },
-    /// Give back what was taken.
+    /// Give back money that was taken.
     Refund {
         /// The provider's reference of the authorization.
         authorization: String,
-        /// How much.
+        /// The amount to give back, with its currency.
         amount: Money,
     },
 }
 
-/// What the provider is asked to do; each has a circuit of its own.
+/// The operations of the provider; each has a circuit of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
-    /// [`Request::Authorize`].
+    /// The operation of [`Request::Authorize`].
     Authorize,
-    /// [`Request::Void`].
+    /// The operation of [`Request::Void`].
     Void,
-    /// [`Request::Capture`].
+    /// The operation of [`Request::Capture`].
     Capture,
-    /// [`Request::Refund`].
+    /// The operation of [`Request::Refund`].
     Refund,
 }
 
 impl Operation {
-    /// All, each at its place.
+    /// All operations, each at the index of its circuit.
     pub const ALL: [Self; 4] = [Self::Authorize, Self::Void, Self::Capture, Self::Refund];
 
-    /// For metrics, logs and records.
+    /// The name in metrics, logs and records.
     pub fn name(self) -> &'static str {
         match self {
             Self::Authorize => "authorize",
@@ -86,7 +86,7 @@ impl Operation {
 }
 
 impl Request {
-    /// Which operation it is.
+    /// The operation that the request asks for.
     pub fn operation(&self) -> Operation {
         match self {
             Self::Authorize { .. } => Operation::Authorize,
@@ -97,14 +97,14 @@ impl Request {
     }
 }
 
-/// A certain answer.
+/// An answer after which nothing is in doubt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
-    /// It is done.
+    /// The request is done, now or before under the same key.
     Done {
-        /// The provider's reference; a void that found nothing has none.
+        /// The provider's reference; `None` for a void that found nothing.
         reference: Option<String>,
-        /// How much; a void that found nothing to let go of has none.
+        /// The amount that was moved; `None` for a void that found nothing to let go of.
         amount: Option<Money>,
     },
     /// Certainly no money moved.
@@ -114,33 +114,33 @@ pub enum Answer {
     },
 }
 
-/// No certain answer: it may have happened.
+/// The lack of a certain answer: the request may have been performed.
 #[derive(Debug, thiserror::Error)]
 pub enum Doubt {
-    /// No answer in time.
+    /// The provider gave no answer in time.
     #[error("the gateway did not answer in time")]
     Timeout,
-    /// No connection, or it was lost.
+    /// There was no connection, or it was lost.
     #[error("the connection to the gateway failed: {0}")]
     Connection(String),
-    /// An answer that says neither yes nor no.
+    /// The answer says neither yes nor no.
     #[error("the gateway answered {status}")]
     Status {
-        /// The HTTP status.
+        /// The HTTP status of the answer.
         status: u16,
     },
-    /// The provider does not let us in: nobody's payment, and an operator has to act.
+    /// The provider does not let the service in. It is not the fault of a payment, and an operator has to act.
     #[error("the gateway does not let payment-svc in (it answered 401): set GATEWAY_TOKEN to a token that it takes")]
     NotLetIn,
-    /// An answer that cannot be read.
+    /// The answer cannot be read.
     #[error("the gateway's answer cannot be read: {0}")]
     Unreadable(String),
-    /// Not asked, so nothing is in doubt: the provider is away.
+    /// The provider was not asked, so nothing is in doubt: it is away.
     #[error("the gateway was not asked: it is away, and the circuit of {operation} is open")]
     CircuitOpen {
-        /// Whose circuit.
+        /// The name of the operation whose circuit is open.
         operation: &'static str,
-        /// When to come again.
+        /// How long to wait before the next try.
         again_after: Duration,
     },
 }
@@ -157,7 +157,7 @@ impl From<Doubt> for Failed {
 }
 
 impl Doubt {
-    /// Whether asking again soon may help, and harms nobody.
+    /// Whether asking again soon may help, and does no harm.
     pub(crate) fn is_transient(&self) -> bool {
         match self {
             Self::Connection(_) => true,
@@ -166,7 +166,7 @@ impl Doubt {
         }
     }
 
-    /// Whether the provider may be away for everybody, which the breaker counts. Whatever else it says, it is there.
+    /// Whether the provider may be away for all payments, which the breaker counts. With any other answer it is there.
     pub(crate) fn is_away(&self) -> bool {
         match self {
             Self::Timeout | Self::Connection(_) | Self::NotLetIn => true,
@@ -176,9 +176,9 @@ impl Doubt {
     }
 }
 
-/// A payment provider, or what stands before one: [`HttpGateway`] speaks to it, [`Guarded`] retries and breaks.
+/// A payment provider, or a layer before one: [`HttpGateway`] calls it, [`Guarded`] retries and breaks.
 #[async_trait]
 pub trait PaymentGateway: Send + Sync + 'static {
-    /// Performs `request` once per `key`, however often it is called.
+    /// Performs `request` once per `key`, however often this is called.
     async fn perform(&self, key: CommandId, request: &Request) -> Result<Answer, Doubt>;
 }

@@ -1,8 +1,8 @@
 //! The simulated provider's REST interface.
 //!
-//! Each request that moves money carries an `Idempotency-Key`; its answer is stored in the transaction that moves the
+//! Each request that moves money carries an `Idempotency-Key`. Its answer is stored in the transaction that moves the
 //! money, and given again. A refusal is `{"refused": {"code", "message"}}` with 402 or 409: that, and nothing else,
-//! says that certainly no money moved.
+//! means that certainly no money moved.
 
 #![allow(unused_qualifications, reason = "utoipa writes the path of a query extractor out")]
 
@@ -212,8 +212,8 @@ pub(super) async fn void(
     }
 }
 
-/// POST /v1/voids: for whoever does not know whether the authorization under a key ever came. One that comes later is
-/// refused.
+/// POST /v1/voids: for a caller that does not know whether the authorization under a key ever came. One that comes
+/// later is refused.
 #[utoipa::path(post, path = "/v1/voids", request_body = VoidRequest, params(("Idempotency-Key" = String, Header)),
     responses((status = 200, description = "Nothing is held, and nothing will be"),
               (status = 409, description = "Refused: it was captured", body = Refusal)))]
@@ -227,7 +227,7 @@ pub(super) async fn void_by_key(
     if let Some(stored) = call.stored().await? {
         return Ok(stored);
     }
-    // Always after the void's own key, and an authorization locks only its own: no cycle.
+    // This lock always comes after the void's own key, and an authorization locks only its own: no cycle.
     store::lock_key(&mut call.tx, &body.authorization_key).await?;
     if let Some(known) = store::lock_by_key(&mut call.tx, &body.authorization_key).await? {
         return let_go(call, key.as_str(), &known).await;
@@ -286,14 +286,14 @@ struct Call {
     tx: Transaction,
     key: String,
     request: Value,
-    /// Perform, then drop the connection.
+    /// Whether the request is performed, and the connection then dropped.
     lose_answer: bool,
-    /// Perform, then answer that.
+    /// The answer that is given once the request is performed, if it is a strange one.
     strange: Option<Strange>,
 }
 
 impl Sim {
-    /// Counts the arrival, misbehaves as it was told, and takes the key.
+    /// Counts the arrival, misbehaves as its settings and the token say, and takes the key.
     async fn enter(
         &self,
         key: &IdempotencyKey,
@@ -326,7 +326,7 @@ impl Sim {
         Ok(Call { tx, key: key.as_str().to_owned(), request: serde_json::to_value(request)?, lose_answer, strange })
     }
 
-    /// True with this probability.
+    /// Returns true with this probability.
     fn chance(&self, rate: f64) -> bool {
         // 32 random bits of a fresh id; both ends are exact: 0 never, 1 always.
         let bits = Uuid::new_v4().as_u128() as u32;
@@ -335,7 +335,7 @@ impl Sim {
 }
 
 impl Call {
-    /// What this key was answered before.
+    /// The answer that this key got before, if there is one.
     async fn stored(&mut self) -> Result<Option<Response>, Problem> {
         let Some(stored) = store::answer(&mut **self.tx, &self.key).await? else { return Ok(None) };
         if stored.request.is_some_and(|request| request != self.request) {

@@ -1,4 +1,4 @@
-//! How the simulator is told to behave; validated whole, like every service's configuration.
+//! The settings of the simulator's behaviour; validated whole, like every service's configuration.
 
 use super::tokens;
 use crate::config::GatewayArgs;
@@ -9,7 +9,7 @@ use saga_core::service::{
 };
 use std::time::Duration;
 
-/// The simulator.
+/// The simulator's name and its default ports.
 pub const IDENTITY: Identity = Identity { name: "gateway-sim", http_port: 8083, admin_port: 9083 };
 
 /// A payment provider, simulated, with books of its own (database `DATABASE_URL`).
@@ -36,15 +36,15 @@ pub struct SimArgs {
 /// How the simulator behaves when no token says otherwise.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Behaviour {
-    /// Share of authorizations that succeed.
+    /// The share of authorizations that succeed, 0 to 1.
     pub success_rate: f64,
-    /// Share of answers that are lost after the effect.
+    /// The share of answers that are lost after the effect, 0 to 1.
     pub lost_answer_rate: f64,
-    /// Share of requests that fail before the effect.
+    /// The share of requests that fail before the effect, 0 to 1.
     pub error_rate: f64,
-    /// What each request takes.
+    /// How long each request takes.
     pub latency: Duration,
-    /// What a request with `tok_slow` takes.
+    /// How long a request with `tok_slow` takes.
     pub slow: Duration,
 }
 
@@ -60,20 +60,20 @@ impl Default for Behaviour {
     }
 }
 
-/// A valid [`SimArgs`] with what it shares with the services.
+/// The settings of a valid [`SimArgs`], with those that it shares with the services.
 #[derive(Debug, Clone)]
 pub struct SimSettings {
     /// The simulator's own database.
     pub database: DatabaseSettings,
-    /// Where its API listens.
+    /// The address and names of the simulator's API.
     pub http: HttpSettings,
-    /// Health and metrics.
+    /// The admin listener, with health and metrics.
     pub admin: AdminSettings,
-    /// Logs and traces.
+    /// The settings of logs and traces.
     pub telemetry: TelemetrySettings,
-    /// What callers are let in by; on loopback everybody is when it is not set.
+    /// The token that lets callers in; without one, on loopback, every caller is let in.
     pub token: Option<Secret>,
-    /// How it behaves.
+    /// The simulator's behaviour where no token decides it.
     pub behaviour: Behaviour,
 }
 

@@ -1,8 +1,9 @@
-//! A payment provider, simulated: a server of its own, with its own database, somebody else's system to `payment-svc`.
+//! A payment provider, simulated: a server of its own, with its own database, another company's system to
+//! `payment-svc`.
 //!
-//! Invariant: a request moves money at most once per `Idempotency-Key`, and everything that moved is in its movements;
-//! what is lost, late or broken is only ever the answer. When the process dies, a request's transaction is committed
-//! with its answer, or nothing of it happened.
+//! Invariant: a request moves money at most once per `Idempotency-Key`, and everything that moved is in its movements.
+//! Only an answer is ever lost, late or broken. When the process dies, a request's transaction is committed with its
+//! answer, or nothing of it happened.
 
 mod api;
 mod config;
@@ -38,7 +39,7 @@ struct Sim {
     behaviour: Behaviour,
 }
 
-/// What requests read and write.
+/// The tables that requests read and write, with the rights that they need.
 const NEEDS: &[Needs] = &[
     Needs { table: "gateway_authorization", rights: &["select", "insert", "update"] },
     Needs { table: "gateway_movement", rights: &["select", "insert"] },
@@ -53,7 +54,7 @@ const NEEDS: &[Needs] = &[
 ))]
 struct Document;
 
-/// The simulator's API. Whoever calls it shows `token`, where there is one.
+/// The simulator's API. A caller shows `token`, where there is one.
 pub fn api(pool: PgPool, behaviour: Behaviour, token: Option<&Secret>) -> Api {
     let (router, document) = OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(api::authorize, api::of_order))
@@ -75,13 +76,14 @@ async fn let_in(State(callers): State<AdminAuth>, request: Request, next: Next) 
     let problem = Problem::new(StatusCode::UNAUTHORIZED, "unauthorized", "A bearer token is needed");
     let problem =
         problem.detail("Send `Authorization: Bearer <token>` with the token in GATEWAY_TOKEN of gateway-sim.");
-    // Still 401: a caller that shows a wrong token over and over waits after a 401, and counts other answers against its payments.
+    // The status is still 401. A caller that shows a wrong token over and over waits after a 401, and counts other
+    // answers against its payments.
     let problem = if why == NotLetIn::TooMany { problem.retry_after(1) } else { problem };
     ([(header::WWW_AUTHENTICATE, "Bearer realm=\"gateway-sim\"")], problem).into_response()
 }
 
-/// Runs the simulator until it is asked to stop. The admin listener answers from the first moment, red until the database
-/// is there.
+/// Runs the simulator until it is asked to stop. The admin listener answers from the first moment, red until the
+/// database is there.
 pub async fn run(settings: SimSettings) -> anyhow::Result<()> {
     let telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
     let token = service::shutdown::token();

@@ -10,47 +10,47 @@ use sqlx::{PgExecutor, PgPool, Row, postgres::PgRow};
 /// An authorization as the provider knows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub(super) struct Authorization {
-    /// The provider's reference.
+    /// The provider's reference of the authorization.
     pub(super) reference: String,
-    /// The merchant's order.
+    /// The merchant's id of the order.
     pub(super) order: String,
-    /// The token.
+    /// The token of the means of payment.
     pub(super) method: String,
-    /// ISO 4217.
+    /// The currency's code, ISO 4217.
     #[schema(value_type = String)]
     pub(super) currency: Currency,
-    /// What was authorized, in minor units.
+    /// The minor units that were authorized.
     pub(super) amount: i64,
-    /// What is still held.
+    /// The minor units that are still held.
     pub(super) held: i64,
-    /// What was taken.
+    /// The minor units that were taken.
     pub(super) captured: i64,
-    /// What was let go.
+    /// The minor units that were let go.
     pub(super) voided: i64,
-    /// What was given back of what was taken.
+    /// The minor units that were given back of those taken.
     pub(super) refunded: i64,
 }
 
 /// The sum of all movements in a currency.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub(super) struct Totals {
-    /// ISO 4217.
+    /// The currency's code, ISO 4217.
     pub(super) currency: String,
-    /// Ever authorized.
+    /// The minor units that were ever authorized.
     pub(super) authorized: i64,
-    /// Held now.
+    /// The minor units that are held now.
     pub(super) held: i64,
-    /// Ever captured.
+    /// The minor units that were ever captured.
     pub(super) captured: i64,
-    /// Ever voided.
+    /// The minor units that were ever voided.
     pub(super) voided: i64,
-    /// Ever refunded.
+    /// The minor units that were ever refunded.
     pub(super) refunded: i64,
 }
 
-/// What a key was answered.
+/// The answer that a key got.
 pub(super) struct Answered {
-    /// `None` when the key was answered before its request came.
+    /// The request that was answered; `None` when the key was answered before its request came.
     pub(super) request: Option<Value>,
     pub(super) status: u16,
     pub(super) body: Value,
@@ -68,7 +68,7 @@ pub(super) async fn count_arrival(pool: &PgPool, key: &str) -> Result<i32, sqlx:
     .await
 }
 
-/// One request per key at a time.
+/// Lets one request per key in at a time.
 pub(super) async fn lock_key(tx: &mut Tx<'_>, key: &str) -> Result<(), sqlx::Error> {
     sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 0))").bind(key).execute(&mut **tx).await?;
     Ok(())

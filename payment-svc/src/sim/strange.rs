@@ -1,4 +1,4 @@
-//! Answers that a provider must not give: what was done is in its books as ever, only what it says is strange.
+//! Answers that a provider must not give: its books hold what was done as ever, only its answer is strange.
 
 use super::tokens::{Operation, Strange};
 use axum::{
@@ -11,14 +11,14 @@ use http::{StatusCode, header};
 use serde_json::{Value, json};
 use std::{convert::Infallible, time::Duration};
 
-/// How long the pieces of an answer that trickles are apart.
+/// The pause between two pieces of an answer that trickles.
 const TRICKLE: Duration = Duration::from_millis(50);
 
-/// 500 MB, in pieces.
+/// An answer of 500 MB, in pieces.
 const HUGE_PIECES: usize = 500;
 const PIECE: usize = 1_000_000;
 
-/// What is moved where `asked` was asked for. An amount of one stays, as nothing cannot be moved.
+/// The amount that is moved where `asked` was asked for. An amount of one stays, as nothing cannot be moved.
 pub(super) fn moved(strange: Option<Strange>, operation: Operation, asked: Money) -> Money {
     match strange {
         Some(Strange::OtherAmount) => Money { amount: (asked.amount - 1).max(asked.amount.min(1)), ..asked },
@@ -32,14 +32,14 @@ fn other_currency(money: Money) -> Money {
     Money { currency: other.parse().unwrap_or(money.currency), ..money }
 }
 
-/// `body`, which is what happened, as the provider puts it.
+/// Answers with `body`, which is what happened, in the provider's strange form.
 pub(super) fn answer(strange: Strange, status: StatusCode, mut body: Value) -> Response {
     match strange {
         Strange::OtherCurrency if status == StatusCode::OK => {
             let other = serde_json::from_value(body["amount"].clone()).map(other_currency);
             other.into_iter().for_each(|other| body["amount"] = json!(other));
         }
-        // It was moved so; an authorization (201) is in the other currency already.
+        // The money moved so; an authorization (201) is in the other currency already.
         Strange::OtherAmount | Strange::OtherCurrency => {}
         Strange::NoAmount => body["amount"] = Value::Null,
         Strange::EmptyReference => body["reference"] = json!(""),

@@ -1,6 +1,6 @@
 //! Test tokens: what the simulated provider does with the money of each means of payment.
 
-/// What a request is about.
+/// The operations of the simulated provider.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Operation {
     Authorize,
@@ -9,29 +9,29 @@ pub(super) enum Operation {
     Refund,
 }
 
-/// How a request is answered other than well and at once.
+/// The ways in which a request is answered other than well and at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Quirk {
-    /// Refused, with this code.
+    /// The request is refused, with this code.
     Refuse(&'static str),
-    /// Answered late.
+    /// The request is answered late.
     Slow,
-    /// Performed; the first time, the connection is dropped instead of an answer.
+    /// The request is performed; the first time, the connection is dropped instead of an answer.
     LoseFirstAnswer,
-    /// The first time 503, before anything is done.
+    /// The request is answered 503 the first time, before anything is done.
     ErrorOnce,
-    /// Always 503, before anything is done.
+    /// The request is always answered 503, before anything is done.
     ErrorAlways,
-    /// Performed, and answered with something that nobody asked for.
+    /// The request is performed, and the answer is one that a provider must not give.
     Answers(Strange),
 }
 
 /// An answer that a provider must not give. `tok_<operation>_answers_<name>` gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Strange {
-    /// One minor unit less is moved, and the answer says so.
+    /// The provider moves one minor unit less, and answers so.
     OtherAmount,
-    /// The answer says another currency; an authorization is in it.
+    /// The answer has another currency; an authorization is in it.
     OtherCurrency,
     NoAmount,
     EmptyReference,
@@ -40,15 +40,15 @@ pub(super) enum Strange {
     Html,
     Positional,
     Deep,
-    /// 500 MB.
+    /// The answer has 500 MB.
     Huge,
-    /// A byte now and then, without an end.
+    /// The answer comes a byte now and then, without an end.
     Trickle,
-    /// 500 for this payment, and the provider is well.
+    /// The answer is 500 for this payment, and the provider is well.
     Broken,
-    /// A refusal before anything is done, whose code holds NUL and control characters.
+    /// The answer is a refusal before anything is done, whose code holds NUL and control characters.
     DirtyCode,
-    /// A refusal before anything is done, whose code has 2 MB.
+    /// The answer is a refusal before anything is done, whose code has 2 MB.
     LongCode,
 }
 
@@ -70,7 +70,7 @@ impl Strange {
         ("long_code", Self::LongCode, "refuses; the code has 2 MB"),
     ];
 
-    /// Whether nothing is done.
+    /// Whether the answer is a refusal, and nothing is done.
     pub(super) fn refuses(self) -> bool {
         matches!(self, Self::DirtyCode | Self::LongCode)
     }
@@ -78,7 +78,7 @@ impl Strange {
 
 struct Token {
     name: &'static str,
-    /// `None`: all operations.
+    /// The operation that has the quirk; `None`: all operations.
     operation: Option<Operation>,
     quirk: Option<Quirk>,
     meaning: &'static str,
@@ -135,7 +135,7 @@ const TOKENS: &[Token] = &[
     ),
 ];
 
-/// What `method` does to `operation`; a token that nobody knows is refused.
+/// What `method` does to `operation`; an unknown token is refused.
 pub(super) fn quirk(method: &str, operation: Operation) -> Option<Quirk> {
     if let Some((only, strange)) = strange(method) {
         return (only == operation).then_some(Answers(strange));
@@ -155,7 +155,7 @@ fn strange(method: &str) -> Option<(Operation, Strange)> {
     Some((operation, strange))
 }
 
-/// For `--help`.
+/// The list of tokens and their meanings, for `--help`.
 pub(super) fn help() -> String {
     let known = TOKENS.iter().map(|token| format!("  {:<26}{}\n", token.name, token.meaning));
     let strange = Strange::ALL.map(|(name, _, meaning)| format!("    {name:<24}{meaning}\n"));

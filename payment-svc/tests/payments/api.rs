@@ -1,4 +1,4 @@
-//! Payments over HTTP.
+//! Payments and their ledger over HTTP.
 
 use crate::support::{World, authorize, capture, new_order};
 use payment_svc::api;
@@ -74,7 +74,7 @@ async fn the_list_is_paged_newest_first_and_filtered() {
     let (_, declined) = get("/v1/payments?status=declined").await;
     assert_eq!(declined["items"].as_array().unwrap().len(), 1);
     assert_eq!(declined["items"][0]["decline_reason"], "declined");
-    // As large a number as there is, and the nil UUID, in base64.
+    // The cursor holds as large a number as there is, and the nil UUID, in base64.
     let beyond = "cursor=WzkyMjMzNzIwMzY4NTQ3NzU4MDcsIjAwMDAwMDAwLTAwMDAtMDAwMC0wMDAwLTAwMDAwMDAwMDAwMCJd";
     for wrong in ["status=paid", "limit=0", "limit=x", "cursor=zz", beyond, "unknown=1"] {
         assert_eq!(get(&format!("/v1/payments?{wrong}")).await.0, 400, "{wrong}");

@@ -1,4 +1,4 @@
-//! The provider's own rules, and what stands before it.
+//! The provider's own rules, and the layers before it.
 
 use crate::support::{DEADLINE, Provider, World, do_authorize, euros, new_order};
 use payment_svc::{
@@ -159,7 +159,7 @@ async fn rates_are_kept_and_stored_answers_do_not_change() {
     assert_eq!(provider.totals().await, [0; 5]);
 }
 
-/// Set in the process that the next test starts.
+/// The variable that is set in the process that the next test starts.
 const CALLS: &str = "CALLS_A_PROVIDER";
 
 #[tokio::test]
@@ -198,13 +198,13 @@ async fn guesses_at_the_providers_token_are_slowed_down_and_look_like_any_wrong_
         answer.headers().contains_key("retry-after").then_some(())
     });
     slowed.await;
-    // The right one is not looked at now. (Once a second one is: the guesser guesses on until then.)
+    // The right token is not compared now. (Once a second one is: the guesser guesses on until then.)
     let mut answers = Vec::new();
     for _ in 0..8 {
         answers.push((show("another-token-of-it").await.status().as_u16(), show(token).await.status().as_u16()));
     }
     assert!(answers.contains(&(401, 401)), "{answers:?}");
-    // One is forgiven in a second.
+    // One guess is forgiven in a second.
     eventually(DEADLINE, async || (show(token).await.status() == 200).then_some(())).await;
 }
 

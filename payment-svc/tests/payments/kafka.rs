@@ -37,12 +37,12 @@ async fn commands_from_kafka_are_answered_once_although_the_process_dies_in_betw
     let config = || ConsumerConfig::new(&brokers(), &group, [topic.name()]);
     let orders: Vec<_> = (0..30).map(|_| new_order()).collect();
 
-    // The first process dies after it was answered and before it recorded that, five times; its claims run out.
+    // The first process dies after the gateway's answer and before its record, five times; its claims run out.
     let first = CancellationToken::new();
     let armed = FailPoint::arm("participant.after-call", world.name, Fault::Crash, 0, 5);
     run(&world, config(), &first);
     let records: Vec<_> = orders.iter().map(|&order| Record::from(&do_authorize(order, "tok_visa"))).collect();
-    // Everything twice: a producer that repeats itself (same message id).
+    // Everything comes twice, as from a producer that repeats itself (same message id).
     produce(topic.name(), &[records.clone(), records].concat()).await;
     eventually(DEADLINE, async || (world.provider.totals().await[0] > 0).then_some(())).await;
     first.cancel();
@@ -51,7 +51,7 @@ async fn commands_from_kafka_are_answered_once_although_the_process_dies_in_betw
     run(&world, config(), &second);
     answered(&world, &orders, 1).await;
     drop(armed);
-    // A resend of each (new message id), and the captures.
+    // A resend of each command comes (new message id), and the captures.
     let again: Vec<_> = orders
         .iter()
         .flat_map(|&order| [Record::from(&do_authorize(order, "tok_visa")), Record::from(&do_capture(order))])
@@ -81,7 +81,7 @@ async fn what_is_no_command_is_a_dead_letter_and_what_is_not_known_yet_waits() {
     let good = Record::from(&do_authorize(order, "tok_visa"));
     produce(topic.name(), &[Record::from(&unknown), garbage, Record::from(&broken), good]).await;
     answered(&world, &[order], 1).await;
-    // A type that this build does not know may be one of the next: it waits.
+    // A type that this build does not know may be one of the next: the record waits.
     let dead: Vec<String> = eventually(DEADLINE, async || {
         let dead: Vec<String> = sqlx::query_scalar("select topic from outbox where topic like '%.dlt'")
             .fetch_all(&world.database.pool)

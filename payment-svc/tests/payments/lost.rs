@@ -97,7 +97,7 @@ async fn an_authorization_that_comes_again_without_its_record_is_answered_as_bef
         assert_eq!((replies.len(), replies[0].0), (2, answer), "{method}");
         assert_eq!(replies[0], replies[1], "{method}: a refusal would say that nothing is held");
     }
-    // Its call was under way when the record was lost.
+    // The order's call was under way when the record was lost.
     let order = held_and_not_recorded(&world).await;
     world.lose_fences(order).await;
     world.deliver(&[do_authorize(order, "tok_visa")]).await;

@@ -28,7 +28,8 @@ async fn each_database_is_brought_up_to_date_by_a_command_that_needs_nothing_els
     }
 }
 
-/// As a build left it that knew no roles but the superuser's: the messaging tables up to V15, and the payments'.
+/// The database as a build left it that knew no roles but the superuser's: the messaging tables up to V15, and the
+/// payments'.
 async fn of_before_roles() -> TestDatabase {
     let messaging = messaging_migrations().runner;
     let before: Vec<Migration> = messaging.get_migrations().iter().filter(|m| m.version() <= 15).cloned().collect();

@@ -1,4 +1,4 @@
-//! Each command's outcomes; repeated, out of order, and in doubt.
+//! The outcomes of each command; repeated, out of order, and in doubt.
 
 use crate::support::{
     World, authorize, capture, do_authorize, do_capture, euros, message, new_order, refund, undo_authorize, void,
@@ -92,8 +92,8 @@ async fn a_decline_is_a_rejection_with_the_gateways_reason_and_moves_nothing() {
 async fn whatever_happens_to_an_answer_the_money_is_held_once() {
     let world = World::impatient().await;
     for method in ["tok_lost_answer", "tok_error_once", "tok_slow"] {
-        // Slower than the time-out: in doubt, then the stored answer (the second is as slow, but the first has been
-        // performed by then; after all attempts it stays in doubt and fails).
+        // The gateway is slower than the time-out: in doubt, then the stored answer. (The second answer is as slow, but
+        // the first has been performed by then. After all attempts the command stays in doubt and fails.)
         let order = new_order();
         let (outcome, _) = world.do_and_settle(order, AUTHORIZE, Do, &authorize(order, method)).await;
         let expected = if method == "tok_slow" { Failed } else { Succeeded };
@@ -114,7 +114,7 @@ async fn a_capture_can_be_refused_by_the_gateway_or_for_good_reason_before_it() 
     let order = authorized(&world, "tok_capture_refused").await;
     let (outcome, reply) = world.do_and_settle(order, CAPTURE, Do, &capture(order)).await;
     assert_eq!((outcome, reply["reason"].as_str().unwrap()), (Rejected, "authorization_expired"));
-    // It is still held, and can be voided.
+    // The money is still held, and can be voided.
     assert_eq!(world.do_and_settle(order, AUTHORIZE, Undo, &void(order)).await.0, Succeeded);
 
     let order = new_order();
@@ -172,7 +172,7 @@ async fn a_void_waits_for_the_authorization_that_is_under_way() {
 #[tokio::test]
 async fn a_void_of_what_stayed_in_doubt_takes_back_what_the_gateway_did_and_nobody_heard_of() {
     let world = World::impatient().await;
-    // Held at the gateway, but no answer ever comes in time.
+    // The money is held at the gateway, but no answer ever comes in time.
     let order = new_order();
     assert_eq!(world.do_and_settle(order, AUTHORIZE, Do, &authorize(order, "tok_slow")).await.0, Failed);
     saga_core::testkit::eventually(crate::support::DEADLINE, async || {
@@ -189,7 +189,7 @@ async fn a_void_of_what_stayed_in_doubt_takes_back_what_the_gateway_did_and_nobo
     assert_eq!(world.status(order).await, "voided");
     assert_eq!(world.provider.totals().await, [1_000, 0, 0, 1_000, 0]);
 
-    // Never reached the gateway: nothing to take back, and a straggler is refused there.
+    // The request never reached the gateway: there is nothing to take back, and a straggler is refused there.
     let order = new_order();
     assert_eq!(world.do_and_settle(order, AUTHORIZE, Do, &authorize(order, "tok_error")).await.0, Failed);
     assert_eq!(world.do_and_settle(order, AUTHORIZE, Undo, &void(order)).await.0, Succeeded);
@@ -250,7 +250,7 @@ async fn commands_that_make_no_sense_are_rejected_and_never_reach_the_gateway() 
     let order = authorized(&world, "tok_visa").await;
     let (outcome, reply) = world.do_and_settle(order, "again", Do, &authorize(order, "tok_visa")).await;
     assert_eq!((outcome, reply["reason"].as_str().unwrap()), (Rejected, "already_paid"));
-    // Refunds of what was not captured, in another currency, or of nothing.
+    // The refunds are of money that was not captured, in another currency, or of nothing.
     assert_eq!(world.do_and_settle(order, "r0", Do, &refund(order, 1)).await.0, Rejected);
     world.do_and_settle(order, CAPTURE, Do, &capture(order)).await;
     for (step, amount) in [("r1", euros(0)), ("r2", euros(-1)), ("r3", euros(i64::MAX)), ("r4", dollars(1))] {

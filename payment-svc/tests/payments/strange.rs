@@ -1,4 +1,4 @@
-//! The provider answers something else than it was asked, and says it in every wrong way.
+//! The provider answers otherwise than it was asked, and in every wrong form.
 
 use crate::support::{DEADLINE, Provider, World, authorize, capture, euros, new_order, refund, void};
 use contracts::OrderId;
@@ -29,7 +29,7 @@ use uuid::Uuid;
 const AUTHORIZE: &str = "authorize-payment";
 const CAPTURE: &str = "capture-payment";
 
-/// What the service's API says of an order's payment: itself, and its ledger.
+/// The answers of the service's API for an order's payment: the payment, and its ledger.
 async fn seen(world: &World, order: OrderId) -> (Value, Value) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}/v1/payments/{order}", listener.local_addr().unwrap());
@@ -167,7 +167,7 @@ async fn a_capture_is_never_asked_for_under_no_reference() {
     let (order, outcome, reply) = ask(&world, "authorize", "tok_authorize_answers_empty_reference").await;
     assert!(outcome == Failed && reply["error"].as_str().unwrap().contains("reference"), "{reply}");
     assert_eq!(world.status(order).await, "authorizing");
-    // An older build took it.
+    // An older build kept such a reference.
     sqlx::query("update payment set status = 'authorized', \"authorization\" = '', held = amount where order_id = $1")
         .bind(order.0)
         .execute(&world.database.pool)
@@ -178,7 +178,7 @@ async fn a_capture_is_never_asked_for_under_no_reference() {
     assert_eq!(world.provider.totals().await[2], 0);
 }
 
-/// A provider that answers a request with as many bytes as are taken; how many that were.
+/// A provider that answers a request with as many bytes as are taken; returns how many that were.
 async fn endless(listener: TcpListener, head: &'static str) -> usize {
     let (mut socket, _) = listener.accept().await.unwrap();
     let mut request = [0; 4_096];
@@ -208,7 +208,7 @@ async fn a_body_without_an_end_is_read_no_further_than_its_bound() {
         let gateway = HttpGateway::new(&base, DEADLINE).unwrap();
         let answer = gateway.perform(CommandId(Uuid::now_v7()), &request("tok_visa")).await;
         assert!(!matches!(answer, Ok(Answer::Done { .. })), "{head}");
-        // What was not read lies in the sockets' buffers.
+        // The unread bytes lie in the sockets' buffers.
         let sent = timeout(DEADLINE, sending).await.expect("it hangs up").unwrap();
         assert!(sent < 32_000_000, "{head}: {sent} bytes");
     }

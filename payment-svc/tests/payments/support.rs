@@ -27,7 +27,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// How long a test waits for what must come.
+/// How long a test waits for an event that must come.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
 /// The provider: its server, on a free port, and its books.
@@ -41,7 +41,7 @@ impl Provider {
         Self::with_token(behaviour, None).await
     }
 
-    /// One that lets in who shows the token.
+    /// A gateway that lets in callers that show the token.
     pub(crate) async fn with_token(behaviour: Behaviour, token: Option<Secret>) -> Self {
         let database = TestDatabase::new(&[migrations::gateway()]).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -59,7 +59,7 @@ impl Provider {
         reqwest::get(self.url(path)).await.unwrap().json().await.unwrap()
     }
 
-    /// (authorized, held, captured, voided, refunded) of all euros.
+    /// The sums of all euros: (authorized, held, captured, voided, refunded).
     pub(crate) async fn totals(&self) -> [i64; 5] {
         let ledger = self.get("/v1/ledger").await;
         let Some(euros) = ledger.as_array().unwrap().iter().find(|totals| totals["currency"] == "EUR") else {
@@ -74,8 +74,8 @@ pub(crate) struct World {
     pub(crate) provider: Provider,
     pub(crate) name: &'static str,
     pub(crate) participant: Arc<Participant>,
-    /// Calls of one intent. More than are ever needed, unless giving up is what a test is about: on a busy machine some
-    /// take longer than they may.
+    /// The most calls of one intent: more than are ever needed, unless giving up is what a test is about. On a busy
+    /// machine some calls take longer than they may.
     attempts: u32,
     /// How long one call may take.
     patience: Duration,
@@ -86,13 +86,13 @@ impl World {
         Self::with(Behaviour::default()).await
     }
 
-    /// One that soon gives up a provider that is slow, or has no good answer.
+    /// A service that soon gives up a provider that is slow, or has no good answer.
     pub(crate) async fn impatient() -> Self {
         let slow = Behaviour { slow: Duration::from_millis(700), ..Behaviour::default() };
         Self { attempts: 4, ..Self::with(slow).await }
     }
 
-    /// One that waits for answers that take long.
+    /// A service that waits for answers that take long.
     pub(crate) async fn patient() -> Self {
         Self::waiting(Behaviour::default(), DEADLINE).await
     }
@@ -105,11 +105,11 @@ impl World {
         Self::before(Provider::new(behaviour).await, patience).await
     }
 
-    /// One before this provider, which it shows no token.
+    /// A service before this provider, which it shows no token.
     pub(crate) async fn before(provider: Provider, patience: Duration) -> Self {
         let database = TestDatabase::new(&migrations::all()).await;
         let http = HttpGateway::new(&provider.url("/").parse().unwrap(), patience).unwrap();
-        // Never opens: what the breaker does is tested apart.
+        // The breaker never opens: its behaviour is tested apart.
         let breaker = BreakerConfig { payments: usize::MAX, ..BreakerConfig::default() };
         let name = unique("payments").leak();
         let guarded = Arc::new(Guarded::new(http, breaker));
@@ -117,7 +117,7 @@ impl World {
         Self { database, provider, name, participant, attempts: 100, patience }
     }
 
-    /// Its next process, which shows the provider this token.
+    /// The service's next process, which shows the provider this token.
     pub(crate) fn showing(self, token: &Secret) -> Self {
         let http = HttpGateway::new(&self.provider.url("/").parse().unwrap(), self.patience).unwrap();
         let guarded = Guarded::new(http.with_token(token).unwrap(), BreakerConfig::default());
@@ -154,7 +154,7 @@ impl World {
         running.await.unwrap();
     }
 
-    /// The participant's record of an order's commands is lost.
+    /// Deletes the participant's record of an order's commands.
     pub(crate) async fn lose_fences(&self, order: OrderId) {
         for sql in
             ["delete from participant_intent where saga_id = $1", "delete from participant_fence where saga_id = $1"]
@@ -206,7 +206,7 @@ impl World {
         store::find(&self.database.pool, order).await.unwrap().unwrap().payment.status.name()
     }
 
-    /// The service's ledger explains its balances, and says the same as the provider's.
+    /// Checks that the service's ledger explains its balances, and agrees with the provider's.
     pub(crate) async fn books_agree(&self) {
         assert_eq!(store::imbalances(&self.database.pool).await.unwrap(), []);
         let sums: Vec<(String, i64)> = sqlx::query_as(
@@ -295,7 +295,7 @@ pub(crate) fn undo_authorize(order: OrderId) -> Message {
     message(order, "authorize-payment", Op::Undo, &void(order))
 }
 
-/// The undo of an orchestrator that says what it knows.
+/// The undo of an orchestrator that sends what it knows.
 pub(crate) fn undo_knowing(order: OrderId, happened: Happened) -> Message {
     let mut message = undo_authorize(order);
     if let Some(headers) = &mut message.envelope.saga {

@@ -1,4 +1,4 @@
-//! What has been polled of one partition and waits for its worker.
+//! Records that were polled of one partition and wait for its worker.
 
 use super::record::Raw;
 use crate::{
@@ -12,11 +12,12 @@ use std::{
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 
-/// Most bytes of one partition that wait, and most of one batch: large records must not fill the memory by their number.
+/// The most bytes of one partition that wait, and the most of one batch: large records must not fill the memory by
+/// their number.
 const BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// Between the polling task and one worker. It never refuses a record: when it is full the partition is paused, which
-/// takes effect with the next poll.
+/// The buffer between the polling task and one worker. It never refuses a record: when it is full the partition is
+/// paused, which takes effect with the next poll.
 pub(super) struct Buffer {
     limit: usize,
     queue: Mutex<Queue>,
@@ -27,11 +28,11 @@ pub(super) struct Buffer {
 #[derive(Default)]
 struct Queue {
     records: VecDeque<Raw>,
-    /// The offset after the last that was pushed.
+    /// The offset after the last record that was pushed.
     next: Option<i64>,
     bytes: usize,
     paused: bool,
-    /// Something came that the worker has not been told of.
+    /// Records came that the worker has not heard of.
     untold: bool,
 }
 
@@ -39,14 +40,14 @@ struct Queue {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub(super) enum Room {
-    /// Nothing.
+    /// The buffer has room: nothing is to be done.
     Left,
-    /// Pause the partition.
+    /// The buffer is full: the polling task pauses the partition.
     Full,
 }
 
 impl Buffer {
-    /// For `limit` records. `drained` is called when a full buffer has room again.
+    /// Makes a buffer for `limit` records. `drained` is called when a full buffer has room again.
     pub(super) fn new(limit: usize, drained: impl Fn() + Send + Sync + 'static) -> Self {
         Self { limit, queue: Mutex::default(), arrived: Notify::new(), drained: Box::new(drained) }
     }
@@ -64,8 +65,8 @@ impl Buffer {
         room
     }
 
-    /// Wakes the worker for what came since the last time. Once for everything that arrived together: a worker that is
-    /// woken by the first record of a fetch makes a transaction of that one alone.
+    /// Wakes the worker for what came since the last time, once for everything that arrived together. A worker that is
+    /// woken by the first record of a fetch makes a transaction of that record alone.
     pub(super) fn announce(&self) {
         if std::mem::take(&mut self.lock().untold) {
             self.arrived.notify_one();
@@ -78,8 +79,8 @@ impl Buffer {
         (queue.next, queue.records.front().and_then(|record| record.timestamp))
     }
 
-    /// What has arrived, at most `max` records; waits for the first, and a moment for more when those are far fewer than
-    /// usual. Nothing is lost when this is cancelled.
+    /// Takes what has arrived, at most `max` records. Waits for the first, and a moment for more when those are far
+    /// fewer than usual. Nothing is lost when this is cancelled.
     pub(super) async fn take(&self, max: usize, gathering: &mut Gathering) -> Vec<Raw> {
         loop {
             let waiting = self.lock().records.len();
@@ -106,7 +107,7 @@ impl Buffer {
             queue.bytes -= record.size();
             taken.push(record);
         }
-        // Half: pausing throws away what was fetched ahead, so it should not happen at every record.
+        // Half the limit: pausing throws away what was fetched ahead, so it should not happen at every record.
         let room = queue.records.len() <= self.limit / 2 && queue.bytes <= BYTES_MAX / 2;
         let resume = queue.paused && room;
         queue.paused &= !resume;
@@ -151,7 +152,7 @@ mod tests {
     async fn far_fewer_records_than_usual_wait_a_moment_for_those_that_come_behind_them() {
         let buffer = Buffer::new(100, || {});
         let mut gathering = Gathering::default();
-        // However long this process is kept from running, it was not long ago.
+        // However long this process is kept from running, the last batch was not long ago.
         let late = clock::monotonic() + std::time::Duration::from_secs(3600);
         (0..20).for_each(|_| gathering.begins(10, late));
         let push = |_| assert_eq!(buffer.push(Raw::default()), Room::Left);

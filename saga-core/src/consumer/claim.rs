@@ -1,8 +1,9 @@
 //! The SQL of `inbox_partition`: which worker has a partition, and what it is trying that its process may die of.
 //!
-//! A process that dies leaves `clean` unset. One death is nobody's fault, so the next worker notes its first batches before it
-//! tries them. A record of a batch that a process died in after it was noted is tried alone, and counted before.
-//! A worker that stops in good order takes back what it has noted, and the attempt that it has counted and not decided.
+//! A process that dies leaves `clean` unset. One death is not yet a record's fault, so the next worker notes its first
+//! batches before it tries them. When the process dies during a batch that was noted, each of its records is tried
+//! alone, and counted before. A worker that stops in good order takes back what it has noted, and the attempt that it
+//! has counted and not decided.
 
 use crate::{inbox::Place, transaction::Transaction};
 use sqlx::Row;
@@ -10,14 +11,15 @@ use std::{ops::Range, time::Duration};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// What a row of `inbox_partition` said before we took the partition, and what the database says of itself.
+/// What a row of `inbox_partition` held before this worker took the partition, and what the database says of itself.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Claimed {
-    /// The worker before let go in good order, or there was none. If not, its process may have died of one of its records.
+    /// The worker before let go in good order, or there was none. If `false`, its process may have died of one of its
+    /// records.
     pub(super) clean: bool,
     /// What was noted last before it was tried.
     pub(super) noted: Option<Noted>,
-    /// The database's clock.
+    /// The time by the database's clock.
     pub(super) time: OffsetDateTime,
     /// How long the server lets a transaction be silent, unless the transaction says otherwise. 0: for ever.
     pub(super) silence: Duration,
@@ -28,13 +30,13 @@ pub(super) struct Claimed {
 pub(super) struct Noted {
     /// The offset of the record that was tried alone, or of the last one of a batch.
     offset: i64,
-    /// 0: it was a batch.
+    /// The number of the attempt at a single record. 0: a batch was noted.
     attempts: i32,
 }
 
 impl Noted {
-    /// The offsets of what may have killed. What is before them survived: a record is tried alone when all before it in its
-    /// partition is done. (A batch begins where what is done ends.)
+    /// The offsets of the records that may have killed the process. The records before them survived: a record is tried
+    /// alone when all before it in its partition is done. (A batch begins where what is done ends.)
     pub(super) fn suspects(self) -> Range<i64> {
         let end = self.offset.saturating_add(1);
         if self.attempts > 0 { self.offset..end } else { i64::MIN..end }
@@ -48,13 +50,13 @@ pub(super) enum Counted {
     Fresh,
     /// At a parked record.
     Parked {
-        /// Its row's.
+        /// The id of its row in `inbox_parked`.
         id: i64,
     },
 }
 
-/// Takes the partition for `owner`. What was noted of another topic, which had the same name, is forgotten: its offsets mean nothing in
-/// the one with this id.
+/// Takes the partition for `owner`. Notes about another topic of the same name are forgotten: their offsets mean
+/// nothing in the topic with this id.
 pub(super) async fn claim(
     mut tx: Transaction,
     place: Place<'_>,
@@ -97,8 +99,8 @@ pub(super) async fn claim(
     })
 }
 
-/// Says that `owner` let go in good order: nothing died of what it had, so the batch that it noted is forgotten, and an
-/// attempt that is not decided was none. Nothing if another worker has taken the partition.
+/// Records that `owner` let go in good order. Its process did not die of what it had, so the batch that it noted is
+/// forgotten. An attempt that is not decided did not happen. Nothing is done if another worker has taken the partition.
 pub(super) async fn release(
     mut tx: Transaction,
     place: Place<'_>,
@@ -129,7 +131,7 @@ pub(super) async fn release(
     tx.commit_quietly().await
 }
 
-/// Counts an attempt at the record at `offset`, before it is made, and says which it is.
+/// Counts an attempt at the record at `offset`, before it is made, and returns its number.
 pub(super) async fn count_attempt(mut tx: Transaction, place: Place<'_>, offset: i64) -> Result<u32, sqlx::Error> {
     let attempts: i32 = sqlx::query_scalar(
         "update inbox_partition
@@ -147,8 +149,8 @@ pub(super) async fn count_attempt(mut tx: Transaction, place: Place<'_>, offset:
     Ok(attempts.unsigned_abs())
 }
 
-/// Notes that the records up to the one at `last` are about to be tried together; nothing if another worker has taken
-/// the partition.
+/// Notes that the records up to the one at `last` are about to be tried together. Nothing is done if another worker has
+/// taken the partition.
 pub(super) async fn note_batch(
     mut tx: Transaction,
     place: Place<'_>,
@@ -170,7 +172,7 @@ pub(super) async fn note_batch(
     tx.commit_quietly().await
 }
 
-/// What the database's clock says.
+/// Asks the database for the time.
 pub(super) async fn time(mut tx: Transaction) -> Result<OffsetDateTime, sqlx::Error> {
     let time = sqlx::query_scalar("select clock_timestamp()").fetch_one(&mut **tx).await?;
     tx.commit_quietly().await?;

@@ -1,8 +1,8 @@
 //! The Kafka client: its settings, and what it calls back.
 //!
-//! A rebalance is answered by the polling task, not in the callback: a revoked partition's worker may have a transaction
-//! open, and waiting for it must not block a thread of the runtime. The client library waits for the answer. Only while
-//! the client is closed does the callback answer, because nobody polls any more.
+//! The polling task answers a rebalance, not the callback. A revoked partition's worker may have a transaction open,
+//! and waiting for it must not block a thread of the runtime. The client library waits for the answer. The callback
+//! answers only while the client is closed, because nothing polls any more.
 
 use super::{ConsumerConfig, health::Pulse};
 use rdkafka::{
@@ -21,16 +21,16 @@ use tokio::sync::mpsc::UnboundedSender;
 /// The client of a consumer.
 pub(super) type Client = StreamConsumer<Context>;
 
-/// A change of what we read.
+/// A change of the partitions that this member reads.
 #[derive(Debug, Clone)]
 pub(super) enum Rebalance {
-    /// These too.
+    /// The member reads these partitions, too.
     Assigned(TopicPartitionList),
-    /// These no longer.
+    /// The member no longer reads these partitions.
     Revoked(TopicPartitionList),
 }
 
-/// What the client library calls.
+/// The callbacks of the client library.
 pub(super) struct Context {
     pub(super) rebalances: UnboundedSender<Rebalance>,
     pub(super) pulse: Arc<Pulse>,
@@ -38,15 +38,15 @@ pub(super) struct Context {
 }
 
 impl Context {
-    /// From now on rebalances are answered at once.
+    /// From now on the callback answers rebalances at once.
     pub(super) fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
     }
 }
 
 impl ClientContext for Context {
-    /// What matters of it we say ourselves, once; the library repeats itself for as long as a broker is away. That a topic is
-    /// another one under its old name it says nowhere else.
+    /// The consumer itself logs what matters of this, once; the library repeats itself for as long as a broker is away.
+    /// Only this log shows that a topic is another one under its old name.
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         if let Some((topic, was, is)) = topic_id(text) {
             self.pulse.topic_is(topic, was, is);
@@ -75,18 +75,19 @@ impl ConsumerContext for Context {
     }
 
     fn commit_callback(&self, result: KafkaResult<()>, _: &TopicPartitionList) {
-        // An offset that is not committed is a record that comes again, which the inbox is for.
+        // An offset that is not committed leads to a record that comes again, which the inbox is for.
         if let Err(error) = result {
             tracing::debug!(%error, "offsets were not committed");
         }
     }
 }
 
-/// What the library says for a topic that has no id.
+/// The id that the library logs for a topic without an id.
 const NO_ID: &str = "AAAAAAAAAAAAAAAAAAAAAA";
 
-/// A topic, the id that it had, and the one that it has now. The library says so in its log when it sees the topic for the first time, and when it was
-/// deleted and made again: it then goes on at the offset, and the leader's epoch, that it had in the old one.
+/// Parses a topic, the id that it had, and the id that it has now. The library logs them when it sees the topic for the
+/// first time, and when the topic was deleted and made again. In the new topic it goes on at the offset and the
+/// leader's epoch of the old one.
 pub(super) fn topic_id(text: &str) -> Option<(&str, Option<&str>, &str)> {
     let (topic, ids) = text.split_once(" changed id from ")?;
     let topic = topic.rsplit(' ').next()?;
@@ -95,45 +96,47 @@ pub(super) fn topic_id(text: &str) -> Option<(&str, Option<&str>, &str)> {
     (is != NO_ID && !topic.is_empty()).then_some((topic, Some(was).filter(|was| *was != NO_ID), is))
 }
 
-/// Tells the library that a rebalance has been taken note of.
+/// Answers the library that a rebalance has been taken note of.
 pub(super) fn answer<C: rdkafka::consumer::Consumer<Context>>(client: &C, rebalance: &Rebalance) {
     let answered = match rebalance {
         Rebalance::Assigned(partitions) => client.incremental_assign(partitions),
         Rebalance::Revoked(partitions) => client.incremental_unassign(partitions),
     };
-    // It fails when the library has changed its mind meanwhile; it then says what it wants now.
+    // The answer fails when the library has changed its mind meanwhile; it then says what it wants now.
     if let Err(error) = answered {
         tracing::debug!(%error, ?rebalance, "a rebalance was not taken up");
     }
 }
 
-/// A client of the group, subscribed.
+/// Makes a client of the group, subscribed to its topics.
 pub(super) fn connect(config: &ConsumerConfig, context: Context) -> KafkaResult<Client> {
     let client: Client = telling_ids(&mut ClientConfig::new())
         .set("bootstrap.servers", &config.brokers)
         .set("group.id", &config.group)
         .set("client.id", &config.group)
-        // A group that is new must not miss what was said before it was there.
+        // A new group must not miss what was written before it was there.
         .set("auto.offset.reset", "earliest")
-        // An offset is stored by us after its transaction committed, and committed lazily by the library.
+        // The worker stores an offset after its transaction committed; the library commits it lazily.
         .set("enable.auto.offset.store", "false")
         .set("enable.auto.commit", "true")
         .set("auto.commit.interval.ms", "1000")
-        // Only what moves is taken away in a rebalance; the rest is read on.
+        // A rebalance takes away only the partitions that move; the others are read on.
         .set("partition.assignment.strategy", "cooperative-sticky")
-        // A process that died is replaced after this, and its own successor waits as long: by default the least that brokers
-        // allow. The heartbeats are a thread of the library, not a task of ours, so a busy process does not miss it.
+        // A process that died is replaced after this, and its own successor waits as long. The default is the least
+        // that brokers allow. A thread of the library sends the heartbeats, not a task of ours, so a busy process does
+        // not miss them.
         .set("session.timeout.ms", config.session_timeout.as_millis().to_string())
         // A member learns of a rebalance with its next heartbeat.
         .set("heartbeat.interval.ms", (config.session_timeout / 6).as_millis().to_string())
         // What is fetched ahead of the buffers, and how soon after they are emptied it is fetched on.
         .set("queued.max.messages.kbytes", "16384")
         .set("fetch.queue.backoff.ms", "10")
-        // A partition that is resumed is not fetched before the broker has answered the fetch that is under way; an idle
-        // one is answered after this. (With the default of 500 ms a slow worker ran dry after each pause: measured.)
+        // A partition that is resumed is not fetched before the broker has answered the fetch under way. The broker
+        // answers an idle fetch after this. (With the default of 500 ms a slow worker ran dry after each pause:
+        // measured.)
         .set("fetch.wait.max.ms", "100")
         .set("reconnect.backoff.max.ms", "2000")
-        // A topic that is created later, or gets more partitions, is noticed within this.
+        // The client notices a new topic, or a topic's new partitions, within this.
         .set("topic.metadata.refresh.interval.ms", "10000")
         .set("allow.auto.create.topics", "false")
         .set("statistics.interval.ms", "2000")
@@ -143,13 +146,13 @@ pub(super) fn connect(config: &ConsumerConfig, context: Context) -> KafkaResult<
     Ok(client)
 }
 
-/// With a few lines of log for each refresh of the metadata: see [`topic_id`].
+/// Has the client log a few lines for each refresh of the metadata: see [`topic_id`].
 pub(super) fn telling_ids(config: &mut ClientConfig) -> &mut ClientConfig {
     config.set("debug", "topic").set_log_level(RDKafkaLogLevel::Debug)
 }
 
-/// Settings of a client that asks about topics and groups: one of its own, so that the one that polls is not held up, nor its
-/// closing. It joins no group and says nothing.
+/// The settings of a client that asks about topics and groups. It is a client of its own, so that it holds up neither
+/// the polling client nor its closing. It joins no group and logs nothing.
 pub(super) fn asking(config: &ConsumerConfig) -> ClientConfig {
     let mut client = ClientConfig::new();
     client

@@ -1,8 +1,9 @@
-//! What could not be handled goes to `<topic>.dlt`, through the outbox: in the transaction that gives it up.
+//! A record that could not be handled goes to `<topic>.dlt`, through the outbox: in the transaction that gives it up.
 //!
-//! A dead letter is the record as it was (key, value, every header, id), with its coordinates and what was wrong as further
-//! headers. What the relay says of each message it says of the dead letter; what the record said there stands in
-//! `x-original-…`. One that had no readable id gets one derived from its coordinates, so that a repeat is recognisable.
+//! A dead letter is the record as it was (key, value, every header, id). Further headers hold its coordinates and what
+//! was wrong. The headers that the relay sets on each message are the dead letter's own; what the record had there
+//! stands in `x-original-…`. A record without a readable id gets one derived from its coordinates, so that a repeat is
+//! recognisable.
 
 use super::{
     Coordinates, Message,
@@ -18,52 +19,54 @@ use crate::{
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
-/// Header names of a dead letter.
+/// The names of a dead letter's headers.
 pub mod dead_letter_header {
-    /// The topic that it was read from.
+    /// The topic that the record was read from.
     pub const TOPIC: &str = crate::envelope::header::ORIGINAL_TOPIC;
-    /// Its partition there.
+    /// The partition in the original topic.
     pub const PARTITION: &str = "x-original-partition";
-    /// Its offset there.
+    /// The offset in the original partition.
     pub const OFFSET: &str = "x-original-offset";
-    /// Its record's timestamp, RFC 3339.
+    /// The original record's timestamp, RFC 3339.
     pub const TIMESTAMP: &str = "x-original-timestamp";
-    /// The consumer group that gave it up.
+    /// The consumer group that gave the record up.
     pub const GROUP: &str = "x-original-group";
-    /// Its key, in hexadecimal digits, when that is no text.
+    /// The record's key, in hexadecimal digits, when it is no text.
     pub const KEY: &str = "x-original-key";
     /// What kind of thing was wrong, in one word.
     pub const ERROR_CLASS: &str = "x-error-class";
     /// What was wrong, in words.
     pub const ERROR_MESSAGE: &str = "x-error-message";
-    /// How often it was tried.
+    /// How often the record was tried.
     pub const ATTEMPTS: &str = "x-attempts";
-    /// Its `ce_sequence`, `ce_epoch` and `ce_time`: the dead letter has its own. So has it, if these were not to be read, `ce_id`,
-    /// `ce_type`, `ce_specversion` and `ce_source`, and the original's are `x-original-id` and so on.
+    /// The original's `ce_sequence`, `ce_epoch` and `ce_time`: the dead letter has its own. If the original's `ce_id`,
+    /// `ce_type`, `ce_specversion` or `ce_source` could not be read, the dead letter has its own, too. The original's
+    /// are then `x-original-id` and so on.
     pub const SEQUENCE: &str = crate::envelope::header::ORIGINAL_SEQUENCE;
-    /// See [`SEQUENCE`].
+    /// The original's `ce_epoch`: see [`SEQUENCE`].
     pub const EPOCH: &str = crate::envelope::header::ORIGINAL_EPOCH;
-    /// See [`SEQUENCE`].
+    /// The original's `ce_time`: see [`SEQUENCE`].
     pub const TIME: &str = "x-original-time";
-    /// Set by the relay when the dead letter is too large for its topic with its payload, which has so many bytes and is left out:
-    /// it is to be read at the coordinates above, for as long as that topic keeps it.
+    /// The size of the original's payload, in bytes. The relay sets it when the dead letter is too large for its topic
+    /// with its payload, and leaves the payload out. The payload can be read at the coordinates above, for as long as
+    /// that topic keeps it.
     pub const PAYLOAD_BYTES: &str = "x-original-payload-bytes";
-    /// Likewise of the original's own headers.
+    /// The size of the original's own headers, where the relay left them out: see [`PAYLOAD_BYTES`].
     pub const HEADERS_BYTES: &str = "x-original-headers-bytes";
-    /// Likewise of its key.
+    /// The size of the original's key, where the relay left it out: see [`PAYLOAD_BYTES`].
     pub const KEY_BYTES: &str = "x-original-key-bytes";
 
-    /// What is said of every dead letter here, whatever else it carries.
+    /// The headers that a consumer sets on every dead letter, whatever else it carries.
     pub const SAID: [&str; 9] = [TOPIC, PARTITION, OFFSET, TIMESTAMP, GROUP, KEY, ERROR_CLASS, ERROR_MESSAGE, ATTEMPTS];
 }
 
-/// What the relay says of every message, and a dead letter in the same words as its original.
+/// The headers that the relay sets on every message, and on a dead letter as on its original.
 const SET_BY_THE_RELAY: [&str; 3] = [header::SPECVERSION, header::ID, header::TYPE];
 
-/// What a record is called whose type cannot be read.
+/// The type of a dead letter whose record's type cannot be read.
 const UNKNOWN_TYPE: &str = "undecodable";
 
-/// Longest source that an envelope may have.
+/// The longest source that an envelope may have, in bytes.
 const SOURCE_MAX: usize = 1_000;
 
 /// A record that is given up.
@@ -78,7 +81,7 @@ pub(super) struct DeadLetter<'a> {
 }
 
 impl<'a> DeadLetter<'a> {
-    /// One that no handler saw.
+    /// The dead letter of a record that no handler saw.
     pub(super) fn refused(refused: &'a Refused) -> Self {
         Self {
             at: &refused.at,
@@ -91,7 +94,7 @@ impl<'a> DeadLetter<'a> {
         }
     }
 
-    /// One that was tried `attempts` times.
+    /// The dead letter of a record that was tried `attempts` times.
     pub(super) fn failed(message: &'a Message, origin: &'a Origin, fault: &'a Fault, attempts: u32) -> Self {
         Self {
             at: &message.at,
@@ -104,7 +107,7 @@ impl<'a> DeadLetter<'a> {
         }
     }
 
-    /// The text of a header, if it has one: of several the last.
+    /// The text of a header, if it has one; of several headers of the name, the last.
     fn text(&self, name: &str) -> Option<&'a str> {
         text(&self.origin.headers, name)
     }
@@ -140,19 +143,19 @@ impl<'a> DeadLetter<'a> {
     }
 }
 
-/// Of several headers of a name the last counts; text that PostgreSQL stores.
+/// The text of the last of several headers of a name, if PostgreSQL can store it.
 fn text<'a>(headers: &'a RawHeaders, name: &str) -> Option<&'a str> {
     let last = headers.iter().filter(|(of, _)| *of == name).last().and_then(|(_, value)| value)?;
     std::str::from_utf8(last).ok().filter(|text| !text.is_empty() && !text.contains('\0'))
 }
 
-/// Every header of the record. What the dead letter has of its own is renamed, and comes first: should the record be a dead letter
-/// that was sent again, then the last header of such a name is that of its first original.
+/// Keeps every header of the record. Headers that the dead letter has of its own are renamed, and come first. A record
+/// may be a dead letter that was sent again: then the last header of such a name is that of its first original.
 fn kept(headers: &RawHeaders, id: MessageId, kind: &str) -> Headers {
     let alone = |name: &str| headers.iter().filter(|(of, _)| *of == name).take(2).count() == 1;
     let says = |name: &str, what: &str| alone(name) && text(headers, name) == Some(what);
     let source = text(headers, header::SOURCE).filter(|source| source.len() <= SOURCE_MAX);
-    // Once each, however many headers of one name there are.
+    // Each header once, however many of one name there are.
     let same = [
         (header::SPECVERSION, "x-original-specversion", says(header::SPECVERSION, "1.0")),
         (header::ID, "x-original-id", says(header::ID, &id.to_string())),
@@ -170,7 +173,7 @@ fn kept(headers: &RawHeaders, id: MessageId, kind: &str) -> Headers {
     exact::beside(renamed.chain(others), &dead_letter_header::SAID)
 }
 
-/// Always the same for one record and one group.
+/// Derives the id, which is always the same for one record and one group.
 fn derive_id(group: &str, at: &Coordinates) -> MessageId {
     let name = format!("{group}/{}/{}/{}", at.topic, at.partition, at.offset);
     MessageId(Uuid::new_v5(&Uuid::NAMESPACE_URL, name.as_bytes()))
@@ -185,7 +188,7 @@ pub(super) async fn append_in(
     let mut messages = Vec::new();
     let mut keys = Vec::new();
     for letter in letters {
-        // Once, here, with the coordinates: the record itself is in the dead letter.
+        // Logged once, here, with the coordinates: the record itself is in the dead letter.
         tracing::warn!(
             group,
             topic = letter.at.topic,

@@ -1,7 +1,8 @@
 //! What the brokers say of a consumer's topics: whether each is there and led, and where its partitions end.
 //!
-//! The polling client cannot be asked: it says nothing of a topic that is gone, and of one that was made again it believes what it
-//! knew of the old. So a client of its own asks, every few seconds, and [`Pulse`] compares that with how far the consumer is.
+//! The polling client cannot be asked. It says nothing of a topic that is gone, and of a topic that was made again it
+//! believes what it knew of the old. So a client of its own asks, every few seconds, and [`Pulse`] compares that with
+//! how far the consumer is.
 
 use super::{ConsumerConfig, client, health::Pulse};
 use crate::{
@@ -22,15 +23,15 @@ const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// What the brokers said at one look.
 #[derive(Debug, Default)]
 pub(super) struct Ends {
-    /// What is wrong with a topic.
+    /// What is wrong with a topic, by its name.
     pub(super) troubles: BTreeMap<String, Trouble>,
     /// The first offset of each partition, and the one after the last.
     pub(super) ranges: BTreeMap<(String, i32), (i64, i64)>,
-    /// The partitions of which they did not say that, and why.
+    /// The partitions for which the brokers did not give a range, and why.
     pub(super) missed: BTreeMap<(String, i32), String>,
 }
 
-/// Looks, over and over.
+/// Asks the brokers, over and over.
 pub(super) async fn keep_looking(config: &ConsumerConfig, pulse: &Pulse) -> Infallible {
     let client: Arc<BaseConsumer> = match client::asking(config).create() {
         Ok(client) => Arc::new(client),
@@ -57,7 +58,7 @@ pub(super) async fn keep_looking(config: &ConsumerConfig, pulse: &Pulse) -> Infa
 }
 
 fn look(client: &BaseConsumer, topics: &[String], held: Vec<(String, i32)>) -> Result<Ends, KafkaError> {
-    // It reads nothing; what it says of connections must not pile up.
+    // The client reads nothing; its events about connections must not pile up.
     while client.poll(Duration::ZERO).is_some() {}
     let mut ends = Ends::default();
     for name in topics {
@@ -98,7 +99,7 @@ fn trouble(topic: &str, code: Code) -> Option<Trouble> {
         Code::LeaderNotAvailable | Code::BrokerNotAvailable | Code::ReplicaNotAvailable => {
             Some(Trouble::new(Cause::Leaderless, format!("the topic {topic} has no leader: {code}")))
         }
-        // It passes, or the polling client tells.
+        // The error passes, or the polling client reports it.
         _ => None,
     }
 }

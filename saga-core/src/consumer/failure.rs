@@ -1,12 +1,12 @@
 //! What went wrong, and whose fault it is.
 //!
-//! The line that everything hangs on is drawn by `error_class`: what passes by itself (a deadlock, a lost connection, a server
-//! that restarts), what is stale, and what an operator has to set right are repeated and counted nowhere, however long that
-//! takes. Anything else is the fault of a record, and counted. So is a handler that needs longer than its bounds: which
-//! records it needs so long for is found by making the batch smaller.
+//! `error_class` draws the line that everything hangs on. Some errors pass by themselves (a deadlock, a lost
+//! connection, a server that restarts), some are stale, and some an operator has to set right. All these are repeated
+//! and counted nowhere, however long that takes. Any other error is the fault of a record, and counted. So is a handler
+//! that needs longer than its bounds: smaller batches show which records take so long.
 //!
-//! A wait for a lock is no fault of the record: another transaction holds the lock. Its record is set aside like one at
-//! fault, so that the others flow, but no attempt is spent, and the record is never given up for that.
+//! A wait for a lock is no fault of the record: another transaction holds the lock. The record is set aside like one at
+//! fault, so that the others flow. But no attempt is spent, and the record is never given up for that.
 
 use super::{HandleError, Unfit};
 use crate::{
@@ -20,11 +20,11 @@ use std::{borrow::Cow, time::Duration};
 /// Why a transaction did not commit.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// It will pass; the text is for the log.
+    /// The error will pass; the text is for the log.
     Passing(Cause, String),
     /// The connection cannot be used any more, though another one can.
     Stale(Cause, String),
-    /// Nothing works until an operator sets it right.
+    /// Nothing works until an operator sets the cause right.
     Configuration(Cause, String),
     /// The pool had no connection in time: others use all of them, or the database is away.
     NoConnection,
@@ -35,7 +35,7 @@ pub(super) enum Failure {
     /// The connection was lost while the handler had it, and the handler had it for longer than the server lets a
     /// transaction be silent. Either the handler was silent, or the database went away.
     Silent(Fault),
-    /// It is the record's fault.
+    /// The error is the record's fault.
     Fault(Fault),
     /// A test let us die here.
     #[cfg(feature = "testkit")]
@@ -45,35 +45,35 @@ pub(super) enum Failure {
 /// A record's own fault.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fault {
-    /// What kind, in one word, for dashboards and dead letters.
+    /// The kind of fault, in one word, for dashboards and dead letters.
     pub(super) class: Cow<'static, str>,
-    /// In words.
+    /// What was wrong, in words.
     pub(super) reason: String,
-    /// What helps against it.
+    /// What helps against the fault.
     pub(super) remedy: Remedy,
-    /// Which message's fault it is, where the handler names it.
+    /// The message whose fault it is, where the handler names it.
     pub(super) culprit: Option<MessageId>,
-    /// Others of the batch that are no better.
+    /// Other messages of the batch that can never be handled either.
     pub(super) others: Vec<Unfit>,
 }
 
 /// What helps against a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Remedy {
-    /// Perhaps another attempt.
+    /// Another attempt may help.
     Retry,
     /// A smaller batch; for a single record, perhaps another attempt.
     Smaller,
     /// To wait until another transaction lets go of a lock: apart from the others, and without an end.
     Wait,
-    /// Nothing.
+    /// Nothing helps: the record is given up.
     Nothing,
 }
 
-/// The class of what its handler called poison.
+/// The class of a message that its handler called poison.
 pub(super) const POISON: &str = "poison";
 
-/// The class of what waits for a lock, as it stands in `inbox_parked`.
+/// The class of a record that waits for a lock, as it stands in `inbox_parked`.
 pub(super) const LOCKED: &str = "locked";
 
 /// The class of a row of `inbox_parked` that this build cannot read.
@@ -84,23 +84,23 @@ impl Fault {
         Self { class: class.into(), reason: crate::reason::reason(reason), remedy, culprit: None, others: Vec::new() }
     }
 
-    /// The first of several that can never be handled, with the others.
+    /// The fault of the first of several messages that can never be handled, with the others.
     fn several(first: &Unfit, others: &[Unfit]) -> Self {
         Self { others: others.to_vec(), ..Self::unfit(first) }
     }
 
-    /// Of a message that can never be handled.
+    /// The fault of a message that can never be handled.
     pub(super) fn unfit(Unfit { message, class, reason }: &Unfit) -> Self {
         Self::new(*class, reason, Remedy::Nothing).of(Some(*message))
     }
 
-    /// An attempt did not end within `bound`.
+    /// The fault of an attempt that did not end within `bound`.
     pub(super) fn timed_out(bound: Duration) -> Self {
         let reason = format!("the attempt took longer than `attempt_timeout`, {bound:?}");
         Self::new("timed-out", &reason, Remedy::Smaller)
     }
 
-    /// The server ended the connection, because the handler said nothing on it for longer than `bound`.
+    /// The server ended the connection, because the handler sent nothing on it for longer than `bound`.
     fn silent(bound: Duration, error: &str) -> Self {
         let reason = format!(
             "the handler was silent on its connection for longer than `idle_in_transaction_session_timeout`, {bound:?}: {error}"
@@ -108,7 +108,7 @@ impl Fault {
         Self::new("silent", &reason, Remedy::Smaller)
     }
 
-    /// The handler waits for a lock.
+    /// The fault of a handler that waits for a lock.
     fn locked(answer: &str) -> Self {
         let reason = format!("waits for a lock that another transaction holds: {answer}");
         Self::new(LOCKED, &reason, Remedy::Wait)
@@ -177,7 +177,7 @@ impl From<HandleError> for Failure {
 }
 
 impl HandleError {
-    /// Whether it is the record's own fault, so far: not what passes by itself, nor what a test injects.
+    /// Whether the error is the record's own fault, so far: not what passes by itself, nor what a test injects.
     pub(crate) fn is_fault(&self) -> bool {
         match self {
             Self::Database(error) => classify(error) == ErrorClass::Own,
@@ -190,7 +190,7 @@ impl HandleError {
         }
     }
 
-    /// With the name that [`HandleError::parts`] took from it.
+    /// Puts back the name that [`HandleError::parts`] took from the error.
     fn named(self, message: Option<MessageId>) -> Self {
         match message {
             Some(message) => self.of(message),
@@ -198,7 +198,7 @@ impl HandleError {
         }
     }
 
-    /// What PostgreSQL says of a lock that was not to be had, however the handler has wrapped it.
+    /// PostgreSQL's message about a lock that was not to be had, however the handler has wrapped it.
     fn lock_wait(&self) -> Option<String> {
         match self {
             Self::Database(error) => lock_wait(error),
@@ -208,7 +208,7 @@ impl HandleError {
         }
     }
 
-    /// The database's error behind it, however the handler has wrapped it.
+    /// The database's error behind this one, however the handler has wrapped it.
     fn database(&self) -> Option<&sqlx::Error> {
         match self {
             Self::Database(error) => Some(error),
@@ -220,7 +220,7 @@ impl HandleError {
 }
 
 impl Failure {
-    /// A failure that is no fault of a record.
+    /// The failure of an error class that is no fault of a record; `None` for the others.
     fn not_own(class: ErrorClass, cause: impl FnOnce() -> Cause, reason: &str) -> Option<Self> {
         match class {
             ErrorClass::Passing => Some(Self::Passing(cause(), reason.to_owned())),
@@ -230,7 +230,7 @@ impl Failure {
         }
     }
 
-    /// Of a transaction that did not begin.
+    /// The failure of a transaction that did not begin.
     pub(super) fn of_begin(error: sqlx::Error) -> Self {
         match error {
             sqlx::Error::PoolTimedOut => Self::NoConnection,
@@ -238,7 +238,8 @@ impl Failure {
         }
     }
 
-    /// Of a handler that had its connection for `taken`, where the server lets a transaction be silent for `silence`.
+    /// The failure of a handler that had its connection for `taken`, where the server lets a transaction be silent for
+    /// `silence`.
     pub(super) fn of_handler(error: HandleError, taken: Duration, silence: Duration) -> Self {
         let (culprit, error) = error.parts();
         let fault = |fault: Fault| Self::Fault(fault.of(culprit));
@@ -249,8 +250,8 @@ impl Failure {
         let code = database.as_database_error().and_then(|error| error.code());
         let lost = matches!(database, sqlx::Error::Io(_) | sqlx::Error::Protocol(_));
         match code.as_deref() {
-            // The server gave up the statement or the transaction: after our bound, if the runtime was kept from giving up
-            // before, or after one that the handler has set.
+            // The server gave up the statement or the transaction. That was after our bound, if the runtime was kept
+            // from giving up before, or after a bound that the handler has set.
             Some("57014" | "25P04") => fault(Fault::new("timed-out", &error.to_string(), Remedy::Smaller)),
             // idle_in_transaction_session_timeout.
             Some("25P03") => fault(Fault::silent(silence, &database.to_string())),

@@ -1,8 +1,8 @@
 //! Whether a consumer does its work: what health asks.
 //!
-//! [`Outage`] reports outages. What an operator has to set right (a missing table or right, clocks that differ) is kept
-//! here for each partition that waits for it, and logged once for each. And here what the consumer has reached is compared with where
-//! its partitions end: what waits, since when it has not moved, and when the client has to be made anew.
+//! [`Outage`] reports outages. Faults that an operator has to set right (a missing table, clocks that differ) are kept
+//! here for each partition, and logged once. The consumer's offset is compared here with each partition's end. That
+//! shows what waits, since when it has not moved, and when the client has to be made anew.
 
 use super::{
     buffer::Buffer,
@@ -28,17 +28,17 @@ use tokio::sync::{Notify, watch};
 
 /// A consumer that has not polled for this long is stuck.
 const POLL_MAX: Duration = Duration::from_secs(10);
-/// A group has given its members their partitions after so long, or there are none for this one.
+/// A group has given its members their partitions after so long, or there are none for this consumer.
 const ASSIGNED_MAX: Duration = Duration::from_secs(30);
 
-/// What health asks. Cheap to clone.
+/// The health of one consumer. Cheap to clone.
 #[derive(Clone)]
 pub struct ConsumerHealth(pub(super) Arc<Pulse>);
 
 impl ConsumerHealth {
-    /// Fine, or why not. Fine means: a broker is connected, the consumer is a member of the group and polls, Kafka refuses it
-    /// nothing, its topics are there, and its database answers. No partition waits for an operator, no record waits for a lock for
-    /// two minutes, and the host's clock is the database's.
+    /// Fine, or why not. Fine means: a broker is connected, and the consumer is a member of the group and polls. Kafka
+    /// refuses it nothing, its topics are there, and its database answers. No partition waits for an operator, and no
+    /// record waits for a lock for two minutes. The host's clock agrees with the database's.
     ///
     /// # Errors
     /// In words, when it is not.
@@ -46,12 +46,12 @@ impl ConsumerHealth {
         self.0.trouble().map_or(Ok(()), |trouble| Err(trouble.reason))
     }
 
-    /// What stands in its way, and what waits for it.
+    /// What stands in the consumer's way, and what waits for it.
     pub fn report(&self) -> Report {
         Report { trouble: self.0.trouble(), waiting: self.0.waiting() }
     }
 
-    /// Whether its topics have, or had, records: `None` until that is known.
+    /// Whether the consumer's topics have, or had, records: `None` until that is known.
     pub fn ever_had_records(&self) -> Option<bool> {
         let state = self.0.lock();
         let ends = state.places.values().map(|place| place.end);
@@ -79,24 +79,24 @@ struct State {
     waiting: BTreeMap<(String, i32), (Trouble, Instant)>,
     /// What Kafka refuses until an operator acts.
     refused: Option<Trouble>,
-    /// What records that are parked have been waiting for too long.
+    /// The lock that parked records have been waiting for too long.
     locked: Option<Trouble>,
-    /// What is wrong with topics.
+    /// What is wrong with topics, by their names.
     topics: BTreeMap<String, Trouble>,
     /// The partitions that are read here.
     places: BTreeMap<(String, i32), Place>,
-    /// Partitions that are read on from elsewhere than where the group has come to.
+    /// Partitions that are to be read on from elsewhere than the group's offset.
     rewinds: BTreeMap<(String, i32), Rewind>,
     /// The client is to be made anew, and has not been yet.
     ends: bool,
     patience: Patience,
-    /// Where a partition ends is not known, for too long.
+    /// The end of a partition is not known, for too long.
     unseen: Option<Trouble>,
     /// Why partitions that are assigned are not read.
     untaken: Option<Trouble>,
     /// The parked record that was due for longest, or unreadable, at the last look.
     untried: Option<i64>,
-    /// That it was at two looks.
+    /// Set when one record was that at two looks.
     forgotten: Option<Trouble>,
 }
 
@@ -124,7 +124,7 @@ impl Pulse {
         gauge("inbox_parked_untried", counts.untried.as_ref().map_or(0, |untried| untried.count));
         let mut state = self.lock();
         state.locked = counts.waits_for_locks();
-        // After an outage many are due for long, and each look sees another one first.
+        // After an outage many records are due for long, and each look sees another one first.
         let before = std::mem::replace(&mut state.untried, counts.untried.as_ref().map(|untried| untried.id));
         let again = counts.untried.filter(|untried| before == Some(untried.id));
         state.forgotten = again.as_ref().map(Untried::trouble);
@@ -168,7 +168,7 @@ impl Pulse {
         (!state.assigned).then(|| Trouble::new(cause, "no partitions have been assigned yet"))
     }
 
-    /// Of the partition that stands still for longest; how much waits in all of them.
+    /// Since when the partition that stands still for longest does so, and how much waits in all of them.
     fn waiting(&self) -> Option<Waiting> {
         let state = self.lock();
         let waiting: Vec<Waiting> = state.places.values().filter_map(|place| place.waiting).collect();
@@ -188,7 +188,7 @@ impl Pulse {
         self.lock().polled = Some(clock::monotonic());
     }
 
-    /// Does what is bounded and takes longer than a poll may.
+    /// Does work that is bounded and takes longer than a poll may.
     pub(super) async fn busy<T>(&self, work: impl Future<Output = T>) -> T {
         let mut second = tokio::time::interval(Duration::from_secs(1));
         tokio::pin!(work);
@@ -204,7 +204,7 @@ impl Pulse {
         self.lock().assigned = true;
     }
 
-    /// Partitions that were assigned are read, or are not, for this reason.
+    /// Partitions that were assigned are read, or are not, for the reason in `but`.
     pub(super) fn takes(&self, but: Option<&str>) {
         let mut state = self.lock();
         let since = state.untaken.take().and_then(|untaken| untaken.since).or_else(|| Some(clock::monotonic()));
@@ -230,7 +230,7 @@ impl Pulse {
         self.lock().places.insert((topic.to_owned(), partition), Place::new(buffer, done, start));
     }
 
-    /// The partitions that are read here, of which the brokers are asked now where they end.
+    /// The partitions that are read here, whose ends the brokers are asked for now.
     pub(super) fn asks(&self) -> Vec<(String, i32)> {
         let mut state = self.lock();
         state.places.values_mut().for_each(|place| place.reached = place.fetched);
@@ -247,7 +247,7 @@ impl Pulse {
             let Some(place) = places.get_mut(&partition) else { continue };
             let found = place.compare(end, now);
             patience.moves(&partition, place.done(), place.waiting.is_none());
-            // A new client cannot help while that is so.
+            // A new client cannot help while Kafka is away, refuses, or has trouble with the topic.
             let waits = away || refused.is_some() || ends.troubles.contains_key(&partition.0);
             let why = match found {
                 Found::Shrunk if !away => {
@@ -269,7 +269,7 @@ impl Pulse {
         }
     }
 
-    /// Takes note of the partitions that the brokers did not say the ends of, and why: what was known of those stays.
+    /// Takes note of the partitions whose ends the brokers did not say, and why: what was known of those stays.
     pub(super) fn missed(&self, partitions: BTreeMap<(String, i32), String>) {
         let mut state = self.lock();
         let mut unseen = None;
@@ -286,8 +286,9 @@ impl Pulse {
         });
     }
 
-    /// The client says which topic is there under this name, and which one was there before as far as it knows. When it is another one
-    /// than the one that was read, what is in it has not been read. A record that comes twice changes nothing.
+    /// The client logs which topic is there under this name, and which one was there before as far as it knows. When it
+    /// is another one than the one that was read, its records have not been read. A record that comes twice changes
+    /// nothing.
     pub(super) fn topic_is(&self, topic: &str, was: Option<&str>, is: &str) {
         let mut state = self.lock();
         let State { places, rewinds, .. } = &mut *state;
@@ -297,7 +298,7 @@ impl Pulse {
             if known == Some(is) && place.id.is_some() {
                 continue;
             }
-            // Where no id was known, the group's offset says whether it is of this topic.
+            // Where no id was known, the group's offset shows whether it is of this topic.
             why = Some(if known.is_some() { "it was deleted and made again" } else { "its id was not known" });
             if known.is_some() {
                 rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), tail: None });
@@ -327,7 +328,7 @@ impl Pulse {
         self.anew.notified().await;
     }
 
-    /// What was read of a partition and is no longer there.
+    /// The part of a partition that was read and is no longer there.
     pub(super) fn rewind(&self, topic: &str, partition: i32) -> Option<Rewind> {
         self.lock().rewinds.get(&(topic.to_owned(), partition)).cloned()
     }
@@ -354,7 +355,7 @@ impl Pulse {
         }
     }
 
-    /// Partitions are somebody else's now, and so is telling their lag.
+    /// Other members have these partitions now, and report their lag.
     pub(super) fn gone(&self, partitions: &[(String, i32)]) {
         let mut state = self.lock();
         for (topic, partition) in partitions {
@@ -413,7 +414,7 @@ impl Pulse {
     }
 }
 
-/// What one partition's worker reports. When it is dropped, the partition no longer waits here.
+/// The reports of one partition's worker. When it is dropped, the partition no longer waits here.
 pub(super) struct Reporter {
     pub(super) pulse: Arc<Pulse>,
     pub(super) partition: (String, i32),
@@ -425,7 +426,8 @@ impl Reporter {
         self.pulse.database.failing(reason);
     }
 
-    /// An operator has to set this right, or another session to let go of a lock; nothing is counted or given up meanwhile.
+    /// An operator has to set this right, or another session to let go of a lock. Nothing is counted or given up
+    /// meanwhile.
     pub(super) fn waits(&self, cause: Cause, reason: &str) {
         let (now, trouble) = (clock::monotonic(), Trouble::new(cause, reason));
         let known = {
@@ -445,7 +447,7 @@ impl Reporter {
         }
     }
 
-    /// The database did what it was asked.
+    /// The database did what it was asked for.
     pub(super) fn works(&self) {
         self.pulse.database.working();
         if self.pulse.lock().waiting.remove(&self.partition).is_some() {

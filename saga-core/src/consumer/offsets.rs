@@ -13,10 +13,10 @@ use rdkafka::{
 use std::sync::Arc;
 use tokio::sync::watch;
 
-/// Stores offsets for a worker.
+/// Stores the offsets of one worker.
 pub(super) struct Offsets {
     client: Arc<Client>,
-    /// The topic that they are of, where that is known.
+    /// The topic that the offsets are of, where that is known.
     id: Option<TopicId>,
     /// The offset after what is done.
     done: watch::Sender<i64>,
@@ -35,7 +35,7 @@ impl Offsets {
     pub(super) fn store(&self, topic: &str, partition: i32, last: i64) {
         let next = last.saturating_add(1);
         self.done.send_replace(next);
-        // The library refuses offsets of partitions that are not ours: that is what we want it to do.
+        // The library refuses offsets of partitions that are not ours, as it should.
         let stored =
             place(topic, partition, next, self.id.as_ref()).and_then(|place| self.client.store_offsets(&place));
         if let Err(error) = stored {
@@ -44,11 +44,12 @@ impl Offsets {
     }
 }
 
-/// Takes the group back to where partitions end that lost their tail: another member may get them, and they may have grown.
+/// Takes the group back to the ends of partitions that lost their tail: another member may get them, and they may have
+/// grown.
 pub(super) fn give_back(client: &Client, pulse: &Pulse, held: Vec<(String, i32)>) {
     for (topic, partition) in held {
         let Some(Rewind { of: Some(id), tail: Some((end, _)) }) = pulse.rewind(&topic, partition) else { continue };
-        // What is stored goes back too, or closing would commit that.
+        // The stored offset goes back too: closing would commit it.
         let back = place(&topic, partition, end, Some(&id)).and_then(|place| {
             client.store_offsets(&place)?;
             client.commit(&place, CommitMode::Async)
@@ -109,7 +110,7 @@ mod tests {
         let config = ConsumerConfig::new(&brokers(), &unique("group"), [topic.name()]);
         let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/offsets").unwrap();
         let pulse = Arc::new(Pulse::new(&config.group, &config.brokers, &pool));
-        // It answers rebalances itself.
+        // The client answers rebalances itself.
         let context =
             Context { rebalances: unbounded_channel().0, pulse: Arc::clone(&pulse), closing: AtomicBool::new(true) };
         let client = Arc::new(client::connect(&config, context).unwrap());
@@ -122,7 +123,7 @@ mod tests {
         offsets.store(topic.name(), 0, 9);
         tokio::task::block_in_place(|| client.commit_consumer_state(CommitMode::Sync)).unwrap();
         assert_eq!(tokio::task::block_in_place(asks).group, Some(10));
-        // What is in hand is finished: it is stored, and not committed yet.
+        // The record in hand is finished: its offset is stored, and not committed yet.
         offsets.store(topic.name(), 0, 11);
         pulse.reads(topic.name(), 0, Arc::new(Buffer::new(1, || {})), is_done, &Start { id, ..Start::default() });
         let mut said = Statistics::default();

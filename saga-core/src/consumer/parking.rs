@@ -1,7 +1,8 @@
 //! The SQL of `inbox_parked`.
 //!
-//! A lane is what shares a key, in the order of the topic; a topic that is made again goes on behind the one that was deleted. Its first row has a time for its next attempt, the rows behind it have none; when the
-//! first leaves, the next gets one, in the same transaction. So a lane is never without somebody who will wake it.
+//! A lane holds the records that share a key, in the order of the topic. A topic that is made again goes on behind the
+//! one that was deleted. A lane's first row has a time for its next attempt, the rows behind it have none. When the
+//! first leaves, the next gets one, in the same transaction. So a lane always has a row that is tried.
 
 use super::{
     Coordinates, Message,
@@ -21,12 +22,13 @@ use sqlx::{Row, postgres::PgRow, types::Json};
 use std::{collections::BTreeSet, time::Duration};
 use time::OffsetDateTime;
 
-/// A record may wait so long for a lock before health says so.
+/// How long a record may wait for a lock before health reports it.
 const LOCKED_MAX: Duration = Duration::from_secs(120);
-/// A record that has been due for so long, or that cannot be read and was parked so long ago, is one that nothing tries.
+/// A record that has been due for so long, or that cannot be read and was parked so long ago, is one that nothing
+/// tries.
 const UNTRIED_MAX: Duration = Duration::from_secs(300);
 
-/// A parked record.
+/// A record that was parked, with its row.
 #[derive(Debug, Clone)]
 pub(super) struct Parked {
     pub(super) id: i64,
@@ -36,25 +38,25 @@ pub(super) struct Parked {
     pub(super) origin: Origin,
 }
 
-/// What a partition's first due row says.
+/// What is due first in a partition.
 pub(super) enum Due {
-    /// Nothing waits for a time.
+    /// No row has a time.
     Nothing,
     /// The next attempt is not yet due.
     In(Duration),
-    /// It is.
+    /// The next attempt is due.
     Now(Box<Parked>),
-    /// It is, and this build cannot read the row.
+    /// The next attempt is due, and this build cannot read the row.
     Unreadable {
-        /// The row's.
+        /// The id of the row.
         id: i64,
-        /// Why not.
+        /// Why this build cannot read the row.
         reason: String,
     },
 }
 
-/// Parks records behind what is parked of their keys. Where nothing is any more (a copy that was parked at another
-/// partition has just left there), the first of them is due at once.
+/// Parks records behind the parked records of their keys. A key may have none any more: a copy that was parked at
+/// another partition has just left there. Then the first of its records is due at once.
 pub(super) async fn hold_in(tx: &mut Tx<'_>, place: Place<'_>, held: &Batch) -> Result<(), sqlx::Error> {
     insert(tx, place, held, 0, None, None).await?;
     let lanes: BTreeSet<i64> = held.messages.iter().filter_map(lane).collect();
@@ -143,8 +145,8 @@ pub(super) async fn next_due(mut tx: Transaction, place: Place<'_>) -> Result<Du
     })
 }
 
-/// Counts an attempt at a parked record, before it is made, and sets the time of the one after it, should the process die of this one. `None`
-/// when the row is gone.
+/// Counts an attempt at a parked record, before it is made. Sets the time of the attempt after it, should the process
+/// die of this one. `None` when the row is gone.
 pub(super) async fn count_retry(mut tx: Transaction, id: i64, delay: Duration) -> Result<Option<u32>, sqlx::Error> {
     let attempts: Option<i32> = sqlx::query_scalar(
         "update inbox_parked
@@ -160,7 +162,8 @@ pub(super) async fn count_retry(mut tx: Transaction, id: i64, delay: Duration) -
     Ok(attempts.map(i32::unsigned_abs))
 }
 
-/// Notes why a parked record failed this time, and that it waits for so long from now on: the attempt may have taken longer.
+/// Notes why a parked record failed this time, and that it waits for `delay` from now on: the attempt may have taken
+/// longer.
 pub(super) async fn note(mut tx: Transaction, id: i64, delay: Duration, fault: &Fault) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update inbox_parked
@@ -176,9 +179,9 @@ pub(super) async fn note(mut tx: Transaction, id: i64, delay: Duration, fault: &
     tx.commit_quietly().await
 }
 
-/// Notes that a parked record waits for a lock, and takes back the attempt that was counted for it. It is tried again after
-/// half the time that it has been parked: a lock that is held for hours costs the partition little, and one that is soon
-/// let go of costs the record little.
+/// Notes that a parked record waits for a lock, and takes back the attempt that was counted for it. It is tried again
+/// after half the time that it has been parked. So a lock that is held for hours costs the partition little, and one
+/// that is soon let go of costs the record little.
 pub(super) async fn note_wait(
     mut tx: Transaction,
     id: i64,
@@ -263,16 +266,16 @@ async fn wake_in(tx: &mut Tx<'_>, place: Place<'_>, lanes: &[i64]) -> Result<(),
 /// What is parked of a consumer, and the database's clock.
 pub(super) struct Counts {
     pub(super) parked: i64,
-    /// Those of them that wait for a lock,
+    /// The number of those that wait for a lock.
     pub(super) locked: i64,
-    /// and what the first of them waits for, since when.
+    /// What the first of those waits for, and for how long; `None`: none waits.
     pub(super) longest: Option<(String, Duration)>,
     pub(super) untried: Option<Untried>,
     pub(super) time: OffsetDateTime,
 }
 
 impl Counts {
-    /// That records have been waiting for locks for too long.
+    /// The trouble of records that have been waiting for locks for too long.
     pub(super) fn waits_for_locks(&self) -> Option<Trouble> {
         let (reason, since) = self.longest.as_ref().filter(|(_, since)| *since > LOCKED_MAX)?;
         let (locked, seconds) = (self.locked, since.as_secs());
@@ -285,13 +288,13 @@ impl Counts {
 /// Parked records that nothing tries: due for minutes, or put off because this build cannot read them.
 pub(super) struct Untried {
     pub(super) count: i64,
-    /// The row of the first of them,
+    /// The id of the first row of them.
     pub(super) id: i64,
     topic: String,
     partition: i32,
-    /// why it cannot be read,
+    /// Why this build cannot read the first row; `None` if it can.
     unreadable: Option<String>,
-    /// and for how long it has been so.
+    /// For how long the first row has been so.
     age: Duration,
 }
 
@@ -315,7 +318,7 @@ impl Untried {
     }
 }
 
-/// Counts what is parked.
+/// Counts a consumer's parked records.
 pub(super) async fn count(mut tx: Transaction, consumer: &str) -> Result<Counts, sqlx::Error> {
     let row = sqlx::query(
         "select count(*) as parked, count(*) filter (where error_class = $2) as locked,
@@ -379,7 +382,7 @@ fn seconds(seconds: f64) -> Duration {
 fn read(row: &PgRow) -> Result<Parked, sqlx::Error> {
     let Json(headers) = row.try_get::<Json<Headers>, _>("headers")?;
     let headers = RawHeaders::from_stored(&headers);
-    // They were an envelope when they were parked.
+    // The headers were an envelope when they were parked.
     let envelope = Envelope::decode(headers.iter()).map_err(|error| sqlx::Error::Decode(Box::new(error)))?;
     Ok(Parked {
         id: row.try_get("id")?,

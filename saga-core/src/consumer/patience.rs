@@ -1,5 +1,5 @@
-//! A worker's patience: what counts nothing is repeated for as long as it takes, and a counted attempt is the only one of its
-//! kind in the process.
+//! A worker's patience. Work that counts nothing is repeated for as long as it takes. A counted attempt is the only one
+//! of its kind in the process.
 
 use super::{
     Handler,
@@ -22,10 +22,11 @@ use std::{
 };
 use tokio::sync::Semaphore;
 
-/// Repeats of what counts nothing: soon at first (a deadlock is over at once), then at leisure (an outage is not).
+/// The pauses before work that counts nothing is repeated: short at first (a deadlock is over at once), then longer (an
+/// outage is not).
 const PATIENCE: Backoff = Backoff::doubling(Duration::from_millis(10), Duration::from_secs(2));
 
-/// What works again within this is no outage: a deadlock, one connection that was lost.
+/// What works again within this time is no outage: a deadlock, one connection that was lost.
 const UNSAID: Duration = Duration::from_millis(500);
 
 /// Held by the worker that makes an attempt that is counted.
@@ -54,12 +55,12 @@ impl<H: Handler> Worker<H> {
                     self.report.works();
                     return Ok(Err(fault));
                 }
-                // Twice in a row, each time after so long: it is no outage.
+                // The connection was lost twice in a row, each time after so long: it is no outage.
                 Failure::Silent(fault) if was_silent => return Ok(Err(fault)),
                 Failure::Silent(_) => silent = true,
                 #[cfg(feature = "testkit")]
                 Failure::Crash => return Err(Ended::Crashed),
-                // At once, unless it wants that over and over.
+                // The batch is repeated at once, unless the handler wants that over and over.
                 Failure::Again if !std::mem::replace(&mut again, true) => continue,
                 Failure::Again => {
                     self.report.waits(Cause::Fault, "its handler wants the same batch again and again");
@@ -68,7 +69,8 @@ impl<H: Handler> Worker<H> {
                 Failure::Unprepared => self.prepare(first).await,
                 Failure::Passing(cause, reason) => self.repeat(cause, &reason, first),
                 Failure::NoConnection => {
-                    // That handlers of ours have all connections is no outage: they give them back within their bounds.
+                    // When handlers of ours have all connections it is no outage: they give them back within their
+                    // bounds.
                     match why_none(&self.desk.pool, sqlx::Error::PoolTimedOut).await {
                         error if is_pool_full(&error) => {}
                         error => self.report.fails(&error.to_string()),
@@ -83,8 +85,8 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// The database cannot be used, since `first`. One that answers and does not do this is the partition's trouble: what others
-    /// ask of it is no sign that the partition goes on.
+    /// The database cannot be used, since `first`. A database that answers and does not do this is the partition's
+    /// trouble. Its answers to others are no sign that the partition goes on.
     fn repeat(&self, cause: Cause, reason: &str, first: Instant) {
         match cause {
             _ if clock::monotonic().saturating_duration_since(first) <= UNSAID => {}
@@ -93,7 +95,7 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// What an attempt comes to, which is a time-out when its handler needs too long, and an outage when the database does. The
+    /// The outcome of an attempt: a time-out when its handler needs too long, and an outage when the database does. The
     /// wait for a connection is not a part of it: the pool has a bound for that.
     async fn within_bound<T>(&self, attempt: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
         let (desk, bound) = (&self.desk, self.desk.config.attempt_timeout);
@@ -102,7 +104,7 @@ impl<H: Handler> Worker<H> {
         let begun = async { drop(stage.wait_for(|stage| *stage != Stage::Beginning).await) };
         let wait = desk.pool.options().get_acquire_timeout().saturating_add(bound);
         {
-            // Given up, it lets go of its connection at the end of this block.
+            // An attempt that is given up lets go of its connection at the end of this block.
             let mut attempt = pin!(attempt);
             let attempted = tokio::select! {
                 biased;
@@ -125,7 +127,7 @@ impl<H: Handler> Worker<H> {
 
     /// Makes the inbox's partitions: upkeep is behind.
     async fn prepare(&self, first: Instant) {
-        // What is refused for its age never comes here, so a partition can be made.
+        // A message that is refused for its age never comes here, so a partition can be made.
         const { assert!(FUTURE_MAX.as_secs() < 14 * 24 * 3600) };
         let made = self.desk.bound().within(inbox::add_partitions(&self.desk.pool, self.desk.config.horizon)).await;
         let late = clock::monotonic().saturating_duration_since(first) > UNSAID;
@@ -142,7 +144,7 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// Waits; others may be alone meanwhile.
+    /// Waits; other workers may make counted attempts meanwhile.
     async fn pause(&self, time: Duration) -> Result<(), Ended> {
         self.desk.ahead.give_back();
         let alone = self.be_with_others();
@@ -157,24 +159,25 @@ impl<H: Handler> Worker<H> {
         self.desk.ahead.give_back();
         let alone = tokio::select! {
             () = self.stop.cancelled() => return Err(Ended::Stopped),
-            // It is never closed.
+            // The semaphore is never closed.
             alone = ALONE.acquire() => alone.ok(),
         };
         *self.alone.lock().unwrap_or_else(PoisonError::into_inner) = alone;
         Ok(())
     }
 
-    /// Likewise, if that takes no longer than `patience`.
+    /// Becomes alone like [`Worker::be_alone`], if that takes no longer than `patience`.
     pub(super) async fn be_alone_within(&self, patience: Duration) -> Result<bool, Ended> {
         tokio::time::timeout(patience, self.be_alone()).await.map_or(Ok(false), |alone| alone.map(|()| true))
     }
 
-    /// Says whether it was alone.
+    /// Lets other workers make counted attempts; returns whether this one was alone.
     pub(super) fn be_with_others(&self) -> bool {
         self.alone.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()
     }
 
-    /// Likewise, for our own statements: there a fault is ours, there is no record to try instead, and health says so.
+    /// Insists like [`Worker::insist`], for our own statements. A fault there is ours, there is no record to try
+    /// instead, and health reports it.
     pub(super) async fn must<T, F, Fut>(&self, mut attempt: F) -> Result<T, Ended>
     where
         F: FnMut() -> Fut,

@@ -14,26 +14,27 @@ use tokio::sync::watch;
 
 /// A client that has fetched nothing for so long, although there are records and room for them, is made anew.
 const WEDGED_AFTER: Duration = Duration::from_secs(10);
-/// A client that was made anew is given so long before it is again: it has to join the group. Twice as long each time that it did
-/// not help, as all other partitions of the member wait meanwhile.
+/// How long a client that was made anew is given before it is made anew again: it has to join the group. The time
+/// doubles each time that a new client did not help, as all other partitions of the member wait meanwhile.
 const ANEW_EVERY: Duration = Duration::from_secs(30);
 const ANEW_EVERY_MAX: Duration = Duration::from_secs(3600);
-/// So many looks in succession fail before health says that a partition's end is not known.
+/// How many looks in succession may fail before health reports that a partition's end is not known.
 const MISSES_MAX: u32 = 5;
 
 /// How far one partition is.
 pub(super) struct Place {
     buffer: Arc<Buffer>,
-    /// The offset after what is done; negative until something is.
+    /// The offset after the records that are done; negative until one is.
     done: watch::Receiver<i64>,
-    /// Its topic when reading it began.
+    /// The partition's topic when reading it began; `None` where that is not known.
     pub(super) id: Option<TopicId>,
     /// The offset that the client fetches next; negative while it does not know.
     pub(super) fetched: i64,
-    /// The same, before the brokers were asked where the partition ends: no partition ends before that, unless it lost its tail.
+    /// The value of `fetched` before the brokers were asked for the partition's end. No partition ends before that,
+    /// unless it lost its tail.
     pub(super) reached: i64,
     pub(super) end: Option<i64>,
-    /// Of what is done, and of what is fetched while nothing is in hand.
+    /// The movement of what is done, and of what is fetched while nothing is in hand.
     movement: Movement<(i64, Option<i64>)>,
     pub(super) waiting: Option<Waiting>,
     /// How often in succession it was not known where the partition ends.
@@ -43,7 +44,7 @@ pub(super) struct Place {
 /// What a comparison found.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Found {
-    /// Nothing that the client will not cope with.
+    /// Nothing is wrong that the client does not cope with.
     Fine,
     /// The partition ends before what was read of it.
     Shrunk,
@@ -70,7 +71,7 @@ impl Place {
         *self.done.borrow()
     }
 
-    /// How far it has been read: no offset beyond that is of this process.
+    /// How far the partition has been read: no offset beyond that is of this process.
     pub(super) fn read(&self) -> i64 {
         self.done().max(self.fetched).max(self.buffer.reached().0.unwrap_or_default())
     }
@@ -87,7 +88,7 @@ impl Place {
             self.waiting = None;
             return if self.reached > end { Found::Shrunk } else { Found::Fine };
         }
-        // What only arrives is not done: records that trickle in behind one that hangs move nothing.
+        // Records that only arrive are not done: those that trickle in behind one that hangs move nothing.
         let fetched = (in_hand == 0).then_some(self.fetched);
         let still_since = self.movement.waits_at((done, fetched), now);
         let items = u64::try_from(unfetched).unwrap_or_default();
@@ -97,7 +98,8 @@ impl Place {
         if in_hand == 0 && still >= WEDGED_AFTER { Found::Wedged } else { Found::Fine }
     }
 
-    /// Where it ends was asked and not answered: what was known of it stays. Whether that has been so for too long.
+    /// The brokers did not answer where the partition ends: what was known of it stays. Returns whether that has been
+    /// so for too long.
     pub(super) fn misses(&mut self) -> bool {
         self.misses = self.misses.saturating_add(1);
         self.misses >= MISSES_MAX
@@ -113,7 +115,7 @@ pub(super) struct Patience {
 
 /// A partition for which a client was made anew.
 struct Wedge {
-    /// What was done of it then.
+    /// The offset after what was done then.
     done: i64,
     until: Instant,
     pause: Duration,
@@ -169,7 +171,7 @@ mod tests {
         Start { id: Some(TopicId { cluster: "c".into(), topic: topic.into() }), ..Start::default() }
     }
 
-    /// Reads partition 0 of `t`, whose id is `a`, up to here.
+    /// Reads partition 0 of `t`, whose id is `a`, up to `done`.
     fn pulse(done: i64) -> Arc<Pulse> {
         let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/places").unwrap();
         let pulse = Pulse::new("group", "localhost:1", &pool);
@@ -221,7 +223,7 @@ mod tests {
     async fn a_topic_of_unknown_id_that_is_made_again_is_read_from_its_begin() {
         let pulse = pulse(5);
         pulse.reads("u", 0, Arc::new(Buffer::new(4, || {})), watch::channel(5).1, &Start::default());
-        // A new client says so of each topic: which one it was before is not known.
+        // A new client logs this of each topic: it does not know which one it was before.
         pulse.topic_is("u", None, "a");
         assert!(pulse.anew().now_or_never().is_some() && pulse.rewind("u", 0).is_none());
         pulse.begins(clock::monotonic());
@@ -266,7 +268,7 @@ mod tests {
         assert!(health.report().trouble.is_none());
     }
 
-    /// The client says that it fetches this offset next of the first partitions of `t`.
+    /// Statistics in which the client fetches `next_offset` next of the first partitions of `t`.
     fn fetched(partitions: i32, next_offset: i64) -> Statistics {
         let mut said = Statistics::default();
         said.brokers.insert("b".into(), Broker { state: "UP".into(), ..Broker::default() });
@@ -317,7 +319,7 @@ mod tests {
         let mut patience = Patience::default();
         let replaced: Vec<u64> = (0..1000).filter(|second| patience.ends(&partition, 5, at(*second))).collect();
         assert_eq!(replaced, [0, 30, 90, 210, 450, 930]);
-        // What was done before does not count, what is done since then does.
+        // Offsets that were done before do not count, those done since then do.
         patience.moves(&partition, 5, false);
         assert!(!patience.ends(&partition, 5, at(1000)));
         patience.moves(&partition, 6, false);

@@ -5,9 +5,9 @@
 //!                -> buffer of partition 1 -> worker 1 ->
 //! ```
 //!
-//! It never waits for a worker except, within a bound, when that worker's partition is taken away, so the poll interval
-//! is never at risk. A full buffer pauses its partition. Offsets of a partition that was taken away are never stored:
-//! its worker is gone before the library is told that we let go.
+//! The task never waits for a worker except, within a bound, when that worker's partition is taken away. So the poll
+//! interval is never at risk. A full buffer pauses its partition. Offsets of a partition that was taken away are never
+//! stored: its worker is gone before the library hears that the partition was let go.
 
 use super::{
     ConsumerConfig, ConsumerError, Handler,
@@ -51,18 +51,18 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use uuid::Uuid;
 
-/// How long a worker may finish its open transaction when its partition is taken away or the process stops. Well below
-/// what the group allows a member to take (five minutes).
+/// How long a worker may finish its open transaction when its partition is taken away or the process stops. It is well
+/// below what the group allows a member to take (five minutes).
 const FINISH_MAX: Duration = Duration::from_secs(10);
 /// How long closing the client may take; it can hang, and nothing depends on it.
 const CLOSE_MAX: Duration = Duration::from_secs(10);
-/// After so long a client gives way that could not take partitions, unless Kafka refuses something.
+/// A client that could not take partitions gives way after so long, unless Kafka refuses something.
 const UNTAKEN_MAX: Duration = Duration::from_secs(10);
-/// Most records that are dispatched before other events get their turn.
+/// The most records that are dispatched before other events get their turn.
 const RECORDS_PER_TURN: usize = 256;
 
-/// A partition that we read. When it is dropped without being finished (somebody dropped the consumer's future), its
-/// worker is cut off, or it would keep the client, and with it the partition, for as long as the process lives.
+/// A partition that this process reads. When it is dropped without being finished (the consumer's future was), its
+/// worker is cut off. Otherwise the worker would keep the client, and with it the partition, as long as the process.
 struct Held {
     buffer: Arc<Buffer>,
     stop: CancellationToken,
@@ -70,15 +70,15 @@ struct Held {
     _reading: Option<AbortOnDropHandle<()>>,
 }
 
-/// Rebalances that wait for our answer. The library waits for it, also when it is closed: when the polling future is
-/// dropped in the middle (its task is aborted, its runtime ends), nobody polls any more, and closing would never end.
+/// Rebalances that wait for our answer. The library waits for it, also when it is closed. When the polling future is
+/// dropped in the middle (its task is aborted, its runtime ends), nothing polls any more, and closing would never end.
 struct Unanswered {
     receiver: UnboundedReceiver<Rebalance>,
     client: Weak<Client>,
 }
 
 impl Unanswered {
-    /// From now on nobody polls: what waits is answered, and what comes is answered at once.
+    /// From now on nothing polls: rebalances that wait are answered, and later ones are answered at once.
     fn close(&mut self) {
         let Some(client) = self.client.upgrade() else { return };
         client.context().close();
@@ -94,16 +94,16 @@ impl Drop for Unanswered {
     }
 }
 
-/// Why polling ended.
+/// Why polling ended without an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Polled {
-    /// It was to.
+    /// The consumer was asked to stop.
     ToTheEnd,
-    /// The client goes no further: another one is to be made.
+    /// The client goes no further: the consumer makes another one.
     UntilAnew,
 }
 
-/// From the workers to the polling task.
+/// A channel from the workers to the polling task.
 type Channel<T> = (UnboundedSender<T>, UnboundedReceiver<T>);
 
 pub(super) struct Poll<H> {
@@ -111,18 +111,18 @@ pub(super) struct Poll<H> {
     pool: PgPool,
     handler: Arc<H>,
     pulse: Arc<Pulse>,
-    /// Before the client: fields are dropped in their order.
+    /// The field stands before the client: fields are dropped in their order.
     rebalances: Unanswered,
     client: Arc<Client>,
-    /// For a handler that another part waits for.
+    /// The client of its own that asks where partitions end, for a handler that another part waits for.
     ends: Option<Arc<BaseConsumer>>,
     held: HashMap<String, HashMap<i32, Held>>,
     drained: Channel<(String, i32)>,
     broken: Channel<ConsumerError>,
-    /// When it was last asked whether Kafka still refuses.
+    /// When the task last asked whether Kafka still refuses.
     asked: Instant,
     asking: Option<JoinHandle<Option<Result<(), RDKafkaErrorCode>>>>,
-    /// Partitions that were assigned, and of which it was not said where the group has come to: since when they are not read.
+    /// Partitions that were assigned, and whose committed offset the brokers did not say: since when they are not read.
     untaken: BTreeMap<(String, i32), Instant>,
 }
 
@@ -159,7 +159,7 @@ impl<H: Handler> Poll<H> {
         })
     }
 
-    /// Polls until `stop`, or until the client has to be made anew, then lets go of everything in good order, within bounds.
+    /// Polls until `stop`, or until the client has to be made anew, then lets go of everything in good order, in time.
     pub(super) async fn run(mut self, stop: &CancellationToken) -> Result<Polled, ConsumerError> {
         let pulse = Arc::clone(&self.pulse);
         pulse.begins(clock::monotonic());
@@ -224,8 +224,8 @@ impl<H: Handler> Poll<H> {
         Ok(())
     }
 
-    /// What the client cannot go on with ends the consumer, for a new client; what an operator has to set right is kept until
-    /// it is; anything else passes by itself.
+    /// An error that the client cannot recover from ends the consumer, for a new client. An error that an operator has
+    /// to set right is kept until it is. Any other error passes by itself.
     fn complain(&mut self, error: KafkaError) -> Result<(), ConsumerError> {
         let code = match error {
             KafkaError::MessageConsumption(code) => code,
@@ -236,10 +236,10 @@ impl<H: Handler> Poll<H> {
             }
         };
         match (code, classify_kafka(code)) {
-            // No waiting makes the brokers allow it.
+            // Waiting does not make the brokers allow it.
             (RDKafkaErrorCode::InvalidSessionTimeout, _) | (_, ErrorClass::Stale) => return Err(error.into()),
             (RDKafkaErrorCode::AllBrokersDown, _) => self.pulse.connected(false),
-            // One broker of several, or an idle connection.
+            // One broker of several is away, or an idle connection was closed.
             (RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::OperationTimedOut, _) => {}
             (_, ErrorClass::Configuration | ErrorClass::Own) => {
                 self.pulse.refused(refusal::cause(code), refusal::reason(&self.config, code));
@@ -250,7 +250,7 @@ impl<H: Handler> Poll<H> {
         Ok(())
     }
 
-    /// While something is refused, asks now and then whether it still is.
+    /// While Kafka refuses something, asks now and then whether it still does.
     fn ask_again(&mut self) {
         if let Some(answer) = self.asking.as_mut().and_then(FutureExt::now_or_never) {
             self.asking = None;
@@ -277,7 +277,7 @@ impl<H: Handler> Poll<H> {
     fn resume(&self, topic: &str, partition: i32) {
         let ours = self.held.get(topic).is_some_and(|partitions| partitions.contains_key(&partition));
         if ours && let Err(error) = self.client.resume(&one(topic, partition)) {
-            // Only a partition that is no longer ours cannot be resumed.
+            // The library cannot resume a partition only when it is no longer ours.
             tracing::debug!(topic, partition, %error, "a partition was not resumed");
         }
     }
@@ -292,8 +292,8 @@ impl<H: Handler> Poll<H> {
                 self.pulse.busy(finish(gone, FINISH_MAX)).await;
                 self.pulse.gone(&names(partitions));
                 self.waits_no_more(partitions);
-                // The library remembers a pause beyond the assignment: when the partition comes back, nobody would know
-                // that it is paused, and it would never be read.
+                // The library remembers a pause beyond the assignment. When the partition comes back, this task would
+                // not know that it is paused, and it would never be read.
                 if let Err(error) = self.client.resume(partitions) {
                     tracing::debug!(%error, "partitions that go were not resumed");
                 }
@@ -307,7 +307,7 @@ impl<H: Handler> Poll<H> {
         tracing::info!(group = self.config.group, partitions = held, "rebalanced");
     }
 
-    /// Reads from where the group has come to in the topics that are there now.
+    /// Reads on from where the group has come to in the topics that are there now.
     async fn take(&mut self, partitions: &TopicPartitionList) {
         let pulse = Arc::clone(&self.pulse);
         let partitions = partitions.clone();
@@ -337,7 +337,7 @@ impl<H: Handler> Poll<H> {
                 }
                 pulse.assigned();
             }
-            // Nothing of them is handled: a guess could pass over records.
+            // No record of them is handled: a guess could pass over records.
             Err(why) => {
                 self.untaken.extend(names(&partitions).into_iter().map(|partition| (partition, clock::monotonic())));
                 pulse.takes(Some(&why));
@@ -346,7 +346,7 @@ impl<H: Handler> Poll<H> {
         client::answer(&*self.client, &Rebalance::Assigned(partitions));
     }
 
-    /// Partitions are read, or are somebody else's.
+    /// These partitions are read here, or belong to other members.
     fn waits_no_more(&mut self, partitions: &TopicPartitionList) {
         names(partitions).iter().for_each(|partition| _ = self.untaken.remove(partition));
         if self.untaken.is_empty() {
@@ -413,8 +413,8 @@ impl<H: Handler> Poll<H> {
     }
 }
 
-/// Tells workers to stop and waits until their open transactions are finished. One that takes longer than `bound` is cut
-/// off: its transaction is rolled back, or committed and not known to be, and the inbox knows which.
+/// Tells workers to stop and waits until their open transactions are finished. A worker that takes longer than `bound`
+/// is cut off. Its transaction is rolled back, or committed and not known to be, and the inbox knows which.
 async fn finish(workers: Vec<Held>, bound: Duration) {
     workers.iter().for_each(|held| held.stop.cancel());
     let mut tasks: Vec<_> = workers.into_iter().map(|held| held.task).collect();
@@ -423,15 +423,15 @@ async fn finish(workers: Vec<Held>, bound: Duration) {
             tracing::warn!("a worker did not finish in time and is cut off");
             task.abort();
         }
-        // A task that has already been awaited must not be again.
+        // A task that was awaited to its end must not be awaited again.
         for task in tasks.into_iter().filter(|task| !task.is_finished()) {
             task.await.ok();
         }
     }
 }
 
-/// Closes the client: commits what is stored and leaves the group. On a thread of its own and with a bound, as it can
-/// hang; a group that is not told finds out by the session's timeout.
+/// Closes the client: commits what is stored and leaves the group. It runs on a thread of its own and with a bound, as
+/// it can hang. A group that hears nothing finds out by the session's timeout.
 async fn close(client: Arc<Client>) {
     let (closed, closing) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || {

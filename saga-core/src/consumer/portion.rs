@@ -1,24 +1,25 @@
 //! How many records the next attempt takes.
 //!
-//! All that there is, as long as nothing is wrong. A portion that needs longer than its bound is halved until one fits, and
-//! that size is kept until half the bound would do for twice as many. The culprit of a fault that names no message is
-//! searched for by halves (by eighths, if it waits for a lock): once the first half is handled, it is in the second. What is
-//! left when it is alone is tried as a single record, counted, and the rest is one portion again.
+//! A portion is all records that there are, as long as nothing is wrong. A portion that needs longer than its bound is
+//! halved until one fits. That size is kept until half the bound would do for twice as many. The culprit of a fault
+//! that names no message is searched for by halves (by eighths, if it waits for a lock). Once the first half is
+//! handled, the culprit is in the second. A culprit that is found is tried as a single record, counted, and the rest is
+//! one portion again.
 
 use super::failure::Remedy;
 use std::time::Duration;
 
-/// Into how many parts the records are divided that a culprit is among. An attempt that fails by waiting for a lock takes far
-/// longer than one that is handled, so there are to be few of them.
+/// The number of parts into which the records with the culprit are divided. An attempt that fails by waiting for a lock
+/// takes far longer than one that succeeds, so there are to be few of them.
 const HALVES: usize = 2;
 const EIGHTHS: usize = 8;
 
 /// What the next attempt takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Portion {
-    /// So many records, in one transaction.
+    /// Take so many records, in one transaction.
     Together(usize),
-    /// The first record alone, its attempt counted.
+    /// Take the first record alone, its attempt counted.
     Alone,
 }
 
@@ -26,27 +27,28 @@ pub(super) enum Portion {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Portions {
     max: usize,
-    /// What was handled within the bound.
+    /// The most records that were handled within the bound.
     fits: usize,
-    /// The culprit is behind so many records that are to be handled before it.
+    /// The number of records before the suspects, which are to be handled first.
     before: usize,
-    /// The culprit is one of the so many that come then. 0: none is known.
+    /// The number of records behind those, one of which is the culprit. 0: none is known.
     suspects: usize,
     parts: usize,
-    /// Handled since the last culprit.
+    /// The number of records handled since the last culprit.
     gap: usize,
-    /// Where culprits lie close together, a portion that reaches much further than the next of them is in vain.
+    /// The most records of a portion where culprits lie close together: one that reaches much further than the next
+    /// culprit is in vain.
     reach: usize,
 }
 
 impl Portions {
-    /// Of at most `max` records.
+    /// Portions of at most `max` records.
     pub(super) fn new(max: usize) -> Self {
         let max = max.max(1);
         Self { max, fits: max, before: 0, suspects: 0, parts: HALVES, gap: usize::MAX, reach: usize::MAX }
     }
 
-    /// Most that a portion takes now.
+    /// The most records that a portion takes now.
     pub(super) fn most(&self) -> usize {
         self.fits.min(self.reach)
     }
@@ -56,7 +58,7 @@ impl Portions {
         self.fits < self.max
     }
 
-    /// What to take of so many records that wait.
+    /// Chooses what to take of `waiting` records.
     pub(super) fn next(&self, waiting: usize) -> Portion {
         if waiting == 0 {
             return Portion::Together(0);
@@ -72,7 +74,7 @@ impl Portions {
         }
     }
 
-    /// The first `size` records are handled; it took so long, of `bound`.
+    /// The first `size` records are handled; that took `took`, of `bound`.
     pub(super) fn handled(&mut self, size: usize, took: Duration, bound: Duration) {
         if took < bound / 4 && size >= self.fits {
             self.fits = self.fits.saturating_mul(2).min(self.max);
@@ -84,7 +86,7 @@ impl Portions {
         self.suspects = self.suspects.saturating_sub(beyond);
     }
 
-    /// The first `size` records were not handled; the culprit is the one behind the first so many, if that is known.
+    /// The first `size` records were not handled; `culprit` records come before the culprit, if that is known.
     pub(super) fn failed(&mut self, size: usize, remedy: Remedy, culprit: Option<usize>) {
         self.parts = if remedy == Remedy::Wait { EIGHTHS } else { HALVES };
         (self.before, self.suspects) = match (culprit, remedy) {
@@ -97,7 +99,7 @@ impl Portions {
         };
     }
 
-    /// What fitted elsewhere fits here.
+    /// Takes over the size that fitted elsewhere.
     pub(super) fn fit_like(&mut self, other: &Self) {
         self.fits = other.fits;
     }
@@ -117,8 +119,8 @@ mod tests {
 
     const BOUND: Duration = Duration::from_secs(1);
 
-    /// Handles `count` records, of which `bad` fail and each takes `each`: the sizes that were tried, and the records that
-    /// were tried alone.
+    /// Handles `count` records, of which `bad` fail and each takes `each`. Returns the sizes that were tried, and the
+    /// records that were tried alone.
     fn handle(
         portions: &mut Portions,
         count: usize,
@@ -169,7 +171,7 @@ mod tests {
     #[test]
     fn where_all_fail_hardly_any_attempt_is_in_vain() {
         let (sizes, alone) = handle(&mut Portions::new(500), 500, &(0..500).collect(), Duration::ZERO);
-        // But for those that find the first, and the second.
+        // But for the attempts that find the first culprit, and the second.
         assert_eq!((sizes.len(), alone.len()), (518, 500), "{sizes:?}");
     }
 

@@ -1,8 +1,10 @@
-//! How far a partition has been read, said in the database for those who wait for it ([`Handler::says_how_far_it_read`]).
+//! How far a partition has been read, kept in the database for other parts that wait for it
+//! ([`Handler::says_how_far_it_read`]).
 //!
-//! Now and then the broker is asked where the partition ends. When the worker has done all before that, everything that was
-//! there at the moment of the question has been taken, and `inbox_partition.read_until` becomes that moment. A partition that
-//! nobody owns, or whose broker, database or worker is away, falls behind by itself, because nobody says so any more.
+//! Now and then the worker's process asks the broker where the partition ends. When the worker has done all before
+//! that, everything that was there at the moment of the question has been taken. `inbox_partition.read_until` then
+//! becomes that moment. A partition without an owner, or whose broker, database or worker is away, falls behind by
+//! itself: nothing updates its row any more.
 //!
 //! [`Handler::says_how_far_it_read`]: super::Handler::says_how_far_it_read
 
@@ -24,7 +26,8 @@ use uuid::Uuid;
 
 /// How long after one reading the next one begins.
 const EVERY: Duration = Duration::from_secs(2);
-/// How long the broker or the database may take for an answer; a process that stops may have to wait for that of the broker.
+/// How long the broker or the database may take for an answer; a process that stops may have to wait for that of the
+/// broker.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 
 /// One partition, as long as one worker has it.
@@ -34,24 +37,24 @@ pub(super) struct Reading {
     pub(super) group: String,
     pub(super) topic: String,
     pub(super) partition: i32,
-    /// The worker's: when another one has taken the partition, nothing is said.
+    /// The worker's id: when another worker has taken the partition, nothing is written.
     pub(super) owner: Uuid,
-    /// The offset after what is done: at first what the group has come to, negative if that is nothing.
+    /// The offset after what is done: at first the group's committed offset, negative if there is none.
     pub(super) done: watch::Receiver<i64>,
 }
 
 impl Reading {
-    /// Says it again and again, until it is dropped or the worker is gone.
+    /// Writes it again and again, until this is dropped or the worker is gone.
     pub(super) async fn say(mut self) {
         loop {
             let asked = clock::monotonic();
             if let Some((begin, end)) = self.range().await {
-                // What no broker has any more need not be read.
+                // Records that no broker has any more need not be read.
                 let Ok(done) = self.done.wait_for(|done| begin.max(*done) >= end).await.map(|done| *done) else {
                     return;
                 };
                 if done > end {
-                    // The partition lost its tail, or it is another topic's: what is in it has not been read.
+                    // The partition lost its tail, or it is another topic's: its records have not been read.
                     tokio::time::sleep(EVERY).await;
                     continue;
                 }
@@ -71,11 +74,11 @@ impl Reading {
         }
     }
 
-    /// Where the partition begins, and where it ends.
+    /// The partition's first offset, and the offset after its last.
     async fn range(&self) -> Option<(i64, i64)> {
         let (client, topic, partition) = (Arc::clone(&self.client), self.topic.clone(), self.partition);
         let ask = tokio::task::spawn_blocking(move || -> KafkaResult<(i64, i64)> {
-            // It reads nothing; what it says of connections must not pile up.
+            // The client reads nothing; its events about connections must not pile up.
             while client.poll(Duration::ZERO).is_some() {}
             client.fetch_watermarks(&topic, partition, ANSWER_MAX)
         });

@@ -22,11 +22,11 @@ pub(super) struct Raw {
     key: Option<Vec<u8>>,
     payload: Option<Vec<u8>>,
     headers: RawHeaders,
-    /// A header has a name that is not UTF-8; it is not among them.
+    /// One header has a name that is not UTF-8; it is not among `headers`.
     nameless: bool,
 }
 
-/// What a record has beside what a handler sees: kept for parking and dead letters.
+/// The parts of a record that a handler does not see: kept for parking and dead letters.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Origin {
     pub(super) timestamp: Option<OffsetDateTime>,
@@ -34,17 +34,17 @@ pub(super) struct Origin {
     pub(super) headers: RawHeaders,
 }
 
-/// Headers in a few pieces of memory: a message has some twenty, and they are freed by another thread.
+/// Headers in a few pieces of memory: a message has some twenty, and another thread frees them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct RawHeaders {
     names: String,
     values: Vec<u8>,
-    /// Where each one's name and value end; the value is `None` when it is null.
+    /// Where each header's name and value end; the value's end is `None` when it is null.
     ends: Vec<(usize, Option<usize>)>,
 }
 
 impl RawHeaders {
-    /// Room for those of a saga's message.
+    /// Reserves room for the headers of a saga's message.
     fn with_room() -> Self {
         Self { names: String::with_capacity(256), values: Vec::with_capacity(512), ends: Vec::with_capacity(24) }
     }
@@ -63,12 +63,12 @@ impl RawHeaders {
         })
     }
 
-    /// As they are stored, each as it was.
+    /// The headers as they are stored, each as it was.
     pub(super) fn stored(&self) -> Headers {
         exact::from_record(self.iter())
     }
 
-    /// Likewise, as they were stored.
+    /// The headers of a record, from how they were stored.
     pub(super) fn from_stored(headers: &Headers) -> Self {
         let mut raw = Self::with_room();
         exact::to_record(headers).iter().for_each(|(name, value)| raw.push(name, value.as_deref()));
@@ -79,7 +79,7 @@ impl RawHeaders {
 impl Raw {
     pub(super) fn copy(record: &BorrowedMessage<'_>) -> Self {
         let (headers, nameless) = copy_headers(record);
-        // A producer may write any number there; what lies before 1970 is none.
+        // A producer may write any number as timestamp; one before 1970 counts as none.
         let timestamp = record.timestamp().to_millis().filter(|millis| *millis >= 0);
         Self {
             offset: record.offset(),
@@ -92,7 +92,7 @@ impl Raw {
         }
     }
 
-    /// Roughly what it takes in memory.
+    /// Roughly the bytes that the record takes in memory.
     pub(super) fn size(&self) -> usize {
         let bytes = |bytes: &Option<Vec<u8>>| bytes.as_ref().map_or(0, Vec::len);
         let RawHeaders { names, values, ends } = &self.headers;
@@ -101,10 +101,10 @@ impl Raw {
     }
 }
 
-/// The headers, and whether one of them has no name that can be read.
+/// Copies the headers; `true` if the name of one cannot be read.
 fn copy_headers(record: &BorrowedMessage<'_>) -> (RawHeaders, bool) {
     let Some(headers) = record.headers() else { return (RawHeaders::default(), false) };
-    // The client library panics at a header name that is not UTF-8: a record that anybody can write.
+    // The client library panics at a header name that is not UTF-8, which any producer can write.
     let copied = catch_unwind(AssertUnwindSafe(|| {
         let mut copied = RawHeaders::with_room();
         headers.iter().for_each(|header| copied.push(header.key, header.value));
@@ -142,17 +142,17 @@ pub(super) struct Batch {
     pub(super) poison: Poison,
 }
 
-/// What its handler called poison, and why: dead-lettered in the transaction that handles the others.
+/// The messages that the handler called poison, and why: dead-lettered in the transaction that handles the others.
 pub(super) type Poison = HashMap<MessageId, Fault>;
 
 impl Batch {
-    /// Whose steps it is about.
+    /// The saga headers of the messages, whose steps the batch is about.
     #[cfg(feature = "testkit")]
     pub(super) fn sagas(&self) -> impl Iterator<Item = &crate::envelope::SagaHeaders> {
         self.messages.iter().filter_map(|message| message.envelope.saga.as_ref())
     }
 
-    /// Decodes; what cannot be decoded is refused.
+    /// Decodes records; one that cannot be decoded is refused.
     pub(super) fn decode(topic: &str, partition: i32, raws: Vec<Raw>) -> Self {
         let mut batch = Self::default();
         for raw in raws {
@@ -183,24 +183,24 @@ impl Batch {
         self.messages.is_empty() && self.refused.is_empty()
     }
 
-    /// Whether the inbox remembers all that is of the age of these, at `now`.
+    /// Whether the inbox remembers all messages of the age of these, at `now`.
     pub(super) fn is_admissible(&self, config: &ConsumerConfig, now: OffsetDateTime) -> bool {
         self.messages.iter().all(|message| inadmissible(message, config, now).is_none())
     }
 
-    /// Whether that depends on `now`.
+    /// Whether [`Batch::is_admissible`] depends on `now`.
     pub(super) fn has_doubtful_ages(&self, config: &ConsumerConfig, now: OffsetDateTime) -> bool {
         let doubtful = |error| error != Inadmissible::NotV7;
         self.messages.iter().any(|message| inadmissible(message, config, now).is_some_and(doubtful))
     }
 
-    /// Where a message is, unless several have its id.
+    /// The position of a message in the batch, unless several have its id.
     pub(super) fn position(&self, id: MessageId) -> Option<usize> {
         let mut positions = self.messages.iter().enumerate().filter(|(_, message)| message.envelope.id == id);
         positions.next().map(|(position, _)| position).filter(|_| positions.next().is_none())
     }
 
-    /// Refuses what the inbox does not remember.
+    /// Refuses the messages that the inbox does not remember.
     pub(super) fn refuse_inadmissible(&mut self, config: &ConsumerConfig, now: OffsetDateTime) {
         let messages = std::mem::take(&mut self.messages).into_iter().zip(std::mem::take(&mut self.origins));
         for (message, origin) in messages {
@@ -221,7 +221,7 @@ impl Batch {
         }
     }
 
-    /// The first `count` messages; the others stay, and so does what is refused.
+    /// Splits off the first `count` messages; the others stay, and so does what is refused.
     pub(super) fn split_first(&mut self, count: usize) -> Self {
         let messages = self.messages.split_off(count.min(self.messages.len()));
         let origins = self.origins.split_off(count.min(self.origins.len()));
@@ -229,7 +229,7 @@ impl Batch {
         std::mem::replace(self, rest)
     }
 
-    /// Puts `rest` behind it.
+    /// Puts `rest` behind this batch.
     pub(super) fn append(&mut self, rest: Self) {
         self.messages.extend(rest.messages);
         self.origins.extend(rest.origins);
@@ -247,7 +247,7 @@ fn inadmissible(message: &Message, config: &ConsumerConfig, now: OffsetDateTime)
     (error != Inadmissible::TooOld || config.too_old == TooOld::DeadLetter).then_some(error)
 }
 
-/// What the inbox needs to know of a message.
+/// The parts of a message that the inbox needs.
 pub(super) fn arrival<'m>(message: &'m Message, config: &ConsumerConfig, now: OffsetDateTime) -> Arrival<'m> {
     let Envelope { source, id, .. } = &message.envelope;
     let remembered = config.too_old == TooOld::DeadLetter
@@ -255,7 +255,7 @@ pub(super) fn arrival<'m>(message: &'m Message, config: &ConsumerConfig, now: Of
     Arrival { source, id: *id, lane: lane(message), remembered }
 }
 
-/// A hash of the key: what must stay in order has the same.
+/// A hash of the key: records that must stay in order have the same. `None`: no key.
 pub(super) fn lane(message: &Message) -> Option<i64> {
     message.key.as_deref().map(hash)
 }

@@ -1,8 +1,8 @@
 //! What Kafka refuses a consumer until an operator acts, and whether it still does.
 //!
-//! The client library says such a thing once for each partition, and nothing when it is over: a topic without news looks the
-//! same. So while something is refused, a client of its own asks now and then for what the consumer needs. Nothing of this
-//! survives the process; the next one is refused the same.
+//! The client library reports a refusal once for each partition, and nothing when it is over: a topic without news
+//! looks the same. So while something is refused, a client of its own asks now and then for what the consumer needs.
+//! Nothing of this survives the process; Kafka refuses the next one the same.
 
 use super::{ConsumerConfig, client};
 use crate::{clock, part::Cause};
@@ -14,12 +14,12 @@ use rdkafka::{
 };
 use std::time::Duration;
 
-/// How often it is asked whether Kafka still refuses.
+/// How often the consumer asks whether Kafka still refuses.
 pub(super) const ASK_EVERY: Duration = Duration::from_secs(5);
 /// How long the brokers may take to answer for one topic.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
-/// What kind of refusal it is, for health.
+/// The kind of refusal, for health.
 pub(super) fn cause(code: Code) -> Cause {
     match code {
         Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition => Cause::TopicMissing,
@@ -27,7 +27,7 @@ pub(super) fn cause(code: Code) -> Cause {
     }
 }
 
-/// What is refused, and what an operator does about it.
+/// What is refused, and what an operator does about it, in words.
 pub(super) fn reason(config: &ConsumerConfig, code: Code) -> String {
     let (group, topics) = (&config.group, config.topics.join(", "));
     let cure = match code {
@@ -58,11 +58,11 @@ fn serves(config: &ConsumerConfig) -> KafkaResult<bool> {
     for topic in &config.topics {
         let mut place = TopicPartitionList::with_capacity(1);
         place.add_partition_offset(topic, 0, Offset::End)?;
-        // The group's right.
+        // Checks the right to the group.
         for found in client.committed_offsets(place.clone(), ANSWER_MAX)?.elements() {
             found.error()?;
         }
-        // The topic's: its end is reached where reading is allowed.
+        // Checks the right to the topic: a client reaches its end where reading is allowed.
         client.assign(&place)?;
         if !reaches_the_end(&client)? {
             return Ok(false);

@@ -1,7 +1,7 @@
 //! A topic read again from its beginning, beside its consumers: for rebuilding what is made of it.
 //!
-//! It is a member of no group and commits nothing, so it moves no consumer's offset. Records come in the order of their partition.
-//! When the process dies, nothing is left of it.
+//! The reader is a member of no group and commits nothing, so it moves no consumer's offset. Records come in the order
+//! of their partition. When the process dies, nothing is left of the reading.
 
 use super::{
     Coordinates, Message,
@@ -18,20 +18,20 @@ use rdkafka::{
 };
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-/// How long the brokers may take for an answer, and how long nothing may come of what is known to be there.
+/// How long the brokers may take for an answer, and how long records may stay away that are known to be there.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
-/// How long records are waited for at a time.
+/// How long one poll waits for records.
 const POLL: Duration = Duration::from_millis(250);
-/// Most records that are handed on together.
+/// The most records that are handed on together.
 const BATCH_MAX: usize = 500;
 
 /// Why a topic could not be read again.
 #[derive(Debug, thiserror::Error)]
 pub enum RereadingError {
-    /// The brokers say so.
+    /// The brokers returned this error.
     #[error("Kafka: {0}")]
     Kafka(#[from] KafkaError),
-    /// There is no such topic.
+    /// There is no topic of this name.
     #[error("the topic {0:?} is not there: start the service that publishes to it, which creates it")]
     NoTopic(String),
     /// Records are there and do not come.
@@ -40,9 +40,9 @@ pub enum RereadingError {
         max = ANSWER_MAX
     )]
     Silent {
-        /// Which.
+        /// The topic that is read.
         topic: String,
-        /// So many at most.
+        /// The number of offsets still to be read; the topic may have fewer records.
         left: i64,
     },
     /// A bug of this crate.
@@ -50,29 +50,29 @@ pub enum RereadingError {
     Ended,
 }
 
-/// What came of a topic.
+/// A batch of what was read.
 #[derive(Debug, Default)]
 pub struct Reread {
-    /// Records, each partition's in their order.
+    /// The records, each partition's in their order.
     pub messages: Vec<Message>,
-    /// Those that are no message, with what is wrong with them.
+    /// Records that are no message, with what is wrong with them.
     pub unreadable: Vec<(Coordinates, String)>,
 }
 
-/// Reads a topic again.
+/// The reading of one topic, from its beginning to its end.
 pub struct Rereading {
     client: Arc<BaseConsumer>,
     topic: String,
-    /// Of each partition: the offset that is read next, and where it ended when that was last asked.
+    /// For each partition: the offset that is read next, and where it ended when that was last asked.
     places: BTreeMap<i32, (i64, i64)>,
-    /// The sum of where the partitions began.
+    /// The sum of the offsets at which the partitions began.
     begin: i64,
 }
 
-/// What came in one look.
+/// What one poll returned.
 enum Came {
     Record(i32, Box<Raw>),
-    /// All that was there is read.
+    /// All records of this partition that were there are read.
     End(i32),
 }
 
@@ -85,7 +85,7 @@ impl Rereading {
         let client: BaseConsumer = ClientConfig::new()
             .set_log_level(RDKafkaLogLevel::Emerg)
             .set("bootstrap.servers", brokers)
-            // The library wants one; it is never joined, and nothing is committed.
+            // The library wants a group; the client never joins it and commits nothing.
             .set("group.id", format!("{topic}.rereading"))
             .set("client.id", "rereading")
             .set("enable.auto.commit", "false")
@@ -120,7 +120,7 @@ impl Rereading {
         self.assign()
     }
 
-    /// Anew, so that no end is taken for this one that was reached before it was known.
+    /// Assigns the partitions anew, so that an end that was reached before is not taken for the end that is known now.
     fn assign(&self) -> Result<(), RereadingError> {
         let mut list = TopicPartitionList::with_capacity(self.places.len());
         for (partition, (next, _)) in &self.places {
@@ -129,14 +129,14 @@ impl Rereading {
         Ok(self.client.assign(&list)?)
     }
 
-    /// How many offsets lie between the beginning and what is read next, and between it and the end as it was last looked for. A
-    /// topic that is compacted has fewer records.
+    /// How many offsets lie between the beginning and what is read next, and between the beginning and the end as it
+    /// was last looked for. A topic that is compacted has fewer records.
     pub fn progress(&self) -> (i64, i64) {
         let sum = |of: fn(&(i64, i64)) -> i64| self.places.values().map(of).sum::<i64>() - self.begin;
         (sum(|place| place.0), sum(|place| place.1))
     }
 
-    /// The next records; `None` at the end as it was last looked for.
+    /// Returns the next records; `None` at the end as it was last looked for.
     ///
     /// # Errors
     /// When the brokers refuse, or nothing comes.
@@ -150,7 +150,7 @@ impl Rereading {
             for came in came {
                 match came {
                     Came::End(partition) => {
-                        // What was compacted away at the end has offsets and no records.
+                        // Records that were compacted away at the end have offsets and do not come.
                         self.places.entry(partition).and_modify(|(next, end)| *next = (*next).max(*end));
                     }
                     Came::Record(partition, raw) => {
@@ -194,7 +194,7 @@ impl Rereading {
     }
 }
 
-/// What comes within a moment.
+/// Polls for a moment.
 fn poll(client: &BaseConsumer) -> KafkaResult<Vec<Came>> {
     let (mut came, mut wait) = (Vec::new(), POLL);
     while came.len() < BATCH_MAX {
@@ -202,7 +202,7 @@ fn poll(client: &BaseConsumer) -> KafkaResult<Vec<Came>> {
             None => break,
             Some(Ok(record)) => came.push(Came::Record(record.partition(), Box::new(Raw::copy(&record)))),
             Some(Err(KafkaError::PartitionEOF(partition))) => came.push(Came::End(partition)),
-            // One broker of several, or one that comes back: whether nothing comes any more shows by itself.
+            // One broker of several is away, or comes back: whether nothing comes any more shows by itself.
             Some(Err(KafkaError::MessageConsumption(
                 Code::BrokerTransportFailure | Code::AllBrokersDown | Code::OperationTimedOut | Code::Resolve,
             ))) => break,

@@ -1,8 +1,8 @@
-//! What a worker does with parked records: the first of a lane is tried alone, counted; what waits behind it is handled
-//! together once the first is.
+//! What a worker does with parked records. The first of a lane is tried alone, counted. The records behind it are
+//! handled together once the first is.
 //!
-//! A process that dies during such an attempt has counted it, and the next worker makes the next one when it is due. An attempt
-//! that waited for a lock in vain is taken back.
+//! A process that dies during such an attempt has counted it, and the next worker makes the next one when it is due. An
+//! attempt that waited for a lock in vain is taken back.
 
 use super::{
     Handler,
@@ -19,10 +19,11 @@ use std::time::Duration;
 
 /// How often a partition looks for parked records that another process made due.
 const LOOK_AT_PARKED: Duration = Duration::from_secs(5);
-/// How long it waits for another partition's attempt to end, and how soon it looks again: new records are taken in between.
+/// How long a worker waits for another partition's attempt to end, and how soon it looks again: new records are taken
+/// in between.
 const ALONE_WITHIN: Duration = Duration::from_millis(250);
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
-/// Most parked records that are tried before new ones get their turn, and how long trying them may take.
+/// The most parked records that are tried before new ones get their turn, and how long trying them may take.
 const RETRIES_PER_TURN: usize = 32;
 const RETRIES_TURN: Duration = Duration::from_secs(1);
 
@@ -43,7 +44,8 @@ impl<H: Handler> Worker<H> {
                 Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
                 Due::Unreadable { id, reason } => self.put_off(id, &reason).await?,
                 Due::Now(parked) => {
-                    // Another partition's attempt may hang for its whole bound: new records of this one do not wait for it.
+                    // Another partition's attempt may hang for its whole bound: new records of this partition do not
+                    // wait for it.
                     if !self.be_alone_within(ALONE_WITHIN).await? {
                         self.look_at_parked = clock::monotonic() + LOOK_AGAIN;
                         return Ok(());
@@ -61,7 +63,7 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// Tries a parked record once more; says whether it is handled.
+    /// Tries a parked record once more; returns whether it is handled.
     async fn count_and_retry(&mut self, parked: &Parked) -> Result<bool, Ended> {
         let (desk, offset) = (&self.desk, parked.message.at.offset);
         let delay = desk.delay(parked.attempts + 1, offset);
@@ -104,8 +106,8 @@ impl<H: Handler> Worker<H> {
         self.must(note).await
     }
 
-    /// Handles together what waited behind a record that is now handled, until a culprit is the first of it, which is due.
-    /// While a record may kill, each is tried alone, as nothing is counted here.
+    /// Handles together the records that waited behind one that is now handled, until a culprit is the first, which is
+    /// due. While a record may kill the process, each is tried alone, as nothing is counted here.
     async fn drain(&mut self, lane: i64) -> Result<(), Ended> {
         let (mut portions, mut poison) = (self.portions, Poison::new());
         while self.careful == 0 && !self.stop.is_cancelled() {

@@ -1,10 +1,11 @@
-//! Where a consumer stands in its topics: what the group has come to, and whether that is of the topic that is there now.
+//! Where a consumer stands in its topics: what the group has come to, and whether that is of the topic that is there
+//! now.
 //!
-//! Kafka keeps a group's offsets by the topic's name. An offset of a topic that was deleted means nothing in the one that was made
-//! again, and it may be committed after that: records were in hand. So each offset is committed with the id of its topic, and one
-//! of another topic is not used, in whichever process and however late. An offset without an id, an operator's or that of an older
-//! version, is believed; so is one with other metadata, which another program left, and one that a mirror brought from another
-//! cluster, where the same topic has another id.
+//! Kafka keeps a group's offsets by the topic's name. An offset of a topic that was deleted means nothing in the one
+//! that was made again. It may be committed after that: records were in hand. So each offset is committed with the id
+//! of its topic. An offset of another topic is not used, in whichever process and however late. An offset without an
+//! id, an operator's or that of an older version, is believed. So is one with other metadata, which another program
+//! left. So is one that a mirror brought from another cluster, where the same topic has another id.
 
 use super::{ConsumerConfig, client};
 use crate::clock;
@@ -20,26 +21,27 @@ use std::{
     time::Duration,
 };
 
-/// How often it is asked, and how long after one failure.
+/// How often the consumer asks, and how long it waits after a failure.
 const TRIES: usize = 3;
 const AGAIN: Duration = Duration::from_millis(500);
 /// How long the brokers may take for each answer.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
-/// The library says a topic's id when it has its metadata. Brokers that know no ids are not waited for any longer.
+/// The library logs a topic's id when it has its metadata. The consumer waits no longer than this: some brokers know no
+/// ids.
 const ID_MAX: Duration = Duration::from_millis(500);
 const ID_TICK: Duration = Duration::from_millis(5);
 
-/// Which topic it is that has a name: Kafka gives each that is made an id, and each cluster gives others.
+/// The identity of a topic behind its name: Kafka gives each topic that is made an id, and each cluster gives others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TopicId {
-    /// The cluster's id.
+    /// The id of the cluster that gave the topic its id.
     pub(super) cluster: String,
-    /// The topic's, in base64.
+    /// The topic's id, in base64.
     pub(super) topic: String,
 }
 
 impl TopicId {
-    /// Reads what an offset was committed with; `None` if it is no id.
+    /// Reads the metadata that an offset was committed with; `None` if it is no id.
     fn parse(metadata: &str) -> Option<Self> {
         let (cluster, topic) = metadata.rsplit_once(':')?;
         let is_id =
@@ -57,26 +59,26 @@ impl std::fmt::Display for TopicId {
 /// Where reading a partition begins.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Start {
-    /// The topic, where that is known.
+    /// The topic, where its id is known.
     pub(super) id: Option<TopicId>,
     /// The offset that the group has come to; `None` where that does not count.
     pub(super) group: Option<i64>,
-    /// Where to begin instead of that.
+    /// Where to begin instead of the group's offset.
     pub(super) instead: Option<Offset>,
 }
 
-/// What this process has read of a partition is no longer there.
+/// A part of a partition that this process has read, and that is no longer there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Rewind {
-    /// The topic that it read, where that is known.
+    /// The topic that this process read, where its id is known.
     pub(super) of: Option<TopicId>,
-    /// Where the partition ended when it had lost its tail, and how far this process had read by then: an offset of the group
-    /// beyond that is of a member that has read what came since.
+    /// Where the partition ended when it had lost its tail, and how far this process had read by then. An offset of the
+    /// group beyond that is of a member that has read what came since.
     pub(super) tail: Option<(i64, i64)>,
 }
 
 impl Start {
-    /// `committed` is what the group has come to, with the topic that it is of.
+    /// Decides from `committed`, the offset that the group has come to, with the topic that it is of.
     fn of(id: Option<&TopicId>, committed: Option<(i64, Option<&TopicId>)>, rewind: Option<&Rewind>) -> Self {
         let of = committed.and_then(|(_, of)| of);
         let of_now = of.is_some() && of == id;
@@ -88,7 +90,7 @@ impl Start {
                     |(end, read): &(i64, i64)| committed.is_some_and(|(offset, _)| offset > *end && offset <= *read);
                 tail.filter(lost).map(|(end, _)| Offset::Offset(end))
             }
-            // Unless another member has read what is there now.
+            // Unless another member has read the topic that is there now.
             Some(_) if !of_now => Some(Offset::Beginning),
             _ => None,
         };
@@ -105,7 +107,7 @@ impl Start {
     }
 }
 
-/// What the brokers said of partitions.
+/// What the brokers answered about partitions.
 #[derive(Debug, Default)]
 pub(super) struct Standing {
     ids: BTreeMap<String, TopicId>,
@@ -119,16 +121,16 @@ impl Standing {
         Start::of(self.ids.get(topic), committed, rewind)
     }
 
-    /// Whether it can be said of each offset whether it is of the topic that is there now.
+    /// Whether it is known of each offset whether it is of the topic that is there now.
     fn is_whole(&self) -> bool {
         self.committed.iter().all(|((topic, _), (_, of))| of.is_none() || self.ids.contains_key(topic))
     }
 }
 
-/// Asks a few times.
+/// Asks the brokers, up to [`TRIES`] times.
 ///
 /// # Errors
-/// In words, when it was not said.
+/// In words, when the brokers did not answer.
 pub(super) async fn ask(config: &Arc<ConsumerConfig>, partitions: &TopicPartitionList) -> Result<Standing, String> {
     let mut why = String::new();
     for _ in 0..TRIES {
@@ -143,7 +145,7 @@ pub(super) async fn ask(config: &Arc<ConsumerConfig>, partitions: &TopicPartitio
     Err(why)
 }
 
-/// Asks with a client of its own: one that has known a topic for long may take it for another one.
+/// Asks with a client of its own: a client that has known a topic for long may take it for another one.
 pub(super) fn look(config: &ConsumerConfig, partitions: &TopicPartitionList) -> KafkaResult<Standing> {
     let client: BaseConsumer<Ids> =
         client::telling_ids(&mut client::asking(config)).create_with_context(Ids::default())?;
@@ -173,7 +175,7 @@ pub(super) fn look(config: &ConsumerConfig, partitions: &TopicPartitionList) -> 
 fn id(client: &BaseConsumer<Ids>, topic: &str) -> Option<String> {
     let until = clock::monotonic() + ID_MAX;
     loop {
-        // It reads nothing; what it says is in its log.
+        // The client reads nothing; what it says is in its log.
         drop(client.poll(ID_TICK));
         let id = client.context().0.lock().unwrap_or_else(PoisonError::into_inner).get(topic).cloned();
         if id.is_some() || clock::monotonic() > until {
@@ -182,7 +184,7 @@ fn id(client: &BaseConsumer<Ids>, topic: &str) -> Option<String> {
     }
 }
 
-/// The ids that a client says.
+/// The ids that a client logged, by the topic's name.
 #[derive(Default)]
 struct Ids(Mutex<BTreeMap<String, String>>);
 
@@ -212,7 +214,7 @@ mod tests {
         let (was, is) = (id("c", "XPPOU8MURl+b04EK7X3/Bw"), id("c", "bjYnyU1yQzmRY2QTJ8AxNA"));
         assert_eq!(instead(Some(&was), &was.to_string()), None);
         assert_eq!(instead(Some(&is), &was.to_string()), Some(Offset::Beginning));
-        // An operator's, another program's, one that a mirror brought, and where the brokers know no ids.
+        // An operator's offset, another program's, one that a mirror brought, and one where the brokers know no ids.
         assert_eq!(instead(Some(&is), ""), None);
         assert_eq!(instead(Some(&is), "moved: by hand on Monday"), None);
         assert_eq!(instead(Some(&is), &id("another", &was.topic).to_string()), None);
@@ -243,12 +245,12 @@ mod tests {
         assert_eq!(start(Some(&a), 5, Some(&a), &tail).next(), Some(3));
         assert_eq!(start(Some(&a), 2, Some(&a), &tail).group, Some(2));
         assert_eq!(start(Some(&a), 9, Some(&a), &tail).group, Some(9), "another member has read it");
-        // It was another topic, whatever it lost.
+        // The partition was another topic's, whatever it lost.
         for known in [&tail, &rewind(Some(&a), None)] {
             assert_eq!(start(Some(&b), 5, None, known).instead, Some(Offset::Beginning));
             assert_eq!(start(Some(&b), 5, Some(&b), known).group, Some(5), "another member has read it");
         }
-        // It may have been.
+        // The partition may have been another topic's.
         assert_eq!(start(None, 5, None, &rewind(None, Some((3, 6)))).instead, Some(Offset::Beginning));
     }
 }

@@ -8,9 +8,9 @@
 //!  commit + a hint to the relay + the next begin         and only then, elsewhere: the offset
 //! ```
 //!
-//! The lock keeps a worker that lost its partition without noticing and the partition's new worker apart: each works
-//! through contiguous records under it, so the order along a key holds whoever wins. A process that dies before the
-//! commit has done nothing; one that dies after it finds its messages in the inbox.
+//! The lock keeps apart a worker that lost its partition without noticing and the partition's new worker. Each works
+//! through contiguous records under it, so the order along a key holds, whichever of them gets it first. A process that
+//! dies before the commit has done nothing; one that dies after it finds its messages in the inbox.
 
 use super::{
     ConsumerConfig, HandleError, Handler, Message,
@@ -41,10 +41,10 @@ use std::{
 use tokio::sync::watch;
 use tracing::Instrument;
 
-/// Most links of one span: what a batch of many traces shows.
+/// The most links of one span: what a batch of many traces shows.
 const LINKS_MAX: usize = 32;
 
-/// Which part of an attempt's time may be a wait for a lock.
+/// The divisor of an attempt's time that yields how long it may wait for a lock.
 const LOCK_PART: u32 = 10;
 
 /// Everything that the transactions of one partition have in common.
@@ -55,48 +55,48 @@ pub(super) struct Desk<H> {
     pub(super) topic: String,
     pub(super) partition: i32,
     pub(super) clock: Arc<DatabaseClock>,
-    /// How long the server lets a transaction of the handler's be silent.
+    /// How long the server lets a transaction of the handler be silent.
     pub(super) silence: Duration,
-    /// Where the attempt stands that is under way.
+    /// The stage of the attempt that is under way.
     pub(super) stage: watch::Sender<Stage>,
     pub(super) ahead: Ahead,
 }
 
-/// Where an attempt stands, or stood when it was given up.
+/// The stage of an attempt, also when it was given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
-    /// It has no transaction yet: the pool may have no connection to spare.
+    /// The attempt has no transaction yet: the pool may have no connection to spare.
     Beginning,
-    /// Its own statements.
+    /// The consumer's own statements run.
     Ours,
     /// The handler is at work.
     Handling,
 }
 
-/// A partition that is always busy gives its connection back now and then, for the pool to look at its age.
+/// A partition that is always busy gives its connection back now and then, for the pool to check its age.
 const KEPT_MAX: Duration = Duration::from_secs(60);
 
-/// A transaction that has begun before there was a batch for it is given back after this, connection and all: `now()` in it is
-/// not much older. So long it looks `idle in transaction`. It holds the partition's lock and nothing else: no snapshot, no
-/// transaction id.
+/// How long a transaction that began before there was a batch for it is kept; then it is given back, connection and
+/// all. `now()` in it is not much older. So long it looks `idle in transaction`. It holds the partition's lock and
+/// nothing else: no snapshot, no transaction id.
 const AHEAD_MAX: Duration = Duration::from_millis(100);
 
 /// A transaction that has begun, under the partition's lock.
 struct Open {
     tx: Tx<'static>,
     began: Instant,
-    /// When the pool gave us its connection.
+    /// When the pool lent the connection.
     borrowed: Instant,
 }
 
-/// The next transaction, where it began in the round trip that committed the last one. To give the connection back, to get
-/// it again, and to begin would be three more.
+/// The next transaction, where it began in the round trip that committed the last one. To give the connection back, to
+/// get it again, and to begin would be three more round trips.
 #[derive(Default)]
 pub(super) struct Ahead(Mutex<Option<Open>>);
 
 impl Ahead {
     fn take(&self) -> Option<Open> {
-        // One that is too old is dropped, and so is its lock, which whoever begins anew waits for.
+        // A transaction that is too old is dropped, and so is its lock, which the next transaction waits for.
         self.lock().take().filter(|open| clock::monotonic() < open.began + AHEAD_MAX)
     }
 
@@ -104,12 +104,12 @@ impl Ahead {
         *self.lock() = Some(open);
     }
 
-    /// Until when it may wait for a batch, if there is one.
+    /// Until when the transaction may wait for a batch, if there is one.
     pub(super) fn until(&self) -> Option<Instant> {
         self.lock().as_ref().map(|open| open.began + AHEAD_MAX)
     }
 
-    /// Gives it back, before anything is waited for that takes longer.
+    /// Gives the transaction back, before a wait that takes longer.
     pub(super) fn give_back(&self) {
         let open = self.lock().take();
         drop(open);
@@ -125,24 +125,25 @@ impl<H: Handler> Desk<H> {
         Place { consumer: &self.config.group, topic: &self.topic, partition: self.partition }
     }
 
-    /// How long a record that failed its attempt number `attempts` waits.
+    /// How long a record waits that failed its attempt number `attempts`.
     pub(super) fn delay(&self, attempts: u32, offset: i64) -> Duration {
         self.config.backoff.delay(attempts.max(1), offset.cast_unsigned())
     }
 
-    /// All records of the partition wait with the one that waits for a lock.
+    /// The bounds of a transaction. Its wait for a lock is short: all records of the partition wait with the one that
+    /// waits.
     pub(super) fn bound(&self) -> Bound {
         Bound::new(self.config.attempt_timeout).with_lock(self.config.attempt_timeout / LOCK_PART)
     }
 
-    /// A transaction of a statement of our own, without the partition's lock.
+    /// Begins a transaction for a statement of our own, without the partition's lock.
     pub(super) async fn brief(&self) -> Result<Transaction, Failure> {
         let tx = Transaction::begin(&self.pool, self.bound()).await.map_err(Failure::of_begin)?;
         self.stage.send_replace(Stage::Ours);
         Ok(tx)
     }
 
-    /// The transaction that has begun ahead, if there is one: another would wait for its lock.
+    /// Takes the transaction that has begun ahead, if there is one: another would wait for its lock.
     async fn begin(&self) -> Result<Open, Failure> {
         let open = match self.ahead.take() {
             Some(open) => open,
@@ -156,9 +157,9 @@ impl<H: Handler> Desk<H> {
         Ok(open)
     }
 
-    /// Commits, tells the relay if there is something for it, and begins the next transaction while the pool has connections
-    /// to spare: whoever waits for one gets it at the end of a batch. Whatever fails gives it back, and the pool looks after
-    /// it.
+    /// Commits, and tells the relay if there is something for it. Begins the next transaction while the pool has
+    /// connections to spare: a task that waits for one gets it at the end of a batch. A failure gives the connection
+    /// back, and the pool takes care of it.
     async fn commit(&self, Open { tx, borrowed, .. }: Open, tell: bool) -> Result<(), sqlx::Error> {
         let young = clock::monotonic().saturating_duration_since(borrowed) < KEPT_MAX;
         let begin = (has_one_to_spare(&self.pool) && young && !self.pool.is_closed())
@@ -169,13 +170,13 @@ impl<H: Handler> Desk<H> {
         Ok(())
     }
 
-    /// Begins, and takes the lock that keeps apart whoever works through this partition, in one round trip. Read committed: who
-    /// has waited for the lock sees what was done under it. A session that nobody ends when it falls silent would have the lock
-    /// for ever.
+    /// The SQL that begins, and takes the lock of the partition, in one round trip. The isolation is read committed: a
+    /// worker that has waited for the lock sees what was done under it. The server ends a session that falls silent,
+    /// which would otherwise hold the lock for ever.
     fn begin_and(&self, lock: &str) -> String {
         let Place { consumer, topic, partition } = self.place();
         let key = hash(format!("{consumer}/{topic}/{partition}").as_bytes());
-        // What PostgreSQL takes: not 0, which is no bound.
+        // The bound is one that PostgreSQL takes: not 0, which means none.
         let silent = self.config.attempt_timeout.as_millis().clamp(1, i32::MAX.unsigned_abs().into());
         self.bound().begin_sql(&format!(
             "case when current_setting('idle_in_transaction_session_timeout') = '0'
@@ -184,8 +185,8 @@ impl<H: Handler> Desk<H> {
         ))
     }
 
-    /// Handles what is new in `batch` and says how many that were, of those that the inbox remembers. What its handler has
-    /// called poison before is dead-lettered.
+    /// Handles what is new in `batch`; returns how many messages that were, of those that the inbox remembers. Messages
+    /// that the handler called poison before are dead-lettered.
     pub(super) async fn take(&self, batch: &Batch) -> Result<usize, Failure> {
         let group = &self.config.group;
         fail_point!("consumer.before-begin", group, batch.sagas());
@@ -228,8 +229,8 @@ impl<H: Handler> Desk<H> {
         Ok(remembered.filter(|&(_, &delivery)| delivery == Delivery::Fresh).count())
     }
 
-    /// Handles `fresh` (with the number of the attempt) without what is poison of it, which is dead-lettered; says of which
-    /// classes those were.
+    /// Handles `fresh` (with the number of the attempt) without its poison, which is dead-lettered; returns the classes
+    /// of that.
     async fn handle_but(
         &self,
         tx: &mut Tx<'_>,
@@ -253,14 +254,14 @@ impl<H: Handler> Desk<H> {
         Ok(classes.map(|fault| fault.class.clone()).collect())
     }
 
-    /// Parks a record that failed, unless somebody handled it meanwhile.
+    /// Parks a record that failed, unless another worker handled it meanwhile.
     pub(super) async fn park(&self, single: &Batch, attempts: u32, fault: &Fault) -> Result<(), Failure> {
         let mut tx = self.begin().await?.tx;
         for message in &single.messages {
             let delay = self.delay(attempts, message.at.offset);
             parking::park_in(&mut tx, self.place(), single, attempts, delay, fault).await?;
             let saga = message.envelope.saga.as_ref();
-            // The ids once more: with `RUST_LOG=warn` there are no spans.
+            // The ids stand here once more: with `RUST_LOG=warn` there are no spans.
             message.span().in_scope(|| {
                 tracing::warn!(
                     group = self.config.group,
@@ -298,7 +299,7 @@ impl<H: Handler> Desk<H> {
         Ok(())
     }
 
-    /// Handles a parked record; it leaves, and the next of its lane is due.
+    /// Handles a parked record: it leaves, and the next of its lane is due.
     pub(super) async fn retry(&self, parked: &Parked) -> Result<(), Failure> {
         let mut tx = self.begin().await?.tx;
         self.handle_parked(&mut tx, vec![parked.clone()], &Poison::new()).await?;
@@ -307,8 +308,8 @@ impl<H: Handler> Desk<H> {
         Ok(())
     }
 
-    /// Handles the first `limit` records that wait in a lane; says how many those were. Nothing is counted, so where one fails
-    /// all of it is left as it was.
+    /// Handles the first `limit` records that wait in a lane; returns how many those were. Nothing is counted, so where
+    /// one fails all of them are left as they were.
     pub(super) async fn drain(&self, lane: i64, limit: usize, poison: &Poison) -> Result<usize, Failure> {
         let mut tx = self.begin().await?.tx;
         let parked = parking::lane_in(&mut tx, self.place(), lane, limit).await?;
@@ -334,7 +335,7 @@ impl<H: Handler> Desk<H> {
         Ok(())
     }
 
-    /// Dead-letters what was tried so often, and lets the handler answer it.
+    /// Dead-letters records that were tried so often, and lets the handler answer them.
     async fn dead_letter(&self, tx: &mut Tx<'_>, given_up: &[(&Message, &Origin, &Fault, u32)]) -> Result<(), Failure> {
         if given_up.is_empty() {
             return Ok(());
@@ -392,8 +393,8 @@ impl<H: Handler> Desk<H> {
         let mut handled = handled.unwrap_or_else(|panic| {
             Err(HandleError::Failed(anyhow::anyhow!("the handler panicked: {}", panic_text(panic.as_ref()))))
         });
-        // A handler that swallowed an error of the database: the transaction is aborted, PostgreSQL answers its commit with
-        // a rollback, and sqlx calls that a success. This statement fails there.
+        // A handler may swallow an error of the database. Then the transaction is aborted, PostgreSQL answers its
+        // commit with a rollback, and sqlx calls that a success. This statement fails there.
         if handled.is_ok() && !self.handler.ends_with_a_statement() {
             handled = sqlx::query("select 1").execute(&mut **tx).await.map(drop).map_err(HandleError::from);
         }

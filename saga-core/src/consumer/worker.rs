@@ -8,13 +8,13 @@
 //! ```
 //!
 //! After an unclean stop one of the records that come again may be what killed the process, though most such stops have
-//! another reason. So the first batches are noted before they are tried, and only when the process ends during one that
-//! was noted its records are taken one by one, each attempt counted. A counted attempt is the only one in its process: were
-//! another one made meanwhile, a death would be counted against both.
+//! another reason. So the worker notes the first batches before it tries them. Only when the process ends during one
+//! that was noted, the records of it are taken one by one, each attempt counted. A counted attempt is the only one in
+//! its process: were another one made meanwhile, a death would be counted against both.
 //!
-//! Its invariant: an offset is stored only when every record up to it is handled, parked or dead-lettered in a
+//! The worker's invariant: an offset is stored only when every record up to it is handled, parked or dead-lettered in a
 //! transaction that is committed. When the process dies anywhere, the partition's next worker starts at or before what
-//! is done, and the inbox takes out what was.
+//! is done. The inbox takes out what was.
 
 use super::{
     Handler, Message,
@@ -37,21 +37,22 @@ use tokio::sync::SemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-/// How long the transaction that is open when the worker is to stop may take. With [`RELEASE_MAX`], less than the worker gets.
+/// How long the transaction may take that is open when the worker is to stop. With [`RELEASE_MAX`], less than the
+/// worker gets.
 const FINISH_MAX: Duration = Duration::from_secs(6);
 /// How long letting go of a partition in good order may take.
 const RELEASE_MAX: Duration = Duration::from_secs(3);
-/// Batches of few records begin at least so long after one another: what arrives meanwhile shares a transaction, whose
-/// fixed cost is that of dozens of records. One that comes alone does not wait for this.
+/// Batches of few records begin at least so long after one another. Records that arrive meanwhile share a transaction,
+/// whose fixed cost is that of dozens of records. A record that comes alone does not wait for this.
 const GATHER: Duration = Duration::from_micros(1_500);
 const FEW: usize = 100;
 
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// It was told to.
+    /// The worker was asked to stop.
     Stopped,
-    /// A test let it die: nothing is cleaned up.
+    /// A test let the worker die: nothing is cleaned up.
     Crashed,
 }
 
@@ -61,22 +62,23 @@ pub(super) struct Worker<H> {
     pub(super) offsets: Offsets,
     pub(super) report: Reporter,
     pub(super) stop: CancellationToken,
-    /// Made anew by each worker.
+    /// The worker's id, made anew by each worker.
     pub(super) owner: Uuid,
-    /// How many fresh records are still to be noted before they are tried, because one of them may kill.
+    /// How many fresh records are still to be noted before they are tried, because one of them may kill the process.
     pub(super) careful: usize,
-    /// What the process had noted when it ended: that is taken one by one.
+    /// What the process had noted when it ended: those records are taken one by one.
     pub(super) noted: Option<Noted>,
     pub(super) look_at_parked: Instant,
     pub(super) portions: Portions,
     /// The attempt that is counted and not decided.
     pub(super) counted: Option<Counted>,
-    /// While a counted attempt is made.
+    /// The permit to be alone, while a counted attempt is made.
     pub(super) alone: Mutex<Option<SemaphorePermit<'static>>>,
 }
 
 impl<H: Handler> Worker<H> {
-    /// Works until the stop token is cancelled; the transaction that is open then is finished, if that takes no longer than a bound.
+    /// Works until the stop token is cancelled. The transaction that is open then is finished, if that takes no longer
+    /// than a bound.
     pub(super) async fn run(mut self) -> Ended {
         let stop = self.stop.clone();
         let overdue = async {
@@ -168,16 +170,17 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// All of them in one transaction; when that goes wrong, in portions.
+    /// Handles all records in one transaction; when that goes wrong, in portions.
     async fn in_portions(&mut self, raws: Vec<Raw>, noted: bool) -> Result<(), Ended> {
         let mut rest = self.decode(raws).await?;
         while !rest.is_empty() {
-            // What is done is in the inbox; the partition's next worker passes over it.
+            // Records that are done are in the inbox; the partition's next worker passes over them.
             if self.stop.is_cancelled() {
                 return Err(Ended::Stopped);
             }
             if rest.messages.is_empty() {
-                // Nothing to handle, dead letters to write: no fault of a record can keep them from being written.
+                // No record is to be handled, and dead letters are to be written: no fault of a record can keep them
+                // from being written.
                 self.dead_letter_refused(&mut rest).await?;
                 break;
             }
@@ -203,7 +206,8 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// What the inbox does not remember is refused, unless the clocks differ so much that nobody knows what that is.
+    /// Decodes records. A record that the inbox does not remember is refused, unless the clocks differ so much that its
+    /// age is not known.
     async fn decode(&self, raws: Vec<Raw>) -> Result<Batch, Ended> {
         let desk = &self.desk;
         let mut batch = Batch::decode(&desk.topic, desk.partition, raws);
@@ -226,7 +230,7 @@ impl<H: Handler> Worker<H> {
         Ok(batch)
     }
 
-    /// Dead-letters what was refused, apart from what is handled in portions.
+    /// Dead-letters the refused records, apart from what is handled in portions.
     async fn dead_letter_refused(&self, batch: &mut Batch) -> Result<(), Ended> {
         let refused = Batch { refused: std::mem::take(&mut batch.refused), ..Batch::default() };
         if refused.is_empty() {
@@ -235,7 +239,7 @@ impl<H: Handler> Worker<H> {
         self.must(|| self.desk.take(&refused)).await.map(drop)
     }
 
-    /// In one transaction; gives back what is not handled.
+    /// Handles the batch in one transaction; returns the part that is not handled.
     async fn together(&mut self, mut batch: Batch, noted: bool) -> Result<Batch, Ended> {
         let (size, began) = (batch.messages.len(), clock::monotonic());
         if let (true, Some(last)) = (noted, batch.messages.last()) {
@@ -290,12 +294,13 @@ impl<H: Handler> Worker<H> {
         passed().map_err(|_| Ended::Crashed)
     }
 
-    /// Each record in a transaction of its own, its attempt counted before.
+    /// Handles each record in a transaction of its own, its attempt counted before.
     async fn one_by_one(&mut self, raws: Vec<Raw>) -> Result<(), Ended> {
         self.desk.ahead.give_back();
         let mut rest = self.decode(raws).await?;
         self.dead_letter_refused(&mut rest).await?;
-        // After an unclean stop most of what comes again is done: one question spares two commits for each of those.
+        // After an unclean stop most of the records that come again are done: one question spares two commits for each
+        // of those.
         let desk = &self.desk;
         let arrivals = rest.arrivals(&desk.config, desk.clock.now());
         let known = || async {
@@ -316,7 +321,7 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// A single record, counted, while no other counted attempt is made in the process.
+    /// Handles a single record, counted, while no other counted attempt is made in the process.
     async fn alone(&mut self, single: &Batch) -> Result<(), Ended> {
         let Some(message) = single.messages.first() else { return Ok(()) };
         self.be_alone().await?;
@@ -359,7 +364,8 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// Stores the offset of what is done; Kafka hears of it with the next automatic commit, or when the partition goes.
+    /// Stores the offset of what is done; the library commits it to Kafka with the next automatic commit, or when the
+    /// partition goes.
     fn store(&self, last: i64) -> Result<(), Ended> {
         let passed = || -> Result<(), Failure> {
             fail_point!("consumer.before-store", &self.desk.config.group);
@@ -379,7 +385,7 @@ impl<H: Handler> Worker<H> {
     }
 }
 
-/// Notes that messages, which the handler has named, are poison; not if that has not helped.
+/// Notes that messages, which the handler has named, are poison; `false` if that is not new, and does not help.
 pub(super) fn is_poison(known: &mut Poison, fault: &Fault) -> bool {
     match (fault.remedy, fault.culprit) {
         (Remedy::Nothing, Some(message)) => {

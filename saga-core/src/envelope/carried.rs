@@ -1,17 +1,17 @@
-//! What is carried on of trace context that somebody else wrote: in the headers of a request, or of a record. Pure.
+//! The trace context of another program, as far as it is carried on: in the headers of a request, or of a record. Pure.
 //!
 //! It goes on into each message that the request or the record causes, and into what those cause, so it has an end.
 
 use super::header;
 
-/// A `traceparent` of the version that is written today has this length; of a later one so much is read.
+/// The length of a `traceparent` of the version that is written today; of a later one so much is read.
 const PARENT: usize = 55;
-/// Longest `tracestate` that is carried on, in bytes, and its members: what W3C asks to keep, and no more.
+/// The longest `tracestate` that is carried on, in bytes, and its members: what W3C asks to keep, and no more.
 const STATE_MAX: usize = 512;
 const MEMBERS_MAX: usize = 32;
 
-/// What is carried on of a header of trace context that somebody else wrote: nothing of one that is not valid, or longer than
-/// it may be. Without its `tracestate` a trace goes on. There is no other such header: `baggage` is not carried on.
+/// The part of a header of trace context that is carried on: nothing of one that is not valid, or longer than it may
+/// be. Without its `tracestate` a trace goes on. No other such header is carried on: `baggage` is not.
 #[must_use]
 pub fn carried<'a>(name: &str, value: &'a str) -> Option<&'a str> {
     match name {

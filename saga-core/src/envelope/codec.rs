@@ -1,14 +1,14 @@
 //! Headers to envelope and back.
 //!
-//! Decoding is strict about what this crate's correctness hangs on (id, source, type, a saga's coordinates) and lenient
-//! about the rest: an attribute that only informs (`ce_time`, `ce_sequence`) is dropped when it does not parse.
+//! Decoding is strict about what this crate's correctness hangs on (id, source, type, a saga's coordinates). It is
+//! lenient about the rest: an attribute that only informs (`ce_time`, `ce_sequence`) is dropped when it does not parse.
 
 use super::{Envelope, EnvelopeError, Headers, SagaHeaders, Standing, carried, header};
 use crate::id::{CommandId, MessageId, SagaId};
 use std::{borrow::Cow, collections::BTreeMap, str::FromStr};
 use time::{OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339};
 
-/// Longest `correlation-id`, in bytes. Our own are trace ids, of 32.
+/// The longest `correlation-id`, in bytes. Our own are trace ids, of 32.
 const CORRELATION_MAX: usize = 200;
 
 /// The headers that have a field of their own; whatever else a record carries is passed through.
@@ -39,7 +39,7 @@ const KNOWN: [&str; 23] = [
 ];
 
 impl Envelope {
-    /// An envelope with the required attributes alone.
+    /// Makes an envelope with the required attributes alone.
     pub fn new(id: MessageId, source: &str, kind: &str) -> Self {
         Self {
             id,
@@ -56,8 +56,8 @@ impl Envelope {
         }
     }
 
-    /// Reads a record's headers, in their order. Of a header that is there twice the last counts; one without a value
-    /// counts as absent; bytes that are not UTF-8 are replaced.
+    /// Reads a record's headers, in their order. Of a header that is there twice the last counts; a header without a
+    /// value counts as absent. Bytes that are not UTF-8 are replaced.
     ///
     /// # Errors
     /// When a required header is missing or a header that decides something does not parse.
@@ -108,8 +108,8 @@ impl Envelope {
         headers
     }
 
-    /// Where it stands among what its source has published. A dead letter that was sent again stands where its original stood: what
-    /// it says of its own place is of the outbox of the consumer that gave it up.
+    /// The message's place among all that its source has published. A dead letter that was sent again stands where its
+    /// original stood. Its own place is in the outbox of the consumer that gave it up.
     pub fn standing(&self) -> Standing<'_> {
         let said = |name: &str| self.other.get(name).map(String::as_str);
         let redriven = said(header::ORIGINAL_TOPIC).is_some();
@@ -120,8 +120,8 @@ impl Envelope {
         Standing { source: &self.source, epoch: said(epoch).unwrap_or_default(), sequence, redriven }
     }
 
-    /// What ties together all that one request caused: the `correlation-id` header. One that nobody sensible would write is none:
-    /// it goes on into all that the message causes.
+    /// The id that ties together all that one request caused: the `correlation-id` header. An id that is too long or
+    /// has control characters counts as none: it would go on into all that the message causes.
     pub fn correlation_id(&self) -> Option<&str> {
         let carried = |id: &&String| id.len() <= CORRELATION_MAX && !id.chars().any(char::is_control);
         self.other.get(header::CORRELATION_ID).filter(carried).map(String::as_str)
@@ -129,7 +129,7 @@ impl Envelope {
 }
 
 impl SagaHeaders {
-    /// Writes them into `headers`. Those of a reply (with an outcome) name the command as `ce_causationid`.
+    /// Writes the saga headers into `headers`. Those of a reply (with an outcome) name the command as `ce_causationid`.
     pub fn write_to(&self, headers: &mut Headers) {
         let mut set = |name: &'static str, value: String| headers.insert(name.into(), value);
         set(header::SAGA_ID, self.saga.to_string());
@@ -158,17 +158,17 @@ impl SagaHeaders {
         }
     }
 
-    /// Reads them; `None` when there is no `ce_sagaid`.
+    /// Reads the saga headers; `None` when there is no `ce_sagaid`.
     ///
     /// # Errors
-    /// When there is one, and another is missing or does not parse.
+    /// When there is one, and another saga header is missing or does not parse.
     pub fn read_from(headers: &Headers) -> Result<Option<Self>, EnvelopeError> {
         let borrowed = headers.iter().map(|(name, value)| (&**name, Cow::Borrowed(value.as_str())));
         Found(borrowed.collect()).saga()
     }
 }
 
-/// Header name to value, while they are taken out one by one.
+/// The headers, name to value, while they are taken out one by one.
 struct Found<'a>(BTreeMap<&'a str, Cow<'a, str>>);
 
 impl Found<'_> {
@@ -186,7 +186,7 @@ impl Found<'_> {
         self.0.get(name).map(|text| text.clone().into_owned())
     }
 
-    /// Of somebody else's trace context, what may go on to whatever the record causes.
+    /// The part of another program's trace context that may go on into all that the record causes.
     fn carried(&self, name: &str) -> Option<String> {
         self.0.get(name).and_then(|text| carried(name, text)).map(str::to_owned)
     }
@@ -210,7 +210,7 @@ impl Found<'_> {
             reply_to: self.text(header::REPLY_TO),
             outcome,
         };
-        // Of a command, a causation id belongs to whoever set it; of a reply it is a field.
+        // A command's causation id is its sender's and passes through; a reply's is a field.
         self.0.remove(command);
         Ok(Some(headers))
     }
@@ -236,8 +236,8 @@ struct Text(String);
 
 /// What a [`Text`] has to be.
 const A_TEXT: &str = "a text of 1 to 1000 bytes without NUL";
-/// The inbox's key holds the source, and an index entry holds less than 2,700 bytes: a longer one could neither be
-/// handled nor parked, and would stop its partition.
+/// The longest text, in bytes. The inbox's key holds the source, and an index entry holds less than 2,700 bytes. A
+/// longer source could neither be handled nor parked, and would stop its partition.
 const TEXT_MAX: usize = 1_000;
 
 impl FromStr for Text {

@@ -1,16 +1,17 @@
-//! Headers that an object of texts cannot say: with bytes that are no text, with no value, more than one of a name, or with an
-//! empty name.
+//! Headers that do not fit into an object of texts. Their bytes are no text, or they have no value or an empty name, or
+//! there are several of a name.
 //!
-//! A [`Headers`] map, and the `headers` column of the outbox, have one text for each name. What does not fit goes under the
-//! one name that no other header can have there, [`EXACT`], as a JSON text: pairs of name and value in their order, where a
-//! value is a text, `null`, or `{"base64": "…"}`. So a reader that knows such a map only as it was still reads it.
+//! A [`Headers`] map, and the `headers` column of the outbox, have one text for each name. A header that does not fit
+//! goes under the one name that no other header can have there, [`EXACT`], as a JSON text. The text holds pairs of name
+//! and value in their order, where a value is a text, `null`, or `{"base64": "…"}`. So a reader that knows such a map
+//! only as it was still reads it.
 
 use super::Headers;
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use serde::{Deserialize, Serialize};
 use std::{borrow::Cow, collections::BTreeMap};
 
-/// The name under which headers stand that the map itself cannot say.
+/// The name under which the headers stand that do not fit into the map itself.
 pub const EXACT: &str = "";
 
 /// A header as a record has it: a name and any bytes, or none.
@@ -23,12 +24,13 @@ enum Said<'a> {
     Binary { base64: String },
 }
 
-/// The headers of a record, so that [`to_record`] gives each of them back as it was.
+/// Stores the headers of a record, so that [`to_record`] gives each of them back as it was.
 pub fn from_record<'a>(headers: impl IntoIterator<Item = (&'a str, Option<&'a [u8]>)>) -> Headers {
     beside(headers, &[])
 }
 
-/// Likewise, of a record to which headers of the names `ours` will be added: what it has of these is kept apart.
+/// Stores the headers of a record to which headers of the names `ours` will be added: its own of these names are kept
+/// apart.
 pub fn beside<'a>(headers: impl IntoIterator<Item = (&'a str, Option<&'a [u8]>)>, ours: &[&str]) -> Headers {
     let headers: Vec<_> = headers.into_iter().collect();
     // Of a name that comes twice the last counts, for readers of the map alone.
@@ -53,14 +55,14 @@ pub fn beside<'a>(headers: impl IntoIterator<Item = (&'a str, Option<&'a [u8]>)>
     plain
 }
 
-/// What stands under [`EXACT`]; `None` when that was not written here.
+/// Reads the text that stands under [`EXACT`]; `None` when it was not written here.
 pub fn read(text: &str) -> Option<Vec<Exact<'static>>> {
     let pairs: Vec<(String, Option<Said<'_>>)> = serde_json::from_str(text).ok()?;
     pairs.into_iter().map(|(name, said)| Some((Cow::Owned(name), said.map_or(Some(None), Said::bytes)?))).collect()
 }
 
 impl Said<'_> {
-    /// `None` when they are not to be had.
+    /// The value's bytes, `None` if it has none; the outer `None` when its base64 cannot be read.
     fn bytes(self) -> Option<Option<Cow<'static, [u8]>>> {
         let bytes = match self {
             Said::Text(text) => text.into_owned().into_bytes(),
@@ -70,7 +72,7 @@ impl Said<'_> {
     }
 }
 
-/// All headers of a map, each as a record has it: what the map cannot say comes first, in its order.
+/// All headers of a map, each as a record has it. Those that do not fit into the map come first, in their order.
 pub fn to_record(headers: &Headers) -> Vec<Exact<'_>> {
     let exact = headers.get(EXACT).and_then(|text| read(text));
     let rest = headers.iter().filter(|(name, _)| exact.is_none() || *name != EXACT);
@@ -104,7 +106,7 @@ mod tests {
             for (name, _) in &record {
                 prop_assert_eq!(of(&back, name), of(&record, name), "the headers of one name, in their order");
             }
-            // PostgreSQL takes it: no NUL anywhere but under the name that hides it.
+            // PostgreSQL takes the map: no NUL anywhere but under the name that hides it.
             prop_assert!(!serde_json::to_string(&headers).unwrap().replace(r"\\u0000", "").contains(r"\u0000"));
         }
     }

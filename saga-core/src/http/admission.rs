@@ -1,10 +1,11 @@
-//! Requests are let in: their body is read first, then they wait for a slot, for a moment.
+//! Admission of requests: a request's body is read first, then the request waits for a slot, for a moment.
 //!
-//! A body that comes slowly holds no slot, so clients that never finish theirs keep nobody else waiting. When no slot becomes
-//! free in time the request is shed with 503 and `Retry-After`: a queue without a bound answers nobody in time.
+//! A body that comes slowly holds no slot. So clients that never finish theirs hold up no other client. When no slot
+//! becomes free in time, the request is shed with 503 and `Retry-After`. A queue without a bound would answer no client
+//! in time.
 //!
-//! A handler that changes something runs as a task of its own and takes its slot along: a client that hangs up ends the waiting,
-//! never the work, and hanging up often enough piles up no work.
+//! A handler that changes something runs as a task of its own and takes its slot along. A client that hangs up ends the
+//! waiting, never the work, and hanging up often enough piles up no work.
 
 use super::{
     api::{Limits, mutates},
@@ -108,7 +109,7 @@ async fn admit(admission: &Admission, request: Request, next: Next) -> Result<Re
     }
 }
 
-/// Too large, or broken off by the client.
+/// The status for a body that could not be read: it was too large, or the client broke it off.
 fn reading_failed(error: &axum::Error) -> StatusCode {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {

@@ -36,26 +36,27 @@ use uuid::Uuid;
 /// The header that names a request in logs and in answers.
 pub const REQUEST_ID: &str = "x-request-id";
 
-/// Bound of the transaction of one request: shorter than [`Limits::timeout`], so that the client hears what became of it.
+/// The bound of one request's transaction: shorter than [`Limits::timeout`], so that the client hears what became of
+/// it.
 pub const REQUEST_MAX: Bound = Bound::new(REQUEST_WITHIN);
 const REQUEST_WITHIN: Duration = Duration::from_secs(30);
 
-/// What requests may take, of one listener.
+/// The limits of one listener's requests.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// The longest body, in bytes; 64 KiB holds a thousand order lines.
     pub body_bytes: usize,
     /// How long a body may take to arrive; then 408.
     pub body_within: Duration,
-    /// How long a client waits at most for the beginning of an answer: longer than body, slot, and transaction or `Prefer: wait`
-    /// together. Then 503.
+    /// The longest time that a client waits for the beginning of an answer; then 503. It is longer than body, slot, and
+    /// transaction or `Prefer: wait` together.
     pub timeout: Duration,
     /// How many requests are worked on at once, from when their body is there until their answer begins.
     pub concurrency: usize,
-    /// How long a request waits for its turn among them; then 503.
+    /// How long a request waits for its turn among those; then 503.
     pub slot_within: Duration,
-    /// How many connections are open at once, and never more than a quarter of the files that the process may open: it has two
-    /// listeners. A new one takes the place of the one that has waited longest for its client.
+    /// How many connections are open at once, and never more than a quarter of the files that the process may open: it
+    /// has two listeners. A new connection takes the place of the one that has waited longest for its client.
     pub connections: usize,
 }
 
@@ -81,7 +82,7 @@ impl Default for Limits {
     }
 }
 
-/// A router and what surrounds it, ready for [`crate::service::serve`].
+/// A router and the layers around it, ready for [`crate::service::serve`].
 #[derive(Debug)]
 pub struct Api {
     router: Router,
@@ -102,7 +103,7 @@ impl Api {
         Self { router, limits, hosts: Hosts::default() }
     }
 
-    /// The names that it is reached by, beside IP addresses and `localhost`.
+    /// Sets the names that the API is reached by, beside IP addresses and `localhost`.
     #[must_use]
     pub fn reached_as(self, hosts: Hosts) -> Self {
         Self { hosts, ..self }
@@ -113,8 +114,8 @@ impl Api {
         self.surrounded(true).0
     }
 
-    /// The router of a listener that, with `loopback`, only this machine reaches; and its detached handlers, which are waited for at
-    /// shutdown.
+    /// The router of a listener that, with `loopback`, only this machine reaches. Also returns its detached handlers,
+    /// which the process waits for at shutdown.
     pub(crate) fn surrounded(self, loopback: bool) -> (Router, TaskTracker) {
         let Self { router, limits, hosts } = self;
         let in_flight = TaskTracker::new();
@@ -153,9 +154,10 @@ async fn time_limited(State(limit): State<Duration>, request: Request, next: Nex
     }
 }
 
-/// Of everything but the page at `/docs`: it is data, no document, and no cache keeps it unless its handler says so.
+/// The policy for everything but the page at `/docs`: it is data, no document, and no cache keeps it unless its handler
+/// says so.
 const DATA_POLICY: &str = "default-src 'none'; frame-ancestors 'none'";
-/// The page loads its own scripts and styles, and shows its own pictures.
+/// The policy for the page at `/docs`, which loads its own scripts and styles, and shows its own pictures.
 const DOCS_POLICY: &str = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; \
                            form-action 'none'; frame-ancestors 'none'";
 
@@ -196,7 +198,7 @@ async fn observed(mut request: Request, next: Next) -> Response {
     response
 }
 
-/// A client can invent methods without end; a label must not have values without end.
+/// The label of a method. A client can invent methods without end, and a label must not have values without end.
 fn method_label(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",
@@ -210,7 +212,7 @@ fn method_label(method: &Method) -> &'static str {
     }
 }
 
-/// The span that everything a request causes is in; a child of the caller's, if it sent a `traceparent`.
+/// The span that everything a request causes is in; a child of the caller's span, if it sent a `traceparent`.
 fn request_span(request: &Request, id: &HeaderValue, route: &str) -> Span {
     let method = request.method();
     let span = tracing::info_span!(
@@ -242,7 +244,7 @@ impl Extractor for TraceHeaders<'_> {
     }
 }
 
-/// The caller's id if it is a sensible one, or a new one.
+/// The caller's id if it is 1 to 128 visible ASCII characters, or a new one.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let sensible =
         |value: &&HeaderValue| (1..=128).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic);

@@ -1,4 +1,5 @@
-//! The open connections of one listener: their number has a bound, and one that waits for its client makes room for a new one.
+//! The open connections of one listener: their number has a bound. One that waits for its client makes room for a new
+//! one.
 //!
 //! | a connection | makes room |
 //! |---|---|
@@ -6,8 +7,8 @@
 //! | has an event stream open, whose client can come back | when no other waits, the oldest |
 //! | is worked for: its whole request is there, and no answer yet | never |
 //!
-//! So clients that send half a request, or nothing, cannot keep others out: each of them is closed for a newcomer. A proxy's idle
-//! connections are the first to go.
+//! So clients that send half a request, or nothing, cannot keep others out: a connection of theirs is closed for a
+//! newcomer. A proxy's idle connections are the first to go.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -25,12 +26,12 @@ pub(crate) struct Connections {
 
 #[derive(Debug, Default)]
 struct Open {
-    /// Grows whenever a connection comes, or becomes another's elder or junior.
+    /// The number of the last turn. It grows whenever a connection comes, or becomes another's elder or junior.
     turn: u64,
     by_id: HashMap<u64, Place>,
-    /// By the turn since which they wait for their client.
+    /// The connections that wait for their client, by the turn since which they do.
     waiting: BTreeMap<u64, u64>,
-    /// By the turn since which they do nothing but stream.
+    /// The connections that do nothing but stream, by the turn since which they do.
     streaming: BTreeMap<u64, u64>,
 }
 
@@ -43,7 +44,7 @@ struct Place {
 }
 
 impl Open {
-    /// Changes a place and files it anew, as the youngest. Nothing when the connection has made room already.
+    /// Changes a place and files it anew, as the youngest. Nothing happens when the connection has made room already.
     fn refile(&mut self, id: u64, change: impl FnOnce(&mut Place)) {
         let Some(place) = self.by_id.get_mut(&id) else { return };
         self.waiting.remove(&place.since);
@@ -67,7 +68,7 @@ impl Open {
 }
 
 impl Connections {
-    /// At most so many.
+    /// Makes room for `most` connections.
     pub(crate) fn new(most: usize) -> Arc<Self> {
         Arc::new(Self { most, open: Mutex::default() })
     }
@@ -126,12 +127,12 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// The address at its other end, which may be a proxy's.
+    /// The address at the connection's other end, which may be a proxy's.
     pub(crate) fn peer(&self) -> IpAddr {
         self.peer
     }
 
-    /// Its client was heard of: a request's head has arrived.
+    /// Notes that a request's head has arrived from the client.
     pub(crate) fn heard(&self) {
         self.all.lock().refile(self.id, |_| {});
     }
@@ -141,8 +142,8 @@ impl Connection {
         self.held(|place| &mut place.working)
     }
 
-    /// While this is kept, the connection makes room for another only when none waits for its client. An answer that goes on for
-    /// as long as its client likes, as an event stream does, keeps one.
+    /// While this is kept, the connection makes room for another only when none waits for its client. An answer that
+    /// goes on for as long as its client likes, as an event stream does, keeps this.
     #[must_use]
     pub fn streaming(&self) -> Held {
         self.held(|place| &mut place.streams)
@@ -154,7 +155,7 @@ impl Connection {
     }
 }
 
-/// See [`Connection::streaming`].
+/// Keeps a connection from making room, as [`Connection::streaming`] says, until it is dropped.
 #[derive(Debug)]
 pub struct Held {
     connection: Connection,
@@ -187,7 +188,7 @@ mod tests {
         let work = first.connection.working();
         let fourth = enter(&connections).unwrap();
         assert!(is_closed(&second) && !is_closed(&first) && !is_closed(&third), "the second waited longest");
-        // The first waits again, and the third sent a head: the fourth has waited longest now.
+        // The first connection waits again, and the third sent a head: the fourth has waited longest now.
         drop(work);
         third.connection.heard();
         let fifth = enter(&connections).unwrap();
@@ -218,7 +219,7 @@ mod tests {
         let [second, third] = std::array::from_fn(|_| enter(&connections).unwrap());
         let fourth = enter(&connections).unwrap();
         assert!(is_closed(&second));
-        // What was closed takes up work that it had read already, and ends.
+        // A connection that was closed takes up work that it had read already, and ends.
         drop(second.connection.working());
         drop(second);
         let open = connections.lock();

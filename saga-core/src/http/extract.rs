@@ -25,11 +25,11 @@ use serde_json::Value;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Json<T>(pub T);
 
-/// The query string.
+/// The query string, decoded; its fields are named in a rejection.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Query<T>(pub T);
 
-/// The path's parameters.
+/// The path's parameters, decoded; they are named in a rejection.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Path<T>(pub T);
 
@@ -127,7 +127,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     }
 }
 
-/// Where a body stops being JSON: that is what whoever wrote it looks for.
+/// Where a body stops being JSON: its author looks for that place.
 fn not_json(what: &str, error: &serde_json::Error) -> String {
     format!("The body is {what}, from line {}, column {} on.", error.line(), error.column())
 }
@@ -148,7 +148,7 @@ fn named(path: &str, message: &str) -> String {
     }
 }
 
-/// Only a body that spells a NUL is looked at a second time.
+/// Refuses a NUL in any string of a body. Only a body that spells one is parsed a second time.
 fn refuse_nul_in_json(bytes: &[u8]) -> Result<(), Problem> {
     if !bytes.windows(6).any(|window| window == b"\\u0000") {
         return Ok(());

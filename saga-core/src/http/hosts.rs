@@ -1,7 +1,7 @@
 //! Requests that a page of another site makes in a person's browser are refused before a handler sees them.
 //!
-//! A listener without a token trusts its network, and a browser carries a stranger's page into that network. Three checks keep
-//! such a page out:
+//! A listener without a token trusts its network, and a browser carries a page of another site into that network. Three
+//! checks keep such a page out:
 //!
 //! | what the page tries | what refuses it | answer |
 //! |---|---|---|
@@ -10,14 +10,15 @@
 //! | it has an image, a script or a stream loaded from here, which sends no origin | `Sec-Fetch-Site`, when there is one, is not another site | 421 |
 //! | it posts a form, or anything else that needs no preflight | a POST's `Origin` is the request's own host and port, or it has a header or a type that a form cannot send | 415 |
 //!
-//! A person may follow a link from anywhere to here. An IP address and `localhost` are always good names: no other site has them. Off loopback, so is a name without a dot
-//! (`order-svc`): public names have one. Every other name is listed in `HTTP_HOSTS`, for the admin listener in `ADMIN_HOSTS`.
-//! `*` there stands for every host, and for no origin. A listed name is an origin under every scheme and port, where another server may
-//! have pages, so it may send requests and no forms. No CORS header is ever sent, so a page of a listed origin can send requests,
-//! and the browser shows it no answer.
+//! A person may follow a link from anywhere to here. An IP address and `localhost` are always good names: no other site
+//! has them. Off loopback, so is a name without a dot (`order-svc`): public names have one. Every other name is listed
+//! in `HTTP_HOSTS`, for the admin listener in `ADMIN_HOSTS`. `*` there stands for every host, and for no origin. A
+//! listed name is an origin under every scheme and port, where another server may have pages. So it may send requests
+//! and no forms. No CORS header is ever sent, so a page of a listed origin can send requests, and the browser shows it
+//! no answer.
 //!
-//! The checks follow the OWASP sheets on cross-site request forgery ("custom request headers", "verifying origin"), the Fetch
-//! standard's list of types that need no preflight, and W3C's Fetch Metadata.
+//! The checks follow the OWASP sheets on cross-site request forgery ("custom request headers", "verifying origin").
+//! They also follow the Fetch standard's list of types that need no preflight, and W3C's Fetch Metadata.
 
 use super::problem::Problem;
 use crate::clock;
@@ -41,7 +42,8 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    /// From a list with commas; `*` stands for every host, and for no origin. The error is which of the entries is no name.
+    /// Reads a list with commas; `*` stands for every host, and for no origin. The error is the index of the first
+    /// entry that is no name.
     pub fn parse(list: &str) -> Result<Self, usize> {
         let entries: Vec<_> =
             list.split(',').map(|name| name.trim().trim_end_matches('.').to_ascii_lowercase()).collect();
@@ -59,7 +61,7 @@ impl Hosts {
     }
 }
 
-/// What a listener takes for its own.
+/// The requests that a listener takes for its own.
 #[derive(Debug, Clone)]
 pub(super) struct Listener {
     hosts: Hosts,
@@ -69,7 +71,7 @@ pub(super) struct Listener {
     logged: Arc<Mutex<Option<Instant>>>,
 }
 
-/// How often a refused host or origin is logged: what asks under a wrong name asks again and again.
+/// How often a refused host or origin is logged: a client that asks under a wrong name asks again and again.
 const LOGGED_EVERY: Duration = Duration::from_secs(60);
 
 impl Listener {
@@ -97,7 +99,7 @@ impl Listener {
         own || (!self.loopback && !name.contains('.')) || self.hosts.any || self.hosts.lists(name)
     }
 
-    /// Why a request is refused.
+    /// The problem for which a request is refused; `None`: it is let through.
     fn refuses(&self, request: &Request) -> Option<Problem> {
         let host = match host(request) {
             Ok(host) => host,
@@ -181,17 +183,17 @@ fn is_address(name: &str) -> bool {
     bare.parse::<IpAddr>().is_ok()
 }
 
-/// What a page of another site has a browser load. Not a link that a person follows.
+/// Whether a page of another site has a browser load this. A link that a person follows is not meant.
 fn is_of_another_site(request: &Request) -> bool {
     let says = |name: &str| request.headers().get(name).map(|value| value.to_str().unwrap_or_default());
     let follows = matches!(*request.method(), Method::GET | Method::HEAD) && says("sec-fetch-mode") == Some("navigate");
     says("sec-fetch-site").is_some_and(|site| !matches!(site, "same-origin" | "none")) && !follows
 }
 
-/// A page can have a browser send these to anywhere, without asking first.
+/// The types that a page can have a browser send to anywhere, without asking first.
 const FORM_TYPES: [&str; 3] = ["application/x-www-form-urlencoded", "multipart/form-data", "text/plain"];
-/// Before it sends one of these to another site, a browser asks that site. (So it does before a bearer token, and not before the
-/// credentials that it keeps itself.)
+/// The headers that no form sends: before a browser sends one of these to another site, it asks that site. (So it does
+/// before a bearer token, and not before the credentials that it keeps itself.)
 const NO_FORM_SENDS: [&str; 3] = ["idempotency-key", "if-match", "x-requested-with"];
 
 fn is_what_a_form_sends(headers: &HeaderMap) -> bool {

@@ -1,7 +1,7 @@
 //! `Idempotency-Key`: a POST that is repeated under one key has one effect and one answer.
 //!
-//! The answer is stored in the transaction of its effect, so there is no moment in which one exists without the other:
-//! a process that dies before the commit leaves neither, and the client's repetition does the work; one that dies after
+//! The answer is stored in the transaction of its effect, so there is no moment in which one exists without the other.
+//! A process that dies before the commit leaves neither, and the client's repetition does the work. One that dies after
 //! it leaves both, and the repetition gets the stored answer. How a handler uses it:
 //!
 //! ```
@@ -44,9 +44,9 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use sqlx::{PgPool, Row};
 
-/// The request header.
+/// The name of the request header that holds the key.
 pub const HEADER: &str = "idempotency-key";
-/// Tells a client that its answer was given before.
+/// The response header that marks an answer as given before.
 pub const REPLAYED: &str = "idempotency-replayed";
 
 /// The request's `Idempotency-Key`: 1 to 200 visible ASCII characters. As an extractor it makes the header required;
@@ -55,7 +55,7 @@ pub const REPLAYED: &str = "idempotency-replayed";
 pub struct IdempotencyKey(String);
 
 impl IdempotencyKey {
-    /// As text.
+    /// The key as text, 1 to 200 visible ASCII characters.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -91,7 +91,7 @@ impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
 /// What became of a request.
 #[derive(Debug)]
 pub enum Once<T> {
-    /// The work was done now, and is committed; what it returned beside the answer.
+    /// The work was done now, and is committed. With the answer comes what the work returned beside it.
     Now(Answer, T),
     /// The work was done before; its answer is given again.
     Before(Answer),
@@ -104,7 +104,7 @@ impl<T> IntoResponse for Once<T> {
     }
 }
 
-/// An answer as it is stored and given.
+/// An answer as it is stored and sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     status: StatusCode,
@@ -115,18 +115,18 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// An answer with a JSON body.
+    /// Makes an answer with a JSON body.
     pub fn json<T: Serialize>(status: StatusCode, body: &T) -> Result<Self, serde_json::Error> {
         Ok(Self { status, location: None, etag: None, body: serde_json::to_vec(body)?, replayed: false })
     }
 
-    /// Says where the new resource is.
+    /// Sets the path of the new resource.
     #[must_use]
     pub fn location(self, location: impl Into<String>) -> Self {
         Self { location: Some(location.into()), ..self }
     }
 
-    /// Says which version of the resource this is, quotes included.
+    /// Sets the version of the resource, quotes included.
     #[must_use]
     pub fn etag(self, etag: impl Into<String>) -> Self {
         Self { etag: Some(etag.into()), ..self }
@@ -150,16 +150,16 @@ impl IntoResponse for Answer {
     }
 }
 
-/// Does `work` once under `key`, in a transaction of its own that is committed with its answer. It is bounded by [`REQUEST_MAX`].
+/// Does `work` once under `key`, in a transaction of its own that is committed with its answer. It is bounded by
+/// [`REQUEST_MAX`].
 ///
-/// `scope` keeps keys apart: the operation, and whoever calls it (`"POST /v1/orders alice"`); keys of different
-/// customers never meet. `request` is everything that decides the effect: the parsed body, and path parameters if there
-/// are any.
+/// `scope` keeps keys apart: the operation, and its caller (`"POST /v1/orders alice"`); keys of different customers
+/// never meet. `request` is everything that decides the effect: the parsed body, and path parameters if there are any.
 ///
 /// # Errors
-/// The same key with another request is 422; while the first is still at work, 409. The [`Problem`] of `work` is given as
-/// it is, nothing is written, and the same request may succeed later. When the connection is lost during the commit, 503:
-/// it may be done, and a repetition under the key finds out.
+/// The same key with another request is 422; while the first is still at work, 409. The [`Problem`] of `work` is given
+/// as it is, nothing is written, and the same request may succeed later. When the connection is lost during the commit,
+/// 503: the work may be done, and a repetition under the key finds out.
 pub async fn once<T>(
     pool: &PgPool,
     scope: &str,
@@ -181,21 +181,21 @@ pub async fn once<T>(
     if let Ok(Once::Now(..)) = done {
         tx.commit().await?;
     } else {
-        // Before the answer: a transaction that is merely dropped ends a moment after it, and the client's next request
-        // would find its key in flight.
+        // The rollback comes before the answer. A transaction that is merely dropped ends a moment after it, and the
+        // client's next request would find its key in flight.
         tx.rollback().await.ok();
     }
     done
 }
 
-/// Takes hold of `key` until the transaction ends, and looks whether it was answered.
+/// Takes hold of `key` until the transaction ends, and returns the answer that it has already, if any.
 async fn find_in(
     tx: &mut Tx<'_>,
     scope: &str,
     key: &IdempotencyKey,
     fingerprint: &[u8],
 ) -> Result<Option<Answer>, Problem> {
-    // An insert would wait for a concurrent one to end; the lock says at once that there is one.
+    // An insert would wait for a concurrent one to end; the lock shows at once that there is one.
     let free: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 7305))")
         .bind(format!("{scope}\n{}", key.0))
         .fetch_one(&mut **tx)

@@ -10,20 +10,20 @@
 use super::problem::Problem;
 use http::{HeaderMap, header};
 
-/// What a client says it has seen.
+/// The versions that a client has seen, by its header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum IfMatch {
-    /// `*`: whatever there is.
+    /// `*`: any version that there is.
     Any,
     /// One of these tags, without their quotes.
     Tags(Vec<String>),
 }
 
 impl IfMatch {
-    /// What the header says, if it is there.
+    /// Reads the header, if it is there.
     ///
     /// # Errors
-    /// When it is no list of entity tags.
+    /// When the header is no list of entity tags.
     pub fn read(headers: &HeaderMap) -> Result<Option<Self>, Problem> {
         let refuse = || {
             Problem::malformed("If-Match is neither `*` nor a list of ETags.")
@@ -64,7 +64,7 @@ impl IfMatch {
         }
     }
 
-    /// Whether what there is has been seen; `tag` is its entity tag, without quotes.
+    /// Whether the client has seen the current version; `tag` is its entity tag, without quotes.
     #[must_use]
     pub fn allows(&self, tag: &str) -> bool {
         match self {

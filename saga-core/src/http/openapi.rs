@@ -1,5 +1,5 @@
-//! What every operation of every API may answer, put into its document: the extractors, the limits and the listener's roles answer
-//! before a handler does, so no handler can be trusted to declare it.
+//! Adds to an API's document what each of its operations may answer. The extractors, the limits and the listener's
+//! roles answer before a handler does, so no handler can be trusted to declare it.
 
 use super::problem::Problem;
 use utoipa::{
@@ -12,7 +12,7 @@ use utoipa::{
 
 const PROBLEM: &str = "application/problem+json";
 
-/// What a request of which kind may be answered.
+/// The answers that a request of any kind may get.
 const ANY: &[(u16, &str)] = &[
     (400, "The request cannot be understood"),
     (421, "The request's Host or Origin is not one of this listener's"),
@@ -33,13 +33,13 @@ const BY_ROLE: &[(u16, &str)] = &[
     (429, "Too many wrong tokens came from this address"),
 ];
 
-/// The document with all that its operations may answer.
+/// Completes the document with all that its operations may answer.
 #[must_use]
 pub fn complete(document: OpenApi) -> OpenApi {
     completed(document, &[])
 }
 
-/// Likewise, of an API behind the admin listener's roles.
+/// Completes the document of an API behind the admin listener's roles.
 #[must_use]
 pub fn complete_by_role(document: OpenApi) -> OpenApi {
     completed(document, BY_ROLE)
@@ -70,7 +70,7 @@ fn completed(mut document: OpenApi, also: &[(u16, &str)]) -> OpenApi {
     document
 }
 
-/// What a POST without a body, and without another header that says so, tells that no form sent it by.
+/// The parameter by which a POST without a body, and without another such header, shows that no form sent it.
 fn requested_with() -> Parameter {
     let description = "Any value: a header that a form cannot send. Not needed with `content-type: application/json`, a bearer token, \
                        an Idempotency-Key, an If-Match, or an Origin of this listener";
@@ -95,14 +95,14 @@ fn declare(operation: &mut Operation, status: u16, description: &str) {
     }
 }
 
-/// An error is a problem, whatever its handler declared.
+/// Declares an error as a problem, whatever its handler declared.
 fn as_problem(status: &str, response: &mut RefOr<Response>) {
     let RefOr::T(response) = response else { return };
     if response.description.is_empty() {
         response.description = described(status).into();
     }
     if matches!(status.as_bytes().first(), Some(b'4' | b'5')) {
-        // What else a handler answers, it has declared.
+        // Other content of the answer is the handler's own declaration.
         response.content.retain(|_, content| !is_problem(content));
         let content = Content::new(Some(Ref::from_schema_name(Problem::name())));
         response.content.insert(PROBLEM.to_owned(), RefOr::T(content));

@@ -1,5 +1,5 @@
-//! Keyset paging: `limit`, and an opaque `cursor` that says after which row the next page begins. A page costs the same
-//! however deep it is, and rows that come and go in between shift nothing.
+//! Keyset paging: `limit`, and an opaque `cursor` that holds the row after which the next page begins. A page costs the
+//! same however deep it is, and rows that come and go in between shift nothing.
 
 use super::problem::Problem;
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
@@ -16,13 +16,13 @@ impl Limit {
     /// The most rows of a page.
     pub const MAX: u32 = 200;
 
-    /// As SQL wants it, with one more: whether there is a next page.
+    /// The limit as SQL wants it, plus one: the extra row shows whether there is a next page.
     #[must_use]
     pub fn and_one(self) -> i64 {
         i64::from(self.0) + 1
     }
 
-    /// As a number.
+    /// The limit as a number, 1 to 200.
     #[must_use]
     pub fn get(self) -> usize {
         self.0 as usize
@@ -52,12 +52,12 @@ impl TryFrom<u32> for Limit {
 pub struct Cursor(String);
 
 impl Cursor {
-    /// After the row with this sort key.
+    /// The cursor after the row with this sort key.
     pub fn after<K: Serialize>(key: &K) -> Result<Self, serde_json::Error> {
         Ok(Self(BASE64_URL_SAFE_NO_PAD.encode(serde_json::to_vec(key)?)))
     }
 
-    /// The sort key; a cursor that is not one of ours is the client's mistake.
+    /// The sort key. A cursor that is not one of ours is the client's mistake.
     pub fn key<K: DeserializeOwned>(&self) -> Result<K, Problem> {
         let bytes = BASE64_URL_SAFE_NO_PAD.decode(&self.0).ok();
         bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).ok_or_else(|| {
@@ -91,7 +91,7 @@ impl<T> List<T> {
         Ok(Self { items: rows, next_cursor })
     }
 
-    /// The same page with its rows converted.
+    /// Converts the page's rows.
     pub fn map<U>(self, convert: impl FnMut(T) -> U) -> List<U> {
         List { items: self.items.into_iter().map(convert).collect(), next_cursor: self.next_cursor }
     }

@@ -1,8 +1,8 @@
 //! Problem details (RFC 9457): the only shape an error has on our HTTP interfaces.
 //!
-//! `type` is stable and relative (`/problems/out-of-range`); clients branch on it, never on the text. Nothing of the
-//! inside (SQL, paths, other customers' data) is in it: an unexpected error is logged with its cause and answered
-//! with the request's id, by which the log line is found.
+//! `type` is stable and relative (`/problems/out-of-range`); clients branch on it, never on the text. It holds nothing
+//! of the inside (SQL, paths, other customers' data). An unexpected error is logged with its cause, and answered with
+//! the request's id, by which the log line is found.
 
 use crate::{
     error_class::{ErrorClass, classify, is_outage, is_pool_full, renew_connections},
@@ -47,7 +47,7 @@ pub struct FieldError {
 }
 
 impl FieldError {
-    /// A wrong field.
+    /// Names a field and what is wrong with it.
     pub fn new(field: impl Into<String>, message: impl Into<String>) -> Self {
         Self { field: field.into(), message: message.into() }
     }
@@ -80,7 +80,7 @@ impl Problem {
         Self::new(StatusCode::BAD_REQUEST, "malformed", "The request cannot be understood").detail(detail)
     }
 
-    /// 404.
+    /// 404: there is no such thing, for the reason in `detail`.
     #[must_use]
     pub fn not_found(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "not-found", "There is no such thing here").detail(detail)
@@ -113,7 +113,7 @@ impl Problem {
             .retry_after(1)
     }
 
-    /// 500: logs `error` with its causes, and tells the client nothing of it.
+    /// 500: logs `error` with its causes; the client hears nothing of it.
     #[must_use]
     pub fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
         tracing::error!(error = causes(error), "a request failed");
@@ -121,21 +121,21 @@ impl Problem {
             .detail("It is logged under this request's x-request-id.")
     }
 
-    /// Says what is special about this occurrence.
+    /// Sets what is special about this occurrence.
     #[must_use]
     pub fn detail(mut self, detail: impl Into<String>) -> Self {
         self.detail = Some(detail.into());
         self
     }
 
-    /// Names a field.
+    /// Adds a wrong field.
     #[must_use]
     pub fn with_field(mut self, field: impl Into<String>, message: impl Into<String>) -> Self {
         self.errors.push(FieldError::new(field, message));
         self
     }
 
-    /// Tells the client when to come back.
+    /// Sets after how many seconds the client may come back.
     #[must_use]
     pub fn retry_after(self, seconds: u32) -> Self {
         self.header(header::RETRY_AFTER, HeaderValue::from(seconds))
@@ -148,7 +148,7 @@ impl Problem {
         self
     }
 
-    /// The HTTP status.
+    /// The HTTP status of the answer.
     #[must_use]
     pub fn status(&self) -> StatusCode {
         self.status
@@ -160,7 +160,7 @@ impl Problem {
         &self.kind
     }
 
-    /// Which fields are wrong.
+    /// The wrong fields of the request.
     #[must_use]
     pub fn errors(&self) -> &[FieldError] {
         &self.errors
@@ -179,19 +179,21 @@ impl IntoResponse for Problem {
 }
 
 impl From<sqlx::Error> for Problem {
-    /// What [`classify`] does not call the item's own is 503, and the client may repeat it; anything else is our mistake. A
-    /// constraint that a client can violate is mapped by its name where the SQL is, before it comes here.
+    /// An error that [`classify`] does not call the item's own is 503, and the client may repeat the request; any other
+    /// is our mistake. A constraint that a client can violate is mapped by its name where the SQL is, before it comes
+    /// here.
     fn from(error: sqlx::Error) -> Self {
         match classify(&error) {
             ErrorClass::Own => return Self::internal(&error),
             ErrorClass::Stale => renew_connections(),
             ErrorClass::Passing | ErrorClass::Configuration => {}
         }
-        // A read asks the pool directly, which says the same of a database that is away; health has seen that by then.
+        // A read asks the pool directly, which returns the same error when the database is away; health has seen that
+        // by then.
         if is_pool_full(&error) && !Outage::is_of_any_database() {
             return Self::busy();
         }
-        // In an outage that is every request; the health check logs the outage once.
+        // In an outage every request fails like this; the health check logs the outage once.
         if is_outage(&error) || is_pool_full(&error) {
             tracing::debug!(%error, "a request failed: the database cannot be used now");
         } else {

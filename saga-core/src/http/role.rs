@@ -1,17 +1,17 @@
-//! Which callers of an admin listener may do what.
+//! The roles of an admin listener's callers.
 
-/// What a caller of the admin listener may do. Handlers find it among the request's extensions; it is also who is named
-/// in an audit row.
+/// What a caller of the admin listener may do. Handlers find it among the request's extensions. An audit row names it
+/// as the actor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// May look.
+    /// The caller may look: GET and HEAD.
     Viewer,
-    /// May look and act.
+    /// The caller may look and act.
     Operator,
 }
 
 impl Role {
-    /// As it is written into an audit row.
+    /// The name that is written into an audit row.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {

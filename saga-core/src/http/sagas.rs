@@ -38,7 +38,7 @@ pub fn saga_routes(engine: Arc<Engine>) -> Router {
     documented().with_state(engine).split_for_parts().0
 }
 
-/// Their description, to be merged into the service's own.
+/// The routes' description, to be merged into the service's own.
 pub fn saga_openapi() -> OpenApi {
     complete_by_role(documented().split_for_parts().1)
 }
@@ -162,7 +162,7 @@ struct RetryRequest {
     /// For the log.
     #[schema(min_length = 1, max_length = 500)]
     reason: String,
-    /// The revision of the saga that was looked at; if it is another by now, nothing happens.
+    /// The revision at which the saga was read; if it is another by now, nothing happens.
     expected_revision: i32,
 }
 
@@ -189,7 +189,8 @@ async fn retry_saga(
     }
     let actor = role.map_or("operator", |Extension(role)| role.as_str()).to_owned();
     let (reason, expected) = (reason.to_owned(), request.expected_revision);
-    // In a task of its own: a client that hangs up must not leave a connection in the middle of a transaction.
+    // The retry runs in a task of its own: a client that hangs up must not leave a connection in the middle of a
+    // transaction.
     let retried = tokio::spawn({
         let engine = Arc::clone(&engine);
         async move { engine.retry(SagaId(id), expected, &reason, &actor).await }

@@ -1,9 +1,9 @@
-//! What the parsing libraries say of a wrong value, in words for people. Pure.
+//! The parsing libraries' messages about a wrong value, in words for people. Pure.
 //!
-//! They name types of Rust (`expected i64`) and of this program (`expected struct PlaceOrderRequest`), which mean nothing
-//! outside it. What our own types say of a value (`is not a sku`) is passed on.
+//! The libraries name types of Rust (`expected i64`) and of this program (`expected struct PlaceOrderRequest`), which
+//! mean nothing outside it. Messages of our own types (`is not a sku`) are passed on.
 
-/// `message` of a parser, for a person.
+/// Turns a parser's `message` into one for a person.
 pub(super) fn for_people(message: &str) -> String {
     let message = message.trim();
     if let Some(rest) = message.strip_prefix("invalid type: ").or_else(|| message.strip_prefix("invalid value: ")) {
@@ -42,7 +42,7 @@ pub(super) fn for_people(message: &str) -> String {
 
 fn of_a_value(found: &str, expected: &str) -> String {
     let range = integers(expected);
-    // A number where a number belongs: it is too large, too small, or has a fraction.
+    // A number stands where a number belongs: it is too large, too small, or has a fraction.
     if let (Some((low, high)), true) = (range, found.starts_with("integer") || found.starts_with("floating point")) {
         return format!("is a whole number from {low} to {high}");
     }
@@ -67,7 +67,7 @@ fn of_a_value(found: &str, expected: &str) -> String {
     }
 }
 
-/// What a type of Rust's holds.
+/// The smallest and the largest number of one of Rust's integer types; `None` for another type.
 fn integers(expected: &str) -> Option<(i128, i128)> {
     Some(match expected {
         "i8" => (i8::MIN.into(), i8::MAX.into()),
@@ -84,7 +84,7 @@ fn integers(expected: &str) -> Option<(i128, i128)> {
     })
 }
 
-/// What `str::parse` says of a number.
+/// The words for what `str::parse` returns for a bad number.
 fn integer_error(message: &str) -> Option<&'static str> {
     match message {
         "invalid digit found in string" | "cannot parse integer from empty string" => Some("has to be a whole number"),

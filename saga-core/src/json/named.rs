@@ -1,8 +1,9 @@
-//! Fields by their names alone. `serde` takes a struct from an array as well, its fields in the order of their declaration:
-//! what was sent then means something else after the next field is added, and was never meant to be offered.
+//! Fields by their names alone. `serde` takes a struct from an array as well, its fields in the order of their
+//! declaration. Such an array means something else after the next field is added, and was never meant to be offered.
 //!
-//! [`Named`] stands around a deserializer, and around everything that the deserializer hands out: so the rule holds at every
-//! level. The one way around it is a buffer of `serde`'s own (`flatten`, `untagged`, an internal `tag`), which it does not see.
+//! [`Named`] stands around a deserializer, and around everything that the deserializer hands out: so the rule holds at
+//! every level. The one way around it is a buffer of `serde`'s own (`flatten`, `untagged`, an internal `tag`), which it
+//! does not see.
 
 use serde::de::{
     DeserializeSeed, Deserializer, EnumAccess, Error, MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor,
@@ -15,7 +16,7 @@ pub(crate) struct Named<T>(pub(crate) T);
 /// A visitor within a [`Named`] deserializer.
 struct Within<V> {
     visitor: V,
-    /// What it visits is a struct.
+    /// Whether the visited value is a struct.
     is_struct: bool,
 }
 

@@ -1,9 +1,9 @@
 //! A batch of commands through fences and handlers, in memory; one bulk write at its end.
 //!
-//! Nearly every batch is of commands that come for the first time and are not refused. So that is what is assumed: their
-//! fences are written once, at the end, with what the commands came to, and there are no savepoints (refusals leave no
-//! writes). Where that turns out to be wrong, the batch is given back to the consumer and runs again, in a new
-//! transaction, with its fences locked first and a savepoint per command.
+//! Nearly every batch is of commands that come for the first time and are not refused, so the participant assumes that.
+//! It writes their fences once, at the end, with the commands' outcomes. It uses no savepoints, because only a refusal
+//! would need one. If the assumption fails, the consumer runs the batch again, in a new transaction, with its fences
+//! locked first and a savepoint per command.
 
 use super::{
     entry::{Begun, Entry, Settled},
@@ -32,21 +32,21 @@ pub(super) struct Incoming<'a> {
     pub(super) entry: &'a dyn Entry,
     pub(super) cx: CommandContext,
     pub(super) payload: &'a [u8],
-    /// Trace context and correlation, which its reply carries on.
+    /// Trace context and correlation id, which the reply carries on.
     pub(super) trace: Headers,
-    /// What its handler's log lines are within.
+    /// The span of its handler's log lines.
     pub(super) span: Span,
 }
 
-/// The fences of a batch, and what becomes of them.
+/// The fences of a batch, and what the batch changes.
 pub(super) struct Work {
     loaded: HashMap<FenceKey, Fence>,
-    /// They are locked, and not only taken for new.
+    /// Whether the fences are locked rows; otherwise the batch takes them for new, and makes them at its end.
     locked: bool,
     changes: Changes,
 }
 
-/// What a batch comes to; written by [`Work::write`].
+/// What a batch changes; written by [`Work::write`].
 #[derive(Default)]
 pub(super) struct Changes {
     fences: HashMap<FenceKey, Fence>,
@@ -60,7 +60,7 @@ pub(super) struct Changes {
 }
 
 impl Work {
-    /// Takes the fences of `commands` for new, if all that is known of the commands allows it: to be made at the end.
+    /// Takes the fences of `commands` for new, to be made at the end; `None` if a command is an undo or a resend.
     pub(super) fn presume(commands: &[Incoming<'_>]) -> Option<Self> {
         let first = |command: &Incoming<'_>| command.cx.saga.op == Op::Do && command.cx.saga.attempt <= 1;
         commands.iter().all(first).then(|| {
@@ -79,7 +79,7 @@ impl Work {
         Ok(Self::locked(store::lock_fences(tx, &keys).await?))
     }
 
-    /// Fences that the caller has locked.
+    /// Uses fences that the caller has locked.
     pub(super) fn locked(loaded: HashMap<FenceKey, Fence>) -> Self {
         Self { loaded, locked: true, changes: Changes::default() }
     }
@@ -98,13 +98,13 @@ impl Work {
         queue::insert_intents(tx, &intents).await?;
         queue::reopen_intents(tx, &reopened).await?;
         queue::delete_intents(tx, &closed).await?;
-        // Here and not where they are made: a batch that refuses something is made twice.
+        // The replies are counted here and not where they are made: a batch that refuses something is made twice.
         answered.into_iter().for_each(|(kind, outcome)| count_reply(kind, outcome));
         Ok(())
     }
 }
 
-/// Runs `commands` in their order without savepoints.
+/// Runs `commands` in their order, without savepoints.
 ///
 /// # Errors
 /// [`HandleError::Again`] as soon as a command is refused: [`run_apart`] is for those.
@@ -129,8 +129,8 @@ pub(super) async fn run_together(
     Ok(())
 }
 
-/// Runs `commands` in their order, with a savepoint for each that runs, which a refusal rolls back; tells how many there
-/// were that the short way cannot take.
+/// Runs `commands` in their order, each handler in a savepoint, which a refusal rolls back. Returns how many commands
+/// the short way cannot take.
 pub(super) async fn run_apart(
     tx: &mut Tx<'_>,
     commands: &[Incoming<'_>],
@@ -170,10 +170,10 @@ async fn begin(
 }
 
 impl Changes {
-    /// The command's fence as it is by now.
+    /// The command's fence as the batch has left it so far.
     fn fence(&self, loaded: &HashMap<FenceKey, Fence>, command: &Incoming<'_>) -> Result<Fence, HandleError> {
         let fence = self.fences.get(&command.key).or_else(|| loaded.get(&command.key)).cloned();
-        // To take it for a new one would be to forget what was done.
+        // To take the fence for a new one would be to forget what was done.
         let fence = fence.ok_or_else(|| anyhow::anyhow!("the fence of step {:?} is not locked", command.key.step))?;
         let saga = &command.cx.saga;
         let other = |known: Option<CommandId>, said: CommandId| known.filter(|known| *known != said);
@@ -251,7 +251,7 @@ impl Changes {
 }
 
 impl Incoming<'_> {
-    /// What an undo undoes: what was done here, or else what the orchestrator says.
+    /// The command that an undo undoes: the one that the fence has, or else the one that the orchestrator names.
     fn undoes(&self, fence: &Fence) -> Option<CommandId> {
         self.cx.undoes.map(|said| fence.run_command.unwrap_or(said))
     }
@@ -281,13 +281,13 @@ impl Begun {
     }
 }
 
-/// Counts an answer, a moment before or after its commit.
+/// Counts a reply, a moment before or after its commit.
 pub(super) fn count_reply(kind: &str, outcome: Outcome) {
     metrics::counter!("participant_replies_total", "type" => kind.to_owned(), "outcome" => outcome.as_str())
         .increment(1);
 }
 
-/// The outcome and the payload that tell of `settled`.
+/// The outcome and the payload of a reply that reports `settled`.
 pub(super) fn reply_of(settled: &Settled) -> (Outcome, Vec<u8>) {
     match settled {
         Settled::Done(reply) => (Outcome::Succeeded, reply.clone()),

@@ -22,11 +22,11 @@ pub(super) enum Settled {
     Failed(Failed),
 }
 
-/// How a command began.
+/// How the handling of a command began.
 #[derive(Debug)]
 pub(super) enum Begun {
     Settled(Settled),
-    /// Commit an intent with this, then call.
+    /// The intent is to be committed with this value; then the call is made.
     Call(Value),
 }
 
@@ -40,15 +40,15 @@ pub(super) struct StoredIntent {
 
 #[async_trait]
 pub(super) trait Entry: Send + Sync {
-    /// Which way the command goes.
+    /// Whether the command does or undoes.
     fn op(&self) -> Op;
 
-    /// The type of the command that an undo undoes.
+    /// The type of the command that an undo undoes; `None` for other commands.
     fn undoes(&self) -> Option<&'static str> {
         None
     }
 
-    /// Whether its effect is outside the database.
+    /// Whether the command's effect is outside the database.
     fn is_external(&self) -> bool {
         false
     }
@@ -58,7 +58,8 @@ pub(super) trait Entry: Send + Sync {
         Err(HandleError::Poison("not an undo".into()))
     }
 
-    /// Runs the handler, or prepares the effect. `reply` is the do's, for its undo; `None` in doubt.
+    /// Runs the handler, or prepares the effect. For an undo, `reply` is the reply of the command that it undoes;
+    /// `None` in doubt.
     async fn begin(
         &self,
         tx: &mut Tx<'_>,
@@ -67,12 +68,12 @@ pub(super) trait Entry: Send + Sync {
         reply: Option<&[u8]>,
     ) -> Result<Begun, HandleError>;
 
-    /// Calls.
+    /// Makes the call outside the database.
     async fn perform(&self, _intent: &StoredIntent) -> Performed<Value> {
         Performed::InDoubt("this command has no external effect in this version of the service".into())
     }
 
-    /// Records what the call answered.
+    /// Records the answer of the call.
     async fn record(&self, _tx: &mut Tx<'_>, _intent: StoredIntent, _answer: Value) -> Result<Settled, HandleError> {
         Err(HandleError::Poison("this command has no external effect in this version of the service".into()))
     }

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A fence can be lost (a restore, an asynchronous failover), so its absence proves little. An effect in the same
-//! database is lost with it; one outside is not. So an undo without a record of its do has nothing to undo only where
-//! the effect is local and the orchestrator is in doubt as well. An external undo asks outside. An undo of what the
+//! database is lost with it; one outside is not. An undo without a record of its do has nothing to undo only if the
+//! effect is local and the orchestrator is in doubt, too. An external undo asks outside. An undo of what the
 //! orchestrator knows to have happened fails, and leaves its mark: a do that comes after it is refused.
 
 use super::{entry::Settled, handler::CommandContext};
@@ -19,7 +19,7 @@ use crate::{
     id::{CommandId, SagaId},
 };
 
-/// Which run of which step, and whose: what a fence is known by. Its order is the order in which fences are locked.
+/// Identifies a run of a step, and whose it is; the key of a fence. Fences are locked in its order.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct FenceKey {
     pub(super) saga: SagaId,
@@ -28,25 +28,25 @@ pub(super) struct FenceKey {
     pub(super) namespace: Namespace,
 }
 
-/// What saga and step are names in. Two orchestrators, or two definitions of one, may call them the same.
+/// The namespace of saga and step: two orchestrators, or two definitions of one, may use the same names.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Namespace {
     pub(super) orchestrator: String,
     pub(super) definition: String,
 }
 
-/// The commands of a fence, as far as one of them knows: its own id, and of an undo what it undoes.
+/// The commands of a fence as far as one command knows them: its own id, and for an undo the id of what it undoes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Commands {
     pub(super) run: Option<CommandId>,
     pub(super) undo: Option<CommandId>,
-    /// None of them is the first of its run, and nothing but the topic for their replies tells their orchestrator from another:
-    /// their ids are of the first derivation.
+    /// None of the commands is the first of its run, and their ids are of the first derivation. Then only the topic for
+    /// their replies tells their orchestrator from another.
     pub(super) nameless: bool,
 }
 
-/// Where a fence's row is. Builds that know no namespaces look under saga, step and occurrence alone, so that is where the
-/// first namespace that comes has its row; another one's is apart, under a name of its own.
+/// Where a fence's row is. Builds that know no namespaces look under saga, step and occurrence alone. So the first
+/// namespace that comes has its row there; another one's is apart, under a name of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stored {
     Plain,
@@ -82,14 +82,14 @@ impl FenceKey {
 }
 
 impl Namespace {
-    /// The reply topic names the orchestrator, if it does not name itself: it is on every command, of every build, and two
+    /// The orchestrator's own name, or else the reply topic: it is on every command, of every build, and two
     /// orchestrators cannot share one. `ce_source` is the relay's name for the outbox, which an operator may change.
     pub(super) fn of(saga: &SagaHeaders) -> Self {
         let orchestrator = saga.orchestrator.as_ref().or(saga.reply_to.as_ref()).cloned().unwrap_or_default();
         Self { orchestrator, definition: saga.definition.clone() }
     }
 
-    /// What the step's name has behind it in a row that is apart; as the SQL of `store` spells it.
+    /// The part that follows the step's name in a row that is apart; the SQL of `store` spells it the same.
     pub(super) fn suffix(&self) -> String {
         format!(" [{} of {}]", self.definition, self.orchestrator)
     }
@@ -119,8 +119,8 @@ pub(super) enum UndoState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Fence {
     pub(super) stored: Stored,
-    /// There is a record of the same run under another topic for replies: another orchestrator's, or this one's before its
-    /// topic was renamed.
+    /// Whether the same run has a record under another topic for replies. That record is another orchestrator's, or
+    /// this one's from before its topic was renamed.
     pub(super) elsewhere: bool,
     pub(super) run: DoState,
     pub(super) run_command: Option<CommandId>,
@@ -128,12 +128,12 @@ pub(super) struct Fence {
     pub(super) undo_command: Option<CommandId>,
 }
 
-/// Where the effect of an undo's step is: what the absence of its record proves.
+/// Where the effect of an undo's step is, and so what the absence of its record proves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
     /// In the fence's database: there is no effect without its fence.
     Here,
-    /// Outside: only the outside knows.
+    /// Outside the database: only the provider knows.
     Outside,
     /// This participant does not handle the step's command, so it never has a record of it.
     Unknown,
@@ -147,16 +147,16 @@ pub(super) enum Asked {
     Undo(Happened, Place),
 }
 
-/// Why an undo fails whose step the orchestrator knows to be done.
+/// Why an undo fails if the orchestrator knows that its step was done, and this participant has no record of it.
 const LOST: &str = "the orchestrator took the success of this step, and this participant has no record of it: the \
     command went to another topic or database, or the record was lost in a restore or a failover. Look where the effect \
     is, and undo it by hand";
 
-/// Why an undo fails whose step nobody here knows.
+/// Why an undo fails if this participant does not handle the command of its step.
 const NOT_OURS: &str = "this participant does not handle the command that this one undoes, so it does not know whether \
     there is something to undo. Send both to one topic";
 
-/// Why a command fails that comes again, and is nowhere known but under another topic for replies.
+/// Why a resent command fails if this participant knows it only under another topic for replies.
 const RENAMED: &str = "this participant has a record of this step for a saga of the same id and definition, whose replies went to \
     another topic. If the orchestrator's reply topic was renamed, give it its former name until the sagas that began before have \
     ended; if not, these are two orchestrators: look where the effect is, and settle it by hand";
@@ -164,28 +164,28 @@ const RENAMED: &str = "this participant has a record of this step for a saga of 
 /// What a command is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Move {
-    /// Its handler runs.
+    /// The command's handler runs.
     Run,
-    /// The undo's handler runs, knowing what the do came to.
+    /// The undo's handler runs; this is what is known of the do.
     Undo(Happened<Vec<u8>>),
-    /// It fails without its handler, for this reason.
+    /// The command fails without its handler, for this reason.
     Fail(&'static str),
     /// There is nothing to undo.
     NothingToUndo,
     /// The undo came first, so the do is refused for good.
     Refuse,
-    /// The stored reply is given again.
+    /// The participant sends the stored reply again.
     Answer(Outcome, Vec<u8>),
-    /// It is being called; the reply will come.
+    /// The command is being called; its reply will come.
     Ignore,
-    /// Its call was given up in doubt; it is called again.
+    /// The command's call was given up in doubt; the participant calls again.
     CallAgain,
     /// The undo waits until the do's call is settled.
     Wait,
 }
 
 impl Fence {
-    /// As it is made: nothing was ever done.
+    /// A new fence: nothing was ever done.
     pub(super) fn new() -> Self {
         Self {
             stored: Stored::Plain,
@@ -197,8 +197,8 @@ impl Fence {
         }
     }
 
-    /// Whether this fence, which a build that knows no namespaces wrote, is that of `commands`. Where none of the two ids can
-    /// be compared it is: so that build would take it.
+    /// Whether this fence, which a build that knows no namespaces wrote, is that of `commands`. If neither of the two
+    /// ids can be compared it is: that build would take it as well.
     pub(super) fn is_of(&self, commands: Commands) -> bool {
         let same = |mine: Option<CommandId>, theirs: Option<CommandId>| Some(mine? == theirs?);
         same(self.run_command, commands.run).or_else(|| same(self.undo_command, commands.undo)).unwrap_or(true)
@@ -222,7 +222,7 @@ impl Fence {
             DoState::Absent | DoState::Open if undone => Move::Refuse,
             DoState::Absent | DoState::Open if self.elsewhere => Move::Fail(RENAMED),
             DoState::Absent | DoState::Open => Move::Run,
-            // To refuse would say that certainly nothing happened; its undo settles that, and is answered.
+            // A refusal would mean that certainly nothing happened; the do's undo settles that, and gets the answer.
             DoState::InDoubt if undone => Move::Ignore,
             DoState::InDoubt => Move::CallAgain,
         }
@@ -250,7 +250,7 @@ impl Fence {
         }
     }
 
-    /// The command of `op` that this fence belongs to, once one was seen.
+    /// The command of `op` that this fence belongs to; `None` until one came.
     pub(super) fn command(&self, op: Op) -> Option<CommandId> {
         match op {
             Op::Do => self.run_command,
@@ -266,7 +266,7 @@ impl Fence {
         }
     }
 
-    /// The handler, or the call, came to this. Returns the do's intent where the undo has settled it.
+    /// Records the outcome of a handler or a call. Returns the do's intent where the undo has settled it.
     pub(super) fn settle(&mut self, op: Op, settled: &Settled) -> Option<CommandId> {
         let doubted = self.run == DoState::InDoubt;
         match (op, settled) {
@@ -281,13 +281,13 @@ impl Fence {
                 self.refuse();
                 return self.run_command.filter(|_| doubted);
             }
-            // An undo has no rejections to give (`Never` has no value); were there one, it would stay open.
+            // An undo has no rejections to give (`Never` has no value); if it had one, it would stay open.
             (Op::Undo, Settled::Rejected(_) | Settled::Failed(_)) => self.undo = UndoState::Open,
         }
         None
     }
 
-    /// A call is about to be made, or made again.
+    /// Records that a call is about to be made, or made again.
     pub(super) fn calling(&mut self, op: Op) {
         match op {
             Op::Do => self.run = DoState::Calling,
@@ -295,7 +295,7 @@ impl Fence {
         }
     }
 
-    /// A call was given up without an answer.
+    /// Records that a call was given up without an answer.
     pub(super) fn in_doubt(&mut self, op: Op) {
         match op {
             Op::Do => self.run = DoState::InDoubt,
@@ -303,7 +303,7 @@ impl Fence {
         }
     }
 
-    /// The undo was taken: a do that certainly did nothing never will.
+    /// Records that the undo was taken: a do that certainly did nothing never will.
     pub(super) fn refuse(&mut self) {
         if matches!(self.run, DoState::Absent | DoState::Open) {
             self.run = DoState::Refused;
@@ -312,7 +312,7 @@ impl Fence {
 }
 
 impl Move {
-    /// What the handler is given of the do, when this move runs a handler.
+    /// What the handler gets of the do, when this move runs a handler: its reply, or `None`.
     pub(super) fn runs(&self) -> Option<Option<&[u8]>> {
         match self {
             Self::Run => Some(None),
@@ -353,7 +353,7 @@ mod tests {
         Done,
         Rejected,
         Failed,
-        /// It is (still) being called: an intent is committed.
+        /// The call is under way: an intent is committed.
         Call,
         /// Attempts ran out; it may have happened.
         DoubtDone,
@@ -386,7 +386,7 @@ mod tests {
         lost: bool,
         /// The do's success was answered, and then taken.
         success: (bool, bool),
-        /// What the undo says, which does not change.
+        /// What the orchestrator's undo says of the do, which stays the same.
         said: Option<Happened>,
         /// The undo was answered with success.
         undone: bool,
@@ -457,10 +457,10 @@ mod tests {
             let asked = self.asked(op);
             match self.fence.next(asked) {
                 Move::Run | Move::Undo(_) => match end {
-                    // A refusal says that certainly nothing happened.
+                    // A refusal means that certainly nothing happened.
                     End::Rejected if self.effect && op == Op::Do => self.settle(op, End::Done),
                     End::Done | End::Rejected | End::Failed => self.settle(op, end),
-                    // What is in the same database is not called.
+                    // An effect in the same database is not called.
                     End::Call | End::DoubtDone | End::DoubtNot if self.place == Place::Here => {
                         self.settle(op, End::Failed);
                     }

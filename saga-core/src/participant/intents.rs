@@ -3,15 +3,16 @@
 //! ```text
 //!   open ──claim (commit: attempt counted)──► call, no tx ──┬─ answered ─► fence + records + reply, intent gone
 //!                                                           ├─ in doubt ─► back-off, open again
-//!                                                           ├─ not made, not let in ─► a pause, open again, nothing counted
+//!                                                           ├─ not made, not let in ─► pause, open again, not counted
 //!                                                           └─ attempts ran out ─► `failed` reply, in doubt
 //! ```
 //!
-//! Invariant: an intent settles once. Who settles it holds its claim (each has an id of its own, which is checked in the
-//! settling transaction) and the fence's lock. Whoever is overtaken, even by its own process, changes nothing.
+//! Invariant: an intent settles once. The worker that settles it holds its claim and the fence's lock. Each claim has
+//! an id of its own, which the settling transaction checks. A worker that was overtaken, even by its own process,
+//! changes nothing.
 //!
-//! When the process dies: the claim's lease runs out and another process calls again, under the same idempotency key.
-//! That is also how open intents are resolved after a start.
+//! When the process dies, the claim's lease runs out and another process calls again, under the same idempotency key.
+//! Open intents are resolved in the same way after a start.
 
 mod config;
 mod progress;
@@ -55,7 +56,7 @@ use uuid::Uuid;
 /// Shortest pause after a call that was not made, so that a handler that makes none does not run in a hot loop.
 const NOT_MADE_MIN: Duration = Duration::from_millis(50);
 
-/// Pause after a call that the provider did not let in: until an operator has acted, each further one is in vain.
+/// Pause after a call that the provider did not let in: until an operator has acted, each further call is in vain.
 const NOT_LET_IN: Duration = Duration::from_secs(3);
 
 /// Executes a participant's intents.
@@ -67,7 +68,7 @@ pub struct Intents {
     clock: Arc<DatabaseClock>,
     /// What an operator has to set right before effects can be recorded.
     setup: Arc<Outage>,
-    /// Calls in flight of intents that had been called before.
+    /// Slots of calls in flight whose intents had been called before.
     again: Slots,
     progress: Arc<Progress>,
     config: IntentConfig,
@@ -81,29 +82,29 @@ impl Intents {
         Self { database, clock, setup, again, progress, participant, pool, config: IntentConfig::default() }
     }
 
-    /// Other limits than the default.
+    /// Replaces the default limits.
     #[must_use]
     pub fn with_config(self, config: IntentConfig) -> Self {
         Self { config, ..self }
     }
 
-    /// Fine, or what an operator has to set right before effects can be recorded: for the service's health.
+    /// Whether effects can be recorded, for the service's health.
     ///
     /// # Errors
-    /// In words, with the reason and since when.
+    /// What an operator has to set right, in words, and since when.
     pub fn check(&self) -> Result<(), String> {
         self.setup.check()
     }
 
-    /// What stands in the way of effects, and which waits for longest.
+    /// What stands in the way of effects, and which effect waits for longest.
     #[must_use]
     pub fn report(&self) -> Report {
         let known = self.setup.trouble().or_else(|| self.progress.unclaimed()).or_else(|| self.database.trouble());
         self.progress.report(known)
     }
 
-    /// Executes until `token` is cancelled; then starts nothing new and waits for the calls in flight, each of which
-    /// ends within [`IntentConfig::call_timeout`]. A database that is away is waited for.
+    /// Executes intents until `token` is cancelled; then it starts nothing new and waits for the calls in flight. Each
+    /// of them ends within [`IntentConfig::call_timeout`]. When the database is away, it waits.
     pub async fn run(&self, token: CancellationToken) {
         tokio::select! {
             () = self.execute_all(token) => {}
@@ -165,14 +166,14 @@ impl Intents {
         Ok(started)
     }
 
-    /// Claims and starts up to `free` intents; tells how long to pause when nothing announces more.
+    /// Claims and starts up to `free` intents; returns how long to pause when no notification comes.
     async fn start(&self, calls: &mut JoinSet<()>, free: usize) -> Result<Duration, sqlx::Error> {
         if free == 0 {
             return Ok(self.config.poll);
         }
         let kinds: Vec<&str> = self.participant.entries.keys().copied().collect();
         let lease = self.config.call_timeout.saturating_add(self.config.claim_margin);
-        // What comes to nothing again and again, slowly, has half of the slots and no more: others go on beside it.
+        // Calls that keep failing slowly get at most half of the slots: others go on beside them.
         let again = (self.config.concurrency / 2).max(1).saturating_sub(self.again.taken());
         let room = Room { all: free, again };
         let (claims, due) = self.bound().within(self.claim(&kinds, room, lease)).await?;
@@ -195,7 +196,7 @@ impl Intents {
         Ok(due.map_or(self.config.poll, |due| due.min(self.config.poll)))
     }
 
-    /// What is claimed, and how long until the next intent is due.
+    /// The intents that were claimed, and how long until the next one is due.
     async fn claim(
         &self,
         kinds: &[&str],
@@ -204,7 +205,8 @@ impl Intents {
     ) -> Result<(Vec<Claimed>, Option<Duration>), sqlx::Error> {
         let mut tx = self.begin().await?;
         let claims = queue::claim(&mut tx, kinds, room, Uuid::now_v7(), lease).await?;
-        // Where no slot is left for intents that are called again, one of those in flight ends before the next of them is due.
+        // If no slot is left for intents that are called again, one of those in flight ends before the next of them is
+        // due.
         let again_left = claims.iter().filter(|claim| claim.attempts > 1).count() < room.again;
         let due = match claims.len() == room.all {
             true => None,
@@ -222,7 +224,7 @@ impl Intents {
         Bound::new(self.config.database_timeout)
     }
 
-    /// One claim, to the end of its claim.
+    /// Executes one claim, to its end.
     async fn execute(&self, claim: Claimed) {
         let Some((kind, entry)) = self.participant.entries.get_key_value(claim.kind.as_str()) else { return };
         let work = async {
@@ -232,8 +234,8 @@ impl Intents {
                 self.call(&claim, entry.as_ref()).await
             }
         };
-        // It is the service's code. A panic is an attempt like any other, or it would be repeated without an end, and
-        // nobody would be told.
+        // The effect is the service's code. A panic counts as an attempt like any other. Otherwise it would be repeated
+        // without an end, and the orchestrator would get no answer.
         let work = async {
             AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| {
                 let text = panic_text(panic.as_ref());
@@ -246,7 +248,7 @@ impl Intents {
         if error.is_crash() {
             return;
         }
-        // Nothing was committed: whoever claims it next calls again and gets the same answer.
+        // Nothing was committed: the next claim calls again and gets the same answer.
         error.tell(&claim, "an intent was not settled; trying again");
         let (class, reason) = (error.class(), error.to_string());
         if class == ErrorClass::Stale {
@@ -289,7 +291,7 @@ impl Intents {
         }
     }
 
-    /// The answer is certain: record it, reply, close the intent.
+    /// Takes a certain answer: records it, replies, closes the intent.
     async fn settle(&self, claim: &Claimed, entry: &dyn Entry, answer: Value) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
@@ -313,7 +315,8 @@ impl Intents {
         Ok(())
     }
 
-    /// The attempts ran out, or another would change nothing: the effect stays in doubt, and the orchestrator gets `failed`.
+    /// Ends the attempts, because they ran out or another changes nothing. The effect stays in doubt; the orchestrator
+    /// gets `failed`.
     async fn give_up(&self, claim: &Claimed, failed: &Failed) -> Result<(), Unsettled> {
         let reason = &failed.reason;
         let op = claim.intent.cx.saga.op;
@@ -346,7 +349,8 @@ impl Intents {
     }
 
     async fn back_off(&self, claim: &Claimed, counted: Counted, why: &str) -> Result<(), Unsettled> {
-        // What counts nothing is repeated for as long as it takes, and calls the provider each time: at leisure.
+        // An uncounted attempt is repeated for as long as it takes, and calls the provider each time: the pause is
+        // long.
         let delay = match counted {
             Counted::Yes => self.config.delay(claim.attempts),
             Counted::No => self.config.delay(6),
@@ -356,7 +360,7 @@ impl Intents {
 
     async fn release(&self, claim: &Claimed, counted: Counted, delay: Duration, why: &str) -> Result<(), Unsettled> {
         let reason = &reason(why);
-        // In an outage that is every command, again and again: whoever knows of the outage has told it once.
+        // In an outage every command comes here again and again; the part that knows of the outage has logged it once.
         tracing::debug!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
             attempts = claim.attempts, reason, ?delay, "no certain answer yet");
         let mut tx = self.begin().await?;
@@ -364,7 +368,7 @@ impl Intents {
         Ok(tx.commit_quietly().await?)
     }
 
-    /// An undo that waited is handled like one that has just come.
+    /// Handles an undo that waited like one that has just come.
     async fn resume(&self, claim: &Claimed, kind: &'static str, entry: &dyn Entry) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
@@ -395,14 +399,15 @@ impl Intents {
     async fn wake_undo(&self, tx: &mut Tx<'_>, claim: &Claimed, fence: &Fence) -> Result<(), Unsettled> {
         if let (Op::Do, UndoState::Waiting, Some(undo)) = (claim.intent.cx.saga.op, &fence.undo, fence.undo_command) {
             queue::ready_undo(tx, undo).await?;
-            // Looks at the latest after the poll interval; a permit that comes before the commit costs one look.
+            // The undo runs after the poll interval at the latest; a permit that comes before the commit costs one
+            // look.
             self.participant.wake.notify_one();
         }
         Ok(())
     }
 }
 
-/// What the claim came to: its fence, and the reply that tells of it.
+/// Writes the outcome of a claim: its fence, and the reply.
 async fn write(
     tx: &mut Tx<'_>,
     claim: &Claimed,
@@ -411,7 +416,7 @@ async fn write(
     payload: Vec<u8>,
 ) -> Result<(), Unsettled> {
     let reply = batch::reply(&claim.kind, &claim.intent.cx, &claim.trace, outcome, payload);
-    // An older build took commands without a valid reply topic. Were that an error, each would be called without an end.
+    // An older build took commands without a valid reply topic. As an error, it would call each of them without an end.
     let unsendable = reply.validate().inspect_err(|error| {
         tracing::error!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind, %error,
             outcome = outcome.as_str(), "an answer cannot be sent: it stands in the fence alone");
@@ -420,7 +425,7 @@ async fn write(
     Ok(store::write_fences(tx, fences, &replies).await.map_err(HandleError::from)?)
 }
 
-/// Records under a savepoint, so that `failed` leaves no writes.
+/// Records under a savepoint, so that `Failed` leaves no writes.
 async fn record(
     tx: &mut Tx<'_>,
     entry: &dyn Entry,

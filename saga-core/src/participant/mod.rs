@@ -8,13 +8,13 @@
 //!   intents ──► claim (tx) ──► call, no tx held ──► record + reply (tx) ──► an undo that waited goes on
 //! ```
 //!
-//! Invariant: of one run of a step, keyed (orchestrator, definition, saga, step, occurrence), the effect happens at most
-//! once, and not at all once its undo has been taken. Only `succeeded` and `rejected` are final: their reply is stored and
-//! given again.
+//! Invariant: the effect of one run of a step happens at most once, and not at all once its undo has been taken. The
+//! run's key is (orchestrator, definition, saga, step, occurrence). Only `succeeded` and `rejected` are final: the
+//! participant stores their reply and sends it again.
 //!
-//! When the process dies: before a batch's commit nothing happened and the batch comes again; after it the inbox knows
-//! the messages. An external effect's intent outlives the process; whoever claims it next calls again under the same
-//! idempotency key, and so learns what happened.
+//! When the process dies before a batch's commit, nothing has happened and the batch comes again; after it the inbox
+//! knows the messages. An external effect's intent outlives the process. The next process to claim it calls again under
+//! the same idempotency key, and so learns what happened.
 //!
 //! | file | what it is |
 //! |---|---|
@@ -57,7 +57,7 @@ use std::{
 };
 use tokio::sync::Notify;
 
-/// Longest step, definition or topic name.
+/// Longest step, definition or topic name, in bytes.
 const MAX_NAME: usize = 512;
 
 /// What a service answers to the commands it knows; the [`Handler`] of its command topic.
@@ -73,32 +73,32 @@ const MAX_NAME: usize = 512;
 pub struct Participant {
     name: &'static str,
     entries: HashMap<&'static str, Box<dyn Entry>>,
-    /// Where replies may go; anywhere without a list.
+    /// Topics that replies may go to; `None`: any topic.
     reply_topics: Option<HashSet<String>>,
-    /// Whose commands are taken; everybody's without a list.
+    /// Sources (`ce_source`) whose commands the participant takes; `None`: it takes the commands of every source.
     sources: Option<HashSet<String>>,
     wake: Arc<Notify>,
-    /// Partitions whose last batch refused something, had a command that had come before, or failed: the next one (or the
-    /// same once more) is taken the long way. A partition that is being worked at is among them.
+    /// Partitions whose next batch is handled the long way, because the last one failed, refused something or held a
+    /// duplicate. A partition is also in this set while its batch runs, so that a retry takes the long way.
     careful: Mutex<HashSet<(String, i32)>>,
 }
 
 impl Participant {
-    /// A participant that knows no command yet. `name` stands in logs and metrics.
+    /// A participant that knows no command yet. `name` appears in logs and metrics.
     pub fn new(name: &'static str) -> Self {
         let (entries, wake, careful) = (HashMap::new(), Arc::new(Notify::new()), Mutex::default());
         Self { name, entries, reply_topics: None, sources: None, wake, careful }
     }
 
-    /// Replies go to these topics and to no other. A command names the topic of its reply, so without a list whoever can send
-    /// commands can have this participant write to any topic that it may write to.
+    /// Sends replies to these topics and to no other. A command names the topic of its reply. So without a list, any
+    /// sender of commands can have this participant write to every topic that it may write to.
     #[must_use]
     pub fn replies_to<T: Into<String>>(mut self, topics: impl IntoIterator<Item = T>) -> Self {
         self.reply_topics.get_or_insert_default().extend(topics.into_iter().map(Into::into));
         self
     }
 
-    /// Commands of these sources (`ce_source`: what the orchestrators' outboxes are called) are taken, and of no other.
+    /// Takes commands of these sources (`ce_source`: the names of the orchestrators' outboxes), and of no others.
     #[must_use]
     pub fn takes_commands_of<T: Into<String>>(mut self, sources: impl IntoIterator<Item = T>) -> Self {
         self.sources.get_or_insert_default().extend(sources.into_iter().map(Into::into));
@@ -111,9 +111,9 @@ impl Participant {
         self.register(C::TYPE, Box::new(Plain::new(handler)))
     }
 
-    /// Handles `Undo`, which takes back what `Do` did. Where there is no record that `Do` ran, the undo succeeds without
-    /// the handler being called if the orchestrator is in doubt as well, and fails if it took `Do`'s success: then the
-    /// record was lost, or was never here. Either way a `Do` that comes later is refused.
+    /// Handles `Undo`, which takes back what `Do` did. Without a record that `Do` ran, the participant does not call
+    /// the handler. Then the undo succeeds if the orchestrator is in doubt as well. It fails if the orchestrator took
+    /// `Do`'s success: the record was lost, or was never here. Either way a `Do` that comes later is refused.
     #[must_use]
     pub fn on_undo<Do, Undo>(self, handler: impl UndoHandler<Do, Undo>) -> Self
     where
@@ -129,8 +129,9 @@ impl Participant {
         self.register(C::TYPE, Box::new(External::new(effect)))
     }
 
-    /// Performs `Undo` outside the database, by intent. Other than that of [`Participant::on_undo`] it is also called
-    /// where there is no record of `Do` and the orchestrator is in doubt: the record may be lost, and the effect not.
+    /// Performs `Undo` outside the database, by intent. Unlike that of [`Participant::on_undo`], its handler is also
+    /// called where there is no record of `Do` and the orchestrator is in doubt. The record may be lost, and the effect
+    /// not.
     #[must_use]
     pub fn external_undo<Do, Undo>(self, effect: impl ExternalUndo<Do, Undo>) -> Self
     where
@@ -157,8 +158,8 @@ impl Participant {
         self.careful.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The short way: nobody refuses, and nothing comes twice. A handler that fails may do so because its command has come
-    /// before, or its undo has: that is found out the long way.
+    /// The short way: no handler refuses, and no command comes twice. A handler may fail because its command came
+    /// before, or its undo did: the long way finds out.
     async fn take_together(&self, tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<(), HandleError> {
         let Some(mut work) = Work::presume(commands) else {
             let mut work = Work::load(tx, commands).await?;
@@ -172,7 +173,7 @@ impl Participant {
         }
     }
 
-    /// What a command asks of its fence. An orchestrator that does not say yet what it knows is in doubt.
+    /// What a command asks of its fence. An orchestrator whose command does not carry what it knows counts as in doubt.
     fn asked(&self, entry: &dyn Entry, saga: &SagaHeaders) -> Asked {
         let Op::Undo = saga.op else { return Asked::Do };
         let undone = entry.undoes().and_then(|kind| self.entries.get(kind));
@@ -185,7 +186,7 @@ impl Participant {
         Asked::Undo(saga.happened.unwrap_or(Happened::InDoubt), place)
     }
 
-    /// Nothing runs that a stranger asks for.
+    /// Refuses messages of sources that are not declared.
     fn knows_source(&self, message: &Message) -> Result<(), HandleError> {
         let source = &message.envelope.source;
         match &self.sources {
@@ -198,8 +199,8 @@ impl Participant {
         }
     }
 
-    /// A command as it is to be handled, or why it never can be. A type that this build does not know may be one of a build
-    /// that is being rolled out: it is tried again, and its saga's orchestrator resends it.
+    /// Reads a command, or says why it can never be handled. A type that this build does not know may be of a build
+    /// that is being rolled out. Such a command is tried again, and its saga's orchestrator resends it.
     fn parse<'a>(&'a self, message: &'a Message) -> Result<Incoming<'a>, HandleError> {
         let envelope = &message.envelope;
         let poison = |reason: String| HandleError::Poison(reason);
@@ -211,14 +212,14 @@ impl Participant {
         if saga.op != entry.op() {
             return Err(poison(format!("ce_sagaop is {:?}, but {kind} is a command of {:?}", saga.op, entry.op())));
         }
-        // PostgreSQL's text cannot hold a NUL, and an index entry has an end.
+        // PostgreSQL's text cannot hold a NUL, and an index entry has a maximum size.
         let texts = [Some(&saga.step), Some(&saga.definition), saga.reply_to.as_ref(), saga.orchestrator.as_ref()];
         if texts.into_iter().flatten().any(|text| text.contains('\0') || text.len() > MAX_NAME) {
             return Err(poison(format!("a saga header holds a NUL or more than {MAX_NAME} bytes")));
         }
         match saga.reply_to.as_deref() {
             None | Some("") => return Err(poison(format!("header `{}` is missing", header::REPLY_TO))),
-            // Nothing may run whose answer cannot be sent: its effect would be repeated for ever.
+            // No handler may run whose answer cannot be sent: its effect would be repeated for ever.
             Some(topic) if !topic::is_legal_name(topic) => {
                 return Err(poison(format!("header `{}` names no topic that can be replied to", header::REPLY_TO)));
             }
@@ -235,7 +236,7 @@ impl Participant {
             (header::TRACESTATE, envelope.tracestate.as_deref()),
             (header::CORRELATION_ID, envelope.correlation_id()),
         ];
-        // Of an orchestrator that does not say yet which command its undo undoes: it is of the first derivation.
+        // An orchestrator that does not name the undone command derives its id by the first derivation.
         let derived = || CommandId::derive(saga.saga, &saga.step, Op::Do, saga.occurrence);
         let undoes = (saga.op == Op::Undo).then(|| saga.undoes.unwrap_or_else(derived));
         Ok(Incoming {
@@ -263,7 +264,8 @@ impl Handler for Participant {
         }
         HandleError::unfit(unfit)?;
         let here = (batch[0].at.topic.clone(), batch[0].at.partition);
-        // Until this has ended well: whatever happens, be it a panic, may be due to what the short way assumes.
+        // The partition stays in the set until the batch has ended well: any failure, even a panic, may be due to what
+        // the short way assumes.
         if !self.careful().insert(here.clone()) {
             let mut work = Work::load(tx, &commands).await?;
             let surprises = batch::run_apart(tx, &commands, &mut work).await?;
@@ -278,13 +280,14 @@ impl Handler for Participant {
         Ok(())
     }
 
-    // Its last statement is ours, and always there: every command leaves its mark on a fence.
+    // True: the last statement is the participant's own, and every batch has it: every command leaves its mark on a
+    // fence.
     fn ends_with_a_statement(&self) -> bool {
         true
     }
 
-    /// The orchestrator does not wait for the answer to a command that nothing will come of. What could not be answered before it
-    /// runs, or comes from a source that is not declared, is not answered here either.
+    /// Answers commands that were given up, so that the orchestrator does not wait in vain. A command that could not be
+    /// answered before it ran, or comes from an undeclared source, gets no answer here either.
     async fn gave_up(&self, tx: &mut Tx<'_>, messages: &[(&Message, &str)]) -> Result<(), AppendError> {
         let reply = |(message, reason): &(&Message, &str)| {
             self.knows_source(message).ok()?;

@@ -21,14 +21,14 @@ use std::{collections::BTreeMap, time::Duration};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Whom an intent's reply goes to, and which message asked.
+/// Where an intent's reply goes, and which message asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Origin {
     definition: String,
     version: u32,
     attempt: u32,
     reply_to: Option<String>,
-    /// As in the command's headers; an older build does not write it.
+    /// The orchestrator's name in the command's headers; an older build does not write it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     orchestrator: Option<String>,
     message: MessageId,
@@ -55,12 +55,12 @@ impl Origin {
     }
 }
 
-/// How an intent begins.
+/// The state in which an intent begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum IntentState {
-    /// An undo, for the call of its do.
+    /// An undo that waits until the call of its do is settled.
     Waiting,
-    /// To be called.
+    /// The effect is to be called.
     Open,
 }
 
@@ -87,13 +87,13 @@ pub(super) struct NewIntent {
 
 /// An intent that is claimed by this process, until the claim's lease runs out.
 pub(super) struct Claimed {
-    /// Whose claim it is; no two claims of one intent have the same.
+    /// The id of the claim; no two claims of one intent have the same.
     pub(super) owner: Uuid,
     pub(super) key: FenceKey,
     pub(super) kind: String,
     pub(super) intent: StoredIntent,
     pub(super) trace: Headers,
-    /// An undo that waited for a call and is to be handled now.
+    /// Whether it is an undo that waited for a call and is to be handled now.
     pub(super) ready: bool,
     pub(super) attempts: u32,
 }
@@ -126,7 +126,7 @@ pub(super) async fn insert_intents(tx: &mut Tx<'_>, intents: &[NewIntent]) -> Re
     Ok(())
 }
 
-/// Opens again, with fresh attempts, intents that were given up in doubt; the reply goes to the resend's sender.
+/// Opens intents again that were given up in doubt, with fresh attempts; the reply goes to the sender of the resend.
 pub(super) async fn reopen_intents(tx: &mut Tx<'_>, intents: &[(CommandId, Origin)]) -> Result<(), sqlx::Error> {
     if intents.is_empty() {
         return Ok(());
@@ -156,26 +156,26 @@ pub(super) async fn delete_intents(tx: &mut Tx<'_>, intents: &[CommandId]) -> Re
     Ok(())
 }
 
-/// Whether an attempt that came to nothing counts against the most that there may be.
+/// Whether a failed attempt counts against the maximum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Counted {
     Yes,
-    /// The database was at fault, not the call; or none was made.
+    /// The database was at fault, not the call; or no call was made.
     No,
 }
 
 /// How many calls there is room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Room {
-    /// In all.
+    /// Room for all intents together.
     pub(super) all: usize,
-    /// For intents that were called before and came to nothing.
+    /// Room within `all` for intents that were called before.
     pub(super) again: usize,
 }
 
-/// Claims as many due intents of the given types as there is room for, for `lease`, counting an attempt of each; those that
-/// were never called before the others. `owner` is a new id: a process that claims an intent again must not be taken for the one
-/// that held it before.
+/// Claims as many due intents of the given types as there is room for, for `lease`, and counts an attempt of each.
+/// Intents that were never called come first. `owner` is a new id: a process that claims an intent again must not pass
+/// for its former holder.
 pub(super) async fn claim(
     tx: &mut Tx<'_>,
     kinds: &[&str],
@@ -228,8 +228,8 @@ pub(super) async fn claim(
     Ok(claims)
 }
 
-/// Ends the claims of intents that this build cannot read, for a minute: another build may have them before. The others of
-/// their set go on.
+/// Ends the claims of intents that this build cannot read, and puts them off for a minute. Another build may claim them
+/// meanwhile; the other intents of the set go on.
 async fn put_off(tx: &mut Tx<'_>, intents: &[(CommandId, String)]) -> Result<(), sqlx::Error> {
     for (command, error) in intents {
         tracing::error!(%command, error, "this build cannot read an intent: it is put off for a minute, and its effect is not \
@@ -250,11 +250,11 @@ async fn put_off(tx: &mut Tx<'_>, intents: &[(CommandId, String)]) -> Result<(),
     .map(drop)
 }
 
-/// Which intents are meant.
+/// The intents that a query covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Which {
     All,
-    /// Those that were never called.
+    /// Intents that were never called.
     Fresh,
 }
 
@@ -278,7 +278,7 @@ pub(super) async fn next_due(tx: &mut Tx<'_>, kinds: &[&str], which: Which) -> R
     Ok(seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default()))
 }
 
-/// How many intents are in each state, also in those that none is in.
+/// Counts the intents in each state, with 0 for a state that has none.
 pub(super) async fn counts(tx: &mut Tx<'_>) -> Result<Vec<(String, i64)>, sqlx::Error> {
     sqlx::query_as(
         "select s.state, count(i.state)
@@ -290,10 +290,10 @@ pub(super) async fn counts(tx: &mut Tx<'_>) -> Result<Vec<(String, i64)>, sqlx::
     .await
 }
 
-/// An intent, since when it waits, what was said of it last, and how many wait.
+/// An intent's id, since when it waits, its last error, and how many intents wait.
 pub(super) type Oldest = (Uuid, OffsetDateTime, Option<String>, i64);
 
-/// The intent that waits for longest of those that are to be performed, or were tried lately and are in doubt.
+/// The intent that waits for longest, among those to be performed and those in doubt that were tried lately.
 pub(super) async fn oldest(tx: &mut Tx<'_>) -> Result<Option<Oldest>, sqlx::Error> {
     sqlx::query_as(
         "select command_id, created_at, last_error, count(*) over ()
@@ -318,7 +318,7 @@ pub(super) async fn close_intent(tx: &mut Tx<'_>, command: CommandId, owner: Uui
     Ok(done.rows_affected() == 1)
 }
 
-/// Gives a claimed intent up; false when the claim was lost.
+/// Gives up a claimed intent, in doubt; false when the claim was lost.
 pub(super) async fn doubt_intent(
     tx: &mut Tx<'_>,
     command: CommandId,
@@ -362,7 +362,7 @@ pub(super) async fn release(
     Ok(())
 }
 
-/// The call that an undo waits for is settled.
+/// Readies an undo whose do's call is settled.
 pub(super) async fn ready_undo(tx: &mut Tx<'_>, undo: CommandId) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update participant_intent
@@ -376,12 +376,12 @@ pub(super) async fn ready_undo(tx: &mut Tx<'_>, undo: CommandId) -> Result<(), s
 }
 
 impl Claimed {
-    /// Its fence, to be locked.
+    /// The intent's fence, to be locked.
     pub(super) fn fence(&self) -> BTreeMap<&FenceKey, Commands> {
         BTreeMap::from([(&self.key, Commands::of(&self.intent.cx))])
     }
 
-    /// A span for work on it: continues its command's trace, and its ids are on every line logged within.
+    /// A span for work on the intent: it continues its command's trace, and its ids are on every line logged within.
     pub(super) fn span(&self) -> tracing::Span {
         let saga = &self.intent.cx.saga;
         let span = tracing::info_span!("intent", kind = self.kind, saga = %saga.saga,

@@ -1,7 +1,8 @@
 //! The SQL of fences. Locks are taken in one order: fences, sorted; then intents; then the service's rows.
 //!
-//! Fences that are taken for new are made last. That waits for somebody only where commands of one saga are in two
-//! partitions (the topic was given more); should it be a deadlock, PostgreSQL ends it, and the batch comes again.
+//! Fences that are taken for new are made last. That waits for another transaction only where commands of one saga are
+//! in two partitions, because the topic was given more. If it becomes a deadlock, PostgreSQL ends it, and the batch
+//! comes again.
 
 use super::fence::{Commands, DoState, Fence, FenceKey, Namespace, Stored, UndoState};
 use crate::{
@@ -15,11 +16,11 @@ use std::{
 };
 use uuid::Uuid;
 
-/// How often fences are looked for that another transaction makes meanwhile: once more than can be needed.
+/// How often the participant looks for fences that another transaction makes meanwhile: once more than can be needed.
 const LOOKS: usize = 3;
 
-/// Fences that are parameters 7 to 17, as rows `c`. The keys as a subquery: of an array PostgreSQL would see how short it
-/// is, and plan anew for each batch, which takes as long as the statement (measured).
+/// Fences that are parameters 7 to 17, as rows `c`. The ids are a subquery: given an array, PostgreSQL would see how
+/// short it is and plan anew for each batch. That takes as long as the statement (measured).
 macro_rules! fences {
     () => {
         "unnest((select $7::uuid[]), $8::text[], $9::int4[], $10::text[], $11::text[],
@@ -29,14 +30,14 @@ macro_rules! fences {
     };
 }
 
-/// The step in the row of a fence `$k` that is apart; as [`FenceKey::row_step`] spells it.
+/// The step in the row of a fence `$k` that is apart; [`FenceKey::row_step`] spells it the same.
 macro_rules! step_apart {
     ($k:literal) => {
         concat!($k, ".step || ' [' || ", $k, ".definition || ' of ' || ", $k, ".orchestrator || ']'")
     };
 }
 
-/// That a fence `$k` has no row that is apart.
+/// A condition: fence `$k` has no row that is apart.
 macro_rules! is_not_apart {
     ($k:literal) => {
         concat!(
@@ -63,8 +64,8 @@ macro_rules! keys {
 
 /// Makes the fences that are not there, and locks all of them in sorted order.
 ///
-/// A fence is looked for in both of its places at once: where builds look that know no namespaces, and apart. Its row is the
-/// one of its namespace; or the one that such a build wrote, if its commands are those that are known of the fence.
+/// The query looks for a fence in both of its places at once: the plain one, where builds look that know no namespaces,
+/// and apart. Its row is the one of its namespace, or one that such a build wrote, if the known commands are the same.
 pub(super) async fn lock_fences(
     tx: &mut Tx<'_>,
     keys: &BTreeMap<&FenceKey, Commands>,
@@ -82,14 +83,15 @@ pub(super) async fn lock_fences(
              on conflict do nothing"
     ));
     let made = bind_keys(made, keys.keys().copied()).execute(&mut **tx).await?;
-    // Nearly always: each command for the first time. What we made is ours, and as it was made.
+    // Nearly always each command comes for the first time. A row that this transaction made is its own, and as it was
+    // made.
     if made.rows_affected() == keys.len() as u64 {
         return Ok(keys.keys().map(|&key| (key.clone(), Fence::new())).collect());
     }
     for _ in 0..LOOKS {
         let Found { mut fences, elsewhere } = lock(tx, keys).await?;
         let missing: Vec<&FenceKey> = keys.keys().copied().filter(|key| !fences.contains_key(*key)).collect();
-        // Fewer: commands of one saga are in two partitions, and the other has made them meanwhile.
+        // Fewer rows were made: commands of one saga are in two partitions, and the other has made them meanwhile.
         if make_apart(tx, &missing).await? == missing.len() {
             let apart = |key| Fence { stored: Stored::Apart, elsewhere: elsewhere.contains(key), ..Fence::new() };
             fences.extend(missing.into_iter().map(|key| (key.clone(), apart(key))));
@@ -102,17 +104,17 @@ pub(super) async fn lock_fences(
     )))
 }
 
-/// Fences that were there, and the keys that another topic for replies has a record of.
+/// Fences that were found, and the keys that another topic for replies has a record of.
 struct Found {
     fences: HashMap<FenceKey, Fence>,
     elsewhere: HashSet<FenceKey>,
 }
 
-/// Locks the rows of `keys`, and says which of them are their fences.
+/// Locks the rows of `keys`, and finds out which of them are their fences.
 async fn lock(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, Commands>) -> Result<Found, sqlx::Error> {
-    // Row by row, in the order of the keys, and not as one join that is locked: PostgreSQL 18 leaves out of such a join's
-    // answer all but the first of the rows that others changed while it waited for them (a nested loop's rechecks). A
-    // fence that is not seen would pass for one where nothing was done.
+    // The query locks row by row, in the order of the keys, and not one join. PostgreSQL 18 leaves rows out of a locked
+    // join's answer when others changed them while it waited for them. It returns only the first of them (a nested
+    // loop's rechecks). A fence that is not seen would pass for one where nothing was done.
     let locked = sqlx::query(concat!(
         "select k.saga_id, k.step, k.occurrence, k.orchestrator, k.definition,
                 f.step <> k.step as is_apart, f.orchestrator = '' and f.definition = '' as is_nobodys,
@@ -138,8 +140,7 @@ async fn lock(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, Commands>) -> Result<F
     their_own(&rows, keys)
 }
 
-/// Of the rows that were locked for `keys`, those that are their fences. There is a row for each key, in the plain place or
-/// apart.
+/// The fences of `keys`, among the rows that were locked for them. Each key has a row, in the plain place or apart.
 fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, Commands>) -> Result<Found, sqlx::Error> {
     let mut fences = HashMap::with_capacity(keys.len());
     let mut locked = HashSet::with_capacity(keys.len());
@@ -168,8 +169,8 @@ fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, Commands>) -> Result<Fou
     Ok(Found { fences, elsewhere })
 }
 
-/// Makes the rows of fences whose plain place is another namespace's, which the caller has locked; says how many there were
-/// not yet.
+/// Makes the rows of fences whose plain place is another namespace's, which the caller has locked. Returns how many
+/// rows it made.
 async fn make_apart(tx: &mut Tx<'_>, keys: &[&FenceKey]) -> Result<usize, sqlx::Error> {
     if keys.is_empty() {
         return Ok(0);
@@ -198,8 +199,8 @@ fn bind_keys<'q>(statement: Statement<'q>, keys: impl Iterator<Item = &'q FenceK
         .bind(keys.map(|key| key.namespace.definition.as_str()).collect::<Vec<_>>())
 }
 
-/// Makes fences as they are after their first command, and appends the replies, in one statement; false when one of them
-/// was there already: then what was appended is to be rolled back.
+/// Makes fences as they are after their first command, and appends the replies, in one statement. Returns false when
+/// one of them was there already; then the caller has to roll back what was appended.
 pub(super) async fn make_fences(
     tx: &mut Tx<'_>,
     fences: &HashMap<FenceKey, Fence>,

@@ -1,7 +1,7 @@
 //! Why an external effect's intent was not settled, and what that means for it.
 //!
-//! Nothing was committed: the intent is claimed again, by this process or another, and the provider is called again under
-//! the same idempotency key.
+//! Nothing was committed: a worker of this process or another claims the intent again, and calls the provider again
+//! under the same idempotency key.
 
 use super::queue::Claimed;
 use crate::{
@@ -35,7 +35,8 @@ impl Unsettled {
         }
     }
 
-    /// In an outage of the database that is every call under way, and the outage is logged once, elsewhere.
+    /// Logs the error. In an outage of the database every call under way ends here, so such errors are at debug level:
+    /// the outage is logged once, elsewhere.
     pub(super) fn tell(&self, claim: &Claimed, what: &str) {
         let (command, saga, kind) = (claim.intent.cx.saga.command, claim.key.saga, &claim.kind);
         if self.class() == ErrorClass::Passing {
@@ -45,7 +46,7 @@ impl Unsettled {
         }
     }
 
-    /// What an operator has to set right.
+    /// The cause, for an operator to set right.
     pub(super) fn cause(&self) -> Cause {
         let error = match self {
             Self::Database(error) | Self::Handle(HandleError::Database(error)) => Some(error),
@@ -55,7 +56,7 @@ impl Unsettled {
         error.map_or(Cause::DatabaseMisconfigured, Cause::of)
     }
 
-    /// The process is to look dead: the claim must run out.
+    /// Whether a test wants the process to look dead: then the claim must run out.
     pub(super) fn is_crash(&self) -> bool {
         match self {
             Self::Database(_) | Self::Handle(_) => false,

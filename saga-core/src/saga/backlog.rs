@@ -1,13 +1,15 @@
-//! Timers wait for the replies that have come already.
+//! Timers wait for replies that are in the topic already.
 //!
-//! After an outage every wait is over at once, while the replies that came in time are still in the topic. So a saga's timer
-//! is decided only when the partition that its replies come from has been read to the end as it was when the timer was due.
-//! Its consumer says so every few seconds, in the database, so that any replica knows. A partition that was read lately
-//! holds nobody up. Other sagas' timers go on; and when a partition stays behind for minutes, so do those of its sagas, which
-//! is said and counted.
+//! After an outage every wait is over at once, while the replies that came in time are still in the topic. So the
+//! engine decides a saga's timer only when its partition of the reply topic is read far enough. Far enough is the end
+//! of the partition as it was when the timer was due. The partition's consumer records this in the database every few
+//! seconds, so that any replica knows. A partition that was read lately delays no timer, and the timers of other
+//! partitions go on. When a partition stays behind for minutes, its timers go on as well; the engine logs and counts
+//! that.
 //!
-//! An outage may leave many sagas that have to wait, and the timers look five times a second. So while nothing changes, those
-//! that were passed over are looked at every few seconds; in between, those that have become due since.
+//! An outage may leave many sagas that have to wait, and the timers look five times a second. So while nothing changes,
+//! the timers look at passed-over sagas only every few seconds. In between they look at those that have become due
+//! since.
 
 use super::engine::Engine;
 use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
@@ -18,15 +20,16 @@ use std::{
 };
 use time::OffsetDateTime;
 
-/// A partition that was read to its end so short a time ago is not behind. A few times the pause between two such readings.
+/// A partition that was read to its end within this time is not behind. A few times the pause between two such
+/// readings.
 const LATELY: Duration = Duration::from_secs(10);
-/// How long timers wait for a partition.
+/// How long timers wait for a partition, by default.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
 
-/// How long sagas that were passed over are not looked at again, while the same partitions are behind as far.
+/// How long the timers leave passed-over sagas alone, while the same partitions are behind as far as before.
 const PASS_OVER: Duration = Duration::from_secs(5);
 
-/// Since when this process has seen which partitions behind.
+/// Which partitions this process has seen behind, and since when.
 #[derive(Debug)]
 pub(super) struct Patience {
     pub(super) max: Duration,
@@ -34,7 +37,7 @@ pub(super) struct Patience {
     passed: Mutex<Option<Passed>>,
 }
 
-/// A look that left nothing to do but for what has to wait.
+/// A look that left nothing to do except what has to wait.
 #[derive(Debug)]
 struct Passed {
     backlog: Backlog,
@@ -47,18 +50,18 @@ struct Since {
     given_up: bool,
 }
 
-/// What is not known to be read.
+/// How far the reply topic's partitions are known to be read.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Backlog {
-    /// Of the reply topic; at least 1.
+    /// The number of the reply topic's partitions; at least 1.
     pub(super) partitions: i32,
-    /// Those that are behind,
+    /// The partitions that are behind and that timers wait for.
     pub(super) behind: Vec<i32>,
-    /// and until when each of them has been read.
+    /// Until when each partition in `behind` has been read, in the same order.
     pub(super) read_until: Vec<OffsetDateTime>,
-    /// What was due before has been passed over a moment ago.
+    /// What was due at this time or before has been passed over a moment ago; `None`: nothing is skipped.
     pub(super) passed: Option<OffsetDateTime>,
-    /// The database's time when this was asked.
+    /// The database's time when it was asked for this.
     asked: Option<OffsetDateTime>,
 }
 
@@ -76,7 +79,7 @@ impl Patience {
         Self { max, behind: Mutex::default(), passed: Mutex::default() }
     }
 
-    /// Before a look: says what needs not be looked at.
+    /// Called before a look: sets the time up to which the look skips what it passed over a moment ago.
     fn pass_over(&self, backlog: &mut Backlog, now: Instant) {
         let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
         let same = |before: &Backlog| (&before.behind, &before.read_until) == (&backlog.behind, &backlog.read_until);
@@ -87,18 +90,18 @@ impl Patience {
         backlog.passed = passed.as_ref().and_then(|passed| passed.backlog.asked);
     }
 
-    /// After a look that took all that may be taken.
+    /// Called after a look that took everything it may take: remembers what the look passed over.
     pub(super) fn has_passed_over(&self, backlog: &Backlog) {
         if backlog.behind.is_empty() {
             return;
         }
         let mut passed = self.passed.lock().unwrap_or_else(PoisonError::into_inner);
-        // What is passed over keeps the time of the look that saw it.
+        // Passed-over sagas keep the time of the first look that saw them.
         let at = passed.take().map_or_else(clock::monotonic, |passed| passed.at);
         *passed = Some(Passed { backlog: backlog.clone(), at });
     }
 
-    /// Of the partitions that are behind, those that are waited for.
+    /// Says of each partition that is behind whether timers still wait for it.
     fn waits(&self, behind: &[i32], now: Instant) -> Vec<bool> {
         let mut known = self.behind.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|partition, _| behind.contains(partition));
@@ -124,7 +127,7 @@ impl Patience {
 }
 
 impl Engine {
-    /// Which partitions of the reply topic timers have to wait for.
+    /// The partitions of the reply topic that timers have to wait for.
     pub(super) async fn backlog(&self, tx: &mut Tx<'_>) -> sqlx::Result<Backlog> {
         let found: Vec<(i32, Option<OffsetDateTime>, bool, OffsetDateTime)> = sqlx::query_as(
             "select partition, max(read_until),

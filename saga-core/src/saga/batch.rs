@@ -1,8 +1,9 @@
 //! Many sagas in one transaction: each takes its events in order, in memory; then all are written at once.
 //!
-//! Local effects are run where `decide` asks for them: for all sagas that stand at one together, behind one savepoint.
-//! When that fails, one by one, each behind a savepoint of its own, so that only the saga whose effect fails has to wait, or
-//! becomes stuck. An error that is nobody's fault repeats the batch. Nothing here survives the process; the transaction does, or does not.
+//! The batch runs local effects where `decide` asks for them: for all sagas that stand at one together, behind one
+//! savepoint. If that fails, it runs them one by one, each behind a savepoint of its own. So only the saga whose effect
+//! fails has to wait, or becomes stuck. An error that is not an effect's own fault repeats the batch. The batch is in
+//! memory only: when the process dies, its transaction has committed or it has not.
 
 use super::{
     case::{Case, Pending},
@@ -28,10 +29,10 @@ use time::OffsetDateTime;
 /// Why a transaction's sagas were not decided.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BatchError {
-    /// The database said no.
+    /// The database returned an error.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
-    /// A local effect met an error of the database that is not its own fault, and wrapped it in words of its own.
+    /// A local effect met an error of the database that is not its own fault, and wrapped it in a text of its own.
     #[error("a local effect: {0:#}")]
     Effect(anyhow::Error),
     /// A reply that answers its saga's open command cannot be understood.
@@ -43,7 +44,7 @@ pub(super) enum BatchError {
 }
 
 impl BatchError {
-    /// For a caller that knows the database's errors alone.
+    /// Converts to the only error type that some callers know.
     pub(super) fn into_database(self) -> sqlx::Error {
         match self {
             Self::Database(error) => error,
@@ -53,7 +54,7 @@ impl BatchError {
         }
     }
 
-    /// What it says of the work that met it.
+    /// The error's class: whether the work that met it is at fault.
     pub(super) fn class(&self) -> ErrorClass {
         match self {
             Self::Database(error) => classify(error),
@@ -78,7 +79,7 @@ pub(super) struct Batch<'e, 'm> {
 }
 
 impl<'e, 'm> Batch<'e, 'm> {
-    /// The time is that of the last of the locks.
+    /// Takes the time of the last row lock as the time of the whole batch.
     pub(super) fn new(engine: &'e Engine, mut cases: Vec<Case<'m>>) -> Self {
         cases.sort_by_key(Case::saga);
         let now = cases.iter().map(Case::locked_at).max().unwrap_or_else(clock::now);
@@ -101,7 +102,7 @@ impl<'e, 'm> Batch<'e, 'm> {
         self.store(tx).await
     }
 
-    /// Tells the service of sagas that have begun to be undone and are not at the end of it.
+    /// Runs the service's effect for sagas that have begun to be undone and are not at the end of it.
     async fn tell_turned(&self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
         let mut turned: BTreeMap<&str, Vec<LocalCall<'_>>> = BTreeMap::new();
         for case in self.cases.iter().filter(|case| case.has_turned()) {
@@ -144,7 +145,7 @@ impl<'e, 'm> Batch<'e, 'm> {
         Ok(())
     }
 
-    /// All of it, or none: the inner error is the effect's.
+    /// Keeps all of the effects or none. The inner error is the effect's, the outer one the transaction's.
     async fn try_behind_a_savepoint(
         &self,
         tx: &mut Tx<'_>,
@@ -152,7 +153,8 @@ impl<'e, 'm> Batch<'e, 'm> {
     ) -> Result<Result<(), LocalError>, sqlx::Error> {
         let mut savepoint = tx.begin().await?;
         match self.try_together(&mut savepoint, at_local).await {
-            // Refused when the effect swallowed an error of the database; what is dropped is rolled back.
+            // PostgreSQL refuses the release if the effect swallowed an error of the database. The drop then rolls it
+            // back.
             Ok(()) => Ok(savepoint.commit().await.map_err(LocalError::Database)),
             Err(error) => {
                 savepoint.rollback().await?;
@@ -168,7 +170,7 @@ impl<'e, 'm> Batch<'e, 'm> {
         }
         for (name, calls) in by_effect {
             let run = async { self.engine.local(name)?.run_many(tx, &calls).await };
-            // It is the service's code: a panic is its sagas' misfortune, not that of the batch, or of the timers' task.
+            // The effect is the service's code. A panic fails its sagas alone, not the batch and not the timers' task.
             AssertUnwindSafe(run).catch_unwind().await.unwrap_or_else(|panic| {
                 let text = panic_text(panic.as_ref());
                 Err(anyhow::anyhow!("the local effect `{name}` panicked: {text}").into())
@@ -209,7 +211,7 @@ impl<'e, 'm> Batch<'e, 'm> {
     }
 }
 
-/// The text of an error that is the effect's own fault. One that is not, wherever it stands in the chain of causes, is
+/// The text of an error that is the effect's own fault. Any other error, wherever it stands in the chain of causes, is
 /// passed on: the batch is repeated, and no saga is blamed.
 fn if_its_own(error: LocalError) -> Result<String, BatchError> {
     let class = match &error {

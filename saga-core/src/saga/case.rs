@@ -1,4 +1,4 @@
-//! One saga in a transaction: its row, the events that wait for it, and what they come to.
+//! One saga in a transaction: its row, the events that wait for it, and what follows from them.
 
 use super::{
     batch::BatchError,
@@ -26,7 +26,7 @@ use std::{
 };
 use time::OffsetDateTime;
 
-/// After so many kinds of unexpected replies, a saga's log takes no more of them; they are only counted.
+/// A saga's log takes so many kinds of unexpected replies; further ones are only counted.
 const STRAYS_MAX: usize = 64;
 
 /// Something that happens to a saga, with what its log will say.
@@ -49,11 +49,11 @@ pub(super) struct Case<'m> {
     cause: Option<&'m Envelope>,
     local: Option<(usize, Op)>,
     entries: Vec<Entry>,
-    /// Why replies were ignored here, also those that the log knows already.
+    /// Why replies were ignored in this transaction, including kinds that the log has already.
     pub(super) ignored: Vec<Ignored>,
     pub(super) messages: Vec<NewMessage>,
     pub(super) verdicts: Vec<Verdict>,
-    /// Attempts that were settled here, with how long they took: what the step's duration is measured by.
+    /// Attempts that were settled in this transaction, and when; the step's duration metric is computed from them.
     pub(super) settled: Vec<(Open, OffsetDateTime)>,
 }
 
@@ -106,8 +106,8 @@ impl<'m> Case<'m> {
         &self.row.state
     }
 
-    /// For what is said of this saga alone: it continues the trace of the message that came last, whatever else shared the
-    /// transaction.
+    /// A span for log lines about this saga alone. It continues the trace of the message that came last, whatever else
+    /// shared the transaction.
     pub(super) fn span(&self) -> tracing::Span {
         let span = tracing::info_span!("saga", saga = %self.saga(), saga_type = self.definition.name());
         if let Some(cause) = self.cause {
@@ -160,7 +160,7 @@ impl<'m> Case<'m> {
         Ok(())
     }
 
-    /// An unexpected reply is for the log, once. Anything else was not due, or its caller gets the answer.
+    /// Logs an unexpected reply, once per kind. Any other ignored event was not due, or its caller gets the answer.
     fn ignore(&mut self, what: What, why: Ignored) {
         let What::Reply { step, op, attempt, outcome } = what else { return };
         self.ignored.push(why);
@@ -170,12 +170,12 @@ impl<'m> Case<'m> {
         }
     }
 
-    /// Whether the log may know already some of what it would be told: [`Case::forget`] wants to hear what that is.
+    /// Whether the log may already have one of the new lines; [`Case::forget`] then needs the lines that it has.
     pub(super) fn has_strays(&self) -> bool {
         self.entries.iter().any(|entry| entry.what.stray().is_some())
     }
 
-    /// Leaves out replies of a kind that the log has already (`told`), or all of them once it has enough.
+    /// Leaves out replies of a kind that the log has already, or all of them once the log has enough.
     pub(super) fn forget(&mut self, told: &[Entry]) {
         self.entries.retain(|entry| {
             let stray = entry.what.stray();
@@ -183,7 +183,7 @@ impl<'m> Case<'m> {
         });
     }
 
-    /// What became of the local effect that stood in the way.
+    /// Takes the outcome of the local effect that the saga waited for.
     pub(super) fn settle_local(&mut self, reply_topic: &str, event: &Event, now: OffsetDateTime) {
         self.local = None;
         let (state, effects) = decide(&self.definition, &self.row.state, event, now);
@@ -203,7 +203,7 @@ impl<'m> Case<'m> {
                         let unsent = Event::unsent(&error, deadline);
                         let (state, effects) = decide(&self.definition, &self.row.state, &unsent, now);
                         self.row.state = state;
-                        // It was not sent, so the log must not say that it was.
+                        // The command was not sent, so the log must not say that it was.
                         told.pop();
                         told.extend(effects.told);
                     }
@@ -226,18 +226,18 @@ impl<'m> Case<'m> {
         Some(Pending { saga: self.saga(), name, input: &self.row.input, state: &self.row.state })
     }
 
-    /// Whether it has begun to be undone here, and is not at the end of it.
+    /// Whether the saga has begun to be undone in this transaction and is not at the end of it.
     pub(super) fn has_turned(&self) -> bool {
         let told = self.entries.iter().flat_map(|entry| &entry.then);
         !self.row.state.is_finished() && told.into_iter().any(|told| matches!(told, Told::Compensating { .. }))
     }
 
-    /// A local effect of this saga's.
+    /// A call of the local effect `name` for this saga.
     pub(super) fn call_of<'a>(&'a self, name: &'a str) -> LocalCall<'a> {
         Pending { saga: self.saga(), name, input: &self.row.input, state: &self.row.state }.call()
     }
 
-    /// What the saga's row becomes; `None` when nothing happened that it has to know.
+    /// What the saga's row becomes; `None` when nothing happened that the row has to show.
     pub(super) fn change(&self, now: OffsetDateTime) -> Option<Change<'_>> {
         let state = &self.row.state;
         let same_status = state.status.as_str() == self.from_status;
@@ -259,7 +259,7 @@ impl<'m> Case<'m> {
         })
     }
 
-    /// What the saga's log is told.
+    /// The rows that this transaction adds to the saga's log.
     pub(super) fn events(&self) -> impl Iterator<Item = store::Event<'_>> {
         let revisions = self.from_revision + 1..;
         let saga = self.saga();
@@ -270,7 +270,7 @@ impl<'m> Case<'m> {
         let step = &self.definition.steps()[open.step];
         let remote = remote(&step.kind);
         let Some(call) = remote.and_then(|remote| remote.call(open.op)) else { return Ok(()) };
-        // Of one that was set aside no type is on record.
+        // A reply that was set aside was stored without its type.
         let other = cause.filter(|envelope| envelope.kind.strip_suffix(".reply") != Some(call.kind));
         let flaw = flaw.or_else(|| other.map(|envelope| format!("its type is {:?}", reason(&envelope.kind))));
         let checked = match (&reply.answer, flaw) {
@@ -310,7 +310,7 @@ pub(super) fn message(
         _ => None,
     };
     let from = BuildFrom { input, replies: &replies, happened };
-    // It is the service's code: a panic is this saga's misfortune, not that of its whole batch.
+    // The builder is the service's code. A panic fails this saga, not its whole batch.
     let payload = catch_unwind(AssertUnwindSafe(|| (call.build)(from)))
         .map_err(|_| format!("building `{}` panicked", call.kind))?
         .map_err(|error| format!("building `{}`: {error}", call.kind))?;

@@ -1,5 +1,5 @@
 //! The one transition function: `(definition, state, event, now) -> (state, effects)`. No I/O, no clock, no randomness;
-//! whoever calls it stores what it says in one transaction.
+//! the caller stores the result in one transaction.
 //!
 //! The rules, each held by the explorer and the property tests:
 //! - A rejection means: certainly nothing happened. Everything else is in doubt.
@@ -8,9 +8,9 @@
 //!   whenever it comes.
 //! - A cancel, and the saga's deadline, work until the pivot's command is issued; the open step is undone at once, as
 //!   in doubt. A command that could not be built was not issued: there is nothing of it to undo.
-//! - A deadline that has passed counts whatever comes next: a reply is taken for what it says, and nothing new is begun.
+//! - A deadline that has passed counts whatever comes next: a reply is taken for what it says, nothing new is begun.
 //! - An undo says whether its step's success was taken.
-//! - Never `compensated` with an undo open; never stuck without a word why.
+//! - A saga is never `compensated` with an undo open, and never stuck without a reason.
 //! - What does not answer the open command is ignored by name, and is no error.
 
 use super::{
@@ -73,7 +73,7 @@ pub fn answers(definition: &Definition, state: &State, reply: &Reply) -> Result<
         let stale = reply.attempt != open.attempt || open.wait == Wait::Pause;
         return match reply.answer {
             Answer::Failed(_) if reply.attempt > open.attempt => Err(Ignored::Unknown),
-            // A stuck saga waits for an operator: a failure tells nothing that it does not know.
+            // A stuck saga waits for an operator: a failure adds nothing to what it knows.
             Answer::Failed(_) if stale || matches!(state.status, Status::Stuck { .. }) => Err(Ignored::Late),
             _ => Ok(*open),
         };
@@ -81,7 +81,7 @@ pub fn answers(definition: &Definition, state: &State, reply: &Reply) -> Result<
     Err(why_ignored(definition, state, reply))
 }
 
-/// A reply that does not answer the open command: answered before, no longer waited for, or never asked.
+/// Classifies a reply that does not answer the open command: answered before, no longer waited for, or never asked.
 fn why_ignored(definition: &Definition, state: &State, reply: &Reply) -> Ignored {
     for (step, how) in state.steps.iter().enumerate() {
         if !matches!(definition.steps()[step].kind, StepKind::Remote(_)) {
@@ -148,12 +148,12 @@ impl<'d> Turn<'d> {
             (Answer::Succeeded(_), Op::Undo) => self.undone(open.step),
             (Answer::Rejected(rejection), Op::Do) if self.role(open.step) != Role::Retriable => {
                 self.state.steps[open.step] = StepState::NotDone;
-                // A rejection that says nothing is none, or it would not come back from the database as it went there.
+                // A null rejection is none, or it would not come back from the database as it went there.
                 let rejection = Some(rejection.clone()).filter(|rejection| !rejection.is_null());
                 self.compensate(open.step, FailureKind::Rejected, rejection, None, None);
             }
             // Neither an undo nor a step after the pivot can be refused: the types say so, and the runner checks them.
-            // Should a participant do it all the same, it did not do its work, and that is all it says.
+            // If a participant refuses all the same, it did not do its work, and the engine tries again.
             (Answer::Rejected(_), _) => self.attempt_failed(open, &"refused, which it cannot be".into()),
             (Answer::Failed(failed), _) => self.attempt_failed(open, failed),
         }
@@ -281,7 +281,7 @@ impl<'d> Turn<'d> {
 
     fn cancel(&mut self, open: &Open, kind: FailureKind, reason: Option<String>, why: Option<Why>) {
         if open.wait == Wait::Local || open.attempt == 0 {
-            // Its effect failed and was rolled back, or its command was never sent.
+            // The open step's effect failed and was rolled back, or its command was never sent.
             self.state.steps[open.step] = StepState::NotDone;
         }
         self.compensate(open.step, kind, None, reason, why);
@@ -345,7 +345,7 @@ impl<'d> Turn<'d> {
                 self.actions.push(Action::RunLocal { step, op });
             }
             Some(remote) => {
-                // A silent participant is given more time with each attempt, or resends would pile up in its topic.
+                // Each attempt gives a silent participant more time, or resends would pile up in its topic.
                 let patience = remote.deadline.saturating_add(self.pause_before(remote, op, step, tries));
                 (open.wait, open.due) = (Wait::Reply, Some(self.later(patience)));
                 let command = command_id(self.definition, &self.state, step, op);
@@ -360,7 +360,7 @@ impl<'d> Turn<'d> {
         };
     }
 
-    /// What an undo says of its step.
+    /// The command that an undo undoes, and what is known of it; `None` for a step's own command.
     fn undoes(&self, step: usize, op: Op) -> Option<(CommandId, Happened)> {
         let happened = match &self.state.steps[step] {
             StepState::Done(_) => Happened::Yes(()),
@@ -374,14 +374,14 @@ impl<'d> Turn<'d> {
         if tries < 2 { Duration::ZERO } else { remote.retry(op).pause(self.state.saga, step, tries - 1) }
     }
 
-    /// The participant, or a local effect, says that it did not work: it is tried again after a pause.
+    /// The participant, or a local effect, reports a failure: the engine tries again after a pause.
     fn attempt_failed(&mut self, open: Open, failed: &Failed) {
         let error = &failed.reason;
         if self.late().is_some() {
             return self.cancel(&open, FailureKind::Deadline, Some(error.to_owned()), Some(failed.why));
         }
         match self.state.status {
-            // A stuck saga's last attempt has now been answered, with nothing new: it stays as it is.
+            // A stuck saga's last attempt has now failed, which is nothing new: the saga stays as it is.
             Status::Stuck { .. } => {}
             _ if self.is_exhausted(&open) => self.give_up(open, failed),
             _ => {
@@ -409,7 +409,7 @@ impl<'d> Turn<'d> {
         }
     }
 
-    /// The last attempt came to nothing.
+    /// The last attempt failed: the saga is undone or stuck.
     fn give_up(&mut self, open: Open, failed: &Failed) {
         let last = || failed.reason.clone();
         match (open.op, self.role(open.step)) {

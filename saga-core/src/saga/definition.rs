@@ -2,8 +2,8 @@
 //!
 //! A service writes a saga with the typed builder ([`saga`]); the engine works with its erased form, [`Definition`]: a
 //! list of steps whose commands are built by functions from JSON to JSON. The invariant that the builder's types keep,
-//! and that [`crate::saga::decide`] relies on: before the pivot a step either has an undo that cannot be refused or says
-//! that there is nothing to undo; after the pivot nothing can be refused.
+//! and that [`crate::saga::decide`] relies on: before the pivot a step either has an undo that cannot be refused or
+//! says that there is nothing to undo; after the pivot nothing can be refused.
 //!
 //! Nothing here is lost when the process dies: a definition is code. What is persisted is its name, version and
 //! [`Definition::fingerprint`], so that a replica knows whether the saga before it is one that it understands.
@@ -107,8 +107,8 @@ impl Definition {
         &self.fingerprint
     }
 
-    /// What a saga's row says of the definition that it began with: the fingerprint, and the format that the state is stored
-    /// in, unless that is the first.
+    /// The text by which a saga's row names its definition: the fingerprint, and the format in which the state is
+    /// stored, unless that is the first.
     pub(crate) fn fingerprint_in(&self, format: u16) -> String {
         let fingerprint = &self.fingerprint;
         if format == 1 { fingerprint.clone() } else { format!("{fingerprint}.{format}") }
@@ -151,12 +151,12 @@ impl Definition {
     }
 }
 
-/// One step.
+/// A step of a saga, in the definition's order.
 #[derive(Debug, Clone)]
 pub struct Step {
     /// Unique within the definition; travels as `ce_sagastep`.
     pub name: String,
-    /// What is done.
+    /// Whether the step runs a local effect or sends a command.
     pub kind: StepKind,
 }
 
@@ -165,7 +165,7 @@ pub struct Step {
 pub enum StepKind {
     /// An effect in the orchestrator's own database, in the transaction that takes the step. Its name is the step's.
     Local {
-        /// The name of the effect that takes it back.
+        /// The name of the effect that takes it back; `None` where the effect stays when the saga is undone.
         undo: Option<String>,
         /// How either is tried again when it failed by its own fault.
         retry: RetryPolicy,
@@ -177,7 +177,7 @@ pub enum StepKind {
 /// A step that sends a command.
 #[derive(Debug, Clone)]
 pub struct Remote {
-    /// Where it stands to the pivot.
+    /// Where the step stands to the pivot.
     pub role: Role,
     /// The command that does it.
     pub action: Call,
@@ -215,7 +215,7 @@ impl Remote {
     }
 }
 
-/// Where a step stands to the pivot, which is all that tells how its failure is met.
+/// Where a step stands to the pivot; that alone decides how the engine meets its failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Before the pivot: a failure undoes the saga.
@@ -227,7 +227,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// For people and fingerprints.
+    /// The role's name, as people and the fingerprint see it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Compensable => "compensable",
@@ -240,7 +240,7 @@ impl Role {
 /// What a command is built from.
 #[derive(Debug, Clone, Copy)]
 pub struct BuildFrom<'a> {
-    /// The saga's input.
+    /// The saga's input, as JSON.
     pub input: &'a Value,
     /// The replies of the remote steps before this one.
     pub replies: &'a [&'a Value],
@@ -254,15 +254,15 @@ type Check = dyn Fn(&Value) -> Result<(), serde_json::Error> + Send + Sync;
 /// A command, erased: where it goes, how it is built, what its answers look like.
 #[derive(Clone)]
 pub struct Call {
-    /// Its CloudEvents type.
+    /// The command's CloudEvents type.
     pub kind: &'static str,
-    /// Its participant's topic.
+    /// The topic that the command's participant reads.
     pub topic: &'static str,
-    /// Builds its payload.
+    /// Builds the command's payload, as JSON text.
     pub build: Arc<Build>,
     /// Whether a reply's payload is what the definition expects.
     pub check_reply: Arc<Check>,
-    /// Whether a rejection's payload is.
+    /// Whether a rejection's payload is what the definition expects.
     pub check_rejection: Arc<Check>,
 }
 
@@ -272,8 +272,8 @@ impl fmt::Debug for Call {
     }
 }
 
-/// A command could not be built: the input or a reply that was stored is not what the definition's types say. It means
-/// that a type was changed under running sagas; the saga becomes stuck.
+/// A command could not be built: the input or a stored reply does not fit the definition's types. So a type was changed
+/// under running sagas; the saga becomes stuck.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {what}: {source}")]
 pub struct BuildError {

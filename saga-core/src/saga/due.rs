@@ -1,7 +1,7 @@
 //! The SQL of time: which sagas are due, and how many wait.
 //!
-//! `saga_due` is the index that the timers walk. What a row of it says may be too early, never too late: whoever claims a
-//! saga reads the due time in its state.
+//! `saga_due` is the index that the timers walk. The time in a row may be too early, never too late: the replica that
+//! claims a saga reads the due time in its state.
 
 use super::{
     backlog::Backlog,
@@ -12,11 +12,11 @@ use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
 use std::time::Duration;
 use uuid::Uuid;
 
-/// Locks and loads up to `limit` sagas that are due, the longest overdue first, leaving out rows that another transaction has locked.
-/// (`statement_timestamp()`: with `clock_timestamp()`, which changes while the statement runs, no index can answer.)
-/// What the backlog holds is passed over; an expression does that, and no join, so that the index still gives the order. What it
-/// held at the last look is not looked at each time ([`Backlog::passed`]).
-/// The due time that counts is the one in the state: the row was read again when it was locked.
+/// Locks and loads up to `limit` sagas that are due, the longest overdue first, and leaves out rows that another
+/// transaction has locked. The query uses `statement_timestamp()`: no index can answer `clock_timestamp()`, which
+/// changes while the statement runs. The query passes over what the backlog holds. An expression does that, and no
+/// join, so that the index still gives the order. The query also skips what the last look passed over
+/// ([`Backlog::passed`]). The due time that counts is the one in the state: the row was read again when it was locked.
 pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit: i64) -> sqlx::Result<Vec<Locked>> {
     let asked = clock::monotonic();
     let rows = sqlx::query(
@@ -48,12 +48,12 @@ pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, lim
     Ok(heard(rows, asked))
 }
 
-/// Says which partition a saga's replies come from: its id is their key.
+/// The hash that says which partition a saga's replies come from: the saga's id is their key.
 pub(super) fn key_hash_of(saga: SagaId) -> i32 {
     key_hash(saga.to_string().as_bytes())
 }
 
-/// Keeps `saga_due` in step: sagas whose time or status it no longer tells are set.
+/// Keeps `saga_due` in step: writes the rows of sagas whose time or status has changed.
 pub(super) async fn rearm(tx: &mut Tx<'_>, changes: &[Change<'_>]) -> sqlx::Result<()> {
     let set: Vec<&Change<'_>> = changes.iter().filter(|c| c.due == Due::Set).collect();
     if set.is_empty() {
@@ -76,18 +76,19 @@ pub(super) async fn rearm(tx: &mut Tx<'_>, changes: &[Change<'_>]) -> sqlx::Resu
     Ok(())
 }
 
-/// What the gauges tell.
+/// What the gauges show.
 #[derive(Debug)]
 pub(super) struct Counts {
     /// Sagas that have not ended, by definition and status.
     pub(super) active: Vec<(String, String, i64)>,
-    /// Sagas that are due, and wait for a replica that knows them.
+    /// Sagas that are due, and wait for a replica that knows their definitions.
     pub(super) overdue: i64,
-    /// Replies that wait for a replica that knows their saga.
+    /// Replies that wait for a replica that knows their saga's definition.
     pub(super) undecided: i64,
 }
 
-/// Counts what has not ended. What is due and known is taken at once, so those that `overdue` looks at are few.
+/// Counts sagas that have not ended. The timers take known sagas at once when they are due, so `overdue` reads few
+/// rows.
 pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts> {
     let active = sqlx::query_as("select definition, status, count(*) from saga_due group by definition, status");
     let active = active.fetch_all(&mut **tx).await?;
@@ -111,7 +112,7 @@ pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts
     Ok(Counts { active, overdue, undecided })
 }
 
-/// The saga that has been due for longest, whoever can decide it, and since when.
+/// The saga that has been due for longest, whichever replica can decide it, and since when.
 pub(super) async fn oldest(tx: &mut Tx<'_>) -> sqlx::Result<Option<Overdue>> {
     sqlx::query_as(
         "select saga_id, due_at from saga_due where due_at <= statement_timestamp() order by due_at, saga_id limit 1",
@@ -153,7 +154,7 @@ pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit
     .await
 }
 
-/// Looks at sagas again after `wait`, whatever their states say.
+/// Makes sagas due again after `wait`, whatever their states say.
 pub(super) async fn put_off(tx: &mut Tx<'_>, sagas: &[SagaId], wait: Duration) -> sqlx::Result<()> {
     sqlx::query("update saga_due set due_at = clock_timestamp() + make_interval(secs => $2) where saga_id = any($1)")
         .bind(sagas.iter().map(|saga| saga.0).collect::<Vec<_>>())

@@ -1,7 +1,7 @@
 //! The engine: definitions and local effects bound together, and what a service asks of them.
 //!
-//! Nobody owns a saga: any number of engines work on one database. What has to be atomic takes the caller's transaction,
-//! and says so in its name; when the process dies before the caller's commit, it was never asked.
+//! No engine owns a saga: any number of engines work on one database. A method whose name ends in `_in` takes the
+//! caller's transaction. If the process dies before the caller's commit, nothing of the call has happened.
 
 pub use super::error::{CancelError, Cancelled, EngineError, EngineErrors, RetryError, StartError};
 use super::{
@@ -32,9 +32,10 @@ use std::{
     time::Duration,
 };
 
-/// After so long a transaction of the engine's own is given up and its connection with it: the database's machine may be
-/// gone without a word, which the operating system notices after a quarter of an hour. Far longer than any of them takes,
-/// and than PostgreSQL lets another transaction hold locks while it does nothing (10 s).
+/// Upper bound for one transaction of the engine's own. When it expires, the engine gives up the transaction and its
+/// connection. A database host that vanished sends no error, and the operating system notices only after about 15
+/// minutes. The bound is far above what any of these transactions takes. It is also above the 10 s for which PostgreSQL
+/// lets an idle transaction hold locks.
 const ATTEMPT_MAX: Bound = Bound::new(Duration::from_secs(30));
 
 /// A saga that this replica cannot read, and therefore leaves alone.
@@ -48,7 +49,7 @@ pub(super) struct Unread {
 pub struct Engine {
     pool: PgPool,
     reply_topic: String,
-    /// Whose replies are taken; everybody's without a list.
+    /// Sources (`ce_source`) whose replies the engine takes; `None`: it takes the replies of every source.
     sources: Option<BTreeSet<String>>,
     definitions: BTreeMap<(String, u32), Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
@@ -92,7 +93,7 @@ impl Engine {
     /// business rows: sagas are locked first everywhere.
     ///
     /// # Errors
-    /// When this engine does not know the saga's definition, or the database says no.
+    /// When this engine does not know the saga's definition, cannot read its row, or the database returns an error.
     pub async fn cancel_in(&self, tx: &mut Tx<'_>, id: SagaId, reason: &str) -> Result<Cancelled, CancelError> {
         let Some(locked) = store::load(tx, &[id]).await?.pop() else { return Ok(Cancelled::Unknown) };
         let (definition, row) = self.read(locked)?;
@@ -110,7 +111,7 @@ impl Engine {
     /// Locks a saga's row in the caller's transaction, so that nothing happens to it until that ends.
     ///
     /// # Errors
-    /// When the database says no.
+    /// When the database returns an error.
     pub async fn lock_in(&self, tx: &mut Tx<'_>, id: SagaId) -> Result<(), sqlx::Error> {
         store::load(tx, &[id]).await.map(drop)
     }
@@ -118,7 +119,7 @@ impl Engine {
     /// Gives a stuck saga a fresh start, in a transaction of its own. `expected` is the revision that the operator saw.
     ///
     /// # Errors
-    /// When the saga is not what the operator saw, or the database says no.
+    /// When the saga is not what the operator saw, or the database returns an error.
     pub async fn retry(&self, id: SagaId, expected: i32, reason: &str, actor: &str) -> Result<(), RetryError> {
         self.within(self.retry_once(id, expected, reason, actor)).await
     }
@@ -140,7 +141,7 @@ impl Engine {
         Ok(tx.commit().await?)
     }
 
-    /// What takes the replies: give it to the consumer of the reply topic.
+    /// The handler of replies: give it to the consumer of the reply topic.
     pub fn handler(self: &Arc<Self>) -> ReplyHandler {
         ReplyHandler { engine: Arc::clone(self) }
     }
@@ -189,13 +190,14 @@ impl Engine {
         effect.ok_or_else(|| LocalError::Failed(anyhow::anyhow!("the local effect `{name}` is not bound")))
     }
 
-    /// What hears that sagas of this definition have begun to be undone.
+    /// The effect that the service bound for sagas of this definition that have begun to be undone; `None`: it bound
+    /// none.
     pub(super) fn turned(&self, definition: &str) -> Option<&dyn LocalEffect> {
         self.turned.get(definition).map(AsRef::as_ref)
     }
 
-    /// A saga with the definition that it began with. The state is read only by a replica that has that very one: what
-    /// another build wrote may look alike and mean something else.
+    /// Pairs a saga with the definition that it began with. Only a replica with exactly that definition reads the
+    /// state: what another build wrote may look alike and mean something else.
     pub(super) fn read(&self, locked: Locked) -> Result<(Arc<Definition>, Row), Unread> {
         let Some(definition) = self.find(&locked.definition, locked.version, &locked.fingerprint) else {
             return Err(Unread { locked: Box::new(locked), flaw: None });
@@ -233,17 +235,17 @@ impl Engine {
         &self.patience
     }
 
-    /// Of each transaction of the engine's own.
+    /// The bound of each transaction of the engine's own.
     pub(super) fn bound(&self) -> Bound {
         self.bound
     }
 
-    /// A transaction of the engine's own.
+    /// Begins a transaction of the engine's own.
     pub(super) async fn begin(&self) -> Result<Transaction, sqlx::Error> {
         Transaction::begin(&self.pool, self.bound).await
     }
 
-    /// Likewise, one whose statements wait for a lock no longer than this.
+    /// Begins a transaction of the engine's own whose statements wait for a lock no longer than `lock`.
     pub(super) async fn begin_waiting(&self, lock: Duration) -> Result<Transaction, sqlx::Error> {
         Transaction::begin(&self.pool, self.bound.with_lock(self.bound.lock().min(lock))).await
     }
@@ -258,13 +260,14 @@ impl Engine {
 }
 
 impl EngineBuilder {
-    /// Adds a definition.
+    /// Adds a definition; [`EngineBuilder::build`] checks it.
     pub fn define<I>(mut self, saga: &Saga<I>) -> Self {
         self.definitions.push(saga.shared());
         self
     }
 
-    /// Replies of these sources (`ce_source`: what the participants' outboxes are called) are taken, and of no other.
+    /// Takes replies of these sources (`ce_source`: the names of the participants' outboxes), and of no others. Without
+    /// this call the engine takes the replies of every source.
     pub fn takes_replies_of<T: Into<String>>(mut self, sources: impl IntoIterator<Item = T>) -> Self {
         self.sources.get_or_insert_default().extend(sources.into_iter().map(Into::into));
         self
@@ -276,23 +279,24 @@ impl EngineBuilder {
         self
     }
 
-    /// Runs `effect` for sagas of the definition `saga` that have begun to be undone, in the transaction in which they have, so that
-    /// the service can say so at once. Not for those that are undone within that transaction, whose undo effects say it. It is
-    /// news, and no step: where it fails by its own fault, that is logged, and the sagas go on.
+    /// Runs `effect` for sagas of the definition `saga` that have begun to be undone, in the transaction in which that
+    /// began. So the service can say so at once. Sagas whose undo also ends in that transaction are left out: their
+    /// undo effects say it. The effect is news and no step: when it fails by its own fault, the engine logs that and
+    /// the sagas go on.
     pub fn turned(mut self, saga: &str, effect: impl LocalEffect) -> Self {
         self.turned.insert(saga.to_owned(), Arc::new(effect));
         self
     }
 
-    /// How long a transaction of the engine's own may take (30 s): a start by itself, a batch of due sagas, a retry. One that
-    /// is not done by then is given up, and its connection is not used again.
+    /// Upper bound for one transaction of the engine's own (default 30 s): a start by itself, a batch of due sagas, a
+    /// retry. When it expires, the engine gives up the transaction and does not use its connection again.
     pub fn attempt_max(mut self, attempt_max: Duration) -> Self {
         self.bound = Bound::new(attempt_max);
         self
     }
 
-    /// How long timers wait at most for a partition of the reply topic to be read (5 min): what was answered in time must not be
-    /// resent or undone. A partition that is read as usual holds nobody up.
+    /// How long timers wait at most for a partition of the reply topic to be read (default 5 min). The engine must not
+    /// resend or undo what was answered in time. A partition that is read as usual delays no timer.
     pub fn wait_for_replies(mut self, max: Duration) -> Self {
         self.patience = Patience::new(max);
         self

@@ -1,4 +1,4 @@
-//! Why an engine cannot be built, and why it does not do what it was asked.
+//! Why an engine cannot be built, and why it refuses what a caller asks.
 
 use super::{definition::DefinitionError, engine::Unread, local::LocalError};
 use crate::id::SagaId;
@@ -8,18 +8,18 @@ use crate::id::SagaId;
 #[error("the saga engine cannot be built: {}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
 pub struct EngineErrors(pub Vec<EngineError>);
 
-/// One mistake.
+/// One mistake in what the engine was built from.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
-    /// In a definition.
+    /// A definition is not sound.
     #[error(transparent)]
     Definition(#[from] DefinitionError),
-    /// A saga names an effect that the engine was not given.
+    /// A saga names a local effect that no call of `.local(..)` bound.
     #[error("saga `{saga}` runs the local effect `{effect}`, which is not bound: call `.local({effect:?}, ..)`")]
     UnboundLocal {
-        /// Which saga.
+        /// The definition's name.
         saga: String,
-        /// Which effect.
+        /// The effect's name.
         effect: String,
     },
     /// Two definitions with one name and version.
@@ -30,7 +30,7 @@ pub enum EngineError {
 /// Why a saga was not started.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// This engine was not given that definition.
+    /// This engine does not have the saga's definition.
     #[error("saga `{0}` version {1} is not defined in this engine")]
     Undefined(String, u32),
     /// There is a saga of this definition with this business key, or one with this id.
@@ -42,7 +42,7 @@ pub enum StartError {
     /// A local effect before the first command did not work.
     #[error(transparent)]
     Local(anyhow::Error),
-    /// The database said no.
+    /// The database returned an error.
     #[error(transparent)]
     Database(sqlx::Error),
 }
@@ -72,13 +72,13 @@ impl From<LocalError> for StartError {
 /// What became of a cancel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cancelled {
-    /// It is being undone from now on.
+    /// The saga is being undone from now on.
     Accepted,
-    /// It was being undone before.
+    /// The saga was being undone before.
     AlreadyCancelling,
-    /// The pivot's command was issued: it can only be completed.
+    /// The pivot's command was issued: the saga can only be completed.
     TooLate,
-    /// It has ended, one way or the other.
+    /// The saga has ended, one way or the other.
     Finished,
     /// There is no such saga.
     Unknown,
@@ -93,7 +93,7 @@ pub enum CancelError {
     /// This build cannot read the saga's row: another build wrote it, or it is damaged.
     #[error("this build cannot read saga {0}: {1}")]
     Unreadable(SagaId, String),
-    /// The database said no.
+    /// The database returned an error.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }
@@ -113,12 +113,12 @@ pub enum RetryError {
     /// There is no such saga.
     #[error("there is no saga {0}")]
     Unknown(SagaId),
-    /// Somebody or something was faster: look again.
+    /// The saga has changed since the operator read it: read it again.
     #[error("the saga is at version {found}, not {expected}")]
     Version {
-        /// What the caller saw.
+        /// The revision that the caller read.
         expected: i32,
-        /// What it is now.
+        /// The revision that the saga has now.
         found: i32,
     },
     /// Only a stuck saga can be retried.
@@ -130,7 +130,7 @@ pub enum RetryError {
     /// This build cannot read the saga's row: another build wrote it, or it is damaged.
     #[error("this build cannot read saga {0}: {1}")]
     Unreadable(SagaId, String),
-    /// The database said no.
+    /// The database returned an error.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
 }

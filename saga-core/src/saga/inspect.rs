@@ -1,4 +1,4 @@
-//! Looking at sagas: lists and one saga with its log, read without a lock.
+//! Inspection: lists of sagas, and one saga with its log, read without a lock.
 
 use super::{
     definition::Definition,
@@ -15,16 +15,16 @@ use std::sync::Arc;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// Which sagas a list has. What is `None` does not matter.
+/// Which sagas a list has. `None` in a field matches every saga.
 #[derive(Debug, Clone, Default)]
 pub struct Filter {
     /// `running`, `compensating`, `stuck`, `completed` or `compensated`.
     pub status: Option<String>,
-    /// The definition's name.
+    /// The name of the sagas' definition.
     pub definition: Option<String>,
-    /// What it is about.
+    /// The business key that the saga was started with, for example an order's number.
     pub business_key: Option<String>,
-    /// Only those that come after this one in the list (which are older).
+    /// Only sagas behind this one in the list, which are older: its creation time and its id.
     pub after: Option<(OffsetDateTime, Uuid)>,
 }
 
@@ -32,7 +32,7 @@ impl Engine {
     /// The newest sagas first, whatever their definition, and whether or not this build can read them; at most `limit`.
     ///
     /// # Errors
-    /// When the database says no.
+    /// When the database returns an error.
     pub async fn list(&self, filter: &Filter, limit: i64) -> Result<Vec<SagaSummary>, sqlx::Error> {
         let unfinished = matches!(filter.status.as_deref(), Some("running" | "compensating" | "stuck"));
         let sql = if unfinished { LIST_UNFINISHED } else { LIST };
@@ -51,7 +51,7 @@ impl Engine {
     /// One saga with its timeline.
     ///
     /// # Errors
-    /// When the database says no.
+    /// When the database returns an error.
     pub async fn inspect(&self, id: SagaId, payloads: Payloads) -> Result<Option<SagaView>, sqlx::Error> {
         let Some(row) = sqlx::query(ONE).bind(id.0).fetch_optional(self.pool()).await? else { return Ok(None) };
         let (summary, definition, state) = self.summary(&row)?;
@@ -102,7 +102,7 @@ const ONE: &str = "
       from saga s
      where s.saga_id = $1";
 
-/// Along the index on the age.
+/// This query reads along the index on the age.
 const LIST: &str = "
     select s.saga_id, s.definition, s.version, s.fingerprint, s.business_key, s.status, s.revision, s.state,
            s.created_at, s.updated_at, s.finished_at
@@ -114,7 +114,8 @@ const LIST: &str = "
      order by s.created_at desc, s.saga_id desc
      limit $6";
 
-/// What has not ended is in `saga_due`, which is small: finding three stuck sagas must not mean reading all that ended.
+/// A saga that has not ended is in `saga_due`, which is small: finding three stuck sagas must not mean reading all that
+/// ended.
 const LIST_UNFINISHED: &str = "
     select s.saga_id, s.definition, s.version, s.fingerprint, s.business_key, s.status, s.revision, s.state,
            s.created_at, s.updated_at, s.finished_at

@@ -1,6 +1,7 @@
 //! Local effects: what a saga does in the orchestrator's own database, in the transaction that takes the step.
 //!
-//! All of it or nothing: when the process dies before the commit, neither the effect nor the saga's step has happened.
+//! The effect and the step happen together or not at all. When the process dies before the commit, neither has
+//! happened.
 
 use super::state::Failure;
 use crate::{id::SagaId, outbox::Tx};
@@ -11,13 +12,13 @@ use serde_json::Value;
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct LocalCall<'a> {
-    /// For which saga.
+    /// The saga that the effect runs for.
     pub saga: SagaId,
-    /// The effect's name.
+    /// The effect's name, under which the engine knows it.
     pub name: &'a str,
-    /// The saga's input.
+    /// The input that the saga was started with.
     pub input: &'a Value,
-    /// While the saga is undone: why.
+    /// Why the saga is undone; `None` while it goes forward.
     pub failure: Option<&'a Failure>,
 }
 
@@ -27,11 +28,13 @@ pub struct LocalCall<'a> {
 /// one row per saga, or lock them in an order of its own.
 #[async_trait]
 pub trait LocalEffect: Send + Sync + 'static {
-    /// Does it. An error rolls back what this call wrote. One that is the effect's own is tried again after a pause, a few
-    /// times ([`RetryPolicy::LOCAL`](super::RetryPolicy::LOCAL)), then the saga is stuck; the rest of the batch goes on.
+    /// Runs the effect. An error rolls back what this call wrote. An error that is the effect's own is tried again
+    /// after a pause, a few times ([`RetryPolicy::LOCAL`](super::RetryPolicy::LOCAL)); then the saga is stuck. The rest
+    /// of the batch goes on.
     async fn run(&self, tx: &mut Tx<'_>, call: &LocalCall<'_>) -> Result<(), LocalError>;
 
-    /// Does it for many sagas. Worth writing where one statement can do what many would.
+    /// Runs the effect for many sagas, by default one after the other. Override it where one statement can do what many
+    /// would.
     async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
         for call in calls {
             self.run(tx, call).await?;
@@ -43,11 +46,11 @@ pub trait LocalEffect: Send + Sync + 'static {
 /// A local effect did not work.
 #[derive(Debug, thiserror::Error)]
 pub enum LocalError {
-    /// The database said no. What is not the effect's own fault ([`error_class`](crate::error_class)) repeats the batch and
-    /// counts nothing.
+    /// The database returned an error. If it is not the effect's own fault ([`error_class`](crate::error_class)), the
+    /// engine repeats the batch and counts no attempt.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
-    /// The effect said no; or the database, in the effect's own words.
+    /// The effect returned an error of its own, or wrapped one of the database's.
     #[error(transparent)]
     Failed(#[from] anyhow::Error),
 }

@@ -1,5 +1,5 @@
-//! The lines of a saga's log: what happened, and what followed. Written with the state, never changed, shown as the
-//! timeline. Pure.
+//! The lines of a saga's log: what happened, and what followed. The engine writes a line with the state and never
+//! changes it. Inspection shows the lines as the timeline. Pure.
 
 use super::state::{Ignored, Told};
 use crate::command::{Op, Outcome};
@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 /// One event of a saga.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// What happened.
+    /// What happened to the saga.
     #[serde(flatten)]
     pub what: What,
-    /// What followed.
+    /// What the engine did in answer, in order; empty where nothing followed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub then: Vec<Told>,
 }
@@ -20,59 +20,59 @@ pub struct Entry {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum What {
-    /// It began.
+    /// The saga began.
     Started,
     /// The open command was answered.
     Reply {
         /// The step's name.
         step: String,
-        /// Do or undo.
+        /// `do` for the step's command, `undo` for its undo.
         op: Op,
-        /// Which attempt.
+        /// The attempt that was answered, counted from 1.
         attempt: u32,
-        /// How.
+        /// What the participant answered.
         outcome: Outcome,
     },
-    /// A reply came that nobody waits for.
+    /// A reply came that the saga does not wait for.
     Ignored {
         /// The step's name, as the reply has it.
         step: String,
-        /// Do or undo.
+        /// `do` for the step's command, `undo` for its undo, as the reply has it.
         op: Op,
-        /// Which attempt.
+        /// The attempt, as the reply has it.
         attempt: u32,
-        /// How.
+        /// The outcome, as the reply has it.
         outcome: Outcome,
-        /// Why nobody waits for it.
+        /// Why the saga does not wait for it.
         why: Ignored,
     },
     /// A wait was over.
     Due,
-    /// Somebody wanted it undone.
+    /// A caller cancelled the saga.
     Cancel {
-        /// Why.
+        /// The reason that the caller gave.
         reason: String,
     },
     /// An operator gave it a fresh start.
     Retry {
-        /// Why.
+        /// The reason that the operator gave.
         reason: String,
-        /// Who.
+        /// The name under which the operator asked.
         actor: String,
     },
 }
 
-/// What a reply that nobody waits for tells of its saga, whatever the attempt. A saga's log tells each of them once: a
-/// participant, or a stranger, may send the same thing for ever.
+/// What an unexpected reply says of its saga, whatever the attempt. The saga's log takes each kind once: a participant,
+/// or a stranger, may send the same reply for ever.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Stray<'w> {
-    /// `None` where the command is none of the saga's: then the reply may say anything.
+    /// `None` where the command is none of the saga's: such a reply may say anything.
     answers: Option<(&'w str, Op, Outcome)>,
     why: Ignored,
 }
 
 impl What {
-    /// `None` for what is no such reply.
+    /// The kind of an unexpected reply; `None` for any other line.
     pub(super) fn stray(&self) -> Option<Stray<'_>> {
         match self {
             Self::Ignored { why: why @ Ignored::Unknown, .. } => Some(Stray { answers: None, why: *why }),
@@ -83,7 +83,7 @@ impl What {
         }
     }
 
-    /// As it stands in the log's column.
+    /// The value of the log's `kind` column.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Started => "started",

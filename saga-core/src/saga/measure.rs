@@ -1,7 +1,7 @@
-//! The engine's metrics; [`describe`] says what each of them is. Never an id as a label.
+//! The engine's metrics; [`describe`] says what each of them is. No metric has an id as a label.
 //!
-//! Counters are told when a transaction has been decided, a moment before it commits: one that is repeated counts twice.
-//! Gauges are read from the database.
+//! The engine counts when a transaction has been decided, a moment before it commits: a repeated transaction counts
+//! twice. Gauges are read from the database.
 
 use super::{
     case::Case,
@@ -12,7 +12,7 @@ use super::{
 use crate::command::Op;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
-/// What a transaction did to a saga.
+/// Records what a transaction did to a saga.
 pub(super) fn decided(case: &Case<'_>) {
     let saga = || case.definition().name().to_owned();
     for (open, now) in &case.settled {
@@ -29,7 +29,7 @@ pub(super) fn decided(case: &Case<'_>) {
             let open = case.state().open();
             let undoing = open.is_some_and(|open| open.op == Op::Undo);
             let step = open.and_then(|open| case.definition().steps().get(open.step)).map(|step| step.name.as_str());
-            // The ids once more: with `RUST_LOG=warn` there are no spans.
+            // The line repeats the span's ids: with `RUST_LOG=warn` there are no spans.
             case.span().in_scope(|| {
                 tracing::error!(
                     saga = %case.saga(),
@@ -63,8 +63,8 @@ pub(super) fn unknown_saga() {
     counter!("saga_replies_ignored_total", "saga" => "", "reason" => "unknown_saga").increment(1);
 }
 
-/// A saga whose row this replica cannot read, although it has the saga's definition: said and counted each time. One whose
-/// definition it does not have is another replica's, which is in order.
+/// Logs and counts a saga whose row this replica cannot read although it has the saga's definition, each time. A saga
+/// whose definition it does not have belongs to another replica, which is in order.
 pub(super) fn unread(unread: &Unread, consequence: &str) {
     let Unread { locked, flaw: Some(flaw) } = unread else { return };
     tracing::error!(
@@ -76,7 +76,7 @@ pub(super) fn unread(unread: &Unread, consequence: &str) {
     counter!("saga_unreadable_total", "saga" => locked.definition.clone()).increment(1);
 }
 
-/// What the database says of all sagas. Those of definitions that this replica does not know are not told by name.
+/// Sets the gauges from the database. A saga whose definition this replica does not know is in no gauge by its name.
 pub(super) fn counted(counts: &Counts, definitions: &[String]) {
     for definition in definitions {
         let of = |status: &str| {
@@ -91,7 +91,7 @@ pub(super) fn counted(counts: &Counts, definitions: &[String]) {
     gauge!("saga_replies_undecided").set(as_f64(counts.undecided));
 }
 
-/// Says on `/metrics` what each of them is.
+/// Describes each metric for `/metrics`.
 pub(super) fn describe() {
     describe_gauge!("saga_active", "Sagas that have not ended, by definition and status");
     describe_gauge!("saga_stuck", "Sagas that do nothing until an operator retries them, by definition");

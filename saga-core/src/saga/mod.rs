@@ -16,7 +16,7 @@
 //! | `start`, `starts` | starting, in the caller's transaction or several in one |
 //! | [`runner`], [`timers`] | batches of replies and due times, each batch one transaction |
 //! | `backlog` | timers wait for the replies that have come already |
-//! | `store`, `due` | the SQL: of sagas, and of when they are looked at again |
+//! | `store`, `due` | the SQL: of sagas, and of the times at which they are due |
 //! | [`log`] | the lines of a saga's timeline |
 //! | [`inspect`], [`view`] | lists, and one saga with its timeline and why it waits |
 

@@ -4,12 +4,13 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 use std::time::Duration;
 use time::{OffsetDateTime, PrimitiveDateTime};
 
-/// As fine as the state is stored, so that what is decided twice is the same before and after a crash.
+/// Cuts a time to the milliseconds in which the state is stored, so that a decision is the same before and after a
+/// crash.
 pub(super) fn cut(at: OffsetDateTime) -> OffsetDateTime {
     at.replace_millisecond(at.millisecond()).unwrap_or(at)
 }
 
-/// So much later; a time that no calendar has (year 10,000 and on) is the last one that it has.
+/// Adds `by`. A sum that the calendar does not have (year 10,000 and on) becomes the last time that it has.
 pub(super) fn after(at: OffsetDateTime, by: Duration) -> OffsetDateTime {
     let by = by.try_into().unwrap_or(time::Duration::MAX);
     cut(at.checked_add(by).unwrap_or(LAST))
@@ -33,7 +34,7 @@ pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<OffsetDa
     from_millis(i64::deserialize(from)?)
 }
 
-/// The same for a time that may not be there.
+/// The milliseconds of a time that may be absent.
 pub(super) mod option {
     use super::{Deserialize, Deserializer, OffsetDateTime, Serialize, Serializer, from_millis, to_millis};
 

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A process that dies before the commit has done nothing: the records come again, the due times are still due. After
-//! it, the inbox knows the records, and the relay sends the commands.
+//! the commit, the inbox knows the records, and the relay sends the commands.
 
 use super::{
     backlog::Backlog,
@@ -69,13 +69,14 @@ impl Handler for ReplyHandler {
         true
     }
 
-    // And before it, local effects are behind savepoints that PostgreSQL does not release once an error was swallowed.
+    // True: the last statement is `store::update`, whose error is returned. Local effects before it run in savepoints,
+    // and PostgreSQL refuses to release a savepoint after a swallowed error.
     fn ends_with_a_statement(&self) -> bool {
         true
     }
 }
 
-/// A reply, from the topic or from where it was set aside.
+/// A reply, from the topic or from `saga_undecided`, where another transaction set it aside.
 pub(super) struct Incoming<'m> {
     message: MessageId,
     headers: SagaHeaders,
@@ -116,8 +117,9 @@ impl<'m> Incoming<'m> {
         Self { message: reply.message, headers, outcome: reply.outcome, payload: reply.payload.as_deref(), cause: None }
     }
 
-    /// There is no such saga here: it was lost, with a restore say, or the reply came to the wrong place. What it says may be all
-    /// that is known of an effect, so it is kept, as a dead letter. `None` for one that was set aside when its saga was there.
+    /// Makes a dead letter of a reply whose saga does not exist here. The saga was lost, for example in a restore, or
+    /// the reply came to the wrong place. The reply may be all that is known of an effect, so it is kept. `None` for a
+    /// reply that was set aside while its saga existed.
     fn without_saga(self) -> Option<Unfit> {
         let SagaHeaders { saga, definition, step, op, .. } = &self.headers;
         measure::unknown_saga();
@@ -153,7 +155,7 @@ impl<'m> Incoming<'m> {
     }
 }
 
-/// What a reply says, and what is wrong with its payload. A flaw matters only if the reply is waited for.
+/// The answer in a reply, and what is wrong with its payload. A flaw matters only if the reply is waited for.
 fn read_answer(outcome: Outcome, payload: Option<&[u8]>) -> (Answer, Option<String>) {
     let payload = payload.unwrap_or(b"null");
     if outcome == Outcome::Failed {
@@ -172,18 +174,18 @@ fn read_answer(outcome: Outcome, payload: Option<&[u8]>) -> (Answer, Option<Stri
     }
 }
 
-/// What a participant said when it failed.
+/// Reads why a participant failed.
 fn failed(payload: &[u8]) -> Failed {
     let told = serde_json::from_slice::<Value>(payload).ok();
     let field = |name: &str| told.as_ref().and_then(|told| told.get(name));
     let error = field("error").and_then(Value::as_str);
     let text = error.map_or_else(|| String::from_utf8_lossy(payload).into_owned(), ToOwned::to_owned);
-    // Participants of other builds do not say it.
+    // Participants of other builds do not send `why`.
     let why = field("why").and_then(|why| Why::deserialize(why).ok()).unwrap_or_default();
     Failed::new(why, &text)
 }
 
-/// What a batch decides and what it leaves as it is: a saga that cannot be read stands alone.
+/// Parts a batch: first what it decides, then what it leaves as it is because it cannot be read.
 pub fn divide<S, U>(read: impl IntoIterator<Item = Result<S, U>>) -> (Vec<S>, Vec<U>) {
     let (mut readable, mut unread) = (Vec::new(), Vec::new());
     for row in read {
@@ -196,7 +198,7 @@ pub fn divide<S, U>(read: impl IntoIterator<Item = Result<S, U>>) -> (Vec<S>, Ve
 }
 
 impl Engine {
-    /// Decides replies in the caller's transaction. Several to one saga are taken in their order.
+    /// Decides replies in the caller's transaction. Several replies to one saga are taken in their order.
     pub(super) async fn take_replies(&self, tx: &mut Tx<'_>, replies: Vec<Incoming<'_>>) -> Result<(), BatchError> {
         let mut by_saga: BTreeMap<SagaId, Vec<Incoming<'_>>> = BTreeMap::new();
         for reply in replies {
@@ -222,7 +224,7 @@ impl Engine {
             return Err(BatchError::Unfit(lost));
         }
         if let Some(first) = aside.iter().find(|reply| reply.put_off.is_zero()) {
-            // One of them: in a rollout they are many, and most are of one definition.
+            // The log names one of them: in a rollout they are many, and most are of one definition.
             tracing::warn!(
                 saga = %first.saga,
                 saga_type = first.definition,
@@ -239,8 +241,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Lets time pass for sagas that were claimed; says for how many something was due. A row that another replica
-    /// settled between the look at `saga_due` and the lock is claimed in vain. One that cannot be read is put off.
+    /// Lets time pass for sagas that were claimed; returns for how many something was due. The claim is in vain if
+    /// another replica settled the row between the look at `saga_due` and the lock. A row that cannot be read is put
+    /// off.
     pub(super) async fn take_due(
         &self,
         tx: &mut Tx<'_>,
@@ -250,7 +253,7 @@ impl Engine {
         let (readable, unread) = divide(rows.into_iter().map(|locked| self.read(locked)));
         let case = |(definition, row): (_, Row)| {
             let due = Incident { event: Event::Due, what: What::Due, cause: None, flaw: None };
-            // Where it has to wait, `saga_due` said too early a time: it is set right.
+            // Where the saga has to wait, `saga_due` had too early a time: the batch sets it right.
             let waits = backlog.holds(row.state.saga, row.state.due());
             Case::new(definition, row, if waits { VecDeque::new() } else { VecDeque::from([due]) })
         };

@@ -1,12 +1,12 @@
-//! Starting sagas: in the caller's transaction, or together with whatever else starts at that moment.
+//! Starting sagas: in the caller's transaction, or together with the other starts of that moment.
 //!
 //! ```text
 //!   start_in ──────────────> [caller's writes | saga, event, due | local effects | outbox] caller's commit
 //!   start ─> those that wait ─> [saga, event, due | outbox] one commit for all of them
 //! ```
 //!
-//! A process that dies before the commit has started nothing. One that dies after it has started the saga even if nobody
-//! was told: whoever repeats the start, with the same business key, is told that it exists.
+//! A process that dies before the commit has started nothing. A process that dies after it has started the saga, even
+//! if no caller got the answer. A caller that repeats the start with the same business key gets [`StartError::Exists`].
 
 use super::{
     case,
@@ -36,8 +36,8 @@ use std::{collections::HashSet, sync::Arc};
 use tokio::sync::oneshot;
 
 impl Engine {
-    /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing. Committed with
-    /// [`outbox::commit`], the relay looks at once.
+    /// Starts a saga in the caller's transaction: its row, its log, its first command, all or nothing. If the caller
+    /// commits with [`outbox::commit`], the relay reads the outbox at once.
     ///
     /// # Errors
     /// [`StartError::Exists`] leaves the transaction usable; after any other error it has to be rolled back.
@@ -59,10 +59,10 @@ impl Engine {
         }
     }
 
-    /// Starts a saga for a caller who writes nothing else with it. Returns when its transaction is committed. Starts that
-    /// come while one is under way share the next one's transaction, and where many come together the first waits a
-    /// millisecond or two for the others; nobody waits because another's business key is locked. A caller that stops waiting
-    /// stops nothing.
+    /// Starts a saga for a caller that writes nothing else with it. Returns when its transaction is committed. Starts
+    /// that come while one is under way share the next one's transaction. Where many come together, the first waits a
+    /// millisecond or two for the others. No start waits because another's business key is locked. A caller that stops
+    /// waiting stops nothing.
     ///
     /// # Errors
     /// As [`Engine::start_in`]. After [`StartError::Database`] the saga may have been started all the same, if the
@@ -80,12 +80,13 @@ impl Engine {
         let new = self.prepare(id, saga, input, business_key)?;
         let engine = Arc::clone(self);
         let (tell, told) = oneshot::channel();
-        // In a task that is not the caller's: the caller may go away, and the others' sagas must not go with it.
+        // The start runs in a task that is not the caller's: the caller may go away, and the others' sagas must not go
+        // with it.
         if new.fits_a_set() {
             self.starts().push(Waiting { engine, new, tell });
         } else {
             tokio::spawn(async move {
-                // Whoever asked may have gone.
+                // The caller may have gone.
                 tell.send(engine.within(engine.start_one(&new)).await).ok();
             });
         }
@@ -120,7 +121,7 @@ impl Engine {
         New::begin(Arc::clone(definition), id, input, business_key.to_owned(), self.reply_topic())
     }
 
-    /// Says which of them are new; of `commands` theirs are sent.
+    /// Inserts sagas and returns the ids of those that are new. Of `commands` only theirs are sent.
     pub(super) async fn insert(
         &self,
         tx: &mut Tx<'_>,
@@ -131,7 +132,7 @@ impl Engine {
         Ok(store::insert(tx, &rows, commands, clock::now()).await?.into_iter().collect())
     }
 
-    /// What comes after a new saga's row.
+    /// Does what follows a new saga's row: its local effects and its first command.
     async fn follow(&self, tx: &mut Tx<'_>, new: &New) -> Result<(), StartError> {
         for step in &new.locals {
             let name = &new.definition.steps()[*step].name;
@@ -143,8 +144,8 @@ impl Engine {
                 let sent = outbox::append_in(tx, std::slice::from_ref(message)).await;
                 sent.map_err(|error| StartError::Database(error.into()))?;
             }
-            // An effect that swallowed an error of the database: PostgreSQL would answer the commit with a rollback, which
-            // sqlx calls a success. Any statement fails.
+            // An effect may have swallowed an error of the database. PostgreSQL would answer the commit with a
+            // rollback, which sqlx calls a success. Any statement fails instead.
             None => {
                 sqlx::query("select 1").execute(&mut **tx).await?;
             }
@@ -156,8 +157,8 @@ impl Engine {
     }
 }
 
-/// A saga as it stands once its first command is issued, if the local effects before that work: they are run after its
-/// row is there, and if one does not, there is no saga.
+/// A saga as it stands once its first command is issued, if the local effects before that succeed. They run after its
+/// row is there; if one fails, there is no saga.
 pub(super) struct New {
     definition: Arc<Definition>,
     business_key: String,
@@ -205,7 +206,7 @@ impl New {
         self.message.as_ref()
     }
 
-    /// Whether it is rows and nothing else: a local effect that fails must not take other sagas with it.
+    /// Whether the start is rows and nothing else: a local effect that fails must not take other sagas with it.
     fn fits_a_set(&self) -> bool {
         self.locals.is_empty() && !self.state.is_finished()
     }

@@ -1,14 +1,14 @@
-//! Starts that come at one moment: one transaction for all of them, and nobody waits for another's trouble.
+//! Starts that come at one moment share one transaction, and no caller waits for another's trouble.
 //!
 //! ```text
-//!   start ─> queue ─> a moment, a connection, then whoever waits ─> [saga, event, due | outbox] one commit
-//!                                                                   │ somebody's lock, or a mistake
+//!   start ─> queue ─> a moment, a connection, then all that wait ─> [saga, event, due | outbox] one commit
+//!                                                                   │ another's lock, or a mistake
 //!                                                                   └─> each alone, apart from the queue
 //! ```
 //!
-//! Whoever asked is told. What waits belongs to the one task that takes it: when that ends before its time, because its
-//! runtime did or because it panicked, all who wait are told so, and the next start begins another. When the process
-//! dies nobody is told, and what was committed is started.
+//! Every caller gets an answer. The starts that wait belong to the one task that takes them. When that task ends early,
+//! because its runtime did or because it panicked, all waiting callers get an error. The next start then begins another
+//! task. When the process dies no caller gets an answer, and what was committed is started.
 
 use super::{engine::Engine, error::StartError, start::New};
 use crate::{
@@ -28,28 +28,28 @@ use std::{
 };
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-/// Sagas that one transaction starts at most.
+/// How many sagas one transaction starts at most.
 const SET: usize = 256;
 
-/// How long a set waits for a lock (somebody has written one of its keys and not committed yet), and how long a start
-/// that is alone waits between two looks. Short, because everybody waits with a set; far longer than a commit takes.
-/// PostgreSQL looks for deadlocks after a second: this is sooner.
+/// How long a set waits for a lock: another transaction has written one of its keys and not committed yet. A start that
+/// is alone waits as long between two looks. Short, because all callers of a set wait with it; far longer than a commit
+/// takes. PostgreSQL looks for deadlocks after a second: this is sooner.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How many starts that are alone use a connection at one time: the pool is there for others too.
+/// How many starts that are alone use a connection at one time: the pool serves other work too.
 const ALONE: usize = 4;
 
-/// A saga that is to be started, and whoever waits for it.
+/// A saga that is to be started, and the caller that waits for it.
 pub(super) struct Waiting {
-    /// Here, so that whatever is under way keeps its engine, and the queue does not.
+    /// Held here, so that a start under way keeps its engine alive, and the queue does not.
     pub(super) engine: Arc<Engine>,
     pub(super) new: New,
     pub(super) tell: oneshot::Sender<Result<(), StartError>>,
 }
 
-/// The way to the task that takes what waits.
+/// The way to the task that takes the waiting starts.
 pub(super) struct Starts {
-    /// As long as the callers are many: each has one in it. `None` until the first start.
+    /// The queue is as long as the callers are many: each has one start in it. `None` until the first start.
     queue: Mutex<Option<mpsc::UnboundedSender<Waiting>>>,
     alone: Semaphore,
 }
@@ -61,7 +61,7 @@ impl Default for Starts {
 }
 
 impl Starts {
-    /// Hands it to the task that takes what waits, a new one if there is none or it has ended.
+    /// Hands a start to the task that takes them; spawns a task if there is none or it has ended.
     pub(super) fn push(&self, waiting: Waiting) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = match &*queue {
@@ -72,20 +72,20 @@ impl Starts {
             },
         };
         let (sender, receiver) = mpsc::unbounded_channel();
-        // The receiver is here.
+        // The send cannot fail: the receiver is here.
         sender.send(waiting).ok();
         tokio::spawn(take_what_waits(Queue { receiver, gathering: Gathering::default() }));
         *queue = Some(sender);
     }
 }
 
-/// Ends when the engine does.
+/// Takes the waiting starts, set after set. The task ends when the engine does.
 async fn take_what_waits(mut queue: Queue<Waiting>) {
     while let Some(first) = queue.first_of_a_set().await {
         let engine = Arc::clone(&first.engine);
         let taken = engine.within(connection(engine.pool())).await;
-        // Whoever came while there was no connection is in the set, too. Where there is none to be had, all are told: set
-        // after set would wait as long, to hear the same.
+        // Starts that came while there was no connection are in the set, too. Where the pool has none to give, all
+        // callers get its error: set after set would wait as long for the same answer.
         let room = if taken.is_ok() { SET } else { usize::MAX };
         let mut set = vec![first];
         while set.len() < room
@@ -101,15 +101,15 @@ async fn take_what_waits(mut queue: Queue<Waiting>) {
     }
 }
 
-/// What waits.
+/// The waiting starts, as their task sees them.
 struct Queue<W> {
     receiver: mpsc::UnboundedReceiver<W>,
     gathering: Gathering,
 }
 
 impl<W> Queue<W> {
-    /// The next that waits; after a moment in which others may join it, where many start together. Whoever starts sagas when
-    /// others end does so for all that ended in one batch, one after the other.
+    /// The next start; where many start together, after a moment in which others may join it. A service that starts
+    /// sagas when others end does so for a whole batch, one after the other.
     async fn first_of_a_set(&mut self) -> Option<W> {
         let first = self.receiver.recv().await?;
         if self.gathering.waits(self.receiver.len() + 1, clock::monotonic()) {
@@ -119,8 +119,8 @@ impl<W> Queue<W> {
     }
 }
 
-/// A start apart from the queue. It looks again and again rather than to wait in PostgreSQL: no connection waits with it,
-/// and if it is its own caller who holds the lock, nothing else stands still.
+/// Makes a start apart from the queue. It looks again and again instead of waiting in PostgreSQL, so no connection
+/// waits with it. If its own caller holds the lock, nothing else stands still.
 async fn start_alone(Waiting { engine, new, tell }: Waiting) {
     let mut obstacle = None;
     let looks = async {
@@ -137,7 +137,7 @@ async fn start_alone(Waiting { engine, new, tell }: Waiting) {
     let answer = tokio::time::timeout(engine.bound().client(), looks).await;
     let answer =
         answer.unwrap_or_else(|_| Err(StartError::Database(obstacle.unwrap_or_else(|| engine.bound().no_answer()))));
-    // Whoever asked may have gone.
+    // The caller may have gone.
     tell.send(answer).ok();
 }
 
@@ -151,7 +151,7 @@ impl Engine {
                 }
                 outbox::nudge_with(&mut connection).await;
             }
-            // Perhaps they were committed: to try again would tell their own callers that they exist.
+            // The sagas may have been committed: a second try would report to their own callers that they exist.
             Err(StartError::Database(error)) if is_outage(&error) => tell_all(set, &error),
             Err(StartError::Database(error)) if set.len() > 1 || is_in_the_way(&error) => {
                 // One of them does not fit, or stands behind a lock; the others do not wait to learn which.
@@ -167,7 +167,7 @@ impl Engine {
         new_or_not(&self.start_set(&mut connection, &[new]).await?, new)
     }
 
-    /// Says which of them are new.
+    /// Starts a set in one transaction; returns the ids of those that are new.
     async fn start_set(&self, connection: &mut PgConnection, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
         let commands: Vec<_> = set.iter().filter_map(|new| new.message().cloned()).collect();
         let mut tx = connection.begin_with(AssertSqlSafe(self.bound().with_lock(LOOK).begin_sql(""))).await?;
@@ -182,7 +182,7 @@ fn new_or_not(started: &HashSet<SagaId>, new: &New) -> Result<(), StartError> {
     if started.contains(&new.saga()) { Ok(()) } else { Err(StartError::Exists) }
 }
 
-/// All of them, of one error, which cannot be cloned.
+/// Answers all callers with one error, which cannot be cloned.
 fn tell_all(set: Vec<Waiting>, error: &sqlx::Error) {
     let kind = if let sqlx::Error::Io(error) = error { error.kind() } else { std::io::ErrorKind::Other };
     for waiting in set {
@@ -194,7 +194,8 @@ fn tell_all(set: Vec<Waiting>, error: &sqlx::Error) {
     }
 }
 
-/// Somebody else's transaction: a lock that it holds, or a conflict with it. Gone when that has ended.
+/// Whether another transaction is in the way, by a lock or a conflict. The obstacle is gone when that transaction has
+/// ended.
 fn is_in_the_way(error: &sqlx::Error) -> bool {
     lock_wait(error).is_some() || is_conflict(error)
 }
@@ -211,7 +212,7 @@ mod tests {
         sender.send(0).unwrap();
         assert_eq!(queue.first_of_a_set().now_or_never(), Some(Some(0)));
 
-        // However long this process is kept from running, it was not long ago.
+        // An hour ahead: however long this process is kept from running, the last set counts as recent.
         let late = clock::monotonic() + Duration::from_secs(3600);
         queue.gathering.begins(SET, late);
         sender.send(1).unwrap();

@@ -1,9 +1,9 @@
 //! What is known of one saga, what can happen to it, and what follows.
 //!
-//! [`State`] is stored as JSON in the saga's row, so it is small, and a field that is added later needs a default (or, where
-//! older builds must not ignore it, a new [`FORMAT`]). Its
-//! invariant: at most one command is open, and [`Status`] carries it. Everything before the open step is settled, one
-//! way or the other. When the process dies, the state in the row is all there is, and it is enough.
+//! [`State`] is stored as JSON in the saga's row, so it is small. A field that is added later needs a default, or a new
+//! [`FORMAT`] where older builds must not ignore it. Its invariant: at most one command is open, and [`Status`] carries
+//! it. Everything before the open step is settled, one way or the other. When the process dies, the state in the row is
+//! all there is, and it is enough.
 
 use crate::{
     command::{Failed, Happened, Op, Why},
@@ -17,20 +17,20 @@ use time::OffsetDateTime;
 /// One saga as it is now.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct State {
-    /// Which saga. Not in the JSON: it is the row's key.
+    /// The saga's id. Not in the JSON: it is the row's key.
     #[serde(skip, default = "nil")]
     pub saga: SagaId,
-    /// In what format it is stored, and what [`FORMAT`] is for; it keeps the one that it began with. Not written where it
-    /// is the first, which did not write it.
+    /// The format that it is stored in (see [`FORMAT`]); a saga keeps the one that it began with. The first format is
+    /// not written: builds of that time did not write it.
     #[serde(default = "first", skip_serializing_if = "is_first")]
     pub format: u16,
-    /// What its command ids are derived from; `None` in the first format. It never changes: the ids are derived again for
-    /// each resend and each reply, and are the keys that providers know.
+    /// What its command ids are derived from; `None` in the first format. It never changes: the ids are derived again
+    /// for each resend and each reply, and are the keys that providers know.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub naming: Option<Naming>,
     /// How far each step has come that was begun, in the order of the definition.
     pub steps: Vec<StepState>,
-    /// What is going on.
+    /// Where the saga stands.
     pub status: Status,
     /// Why the saga is undone; `None` while it goes forward.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -41,8 +41,8 @@ pub struct State {
 }
 
 /// The format that a saga begins with. A build reads this one and those before it. It counts what an older build would
-/// misunderstand; fields that it can ignore need no new one. It is a part of the fingerprint in the saga's row, so that
-/// builds that do not know it, also those from before there was a number, leave the row alone and say so.
+/// misunderstand; fields that it can ignore need no new one. It is part of the row's fingerprint: builds that do not
+/// know it, even those from before it, leave the row alone and say so.
 ///
 /// 2: command ids are derived from [`Naming`].
 pub const FORMAT: u16 = 2;
@@ -56,15 +56,15 @@ fn is_first(format: &u16) -> bool {
     *format == first()
 }
 
-/// What names a saga's commands, beside its id and its definition. Of two definitions, of one service or of two, no
-/// commands have the same id, whatever their sagas and steps are called; and nobody can compute the ids from what is public.
+/// What names a saga's commands, beside its id and its definition. No two definitions have commands with the same id,
+/// whatever their services, sagas and steps are called. Public data does not suffice to compute the ids.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Naming {
-    /// The engine's reply topic when the saga began. It names the orchestrator because no two can share it: each would get,
-    /// and ignore, the other's replies. (`ce_source` is the relay's name for its outbox, which an operator may change while
-    /// sagas are open.) Kept, so that the topic may be changed while they are.
+    /// The engine's reply topic when the saga began. It names the orchestrator because no two can share it: each would
+    /// get, and ignore, the other's replies. (`ce_source` is the relay's name for its outbox, which may change while
+    /// sagas are open.) Kept, so that the topic may change too.
     pub orchestrator: String,
-    /// What makes the ids a secret.
+    /// The random part that keeps the ids secret.
     pub nonce: Nonce,
 }
 
@@ -76,35 +76,35 @@ fn nil() -> SagaId {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StepState {
-    /// Its command was issued and not finally answered: in doubt.
+    /// The step's command was issued and not finally answered: in doubt.
     Issued,
-    /// It is done, and this was the reply (null for a local effect).
+    /// The step is done, and this was the reply (null for a local effect).
     Done(Value),
-    /// Certainly nothing happened.
+    /// Certainly nothing happened: the step was refused, or rolled back, or never sent.
     NotDone,
-    /// It was undone, and the undo was acknowledged.
+    /// The step was undone, and the undo was acknowledged.
     Undone,
 }
 
-/// What is going on.
+/// Where a saga stands.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "is", rename_all = "snake_case")]
 pub enum Status {
-    /// Going forward.
+    /// The saga goes forward.
     Running {
-        /// What it waits for.
+        /// The command or local effect that it waits for.
         open: Open,
     },
-    /// Being undone, newest step first.
+    /// The saga is being undone, newest step first.
     Compensating {
-        /// What it waits for.
+        /// The undo that it waits for.
         open: Open,
     },
-    /// Nobody but an operator, or a late reply, moves it on.
+    /// Only an operator, or a late reply, moves the saga on.
     Stuck {
-        /// What it waits for; its reply is still taken.
+        /// The command that it waits for; its reply is still taken.
         open: Open,
-        /// Why.
+        /// What did not get done, and the last error.
         why: StuckWhy,
     },
     /// Every step is done.
@@ -114,7 +114,7 @@ pub enum Status {
 }
 
 impl Status {
-    /// As it stands in the saga's row.
+    /// The value of the `status` column in the saga's row.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Running { .. } => "running",
@@ -131,18 +131,18 @@ impl Status {
 pub struct Open {
     /// Index of the step.
     pub step: usize,
-    /// Do or undo.
+    /// `do` for the step's command, `undo` for its undo.
     pub op: Op,
-    /// How often the command was issued, in all; travels as `ce_attempt`. 0 when it could not be built: it was never sent.
+    /// How often the command was issued; travels as `ce_attempt`. 0 when it could not be built and was never sent.
     pub attempt: u32,
-    /// How often since somebody last gave it a fresh start: what the retry policy's cap is held against.
+    /// Attempts since the last fresh start (the first issue or an operator's retry); the retry policy caps them.
     pub tries: u32,
-    /// What is waited for.
+    /// A reply, a pause or a local effect.
     pub wait: Wait,
     /// When the first attempt was issued.
     #[serde(with = "super::moment")]
     pub since: OffsetDateTime,
-    /// When the wait ends by itself.
+    /// When the wait ends by itself; `None`: it does not.
     #[serde(default, skip_serializing_if = "Option::is_none", with = "super::moment::option")]
     pub due: Option<OffsetDateTime>,
 }
@@ -153,9 +153,9 @@ pub struct Open {
 pub enum Wait {
     /// The participant's answer.
     Reply,
-    /// The pause before the next attempt: the participant said that it did not work.
+    /// The pause before the next attempt: the participant reported a failure.
     Pause,
-    /// The engine itself, which runs the local effect in the same transaction. Seen in a committed row only when the
+    /// The engine itself, which runs the local effect in the same transaction. A committed row has it only when the
     /// effect failed: it is tried again when it is due, or the saga is stuck on it.
     Local,
 }
@@ -164,45 +164,45 @@ pub enum Wait {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "why", rename_all = "snake_case")]
 pub enum StuckWhy {
-    /// Nobody knows whether the pivot happened: neither going on nor undoing would be right.
+    /// It is not known whether the pivot happened: neither going on nor undoing would be right.
     PivotInDoubt {
-        /// What the participant said last; empty in a state that an older build stored.
+        /// The participant's last error; empty in a state that an older build stored.
         #[serde(default, skip_serializing_if = "String::is_empty")]
         error: String,
     },
     /// A step after the pivot does not get done.
     NotDone {
-        /// As above.
+        /// The participant's last error; empty in a state that an older build stored.
         #[serde(default, skip_serializing_if = "String::is_empty")]
         error: String,
     },
     /// An undo does not get done.
     NotUndone {
-        /// As above.
+        /// The participant's last error; empty in a state that an older build stored.
         #[serde(default, skip_serializing_if = "String::is_empty")]
         error: String,
     },
     /// A local effect failed, or a command could not be built.
     Broken {
-        /// How.
+        /// The effect's or the builder's error.
         error: String,
     },
 }
 
-/// Why a saga is undone. Local undo effects are told, so that the service can keep the reason.
+/// Why a saga is undone. Local undo effects receive it, so that the service can keep the reason.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Failure {
-    /// The step that was open.
+    /// The name of the step that was open.
     pub step: String,
-    /// What happened.
+    /// What made the saga fail.
     pub kind: FailureKind,
-    /// What the participant said when it refused.
+    /// The payload of the participant's rejection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rejection: Option<Value>,
-    /// What whoever cancelled said, or the last error.
+    /// The reason that came with a cancel, or the last error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// What made the step fail, for machines; of a failure alone. Builds before this one do not write it.
+    /// What made the step fail, for programs; absent where nothing failed. Builds before this one do not write it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<Why>,
 }
@@ -215,7 +215,7 @@ pub enum FailureKind {
     Rejected,
     /// A step before the pivot did not get done in all its attempts.
     Failed,
-    /// Somebody cancelled.
+    /// A caller cancelled the saga.
     Cancelled,
     /// The saga's own deadline passed.
     Deadline,
@@ -228,9 +228,9 @@ pub enum Event {
     Reply(Reply),
     /// Time passed. Harmless when nothing is due.
     Due,
-    /// Somebody wants it undone.
+    /// A caller wants the saga undone.
     Cancel {
-        /// Why.
+        /// The reason that the caller gave.
         reason: String,
     },
     /// An operator gives a stuck saga a fresh start.
@@ -239,12 +239,12 @@ pub enum Event {
     LocalDone,
     /// The local effect that the last decision asked for did not work, and was rolled back.
     Broken {
-        /// How.
+        /// The effect's error, cleaned.
         error: String,
     },
     /// The command that the last decision asked for could not be built, and was not sent.
     Unsent {
-        /// How.
+        /// The builder's error, cleaned.
         error: String,
         /// The saga's deadline before that decision: what was not sent does not end it.
         deadline: Option<OffsetDateTime>,
@@ -252,12 +252,13 @@ pub enum Event {
 }
 
 impl Event {
-    /// A local effect did not work, for this reason, which is cleaned: it is stored.
+    /// A local effect failed with `error`, which is cleaned because it is stored.
     pub fn broken(error: &str) -> Self {
         Self::Broken { error: reason(error) }
     }
 
-    /// A command could not be built, for this reason, which is cleaned; before that decision the saga's deadline was this.
+    /// A command could not be built because of `error`, which is cleaned; `deadline` was the saga's before that
+    /// decision.
     pub fn unsent(error: &str, deadline: Option<OffsetDateTime>) -> Self {
         Self::Unsent { error: reason(error), deadline }
     }
@@ -266,22 +267,22 @@ impl Event {
 /// A participant's answer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Reply {
-    /// Which command is answered.
+    /// The id of the command that is answered.
     pub command: CommandId,
-    /// Which of its attempts.
+    /// The attempt that is answered, from 1.
     pub attempt: u32,
-    /// The answer.
+    /// The answer, with its payload.
     pub answer: Answer,
 }
 
-/// What a participant says. Only the first two are final.
+/// A participant's answer to an attempt. Only the first two are final.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Answer {
-    /// It is done.
+    /// The command is done; this is its reply.
     Succeeded(Value),
     /// Certainly nothing happened, and nothing will.
     Rejected(Value),
-    /// Not this time.
+    /// This attempt failed; whether anything happened is in doubt.
     Failed(Failed),
 }
 
@@ -290,18 +291,18 @@ pub enum Answer {
 pub struct Effects {
     /// What became of the event.
     pub verdict: Verdict,
-    /// What is to be done now. One at most, until there are steps that do several things at once.
+    /// What is to be done now: one action at most, until there are steps that do several things at once.
     pub actions: Vec<Action>,
-    /// What is to be told: the lines of the timeline.
+    /// The lines that the timeline gets.
     pub told: Vec<Told>,
 }
 
 /// What became of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Verdict {
-    /// It moved the saga.
+    /// The event moved the saga.
     Taken,
-    /// It did not, and that is in order.
+    /// The event did not move the saga, and that is in order.
     Ignored(Ignored),
 }
 
@@ -315,7 +316,7 @@ pub enum Ignored {
     Late,
     /// A reply to a command that this saga never issued.
     Unknown,
-    /// Nothing is due.
+    /// A timer came early: nothing is due.
     NotDue,
     /// A cancel of a saga that is being undone.
     AlreadyCompensating,
@@ -325,12 +326,12 @@ pub enum Ignored {
     Finished,
     /// A retry of a saga that is not stuck.
     NotStuck,
-    /// News of a local effect that nobody asked for.
+    /// News of a local effect that the saga does not wait for.
     NotLocal,
 }
 
 impl Ignored {
-    /// As it stands in metrics and in the log.
+    /// The reason as metrics and the log have it.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Duplicate => "duplicate",
@@ -351,7 +352,7 @@ impl Ignored {
 pub enum Action {
     /// Append this command to the outbox.
     Send(Send),
-    /// Run this local effect, then say [`Event::LocalDone`] or [`Event::Broken`].
+    /// Run this local effect, then report [`Event::LocalDone`] or [`Event::Broken`].
     RunLocal {
         /// Index of the step.
         step: usize,
@@ -365,15 +366,15 @@ pub enum Action {
 pub struct Send {
     /// Index of the step.
     pub step: usize,
-    /// Do or undo.
+    /// `do` for the step's command, `undo` for its undo.
     pub op: Op,
-    /// Which run of the step.
+    /// The run of the step; 0 until an operator can retry with edited input.
     pub occurrence: u32,
-    /// Stable across resends.
+    /// The command's id, stable across resends.
     pub command: CommandId,
-    /// Of an undo: the command that it undoes, and what is known of it.
+    /// For an undo: the command that it undoes, and what is known of it.
     pub undoes: Option<(CommandId, Happened)>,
-    /// From 1.
+    /// The attempt, counted from 1.
     pub attempt: u32,
 }
 
@@ -383,35 +384,35 @@ pub struct Send {
 pub enum Told {
     /// A command was issued.
     Sent {
-        /// Which step's.
+        /// Index of the step.
         step: usize,
-        /// Do or undo.
+        /// `do` for the step's command, `undo` for its undo.
         op: Op,
-        /// From 1.
+        /// The attempt, counted from 1.
         attempt: u32,
     },
     /// A local effect was run.
     Ran {
-        /// Which step's.
+        /// Index of the step.
         step: usize,
         /// The effect or its undo.
         op: Op,
     },
     /// An attempt failed, or was not answered in time, and the next one comes after a pause.
     Pausing {
-        /// Until then.
+        /// When the next attempt is due.
         #[serde(with = "super::moment")]
         until: OffsetDateTime,
-        /// What did not work; lines of older builds do not say.
+        /// Why the attempt failed; absent in lines of older builds.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },
     /// The saga is undone from here on.
     Compensating {
-        /// Because of that.
+        /// What made the saga fail.
         kind: FailureKind,
     },
-    /// Somebody has to look.
+    /// The saga is stuck: an operator has to act.
     Stuck(StuckWhy),
     /// Every step is done.
     Completed,

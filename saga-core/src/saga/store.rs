@@ -1,7 +1,7 @@
 //! The engine's SQL: sagas loaded and written in sets, a handful of statements whatever their number.
 //!
-//! Locks are taken in the order of the saga ids. Whoever holds a saga's row lock decides; the revision is checked all
-//! the same, because a lost update here would be a lost undo.
+//! Locks are taken in the order of the saga ids. The transaction with a saga's row lock decides. The update checks the
+//! revision all the same, because a lost update here would be a lost undo.
 
 use super::{
     due,
@@ -23,8 +23,8 @@ use std::{
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// A saga's row, locked, of which only what every build writes in the same way is read. The state is for builds that have
-/// its definition and know its format.
+/// A saga's row, locked. It reads only what every build writes in the same way. The state is for builds that have the
+/// saga's definition and know its format.
 pub(super) struct Locked {
     pub(super) saga: SagaId,
     pub(super) definition: String,
@@ -45,11 +45,11 @@ pub(super) struct Row {
     pub(super) state: State,
     pub(super) armed_at: Option<OffsetDateTime>,
     pub(super) input: Value,
-    /// The database's clock when the row was locked: what is decided of it goes by that.
+    /// The database's clock when the row was locked; decisions about it go by that time.
     pub(super) now: OffsetDateTime,
 }
 
-/// A new saga.
+/// A new saga, with what its row and its log begin with.
 #[derive(Debug)]
 pub(super) struct NewSaga<'a> {
     pub(super) definition: &'a str,
@@ -76,11 +76,11 @@ pub(super) struct Change<'a> {
 /// What becomes of a saga's row in `saga_due`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Due {
-    /// It says early enough when to look again.
+    /// The row's time is early enough.
     Keep,
-    /// It has to say something else.
+    /// The row needs another time or status.
     Set,
-    /// The saga has ended.
+    /// The saga has ended, and its row goes.
     Remove,
 }
 
@@ -106,7 +106,7 @@ pub(super) struct Undecided {
     pub(super) attempt: i32,
     pub(super) outcome: Outcome,
     pub(super) payload: Option<Vec<u8>>,
-    /// For how long it is left alone: a replica that has its saga's definition could not read the saga.
+    /// How long the reply is left alone; above zero where a replica with the definition could not read the saga.
     pub(super) put_off: Duration,
 }
 
@@ -118,8 +118,8 @@ pub(super) struct Known {
     pub(super) fingerprints: Vec<String>,
 }
 
-/// Inserts sagas that do not exist yet, with the first line of their logs, their due times and their commands; says which
-/// were new. A command's key is its saga's id.
+/// Inserts sagas that do not exist yet, with the first line of their logs, their due times and their commands; returns
+/// those that were new. A command's key is its saga's id.
 pub(super) async fn insert(
     tx: &mut Tx<'_>,
     sagas: &[NewSaga<'_>],
@@ -195,7 +195,7 @@ pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Lo
     Ok(heard(rows, asked))
 }
 
-/// What the rows say of the time goes for all of this process.
+/// Sets this process's clock by the database's time in the rows.
 pub(super) fn heard(rows: Vec<Locked>, asked: Instant) -> Vec<Locked> {
     if let Some(locked) = rows.last() {
         clock::process().heard(locked.now, asked);
@@ -216,7 +216,7 @@ impl Locked {
         })
     }
 
-    /// The rest of it, if this build can read it.
+    /// Reads the rest of the row, if this build can read it.
     pub(super) fn read(&self) -> sqlx::Result<Row> {
         let Json(input): Json<Value> = self.row.try_get("input")?;
         Ok(Row {
@@ -234,7 +234,7 @@ impl Locked {
 /// The state in a row of `saga`, if this build can read it.
 pub(super) fn state(row: &PgRow) -> sqlx::Result<State> {
     let Json(mut state): Json<State> = row.try_get("state")?;
-    // The fingerprint says so too, and brought the row here: one of the two was tampered with.
+    // The fingerprint names the format too, and brought the row here: one of the two was tampered with.
     if state.format > FORMAT || (state.format > 1) != state.naming.is_some() {
         return Err(sqlx::Error::Decode(format!("its state is of format {}", state.format).into()));
     }
@@ -243,7 +243,7 @@ pub(super) fn state(row: &PgRow) -> sqlx::Result<State> {
 }
 
 /// Writes sagas back, each under the revision that it was loaded with, appends `events` to their logs and `messages` to
-/// the outbox. Sagas that ended leave `saga_due`. One statement: each costs a round trip that the locks are held for.
+/// the outbox. Sagas that ended leave `saga_due`. One statement: each costs a round trip while the locks are held.
 pub(super) async fn update(
     tx: &mut Tx<'_>,
     changes: &[Change<'_>],
@@ -299,8 +299,7 @@ pub(super) async fn update(
     due::rearm(tx, changes).await
 }
 
-/// The replies that nobody waited for, as far as the logs of `sagas` tell them: one of each kind. Asked only when there is
-/// such a reply.
+/// The unexpected replies in the logs of `sagas`, one of each kind. A batch asks only when it has such a reply.
 pub(super) async fn strays(tx: &mut Tx<'_>, sagas: &[SagaId]) -> sqlx::Result<HashMap<SagaId, Vec<Entry>>> {
     let found: Vec<(Uuid, Json<Value>)> = sqlx::query_as(
         "select distinct on (saga_id, entry ->> 'step', entry ->> 'op', entry ->> 'outcome', entry ->> 'why')
@@ -314,7 +313,7 @@ pub(super) async fn strays(tx: &mut Tx<'_>, sagas: &[SagaId]) -> sqlx::Result<Ha
     .await?;
     let mut told: HashMap<SagaId, Vec<Entry>> = HashMap::new();
     for (saga, Json(entry)) in found {
-        // One that this build cannot read is of a kind that this build does not write.
+        // A line that this build cannot read is of a kind that this build does not write.
         if let Ok(entry) = serde_json::from_value(entry) {
             told.entry(SagaId(saga)).or_default().push(entry);
         }
@@ -322,7 +321,8 @@ pub(super) async fn strays(tx: &mut Tx<'_>, sagas: &[SagaId]) -> sqlx::Result<Ha
     Ok(told)
 }
 
-/// Keeps replies for a replica that can decide them. `received_at` of one that is put off is when it may be tried again.
+/// Keeps replies for a replica that can decide them. `received_at` of one that is put off is when it may be tried
+/// again.
 pub(super) async fn set_aside(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::Result<()> {
     let text = |of: fn(&Undecided) -> String| replies.iter().map(of).collect::<Vec<String>>();
     sqlx::query(
@@ -353,8 +353,8 @@ pub(super) async fn set_aside(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::R
     Ok(())
 }
 
-/// Takes replies that were set aside and that this replica can decide, in the order of their arrival. Those that say what
-/// this build has no word for stay where they are.
+/// Takes replies that were set aside and that this replica can decide, in the order of their arrival. Replies with an
+/// `op` or outcome that this build does not know stay where they are.
 pub(super) async fn take_undecided(
     tx: &mut Tx<'_>,
     known: &Known,

@@ -1,8 +1,8 @@
 //! Time passing: sagas that are due, and replies that were set aside, taken from the database.
 //!
-//! Any number of replicas do this at once; a row that one of them holds is left out by the others. A process that dies
-//! with a batch in hand has changed nothing, and the rows are claimed again at once. No transaction is waited for without
-//! a bound: one that is given up, its connection silent, is repeated on another.
+//! Any number of replicas do this at once; each leaves out the rows that another holds. A process that dies with a
+//! batch in hand has changed nothing, and the rows are claimed again at once. The timers wait for no transaction
+//! without a bound: they give up one with a silent connection, and repeat it on another.
 
 use super::{
     backlog::Backlog,
@@ -28,33 +28,34 @@ use uuid::Uuid;
 
 /// How many sagas one transaction takes: enough to share its cost, few enough that a reply does not wait for it.
 const BATCH: i64 = 200;
-/// How long a due saga may lie when there is little to do.
+/// The pause between two rounds with little to do: how long a due saga may lie.
 const PAUSE: Duration = Duration::from_millis(200);
 /// How long to wait when the database does not answer.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(1);
-/// How long a saga, or a reply, is left alone that cannot be decided.
+/// How long a saga, or a reply, that cannot be decided is left alone.
 pub(super) const PUT_OFF: Duration = Duration::from_secs(60);
-/// The same, where it was not the saga's fault: another transaction was in the way, a table or a right is missing.
+/// How long a saga that is not at fault is left alone: another transaction was in the way, a table or a right is
+/// missing.
 const PUT_OFF_WHAT_PASSES: Duration = Duration::from_secs(5);
 /// How long the timers wait for a lock: other sagas are due, too.
 const LOCK: Duration = Duration::from_secs(1);
 /// How old the gauges may be.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
-/// What one round of the timers found.
+/// What one round of the timers took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Ticked {
-    /// Sagas that something was due for.
+    /// Sagas for which something was due.
     pub due: usize,
     /// Replies that had been set aside.
     pub undecided: usize,
 }
 
 impl Engine {
-    /// Fine, or why the timers do not do their work: for the service's health.
+    /// Whether the timers do their work, for the service's health.
     ///
     /// # Errors
-    /// In words, with the reason and since when.
+    /// Why they do not, in words, and since when.
     pub fn check_timers(&self) -> Result<(), String> {
         self.trouble().check()
     }
@@ -68,12 +69,12 @@ impl Engine {
         Report { trouble, ..report }
     }
 
-    /// Works off what is due, until `token` is cancelled. When the database is away it says so once, and waits.
+    /// Works off what is due, until `token` is cancelled. When the database is away the timers log that once, and wait.
     pub async fn run_timers(&self, token: CancellationToken) -> Result<(), sqlx::Error> {
         measure::describe();
         let mut counted = None::<Instant>;
         while !token.is_cancelled() {
-            // Not raced against the token: work in flight finishes, within its bound.
+            // The token does not interrupt a round: work in flight finishes, within its bound.
             let pause = match self.tick().await {
                 Ok(ticked) => {
                     self.trouble().none_since();
@@ -95,7 +96,7 @@ impl Engine {
 
     /// One round: a batch of what was set aside, and, when that was all of it, a batch of what is due.
     pub async fn tick(&self) -> Result<Ticked, sqlx::Error> {
-        // First: what has been answered in time is not resent.
+        // Replies come first: the engine does not resend what was answered in time.
         let undecided = self.tick_undecided().await?;
         if undecided >= BATCH as usize {
             return Ok(Ticked { due: 0, undecided });
@@ -131,7 +132,8 @@ impl Engine {
         Ok(due)
     }
 
-    /// One saga that cannot be decided, or not in time, must not stop the others: it is put off, and said aloud.
+    /// Takes due sagas one by one. A saga that cannot be decided, or not in time, must not stop the others: it is put
+    /// off and logged.
     async fn tick_one_by_one(&self) -> Result<usize, sqlx::Error> {
         let (ids, backlog) = self.within(self.due_ids()).await?;
         for id in &ids {
@@ -198,7 +200,7 @@ impl Engine {
         if !replies.is_empty() {
             let taken = self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await;
             if let Err(error) = taken {
-                // Now: taken one by one, the rows are passed over while this transaction has them locked.
+                // The rollback comes now: the rows are passed over while this transaction has them locked.
                 tx.rollback().await?;
                 return Err(error);
             }
@@ -207,7 +209,8 @@ impl Engine {
         Ok(replies.len())
     }
 
-    /// One reply that cannot be taken must not stop the others: it is put off, or dropped if it cannot be understood.
+    /// Takes replies one by one. A reply that cannot be taken must not stop the others: it is put off, or dropped if it
+    /// cannot be understood.
     async fn take_undecided_one_by_one(&self) -> Result<usize, sqlx::Error> {
         let mut tx = self.begin().await?;
         let replies = store::take_undecided(&mut tx, self.known(), BATCH, None).await?;
@@ -227,7 +230,8 @@ impl Engine {
         Ok(replies.len())
     }
 
-    /// If it cannot be understood it is dropped: its command will be sent again, and answered again.
+    /// Takes one reply. A reply that cannot be understood is dropped: its command will be sent again, and answered
+    /// again.
     async fn take_undecided_one(&self, reply: &Undecided) -> Result<(), BatchError> {
         let mut tx = self.begin_waiting(LOCK).await?;
         let replies = store::take_undecided(&mut tx, self.known(), 1, Some(reply.message)).await?;
@@ -251,7 +255,8 @@ impl Engine {
         Ok(tx.commit().await?)
     }
 
-    /// What waits, and the gauges. First and alone what health asks: it is known also when the sagas are too many to be counted.
+    /// Reads what waits, then the gauges. What health asks comes first and alone: it is known even when the sagas are
+    /// too many to be counted.
     async fn look_at_what_waits(&self) {
         match self.within(self.overdue()).await {
             Ok((oldest, put_off)) => self.trouble().overdue(oldest, &put_off),
@@ -275,7 +280,7 @@ impl Engine {
     }
 }
 
-/// How long what did not work is left alone.
+/// How long failed work is left alone.
 fn put_off_after(error: &BatchError) -> Duration {
     match error.class() {
         ErrorClass::Own => PUT_OFF,
@@ -284,8 +289,9 @@ fn put_off_after(error: &BatchError) -> Duration {
     }
 }
 
-/// The database is away, or has no connection left for this process: no other saga will fare better. An attempt that was given up is another matter: that was its own
-/// fault or a silent connection's, and what comes next, on another one, shows which.
+/// Whether an error meets every saga: the database is away, or has no connection left for this process. A timed-out
+/// attempt is another matter: the fault was its own or a silent connection's. The next attempt, on another connection,
+/// shows which.
 fn is_everybodys(error: &sqlx::Error) -> bool {
     match classify(error) {
         ErrorClass::Stale => {

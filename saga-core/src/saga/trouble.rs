@@ -1,7 +1,7 @@
 //! Whether the saga timers do their work: what health asks, and what is logged once.
 //!
-//! An outage, or what an operator has to set right (a missing table, a missing right), makes them fail; one saga's own fault does
-//! not. Nothing survives the process.
+//! An outage makes the timers fail, and so does what an operator has to set right (a missing table, a missing right).
+//! One saga's own fault does not. Nothing survives the process.
 
 use super::batch::BatchError;
 use crate::{
@@ -18,11 +18,11 @@ use std::{
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// How long after the next try the timers are not said to work.
+/// How long after the next try the timers still do not count as working.
 const AFTERWARDS: Duration = Duration::from_secs(1);
 
-/// Whether the timers do their work: what health asks of them. An error that an operator has to set right counts for as long as
-/// what it met is put off.
+/// Whether the timers do their work: what health asks of them. An error that an operator has to set right counts for as
+/// long as the work that met it is put off.
 #[derive(Debug)]
 pub(super) struct Trouble {
     outage: Arc<Outage>,
@@ -30,13 +30,13 @@ pub(super) struct Trouble {
     progress: Mutex<Progress>,
 }
 
-/// So many sagas that were put off are remembered: enough to know that some wait.
+/// How many put-off sagas are remembered: enough to know that some wait.
 const REMEMBERED: usize = 1_000;
 
-/// What was due and not decided, when it was last looked at.
+/// What was due and not decided at the last look.
 #[derive(Debug, Default)]
 struct Progress {
-    /// How many were decided here. A saga that cannot be is no sign that none can.
+    /// Sagas that this process decided. One saga that cannot be decided is no sign that none can.
     decided: u64,
     /// Sagas that could not be decided. They are not due while they are put off, but they wait.
     put_off: HashSet<Uuid>,
@@ -45,7 +45,7 @@ struct Progress {
     looks: Looks,
 }
 
-/// A saga, and since when it is due.
+/// A saga, and since when it has been due.
 pub(super) type Overdue = (Uuid, OffsetDateTime);
 
 impl Trouble {
@@ -66,24 +66,24 @@ impl Trouble {
         Report { trouble: self.outage.trouble().or_else(|| progress.looks.trouble()), waiting: progress.waiting }
     }
 
-    /// So many sagas that were due were decided.
+    /// Counts due sagas that were decided.
     pub(super) fn decided(&self, sagas: usize) {
         self.progress().decided += sagas as u64;
     }
 
-    /// These could not be decided, and are put off.
+    /// Remembers sagas that could not be decided, and are put off.
     pub(super) fn puts_off(&self, sagas: impl IntoIterator<Item = Uuid>) {
         let mut progress = self.progress();
         let room = REMEMBERED.saturating_sub(progress.put_off.len());
         progress.put_off.extend(sagas.into_iter().take(room));
     }
 
-    /// Those that were put off, and may wait still.
+    /// The remembered sagas that were put off; each may still wait.
     pub(super) fn were_put_off(&self) -> Vec<Uuid> {
         self.progress().put_off.iter().copied().collect()
     }
 
-    /// The saga that has been due for longest, and those that wait of [`Trouble::were_put_off`].
+    /// Records a look: the saga that has been due for longest, and those of [`Trouble::were_put_off`] that still wait.
     pub(super) fn overdue(&self, oldest: Option<Overdue>, put_off: &[Overdue]) {
         let mut progress = self.progress();
         let progress = &mut *progress;
@@ -95,14 +95,14 @@ impl Trouble {
             progress.waiting = None;
             return;
         };
-        // Another replica moves work, too, and then another saga is the oldest. While sagas are put off that says nothing: they
-        // take turns.
+        // Another replica moves work, too, and then another saga is the oldest. While sagas are put off, a new oldest
+        // saga proves nothing: they take turns.
         let mark = (progress.decided, oldest.filter(|_| put_off.is_empty()));
         let still_since = progress.movement.waits(mark);
         progress.waiting = Some(Waiting { items: None, oldest: Some(since), still_since });
     }
 
-    /// What waits could not be looked at: what was known of it stands.
+    /// Records a look that failed: what was known before stands.
     pub(super) fn missed(&self, error: &sqlx::Error) {
         self.progress().looks.missed(&error.into());
     }

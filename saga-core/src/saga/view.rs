@@ -1,5 +1,5 @@
-//! What inspection shows of a saga: where it stands, what is left, the way back, why it waits and what would unblock it,
-//! and its timeline. Pure; payloads (input, replies, rejections) are left out unless they are asked for.
+//! What inspection shows of a saga: where it stands, what is left, the way back, why it waits and what would unblock
+//! it, and its timeline. Pure; payloads (input, replies, rejections) are left out unless they are asked for.
 
 use super::{
     decide::command_id,
@@ -19,42 +19,43 @@ use utoipa::ToSchema;
 /// A saga in a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct SagaSummary {
-    /// Which.
+    /// The saga's id.
     #[schema(value_type = uuid::Uuid)]
     pub id: SagaId,
     /// Its definition's name.
     pub definition: String,
     /// Its definition's version.
     pub version: i32,
-    /// What it is about: an order's number.
+    /// The business key that it was started with, for example an order's number.
     pub business_key: String,
     /// `running`, `compensating`, `stuck`, `completed` or `compensated`.
     pub status: String,
     /// Counts its events; an operator's command names the one it was meant for.
     pub revision: i32,
-    /// Whether this replica can read its state. If not, it does not know its definition, or another build wrote the row in a
-    /// format of its own, or the row is damaged.
+    /// Whether this replica can read its state. If not, it does not know its definition, or another build wrote the row
+    /// in a format of its own, or the row is damaged.
     pub readable: bool,
     /// The step that is open; `null` when it has ended or is not readable.
     pub step: Option<String>,
-    /// When it began.
+    /// When the saga began.
     #[serde(with = "time::serde::rfc3339")]
     pub created_at: OffsetDateTime,
     /// When something happened to it last.
     #[serde(with = "time::serde::rfc3339")]
     pub updated_at: OffsetDateTime,
-    /// When it ended.
+    /// When the saga ended; `null` before.
     #[serde(with = "time::serde::rfc3339::option")]
     pub finished_at: Option<OffsetDateTime>,
 }
 
-/// One saga, whole.
+/// A saga with its steps and its timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct SagaView {
-    /// As in the list.
+    /// The fields that a list shows of the saga.
     #[serde(flatten)]
     pub summary: SagaSummary,
-    /// Whether this replica knows its definition; otherwise only the timeline is shown, with numbers for the names of steps.
+    /// Whether this replica knows its definition; otherwise only the timeline is shown, with numbers for the names of
+    /// steps.
     pub definition_known: bool,
     /// Why it is, or was, undone.
     pub failure: Option<FailureView>,
@@ -84,9 +85,9 @@ pub struct FailureView {
     /// `rejected`, `failed`, `cancelled` or `deadline`.
     #[schema(value_type = String)]
     pub kind: super::state::FailureKind,
-    /// What whoever cancelled said, or the last error.
+    /// The reason that came with a cancel, or the last error.
     pub reason: Option<String>,
-    /// What the participant said; only when payloads are asked for.
+    /// The payload of the participant's rejection; only when payloads are asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub rejection: Option<Value>,
@@ -95,13 +96,13 @@ pub struct FailureView {
 /// Why a saga waits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct WaitView {
-    /// For what, in words.
+    /// What it waits for, in words.
     pub why: String,
     /// What would move it on, in words.
     pub unblocked_by: String,
-    /// Which attempt is open; 0 where its state is not readable.
+    /// The attempt that is open, from 1; 0 where its command could not be built or its state is not readable.
     pub attempt: u32,
-    /// Since when, counted from the first attempt; where its state is not readable, when something happened to it last.
+    /// When the first attempt was issued; where its state is not readable, when something happened to it last.
     #[serde(with = "time::serde::rfc3339")]
     pub since: OffsetDateTime,
     /// When something happens by itself; `null` when nothing will.
@@ -112,17 +113,17 @@ pub struct WaitView {
 /// A step and how far it has come.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct StepView {
-    /// Its name.
+    /// The step's name, unique within the saga.
     pub name: String,
     /// `local`, `compensable`, `pivot` or `retriable`.
     pub kind: &'static str,
     /// `waiting`, `issued`, `done`, `not_done` or `undone`.
     pub state: &'static str,
-    /// The type of its command.
+    /// The type of its command; `null` for a local step.
     pub command: Option<&'static str>,
-    /// The type of the command, or the name of the local effect, that undoes it.
+    /// The type of the command, or the name of the local effect, that undoes it; `null` where nothing does.
     pub undo: Option<String>,
-    /// Its reply; only when payloads are asked for.
+    /// The step's reply; only when payloads are asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub reply: Option<Value>,
@@ -131,15 +132,15 @@ pub struct StepView {
 /// A line of the timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Line {
-    /// When.
+    /// When the event happened.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
-    /// In which event; lines of one event happened in one transaction.
+    /// The revision of the event; lines of one event happened in one transaction.
     pub revision: i32,
     /// `started`, `reply`, `ignored`, `due`, `cancel`, `retry`, and what followed: `sent`, `ran`, `pausing`,
     /// `compensating`, `stuck`, `completed`, `compensated`. `unreadable`: another build wrote it.
     pub what: &'static str,
-    /// Which step.
+    /// The step's name; absent where the line is about no step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step: Option<String>,
     /// `do` or `undo`.
@@ -148,17 +149,17 @@ pub struct Line {
     /// The type of the command that was sent or answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub command: Option<&'static str>,
-    /// Its id, the same for every attempt.
+    /// The command's id, the same for every attempt.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<uuid::Uuid>)]
     pub command_id: Option<CommandId>,
-    /// Which attempt.
+    /// The attempt, from 1; only where a command was sent or answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u32>,
     /// `succeeded`, `rejected` or `failed`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outcome: Option<&'static str>,
-    /// More, in words.
+    /// A reason, an error or a time, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
 }
@@ -166,9 +167,9 @@ pub struct Line {
 /// Whether a view has the payloads in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Payloads {
-    /// They are personal: names, addresses, tokens.
+    /// Left out, because they are personal: names, addresses, tokens.
     Redacted,
-    /// Somebody who may see them asked.
+    /// Included, for a caller that may see them and asked.
     Shown,
 }
 
@@ -183,7 +184,7 @@ pub(super) struct Found {
     pub(super) undecided: i64,
 }
 
-/// What is shown of a saga.
+/// Renders a saga's row and log.
 pub(super) fn view(found: Found, definition: Option<&Definition>, payloads: Payloads) -> SagaView {
     let Found { summary, state, input, log, undecided } = found;
     let names = Names { definition, state: state.as_ref() };
@@ -245,7 +246,7 @@ fn failure_view(failure: &Failure, shown: impl Fn(&Value) -> Option<Value>) -> F
     }
 }
 
-/// Of a saga that has not ended and that this replica cannot read.
+/// Why a saga waits that this replica cannot read; `None` if it has ended.
 fn unread_wait(summary: &SagaSummary, definition_known: bool, undecided: i64) -> Option<WaitView> {
     let (why, unblocked_by) = match definition_known {
         _ if summary.finished_at.is_some() => return None,
@@ -310,7 +311,7 @@ fn stuck(why: &StuckWhy, what: &str) -> (String, String) {
     }
 }
 
-/// What is so, and what the participant said last, if it said something.
+/// `what`, and the participant's last error, if there is one.
 fn with(what: String, error: &str) -> String {
     if error.is_empty() { what } else { format!("{what}: {error}") }
 }

@@ -1,11 +1,13 @@
-//! The admin listener: `/livez`, `/readyz`, `/health` and `/metrics` for anybody who reaches it; everything else by role. None of
-//! the four asks the database or a broker, or tells what they said: `/v1/health` tells the reasons in words, by role.
+//! The admin listener: `/livez`, `/readyz`, `/health` and `/metrics` for any caller that reaches it; everything else by
+//! role. None of the four asks the database or a broker, or shows their answers: `/v1/health` gives the reasons in
+//! words, by role.
 //!
-//! A viewer looks (GET, HEAD), an operator acts. That is decided here, by method, so that no route can forget it. The
-//! configuration refuses to listen off loopback without an operator's token; on loopback without one, whoever is on
-//! the machine is the operator.
+//! A viewer looks (GET, HEAD), an operator acts. The listener decides that here, by method, so that no route can forget
+//! it. The configuration refuses to listen off loopback without an operator's token. On loopback without one, any
+//! caller on the machine is the operator.
 //!
-//! An address has few guesses at the tokens (`wrong_tokens`). `http_refused_total{reason="token"}` counts the wrong ones.
+//! An address has few guesses at the tokens (`wrong_tokens`). `http_refused_total{reason="token"}` counts the wrong
+//! ones.
 
 use super::{
     health::{self, Health},
@@ -28,7 +30,8 @@ use sha2::{Digest, Sha256};
 use std::{fmt, sync::Arc};
 use subtle::ConstantTimeEq;
 
-/// Whom the admin listener lets in. Holds digests: a token is compared in constant time, whatever its length.
+/// The tokens that the admin listener lets in. It holds digests: a token is compared in constant time, whatever its
+/// length.
 #[derive(Clone)]
 pub struct AdminAuth {
     operator: Option<[u8; 32]>,
@@ -46,14 +49,14 @@ impl fmt::Debug for AdminAuth {
 /// Why a request is not let in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NotLetIn {
-    /// It shows no token, or a wrong one.
+    /// The request shows no token, or a wrong one.
     Unknown,
-    /// Too many wrong tokens came from its address: its own was not looked at.
+    /// Too many wrong tokens came from the request's address: its own was not compared.
     TooMany,
 }
 
 impl AdminAuth {
-    /// From the tokens of the two roles. None at all: everybody is the operator (loopback only; see
+    /// Takes the tokens of the two roles. Without any, every caller is the operator (loopback only; see
     /// [`super::AdminArgs::read`]).
     #[must_use]
     pub fn new(operator: Option<String>, viewer: Option<String>) -> Self {
@@ -61,15 +64,15 @@ impl AdminAuth {
         Self { operator: operator.map(digest), viewer: viewer.map(digest), wrong: Arc::default() }
     }
 
-    /// Whether there is a token to be shown.
+    /// Whether a caller has to show a token.
     fn asks(&self) -> bool {
         self.operator.is_some() || self.viewer.is_some()
     }
 
-    /// The role of a request by the bearer token that it shows. Wrong ones are counted, by address.
+    /// The role of a request by the bearer token that it shows. Wrong tokens are counted, by address.
     ///
     /// # Errors
-    /// Why it has none.
+    /// Why the request has no role.
     pub fn let_in(&self, request: &Request) -> Result<Role, NotLetIn> {
         let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let token = shown.and_then(|value| {
@@ -93,7 +96,7 @@ impl AdminAuth {
         role.ok_or(NotLetIn::Unknown)
     }
 
-    /// The role of whoever shows `token`.
+    /// The role of a caller that shows `token`; `None`: it has none.
     #[must_use]
     pub fn role(&self, token: Option<&str>) -> Option<Role> {
         if !self.asks() {
@@ -101,7 +104,7 @@ impl AdminAuth {
         }
         let shown: [u8; 32] = Sha256::digest(token?.as_bytes()).into();
         let is = |known: &Option<[u8; 32]>| known.is_some_and(|known| bool::from(known.ct_eq(&shown)));
-        // Both are compared, always: the time says nothing about which role a token comes close to.
+        // Both tokens are compared, always: the time says nothing about which role a token comes close to.
         let (operator, viewer) = (is(&self.operator), is(&self.viewer));
         match (operator, viewer) {
             (true, _) => Some(Role::Operator),

@@ -1,9 +1,9 @@
 //! A service from its parts, the same way for every service.
 //!
-//! The admin listener answers from the first moment and shows what the process waits for. Then: migrate, which waits for the
-//! database; then the API and the service's own tasks; beside them the topics, which wait for Kafka, and then the consumers. So
-//! the API serves without Kafka, also in a process that is started meanwhile. A process that dies in between has done what the next
-//! start will find done.
+//! The admin listener answers from the first moment and shows what the process waits for. Then the process migrates,
+//! which waits for the database. Then it starts the API and the service's own tasks. Beside them come the topics, which
+//! wait for Kafka, and then the consumers. So the API serves without Kafka, also in a process that is started
+//! meanwhile. A process that dies in between has done what the next start will find done.
 
 use super::{
     admin::admin_router,
@@ -32,25 +32,25 @@ use std::{
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-/// How soon topics that the brokers refused are asked for again.
+/// How soon the process asks again for topics that the brokers refused.
 const TOPICS_AGAIN: Duration = Duration::from_secs(30);
 
-/// What a service is made of. Nothing in it runs yet; the pool that its routes and tasks hold is a lazy one
+/// The parts of a service. None of them runs yet; the pool that its routes and tasks hold is a lazy one
 /// ([`super::database::pool`]).
 pub struct Parts {
-    /// All migrations of its database, in order.
+    /// All migrations of the service's database, in order.
     pub migrations: Vec<Migrations>,
-    /// The topics that it makes sure of.
+    /// The topics that the service makes sure of.
     pub topics: Vec<Topic>,
-    /// The tables that its callers need: while one is not there, no traffic is sent here.
+    /// The tables that the service's callers need: while one is not there, no traffic is sent to this process.
     pub needs: &'static [Needs],
-    /// Its API.
+    /// The routes of the service's API.
     pub api: Router,
-    /// What its admin listener has beside health and metrics, behind the roles.
+    /// The routes of the admin listener beside health and metrics, behind the roles.
     pub admin: Router,
-    /// Its loops that need no Kafka; each runs until the token is cancelled.
+    /// The service's loops that need no Kafka; each runs until the token is cancelled.
     pub tasks: Vec<Task>,
-    /// Its consumers, which begin when the topics are there.
+    /// The service's consumers, which begin when the topics are there.
     pub consumers: Vec<Task>,
 }
 
@@ -80,7 +80,7 @@ pub async fn run(
             let api = Api::new(api).reached_as(settings.http.hosts);
             let mut all = vec![task("http", serve(listener, api, token.clone())), task("consumers", consuming)];
             all.extend(tasks);
-            // What is ready and healthy has been looked at.
+            // The first look at all parts comes before the process says that it has started.
             health.look().await;
             health.started();
             tracing::info!(http = %settings.http.addr, admin = %settings.admin.addr, "started");
@@ -106,15 +106,15 @@ async fn prepare(
     needs: &'static [Needs],
 ) -> Result<(), BoxError> {
     migrate(&settings.database, migrations).await?;
-    // Before anything gets a time of its own. If the database is just away, the check asks again.
+    // This comes before anything gets a time of its own. If the database is just away, the check asks again.
     crate::clock::hear(pool).await.ok();
     health.database(pool);
     health.tables(pool, needs);
     Ok(())
 }
 
-/// Makes sure of the topics, however long Kafka is away, and runs the consumers. What the brokers refuse is red and asked for
-/// again, and the consumers read what there is. The part `topics` is there from the call on.
+/// Makes sure of the topics, however long Kafka is away, and runs the consumers. Topics that the brokers refuse are red
+/// and asked for again, and the consumers read the topics that there are. The part `topics` is there from the call on.
 fn consume(
     kafka: KafkaSettings,
     declared: Vec<Topic>,
@@ -157,8 +157,8 @@ async fn listen(variable: &'static str, addr: SocketAddr) -> Result<TcpListener,
     TcpListener::bind(addr).await.map_err(|error| format!("{variable}: cannot listen on {addr}: {error}").into())
 }
 
-/// All that a service's `main` does once it has parsed its arguments: validate them whole, set telemetry up, then do as
-/// it was told. The exit code is 0, 1 after a failure, 2 for a configuration that is wrong.
+/// Does all that a service's `main` does once it has parsed its arguments: validates them whole, sets telemetry up,
+/// then runs the command. The exit code is 0, 1 after a failure, 2 for a configuration that is wrong.
 pub async fn launch<S, F>(
     identity: &Identity,
     command: Option<ServiceCommand>,
@@ -182,8 +182,8 @@ where
     }
 }
 
-/// All that a `migrate` does: it brings the database's schema up to date, and needs nothing but the database. The exit code
-/// is [`launch`]'s.
+/// Does all that a `migrate` does: it brings the database's schema up to date, and needs nothing but the database. The
+/// exit code is [`launch`]'s.
 pub async fn launch_migrate(identity: &Identity, args: &ServiceArgs, migrations: &[Migrations]) -> ExitCode {
     let mut errors = ConfigErrors::default();
     let (database, telemetry) = (args.database.read(&mut errors), args.telemetry.read(&mut errors));
@@ -200,7 +200,7 @@ pub async fn launch_migrate(identity: &Identity, args: &ServiceArgs, migrations:
     }
 }
 
-/// Sets telemetry up, does `work`, and tells what became of it: the part of a `main` that comes after its arguments.
+/// Sets telemetry up, does `work`, and returns its exit code: the part of a `main` that comes after its arguments.
 pub async fn launch_with(
     identity: &Identity,
     telemetry: &TelemetrySettings,
@@ -208,7 +208,7 @@ pub async fn launch_with(
 ) -> ExitCode {
     match telemetry::init(telemetry, identity.name) {
         Ok(_until_the_end) => exit_code(work.await),
-        // Nobody would hear it otherwise.
+        // Without telemetry, standard error is the only place for this error.
         Err(error) => {
             eprintln!("{error}");
             ExitCode::FAILURE

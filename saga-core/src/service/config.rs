@@ -1,7 +1,7 @@
 //! Flags and environment. Each flag is the kebab-case of its variable.
 //!
-//! Everything is taken as text and validated afterwards, whole: somebody who starts a service with five mistakes gets
-//! five lines, each with the variable, what is wrong and what to do, and not one line five times.
+//! Everything is taken as text and validated afterwards, whole. A start with five mistakes reports five lines at once,
+//! each with the variable, what is wrong and what to do.
 //!
 //! No value is shown, neither by `--help` nor in a mistake: what stands in the wrong variable may be a password.
 
@@ -24,14 +24,14 @@ use std::{
     time::Duration,
 };
 
-/// What tells one service from another before it has read anything.
+/// The name and the ports of a service, which are known before it has read anything.
 #[derive(Debug, Clone, Copy)]
 pub struct Identity {
-    /// Its name in logs, traces and `application_name`.
+    /// The service's name in logs, traces and `application_name`.
     pub name: &'static str,
-    /// Port of the API on loopback when `HTTP_ADDR` is not set.
+    /// The port of the API on loopback when `HTTP_ADDR` is not set.
     pub http_port: u16,
-    /// Port of the admin listener on loopback when `ADMIN_ADDR` is not set.
+    /// The port of the admin listener on loopback when `ADMIN_ADDR` is not set.
     pub admin_port: u16,
 }
 
@@ -93,37 +93,37 @@ pub struct TelemetryArgs {
     pub otel_exporter_otlp_endpoint: Option<Secret>,
 }
 
-/// A valid [`ServiceArgs`].
+/// The settings of a valid [`ServiceArgs`].
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Whose.
+    /// The service's name and default ports.
     pub identity: Identity,
-    /// The service's database.
+    /// The settings of the service's database.
     pub database: DatabaseSettings,
-    /// Kafka.
+    /// The settings of the Kafka client and of new topics.
     pub kafka: KafkaSettings,
-    /// The API's listener.
+    /// The address and names of the API's listener.
     pub http: HttpSettings,
-    /// The admin listener.
+    /// The address, names and tokens of the admin listener.
     pub admin: AdminSettings,
-    /// Logs and traces.
+    /// The settings of logs and traces.
     pub telemetry: TelemetrySettings,
 }
 
-/// A valid [`KafkaArgs`].
+/// The settings of a valid [`KafkaArgs`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KafkaSettings {
-    /// `bootstrap.servers`.
+    /// The brokers to start from, as in `bootstrap.servers`.
     pub brokers: String,
-    /// Copies that a topic created by this process has.
+    /// How many copies a topic has that this process creates; default 1.
     pub replication_factor: i32,
-    /// `session.timeout.ms`.
+    /// The consumers' `session.timeout.ms`; default 6 s.
     pub session_timeout: Duration,
 }
 
-/// Not more than the client library lets pass between two polls (`max.poll.interval.ms`).
+/// The longest session timeout: the client library lets no more pass between two polls (`max.poll.interval.ms`).
 const SESSION_TIMEOUT_MAX_MS: u64 = 300_000;
-/// Shorter tokens can be guessed.
+/// The fewest characters of a token: shorter ones can be guessed.
 const MIN_TOKEN: usize = 16;
 
 impl ServiceArgs {
@@ -134,7 +134,7 @@ impl ServiceArgs {
         errors.finish(settings)
     }
 
-    /// Like [`Self::validate`] for a service that has more settings of its own and reports them together.
+    /// Like [`Self::validate`], for a service that has more settings of its own and reports all mistakes together.
     pub fn read(&self, identity: &Identity, errors: &mut ConfigErrors) -> Option<Settings> {
         let database = self.database.read(errors);
         let kafka = self.kafka.read(errors);
@@ -153,7 +153,7 @@ impl ServiceArgs {
 }
 
 impl KafkaArgs {
-    /// Reads, and adds what is wrong to `errors`.
+    /// Reads the arguments, and adds each mistake to `errors`.
     pub fn read(&self, errors: &mut ConfigErrors) -> Option<KafkaSettings> {
         let example = "set it to host:port, for example localhost:9092";
         let broker = |text: &str| {
@@ -177,7 +177,7 @@ impl KafkaArgs {
 }
 
 impl TelemetryArgs {
-    /// Reads, and adds what is wrong to `errors`.
+    /// Reads the arguments, and adds each mistake to `errors`.
     pub fn read(&self, errors: &mut ConfigErrors) -> Option<TelemetrySettings> {
         TelemetrySettings::read(
             given(&self.rust_log),
@@ -199,7 +199,7 @@ pub struct Mistake {
     pub variable: &'static str,
     /// What is wrong with it: completes a sentence that begins with the variable.
     pub what: String,
-    /// What to do.
+    /// What the operator does about it.
     pub cure: String,
 }
 
@@ -210,10 +210,10 @@ impl ConfigErrors {
         None
     }
 
-    /// `value`, if nothing was noted.
+    /// Returns `value`, if no mistake was noted.
     ///
     /// # Panics
-    /// When a reader gave nothing and noted nothing.
+    /// When a reader gave no value and noted no mistake.
     pub fn finish<T>(self, value: Option<T>) -> Result<T, Self> {
         if !self.0.is_empty() {
             return Err(self);
@@ -221,13 +221,13 @@ impl ConfigErrors {
         Ok(value.expect("a reader that gives no value notes a mistake"))
     }
 
-    /// What was noted.
+    /// The mistakes that were noted, in the order of reading.
     #[must_use]
     pub fn mistakes(&self) -> &[Mistake] {
         &self.0
     }
 
-    /// Prints everything to standard error (there are no logs yet) and gives the exit code of a usage error.
+    /// Prints every mistake to standard error (there are no logs yet) and returns the exit code of a usage error.
     #[must_use]
     pub fn report(&self) -> std::process::ExitCode {
         eprintln!("{self}");
@@ -247,7 +247,7 @@ impl fmt::Display for ConfigErrors {
     }
 }
 
-/// The command line. A usage error repeats no argument that looks like a URL: there may be a password in it.
+/// Parses the command line. A usage error repeats no argument that looks like a URL: there may be a password in it.
 #[must_use]
 pub fn command_line<C: clap::Parser>() -> C {
     C::try_parse().unwrap_or_else(|error| {
@@ -262,7 +262,7 @@ pub fn command_line<C: clap::Parser>() -> C {
     })
 }
 
-/// A variable set to nothing is not set: that is how compose files and shells say "no value".
+/// The text of a variable. A variable set to nothing is not set: that is how compose files and shells say "no value".
 fn given(text: &Option<String>) -> Option<&str> {
     text.as_deref().map(str::trim).filter(|text| !text.is_empty())
 }
@@ -289,13 +289,14 @@ fn number<N: FromStr + PartialOrd + fmt::Display + Copy>(
     }
 }
 
-/// What is wrong with one of several entries of a variable. Its place tells which it is, because no value is shown.
+/// What is wrong with one of several entries of a variable. Only the entry's number identifies it, because no value is
+/// shown.
 #[must_use]
 pub fn nth(index: usize, what: &str) -> String {
     format!("has an entry, number {}, that {what}", index + 1)
 }
 
-/// A bearer token, if one is given.
+/// Reads a bearer token, if one is given.
 pub fn token(text: Option<&Secret>, variable: &'static str, errors: &mut ConfigErrors) -> Option<String> {
     let token = Secret::given(text)?;
     if token.len() < MIN_TOKEN || !token.bytes().all(|byte| byte.is_ascii_graphic()) {

@@ -1,9 +1,9 @@
 //! HTTP connections: accepted until the process is asked to stop, and closed when no request comes.
 //!
-//! What a client sends is bounded in size and time by `http::Limits` once its request's head is there. Before that nothing
-//! of axum's sees it: a client that connects and says nothing, or a header line a minute, would hold a file descriptor for
-//! ever. A head has a bound in time and in bytes, and connections have a bound in number: when it is reached, the one that has
-//! waited longest for its client is closed.
+//! `http::Limits` bounds in size and time what a client sends once its request's head is there. Before that nothing of
+//! axum's sees it. A client that connects and sends nothing, or a header line a minute, would hold a file descriptor
+//! for ever. A head has a bound in time and in bytes, and connections have a bound in number. When it is reached, the
+//! one that has waited longest for its client is closed.
 
 use crate::http::{Api, connections::Connections, count_refused};
 use axum::{Router, serve::Listener};
@@ -23,20 +23,21 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 
-/// Within this the head of a request has to be there, the first of a connection or the next. It is also how long an idle
-/// connection is kept, and proxies keep theirs for 60 s: whoever hangs up has to be the client, because a request that it
-/// sends at that moment is lost.
+/// How long the head of a request may take, the first of a connection or the next. It is also how long an idle
+/// connection is kept, and proxies keep theirs for 60 s. The client has to be the side that hangs up, because a request
+/// that it sends at that moment is lost.
 const HEAD_MAX: Duration = Duration::from_secs(75);
-/// How much of a head is read before it is refused, in bytes: the read that goes beyond it may double that. Proxies and browsers
-/// send a few KiB.
+/// How much of a head is read before it is refused, in bytes: the read that goes beyond it may double that. Proxies and
+/// browsers send a few KiB.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
-/// How long connections may take to end when the process is asked to stop: half a head, or an answer that nobody reads, must
-/// not take the whole of [`GRACE`](super::supervisor::GRACE). The requests that were understood are waited for anyway.
+/// How long connections may take to end when the process is asked to stop. Half a head, or an answer that no client
+/// reads, must not take the whole of [`GRACE`](super::supervisor::GRACE). The process waits anyway for the requests
+/// that were understood.
 const LAST_ANSWERS_MAX: Duration = Duration::from_secs(10);
 const _: () = assert!(LAST_ANSWERS_MAX.as_secs() < super::supervisor::GRACE.as_secs());
 
-/// Serves HTTP/1.1 on `listener` until `token` is cancelled, then finishes the requests in flight, also those whose client
-/// hung up.
+/// Serves HTTP/1.1 on `listener` until `token` is cancelled. Then finishes the requests in flight, also those whose
+/// client hung up.
 pub async fn serve(listener: TcpListener, api: impl Into<Api>, token: CancellationToken) -> Result<(), std::io::Error> {
     serve_within(HEAD_MAX, LAST_ANSWERS_MAX, listener, api.into(), token).await;
     Ok(())
@@ -60,11 +61,11 @@ async fn serve_within(
     in_flight.wait().await;
 }
 
-/// Files that are asked of the system, which gives a process 1,024 or 256 in many shells: enough for two listeners, a pool and Kafka.
-/// macOS gives no more than this, whatever it says that it would.
+/// The open files that the process asks the system for, which gives a process 1,024, or 256 in many shells. They are
+/// enough for two listeners, a pool and Kafka. macOS gives no more than this, whatever limit it reports.
 const FILES: u64 = 10_240;
 
-/// Asks the system for as many open files as this crate needs, and says how many it gives.
+/// Asks the system for as many open files as this crate needs, and returns how many it gives.
 pub fn open_files() -> u64 {
     match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok((soft, hard)) if soft < hard.min(FILES) => {
@@ -90,7 +91,7 @@ fn connections(wanted: usize) -> usize {
     most
 }
 
-/// The connections that there are when `token` is cancelled.
+/// Accepts connections until `token` is cancelled; returns those that there are then.
 async fn accept(
     mut listener: TcpListener,
     router: Router,
@@ -100,10 +101,10 @@ async fn accept(
 ) -> GracefulShutdown {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(head_max).max_buf_size(HEAD_BYTES_MAX);
-    // Its routes are made ready once, not for each request.
+    // The router's routes are made ready once, not for each request.
     let router = router.with_state(());
     let connections = GracefulShutdown::new();
-    // Errors of accepting are seen to by axum's listener: it waits when there are no file descriptors left.
+    // axum's listener takes care of errors of accepting: it waits when there are no file descriptors left.
     while let Some((stream, peer)) = token.run_until_cancelled(Listener::accept(&mut listener)).await {
         let Some(entered) = open.enter(peer.ip()) else {
             turn_away(&stream);
@@ -118,10 +119,10 @@ async fn accept(
         let connection = connections.watch(http.serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             tokio::select! {
-                // Before it can take up a request whose answer would go nowhere.
+                // This branch comes first: the connection must not take up a request whose answer would go nowhere.
                 biased;
                 () = entered.must_close() => tracing::debug!("a connection made room for a new one"),
-                // The client's doing: it hung up, kept silent, or does not speak HTTP.
+                // The client ended it: it hung up, kept silent, or does not speak HTTP.
                 ended = connection => ended.unwrap_or_else(|error| tracing::debug!(%error, "a connection ended")),
             }
         });
@@ -129,7 +130,7 @@ async fn accept(
     connections
 }
 
-/// Each connection is worked for: the answer asks the client to come again.
+/// Each connection is worked for, so the answer asks the client to come again.
 fn turn_away(stream: &TcpStream) {
     count_refused("connection");
     let answer =
@@ -149,7 +150,7 @@ mod tests {
         task::JoinHandle,
     };
 
-    /// Long enough that what is meant to end by itself has ended.
+    /// A time in which everything that is meant to end by itself has ended.
     const SOON: Duration = Duration::from_secs(20);
     const NEVER: Duration = Duration::from_secs(3_600);
     const REQUEST: &str = "GET / HTTP/1.1\r\nhost: localhost\r\n\r\n";
@@ -161,7 +162,8 @@ mod tests {
         begun: mpsc::Receiver<()>,
     }
 
-    /// A service that takes `work` to answer, and waits for connections to end as long when it is stopped.
+    /// A service that takes `work` to answer, and waits at most `last_answers_max` for connections to end when it is
+    /// stopped.
     async fn served(head_max: Duration, last_answers_max: Duration, work: Duration) -> Served {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -177,7 +179,7 @@ mod tests {
         Served { address, token, serving: tokio::spawn(serving), begun }
     }
 
-    /// What a client hears that says this, until it is hung up on.
+    /// The answer that a client gets that sends `said`, until the service hangs up.
     async fn heard(client: &mut TcpStream, said: &str) -> String {
         client.write_all(said.as_bytes()).await.unwrap();
         let mut heard = String::new();
@@ -191,10 +193,10 @@ mod tests {
         for (said, answers) in [
             ("", 0),
             ("GET / HTTP/1.1\r\nhost: localhost\r\nx-slow", 0),
-            // What HTTP/2 begins with.
+            // The bytes that HTTP/2 begins with.
             ("PRI * HT", 0),
             (REQUEST, 1),
-            // Two on one connection, and then nothing more.
+            // Two requests on one connection, and then nothing more.
             (&REQUEST.repeat(2), 2),
         ] {
             let mut client = TcpStream::connect(served.address).await.unwrap();
@@ -221,7 +223,7 @@ mod tests {
         let served = served(NEVER, Duration::from_millis(300), Duration::ZERO).await;
         let mut half = TcpStream::connect(served.address).await.unwrap();
         half.write_all(b"GET / HT").await.unwrap();
-        // It was read when another, that came later, is answered.
+        // The half request was read when another client, which came later, gets its answer.
         let mut other = TcpStream::connect(served.address).await.unwrap();
         other.write_all(REQUEST.as_bytes()).await.unwrap();
         let mut answer = Vec::new();

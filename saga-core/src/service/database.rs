@@ -1,9 +1,9 @@
 //! A pool that waits for its database, and that is safe to cancel on.
 //!
-//! The trap: when a future that runs `Pool::begin()` is dropped between sending `begin` and reading its answer, sqlx
-//! returns the connection to the pool while the server is inside a transaction; the next borrower's writes join that
+//! The trap: a future that runs `Pool::begin()` is dropped between sending `begin` and reading its answer. Then sqlx
+//! returns the connection to the pool while the server is inside a transaction. The next borrower's writes join that
 //! transaction, are acknowledged, and vanish with it. So each connection that comes back is rolled back, whatever it
-//! says about itself, before anybody else gets it.
+//! says about itself, before another borrower gets it.
 
 use super::config::DatabaseSettings;
 use crate::{
@@ -19,48 +19,49 @@ use std::time::Duration;
 /// How long a borrower waits for a connection before the request fails; a client's patience.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A transaction that nobody continues (its process is stopped, or its machine cut off) is ended by the server, so that
-/// its locks do not hold up a duplicate for ever. Shorter than the relay's usual lease, 10 s.
+/// The server ends a transaction that falls silent for so long (its process is stopped, or its machine cut off). So its
+/// locks do not hold up a duplicate for ever. Shorter than the relay's usual lease, 10 s.
 const IDLE_IN_TRANSACTION: &str = "8s";
 
-/// A statement outside of a [`Transaction`](crate::transaction::Transaction) is ended by the server after this: a request that
+/// The server ends a statement outside of a [`Transaction`](crate::transaction::Transaction) after this: a request that
 /// was given up would leave it waiting. Transactions have bounds of their own.
 const STATEMENT: &str = "30s";
 
-/// A connection that was in use so short a time ago is given out without asking whether it is still there.
+/// A connection that was in use so short a time ago is given out without a check whether it is still there.
 const TRUSTED: Duration = Duration::from_millis(500);
 
-/// A connection that does not answer for so long when it comes back is closed: its server is gone without a word, and
-/// while it is waited for, it counts against the pool.
+/// A connection that does not answer for so long when it comes back is closed. Its server is gone without a word, and
+/// while the pool waits for it, it counts against the pool.
 const ROLLBACK_MAX: Duration = Duration::from_secs(2);
 
-/// How long to wait between attempts while the database is away.
+/// The pauses between attempts while the database is away.
 const WAIT: Backoff = Backoff::doubling(Duration::from_millis(100), Duration::from_secs(2));
 
-/// Opens the pool: waits until the database is there, and says so once. An answer that waiting will not change (no such
-/// database, wrong password) is an error at once.
+/// Opens the pool: waits until the database is there, and logs that once. An answer that waiting will not change (no
+/// such database, wrong password) is an error at once.
 pub async fn connect(settings: &DatabaseSettings, application: &str) -> Result<PgPool, Error> {
     wait_for(&prepare(&settings.options, application)).await?.close().await?;
     Ok(pool(settings, application))
 }
 
-/// The pool without waiting: it connects when it is first used. Needs a tokio runtime around it.
+/// Makes the pool without waiting: it connects when it is first used. Needs a tokio runtime around it.
 #[must_use]
 pub fn pool(settings: &DatabaseSettings, application: &str) -> PgPool {
     let options = prepare(&settings.options, application).options([("statement_timeout", STATEMENT)]);
     pool_options(settings.max_connections).connect_lazy_with(options)
 }
 
-/// The pool's behaviour, apart from where it connects to.
+/// The pool's behaviour, apart from the place that it connects to.
 #[must_use]
 pub fn pool_options(max_connections: u32) -> PgPoolOptions {
     PgPoolOptions::new()
         .max_connections(max_connections)
         .acquire_timeout(ACQUIRE_TIMEOUT)
-        // Its question before every use costs each transaction a round trip; one that was used a moment ago is not asked.
+        // sqlx's check before every use costs each transaction a round trip. A connection that was used a moment ago is
+        // not checked.
         .test_before_acquire(false)
-        // A statement whose client is gone ends within a second, also one that waits for a lock. A server on a system that
-        // cannot find out ends it by its bound.
+        // A statement whose client is gone ends within a second, also one that waits for a lock. A server on a system
+        // that cannot find out ends it by its bound.
         .after_connect(|connection, _| {
             Box::pin(async move {
                 sqlx::raw_sql("set client_connection_check_interval = '1s'").execute(connection).await.ok();
@@ -90,7 +91,7 @@ pub fn pool_options(max_connections: u32) -> PgPoolOptions {
         })
 }
 
-/// What every connection has, the pool's and the migrations'.
+/// The options that every connection has, the pool's and the migrations'.
 pub(super) fn prepare(options: &PgConnectOptions, application: &str) -> PgConnectOptions {
     options
         .clone()
@@ -98,7 +99,7 @@ pub(super) fn prepare(options: &PgConnectOptions, application: &str) -> PgConnec
         .options([("idle_in_transaction_session_timeout", IDLE_IN_TRANSACTION)])
 }
 
-/// One connection, as soon as there is one.
+/// Opens one connection, as soon as the database takes it.
 pub(super) async fn wait_for(options: &PgConnectOptions) -> Result<PgConnection, Error> {
     let mut delays = WAIT.delays();
     let mut said = false;

@@ -6,9 +6,9 @@
 //! | `/readyz` | can it do what its callers ask of it now: its database answers, its tables are there? | the load balancer | no traffic is sent |
 //! | `/health` | does all work move, part by part? | alerts, `make status` | an operator looks |
 //!
-//! One loop ([`Health::watch`]) asks the checks; the endpoints render what it saw last, so a request asks neither the database nor a
-//! broker. What it saw too long ago says nothing, and is a no. Anybody hears the [`Cause`]; the reason in words is for
-//! the log and for the roles of the admin listener. Nothing survives the process.
+//! One loop ([`Health::watch`]) asks the checks. The endpoints render what it saw last, so a request asks neither the
+//! database nor a broker. A look that is too old says nothing, and is a no. Every caller gets the [`Cause`]; the reason
+//! in words is for the log and for the roles of the admin listener. Nothing survives the process.
 
 mod questions;
 mod standing;
@@ -39,13 +39,13 @@ use std::{
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-/// How long one check may take; a slower answer counts as none.
+/// How long one check may take; a check that takes longer counts as one without an answer.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a broker may take; less, so that no answer is known to be Kafka's.
+/// How long a broker may take. It is shorter than [`CHECK_TIMEOUT`], so that a missing answer is known to be Kafka's.
 const BROKER_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// How often [`Health::watch`] looks.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
-/// What was seen so long ago says nothing of now: several looks were missed.
+/// A look so long ago says nothing of now: several looks were missed.
 const TOO_OLD: Duration = Duration::from_secs(15);
 /// A process whose loop has not turned for so long is not alive.
 const LIVE_MAX: Duration = Duration::from_secs(60);
@@ -57,12 +57,12 @@ const PROCESS: Name = Cow::Borrowed("process");
 
 type Ask = Arc<dyn Fn() -> BoxFuture<'static, Report> + Send + Sync>;
 
-/// What depends on a check.
+/// The answers that depend on a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Concern {
-    /// Whether callers are sent here, and health.
+    /// Whether callers are sent to this process, and health.
     Callers,
-    /// Health alone.
+    /// Health alone: readiness ignores the check.
     Work,
 }
 
@@ -72,20 +72,20 @@ pub struct Health(Arc<Inner>);
 
 struct Inner {
     stopping: CancellationToken,
-    /// What is waited for before the process begins.
+    /// What the process waits for before it begins; `None`: it has begun.
     starting: Mutex<Option<&'static str>>,
     checks: Mutex<BTreeMap<Name, (Concern, Ask)>>,
     seen: Mutex<Option<Seen>>,
     began: Instant,
-    /// How the process itself stood when it was last asked.
+    /// The standing of the process itself when it was last asked.
     process: Mutex<Option<Standing>>,
-    /// That the pool of connections is full.
+    /// The outage of the pool: all its connections are in use.
     pool: Mutex<Option<Arc<Outage>>>,
-    /// There is a new check.
+    /// Wakes the loop: there is a new check.
     added: Notify,
 }
 
-/// What was seen at one look.
+/// The parts as one look saw them.
 #[derive(Debug, Clone)]
 struct Seen {
     at: Instant,
@@ -95,11 +95,11 @@ struct Seen {
 /// The answer of `/readyz`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Readiness {
-    /// Whether callers should be sent here.
+    /// Whether callers should be sent to this process.
     pub ready: bool,
-    /// What callers need: `ok`, or the cause.
+    /// The parts that callers need: `ok`, or the cause.
     pub checks: BTreeMap<Name, &'static str>,
-    /// How long ago that was seen.
+    /// How long ago the loop saw that, in seconds; absent before the first look.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub age_seconds: Option<f64>,
 }
@@ -109,10 +109,10 @@ pub struct Readiness {
 pub struct Healthiness {
     /// Whether all work moves.
     pub healthy: bool,
-    /// How long ago that was seen.
+    /// How long ago the loop saw that, in seconds; absent before the first look.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub age_seconds: Option<f64>,
-    /// Each part.
+    /// The standing of each part, by its name.
     pub parts: BTreeMap<Name, Standing>,
 }
 
@@ -121,7 +121,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Health {
-    /// A registry without checks; from when `stopping` is cancelled, it is not ready.
+    /// A registry without checks; from when `stopping` is cancelled, the process is not ready.
     #[must_use]
     pub fn new(stopping: &CancellationToken) -> Self {
         Self(Arc::new(Inner {
@@ -136,18 +136,19 @@ impl Health {
         }))
     }
 
-    /// The process has not begun; it waits for this.
+    /// The process has not begun; it waits for `waits_for`.
     pub fn starting(&self, waits_for: &'static str) {
         *lock(&self.0.starting) = Some(waits_for);
     }
 
-    /// It has.
+    /// The process has begun.
     pub fn started(&self) {
         *lock(&self.0.starting) = None;
         self.0.added.notify_one();
     }
 
-    /// Adds a check of what callers need, or replaces the one of that name: while it is red, no traffic is sent here.
+    /// Adds a check of what callers need, or replaces the one of that name: while it is red, no traffic is sent to this
+    /// process.
     pub fn callers_need<F, Fut>(&self, name: impl Into<Name>, check: F)
     where
         F: Fn() -> Fut + Send + Sync + 'static,
@@ -175,9 +176,9 @@ impl Health {
         self.0.added.notify_one();
     }
 
-    /// Callers need `database`: it answers, over the pool that their requests use. The part `connections`: this process does not
-    /// use all connections of its pool and want more. And the part `clock`: the host's clock and the database's are less than two
-    /// minutes apart.
+    /// Adds three checks. Callers need `database`: it answers, over the pool that their requests use. The part
+    /// `connections`: this process does not use all connections of its pool and want more. The part `clock`: the host's
+    /// clock and the database's are less than two minutes apart.
     pub fn database(&self, pool: &PgPool) {
         let (pool, outage, full) = (pool.clone(), Outage::of_database(pool), Outage::of_pool(pool));
         let clock = DatabaseClock::of(outage.dependency());
@@ -194,7 +195,7 @@ impl Health {
                         works.working();
                         Report::fine()
                     }
-                    // The database answers: how long that goes well is judged with the other checks.
+                    // The database answers; how long the pool may stay full is judged with the other checks.
                     Err(error) if is_pool_full(&error) => {
                         outage.working();
                         Trouble::from(&error).into()
@@ -216,7 +217,8 @@ impl Health {
         });
     }
 
-    /// Callers need `tables`: these are there, with these rights, and take writes if they are to be written to.
+    /// Adds a check. Callers need `tables`: these are there, with these rights, and take writes if they are to be
+    /// written to.
     pub fn tables(&self, pool: &PgPool, needs: &'static [Needs]) {
         let pool = pool.clone();
         self.callers_need("tables", move || {
@@ -232,8 +234,8 @@ impl Health {
         });
     }
 
-    /// Callers need `name`: this question, which is like theirs, is answered over their pool. A plan that a changed table has made
-    /// stale is replaced, as it is for them.
+    /// Adds a check. Callers need `name`: the question `ask`, which is like theirs, is answered over their pool. A plan
+    /// that a changed table has made stale is replaced, as it is for them.
     pub fn answers<F, Fut>(&self, name: &'static str, ask: F)
     where
         F: Fn() -> Fut + Send + Sync + Clone + 'static,
@@ -253,7 +255,7 @@ impl Health {
         });
     }
 
-    /// The part `kafka`: a broker answers.
+    /// Adds the part `kafka`: a broker answers.
     pub fn kafka(&self, settings: &KafkaSettings) -> Result<(), rdkafka::error::KafkaError> {
         let client: BaseConsumer = topics::client(settings).create()?;
         let client = Arc::new(client);
@@ -272,7 +274,7 @@ impl Health {
         Ok(())
     }
 
-    /// Asks every check, side by side, and keeps what they say. [`Health::watch`] does it over and over.
+    /// Asks every check, side by side, and keeps the reports. [`Health::watch`] does it over and over.
     pub async fn look(&self) {
         self.look_within(CHECK_TIMEOUT).await;
     }
@@ -322,7 +324,7 @@ impl Health {
         clock::monotonic().saturating_duration_since(turned) < LIVE_MAX
     }
 
-    /// Whether callers should be sent here, as it was last seen.
+    /// Whether callers should be sent to this process, as the loop last saw it.
     #[must_use]
     pub fn readiness(&self) -> Readiness {
         let (process, seen, age) = self.last();
@@ -333,7 +335,7 @@ impl Health {
         Readiness { ready: checks.values().all(|word| *word == "ok"), checks, age_seconds: age }
     }
 
-    /// Whether all work moves, as it was last seen, with the reasons in words.
+    /// Whether all work moves, as the loop last saw it, with the reasons in words.
     #[must_use]
     pub fn healthiness(&self) -> Healthiness {
         let (process, seen, age) = self.last();
@@ -343,7 +345,7 @@ impl Health {
         Healthiness { healthy: !parts.values().any(Standing::is_red), age_seconds: age, parts }
     }
 
-    /// What is wrong with the process itself; what was last seen, and how long ago.
+    /// The trouble of the process itself; what the loop last saw, and how long ago.
     fn last(&self) -> (Option<Cause>, Option<Seen>, Option<f64>) {
         let seen = lock(&self.0.seen).clone();
         let age = seen.as_ref().map(|seen| clock::monotonic().saturating_duration_since(seen.at));
@@ -357,7 +359,7 @@ impl Health {
         (cause, seen, age.map(|age| (age.as_secs_f64() * 10.0).round() / 10.0))
     }
 
-    /// How the process itself stands; since when is remembered while it is red.
+    /// The standing of the process itself, which remembers since when it is red.
     fn process(&self, cause: Option<Cause>) -> Standing {
         let reason = |cause| match cause {
             Cause::Starting => lock(&self.0.starting).unwrap_or("the first look at the parts"),
@@ -377,8 +379,8 @@ impl Health {
         now
     }
 
-    /// For `/metrics`: how old what was last seen is, and how the process stands. No look tells that: a process that never looks
-    /// is the one to be told of.
+    /// Sets on `/metrics` how old the last look is, and how the process stands. No look can do that: a process that
+    /// never looks is the one to be reported.
     pub(super) fn tell_age(&self) {
         let (cause, _, age) = self.last();
         metrics::gauge!("health_age_seconds").set(age.unwrap_or(f64::NAN));
@@ -387,7 +389,7 @@ impl Health {
 }
 
 impl Healthiness {
-    /// Without what is for the admin listener's roles.
+    /// Removes the reasons, which are for the admin listener's roles only.
     #[must_use]
     pub fn for_anybody(mut self) -> Self {
         self.parts.values_mut().for_each(|part| part.reason = None);

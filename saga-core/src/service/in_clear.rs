@@ -1,14 +1,14 @@
-//! What others on the way can read, or ask for: said once when a process starts, for each place that it talks to without encryption,
-//! and for each database whose server is not verified.
+//! Warnings of what others on the way can read, or ask for. A process logs them once when it starts, for each place
+//! that it talks to without encryption. It also logs one for each database whose server is not verified.
 //!
-//! Loopback and Unix sockets leave the machine's memory nowhere, so nothing is said of them. Everything else is told of, also
-//! where a network is trusted: only its operator can know that.
+//! Loopback and Unix sockets leave the machine's memory nowhere, so there is no warning for them. There is one for
+//! every other place, also where a network is trusted: only its operator can know that.
 
 use http::Uri;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use std::net::IpAddr;
 
-/// Says so when the connection to this database may be without encryption, or its server may be another.
+/// Warns when the connection to this database may be without encryption, or its server may be another.
 pub fn warn_of_database(options: &PgConnectOptions) {
     let host = options.get_host();
     let what = match options.get_ssl_mode() {
@@ -30,7 +30,7 @@ pub fn warn_of_database(options: &PgConnectOptions) {
     }
 }
 
-/// Says so when requests to the place that `variable` names go without encryption. `what` can then be read on the way.
+/// Warns when requests to the place that `variable` names go without encryption. `what` can then be read on the way.
 pub fn warn_of_http(variable: &str, url: &str, what: &str) {
     let Ok(uri) = url.parse::<Uri>() else { return };
     let host = uri.host().unwrap_or_default();

@@ -1,25 +1,26 @@
-//! Says for whom a statement waits: a start that waits for a lock looks like one that hangs.
+//! Reports which session a statement waits for: a start that waits for a lock looks like one that hangs.
 //!
-//! Who runs the statement goes on waiting for as long as it takes. Over a second connection it is looked who has the lock,
-//! and that is said once, and again only when somebody else has it.
+//! The statement goes on waiting for as long as it takes. Over a second connection the watch asks which sessions have
+//! the lock. It reports them once, and again only when another session has it.
 
 use sqlx::{Connection, PgConnection, postgres::PgConnectOptions};
 use std::{collections::BTreeSet, convert::Infallible, time::Duration};
 
-/// A statement that takes longer is looked after, as often as this. Most locks are held for milliseconds.
+/// The watch begins when a statement takes longer than this, and looks again as often. Most locks are held for
+/// milliseconds.
 const LOOK: Duration = Duration::from_secs(3);
 
-/// What the second connection calls itself.
+/// The second connection's `application_name`.
 const APPLICATION: &str = "migrate-watch";
 
-/// Looks after one connection's statements.
+/// Watches the statements of one connection.
 pub(super) struct LockWatch {
     options: PgConnectOptions,
     backend: i32,
 }
 
-/// Somebody who has, or comes before us for, a lock that we want: pid, application, state, age of the transaction in
-/// seconds. Of what another role does, PostgreSQL may not tell us.
+/// A session that has, or comes before us for, a lock that we want: pid, application, state, age of the transaction in
+/// seconds. PostgreSQL may hide what another role does.
 type Blocker = (i32, Option<String>, Option<String>, Option<i64>);
 
 impl LockWatch {
@@ -28,7 +29,7 @@ impl LockWatch {
         Ok(Self { options: options.clone().application_name(APPLICATION), backend })
     }
 
-    /// Does `work`, a statement of the connection that is looked after; `say` is told for whom it waits.
+    /// Does `work`, a statement of the watched connection; `say` gets the sessions that it waits for.
     pub(super) async fn during<T>(&self, work: impl Future<Output = T>, say: impl Fn(&str)) -> T {
         tokio::select! {
             done = work => done,
@@ -47,7 +48,7 @@ impl LockWatch {
                         say(&described(&blockers));
                     }
                 }
-                // Without knowing it, either, whether there is somebody: it may be a statement that takes long.
+                // It is then not known whether there is a blocker: the statement may just take long.
                 Err(error) => {
                     connection = None;
                     if !std::mem::replace(&mut blind, true) {
@@ -78,7 +79,7 @@ impl LockWatch {
     }
 }
 
-/// `pid 4711 (psql, idle in transaction, its transaction is 312 s old)`.
+/// Describes blockers: `pid 4711 (psql, idle in transaction, its transaction is 312 s old)`.
 fn described(blockers: &[Blocker]) -> String {
     let one = |(pid, application, state, seconds): &Blocker| {
         if *pid == 0 {

@@ -1,11 +1,12 @@
 //! One JSON object per log event.
 //!
 //! Every line carries `service`, `trace_id`, and the fields of all spans it happened in (an inner span wins), at the
-//! top level: `saga`, `message_id`, `request_id` are found by their name, wherever they were set. A saga's id is there under
-//! its type's name too, if this process has declared the type ([`name_sagas`]): of an `order` saga, `order` is found.
+//! top level. So `saga`, `message_id`, `request_id` are found by their name, wherever they were set. A saga's id is
+//! there under its type's name too, if this process has declared the type ([`name_sagas`]): of an `order` saga, `order`
+//! is found.
 //!
-//! Names of fields come from the program alone. A value may come from anywhere (a record's headers, a provider, an error of a
-//! broker), so each text is cleaned and has an end.
+//! The names of fields come from the program alone. A value may come from anywhere (a record's headers, a provider, an
+//! error of a broker), so each text is cleaned and has an end.
 
 use opentelemetry::trace::TraceContextExt;
 use serde_json::{Map, Value};
@@ -33,14 +34,14 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-/// Longest text in a line, in characters: a reason has a thousand, and an error may hold several.
+/// The longest text in a line, in characters: a reason has a thousand, and an error may hold several.
 const TEXT_MAX: usize = 4_000;
 
 /// The types of sagas whose ids are found under the type's name.
 static SAGAS: RwLock<BTreeSet<String>> = RwLock::new(BTreeSet::new());
 
-/// Has the ids of sagas of these types found under the type's name. What a record calls its saga is no such name by itself:
-/// whoever forges records would give the fields of our logs their names.
+/// Has the ids of sagas of these types found under the type's name. A record's own name for its saga does not become
+/// such a name: forged records would give the fields of our logs their names.
 pub fn name_sagas<'a>(types: impl IntoIterator<Item = &'a str>) {
     SAGAS.write().unwrap_or_else(PoisonError::into_inner).extend(types.into_iter().map(str::to_owned));
 }
@@ -49,10 +50,11 @@ fn is_declared(saga_type: &str) -> bool {
     SAGAS.read().unwrap_or_else(PoisonError::into_inner).contains(saga_type)
 }
 
-/// `text` with an end, and without what a terminal or a reader of lines takes for more than text. Line breaks and tabs stay.
+/// `text` with an end, and without characters that a terminal or a reader of lines takes for more than text. Line
+/// breaks and tabs stay.
 fn clean(text: &str) -> Cow<'_, str> {
     let strange = |c: char| {
-        // Separators of lines and paragraphs, and what turns the direction of writing.
+        // Separators of lines and paragraphs, and characters that turn the direction of writing.
         let formats = matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
         formats || c.is_control() && !matches!(c, '\n' | '\t')
     };
@@ -68,7 +70,7 @@ fn clean(text: &str) -> Cow<'_, str> {
     Cow::Owned(clean)
 }
 
-/// Fields as people read them, cleaned likewise. An event stays on its line.
+/// Formats fields for people, cleaned with [`clean`]. An event stays on its line.
 pub(crate) fn cleaned() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
     let one = |writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug| {
         let value = format!("{value:?}");
@@ -88,8 +90,8 @@ pub(crate) struct JsonLines<F> {
     dispatch: OnceLock<WeakDispatch>,
 }
 
-/// The fields of an event, or of a span, beside which they are kept. Nearly no span is ever written of, but each message has
-/// one: so this is as little as can be.
+/// The fields of an event, or of a span, beside which they are kept. Nearly no span is ever written to the log, but
+/// each message has one: so this is as small as can be.
 #[derive(Default)]
 struct Fields(Vec<(&'static str, Value)>);
 
@@ -162,7 +164,7 @@ where
 }
 
 impl<F> JsonLines<F> {
-    /// Empty outside of any span.
+    /// The id of the trace; empty outside of any span.
     fn trace_id<S>(&self, event: &Event<'_>, context: &Context<'_, S>) -> String
     where
         S: Subscriber + for<'a> LookupSpan<'a>,
@@ -178,7 +180,7 @@ impl<F> JsonLines<F> {
     }
 }
 
-/// A field never overwrites what every line has.
+/// Renames a field that would overwrite one that every line has.
 fn free_name(name: &str) -> String {
     match name {
         "timestamp" | "level" | "service" | "target" | "message" | "trace_id" => format!("field_{name}"),
@@ -187,7 +189,7 @@ fn free_name(name: &str) -> String {
 }
 
 impl Fields {
-    /// Of two values the later counts.
+    /// Sets a field; of two values the later counts.
     fn set(&mut self, field: &Field, value: impl Into<Value>) {
         match self.0.iter_mut().find(|(name, _)| *name == field.name()) {
             Some((_, known)) => *known = value.into(),
@@ -246,7 +248,7 @@ mod tests {
         }
     }
 
-    /// What is logged while `work` runs.
+    /// The lines that are logged while `work` runs.
     fn logged(work: impl FnOnce()) -> Vec<Value> {
         let lines = Lines::default();
         let writer = lines.clone();

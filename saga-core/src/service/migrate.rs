@@ -1,11 +1,12 @@
 //! Migrations: one folder per owner, one history table per owner, one process at a time.
 //!
-//! refinery takes no lock, so fifty first starts at once would trip over each other's `create table`; here each holds a
+//! refinery takes no lock, so fifty first starts at once would trip over each other's `create table`. Here each holds a
 //! PostgreSQL advisory lock around it, on a connection of its own, and all but the first find nothing left to do. A
 //! process that dies here loses its connection, and with it the lock and the migration that was running: each is one
 //! transaction. An applied migration that was edited afterwards is refused, never run.
 //!
-//! Whoever waits, for its turn or for a lock that a migration needs, says for whom, and waits on.
+//! A process that waits, for its turn or for a lock that a migration needs, logs which session it waits for, and waits
+//! on.
 
 use super::{config::DatabaseSettings, database, in_clear, lock_watch::LockWatch};
 use refinery::Runner;
@@ -30,9 +31,9 @@ mod saga {
 
 /// One owner's migrations, embedded in the binary.
 pub struct Migrations {
-    /// Whose; the history table is `refinery_<owner>`.
+    /// The owner's name; the history table is `refinery_<owner>`.
     pub owner: &'static str,
-    /// From `refinery::embed_migrations!`.
+    /// The migrations, from `refinery::embed_migrations!`.
     pub runner: Runner,
 }
 
@@ -50,7 +51,7 @@ pub fn messaging_migrations() -> Migrations {
     Migrations { owner: "messaging", runner: messaging::migrations::runner() }
 }
 
-/// The orchestrator's tables.
+/// The tables of the orchestrator: sagas, their logs and timers.
 #[must_use]
 pub fn saga_migrations() -> Migrations {
     Migrations { owner: "saga", runner: saga::migrations::runner() }
@@ -59,22 +60,22 @@ pub fn saga_migrations() -> Migrations {
 /// Migrations that did not run.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
-    /// The connection or the lock.
+    /// The connection or the lock failed.
     #[error(transparent)]
     Database(#[from] sqlx::Error),
-    /// One owner's migrations.
+    /// One owner's migrations failed.
     #[error("migrations of `{owner}`: {source}")]
     Refinery {
-        /// Whose.
+        /// The owner's name.
         owner: &'static str,
         /// What went wrong, with the migration's name.
         source: refinery::Error,
     },
 }
 
-/// Brings the schema up to date, in the order of `all`; waits for the database. Says how many migrations it applied.
+/// Brings the schema up to date, in the order of `all`; waits for the database. Returns how many migrations it applied.
 pub async fn migrate(settings: &DatabaseSettings, all: &[Migrations]) -> Result<usize, MigrateError> {
-    // Each process comes here first that has a database of its own.
+    // Each process that has a database of its own comes here first.
     in_clear::warn_of_database(&settings.options);
     let options = database::prepare(&settings.options, "migrate");
     let mut session = Session::open(&options).await?;
@@ -141,7 +142,7 @@ struct Session {
     connection: PgConnection,
     database: String,
     watch: LockWatch,
-    /// Whose migrations run at present, and which there are.
+    /// The owner whose migrations run at present.
     owner: &'static str,
     embedded: Vec<Migration>,
 }

@@ -1,9 +1,9 @@
-//! When to stop. One token says so to everything; see [`super::supervisor`] for how long each may take.
+//! The signal to stop. One token carries it to everything; see [`super::supervisor`] for how long each task may take.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// A token that SIGTERM or SIGINT cancels. A second signal ends the process at once, for whoever has no patience.
+/// A token that SIGTERM or SIGINT cancels. A second signal ends the process at once, for an operator without patience.
 ///
 /// # Panics
 /// When called outside a tokio runtime, or when the system refuses a signal handler (it then could not be stopped).

@@ -1,9 +1,9 @@
 //! Named tasks that start, fail and stop together.
 //!
-//! The first task that ends before it was asked to takes the process down with it: half a service, one that answers
+//! The first task that ends before it was asked to takes the process down with it. Half a service, one that answers
 //! HTTP but no longer reads Kafka, say, is worse than one that is restarted. When asked to stop, each task has
-//! [`GRACE`] to finish what is in flight; what is left then is dropped, which is what a crash would do and therefore
-//! safe.
+//! [`GRACE`] to finish what is in flight. A task that is left then is dropped, which is what a crash would do and
+//! therefore safe.
 
 use futures::{FutureExt, future::BoxFuture};
 use std::{panic::AssertUnwindSafe, process::ExitCode, time::Duration};
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 /// kill.
 pub const GRACE: Duration = Duration::from_secs(20);
 
-/// Any task's error.
+/// The error of any task.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A named part of a process. See [`task`].
@@ -32,21 +32,21 @@ where
     Task { name, future: future.map(|result| result.map_err(Into::into)).boxed() }
 }
 
-/// Why a process ended other than by being asked to.
+/// Why a process ended without having been asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum SupervisorError {
     /// A task ended with an error.
     #[error("`{task}` failed: {source}")]
     Failed {
-        /// Which.
+        /// The name of the task.
         task: &'static str,
-        /// Why.
+        /// The error that the task returned.
         source: BoxError,
     },
-    /// A task ended although nobody asked it to.
+    /// A task ended although it was not asked to.
     #[error("`{task}` ended by itself")]
     Ended {
-        /// Which.
+        /// The name of the task.
         task: &'static str,
     },
     /// Tasks did not finish in time and were dropped.
@@ -107,7 +107,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
 }
 
-/// Logs why the process ends, if it is not because it was asked to, and says so to whoever started it.
+/// Logs why the process ends, if it was not asked to, and returns the exit code for its parent.
 #[must_use]
 pub fn exit_code<E: Into<anyhow::Error>>(result: Result<(), E>) -> ExitCode {
     match result {

@@ -1,9 +1,8 @@
 //! Logs, traces and metrics of a process.
 //!
-//! Trace ids exist whether or not traces are sent anywhere: every request and message gets one, [`crate::trace`] carries
-//! it from HTTP through the outbox and Kafka to the consumer, and every log line has it. Spans are
-//! exported by OTLP only when `OTEL_EXPORTER_OTLP_ENDPOINT` is set; what cannot be delivered is dropped, never waited
-//! for.
+//! Trace ids exist whether or not traces are sent anywhere. Every request and message gets one, [`crate::trace`]
+//! carries it from HTTP through the outbox and Kafka to the consumer, and every log line has it. Spans are exported by
+//! OTLP only when `OTEL_EXPORTER_OTLP_ENDPOINT` is set. A span that cannot be delivered is dropped, never waited for.
 
 pub use super::log_line::name_sagas;
 use super::{
@@ -21,9 +20,9 @@ use tracing_subscriber::{
     EnvFilter, Layer, Registry, filter::LevelFilter, layer::SubscriberExt, util::SubscriberInitExt,
 };
 
-/// What libraries say over and over is not heard unless it is asked for by name: whoever uses them here says once that
-/// Kafka or the database is away, while librdkafka tells each failed reconnect, and sqlx each connection that it finds
-/// broken and each that somebody waits for. SQL notices are PostgreSQL's chatter.
+/// The levels of libraries that repeat themselves, unless the filter names them. Their users here log once that Kafka
+/// or the database is away. librdkafka logs each failed reconnect; sqlx logs each connection that it finds broken, and
+/// each that a task waits for. SQL notices are PostgreSQL's chatter.
 const QUIET: [(&str, LevelFilter); 6] = [
     ("librdkafka", LevelFilter::OFF),
     ("rdkafka", LevelFilter::OFF),
@@ -34,14 +33,15 @@ const QUIET: [(&str, LevelFilter); 6] = [
 ];
 const DEFAULT_FILTER: &str = "info";
 
-/// Seconds; from half a millisecond (one transaction) to half a minute (a step's deadline).
+/// The upper bounds of the buckets, in seconds: from half a millisecond (one transaction) to half a minute (a step's
+/// deadline).
 const LATENCY_BUCKETS: [f64; 16] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0];
 
 /// How long the end of a process waits for its last spans to be sent.
 const EXPORT_GRACE: Duration = Duration::from_secs(2);
 
-/// A valid [`super::TelemetryArgs`].
+/// The settings of a valid [`super::TelemetryArgs`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TelemetrySettings {
     filter: String,
@@ -50,7 +50,7 @@ pub struct TelemetrySettings {
     otlp_credentials: Credentials,
 }
 
-/// Whether the exporter sends headers that it was given for the collector, which it reads itself.
+/// Whether the exporter sends headers for the collector, which it reads from the environment itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Credentials {
     Sent,
@@ -76,7 +76,7 @@ impl Default for TelemetrySettings {
     }
 }
 
-/// The filter, and the libraries' directives where it does not name them; they make nothing louder.
+/// Adds the libraries' directives to the filter where it does not name them; they make nothing louder.
 fn with_quiet(filter: &str) -> String {
     let level = |directive: &str| directive.parse::<LevelFilter>().ok();
     let everything = filter.split(',').filter_map(|directive| level(directive.trim())).next_back();
@@ -93,7 +93,7 @@ fn with_quiet(filter: &str) -> String {
     quiet.chain([filter.to_owned()]).collect::<Vec<_>>().join(",")
 }
 
-/// For whom the logs are.
+/// The form of a log line: for machines, or for people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Format {
     Json,
@@ -149,7 +149,7 @@ pub struct TelemetryGuard {
 }
 
 impl TelemetryGuard {
-    /// What `/metrics` renders.
+    /// The recorder that `/metrics` renders.
     #[must_use]
     pub fn metrics(&self) -> PrometheusHandle {
         self.metrics.clone()
@@ -158,7 +158,7 @@ impl TelemetryGuard {
 
 impl Drop for TelemetryGuard {
     fn drop(&mut self) {
-        // Without an exporter there is nothing to lose, and with one nobody is left to tell.
+        // Without an exporter there are no spans to lose, and with one there is no place left to log an error.
         let _ = self.provider.shutdown_with_timeout(EXPORT_GRACE);
     }
 }
@@ -166,10 +166,10 @@ impl Drop for TelemetryGuard {
 /// Telemetry that could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
-    /// The OTLP exporter.
+    /// The OTLP exporter could not be built.
     #[error("the trace exporter cannot be built: {0}")]
     Exporter(#[from] opentelemetry_otlp::ExporterBuildError),
-    /// The metrics recorder.
+    /// The metrics recorder could not be installed.
     #[error("the metrics recorder cannot be installed: {0}")]
     Metrics(#[from] BuildError),
     /// Another subscriber is installed already.
@@ -195,8 +195,8 @@ pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<Telem
     };
     // The filter was valid when the settings were read.
     let filter = EnvFilter::try_new(&settings.filter).unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
-    // Without what is measured whenever a span's task is polled, and where in the code a span is: a batch has a span for each
-    // message, and those are always the same place.
+    // The layer leaves out what is measured whenever a span's task is polled, and where in the code a span is. A batch
+    // has a span for each message, and those are always the same place.
     let spans = tracing_opentelemetry::layer()
         .with_tracer(provider.tracer(service))
         .with_location(false)
@@ -217,7 +217,7 @@ pub fn metrics() -> Result<PrometheusHandle, BuildError> {
     let installed = PrometheusBuilder::new().set_buckets(&LATENCY_BUCKETS)?.install_recorder();
     match (installed, HANDLE.get()) {
         (Ok(handle), _) => Ok(HANDLE.get_or_init(|| handle).clone()),
-        // Somebody else was faster.
+        // Another thread was faster.
         (Err(_), Some(handle)) => Ok(handle.clone()),
         (Err(error), None) => Err(error),
     }

@@ -1,8 +1,9 @@
-//! Creates declared topics; reports what is not as declared, and never changes it.
+//! Creates declared topics; reports a topic that is not as declared, and never changes it.
 //!
-//! Each declared topic has its dead letter topic beside it, `<name>.dlt`, with as many partitions and kept for ever: a
-//! dead letter that nobody has read must not go away. Whoever owns a topic creates it at start. Several may try at once, or after one another: a topic that is there
-//! already is what was wanted. A process that dies here has created some; the next start creates the rest.
+//! Each declared topic has its dead letter topic beside it, `<name>.dlt`, with as many partitions. That topic keeps its
+//! records for ever: a dead letter must not go away before an operator has read it. A topic's owner creates it at
+//! start. Several processes may try at once, or after one another: a topic that is there already is what was wanted. A
+//! process that dies here has created some; the next start creates the rest.
 
 use super::config::KafkaSettings;
 use crate::{
@@ -21,10 +22,10 @@ use std::{sync::Arc, time::Duration};
 
 /// How long one request to Kafka may take before it is asked again.
 const REQUEST: Duration = Duration::from_secs(10);
-/// How long the question for what there is may take. It blocks a thread, and a process that is told to stop waits for
+/// How long Kafka may take to list its topics. The call blocks a thread, and a process that is asked to stop waits for
 /// its threads.
 const METADATA: Duration = Duration::from_secs(2);
-/// How long to wait between attempts while Kafka is away.
+/// The pauses between attempts while Kafka is away.
 const WAIT: Backoff = Backoff::doubling(Duration::from_millis(200), Duration::from_secs(2));
 
 /// What [`ensure`] found and did.
@@ -39,28 +40,28 @@ pub struct Report {
 /// A topic that is not as declared.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mismatch {
-    /// Which.
+    /// The name of the topic.
     pub topic: String,
-    /// What: `partitions`, `cleanup.policy` or `retention.ms`.
+    /// The setting: `partitions`, `cleanup.policy` or `retention.ms`.
     pub setting: &'static str,
-    /// What the declaration says.
+    /// The value of the declaration.
     pub declared: String,
-    /// What Kafka says.
+    /// The value that Kafka has.
     pub actual: String,
 }
 
 /// Topics that were not created.
 #[derive(Debug, thiserror::Error)]
 pub enum TopicError {
-    /// Kafka refused one; waiting will not change it.
+    /// Kafka refused to create a topic; waiting will not change it.
     #[error("topic `{topic}` cannot be created: {code}")]
     Refused {
-        /// Which.
+        /// The name of the topic.
         topic: String,
-        /// Why.
+        /// Kafka's error code.
         code: RDKafkaErrorCode,
     },
-    /// The client itself.
+    /// The client could not be made, or failed.
     #[error(transparent)]
     Kafka(#[from] KafkaError),
 }
@@ -92,12 +93,13 @@ impl Wanted {
     }
 }
 
-/// Makes sure that every topic of `declared` exists, and its dead letter topic. Waits for Kafka, and says so once; warns of each mismatch.
+/// Makes sure that every topic of `declared` exists, and its dead letter topic. Waits for Kafka, and logs that once;
+/// warns of each mismatch.
 pub async fn ensure(settings: &KafkaSettings, declared: &[Topic]) -> Result<Report, TopicError> {
     ensure_and_tell(settings, declared, |_| {}).await
 }
 
-/// Likewise; `tell` hears what stands in the way.
+/// Makes sure of the topics like [`ensure`]; `tell` gets what stands in the way.
 pub(super) async fn ensure_and_tell(
     settings: &KafkaSettings,
     declared: &[Topic],
@@ -143,7 +145,7 @@ fn is_a_right(code: RDKafkaErrorCode) -> bool {
     matches!(code, Code::TopicAuthorizationFailed | Code::ClusterAuthorizationFailed | Code::PolicyViolation)
 }
 
-/// A quiet client: whoever uses it says what went wrong, once.
+/// A client that logs nothing itself: its user logs what went wrong, once.
 pub(super) fn client(settings: &KafkaSettings) -> ClientConfig {
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", &settings.brokers).set("log.connection.close", "false");
@@ -172,7 +174,7 @@ async fn attempt(
     Ok(Report { created, mismatches })
 }
 
-/// Every topic with its number of partitions.
+/// Asks for every topic with its number of partitions.
 async fn partitions(admin: &Arc<AdminClient<DefaultClientContext>>) -> Result<Vec<(String, i32)>, KafkaError> {
     let admin = Arc::clone(admin);
     // librdkafka's metadata call blocks its thread.
@@ -218,7 +220,7 @@ async fn create(
     Ok(created)
 }
 
-/// Whether Kafka may say something else in a moment: it is starting, or has fewer brokers than copies for now.
+/// Whether Kafka may answer otherwise in a moment: it is starting, or has fewer brokers than copies for now.
 fn waits(code: RDKafkaErrorCode) -> bool {
     use RDKafkaErrorCode as Code;
     matches!(
@@ -246,7 +248,7 @@ async fn compare_configs(
     let described = admin.describe_configs(&resources, &options).await?;
     let mut mismatches = Vec::new();
     for (topic, config) in present.iter().zip(described) {
-        // Not allowed to read it: then there is nothing to compare.
+        // The process may not read the configuration: then there is nothing to compare.
         let Ok(config) = config else { continue };
         for (setting, declared) in [("cleanup.policy", topic.policy), ("retention.ms", topic.retention.as_str())] {
             let actual = config.get(setting).and_then(|entry| entry.value.clone()).unwrap_or_default();

@@ -1,8 +1,8 @@
 //! Guesses at a listener's tokens: each address has 32, and one more a second.
 //!
-//! What an address has left is looked at before its token is compared, so an answer beyond that tells nothing of the token. Others
-//! are not held up; but what comes through one proxy comes from one address. (A leaky bucket: Turner, "New directions in
-//! communications", 1986.)
+//! The listener checks what an address has left before it compares the token, so an answer beyond that reveals nothing
+//! of the token. Other addresses are not held up; but callers behind one proxy share one address. (A leaky bucket:
+//! Turner, "New directions in communications", 1986.)
 
 use std::{
     collections::HashMap,
@@ -11,9 +11,9 @@ use std::{
     time::Instant,
 };
 
-/// Wrong tokens that an address may show at once.
+/// How many wrong tokens an address may show at once.
 const AT_ONCE: f64 = 32.0;
-/// How many are forgiven in a second.
+/// How many wrong tokens are forgiven in a second.
 const FORGIVEN: f64 = 1.0;
 /// How many addresses are remembered.
 const ADDRESSES: usize = 4_096;
@@ -29,14 +29,15 @@ impl WrongTokens {
         known.get(&network(peer)).is_none_or(|wrong| left(wrong, now) + 1.0 <= AT_ONCE)
     }
 
-    /// The token was wrong; whether it is this address's first for a while.
+    /// Counts a wrong token; returns whether it is this address's first for a while.
     pub(super) fn wrong(&self, peer: IpAddr, now: Instant) -> bool {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= ADDRESSES {
             known.retain(|_, wrong| left(wrong, now) > 0.0);
         }
         if known.len() >= ADDRESSES && !known.contains_key(&network(peer)) {
-            // The one that has least to be forgiven. Who is held up stays so, however many others come.
+            // Removes the address that has least to be forgiven. An address that is held up stays so, however many
+            // others come.
             let least = known.iter().min_by(|(_, a), (_, b)| left(a, now).total_cmp(&left(b, now)));
             if let Some(address) = least.map(|(address, _)| *address) {
                 known.remove(&address);
@@ -52,7 +53,7 @@ fn left((wrong, since): &(f64, Instant), now: Instant) -> f64 {
     (wrong - now.saturating_duration_since(*since).as_secs_f64() * FORGIVEN).max(0.0)
 }
 
-/// One customer of a provider has a whole network of IPv6 addresses.
+/// The network of an address: one customer of a provider has a whole network of IPv6 addresses.
 fn network(peer: IpAddr) -> IpAddr {
     match peer.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),

@@ -6,11 +6,11 @@ use crate::{
 };
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgListener};
 
-/// A database of one test's own. Dropped, connections and all, when this value is.
+/// A database of one test's own. Dropping this value drops the database and its connections.
 pub struct TestDatabase {
-    /// Connected to it; at most eight connections.
+    /// A pool of at most eight connections to it.
     pub pool: PgPool,
-    /// What `DATABASE_URL` would say for a process that uses it.
+    /// The value of `DATABASE_URL` for a process that uses it.
     pub url: String,
     name: String,
     server: String,
@@ -20,7 +20,7 @@ impl TestDatabase {
     /// Creates a database and runs `migrations` in their order.
     ///
     /// # Panics
-    /// When `DATABASE_URL` is not set or its server refuses: a test without its database has nothing to say.
+    /// If `DATABASE_URL` is not set or its server refuses: a test without its database can show nothing.
     pub async fn new(migrations: &[Migrations]) -> Self {
         let server = std::env::var("DATABASE_URL").expect("DATABASE_URL names the PostgreSQL server that tests use");
         let name = super::unique("test").replace('-', "_");
@@ -37,7 +37,7 @@ impl TestDatabase {
         Self { pool, url, name, server }
     }
 
-    /// Hears what the relay is told.
+    /// Listens to the nudges that wake the relay.
     ///
     /// # Panics
     /// When the server refuses.
@@ -47,7 +47,7 @@ impl TestDatabase {
         listener
     }
 
-    /// Cuts every connection to this database but the one that asks, as a crash of the server would; says how many.
+    /// Cuts every connection to this database but its own, as a crash of the server would; returns how many.
     pub async fn cut_connections(&self) -> i64 {
         let mut admin = PgConnection::connect(&self.server).await.expect("the server is there");
         sqlx::query_scalar("select count(pg_terminate_backend(pid)) from pg_stat_activity where datname = $1")
@@ -57,13 +57,13 @@ impl TestDatabase {
             .expect("the user of DATABASE_URL may terminate backends")
     }
 
-    /// An outage: refuses new connections and cuts those there are, until [`TestDatabase::open`].
+    /// Begins an outage: refuses new connections and cuts the existing ones, until [`TestDatabase::open`].
     pub async fn shut(&self) {
         self.alter("with allow_connections false").await;
         self.cut_connections().await;
     }
 
-    /// The end of an outage.
+    /// Ends an outage.
     pub async fn open(&self) {
         self.alter("with allow_connections true").await;
     }

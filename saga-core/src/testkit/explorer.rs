@@ -1,16 +1,16 @@
-//! Every interleaving of a saga: the production `decide` against a network that loses nothing in particular and
-//! everything in general, participants with fences, impatient timers, cancels, operators.
+//! Every interleaving of a saga: the production `decide` against a network that may lose, repeat and reorder anything,
+//! participants with fences, impatient timers, cancels, and operators.
 //!
 //! The network never forgets a message: each may be delivered at any time, in any order, any number of times, or never.
-//! That is delivery, duplication, reordering and delay at once; and a crash as well, because an orchestrator or a
-//! participant that dies before its commit has done nothing, and one that dies after it sees the message again. An
-//! external effect has a crash of its own: between the call and its record lies any amount of time. A participant's
-//! database may forget (a restore, an asynchronous failover): then a fence is lost, and an effect beside it, and an
-//! effect outside is not. Another saga of the same batch may be one that cannot be read.
+//! That is delivery, duplication, reordering and delay at once. It is a crash as well: an orchestrator or a participant
+//! that dies before its commit has done nothing, and one that dies after it sees the message again. An external effect
+//! has a crash of its own: between the call and its record lies any amount of time. A participant's database may forget
+//! (a restore, an asynchronous failover). Then a fence is lost with an effect beside it, and an effect outside is not.
+//! Another saga of the same batch may be unreadable.
 //!
-//! [`Model`] says what can happen to a [`World`] and checks the rules at each step; [`walk`](Model::walk) visits all
-//! worlds there are; property tests take random paths through worlds that are too many to visit. A violation says which
-//! rule, and the schedule that leads to it, which [`Model::replay`] takes again.
+//! [`Model`] knows what can happen to a [`World`] and checks the rules at each step. [`walk`](Model::walk) visits all
+//! worlds; property tests take random paths where the worlds are too many to visit. A violation names the rule and the
+//! schedule that leads to it, which [`Model::replay`] takes again.
 
 mod fences;
 mod messages;

@@ -1,20 +1,21 @@
-//! Fault injection at transaction edges: a process that dies there, an error there, or success that nobody hears of.
+//! Fault injection at transaction edges: the process dies there, an error comes, or a success does not reach the
+//! caller.
 //!
-//! A fail point is a name in this crate's code (`fail_point!`, see `fail_point.rs`) and a *scope* that tells one instance from
-//! another (a consumer group, a participant, an engine), so that tests that run side by side do not hit each other.
-//! Whether the edge comes before or after a commit is what the name says: `after-commit` with [`Fault::Error`] is "it
-//! ran, then there was an error".
+//! A fail point is a name in this crate's code (`fail_point!`, see `fail_point.rs`) and a *scope*. The scope
+//! distinguishes instances (a consumer group, a participant, an engine), so that tests that run side by side do not hit
+//! each other. The name says whether the edge comes before or after a commit: `after-commit` with [`Fault::Error`]
+//! means that the commit ran and then an error came.
 //!
-//! Processes of a crash test are told by the environment: `FAILPOINTS="consumer.after-commit=3*off->1*return(kill)"`
-//! (the syntax of the `fail` crate) hits every scope, `consumer.after-commit@payment-svc=…` one, and
-//! `consumer.after-commit@payment-svc/undo authorize-payment=…` one step there, by itself or with others in its batch (whose
-//! messages count one by one, where some are to be let through).
+//! Processes of a crash test read the environment variable `FAILPOINTS`, in the syntax of the `fail` crate.
+//! `FAILPOINTS="consumer.after-commit=3*off->1*return(kill)"` hits every scope, `consumer.after-commit@payment-svc=…`
+//! one. `consumer.after-commit@payment-svc/undo authorize-payment=…` hits one step there, by itself or with others in
+//! its batch. Where some messages are to be let through, those of a batch count one by one.
 //!
-//! A fault that never fires proves nothing, and a test cannot tell it from one that was survived. So a [`FailPoint`] that
-//! fired less often than it was armed for fails its test when it is dropped, and whatever fires is a warning in the log
-//! ([`FIRES`], with the field `fail_point`), which is how another process's faults are counted.
+//! A fault that never fires proves nothing, and a test cannot distinguish it from one that was survived. So a
+//! [`FailPoint`] that fired less often than it was armed for fails its test when it is dropped. Each fault that fires
+//! is a warning in the log ([`FIRES`], with the field `fail_point`), by which a test counts another process's faults.
 //!
-//! Those with a step are marked.
+//! A scope with `/step` can be narrowed to one step.
 //!
 //! | name | scope | edge |
 //! |---|---|---|
@@ -26,8 +27,8 @@
 //! | `consumer.after-note` | group | a batch is noted after an unclean stop, and not yet tried |
 //! | `consumer.after-attempt` | group | an attempt at a single record is counted, and not yet made |
 //! | `consumer.before-read-until` | group | how far a partition has been read is known, and not written |
-//! | `participant.before-call` | participant/step | an intent is claimed, nobody called |
-//! | `participant.after-call` | participant/step | the call was made, and nobody remembers its answer |
+//! | `participant.before-call` | participant/step | an intent is claimed, the call not made |
+//! | `participant.after-call` | participant/step | the call was made, and its answer is not stored |
 //! | `participant.before-settle-commit` | participant/step | the answer is recorded and replied to, not committed |
 //! | `participant.after-settle-commit` | participant/step | committed, and the process does not know |
 //! | `saga.after-load` | reply topic | the sagas of a batch of replies are locked, nothing is decided |
@@ -45,7 +46,7 @@ use std::{
     sync::{Mutex, MutexGuard, Once, PoisonError},
 };
 
-/// What a process's log says of each fault.
+/// The log message of each fault that fires.
 pub const FIRES: &str = "a fail point fires";
 
 /// What happens at a fail point.
@@ -55,7 +56,7 @@ pub enum Fault {
     Error,
     /// An error of the kind that a lost database connection makes: repeated, counted nowhere.
     Outage,
-    /// In process: whoever hits it stops at once, without cleaning up, as if the process had died.
+    /// In process: the caller stops at once, without cleaning up, as if the process had died.
     Crash,
     /// The process aborts.
     Kill,
@@ -72,7 +73,7 @@ impl Fault {
     }
 }
 
-/// What a fail point returns when it is armed.
+/// The error that an armed fail point returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("fail point: {0:?}")]
 pub struct Injected(pub Fault);
@@ -81,7 +82,8 @@ impl From<Injected> for sqlx::Error {
     fn from(injected: Injected) -> Self {
         match injected.0 {
             Fault::Error => Self::Encode(Box::new(injected)),
-            // A crash too: an error that counts as somebody's own fault is dealt with, and the dead deal with nothing.
+            // A crash is an outage too: an error that counts as a record's own fault is handled, and a dead process
+            // handles nothing.
             Fault::Outage | Fault::Crash | Fault::Kill => {
                 Self::Io(std::io::Error::new(std::io::ErrorKind::ConnectionReset, injected))
             }
@@ -96,7 +98,7 @@ fn fired() -> MutexGuard<'static, BTreeMap<String, usize>> {
     FIRED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An armed fail point; disarmed when dropped, which panics when it has not fired as often as it was armed for.
+/// An armed fail point. Dropping it disarms it, and panics if it has not fired as often as it was armed for.
 #[derive(Debug)]
 #[must_use = "it is disarmed when it is dropped"]
 pub struct FailPoint {
@@ -122,7 +124,7 @@ impl FailPoint {
         Self::arm(name, scope, fault, 0, 1)
     }
 
-    /// Whether it has fired as often as it was armed for.
+    /// Whether the point has fired as often as it was armed for.
     pub fn has_fired(&self) -> bool {
         fired().get(&self.key).is_some_and(|fired| *fired >= self.times)
     }
@@ -133,7 +135,7 @@ impl Drop for FailPoint {
         fail::remove(&self.key);
         let fired = fired().remove(&self.key).unwrap_or_default();
         let Self { key, times, armed_at } = self;
-        // A test that fails already has said why.
+        // A test that fails already has its own message.
         let silent = std::thread::panicking();
         assert!(silent || fired >= *times, "{armed_at}: {key} was to fire {times} times, and fired {fired} times");
     }
@@ -147,7 +149,7 @@ pub fn pass(name: &str, scope: &str) -> Result<(), Injected> {
     pass_with(name, scope, [])
 }
 
-/// Likewise, where it is known whose steps pass it.
+/// Passes a fail point where the steps that pass it are known.
 ///
 /// # Errors
 /// When it is armed, for one of the steps or for any.

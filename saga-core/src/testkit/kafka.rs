@@ -1,4 +1,5 @@
-//! Topics of a test's own on the brokers of `KAFKA_BROKERS`; writing raw records and reading a topic to its end.
+//! Topics of a test's own on the brokers of `KAFKA_BROKERS`; functions that write raw records and read a topic to its
+//! end.
 
 use crate::{consumer::Message, envelope::Envelope};
 use rdkafka::{
@@ -12,7 +13,7 @@ use rdkafka::{
 };
 use std::{ops::Deref, sync::LazyLock, time::Duration};
 
-/// How long the broker may take for anything a test asks of it.
+/// How long the broker may take for each request of a test.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The brokers that tests use.
@@ -55,7 +56,7 @@ impl TestTopic {
         Self { name: name.into() }
     }
 
-    /// Its name.
+    /// The topic's name, with its random part.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -97,7 +98,7 @@ pub async fn create_topic(name: &str, partitions: i32) {
     until_led(name, partitions).await;
 }
 
-/// Waits until the broker has leaders for so many partitions: it answers before its own metadata say what was done.
+/// Waits until the broker has leaders for so many partitions: it answers before its own metadata show the change.
 async fn until_led(name: &str, partitions: i32) {
     super::eventually(PATIENCE, || async {
         let name = name.to_owned();
@@ -127,20 +128,20 @@ pub async fn delete_topic(name: &str) {
 /// A record as it stands in a topic, or as it is to be written there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Record {
-    /// Which partition; when writing, `None` lets the key decide.
+    /// The partition's number; when writing, `None` lets the key decide.
     pub partition: Option<i32>,
-    /// Its place in the partition; ignored when writing.
+    /// The place in the partition; ignored when writing.
     pub offset: i64,
-    /// Its key.
+    /// The record key; `None`: without one.
     pub key: Option<Vec<u8>>,
-    /// Its value; `None` is a tombstone.
+    /// The record's value; `None` is a tombstone.
     pub value: Option<Vec<u8>>,
-    /// Its headers, in their order.
+    /// The headers, in their order.
     pub headers: Vec<(String, Option<Vec<u8>>)>,
 }
 
 impl Record {
-    /// One with the headers of `envelope`, and nothing else yet.
+    /// A record with the headers of `envelope`, and nothing else yet.
     pub fn of(envelope: &Envelope) -> Self {
         let headers = envelope.encode().into_iter();
         let headers = headers.map(|(name, value)| (name.into_owned(), Some(value.into_bytes()))).collect();
@@ -154,7 +155,7 @@ impl Record {
     }
 }
 
-/// The record that `message` was, to be written.
+/// Converts a message back to the record that it was, to be written.
 impl From<&Message> for Record {
     fn from(message: &Message) -> Self {
         Self { key: message.key.clone(), value: message.payload.clone(), ..Self::of(&message.envelope) }
@@ -195,7 +196,7 @@ pub async fn read_to_end(topic: &str) -> Vec<Record> {
     map_to_end(topic, |record| record).await
 }
 
-/// What `map` makes of every record of a topic, for topics whose records are too many to be kept.
+/// Maps every record of a topic, for topics whose records are too many to be kept.
 ///
 /// # Panics
 /// When the topic does not exist or the broker does not answer.
@@ -204,7 +205,7 @@ pub async fn map_to_end<T: Send + 'static>(topic: &str, map: impl Fn(Record) -> 
     tokio::task::spawn_blocking(move || read_blocking(&topic, map)).await.expect("reading a topic does not panic")
 }
 
-/// How many records a topic has had, if none of them is a transaction's marker.
+/// How many records a topic has had, if none of its offsets is a transaction's marker.
 ///
 /// # Panics
 /// When the topic does not exist or the broker does not answer.
@@ -224,7 +225,7 @@ fn read_blocking<T>(topic: &str, map: impl Fn(Record) -> T) -> Vec<T> {
     let consumer: BaseConsumer = ClientConfig::new()
         .set("bootstrap.servers", brokers())
         .set("enable.auto.commit", "false")
-        // Assigning wants a group, though none is joined and nothing is committed.
+        // librdkafka assigns only with a group, though this consumer joins none and commits nothing.
         .set("group.id", "testkit")
         .set("enable.partition.eof", "true")
         .create()
@@ -254,7 +255,7 @@ fn read_blocking<T>(topic: &str, map: impl Fn(Record) -> T) -> Vec<T> {
             }
             // Transaction markers take offsets too: the end of the partition may be one.
             Some(Err(rdkafka::error::KafkaError::PartitionEOF(at))) => open.retain(|&(partition, _)| partition != at),
-            // A leader that has just moved, a broker that is just starting: it passes, or the deadline tells.
+            // A leader has just moved, or a broker is just starting: the error passes, or the deadline ends the loop.
             Some(Err(error)) => tracing::debug!(topic, %error, "reading a topic"),
             None => {}
         }
@@ -262,7 +263,8 @@ fn read_blocking<T>(topic: &str, map: impl Fn(Record) -> T) -> Vec<T> {
     records
 }
 
-/// A topic that was just made has partitions whose leader does not know yet that it is one.
+/// The offsets of the first record and after the last. Repeats: the leader of a new partition may not know yet that it
+/// leads.
 fn watermarks<C: ClientContext>(client: &Client<C>, topic: &str, partition: i32) -> (i64, i64) {
     let deadline = std::time::Instant::now() + PATIENCE;
     loop {

@@ -1,4 +1,4 @@
-//! What a process's log would say.
+//! The log that a process would write.
 
 use crate::service::log_line::JsonLines;
 use serde_json::Value;
@@ -12,8 +12,8 @@ use tracing::{
 };
 use tracing_subscriber::{EnvFilter, Registry, layer::SubscriberExt};
 
-/// Hears what is logged on the thread that made it, until it is dropped: all that a test's tasks say, if its runtime has
-/// that one thread only.
+/// Captures what is logged on the thread that made it, until it is dropped. That is all the log of a test's tasks, if
+/// its runtime has that one thread only.
 #[derive(Debug)]
 pub struct Log {
     lines: Lines,
@@ -34,12 +34,13 @@ impl io::Write for Lines {
     }
 }
 
-/// Where there is only one subscriber, tracing asks the thread that comes to an event first whether it is wanted, and
-/// remembers the answer for all: with another test's thread, which hears nothing, that would be no. With two, both are asked.
+/// With only one subscriber, tracing asks it once whether an event is wanted, on the first thread that comes there. It
+/// remembers the answer for all threads. On another test's thread, which captures nothing, the answer would be no. With
+/// two subscribers, tracing asks both.
 static ANOTHER: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(NoSubscriber::default()));
 
 impl Log {
-    /// Hears what a process with this `RUST_LOG` would write.
+    /// Captures what a process with this `RUST_LOG` would write.
     ///
     /// # Panics
     /// When the filter cannot be read.
@@ -53,7 +54,7 @@ impl Log {
         Self { lines, _heard: tracing::subscriber::set_default(subscriber) }
     }
 
-    /// The lines whose message begins like this, oldest first.
+    /// The lines whose message begins with `message`, oldest first.
     pub fn said(&self, message: &str) -> Vec<Value> {
         let mut lines = self.lines();
         lines.retain(|line| line["message"].as_str().is_some_and(|text| text.starts_with(message)));
@@ -67,12 +68,13 @@ impl Log {
         lines
     }
 
-    /// The SQL that was run, oldest first, if the filter lets `sqlx::query=debug` through. Whoever runs it is not asked, so
-    /// this counts statements as they are sent; only `begin` is not among them, which sqlx does not tell of.
+    /// The SQL that was run, oldest first, if the filter lets `sqlx::query=debug` through. The lines come from sqlx and
+    /// not from the code that runs the SQL, so they count statements as they are sent. Only `begin` is missing, because
+    /// sqlx does not log it.
     pub fn statements(&self) -> Vec<String> {
         let lines = self.lines().into_iter().filter(|line| line["target"] == "sqlx::query");
         let texts = lines.map(|line| {
-            // Long ones are in a field of their own.
+            // sqlx puts long statements in a field of their own.
             let [whole, summary] = ["db.statement", "summary"].map(|field| line[field].as_str().unwrap_or_default());
             if whole.is_empty() { summary.to_owned() } else { whole.trim().to_owned() }
         });

@@ -26,11 +26,11 @@ pub use proxy::FreezingProxy;
 pub use time::{WrongClock, time_passes};
 pub use waiting::{eventually, within};
 
-/// Hands `batch` to a handler as a consumer does, without inbox and Kafka: in a transaction, once more when it says
+/// Hands `batch` to a handler as a consumer does, without inbox and Kafka: in a transaction, again after
 /// [`HandleError::Again`], then the commit.
 ///
 /// # Errors
-/// What the handler says otherwise, without the name of its message, or the database; nothing is committed then.
+/// Any other error of the handler, without the name of its message, or the database's; nothing is committed then.
 pub async fn deliver(pool: &PgPool, handler: &impl Handler, batch: &[Message]) -> Result<(), HandleError> {
     loop {
         let mut tx = pool.begin().await?;

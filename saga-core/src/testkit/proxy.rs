@@ -1,4 +1,5 @@
-//! A server whose connections fall silent, as when its host is gone and nobody says so; or that is down for a while.
+//! A proxy whose connections fall silent, as when a server's host vanishes without closing them; or that is down for a
+//! while.
 
 use sqlx::{ConnectOptions, postgres::PgConnectOptions};
 use std::{
@@ -16,8 +17,8 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-/// Passes TCP connections on, until they are frozen: from then on nothing comes through and nothing is closed, while
-/// connections that are made later work. While it is shut, it closes what there is and what comes. Ends when it is dropped.
+/// Passes TCP connections on until they are frozen. From then on nothing comes through and nothing is closed, while
+/// later connections work. While the proxy is shut, it closes existing and new connections. It ends when it is dropped.
 #[derive(Debug)]
 pub struct FreezingProxy {
     address: SocketAddr,
@@ -55,7 +56,7 @@ impl FreezingProxy {
         Self { address, frozen, shut, refused, _task: AbortOnDropHandle::new(task) }
     }
 
-    /// A proxy for the server of a database, and the database's URL through it.
+    /// A proxy for the server of a database, and the database's URL through the proxy.
     pub async fn of_database(url: &str) -> (Self, String) {
         let options: PgConnectOptions = url.parse().expect("a database's URL");
         let proxy = Self::new(&format!("{}:{}", options.get_host(), options.get_port())).await;
@@ -63,22 +64,22 @@ impl FreezingProxy {
         (proxy, through.to_url_lossy().to_string())
     }
 
-    /// Lets every connection that there is fall silent, for good.
+    /// Freezes every connection that exists now, for good.
     pub fn freeze(&self) {
         self.frozen.send_modify(|frozen| *frozen += 1);
     }
 
-    /// The server is down, until [`FreezingProxy::open`].
+    /// Takes the server down, until [`FreezingProxy::open`].
     pub fn shut(&self) {
         self.shut.send_replace(true);
     }
 
-    /// It is up again.
+    /// Brings the server up again.
     pub fn open(&self) {
         self.shut.send_replace(false);
     }
 
-    /// How many connections were refused so far.
+    /// How many connections the proxy has refused so far.
     pub fn refused(&self) -> usize {
         self.refused.load(Ordering::SeqCst)
     }
@@ -97,7 +98,7 @@ async fn pass(client: TcpStream, server: String, mut freezes: watch::Receiver<u6
     };
     tokio::select! {
         biased;
-        // Holds the sockets open.
+        // This future holds the sockets open.
         Ok(()) = freezes.changed() => std::future::pending().await,
         () = both => {}
     }

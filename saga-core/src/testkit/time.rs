@@ -1,14 +1,14 @@
-//! Time that passes without anybody waiting, and a host whose clock is wrong.
+//! Time that passes without a wait, and a host whose clock is wrong.
 
 use crate::clock::HOST_IS_OFF_BY;
 use sqlx::PgPool;
 use std::sync::atomic::Ordering;
 
-/// Lets the open wait of every saga in the database be over (a step's deadline, the pause before a resend): the engine's
-/// next `tick` takes them. Deadlines of whole sagas stay as they are.
+/// Ends the open wait of every saga in the database (a step's deadline, the pause before a resend): the engine's next
+/// `tick` takes them. Deadlines of whole sagas stay as they are.
 ///
 /// # Panics
-/// When the database says no.
+/// If the database returns an error.
 pub async fn time_passes(pool: &PgPool) {
     let mut tx = pool.begin().await.expect("a transaction begins");
     let waiting: Vec<uuid::Uuid> = sqlx::query_scalar(
@@ -27,13 +27,13 @@ pub async fn time_passes(pool: &PgPool) {
     tx.commit().await.expect("the transaction commits");
 }
 
-/// The clock of this process's host is off, until this value is dropped. It is one clock for all tests of the process.
+/// While this value lives, the clock of this process's host is wrong. It is one clock for all tests of the process.
 #[derive(Debug)]
 #[must_use = "the clock is right again when this is dropped"]
 pub struct WrongClock(());
 
 impl WrongClock {
-    /// So many seconds ahead; negative for behind.
+    /// Sets the clock so many seconds ahead; negative: behind.
     pub fn ahead_by(seconds: i64) -> Self {
         HOST_IS_OFF_BY.store(seconds, Ordering::Relaxed);
         Self(())

@@ -6,11 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a test waits for what cleans up after it.
+/// How long a test waits for the cleaning up after it.
 const CLEANED_WITHIN: Duration = Duration::from_secs(3);
 
-/// Looks again and again until it sees what is waited for, or `deadline` has passed: then the last look's answer says what
-/// was there instead.
+/// Calls `look` again and again until it returns `Ok`, or until `deadline` has passed. Then it returns the last error,
+/// which says what was there instead.
 ///
 /// The pauses between two looks grow from 1 ms to 50 ms: quick conditions cost nothing, slow ones little.
 pub async fn within<T, E, F, Fut>(deadline: Duration, mut look: F) -> Result<T, E>
@@ -30,7 +30,7 @@ where
     }
 }
 
-/// Likewise, where there is nothing to say: panics when `deadline` has passed, at the caller's line.
+/// Like [`within`], for a condition without an error: panics when `deadline` has passed, at the caller's line.
 #[track_caller]
 pub fn eventually<T, F, Fut>(deadline: Duration, mut condition: F) -> impl Future<Output = T>
 where
@@ -50,8 +50,8 @@ where
 
 /// Runs `cleaning` on a thread of its own, and waits for its end, but not for ever.
 ///
-/// A `drop` blocks its task. Another future of that task may have what the server waits for: `drop database` waits for every
-/// session that logs in meanwhile, whichever its database. After the bound both the test and the cleaning go on.
+/// A `drop` blocks its task. Another future of that task may hold what the server waits for: `drop database` waits for
+/// every session that logs in meanwhile, to any database. After the bound both the test and the cleaning go on.
 pub(super) fn clean_up(cleaning: impl FnOnce() + Send + 'static) {
     let (done, is_done) = mpsc::channel();
     std::thread::spawn(move || {

@@ -1,5 +1,5 @@
-//! What the consumer holds its own against: handlers that swallow errors, connections that fall silent, records that
-//! would take others with them, users that drop it.
+//! The consumer holds its own against handlers that swallow errors, connections that fall silent, records that would
+//! take others with them, users that drop it.
 
 use crate::support::{Fixture, Running, SOON, event, says, with_id};
 use saga_core::{
@@ -27,7 +27,7 @@ fn on(partition: i32, record: Record) -> Record {
     Record { partition: Some(partition), ..record }
 }
 
-/// Writes what it is told; when that is `swallow`, an error of the database is ignored.
+/// Writes the message's value; when that is `swallow`, ignores an error of the database.
 struct Careless;
 
 impl Handler for Careless {
@@ -79,7 +79,8 @@ async fn a_connection_that_falls_silent_is_given_up_and_another_one_used() {
     let mut fixture = Fixture::new(1).await;
     fixture.config.attempt_timeout = Duration::from_secs(2);
     let (proxy, url) = FreezingProxy::of_database(&fixture.database.url).await;
-    // Whether it fell silent within a batch or behind one: the server has the partition's lock until it ends that session.
+    // The connection falls silent within a batch or behind one. In either case the server holds the partition's lock
+    // until it ends that session.
     let direct = std::mem::replace(&mut fixture.database.pool, pool_options(4).connect(&url).await.unwrap());
     let running = fixture.start();
     fixture.database.pool = direct;
@@ -93,7 +94,7 @@ async fn a_connection_that_falls_silent_is_given_up_and_another_one_used() {
     running.stop().await;
 }
 
-/// The killer dies when it holds the other record's attempt in its hand, or soon when there is none.
+/// A handler whose killer dies when it has the other record's attempt in hand, or soon when there is none.
 struct Deadly {
     in_hand: watch::Sender<bool>,
 }
@@ -162,7 +163,7 @@ async fn a_copy_that_comes_while_the_parked_one_leaves_holds_up_nobody() {
     const LOCK: i64 = 4_711;
     let mut fixture = Fixture::new(2).await;
     fixture.config.attempts = 1_000;
-    // The commit of what takes the parked record out waits for the test.
+    // The commit that takes the parked record out waits for the test.
     for sql in [
         "create function wait() returns trigger language plpgsql as $$
          begin perform pg_advisory_xact_lock_shared(4711); return null; end $$",

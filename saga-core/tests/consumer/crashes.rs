@@ -16,7 +16,7 @@ use std::{
 };
 use uuid::{NoContext, Timestamp, Uuid};
 
-/// Once at the edge, and then, `again` and again, in the lives that are careful because of that.
+/// The process dies once at the edge, and then, `again` and again, in the lives that are careful because of that.
 async fn dies_at(edge: &str, skip: usize, again: &[&str]) {
     let mut fixture = Fixture::new(1).await;
     fixture.config.batch_max = 30;
@@ -72,7 +72,8 @@ async fn an_error_at_an_edge_loses_nothing_and_repeats_nothing() {
     futures::future::join_all(errors).await;
 }
 
-/// What failed is given up, retried, and what waited behind it is handled: the connection is lost around one of those commits.
+/// Records that fail are given up or retried, and the records behind them are handled. The connection is lost around
+/// one of those commits.
 async fn loses_a_commit_of_what_failed(edge: &str, skip: usize) {
     let mut fixture = Fixture::new(1).await;
     fixture.config.attempts = 2;
@@ -82,7 +83,7 @@ async fn loses_a_commit_of_what_failed(edge: &str, skip: usize) {
         [("a", "twice"), ("a", "1"), ("b", "poison"), ("c", "never"), ("a", "2"), ("b", "3"), ("c", "4"), ("d", "5")];
     fixture.send(&told.map(|(key, value)| event(key, value))).await;
     let tries = AtomicUsize::new(0);
-    // In the batch, and alone: it names its message.
+    // The record fails in the batch, and alone: the error names its message.
     let fails_twice = move || tries.fetch_add(1, Ordering::SeqCst) < 2;
     let running = fixture.start_with(move |message| match message.payload.as_deref() {
         Some(b"twice") if fails_twice() => Err(HandleError::Failed(anyhow::anyhow!("not yet")).of(message.envelope.id)),
@@ -107,13 +108,13 @@ async fn loses_a_commit_of_what_failed(edge: &str, skip: usize) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_of_what_failed_that_is_lost_or_not_heard_of_loses_nothing_and_repeats_nothing() {
     let edges = ["outbox.before-commit", "outbox.after-commit"];
-    // One is given up at once and one in the end, one is retried, and what waited behind two of them is handled.
+    // One record is given up at once and one in the end, one is retried, and those behind two of them are handled.
     let commits = edges.iter().flat_map(|edge| (0..5).map(move |skip| loses_a_commit_of_what_failed(edge, skip)));
     futures::future::join_all(commits).await;
 }
 
-/// Starts consumers, one after another, that fail at `fail` and die of `kill`, until there are so many dead letters: how many
-/// died, and the one that did not.
+/// Starts consumers, one after another, that fail at `fail` and die of `kill`, until there are so many dead letters.
+/// Returns how many died, and the one that did not.
 async fn outlives(fixture: &Fixture, letters: usize) -> (u32, Running) {
     for deaths in 0..20 {
         let running = fixture.start_with(|message| match message.payload.as_deref() {
@@ -138,7 +139,8 @@ async fn a_record_that_kills_its_process_is_given_up_after_its_attempts() {
     let fixture = Fixture::new(1).await;
     fixture.send(&[event("a", "1"), event("b", "kill"), event("b", "2"), event("c", "3")]).await;
     let (deaths, survivor) = outlives(&fixture, 1).await;
-    // Twice in a batch, where nothing is counted (the second was noted); then as often as it may be tried.
+    // The process died twice in a batch, where nothing is counted (the second was noted); then as often as it may be
+    // tried.
     assert_eq!(deaths, 2 + fixture.config.attempts);
     let letters = fixture.dead_letters().await;
     assert_eq!(letters[0].2["x-error-class"], "unclean-stop");
@@ -155,7 +157,7 @@ async fn a_record_that_kills_its_process_behind_one_that_only_fails_is_given_up_
     fixture.config.backoff = Backoff::doubling(SOON, SOON);
     fixture.send(&[event("a", "fail"), event("b", "kill"), event("c", "1")]).await;
     let (deaths, survivor) = outlives(&fixture, 1).await;
-    // It was alone from the first time when they came in one batch; otherwise it died in two batches before.
+    // The record was alone from the first time when they came in one batch; otherwise it killed in two batches before.
     let attempts = fixture.config.attempts;
     assert!((attempts..=attempts + 2).contains(&deaths), "{deaths} deaths");
     assert_eq!(fixture.until_handled(1).await, [("c".into(), "1".into())]);
@@ -179,7 +181,7 @@ async fn dies(fixture: &Fixture) {
     fixture.start().dies().await;
 }
 
-/// Starts a consumer that handles everything there is, stops it, and says how large its batches were.
+/// Starts a consumer that handles everything there is, stops it, and returns how large its batches were.
 async fn batches(fixture: &Fixture, handled: usize) -> Vec<usize> {
     let running = fixture.start();
     fixture.until_handled(handled).await;

@@ -1,4 +1,4 @@
-//! Messages that nothing is wrong with: each is handled once, in order, whoever reads it.
+//! Messages that nothing is wrong with: each is handled once, in order, whichever member reads it.
 
 use crate::support::{Fixture, SOON, assert_complete, event, events, with_id};
 use saga_core::{
@@ -26,12 +26,12 @@ async fn a_message_that_comes_twice_is_handled_once_and_offsets_are_committed() 
     fixture.send(&[with_id(id, "a", "1"), with_id(id, "a", "1"), event("a", "2")]).await;
     let running = fixture.start();
     assert_eq!(fixture.until_handled(2).await, [("a".into(), "1".into()), ("a".into(), "2".into())]);
-    // The same again, after the first was committed.
+    // The same message comes again, after the first was committed.
     fixture.send(&[with_id(id, "a", "1"), event("a", "3")]).await;
     assert_eq!(fixture.until_handled(3).await.last().unwrap().1, "3");
     running.stop().await;
 
-    // The next member of the group starts behind all of it: its handler sees what is new and nothing else.
+    // The next member of the group starts behind all of it: its handler sees the new message and no other.
     fixture.send(&[event("a", "4")]).await;
     let next = fixture.start();
     assert_eq!(fixture.until_handled(4).await.last().unwrap().1, "4");
@@ -59,7 +59,7 @@ async fn the_relay_is_told_when_a_batch_is_committed() {
     let running = fixture.start();
     fixture.send(&[event("a", "1")]).await;
     timeout(SOON, nudges.recv()).await.expect("the relay is told").unwrap();
-    // Not before the commit.
+    // The nudge does not come before the commit.
     assert_eq!(fixture.until_handled(1).await.len(), 1);
     running.stop().await;
 }
@@ -69,7 +69,7 @@ async fn a_batch_is_committed_and_the_next_one_begun_in_one_round_trip() {
     let fixture = Fixture::new(1).await;
     let log = Log::hear("sqlx::query=debug");
     let running = fixture.start();
-    // What is begun waits for 0.1 s; a record may take longer now and then.
+    // A transaction that has begun ahead waits for 0.1 s; a record may take longer now and then.
     let (mut batches, began) = (1, Instant::now());
     while !fixture.handles_in_what_has_begun(batches).await {
         batches += 1;
@@ -90,7 +90,7 @@ async fn what_has_begun_and_is_not_used_is_given_back() {
     let running = fixture.start();
     for nth in 1..=3 {
         assert!(!fixture.handles_in_what_has_begun(nth).await);
-        // No connection has a commit, with what has begun behind it, as the last that it did or does.
+        // No connection has a commit, with a transaction begun behind it, as the last statement that it did or does.
         eventually(SOON, || async {
             let given_back: bool = sqlx::query_scalar(
                 "select not exists (select from pg_stat_activity
@@ -118,7 +118,7 @@ async fn partitions_that_have_one_connection_between_them_take_turns() {
         fixture.send(&events(10, 40)).await;
         fixture.until_handled(40 * turn).await;
     }
-    // Nothing begins ahead: the others would have to wait for that.
+    // No transaction begins ahead: the others would have to wait for that.
     for nth in 201..=205 {
         assert!(!fixture.handles_in_what_has_begun(nth).await);
     }
@@ -139,7 +139,7 @@ async fn whoever_waits_for_a_partition_gets_it_with_the_next_commit() {
         running.gate.send_replace(true);
     };
     tokio::join!(waits, commits).0.unwrap();
-    // The batch is done, whoever has the partition now; what comes next waits.
+    // The batch is done, whichever member has the partition now; the next batch waits.
     eventually(SOON, || async { (running.recorder.commits.load(Ordering::SeqCst) == 1).then_some(()) }).await;
     fixture.send(&[event("a", "2")]).await;
     fixture.until_somebody_waits_for(lock).await;
@@ -152,7 +152,7 @@ async fn whoever_waits_for_a_partition_gets_it_with_the_next_commit() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_goes_wrong_behind_a_commit_is_no_failure_of_its_batch() {
     let mut fixture = Fixture::new(1).await;
-    // The next transaction never begins with a commit.
+    // The next transaction can never begin together with a commit.
     sqlx::query(
         "create function pg_try_advisory_xact_lock(bigint) returns boolean language plpgsql as $$
          begin raise exception 'not today'; end $$",
@@ -301,7 +301,7 @@ async fn a_handler_that_hangs_does_not_keep_the_process_from_stopping() {
     running.stop().await;
     assert!(stopping.elapsed() < Duration::from_secs(15), "{:?}", stopping.elapsed());
     assert!(fixture.handled().await.is_empty());
-    // It was cut off within its transaction, which is rolled back; the next one handles it.
+    // The handler was cut off within its transaction, which is rolled back; the next consumer handles the message.
     let next = fixture.start();
     fixture.until_handled(1).await;
     next.stop().await;

@@ -1,4 +1,4 @@
-//! Records that fail: parked with their successors, retried, dead-lettered; everything else flows on.
+//! Records that fail: parked with their successors, retried, dead-lettered; all other records flow on.
 
 use crate::support::{Fixture, SOON, assert_complete, event, events, says, with_id};
 use saga_core::{
@@ -31,7 +31,7 @@ async fn a_record_that_fails_is_parked_with_its_successors_and_other_keys_flow_o
     let said = ["a1", "b1", "a2", "a3", "b2", "a4", "c1"];
     fixture.send(&said.map(|value| event(&value[..1], value))).await;
     assert_eq!(values(&fixture.until_handled(4).await, "a"), ["a1"]);
-    // More of that key, much later, waits behind as well.
+    // A record of that key that comes much later waits behind as well.
     fixture.send(&[event("a", "a5"), event("b", "b3")]).await;
     let handled = fixture.until_handled(5).await;
     assert_eq!(
@@ -65,7 +65,7 @@ async fn a_parked_record_that_this_build_cannot_read_holds_up_its_key_alone() {
     eventually(SOON, || async { (fixture.parked().await.len() == 2).then_some(()) }).await;
     let garble = sqlx::query("update inbox_parked set headers = '{}' where payload = 'a1'::bytea");
     garble.execute(&fixture.database.pool).await.unwrap();
-    // From then on no attempt is under way that read it before.
+    // From then on no attempt is under way that read the row before.
     let unreadable = "select count(*) from inbox_parked where error_class = 'unreadable'";
     eventually(SOON, || async {
         let count: i64 = sqlx::query_scalar(unreadable).fetch_one(&fixture.database.pool).await.unwrap();
@@ -107,11 +107,11 @@ async fn after_the_last_attempt_a_record_is_dead_lettered_and_its_successors_pro
     assert_eq!((header("x-attempts"), header("x-error-class")), ("3".into(), "failed".into()));
     assert_eq!(header("x-error-message"), "could not pick: the shelf is gone");
     assert_eq!(header("id"), failing.to_string());
-    // Three counted attempts; and those that found it in its batch of at most four.
+    // There are three counted attempts, and those that found the record in its batch of at most four.
     assert!((3..=5).contains(&attempts.load(Ordering::SeqCst)), "{attempts:?}");
     fixture.until_unparked().await;
 
-    // Published once more, it is known: given up is given up.
+    // The message is known when it is published once more: given up is given up.
     fixture.send(&[with_id(failing, "a", "a2"), event("a", "a4")]).await;
     assert_eq!(values(&fixture.until_handled(4).await, "a"), ["a1", "a3", "a4"]);
     assert_eq!(fixture.dead_letters().await.len(), 1);
@@ -128,7 +128,7 @@ async fn a_consumer_for_which_the_last_value_wins_handles_the_old_messages_of_a_
     let new = MessageId::new();
     let sent = [with_id(old, "a", "a1"), with_id(new, "a", "a2"), with_id(old, "a", "a1"), with_id(new, "a", "a2")];
     fixture.send(&sent).await;
-    // The old one is handled whenever it comes; what the inbox remembers is still handled once.
+    // The old message is handled whenever it comes. One that the inbox remembers is still handled once.
     assert_eq!(values(&fixture.until_handled(3).await, "a"), ["a1", "a2", "a1"]);
     fixture.send(&[event("a", "a3")]).await;
     assert_eq!(values(&fixture.until_handled(4).await, "a"), ["a1", "a2", "a1", "a3"]);
@@ -259,7 +259,7 @@ async fn while_the_database_is_away_it_is_not_ready_and_then_goes_on_by_itself()
     eventually(SOON, || async { running.health.check().ok() }).await;
     assert!(fixture.parked().await.is_empty() && fixture.dead_letters().await.is_empty());
 
-    // Away once more: that does not keep the process from stopping.
+    // The database is away once more: that does not keep the process from stopping.
     fixture.database.shut().await;
     let stopping = std::time::Instant::now();
     running.stop().await;
@@ -276,7 +276,7 @@ async fn what_passes_by_itself_is_repeated_and_counts_nothing_however_a_handler_
         let cut = || sqlx::Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
         match counted.fetch_add(1, Ordering::SeqCst) {
             0 | 2 => Err(cut().into()),
-            // As a handler wraps it that knows only `anyhow`.
+            // A handler that knows only `anyhow` wraps the error like this.
             1 | 3 => Err(anyhow::Error::from(cut()).context("could not read the stock").into()),
             _ => Ok(()),
         }
@@ -293,8 +293,8 @@ async fn what_passes_by_itself_is_repeated_and_counts_nothing_however_a_handler_
 async fn a_deadlock_with_another_transaction_is_repeated_and_counts_nothing() {
     let mut fixture = Fixture::new(1).await;
     fixture.config.attempts = 1;
-    // The server looks for deadlocks once in each wait, so the handler's last wait has to begin when ours has: lock 3 is a gate
-    // before it. It must find the handler's transaction, not ours: ours is patient.
+    // The server looks for deadlocks once in each wait, so the handler's last wait has to begin when ours has. Lock 3
+    // is a gate before it. It must find the handler's transaction, not ours: ours is patient.
     sqlx::query(
         "create function locks_a_then_b() returns trigger language plpgsql as $$
          begin
@@ -320,7 +320,8 @@ async fn a_deadlock_with_another_transaction_is_repeated_and_counts_nothing() {
     fixture.send(&[event("a", "1")]).await;
     let running = fixture.start();
     fixture.until_somebody_waits_for(3).await;
-    // It holds lock 1; now we wait for that, then it waits for 2, and one of us has to give way.
+    // The handler holds lock 1. Now the test waits for that, then the handler waits for 2, and one of them has to give
+    // way.
     let ours = sqlx::query("select pg_advisory_xact_lock(1)").execute(&mut *other);
     let opened = async {
         fixture.until_somebody_waits_for(1).await;
@@ -362,7 +363,7 @@ async fn a_source_that_no_index_can_hold_is_dead_lettered_and_the_partition_goes
     let fixture = Fixture::new(1).await;
     let running = fixture.start();
     let mut long = event("k", "long");
-    // Random digits: what repeats itself would be compressed.
+    // The digits are random: a text that repeats itself would be compressed.
     let source: String = (0..200).map(|_| Uuid::new_v4().simple().to_string()).collect();
     for (name, value) in &mut long.headers {
         if name == "ce_source" {

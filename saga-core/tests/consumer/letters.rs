@@ -1,4 +1,4 @@
-//! What a dead letter keeps of its record, and what many messages that can never be handled cost the others.
+//! The parts of its record that a dead letter keeps, and the cost to others of many messages that can never be handled.
 
 use crate::support::{Fixture, SOON, event, says};
 use saga_core::{
@@ -50,7 +50,7 @@ async fn a_dead_letter_keeps_every_header_as_it_was_though_it_was_parked_before(
     running.stop().await;
 }
 
-/// Finds what it can never handle in one look.
+/// A handler that finds all messages that it can never handle in one look.
 #[derive(Default)]
 struct Strict {
     looks: AtomicUsize,
@@ -96,7 +96,7 @@ async fn many_messages_that_can_never_be_handled_cost_one_more_look_and_no_attem
     .await;
     assert!(letters.iter().all(|(_, _, headers)| headers["x-error-class"] == "forged"));
     assert_eq!(letters[0].2["x-error-message"], "of nobody that is known");
-    // Two for each batch that had some; the records come in a few batches.
+    // Two looks for each batch that had some; the records come in a few batches.
     let looks = strict.looks.load(Ordering::SeqCst);
     assert!(looks <= 40, "{looks} looks at {forged} forged messages");
     assert!(fixture.parked().await.is_empty(), "nothing waits behind them");
@@ -104,7 +104,7 @@ async fn many_messages_that_can_never_be_handled_cost_one_more_look_and_no_attem
     running.await.unwrap().unwrap();
 }
 
-/// Answers what it gives up.
+/// A handler that answers the messages that it gives up.
 struct Answers;
 
 impl Handler for Answers {

@@ -1,4 +1,5 @@
-//! Outages are said once each, however often is tried meanwhile, and so is their end. The next one is an outage of its own.
+//! An outage is logged once, however often the consumer tries meanwhile, and so is its end. The next outage has lines
+//! of its own.
 
 use crate::support::{Fixture, Running, SOON, events};
 use rdkafka::{
@@ -14,7 +15,7 @@ use saga_core::{
 use sqlx::Connection as _;
 use std::time::{Duration, Instant};
 
-/// How often this was said, once it was said `count` times.
+/// How often this line was logged, once it was logged `count` times.
 async fn says(log: &Log, message: &str, count: usize) -> usize {
     eventually(SOON, || async {
         let said = log.said(message).len();
@@ -54,7 +55,7 @@ async fn each_outage_of_the_database_and_its_end_are_said_once() {
     assert_eq!(log.warnings().len(), 3, "{:?}", log.warnings());
 }
 
-/// The consumer's cause is this one.
+/// Waits until the consumer's cause is this one.
 async fn says_why(running: &Running, cause: Cause) {
     let is = || running.health.report().trouble.is_some_and(|trouble| trouble.cause == cause);
     eventually(SOON, || async { is().then_some(()) }).await;
@@ -72,7 +73,7 @@ async fn is_said_until_it_is_let_go_of(table: &str) {
     says_why(&running, Cause::Locked).await;
     let (said, longer) = (Instant::now(), Duration::from_secs(5));
     while said.elapsed() < longer {
-        // Another part's statements are answered.
+        // The statements of another part are answered.
         Outage::of_database(&fixture.database.pool).working();
         fixture.send(&events(1, 1)).await;
         let trouble = running.health.report().trouble;
@@ -90,7 +91,7 @@ async fn a_lock_on_the_inbox_is_said_until_it_is_let_go_of() {
     tokio::join!(is_said_until_it_is_let_go_of("inbox"), is_said_until_it_is_let_go_of("inbox_parked"));
 }
 
-/// Every session that begins from now on may write, or may not; those that there are end.
+/// Lets every session that begins from now on write, or not; ends the sessions that there are.
 async fn may_write(fixture: &Fixture, may: bool) {
     let value = if may { "reset default_transaction_read_only" } else { "set default_transaction_read_only = on" };
     let alter = format!(
@@ -126,7 +127,7 @@ async fn each_outage_of_kafka_and_its_end_are_said_once() {
     const ENDS: &str = "Kafka is there again";
     let log = Log::hear("saga_core=info");
     let mut fixture = Fixture::new(1).await;
-    // The real broker is every test's. What is asked about here is the client's: that it reaches none.
+    // The real broker is every test's. This test is about the client: that it reaches no broker.
     let cluster = MockCluster::new(1).unwrap();
     let topic = unique("events");
     cluster.create_topic(&topic, 1, 1).unwrap();
@@ -163,7 +164,7 @@ async fn a_right_that_the_broker_refuses_is_red_with_its_cure_until_it_is_given(
     assert!(said.contains("TopicAuthorizationFailed") && said.contains("grant this client the rights Read"), "{said}");
     assert_eq!(log.said("the consumer waits until this is set right").len(), 1);
 
-    // Nothing is sent: that it is served again does not show in records.
+    // No record is sent: that Kafka serves the consumer again does not show in records.
     cluster.clear_request_errors(RDKafkaApiKey::Fetch);
     eventually(SOON, || async { running.health.check().ok() }).await;
     assert_eq!(log.said("the consumer goes on: what Kafka refused was set right").len(), 1);

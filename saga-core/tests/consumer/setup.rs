@@ -1,4 +1,5 @@
-//! What an operator has to set right (a table, a right, a clock): the partition waits for it, loudly, and gives nothing up.
+//! Faults that an operator has to set right (a table, a right, a clock): the partition waits, loudly, and gives nothing
+//! up.
 
 use crate::support::{Fixture, SOON, event, events, with_id};
 use saga_core::{
@@ -31,7 +32,7 @@ async fn a_missing_table_stops_the_partition_loudly_and_gives_nothing_up() {
 
     let running = fixture.start();
     until_unhealthy(&running.health, "relation \"handled\" does not exist").await;
-    // It is tried again, and that is not told again.
+    // The batch is tried again, and that is not logged again.
     let tries = || running.recorder.batches.lock().unwrap().len();
     eventually(SOON, || async { (tries() > 5).then_some(()) }).await;
     assert_eq!(log.said("the partition waits until this is set right").len(), 1);
@@ -46,7 +47,7 @@ async fn a_missing_table_stops_the_partition_loudly_and_gives_nothing_up() {
     running.stop().await;
 }
 
-/// Reads all columns of a table, as prepared statements do whose answer changes with it.
+/// A handler that reads all columns of a table, as prepared statements do whose answer changes with it.
 struct ReadsAll;
 
 impl Handler for ReadsAll {
@@ -115,7 +116,7 @@ async fn set_clock(fixture: &Fixture, ahead: &str) {
     run_sql(&fixture.database.pool, &sql).await;
 }
 
-/// An id that was made so many days ago.
+/// A message id that was made so many days ago.
 fn aged(days: i64) -> MessageId {
     let at = time::OffsetDateTime::now_utc() - time::Duration::days(days);
     let seconds = u64::try_from(at.unix_timestamp()).unwrap();
@@ -131,7 +132,8 @@ async fn a_hosts_wrong_clock_gives_no_message_up_for_its_age() {
     let running = fixture.start_on(&pool);
     until_unhealthy(&running.health, "clocks of this host and of its database differ").await;
     fixture.send(&[with_id(aged(20), "a", "new"), event("a", "not yet")]).await;
-    // By the host's clock it would be too old, by the database's the second is from the future: nobody knows.
+    // By the host's clock the first would be too old, by the database's the second is from the future: it is not known
+    // which.
     until_unhealthy(&running.health, "from the future, wait").await;
     assert!(fixture.dead_letters().await.is_empty());
 

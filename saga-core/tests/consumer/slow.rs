@@ -1,4 +1,5 @@
-//! Handlers that are slow, hang or wait for others, and records that fail among many: what it costs, and whom.
+//! Handlers that are slow, hang or wait for others, and records that fail among many: the cost, and the records that
+//! bear it.
 
 use crate::support::{Fixture, SOON, event, events, says};
 use saga_core::{
@@ -18,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 const LOCK: i64 = 4_711;
 
-/// Does what each message says, then writes it down.
+/// A handler that does what each message asks, then writes it down.
 #[derive(Default)]
 struct Obedient {
     calls: Mutex<Vec<usize>>,
@@ -32,7 +33,7 @@ impl Handler for Obedient {
             match value.as_str() {
                 "hang" => std::future::pending().await,
                 "silent" => drop(timeout(Duration::from_secs(1), std::future::pending::<()>()).await),
-                // Until its attempt is given up.
+                // The wait lasts until its attempt is given up.
                 "wait" => {
                     sqlx::query("set local lock_timeout = 0").execute(&mut **tx).await?;
                     let lock = sqlx::query("select pg_advisory_xact_lock($1)").bind(LOCK);
@@ -84,7 +85,7 @@ impl Started {
     }
 }
 
-/// A few records of other keys around the one that says `value`.
+/// A few records of other keys around the one with the payload `value`.
 fn among_others(value: &str) -> Vec<Record> {
     let others = (0..20).map(|n| event(&format!("k{n}"), "1"));
     let mut records: Vec<_> = others.collect();
@@ -178,7 +179,7 @@ async fn what_waits_behind_a_parked_record_has_the_same_bounds() {
     let mut fixture = Fixture::new(1).await;
     (fixture.config.attempt_timeout, fixture.config.attempts) = (Duration::from_millis(600), 2);
     let says = |values: &[&str]| values.iter().map(|value| event("k", value)).collect::<Vec<_>>();
-    // The first is given up; behind it are more slow ones than fit at once, and one that hangs.
+    // The first record is given up; behind it are more slow ones than fit at once, and one that hangs.
     fixture.send(&says(&["hang"])).await;
     let slow = vec!["slow"; 60];
     fixture.send(&says(&[&slow[..], &["hang", "1"]].concat())).await;
@@ -210,7 +211,7 @@ async fn a_poison_record_in_five_hundred_costs_one_more_call() {
 
     assert!(letters.iter().all(|letter| letter.2["x-error-message"] == "no JSON"));
     let calls = running.recorder.batches.lock().unwrap().clone();
-    // Batches of what has arrived, none of which is made smaller.
+    // The batches are what has arrived, and none of them is made smaller.
     let commits = running.recorder.commits.load(std::sync::atomic::Ordering::SeqCst);
     assert!(calls.len() <= commits + 4 && commits < 60, "{commits} commits, {calls:?}");
     assert!(fixture.parked().await.is_empty());
@@ -223,7 +224,7 @@ async fn the_culprit_of_an_error_that_names_nobody_is_searched_for_by_halves() {
     fixture.config.attempts = 1;
     let mut records = events(500, 499);
     records.insert(333, event("p", "bad"));
-    // It is one batch: all of it has arrived when the gate opens.
+    // The records are one batch: all of them have arrived when the gate opens.
     let running = fixture.start_with(|message| match says(message, "bad") {
         true => Err(anyhow::anyhow!("the shelf is gone").into()),
         false => Ok(()),
@@ -242,7 +243,8 @@ async fn the_culprit_of_an_error_that_names_nobody_is_searched_for_by_halves() {
     running.stop().await;
 }
 
-/// Starts and stops a consumer, in good order, while a counted attempt waits for a lock; how long each stop took.
+/// Starts and stops a consumer, in good order, while a counted attempt waits for a lock. Returns how long each stop
+/// took.
 async fn restarts_while_it_waits(fixture: &Fixture) {
     let mut holding = fixture.database.pool.begin().await.unwrap();
     sqlx::query("select pg_advisory_xact_lock($1)").bind(LOCK).execute(&mut *holding).await.unwrap();
@@ -266,7 +268,7 @@ async fn a_stop_in_good_order_during_a_counted_attempt_counts_nothing() {
         let mut fixture = Fixture::new(1).await;
         fixture.config.attempts = 1;
         fixture.send(&[event("k", "wait")]).await;
-        // Two deaths, and it is suspected: tried alone, each attempt counted.
+        // After two deaths the record is suspected: tried alone, each attempt counted.
         for _ in 0..2 {
             let _armed = FailPoint::once("consumer.after-inbox", &fixture.config.group, Fault::Crash);
             fixture.start().dies().await;
@@ -328,7 +330,7 @@ async fn waits_for_a_held_lock(value: &str) {
 
     let running = start(&fixture, pool);
     fixture.until_handled(20).await;
-    // For longer than all of its attempts could take, and more often.
+    // The test waits for longer than all of the record's attempts could take, and until it was tried more often.
     let longer = 2 * fixture.config.attempts * fixture.config.attempt_timeout;
     let tried = || running.calls().iter().filter(|size| **size == 1).count();
     eventually(SOON, || async { (held.elapsed() > longer && tried() > 8).then_some(()) }).await;
@@ -339,7 +341,7 @@ async fn waits_for_a_held_lock(value: &str) {
     assert!(attempts <= 1, "one at most is counted, while it is made: {attempts}");
     running.health.check().unwrap();
 
-    // After some minutes of it health says so.
+    // After some minutes of waiting health reports it.
     let minutes_go_by = "update inbox_parked set parked_at = parked_at - interval '3 minutes'";
     sqlx::query(minutes_go_by).execute(pool).await.unwrap();
     let said = eventually(SOON, || async { running.health.check().err() }).await;
@@ -363,7 +365,7 @@ async fn slow_handlers_on_a_full_pool_are_no_outage_and_all_is_handled() {
     const PARTITIONS: i32 = 4;
     let mut fixture = Fixture::new(PARTITIONS).await;
     (fixture.config.attempt_timeout, fixture.config.attempts) = (Duration::from_secs(1), 1);
-    // Two connections for four partitions: who waits for one gives up long before an attempt does.
+    // Two connections for four partitions: a worker that waits for one gives up long before an attempt does.
     let options = pool_options(2).acquire_timeout(Duration::from_millis(200));
     let pool = options.connect(&fixture.database.url).await.unwrap();
     let log = Log::hear("warn");

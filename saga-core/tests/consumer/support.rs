@@ -23,14 +23,14 @@ use tokio_util::sync::CancellationToken;
 
 pub(crate) const SOON: Duration = Duration::from_secs(40);
 
-/// What a handler says to one message; `Ok` lets it be written down.
+/// The answer of a handler to one message; `Ok` lets it be written down.
 pub(crate) type Opinion = dyn Fn(&Message) -> Result<(), HandleError> + Send + Sync;
 
 pub(crate) struct Recorder {
     opinion: Box<Opinion>,
     gate: tokio::sync::watch::Receiver<bool>,
     pub(crate) commits: AtomicUsize,
-    /// Sizes of the batches that came in, handled or not.
+    /// The sizes of the batches that came in, handled or not.
     pub(crate) batches: Mutex<Vec<usize>>,
 }
 
@@ -82,19 +82,19 @@ impl Running {
         self.task.await.unwrap().unwrap();
     }
 
-    /// Drops the future that runs it, as a `select!` would.
+    /// Drops the future that runs the consumer, as a `select!` would.
     pub(crate) async fn drop_it(self) {
         self.task.abort();
         assert!(self.task.await.unwrap_err().is_cancelled());
     }
 
-    /// Waits until a fail point has let it die.
+    /// Waits until a fail point has let the consumer die.
     pub(crate) async fn dies(self) {
         let ended = tokio::time::timeout(SOON, self.task).await.expect("it dies soon").unwrap();
         assert!(matches!(ended, Err(ConsumerError::Crashed)), "{ended:?}");
     }
 
-    /// Whether it has died meanwhile.
+    /// Whether the consumer has died meanwhile.
     pub(crate) fn is_over(&self) -> bool {
         self.task.is_finished()
     }
@@ -122,7 +122,7 @@ impl Fixture {
         self.start_with(|_| Ok(()))
     }
 
-    /// With a pool of its own.
+    /// Starts a consumer with a pool of its own.
     pub(crate) fn start_on(&self, pool: &PgPool) -> Running {
         self.start_on_with(pool, |_| Ok(()))
     }
@@ -156,14 +156,14 @@ impl Fixture {
         produce(&self.topic, records).await;
     }
 
-    /// Keys and values of what was handled, in the order of the handling.
+    /// The keys and values of the handled messages, in the order of the handling.
     pub(crate) async fn handled(&self) -> Vec<(String, String)> {
         self.rows("select coalesce(key, ''), coalesce(value, '') from handled order by n").await
     }
 
     pub(crate) async fn until_handled(&self, count: usize) -> Vec<(String, String)> {
         eventually(SOON, || async {
-            // The tests cut connections: an answer that is lost is asked for again.
+            // The tests cut connections: the question is repeated when its answer is lost.
             let handled: i64 =
                 sqlx::query_scalar("select count(*) from handled").fetch_one(&self.database.pool).await.ok()?;
             (usize::try_from(handled).unwrap() >= count).then_some(())
@@ -172,7 +172,7 @@ impl Fixture {
         self.handled().await
     }
 
-    /// Sends something; whether the transaction that it was handled in had begun before.
+    /// Sends a message; returns whether the transaction in which it was handled had begun before.
     pub(crate) async fn handles_in_what_has_begun(&self, nth: usize) -> bool {
         let sent: OffsetDateTime =
             sqlx::query_scalar("select clock_timestamp()").fetch_one(&self.database.pool).await.unwrap();
@@ -190,7 +190,7 @@ impl Fixture {
         .await
     }
 
-    /// The tests cut connections: an answer that is lost is asked for again.
+    /// Reads rows. The tests cut connections: the question is repeated when its answer is lost.
     async fn rows<R>(&self, sql: &'static str) -> Vec<R>
     where
         R: Send + Unpin + for<'r> sqlx::FromRow<'r, sqlx::postgres::PgRow>,
@@ -198,17 +198,17 @@ impl Fixture {
         eventually(SOON, || async { sqlx::query_as(sql).fetch_all(&self.database.pool).await.ok() }).await
     }
 
-    /// Waits until nothing is parked any more.
+    /// Waits until no record is parked any more.
     pub(crate) async fn until_unparked(&self) {
         eventually(SOON, || async { self.parked().await.is_empty().then_some(()) }).await;
     }
 
-    /// Waits until somebody waits for this advisory lock.
+    /// Waits until a session waits for this advisory lock.
     pub(crate) async fn until_somebody_waits_for(&self, lock: i64) {
         eventually(SOON, || async { self.locks(false).await.contains(&lock).then_some(()) }).await;
     }
 
-    /// The advisory locks in this database that somebody has (`granted`), or waits for.
+    /// The advisory locks in this database that a session has (`granted`), or waits for.
     pub(crate) async fn locks(&self, granted: bool) -> Vec<i64> {
         sqlx::query_scalar(
             "select (classid::bigint << 32) | objid::bigint
@@ -225,7 +225,7 @@ impl Fixture {
     /// The dead letters, in their order: key, value, headers.
     pub(crate) async fn dead_letters(&self) -> Vec<(Option<String>, Option<String>, serde_json::Value)> {
         let topic = self.topic.dead_letters();
-        // See `rows`.
+        // The question is repeated for the reason that `rows` names.
         eventually(SOON, || async {
             sqlx::query_as(
                 "select key, convert_from(payload, 'utf8'), headers || jsonb_build_object('id', message_id)
@@ -251,7 +251,7 @@ impl Fixture {
     }
 }
 
-/// An event of `key` that says `value`.
+/// An event of `key` with the payload `value`.
 pub(crate) fn event(key: &str, value: &str) -> Record {
     with_id(MessageId::new(), key, value)
 }

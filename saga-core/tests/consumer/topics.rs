@@ -1,4 +1,4 @@
-//! Topics that are gone, made again, or led by nobody: health names the cause, and what is in them is read.
+//! Topics that are gone, made again, or without a leader: health names the cause, and their records are read.
 
 use crate::support::{Fixture, Running, SOON, event, events};
 use rdkafka::mocking::MockCluster;
@@ -29,7 +29,7 @@ async fn a_topic_made_again_with_more_records_is_read_from_its_begin() {
     for handled in [13, 23] {
         delete_topic(fixture.topic.name()).await;
         create_topic(fixture.topic.name(), 1).await;
-        // More than the old one had: its end says nothing of what was not read.
+        // The new topic gets more records than the old one had: its end does not show that they were not read.
         fixture.send(&events(1, 10)).await;
         fixture.until_handled(handled).await;
     }
@@ -37,9 +37,10 @@ async fn a_topic_made_again_with_more_records_is_read_from_its_begin() {
     running.stop().await;
 }
 
-/// The topic is made again with 20 records while ten of the old one are in hand.
+/// Makes the topic again with 20 records while ten of the old one are in hand.
 async fn with_the_old_in_hand(fixture: &Fixture) -> Running {
-    // They are there when the consumer begins, so that one fetch brings them all, and one batch has them all in hand.
+    // The records are there when the consumer begins, so that one fetch brings them all, and one batch has them all in
+    // hand.
     fixture.send(&events(1, 10)).await;
     let running = fixture.start();
     running.gate.send(false).unwrap();
@@ -58,7 +59,8 @@ fn values(handled: &[(String, String)]) -> Vec<&str> {
 async fn a_process_that_begins_after_a_topic_was_made_again_reads_all_of_it() {
     let fixture = Fixture::new(1).await;
     let running = with_the_old_in_hand(&fixture).await;
-    // What it had in hand it finishes, and says to the group: offsets of the topic that is gone.
+    // The consumer finishes the records in hand, and commits their offsets to the group: those of the topic that is
+    // gone.
     let gate = running.gate.clone();
     futures::future::join(running.stop(), async { gate.send_replace(true) }).await;
     assert_eq!(fixture.handled().await.len(), 10);
@@ -74,7 +76,7 @@ async fn a_member_that_takes_over_a_topic_made_again_reads_it_from_its_begin() {
     let fixture = Fixture::new(1).await;
     let running = with_the_old_in_hand(&fixture).await;
     eventually(SOON, || async { log.said("the client is made anew").first().map(drop) }).await;
-    // It gets the partition when the other makes its client anew, and has never seen the old topic.
+    // The spare member gets the partition when the other makes its client anew, and has never seen the old topic.
     let spare = fixture.start();
     running.gate.send(true).unwrap();
     let handled = fixture.until_handled(30).await;

@@ -1,4 +1,4 @@
-//! What an effect's provider did not answer, and commands that nobody can be answered to.
+//! Calls that an effect's provider did not answer, and commands without a place for the answer.
 
 use crate::{
     external::{key, pay},
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 async fn a_call_that_was_not_made_counts_nothing_is_in_no_doubt_and_waits() {
     let world = World::new().await;
     let saga = SagaId::new();
-    // Ten times more than there may be attempts.
+    // There are ten times more calls than there may be attempts.
     let say: Vec<_> = std::iter::repeat_n("away", 30).chain(["silence", "away", "yes"]).collect();
     let begun = Instant::now();
     world.deliver(&[message(saga, Op::Do, &pay(&say))]).await;
@@ -40,7 +40,7 @@ async fn a_call_that_was_not_made_counts_nothing_is_in_no_doubt_and_waits() {
 async fn a_provider_that_lets_nobody_in_is_red_health_and_gives_nothing_up() {
     let world = World::new().await;
     let saga = SagaId::new();
-    // More often than there may be attempts would take too long here: each waits for three seconds.
+    // More calls than there may be attempts would take too long here: each waits for three seconds.
     world.deliver(&[message(saga, Op::Do, &pay(&["forbidden", "yes"]))]).await;
     let executor = world.executor();
     executor.run_once().await.unwrap();
@@ -67,7 +67,7 @@ async fn effects_are_in_order_when_another_replica_has_settled_what_failed_here(
     let (executor, stop) = (world.executor(), CancellationToken::new());
     executor.run_once().await.unwrap();
     assert!(executor.report().trouble.is_some());
-    // Another process, with the right token.
+    // Another process begins, with the right token.
     sqlx::query("delete from participant_intent").execute(&world.database.pool).await.unwrap();
     let settled = async {
         eventually(Duration::from_secs(60), || async { executor.report().trouble.is_none().then_some(()) }).await;

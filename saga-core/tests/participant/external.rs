@@ -1,4 +1,4 @@
-//! Effects outside the database: by intent, once, whatever dies in between.
+//! Effects outside the database: by intent, once, whichever process dies in between.
 
 use crate::support::{Pay, Repay, World, message, words};
 use saga_core::{
@@ -183,7 +183,7 @@ async fn an_undo_waits_for_the_open_call_and_is_told_what_it_came_to() {
         assert_eq!(world.replies(saga).await.len(), 2, "{say:?}");
         assert!(!world.provider.done.lock().unwrap().contains_key(&key(saga)), "{say:?}: it is taken back");
         assert_eq!((world.effects(saga).await, world.intents().await), (0, 0), "{say:?}");
-        // Whatever comes late changes nothing.
+        // Messages that come late change nothing.
         world.deliver(&[message(saga, Op::Do, &pay(say)), message(saga, Op::Undo, &Repay)]).await;
         world.settle().await;
         assert!(!world.provider.done.lock().unwrap().contains_key(&key(saga)), "{say:?}");
@@ -222,7 +222,7 @@ async fn wherever_the_process_dies_the_effect_happens_once_and_is_answered_once(
             let armed = FailPoint::once(edge, world.name, Fault::Crash);
             assert_eq!(world.executor().run_once().await.unwrap(), 1);
             drop(armed);
-            // Another process: it waits for the dead one's claim to run out.
+            // Another process waits for the dead one's claim to run out.
             let (token, other) = (CancellationToken::new(), world.executor());
             let running = tokio::spawn({
                 let token = token.clone();
@@ -286,7 +286,7 @@ async fn who_outlives_its_claim_changes_nothing_even_if_its_own_process_claimed_
         async move { executor.run_once().await }
     });
     world.provider.hangs.notified().await;
-    // As if the claim had run out while the process could not get at it.
+    // The claim is as if it had run out while the process could not get at it.
     sqlx::query("update participant_intent set due_at = clock_timestamp()")
         .execute(&world.database.pool)
         .await

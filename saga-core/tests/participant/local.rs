@@ -16,7 +16,7 @@ fn add(say: &[&str]) -> Add {
 
 #[tokio::test]
 async fn a_resent_command_is_answered_again_and_happens_once() {
-    // Its handler cannot even be called twice: the effect's key is unique.
+    // The handler cannot even be called twice: the effect's key is unique.
     let world = World::new().await;
     let saga = SagaId::new();
     world.deliver(&[message(saga, Op::Do, &add(&["yes"]))]).await;
@@ -33,7 +33,7 @@ async fn a_resent_command_is_answered_again_and_happens_once() {
 async fn a_handler_that_swallows_an_error_of_the_database_has_not_handled_its_command() {
     let world = World::new().await;
     let saga = SagaId::new();
-    // With its fence taken for new, and with its fence locked.
+    // The command comes with its fence taken for new, and with its fence locked.
     for _ in 0..2 {
         let told = world.try_deliver(&[message(saga, Op::Do, &add(&["swallow an error"]))]).await;
         assert!(matches!(told, Err(HandleError::Database(_))), "{told:?}");
@@ -61,7 +61,7 @@ async fn a_reply_says_whose_it_is() {
 async fn a_refusal_leaves_no_writes_and_its_batch_keeps_theirs() {
     let world = World::new().await;
     let [yes, no, later, also] = std::array::from_fn(|_| SagaId::new());
-    // Twice: the second batch starts with a savepoint per command, as the first one had refusals.
+    // The batch comes twice: the second starts with a savepoint per command, as the first one had refusals.
     for _ in 0..2 {
         world
             .deliver(&[
@@ -95,13 +95,13 @@ async fn a_failed_command_stays_open_and_a_resend_tries_again() {
 async fn an_undo_takes_back_once_and_is_answered_again() {
     let world = World::new().await;
     let saga = SagaId::new();
-    // In one batch: the undo sees what its predecessor in the batch did.
+    // Both come in one batch: the undo sees what its predecessor in the batch did.
     world.deliver(&[message(saga, Op::Do, &add(&["yes"])), message(saga, Op::Undo, &Remove)]).await;
     world.deliver(&[message(saga, Op::Undo, &Remove)]).await;
     assert_eq!(world.outcomes(saga).await, [Succeeded, Succeeded, Succeeded]);
     assert_eq!(world.calls.of(CommandId::derive(saga, "step", Op::Undo, 0)), 1);
     assert_eq!(world.effects(saga).await, 0);
-    // A late duplicate of the do is told what it was told before, and does nothing.
+    // A late duplicate of the do gets the answer that it got before, and does nothing.
     world.deliver(&[message(saga, Op::Do, &add(&["yes"]))]).await;
     assert_eq!(world.effects(saga).await, 0);
 }
@@ -165,7 +165,7 @@ async fn what_can_never_be_handled_is_poison() {
         let result = world.try_deliver(std::slice::from_ref(&message)).await;
         assert!(matches!(result, Err(HandleError::Poison(_))), "{message:?}: {result:?}");
     }
-    // Another command in the place of one that was seen.
+    // Another command comes in the place of one that was seen.
     world.deliver(&[good()]).await;
     let other = spoil(&|m| m.envelope.saga.as_mut().unwrap().command = CommandId(saga.0));
     assert!(matches!(world.try_deliver(&[other]).await, Err(HandleError::Poison(_))));
@@ -177,7 +177,8 @@ async fn a_large_batch_is_answered_whole_and_again() {
     let world = World::new().await;
     let batch: Vec<_> =
         (0..500).map(|_| message(SagaId::new(), Op::Do, &Pay { say: words(&["refuse at once"]) })).collect();
-    // Refused at once, twice each: once together, once apart; then answered from the fences alone.
+    // The commands are refused at once, twice each: once together, once apart. Then they are answered from the fences
+    // alone.
     world.deliver(&batch).await;
     world.deliver(&batch).await;
     let replies: i64 = sqlx::query_scalar("select count(*) from outbox").fetch_one(&world.database.pool).await.unwrap();
@@ -190,13 +191,13 @@ async fn undos_that_wait_for_their_commands_transaction_see_what_it_did() {
     let sagas: [SagaId; 5] = std::array::from_fn(|_| SagaId::new());
     let dos = || sagas.map(|saga| message(saga, Op::Do, &add(&["later", "yes"])));
     let undos = sagas.map(|saga| message(saga, Op::Undo, &Remove));
-    // The fences are there, so that what follows waits for rows that change under it, not for rows to appear.
+    // The fences are there, so that the transaction waits for rows that change under it, not for rows to appear.
     world.deliver(&dos()).await;
     let mut doing = world.database.pool.begin().await.unwrap();
     sqlx::query("select from participant_fence for update").execute(&mut *doing).await.unwrap();
     let undoing = async {
         let mut tx = world.database.pool.begin().await.unwrap();
-        // The plan that there is when there are many fences: PostgreSQL 18 loses rows in it.
+        // This is the plan that there is when there are many fences: PostgreSQL 18 loses rows in it.
         sqlx::raw_sql(
             "set local enable_seqscan = off; set local enable_hashjoin = off; set local enable_mergejoin = off",
         )

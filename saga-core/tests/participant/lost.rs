@@ -1,5 +1,5 @@
-//! A participant's record of a step is gone: a restore, an asynchronous failover, another topic. What an undo does then
-//! depends on what the orchestrator knows, and on where the effect is.
+//! A participant's record of a step is gone: a restore, an asynchronous failover, another topic. The undo then depends
+//! on what the orchestrator knows, and on where the effect is.
 
 use crate::support::{Add, Pay, Remove, RemoveHandler, Repay, World, message, undo, words};
 use saga_core::{
@@ -82,7 +82,7 @@ async fn an_external_effect_in_doubt_is_taken_back_though_its_record_is_lost() {
         let before = world.replies(saga).await.len();
         world.lose(saga).await;
 
-        // As of an orchestrator that says what it knows, and twice as of one that does not yet.
+        // The undo is of an orchestrator that sends what it knows, and then twice of one that does not yet.
         let say_nothing = || message(saga, Op::Undo, &Repay);
         world.deliver(&[undo(saga, Happened::InDoubt, &Repay)]).await;
         world.deliver(&[message(saga, Op::Do, &pay(&["yes"])), say_nothing()]).await;
@@ -131,7 +131,7 @@ async fn a_call_that_is_under_way_when_its_record_is_lost_has_no_effect_later() 
 async fn what_the_orchestrator_knows_is_not_forgotten_while_an_undo_waits() {
     let world = World::new().await;
     let saga = SagaId::new();
-    // It took a success, the record was lost, and a duplicate of the command is refused outside.
+    // The orchestrator took a success, the record was lost, and a duplicate of the command is refused outside.
     world.deliver(&[message(saga, Op::Do, &pay(&["no"])), undo(saga, YES, &Repay)]).await;
     assert_eq!(world.outcomes(saga).await, []);
     world.settle().await;

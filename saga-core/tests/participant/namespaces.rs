@@ -1,5 +1,5 @@
-//! Orchestrators and definitions that call their sagas and steps the same share no fence, with builds beside that know of
-//! none of it.
+//! Orchestrators and definitions that call their sagas and steps the same share no fence. Builds beside them know of no
+//! namespaces.
 
 use crate::support::{Add, Pay, Remove, Repay, World, message, words};
 use saga_core::{
@@ -10,7 +10,7 @@ use saga_core::{
     id::{CommandId, MessageId, SagaId},
 };
 
-/// An orchestrator and a definition of its own, whose command ids are a secret of its saga's.
+/// An orchestrator and a definition of its own, whose command ids are a secret of its saga.
 #[derive(Clone, Copy)]
 struct Namespace {
     reply_to: &'static str,
@@ -23,7 +23,7 @@ impl Namespace {
         Self { reply_to, definition, ids: std::array::from_fn(|_| CommandId(uuid::Uuid::new_v4())) }
     }
 
-    /// Of the build before, whose ids follow from what is public.
+    /// A namespace of the build before, whose ids follow from public facts.
     fn old(reply_to: &'static str, definition: &'static str, saga: SagaId) -> Self {
         Self { reply_to, definition, ids: [Op::Do, Op::Undo].map(|op| CommandId::derive(saga, "step", op, 0)) }
     }
@@ -75,7 +75,7 @@ impl From<&[String]> for Pay {
     }
 }
 
-/// Whose rows there are, and under which name of the step.
+/// The rows, with their step's name and their namespace.
 async fn rows(world: &World, saga: SagaId) -> Vec<(String, String, String)> {
     sqlx::query_as(
         "select step, definition, orchestrator from participant_fence where saga_id = $1 order by step, definition",
@@ -86,7 +86,7 @@ async fn rows(world: &World, saga: SagaId) -> Vec<(String, String, String)> {
     .unwrap()
 }
 
-/// What a build that knows no namespaces leaves behind.
+/// Turns the rows into those of a build that knows no namespaces.
 async fn as_an_old_build_writes(world: &World) {
     sqlx::query("update participant_fence set orchestrator = default, definition = default")
         .execute(&world.database.pool)
@@ -125,7 +125,7 @@ async fn two_definitions_of_one_or_of_two_services_share_no_fence() {
                 assert!(rows[0].0 == "step" && (together || plain == 1), "{rows:?}");
                 assert_eq!(rows[1].0, format!("step [{} of {}]", rows[1].1, rows[1].2));
 
-                // A resend of each is answered from its own fence, an undo undoes its own alone.
+                // A resend of each is answered from its own fence, and an undo undoes its own alone.
                 world.deliver(&[one.message(saga, Op::Undo, &Remove), one.message(saga, Op::Do, &yes::<Add>())]).await;
                 assert_eq!(one.outcomes(&world, saga).await, [Succeeded, Succeeded, Succeeded]);
                 assert_eq!((world.effects(saga).await, world.intents().await), (0, 1));
@@ -229,7 +229,7 @@ async fn a_reply_topic_that_is_renamed_loses_no_fence_of_an_old_saga_in_silence(
             again.envelope.saga.as_mut().unwrap().attempt = attempt;
             world.deliver(&[again]).await;
         }
-        // Whose record that is nobody can tell: it is neither taken nor passed over.
+        // It is not known whose record that is: it is neither taken nor passed over.
         assert_eq!(after.outcomes(&world, saga).await, [Failed, Failed]);
         assert_eq!(world.effects(saga).await, 1, "it is not done twice, nor called undone while it is there");
         world.deliver(&[before.message(saga, Op::Undo, &Remove)]).await;
@@ -275,7 +275,7 @@ async fn a_namespace_with_a_name_that_cannot_be_stored_is_poison() {
         let told = world.try_deliver(&[message]).await;
         assert!(matches!(told, Err(HandleError::Poison(_))), "{told:?}");
     }
-    // The longest names that are taken fit into the key.
+    // The longest names that are allowed fit into the key.
     let longest: &'static str = "n".repeat(512).leak();
     let (saga, step) = (SagaId::new(), "s".repeat(512));
     let topic: &'static str = "n".repeat(249).leak();

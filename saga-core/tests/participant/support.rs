@@ -1,4 +1,4 @@
-//! A participant with one step, which adds to a table, and one external step, whose provider is a map by idempotency key.
+//! A participant with a step that adds to a table, and an external step, whose provider is a map by idempotency key.
 
 use async_trait::async_trait;
 use saga_core::{
@@ -26,7 +26,7 @@ refinery::embed_migrations!("../migrations/messaging");
 
 static TOPIC: Topic = Topic::events("test.commands", 1);
 
-/// What a handler or the provider is to do: the words of `say`, one per call, the last one for ever.
+/// The words of `say` for a handler or the provider, one per call, the last one for ever.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Add {
     pub(crate) say: Vec<String>,
@@ -61,7 +61,7 @@ command!(Remove, "test.remove.v1", Done, Never);
 command!(Pay, "test.pay.v1", Added, No);
 command!(Repay, "test.repay.v1", Done, Never);
 
-/// How often each command's handler was called, and what the undo was told.
+/// How often each command's handler was called.
 #[derive(Default)]
 pub(crate) struct Calls(Mutex<HashMap<CommandId, usize>>);
 
@@ -82,7 +82,7 @@ fn word(say: &[String], call: usize) -> &str {
     say.get(call - 1).or(say.last()).map_or("yes", String::as_str)
 }
 
-/// Its words are per message: one message may be handled twice (together with its batch, then apart).
+/// The words are per message: one message may be handled twice (together with its batch, then apart).
 #[derive(Default)]
 pub(crate) struct AddHandler(Arc<Mutex<HashMap<CommandId, Vec<MessageId>>>>);
 
@@ -129,20 +129,20 @@ impl UndoHandler<Add, Remove> for RemoveHandler {
     }
 }
 
-/// Somebody else's system: what it did, by idempotency key.
+/// Another company's system: what it did, by idempotency key.
 #[derive(Default)]
 pub(crate) struct Provider {
     pub(crate) calls: Calls,
     pub(crate) done: Mutex<HashMap<CommandId, usize>>,
     pub(crate) voided: Mutex<Vec<CommandId>>,
     pub(crate) told: Mutex<Vec<Happened<Added>>>,
-    /// A call hangs now, until it may go on.
+    /// Notified when a call hangs, until it may go on.
     pub(crate) hangs: Notify,
     pub(crate) go_on: Notify,
 }
 
 impl Provider {
-    /// Does it once per key, and not at all once the key was voided: then it refuses.
+    /// Charges once per key, and not at all once the key was voided: then it refuses.
     fn charge(&self, key: CommandId, call: usize) -> Option<usize> {
         let voided = self.voided.lock().unwrap().contains(&key);
         (!voided).then(|| *self.done.lock().unwrap().entry(key).or_insert(call))
@@ -282,7 +282,7 @@ impl World {
         self.try_deliver(messages).await.unwrap();
     }
 
-    /// An executor like another process's.
+    /// An executor as another process has it.
     pub(crate) fn executor(&self) -> Intents {
         self.participant.intents(self.database.pool.clone()).with_config(IntentConfig {
             max_attempts: 3,
@@ -333,7 +333,7 @@ impl World {
         .unwrap()
     }
 
-    /// What an asynchronous failover loses: the fence and its intent, and what was written with them.
+    /// Deletes what an asynchronous failover loses: the fence and its intent, and the rows that were written with them.
     pub(crate) async fn lose(&self, saga: SagaId) {
         for sql in [
             "delete from participant_intent where saga_id = $1",
@@ -359,7 +359,7 @@ pub(crate) fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|&word| word.to_owned()).collect()
 }
 
-/// An undo of an orchestrator that says what it knows.
+/// An undo of an orchestrator that sends what it knows.
 pub(crate) fn undo<C: Command>(saga: SagaId, happened: Happened, command: &C) -> Message {
     let mut message = message(saga, Op::Undo, command);
     if let Some(headers) = &mut message.envelope.saga {

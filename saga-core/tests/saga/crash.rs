@@ -1,5 +1,5 @@
-//! Processes that die, errors, and success that nobody hears of, at every edge of the engine's transactions; and many
-//! at once.
+//! Processes that die, errors, and success that no caller hears of, at every edge of the engine's transactions; and
+//! many at once.
 
 use crate::support::*;
 use saga_core::{
@@ -17,7 +17,7 @@ use std::{
     },
 };
 
-/// Delivers until it worked, as the consumer does: what failed comes again.
+/// Delivers until it worked, as the consumer does: replies that failed come again. Returns the failures.
 async fn deliver_at_last(world: &World, replies: &[Message]) -> usize {
     let mut failures = 0;
     while world.try_deliver(replies).await.is_err() {
@@ -38,7 +38,7 @@ async fn drive(world: &World, saga: SagaId) -> usize {
         }
         let sent = world.last(saga).await;
         let answer = if sent.step == "capture" { rejected(&sent) } else { succeeded(&sent) };
-        // Once more, as if the offsets had not been stored; the inbox is not asked here.
+        // The reply comes once more, as if the offsets had not been stored; the inbox is not asked here.
         failures += deliver_at_last(world, std::slice::from_ref(&answer)).await;
         failures += deliver_at_last(world, &[answer]).await;
     }
@@ -49,7 +49,7 @@ async fn drive(world: &World, saga: SagaId) -> usize {
 async fn a_crash_at_any_edge_of_any_transaction_leaves_the_same_saga() {
     let world = World::new().await;
     let mut number = 0;
-    // The timers take an error for one saga's mistake, and go on with one saga at a time: nobody sees it fail.
+    // The timers take an error for one saga's mistake, and go on with one saga at a time: no caller sees it fail.
     for (edge, seen) in [
         ("saga.after-load", [(Fault::Crash, 1), (Fault::Error, 1), (Fault::Outage, 1)]),
         ("saga.after-store", [(Fault::Crash, 1), (Fault::Error, 1), (Fault::Outage, 1)]),
@@ -62,7 +62,7 @@ async fn a_crash_at_any_edge_of_any_transaction_leaves_the_same_saga() {
                 let saga = world.start(number).await;
                 let armed = FailPoint::arm(edge, &world.reply_topic, fault, passage, 1);
                 let failures = drive(&world, saga).await;
-                // Panics unless it fired.
+                // The drop panics unless the fail point fired.
                 drop(armed);
                 let trail = world.trail(saga).await;
                 let steps: Vec<_> = trail.iter().filter(|sent| !sent.contains('#')).collect();
@@ -75,7 +75,7 @@ async fn a_crash_at_any_edge_of_any_transaction_leaves_the_same_saga() {
     world.audit().await;
 }
 
-/// Before and after a commit of the timers' that is about one saga, or about replies that were set aside.
+/// Fail points before and after a commit of the timers that is about one saga, or about replies that were set aside.
 fn around_other_commits(world: &World) -> [FailPoint; 2] {
     let database = world.database.pool.connect_options().get_database().unwrap().to_owned();
     ["outbox.before-commit", "outbox.after-commit"].map(|edge| FailPoint::once(edge, &database, Fault::Crash))
@@ -91,7 +91,7 @@ async fn a_crash_around_the_commit_of_a_saga_that_is_taken_alone_leaves_the_same
     world.time_passes().await;
     let armed = around_other_commits(&world);
     for _crash in &armed {
-        // Together they do not work, so each is taken alone.
+        // Together the sagas fail, so the timers take each alone.
         let _together = FailPoint::once("saga.timers.before-commit", &world.reply_topic, Fault::Error);
         world.engine.tick().await.unwrap_err();
     }
@@ -150,7 +150,7 @@ async fn a_start_that_is_rolled_back_was_never_there() {
     world.start(1).await;
 }
 
-/// A participant of a sort: what it says to a command is a matter of the saga's id, the step and the attempt.
+/// A participant of a sort: its answer to a command depends on the saga's id, the step and the attempt.
 fn answer(sent: &Sent) -> Option<Message> {
     let dice = sent.command.0.as_u64_pair().1.wrapping_add(u64::from(sent.attempt).wrapping_mul(0x9e37_79b9)) % 100;
     match (sent.op, sent.step.as_str(), dice) {
@@ -195,7 +195,8 @@ async fn replicas_replies_duplicates_timers_and_cancels_at_once_leave_every_saga
                         world.cancel(*saga).await;
                     }
                 }
-                // Only one of them, which answers in between: on a busy machine all attempts would run out unanswered.
+                // One replica alone lets time pass, and answers in between: on a busy machine all attempts would run
+                // out unanswered.
                 if replica == 0 {
                     world.time_passes().await;
                 }

@@ -1,5 +1,5 @@
-//! Local effects that do not work: what passes repeats the batch and blames no saga, what is their own fault is tried
-//! again after a pause, and then somebody has to look.
+//! Local effects that do not work. A fault that passes repeats the batch and blames no saga. A fault of the effect's
+//! own is tried again after a pause, and then an operator has to look.
 
 use crate::support::*;
 use async_trait::async_trait;
@@ -16,7 +16,7 @@ use std::sync::{
     atomic::{AtomicU32, Ordering},
 };
 
-/// How an effect tells its engine of what the database said.
+/// The way in which an effect hands its engine the database's error.
 #[derive(Debug, Clone, Copy)]
 enum Told {
     Plainly,
@@ -33,7 +33,7 @@ enum ShopError {
     Outbox(#[from] AppendError),
 }
 
-/// Fails as PostgreSQL does with these codes, one after the other; then it works.
+/// An effect that fails as PostgreSQL does with these codes, one after the other; then it works.
 struct Fails {
     codes: Mutex<Vec<(&'static str, Told)>>,
     calls: AtomicU32,

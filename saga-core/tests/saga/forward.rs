@@ -1,4 +1,4 @@
-//! Sagas that go well, and sagas that are refused: what is sent, in which order, and what is left.
+//! Sagas that go well, and sagas that are refused: the commands that are sent, in their order, and what is left.
 
 use crate::support::*;
 use saga_core::{
@@ -117,12 +117,12 @@ async fn five_hundred_replies_take_the_same_statements_as_one() {
     world.audit().await;
 }
 
-/// What is sent to the server for one batch.
+/// The statements that the server gets for one batch.
 async fn statements(world: &World, replies: &[Message]) -> Vec<String> {
     let log = Log::hear("sqlx::query=debug");
     world.deliver(replies).await;
     let mut statements = log.statements();
-    // The pool's own, over a connection that was given back before or is now.
+    // These statements are the pool's own, over a connection that was given back before or is now.
     statements.retain(|sql| sql != "begin; rollback");
     statements
 }
@@ -145,8 +145,8 @@ async fn five_hundred_replies_write_to_each_table_as_often_as_one() {
     world.audit().await;
 }
 
-/// What the tables see of it, whatever is in one statement: counted by a trigger per statement on every table that a
-/// batch writes.
+/// The number of writes that the tables see, whatever is in one statement. A trigger per statement counts them on every
+/// table that a batch writes.
 async fn count_writes(world: &World, replies: &[Message]) -> i64 {
     for sql in [
         "create table if not exists statement (tx xid8 default pg_current_xact_id())",

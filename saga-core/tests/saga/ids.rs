@@ -1,4 +1,4 @@
-//! With `RUST_LOG=warn` there are no spans: what does not go on by itself says on its own line whose it is.
+//! With `RUST_LOG=warn` there are no spans: a saga that does not go on by itself has its ids on its own log line.
 
 use crate::support::*;
 use saga_core::{
@@ -10,7 +10,7 @@ use saga_core::{
 };
 use serde_json::{Value, json};
 
-/// Hears what a process whose sagas are declared would write.
+/// A log of a process whose sagas are declared.
 fn hear() -> Log {
     telemetry::name_sagas(["order"]);
     Log::hear("warn")
@@ -60,7 +60,7 @@ async fn a_reply_that_waits_for_another_replica_and_one_that_is_dropped_then_say
     is_of(line, saga);
     assert_eq!((&line["version"], &line["replies"]), (&json!(1), &json!(1)));
 
-    // The replica that knows it is there.
+    // The replica that knows the definition is there.
     shape(&ours).await;
     sqlx::query("update saga_undecided set fingerprint = $1").bind(&ours).execute(&world.database.pool).await.unwrap();
     world.engine.tick().await.unwrap();
@@ -79,7 +79,7 @@ async fn replies_to_sagas_that_do_not_exist_are_kept_and_hold_up_no_other() {
     let sent = world.last(saga).await;
     let strangers = [SagaId::new(), SagaId::new()].map(|saga| succeeded(&Sent { saga, ..sent.clone() }));
     let batch = [strangers[0].clone(), succeeded(&sent), strangers[1].clone()];
-    // The consumer dead-letters what is named, and hands in the others again.
+    // The consumer dead-letters the messages that are named, and hands in the others again.
     let told = world.try_deliver(&batch).await;
     let Err(HandleError::Several(mut unfit)) = told else { panic!("{told:?}") };
     unfit.sort_by_key(|unfit| strangers.iter().position(|stranger| stranger.envelope.id == unfit.message));

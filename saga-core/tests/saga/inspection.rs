@@ -1,4 +1,4 @@
-//! What an operator sees, and the first thing that an operator can do.
+//! The inspection of sagas as an operator sees it, and the first thing that an operator can do.
 
 use crate::support::*;
 use axum::{Extension, Router, body::Body};

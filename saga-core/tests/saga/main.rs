@@ -1,4 +1,4 @@
-//! The saga engine on a real PostgreSQL: what is decided is what is stored, sent and told.
+//! The saga engine on a real PostgreSQL: its decisions are what is stored, sent and reported.
 
 mod crash;
 mod effects;

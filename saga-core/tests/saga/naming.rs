@@ -1,5 +1,5 @@
-//! What names a saga's commands: a secret of its row, kept to its end; the derivation of the build before, to the end of the
-//! sagas that began with it.
+//! The names of a saga's commands. They come from a secret of its row, kept to its end. The derivation of the build
+//! before holds to the end of the sagas that began with it.
 
 use crate::support::*;
 use metrics_exporter_prometheus::PrometheusBuilder;
@@ -11,7 +11,7 @@ use saga_core::{
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-/// Makes of a saga's row what the build before would have stored.
+/// Turns a saga's row into one that the build before would have stored.
 async fn of_the_first_format(world: &World, saga: SagaId) {
     let fingerprint = order_saga(1).fingerprint().to_owned();
     sqlx::query("update saga set state = state - 'format' - 'naming', fingerprint = $2 where saga_id = $1")
@@ -29,7 +29,7 @@ async fn a_reply_that_is_forged_from_what_is_public_is_ignored_and_counted() {
     let world = World::new().await;
     let saga = world.start(1).await;
     let sent = world.last(saga).await;
-    // The order's id, the step's name, and the derivation of any build that was ever published.
+    // A forger knows the order's id, the step's name, and the derivation of any build that was ever published.
     for op in [Op::Do, Op::Undo] {
         let forged = Sent { command: CommandId::derive(saga, &sent.step, op, 0), ..sent.clone() };
         world.deliver(&[succeeded(&forged)]).await;
@@ -61,7 +61,7 @@ async fn a_secret_is_a_sagas_own_and_nothing_shows_it() {
         .unwrap();
     assert!(messages.len() >= 3 && !messages.iter().any(|message| message.contains(&nonce)));
 
-    // The same id for every resend of a command, another one for each command and for each saga.
+    // Every resend of a command has the same id; each command and each saga has another one.
     world.time_out().await;
     let mut ids = BTreeSet::new();
     for saga in [saga, world.start(2).await] {
@@ -79,7 +79,7 @@ async fn a_saga_keeps_the_derivation_that_it_began_with_to_its_end() {
     let saga = world.start(1).await;
     of_the_first_format(&world, saga).await;
     let old = |step: &str, op| CommandId::derive(saga, step, op, 0);
-    // Sent by the build before, answered to this one.
+    // The command was sent by the build before, and is answered to this one.
     let first = Sent { command: old("authorize", Op::Do), ..world.last(saga).await };
     world.deliver(&[succeeded(&first)]).await;
     assert_eq!(world.last(saga).await.command, old("reserve", Op::Do));

@@ -1,4 +1,4 @@
-//! After an outage: timers wait for the replies that came meanwhile, each for those of its own partition.
+//! After an outage: timers wait for the replies that came meanwhile, each for those of its saga's partition.
 
 use crate::support::*;
 use rdkafka::{
@@ -41,7 +41,7 @@ impl Reader {
         self.task.await.unwrap();
     }
 
-    /// As if its process had died.
+    /// Ends the reader as if its process had died.
     async fn dies(self) {
         self.task.abort();
         assert!(self.task.await.unwrap_err().is_cancelled());
@@ -49,13 +49,13 @@ impl Reader {
 }
 
 impl World {
-    /// All partitions that were read until lately.
+    /// The number of partitions that were read until lately.
     async fn read_lately(&self) -> i64 {
         self.count("select count(*) from inbox_partition where read_until > clock_timestamp() - interval '10 seconds'")
             .await
     }
 
-    /// Nothing was read for an hour, and a minute ago every wait was over.
+    /// Makes the rows as if no partition had been read for an hour, and every wait had ended a minute ago.
     async fn an_hour_goes_by(&self) {
         for sql in [
             "update inbox_partition set read_until = clock_timestamp() - interval '1 hour'",
@@ -69,7 +69,7 @@ impl World {
     }
 }
 
-/// Writes a reply as the relay does, and says to which partition it went.
+/// Writes a reply as the relay does, and returns the partition that it went to.
 async fn reply_as_the_relay_does(topic: &str, message: &Message) -> i32 {
     let producer: FutureProducer =
         ClientConfig::new().set("bootstrap.servers", brokers()).set("partitioner", "murmur2_random").create().unwrap();
@@ -106,7 +106,7 @@ async fn after_an_outage_timers_wait_for_the_replies_of_their_partition_and_no_o
         *partition = reply_as_the_relay_does(&topic, &succeeded(&world.last(*saga).await)).await;
     }
     world.an_hour_goes_by().await;
-    // The partition that another replica has read meanwhile.
+    // Another replica has read this partition meanwhile.
     let read = sagas[0].1;
     sqlx::query("update inbox_partition set read_until = clock_timestamp() where partition = $1")
         .bind(read)
@@ -130,7 +130,7 @@ async fn after_an_outage_timers_wait_for_the_replies_of_their_partition_and_no_o
         let trail = world.trail(*saga).await;
         assert_eq!(trail.contains(&"authorize #2".into()), *partition == read, "{trail:?}");
     }
-    // What is read to its end holds nobody up, and goes on being said.
+    // A partition that is read to its end holds up no saga, and its row goes on being updated.
     eventually(SOON, async || (world.read_lately().await == 2).then_some(())).await;
     assert_eq!(world.time_out().await, 8);
     reader.stop().await;
@@ -148,7 +148,8 @@ async fn a_process_that_dies_before_it_says_how_far_it_has_read_resends_nothing(
     let dies = FailPoint::once("consumer.before-read-until", &group, Fault::Crash);
     eventually(SOON, async || dies.has_fired().then_some(())).await;
 
-    // A reply is committed, and nobody says that its partition was read so far; the next one comes when nobody reads.
+    // A reply is committed, and its partition's row does not show that it was read so far. The next reply comes when no
+    // consumer reads.
     let saga = SagaId::new();
     let mut tx = world.database.pool.begin().await.unwrap();
     engine.start_in(&mut tx, saga, &order_saga(1), &Order { order: 1 }, "1").await.unwrap();
@@ -240,7 +241,7 @@ async fn a_wait_that_began_later_than_saga_due_says_is_judged_by_its_own_time() 
     .await
     .unwrap();
     world.an_hour_goes_by().await;
-    // A saga that is quick never touches its row there: it tells of a wait that was over before.
+    // A quick saga never touches its row there, so the row holds a wait that was over before.
     for sql in [
         "update saga_due set due_at = clock_timestamp() - interval '2 hours'",
         "update saga set armed_at = (select due_at from saga_due)",
@@ -274,7 +275,7 @@ async fn what_has_to_wait_for_replies_is_not_looked_at_five_times_a_second() {
         .await
         .unwrap();
     }
-    // Of the other partition, which nobody has read.
+    // These sagas are of the other partition, which no consumer has read.
     sqlx::query(
         "with waiting as (
              insert into saga
@@ -303,10 +304,10 @@ async fn what_has_to_wait_for_replies_is_not_looked_at_five_times_a_second() {
         assert_eq!(engine.tick().await.unwrap().due, 0);
     }
     let entries = read().await - before;
-    // However slow the machine is: a few looks at all of them, and not one each time.
+    // However slow the machine is, there are a few looks at all of them, and not one each time.
     assert!((WAIT..TICKS * WAIT / 4).contains(&entries), "{entries} entries of the index were read in {TICKS} ticks");
 
-    // What becomes due for a partition that is read is seen at once.
+    // A saga that becomes due for a partition that is read is seen at once.
     for table in ["saga_due set due_at", "saga set armed_at"] {
         sqlx::query(AssertSqlSafe(format!("update {table} = clock_timestamp() where saga_id = $1")))
             .bind(first.0)

@@ -1,4 +1,4 @@
-//! The engine as it runs: replies through Kafka and the consumer, timers in their loop, and what stands in their way.
+//! The engine as it runs: replies through Kafka and the consumer, timers in their loop, and the trouble that they meet.
 
 use crate::support::*;
 use metrics_exporter_prometheus::PrometheusBuilder;
@@ -65,7 +65,7 @@ async fn the_timers_give_a_silent_connection_up_and_go_on_with_another() {
     let (proxy, url) = FreezingProxy::of_database(&world.database.url).await;
     let engine = builder_of(pool_options(8).connect(&url).await.unwrap(), &world.reply_topic, 1);
     let engine = engine.attempt_max(Duration::from_millis(500)).build().unwrap();
-    // They have a connection, and nothing to do.
+    // The timers have a connection, and nothing to do.
     assert_eq!(engine.tick().await.unwrap().due, 0);
     proxy.freeze();
     world.time_passes().await;
@@ -87,7 +87,7 @@ async fn a_due_saga_that_takes_too_long_is_put_off_and_the_others_are_not() {
     let engine = engine.attempt_max(Duration::from_secs(1)).build().unwrap();
     let (slow, other) = (world.start(1).await, world.start(2).await);
     world.time_passes().await;
-    // Nobody knows what it will be that takes so long: here its row waits for something that the test holds.
+    // It is not known what takes so long: here the saga's row waits for something that the test holds.
     sqlx::query("create table slow as select saga_id from saga where business_key = '1'")
         .execute(&world.database.pool)
         .await
@@ -120,7 +120,7 @@ async fn a_due_saga_that_cannot_be_decided_is_put_off_and_the_others_are_not() {
         sagas.push(world.start(number).await);
     }
     world.time_passes().await;
-    // Nobody knows what kind of trouble this will be: here the database refuses its row.
+    // It is not known what kind of trouble this will be: here the database refuses the saga's row.
     sqlx::query("create table cursed as select saga_id from saga where business_key = '3'")
         .execute(&world.database.pool)
         .await
@@ -203,7 +203,7 @@ async fn sagas_that_are_due_and_that_this_replica_does_not_know_are_counted() {
         world.start(number).await;
     }
     world.time_passes().await;
-    // Two of another version's; the third is taken by those who know it, and another one is not due.
+    // Two sagas are another version's. The third is taken by an engine that knows it, and another one is not due.
     sqlx::query("update saga set version = 2 where business_key in ('0', '1')")
         .execute(&world.database.pool)
         .await

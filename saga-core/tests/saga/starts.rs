@@ -1,4 +1,4 @@
-//! Sagas that are started by themselves: several at a time, and what each caller is told.
+//! Sagas that are started by themselves: several at a time, and the answer to each caller.
 
 use crate::support::*;
 use futures::future::join_all;
@@ -29,7 +29,7 @@ fn engine(world: &World) -> Arc<Engine> {
     Engine::builder(world.database.pool.clone(), &world.reply_topic).define(&plain()).build().unwrap()
 }
 
-/// Starts one saga about each of `orders`, all at once; nobody's task runs before all have asked.
+/// Starts one saga about each of `orders`, all at once; no caller's task runs before all have asked.
 async fn start_all(engine: &Arc<Engine>, orders: &[u32]) -> Vec<Result<(), StartError>> {
     let saga = &plain();
     let start =
@@ -142,11 +142,11 @@ async fn whoever_waits_for_somebodys_transaction_waits_alone_and_learns_how_it_e
         let order = Order { order: held };
         engine.start_in(&mut other, SagaId::new(), &plain(), &order, &held.to_string()).await.unwrap();
         let (waits, beside) = (start(&engine, held), start(&engine, beside));
-        // The same set, and the next one.
+        // One start is in the same set, the other in the next one.
         timeout(SOON, beside).await.expect("it holds nobody up").unwrap().unwrap();
         let again = start(&engine, held);
         timeout(SOON, start(&engine, later)).await.expect("it holds nobody up").unwrap().unwrap();
-        // Who holds the lock may start sagas too: PostgreSQL would not see that the two wait for each other.
+        // The holder of the lock may start sagas too: PostgreSQL would not see that the two wait for each other.
         timeout(SOON, start(&engine, by_the_holder)).await.expect("it holds nobody up").unwrap().unwrap();
         assert!(!waits.is_finished() && !again.is_finished());
         if rolled_back {
@@ -186,7 +186,7 @@ fn starts_go_on_when_the_runtime_that_took_care_of_them_has_ended() {
     let ending = runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (saga, order) = (plain(), Order { order: 1 });
     let mut asked = Box::pin(engine.start(SagaId::new(), &saga, &order, "1"));
-    // It ends with a start in hand, before it has begun with it.
+    // The runtime ends with a start in hand, before it has begun with it.
     ending.block_on(async { assert!(futures::poll!(asked.as_mut()).is_pending()) });
     drop(ending);
     let told = lasting.block_on(async { timeout(SOON, asked).await.expect("it is told") });
@@ -205,7 +205,7 @@ async fn where_no_connection_is_to_be_had_all_who_wait_are_told_at_once() {
     let pool = pool_options(1).acquire_timeout(patience).connect(&world.database.url).await.unwrap();
     let engine = Engine::builder(pool.clone(), &world.reply_topic).define(&plain()).build().unwrap();
     let busy = pool.acquire().await.unwrap();
-    // Twenty sets: one after the other they would be told after ten seconds.
+    // Twenty sets: one after the other their callers would get an answer after ten seconds.
     let orders: Vec<u32> = (0..20 * 256).collect();
     let answers = timeout(10 * patience, start_all(&engine, &orders)).await.expect("one after the other");
     for answer in answers {

@@ -105,7 +105,7 @@ pub(crate) fn told(happened: &Happened<&Ref>) -> String {
     }
 }
 
-/// Writes a row that names itself; fails for orders that say so, after writing.
+/// An effect that writes a row with its name; it fails for orders that ask for that, after writing.
 pub(crate) struct Note;
 
 #[async_trait]
@@ -228,7 +228,7 @@ impl World {
         self.try_deliver(replies).await.unwrap();
     }
 
-    /// Answers the last command of a saga as it should be.
+    /// Answers the last command of a saga with success.
     pub(crate) async fn succeed(&self, saga: SagaId) {
         let sent = self.last(saga).await;
         self.deliver(&[succeeded(&sent)]).await;
@@ -266,7 +266,7 @@ impl World {
             .unwrap()
     }
 
-    /// With an error, or a panic.
+    /// Breaks an effect of a saga, with an error or a panic.
     pub(crate) async fn break_effect(&self, effect: &str, saga: SagaId, panics: bool) {
         sqlx::query("insert into broken values ($1, $2, $3)")
             .bind(effect)
@@ -297,7 +297,7 @@ impl World {
         testkit::time_passes(&self.database.pool).await;
     }
 
-    /// Time passes, and the timers notice.
+    /// Lets the open waits be over, and runs the timers.
     pub(crate) async fn time_out(&self) -> usize {
         self.time_passes().await;
         self.engine.tick().await.unwrap().due
@@ -307,7 +307,7 @@ impl World {
         sqlx::query_scalar(sql).fetch_one(&self.database.pool).await.unwrap()
     }
 
-    /// What holds in every database at any time.
+    /// Checks the conditions that hold in every database at any time.
     pub(crate) async fn audit(&self) {
         for (what, sql) in [
             (

@@ -1,4 +1,4 @@
-//! Time passing: deadlines that nobody looked at in time, and what comes long after it was wanted.
+//! Time passing: deadlines that no process checked in time, and replies long after they were wanted.
 
 use crate::support::*;
 use saga_core::{
@@ -84,7 +84,7 @@ async fn timers_say_that_their_database_is_away_before_their_own_bound_has_passe
     let saga = hurried(RetryPolicy::COMPENSABLE);
     let engine = engine(&world, &saga);
     assert_eq!(engine.timers_report().trouble, None);
-    // As health's own question finds that it does not answer.
+    // Health's own question reports in this way that the database does not answer.
     Outage::of_database(&world.database.pool).failing("no answer");
     let trouble = engine.timers_report().trouble;
     assert_eq!(trouble.map(|trouble| trouble.cause), Some(Cause::DatabaseAway));

@@ -57,7 +57,7 @@ async fn duplicates_latecomers_and_strangers_are_recorded_and_ignored() {
     world.deliver(&[succeeded(&authorize), succeeded(&authorize), rejected(&authorize)]).await;
     let stranger = Sent { command: CommandId(uuid::Uuid::new_v4()), ..authorize.clone() };
     world.deliver(&[succeeded(&stranger)]).await;
-    // A reply that nobody waits for may say what it likes.
+    // A reply that the saga does not wait for may hold anything.
     world.deliver(&[reply(&authorize, Outcome::Succeeded, &json!("nonsense"))]).await;
     assert_eq!(world.trail(saga).await, ["authorize", "reserve"]);
     assert_eq!(world.kinds(saga).await, ["started", "reply", "ignored", "ignored", "ignored"]);
@@ -367,7 +367,7 @@ async fn two_runners_at_once_issue_each_resend_once() {
     world.audit().await;
 }
 
-/// Goes on after an error of the database, as if nothing had been.
+/// A handler that goes on after an error of the database, as if nothing had been.
 struct Swallows;
 
 #[async_trait]

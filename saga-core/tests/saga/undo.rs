@@ -1,4 +1,4 @@
-//! What an undo says of its step; undos that cannot be done; commands that were never sent.
+//! The headers of undos about their steps; undos that cannot be done; commands that were never sent.
 
 use crate::support::*;
 use saga_core::{
@@ -62,8 +62,8 @@ async fn an_undo_that_finds_no_record_leaves_its_saga_stuck_with_the_reason() {
     world.audit().await;
 }
 
-/// A saga whose undo of the first step cannot be built for order 11, nor its second step for order 12, nor its pivot for
-/// order 13, until that is mended.
+/// A saga whose undo of the first step cannot be built for order 11, nor its second step for order 12. Its pivot cannot
+/// for order 13, until that is mended.
 fn unlucky(builds: bool) -> Saga<Order> {
     let twice = RetryPolicy::exponential(2, Duration::from_millis(10), Duration::from_secs(1));
     saga::<Order>("unlucky", 1)

@@ -1,4 +1,5 @@
-//! What others wrote, or what this build cannot read: it is cleaned or refused where it comes in, and stands alone.
+//! Input that others wrote, or that this build cannot read: it is cleaned or refused where it comes in, and stands
+//! alone.
 
 use crate::support::*;
 use async_trait::async_trait;
@@ -18,7 +19,7 @@ fn nested(levels: usize) -> Value {
     (0..levels).fold(json!(1), |value, _| json!([value]))
 }
 
-/// Says a NUL in its error, or in its panic for odd orders.
+/// An effect whose error has a NUL in it, or whose panic has for odd orders.
 struct SaysNul;
 
 #[async_trait]
@@ -49,7 +50,7 @@ async fn a_nul_in_an_effects_error_or_panic_sticks_its_saga_alone() {
     let both = builder_of(world.database.pool.clone(), &world.reply_topic, 1).define(&definition);
     let both = both.local("say nul", SaysNul).build().unwrap();
     deliver(&world.database.pool, &both.handler(), &replies).await.unwrap();
-    // It is tried again some times.
+    // The engine tries it again some times.
     while world.count("select count(*) from saga where status = 'stuck'").await < 2 {
         world.time_passes().await;
         assert!(both.tick().await.unwrap().due > 0);
@@ -68,7 +69,7 @@ async fn a_reply_that_nests_too_deep_is_refused_and_its_saga_stays_readable() {
     let sent = world.last(saga).await;
     for levels in [101, 126, 127, 200] {
         for outcome in [Outcome::Succeeded, Outcome::Rejected] {
-            // Beside the fields that are expected, where types do not look.
+            // The depth lies beside the fields that are expected, where types do not look.
             let deep = json!({ "reference": "1", "why": "no", "more": nested(levels - 1) });
             let told = world.try_deliver(&[reply(&sent, outcome, &deep)]).await;
             assert!(matches!(told, Err(HandleError::Poison(_))), "{levels}: {told:?}");
@@ -152,7 +153,7 @@ async fn a_state_of_another_build_costs_its_neighbours_nothing() {
     of_another_build(&world, same_shape, None).await;
     of_another_build(&world, other_shape, Some("another shape")).await;
 
-    // Timers.
+    // The timers log the unreadable saga once, and go on with the others.
     let log = Log::hear("warn");
     let metrics = PrometheusBuilder::new().build_recorder();
     let (told, _metrics) = (metrics.handle(), metrics::set_default_local_recorder(&metrics));
@@ -164,7 +165,7 @@ async fn a_state_of_another_build_costs_its_neighbours_nothing() {
     assert_eq!(world.engine.tick().await.unwrap().due, 0, "it is put off");
     assert_eq!(log.said("this build cannot read a saga's row").len(), 1);
 
-    // Replies.
+    // Replies to the unreadable sagas are set aside; the others move theirs.
     let mut replies = Vec::new();
     for saga in &sagas {
         replies.push(succeeded(&world.last(*saga).await));
@@ -177,7 +178,7 @@ async fn a_state_of_another_build_costs_its_neighbours_nothing() {
         assert_eq!(world.last(saga).await.step, last);
     }
 
-    // Replies that were set aside: a good one behind the others.
+    // Replies that were set aside are decided: a good one behind the others.
     sqlx::query("update saga_undecided set received_at = '2020-01-01'").execute(&world.database.pool).await.unwrap();
     let late = succeeded(&world.last(good).await);
     set_aside(&world, &late).await;
@@ -185,7 +186,7 @@ async fn a_state_of_another_build_costs_its_neighbours_nothing() {
     assert_eq!(world.last(good).await.step, "capture");
     assert_eq!(world.engine.tick().await.unwrap().undecided, 0, "the unreadable saga's is put off");
 
-    // Lists and views.
+    // Lists and views show the sagas as unreadable.
     let list = world.engine.list(&Filter::default(), 10).await.unwrap();
     let shown: Vec<_> = list.iter().rev().map(|saga| (saga.readable, saga.step.as_deref())).collect();
     assert_eq!(shown, [(true, Some("capture")), (false, None), (false, None), (true, Some("reserve"))]);
@@ -200,7 +201,7 @@ async fn a_state_of_another_build_costs_its_neighbours_nothing() {
         assert!(matches!(told, Err(RetryError::Unreadable(..) | RetryError::Undefined(..))), "{told:?}");
     }
 
-    // A build that can read it goes on.
+    // A build that can read the saga goes on.
     sqlx::query("update saga set state = jsonb_set(state, '{status,open,wait}', '\"reply\"') where saga_id = $1")
         .bind(same_shape.0)
         .execute(&world.database.pool)
@@ -211,7 +212,7 @@ async fn a_state_of_another_build_costs_its_neighbours_nothing() {
     assert_eq!(world.last(same_shape).await.step, "reserve");
 }
 
-/// As a replica without the definition would.
+/// Sets a reply aside, as a replica without the definition would.
 async fn set_aside(world: &World, reply: &Message) {
     let other = engine_of(&world.database, &world.reply_topic, 2);
     deliver(&world.database.pool, &other.handler(), std::slice::from_ref(reply)).await.unwrap();

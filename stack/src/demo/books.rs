@@ -1,4 +1,5 @@
-//! Stock and money, before and after, and whether they add up: the shelves, our ledger, and the provider's own.
+//! Stock and money, before and after, and whether they add up: the shelves, payment-svc's ledger, and the provider's
+//! own.
 
 use super::{
     client::Client,
@@ -9,28 +10,28 @@ use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Pieces of an item.
+/// The pieces of an item.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Pieces {
     on_hand: i64,
     reserved: i64,
 }
 
-/// Cents that somebody's ledger holds to have moved.
+/// The cents that a ledger holds to have moved.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
-    /// Ever authorized.
+    /// The cents that were ever authorized.
     pub(crate) authorized: i64,
-    /// Of that, taken.
+    /// The authorized cents that were taken.
     pub(crate) captured: i64,
-    /// Of that, let go.
+    /// The authorized cents that were let go.
     pub(crate) voided: i64,
-    /// Of what was taken, given back.
+    /// The taken cents that were given back.
     pub(crate) refunded: i64,
 }
 
 impl Totals {
-    /// Enters a side of a movement. Each movement has two that add up to nothing; the one that gains tells how much.
+    /// Enters a side of a movement. Each movement has two that add up to nothing; the one that gains holds the amount.
     pub(crate) fn enter(&mut self, entry: &Value) -> anyhow::Result<()> {
         let amount = entry["amount"].as_i64().context("it has no amount")?.max(0);
         match entry["movement"].as_str() {
@@ -48,7 +49,7 @@ impl Totals {
     }
 }
 
-/// Everybody's books at a moment.
+/// The books of all services and of the provider at a moment.
 #[derive(Debug)]
 pub(crate) struct Books {
     stock: BTreeMap<String, Pieces>,
@@ -57,7 +58,7 @@ pub(crate) struct Books {
 }
 
 impl Books {
-    /// Reads all.
+    /// Reads the books of all.
     pub(crate) async fn read(client: &Client) -> anyhow::Result<Self> {
         let items = client.items().await?;
         let stock = items["items"].as_array().with_context(|| format!("no list of items: {items}"))?;
@@ -73,7 +74,7 @@ fn pieces(item: &Value) -> anyhow::Result<(String, Pieces)> {
     Ok((sku.to_owned(), Pieces { on_hand: number("on_hand")?, reserved: number("reserved")? }))
 }
 
-/// Shows both, and what of them the confirmed orders explain; an error when that is not all.
+/// Shows both, and the part of the difference that the confirmed orders explain; an error when that is not all.
 pub(crate) fn print_and_check(before: &Books, after: &Books, played: &[Played]) -> anyhow::Result<()> {
     let confirmed: Vec<&Value> = played.iter().map(|p| &p.ended).filter(|o| o["status"] == "confirmed").collect();
     let sold = sold(&confirmed);
@@ -86,7 +87,7 @@ pub(crate) fn print_and_check(before: &Books, after: &Books, played: &[Played]) 
     Ok(())
 }
 
-/// Pieces per item in confirmed orders.
+/// The pieces per item in confirmed orders.
 fn sold(confirmed: &[&Value]) -> BTreeMap<String, i64> {
     let mut sold = BTreeMap::new();
     for item in confirmed.iter().filter_map(|order| order["items"].as_array()).flatten() {

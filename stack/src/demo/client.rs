@@ -1,4 +1,4 @@
-//! What a customer, a clerk and an operator would call.
+//! The calls of a customer, a clerk and an operator.
 
 use super::books::Totals;
 use anyhow::{Context, bail};
@@ -8,9 +8,9 @@ use stack::{platform::Stack, service::Service};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// Longer than anything here takes, on a busy machine too.
+/// How long anything may take, on a busy machine too.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two looks.
+/// The pause between two looks.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// The platform's HTTP interfaces.
@@ -24,7 +24,7 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// For this platform.
+    /// A client of the processes of `stack`.
     pub(crate) fn new(stack: &Stack) -> Self {
         Self {
             http: reqwest::Client::new(),
@@ -48,7 +48,7 @@ impl Client {
         Ok((status, value))
     }
 
-    /// An answer that has to be a good one.
+    /// The answer to a request that has to succeed.
     async fn good(request: RequestBuilder) -> anyhow::Result<Value> {
         match Self::answer(request).await? {
             (status, value) if status.is_success() => Ok(value),
@@ -60,7 +60,7 @@ impl Client {
         Self::good(self.request(Method::GET, url.clone())).await.with_context(|| format!("GET {url}"))
     }
 
-    /// A new item with so many pieces.
+    /// Creates an item with so many pieces.
     pub(crate) async fn add_item(&self, sku: &str, name: &str, cents: i64, pieces: i64) -> anyhow::Result<()> {
         let item = json!({ "sku": sku, "name": name, "unit_price": { "amount": cents, "currency": "EUR" } });
         self.post(format!("{}/v1/items", self.inventory), &item).await?;
@@ -89,7 +89,7 @@ impl Client {
         Ok(Totals { authorized, captured, voided: sum("voided")?, refunded: sum("refunded")? })
     }
 
-    /// Our own ledger, summed up here from each payment's entries.
+    /// payment-svc's ledger, summed up here from each payment's entries.
     pub(crate) async fn our_books(&self) -> anyhow::Result<Totals> {
         let payments = self.get(format!("{}/v1/payments?limit=200", self.payments)).await?;
         let mut totals = Totals::default();
@@ -103,7 +103,7 @@ impl Client {
         Ok(totals)
     }
 
-    /// Places an order. An item that order-svc has not heard of yet is asked for again: its record is under way.
+    /// Places an order. The request is repeated while order-svc has not heard of an item yet: its record is under way.
     pub(crate) async fn place(&self, customer: &str, items: &[(&str, i64)], method: &str) -> anyhow::Result<Uuid> {
         let items: Vec<Value> = items.iter().map(|(sku, n)| json!({ "sku": sku, "quantity": n })).collect();
         let order = json!({ "customer_id": customer, "items": items, "payment_method": method });
@@ -119,7 +119,7 @@ impl Client {
         }
     }
 
-    /// Asks for an order to be cancelled.
+    /// Asks for the cancellation of an order.
     pub(crate) async fn cancel(&self, order: Uuid) -> anyhow::Result<()> {
         self.post(format!("{}/v1/orders/{order}/cancel", self.orders), &json!({})).await.map(drop)
     }
@@ -129,7 +129,7 @@ impl Client {
         self.get(format!("{}/v1/orders/{order}", self.orders)).await
     }
 
-    /// An order once it is confirmed or cancelled.
+    /// The order once it is confirmed or cancelled.
     pub(crate) async fn settled(&self, order: Uuid) -> anyhow::Result<Value> {
         let start = Instant::now();
         loop {

@@ -1,7 +1,7 @@
 //! `stack demo`: real orders through every outcome, and then the books.
 //!
-//! Each scene drives the platform from outside, over HTTP, as a customer would; the demo looks into a database only to
-//! find the moment for a SIGKILL. Any surprise is an error that names the log to read; the stack ends either way.
+//! Each scene drives the platform from outside, over HTTP, as a customer would. The demo reads a database only to find
+//! the moment for a SIGKILL. Any surprise is an error that names the log to read; the stack ends either way.
 
 mod books;
 mod client;
@@ -25,7 +25,7 @@ use std::process::ExitCode;
 /// by a reader's own eyes.
 const SLOW_MS: &str = "800";
 
-/// Runs it, start to end.
+/// Runs the demo, start to end.
 pub(crate) async fn demo() -> anyhow::Result<ExitCode> {
     let progress = Progress::for_people();
     let interrupted = run::interrupted()?;
@@ -41,7 +41,7 @@ pub(crate) async fn demo() -> anyhow::Result<ExitCode> {
 
 async fn everything(progress: &Progress) -> anyhow::Result<Pace> {
     let mut pace = Pace::begin();
-    // On the ports that `make up` takes too, so that what is printed at the end is where to look later.
+    // The platform takes the ports of `make up`, so that the printed addresses are good later, too.
     let mut config = StackConfig::for_tests().env(Service::Gateway, "GATEWAY_SIM_SLOW_MS", SLOW_MS);
     config.preferred_ports = true;
     config.servers.preferred_ports = Some(up::SERVER_PORTS);
@@ -49,7 +49,8 @@ async fn everything(progress: &Progress) -> anyhow::Result<Pace> {
     pace.phase("to start everything");
     let played = play(&stack, progress).await.with_context(|| what_to_do(&stack));
     pace.phase("for the stock and the orders");
-    // Also after a failure: an orderly end writes the last lines of the logs that somebody is about to read.
+    // The stop comes after a failure, too: an orderly end writes the last lines of the logs that the reader is about to
+    // see.
     progress.step("stopping everything");
     stack.stop().await;
     pace.phase("to stop everything");

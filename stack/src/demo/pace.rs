@@ -1,9 +1,9 @@
-//! How long the demo took, in all and by phase: what is promised of it should be seen to hold wherever it runs.
+//! How long the demo took, in all and by phase: each run should show whether the promise holds.
 
 use std::time::{Duration, Instant};
 
-/// What a run is meant to stay under, once PostgreSQL and Kafka are fetched and everything is built. Said, not enforced:
-/// how busy a machine is, is not the demo's doing.
+/// The time that a run is meant to stay under, once PostgreSQL and Kafka are fetched and everything is built. It is
+/// shown, not enforced: how busy a machine is, is not the demo's doing.
 const PROMISED: Duration = Duration::from_secs(30);
 
 /// A clock that is read at the end of each phase.
@@ -14,19 +14,19 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    /// The first phase begins.
+    /// Begins the first phase.
     pub(crate) fn begin() -> Self {
         Self { phase_began: Instant::now(), phases: Vec::new() }
     }
 
-    /// A phase ends, the next one begins. The name says what it was for: `to start everything`.
+    /// Ends a phase and begins the next one. The name is what the phase was for: `to start everything`.
     pub(crate) fn phase(&mut self, what_for: &'static str) {
         let now = Instant::now();
         self.phases.push((what_for, now - self.phase_began));
         self.phase_began = now;
     }
 
-    /// For people: in all, by phase, and whether that is more than was promised.
+    /// The times, for people: in all, by phase, and whether that is more than was promised.
     pub(crate) fn said(&self) -> String {
         let all: Duration = self.phases.iter().map(|(_, took)| *took).sum();
         let phases: Vec<_> =

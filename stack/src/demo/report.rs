@@ -1,4 +1,4 @@
-//! What happened, for a person to read.
+//! Prints what happened, for a person to read.
 
 use super::scenes::Played;
 use anyhow::Context;
@@ -11,10 +11,10 @@ use serde_json::Value;
 use std::time::Duration;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-/// A look at the broker.
+/// How long a question to the broker may take.
 const BOUND: Duration = Duration::from_secs(10);
 
-/// A topic and how many records it has.
+/// A topic's name, and how many records it has.
 pub(crate) type Counted = (String, i64);
 
 /// The platform's topics, counted by their offsets.
@@ -41,7 +41,7 @@ fn count(brokers: &str) -> anyhow::Result<Vec<Counted>> {
     Ok(counted)
 }
 
-/// The topics, those for dead letters in one line when they are empty, as they must be.
+/// Prints the topics, those for dead letters in one line when they are empty, as they must be.
 pub(crate) fn print_topics(topics: &[Counted]) {
     let mut table = table(&["topic", "records"]);
     for (name, records) in topics.iter().filter(|(name, records)| !name.ends_with(".dlt") || *records > 0) {
@@ -51,7 +51,7 @@ pub(crate) fn print_topics(topics: &[Counted]) {
     println!("\nTopics ({empty} more for dead letters, all empty)\n{table}");
 }
 
-/// A scene: the order and its saga's timeline.
+/// Prints a scene: the order and its saga's timeline.
 pub(crate) fn scene(played: &Played, saga: &Value) {
     let (status, total) = (played.status(), money(&played.ended["total"]));
     println!(
@@ -72,19 +72,19 @@ fn money(value: &Value) -> String {
     format!("{} {}", cents_text(cents), value["currency"].as_str().unwrap_or("?"))
 }
 
-/// `349` is `3.49`.
+/// Cents with two decimals: `349` is `3.49`.
 pub(crate) fn cents_text(cents: i64) -> String {
     format!("{}{}.{:02}", if cents < 0 { "-" } else { "" }, cents.abs() / 100, cents.abs() % 100)
 }
 
-/// An empty table with these columns.
+/// Makes an empty table with these columns.
 pub(crate) fn table(columns: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED).set_header(columns.iter().copied());
     table
 }
 
-/// The saga's log: when, which step, what happened to it. Times count from its start.
+/// The saga's log: the time, the step, what happened to it. Times count from its start.
 fn timeline(saga: &Value) -> Table {
     let mut rows = table(&["ms", "step", "", "message"]);
     let lines = saga["timeline"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -105,7 +105,7 @@ fn time_of(line: &Value) -> Option<OffsetDateTime> {
     OffsetDateTime::parse(line["at"].as_str()?, &Rfc3339).ok()
 }
 
-/// In words: `undo sent (attempt 2)`, `succeeded`, `undo succeeded`.
+/// What happened, in words: `undo sent (attempt 2)`, `succeeded`, `undo succeeded`.
 fn happened(line: &Value) -> String {
     let what = match line["what"].as_str().unwrap_or("?") {
         "reply" => line["outcome"].as_str().unwrap_or("replied").to_owned(),

@@ -8,16 +8,16 @@ use stack::{platform::Stack, service::Service};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// What is on the shelves at first: sku, name, price in cents, pieces.
+/// The stock at first: sku, name, price in cents, pieces.
 const SHELVES: [(&str, &str, i64, i64); 3] =
     [("TEAPOT", "Teapot, 1.2 l", 3_490, 20), ("CUP", "Cup", 790, 100), ("SAMOVAR", "Samovar", 24_900, 1)];
 
 /// What happens to an order while it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Meanwhile {
-    /// Nothing.
+    /// Nothing happens but the order itself.
     Nothing,
-    /// The customer changes their mind.
+    /// The customer cancels the order.
     Cancel,
     /// payment-svc is killed while it waits for the provider, and comes back.
     KillPayments,
@@ -26,7 +26,7 @@ pub(crate) enum Meanwhile {
 /// An order and how it must end.
 #[derive(Debug)]
 pub(crate) struct Scene {
-    /// What it shows.
+    /// What the scene shows, as a title.
     pub(crate) title: &'static str,
     customer: &'static str,
     items: &'static [(&'static str, i64)],
@@ -36,7 +36,7 @@ pub(crate) struct Scene {
     reason: Option<&'static str>,
 }
 
-/// The seven kinds.
+/// The seven kinds of orders.
 pub(crate) const ALL: &[Scene] = &[
     Scene {
         title: "An order is confirmed",
@@ -106,15 +106,15 @@ pub(crate) const ALL: &[Scene] = &[
 /// A scene that went as it must.
 #[derive(Debug)]
 pub(crate) struct Played {
-    /// Which.
+    /// The scene that was played.
     pub(crate) scene: &'static Scene,
-    /// Its order.
+    /// The id of the scene's order.
     pub(crate) order: Uuid,
-    /// How the order ended.
+    /// The order as it ended, as JSON.
     pub(crate) ended: Value,
-    /// From the request to its end.
+    /// The time from the request to the order's end.
     pub(crate) took: Duration,
-    /// What the saga's timeline does not show, because it happened around it.
+    /// Events that the saga's timeline does not show, because they happened around it.
     pub(crate) notes: Vec<String>,
 }
 
@@ -126,7 +126,7 @@ impl Played {
     }
 }
 
-/// Fills the shelves.
+/// Creates the items, with their stock.
 pub(crate) async fn seed(client: &Client) -> anyhow::Result<()> {
     for (sku, name, cents, pieces) in SHELVES {
         client.add_item(sku, name, cents, pieces).await?;
@@ -134,7 +134,7 @@ pub(crate) async fn seed(client: &Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Plays one.
+/// Plays one scene to its end.
 pub(crate) async fn play(scene: &'static Scene, client: &Client, stack: &Stack) -> anyhow::Result<Played> {
     let start = Instant::now();
     let order = client.place(scene.customer, scene.items, scene.method).await?;
@@ -157,7 +157,7 @@ pub(crate) async fn play(scene: &'static Scene, client: &Client, stack: &Stack) 
     Ok(Played { scene, order, ended, took, notes })
 }
 
-/// In the middle: the call to the provider has begun, and nobody has its answer yet.
+/// Kills payment-svc in the middle: the call to the provider has begun, and no answer to it is known yet.
 async fn kill_payments(order: Uuid, stack: &Stack, start: Instant) -> anyhow::Result<String> {
     let mut database = PgConnection::connect(&stack.database_url("payments")).await?;
     loop {
@@ -176,7 +176,7 @@ async fn kill_payments(order: Uuid, stack: &Stack, start: Instant) -> anyhow::Re
     Ok(format!("payment-svc was killed after {killed} ms, while it waited for the provider, and was back at {back} ms"))
 }
 
-/// How often the provider saw one and the same authorization, where it was more than once; it moved money once.
+/// How often the provider got one and the same authorization, where it was more than once; it moved money once.
 async fn asked_again(order: Uuid, stack: &Stack) -> anyhow::Result<Option<String>> {
     let mut provider = PgConnection::connect(&stack.database_url("gateway")).await?;
     let asked: Option<i32> = sqlx::query_scalar(

@@ -1,4 +1,4 @@
-//! `stack demo`: what it shows of seven orders is what happened to them, and it adds up.
+//! `stack demo`: its report of seven orders is what happened to them, and it adds up.
 
 use super::{nothing_runs, place, stack, text};
 use nix::{
@@ -118,16 +118,16 @@ fn the_demo_shows_every_outcome_balances_the_books_and_leaves_nothing() {
     assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0, "the data is gone");
 }
 
-/// What is shown of one order.
+/// The demo's report of one order.
 struct Shown {
     id: Uuid,
-    /// Cents, when it was confirmed.
+    /// The order's total in cents, when it was confirmed.
     earned: i64,
-    /// First attempts, by the commands' topics, and all replies.
+    /// The number of first attempts, by the commands' topics, and of all replies.
     messages: BTreeMap<&'static str, i64>,
 }
 
-/// The part of what was said that begins with a line like this, up to the next empty line.
+/// The part of the output that begins with a line like this, up to the next empty line.
 fn part<'a>(said: &'a str, title: &str) -> &'a str {
     let begin = said.find(&format!("\n\n{title}")).unwrap_or_else(|| panic!("'{title}' is missing:\n{said}")) + 2;
     let end = said[begin..].find("\n\n").map_or(said.len(), |length| begin + length);
@@ -140,7 +140,7 @@ fn rows(part: &str) -> Vec<Vec<&str>> {
     inside.map(|row| row.split('┆').map(str::trim).collect()).collect()
 }
 
-/// `413.60` or `413.60 EUR` in cents.
+/// Reads `413.60` or `413.60 EUR` as cents.
 fn cents(text: &str) -> i64 {
     let (euros, cents) = text.trim_end_matches(" EUR").split_once('.').unwrap_or_else(|| panic!("no amount: {text}"));
     euros.parse::<i64>().unwrap() * 100 + cents.parse::<i64>().unwrap()
@@ -174,7 +174,7 @@ fn order(said: &str, title: &str, ended: &str, happened: &[Happened]) -> Shown {
         let topic = match *what {
             "sent" | "undo sent" if message.starts_with("payments.") => "payments.commands",
             "sent" | "undo sent" => "inventory.commands",
-            // One that is sent again may be unpublished when the reply to the first comes.
+            // A command that is sent again may be unpublished when the reply to the first comes.
             again if again.contains("sent (attempt") => continue,
             _ => "orders.replies",
         };
@@ -190,7 +190,7 @@ fn topics_hold_at_least_what_the_timelines_show(said: &str, orders: &[Shown]) {
     let rows = rows(part);
     assert_eq!(rows[0], ["topic", "records"]);
     let records: BTreeMap<&str, i64> = rows[1..].iter().map(|row| (row[0], row[1].parse().unwrap())).collect();
-    // Kafka may have some of them more than once, none of them less.
+    // Kafka may have some of them more than once, and none of them less often.
     let mut least = BTreeMap::from([("orders.events", 7), ("inventory.items", 3)]);
     for (topic, messages) in orders.iter().flat_map(|order| &order.messages) {
         *least.entry(topic).or_default() += messages;
@@ -226,7 +226,8 @@ fn money_is_where_it_was_or_earned(said: &str, earned: i64) {
     }
 }
 
-/// Where to look: every server, every process with its API and its admin listener, and the logs.
+/// Checks that the output names every place: every server, every process with its API and its admin listener, and the
+/// logs.
 fn everything_has_its_place(said: &str) {
     let line = |name: &str| {
         let line = said.lines().find(|line| line.split_whitespace().next() == Some(name));

@@ -13,7 +13,7 @@ use std::{
 };
 use tempfile::TempDir;
 
-/// What a busy machine may take to start everything.
+/// How long a busy machine may take to start everything.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn place() -> TempDir {
@@ -24,13 +24,13 @@ fn place() -> TempDir {
 
 fn stack(place: &Path, arguments: &[&str]) -> Command {
     let mut stack = Command::new(env!("CARGO_BIN_EXE_stack"));
-    // Relative, as it is for a person.
+    // The directory is relative, as it is for a person.
     stack.current_dir(place).args(arguments).env("TMPDIR", place).env("STACK_DIR", "state").stdin(Stdio::null());
     stack.env_remove("DATABASE_URL").env_remove("KAFKA_BROKERS");
     stack
 }
 
-/// Whether it went well, and all that it said.
+/// Whether the command succeeded, and all its output.
 fn said(place: &Path, arguments: &[&str]) -> (bool, String) {
     let output = stack(place, arguments).output().unwrap();
     (output.status.success(), text(&output))

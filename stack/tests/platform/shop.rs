@@ -15,7 +15,7 @@ pub(crate) struct Shop {
 }
 
 impl Shop {
-    /// Of the platform that is up in this directory.
+    /// The shop of the platform that is up in this directory.
     pub(crate) fn of(state: &Path) -> Self {
         let services = StateDirectory::at(state).running().unwrap().expect("it is up").services;
         let url = |wanted| services.iter().find(|(service, _)| *service == wanted).unwrap().1.url();
@@ -45,7 +45,7 @@ impl Shop {
         value
     }
 
-    /// An item with ten pieces.
+    /// Adds an item with ten pieces.
     pub(crate) fn add_item(&self, sku: &str) {
         let item = json!({ "sku": sku, "name": sku, "unit_price": { "amount": 100, "currency": "EUR" } });
         let delivery = json!({ "delta": 10, "reason": "delivered" });
@@ -55,7 +55,7 @@ impl Shop {
         }
     }
 
-    /// Orders a piece, or asks for the same again under its key, and waits until the order is confirmed.
+    /// Orders a piece, or repeats the request under its key, and waits until the order is confirmed.
     pub(crate) fn order(&self, sku: &str, key: &str) -> Value {
         let order =
             json!({ "customer_id": "ada", "items": [{ "sku": sku, "quantity": 1 }], "payment_method": "tok_visa" });

@@ -17,7 +17,7 @@ use std::{
     process::{Child, Command},
 };
 
-/// `stack up` as a terminal has it: in a process group of its own, which is sent what is typed.
+/// Starts `stack up` as a terminal does: in a process group of its own, which gets the signals of the keys.
 fn going_up(place: &Path) -> Child {
     let log = File::create(place.join("up.log")).unwrap();
     let mut command = stack(place, &["up"]);
@@ -41,7 +41,8 @@ fn pid(of: &Child) -> Pid {
     Pid::from_raw(of.id().cast_signed())
 }
 
-/// What a log shows, by the name of the process: lines under `==> .../order-svc.log <==`, each time it changes.
+/// The lines of a log, by the name of the process: `stack logs` shows `==> .../order-svc.log <==` above them, each time
+/// it changes.
 fn lines_by_process(shown: &str) -> Vec<(&str, &str)> {
     let mut process = "";
     let mut lines = Vec::new();
@@ -127,7 +128,7 @@ fn the_password_is_told_by_its_file_only(place: &Path) {
     for processes in super::processes_of(place) {
         assert!(!processes.contains(password.trim()), "{processes}");
     }
-    // Every process's URL is in it.
+    // The state file holds every process's URL.
     assert_eq!(fs::metadata(state.join("state.json")).unwrap().permissions().mode() & 0o7777, 0o600);
 }
 
@@ -161,7 +162,7 @@ fn ctrl_c_ends_up_and_keeps_the_data_and_a_killed_up_leaves_nothing_running() {
     assert!(!state.exists());
 }
 
-/// Follows the logs while an order is placed, up to the line that tells of it. Ctrl-C ends it.
+/// Follows the logs while an order is placed, up to the line with the order. Ctrl-C ends it.
 fn a_line_that_is_written_later_is_followed(place: &Path, order: impl FnOnce() -> Value) -> Value {
     let file = place.join("followed");
     let mut command = stack(place, &["logs", "--follow"]);

@@ -1,26 +1,28 @@
-//! The limits of the intents' executor.
+//! The settings of the intents' executor.
 
 use std::time::Duration;
 
 /// The limits of the intents' executor.
 #[derive(Debug, Clone)]
 pub struct IntentConfig {
-    /// Calls in flight at once: bounds what a slow provider can tie up.
+    /// Calls in flight at once (default 32): bounds what a slow provider can tie up.
     pub concurrency: usize,
-    /// Longest call. What takes longer is in doubt.
+    /// The longest call (default 5 s). A call that takes longer is in doubt.
     pub call_timeout: Duration,
-    /// How long a claim outlives the longest call; together they are how long the intents of a killed process wait.
+    /// How long a claim outlives the longest call (default 2 s); together they are how long the intents of a killed
+    /// process wait.
     pub claim_margin: Duration,
-    /// Calls until the command is answered `failed` and its effect stays in doubt. A resend starts anew.
+    /// Calls until the command is answered `failed` and its effect stays in doubt (default 8). A resend starts anew.
     pub max_attempts: u32,
-    /// Pause after the first call without an answer; doubles with each further one.
+    /// The pause after the first call without an answer; it doubles with each further call.
     pub first_delay: Duration,
-    /// Longest pause between two calls.
+    /// The longest pause between two calls.
     pub max_delay: Duration,
-    /// How often to look for intents that nothing here announced (another process's, whose claim ran out).
+    /// How often the executor looks for intents that this process did not announce, such as those of a process whose
+    /// claim ran out.
     pub poll: Duration,
-    /// Bound of each transaction, here and in the server. One that takes longer is given up and repeated on another
-    /// connection, which counts nothing: a host that is gone closes nothing.
+    /// The bound of each transaction, in this process and in the server. A transaction that takes longer is given up
+    /// and repeated on another connection, without counting an attempt: a host that is gone closes no connection.
     pub database_timeout: Duration,
 }
 
@@ -40,7 +42,7 @@ impl Default for IntentConfig {
 }
 
 impl IntentConfig {
-    /// How long an intent waits after so many calls.
+    /// How long an intent waits after this many calls.
     pub(super) fn delay(&self, attempts: u32) -> Duration {
         let doublings = attempts.saturating_sub(1).min(20);
         self.first_delay.saturating_mul(1 << doublings).min(self.max_delay)

@@ -1,5 +1,5 @@
-//! What waits to be performed, and since when nothing of it moves: what health tells of effects. A look that fails is no sign
-//! that nothing waits.
+//! The effects that wait to be performed, and since when none of them has moved, for health. A look that fails is no
+//! sign that nothing waits.
 
 use super::Intents;
 use crate::{
@@ -14,25 +14,25 @@ use std::{
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// How often it is looked what waits, and intents are counted for the gauges.
+/// How often the executor looks at what waits, and counts intents for the gauges.
 const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
-/// As it was last seen.
+/// What the last look saw.
 #[derive(Debug, Default)]
 pub(super) struct Progress(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
-    /// How many were settled here. An intent that cannot be is no sign that none can.
+    /// Intents that this process settled. One intent that cannot be settled is no sign that none can.
     settled: u64,
     movement: Movement<(u64, Uuid)>,
     waiting: Option<Waiting>,
     looks: Looks,
-    /// What was said last of the intent that waits for longest.
+    /// The last error of the intent that waits for longest.
     last_error: Option<String>,
-    /// When one was last not settled because of what an operator has to set right.
+    /// When an intent was last not settled because of what an operator has to set right.
     in_vain: Option<OffsetDateTime>,
-    /// Why none can be claimed.
+    /// Why no intent can be claimed.
     unclaimed: Option<Trouble>,
 }
 
@@ -41,22 +41,22 @@ impl Progress {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One was settled.
+    /// Counts an intent that was settled.
     pub(super) fn settled(&self) {
         self.lock().settled += 1;
     }
 
-    /// What waits could not be looked at: what was known of it stands.
+    /// Records a look that failed: what was known before stands.
     pub(super) fn missed(&self, error: &sqlx::Error) {
         self.lock().looks.missed(&error.into());
     }
 
-    /// One could not be, until an operator acts.
+    /// An intent could not be settled, until an operator acts.
     pub(super) fn in_vain(&self, now: OffsetDateTime) {
         self.lock().in_vain = Some(now);
     }
 
-    /// Intents can be claimed, or cannot, for this reason.
+    /// Intents can be claimed, or cannot, for the reason in `but`.
     pub(super) fn claims(&self, but: Option<Trouble>) {
         self.lock().unclaimed = but;
     }
@@ -65,7 +65,8 @@ impl Progress {
         self.lock().unclaimed.clone()
     }
 
-    /// This is the one that waits for longest. Says whether all that was tried here in vain has been settled, by whichever replica.
+    /// `oldest` is the intent that waits for longest. Returns whether all intents that were tried here in vain have
+    /// been settled, by whichever replica.
     pub(super) fn seen(&self, oldest: Option<Oldest>) -> bool {
         let mut known = self.lock();
         let known = &mut *known;
@@ -83,7 +84,7 @@ impl Progress {
         over
     }
 
-    /// The trouble that is known, or that nothing is known, or that nothing moves, with what was said last; and what waits.
+    /// Reports the known trouble, or that looks fail, or that nothing moves and the last error; and what waits.
     pub(super) fn report(&self, trouble: Option<Trouble>) -> Report {
         let known = self.lock();
         let trouble = trouble.or_else(|| known.looks.trouble()).or_else(|| {
@@ -98,10 +99,11 @@ impl Progress {
 }
 
 impl Intents {
-    /// `participant_intents{state}`: what is in doubt, or stays open for long, somebody has to look at.
+    /// Keeps the gauge `participant_intents{state}`. Effects in doubt, or open for long, need an operator.
     pub(super) async fn keep_gauges(&self) {
         loop {
-            // Alone: that something waits, and for how long, is known also when there is too much to be counted in time.
+            // The oldest intent is read alone: what waits, and for how long, is known even when there is too much to be
+            // counted in time.
             match self.bound().within(self.oldest()).await {
                 Ok(oldest) => {
                     if self.progress.seen(oldest) {

@@ -1,11 +1,11 @@
-//! Slots for calls that came to nothing before: half of all, so that others go on beside them.
+//! Slots for calls of intents that were called before: half of all, so that others go on beside them.
 
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
 };
 
-/// How many are taken. Cheap to clone; all clones are one.
+/// How many slots are taken. All clones share one count.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Slots(Arc<AtomicUsize>);
 

@@ -1,4 +1,4 @@
-//! The typed builder. What must not be said does not compile: see `saga-core/tests/compile_fail`.
+//! The typed builder. A saga that breaks the rules does not compile: see `saga-core/tests/compile_fail`.
 
 use super::{And, BuildError, BuildFrom, Call, Definition, Remote, Replies, RetryPolicy, Role, Saga, Step, StepKind};
 use crate::{
@@ -58,7 +58,7 @@ pub struct SagaBuilder<I, R, P> {
     types: PhantomData<fn(I, R, P)>,
 }
 
-/// A step that has not said yet how it is undone. Say `.undo(..)` or `.nothing_to_undo()`.
+/// A step without its undo yet: `.undo(..)` or `.nothing_to_undo()` has to follow.
 #[must_use = "say how the step is undone: `.undo(..)` or `.nothing_to_undo()`"]
 pub struct UndoUndecided<I, R, C> {
     saga: SagaBuilder<I, R, BeforePivot>,
@@ -181,7 +181,7 @@ where
         self
     }
 
-    /// How long the saga may take until its pivot's command is issued; then it is undone as if somebody had cancelled.
+    /// How long the saga may take until its pivot's command is issued; then the engine undoes it, as after a cancel.
     pub fn saga_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = Some(deadline);
         self
@@ -290,7 +290,7 @@ where
 
 /// Where a saga stands to its pivot after a local step.
 pub trait AfterLocal {
-    /// There.
+    /// The builder's phase after the local step.
     type Phase;
 }
 impl AfterLocal for BeforePivot {
@@ -341,7 +341,7 @@ fn write<C: Command>(command: &C) -> Result<Vec<u8>, BuildError> {
     serde_json::to_vec(command).map_err(|source| BuildError { what: "write the command", source })
 }
 
-/// Whether two topics have one name. For the compiler: texts cannot be compared there yet.
+/// Whether two topics have one name. A `const fn`, because constants cannot compare texts with `==` yet.
 const fn same(a: &Topic, b: &Topic) -> bool {
     let (a, b) = (a.name.as_bytes(), b.name.as_bytes());
     let mut at = 0;

@@ -1,4 +1,5 @@
-//! What the builder's types cannot see: names. Checked when the engine is built, every mistake at once.
+//! Checks names and values, which the builder's types cannot see. The engine's build runs them and reports every
+//! mistake at once.
 
 use super::{Definition, StepKind};
 use std::{collections::BTreeSet, time::Duration};
@@ -6,48 +7,49 @@ use std::{collections::BTreeSet, time::Duration};
 /// A mistake in a definition that only its values show.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DefinitionError {
-    /// A saga needs something to do.
+    /// The definition has no steps: a saga needs something to do.
     #[error("saga `{0}` has no steps")]
     NoSteps(String),
-    /// Names are written into headers, logs and command ids.
+    /// A name cannot be written into headers, logs and command ids.
     #[error("saga `{saga}`: {name:?} is no name: 1 to 100 printable ASCII characters")]
     BadName {
-        /// Which saga.
+        /// The saga's name.
         saga: String,
-        /// The name.
+        /// The name that was refused, of the saga, a step or an effect.
         name: String,
     },
-    /// A step's name tells its commands from those of other steps.
+    /// Two steps share a name, which distinguishes a step's commands from those of other steps.
     #[error("saga `{saga}` has two steps named `{step}`")]
     DuplicateStep {
-        /// Which saga.
+        /// The saga's name.
         saga: String,
-        /// Which name.
+        /// The name that two steps share.
         step: String,
     },
-    /// Elsewhere no participant knows what there is to undo, and nothing keeps the two in their order.
+    /// A step's undo goes to another topic than its command. There no participant knows what there is to undo, and
+    /// nothing keeps the two in order.
     #[error(
         "saga `{saga}`, step `{step}`: its command goes to topic `{topic}` and its undo to `{undo_topic}`; both go to one topic"
     )]
     UndoElsewhere {
-        /// Which saga.
+        /// The saga's name.
         saga: String,
-        /// Which step.
+        /// The step's name.
         step: String,
         /// Where the step's command goes.
         topic: &'static str,
         /// Where its undo goes.
         undo_topic: &'static str,
     },
-    /// Attempts are counted from one.
+    /// A retry policy allows zero attempts; attempts are counted from one.
     #[error("saga `{saga}`, step `{step}`: zero attempts")]
     NoAttempts {
-        /// Which saga.
+        /// The saga's name.
         saga: String,
-        /// Which step.
+        /// The step's name.
         step: String,
     },
-    /// A saga that is late before it has begun would do nothing.
+    /// The deadline is below one millisecond: a saga that is late before it has begun would do nothing.
     #[error("saga `{0}` has less than a millisecond until its deadline")]
     NoTime(String),
 }

@@ -1,4 +1,5 @@
-//! How often and how fast a command is resent, or a local effect tried again. Pure: the jitter is derived from the waiting saga, not drawn.
+//! How often and how fast a command is resent, or a local effect tried again. Pure: the jitter is derived from the
+//! waiting saga, not drawn.
 
 use crate::id::SagaId;
 use std::time::Duration;
@@ -8,26 +9,26 @@ use std::time::Duration;
 pub struct RetryPolicy {
     /// The pause after the first attempt.
     pub first: Duration,
-    /// Each pause is so many times the one before.
+    /// The factor from each pause to the next; 0 counts as 1.
     pub factor: u32,
-    /// No pause is longer.
+    /// The longest pause between two attempts.
     pub max: Duration,
-    /// How many attempts there are in all; `None` is without end.
+    /// How many attempts there are in all; `None`: without end.
     pub attempts: Option<u32>,
 }
 
 impl RetryPolicy {
-    /// For a step before the pivot: its failure can be met by undoing, so patience is short.
+    /// For a step before the pivot: the engine can undo the saga instead, so it gives up early.
     pub const COMPENSABLE: Self = Self::exponential(5, Duration::from_millis(500), Duration::from_secs(30));
-    /// For the pivot: giving up means that somebody has to look, so patience is longer.
+    /// For the pivot: when the engine gives up, an operator has to act, so it tries longer.
     pub const PIVOT: Self = Self::exponential(10, Duration::from_millis(500), Duration::from_secs(60));
-    /// For a step after the pivot: there is no way back. After a day or so somebody has to look.
+    /// For a step after the pivot: there is no way back. After a day or so the saga is stuck until an operator acts.
     pub const RETRIABLE: Self = Self::exponential(300, Duration::from_millis(500), Duration::from_secs(300));
-    /// For an undo: it has to be done. After half an hour or so somebody has to look.
+    /// For an undo: it has to be done. After half an hour or so the saga is stuck until an operator acts.
     pub const UNDO: Self = Self::exponential(15, Duration::from_millis(500), Duration::from_secs(300));
 
-    /// For a local effect: what fails for a moment (a row that is not there yet) gets another seven seconds or so; then
-    /// somebody has to look.
+    /// For a local effect: what fails for a moment (a row that is not there yet) gets another seven seconds or so. Then
+    /// the saga is stuck until an operator acts.
     pub const LOCAL: Self = Self::exponential(5, Duration::from_millis(500), Duration::from_secs(30));
 
     /// `attempts` in all, with pauses that double from `first` up to `max`.
@@ -35,7 +36,7 @@ impl RetryPolicy {
         Self { first, factor: 2, max, attempts: Some(attempts) }
     }
 
-    /// Without an end: never stuck, so watch the attempts yourself.
+    /// Without a last attempt: the saga never becomes stuck on the step, so an alert has to watch its attempts.
     #[must_use]
     pub const fn forever(self) -> Self {
         Self { attempts: None, ..self }

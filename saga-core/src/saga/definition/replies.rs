@@ -15,7 +15,7 @@ pub trait Replies: Sized + Send + Sync + 'static {
     note = "split the saga, or let one participant do what several steps do now"
 )]
 pub trait And<T>: Replies {
-    /// The longer tuple.
+    /// The tuple with the reply at its end.
     type With: Replies;
 }
 

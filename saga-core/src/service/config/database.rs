@@ -1,4 +1,4 @@
-//! The service's database.
+//! The settings of the service's database.
 
 use super::{
     ConfigErrors, number,
@@ -23,12 +23,12 @@ pub struct DatabaseArgs {
     pub database_max_connections: Option<String>,
 }
 
-/// A valid [`DatabaseArgs`].
+/// The settings of a valid [`DatabaseArgs`].
 #[derive(Clone)]
 pub struct DatabaseSettings {
-    /// Where it is; `sslmode` and the certificates are in the URL.
+    /// The database's place; `sslmode` and the certificates are in the URL.
     pub options: PgConnectOptions,
-    /// The pool's size.
+    /// The most connections of the pool.
     pub max_connections: u32,
 }
 
@@ -43,14 +43,14 @@ impl fmt::Debug for DatabaseSettings {
 }
 
 impl DatabaseSettings {
-    /// From a URL that the program itself made (tests, tools).
+    /// Reads a URL that the program itself made (tests, tools).
     pub fn from_url(url: &str) -> Result<Self, sqlx::Error> {
         Ok(Self { options: PgConnectOptions::from_str(url)?, max_connections: DEFAULT_MAX_CONNECTIONS })
     }
 }
 
 impl DatabaseArgs {
-    /// Reads, and adds what is wrong to `errors`.
+    /// Reads the arguments, and adds each mistake to `errors`.
     pub fn read(&self, errors: &mut ConfigErrors) -> Option<DatabaseSettings> {
         let example = "set it to postgres://user:password@host:5432/database";
         let options = match Secret::given(self.database_url.as_ref()) {

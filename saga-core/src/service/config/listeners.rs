@@ -1,4 +1,4 @@
-//! The two listeners: where they listen, by which names they are reached, and who is let in.
+//! The two listeners: where they listen, by which names they are reached, and which callers they let in.
 
 use super::{super::admin::AdminAuth, ConfigErrors, Secret, given, nth, token};
 use crate::http::Hosts;
@@ -35,28 +35,28 @@ pub struct AdminArgs {
     pub admin_viewer_token: Option<Secret>,
 }
 
-/// A valid [`HttpArgs`].
+/// The settings of a valid [`HttpArgs`].
 #[derive(Debug, Clone)]
 pub struct HttpSettings {
-    /// Where it listens.
+    /// The address and port of the API.
     pub addr: SocketAddr,
-    /// The names that it is reached by.
+    /// The names that the API is reached by.
     pub hosts: Hosts,
 }
 
-/// A valid [`AdminArgs`].
+/// The settings of a valid [`AdminArgs`].
 #[derive(Debug, Clone)]
 pub struct AdminSettings {
-    /// Where it listens.
+    /// The address and port of the admin listener.
     pub addr: SocketAddr,
-    /// The names that it is reached by.
+    /// The names that the admin listener is reached by.
     pub hosts: Hosts,
-    /// Whom it lets in.
+    /// The tokens of the callers that the admin listener lets in.
     pub auth: AdminAuth,
 }
 
 impl HttpArgs {
-    /// Reads, and adds what is wrong to `errors`.
+    /// Reads the arguments, and adds each mistake to `errors`.
     pub fn read(&self, default_port: u16, errors: &mut ConfigErrors) -> Option<HttpSettings> {
         let addr = address(&self.http_addr, "HTTP_ADDR", default_port, errors);
         let hosts = hosts(&self.http_hosts, "HTTP_HOSTS", errors);
@@ -65,7 +65,8 @@ impl HttpArgs {
 }
 
 impl AdminArgs {
-    /// Reads, and adds what is wrong to `errors`. An address off loopback without an operator's token is a mistake.
+    /// Reads the arguments, and adds each mistake to `errors`. An address off loopback without an operator's token is a
+    /// mistake.
     pub fn read(&self, default_port: u16, errors: &mut ConfigErrors) -> Option<AdminSettings> {
         let addr = address(&self.admin_addr, "ADMIN_ADDR", default_port, errors);
         let hosts = hosts(&self.admin_hosts, "ADMIN_HOSTS", errors);

@@ -1,4 +1,4 @@
-//! What services take that run sagas, or take part in them.
+//! The settings of services that run sagas, or take part in them.
 
 use super::{ConfigErrors, given, nth};
 use crate::topic::is_legal_name;
@@ -15,7 +15,7 @@ pub struct ParticipantArgs {
     pub command_sources: Option<String>,
 }
 
-/// What whoever runs sagas takes beside.
+/// What a service that runs sagas takes beside.
 #[derive(Debug, Clone, Default, Args)]
 pub struct OrchestratorArgs {
     /// Sources (`ce_source`) whose replies are taken beside those of the platform's own participants, several separated by commas
@@ -23,17 +23,17 @@ pub struct OrchestratorArgs {
     pub reply_sources: Option<String>,
 }
 
-/// A valid [`ParticipantArgs`].
+/// The settings of a valid [`ParticipantArgs`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ParticipantSettings {
-    /// Where replies may go, beside the platform's own topics.
+    /// The topics that replies may go to, beside the platform's own.
     pub reply_topics: Vec<String>,
-    /// Whose commands are taken, beside the platform's own.
+    /// The sources whose commands are taken, beside the platform's own.
     pub command_sources: Vec<String>,
 }
 
 impl ParticipantArgs {
-    /// Reads, and adds what is wrong to `errors`.
+    /// Reads the arguments, and adds each mistake to `errors`.
     pub fn read(&self, errors: &mut ConfigErrors) -> Option<ParticipantSettings> {
         let topics = listed(&self.reply_topics);
         let reply_topics = match topics.iter().position(|topic| !is_legal_name(topic)) {
@@ -49,7 +49,7 @@ impl ParticipantArgs {
 }
 
 impl OrchestratorArgs {
-    /// Reads the sources, and adds what is wrong to `errors`.
+    /// Reads the sources, and adds each mistake to `errors`.
     pub fn read(&self, errors: &mut ConfigErrors) -> Option<Vec<String>> {
         sources(&self.reply_sources, "REPLY_SOURCES", errors)
     }

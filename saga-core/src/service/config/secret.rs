@@ -1,5 +1,5 @@
-//! Settings that may hold a secret: a token, or a URL with a password in it. Neither `Debug`, nor `--help`, nor an error shows
-//! one of them.
+//! Settings that may hold a secret: a token, or a URL with a password in it. Neither `Debug`, nor `--help`, nor an
+//! error shows one.
 
 use http::Uri;
 use sqlx::postgres::PgConnectOptions;
@@ -10,7 +10,7 @@ use std::{convert::Infallible, fmt, str::FromStr};
 pub struct Secret(String);
 
 impl Secret {
-    /// The value itself, for whoever needs it to connect.
+    /// The value itself, for the code that needs it to connect.
     #[must_use]
     pub fn reveal(&self) -> &str {
         &self.0
@@ -48,7 +48,7 @@ impl From<String> for Secret {
     }
 }
 
-/// Where a database is, and as whom it is connected to: what `Debug` of settings says of it. sqlx would print the password.
+/// A database's place, and the role that connects to it, for `Debug` of settings. sqlx would print the password.
 pub struct Place<'a>(pub &'a PgConnectOptions);
 
 impl fmt::Debug for Place<'_> {
@@ -71,7 +71,7 @@ impl fmt::Debug for Place<'_> {
 /// Reads the URL of a database.
 ///
 /// # Errors
-/// What is wrong with it. Nothing of the URL is repeated: sqlx's own words may hold a part of it.
+/// What is wrong with the URL. Nothing of it is repeated: sqlx's own words may hold a part of it.
 pub fn database_url(url: &str) -> Result<PgConnectOptions, &'static str> {
     if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
         return Err("is not a postgres:// URL");
@@ -89,7 +89,7 @@ pub fn database_url(url: &str) -> Result<PgConnectOptions, &'static str> {
 /// Whether `url` is one of HTTP that names a place and nothing else.
 ///
 /// # Errors
-/// What is wrong with it. Nothing of the URL is repeated.
+/// What is wrong with the URL. Nothing of it is repeated.
 pub fn http_url(url: &str) -> Result<Uri, &'static str> {
     let uri = url.parse::<Uri>().map_err(|_| NO_HTTP_URL)?;
     match uri.authority() {

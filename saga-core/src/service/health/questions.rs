@@ -1,4 +1,4 @@
-//! What health asks the database.
+//! The questions that health asks the database.
 
 use crate::{
     clock,
@@ -11,29 +11,29 @@ use sqlx::{ConnectOptions as _, Connection as _, PgExecutor, PgPool};
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
-/// How long the check of a database waits for a connection of the pool, so that there is time to find out why there is none.
+/// How long the check of a database waits for a connection of the pool. It leaves time to find out why there is none.
 const POOL_MAX: Duration = Duration::from_secs(1);
 
 /// A table that callers need, and the rights to it.
 #[derive(Debug, Clone, Copy)]
 pub struct Needs {
-    /// The table.
+    /// The table's name, as the search path finds it.
     pub table: &'static str,
-    /// `select`, `insert`, `update`, `delete`.
+    /// The rights: `select`, `insert`, `update`, `delete`.
     pub rights: &'static [&'static str],
 }
 
-/// How a session that may not write is known.
+/// The SQL condition of a session that may not write.
 macro_rules! read_only {
     () => {
         "pg_is_in_recovery() or current_setting('transaction_read_only') = 'on'"
     };
 }
 
-/// What is not there of what callers need.
+/// Reports the tables and rights that callers need and that are missing.
 ///
 /// # Errors
-/// When the database does not say.
+/// When the database does not answer.
 pub async fn missing(db: impl PgExecutor<'_>, needs: &[Needs]) -> Result<Report, sqlx::Error> {
     let pairs = needs.iter().flat_map(|need| need.rights.iter().map(|right| (need.table, *right)));
     let (tables, rights): (Vec<&str>, Vec<&str>) = pairs.unzip();
@@ -61,8 +61,8 @@ pub async fn missing(db: impl PgExecutor<'_>, needs: &[Needs]) -> Result<Report,
     })
 }
 
-/// Whether a session that begins now takes writes. Those of the pool may have begun before a failover. To replace them is of no use,
-/// and costs every request, while new ones take none either.
+/// Whether a session that begins now takes writes. Sessions of the pool may have begun before a failover. To replace
+/// them is of no use, and costs every request, while new ones take no writes either.
 pub(super) async fn a_new_session_writes(pool: &PgPool) -> bool {
     let ask = async {
         let mut connection = pool.connect_options().connect().await?;
@@ -73,7 +73,7 @@ pub(super) async fn a_new_session_writes(pool: &PgPool) -> bool {
     Bound::new(POOL_MAX).within(ask).await.unwrap_or(false)
 }
 
-/// The database's clock; of a pool that gives no connection, why.
+/// Asks for the database's clock; if the pool gives no connection, the error says why.
 pub(super) async fn hear_clock(pool: &PgPool) -> Result<(OffsetDateTime, Instant), sqlx::Error> {
     let heard = Bound::new(POOL_MAX).within(clock::hear(pool)).await;
     let none = |error: &sqlx::Error| is_pool_full(error) || is_timeout(error) && !has_one_to_spare(pool);

@@ -1,4 +1,4 @@
-//! How a part stands: what its report comes to, and how that is told in the log and in the metrics.
+//! The standing of a part: what its report comes to, and how the log and the metrics show it.
 
 use super::{Concern, Name};
 use crate::{
@@ -9,11 +9,11 @@ use serde::Serialize;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
-/// How long a full pool excuses a check that callers depend on and that could not be asked. Callers wait as it does, so this is about
-/// as long as one of them would.
+/// How long a full pool excuses a check that callers depend on and that could not be asked. Callers wait as the check
+/// does, so this is about as long as one of them would.
 const BUSY_MAX: Duration = Duration::from_secs(30);
 
-/// What has not begun after so long is said to be red.
+/// A part that has not begun after so long is logged as red.
 const STARTS_MAX: Duration = Duration::from_secs(60);
 
 /// A part as it was last seen.
@@ -21,15 +21,16 @@ const STARTS_MAX: Duration = Duration::from_secs(60);
 pub(super) struct Part {
     pub(super) concern: Concern,
     pub(super) standing: Standing,
-    /// When it last said something of itself.
+    /// When the part last gave a report of its own.
     answered: Instant,
-    /// Why it is red, as the log says.
+    /// The cause of its redness that the log holds; `None`: the log holds that it is fine.
     told: Option<Cause>,
 }
 
 impl Part {
-    /// What a report comes to. How busy a process is says nothing of whether it can be sent requests: while the pool is `full`, what
-    /// could not be asked stands as it stood. It does so for a bound only, because a table that is locked fills the pool, too.
+    /// Judges a report. How busy a process is says nothing of whether it can be sent requests. So while the pool is
+    /// `full`, a part that could not be asked keeps its standing. It does so for a bound only, because a table that is
+    /// locked fills the pool, too.
     pub(super) fn seen(concern: Concern, report: &Report, before: Option<&Self>, full: bool, now: Instant) -> Self {
         let cause = report.trouble.as_ref().map(|trouble| trouble.cause);
         let unasked = full && concern == Concern::Callers && matches!(cause, Some(Cause::NoAnswer | Cause::PoolFull));
@@ -41,8 +42,8 @@ impl Part {
         Self { concern, standing, answered, told: before.and_then(|before| before.told) }
     }
 
-    /// Logs its change, once. Nothing is wrong with what starts, nor with what a process asks of its parts before it has begun
-    /// (`starting`, for so long): what is red then is logged when it still is afterwards.
+    /// Logs a change of the part, once. Nothing is wrong with a part that starts, nor with one that is red before the
+    /// process has begun (`starting`, for so long). A part that is red then is logged when it still is afterwards.
     pub(super) fn tell(&mut self, name: &Name, starting: Option<Duration>) {
         let is = self.standing.cause;
         let starts = Some(self.standing.age()).filter(|_| is == Some(Cause::Starting)).or(starting);
@@ -66,35 +67,35 @@ impl Part {
     }
 }
 
-/// How a part stood when it was last asked.
+/// The standing of a part when it was last asked.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Standing {
-    /// Whether its work moves.
+    /// Whether the part's work moves.
     pub state: State,
-    /// Why it does not.
+    /// Why the part's work does not move; absent while it does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
-    /// Since when it does not.
+    /// Since when the part's work does not move; absent while it does.
     #[serde(skip_serializing_if = "Option::is_none", with = "time::serde::rfc3339::option")]
     pub since: Option<OffsetDateTime>,
-    /// How much waits for it.
+    /// How many items wait for the part, if it knows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waiting: Option<u64>,
-    /// Since when the oldest of that waits.
+    /// Since when the oldest of the waiting items waits.
     #[serde(skip_serializing_if = "Option::is_none", with = "time::serde::rfc3339::option")]
     pub oldest: Option<OffsetDateTime>,
-    /// Why, in words: for the roles of the admin listener only.
+    /// The reason in words: for the roles of the admin listener only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// Ok or not.
+/// Whether a part's work moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// It does its work, or has none.
+    /// The part does its work, or has none.
     Ok,
-    /// It has work that does not move, or would not.
+    /// The part has work that does not move, or would not.
     Red,
 }
 
@@ -102,8 +103,8 @@ impl Standing {
     fn red(trouble: Trouble, before: Option<&Self>, now: Instant) -> Self {
         let began = trouble.since.unwrap_or(now);
         let began = clock::now() - now.saturating_duration_since(began);
-        // The cause may change while it is red; since when it is red does not. But a start and an operator's pause are no fault, and
-        // have ages of their own.
+        // The cause may change while the part is red; since when it is red does not. But a start and an operator's
+        // pause are no fault, and have ages of their own.
         let before = before.filter(|before| goes_on(before.cause, trouble.cause)).and_then(|before| before.since);
         let since = before.map_or(began, |before| before.min(began));
         Self {
@@ -116,7 +117,7 @@ impl Standing {
         }
     }
 
-    /// How the process itself stands.
+    /// The standing of the process itself.
     pub(super) fn of_process(trouble: Option<Trouble>, before: Option<&Self>) -> Self {
         trouble.map_or_else(Self::ok, |trouble| Self::red(trouble, before, clock::monotonic()))
     }
@@ -135,7 +136,7 @@ impl Standing {
         self.cause.map_or("ok", Cause::as_str)
     }
 
-    /// For how long it has been red.
+    /// For how long the part has been red.
     fn age(&self) -> Duration {
         let age = self.since.map(|since| clock::now() - since).unwrap_or_default();
         age.try_into().unwrap_or_default()
@@ -146,7 +147,7 @@ impl Standing {
     }
 }
 
-/// Whether a part that was red because of `was` is red for as long because of `is`.
+/// Whether a part that was red because of `was` and is red because of `is` has been red all the while.
 fn goes_on(was: Option<Cause>, is: Cause) -> bool {
     was == Some(is) || is != Cause::Paused && !matches!(was, Some(Cause::Starting | Cause::Paused))
 }
@@ -167,7 +168,7 @@ pub(super) fn measure(name: &Name, concern: Concern, before: Option<&Standing>, 
     }
 }
 
-/// Says on `/metrics` what the metrics of health mean.
+/// Describes the metrics of health on `/metrics`.
 pub(in crate::service) fn describe() {
     metrics::describe_gauge!(
         "work_stalled_seconds",

@@ -1,4 +1,4 @@
-//! What participants do with commands, as far as a saga can tell: their fences, the effects behind them, and what is
+//! What participants do with commands, as far as a saga can see: their fences, the effects behind them, and what is
 //! left when a fence is lost.
 
 use super::{
@@ -10,17 +10,17 @@ use crate::command::Op;
 /// How far a step's effect has come, at its participant (or, for a local effect, in the database).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Fence {
-    /// Nothing came yet; or the fence was lost, and an effect in the same database with it.
+    /// No command came yet; or the fence was lost, and an effect in the same database with it.
     Absent,
     /// External: the intent is committed, the call is not made.
     Calling,
-    /// External: the call has had its effect, and nobody has recorded it.
+    /// External: the call has had its effect, and no record of it exists yet.
     Called,
-    /// It is done.
+    /// The step's effect is done.
     Done,
-    /// It was refused.
+    /// The step's command was refused.
     Rejected,
-    /// It was done and is undone.
+    /// The step's effect was done and is undone.
     Undone,
     /// The undo came first, or asked outside; what comes later is refused.
     Tombstone,
@@ -28,11 +28,11 @@ pub enum Fence {
     Adrift,
     /// External: the fence is lost, and the effect is there.
     Held,
-    /// As `Absent`; but an undo came and failed, and a do is refused.
+    /// Like `Absent`, but an undo came and failed, and a do is refused.
     Marked,
-    /// As `Adrift`; but an undo came and failed, and a do is refused.
+    /// Like `Adrift`, but an undo came and failed, and a do is refused.
     MarkedAdrift,
-    /// As `Held`; but an undo came and failed, and a do is refused.
+    /// Like `Held`, but an undo came and failed, and a do is refused.
     MarkedHeld,
 }
 
@@ -46,7 +46,7 @@ impl Fence {
         }
     }
 
-    /// After a call got there.
+    /// The fence after a call got there.
     pub(super) fn called(self) -> Self {
         match self {
             Self::Adrift => Self::Held,
@@ -55,7 +55,7 @@ impl Fence {
         }
     }
 
-    /// After the fence was lost; `None` where nothing that matters is lost.
+    /// The fence after a loss; `None` where nothing that matters is lost.
     pub(super) fn lost(self, external: bool) -> Option<Self> {
         match self {
             Self::Calling => Some(Self::Adrift),
@@ -86,7 +86,7 @@ pub(super) fn choices(limits: Limits, op: Op, fence: Fence, refusable: bool) -> 
         (Op::Do, Absent) => {
             [Choice::Succeed].into_iter().chain(refusable.then_some(Choice::Reject)).chain(fails).collect()
         }
-        // A refusal says that certainly nothing happened: not of what may be there under the same key.
+        // A refusal means that certainly nothing happened. That is not certain of what may be there under the same key.
         (Op::Do, Adrift | Held) | (Op::Undo, Done) => [Choice::Succeed].into_iter().chain(fails).collect(),
         (Op::Undo, Absent | Adrift | Held | Marked | MarkedAdrift | MarkedHeld) if limits.external => {
             [Choice::Succeed].into_iter().chain(fails).collect()
@@ -95,7 +95,7 @@ pub(super) fn choices(limits: Limits, op: Op, fence: Fence, refusable: bool) -> 
     }
 }
 
-/// What a do comes to: its fence, and its answer, if it has one by now.
+/// The outcome of a do: its fence, and its answer, if it has one by now.
 pub(super) fn act(limits: Limits, fence: Fence, choice: Choice, attempt: u32) -> (Fence, Option<Note>) {
     use Fence::*;
     match (fence, choice) {
@@ -108,22 +108,22 @@ pub(super) fn act(limits: Limits, fence: Fence, choice: Choice, attempt: u32) ->
     }
 }
 
-/// What an undo comes to: the fence of its step, and its answer.
+/// The outcome of an undo: the fence of its step, and its answer.
 pub(super) fn undo(limits: Limits, fence: Fence, choice: Choice, knows: bool, attempt: u32) -> (Fence, Note) {
     use Fence::*;
     let (failed, trusting) = (Note::Failed(attempt), limits.mistake == Some(Mistake::TakesAbsenceForProof));
     match fence {
         Calling => (Adrift, Note::Succeeded),
-        // The answer that it was given before.
+        // The undo gets the same answer as before.
         Undone | Tombstone => (fence, Note::Succeeded),
         Done if choice == Choice::Fail => (Done, failed),
         Done => (Undone, Note::Succeeded),
         Adrift | Held if trusting => (fence, Note::Succeeded),
         Absent | Rejected if trusting => (if fence == Absent { Tombstone } else { fence }, Note::Succeeded),
-        // The orchestrator knows what this participant has no record of.
+        // The orchestrator knows of an effect that this participant has no record of.
         _ if knows || choice == Choice::Fail => (fence.marked(), failed),
         Rejected => (Rejected, Note::Succeeded),
-        // Asked outside: what is there is taken back, and what is on its way is refused there.
+        // The undo asks outside: what is there is taken back, and what is on its way is refused there.
         Held | MarkedHeld => (Undone, Note::Succeeded),
         _ => (Tombstone, Note::Succeeded),
     }
@@ -135,7 +135,7 @@ impl World {
         self.lost & (1 << step) != 0
     }
 
-    /// Whether the undo of this step says that it happened.
+    /// Whether the undo of this step carries that the step happened.
     pub(super) fn knows(&self, step: usize) -> bool {
         self.known & (1 << step) != 0
     }

@@ -6,16 +6,16 @@ use crate::command::Op;
 /// Most attempts of a command.
 pub(super) const ATTEMPTS: u32 = 3;
 
-/// A message, by what it says.
+/// A message, by its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Note {
-    /// A command, by attempt.
+    /// A command; the number is its attempt.
     Command(u32),
-    /// It is done.
+    /// The command, or its undo, is done.
     Succeeded,
     /// Certainly nothing happened.
     Rejected,
-    /// That attempt did not work.
+    /// The attempt of this number failed.
     Failed(u32),
 }
 

@@ -1,4 +1,4 @@
-//! What can happen to a saga, its messages and its participants.
+//! The model: what can happen to a saga, its messages and its participants.
 
 use super::{
     fences::{self, Fence},
@@ -21,7 +21,7 @@ use time::{Duration, OffsetDateTime};
 /// The function under exploration: the production one, or a seeded mistake that has to be found.
 pub type Decide = fn(&Definition, &State, &Event, OffsetDateTime) -> (State, Effects);
 
-/// How far an exploration goes.
+/// The limits of an exploration.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// How often one command is issued at most; later attempts are like earlier ones.
@@ -32,20 +32,20 @@ pub struct Limits {
     pub losses: u8,
     /// Whether the effects of steps are external: called, and recorded any time later.
     pub external: bool,
-    /// Whether participants say that it did not work this time.
+    /// Whether participants may answer that an attempt failed.
     pub failures: bool,
-    /// Whether somebody may cancel.
+    /// Whether callers may cancel.
     pub cancels: bool,
-    /// What participants do wrong: it has to be found.
+    /// The mistake that the participants make, which the exploration has to find; `None`: they make none.
     pub mistake: Option<Mistake>,
 }
 
-/// A mistake of participants.
+/// A seeded mistake of participants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mistake {
-    /// They take the absence of a fence for proof that nothing happened.
+    /// The participants take the absence of a fence for proof that nothing happened.
     TakesAbsenceForProof,
-    /// Their undo does not wait for the call that is under way, however slow that is.
+    /// The undo does not wait for the call that is under way, however slow that is.
     UndoesDuringTheCall,
 }
 
@@ -66,14 +66,14 @@ pub struct World {
     pub(super) late: bool,
     /// A bit for each step whose fence was lost.
     pub(super) lost: u8,
-    /// A bit for each step whose undo says that it happened.
+    /// A bit for each step whose undo carries that the step happened.
     pub(super) known: u8,
 }
 
 /// Something that can happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Move {
-    /// A participant gets a command and does this with it.
+    /// A participant gets a command and makes this choice.
     Deliver(usize, Op, u32, Choice),
     /// An external call has its effect.
     Call(usize),
@@ -83,11 +83,11 @@ pub enum Move {
     Record(usize, Choice),
     /// The orchestrator gets a reply; a local effect that follows may break.
     Reply(usize, Op, Note, Local),
-    /// The saga's deadline passes; nothing looks at the saga yet.
+    /// The saga's deadline passes; the timers have not seen it yet.
     Deadline,
     /// The timers look at the saga: the open wait is over, or the saga is late.
     Due(Local),
-    /// Somebody cancels.
+    /// A caller cancels.
     Cancel(Local),
     /// An operator retries.
     Retry(Local),
@@ -96,34 +96,34 @@ pub enum Move {
 /// What a participant does with a command that it has not settled yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Choice {
-    /// Does it.
+    /// The participant does it.
     Succeed,
-    /// Refuses.
+    /// The participant refuses.
     Reject,
-    /// Says that it does not work now.
+    /// The participant answers that the attempt failed.
     Fail,
-    /// Gives the answer that it gave before.
+    /// The participant repeats its earlier answer.
     Repeat,
 }
 
 /// Whether local effects work, and commands can be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Local {
-    /// They do, and they can.
+    /// Local effects work, and commands can be built.
     Works,
-    /// The first one that follows does not.
+    /// The first local effect that follows fails, or the first command cannot be built.
     Breaks,
 }
 
-/// The state after, and what follows.
+/// The state after a decision, and its effects.
 type Decided = (u32, Rc<Effects>);
 
-/// A definition, its rules, and the states that were met.
+/// A definition, its rules, and the states that the exploration met.
 pub struct Model<'d> {
     pub(super) definition: &'d Definition,
     pub(super) limits: Limits,
     decide: Decide,
-    /// In each batch is another saga, which cannot be read.
+    /// If set, each batch has another saga beside, which cannot be read.
     beside: Option<Divide>,
     states: RefCell<Vec<Rc<State>>>,
     known: RefCell<HashMap<State, u32>>,
@@ -141,7 +141,7 @@ impl<'d> Model<'d> {
         Self { definition, limits, decide, beside: None, states, known, memo }
     }
 
-    /// With a saga in each batch of replies and of due sagas that cannot be read.
+    /// Puts a saga that cannot be read into each batch of replies and of due sagas.
     #[must_use]
     pub fn beside_an_unreadable_saga(self, divide: Divide) -> Self {
         Self { beside: Some(divide), ..self }
@@ -228,7 +228,7 @@ impl<'d> Model<'d> {
         }
     }
 
-    /// Held against the definition and not against the deadline that the saga remembers.
+    /// Whether the saga can still be late, by its definition and not by the deadline that the saga remembers.
     fn can_be_late(&self, state: &State) -> bool {
         let past = self.definition.pivot().is_some_and(|pivot| state.issued() > pivot);
         self.definition.deadline().is_some() && state.failure.is_none() && !past && !state.is_finished()
@@ -242,7 +242,7 @@ impl<'d> Model<'d> {
         self.remote(step).is_none_or(|remote| remote.role != Role::Retriable)
     }
 
-    /// What becomes of `world`, or the rule that is broken.
+    /// The world after `next`, or the rule that it breaks.
     pub fn take(&self, world: &World, next: Move) -> Result<World, Violation> {
         let mut after = *world;
         let (event, local) = match next {
@@ -289,7 +289,7 @@ impl<'d> Model<'d> {
         let (limits, fence, knows) = (self.limits, world.fences[step], world.knows(step));
         let (fence, note) = match op {
             Op::Do => fences::act(limits, fence, choice, attempt),
-            // Another participant, whose fence of this step is always absent.
+            // The undo goes to another participant, whose fence of this step is always absent.
             Op::Undo if self.is_undone_elsewhere(step) => {
                 (fence, Some(fences::undo(limits, Fence::Absent, choice, knows, attempt).1))
             }
@@ -312,7 +312,7 @@ impl<'d> Model<'d> {
     }
 
     fn reply(&self, world: &World, step: usize, op: Op, note: Note) -> Event {
-        // A final answer counts whatever its attempt, so all of them are the first's.
+        // A final answer counts whatever its attempt, so all of them carry the first one's number.
         let (attempt, answer) = match note {
             Note::Rejected => (1, Answer::Rejected(Value::Null)),
             Note::Failed(attempt) => (attempt, Answer::Failed(Failed::default())),
@@ -322,7 +322,7 @@ impl<'d> Model<'d> {
         Event::Reply(Reply { command, attempt, answer })
     }
 
-    /// Does what was decided: commands go out, local effects are run in the same transaction.
+    /// Carries out a decision: commands go out, local effects run in the same transaction.
     fn carry_out(
         &self,
         mut world: World,
@@ -373,7 +373,7 @@ impl<'d> Model<'d> {
         Ok(world)
     }
 
-    /// `decide`, asked once for each state and event: it is a function.
+    /// Calls `decide` once for each state and event, and remembers the answer: it is a function.
     fn decided(&self, &World { state, late, .. }: &World, event: Event) -> Decided {
         let now = match event {
             _ if late => evening(),
@@ -391,8 +391,8 @@ impl<'d> Model<'d> {
         decided
     }
 
-    /// Times differ from path to path and mean nothing here but "later": all waits end at noon, all deadlines at night.
-    /// Words for people differ as well, and decide nothing.
+    /// Times differ from path to path, and only "later" matters: all waits end at noon, all deadlines at night. Texts
+    /// for people differ as well, and decide nothing.
     fn intern(&self, mut state: State) -> u32 {
         let canonical = |open: Open| Open { since: morning(), due: open.due.map(|_| noon()), ..open };
         state.deadline = state.deadline.map(|_| evening());

@@ -1,7 +1,7 @@
 //! Two sagas at once that want the same thing, of which there is one.
 //!
-//! Sagas share no messages and no fences: what one does is seen by the other only in a participant's business, here a
-//! single piece in stock. So the worlds of two are pairs of the worlds of one, less those in which both have the piece.
+//! Sagas share no messages and no fences. One sees what the other does only in a participant's business, here a single
+//! piece in stock. So the worlds of two are pairs of the worlds of one, less those in which both have the piece.
 
 use super::{
     fences::Fence,
@@ -12,14 +12,14 @@ use super::{
 use crate::saga::state::Status;
 use std::collections::HashSet;
 
-/// What was found of two sagas at once.
+/// The result of exploring two sagas at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pairs {
     /// How many pairs of worlds can be reached.
     pub worlds: usize,
     /// How many things can happen, over all of them.
     pub transitions: usize,
-    /// In how many of them one saga is completed and the other compensated.
+    /// The number of them in which one saga is completed and the other compensated.
     pub one_of_each: usize,
 }
 

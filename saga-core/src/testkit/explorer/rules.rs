@@ -1,4 +1,4 @@
-//! The rules of a saga, held against the world as it is and not as the saga believes it to be.
+//! The rules of a saga, checked against the world as it is and not as the saga believes it to be.
 
 use super::{
     fences::Fence,
@@ -13,10 +13,10 @@ use crate::{
 };
 use std::fmt;
 
-/// A rule that was broken, and how to get there.
+/// A broken rule, and how to get there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
-    /// Which rule.
+    /// The rule, as a sentence.
     pub rule: &'static str,
     /// What happened, in order; [`Model::replay`] takes it again.
     pub schedule: Vec<Move>,
@@ -36,7 +36,7 @@ fn hold(holds: bool, rule: &'static str) -> Result<(), Violation> {
     if holds { Ok(()) } else { Err(broken(rule)) }
 }
 
-/// What holds whenever something is about to be done.
+/// Checks what holds before each action.
 pub(super) fn check_action(model: &Model<'_>, world: &World, action: &Action) -> Result<(), Violation> {
     let (step, op) = match action {
         Action::Send(send) => (send.step, send.op),
@@ -77,7 +77,7 @@ fn undoable(kind: &StepKind) -> bool {
     }
 }
 
-/// What holds in every world.
+/// Checks what holds in every world.
 pub(super) fn check_world(model: &Model<'_>, world: &World) -> Result<(), Violation> {
     let state = model.state(world);
     check_ends(model, world, &state)?;
@@ -137,7 +137,7 @@ fn check_ends(model: &Model<'_>, world: &World, state: &State) -> Result<(), Vio
     }
 }
 
-/// Whether a saga waits for a person, because a record that it needs was lost.
+/// Whether a saga waits for an operator, because a record that it needs was lost.
 pub(super) fn needs_a_person(world: &World, state: &State) -> bool {
     match &state.status {
         Status::Stuck { open, .. } => open.op == Op::Undo && world.has_lost(open.step) && world.knows(open.step),
@@ -145,13 +145,13 @@ pub(super) fn needs_a_person(world: &World, state: &State) -> bool {
     }
 }
 
-/// What holds of a batch of two sagas one of which cannot be read, when so many are decided and so many left as they are.
+/// Checks a batch of two sagas one of which cannot be read: how many were decided and how many left.
 pub(super) fn check_left(decided: usize, left: usize) -> Result<(), Violation> {
     hold(decided < 2, "a saga that cannot be read is left as it is")?;
     hold(decided + left == 2, "no saga of a batch is forgotten")
 }
 
-/// What holds of the answer to a cancel.
+/// Checks the answer to a cancel.
 pub(super) fn check_cancel(model: &Model<'_>, world: &World, verdict: Verdict) -> Result<(), Violation> {
     let state = model.state(world);
     let forward = !state.is_finished() && state.failure.is_none();
@@ -160,7 +160,7 @@ pub(super) fn check_cancel(model: &Model<'_>, world: &World, verdict: Verdict) -
     hold(!forward || (verdict == Verdict::Taken) != sent, rule)
 }
 
-/// What holds between a world and the next.
+/// Checks what holds between a world and the next.
 pub(super) fn check_step(model: &Model<'_>, before: &World, after: &World) -> Result<(), Violation> {
     let (was, is) = (model.state(before), model.state(after));
     hold(!was.is_finished() || before.state == after.state, "what has ended stays as it is")?;

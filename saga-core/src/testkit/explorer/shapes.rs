@@ -3,7 +3,7 @@
 use crate::saga::definition::{Call, Definition, Remote, RetryPolicy, Role, Step, StepKind};
 use std::{sync::Arc, time::Duration};
 
-/// What a generated step is.
+/// The shape of a generated step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
     /// A local effect that is not taken back.

@@ -1,4 +1,4 @@
-//! Visiting all worlds there are.
+//! A walk: it visits all worlds of a model.
 
 use super::{
     model::{Model, Move, World},
@@ -6,11 +6,11 @@ use super::{
 };
 use std::collections::{BTreeMap, HashMap};
 
-/// All worlds of a model, and how they hang together.
+/// All worlds of a model, and which of them follow each other.
 #[derive(Debug)]
 pub struct Walk {
     pub(super) worlds: Vec<World>,
-    /// For each world, those that come next.
+    /// The worlds that come next, for each world.
     pub(super) next: Vec<Vec<u32>>,
     came_by: Vec<Option<(u32, Move)>>,
     /// How many things can happen, over all worlds.
@@ -37,8 +37,8 @@ impl Walk {
 }
 
 impl Model<'_> {
-    /// Visits every world that can be reached, each by a shortest way, and checks every rule in each of them; then that
-    /// from each of them the saga can still end, or be stuck where only a person can know.
+    /// Visits every world that can be reached, each by a shortest way, and checks every rule in each of them. Then it
+    /// checks that from each world the saga can still end, or is stuck where only an operator can know.
     ///
     /// # Errors
     /// With the first rule that is broken, and the shortest schedule that breaks it.
@@ -79,7 +79,7 @@ impl Model<'_> {
         Ok(walk)
     }
 
-    /// Takes a schedule again.
+    /// Takes a schedule again, from the beginning.
     ///
     /// # Errors
     /// With the rule that it breaks.
