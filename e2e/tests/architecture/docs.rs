@@ -3,7 +3,7 @@
 use crate::{
     Violation,
     source::Tree,
-    words::{OF_PEOPLE_ALONE, WORDS_MAX, words},
+    words::{OF_PEOPLE_ALONE, WORDS_MAX, without_code, words},
 };
 use std::collections::BTreeSet;
 
@@ -124,9 +124,4 @@ fn without_targets(line: &str) -> String {
     let mut parts = line.split("](");
     let first = parts.next().unwrap_or_default().to_owned();
     parts.fold(first, |text, part| text + part.split_once(')').map_or(part, |(_, rest)| rest))
-}
-
-/// Each piece of code is one word.
-fn without_code(line: &str) -> String {
-    line.split('`').enumerate().map(|(n, part)| if n % 2 == 0 { part } else { "code" }).collect()
 }
