@@ -326,7 +326,7 @@ async fn one_key_has_one_effect_and_one_answer() {
     assert_eq!(problem(send("c", "refuse").await.unwrap()).await.1, "/problems/no");
 
     let effects: i64 = sqlx::query_scalar("select count(*) from counted").fetch_one(&database.pool).await.unwrap();
-    assert_eq!(effects, 2);
+    assert_eq!(effects, 3);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -114,7 +114,7 @@ impl Postgres {
 
     /// Whether `postmaster.pid` shows that the server is ready: its first line is the process, its last one the state.
     fn has_the_port(&self) -> bool {
-        let text = fs::read_to_string(self.data.join("postmaster.pid")).unwrap_or_default();
+        let text = pid_file(&self.data);
         let is_ours = |line: &str| self.process.pid().is_some_and(|pid| line.trim() == pid.to_string());
         text.lines().next().is_some_and(is_ours) && text.lines().last().is_some_and(|line| line.trim() == "ready")
     }
@@ -186,6 +186,16 @@ pub(crate) fn settings(durability: Durability) -> Vec<&'static str> {
         settings.extend(["fsync=off", "full_page_writes=off", "max_wal_size=4GB"]);
     }
     settings
+}
+
+fn pid_file(data: &Path) -> String {
+    fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default()
+}
+
+/// Whether a server on this data directory runs: only then its port is asked, with the password.
+pub fn runs(data: &Path) -> bool {
+    let pid = pid_file(data).lines().next().and_then(|line| line.trim().parse().ok());
+    pid.is_some_and(|pid| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None).is_ok())
 }
 
 /// Whether the server lets a client of this URL in.

@@ -183,7 +183,12 @@ pub async fn status(directory: &StateDirectory) -> Result<bool> {
     table.load_style(presets::NOTHING).set_header(["", "at", "admin", "health"]);
     let kafka = crate::kafka::answers(state.kafka_brokers.clone()).await;
     let own_url = state.socket_url.as_ref().unwrap_or(&state.database_url);
-    let postgres = crate::postgres::answers(own_url).await;
+    // The file lies beside the data directory, and bears its name.
+    let data = state.password_file.as_ref().filter(|_| state.socket_url.is_none()).map(|file| file.with_extension(""));
+    let postgres = match data {
+        Some(data) if !crate::postgres::runs(&data) => Err("PostgreSQL does not run".to_owned()),
+        _ => crate::postgres::answers(own_url).await,
+    };
     table.add_row(["PostgreSQL", &without_password(&state.database_url), "", &health(&postgres)]);
     table.add_row(["Kafka", &state.kafka_brokers, "", &health(&kafka)]);
     let mut healthy = kafka.is_ok() && postgres.is_ok();

@@ -3,7 +3,7 @@
 use crate::{
     Violation,
     source::Tree,
-    words::{OF_PEOPLE_ALONE, WORDS_MAX, without_code, words},
+    words::{OF_PEOPLE_ALONE, WORDS_MAX, sentences, without_code, words},
 };
 use std::collections::BTreeSet;
 
@@ -35,11 +35,13 @@ pub(crate) fn links(tree: &Tree, exists: impl Fn(&str) -> bool) -> Vec<Violation
                 }
                 let (file, anchor) =
                     target.split_once('#').map_or((target, None), |(file, anchor)| (file, Some(anchor)));
-                let to = if file.is_empty() { path.to_owned() } else { resolve(path, file) };
-                let heading = |anchor: &str| tree.0.get(&to).is_none_or(|text| headings(text).contains(anchor));
-                if !file.is_empty() && !exists(&to) {
+                let to = if file.is_empty() { Some(path.to_owned()) } else { resolve(path, file) };
+                let Some(to) = to.filter(|to| file.is_empty() || exists(to)) else {
                     violations.push(format!("{path}:{number}: the link to {target} leads nowhere"));
-                } else if anchor.is_some_and(|anchor| to.ends_with(".md") && !heading(anchor)) {
+                    continue;
+                };
+                let heading = |anchor: &str| tree.0.get(&to).is_none_or(|text| headings(text).contains(anchor));
+                if anchor.is_some_and(|anchor| to.ends_with(".md") && !heading(anchor)) {
                     violations
                         .push(format!("{path}:{number}: {to} has no heading for #{}", anchor.unwrap_or_default()));
                 }
@@ -49,18 +51,38 @@ pub(crate) fn links(tree: &Tree, exists: impl Fn(&str) -> bool) -> Vec<Violation
     violations
 }
 
-/// `link`, as it stands in the document at `from`, from the workspace's root.
-fn resolve(from: &str, link: &str) -> String {
+/// Code that a document shows is code of the tree: each line of a block of Rust stands in a source or in its documentation.
+pub(crate) fn code(tree: &Tree) -> Vec<Violation> {
+    let sources = tree.0.iter().filter(|(path, _)| path.ends_with(".rs"));
+    let lines = sources.flat_map(|(_, text)| text.lines());
+    let known: BTreeSet<&str> = lines.map(|line| line.trim().trim_start_matches("/// ").trim()).collect();
+    let mut violations = Vec::new();
+    for (path, text) in documents(tree) {
+        let mut in_rust = false;
+        for (number, line) in text.lines().enumerate() {
+            let line = line.trim();
+            if line.starts_with("```") {
+                in_rust = line == "```rust";
+            } else if in_rust && !known.contains(line) {
+                violations.push(format!("{path}:{}: no source has this line: {line}", number + 1));
+            }
+        }
+    }
+    violations
+}
+
+/// `link`, as it stands in the document at `from`, from the workspace's root; `None` if it leads out of that.
+fn resolve(from: &str, link: &str) -> Option<String> {
     let mut folder: Vec<&str> = from.split('/').collect();
     folder.pop();
     for part in link.split('/') {
         match part {
             "" | "." => {}
-            ".." => drop(folder.pop()),
+            ".." => drop(folder.pop()?),
             part => folder.push(part),
         }
     }
-    folder.join("/")
+    Some(folder.join("/"))
 }
 
 /// The anchors that GitHub makes of a document's headings.
@@ -86,7 +108,7 @@ pub(crate) fn language(tree: &Tree) -> Vec<Violation> {
             let found = OF_PEOPLE_ALONE.iter().find(|phrase| format!(" {said} ").contains(&format!(" {phrase} ")));
             violations.extend(found.map(|word| format!("{path}:{number}: {word:?} is said of people")));
             let long = |sentence: &&str| sentence.split_whitespace().count() > WORDS_MAX;
-            if let Some(long) = paragraph.split(['.', '?', '!', ':', ';']).find(long) {
+            if let Some(long) = sentences(&paragraph).find(long) {
                 violations.push(format!("{path}:{number}: a sentence of more than {WORDS_MAX} words: {}", long.trim()));
             }
         }
@@ -106,7 +128,7 @@ fn paragraphs(text: &str) -> Vec<(usize, String)> {
         }
         let begins =
             !open || line.starts_with("- ") || line.split_once(". ").is_some_and(|(n, _)| n.parse::<u8>().is_ok());
-        let text = without_code(&without_targets(line));
+        let text = without_code(&without_targets(line)).replace('*', "");
         match found.last_mut() {
             Some((_, paragraph)) if !begins => {
                 paragraph.push(' ');

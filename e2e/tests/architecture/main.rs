@@ -80,11 +80,12 @@ fn programs_and_comments_speak_of_components_as_of_components() {
 }
 
 #[test]
-fn links_of_documents_lead_somewhere_and_sentences_are_short() {
+fn documents_link_to_what_is_there_show_its_code_and_have_short_sentences() {
     let tree = Tree::of_this_workspace();
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     none(&docs::links(&tree, |path| root.join(path).exists()));
     none(&docs::language(&tree));
+    none(&docs::code(&tree));
 }
 
 #[test]

@@ -49,10 +49,12 @@ fn a_module_that_uses_a_later_one_is_found() {
 fn a_process_that_is_spoken_of_as_a_person_and_a_long_sentence_are_found() {
     let found = |text: &str| words::of_programs(&Tree::of(&[("saga-core/src/outbox.rs", text)]));
     one(&found("fn f() { say(\"the lease is somebody else's\"); }"), "somebody");
+    one(&found("fn f() { say(\"set it to the name that somebody gave\"); }"), "somebody");
     one(&found("fn f() { say(\"a row that was \\\n    looked at\"); }"), "looked at");
     one(&found(&format!("fn f() {{ say(\"{}end\"); }}", "one more word ".repeat(9))), "more than 25 words");
     let comments = |text: &str| words::of_comments(&Tree::of(&[("saga-core/src/outbox.rs", text)]));
     one(&comments("fn f() {} \n    // Whoever has the lease."), "whoever");
+    one(&comments("// A row that is looked\n// at again."), "looked at");
     assert!(comments("/// An operator who retries.\nfn told() {}").is_empty());
     for fine in [
         "// somebody\nfn f() { say(\"the lease is another process's\"); }",
@@ -73,11 +75,23 @@ fn a_link_that_leads_nowhere_is_found() {
         })
     };
     one(&found("../saga-core/src/gone.rs"), "leads nowhere");
+    one(&found("../../saga-core/src/lib.rs"), "leads nowhere");
     one(&found("#way-of-an-order"), "no heading");
     one(&found("map.md#gone"), "no heading");
     for fine in ["../saga-core/src/lib.rs", "#way-of-one-order", "map.md#map", "https://example.org/x"] {
         assert!(found(fine).is_empty(), "{fine}");
     }
+}
+
+#[test]
+fn code_of_a_document_that_the_tree_has_not_is_found() {
+    let found = |line: &str| {
+        let text = format!("```rust\nfn main() {{\n    {line}\n}}\n```\n");
+        let source = "fn main() {\n    launch(a).await\n}\n/// x.example();";
+        docs::code(&Tree::of(&[("README.md", &text), ("saga-core/src/lib.rs", source)]))
+    };
+    one(&found("launch(b).await"), "no source has this line");
+    assert!(found("launch(a).await").is_empty() && found("x.example();").is_empty());
 }
 
 #[test]

@@ -37,8 +37,12 @@ pub(crate) fn of_comments(tree: &Tree) -> Vec<Violation> {
     let lines = sources
         .flat_map(|(path, text)| text.lines().enumerate().map(move |(line, text)| (path, line + 1, text.trim())));
     let comments = lines.filter(|(_, _, text)| text.starts_with("//"));
+    let mut before = (0, "");
     let spoken = comments.filter_map(|(path, line, text)| {
-        let said = format!(" {} ", words(&without_code(text)));
+        // What is said over the end of a line is found, too.
+        let last = if before.0 + 1 == line { before.1 } else { "" };
+        before = (line, text.rsplit(' ').next().unwrap_or_default());
+        let said = format!(" {} ", words(&without_code(&format!("{last} {text}"))));
         let word = OF_PEOPLE_ALONE.iter().find(|word| said.contains(&format!(" {word} ")))?;
         Some(format!("{path}:{line}: {word:?} is said of people: {text}"))
     });
@@ -59,7 +63,9 @@ fn is_text(said: &str) -> bool {
         "select", "insert", "update", "delete", "with", "create", "alter", "begin", "commit", "set", "notify", "lock",
         "do", "grant", "explain", "from", "where", "and", "id",
     ];
-    said.trim_matches('"').contains(' ') && said.contains(char::is_lowercase) && !of_sql.contains(&first)
+    let marks = ["$", "_", " = ", " from ", " into ", " table", " where ", "::", "select ", "{", " role"];
+    let is_sql = of_sql.contains(&first) && marks.iter().any(|mark| said.contains(mark));
+    said.trim_matches('"').contains(' ') && said.contains(char::is_lowercase) && !is_sql
 }
 
 /// Words in lower case, one space apart.
@@ -68,8 +74,8 @@ pub(crate) fn words(said: &str) -> String {
     words.map(str::to_lowercase).collect::<Vec<_>>().join(" ")
 }
 
-fn sentences(said: &str) -> impl Iterator<Item = &str> {
-    said.split(". ").flat_map(|part| part.split([';', ':', '?', '\n']))
+pub(crate) fn sentences(said: &str) -> impl Iterator<Item = &str> {
+    said.split(". ").flat_map(|part| part.split([';', ':', '?', '!', '\n']))
 }
 
 /// Each piece of code is one word.

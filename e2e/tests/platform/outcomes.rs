@@ -2,7 +2,7 @@
 
 use e2e::{
     orders::Wish,
-    platform::{Platform, beside_others},
+    platform::{Platform, alone, beside_others},
 };
 use saga_core::testkit::eventually;
 use serde_json::Value;
@@ -156,7 +156,7 @@ fn an_order_that_is_paid_can_no_longer_be_cancelled() {
 
 #[test]
 fn a_payment_service_that_is_killed_in_the_middle_and_comes_back_loses_nothing_and_takes_nothing_twice() {
-    beside_others(async |platform| {
+    alone(async |platform| {
         let sku = platform.item("killed", 700, 3).await;
         platform.wants_fault("SIGKILL payment-svc", 1);
         // The gateway takes 1.5 s, so the service dies with the call under way.

@@ -132,14 +132,17 @@ impl Engine {
         let found: Vec<(i32, Option<OffsetDateTime>, bool, OffsetDateTime)> = sqlx::query_as(
             "select partition, max(read_until),
                     coalesce(max(read_until) < clock_timestamp() - make_interval(secs => $2), false), clock_timestamp()
-               from inbox_partition
+               from inbox_partition as p
               where topic = $1 and owner is not distinct from reader
-                -- A topic that was made again may have fewer partitions: nobody reads the others any more.
-                and (topic_id is null or topic_id = (select topic_id
-                                                       from inbox_partition
-                                                      where topic = $1 and topic_id is not null
-                                                      order by taken_at desc
-                                                      limit 1))
+                -- A topic that was made again may have fewer partitions: no worker reads the others any more. Those that it
+                -- has are taken within a minute, or read on by a build that records no topic's id.
+                and not exists (select from (select topic_id, taken_at
+                                               from inbox_partition
+                                              where topic = $1 and topic_id is not null
+                                              order by taken_at desc
+                                              limit 1) as newest
+                                 where newest.topic_id <> p.topic_id and p.read_until < newest.taken_at
+                                   and newest.taken_at < clock_timestamp() - interval '1 minute')
               group by partition",
         )
         .bind(self.reply_topic())

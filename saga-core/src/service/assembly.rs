@@ -159,6 +159,28 @@ async fn listen(variable: &'static str, addr: SocketAddr) -> Result<TcpListener,
 
 /// Does all that a service's `main` does once it has parsed its arguments: validates them whole, sets telemetry up,
 /// then runs the command. The exit code is 0, 1 after a failure, 2 for a configuration that is wrong.
+///
+/// ```no_run
+/// # use saga_core::service::{Identity, Migrations, ServiceArgs, ServiceCommand, Settings, command_line, launch};
+/// # use std::process::ExitCode;
+/// # use tokio_util::sync::CancellationToken;
+/// # const IDENTITY: Identity = Identity { name: "shop", http_port: 8080, admin_port: 9080 };
+/// # fn migrations() -> Vec<Migrations> { vec![saga_core::service::messaging_migrations()] }
+/// # async fn serve(_: Settings, _: CancellationToken) -> anyhow::Result<()> { Ok(()) }
+/// #[derive(clap::Parser)]
+/// struct Cli {
+///     #[command(subcommand)]
+///     command: Option<ServiceCommand>,
+///     #[command(flatten)]
+///     args: ServiceArgs,
+/// }
+///
+/// #[tokio::main]
+/// async fn main() -> ExitCode {
+///     let Cli { command, args } = command_line();
+///     launch(&IDENTITY, command, &args, migrations, serve).await
+/// }
+/// ```
 pub async fn launch<S, F>(
     identity: &Identity,
     command: Option<ServiceCommand>,

@@ -12,7 +12,7 @@ use saga_core::{
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -364,4 +364,53 @@ async fn a_partition_that_was_paused_when_it_was_taken_away_is_read_on_when_it_c
     away.store(false, Ordering::SeqCst);
     assert_complete(&fixture.until_handled(400).await, 20, 400);
     first.stop().await;
+}
+
+/// Counts what it handles, and another part waits for what it reads.
+#[derive(Default)]
+struct WaitedFor(AtomicUsize);
+
+impl Handler for WaitedFor {
+    async fn handle(&self, _: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
+        self.0.fetch_add(batch.len(), Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn says_how_far_it_read(&self) -> bool {
+        true
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn how_far_a_partition_is_read_is_recorded_while_records_keep_coming() {
+    let fixture = Fixture::new(1).await;
+    let handler = Arc::new(WaitedFor::default());
+    let consumer = Consumer::new(fixture.config.clone(), fixture.database.pool.clone(), Arc::clone(&handler));
+    let stop = CancellationToken::new();
+    let running = tokio::spawn(consumer.run(stop.clone()));
+    let sends = async {
+        for sent in (0..).step_by(300) {
+            fixture.send(&events(7, 300)).await;
+            // The consumer keeps up, and always has records to handle: where the partition ends is in the middle of a batch.
+            eventually(SOON, || async { (handler.0.load(Ordering::SeqCst) + 1_200 >= sent).then_some(()) }).await;
+        }
+    };
+    let read_until = async || -> Option<time::OffsetDateTime> {
+        sqlx::query_scalar("select max(read_until) from inbox_partition")
+            .fetch_one(&fixture.database.pool)
+            .await
+            .unwrap()
+    };
+    let recorded = async {
+        let mut last = eventually(SOON, &read_until).await;
+        for _ in 0..3 {
+            last = eventually(SOON, async || read_until().await.filter(|until| *until > last)).await;
+        }
+    };
+    tokio::select! {
+        in_time = timeout(SOON, recorded) => in_time.expect("a record of how far it read every few seconds"),
+        () = sends => unreachable!("it sends for ever"),
+    }
+    stop.cancel();
+    running.await.unwrap().unwrap();
 }

@@ -208,7 +208,9 @@ async fn timers_do_not_wait_for_partitions_that_a_topic_made_again_has_not() {
     for business_key in 1..=8 {
         world.start(business_key).await;
     }
-    for (partition, id, taken) in [(0, "now", "now()"), (1, "before", "now() - interval '1 day'")] {
+    for (partition, id, taken) in
+        [(0, "now", "now() - interval '5 minutes'"), (1, "before", "now() - interval '1 day'")]
+    {
         sqlx::query(AssertSqlSafe(format!(
             "insert into inbox_partition (consumer, topic, partition, owner, reader, topic_id, taken_at, read_until)
              select 'orders', $1, $2, worker, worker, $3, {taken}, now() from gen_random_uuid() as worker"
