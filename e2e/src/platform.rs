@@ -50,7 +50,7 @@ static SHARED: OnceCell<Platform> = OnceCell::const_new();
 static FREE: Mutex<Vec<Platform>> = Mutex::new(Vec::new());
 /// The most platforms for one test at a time: each is two servers and five processes, which mostly wait for sessions and
 /// leases of killed processes to run out. With three of them, two cores were idle for two thirds of the time.
-static ROOM: Semaphore = Semaphore::const_new(5);
+static ROOM: Semaphore = Semaphore::const_new(4);
 
 /// A platform under test.
 pub struct Platform {

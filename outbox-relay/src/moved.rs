@@ -98,7 +98,18 @@ async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Resul
     .bind(at.after)
     .execute(&mut *tx)
     .await?;
-    let base: String = sqlx::query_scalar("select pg_current_snapshot()::text").fetch_one(&mut *tx).await?;
+    // A snapshot does not count its own transaction as running. Once a later one of the cluster has ended, it would show
+    // this one's rows, too, and they would pass for published.
+    let base: String = sqlx::query_scalar(
+        "select case when own >= pg_snapshot_xmax(now) then now::text
+                     else format('%s:%s:%s', pg_snapshot_xmin(now), pg_snapshot_xmax(now),
+                                 (select string_agg(running::text, ',' order by running)
+                                    from (select own as running union select pg_snapshot_xip(now)) as all_running))
+                end
+           from (select pg_current_snapshot() as now, pg_current_xact_id() as own) as at",
+    )
+    .fetch_one(&mut *tx)
+    .await?;
     // PostgreSQL's first normal transaction id.
     sqlx::query(
         "update outbox

@@ -35,6 +35,21 @@ fn named(world: &World, name: &str) -> Settings {
     Settings { outboxes, ..settings }
 }
 
+/// Other transactions of the cluster that begin and commit all the time, as those of its other databases do. Returns once
+/// they do so.
+async fn transactions_of_others(world: &World) -> tokio::task::JoinHandle<()> {
+    let (pool, (begin, began)) = (world.db().clone(), tokio::sync::oneshot::channel());
+    let others = tokio::spawn(async move {
+        let transaction = || sqlx::query("select pg_current_xact_id()").execute(&pool);
+        begin.send(transaction().await.is_ok()).ok();
+        loop {
+            futures::future::join_all((0..4).map(|_| transaction())).await;
+        }
+    });
+    assert!(began.await.unwrap());
+    others
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_of_a_logical_copy_are_refused_and_then_rewritten_by_a_command() {
     let world = World::with_partitions(1).await;
@@ -56,7 +71,18 @@ async fn rows_of_a_logical_copy_are_refused_and_then_rewritten_by_a_command() {
     assert!(problem.contains("outbox-relay reanchor orders --rewrite"), "{problem}");
     running.stop().await;
     assert!(read_to_end(&world.topic).await.is_empty(), "nothing is published");
+    // Some of them begin and commit between the command's first write and its next statement.
+    sqlx::raw_sql(
+        "create function takes_long() returns trigger language plpgsql as
+             $$ begin perform pg_sleep(0.05); return new; end $$;
+         create trigger takes_long before update on outbox for each row execute function takes_long()",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    let others = transactions_of_others(&world).await;
     let (done, said) = run(&world, "orders", &["reanchor", "orders", "--rewrite"]);
+    others.abort();
     assert!(done, "{said}");
     let running = world.relay();
     assert_eq!(payloads(&world.published(4).await, "k"), ["0", "1", "2", "3"]);
