@@ -275,7 +275,7 @@ pub async fn read_from(brokers: String, topic: &str, partitions: i32, count: usi
                         last = came;
                     }
                 }
-                // A client that skipped a record while a leader was away reads it when it begins anew.
+                // Tells a record that the relay lost, which stays missing, from one that this client did not deliver.
                 _ if came.elapsed() > PATIENCE / 6 => (consumer, came) = (begin(), Instant::now()),
                 _ => {}
             }
