@@ -1,7 +1,7 @@
 //! What an order is: pure, no I/O, no clock.
 //!
 //! Invariant: a value of these types is already checked. A request becomes a [`NewOrder`] ([`intake`]). A `NewOrder`
-//! and the catalogue's prices become a [`PlaceOrder`] ([`pricing`]). From then on only [`OrderStatus`] changes, along a
+//! and the catalogue's prices become a [`PlacedOrder`] ([`pricing`]). From then on only [`OrderStatus`] changes, along a
 //! declared graph ([`status`]). When the process dies here, nothing is lost: nothing was done.
 
 pub mod intake;
@@ -20,9 +20,10 @@ use time::OffsetDateTime;
 /// An order that was accepted: priced, totalled and given an id. It is also the order saga's input, stored with the
 /// saga, so it changes only by adding optional fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlaceOrder {
-    /// The order's id, which is also the saga's.
-    pub order: OrderId,
+pub struct PlacedOrder {
+    /// The order's id, which is also the saga's. The stored sagas call it `order`.
+    #[serde(rename = "order")]
+    pub id: OrderId,
     /// The caller's own name for the customer.
     pub customer: CustomerId,
     /// The lines, each sku once, at the price of the moment the order was placed.
@@ -36,7 +37,7 @@ pub struct PlaceOrder {
     pub placed_at: OffsetDateTime,
 }
 
-impl PlaceOrder {
+impl PlacedOrder {
     /// The lines without their prices, as other services know them.
     pub fn unpriced_lines(&self) -> Vec<Line> {
         self.lines.iter().map(|line| Line { sku: line.sku.clone(), quantity: line.quantity }).collect()
@@ -45,7 +46,7 @@ impl PlaceOrder {
     /// The event that announces the order.
     pub fn event(&self) -> OrderPlaced {
         OrderPlaced {
-            order: self.order,
+            order: self.id,
             customer: self.customer.to_string(),
             lines: self.unpriced_lines(),
             total: self.total,
@@ -158,6 +159,7 @@ impl fmt::Debug for PaymentMethod {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     #[test]
     fn names_from_outside_are_short_visible_and_free_of_nul() {
@@ -172,5 +174,21 @@ mod tests {
     fn a_payment_token_is_not_printed() {
         let method: PaymentMethod = "tok_secret".parse().unwrap();
         assert!(!format!("{method:?}").contains("secret"));
+    }
+
+    #[test]
+    fn a_placed_order_is_stored_under_the_names_of_before() {
+        let order = PlacedOrder {
+            id: OrderId(uuid::Uuid::nil()),
+            customer: "c-1".parse().unwrap(),
+            lines: Vec::new(),
+            total: Money { amount: 100, currency: "EUR".parse().unwrap() },
+            payment_method: "tok_visa".parse().unwrap(),
+            placed_at: OffsetDateTime::UNIX_EPOCH,
+        };
+        let stored = serde_json::to_value(&order).unwrap();
+        let names: BTreeSet<_> = stored.as_object().unwrap().keys().map(String::as_str).collect();
+        let before = ["order", "customer", "lines", "total", "payment_method", "placed_at"];
+        assert_eq!(names, BTreeSet::from(before));
     }
 }

@@ -4,7 +4,7 @@
 //! and the reply that moved them is read again.
 
 use crate::{
-    domain::{CancelReason, Change, PlaceOrder},
+    domain::{CancelReason, Change, PlacedOrder},
     order_saga::step,
     store::{self, StoreError},
 };
@@ -39,7 +39,7 @@ pub struct CancelOrder;
 #[async_trait]
 impl LocalEffect for OpenOrder {
     async fn run(&self, tx: &mut Tx<'_>, call: &LocalCall<'_>) -> Result<(), LocalError> {
-        let order = PlaceOrder::deserialize(call.input).map_err(anyhow::Error::from)?;
+        let order = PlacedOrder::deserialize(call.input).map_err(anyhow::Error::from)?;
         Ok(store::insert_in(tx, &order).await?)
     }
 }

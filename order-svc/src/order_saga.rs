@@ -1,6 +1,6 @@
 //! The order saga: the whole business of an order, from top to bottom.
 
-use crate::domain::PlaceOrder;
+use crate::domain::PlacedOrder;
 use contracts::{
     inventory::{CommitStock, ReleaseStock, ReserveStock},
     payments::{AuthorizePayment, CapturePayment, VoidPayment},
@@ -34,20 +34,20 @@ pub mod step {
 /// stock leave the house. Once the money is taken there is no way back. If a step is refused before that, the engine
 /// undoes the steps before it in reverse order. It undoes a step whether it is known to have happened or only might
 /// have.
-pub fn order_saga() -> Saga<PlaceOrder> {
-    saga::<PlaceOrder>("order", 1)
+pub fn order_saga() -> Saga<PlacedOrder> {
+    saga::<PlacedOrder>("order", 1)
         .local_with_undo(local::OPEN, local::CANCEL)
         .step(step::AUTHORIZE, |order, ()| AuthorizePayment {
-            order: order.order,
+            order: order.id,
             customer: order.customer.to_string(),
             amount: order.total,
             method: order.payment_method.as_str().to_owned(),
         })
-        .undo(|order, (), _happened| VoidPayment { order: order.order })
-        .step(step::RESERVE, |order, (_held,)| ReserveStock { order: order.order, lines: order.unpriced_lines() })
-        .undo(|order, (_held,), _happened| ReleaseStock { order: order.order })
-        .pivot(step::CAPTURE, |order, (held, _reserved)| CapturePayment { order: order.order, amount: held.amount })
+        .undo(|order, (), _happened| VoidPayment { order: order.id })
+        .step(step::RESERVE, |order, (_held,)| ReserveStock { order: order.id, lines: order.unpriced_lines() })
+        .undo(|order, (_held,), _happened| ReleaseStock { order: order.id })
+        .pivot(step::CAPTURE, |order, (held, _reserved)| CapturePayment { order: order.id, amount: held.amount })
         .local(local::CONFIRM)
-        .then(step::COMMIT, |order, (_held, _reserved, _captured)| CommitStock { order: order.order })
+        .then(step::COMMIT, |order, (_held, _reserved, _captured)| CommitStock { order: order.id })
         .build()
 }

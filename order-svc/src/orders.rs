@@ -5,7 +5,7 @@
 
 use crate::{
     catalogue,
-    domain::{BadField, CancelReason, NewOrder, Order, PlaceOrder, StatusName, pricing},
+    domain::{BadField, CancelReason, NewOrder, Order, PlacedOrder, StatusName, pricing},
     effects::{CancelOrder, ConfirmOrder, OpenOrder, OrderTurned},
     live::{LiveOrders, Purpose},
     order_saga::{local, order_saga},
@@ -39,7 +39,7 @@ pub struct Orders {
     pub engine: Arc<Engine>,
     /// The clients that wait for orders.
     pub live: Arc<LiveOrders>,
-    saga: Saga<PlaceOrder>,
+    saga: Saga<PlacedOrder>,
 }
 
 /// Why an order was not placed.
@@ -112,13 +112,13 @@ impl Orders {
         tx: &mut Tx<'_>,
         order: NewOrder,
         now: OffsetDateTime,
-    ) -> Result<PlaceOrder, PlaceError> {
+    ) -> Result<PlacedOrder, PlaceError> {
         let skus: Vec<_> = order.lines.iter().map(|line| line.sku.as_str()).collect();
         let prices = catalogue::prices(&mut **tx, &skus).await?;
         let (lines, total) = pricing::price(&order, &prices).map_err(PlaceError::Refused)?;
         let NewOrder { customer, payment_method, .. } = order;
         let saga = SagaId::new();
-        let order = PlaceOrder { order: OrderId(saga.0), customer, lines, total, payment_method, placed_at: now };
+        let order = PlacedOrder { id: OrderId(saga.0), customer, lines, total, payment_method, placed_at: now };
         self.engine.start_in(tx, saga, &self.saga, &order, &saga.to_string()).await?;
         Ok(order)
     }

@@ -4,7 +4,7 @@
 //! Every function that writes in it ends in `_in`. Each locks the order's row before it appends to the outbox, so the
 //! events of one order leave in the order of its history. When the process dies here, the transaction never happened.
 
-use crate::domain::{Change, CustomerId, NotAllowed, Order, OrderStatus, PlaceOrder, PricedLine, StatusName};
+use crate::domain::{Change, CustomerId, NotAllowed, Order, OrderStatus, PlacedOrder, PricedLine, StatusName};
 use contracts::{
     OrderId,
     money::Money,
@@ -63,7 +63,7 @@ pub struct Filter {
 }
 
 /// Writes a placed order with its lines, the first row of its history, and the event.
-pub async fn insert_in(tx: &mut Tx<'_>, order: &PlaceOrder) -> Result<(), StoreError> {
+pub async fn insert_in(tx: &mut Tx<'_>, order: &PlacedOrder) -> Result<(), StoreError> {
     let lines = &order.lines;
     sqlx::query(
         "with placed as (
@@ -77,7 +77,7 @@ pub async fn insert_in(tx: &mut Tx<'_>, order: &PlaceOrder) -> Result<(), StoreE
          insert into order_status_history (order_id, sequence, status, at)
          values ($1, 1, 'pending', $5)",
     )
-    .bind(order.order.0)
+    .bind(order.id.0)
     .bind(order.customer.as_str())
     .bind(order.total.amount)
     .bind(order.total.currency.as_str())
@@ -87,7 +87,7 @@ pub async fn insert_in(tx: &mut Tx<'_>, order: &PlaceOrder) -> Result<(), StoreE
     .bind(lines.iter().map(|line| line.unit_price.amount).collect::<Vec<_>>())
     .execute(&mut **tx)
     .await?;
-    let event = message(order.order, OrderPlaced::TYPE, &order.event())?;
+    let event = message(order.id, OrderPlaced::TYPE, &order.event())?;
     Ok(outbox::append_in(tx, &[event]).await?)
 }
 

@@ -1,7 +1,7 @@
 //! The handler of `POST /v1/orders`: places an order under its Idempotency-Key.
 
 use super::{ApiState, etag, etag_header, prefer, prefer::PreferWait, refused, view::OrderView};
-use crate::domain::{Order, OrderStatus, PlaceOrder, PlaceOrderRequest};
+use crate::domain::{Order, OrderStatus, PlacedOrder, PlaceOrderRequest};
 use axum::{
     extract::State,
     response::{IntoResponse, Response},
@@ -99,9 +99,9 @@ fn location(order: &Order) -> String {
 }
 
 /// Builds the order as it was just written.
-fn placed(order: PlaceOrder) -> Order {
+fn placed(order: PlacedOrder) -> Order {
     Order {
-        id: order.order,
+        id: order.id,
         customer: order.customer,
         lines: order.lines,
         total: order.total,

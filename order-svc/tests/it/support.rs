@@ -3,7 +3,7 @@
 use contracts::{OrderId, money::Money, product::Quantity};
 use order_svc::{
     api::{ApiState, router},
-    domain::{Change, PlaceOrder, PricedLine},
+    domain::{Change, PlacedOrder, PricedLine},
     live::nudging,
     migrations,
     orders::Orders,
@@ -154,8 +154,8 @@ impl Shop {
     pub(crate) async fn write_order(&self, customer: &str) -> OrderId {
         let unit_price = Money { amount: 250, currency: "EUR".parse().unwrap() };
         let quantity = Quantity::try_from(2).unwrap();
-        let order = PlaceOrder {
-            order: OrderId(uuid::Uuid::now_v7()),
+        let order = PlacedOrder {
+            id: OrderId(uuid::Uuid::now_v7()),
             customer: customer.parse().unwrap(),
             lines: vec![PricedLine { sku: "WIDGET-1".parse().unwrap(), quantity, unit_price }],
             total: unit_price.checked_mul(2).unwrap(),
@@ -165,7 +165,7 @@ impl Shop {
         let mut tx = self.db.pool.begin().await.unwrap();
         store::insert_in(&mut tx, &order).await.unwrap();
         tx.commit().await.unwrap();
-        order.order
+        order.id
     }
 
     pub(crate) async fn change(&self, order: OrderId, change: Change) {
