@@ -8,13 +8,14 @@ use crate::{
 };
 use axum::{Router, extract::State};
 use contracts::{OrderId, money::Money};
-use saga_core::http::{Cursor, Json, Limit, List, Path, Problem, Query, openapi::complete};
+use saga_core::http::{Cursor, Json, Limit, List, Path, Problem, Query, TimeKey, openapi::complete};
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
 use time::OffsetDateTime;
 use utoipa::{IntoParams, OpenApi, ToSchema};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use utoipa_swagger_ui::SwaggerUi;
+use uuid::Uuid;
 
 #[derive(OpenApi)]
 #[openapi(
@@ -176,7 +177,10 @@ pub async fn list_payments(
     Query(query): Query<ListQuery>,
 ) -> Result<Json<List<PaymentView>>, Problem> {
     let filter = Filter { status: query.status.map(|status| status.name().to_owned()), customer: query.customer };
-    let page = store::list(&pool, &filter, query.limit, query.cursor.as_ref()).await?;
+    let after = query.cursor.map(|cursor| cursor.key::<(TimeKey, Uuid)>()).transpose()?;
+    let after = after.map(|(TimeKey(at), order)| (at, order));
+    let rows = store::list(&pool, &filter, after, query.limit.and_one()).await?;
+    let page = List::page(rows, query.limit, |row| (TimeKey(row.created_at), row.payment.order.0))?;
     let orders: Vec<_> = page.items.iter().map(|row| row.payment.order).collect();
     let mut doubts = store::in_doubt(&pool, &orders).await?;
     Ok(Json(page.map(|row| {

@@ -178,6 +178,8 @@ pub enum Refusal {
     NotCaptured,
     /// The amount is more than what was captured and not given back.
     AmountTooLarge,
+    /// The amount is more than what refunds under way leave.
+    RefundUnderWay,
 }
 
 impl Payment {
@@ -261,6 +263,9 @@ impl Payment {
             {
                 Ok(authorization)
             }
+            Status::Captured { refunded, .. } if amount.amount <= self.amount.amount - refunded => {
+                Err(Refusal::RefundUnderWay)
+            }
             Status::Captured { .. } => Err(Refusal::AmountTooLarge),
             _ => Err(Refusal::NotCaptured),
         }
@@ -291,6 +296,7 @@ impl Refusal {
             Self::AmountDiffers => "amount_differs",
             Self::NotCaptured => "not_captured",
             Self::AmountTooLarge => "amount_too_large",
+            Self::RefundUnderWay => "refund_under_way",
         }
     }
 }

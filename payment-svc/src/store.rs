@@ -1,12 +1,11 @@
 //! The SQL of payments and their ledger.
 
-use crate::domain::{Movement, Payment, Status};
+use crate::domain::{Movement, MovementKind, Payment, Status};
 use contracts::{
     OrderId,
-    money::{Money, UnknownCurrency},
+    money::{Currency, Money, UnknownCurrency},
 };
 use saga_core::{
-    http::{Cursor, Limit, List, Problem},
     id::CommandId,
     outbox::Tx,
     transaction::{Bound, Transaction},
@@ -211,6 +210,24 @@ async fn enter(
     Ok(())
 }
 
+/// The gateway's reference of the movement that `command` caused, if the ledger has it. Then the command was done,
+/// whatever record of the command itself was lost since.
+pub async fn entered(
+    tx: &mut Tx<'_>,
+    order: OrderId,
+    command: CommandId,
+    movement: MovementKind,
+) -> Result<Option<String>, sqlx::Error> {
+    sqlx::query_scalar(
+        "select reference from ledger_entry where order_id = $1 and command_id = $2 and movement = $3 limit 1",
+    )
+    .bind(order.0)
+    .bind(command.0)
+    .bind(movement.name())
+    .fetch_optional(&mut **tx)
+    .await
+}
+
 /// Finds the order's payment, with its row's times; `None` if there is none.
 pub async fn find(pool: &PgPool, order: OrderId) -> Result<Option<Recorded>, sqlx::Error> {
     let row = sqlx::query(payments!("where order_id = $1")).bind(order.0).fetch_optional(pool).await?;
@@ -317,15 +334,13 @@ pub async fn in_doubt(pool: &PgPool, orders: &[OrderId]) -> Result<HashMap<Order
     rows.iter().map(|row| difference(row).map(|difference| (difference.order, difference))).collect()
 }
 
-/// A page of payments, newest first.
+/// Up to `limit` payments, newest first, that come after the one with this time and order.
 pub async fn list(
     pool: &PgPool,
     filter: &Filter,
-    limit: Limit,
-    cursor: Option<&Cursor>,
-) -> Result<List<Recorded>, Problem> {
-    let after: Option<(i64, Uuid)> = cursor.map(Cursor::key).transpose()?;
-    let after = after.map(|(micros, order)| Ok::<_, Problem>((from_micros(micros)?, order))).transpose()?;
+    after: Option<(OffsetDateTime, Uuid)>,
+    limit: i64,
+) -> Result<Vec<Recorded>, sqlx::Error> {
     let rows = sqlx::query(payments!(
         "where ($1::text is null or status = $1)
             and ($2::text is null or customer = $2)
@@ -338,18 +353,10 @@ pub async fn list(
     .bind(&filter.customer)
     .bind(after.map(|(at, _)| at))
     .bind(after.map(|(_, order)| order))
-    .bind(limit.and_one())
+    .bind(limit)
     .fetch_all(pool)
     .await?;
-    let rows = rows.iter().map(recorded).collect::<Result<Vec<_>, _>>()?;
-    Ok(List::page(rows, limit, |row| {
-        (i64::try_from(row.created_at.unix_timestamp_nanos() / 1_000).unwrap_or(i64::MAX), row.payment.order.0)
-    })?)
-}
-
-fn from_micros(micros: i64) -> Result<OffsetDateTime, Problem> {
-    OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1_000)
-        .map_err(|_| Problem::malformed("The cursor is not one of ours.").with_field("cursor", "take it from the page"))
+    rows.iter().map(recorded).collect()
 }
 
 /// The payments that the ledger does not explain: always none.
@@ -415,7 +422,7 @@ fn payment(row: &PgRow) -> Result<Payment, sqlx::Error> {
 }
 
 fn money(row: &PgRow, amount: &str, currency: &str) -> Result<Money, sqlx::Error> {
-    let currency = row.try_get::<&str, _>(currency)?.parse();
+    let currency = Currency::stored(row.try_get(currency)?);
     Ok(Money {
         amount: row.try_get(amount)?,
         currency: currency.map_err(|error: UnknownCurrency| sqlx::Error::Decode(error.into()))?,

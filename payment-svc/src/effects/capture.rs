@@ -1,8 +1,11 @@
 //! The effect of `CapturePayment`: take the money that is held.
+//!
+//! A refusal says that certainly nothing was captured. A row that is absent says no such thing: it may be lost (an
+//! asynchronous failover, a restore) while the gateway has taken the money.
 
 use super::{Provider, happened, locked, reference};
 use crate::{
-    domain::{Event, Refusal},
+    domain::{Event, MovementKind, Status},
     gateway::{Answer, Request},
     store,
 };
@@ -12,6 +15,10 @@ use saga_core::{
     outbox::Tx,
     participant::{CommandContext, Decision, ExternalEffect, Intent, Performed, Prepare},
 };
+
+/// The answer to a command that follows an authorization, where no authorization is on record.
+const NOT_ON_RECORD: &str = "this service has no record of an authorization of this order's payment, although one was \
+    answered: rows were lost, or the orchestrator asks too early; compare the payment with the gateway's books";
 
 pub(super) struct Capture(pub(super) Provider);
 
@@ -24,12 +31,19 @@ impl ExternalEffect<CapturePayment> for Capture {
     async fn prepare(
         &self,
         tx: &mut Tx<'_>,
-        _cx: &CommandContext,
+        cx: &CommandContext,
         command: &CapturePayment,
     ) -> anyhow::Result<Prepare<CapturePayment, String>> {
-        let payment = store::lock(tx, command.order).await?;
-        let authorization = payment.as_ref().ok_or(Refusal::NotAuthorized).and_then(|p| p.capturable(command.amount));
-        Ok(match authorization {
+        let amount = command.amount;
+        let payment = match store::lock(tx, command.order).await? {
+            Some(payment) if payment.status != Status::Authorizing => payment,
+            _ => return Ok(Prepare::Decided(Decision::Failed(NOT_ON_RECORD.into()))),
+        };
+        let captured = store::entered(tx, command.order, cx.idempotency_key(), MovementKind::Capture).await?;
+        if let Some(capture) = captured {
+            return Ok(Prepare::Decided(Decision::Done(Captured { capture, amount })));
+        }
+        Ok(match payment.capturable(amount) {
             Ok(authorization) => Prepare::Call(authorization.to_owned()),
             Err(refusal) => Prepare::Decided(Decision::Rejected(CaptureRefused { reason: refusal.reason().into() })),
         })

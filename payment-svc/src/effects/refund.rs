@@ -1,8 +1,11 @@
 //! The effect of `RefundPayment`: give back what was captured, all of it or a part.
+//!
+//! A refusal says that certainly nothing was given back by this command. So an absent row, and an amount that only
+//! another refund under way stands against, are no refusals: that refund may be this command's own, its record lost.
 
 use super::{Provider, happened, locked, reference};
 use crate::{
-    domain::{Event, Refusal},
+    domain::{Event, MovementKind, Refusal},
     gateway::{Answer, Request},
     store,
 };
@@ -12,6 +15,14 @@ use saga_core::{
     outbox::Tx,
     participant::{CommandContext, Decision, ExternalEffect, Intent, Performed, Prepare},
 };
+
+/// The answer to a refund of a payment that is not on record.
+const NOT_ON_RECORD: &str = "this service has no record of this order's payment: rows were lost, or nothing was ever \
+    captured; compare the payment with the gateway's books";
+
+/// The answer to a refund that a refund under way leaves no room for.
+const UNDER_WAY: &str = "refunds under way leave no room for this one: ask again when they are answered; if none is, \
+    rows were lost: compare the payment with the gateway's books";
 
 pub(super) struct Refund(pub(super) Provider);
 
@@ -28,20 +39,21 @@ impl ExternalEffect<RefundPayment> for Refund {
         cx: &CommandContext,
         command: &RefundPayment,
     ) -> anyhow::Result<Prepare<RefundPayment, String>> {
-        let payment = store::lock(tx, command.order).await?;
-        let authorization =
-            match payment.as_ref().ok_or(Refusal::NotCaptured).and_then(|p| p.refundable(command.amount)) {
-                Ok(authorization) => authorization.to_owned(),
-                Err(refusal) => {
-                    let reason = refusal.reason().into();
-                    return Ok(Prepare::Decided(Decision::Rejected(RefundRefused { reason })));
-                }
-            };
-        if let Some(payment) = payment {
-            let event = Event::RefundBegun { amount: command.amount.amount };
-            happened(tx, payment, cx.idempotency_key(), event).await?;
+        let (amount, key) = (command.amount, cx.idempotency_key());
+        let Some(payment) = store::lock(tx, command.order).await? else {
+            return Ok(Prepare::Decided(Decision::Failed(NOT_ON_RECORD.into())));
+        };
+        if let Some(refund) = store::entered(tx, command.order, key, MovementKind::Refund).await? {
+            return Ok(Prepare::Decided(Decision::Done(Refunded { refund, amount })));
         }
-        Ok(Prepare::Call(authorization))
+        Ok(match payment.refundable(amount).map(str::to_owned) {
+            Ok(authorization) => {
+                happened(tx, payment, key, Event::RefundBegun { amount: amount.amount }).await?;
+                Prepare::Call(authorization)
+            }
+            Err(Refusal::RefundUnderWay) => Prepare::Decided(Decision::Failed(UNDER_WAY.into())),
+            Err(refusal) => Prepare::Decided(Decision::Rejected(RefundRefused { reason: refusal.reason().into() })),
+        })
     }
 
     async fn perform(&self, intent: &Intent<RefundPayment, String>) -> Performed<Answer> {

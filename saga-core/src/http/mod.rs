@@ -34,7 +34,7 @@ pub use connections::{Connection, Held};
 pub use extract::{Json, Path, Query};
 pub use hosts::Hosts;
 pub use if_match::IfMatch;
-pub use paging::{Cursor, Limit, List};
+pub use paging::{Cursor, Limit, List, TimeKey};
 pub use problem::{FieldError, Problem};
 pub use role::Role;
 pub use sagas::{saga_openapi, saga_routes};

@@ -4,6 +4,7 @@
 use super::problem::Problem;
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use time::OffsetDateTime;
 use utoipa::ToSchema;
 
 /// How many rows a page has: 1 to 200, 50 when not said.
@@ -66,6 +67,24 @@ impl Cursor {
     }
 }
 
+/// A time within a sort key, in the whole microseconds that PostgreSQL keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "i64", into = "i64")]
+pub struct TimeKey(pub OffsetDateTime);
+
+impl From<TimeKey> for i64 {
+    fn from(TimeKey(at): TimeKey) -> Self {
+        at.unix_timestamp() * 1_000_000 + Self::from(at.microsecond())
+    }
+}
+
+impl TryFrom<i64> for TimeKey {
+    type Error = time::error::ComponentRange;
+    fn try_from(micros: i64) -> Result<Self, Self::Error> {
+        OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1_000).map(Self)
+    }
+}
+
 /// One page of a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct List<T> {
@@ -107,6 +126,9 @@ mod tests {
         let page = List::page(vec![1, 2, 3], limit, |row| *row).unwrap();
         assert_eq!(page.items, [1, 2]);
         assert_eq!(page.next_cursor.unwrap().key::<i32>().unwrap(), 2);
+        let at = TimeKey(OffsetDateTime::from_unix_timestamp(-1).unwrap() + time::Duration::microseconds(7));
+        assert_eq!(Cursor::after(&(at, 1)).unwrap().key::<(TimeKey, i32)>().unwrap(), (at, 1));
+        assert!(Cursor::after(&(i64::MAX, 1)).unwrap().key::<(TimeKey, i32)>().is_err(), "no such year");
         assert_eq!(List::page(vec![1, 2], limit, |row| *row).unwrap().next_cursor, None);
     }
 

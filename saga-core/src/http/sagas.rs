@@ -11,7 +11,7 @@
 use super::{
     extract::{Json, Path, Query},
     openapi::complete_by_role,
-    paging::{Cursor, Limit, List},
+    paging::{Cursor, Limit, List, TimeKey},
     problem::Problem,
     role::Role,
 };
@@ -28,7 +28,6 @@ use axum::{Extension, Router, extract::State};
 use http::StatusCode;
 use serde::Deserialize;
 use std::sync::Arc;
-use time::OffsetDateTime;
 use utoipa::{IntoParams, OpenApi as _, ToSchema, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use uuid::Uuid;
@@ -111,15 +110,15 @@ async fn list_sagas(
     Query(query): Query<ListQuery>,
 ) -> Result<Json<List<SagaSummary>>, Problem> {
     let limit = query.limit.unwrap_or_default();
-    let after = query.cursor.map(|cursor| cursor.key::<(i64, Uuid)>()).transpose()?;
+    let after = query.cursor.map(|cursor| cursor.key::<(TimeKey, Uuid)>()).transpose()?;
     let filter = Filter {
         status: query.status.map(|status| status.as_str().to_owned()),
         definition: query.definition,
         business_key: query.business_key,
-        after: after.map(|(micros, id)| Ok::<_, Problem>((from_micros(micros)?, id))).transpose()?,
+        after: after.map(|(TimeKey(at), id)| (at, id)),
     };
     let sagas = engine.list(&filter, limit.and_one()).await?;
-    Ok(Json(List::page(sagas, limit, |saga| (micros(saga.created_at), saga.id.0))?))
+    Ok(Json(List::page(sagas, limit, |saga| (TimeKey(saga.created_at), saga.id.0))?))
 }
 
 /// What of a saga is shown.
@@ -220,13 +219,4 @@ fn refused(error: RetryError) -> Problem {
         }
         RetryError::Database(error) => error.into(),
     }
-}
-
-fn micros(at: OffsetDateTime) -> i64 {
-    at.unix_timestamp() * 1_000_000 + i64::from(at.microsecond())
-}
-
-fn from_micros(micros: i64) -> Result<OffsetDateTime, Problem> {
-    OffsetDateTime::from_unix_timestamp_nanos(i128::from(micros) * 1_000)
-        .map_err(|_| Problem::malformed("The cursor is not one of ours.").with_field("cursor", "take it from the page"))
 }
