@@ -54,10 +54,17 @@ pub fn strictly_if_any<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Mone
 #[serde(deny_unknown_fields)]
 struct Strict {
     amount: i64,
+    #[serde(deserialize_with = "active")]
     currency: Currency,
 }
 
-/// An active ISO 4217 currency code.
+fn active<'de, D: Deserializer<'de>>(from: D) -> Result<Currency, D::Error> {
+    String::deserialize(from)?.parse().map_err(serde::de::Error::custom)
+}
+
+/// An ISO 4217 currency code. What people ask for is parsed ([`FromStr`]) and has to be an active code. What is stored
+/// or sent between services ([`Currency::stored`], `Deserialize`) is any three capital letters: ISO withdraws codes, and
+/// money of such a currency is still to be read.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Currency([u8; 3]);
@@ -76,6 +83,17 @@ const CODES: &str = "AED AFN ALL AMD AOA ARS AUD AWG AZN BAM BBD BDT BHD BIF BMD
 pub struct UnknownCurrency(String);
 
 impl Currency {
+    /// The code of a row or a message, active or not.
+    ///
+    /// # Errors
+    /// The text is not three capital letters.
+    pub fn stored(text: &str) -> Result<Self, UnknownCurrency> {
+        match <[u8; 3]>::try_from(text.as_bytes()) {
+            Ok(code) if code.iter().all(u8::is_ascii_uppercase) => Ok(Self(code)),
+            _ => Err(UnknownCurrency(text.chars().take(20).collect())),
+        }
+    }
+
     /// The code's three letters.
     pub fn as_str(&self) -> &str {
         std::str::from_utf8(&self.0).unwrap_or("???")
@@ -85,9 +103,10 @@ impl Currency {
 impl FromStr for Currency {
     type Err = UnknownCurrency;
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match <[u8; 3]>::try_from(text.as_bytes()) {
-            Ok(code) if CODES.split_ascii_whitespace().any(|known| known == text) => Ok(Self(code)),
-            _ => Err(UnknownCurrency(text.chars().take(20).collect())),
+        let code = Self::stored(text)?;
+        match CODES.split_ascii_whitespace().any(|known| known == text) {
+            true => Ok(code),
+            false => Err(UnknownCurrency(text.to_owned())),
         }
     }
 }
@@ -95,7 +114,7 @@ impl FromStr for Currency {
 impl TryFrom<String> for Currency {
     type Error = UnknownCurrency;
     fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
+        Self::stored(&text)
     }
 }
 
@@ -126,6 +145,16 @@ mod tests {
         assert_eq!("EUR".parse::<Currency>().unwrap().as_str(), "EUR");
         for wrong in ["eur", "EURO", "", "XXX", "ЕВР", "AA A"] {
             assert!(wrong.parse::<Currency>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_withdrawn_currency_is_refused_of_people_and_still_read() {
+        let money = r#"{"amount":1,"currency":"BGN"}"#;
+        assert_eq!(serde_json::from_str::<Money>(money).unwrap().currency, Currency::stored("BGN").unwrap());
+        assert!(strictly(&mut serde_json::Deserializer::from_str(money)).is_err());
+        for wrong in ["eur", "EURO", "", "ЕВР", "AA A", "A1B"] {
+            assert!(Currency::stored(wrong).is_err(), "{wrong}");
         }
     }
 

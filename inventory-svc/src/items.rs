@@ -1,7 +1,12 @@
 //! SQL of items, and the event that announces each change of one, appended in the transaction that makes it.
 
 use crate::domain::{Item, Price, Text};
-use contracts::{inventory::ItemChanged, money::Money, product::Sku, topics};
+use contracts::{
+    inventory::ItemChanged,
+    money::{Currency, Money},
+    product::Sku,
+    topics,
+};
 use saga_core::outbox::{self, NewMessage, Tx};
 use sqlx::{PgPool, Row, postgres::PgRow};
 
@@ -21,13 +26,13 @@ pub enum ItemError {
         current: i64,
     },
     /// The database returned an error.
-    #[error(transparent)]
+    #[error("{0}")]
     Database(#[from] sqlx::Error),
     /// The event could not be written as JSON.
     #[error(transparent)]
     Event(#[from] serde_json::Error),
     /// The event could not be appended to the outbox.
-    #[error(transparent)]
+    #[error("{0}")]
     Append(#[from] outbox::AppendError),
 }
 
@@ -156,7 +161,7 @@ pub async fn list(pool: &PgPool, after: Option<&Sku>, limit: i64) -> Result<Vec<
 }
 
 fn item(row: &PgRow) -> Result<Item, sqlx::Error> {
-    let currency = row.try_get::<&str, _>("currency")?.parse();
+    let currency = Currency::stored(row.try_get("currency")?);
     Ok(Item {
         sku: parse_sku(row)?,
         name: row.try_get("name")?,

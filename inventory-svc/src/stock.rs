@@ -25,8 +25,8 @@ pub enum AdjustError {
     #[error("more would be on hand than can be counted")]
     TooMany,
     /// The database returned another error.
-    #[error(transparent)]
-    Database(sqlx::Error),
+    #[error("{0}")]
+    Database(#[source] sqlx::Error),
 }
 
 impl From<sqlx::Error> for AdjustError {

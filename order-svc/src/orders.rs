@@ -52,7 +52,7 @@ pub enum PlaceError {
     #[error(transparent)]
     Start(#[from] StartError),
     /// The database returned an error.
-    #[error(transparent)]
+    #[error("{0}")]
     Database(#[from] sqlx::Error),
 }
 

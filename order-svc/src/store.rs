@@ -7,7 +7,7 @@
 use crate::domain::{Change, CustomerId, NotAllowed, Order, OrderStatus, PlacedOrder, PricedLine, StatusName};
 use contracts::{
     OrderId,
-    money::Money,
+    money::{Currency, Money},
     orders::{OrderCancelled, OrderConfirmed, OrderPlaced},
     topics::ORDERS_EVENTS,
 };
@@ -21,7 +21,7 @@ use uuid::Uuid;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The database returned an error.
-    #[error(transparent)]
+    #[error("{0}")]
     Database(#[from] sqlx::Error),
     /// The graph does not have this change.
     #[error("order {order}: {source}")]
@@ -38,7 +38,7 @@ pub enum StoreError {
     #[error("an order's event could not be encoded")]
     Encode(#[from] serde_json::Error),
     /// An event could not be appended to the outbox.
-    #[error(transparent)]
+    #[error("{0}")]
     Append(#[from] outbox::AppendError),
 }
 
@@ -265,7 +265,7 @@ fn message<T: serde::Serialize>(order: OrderId, kind: &str, event: &T) -> Result
 }
 
 fn to_order(row: &PgRow) -> Result<Order, sqlx::Error> {
-    let currency = parsed(row, "currency")?;
+    let currency = Currency::stored(row.try_get("currency")?).map_err(|error| undecodable("currency", error))?;
     let skus: Vec<String> = row.try_get("skus")?;
     let quantities: Vec<i64> = row.try_get("quantities")?;
     let prices: Vec<i64> = row.try_get("unit_prices")?;

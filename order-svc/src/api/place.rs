@@ -1,7 +1,7 @@
 //! The handler of `POST /v1/orders`: places an order under its Idempotency-Key.
 
 use super::{ApiState, etag, etag_header, prefer, prefer::PreferWait, refused, view::OrderView};
-use crate::domain::{Order, OrderStatus, PlacedOrder, PlaceOrderRequest};
+use crate::domain::{Order, OrderStatus, PlaceOrderRequest, PlacedOrder};
 use axum::{
     extract::State,
     response::{IntoResponse, Response},
