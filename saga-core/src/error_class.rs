@@ -66,23 +66,17 @@ pub fn classify(error: &Error) -> ErrorClass {
 
 /// The class of the database error within `error` or one of its causes, whatever types it is wrapped in; `None` if
 /// there is none. A wrapper whose `source` skips the `sqlx::Error` itself (`#[error(transparent)]`) hides errors that
-/// PostgreSQL did not send, such as a time-out of the pool.
+/// PostgreSQL did not send, such as a time-out of the pool: write `#[error("{0}")]` instead.
 #[must_use]
 pub fn classify_chain(error: &(dyn std::error::Error + 'static)) -> Option<ErrorClass> {
-    Some(match find(error)? {
-        Found::Error(error) => classify(error),
-        Found::Answer(answer) => classify_answer(answer),
-    })
+    Some(find(error)?.class())
 }
 
 /// PostgreSQL's message about a lock that could not be taken (55P03: `lock_timeout`, `nowait`), and where that was.
 /// `None` when `error` and its causes are of another kind.
 #[must_use]
 pub fn lock_wait(error: &(dyn std::error::Error + 'static)) -> Option<String> {
-    let answer = match find(error)? {
-        Found::Error(error) => error.as_database_error()?,
-        Found::Answer(answer) => answer,
-    };
+    let answer = find(error)?.answer()?;
     if answer.code().as_deref() != Some("55P03") {
         return None;
     }
@@ -91,12 +85,54 @@ pub fn lock_wait(error: &(dyn std::error::Error + 'static)) -> Option<String> {
 }
 
 /// The database's error in a chain of causes.
-enum Found<'a> {
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Found<'a> {
     Error(&'a Error),
+    /// PostgreSQL's answer, where a wrapper hides the [`Error`] that brought it.
     Answer(&'a dyn DatabaseError),
 }
 
-fn find<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<Found<'a>> {
+impl<'a> Found<'a> {
+    pub(crate) fn class(self) -> ErrorClass {
+        match self {
+            Self::Error(error) => classify(error),
+            Self::Answer(answer) => classify_answer(answer),
+        }
+    }
+
+    /// PostgreSQL's answer, if the error is one.
+    pub(crate) fn answer(self) -> Option<&'a dyn DatabaseError> {
+        match self {
+            Self::Error(error) => error.as_database_error(),
+            Self::Answer(answer) => Some(answer),
+        }
+    }
+
+    /// The SQLSTATE of PostgreSQL's answer.
+    pub(crate) fn code(self) -> Option<Cow<'a, str>> {
+        self.answer()?.code()
+    }
+
+    /// Whether the connection was lost, so that there is no answer.
+    pub(crate) fn is_lost(self) -> bool {
+        matches!(self, Self::Error(Error::Io(_) | Error::Protocol(_)))
+    }
+
+    pub(crate) fn is_pool_full(self) -> bool {
+        matches!(self, Self::Error(error) if is_pool_full(error))
+    }
+
+    /// What to do against the error, where PostgreSQL does not say it.
+    pub(crate) fn cure(self) -> Option<&'static str> {
+        match self.code()?.as_ref() {
+            "25006" => Some(READ_ONLY),
+            "55P03" => Some(LOCKED),
+            _ => None,
+        }
+    }
+}
+
+pub(crate) fn find<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<Found<'a>> {
     let mut next = Some(error);
     while let Some(cause) = next {
         if let Some(error) = cause.downcast_ref::<Error>() {
@@ -149,11 +185,7 @@ pub fn in_words(error: &Error) -> Cow<'static, str> {
 /// What to do against `error`, where PostgreSQL does not say it.
 #[must_use]
 pub fn cure(error: &Error) -> Option<&'static str> {
-    match error.as_database_error()?.code()?.as_ref() {
-        "25006" => Some(READ_ONLY),
-        "55P03" => Some(LOCKED),
-        _ => None,
-    }
+    Found::Error(error).cure()
 }
 
 const READ_ONLY: &str = "the database takes no writes: let this process connect to the primary, or reset \

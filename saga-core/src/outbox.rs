@@ -153,7 +153,7 @@ pub enum AppendError {
         source: InvalidMessage,
     },
     /// The database returned an error.
-    #[error(transparent)]
+    #[error("{0}")]
     Database(#[from] sqlx::Error),
 }
 

@@ -6,7 +6,7 @@
 
 use crate::{
     clock,
-    error_class::{ErrorClass, classify, in_words, is_pool_full},
+    error_class::{ErrorClass, Found, in_words},
     reason,
 };
 use serde::Serialize;
@@ -92,9 +92,13 @@ impl Cause {
     /// What an error of the database means for the part that met it.
     #[must_use]
     pub fn of(error: &sqlx::Error) -> Self {
-        let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
-        match (code.as_deref(), classify(error)) {
-            _ if is_pool_full(error) => Self::PoolFull,
+        Self::of_found(Found::Error(error))
+    }
+
+    /// The same of an error that was found in a chain of causes.
+    pub(crate) fn of_found(error: Found<'_>) -> Self {
+        match (error.code().as_deref(), error.class()) {
+            _ if error.is_pool_full() => Self::PoolFull,
             (Some("42P01" | "42703" | "42883" | "42704" | "3F000"), _) => Self::TableMissing,
             (Some("42501"), _) => Self::RightMissing,
             (Some("25006"), _) => Self::DatabaseReadOnly,

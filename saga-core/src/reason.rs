@@ -15,6 +15,20 @@ pub(crate) fn reason(text: &str) -> String {
     without_places(&text)
 }
 
+/// The texts of an error and its causes, from the outermost. A cause that an error repeats at its end is left out:
+/// errors that only wrap another have its text.
+pub(crate) fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// Removes ` at line 1721`, which sqlx adds (the line of PostgreSQL's own source that raised the error). Removes ` at
 /// line 1 column 7`, which serde_json adds (of a text that the reader does not have).
 pub(crate) fn without_places(text: &str) -> String {
@@ -42,6 +56,16 @@ pub(crate) fn without_places(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_error_that_only_wraps_another_is_said_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("{0}")]
+        struct Wraps(#[source] std::io::Error);
+        let wraps = || anyhow::Error::from(Wraps(std::io::Error::other("the disk is full")));
+        assert_eq!(chain(&wraps()), "the disk is full");
+        assert_eq!(chain(&wraps().context("no stock")), "no stock: the disk is full");
+    }
 
     #[test]
     fn a_reason_names_no_line_of_somebodys_source() {

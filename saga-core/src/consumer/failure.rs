@@ -10,10 +10,11 @@
 
 use super::{HandleError, Unfit};
 use crate::{
-    error_class::{ErrorClass, classify, classify_chain, cure, in_words, lock_wait},
+    error_class::{ErrorClass, Found, classify, find, in_words, lock_wait},
     id::MessageId,
     outbox::AppendError,
     part::Cause,
+    reason::chain,
 };
 use std::{borrow::Cow, time::Duration};
 
@@ -162,11 +163,12 @@ impl From<HandleError> for Failure {
             }
             // A handler may wrap the database's errors in words of its own.
             HandleError::Failed(error) => {
-                let cure = database_error(&error).and_then(cure).map(|cure| format!("; {cure}")).unwrap_or_default();
-                let reason = format!("{error:#}{cure}");
-                let cause = || database_error(&error).map_or(Cause::DatabaseMisconfigured, Cause::of);
-                let class = classify_chain(error.as_ref()).and_then(|class| Self::not_own(class, cause, &reason));
-                class.unwrap_or_else(|| Self::Fault(Fault::new("failed", &reason, Remedy::Retry)))
+                let database = find(error.as_ref());
+                let cure = database.and_then(Found::cure).map(|cure| format!("; {cure}")).unwrap_or_default();
+                let reason = format!("{}{cure}", chain(&error));
+                let failure =
+                    database.and_then(|error| Self::not_own(error.class(), || Cause::of_found(error), &reason));
+                failure.unwrap_or_else(|| Self::Fault(Fault::new("failed", &reason, Remedy::Retry)))
             }
         };
         match failure {
@@ -180,13 +182,18 @@ impl HandleError {
     /// Whether the error is the record's own fault, so far: not what passes by itself, nor what a test injects.
     pub(crate) fn is_fault(&self) -> bool {
         match self {
-            Self::Database(error) => classify(error) == ErrorClass::Own,
-            Self::Poison(_) | Self::Several(_) => true,
             Self::Of { error, .. } => error.is_fault(),
-            Self::Again => false,
             #[cfg(feature = "testkit")]
             Self::Failed(error) if error.is::<crate::testkit::failpoints::Injected>() => false,
-            Self::Failed(error) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own) == ErrorClass::Own,
+            _ => self.class() == ErrorClass::Own,
+        }
+    }
+
+    /// The class of the error, whichever message it names and however the handler has wrapped it.
+    pub(crate) fn class(&self) -> ErrorClass {
+        match self {
+            Self::Again => ErrorClass::Passing,
+            _ => self.database().map_or(ErrorClass::Own, Found::class),
         }
     }
 
@@ -208,11 +215,17 @@ impl HandleError {
         }
     }
 
+    /// Whether PostgreSQL ended the statement or the transaction for its length, or for its silence.
+    pub(crate) fn ran_out_of_time(&self) -> bool {
+        let code = self.database().and_then(Found::code);
+        matches!(code.as_deref(), Some("57014" | "25P03" | "25P04"))
+    }
+
     /// The database's error behind this one, however the handler has wrapped it.
-    fn database(&self) -> Option<&sqlx::Error> {
+    pub(crate) fn database(&self) -> Option<Found<'_>> {
         match self {
-            Self::Database(error) => Some(error),
-            Self::Failed(error) => database_error(error),
+            Self::Database(error) => Some(Found::Error(error)),
+            Self::Failed(error) => find(error.as_ref()),
             Self::Of { error, .. } => error.database(),
             Self::Poison(_) | Self::Several(_) | Self::Again => None,
         }
@@ -247,22 +260,16 @@ impl Failure {
             return fault(Fault::locked(&answer));
         }
         let Some(database) = error.database() else { return error.named(culprit).into() };
-        let code = database.as_database_error().and_then(|error| error.code());
-        let lost = matches!(database, sqlx::Error::Io(_) | sqlx::Error::Protocol(_));
-        match code.as_deref() {
+        match database.code().as_deref() {
             // The server gave up the statement or the transaction. That was after our bound, if the runtime was kept
             // from giving up before, or after a bound that the handler has set.
             Some("57014" | "25P04") => fault(Fault::new("timed-out", &error.to_string(), Remedy::Smaller)),
             // idle_in_transaction_session_timeout.
-            Some("25P03") => fault(Fault::silent(silence, &database.to_string())),
-            None if lost && taken >= silence => Self::Silent(Fault::silent(silence, &database.to_string())),
+            Some("25P03") => fault(Fault::silent(silence, &error.to_string())),
+            None if database.is_lost() && taken >= silence => Self::Silent(Fault::silent(silence, &error.to_string())),
             _ => error.named(culprit).into(),
         }
     }
-}
-
-fn database_error(error: &anyhow::Error) -> Option<&sqlx::Error> {
-    error.chain().find_map(|cause| cause.downcast_ref::<sqlx::Error>())
 }
 
 impl From<AppendError> for Failure {

@@ -15,6 +15,7 @@
 //! Open intents are resolved in the same way after a start.
 
 mod config;
+mod outcome;
 mod progress;
 mod slot;
 
@@ -22,8 +23,8 @@ pub use config::IntentConfig;
 
 use super::{
     Participant, batch,
-    entry::{Entry, Settled, StoredIntent},
-    fence::{Fence, FenceKey, UndoState},
+    entry::{Entry, Settled},
+    fence::{Fence, UndoState},
     handler::Performed,
     queue::{self, Claimed, Counted, Room, Which},
     store,
@@ -31,7 +32,7 @@ use super::{
 };
 use crate::{
     clock::DatabaseClock,
-    command::{Failed, Op, Outcome, Why},
+    command::{Failed, Op, Why},
     consumer::HandleError,
     error_class::{ErrorClass, classify, in_words, renew_connections},
     fail_point::fail_point,
@@ -40,14 +41,14 @@ use crate::{
     panics::panic_text,
     part::{Cause, Report, Trouble},
     reason::reason,
-    transaction::{Bound, Transaction},
+    transaction::{Bound, Transaction, database_answers},
 };
 use futures::FutureExt;
 use progress::Progress;
 use serde_json::Value;
 use slot::Slots;
-use sqlx::{Connection, PgPool};
-use std::{collections::HashMap, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use sqlx::PgPool;
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span};
@@ -220,6 +221,19 @@ impl Intents {
         Transaction::begin(&self.pool, self.bound()).await
     }
 
+    /// Runs the effect's own code in a transaction. Code that takes too long, or is silent until the server ends its
+    /// transaction, is at fault itself and counted: otherwise it would be repeated without an end. It has less time than
+    /// the transaction and more than a wait for a lock, so neither passes for the other.
+    async fn effect<T>(&self, work: impl Future<Output = Result<T, HandleError>>) -> Result<T, Unsettled> {
+        let bound = self.config.database_timeout * 3 / 4;
+        match timeout(bound, work).await {
+            Ok(Err(error)) if error.ran_out_of_time() => Err(Unsettled::Slow(bound)),
+            Ok(done) => Ok(done?),
+            Err(_) if database_answers(&self.pool).await => Err(Unsettled::Slow(bound)),
+            Err(_) => Err(self.bound().no_answer().into()),
+        }
+    }
+
     fn bound(&self) -> Bound {
         Bound::new(self.config.database_timeout)
     }
@@ -298,14 +312,14 @@ impl Intents {
         if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
         }
-        let settled = record(&mut tx, entry, claim.intent.clone(), answer).await?;
+        let settled = self.effect(outcome::record(&mut tx, entry, claim.intent.clone(), answer)).await?;
         if let Some(fence) = fences.get_mut(&claim.key) {
             let closed = fence.settle(claim.intent.cx.saga.op, &settled);
             queue::delete_intents(&mut tx, closed.as_slice()).await?;
             self.wake_undo(&mut tx, claim, fence).await?;
         }
         let (outcome, payload) = batch::reply_of(&settled);
-        write(&mut tx, claim, &fences, outcome, payload).await?;
+        outcome::write(&mut tx, claim, &fences, outcome, payload).await?;
         fail_point!("participant.before-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
         tx.commit_within_its_edges().await?;
         fail_point!("participant.after-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
@@ -340,7 +354,7 @@ impl Intents {
             self.wake_undo(&mut tx, claim, fence).await?;
         }
         let (outcome, payload) = batch::reply_of(&Settled::Failed(failed.clone()));
-        write(&mut tx, claim, &fences, outcome, payload).await?;
+        outcome::write(&mut tx, claim, &fences, outcome, payload).await?;
         tx.commit().await?;
         batch::count_reply(&claim.kind, outcome);
         tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
@@ -389,7 +403,7 @@ impl Intents {
             trace: claim.trace.clone(),
             span: Span::current(),
         };
-        batch::run_apart(&mut tx, &[command], &mut work).await?;
+        self.effect(batch::run_apart(&mut tx, &[command], &mut work)).await?;
         work.write(&mut tx).await?;
         tx.commit().await?;
         self.participant.wake.notify_one();
@@ -405,39 +419,4 @@ impl Intents {
         }
         Ok(())
     }
-}
-
-/// Writes the outcome of a claim: its fence, and the reply.
-async fn write(
-    tx: &mut Tx<'_>,
-    claim: &Claimed,
-    fences: &HashMap<FenceKey, Fence>,
-    outcome: Outcome,
-    payload: Vec<u8>,
-) -> Result<(), Unsettled> {
-    let reply = batch::reply(&claim.kind, &claim.intent.cx, &claim.trace, outcome, payload);
-    // An older build took commands without a valid reply topic. As an error, it would call each of them without an end.
-    let unsendable = reply.validate().inspect_err(|error| {
-        tracing::error!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind, %error,
-            outcome = outcome.as_str(), "an answer cannot be sent: it stands in the fence alone");
-    });
-    let replies = if unsendable.is_ok() { vec![reply] } else { Vec::new() };
-    Ok(store::write_fences(tx, fences, &replies).await.map_err(HandleError::from)?)
-}
-
-/// Records under a savepoint, so that `Failed` leaves no writes.
-async fn record(
-    tx: &mut Tx<'_>,
-    entry: &dyn Entry,
-    intent: StoredIntent,
-    answer: Value,
-) -> Result<Settled, HandleError> {
-    let mut savepoint = tx.begin().await?;
-    let settled = entry.record(&mut savepoint, intent, answer).await?;
-    if matches!(settled, Settled::Failed(_)) {
-        savepoint.rollback().await?;
-    } else {
-        savepoint.commit().await?;
-    }
-    Ok(settled)
 }

@@ -6,9 +6,10 @@
 use super::queue::Claimed;
 use crate::{
     consumer::HandleError,
-    error_class::{ErrorClass, classify, classify_chain, in_words},
+    error_class::{ErrorClass, Found, classify, in_words},
     part::Cause,
 };
+use std::time::Duration;
 
 /// Why an intent was not settled.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +18,9 @@ pub(super) enum Unsettled {
     Database(#[from] sqlx::Error),
     #[error(transparent)]
     Handle(#[from] HandleError),
+    /// The effect's own code took longer in its transaction than it may.
+    #[error("the effect's own code did not end within {0:?} in its transaction, though the database answers")]
+    Slow(Duration),
     /// A test's simulated fault.
     #[cfg(feature = "testkit")]
     #[error(transparent)]
@@ -26,10 +30,9 @@ pub(super) enum Unsettled {
 impl Unsettled {
     pub(super) fn class(&self) -> ErrorClass {
         match self {
-            Self::Database(error) | Self::Handle(HandleError::Database(error)) => classify(error),
-            Self::Handle(HandleError::Failed(error)) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own),
-            Self::Handle(HandleError::Again) => ErrorClass::Passing,
-            Self::Handle(_) => ErrorClass::Own,
+            Self::Database(error) => classify(error),
+            Self::Handle(error) => error.class(),
+            Self::Slow(_) => ErrorClass::Own,
             #[cfg(feature = "testkit")]
             Self::Injected(_) => ErrorClass::Own,
         }
@@ -49,19 +52,45 @@ impl Unsettled {
     /// The cause, for an operator to set right.
     pub(super) fn cause(&self) -> Cause {
         let error = match self {
-            Self::Database(error) | Self::Handle(HandleError::Database(error)) => Some(error),
-            Self::Handle(HandleError::Failed(error)) => error.chain().find_map(|cause| cause.downcast_ref()),
-            _ => None,
+            Self::Database(error) => Some(Found::Error(error)),
+            Self::Handle(error) => error.database(),
+            Self::Slow(_) => None,
+            #[cfg(feature = "testkit")]
+            Self::Injected(_) => None,
         };
-        error.map_or(Cause::DatabaseMisconfigured, Cause::of)
+        error.map_or(Cause::DatabaseMisconfigured, Cause::of_found)
     }
 
     /// Whether a test wants the process to look dead: then the claim must run out.
     pub(super) fn is_crash(&self) -> bool {
         match self {
-            Self::Database(_) | Self::Handle(_) => false,
+            Self::Database(_) | Self::Handle(_) | Self::Slow(_) => false,
             #[cfg(feature = "testkit")]
             Self::Injected(injected) => injected.0 == crate::testkit::failpoints::Fault::Crash,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{id::MessageId, outbox::AppendError};
+
+    #[test]
+    fn an_error_that_names_its_message_has_the_class_of_what_is_within() {
+        let lost = || sqlx::Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        let of = |error: HandleError| Unsettled::Handle(error.of(MessageId::new()));
+        for error in
+            [lost().into(), HandleError::Failed(anyhow::Error::from(AppendError::from(lost())).context("no stock"))]
+        {
+            let unsettled = of(error);
+            assert_eq!(
+                (unsettled.class(), unsettled.cause()),
+                (ErrorClass::Passing, Cause::DatabaseAway),
+                "{unsettled}"
+            );
+        }
+        assert_eq!(of(sqlx::Error::Protocol("half a message".into()).into()).class(), ErrorClass::Stale);
+        assert_eq!(of(anyhow::anyhow!("no such payment").into()).class(), ErrorClass::Own);
     }
 }

@@ -16,10 +16,11 @@ use super::{
 use crate::{
     clock,
     consumer::Unfit,
-    error_class::{ErrorClass, classify, classify_chain},
+    error_class::{ErrorClass, Found, classify, classify_chain, find},
     id::{MessageId, SagaId},
     outbox::Tx,
     panics::panic_text,
+    reason::chain,
 };
 use futures::FutureExt;
 use sqlx::Acquire;
@@ -33,7 +34,7 @@ pub(super) enum BatchError {
     #[error(transparent)]
     Database(#[from] sqlx::Error),
     /// A local effect met an error of the database that is not its own fault, and wrapped it in a text of its own.
-    #[error("a local effect: {0:#}")]
+    #[error("a local effect: {}", chain(.0))]
     Effect(anyhow::Error),
     /// A reply that answers its saga's open command cannot be understood.
     #[error("{0}")]
@@ -48,7 +49,7 @@ impl BatchError {
     pub(super) fn into_database(self) -> sqlx::Error {
         match self {
             Self::Database(error) => error,
-            Self::Effect(error) => sqlx::Error::Io(std::io::Error::other(format!("{error:#}"))),
+            Self::Effect(error) => sqlx::Error::Io(std::io::Error::other(chain(&error))),
             Self::Poison(why, _) => sqlx::Error::InvalidArgument(why),
             unfit @ Self::Unfit(_) => sqlx::Error::InvalidArgument(unfit.to_string()),
         }
@@ -56,10 +57,15 @@ impl BatchError {
 
     /// The error's class: whether the work that met it is at fault.
     pub(super) fn class(&self) -> ErrorClass {
+        self.database().map_or(ErrorClass::Own, Found::class)
+    }
+
+    /// The database's error behind this one, however a local effect has wrapped it.
+    pub(super) fn database(&self) -> Option<Found<'_>> {
         match self {
-            Self::Database(error) => classify(error),
-            Self::Effect(error) => classify_chain(error.as_ref()).unwrap_or(ErrorClass::Own),
-            Self::Poison(..) | Self::Unfit(_) => ErrorClass::Own,
+            Self::Database(error) => Some(Found::Error(error)),
+            Self::Effect(error) => find(error.as_ref()),
+            Self::Poison(..) | Self::Unfit(_) => None,
         }
     }
 }
@@ -221,7 +227,7 @@ fn if_its_own(error: LocalError) -> Result<String, BatchError> {
     match error {
         error if class == ErrorClass::Own => Ok(match error {
             LocalError::Database(error) => error.to_string(),
-            LocalError::Failed(error) => format!("{error:#}"),
+            LocalError::Failed(error) => chain(&error),
         }),
         LocalError::Database(error) => Err(BatchError::Database(error)),
         LocalError::Failed(error) => Err(BatchError::Effect(error)),

@@ -43,8 +43,8 @@ pub enum StartError {
     #[error(transparent)]
     Local(anyhow::Error),
     /// The database returned an error.
-    #[error(transparent)]
-    Database(sqlx::Error),
+    #[error("{0}")]
+    Database(#[source] sqlx::Error),
 }
 
 impl From<sqlx::Error> for StartError {
@@ -94,7 +94,7 @@ pub enum CancelError {
     #[error("this build cannot read saga {0}: {1}")]
     Unreadable(SagaId, String),
     /// The database returned an error.
-    #[error(transparent)]
+    #[error("{0}")]
     Database(#[from] sqlx::Error),
 }
 
@@ -131,7 +131,7 @@ pub enum RetryError {
     #[error("this build cannot read saga {0}: {1}")]
     Unreadable(SagaId, String),
     /// The database returned an error.
-    #[error(transparent)]
+    #[error("{0}")]
     Database(#[from] sqlx::Error),
 }
 

@@ -15,7 +15,7 @@ use super::{
     trouble::Overdue,
 };
 use crate::{
-    error_class::{ErrorClass, classify, is_outage, is_pool_full, renew_connections},
+    error_class::{ErrorClass, is_outage, is_pool_full, renew_connections},
     fail_point::fail_point,
     id::{MessageId, SagaId},
     outage::Outage,
@@ -103,7 +103,7 @@ impl Engine {
         }
         let due = match self.within(self.tick_due()).await {
             Ok(due) => due,
-            Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
+            Err(error) if is_everybodys(&error) => return Err(error.into_database()),
             Err(error) => {
                 tracing::debug!(%error, "a batch of due sagas did not work; taking them one by one");
                 self.tick_one_by_one().await?
@@ -140,7 +140,7 @@ impl Engine {
             let saga = SagaId(*id);
             match self.within(self.tick_one(saga, &backlog)).await {
                 Ok(()) => {}
-                Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
+                Err(error) if is_everybodys(&error) => return Err(error.into_database()),
                 Err(error) => {
                     let wait = put_off_after(&error);
                     self.trouble().may_be(&error, wait);
@@ -180,7 +180,7 @@ impl Engine {
     async fn tick_undecided(&self) -> Result<usize, sqlx::Error> {
         match self.within(self.take_undecided()).await {
             Ok(taken) => Ok(taken),
-            Err(BatchError::Database(error)) if is_everybodys(&error) => Err(error),
+            Err(error) if is_everybodys(&error) => Err(error.into_database()),
             Err(error) => {
                 tracing::debug!(%error, "a batch of replies that were set aside did not work; taking them one by one");
                 self.take_undecided_one_by_one().await
@@ -218,7 +218,7 @@ impl Engine {
         for reply in &replies {
             match self.within(self.take_undecided_one(reply)).await {
                 Ok(()) => {}
-                Err(BatchError::Database(error)) if is_everybodys(&error) => return Err(error),
+                Err(error) if is_everybodys(&error) => return Err(error.into_database()),
                 Err(error) => {
                     let (saga, message_id, wait) = (reply.saga, reply.message, put_off_after(&error));
                     tracing::error!(%saga, %message_id, %error, ?wait,
@@ -291,13 +291,14 @@ fn put_off_after(error: &BatchError) -> Duration {
 
 /// Whether an error meets every saga: the database is away, or has no connection left for this process. A timed-out
 /// attempt is another matter: the fault was its own or a silent connection's. The next attempt, on another connection,
-/// shows which.
-fn is_everybodys(error: &sqlx::Error) -> bool {
-    match classify(error) {
-        ErrorClass::Stale => {
-            renew_connections();
-            true
-        }
-        _ => is_pool_full(error) || is_outage(error) && !is_timeout(error),
+/// shows which. So is what a local effect has wrapped in words of its own. Stale connections are replaced in each case.
+fn is_everybodys(error: &BatchError) -> bool {
+    let is_stale = error.class() == ErrorClass::Stale;
+    if is_stale {
+        renew_connections();
+    }
+    match error {
+        BatchError::Database(error) => is_stale || is_pool_full(error) || is_outage(error) && !is_timeout(error),
+        _ => false,
     }
 }

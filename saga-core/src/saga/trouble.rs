@@ -6,7 +6,7 @@
 use super::batch::BatchError;
 use crate::{
     clock,
-    error_class::{ErrorClass, classify, in_words},
+    error_class::{ErrorClass, in_words},
     outage::Outage,
     part::{Cause, Looks, Movement, Report, Waiting},
 };
@@ -112,14 +112,17 @@ impl Trouble {
     }
 
     pub(super) fn is(&self, error: &sqlx::Error, wait: Duration) {
-        self.outage.failing_of(Cause::of(error), &in_words(error));
+        self.stands_in_the_way(Cause::of(error), &in_words(error), wait);
+    }
+
+    fn stands_in_the_way(&self, cause: Cause, reason: &str, wait: Duration) {
+        self.outage.failing_of(cause, reason);
         *self.until() = Some(clock::monotonic() + wait + AFTERWARDS);
     }
 
     pub(super) fn may_be(&self, error: &BatchError, wait: Duration) {
-        match error {
-            BatchError::Database(error) if classify(error) == ErrorClass::Configuration => self.is(error, wait),
-            _ => {}
+        if let Some(database) = error.database().filter(|error| error.class() == ErrorClass::Configuration) {
+            self.stands_in_the_way(Cause::of_found(database), &error.to_string(), wait);
         }
     }
 

@@ -19,6 +19,13 @@ use tokio_util::sync::CancellationToken;
 
 const LOCK: i64 = 4_711;
 
+/// An error of a handler's own, through which the database's is not seen by its type.
+#[derive(Debug, thiserror::Error)]
+enum Wrapped {
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
 /// A handler that does what each message asks, then writes it down.
 #[derive(Default)]
 struct Obedient {
@@ -45,6 +52,11 @@ impl Handler for Obedient {
                 "nowait" => {
                     let locked = sqlx::query("select from shelf for update nowait").execute(&mut **tx).await;
                     locked.map_err(|error| anyhow::Error::from(error).context("the shelf is not free"))?;
+                }
+                "impatient" => {
+                    let slow = "set local statement_timeout = 50; select pg_sleep(60)";
+                    let ended = sqlx::raw_sql(slow).execute(&mut **tx).await.map_err(Wrapped::from);
+                    ended.map_err(anyhow::Error::from)?;
                 }
                 "slow" => {
                     sqlx::query("select pg_sleep(0.02)").execute(&mut **tx).await?;
@@ -144,6 +156,21 @@ async fn a_handler_that_is_silent_on_its_connection_is_counted_and_given_up() {
     assert_eq!((&headers["x-error-class"], &headers["x-attempts"]), (&"silent".into(), &"2".into()));
     let reason = headers["x-error-message"].as_str().unwrap();
     assert!(reason.contains("`idle_in_transaction_session_timeout`, 400ms"), "{reason}");
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_that_a_handler_bounds_itself_is_counted_whatever_wraps_it() {
+    let mut fixture = Fixture::new(1).await;
+    fixture.config.attempts = 2;
+    fixture.send(&among_others("impatient")).await;
+
+    let running = start(&fixture, &fixture.database.pool);
+    fixture.until_handled(20).await;
+    let letters = fixture.until_dead_letters(1).await;
+
+    let headers = &letters[0].2;
+    assert_eq!((&headers["x-error-class"], &headers["x-attempts"]), (&"timed-out".into(), &"2".into()));
     running.stop().await;
 }
 

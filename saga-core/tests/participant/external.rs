@@ -162,6 +162,33 @@ async fn when_attempts_run_out_the_command_fails_in_doubt_and_a_resend_starts_an
 }
 
 #[tokio::test]
+async fn a_record_that_never_ends_is_counted_and_given_up_and_others_flow() {
+    let world = World::new().await;
+    let [hangs, other] = std::array::from_fn(|_| SagaId::new());
+    world.deliver(&[message(hangs, Op::Do, &pay(&["record hangs"])), message(other, Op::Do, &pay(&["yes"]))]).await;
+    let config = IntentConfig {
+        max_attempts: 2,
+        first_delay: Duration::ZERO,
+        poll: Duration::from_millis(20),
+        database_timeout: Duration::from_millis(400),
+        ..IntentConfig::default()
+    };
+    let (executor, stop) =
+        (world.participant.intents(world.database.pool.clone()).with_config(config), CancellationToken::new());
+    let meanwhile = async {
+        let is_given_up = async || (world.outcomes(hangs).await == [Failed]).then_some(());
+        eventually(Duration::from_secs(30), is_given_up).await;
+        stop.cancel();
+    };
+    tokio::join!(executor.run(stop.clone()), meanwhile);
+
+    assert_eq!(world.provider.calls.of(key(hangs)), 2, "each attempt counted");
+    let error = world.replies(hangs).await[0].payload["error"].to_string();
+    assert!(error.contains("did not end within 300ms"), "{error}");
+    assert_eq!((world.outcomes(other).await, world.effects(hangs).await), (vec![Succeeded], 0));
+}
+
+#[tokio::test]
 async fn an_undo_waits_for_the_open_call_and_is_told_what_it_came_to() {
     let world = World::new().await;
     let cases: [(&[&str], Option<Happened<usize>>); 3] =

@@ -201,6 +201,9 @@ impl ExternalEffect<Pay> for PayEffect {
         intent: Intent<Pay, ()>,
         answer: Option<usize>,
     ) -> anyhow::Result<Decision<Pay>> {
+        if intent.command.say.iter().any(|word| word == "record hangs") {
+            std::future::pending().await
+        }
         let Some(by_call) = answer else { return Ok(Decision::Rejected(No)) };
         sqlx::query("insert into effect (saga) values ($1)").bind(intent.cx.saga.saga.0).execute(&mut **tx).await?;
         Ok(Decision::Done(Added { by_call }))

@@ -8,6 +8,7 @@ use saga_core::{
     error_class::{ErrorClass, classify, classify_chain},
     id::SagaId,
     outbox::{AppendError, Tx},
+    part::Cause,
     saga::{Engine, LocalCall, LocalEffect, LocalError, Saga, saga},
     testkit::deliver,
 };
@@ -157,6 +158,22 @@ async fn a_local_effect_that_never_works_is_tried_as_often_as_its_policy_says() 
     assert_eq!(fails.calls.load(Ordering::Relaxed), 5);
     assert_eq!(engine.tick().await.unwrap().due, 0);
     world.audit().await;
+}
+
+#[tokio::test]
+async fn timers_name_what_an_effect_lacks_however_it_wraps_the_error() {
+    let world = World::new().await;
+    let fails = Fails::with(&[("23505", Told::Plainly)]);
+    let (engine, saga) = begun(&world, &fails).await;
+    deliver(&world.database.pool, &engine.handler(), &[succeeded(&world.last(saga).await)]).await.unwrap();
+    fails.codes.lock().unwrap().extend([("42501", Told::InItsOwnEnum); 3]);
+    world.time_passes().await;
+
+    engine.tick().await.unwrap();
+
+    let trouble = engine.timers_report().trouble.expect("health names what is missing");
+    assert_eq!(trouble.cause, Cause::RightMissing, "{trouble:?}");
+    assert_eq!(world.status(saga).await, "running", "nothing is given up meanwhile");
 }
 
 #[tokio::test]
