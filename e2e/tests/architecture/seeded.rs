@@ -234,6 +234,10 @@ fn a_migration_under_which_an_older_build_cannot_write_is_found() {
         "create unique index once on inbox (source);",
         "drop function outbox_append(text);",
         "alter table saga drop constraint saga_is_woken;",
+        "alter table saga add constraint saga_is_small check (true) not valid;",
+        "alter table saga add constraint saga_once unique (name);",
+        "create or replace trigger t before insert on saga for each row execute function f();",
+        "do $$ begin alter table saga drop column name; end $$;",
     ] {
         let found = expand::only(&Tree::of(&[("migrations/messaging/V8__next.sql", sql)]));
         assert_eq!(found.len(), 1, "{sql}: {found:?}");
@@ -245,6 +249,8 @@ fn a_migration_under_which_an_older_build_cannot_write_is_found() {
         "create table fence (id uuid primary key, step text not null);",
         "create index by_step on fence (step);",
         "create or replace function f() returns void language sql as $$ drop table x; $$;",
+        "create table note (id int); alter table note add constraint note_once unique (id);",
+        "do $$ begin alter table saga add column name text; end $$;",
         "alter table saga drop constraint saga_is_woken; alter table saga add constraint saga_is_woken check (true) not valid;",
     ] {
         let found = expand::only(&Tree::of(&[("migrations/messaging/V8__next.sql", sql)]));
