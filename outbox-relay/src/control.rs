@@ -4,7 +4,6 @@
 use crate::{
     database::Database,
     loops::{Loops, WANTED},
-    metric,
     parking::{self, Line},
     pause::{self, Cause, Paused, WHOLE},
     position::ReadError,
@@ -13,7 +12,11 @@ use crate::{
 use rdkafka::error::KafkaError;
 use saga_core::part;
 use sqlx::PgConnection;
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 use time::OffsetDateTime;
 use tokio::{
     sync::{Mutex, watch},
@@ -78,11 +81,26 @@ impl Wanted {
     }
 }
 
+/// The topics that metrics show as set apart, as the owner last saw them.
+#[derive(Default)]
+struct SetApart(HashSet<(String, &'static str)>);
+
+impl SetApart {
+    fn show(&mut self, outbox: &str, control: &Control) {
+        let now: HashSet<_> =
+            control.paused.values().map(|paused| (paused.topic.clone(), paused.cause.as_str())).collect();
+        let gauge = |(topic, cause): &(String, &'static str)| metrics::gauge!("outbox_topic_set_apart", "outbox" => outbox.to_owned(), "topic" => topic.clone(), "cause" => *cause);
+        self.0.difference(&now).for_each(|gone| gauge(gone).set(0.0));
+        now.difference(&self.0).for_each(|new| gauge(new).set(1.0));
+        self.0 = now;
+    }
+}
+
 /// Keeps `wanted` up to date until an error.
 pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted: Arc<Wanted>) -> Result<(), ReadError> {
     let outbox = &wanted.outbox;
     let mut asked: HashMap<String, Instant> = HashMap::new();
-    let mut set_apart = metric::SetApart::default();
+    let mut set_apart = SetApart::default();
     loop {
         let now = Instant::from_std(saga_core::clock::monotonic());
         let control = match db.ask(async |db| wanted.refresh(db).await).await {

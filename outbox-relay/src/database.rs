@@ -33,6 +33,11 @@ const PING: u32 = 8;
 /// A server that has ended a statement answers within this.
 const ANSWER: Duration = Duration::from_millis(250);
 
+/// Whether the error means that the service has not made its tables yet.
+pub(crate) fn is_missing(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(|error| error.code()).is_some_and(|code| matches!(&*code, "42P01" | "42883"))
+}
+
 /// A pool of connections to the outbox's database for one purpose, with the bound of its conversations.
 #[derive(Debug, Clone)]
 pub(crate) struct Database {

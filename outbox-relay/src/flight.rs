@@ -4,9 +4,10 @@ use crate::{
     batch_log::Entry,
     budget::Held,
     commit::{Progress, Stretch},
+    cursor::Page,
     parking::Park,
     pause::LeftBehind,
-    position::{Page, Position},
+    position::Position,
     snapshot::Snapshot,
 };
 use saga_core::clock;

@@ -4,8 +4,15 @@
 //! position is another cluster's, there would be no values at all, just when they matter. A value that cannot be looked
 //! up is shown as unknown (NaN).
 
-use crate::{metric, outbox::Outbox, pending, position::ReadError};
+use crate::{
+    database::is_missing,
+    metric,
+    outbox::Outbox,
+    pending::{self, Pending},
+    position::ReadError,
+};
 use saga_core::{
+    clock::DatabaseClock,
     error_class::is_outage,
     outage::Outage,
     part::{Cause, Trouble},
@@ -21,7 +28,7 @@ pub(crate) async fn run(outbox: &Outbox) {
     loop {
         match outbox.reading.ask(async |db| pending::of(db, &outbox.name).await).await {
             Ok(pending) => {
-                metric::pending(&outbox.name, &pending, &outbox.leases.clock);
+                show(&outbox.name, &pending, &outbox.leases.clock);
                 outbox.status.progress.is(&pending, &outbox.leases.clock);
                 counting.working();
             }
@@ -41,11 +48,16 @@ pub(crate) async fn run(outbox: &Outbox) {
     }
 }
 
-fn trouble(error: &ReadError) -> Trouble {
-    error.database().map_or_else(|| Trouble::new(Cause::Fault, error.to_string()), Trouble::from)
+/// Sets how far behind the outbox is.
+#[allow(clippy::cast_precision_loss)]
+fn show(outbox: &str, pending: &Pending, clock: &DatabaseClock) {
+    let age = pending.oldest.map_or(0.0, |oldest| clock.since(oldest));
+    metrics::gauge!("outbox_pending", "outbox" => outbox.to_owned()).set(pending.rows as f64);
+    metrics::gauge!("outbox_oldest_pending_age_seconds", "outbox" => outbox.to_owned()).set(age);
+    metrics::gauge!("outbox_parked", "outbox" => outbox.to_owned()).set(pending.parked as f64);
+    metrics::gauge!("outbox_paused_topics", "outbox" => outbox.to_owned()).set(pending.paused as f64);
 }
 
-/// Whether the error means that the service has not made its tables yet.
-pub(crate) fn is_missing(error: &sqlx::Error) -> bool {
-    error.as_database_error().and_then(|error| error.code()).is_some_and(|code| matches!(&*code, "42P01" | "42883"))
+fn trouble(error: &ReadError) -> Trouble {
+    error.database().map_or_else(|| Trouble::new(Cause::Fault, error.to_string()), Trouble::from)
 }

@@ -4,17 +4,18 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`snapshot`], [`position`], `window` | which rows come next: the outbox between two snapshots, by id |
+//! | [`snapshot`], [`position`] | how far the outbox is published: two snapshots, and an id between them |
+//! | `window`, `cursor` | which rows come next: the outbox between two snapshots, by id |
 //! | `reader`, `nudges` | reads ahead, page by page |
-//! | `stream`, `set_apart`, `handover` | the main stream; one for each topic that is set apart; how a topic comes back |
-//! | `session`, `sending` | one producer's life in a stream; a page's rows, many in flight |
+//! | `stream`, `set_apart`, `shared` | the main stream; one for each topic that is set apart; what they share |
+//! | `session` | one producer's life in a stream: the fate of each row, sending, and how a topic comes back (`asks`) |
 //! | [`budget`] | how many bytes of rows this process holds |
-//! | `record`, `producer` | a row as a record; the producer |
+//! | `record`, `producer`, `brokers` | a row as a record; the producer; whether the brokers answer |
 //! | `flight`, `in_flight` | a page on its way; all that is on its way, and what Kafka acknowledged |
 //! | `commit`, `batch_log` | records progress under the lease |
-//! | `fate`, `refusal`, `parking`, `pause`, `retry`, `retrying` | rows and topics that Kafka refuses |
+//! | `refusal`, `parking`, `pause`, `retry`, `retrying` | rows and topics that Kafka refuses |
 //! | `anchor`, [`moved`], `epoch` | whether the position holds in this database; what to run when it does not; what ids count in |
-//! | `lease`, `owner`, [`outbox`], `supervisor` | which replica publishes; one owner's time; one outbox in this process; its panics |
+//! | `lease`, [`outbox`], `owner`, `turns`, `supervisor` | which replica publishes; one outbox in this process; one owner's time; turns of owning; panics |
 //! | `control`, `pending`, `gauges`, `metric`, `loops` | what operators want, and what they see |
 //! | `upkeep` | partitions made ahead, resolved rows deleted |
 //! | `database` | conversations with the outbox's database, each of them bounded |
@@ -24,17 +25,18 @@
 pub mod admin;
 mod anchor;
 pub mod app;
+mod asks;
 mod batch_log;
+mod brokers;
 pub mod budget;
 mod commit;
 pub mod config;
 mod control;
+mod cursor;
 mod database;
 mod epoch;
-mod fate;
 mod flight;
 mod gauges;
-mod handover;
 mod in_flight;
 mod lease;
 mod loops;
@@ -43,6 +45,7 @@ pub mod moved;
 mod nudges;
 pub mod outbox;
 mod owner;
+mod owner_error;
 mod parking;
 mod pause;
 mod pending;
@@ -55,14 +58,15 @@ mod refusal;
 mod retry;
 mod retrying;
 mod row;
-mod sending;
 mod session;
 mod set_apart;
 pub mod settings;
+mod shared;
 pub mod snapshot;
 mod stream;
 mod supervisor;
 mod topics;
+mod turns;
 mod upkeep;
 mod window;
 

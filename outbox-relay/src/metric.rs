@@ -1,8 +1,5 @@
-//! The relay's metrics. Never an id or a key as a label.
-
-use crate::{control::Control, flight::Flight, pending::Pending};
-use saga_core::clock::DatabaseClock;
-use std::collections::HashSet;
+//! The relay's metrics: what each means, and how those are set that need no other module's types. Never an id or a key as
+//! a label.
 
 /// Describes the metrics.
 pub(crate) fn describe() {
@@ -36,18 +33,6 @@ pub(crate) fn describe() {
     );
 }
 
-/// Counts the rows of an acknowledged page.
-pub(crate) fn published(outbox: &str, flight: &Flight, clock: &DatabaseClock) {
-    for (topic, rows) in flight.published() {
-        metrics::counter!("outbox_published_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned())
-            .increment(rows);
-    }
-    if let Some(oldest) = flight.oldest() {
-        let duration = metrics::histogram!("outbox_publish_duration_seconds", "outbox" => outbox.to_owned());
-        duration.record(clock.since(oldest));
-    }
-}
-
 /// Counts a row that is parked.
 pub(crate) fn parked(outbox: &str, topic: &str) {
     metrics::counter!("outbox_parked_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned()).increment(1);
@@ -66,21 +51,6 @@ pub(crate) fn bytes_held(bytes: usize) {
     metrics::gauge!("outbox_bytes_held").set(bytes as f64);
 }
 
-/// The topics that are set apart, as the owner last saw them.
-#[derive(Default)]
-pub(crate) struct SetApart(HashSet<(String, &'static str)>);
-
-impl SetApart {
-    pub(crate) fn show(&mut self, outbox: &str, control: &Control) {
-        let now: HashSet<_> =
-            control.paused.values().map(|paused| (paused.topic.clone(), paused.cause.as_str())).collect();
-        let gauge = |(topic, cause): &(String, &'static str)| metrics::gauge!("outbox_topic_set_apart", "outbox" => outbox.to_owned(), "topic" => topic.clone(), "cause" => *cause);
-        self.0.difference(&now).for_each(|gone| gauge(gone).set(0.0));
-        now.difference(&self.0).for_each(|new| gauge(new).set(1.0));
-        self.0 = now;
-    }
-}
-
 /// Sets whether this process publishes.
 pub(crate) fn owner(outbox: &str, owner: bool) {
     metrics::gauge!("outbox_owner", "outbox" => outbox.to_owned()).set(f64::from(u8::from(owner)));
@@ -91,14 +61,4 @@ pub(crate) fn pending_unknown(outbox: &str) {
     for gauge in ["outbox_pending", "outbox_oldest_pending_age_seconds", "outbox_parked", "outbox_paused_topics"] {
         metrics::gauge!(gauge, "outbox" => outbox.to_owned()).set(f64::NAN);
     }
-}
-
-/// Sets how far behind the outbox is.
-#[allow(clippy::cast_precision_loss)]
-pub(crate) fn pending(outbox: &str, pending: &Pending, clock: &DatabaseClock) {
-    let age = pending.oldest.map_or(0.0, |oldest| clock.since(oldest));
-    metrics::gauge!("outbox_pending", "outbox" => outbox.to_owned()).set(pending.rows as f64);
-    metrics::gauge!("outbox_oldest_pending_age_seconds", "outbox" => outbox.to_owned()).set(age);
-    metrics::gauge!("outbox_parked", "outbox" => outbox.to_owned()).set(pending.parked as f64);
-    metrics::gauge!("outbox_paused_topics", "outbox" => outbox.to_owned()).set(pending.paused as f64);
 }

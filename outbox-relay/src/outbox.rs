@@ -1,23 +1,19 @@
-//! One outbox as this process sees it: the process stands by, owns it, stands by again. What happens to one outbox
-//! stops no other.
+//! One outbox as this process sees it: its connections and settings, and what the process knows of it. The process dies
+//! with all of it; what counts is in the outbox's database.
 
 use crate::{
+    brokers::Brokers,
     budget::{Areas, Budget},
     database::Database,
-    gauges,
-    lease::{Lease, LeaseError, Leases},
+    lease::Leases,
     loops::Loops,
-    metric,
-    owner::{self, OwnerError},
-    producer::Brokers,
     progress::Progress,
     settings::{OutboxSettings, Settings},
     topics::Topics,
     upkeep::Upkeep,
 };
 use saga_core::{
-    clock::{self, DatabaseClock},
-    error_class::{in_words, is_outage, is_pool_full},
+    clock::DatabaseClock,
     outage::Outage,
     part::{Cause, Report, Trouble},
 };
@@ -25,9 +21,6 @@ use std::{
     sync::{Arc, Mutex},
     time::Duration,
 };
-use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
-use uuid::Uuid;
 
 /// Connections for the recorder, control, session, retry, and a few for the topics that are set apart.
 const CONNECTIONS: u32 = 7;
@@ -41,11 +34,6 @@ const ADMIN_STATEMENT: Duration = Duration::from_secs(5);
 const ADMIN_PATIENCE: Duration = Duration::from_secs(8);
 /// The relay holds no lock for long. A longer wait is for another client's lock, which may last for hours.
 const ADMIN_LOCK: &str = "1s";
-/// The pause between two looks at a lease that another process has.
-const STAND_BY: Duration = Duration::from_millis(500);
-/// The longest pause between two tries when something is wrong with the database.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-
 /// Settings that decide how statements on the outbox are planned.
 pub(crate) const PLANS: [(&str, &str); 5] = [
     // Every statement here has one index that answers it. Statistics of a table that grows this fast are always old,
@@ -70,7 +58,7 @@ pub struct Outbox {
     pub(crate) leases: Leases,
     /// The outage of publishing this outbox, whatever the reason; the database's own is with the leases.
     pub(crate) outage: Arc<Outage>,
-    upkeep: Upkeep,
+    pub(crate) upkeep: Upkeep,
     pub(crate) topics: Topics,
     pub(crate) brokers: String,
     pub(crate) compression: String,
@@ -112,7 +100,7 @@ pub(crate) struct Status {
 }
 
 impl Status {
-    fn set(&self, role: Role, trouble: Option<Trouble>) {
+    pub(crate) fn set(&self, role: Role, trouble: Option<Trouble>) {
         *self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (role, trouble);
     }
 
@@ -216,113 +204,4 @@ impl Outbox {
             status,
         })
     }
-
-    /// Stands by, publishes, and stands by again, until `stop`.
-    pub(crate) async fn run(&self, stop: &CancellationToken) {
-        tokio::select! {
-            () = self.take_turns(stop) => {}
-            () = gauges::run(self) => {}
-            () = self.upkeep.run() => {}
-        }
-    }
-
-    async fn take_turns(&self, stop: &CancellationToken) {
-        let mut before = None;
-        let mut tries = Tries::default();
-        while !stop.is_cancelled() {
-            let began = clock::monotonic();
-            let pause = match self.run_once(&mut before, stop).await {
-                Ok(Stood::By) => {
-                    tries.over();
-                    STAND_BY.min(self.leases.length / 4)
-                }
-                Ok(Stood::Owner) => {
-                    tries.over();
-                    Duration::ZERO
-                }
-                Err(error) => {
-                    self.status.set(Role::Failing, Some(error.trouble()));
-                    tries.report(self, &error, began.elapsed())
-                }
-            };
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = tokio::time::sleep(pause) => {}
-            }
-        }
-    }
-
-    async fn run_once(&self, before: &mut Option<Uuid>, stop: &CancellationToken) -> Result<Stood, OwnerError> {
-        let holder = holder();
-        let taken = tokio::select! {
-            () = stop.cancelled() => return Ok(Stood::By),
-            taken = Lease::acquire(&self.leases, &self.name, &holder, *before) => taken?,
-        };
-        let Some(lease) = taken else {
-            self.status.set(Role::StandingBy, None);
-            metric::owner(&self.name, false);
-            return Ok(Stood::By);
-        };
-        *before = Some(lease.owner);
-        info!(outbox = self.name, owner = %lease.owner, "took the lease");
-        self.status.publishing();
-        metric::owner(&self.name, true);
-        let ended = owner::own(self, &lease, stop).await;
-        metric::owner(&self.name, false);
-        match &ended {
-            Err(OwnerError::Lease(LeaseError::TakenOver)) => {}
-            _ => match lease.release(&self.leases).await {
-                Ok(()) => info!(outbox = self.name, owner = %lease.owner, "gave the lease back"),
-                // The lease then runs out.
-                Err(error) => warn!(outbox = self.name, %error, "the lease could not be given back"),
-            },
-        }
-        ended.map(|()| Stood::Owner)
-    }
-}
-
-enum Stood {
-    By,
-    Owner,
-}
-
-/// The tries to publish: it reports an outage of this outbox, and decides how long to wait before the next try.
-#[derive(Default)]
-struct Tries {
-    pause: Duration,
-}
-
-impl Tries {
-    /// Reports why publishing ended, after so long; returns the pause before the next try.
-    fn report(&mut self, outbox: &Outbox, problem: &OwnerError, after: Duration) -> Duration {
-        let database = problem.database();
-        let missing = database.and_then(|error| error.as_database_error()?.code()).is_some_and(|code| code == "42P01");
-        match database {
-            Some(error) if is_outage(error) => outbox.leases.outage.failing(&problem.to_string()),
-            Some(error) if is_pool_full(error) => outbox.outage.failing(&in_words(error)),
-            _ if missing => outbox
-                .outage
-                .failing("its tables are not there: start the service that makes them, or run `outbox-relay migrate`"),
-            _ => outbox.outage.failing(&problem.to_string()),
-        }
-        if after > LONGEST_PAUSE {
-            self.over();
-        }
-        self.pause = (self.pause * 2).clamp(Duration::from_millis(100), LONGEST_PAUSE);
-        self.pause
-    }
-
-    fn over(&mut self) {
-        self.pause = Duration::ZERO;
-    }
-}
-
-/// The name of this process in the lease, for people: host and process id.
-fn holder() -> String {
-    let host = std::env::var("HOSTNAME")
-        .ok()
-        .or_else(|| std::fs::read_to_string("/etc/hostname").ok())
-        .map(|name| name.trim().to_owned())
-        .filter(|name| !name.is_empty());
-    format!("{}/{}", host.as_deref().unwrap_or("localhost"), std::process::id())
 }

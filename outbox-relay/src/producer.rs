@@ -5,6 +5,7 @@
 //! The relay does not wait for its remaining reports: some never come.
 
 use crate::{
+    brokers::Brokers,
     in_flight::{InFlight, Ticket},
     record::BATCH_HEADER,
     topics::Topics,
@@ -16,44 +17,15 @@ use rdkafka::{
 };
 use std::{
     collections::{BTreeMap, btree_map::Entry},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
 };
-use tracing::{debug, info, warn};
+use tracing::debug;
 
 /// The most records in the producer's queue; the sender waits before that, so this is only a safeguard.
 const QUEUE_RECORDS: &str = "1000000";
 
 /// The largest batch, where every topic allows it. librdkafka's default is the same.
 const BATCH_BYTES: usize = 1_000_000;
-
-/// Whether the brokers are away, by the producer's last report.
-#[derive(Debug, Default)]
-pub(crate) struct Brokers {
-    away: AtomicBool,
-    /// Whether a task is asking the brokers.
-    asking: AtomicBool,
-}
-
-impl Brokers {
-    pub(crate) fn are_away(&self) -> bool {
-        self.away.load(Ordering::Relaxed)
-    }
-
-    fn gone(&self, outbox: &str, reason: &str) {
-        if !self.away.swap(true, Ordering::Relaxed) {
-            warn!(outbox, reason, "Kafka is not there; waiting for it, nothing is lost");
-        }
-    }
-
-    pub(crate) fn back(&self, outbox: &str) {
-        if self.away.load(Ordering::Relaxed) && self.away.swap(false, Ordering::Relaxed) {
-            info!(outbox, "Kafka is there again");
-        }
-    }
-}
 
 /// Receives the delivery reports, on the producer's polling thread.
 pub(crate) struct Reports {

@@ -7,9 +7,10 @@
 
 use crate::{
     control::Control,
+    cursor::{Cursor, Page},
     database::Database,
     nudges::Nudges,
-    position::{Cursor, Page, Position, ReadError},
+    position::{Position, ReadError},
 };
 use saga_core::clock;
 use sqlx::PgConnection;

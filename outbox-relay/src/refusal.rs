@@ -4,6 +4,10 @@ use crate::pause::Cause;
 use rdkafka::types::RDKafkaErrorCode as Code;
 use saga_core::error_class::{ErrorClass, classify_kafka};
 
+/// How many topics of one outbox may be set apart because they are missing or forbidden. A real topic is missing
+/// because a deployment is not finished, and there are few of those. Invented names have no end.
+pub(crate) const MOST_ABSENT: usize = 128;
+
 /// What the relay does after a refusal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
@@ -41,6 +45,11 @@ pub(crate) fn is_of_all_topics(code: Code) -> bool {
                 | Code::InvalidRequiredAcks
                 | Code::UnsupportedVersion
         )
+}
+
+/// The reason for parking a row without sending it.
+pub(crate) fn too_large(size: usize, limit: usize) -> String {
+    format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)")
 }
 
 #[cfg(test)]

@@ -11,12 +11,17 @@
 //! one of its stream goes on behind what was acknowledged without a gap. A row that this process saw acknowledged
 //! beyond that is not sent a second time.
 
+mod fate;
+mod handover;
+mod sending;
+
+pub(crate) use handover::{Joining, Leaving};
+
 use crate::{
     budget::Area,
     commit::{CommitError, Progress},
     control::Control,
     database::Database,
-    handover::{Joining, Leaving},
     in_flight::Refused,
     parking::Blocked,
     pause::{Cause, LeftBehind},
@@ -25,7 +30,7 @@ use crate::{
     reader::Item,
     record::RecordBuilder,
     refusal::Refusal,
-    stream::Shared,
+    shared::Shared,
     topics::Topics,
 };
 use rdkafka::{error::KafkaError, types::RDKafkaErrorCode};
@@ -190,7 +195,7 @@ impl Session {
                 Ok(()) => self.obey().await,
                 Err(_) => Err(Ended::Control),
             },
-            handed = self.scope.handed_over(&self.shared) => self.hand_over(handed).await,
+            handed = self.scope.handed_over(&self.shared.asks) => self.hand_over(handed).await,
             () = self.progress.closed() => Err(CommitError::Fenced.into()),
             item = items.recv(), if room => match item {
                 Some(Item::Page(page)) => self.send(page).await,

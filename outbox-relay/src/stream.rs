@@ -1,40 +1,27 @@
 //! A stream: rows of the outbox in order, with a position, a pace and errors of its own. The main stream has the rows
 //! of all topics but those that are set apart; each of these has a stream of its own, which hands its topic back when
-//! it has caught up (see `handover`). A stream is one session after another.
+//! it has caught up (see `session/handover`). A stream is one session after another.
 //!
 //! When the process dies, the streams go on from their recorded positions: the main stream's in the batch log, a
 //! topic's beside the reason why it is set apart.
 
 use crate::{
-    budget::{Area, Areas},
-    commit::{CommitError, Progress},
-    control::{Control, Wanted},
-    database::Database,
-    handover::{Asks, Joining, Leaving},
-    loops::{Loops, MAIN},
-    nudges::Nudges,
-    owner::{OwnerError, joined},
-    parking::Blocked,
+    budget::Area,
+    cursor::Cursor,
+    loops::MAIN,
+    owner_error::{OwnerError, joined},
     pause::{Cause, Paused},
-    position::{Cursor, Position, ReadError},
-    producer::{Kafka, Publisher},
+    position::Position,
+    producer::Publisher,
     reader::{Follower, Reader},
     record::RecordBuilder,
-    session::{Ended, LOOK_AT_PRODUCER, Memory, Scope, Session},
-    topics::Topics,
+    session::{Ended, Joining, LOOK_AT_PRODUCER, Leaving, Memory, Scope, Session},
+    shared::Shared,
 };
-use saga_core::{
-    clock::{self, DatabaseClock},
-    part,
-};
-use std::{
-    collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::Duration,
-};
-use time::OffsetDateTime;
+use saga_core::{clock, part};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 use tokio::{
-    sync::{Notify, mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     time::{Instant, Interval, MissedTickBehavior},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
@@ -47,101 +34,6 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
 /// The longest pause, when one session after the other fails.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// The state that the streams of one outbox share.
-pub(crate) struct Shared {
-    pub(crate) outbox: String,
-    /// The epoch that its rows' ids count in.
-    pub(crate) epoch: Arc<str>,
-    pub(crate) db: Database,
-    /// Connections for statements that may read much.
-    pub(crate) reading: Database,
-    pub(crate) clock: Arc<DatabaseClock>,
-    pub(crate) blocked: Arc<Blocked>,
-    pub(crate) kafka: Kafka,
-    pub(crate) topics: Topics,
-    pub(crate) loops: Arc<Loops>,
-    /// How long no broker takes a row before it is stuck.
-    pub(crate) stuck_after: Duration,
-    /// How long a topic that has refused a row stays set apart.
-    pub(crate) set_apart_for: Duration,
-    pub(crate) control: watch::Receiver<Arc<Control>>,
-    pub(crate) wanted: Weak<Wanted>,
-    pub(crate) progress: mpsc::Sender<Progress>,
-    /// Wakes the recorder before its pause ends.
-    pub(crate) hurry: Arc<Notify>,
-    pub(crate) nudges: Arc<Nudges>,
-    /// The main stream's position: it has sent, or passed over, all before.
-    pub(crate) main: watch::Sender<Position>,
-    pub(crate) asks: Asks,
-    /// Room for the rows of each stream.
-    pub(crate) areas: Arc<Areas>,
-    pub(crate) stop: CancellationToken,
-    /// Rows that Kafka has acknowledged beyond what is recorded, by topic.
-    pub(crate) acknowledged: Mutex<HashMap<String, HashSet<i64>>>,
-    /// Topics that have come back since the main stream's session began, with the start of their pause: the last look
-    /// at pauses may be a moment old.
-    pub(crate) back: Mutex<HashMap<String, OffsetDateTime>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Shared {
-    /// Remembers rows that Kafka has acknowledged.
-    pub(crate) fn remember(&self, rows: HashMap<String, HashSet<i64>>) {
-        let mut acknowledged = lock(&self.acknowledged);
-        for (topic, ids) in rows {
-            acknowledged.entry(topic).or_default().extend(ids);
-        }
-    }
-
-    /// Whether Kafka has acknowledged the row; the answer is given once, when the row comes again.
-    pub(crate) fn was_acknowledged(&self, topic: &str, id: i64) -> bool {
-        let mut acknowledged = lock(&self.acknowledged);
-        if acknowledged.is_empty() {
-            return false;
-        }
-        let Some(ids) = acknowledged.get_mut(topic) else { return false };
-        let was = ids.remove(&id);
-        if ids.is_empty() {
-            acknowledged.remove(topic);
-        }
-        was
-    }
-
-    /// Forgets the acknowledged rows of a topic that is gone.
-    pub(crate) fn forget(&self, topic: &str) {
-        lock(&self.acknowledged).remove(topic);
-    }
-
-    /// Records that the topic has come back into the main stream.
-    pub(crate) fn has_come_back(&self, topic: &str, paused_at: OffsetDateTime) {
-        lock(&self.back).insert(topic.to_owned(), paused_at);
-    }
-
-    /// Whether this pause of the topic is over.
-    pub(crate) fn has_resumed(&self, topic: &str, paused_at: OffsetDateTime) -> bool {
-        lock(&self.back).get(topic) == Some(&paused_at)
-    }
-
-    /// Waits until everything before is recorded.
-    async fn flush(&self) -> Result<(), CommitError> {
-        let (told, recorded) = oneshot::channel();
-        self.progress.send(Progress::Flush(told)).await.map_err(|_| CommitError::Fenced)?;
-        self.hurry.notify_one();
-        recorded.await.map_err(|_| CommitError::Fenced)
-    }
-
-    /// Looks up what operators want now. The last look may be older than what was recorded since.
-    async fn refresh(&self) -> Result<Arc<Control>, ReadError> {
-        match self.wanted.upgrade() {
-            Some(wanted) => self.db.ask(async |db| wanted.refresh(db).await).await,
-            None => Ok(self.control.borrow().clone()),
-        }
-    }
-}
-
 /// Runs the main stream, until the process stops.
 pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), OwnerError> {
     let mut memory = Memory::at(at);
@@ -153,7 +45,7 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
         }
         shared.flush().await?;
         let now = shared.refresh().await?;
-        lock(&shared.back).clear();
+        shared.forget_those_back();
         let paused = now.paused.iter().filter(|(_, paused)| paused.position.is_some());
         let paused = paused.map(|(topic, _)| topic.clone()).collect();
         shared.main.send_replace(memory.at.clone());

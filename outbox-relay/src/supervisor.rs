@@ -1,7 +1,7 @@
 //! Runs an outbox, and starts it again when a fault in the relay itself ends it. What happens to one outbox stops no
 //! other.
 
-use crate::outbox::Outbox;
+use crate::{outbox::Outbox, turns};
 use std::{sync::Arc, time::Duration};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::error;
@@ -13,7 +13,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from
 pub(crate) async fn supervise(outbox: Arc<Outbox>, stop: CancellationToken) {
     let run = || {
         let (outbox, stop) = (outbox.clone(), stop.clone());
-        async move { outbox.run(&stop).await }
+        async move { turns::run(&outbox, &stop).await }
     };
     let reported = |panic: String| {
         error!(

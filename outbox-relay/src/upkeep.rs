@@ -3,7 +3,10 @@
 //!
 //! When the process dies in between, the next round of any replica goes on.
 
-use crate::{database::Database, gauges::is_missing, metric};
+use crate::{
+    database::{Database, is_missing},
+    metric,
+};
 use saga_core::{
     error_class::{is_outage, lock_wait},
     outage::Outage,

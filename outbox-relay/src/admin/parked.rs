@@ -5,7 +5,7 @@
 use super::{
     audit,
     request::{Failed, Reason, outbox},
-    retries::topics,
+    retries::{being_retried, topics},
 };
 use crate::{Relay, row::within_calendar};
 use axum::{Extension, extract::State};
@@ -159,11 +159,6 @@ macro_rules! find {
 /// The condition of a row that is not resolved, which is parked; it reads like the index's condition.
 const FIND: &str = find!("resolved_at is null and $4::text is null ", "id ");
 const FIND_OF_KEY: &str = find!("status = 'parked' and md5(key) = md5($4) ", "md5(key), id ");
-
-pub(super) fn being_retried() -> Problem {
-    Problem::conflict("being-retried", "The row is being tried again at this moment")
-        .detail("Nothing was changed. Look at the parked rows again in a moment.")
-}
 
 /// Why a row is given up.
 #[derive(Debug, Deserialize, ToSchema)]

@@ -4,7 +4,6 @@
 
 use super::{
     audit,
-    parked::being_retried,
     request::{Failed, Reason, outbox},
 };
 use crate::Relay;
@@ -79,6 +78,12 @@ pub(super) async fn retry(
             Ok((StatusCode::ACCEPTED, Json(Retrying { rows })))
         })
         .await
+}
+
+/// The answer to a request that the retry of a row keeps from its work.
+pub(super) fn being_retried() -> Problem {
+    Problem::conflict("being-retried", "The row is being tried again at this moment")
+        .detail("Nothing was changed. Look at the parked rows again in a moment.")
 }
 
 /// Topics with parked rows, from one to the next by the index.

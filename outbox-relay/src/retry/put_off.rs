@@ -3,9 +3,9 @@
 
 use super::{REPORT, Retries};
 use crate::{
-    fate::MOST_ABSENT,
     loops,
     pause::{self, Cause},
+    refusal::MOST_ABSENT,
 };
 use saga_core::part;
 use tracing::warn;

@@ -1,21 +1,21 @@
 //! Sends the rows of a page, and waits for Kafka's reports on them.
 
+use super::{Ended, LOOK_AT_PRODUCER, Scope, Session, fate::Fate};
 use crate::{
     commit::{CommitError, Progress},
     control::Control,
-    fate::Fate,
+    cursor::Page,
     flight::{Decided, Flight},
     in_flight::Ticket,
     loops, metric,
     pause::{Cause, LeftBehind},
-    position::{Page, Position},
+    position::Position,
     producer::Offered,
     record::{self, Built},
     row::Row,
-    session::{Ended, LOOK_AT_PRODUCER, Scope, Session},
 };
 use rdkafka::types::RDKafkaErrorCode;
-use saga_core::part;
+use saga_core::{clock::DatabaseClock, part};
 use std::{collections::BTreeSet, future::pending, pin::pin, sync::Arc};
 use tokio::sync::watch;
 use tracing::warn;
@@ -39,7 +39,7 @@ impl Session {
     pub(crate) async fn complete(&mut self) -> Result<(), Ended> {
         while let Some(flight) = self.publisher.in_flight.take_complete() {
             self.pages_done.send_modify(|done| *done += usize::from(flight.is_page()));
-            metric::published(&self.outbox, &flight, &self.shared.clock);
+            published(&self.outbox, &flight, &self.shared.clock);
             if let Some(at) = flight.position() {
                 self.memory.at = at;
             }
@@ -283,6 +283,18 @@ impl Session {
             () = in_flight.changed.notified() => Ok(()),
             () = tokio::time::sleep(LOOK_AT_PRODUCER) => self.look_at_producer().await,
         }
+    }
+}
+
+/// Counts the rows of an acknowledged page.
+fn published(outbox: &str, flight: &Flight, clock: &DatabaseClock) {
+    for (topic, rows) in flight.published() {
+        metrics::counter!("outbox_published_total", "outbox" => outbox.to_owned(), "topic" => topic.to_owned())
+            .increment(rows);
+    }
+    if let Some(oldest) = flight.oldest() {
+        let duration = metrics::histogram!("outbox_publish_duration_seconds", "outbox" => outbox.to_owned());
+        duration.record(clock.since(oldest));
     }
 }
 

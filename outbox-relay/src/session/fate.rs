@@ -1,15 +1,16 @@
 //! The fate of a row: it is sent, passed over, parked, or its topic is left behind with it.
 
+use super::{Ended, Scope, Session};
 use crate::{
     budget::Held,
+    cursor::Page,
     in_flight::Ticket,
     parking::Park,
     pause::{self, Cause, LeftBehind},
-    position::{Page, Position},
+    position::Position,
     record::{self, Built, takes_dead_letters},
-    refusal::Refusal,
+    refusal::{MOST_ABSENT, Refusal, too_large},
     row::{Body, DELETED, Row},
-    session::{Ended, Scope, Session},
     topics::TopicState,
 };
 use saga_core::{clock, part, topic::is_legal_name};
@@ -17,12 +18,8 @@ use std::{pin::pin, time::Duration};
 use tokio::time::timeout;
 use tracing::warn;
 
-/// How many topics of one outbox may be set apart because they are missing or forbidden. A real topic is missing
-/// because a deployment is not finished, and there are few of those. Invented names have no end.
-pub(crate) const MOST_ABSENT: usize = 128;
-
 /// The log line about a dead letter that its topic does not take whole.
-pub(crate) const LEFT_OUT: &str = "a dead letter is too large for its topic: what is left out is to be read where its original \
+const LEFT_OUT: &str = "a dead letter is too large for its topic: what is left out is to be read where its original \
      stands (x-original-topic, x-original-partition, x-original-offset), as long as that topic keeps it";
 
 /// The fate of a row.
@@ -228,9 +225,4 @@ fn no_place(topic: &str) -> String {
         "the topic {topic:?} is missing or forbidden, like {MOST_ABSENT} others that are set apart already, which is as many as \
          there may be; create it or grant the right to write to it, then have its parked rows tried again, or discard them"
     )
-}
-
-/// The reason for parking a row without sending it.
-pub(crate) fn too_large(size: usize, limit: usize) -> String {
-    format!("the record has {size} bytes, and the topic takes {limit} (max.message.bytes)")
 }

@@ -10,28 +10,24 @@
 //! the topic stays set apart, and asks again. When the process dies in between, the topic is still recorded as set
 //! apart, at a position that its stream has published up to.
 
+use super::{Ended, Scope, Session};
 use crate::{
+    asks::{Ask, Asks, Split},
     commit::Progress,
     control::Control,
     pause::CaughtUp,
     position::Position,
-    session::{Ended, Scope, Session},
-    stream::Shared,
 };
 use saga_core::clock;
 use std::{
     future::{Future as _, pending, poll_fn},
     pin::Pin,
-    sync::{Mutex, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
 use time::OffsetDateTime;
 use tokio::{
-    sync::{
-        Notify,
-        oneshot::{self, error::RecvError},
-    },
+    sync::oneshot::{self, error::RecvError},
     time::Instant,
 };
 use tracing::info;
@@ -42,43 +38,6 @@ const HOLD: Duration = Duration::from_millis(250);
 /// The longest pause of a topic that was not back in time. It asks again after `HOLD`, then after twice as long each
 /// time.
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
-
-/// The question of a topic's stream whether it may hand its topic over.
-pub(crate) struct Ask {
-    topic: String,
-    paused_at: OffsetDateTime,
-    split: oneshot::Sender<Split>,
-}
-
-/// The main stream's position at this moment.
-pub(crate) struct Split {
-    at: Position,
-    done: oneshot::Sender<()>,
-}
-
-/// Questions that the main stream has not answered yet.
-#[derive(Default)]
-pub(crate) struct Asks {
-    waiting: Mutex<Vec<Ask>>,
-    asked: Notify,
-}
-
-impl Asks {
-    fn ask(&self, ask: Ask) {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(ask);
-        self.asked.notify_one();
-    }
-
-    async fn next(&self) -> Ask {
-        loop {
-            let ask = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            match ask {
-                Some(ask) => return ask,
-                None => self.asked.notified().await,
-            }
-        }
-    }
-}
 
 /// Topics that are about to come back into the main stream.
 #[derive(Default)]
@@ -170,11 +129,11 @@ pub(crate) enum Handed {
 
 impl Scope {
     /// Waits for the next step of a hand-over.
-    pub(crate) async fn handed_over(&mut self, shared: &Shared) -> Handed {
+    pub(crate) async fn handed_over(&mut self, asks: &Asks) -> Handed {
         match self {
             Self::Main { joining } => {
                 tokio::select! {
-                    ask = shared.asks.next() => Handed::Asked(ask),
+                    ask = asks.next() => Handed::Asked(ask),
                     (caught_up, word) = poll_fn(|cx| joining.poll(cx)) => Handed::Done(caught_up, word),
                 }
             }

@@ -1,0 +1,46 @@
+//! The questions of topics' streams whether they may hand their topics over, until the main stream answers them.
+//!
+//! An answer is the main stream's position. If either stream ends in between, its end of the channel goes with it, so
+//! the other one notices. When the process dies, the questions are lost: the topics are still recorded as set apart.
+
+use crate::position::Position;
+use std::sync::{Mutex, PoisonError};
+use time::OffsetDateTime;
+use tokio::sync::{Notify, oneshot};
+
+/// The question of a topic's stream whether it may hand its topic over.
+pub(crate) struct Ask {
+    pub(crate) topic: String,
+    pub(crate) paused_at: OffsetDateTime,
+    pub(crate) split: oneshot::Sender<Split>,
+}
+
+/// The main stream's position at this moment.
+pub(crate) struct Split {
+    pub(crate) at: Position,
+    pub(crate) done: oneshot::Sender<()>,
+}
+
+/// Questions that the main stream has not answered yet.
+#[derive(Default)]
+pub(crate) struct Asks {
+    waiting: Mutex<Vec<Ask>>,
+    asked: Notify,
+}
+
+impl Asks {
+    pub(crate) fn ask(&self, ask: Ask) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(ask);
+        self.asked.notify_one();
+    }
+
+    pub(crate) async fn next(&self) -> Ask {
+        loop {
+            let ask = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            match ask {
+                Some(ask) => return ask,
+                None => self.asked.notified().await,
+            }
+        }
+    }
+}
