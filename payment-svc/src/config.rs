@@ -4,7 +4,7 @@ use crate::sim::SimArgs;
 use reqwest::Url;
 use saga_core::service::{
     ConfigErrors, Identity, ParticipantArgs, ParticipantSettings, ServiceArgs, Settings,
-    config::{Secret, http_url, token},
+    config::{Secret, http_url, millis, token},
 };
 use std::time::Duration;
 
@@ -100,7 +100,7 @@ impl GatewayArgs {
                 "set it to a URL such as https://gateway.example, and the provider's token in GATEWAY_TOKEN",
             ),
         };
-        let token = self.token(errors);
+        let token = token(self.gateway_token.as_ref(), "GATEWAY_TOKEN", errors).map(Secret::from);
         let timeout = millis(&self.gateway_timeout_ms, "GATEWAY_TIMEOUT_MS", Duration::from_secs(2), errors);
         let timeout = match timeout {
             Some(Duration::ZERO) => errors.add("GATEWAY_TIMEOUT_MS", "is 0", "give the provider time to answer"),
@@ -112,25 +112,6 @@ impl GatewayArgs {
             Some(_) => errors.add("GATEWAY_CONCURRENCY", "is not from 1 to 1024", "leave it out for 32"),
         };
         Some(GatewaySettings { url: url?, token, timeout: timeout?, concurrency: concurrency? })
-    }
-
-    /// The token that calls of the provider carry, if one is set: the simulated provider asks for the same.
-    pub(crate) fn token(&self, errors: &mut ConfigErrors) -> Option<Secret> {
-        token(self.gateway_token.as_ref(), "GATEWAY_TOKEN", errors).map(Secret::from)
-    }
-}
-
-/// Reads a number of milliseconds, at most an hour.
-pub(crate) fn millis(
-    text: &Option<String>,
-    variable: &'static str,
-    default: Duration,
-    errors: &mut ConfigErrors,
-) -> Option<Duration> {
-    match given(text).map(str::parse::<u64>) {
-        None => Some(default),
-        Some(Ok(millis)) if millis <= 3_600_000 => Some(Duration::from_millis(millis)),
-        Some(_) => errors.add(variable, "is not a number of milliseconds up to an hour", "set it to 2000, for example"),
     }
 }
 
@@ -187,7 +168,7 @@ mod tests {
         service.database.database_url = Some("postgres://me:hunter2-b@h/d".into());
         service.kafka.kafka_brokers = Some("h:1".into());
         let settings = gateway.validate(&service, &ParticipantArgs::default()).unwrap();
-        let simulator = SimArgs::default().validate(&service, &gateway).unwrap();
+        let simulator = SimArgs::default().validate(&service, gateway.gateway_token.as_ref()).unwrap();
         let said = format!("{gateway:?}{gateway:#?}{settings:?}{settings:#?}{simulator:?}{simulator:#?}");
         assert!(!said.contains("hunter2"), "{said}");
         assert_eq!(settings.1.token, simulator.token, "the simulator asks for what it is shown");

@@ -24,6 +24,6 @@ async fn run(Cli { service, participant, gateway, command }: Cli) -> Result<Exit
         }
         Command::Migrate => launch_migrate(&IDENTITY, &service, &migrations::all()).await,
         Command::MigrateGatewaySim => launch_migrate(&sim::IDENTITY, &service, &[migrations::gateway()]).await,
-        Command::GatewaySim(sim) => exit_code(sim::run(sim.validate(&service, &gateway)?).await),
+        Command::GatewaySim(sim) => exit_code(sim::run(sim.validate(&service, gateway.gateway_token.as_ref())?).await),
     })
 }

@@ -1,10 +1,9 @@
 //! The settings of the simulator's behaviour; validated whole, like every service's configuration.
 
 use super::tokens;
-use crate::config::GatewayArgs;
 use saga_core::service::{
     ConfigErrors, DatabaseSettings, Identity, ServiceArgs,
-    config::{AdminSettings, HttpSettings, Secret},
+    config::{AdminSettings, HttpSettings, Secret, millis, token},
     telemetry::TelemetrySettings,
 };
 use std::time::Duration;
@@ -78,16 +77,17 @@ pub struct SimSettings {
 }
 
 impl SimArgs {
-    /// Checks everything and reports every mistake at once.
-    pub fn validate(&self, service: &ServiceArgs, gateway: &GatewayArgs) -> Result<SimSettings, ConfigErrors> {
+    /// Checks everything and reports every mistake at once. The `gateway_token` is the one that calls of the provider
+    /// carry: the simulator asks for it.
+    pub fn validate(&self, service: &ServiceArgs, gateway_token: Option<&Secret>) -> Result<SimSettings, ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let database = service.database.read(&mut errors);
         let http = service.http.read(IDENTITY.http_port, &mut errors);
         let admin = service.admin.read(IDENTITY.admin_port, &mut errors);
         let telemetry = service.telemetry.read(&mut errors);
-        let token = gateway.token(&mut errors);
+        let token = token(gateway_token, "GATEWAY_TOKEN", &mut errors).map(Secret::from);
         let is_open = http.as_ref().is_some_and(|http| !http.addr.ip().is_loopback());
-        if is_open && Secret::given(gateway.gateway_token.as_ref()).is_none() {
+        if is_open && Secret::given(gateway_token).is_none() {
             errors.add::<()>(
                 "GATEWAY_TOKEN",
                 "is not set, and HTTP_ADDR is not a loopback address",
@@ -114,9 +114,8 @@ impl SimArgs {
         let lost =
             share(&self.gateway_sim_lost_answer_rate, "GATEWAY_SIM_LOST_ANSWER_RATE", usual.lost_answer_rate, errors);
         let error = share(&self.gateway_sim_error_rate, "GATEWAY_SIM_ERROR_RATE", usual.error_rate, errors);
-        let latency =
-            crate::config::millis(&self.gateway_sim_latency_ms, "GATEWAY_SIM_LATENCY_MS", usual.latency, errors);
-        let slow = crate::config::millis(&self.gateway_sim_slow_ms, "GATEWAY_SIM_SLOW_MS", usual.slow, errors);
+        let latency = millis(&self.gateway_sim_latency_ms, "GATEWAY_SIM_LATENCY_MS", usual.latency, errors);
+        let slow = millis(&self.gateway_sim_slow_ms, "GATEWAY_SIM_SLOW_MS", usual.slow, errors);
         Some(Behaviour {
             success_rate: success?,
             lost_answer_rate: lost?,
@@ -148,8 +147,8 @@ mod tests {
                 http: HttpArgs { http_addr: Some(addr.to_owned()), ..HttpArgs::default() },
                 ..ServiceArgs::default()
             };
-            let gateway = GatewayArgs { gateway_token: token.map(Secret::from), ..GatewayArgs::default() };
-            SimArgs::default().validate(&service, &gateway).map(|settings| settings.token.is_some())
+            let token = token.map(Secret::from);
+            SimArgs::default().validate(&service, token.as_ref()).map(|settings| settings.token.is_some())
         };
         let token = Some("a-token-of-the-providers");
         assert_eq!(read("127.0.0.1:1", None), Ok(false));

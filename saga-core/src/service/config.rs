@@ -289,6 +289,20 @@ fn number<N: FromStr + PartialOrd + fmt::Display + Copy>(
     }
 }
 
+/// Reads a number of milliseconds, at most an hour.
+pub fn millis(
+    text: &Option<String>,
+    variable: &'static str,
+    default: Duration,
+    errors: &mut ConfigErrors,
+) -> Option<Duration> {
+    match given(text).map(str::parse::<u64>) {
+        None => Some(default),
+        Some(Ok(millis)) if millis <= 3_600_000 => Some(Duration::from_millis(millis)),
+        Some(_) => errors.add(variable, "is not a number of milliseconds up to an hour", "set it to 2000, for example"),
+    }
+}
+
 /// What is wrong with one of several entries of a variable. Only the entry's number identifies it, because no value is
 /// shown.
 #[must_use]
