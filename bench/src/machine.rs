@@ -8,8 +8,8 @@ use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stack::{
     cache::Cache,
+    durability::Durability,
     kafka::Java,
-    postgres::Durability,
     progress::Progress,
     servers::{Keep, Servers, ServersConfig},
 };

@@ -5,8 +5,8 @@
 
 use crate::{
     Error, Result, directory,
+    durability::{Durability, settings},
     password::Password,
-    postgres::{Durability, settings},
     process::Spec,
 };
 use nix::unistd::User;

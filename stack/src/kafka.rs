@@ -4,9 +4,9 @@ use crate::{
     Error, Result,
     cache::Cache,
     directory,
+    durability::Durability,
     jars::JarList,
     maven::{self, Pom},
-    postgres::Durability,
     process::{Process, Spec},
     progress::Progress,
 };

@@ -12,8 +12,9 @@
 //! | [`guard`] | ends the processes that were started here when this process dies |
 //! | [`process`] | one server process: started, healthy, paused, killed, stopped |
 //! | [`ports`] | ports on which no process listens |
+//! | [`durability`] | what a server promises about power failures |
+//! | [`password`], `cluster` | PostgreSQL's password and its data directory |
 //! | [`postgres`], [`kafka`] | the two servers |
-//! | `cluster`, [`password`] | PostgreSQL's data directory and its password |
 //! | [`servers`] | the two together, or those that `DATABASE_URL` and `KAFKA_BROKERS` name |
 //! | [`run`] | a command with servers |
 //! | [`service`] | the platform's processes: names, ports, databases |
@@ -24,6 +25,7 @@
 pub mod cache;
 mod cluster;
 pub mod directory;
+pub mod durability;
 pub mod error;
 pub mod guard;
 pub mod jars;

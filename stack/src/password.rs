@@ -9,7 +9,7 @@
 //! can show it. The file is written last. Without it, whatever the reason, the next start sets another password, so a
 //! start that dies half way costs nothing, and to remove the file is the cure for a password that is known.
 
-use crate::{Error, Result, directory, postgres::Durability};
+use crate::{Error, Result, directory, durability::Durability};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use hmac::{Hmac, KeyInit, Mac};
 use nix::{fcntl::OFlag, unistd::Uid};

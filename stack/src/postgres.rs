@@ -4,6 +4,7 @@ use crate::{
     Error, Result,
     cache::{self, Cache},
     cluster,
+    durability::{Durability, settings},
     jars::JarList,
     maven::Pom,
     password::Password,
@@ -31,15 +32,6 @@ const START_BOUND: Duration = Duration::from_secs(60);
 /// The longest directory of a socket. Linux takes 107 bytes for a socket's path, macOS 103, and `/.s.PGSQL.65535` comes
 /// behind the directory's.
 const SOCKET_DIRECTORY_MAX: usize = 103 - 15;
-
-/// What a server promises about power failures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Durability {
-    /// It promises nothing: for tests, whose data is thrown away. A killed *process* loses nothing even so.
-    Off,
-    /// It promises everything, as in production: for data that people keep, and for benchmarks.
-    On,
-}
 
 /// A PostgreSQL server that was started here.
 #[derive(Debug)]
@@ -169,23 +161,6 @@ fn socket_directory(data: &Path) -> Option<&str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-');
     let path = data.to_str().filter(|_| data.is_absolute())?;
     (path.len() <= SOCKET_DIRECTORY_MAX && path.chars().all(plain)).then_some(path)
-}
-
-pub(crate) fn settings(durability: Durability) -> Vec<&'static str> {
-    let mut settings = vec![
-        "listen_addresses=127.0.0.1",
-        // Many test databases with a pool each share one server.
-        "max_connections=600",
-        // The outbox is tested with prepared transactions, too.
-        "max_prepared_transactions=64",
-        "log_line_prefix=%m [%p] %d %a ",
-        "log_min_messages=warning",
-        "deadlock_timeout=200ms",
-    ];
-    if durability == Durability::Off {
-        settings.extend(["fsync=off", "full_page_writes=off", "max_wal_size=4GB"]);
-    }
-    settings
 }
 
 fn pid_file(data: &Path) -> String {

@@ -3,10 +3,12 @@
 use crate::{
     Error, Result,
     cache::{self, Cache},
-    directory, guard,
+    directory,
+    durability::Durability,
+    guard,
     kafka::Kafka,
     maven, ports,
-    postgres::{Durability, Postgres},
+    postgres::Postgres,
     progress::Progress,
 };
 use std::{

@@ -1,9 +1,11 @@
 //! `stack up` and the commands around it: a platform that stays up until Ctrl-C or `stack down`, its data kept.
 
 use crate::{
-    Error, Result, guard,
+    Error, Result,
+    durability::Durability,
+    guard,
     platform::{Stack, StackConfig, asked, troubles},
-    postgres::{Durability, Postgres, without_password},
+    postgres::{Postgres, without_password},
     progress::Progress,
     run,
     servers::{Keep, ServersConfig},

@@ -5,9 +5,10 @@ use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions}
 use stack::{
     Error,
     cache::Cache,
+    durability::Durability,
     password::Password,
     ports,
-    postgres::{Durability, Postgres, without_password},
+    postgres::{Postgres, without_password},
     progress::Progress,
     servers::{Keep, Servers, ServersConfig, elsewhere},
     state::StateDirectory,

@@ -8,7 +8,8 @@ use rdkafka::{
 };
 use sqlx::{Connection, PgConnection};
 use stack::{
-    postgres::{Durability, Postgres},
+    durability::Durability,
+    postgres::Postgres,
     progress::Progress,
     servers::{Keep, Servers, ServersConfig},
 };

@@ -5,8 +5,9 @@ use super::{
     client::Client,
     report::{cents_text, table},
     scenes::Played,
+    totals::Totals,
 };
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,38 +16,6 @@ use std::collections::{BTreeMap, BTreeSet};
 struct Pieces {
     on_hand: i64,
     reserved: i64,
-}
-
-/// The cents that a ledger holds to have moved.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Totals {
-    /// The cents that were ever authorized.
-    pub(crate) authorized: i64,
-    /// The authorized cents that were taken.
-    pub(crate) captured: i64,
-    /// The authorized cents that were let go.
-    pub(crate) voided: i64,
-    /// The taken cents that were given back.
-    pub(crate) refunded: i64,
-}
-
-impl Totals {
-    /// Enters a side of a movement. Each movement has two that add up to nothing; the one that gains holds the amount.
-    pub(crate) fn enter(&mut self, entry: &Value) -> anyhow::Result<()> {
-        let amount = entry["amount"].as_i64().context("it has no amount")?.max(0);
-        match entry["movement"].as_str() {
-            Some("authorize") => self.authorized += amount,
-            Some("capture") => self.captured += amount,
-            Some("void") => self.voided += amount,
-            Some("refund") => self.refunded += amount,
-            _ => bail!("its movement is unknown"),
-        }
-        Ok(())
-    }
-
-    fn held(self) -> i64 {
-        self.authorized - self.captured - self.voided
-    }
 }
 
 /// The books of all services and of the provider at a moment.

@@ -1,6 +1,6 @@
 //! The calls of a customer, a clerk and an operator.
 
-use super::books::Totals;
+use super::totals::Totals;
 use anyhow::{Context, bail};
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};

@@ -8,6 +8,7 @@ mod client;
 mod pace;
 mod report;
 mod scenes;
+mod totals;
 
 use anyhow::Context;
 use client::Client;
