@@ -1,6 +1,6 @@
 //! What is run, and how long.
 
-use crate::{role::Role, sagas::contract::Layout};
+use crate::{contract::Layout, machine::ServerArgs, role::Role};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -78,21 +78,4 @@ pub struct SagaArgs {
     /// Partitions of each topic
     #[arg(long, env = "BENCH_SAGA_PARTITIONS", value_name = "NUMBER", default_value_t = 1, global = true)]
     pub saga_partitions: i32,
-}
-
-/// The servers.
-#[derive(Clone, Args)]
-pub struct ServerArgs {
-    /// Use this PostgreSQL instead of starting one
-    #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, global = true)]
-    pub database_url: Option<String>,
-    /// Use this Kafka instead of starting one
-    #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", global = true)]
-    pub kafka_brokers: Option<String>,
-    /// Connect by TCP to the PostgreSQL that is started, instead of its Unix socket
-    #[arg(long, env = "BENCH_TCP", global = true)]
-    pub tcp: bool,
-    /// Start PostgreSQL with this setting
-    #[arg(long = "postgres", value_name = "NAME=VALUE", global = true)]
-    pub postgres: Vec<String>,
 }

@@ -2,8 +2,8 @@
 //!
 //! When this process dies, the servers that it started end with it (see [`stack::guard`]).
 
-use crate::cli::ServerArgs;
 use anyhow::Context as _;
+use clap::Args;
 use serde::Serialize;
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 use stack::{
@@ -27,6 +27,23 @@ const SETTINGS: [(&str, &str); 7] = [
     ("min_wal_size", "8GB"),
     ("wal_buffers", "64MB"),
 ];
+
+/// The servers.
+#[derive(Clone, Args)]
+pub struct ServerArgs {
+    /// Use this PostgreSQL instead of starting one
+    #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true, global = true)]
+    pub database_url: Option<String>,
+    /// Use this Kafka instead of starting one
+    #[arg(long, env = "KAFKA_BROKERS", value_name = "HOST:PORT,...", global = true)]
+    pub kafka_brokers: Option<String>,
+    /// Connect by TCP to the PostgreSQL that is started, instead of its Unix socket
+    #[arg(long, env = "BENCH_TCP", global = true)]
+    pub tcp: bool,
+    /// Start PostgreSQL with this setting
+    #[arg(long = "postgres", value_name = "NAME=VALUE", global = true)]
+    pub postgres: Vec<String>,
+}
 
 /// The servers of a run.
 pub struct Machine {

@@ -2,11 +2,11 @@
 
 use bench::{
     cli::{Cli, Verb},
+    contract::Layout,
     drain,
     machine::Machine,
     report::Report,
-    role,
-    sagas::{self, contract::Layout},
+    role, sagas,
 };
 use clap::Parser;
 use stack::{progress::Progress, run};

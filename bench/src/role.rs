@@ -1,11 +1,7 @@
 //! The processes that a run consists of. Each is this binary, started again. So the processor time of each can be
 //! measured apart, and nothing else has to be built or found.
 
-use crate::{
-    databases::Database,
-    machine::Machine,
-    sagas::{contract::Layout, orchestrator, participants},
-};
+use crate::{contract::Layout, databases::Database, machine::Machine, orchestrator, participants};
 use clap::{Args, Subcommand, ValueEnum as _};
 use outbox_relay::{OutboxSettings, Settings};
 use saga_core::service::telemetry::{self, TelemetrySettings};

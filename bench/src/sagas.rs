@@ -9,24 +9,20 @@
 //! A saga is seven transactions (start, three times command and reply) and six messages; several of them share a
 //! transaction when they arrive together.
 
-pub mod contract;
-pub mod orchestrator;
-pub mod participants;
-
 use crate::{
     cli::SagaArgs,
+    contract::{Layout, REPLIES},
     databases::Database,
     machine::Machine,
     meter::{self, Compilers, Cost},
+    orchestrator::Ended,
     role,
     statements::{self, Statement},
     steps::{self, Steps},
     topics,
 };
 use anyhow::{Context as _, ensure};
-use contract::Layout;
 use hdrhistogram::Histogram;
-use orchestrator::Ended;
 use saga_core::service::{messaging_migrations, saga_migrations};
 use serde::Serialize;
 use stack::progress::Progress;
@@ -101,8 +97,7 @@ pub async fn run(machine: &Machine, layout: Layout, args: &SagaArgs, progress: &
     for name in layout.services() {
         databases.push(Database::create(machine, name, &[messaging_migrations()]).await?);
     }
-    let names: Vec<String> =
-        layout.command_topics().into_iter().chain([contract::REPLIES]).map(str::to_owned).collect();
+    let names: Vec<String> = layout.command_topics().into_iter().chain([REPLIES]).map(str::to_owned).collect();
     topics::create(machine.brokers(), &names, args.saga_partitions).await?;
     let measured = measure(machine, layout, args, &databases, &names, progress).await?;
     for database in databases {

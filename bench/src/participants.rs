@@ -1,6 +1,6 @@
 //! Participants that do nothing, with the whole of the runtime around them: inbox, fence, stored reply, outbox.
 
-use super::contract::{Layout, apart, together};
+use crate::contract::{Layout, apart, together};
 use async_trait::async_trait;
 use futures::future::try_join_all;
 use saga_core::{

@@ -5,7 +5,7 @@
 //! does. For the bench a saga has ended when the transaction that ended it is committed. Its latency counts from before
 //! the transaction that starts it.
 
-use super::contract::{LAST_STEP, Layout, Nothing, REPLIES};
+use crate::contract::{LAST_STEP, Layout, Nothing, REPLIES};
 use anyhow::Context as _;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig, HandleError, Handler, Message},
