@@ -2,7 +2,6 @@
 //!
 //! saga-core's test kit does the same on the brokers of the environment; a platform under test has its own.
 
-use crate::audit::RecordFact;
 use anyhow::{Context, Result, ensure};
 use rdkafka::{
     ClientConfig, Message, Offset, TopicPartitionList,
@@ -31,6 +30,35 @@ pub const GROUPS: [(&str, &str); 4] = [
     ("order-svc.saga", contracts::topics::ORDERS_REPLIES.name),
     ("order-svc.catalogue", contracts::topics::INVENTORY_ITEMS.name),
 ];
+
+/// A record of a topic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecordFact {
+    /// The name of the topic.
+    pub topic: String,
+    /// The number of the partition.
+    pub partition: i32,
+    /// The offset in the partition.
+    pub offset: i64,
+    /// The key; `None` if it has none.
+    pub key: Option<String>,
+    /// The value; `None` for a tombstone.
+    pub value: Option<Vec<u8>>,
+    /// The headers; of several of a name, the last.
+    pub headers: BTreeMap<String, String>,
+}
+
+impl RecordFact {
+    /// The value of a header.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).map(String::as_str)
+    }
+
+    /// The record's place, as in `topic/partition@offset`.
+    pub fn coordinates(&self) -> String {
+        format!("{}/{}@{}", self.topic, self.partition, self.offset)
+    }
+}
 
 /// Every record of every topic that is not Kafka's own, ordered within each partition.
 pub async fn read_all(brokers: &str) -> Result<Vec<RecordFact>> {

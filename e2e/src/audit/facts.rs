@@ -1,5 +1,6 @@
 //! The content of the databases and the topics, as plain values.
 
+pub use crate::topics::RecordFact;
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -256,35 +257,6 @@ pub struct IntentFact {
     pub state: String,
     /// When an executor takes it next.
     pub due_at: OffsetDateTime,
-}
-
-/// A record of a topic.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RecordFact {
-    /// The name of the topic.
-    pub topic: String,
-    /// The number of the partition.
-    pub partition: i32,
-    /// The offset in the partition.
-    pub offset: i64,
-    /// The key; `None` if it has none.
-    pub key: Option<String>,
-    /// The value; `None` for a tombstone.
-    pub value: Option<Vec<u8>>,
-    /// The headers; of several of a name, the last.
-    pub headers: BTreeMap<String, String>,
-}
-
-impl RecordFact {
-    /// The value of a header.
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.get(name).map(String::as_str)
-    }
-
-    /// The record's place, as in `topic/partition@offset`.
-    pub fn coordinates(&self) -> String {
-        format!("{}/{}@{}", self.topic, self.partition, self.offset)
-    }
 }
 
 /// A request that makes an order, and the answer to its client.
