@@ -111,16 +111,47 @@ fn a_long_sentence_of_a_document_is_found() {
 
 #[test]
 fn modules_that_need_each_other_in_a_circle_are_found() {
-    let found = |text: &str| {
-        let files = [
-            ("order-svc/src/api.rs", "use crate::orders::Orders;"),
-            ("order-svc/src/orders.rs", "use crate::store::rows;"),
-            ("order-svc/src/store/rows.rs", text),
-        ];
-        order::circles(&Tree::of(&files))
-    };
-    assert_eq!(found("use crate::api::View;").len(), 3);
-    assert!(found("").is_empty());
+    for package in order::WITHOUT_CIRCLES {
+        let found = |store: &str, text: &str| {
+            let api = format!("{package}/src/api.rs");
+            let [orders, store] = ["orders.rs", store].map(|file| format!("{package}/src/{file}"));
+            let files = [(&*api, "use crate::orders::Orders;"), (&*orders, "use crate::store::rows;"), (&*store, text)];
+            order::circles(&Tree::of(&files))
+        };
+        for (store, text) in [
+            ("store.rs", "use crate::api::View;"),
+            ("store/mod.rs", "use crate::{api::{self, View}, id::Id};"),
+            ("store/rows.rs", "use super::super::api::View;"),
+            ("store/rows.rs", "fn f() -> usize { crate::api::views() }"),
+            ("store.rs", "pub(crate) use super::api::*;"),
+        ] {
+            let circle = found(store, text);
+            assert!(circle.len() == 3 && circle[0].starts_with(package), "{package}, {store}, {text}: {circle:?}");
+        }
+        for (store, text) in [
+            ("store.rs", "use crate::id::Id;"),
+            ("store/rows.rs", "use super::Store;"),
+            ("store.rs", "// use crate::api::View;"),
+            ("store.rs", "#[cfg(test)]\nmod tests { use crate::api::View; }"),
+            ("testkit/store.rs", "use crate::api::View;"),
+        ] {
+            assert!(found(store, text).is_empty(), "{package}, {store}, {text}");
+        }
+    }
+}
+
+#[test]
+fn a_circle_of_two_modules_or_in_a_folder_is_found_and_a_parents_use_is_none() {
+    let found = |files: &[(&str, &str)]| order::circles(&Tree::of(files));
+    let stream = ("outbox-relay/src/stream.rs", "use crate::session::Session;");
+    let session = ("outbox-relay/src/session.rs", "mod fate;\nuse fate::Fate;");
+    assert_eq!(found(&[stream, session, ("outbox-relay/src/session/fate.rs", "use crate::stream::Shared;")]).len(), 2);
+    assert!(found(&[stream, session, ("outbox-relay/src/session/fate.rs", "use super::Session;")]).is_empty());
+    let parked = ("outbox-relay/src/admin/parked.rs", "use super::retries::topics;");
+    let circle = found(&[parked, ("outbox-relay/src/admin/retries.rs", "use super::parked::Row;")]);
+    assert!(circle.len() == 2 && circle[0].starts_with("outbox-relay/src/admin"), "{circle:?}");
+    let admin = ("outbox-relay/src/admin/mod.rs", "mod parked;\npub(crate) use parked::list;");
+    assert!(found(&[admin, parked, ("outbox-relay/src/admin/retries.rs", "use super::Failed;")]).is_empty());
 }
 
 #[test]
