@@ -1,14 +1,17 @@
 //! The platform's reaction to input that it cannot read, to a wrong configuration, to servers that are not there, and
 //! to another program's trace.
 
-use contracts::topics::{INVENTORY_COMMANDS, ORDERS_REPLIES, PARTITIONS, PAYMENTS_COMMANDS};
+use contracts::topics::{INVENTORY_COMMANDS, ORDERS_EVENTS, ORDERS_REPLIES, PARTITIONS, PAYMENTS_COMMANDS};
 use e2e::{
     audit::RecordFact,
     orders::Wish,
     platform::{Platform, SETTLED, alone, beside_others},
     topics::{self, ECHO},
 };
-use saga_core::testkit::{eventually, unique};
+use saga_core::{
+    envelope::header,
+    testkit::{eventually, unique},
+};
 use serde_json::{Value, json};
 use stack::service::{Service, binary};
 use std::{collections::BTreeMap, convert::Infallible, process::Command, time::Duration};
@@ -106,6 +109,50 @@ fn a_command_of_an_unknown_type_and_one_that_is_no_command_are_dead_lettered() {
         }
         let next = platform.place(&Wish::of(&sku, 1)).await;
         assert_eq!(platform.outcome(next).await, "confirmed");
+    });
+}
+
+/// A source that no service declares.
+const STRANGER: &str = "stranger";
+
+#[test]
+fn messages_of_strangers_and_commands_to_reply_elsewhere_are_refused() {
+    beside_others(async |platform| {
+        platform.expected().foreign_sources.extend([ECHO.to_owned(), STRANGER.to_owned()]);
+        let sku = platform.item("stranger", 100, 5).await;
+        let order = platform.place(&Wish::of(&sku, 1)).await;
+        assert_eq!(platform.outcome(order).await, "confirmed");
+        platform.settles().await;
+        let key = order.to_string();
+        // Each is a resend but for one header. A service that took it would know the answer, and refuse nothing.
+        for topic in READ {
+            let records = topics::read(&platform.brokers(), topic).await.expect("the topic can be read");
+            let real = records.iter().find(|record| record.key.as_ref() == Some(&key)).expect("the order has one");
+            let mut forged = topics::resent(real);
+            forged.headers.insert(header::SOURCE.into(), STRANGER.into());
+            topics::write(&platform.brokers(), &forged).await.expect("it can be written");
+            if topic != ORDERS_REPLIES.name {
+                let mut astray = topics::resent(real);
+                astray.headers.insert(header::REPLY_TO.into(), ORDERS_EVENTS.name.into());
+                topics::write(&platform.brokers(), &astray).await.expect("it can be written");
+            }
+        }
+        for topic in READ {
+            let wanted = if topic == ORDERS_REPLIES.name { 1 } else { 2 };
+            let letters = dead_letters(platform, topic, &key, wanted).await;
+            let of = |source: &str| letters.iter().find(|letter| letter.header(header::SOURCE) == Some(source));
+            let said = |source: &str, name: &str| of(source).and_then(|letter| letter.header(name)).unwrap_or_default();
+            assert_eq!(said(STRANGER, "x-error-class"), "undeclared-source", "{topic}: {letters:?}");
+            assert!(said(STRANGER, "x-error-message").contains(&format!("source {STRANGER:?}")), "{topic}");
+            if wanted == 2 {
+                assert_eq!(said(ECHO, "x-error-class"), "poison", "{topic}: {letters:?}");
+                let why = said(ECHO, "x-error-message");
+                assert!(why.contains("does not reply to topic") && why.contains(ORDERS_EVENTS.name), "{topic}: {why}");
+            }
+        }
+        let events = topics::read(&platform.brokers(), ORDERS_EVENTS.name).await.expect("the topic can be read");
+        let sources: Vec<_> = events.iter().filter_map(|event| event.header(header::SOURCE)).collect();
+        assert!(!sources.is_empty() && sources.iter().all(|source| *source == "orders"), "{sources:?}");
     });
 }
 
