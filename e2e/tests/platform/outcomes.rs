@@ -2,10 +2,10 @@
 
 use e2e::{
     orders::Wish,
-    platform::{Platform, alone, beside_others},
+    platform::{Platform, SETTLED, alone, beside_others, unaudited},
 };
 use saga_core::testkit::eventually;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::PgPool;
 use stack::service::Service;
 use std::time::Duration;
@@ -117,10 +117,79 @@ fn an_authorization_of_another_amount_confirms_no_order_and_is_let_go() {
             assert_eq!(platform.outcome(order).await, "failed", "{token}");
             assert_eq!(saga_status(platform, order).await, "compensated", "{token}");
             assert!(platform.saga(order).await.to_string().contains(reason), "the saga's story has the reason");
+            let shown = platform.order(order).await.expect("it is there");
+            assert_eq!(shown["cause"], "contradiction", "{token}: {shown}");
             assert_eq!(platform.at_gateway(order).await, moved, "{token}");
             let ledger = platform.http.get(format!("{url}/ledger")).send().await.expect("an answer");
             let ledger: Value = ledger.json().await.expect("JSON");
             assert_eq!(ledger["differences"][0]["asked"]["amount"], 500, "{ledger}");
+        }
+        assert_eq!(platform.stock_of(&sku).await, (3, 0));
+    });
+}
+
+/// Waits until a saga is stuck. Its pauses between two attempts are over at once; its waits for an answer last, so that
+/// the last attempt's answer is the reason.
+async fn is_stuck_without_pauses(platform: &Platform, order: Uuid) {
+    let over = "with pausing as (
+                  update saga set state = jsonb_set(state, '{status,open,due}', '1000'), armed_at = '2020-01-01'
+                   where saga_id = $1 and state #>> '{status,open,wait}' = 'pause' returning saga_id)
+                update saga_due d set due_at = '2020-01-01' from pausing where d.saga_id = pausing.saga_id";
+    eventually(SETTLED, || async {
+        sqlx::query(over).bind(order).execute(&platform.orders).await.expect("the saga can be hurried");
+        (saga_status(platform, order).await == "stuck").then_some(())
+    })
+    .await;
+}
+
+/// The money was taken, and not as much as was asked for: only an operator can decide. The audit would find that the
+/// provider's books and those of payment-svc differ.
+#[test]
+fn a_capture_of_another_amount_waits_for_an_operator_with_both_amounts_shown() {
+    unaudited(async |platform| {
+        let sku = platform.item("captured-otherwise", 500, 3).await;
+        let order = platform.place(&Wish::of(&sku, 1).paid_with("tok_capture_answers_other_amount")).await;
+        is_stuck_without_pauses(platform, order).await;
+        let reason = "asked to capture 500 EUR, the gateway answered 499 EUR";
+        let saga = platform.saga(order).await;
+        assert!(saga["waits"]["why"].as_str().is_some_and(|why| why.contains(reason)), "{saga}");
+        let shown = platform.order(order).await.expect("it is there");
+        assert_eq!((&shown["status"], &shown["reason"]), (&json!("pending"), &Value::Null), "{shown}");
+        let url = format!("{}/v1/payments/{order}", platform.stack.url(Service::Payments));
+        let get = async |url: String| platform.http.get(url).send().await.expect("an answer").json::<Value>().await;
+        let payment = get(url.clone()).await.expect("JSON");
+        assert_eq!((&payment["status"], &payment["in_doubt"]["reason"]), (&json!("authorized"), &json!(reason)));
+        let ledger = get(format!("{url}/ledger")).await.expect("JSON");
+        let difference = &ledger["differences"][0];
+        assert_eq!(
+            (&difference["movement"], &difference["asked"]["amount"]),
+            (&json!("capture"), &json!(500)),
+            "{ledger}"
+        );
+        assert_eq!(difference["answered"]["amount"], 499, "{ledger}");
+        // The books have the authorization, which is what both agree on.
+        assert!(ledger["entries"].as_array().is_some_and(|entries| entries.len() == 2), "{ledger}");
+        assert_eq!(platform.at_gateway(order).await, ["authorized 500", "captured 499"]);
+        assert_eq!(platform.stock_of(&sku).await, (2, 1), "the stock stays put aside");
+        assert_eq!(platform.cancel(order).await, 409, "the money may be taken");
+    });
+}
+
+#[test]
+fn refusals_with_strange_codes_are_refusals() {
+    beside_others(async |platform| {
+        let sku = platform.item("strange-code", 500, 3).await;
+        for strange in ["dirty_code", "long_code"] {
+            for (operation, reason, at_gateway) in [
+                ("authorize", "payment_declined", &[][..]),
+                ("capture", "payment_not_captured", &["authorized 500", "voided 500"]),
+            ] {
+                let token = format!("tok_{operation}_answers_{strange}");
+                let order = platform.place(&Wish::of(&sku, 1).paid_with(&token)).await;
+                assert_eq!(platform.outcome(order).await, reason, "{token}");
+                assert_eq!(saga_status(platform, order).await, "compensated", "{token}");
+                assert_eq!(platform.at_gateway(order).await, at_gateway, "{token}");
+            }
         }
         assert_eq!(platform.stock_of(&sku).await, (3, 0));
     });
