@@ -9,8 +9,10 @@ use payment_svc::{
 };
 use saga_core::{
     command::{
+        self,
         Op::{Do, Undo},
         Outcome::{self, Failed, Rejected, Succeeded},
+        Why,
     },
     http::Api,
     id::CommandId,
@@ -81,7 +83,7 @@ async fn an_answer_of_another_amount_or_currency_leaves_the_payment_in_doubt() {
                 answered["amount"],
                 answered["currency"].as_str().unwrap()
             );
-            assert_eq!(reply["error"], why, "{method}");
+            assert_eq!((&reply["error"], &reply["why"]), (&json!(why), &json!("contradiction")), "{method}");
             let (payment, ledger) = seen(&world, order).await;
             assert_eq!(payment["status"], status, "{method}");
             assert_eq!(payment["in_doubt"]["reason"], why, "{method}");
@@ -137,6 +139,37 @@ async fn a_refusals_code_is_cleaned_and_cut_and_the_saga_goes_its_way() {
     let (_, outcome, reply) = ask(&world, "void", "tok_void_answers_dirty_code").await;
     assert!(outcome == Failed && reply["error"].as_str().unwrap().contains("do\u{fffd}not"), "{reply}");
     world.books_agree().await;
+}
+
+#[tokio::test]
+async fn a_call_in_doubt_says_in_a_word_what_the_provider_did() {
+    let (impatient, patient) = (World::impatient().await, World::asking_twice().await);
+    for (world, method, why) in [
+        (&impatient, "tok_slow", "unreachable"),
+        (&impatient, "tok_authorize_answers_trickle", "unreachable"),
+        (&patient, "tok_error", "faulty"),
+        (&patient, "tok_authorize_answers_500", "faulty"),
+        (&patient, "tok_authorize_answers_html", "unreadable"),
+        (&patient, "tok_authorize_answers_positional", "unreadable"),
+        (&patient, "tok_authorize_answers_no_amount", "unreadable"),
+    ] {
+        let (_, outcome, reply) = ask(world, "authorize", method).await;
+        assert_eq!((outcome, &reply["why"]), (Failed, &json!(why)), "{method}: {reply}");
+    }
+}
+
+#[tokio::test]
+async fn a_provider_that_is_away_is_unreachable_and_one_that_bars_us_is_faulty() {
+    let nowhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let base = format!("http://{}/", nowhere.local_addr().unwrap()).parse().unwrap();
+    drop(nowhere);
+    let gateway = HttpGateway::new(&base, DEADLINE).unwrap();
+    let away = gateway.perform(CommandId(Uuid::now_v7()), &request("tok_visa")).await.unwrap_err();
+    assert!(matches!(away, Doubt::Connection(_)), "{away:?}");
+    let open = Doubt::CircuitOpen { operation: "authorize", again_after: Duration::ZERO };
+    for (doubt, why) in [(away, Why::Unreachable), (open, Why::Unreachable), (Doubt::NotLetIn, Why::Faulty)] {
+        assert_eq!(command::Failed::from(doubt).why, why);
+    }
 }
 
 fn request(method: &str) -> Request {

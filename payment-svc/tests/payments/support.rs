@@ -97,6 +97,11 @@ impl World {
         Self::waiting(Behaviour::default(), DEADLINE).await
     }
 
+    /// A service that waits for answers that take long, and asks twice.
+    pub(crate) async fn asking_twice() -> Self {
+        Self { attempts: 2, ..Self::patient().await }
+    }
+
     pub(crate) async fn with(behaviour: Behaviour) -> Self {
         Self::waiting(behaviour, Duration::from_millis(400)).await
     }
