@@ -3,6 +3,7 @@
 
 mod audit;
 mod bad_input;
+mod copies;
 mod crash;
 mod doors;
 mod edges;
