@@ -13,7 +13,10 @@ use saga_core::{
 use serde_json::{Value, json};
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 use tokio::{
@@ -189,7 +192,8 @@ async fn a_head_beyond_its_bound_is_answered_431_or_its_connection_closed() {
 async fn an_address_that_guesses_tokens_is_stopped_before_its_tokens_are_compared() {
     let (right, wrong) = ("operator-operator", "operator-operatoR");
     let health = Health::new(&CancellationToken::new());
-    let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
+    // Of the tests in this process, only this one shows wrong tokens.
+    let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().install_recorder().unwrap();
     let guarded = Router::new().route("/v1/thing", get(|| async { "here" }));
     let auth = AdminAuth::new(Some(right.into()), None);
     let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
@@ -199,9 +203,12 @@ async fn an_address_that_guesses_tokens_is_stopped_before_its_tokens_are_compare
     let of =
         |address: [u8; 4]| Client::builder().timeout(PATIENCE).local_address(IpAddr::from(address)).build().unwrap();
     let (guesser, operator) = (of([127, 0, 0, 2]), of([127, 0, 0, 3]));
+    let refusals = AtomicUsize::new(0);
     let ask = async |client: &Client, token: &str| {
         let answer = client.get(format!("http://127.0.0.1:{port}/v1/thing")).bearer_auth(token).send().await.unwrap();
-        answer.status().as_u16()
+        let status = answer.status().as_u16();
+        refusals.fetch_add(usize::from(status != 200), Ordering::Relaxed);
+        status
     };
     // One guess is forgiven a second, so how many it takes depends on how fast this machine is.
     let refused = eventually(PATIENCE, async || (ask(&guesser, wrong).await == 429).then_some(()));
@@ -213,5 +220,9 @@ async fn an_address_that_guesses_tokens_is_stopped_before_its_tokens_are_compare
     }
     assert!(answers.contains(&(429, 429)), "{answers:?}");
     assert_eq!(ask(&operator, right).await, 200, "another address is not held up");
+    // An operator sees the guesses, also those that were not compared.
+    let shown = operator.get(format!("http://127.0.0.1:{port}/metrics")).send().await.unwrap().text().await.unwrap();
+    let counted = shown.lines().find_map(|line| line.strip_prefix("http_refused_total{reason=\"token\"} "));
+    assert_eq!(counted, Some(refusals.into_inner().to_string().as_str()), "{shown}");
     stop.cancel();
 }

@@ -118,6 +118,17 @@ async fn each_wrong_request_is_a_problem_that_names_what_is_wrong() {
     assert_eq!(good.status(), 200);
 }
 
+#[tokio::test]
+async fn a_404_points_to_no_document_that_is_not_there() {
+    let (url, _stop) = start(echo()).await;
+    for path in ["/nowhere", "/openapi.json"] {
+        let answer = reqwest::get(format!("{url}{path}")).await.unwrap();
+        assert_eq!(answer.status(), 404, "{path}");
+        let said: Value = answer.json().await.unwrap();
+        assert_eq!(said["detail"], "There is no such route.", "{path}: {said}");
+    }
+}
+
 /// The headers of a message that a request with these headers causes.
 async fn caused_by(headers: &[(&str, &str)]) -> Headers {
     let cause = || async { Json(NewMessage::tombstone("topic", "key", "type.v1").headers) };

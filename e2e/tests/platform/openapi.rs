@@ -2,7 +2,7 @@
 //! the requests that the document allows, and those that it forbids. It compares the answers.
 //!
 //! The first is always tested. The second needs Python, which `stack/tools.sh` looks for, and once the network. Where
-//! schemathesis cannot be had, the test prints that, and fails in CI.
+//! schemathesis cannot be had, the test fails, unless `WITHOUT_SCHEMATHESIS=1` allows that.
 
 use e2e::platform::{Platform, beside_others, unaudited};
 use serde_json::Value;
@@ -16,6 +16,8 @@ use std::{
 
 /// The pinned packages, because another version may judge differently; with hashes, because what is fetched runs here.
 const SCHEMATHESIS: &str = include_str!("../../schemathesis.txt");
+/// The variable that, set to 1, lets the test pass where schemathesis cannot be had.
+const WITHOUT_SCHEMATHESIS: &str = "WITHOUT_SCHEMATHESIS";
 /// The number of requests that each operation gets, of each kind.
 const EXAMPLES: usize = 25;
 
@@ -170,7 +172,9 @@ fn schemathesis_finds_nothing_in_any_document() {
     let program = match schemathesis() {
         Ok(program) => program,
         Err(why) => {
-            assert!(std::env::var_os("CI").is_none(), "schemathesis cannot be had: {why}");
+            // A machine without a way to PyPI says so: a test that passes untried would say nothing.
+            let allowed = std::env::var_os(WITHOUT_SCHEMATHESIS).is_some_and(|value| value == "1");
+            assert!(allowed, "schemathesis cannot be had; {WITHOUT_SCHEMATHESIS}=1 does without it: {why}");
             eprintln!("NOT TESTED with schemathesis, which cannot be had here: {why}");
             return;
         }
@@ -199,7 +203,7 @@ fn schemathesis_finds_nothing_in_any_document() {
                 "examples,coverage,fuzzing",
                 "--generation-database",
                 "none",
-                // A request that the document allows may still not fit the state that things are in.
+                // A request that the document allows may still not fit the state that things are in (docs/api.md).
                 "--exclude-checks",
                 "positive_data_acceptance",
             ];

@@ -3,6 +3,7 @@
 use super::*;
 use crate::testkit::Log;
 use metrics_exporter_prometheus::PrometheusBuilder;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 async fn looked(health: &Health) -> Readiness {
     health.look().await;
@@ -24,6 +25,32 @@ async fn it_is_ready_while_what_callers_need_is_there_and_names_what_is_not() {
     assert!(looked(&health).await.ready, "it turns green by itself");
     stopping.cancel();
     assert!(!health.readiness().ready, "a process that stops takes no more work");
+}
+
+/// However often a stranger asks, the database and the brokers are asked by the loop alone.
+#[tokio::test]
+async fn no_answer_about_health_runs_a_check() {
+    let health = Health::new(&CancellationToken::new());
+    let ran = Arc::new(AtomicUsize::new(0));
+    let check = || {
+        let ran = Arc::clone(&ran);
+        move || {
+            ran.fetch_add(1, Ordering::Relaxed);
+            async { Report::fine() }
+        }
+    };
+    health.callers_need("database", check());
+    health.part("kafka", check());
+    health.look().await;
+    let looked = ran.load(Ordering::Relaxed);
+    assert_eq!(looked, 2, "the loop asks each once");
+    for _ in 0..1_000 {
+        assert!(health.is_live() && health.readiness().ready && health.healthiness().healthy);
+        health.tell_age();
+    }
+    // A check that were run beside the answer would run now.
+    tokio::task::yield_now().await;
+    assert_eq!(ran.load(Ordering::Relaxed), looked);
 }
 
 #[tokio::test]
