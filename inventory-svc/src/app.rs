@@ -31,10 +31,12 @@ pub fn migrations() -> Vec<Migrations> {
 pub const GROUP: &str = "inventory-svc";
 
 /// The tables that requests read and write, with the rights that they need.
-const NEEDS: &[Needs] = &[
+pub const NEEDS: &[Needs] = &[
     Needs { table: "item", rights: &["select", "insert", "update"] },
     Needs { table: "stock", rights: &["select", "insert", "update"] },
     Needs { table: "stock_movement", rights: &["select", "insert"] },
+    // A movement is shown with the order of its reservation.
+    Needs { table: "reservation", rights: &["select"] },
     Needs { table: "outbox", rights: &["insert"] },
     Needs { table: "idempotency_answer", rights: &["select", "insert"] },
 ];

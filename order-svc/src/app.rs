@@ -35,7 +35,7 @@ use uuid::Uuid;
 pub const IDENTITY: Identity = Identity { name: "order-svc", http_port: 8080, admin_port: 9080 };
 
 /// The tables that requests read and write, with the rights that they need.
-const NEEDS: &[Needs] = &[
+pub const NEEDS: &[Needs] = &[
     Needs { table: "orders", rights: &["select", "insert", "update"] },
     Needs { table: "order_line", rights: &["select", "insert"] },
     Needs { table: "order_status_history", rights: &["select", "insert"] },

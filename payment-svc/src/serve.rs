@@ -25,9 +25,13 @@ use uuid::Uuid;
 /// The topics that this service reads, and so creates: its commands.
 const TOPICS: [Topic; 1] = [topics::PAYMENTS_COMMANDS];
 
-/// The tables that requests read; no request writes.
-const NEEDS: &[Needs] =
-    &[Needs { table: "payment", rights: &["select"] }, Needs { table: "ledger_entry", rights: &["select"] }];
+/// The tables and the view that requests read; no request writes.
+pub const NEEDS: &[Needs] = &[
+    Needs { table: "payment", rights: &["select"] },
+    Needs { table: "ledger_entry", rights: &["select"] },
+    Needs { table: "payment_difference", rights: &["select"] },
+    Needs { table: "payment_in_doubt", rights: &["select"] },
+];
 
 /// Runs the service until it is asked to stop.
 pub async fn serve(settings: Settings, gateway: GatewaySettings, beside: ParticipantSettings) -> anyhow::Result<()> {

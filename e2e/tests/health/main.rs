@@ -99,6 +99,23 @@ const DATABASES: &Table = &[
         Broken::Table("orders", "inbox_parked"),
         &[stays_ready(Orders, &[("replies", &["table_missing"]), ("catalogue", &["table_missing"])])],
     ),
+    // A table that only some reads need, and one that every call needs.
+    (
+        Broken::Table("payments", "payment_difference"),
+        &[not_ready(Payments, &[("tables", &["table_missing"])], &[]), fine(Orders)],
+    ),
+    (
+        Broken::Table("inventory", "stock"),
+        &[
+            not_ready(
+                Inventory,
+                &[("tables", &["table_missing"]), ("items", &["table_missing"])],
+                &[("commands", &["table_missing"])],
+            ),
+            fine(Orders),
+        ],
+    ),
+    (Broken::Table("gateway", "gateway_arrival"), &[not_ready(Gateway, &[("tables", &["table_missing"])], &[])]),
     (
         Broken::Right("select", "catalogue"),
         &[not_ready(
@@ -154,6 +171,10 @@ const TOPICS: &Table = &[
             stays_ready(Relay, &[("outbox:orders", &["topic_missing"])]),
             fine(Inventory),
         ],
+    ),
+    (
+        Broken::Topic("inventory.items"),
+        &[stays_ready(Orders, &[("catalogue", &["topic_missing"])]), fine(Inventory), fine(Relay)],
     ),
     (Broken::Provider, &[stays_ready(Payments, &[("effects", &["stalled"])]), fine(Orders)]),
     // A read would not notice the missing right.

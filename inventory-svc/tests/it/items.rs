@@ -215,3 +215,19 @@ async fn the_openapi_document_has_every_route_and_the_docs_show_it() {
     assert_eq!(docs.status(), 200);
     assert!(docs.text().await.unwrap().contains("swagger-ui"));
 }
+
+#[tokio::test]
+async fn requests_for_items_need_no_more_than_readiness_asks_for() {
+    let warehouse = Warehouse::of_least_rights().await;
+    let created = warehouse.create("k1", &item("A-1")).send().await.unwrap();
+    assert_eq!(created.status(), 201, "{}", created.text().await.unwrap());
+    let adjusted = warehouse.adjust("A-1", "k2", &json!({ "delta": 3, "reason": "delivery" })).send().await.unwrap();
+    assert_eq!(adjusted.status(), 201, "{}", adjusted.text().await.unwrap());
+    let renamed = warehouse.request(Method::PATCH, "/v1/items/A-1").header("if-match", "\"1\"");
+    let renamed = renamed.json(&json!({ "name": "another" })).send().await.unwrap();
+    assert_eq!(renamed.status(), 200, "{}", renamed.text().await.unwrap());
+    for path in ["/v1/items", "/v1/items/A-1", "/v1/items/A-1/movements"] {
+        let read = warehouse.get(path).await;
+        assert_eq!(read.status(), 200, "{path}: {}", read.text().await.unwrap());
+    }
+}

@@ -4,7 +4,7 @@ use contracts::{
     OrderId,
     product::{Line, Quantity},
 };
-use inventory_svc::{api, commands::Commands, migrations};
+use inventory_svc::{api, app::NEEDS, commands::Commands, migrations};
 use reqwest::{Client, Method, RequestBuilder, Response};
 use saga_core::{
     command::{Command, Op, Outcome},
@@ -16,7 +16,7 @@ use saga_core::{
     testkit::{TestDatabase, deliver},
 };
 use serde_json::{Value, json};
-use sqlx::Row;
+use sqlx::{PgPool, Row};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -45,10 +45,22 @@ pub(crate) struct Reply {
 impl Warehouse {
     pub(crate) async fn open() -> Self {
         let db = TestDatabase::new(&migrations()).await;
+        let pool = db.pool.clone();
+        Self::over(db, pool).await
+    }
+
+    /// Opens a warehouse whose requests have the rights alone that readiness asks for.
+    pub(crate) async fn of_least_rights() -> Self {
+        let db = TestDatabase::new(&migrations()).await;
+        let pool = db.limited_to(NEEDS).await;
+        Self::over(db, pool).await
+    }
+
+    async fn over(db: TestDatabase, pool: PgPool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let stop = CancellationToken::new();
-        tokio::spawn(service::serve(listener, Api::new(api::router(db.pool.clone())), stop.clone()));
+        tokio::spawn(service::serve(listener, Api::new(api::router(pool)), stop.clone()));
         Self { db, client: Client::new(), commands: Commands::new(), url, stop }
     }
 

@@ -175,3 +175,18 @@ async fn connections_that_break_anywhere_leave_one_order_per_key_for_whoever_rep
         assert_eq!(shop.count(table).await, 80, "{table}");
     }
 }
+
+#[tokio::test]
+async fn requests_for_orders_need_no_more_than_readiness_asks_for() {
+    let shop = Shop::of_least_rights().await;
+    let order = shop.place("k").await;
+    for path in [format!("/v1/orders/{order}"), "/v1/orders".to_owned(), format!("/v1/orders/{order}/events")] {
+        let read = shop.get(&path).await;
+        assert_eq!(read.status(), 200, "{path}");
+    }
+    for etag in ["\"1\"", "*"] {
+        let cancel = shop.client.post(shop.url(&format!("/v1/orders/{order}/cancel"))).header("if-match", etag);
+        let cancelled = cancel.json(&json!({})).send().await.unwrap();
+        assert!(cancelled.status().is_success(), "{}", cancelled.text().await.unwrap());
+    }
+}

@@ -3,6 +3,7 @@
 use contracts::{OrderId, money::Money, product::Quantity};
 use order_svc::{
     api::{ApiState, router},
+    app::NEEDS,
     domain::{Change, PlacedOrder, PricedLine},
     live::nudging,
     migrations,
@@ -19,7 +20,7 @@ use saga_core::{
     testkit::{TestDatabase, deliver, eventually},
 };
 use serde_json::{Value, json};
-use sqlx::AssertSqlSafe;
+use sqlx::{AssertSqlSafe, PgPool};
 use std::{net::SocketAddr, time::Duration};
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -41,6 +42,18 @@ impl Shop {
     /// sells two things that cannot be paid for: `GOLD-4` costs all the money there is, `AIR-5` nothing.
     pub(crate) async fn open() -> Self {
         let db = TestDatabase::new(&migrations::all()).await;
+        let pool = db.pool.clone();
+        Self::over(db, pool).await
+    }
+
+    /// Opens a shop whose requests have the rights alone that readiness asks for.
+    pub(crate) async fn of_least_rights() -> Self {
+        let db = TestDatabase::new(&migrations::all()).await;
+        let pool = db.limited_to(NEEDS).await;
+        Self::over(db, pool).await
+    }
+
+    async fn over(db: TestDatabase, pool: PgPool) -> Self {
         sqlx::query(
             "insert into catalogue (sku, name, unit_price, currency, sequence) values
                 ('WIDGET-1', 'A widget', 1999, 'EUR', 1),
@@ -52,7 +65,7 @@ impl Shop {
         .execute(&db.pool)
         .await
         .unwrap();
-        let orders = Orders::new(db.pool.clone()).unwrap();
+        let orders = Orders::new(pool).unwrap();
         let shutdown = CancellationToken::new();
         let live = orders.live.clone();
         tokio::spawn({

@@ -1,21 +1,23 @@
 //! Payments and their ledger over HTTP.
 
 use crate::support::{World, authorize, capture, new_order};
-use payment_svc::api;
+use payment_svc::{api, serve::NEEDS};
 use saga_core::{command::Op::Do, service};
 use serde_json::Value;
+use sqlx::PgPool;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 async fn open(world: &World) -> impl AsyncFn(&str) -> (u16, Value) {
+    open_over(world.database.pool.clone()).await
+}
+
+async fn open_over(pool: PgPool) -> impl AsyncFn(&str) -> (u16, Value) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
-    tokio::spawn(service::serve(
-        listener,
-        saga_core::http::Api::new(api::router(world.database.pool.clone())),
-        CancellationToken::new(),
-    ));
+    let api = saga_core::http::Api::new(api::router(pool));
+    tokio::spawn(service::serve(listener, api, CancellationToken::new()));
     async move |path: &str| {
         let response = reqwest::get(format!("{base}{path}")).await.unwrap();
         (response.status().as_u16(), response.json().await.unwrap_or_default())
@@ -100,5 +102,17 @@ async fn the_ledger_cannot_be_rewritten() {
     for sql in ["update ledger_entry set amount = amount * 2", "delete from ledger_entry", "truncate ledger_entry"] {
         let refused = sqlx::query(sql).execute(&world.database.pool).await.unwrap_err();
         assert!(refused.to_string().contains("append-only"), "{refused}");
+    }
+}
+
+#[tokio::test]
+async fn reads_of_payments_need_no_more_than_readiness_asks_for() {
+    let world = World::new().await;
+    let order = new_order();
+    world.do_and_settle(order, "authorize-payment", Do, &authorize(order, "tok_visa")).await;
+    let get = open_over(world.database.limited_to(NEEDS).await).await;
+    for path in ["/v1/payments".to_owned(), format!("/v1/payments/{order}"), format!("/v1/payments/{order}/ledger")] {
+        let (status, answer) = get(&path).await;
+        assert_eq!(status, 200, "{path}: {answer}");
     }
 }

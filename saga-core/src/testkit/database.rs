@@ -2,9 +2,15 @@
 
 use crate::{
     outbox::NUDGES,
-    service::{DatabaseSettings, Migrations, database::pool_options, migrate::migrate},
+    service::{DatabaseSettings, Migrations, Needs, database::pool_options, migrate::migrate},
 };
-use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool, postgres::PgListener};
+use sqlx::{
+    AssertSqlSafe, Connection, PgConnection, PgPool,
+    postgres::{PgConnectOptions, PgListener},
+};
+
+/// The password of a role of [`TestDatabase::limited_to`].
+const ROLES_PASSWORD: &str = "of-a-test";
 
 /// A database of one test's own. Dropping this value drops the database and its connections.
 pub struct TestDatabase {
@@ -35,6 +41,21 @@ impl TestDatabase {
         migrate(&settings, migrations).await.expect("migrations run on an empty database");
         let pool = pool_options(8).connect(&url).await.expect("a database that was just created accepts connections");
         Self { pool, url, name, server }
+    }
+
+    /// A pool of a role that owns nothing here, and has these rights alone. There is one such role per database.
+    ///
+    /// # Panics
+    /// When the server refuses.
+    pub async fn limited_to(&self, needs: &[Needs]) -> PgPool {
+        let mut sql = format!("create role {} login password '{ROLES_PASSWORD}';", self.name);
+        for Needs { table, rights } in needs {
+            sql.push_str(&format!("grant {} on {table} to {};", rights.join(", "), self.name));
+        }
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&self.pool).await.expect("the user of DATABASE_URL may create roles");
+        let options: PgConnectOptions = self.url.parse().expect("the URL of this database");
+        let options = options.username(&self.name).password(ROLES_PASSWORD);
+        pool_options(8).connect_with(options).await.expect("the role may log in")
     }
 
     /// Listens to the nudges that wake the relay.
@@ -94,8 +115,10 @@ impl Drop for TestDatabase {
             let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
             runtime.block_on(async {
                 let Ok(mut admin) = PgConnection::connect(&server).await else { return };
-                let sql = AssertSqlSafe(format!("drop database if exists {name} with (force)"));
-                sqlx::query(sql).execute(&mut admin).await.ok();
+                for what in ["database if exists {} with (force)", "role if exists {}"] {
+                    let sql = AssertSqlSafe(format!("drop {}", what.replace("{}", &name)));
+                    sqlx::query(sql).execute(&mut admin).await.ok();
+                }
             });
         });
     }
