@@ -40,11 +40,11 @@ struct Sim {
 }
 
 /// The tables that requests read and write, with the rights that they need.
-const NEEDS: &[Needs] = &[
+pub const NEEDS: &[Needs] = &[
     Needs { table: "gateway_authorization", rights: &["select", "insert", "update"] },
     Needs { table: "gateway_movement", rights: &["select", "insert"] },
     Needs { table: "gateway_answer", rights: &["select", "insert"] },
-    Needs { table: "gateway_arrival", rights: &["select", "insert"] },
+    Needs { table: "gateway_arrival", rights: &["select", "insert", "update"] },
 ];
 
 #[derive(OpenApi)]

@@ -240,3 +240,23 @@ async fn without_the_token_the_provider_does_nothing_and_payments_wait_for_it() 
     assert_eq!(world.outcomes(order).await, [Outcome::Succeeded]);
     assert_eq!(arrivals(&world.provider).await, 1);
 }
+
+#[tokio::test]
+async fn the_providers_requests_need_no_more_than_readiness_asks_for() {
+    let provider = Provider::of_least_rights().await;
+    let post = async |path: &str, key: &str, body: Value, expected: u16| {
+        let (status, answer) = post(&provider, path, key, &body).await;
+        assert_eq!(status, expected, "{path}: {answer}");
+        answer
+    };
+    let amount = json!({ "amount": euros(100) });
+    let made = post("/v1/authorizations", "a", authorization("tok_visa"), 201).await;
+    let made = format!("/v1/authorizations/{}", made["reference"].as_str().unwrap());
+    post(&format!("{made}/capture"), "c", amount.clone(), 200).await;
+    post(&format!("{made}/refunds"), "r", amount, 200).await;
+    post(&format!("{made}/void"), "v", json!({}), 409).await;
+    post("/v1/voids", "w", json!({ "authorization_key": "never came" }), 200).await;
+    for path in ["/v1/authorizations?order=o", "/v1/requests/a", "/v1/ledger"] {
+        assert_eq!(reqwest::get(provider.url(path)).await.unwrap().status(), 200, "{path}");
+    }
+}

@@ -22,6 +22,7 @@ use saga_core::{
     testkit::{TestDatabase, deliver, unique},
 };
 use serde_json::Value;
+use sqlx::PgPool;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -44,9 +45,21 @@ impl Provider {
     /// A gateway that lets in callers that show the token.
     pub(crate) async fn with_token(behaviour: Behaviour, token: Option<Secret>) -> Self {
         let database = TestDatabase::new(&[migrations::gateway()]).await;
+        let pool = database.pool.clone();
+        Self::over(database, pool, behaviour, token).await
+    }
+
+    /// A gateway whose requests have the rights alone that readiness asks for.
+    pub(crate) async fn of_least_rights() -> Self {
+        let database = TestDatabase::new(&[migrations::gateway()]).await;
+        let pool = database.limited_to(sim::NEEDS).await;
+        Self::over(database, pool, Behaviour::default(), None).await
+    }
+
+    async fn over(database: TestDatabase, pool: PgPool, behaviour: Behaviour, token: Option<Secret>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
-        let api = sim::api(database.pool.clone(), behaviour, token.as_ref());
+        let api = sim::api(pool, behaviour, token.as_ref());
         tokio::spawn(service::serve(listener, api, CancellationToken::new()));
         Self { database, addr }
     }
