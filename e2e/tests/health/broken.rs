@@ -24,7 +24,7 @@ const REQUESTS: usize = 40;
 const STARTED_WITHOUT_KAFKA: Reds =
     &[("kafka", NO_KAFKA), ("commands", &["starting", "kafka_away"]), ("topics", NO_KAFKA)];
 /// order-svc's answers about a locked table before a request needs it.
-const LOCKED: Says = not_ready(Orders, &[("orders", &["no_answer"])], &[]);
+const LOCKED: Says = not_ready(Orders, &[("orders", &["no_answer"]), ("tables", &["locked"])], &[]);
 
 /// The dependencies that a test breaks, each in its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub(crate) enum Broken {
     Table(&'static str, &'static str),
     /// The service's role lacks a right to a table.
     Right(&'static str, &'static str),
+    /// A table of order-svc is locked.
+    Held(&'static str),
     /// A table is locked, and so many requests wait for it that the pool is full.
     Locked(&'static str),
     /// The database takes no writes.
@@ -122,9 +124,8 @@ async fn with_a_role_of_its_own(platform: &Platform) {
     platform.stack.service(Orders).ready().await.expect("it may do all that it has to");
 }
 
-/// Locks a table of order-svc. When order-svc has reported that, more requests come than its pool has connections, over
-/// and over until they are answered.
-async fn lock_and_ask(platform: &Platform, table: &'static str) {
+/// Locks a table of order-svc.
+fn lock(platform: &Platform, table: &'static str) {
     let url = platform.stack.database_url("orders");
     tokio::spawn(async move {
         let mut connection = PgConnection::connect(&url).await.expect("PostgreSQL is there");
@@ -132,6 +133,12 @@ async fn lock_and_ask(platform: &Platform, table: &'static str) {
         // The statement is ended when the table is free again.
         sqlx::raw_sql(AssertSqlSafe(hold)).execute(&mut connection).await.ok();
     });
+}
+
+/// Locks a table of order-svc. When order-svc has reported that, more requests come than its pool has connections, over
+/// and over until they are answered.
+async fn lock_and_ask(platform: &Platform, table: &'static str) {
+    lock(platform, table);
     until_they_say(platform, Broken::Locked(table), &[LOCKED]).await;
     for _ in 0..REQUESTS {
         let request = platform.http.get(format!("{}/v1/orders", platform.stack.url(Orders)));
@@ -157,6 +164,7 @@ impl Broken {
                 with_a_role_of_its_own(platform).await;
                 sql(platform, "orders", &format!("revoke {right} on {table} from shop")).await;
             }
+            Self::Held(table) => lock(platform, table),
             Self::Locked(table) => lock_and_ask(platform, table).await,
             Self::ReadOnly(database) => {
                 sql(platform, database, &format!("alter database {database} set default_transaction_read_only = on"))
@@ -196,7 +204,7 @@ impl Broken {
                 platform.stack.service(Orders).ready().await.expect("it is ready again by itself");
                 platform.stack.service(Orders).restart().await.expect("it starts as it was");
             }
-            Self::Locked(_) => {
+            Self::Held(_) | Self::Locked(_) => {
                 let holder = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'holder'";
                 sql(platform, "orders", holder).await;
             }

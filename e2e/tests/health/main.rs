@@ -206,13 +206,19 @@ const TOPICS: &Table = &[
             fine(Relay),
         ],
     ),
+    // Only a POST needs this table.
+    (Broken::Held("idempotency_answer"), &[not_ready(Orders, &[("tables", &["locked"])], &[]), fine(Payments)]),
     (
         Broken::Locked("orders"),
         &[
             Says {
                 // These parts may want a connection at that moment, too, and get none.
                 may: &["replies", "timers", "catalogue"],
-                ..not_ready(Orders, &[("orders", &["no_answer"])], &[("connections", &["pool_full"])])
+                ..not_ready(
+                    Orders,
+                    &[("orders", &["no_answer"]), ("tables", &["locked", "no_answer", "pool_full"])],
+                    &[("connections", &["pool_full"])],
+                )
             },
             fine(Payments),
         ],

@@ -23,6 +23,7 @@ use crate::{
     error_class::{ErrorClass, classify, is_pool_full, renew_connections},
     outage::Outage,
     part::{Cause, Report, Trouble},
+    transaction::connection,
 };
 use futures::future::BoxFuture;
 use questions::{a_new_session_writes, hear_clock};
@@ -218,13 +219,14 @@ impl Health {
     }
 
     /// Adds a check. Callers need `tables`: these are there, with these rights, and take writes if they are to be
-    /// written to.
+    /// written to. No other session locks callers out of them.
     pub fn tables(&self, pool: &PgPool, needs: &'static [Needs]) {
         let pool = pool.clone();
         self.callers_need("tables", move || {
             let pool = pool.clone();
             async move {
-                let report = missing(&pool, needs).await.unwrap_or_else(|error| Trouble::from(&error).into());
+                let report = async { missing(&mut *connection(&pool).await?, needs).await };
+                let report = report.await.unwrap_or_else(|error| Trouble::from(&error).into());
                 let read_only = report.trouble.as_ref().is_some_and(|it| it.cause == Cause::DatabaseReadOnly);
                 if read_only && a_new_session_writes(&pool).await {
                     renew_connections();

@@ -2,7 +2,7 @@
 
 use crate::{
     outbox::NUDGES,
-    service::{DatabaseSettings, Migrations, Needs, database::pool_options, migrate::migrate},
+    service::{DatabaseSettings, Migrations, Needs, database::pool_options, migrate::migrate, missing},
 };
 use sqlx::{
     AssertSqlSafe, Connection, PgConnection, PgPool,
@@ -55,7 +55,11 @@ impl TestDatabase {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(&self.pool).await.expect("the user of DATABASE_URL may create roles");
         let options: PgConnectOptions = self.url.parse().expect("the URL of this database");
         let options = options.username(&self.name).password(ROLES_PASSWORD);
-        pool_options(8).connect_with(options).await.expect("the role may log in")
+        let pool = pool_options(8).connect_with(options).await.expect("the role may log in");
+        let mut connection = pool.acquire().await.expect("it has a connection");
+        let lacks = missing(&mut connection, needs).await.expect("no table is locked");
+        assert_eq!(lacks.trouble, None, "readiness misses nothing that it asks for");
+        pool
     }
 
     /// Listens to the nudges that wake the relay.

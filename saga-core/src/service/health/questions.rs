@@ -7,12 +7,16 @@ use crate::{
     part::{Cause, Report},
     transaction::{Bound, is_timeout, why_none},
 };
-use sqlx::{ConnectOptions as _, Connection as _, PgExecutor, PgPool};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, PgPool};
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
 /// How long the check of a database waits for a connection of the pool. It leaves time to find out why there is none.
 const POOL_MAX: Duration = Duration::from_secs(1);
+
+/// How long the check of a table waits for a lock on it. That is less than PostgreSQL waits before it looks for a
+/// deadlock (`deadlock_timeout`, a second). So the check never ends another transaction.
+const LOCK_MAX: Duration = Duration::from_millis(700);
 
 /// A table that callers need, and the rights to it.
 #[derive(Debug, Clone, Copy)]
@@ -30,11 +34,11 @@ macro_rules! read_only {
     };
 }
 
-/// Reports the tables and rights that callers need and that are missing.
+/// Reports the tables and rights that callers need and that are missing, and a table whose lock callers would wait for.
 ///
 /// # Errors
-/// When the database does not answer.
-pub async fn missing(db: impl PgExecutor<'_>, needs: &[Needs]) -> Result<Report, sqlx::Error> {
+/// When the database does not answer, or another session holds a lock on a table for too long.
+pub async fn missing(db: &mut PgConnection, needs: &[Needs]) -> Result<Report, sqlx::Error> {
     let pairs = needs.iter().flat_map(|need| need.rights.iter().map(|right| (need.table, *right)));
     let (tables, rights): (Vec<&str>, Vec<&str>) = pairs.unzip();
     let written = rights.iter().any(|right| *right != "select");
@@ -51,14 +55,30 @@ pub async fn missing(db: impl PgExecutor<'_>, needs: &[Needs]) -> Result<Report,
     ))
     .bind(tables)
     .bind(rights)
-    .fetch_one(db)
+    .fetch_one(&mut *db)
     .await?;
     Ok(match lacks {
         Some(lacks) if is_there => Report::red(Cause::RightMissing, format!("a right is missing: {lacks}")),
         Some(lacks) => Report::red(Cause::TableMissing, format!("a table is missing: {lacks}")),
         None if read_only && written => Report::red(Cause::DatabaseReadOnly, "the database takes no writes"),
-        None => Report::fine(),
+        None => {
+            sqlx::raw_sql(AssertSqlSafe(locks(needs))).execute(db).await?;
+            Report::fine()
+        }
     })
+}
+
+/// Takes the locks that requests take, and lets go of them: several statements in one query are one transaction.
+///
+/// A question that reads would not do. A role that may only insert cannot ask it, and a lock that keeps writes out lets
+/// reads through. `only`: a partition that is locked concerns the rows in it.
+fn locks(needs: &[Needs]) -> String {
+    let bound = format!("set local lock_timeout = '{}ms'", LOCK_MAX.as_millis());
+    let locks = needs.iter().map(|Needs { table, rights }| {
+        let mode = if rights.iter().all(|right| *right == "select") { "access share" } else { "row exclusive" };
+        format!("lock table only \"{table}\" in {mode} mode")
+    });
+    std::iter::once(bound).chain(locks).collect::<Vec<_>>().join("; ")
 }
 
 /// Whether a session that begins now takes writes. Sessions of the pool may have begun before a failover. To replace
@@ -87,7 +107,11 @@ pub(super) async fn hear_clock(pool: &PgPool) -> Result<(OffsetDateTime, Instant
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testkit::TestDatabase;
+    use crate::{
+        service::Health,
+        testkit::{TestDatabase, eventually},
+    };
+    use tokio_util::sync::CancellationToken;
 
     #[tokio::test]
     async fn sessions_are_replaced_only_when_new_ones_take_writes() {
@@ -99,12 +123,51 @@ mod tests {
          end $$";
         sqlx::query(read_only).execute(&database.pool).await.unwrap();
         let old = PgPool::connect(&database.url).await.unwrap();
-        let cause = async || missing(&old, WRITTEN).await.unwrap().trouble.map(|trouble| trouble.cause);
+        let cause = async || {
+            let mut connection = old.acquire().await.unwrap();
+            missing(&mut connection, WRITTEN).await.unwrap().trouble.map(|trouble| trouble.cause)
+        };
         assert_eq!(cause().await, Some(Cause::DatabaseReadOnly));
         assert!(!a_new_session_writes(&old).await, "the database takes no writes");
         let writes = read_only.replace("set default_transaction_read_only = on", "reset default_transaction_read_only");
-        sqlx::query(sqlx::AssertSqlSafe(writes)).execute(&database.pool).await.unwrap();
+        sqlx::query(AssertSqlSafe(writes)).execute(&database.pool).await.unwrap();
         assert_eq!(cause().await, Some(Cause::DatabaseReadOnly), "this session began before");
         assert!(a_new_session_writes(&old).await);
+    }
+
+    #[tokio::test]
+    async fn a_locked_table_that_requests_only_write_to_is_not_ready() {
+        const ASKED: &[Needs] =
+            &[Needs { table: "item", rights: &["select"] }, Needs { table: "answer", rights: &["insert"] }];
+        let database = TestDatabase::new(&[]).await;
+        sqlx::raw_sql("create table item (sku text); create table answer (key text)")
+            .execute(&database.pool)
+            .await
+            .unwrap();
+        let pool = database.limited_to(ASKED).await;
+        let health = Health::new(&CancellationToken::new());
+        health.tables(&pool, ASKED);
+        let says = async |expected: &str, why: &str| {
+            // On a busy machine a look may find no answer in time.
+            let seen = eventually(Duration::from_secs(60), || async {
+                health.look().await;
+                let said = health.readiness().checks["tables"];
+                (said != "no_answer").then_some(said)
+            });
+            assert_eq!(seen.await, expected, "{why}");
+        };
+        for (table, mode, expected) in [
+            ("answer", "access exclusive", "locked"),
+            ("answer", "share", "locked"),
+            ("item", "share", "ok"),
+            ("item", "access exclusive", "locked"),
+        ] {
+            let mut lock = database.pool.begin().await.unwrap();
+            let lock_table = format!("lock table {table} in {mode} mode");
+            sqlx::query(AssertSqlSafe(lock_table.clone())).execute(&mut *lock).await.unwrap();
+            says(expected, &lock_table).await;
+            lock.rollback().await.unwrap();
+            says("ok", "the table is free again").await;
+        }
     }
 }
