@@ -15,6 +15,7 @@ use contracts::{
 use saga_core::{
     command::{Command, Done, Happened},
     consumer::{HandleError, Handler, Message},
+    json,
     outbox::{AppendError, Tx},
     participant::{CommandContext, CommandHandler, Decision, Participant, UndoHandler},
     service::ParticipantSettings,
@@ -88,14 +89,14 @@ fn touched(batch: &[Message]) -> (Vec<Sku>, Vec<OrderId>) {
         let payload = message.payload.as_deref().unwrap_or_default();
         match message.envelope.kind.as_str() {
             ReserveStock::TYPE => {
-                let lines = serde_json::from_slice::<ReserveStock>(payload).map(|command| command.lines);
+                let lines = json::read::<ReserveStock>(payload).map(|command| command.lines);
                 skus.extend(lines.unwrap_or_default().into_iter().map(|line| line.sku));
             }
             ReleaseStock::TYPE => {
-                orders.extend(serde_json::from_slice::<ReleaseStock>(payload).map(|command| command.order));
+                orders.extend(json::read::<ReleaseStock>(payload).map(|command| command.order));
             }
             CommitStock::TYPE => {
-                orders.extend(serde_json::from_slice::<CommitStock>(payload).map(|command| command.order));
+                orders.extend(json::read::<CommitStock>(payload).map(|command| command.order));
             }
             _ => {}
         }

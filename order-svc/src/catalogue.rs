@@ -16,6 +16,7 @@ use contracts::{inventory::ItemChanged, money::Money, product::Sku, topics::INVE
 use saga_core::{
     consumer::{ConsumerConfig, ConsumerHealth, HandleError, Handler, Message, TooOld, Unfit},
     envelope::Standing,
+    json,
     outbox::Tx,
     part::{Cause, Report, Trouble},
 };
@@ -105,8 +106,7 @@ fn read(message: &Message) -> Result<Said<'_>, HandleError> {
     }
     match &message.payload {
         Some(payload) => {
-            let item: ItemChanged =
-                serde_json::from_slice(payload).map_err(|error| poison(format!("not an item: {error}")))?;
+            let item: ItemChanged = json::read(payload).map_err(|why| poison(format!("not an item: {why}")))?;
             if item.unit_price.amount < 0 {
                 return Err(poison(format!("item {} has a negative price", item.sku)));
             }

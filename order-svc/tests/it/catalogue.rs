@@ -107,6 +107,20 @@ async fn what_is_no_item_is_poison() {
     assert_eq!(price(&db.pool, "A").await, None);
 }
 
+#[tokio::test]
+async fn an_item_with_its_fields_in_an_array_sets_no_price_and_one_more_field_does() {
+    let db = database().await;
+    for positional in [r#"["A","a",[1,"EUR"]]"#, r#"{"sku":"A","name":"a","unit_price":[1,"EUR"]}"#] {
+        let refused = take(&db.pool, &[message("A", 1, Some(positional.into()))]).await.unwrap_err();
+        let why = "an object with its fields by their names";
+        assert!(matches!(&refused, HandleError::Poison(reason) if reason.contains(why)), "{refused:?}");
+    }
+    assert_eq!(price(&db.pool, "A").await, None);
+    let more = r#"{"sku":"A","name":"a","unit_price":{"amount":2,"currency":"EUR","digits":2},"later":[1]}"#;
+    take(&db.pool, &[message("A", 1, Some(more.into()))]).await.unwrap();
+    assert_eq!(price(&db.pool, "A").await, Some(2));
+}
+
 /// The message as a relay publishes it that names its epoch.
 fn in_epoch(epoch: &str, mut message: Message) -> Message {
     message.envelope.other.insert("ce_epoch".into(), epoch.to_owned());

@@ -241,12 +241,9 @@ where
     }
 }
 
+/// A command as a message brings it.
 fn decode<T: DeserializeOwned>(kind: &str, payload: &[u8]) -> Result<T, HandleError> {
-    let poison = |why: String| HandleError::Poison(format!("payload is not a {kind}: {why}"));
-    match json::flaw_of_text(payload) {
-        Some(flaw) => Err(poison(flaw)),
-        None => serde_json::from_slice(payload).map_err(|e| poison(e.to_string())),
-    }
+    json::read(payload).map_err(|why| HandleError::Poison(format!("payload is not a {kind}: {why}")))
 }
 
 fn happened<D: Command>(reply: Option<&[u8]>) -> Result<Happened<D::Reply>, HandleError> {
@@ -267,9 +264,12 @@ fn encode<T: Serialize>(reply: &T) -> Result<Vec<u8>, HandleError> {
     }
 }
 
+/// An intent as it was stored. An older build may have taken an array in the place of an object; then its call may be
+/// made already, and has to come to its end.
 fn typed<C: Command, P: DeserializeOwned>(stored: StoredIntent) -> Result<Intent<C, P>, HandleError> {
+    let unreadable = |error| HandleError::Poison(format!("the stored payload is not a {}: {error}", C::TYPE));
     Ok(Intent {
-        command: decode::<C>(C::TYPE, &stored.payload)?,
+        command: serde_json::from_slice(&stored.payload).map_err(unreadable)?,
         prepared: serde_json::from_value(stored.prepared).map_err(anyhow::Error::from)?,
         cx: stored.cx,
     })

@@ -173,6 +173,22 @@ async fn what_can_never_be_handled_is_poison() {
 }
 
 #[tokio::test]
+async fn a_command_with_its_fields_in_an_array_is_poison_and_one_more_field_is_not() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    let with = |payload: &[u8]| saga_core::consumer::Message {
+        payload: Some(payload.to_vec()),
+        ..message(saga, Op::Do, &add(&["yes"]))
+    };
+    let refused = world.try_deliver(&[with(br#"[["yes"]]"#)]).await.unwrap_err();
+    let why = "an object with its fields by their names";
+    assert!(matches!(&refused, HandleError::Poison(reason) if reason.contains(why)), "{refused:?}");
+    assert_eq!(world.effects(saga).await, 0);
+    world.deliver(&[with(br#"{"say":["yes"],"later":[1]}"#)]).await;
+    assert_eq!(world.effects(saga).await, 1);
+}
+
+#[tokio::test]
 async fn a_large_batch_is_answered_whole_and_again() {
     let world = World::new().await;
     let batch: Vec<_> =

@@ -103,6 +103,22 @@ async fn a_reply_of_another_type_than_its_commands_is_refused() {
 }
 
 #[tokio::test]
+async fn a_reply_with_its_fields_in_an_array_is_refused_and_one_more_field_is_not() {
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let sent = world.last(saga).await;
+    for outcome in [Outcome::Succeeded, Outcome::Rejected] {
+        let told = world.try_deliver(&[reply(&sent, outcome, &json!(["1"]))]).await;
+        let why = "an object with its fields by their names";
+        assert!(matches!(&told, Err(HandleError::Poison(reason)) if reason.contains(why)), "{told:?}");
+    }
+    assert_eq!(world.last(saga).await.step, "authorize", "nothing was taken");
+    let more = json!({ "reference": "1", "later": ["a field of a newer build"] });
+    world.deliver(&[reply(&sent, Outcome::Succeeded, &more)]).await;
+    assert_eq!(world.last(saga).await.step, "reserve");
+}
+
+#[tokio::test]
 async fn an_input_and_a_command_that_nest_too_deep_start_no_saga() {
     let world = World::new().await;
     let of_input = saga::<Value>("deep", 1)

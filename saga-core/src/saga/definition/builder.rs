@@ -3,6 +3,7 @@
 use super::{And, BuildError, BuildFrom, Call, Definition, Remote, Replies, RetryPolicy, Role, Saga, Step, StepKind};
 use crate::{
     command::{Command, Happened, Never},
+    json::Named,
     topic::Topic,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -326,8 +327,8 @@ fn call<C: Command>(build: Arc<super::Build>) -> Call {
         kind: C::TYPE,
         topic: C::TOPIC.name,
         build,
-        check_reply: Arc::new(|value| C::Reply::deserialize(value).map(drop)),
-        check_rejection: Arc::new(|value| C::Rejection::deserialize(value).map(drop)),
+        check_reply: Arc::new(|value| C::Reply::deserialize(Named(value)).map(drop)),
+        check_rejection: Arc::new(|value| C::Rejection::deserialize(Named(value)).map(drop)),
     }
 }
 
