@@ -168,6 +168,8 @@ pub enum Refusal {
     InvalidAmount,
     /// A text is empty, too long, or holds a NUL.
     InvalidText,
+    /// A text holds what looks like a card number, which is not kept.
+    CardNumber,
     /// The order has a payment that is under way or done.
     AlreadyPaid,
     /// There is no payment that is authorized.
@@ -291,6 +293,7 @@ impl Refusal {
         match self {
             Self::InvalidAmount => "invalid_amount",
             Self::InvalidText => "invalid_text",
+            Self::CardNumber => "card_number",
             Self::AlreadyPaid => "already_paid",
             Self::NotAuthorized => "not_authorized",
             Self::AmountDiffers => "amount_differs",

@@ -20,6 +20,7 @@ use axum::{
 use contracts::money::{self, Money};
 use http::StatusCode;
 use saga_core::{
+    card::{self, holds_a_card_number},
     http::{Json, Path, Problem, Query, REQUEST_MAX, idempotency::IdempotencyKey},
     transaction::Transaction,
 };
@@ -293,7 +294,8 @@ struct Call {
 }
 
 impl Sim {
-    /// Counts the arrival, misbehaves as its settings and the token say, and takes the key.
+    /// Refuses what must not be stored. Counts the arrival, misbehaves as its settings and the token say, and takes the
+    /// key.
     async fn enter(
         &self,
         key: &IdempotencyKey,
@@ -301,6 +303,11 @@ impl Sim {
         method: &str,
         request: &impl Serialize,
     ) -> Result<Call, Problem> {
+        key.may_be_kept()?;
+        let request = serde_json::to_value(request)?;
+        if let Some(field) = with_a_card_number(&request) {
+            return Err(Problem::field(field, card::REFUSED));
+        }
         let first = store::count_arrival(&self.pool, key.as_str()).await? == 1;
         let quirk = quirk(method, operation);
         let slow = if quirk == Some(Quirk::Slow) { self.behaviour.slow } else { self.behaviour.latency };
@@ -323,7 +330,7 @@ impl Sim {
         };
         let mut tx = Transaction::begin(&self.pool, REQUEST_MAX).await?;
         store::lock_key(&mut tx, key.as_str()).await?;
-        Ok(Call { tx, key: key.as_str().to_owned(), request: serde_json::to_value(request)?, lose_answer, strange })
+        Ok(Call { tx, key: key.as_str().to_owned(), request, lose_answer, strange })
     }
 
     /// Returns true with this probability.
@@ -372,6 +379,13 @@ impl Call {
             None => (status, axum::Json(body)).into_response(),
         }
     }
+}
+
+/// The first field of a request that holds a card number. Below its own fields a request has no free text.
+fn with_a_card_number(request: &Value) -> Option<&str> {
+    let mut fields = request.as_object().into_iter().flatten();
+    let found = fields.find(|(_, value)| value.as_str().is_some_and(holds_a_card_number));
+    found.map(|(name, _)| name.as_str())
 }
 
 fn refused(code: &str, message: &str) -> Value {

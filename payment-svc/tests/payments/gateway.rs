@@ -260,3 +260,35 @@ async fn the_providers_requests_need_no_more_than_readiness_asks_for() {
         assert_eq!(reqwest::get(provider.url(path)).await.unwrap().status(), 200, "{path}");
     }
 }
+
+#[tokio::test]
+async fn the_provider_stores_no_card_number_of_any_field_or_key() {
+    const CARD: &str = "4111111111111111";
+    let provider = Provider::new(Behaviour::default()).await;
+    let with = |field: &str| {
+        let mut body = authorization("tok_visa");
+        body[field] = json!(CARD);
+        body
+    };
+    let amount = json!({ "amount": euros(100) });
+    let (of_card, at_voids) = (format!("/v1/authorizations/{CARD}"), json!({ "authorization_key": CARD }));
+    for (path, key, body, status, field) in [
+        ("/v1/authorizations", "k", with("method"), 422, "method"),
+        ("/v1/authorizations", "k", with("customer"), 422, "customer"),
+        ("/v1/authorizations", "k", with("order"), 422, "order"),
+        ("/v1/authorizations", CARD, authorization("tok_visa"), 400, "Idempotency-Key"),
+        (&format!("{of_card}/capture"), "k", amount.clone(), 422, "reference"),
+        (&format!("{of_card}/refunds"), "k", amount, 422, "reference"),
+        (&format!("{of_card}/void"), "k", json!({}), 422, "reference"),
+        ("/v1/voids", "k", at_voids, 422, "authorization_key"),
+    ] {
+        let (is, problem) = post(&provider, path, key, &body).await;
+        assert_eq!((is, problem["errors"][0]["field"].as_str().unwrap()), (status, field), "{path}: {problem}");
+        assert!(!problem.to_string().contains(CARD), "{problem}");
+    }
+    for table in ["gateway_authorization", "gateway_movement", "gateway_answer", "gateway_arrival"] {
+        let sql = sqlx::AssertSqlSafe(format!("select count(*) from {table}"));
+        let rows: i64 = sqlx::query_scalar(sql).fetch_one(&provider.database.pool).await.unwrap();
+        assert_eq!(rows, 0, "{table}");
+    }
+}

@@ -262,6 +262,27 @@ async fn commands_that_make_no_sense_are_rejected_and_never_reach_the_gateway() 
     world.books_agree().await;
 }
 
+#[tokio::test]
+async fn a_card_number_in_a_command_is_declined_and_neither_stored_nor_asked_for() {
+    let world = World::new().await;
+    for field in ["customer", "method"] {
+        let order = new_order();
+        let mut command = authorize(order, "tok_visa");
+        *(if field == "method" { &mut command.method } else { &mut command.customer }) = "4111 1111 1111 1111".into();
+        let (outcome, reply) = world.do_and_settle(order, AUTHORIZE, Do, &command).await;
+        assert_eq!((outcome, reply["reason"].as_str().unwrap()), (Rejected, "card_number"), "{field}");
+    }
+    let payments: i64 =
+        sqlx::query_scalar("select count(*) from payment").fetch_one(&world.database.pool).await.unwrap();
+    assert_eq!((payments, world.open_intents().await), (0, 0));
+    assert_eq!(world.provider.totals().await, [0; 5]);
+    // An older build took such a command, and its fence is lost: what it held is found again.
+    let order = authorized(&world, "tok_visa").await;
+    world.lose_fences(order).await;
+    let (outcome, _) = world.do_and_settle(order, AUTHORIZE, Do, &authorize(order, "4111111111111111")).await;
+    assert_eq!(outcome, Succeeded);
+}
+
 fn dollars(amount: i64) -> Money {
     Money { amount, currency: "USD".parse().unwrap() }
 }

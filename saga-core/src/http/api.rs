@@ -16,7 +16,7 @@ use super::{
     hosts::{Hosts, Listener, own_requests},
     problem::Problem,
 };
-use crate::{clock, panics::panic_text, trace, transaction::Bound};
+use crate::{card::holds_a_card_number, clock, panics::panic_text, trace, transaction::Bound};
 use axum::{
     Router,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
@@ -244,10 +244,13 @@ impl Extractor for TraceHeaders<'_> {
     }
 }
 
-/// The caller's id if it is 1 to 128 visible ASCII characters, or a new one.
+/// The caller's id if it is 1 to 128 visible ASCII characters without a card number, or a new one.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
-    let sensible =
-        |value: &&HeaderValue| (1..=128).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic);
+    let sensible = |value: &&HeaderValue| {
+        (1..=128).contains(&value.len())
+            && value.as_bytes().iter().all(u8::is_ascii_graphic)
+            && value.to_str().is_ok_and(|id| !holds_a_card_number(id))
+    };
     headers.get(REQUEST_ID).filter(sensible).cloned().unwrap_or_else(|| {
         HeaderValue::from_str(&Uuid::now_v7().to_string()).unwrap_or_else(|_| HeaderValue::from_static("none"))
     })

@@ -33,7 +33,11 @@
 //! Keys are never forgotten yet; `idempotency_answer.created_at` is what a retention will go by.
 
 use super::{REQUEST_MAX, problem::Problem};
-use crate::{outbox::Tx, transaction::Transaction};
+use crate::{
+    card::{self, holds_a_card_number},
+    outbox::Tx,
+    transaction::Transaction,
+};
 use axum::{
     extract::FromRequestParts,
     response::{IntoResponse, Response},
@@ -62,22 +66,31 @@ impl IdempotencyKey {
     }
 
     fn read(headers: &HeaderMap) -> Result<Self, Problem> {
-        let refuse = |message: &str| {
-            Problem::new(StatusCode::BAD_REQUEST, "idempotency-key", "An Idempotency-Key is needed")
-                .detail("Send a new one (a UUID, say) with each new request, and the same one when you repeat it.")
-                .with_field("Idempotency-Key", message)
-        };
         let mut values = headers.get_all(HEADER).iter();
         let (Some(value), None) = (values.next(), values.next()) else {
-            return Err(refuse("is required, once"));
+            return Err(refused("is required, once"));
         };
         match value.to_str() {
             Ok(key) if (1..=200).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic()) => {
                 Ok(Self(key.to_owned()))
             }
-            _ => Err(refuse("is 1 to 200 visible ASCII characters")),
+            _ => Err(refused("is 1 to 200 visible ASCII characters")),
         }
     }
+
+    /// Refuses a key that would be stored and holds a card number.
+    ///
+    /// # Errors
+    /// That refusal.
+    pub fn may_be_kept(&self) -> Result<(), Problem> {
+        if holds_a_card_number(&self.0) { Err(refused(card::REFUSED)) } else { Ok(()) }
+    }
+}
+
+fn refused(message: &str) -> Problem {
+    Problem::new(StatusCode::BAD_REQUEST, "idempotency-key", "An Idempotency-Key is needed")
+        .detail("Send a new one (a UUID, say) with each new request, and the same one when you repeat it.")
+        .with_field("Idempotency-Key", message)
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
@@ -157,7 +170,7 @@ impl IntoResponse for Answer {
 /// never meet. `request` is everything that decides the effect: the parsed body, and path parameters if there are any.
 ///
 /// # Errors
-/// The same key with another request is 422; while the first is still at work, 409. The [`Problem`] of `work` is given
+/// A new key that holds a card number is 400. The same key with another request is 422; while the first is still at work, 409. The [`Problem`] of `work` is given
 /// as it is, nothing is written, and the same request may succeed later. When the connection is lost during the commit,
 /// 503: the work may be done, and a repetition under the key finds out.
 pub async fn once<T>(
@@ -173,6 +186,8 @@ pub async fn once<T>(
         if let Some(answer) = find_in(&mut tx, scope, key, &fingerprint).await? {
             return Ok(Once::Before(answer));
         }
+        // This comes second: an older build stored such keys, and their requests are not to be done again.
+        key.may_be_kept()?;
         let (answer, beside) = work(&mut tx).await?;
         store_in(&mut tx, scope, key, &fingerprint, &answer).await?;
         Ok(Once::Now(answer, beside))
