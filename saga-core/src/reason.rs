@@ -29,10 +29,17 @@ pub(crate) fn chain(error: &anyhow::Error) -> String {
     text
 }
 
+/// The words that a place in a text begins with.
+const AT: &str = " at line ";
+
+/// Whether `text` may name a place, which [`without_places`] removes.
+pub(crate) fn may_name_a_place(text: &str) -> bool {
+    text.contains(AT)
+}
+
 /// Removes ` at line 1721`, which sqlx adds (the line of PostgreSQL's own source that raised the error). Removes ` at
 /// line 1 column 7`, which serde_json adds (of a text that the reader does not have).
 pub(crate) fn without_places(text: &str) -> String {
-    const AT: &str = " at line ";
     let number = |text: &str| text.bytes().take_while(u8::is_ascii_digit).count();
     let (mut kept, mut rest) = (String::with_capacity(text.len()), text);
     while let Some(at) = rest.find(AT) {

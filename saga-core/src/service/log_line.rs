@@ -8,6 +8,7 @@
 //! The names of fields come from the program alone. A value may come from anywhere (a record's headers, a provider, an
 //! error of a broker), so each text is cleaned and has an end.
 
+use crate::reason::{may_name_a_place, without_places};
 use opentelemetry::trace::TraceContextExt;
 use serde_json::{Map, Value};
 use std::{
@@ -50,8 +51,8 @@ fn is_declared(saga_type: &str) -> bool {
     SAGAS.read().unwrap_or_else(PoisonError::into_inner).contains(saga_type)
 }
 
-/// `text` with an end, and without characters that a terminal or a reader of lines takes for more than text. Line
-/// breaks and tabs stay.
+/// `text` with an end, without places in source code, and without characters that a terminal or a reader of lines takes
+/// for more than text. Line breaks and tabs stay.
 fn clean(text: &str) -> Cow<'_, str> {
     let strange = |c: char| {
         // Separators of lines and paragraphs, and characters that turn the direction of writing.
@@ -59,10 +60,10 @@ fn clean(text: &str) -> Cow<'_, str> {
         formats || c.is_control() && !matches!(c, '\n' | '\t')
     };
     let cut = text.char_indices().nth(TEXT_MAX).map(|(at, _)| at);
-    if cut.is_none() && !text.chars().any(strange) {
+    if cut.is_none() && !text.chars().any(strange) && !may_name_a_place(text) {
         return Cow::Borrowed(text);
     }
-    let kept = &text[..cut.unwrap_or(text.len())];
+    let kept = without_places(&text[..cut.unwrap_or(text.len())]);
     let mut clean: String = kept.chars().map(|c| if strange(c) { '\u{fffd}' } else { c }).collect();
     if cut.is_some() {
         clean.push('…');
@@ -261,6 +262,16 @@ mod tests {
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
+    /// The text for people that is logged while `work` runs.
+    fn for_people(work: impl FnOnce()) -> String {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let layer = tracing_subscriber::fmt::layer().with_ansi(false).without_time().with_target(false);
+        let layer = layer.fmt_fields(cleaned()).with_writer(move || writer.clone());
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), work);
+        String::from_utf8(lines.0.lock().unwrap().clone()).unwrap()
+    }
+
     #[test]
     fn the_id_of_a_saga_is_found_under_its_declared_types_name() {
         name_sagas(["order", "level"]);
@@ -292,17 +303,27 @@ mod tests {
     }
 
     #[test]
+    fn no_line_of_a_servers_source_is_logged_however_its_error_is() {
+        let error = r#"relation "orders" does not exist at line 1721"#;
+        let log = || {
+            tracing::info_span!("message", inner = %error, outer = error).in_scope(|| {
+                tracing::warn!(%error, debug = ?io::Error::other(error), text = error, "it failed: {error}");
+            });
+        };
+        let [line] = &logged(log)[..] else { panic!("it is one line") };
+        let people = for_people(log);
+        for said in [line.to_string(), people] {
+            assert!(said.contains("does not exist") && !said.contains("at line"), "{said}");
+        }
+    }
+
+    #[test]
     fn for_people_an_event_stays_on_its_line_whatever_its_values_hold() {
-        let lines = Lines::default();
-        let writer = lines.clone();
-        let layer = tracing_subscriber::fmt::layer().with_ansi(false).without_time().with_target(false);
-        let layer = layer.fmt_fields(cleaned()).with_writer(move || writer.clone());
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+        let text = for_people(|| {
             let forged = "a\n2026-01-01 INFO all is well\u{1b}[2J\u{85}";
             tracing::info_span!("message", kind = %forged)
                 .in_scope(|| tracing::warn!(error = %forged, n = 1, "{forged}"));
         });
-        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
         let clean = "a\\n2026-01-01 INFO all is well\u{fffd}[2J\u{fffd}";
         assert_eq!(text, format!(" WARN message{{kind={clean}}}: {clean} error={clean} n=1\n"));
     }
