@@ -35,6 +35,8 @@ pub(super) struct Incident<'m> {
     pub(super) what: What,
     /// The message that caused it: what follows continues its trace.
     pub(super) cause: Option<&'m Envelope>,
+    /// A reply's type; `None` where that is not known.
+    pub(super) kind: Option<&'m str>,
     /// What is wrong with a reply's payload; it matters only if the reply is waited for.
     pub(super) flaw: Option<String>,
 }
@@ -135,11 +137,11 @@ impl<'m> Case<'m> {
     }
 
     fn take(&mut self, incident: Incident<'m>, reply_topic: &str, now: OffsetDateTime) -> Result<(), BatchError> {
-        let Incident { event, what, cause, flaw } = incident;
+        let Incident { event, what, cause, kind, flaw } = incident;
         let before = self.row.state.open().copied();
         if let Event::Reply(reply) = &event
             && let Ok(open) = answers(&self.definition, &self.row.state, reply)
-            && let Err(flaw) = self.check(&open, reply, flaw, cause)
+            && let Err(flaw) = self.check(&open, reply, flaw, kind)
         {
             return Err(BatchError::Poison(flaw, cause.map(|cause| cause.id)));
         }
@@ -266,13 +268,12 @@ impl<'m> Case<'m> {
         revisions.zip(&self.entries).map(move |(revision, entry)| store::Event { saga, revision, entry })
     }
 
-    fn check(&self, open: &Open, reply: &Reply, flaw: Option<String>, cause: Option<&Envelope>) -> Result<(), String> {
+    fn check(&self, open: &Open, reply: &Reply, flaw: Option<String>, kind: Option<&str>) -> Result<(), String> {
         let step = &self.definition.steps()[open.step];
         let remote = remote(&step.kind);
         let Some(call) = remote.and_then(|remote| remote.call(open.op)) else { return Ok(()) };
-        // A reply that was set aside was stored without its type.
-        let other = cause.filter(|envelope| envelope.kind.strip_suffix(".reply") != Some(call.kind));
-        let flaw = flaw.or_else(|| other.map(|envelope| format!("its type is {:?}", reason(&envelope.kind))));
+        let other = kind.filter(|kind| kind.strip_suffix(".reply") != Some(call.kind));
+        let flaw = flaw.or_else(|| other.map(|kind| format!("its type is {:?}", reason(kind))));
         let checked = match (&reply.answer, flaw) {
             (Answer::Failed(_), None) => return Ok(()),
             (_, Some(flaw)) => Err(flaw),

@@ -99,7 +99,7 @@ impl Engine {
         let (definition, row) = self.read(locked)?;
         let reason = text(reason);
         let event = Event::Cancel { reason: reason.clone() };
-        let cancel = Incident { event, what: What::Cancel { reason }, cause: None, flaw: None };
+        let cancel = Incident { event, what: What::Cancel { reason }, cause: None, kind: None, flaw: None };
         Ok(match self.decide_one(tx, definition, row, cancel).await? {
             Verdict::Taken => Cancelled::Accepted,
             Verdict::Ignored(Ignored::AlreadyCompensating) => Cancelled::AlreadyCancelling,
@@ -133,7 +133,7 @@ impl Engine {
         let (definition, row) = self.read(locked)?;
         let status = row.state.status.as_str();
         let what = What::Retry { reason: text(reason), actor: text(actor) };
-        let retry = Incident { event: Event::Retry, what, cause: None, flaw: None };
+        let retry = Incident { event: Event::Retry, what, cause: None, kind: None, flaw: None };
         match self.decide_one(&mut tx, definition, row, retry).await? {
             Verdict::Taken => {}
             Verdict::Ignored(_) => return Err(RetryError::NotStuck(status.to_owned())),

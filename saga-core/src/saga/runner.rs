@@ -79,6 +79,7 @@ impl Handler for ReplyHandler {
 /// A reply, from the topic or from `saga_undecided`, where another transaction set it aside.
 pub(super) struct Incoming<'m> {
     message: MessageId,
+    kind: Option<&'m str>,
     headers: SagaHeaders,
     outcome: Outcome,
     payload: Option<&'m [u8]>,
@@ -95,7 +96,8 @@ impl<'m> Incoming<'m> {
             return Err(HandleError::Poison(format!("`{}` is no reply: it has no outcome", envelope.kind)));
         };
         let payload = message.payload.as_deref();
-        Ok(Self { message: envelope.id, headers, outcome, payload, cause: Some(envelope) })
+        let kind = Some(envelope.kind.as_str());
+        Ok(Self { message: envelope.id, kind, headers, outcome, payload, cause: Some(envelope) })
     }
 
     pub(super) fn from_undecided(reply: &'m Undecided) -> Self {
@@ -114,7 +116,8 @@ impl<'m> Incoming<'m> {
             reply_to: None,
             outcome: Some(reply.outcome),
         };
-        Self { message: reply.message, headers, outcome: reply.outcome, payload: reply.payload.as_deref(), cause: None }
+        let (kind, payload) = (reply.kind.as_deref(), reply.payload.as_deref());
+        Self { message: reply.message, kind, headers, outcome: reply.outcome, payload, cause: None }
     }
 
     /// Makes a dead letter of a reply whose saga does not exist here. The saga was lost, for example in a restore, or
@@ -129,17 +132,19 @@ impl<'m> Incoming<'m> {
     }
 
     fn incident(self) -> Incident<'m> {
-        let Self { headers, outcome, payload, cause, .. } = self;
+        let Self { kind, headers, outcome, payload, cause, .. } = self;
         let (answer, flaw) = read_answer(outcome, payload);
         let SagaHeaders { step, op, attempt, command, .. } = headers;
         let event = Event::Reply(Reply { command, attempt, answer });
-        Incident { event, what: What::Reply { step, op, attempt, outcome }, cause, flaw }
+        Incident { event, what: What::Reply { step, op, attempt, outcome }, cause, kind, flaw }
     }
 
     fn set_aside(self, unread: &Unread) -> Undecided {
         let Unread { locked, flaw } = unread;
         Undecided {
             message: self.message,
+            // PostgreSQL has no place for a NUL; a type that has one stays another type.
+            kind: self.kind.map(|kind| kind.replace('\0', "\u{fffd}")),
             saga: self.headers.saga,
             definition: locked.definition.clone(),
             version: locked.version,
@@ -252,7 +257,7 @@ impl Engine {
     ) -> Result<usize, BatchError> {
         let (readable, unread) = divide(rows.into_iter().map(|locked| self.read(locked)));
         let case = |(definition, row): (_, Row)| {
-            let due = Incident { event: Event::Due, what: What::Due, cause: None, flaw: None };
+            let due = Incident { event: Event::Due, what: What::Due, cause: None, kind: None, flaw: None };
             // Where the saga has to wait, `saga_due` had too early a time: the batch sets it right.
             let waits = backlog.holds(row.state.saga, row.state.due());
             Case::new(definition, row, if waits { VecDeque::new() } else { VecDeque::from([due]) })

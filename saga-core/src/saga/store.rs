@@ -96,6 +96,8 @@ pub(super) struct Event<'a> {
 #[derive(Debug, Clone)]
 pub(super) struct Undecided {
     pub(super) message: MessageId,
+    /// The message's type; `None`: an older build set it aside.
+    pub(super) kind: Option<String>,
     pub(super) saga: SagaId,
     pub(super) definition: String,
     pub(super) version: i32,
@@ -327,13 +329,13 @@ pub(super) async fn set_aside(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::R
     let text = |of: fn(&Undecided) -> String| replies.iter().map(of).collect::<Vec<String>>();
     sqlx::query(
         "insert into saga_undecided (message_id, saga_id, definition, version, fingerprint, step, op, command_id,
-                                     attempt, outcome, payload, received_at)
+                                     attempt, outcome, payload, type, received_at)
          select r.message_id, r.saga_id, r.definition, r.version, r.fingerprint, r.step, r.op, r.command_id, r.attempt,
-                r.outcome, r.payload, clock_timestamp() + make_interval(secs => r.put_off)
+                r.outcome, r.payload, r.type, clock_timestamp() + make_interval(secs => r.put_off)
            from unnest($1::uuid[], $2::uuid[], $3::text[], $4::int[], $5::text[], $6::text[], $7::text[],
-                       $8::uuid[], $9::int[], $10::text[], $11::bytea[], $12::float8[])
+                       $8::uuid[], $9::int[], $10::text[], $11::bytea[], $12::float8[], $13::text[])
                   as r(message_id, saga_id, definition, version, fingerprint, step, op, command_id, attempt, outcome,
-                       payload, put_off)
+                       payload, put_off, type)
              on conflict do nothing",
     )
     .bind(replies.iter().map(|r| r.message.0).collect::<Vec<Uuid>>())
@@ -348,6 +350,7 @@ pub(super) async fn set_aside(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::R
     .bind(text(|r| r.outcome.to_string()))
     .bind(replies.iter().map(|r| r.payload.clone()).collect::<Vec<_>>())
     .bind(replies.iter().map(|r| r.put_off.as_secs_f64()).collect::<Vec<f64>>())
+    .bind(replies.iter().map(|r| r.kind.clone()).collect::<Vec<_>>())
     .execute(&mut **tx)
     .await?;
     Ok(())
@@ -378,7 +381,7 @@ pub(super) async fn take_undecided(
           using taken
           where u.message_id = taken.message_id
          returning u.message_id, u.saga_id, u.definition, u.version, u.fingerprint, u.step, u.op, u.command_id,
-                   u.attempt, u.outcome, u.payload",
+                   u.attempt, u.outcome, u.payload, u.type",
     )
     .bind(&known.definitions)
     .bind(&known.versions)
@@ -409,6 +412,7 @@ fn undecided(row: &PgRow) -> sqlx::Result<Undecided> {
         |column: &str| sqlx::Error::ColumnDecode { index: column.into(), source: "not a known word".into() };
     Ok(Undecided {
         message: MessageId(row.try_get("message_id")?),
+        kind: row.try_get("type")?,
         saga: SagaId(row.try_get("saga_id")?),
         definition: row.try_get("definition")?,
         version: row.try_get("version")?,

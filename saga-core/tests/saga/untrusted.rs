@@ -256,6 +256,31 @@ async fn a_reply_that_was_set_aside_by_a_newer_build_waits_for_one() {
 }
 
 #[tokio::test]
+async fn a_reply_that_was_set_aside_is_refused_for_its_type_as_any_other() {
+    let log = Log::hear("error");
+    let world = World::new().await;
+    let saga = world.start(1).await;
+    let sent = world.last(saga).await;
+    let of_type = async |kind: &str| {
+        let mut forged = succeeded(&sent);
+        forged.envelope.kind = kind.into();
+        set_aside(&world, &forged).await;
+        world.engine.tick().await.unwrap();
+    };
+    for kind in [sent.kind.as_str(), "other.v1.reply", "with\0nul.reply"] {
+        of_type(kind).await;
+        assert_eq!(world.last(saga).await.step, "authorize", "{kind:?}");
+    }
+    let dropped = log.said("a reply that was set aside cannot be understood");
+    assert!(dropped.len() == 3 && dropped[1]["why"].as_str().unwrap().contains("other.v1.reply"), "{dropped:?}");
+    // An older build stored no type: there is nothing to check.
+    set_aside(&world, &succeeded(&sent)).await;
+    sqlx::query("update saga_undecided set type = null").execute(&world.database.pool).await.unwrap();
+    world.engine.tick().await.unwrap();
+    assert_eq!(world.last(saga).await.step, "reserve");
+}
+
+#[tokio::test]
 async fn a_line_of_the_log_that_cannot_be_read_is_shown_as_that() {
     let world = World::new().await;
     let saga = world.start(1).await;
