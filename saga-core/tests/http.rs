@@ -300,34 +300,6 @@ async fn count(
 }
 
 #[tokio::test]
-async fn a_key_that_holds_a_card_number_is_refused_and_not_stored() {
-    const CARD: &str = "4111-1111-1111-1111";
-    let database = TestDatabase::new(&[messaging_migrations()]).await;
-    sqlx::query("create table counted (n int generated always as identity)").execute(&database.pool).await.unwrap();
-    let state = Counting { pool: database.pool.clone(), hold: Arc::default(), held: Arc::default() };
-    let (url, _stop) = start(Router::new().route("/count", post(count)).with_state(state)).await;
-    let client = reqwest::Client::new();
-    let send = async |key: &str| {
-        let request = client.post(format!("{url}/count")).header("idempotency-key", key).header("x-request-id", CARD);
-        let answer = request.json(&json!({ "n": 1, "text": "x" })).send().await.unwrap();
-        assert_ne!(answer.headers()["x-request-id"], CARD, "an id of the caller's is logged");
-        answer
-    };
-    for card in [CARD, "4111111111111111", "order:4111111111111111"] {
-        let refused = problem(send(card).await).await;
-        assert_eq!(refused, (400, "/problems/idempotency-key".into(), "Idempotency-Key".into()), "{card}");
-    }
-    let rows = "select (select count(*) from counted), (select count(*) from idempotency_answer)";
-    let rows: (i64, i64) = sqlx::query_as(rows).fetch_one(&database.pool).await.unwrap();
-    assert_eq!(rows, (0, 0));
-    // An older build took the key: its request is not done again.
-    let first = send("a").await.bytes().await.unwrap();
-    sqlx::query("update idempotency_answer set key = $1").bind(CARD).execute(&database.pool).await.unwrap();
-    let again = send(CARD).await;
-    assert_eq!((again.status().as_u16(), again.bytes().await.unwrap()), (201, first));
-}
-
-#[tokio::test]
 async fn one_key_has_one_effect_and_one_answer() {
     let database = TestDatabase::new(&[messaging_migrations()]).await;
     sqlx::query("create table counted (n int generated always as identity)").execute(&database.pool).await.unwrap();
@@ -350,6 +322,9 @@ async fn one_key_has_one_effect_and_one_answer() {
     let missing = client.post(format!("{url}/count")).json(&json!({"n": 1})).send().await.unwrap();
     assert_eq!(problem(missing).await, (400, "/problems/idempotency-key".into(), "Idempotency-Key".into()));
 
+    // Of keys that are mere numbers, some look like a card's by chance: they are taken.
+    assert_eq!(send("4111111111111111", "x").await.unwrap().status(), 201);
+
     let slow = tokio::spawn(send("b", "hold"));
     state.held.notified().await;
     assert_eq!(problem(send("b", "hold").await.unwrap()).await.1, "/problems/in-flight");
@@ -362,7 +337,7 @@ async fn one_key_has_one_effect_and_one_answer() {
     assert_eq!(problem(send("c", "refuse").await.unwrap()).await.1, "/problems/no");
 
     let effects: i64 = sqlx::query_scalar("select count(*) from counted").fetch_one(&database.pool).await.unwrap();
-    assert_eq!(effects, 2);
+    assert_eq!(effects, 3);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

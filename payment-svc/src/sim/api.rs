@@ -303,7 +303,6 @@ impl Sim {
         method: &str,
         request: &impl Serialize,
     ) -> Result<Call, Problem> {
-        key.may_be_kept()?;
         let request = serde_json::to_value(request)?;
         if let Some(field) = with_a_card_number(&request) {
             return Err(Problem::field(field, card::REFUSED));

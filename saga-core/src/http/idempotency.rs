@@ -33,11 +33,7 @@
 //! Keys are never forgotten yet; `idempotency_answer.created_at` is what a retention will go by.
 
 use super::{REQUEST_MAX, problem::Problem};
-use crate::{
-    card::{self, holds_a_card_number},
-    outbox::Tx,
-    transaction::Transaction,
-};
+use crate::{outbox::Tx, transaction::Transaction};
 use axum::{
     extract::FromRequestParts,
     response::{IntoResponse, Response},
@@ -76,14 +72,6 @@ impl IdempotencyKey {
             }
             _ => Err(refused("is 1 to 200 visible ASCII characters")),
         }
-    }
-
-    /// Refuses a key that would be stored and holds a card number.
-    ///
-    /// # Errors
-    /// That refusal.
-    pub fn may_be_kept(&self) -> Result<(), Problem> {
-        if holds_a_card_number(&self.0) { Err(refused(card::REFUSED)) } else { Ok(()) }
     }
 }
 
@@ -170,7 +158,7 @@ impl IntoResponse for Answer {
 /// never meet. `request` is everything that decides the effect: the parsed body, and path parameters if there are any.
 ///
 /// # Errors
-/// A new key that holds a card number is 400. The same key with another request is 422; while the first is still at work, 409. The [`Problem`] of `work` is given
+/// The same key with another request is 422; while the first is still at work, 409. The [`Problem`] of `work` is given
 /// as it is, nothing is written, and the same request may succeed later. When the connection is lost during the commit,
 /// 503: the work may be done, and a repetition under the key finds out.
 pub async fn once<T>(
@@ -186,8 +174,6 @@ pub async fn once<T>(
         if let Some(answer) = find_in(&mut tx, scope, key, &fingerprint).await? {
             return Ok(Once::Before(answer));
         }
-        // This comes second: an older build stored such keys, and their requests are not to be done again.
-        key.may_be_kept()?;
         let (answer, beside) = work(&mut tx).await?;
         store_in(&mut tx, scope, key, &fingerprint, &answer).await?;
         Ok(Once::Now(answer, beside))
