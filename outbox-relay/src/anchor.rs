@@ -2,12 +2,11 @@
 //! name, that it was recorded in. If not, the relay refuses with the command that is right, and publishes nothing.
 
 use crate::{
-    batch_log,
-    commit::CommitError,
     epoch,
     lease::Lease,
     outbox::Outbox,
     position::{Position, ReadError},
+    record::{batch_log, commit::CommitError},
     snapshot::Snapshot,
 };
 use sqlx::PgConnection;

@@ -4,9 +4,11 @@
 use crate::{
     database::Database,
     loops::{Loops, WANTED},
-    parking::{self, Line},
-    pause::{self, Cause, Paused, WHOLE},
     position::ReadError,
+    record::{
+        parking::{self, Line},
+        pause::{self, Cause, Paused, WHOLE},
+    },
     topics::{TopicState, Topics},
 };
 use rdkafka::error::KafkaError;

@@ -1,6 +1,6 @@
 //! The loops of an outbox that get no further, for health and metrics.
 
-use crate::pause::{Cause as SetApart, Paused};
+use crate::record::pause::{Cause as SetApart, Paused};
 use saga_core::{
     clock::DatabaseClock,
     outage::Outage,

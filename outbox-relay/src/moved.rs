@@ -1,7 +1,7 @@
 //! The commands that an operator runs, once, after an outbox was moved to another PostgreSQL cluster or has got another
 //! name. The relays are stopped meanwhile: each command holds the leases' table, and refuses while a lease is in use.
 
-use crate::{batch_log, position::Position, position::ReadError, settings::OutboxSettings};
+use crate::{position::Position, position::ReadError, record::batch_log, settings::OutboxSettings};
 use sqlx::{Connection as _, PgConnection, PgTransaction};
 use tracing::info;
 

@@ -3,7 +3,7 @@
 //! After each of them the process gives the lease back, unless another process has it, and tries again. It stores none:
 //! when the process dies, the next owner finds its own reasons.
 
-use crate::{anchor::AnchorError, commit::CommitError, lease::LeaseError, position::ReadError};
+use crate::{anchor::AnchorError, lease::LeaseError, position::ReadError, record::commit::CommitError};
 use saga_core::{
     error_class::is_pool_full,
     part::{Cause, Trouble},

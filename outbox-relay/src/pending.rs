@@ -1,9 +1,11 @@
 //! Rows that are not published yet: how many, and since when.
 
 use crate::{
-    batch_log,
-    pause::{self, Paused},
     position::{Position, ReadError},
+    record::{
+        batch_log,
+        pause::{self, Paused},
+    },
     row::within_calendar,
     snapshot::{Span, texts},
 };

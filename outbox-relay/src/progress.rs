@@ -105,8 +105,8 @@ fn trouble(pending: &Pending, hang: Vec<Trouble>, clock: &DatabaseClock) -> Opti
 mod tests {
     use super::*;
     use crate::{
-        pause::{Cause as SetApart, Paused},
         pending::Behind,
+        record::pause::{Cause as SetApart, Paused},
     };
     use std::time::Duration;
 

@@ -10,7 +10,7 @@ use crate::{
 /// The files in which a transaction may begin in another way, and why.
 const ALLOWED: [(&str, &str); 7] = [
     ("saga-core/src/service/database.rs", "the services' pool: statements outside of transactions have a bound, too"),
-    ("outbox-relay/src/nudges.rs", "one connection that listens; each of its statements has a bound"),
+    ("outbox-relay/src/read/nudges.rs", "one connection that listens; each of its statements has a bound"),
     ("outbox-relay/src/database.rs", "the relay's pools: each connection has its bound"),
     ("saga-core/src/transaction.rs", "it is the one place"),
     ("saga-core/src/consumer/transaction.rs", "begins the next with the last commit, under the same bound"),

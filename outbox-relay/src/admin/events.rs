@@ -5,8 +5,9 @@
 
 use super::request::{Failed, outbox};
 use crate::{
-    Relay, batch_log,
+    Relay,
     position::{Position, ReadError},
+    record::batch_log,
     row::within_calendar,
 };
 use axum::extract::State;

@@ -3,10 +3,11 @@
 #![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
 
 use crate::{
-    Relay, batch_log,
+    Relay,
     outbox::{Outbox, Role},
-    pause, pending,
+    pending,
     position::{Position, ReadError},
+    record::{batch_log, pause},
 };
 use axum::extract::State;
 use saga_core::{clock::DatabaseClock, http::Json};

@@ -403,7 +403,7 @@ async fn count(db: &mut PgConnection, outbox: &str, topic: &str, key: Option<&st
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::parking::tests::{touched, with_lines};
+    use crate::record::parking::tests::{touched, with_lines};
 
     #[tokio::test]
     async fn what_a_page_of_parked_rows_touches_does_not_depend_on_how_many_there_are() {

@@ -6,7 +6,7 @@ use super::{
     audit,
     request::{Failed, Reason, outbox},
 };
-use crate::{Relay, pause::WHOLE};
+use crate::{Relay, record::pause::WHOLE};
 use axum::{Extension, extract::State};
 use http::StatusCode;
 use saga_core::{

@@ -187,7 +187,7 @@ const ASK_KEYLESS: &str = "
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::parking::tests::{touched, with_lines};
+    use crate::record::parking::tests::{touched, with_lines};
 
     #[tokio::test]
     async fn a_request_touches_no_row_that_is_asked_for_already() {

@@ -3,13 +3,17 @@
 use super::{Ended, Scope, Session};
 use crate::{
     budget::Held,
-    cursor::Page,
-    in_flight::Ticket,
-    parking::Park,
-    pause::{self, Cause, LeftBehind},
     position::Position,
-    record::{self, Built, takes_dead_letters},
-    refusal::{MOST_ABSENT, Refusal, too_large},
+    publish::{
+        in_flight::Ticket,
+        kafka_record::{self, Built, takes_dead_letters},
+        refusal::{MOST_ABSENT, Refusal, too_large},
+    },
+    read::cursor::Page,
+    record::{
+        parking::Park,
+        pause::{self, Cause, LeftBehind},
+    },
     row::{Body, DELETED, Row},
     topics::TopicState,
 };
@@ -104,7 +108,7 @@ impl Session {
             }
             if let Some(built) = self.builder.build_within(row, limit) {
                 let (id, topic, left_out) = (row.id(), row.topic(), built.left_out);
-                record::span(row).in_scope(|| {
+                kafka_record::span(row).in_scope(|| {
                     warn!(outbox = self.outbox, id, topic, size, limit, ?left_out, "{LEFT_OUT}");
                 });
                 return Ok(Fate::Send(built, limit));

@@ -5,11 +5,13 @@
 //! writes no row, another process has the lease: the session ends, loudly.
 
 use crate::{
-    batch_log::{self, Entry},
     database::Database,
-    parking::Park,
-    pause::{self, CaughtUp, LeftBehind},
     position::Position,
+    record::{
+        batch_log::{self, Entry},
+        parking::Park,
+        pause::{self, CaughtUp, LeftBehind},
+    },
 };
 use sqlx::PgConnection;
 use std::{sync::Arc, time::Duration};

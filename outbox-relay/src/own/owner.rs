@@ -4,21 +4,18 @@
 
 use crate::{
     anchor::{Anchored, anchor},
-    asks::Asks,
-    batch_log,
-    commit::{Progress, Recorder},
     control::{self, Control, Wanted},
     lease::Lease,
-    nudges::Nudges,
     outbox::Outbox,
     owner_error::{OwnerError, joined},
-    parking::Blocked,
     position::Position,
-    producer::Kafka,
-    retry::Retries,
-    set_apart,
-    shared::Shared,
-    stream,
+    publish::{asks::Asks, producer::Kafka, retry::Retries, set_apart, shared::Shared, stream},
+    read::nudges::Nudges,
+    record::{
+        batch_log,
+        commit::{Progress, Recorder},
+        parking::Blocked,
+    },
 };
 use futures::FutureExt as _;
 use std::{

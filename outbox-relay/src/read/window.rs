@@ -311,7 +311,7 @@ mod tests {
     use super::*;
     use crate::{
         budget::{Area, Areas, Budget, default, least},
-        cursor::{Cursor, Page},
+        read::cursor::{Cursor, Page},
     };
     use saga_core::{
         service::messaging_migrations,

@@ -7,16 +7,20 @@
 
 use crate::{
     budget::Area,
-    cursor::Cursor,
     loops::MAIN,
     owner_error::{OwnerError, joined},
-    pause::{Cause, Paused},
     position::Position,
-    producer::Publisher,
-    reader::{Follower, Reader},
-    record::RecordBuilder,
-    session::{Ended, Joining, LOOK_AT_PRODUCER, Leaving, Memory, Scope, Session},
-    shared::Shared,
+    publish::{
+        kafka_record::RecordBuilder,
+        producer::Publisher,
+        session::{Ended, Joining, LOOK_AT_PRODUCER, Leaving, Memory, Scope, Session},
+        shared::Shared,
+    },
+    read::{
+        cursor::Cursor,
+        reader::{Follower, Reader},
+    },
+    record::pause::{Cause, Paused},
 };
 use saga_core::{clock, part};
 use std::{collections::HashSet, sync::Arc, time::Duration};

@@ -5,11 +5,10 @@
 
 use crate::{
     database::is_missing,
-    gauges,
     lease::{Lease, LeaseError},
     metric,
     outbox::{Outbox, Role},
-    owner,
+    own::{gauges, owner},
     owner_error::OwnerError,
 };
 use saga_core::{

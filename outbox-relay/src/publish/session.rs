@@ -19,18 +19,22 @@ pub(crate) use handover::{Joining, Leaving};
 
 use crate::{
     budget::Area,
-    commit::{CommitError, Progress},
     control::Control,
     database::Database,
-    in_flight::Refused,
-    parking::Blocked,
-    pause::{Cause, LeftBehind},
     position::{Position, ReadError},
-    producer::Publisher,
-    reader::Item,
-    record::RecordBuilder,
-    refusal::Refusal,
-    shared::Shared,
+    publish::{
+        in_flight::Refused,
+        kafka_record::RecordBuilder,
+        producer::Publisher,
+        refusal::{Refusal, is_of_all_topics},
+        shared::Shared,
+    },
+    read::reader::Item,
+    record::{
+        commit::{CommitError, Progress},
+        parking::Blocked,
+        pause::{Cause, LeftBehind},
+    },
     topics::Topics,
 };
 use rdkafka::{error::KafkaError, types::RDKafkaErrorCode};
@@ -322,9 +326,7 @@ impl Session {
             let cause = match Refusal::of(*code) {
                 Refusal::Topic(cause) => cause,
                 Refusal::Row => Cause::Refusing,
-                Refusal::Transient if self.memory.failures >= FAILURES && !crate::refusal::is_of_all_topics(*code) => {
-                    Cause::Refusing
-                }
+                Refusal::Transient if self.memory.failures >= FAILURES && !is_of_all_topics(*code) => Cause::Refusing,
                 Refusal::Transient => continue,
             };
             if cause == Cause::Missing {

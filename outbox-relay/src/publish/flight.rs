@@ -1,13 +1,15 @@
 //! One page on its way to Kafka, or a mark between two pages: its rows, the state of each, and what to record of it.
 
 use crate::{
-    batch_log::Entry,
     budget::Held,
-    commit::{Progress, Stretch},
-    cursor::Page,
-    parking::Park,
-    pause::LeftBehind,
     position::Position,
+    read::cursor::Page,
+    record::{
+        batch_log::Entry,
+        commit::{Progress, Stretch},
+        parking::Park,
+        pause::LeftBehind,
+    },
     snapshot::Snapshot,
 };
 use saga_core::clock;

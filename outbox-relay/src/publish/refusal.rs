@@ -1,6 +1,6 @@
 //! The meaning of a refusal: whether it is about the row, about its topic, or about neither.
 
-use crate::pause::Cause;
+use crate::record::pause::Cause;
 use rdkafka::types::RDKafkaErrorCode as Code;
 use saga_core::error_class::{ErrorClass, classify_kafka};
 

@@ -4,16 +4,17 @@
 //! When the process dies, that is forgotten with it: the next owner sends the row again, with the same `ce_id`.
 
 use crate::{
-    asks::Asks,
     budget::Areas,
-    commit::{CommitError, Progress},
     control::{Control, Wanted},
     database::Database,
     loops::Loops,
-    nudges::Nudges,
-    parking::Blocked,
     position::{Position, ReadError},
-    producer::Kafka,
+    publish::{asks::Asks, producer::Kafka},
+    read::nudges::Nudges,
+    record::{
+        commit::{CommitError, Progress},
+        parking::Blocked,
+    },
     topics::Topics,
 };
 use saga_core::clock::DatabaseClock;

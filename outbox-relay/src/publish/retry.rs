@@ -19,11 +19,15 @@ use crate::{
     database::Database,
     loops::{self, Loops},
     outbox::Outbox,
-    parking::{self, Blocked, Line, Published},
-    pause::Cause,
-    record::{self, Built, RecordBuilder, takes_dead_letters},
-    refusal::{Refusal, too_large},
-    retrying::{Choice, Retrying, Sending},
+    publish::{
+        kafka_record::{self, Built, RecordBuilder, takes_dead_letters},
+        refusal::{Refusal, too_large},
+        retrying::{Choice, Retrying, Sending},
+    },
+    record::{
+        parking::{self, Blocked, Line, Published},
+        pause::Cause,
+    },
     row::Row,
     topics::{TopicState, Topics},
 };
@@ -313,7 +317,7 @@ impl Retries {
         producer.held = Some(held);
         let (mut open, timestamp) = (0, self.builder.timestamp());
         for (index, (row, built)) in rows().zip(records).enumerate() {
-            if let Err(code) = producer.send(record::of(row, built, index, timestamp)) {
+            if let Err(code) = producer.send(kafka_record::of(row, built, index, timestamp)) {
                 reports[index] = Some(Err(code));
                 break;
             }
@@ -402,7 +406,7 @@ impl Retries {
     }
 
     async fn refuse(&self, row: &Row, reason: &str) -> Result<(), sqlx::Error> {
-        record::span(row).in_scope(|| {
+        kafka_record::span(row).in_scope(|| {
             let (id, topic) = (row.id(), row.topic());
             warn!(outbox = self.outbox, id, topic, reason, "a parked row was refused again");
         });

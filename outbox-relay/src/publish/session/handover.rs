@@ -12,11 +12,10 @@
 
 use super::{Ended, Scope, Session};
 use crate::{
-    asks::{Ask, Asks, Split},
-    commit::Progress,
     control::Control,
-    pause::CaughtUp,
     position::Position,
+    publish::asks::{Ask, Asks, Split},
+    record::{commit::Progress, pause::CaughtUp},
 };
 use saga_core::clock;
 use std::{

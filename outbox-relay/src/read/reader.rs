@@ -7,10 +7,12 @@
 
 use crate::{
     control::Control,
-    cursor::{Cursor, Page},
     database::Database,
-    nudges::Nudges,
     position::{Position, ReadError},
+    read::{
+        cursor::{Cursor, Page},
+        nudges::Nudges,
+    },
 };
 use saga_core::clock;
 use sqlx::PgConnection;

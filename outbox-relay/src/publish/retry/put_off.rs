@@ -4,8 +4,8 @@
 use super::{REPORT, Retries};
 use crate::{
     loops,
-    pause::{self, Cause},
-    refusal::MOST_ABSENT,
+    publish::refusal::MOST_ABSENT,
+    record::pause::{self, Cause},
 };
 use saga_core::part;
 use tracing::warn;

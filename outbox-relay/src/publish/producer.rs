@@ -6,8 +6,10 @@
 
 use crate::{
     brokers::Brokers,
-    in_flight::{InFlight, Ticket},
-    record::BATCH_HEADER,
+    publish::{
+        in_flight::{InFlight, Ticket},
+        kafka_record::BATCH_HEADER,
+    },
     topics::Topics,
 };
 use rdkafka::{

@@ -2,7 +2,7 @@
 //! anything. Rows that it holds when it is dropped, or when the process dies, are in doubt; they stay claimed and are
 //! sent again.
 
-use crate::{budget::Held, parking::Line, producer, row::Row};
+use crate::{budget::Held, publish::producer, record::parking::Line, row::Row};
 use rdkafka::{
     ClientContext,
     error::RDKafkaErrorCode as Code,

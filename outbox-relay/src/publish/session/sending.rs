@@ -2,16 +2,20 @@
 
 use super::{Ended, LOOK_AT_PRODUCER, Scope, Session, fate::Fate};
 use crate::{
-    commit::{CommitError, Progress},
     control::Control,
-    cursor::Page,
-    flight::{Decided, Flight},
-    in_flight::Ticket,
     loops, metric,
-    pause::{Cause, LeftBehind},
     position::Position,
-    producer::Offered,
-    record::{self, Built},
+    publish::{
+        flight::{Decided, Flight},
+        in_flight::Ticket,
+        kafka_record::{self, Built},
+        producer::Offered,
+    },
+    read::cursor::Page,
+    record::{
+        commit::{CommitError, Progress},
+        pause::{Cause, LeftBehind},
+    },
     row::Row,
 };
 use rdkafka::types::RDKafkaErrorCode;
@@ -190,7 +194,7 @@ impl Session {
             }
             Fate::Park(park) => {
                 let (id, topic, reason) = (park.id, row.topic(), &park.reason);
-                record::span(row).in_scope(|| warn!(outbox = self.outbox, id, topic, reason, "parked a row"));
+                kafka_record::span(row).in_scope(|| warn!(outbox = self.outbox, id, topic, reason, "parked a row"));
                 metric::parked(&self.outbox, row.topic());
                 decided.parked.push((index, park));
             }
@@ -217,7 +221,7 @@ impl Session {
         let mut built = Some(built);
         loop {
             let record = built.take().unwrap_or_else(|| self.builder.build_without(row, left_out));
-            match self.publisher.offer(record::of(row, record, ticket.0, timestamp), ticket, limit)? {
+            match self.publisher.offer(kafka_record::of(row, record, ticket.0, timestamp), ticket, limit)? {
                 Offered::Taken => return Ok(None),
                 Offered::Refused(code) => return Ok(Some(code)),
                 Offered::Full => {

@@ -1,6 +1,6 @@
 //! Runs a stream for each topic that is set apart and may go on. What happens to one stream stops no other.
 
-use crate::{shared::Shared, stream::run_topic};
+use crate::publish::{shared::Shared, stream::run_topic};
 use saga_core::{
     clock,
     part::{Cause, Trouble},

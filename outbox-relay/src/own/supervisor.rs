@@ -1,7 +1,7 @@
 //! Runs an outbox, and starts it again when a fault in the relay itself ends it. What happens to one outbox stops no
 //! other.
 
-use crate::{outbox::Outbox, turns};
+use crate::{outbox::Outbox, own::turns};
 use std::{sync::Arc, time::Duration};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::error;

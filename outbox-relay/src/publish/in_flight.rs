@@ -6,9 +6,9 @@
 
 use crate::{
     budget::Held,
-    commit::Progress,
-    flight::{Decided, Flight, State, What},
     position::Position,
+    publish::flight::{Decided, Flight, State, What},
+    record::commit::Progress,
 };
 use rdkafka::types::RDKafkaErrorCode;
 use saga_core::clock;

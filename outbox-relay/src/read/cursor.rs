@@ -22,9 +22,9 @@
 use crate::{
     budget::{Area, Held, LEAST, ROW},
     position::{Position, ReadError},
+    read::window::{self, Search},
     row::{Body, DELETED, Row},
     snapshot::{Snapshot, Span},
-    window::{self, Search},
 };
 use sqlx::PgConnection;
 use std::{collections::VecDeque, sync::Arc};
