@@ -15,10 +15,10 @@ pub mod rebuild;
 use contracts::{inventory::ItemChanged, money::Money, product::Sku, topics::INVENTORY_ITEMS};
 use saga_core::{
     consumer::{ConsumerConfig, ConsumerHealth, HandleError, Handler, Message, TooOld, Unfit},
-    envelope::Standing,
+    envelope::SourcePosition,
     json,
     outbox::Tx,
-    part::{Cause, Report, Trouble},
+    part::{Cause, HealthIssue, PartReport},
 };
 use sqlx::{PgExecutor, PgPool};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -48,18 +48,18 @@ pub async fn prices(db: impl PgExecutor<'_>, skus: &[&str]) -> Result<HashMap<Sk
 
 /// The state of the copy, for health: what stands in its consumer's way. The copy is red, too, if it is empty although
 /// there are items, so that nothing can be ordered.
-pub async fn report(pool: &PgPool, items: &ConsumerHealth) -> Report {
+pub async fn report(pool: &PgPool, items: &ConsumerHealth) -> PartReport {
     let report = items.report();
     if report.trouble.is_some() || items.ever_had_records() != Some(true) {
         return report;
     }
     match sqlx::query_scalar("select not exists (select from catalogue)").fetch_one(pool).await {
         Ok(true) => {
-            Report::red(Cause::Empty, "the copy of the items is empty, though inventory-svc has published some")
+            PartReport::red(Cause::Empty, "the copy of the items is empty, though inventory-svc has published some")
                 .with_waiting(report.waiting)
         }
         Ok(false) => report,
-        Err(error) => Report::from(Trouble::from(&error)).with_waiting(report.waiting),
+        Err(error) => PartReport::from(HealthIssue::from(&error)).with_waiting(report.waiting),
     }
 }
 
@@ -70,7 +70,7 @@ pub struct CatalogueHandler;
 /// The content of one record, by its sku.
 struct Said<'m> {
     sku: String,
-    standing: Standing<'m>,
+    standing: SourcePosition<'m>,
     item: Option<ItemChanged>,
 }
 
@@ -162,7 +162,7 @@ impl Seen {
 
     /// Whether the record is news of its sku; then it is seen from here on.
     fn is_news(&mut self, said: &Said<'_>) -> bool {
-        let Standing { source, epoch, sequence, redriven } = said.standing;
+        let SourcePosition { source, epoch, sequence, redriven } = said.standing;
         let place = (source.to_owned(), epoch.to_owned());
         let seen = self.0.entry(said.sku.clone()).or_default();
         // A record that was given up once comes at any time, so it is compared only with records that it can be

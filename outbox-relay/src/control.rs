@@ -6,8 +6,8 @@ use crate::{
     loops::{Loops, WANTED},
     position::ReadError,
     record::{
-        parking::{self, Line},
-        pause::{self, Cause, Paused, WHOLE},
+        parking::{self, Lane},
+        pause::{self, PauseCause, Paused, WHOLE},
     },
     topics::{TopicState, Topics},
 };
@@ -45,7 +45,7 @@ pub(crate) struct Control {
     /// Topics that are not to be published, or are catching up.
     pub(crate) paused: HashMap<String, Paused>,
     /// Lines of parked rows that are to be tried again.
-    pub(crate) retry: HashMap<Line, OffsetDateTime>,
+    pub(crate) retry: HashMap<Lane, OffsetDateTime>,
 }
 
 /// Looks up what is wanted now.
@@ -57,12 +57,12 @@ pub(crate) async fn look(db: &mut PgConnection, outbox: &str) -> Result<Control,
 }
 
 /// Passes what is wanted on to the tasks that obey.
-pub(crate) struct Wanted {
+pub(crate) struct ControlWatch {
     outbox: String,
     control: Mutex<watch::Sender<Arc<Control>>>,
 }
 
-impl Wanted {
+impl ControlWatch {
     pub(crate) fn new(outbox: &str, first: Control) -> (Self, watch::Receiver<Arc<Control>>) {
         let (control, told) = watch::channel(Arc::new(first));
         (Self { outbox: outbox.to_owned(), control: Mutex::new(control) }, told)
@@ -99,7 +99,12 @@ impl SetApart {
 }
 
 /// Keeps `wanted` up to date until an error.
-pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted: Arc<Wanted>) -> Result<(), ReadError> {
+pub(crate) async fn run(
+    db: Database,
+    topics: Topics,
+    loops: Arc<Loops>,
+    wanted: Arc<ControlWatch>,
+) -> Result<(), ReadError> {
     let outbox = &wanted.outbox;
     let mut asked: HashMap<String, Instant> = HashMap::new();
     let mut set_apart = SetApart::default();
@@ -119,14 +124,14 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
         loops.wait(&control.paused);
         asked.retain(|topic, _| control.paused.contains_key(topic));
         set_apart.show(outbox, &control);
-        let missing = control.paused.values().filter(|paused| paused.cause == Cause::Missing && !paused.resuming);
+        let missing = control.paused.values().filter(|paused| paused.cause == PauseCause::Missing && !paused.resuming);
         let named = if missing.count() > FEW { topics.named().await } else { None };
         for paused in control.paused.values().filter(|paused| !paused.resuming) {
             let every = match paused.cause {
-                Cause::Operator | Cause::Refusing => continue,
-                Cause::Leaderless => ASK_LEADERLESS,
-                Cause::Missing => ASK_MISSING,
-                Cause::Forbidden => ASK_FORBIDDEN,
+                PauseCause::Operator | PauseCause::Refusing => continue,
+                PauseCause::Leaderless => ASK_LEADERLESS,
+                PauseCause::Missing => ASK_MISSING,
+                PauseCause::Forbidden => ASK_FORBIDDEN,
             };
             // The first time, the brokers have refused a moment ago.
             let last = *asked.entry(paused.topic.clone()).or_insert(now);
@@ -134,7 +139,8 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
                 continue;
             }
             asked.insert(paused.topic.clone(), now);
-            if paused.cause == Cause::Missing && named.as_ref().is_some_and(|named| !named.contains(&paused.topic)) {
+            if paused.cause == PauseCause::Missing && named.as_ref().is_some_and(|named| !named.contains(&paused.topic))
+            {
                 continue;
             }
             match look_again(&topics, paused).await {
@@ -161,13 +167,13 @@ pub(crate) async fn run(db: Database, topics: Topics, loops: Arc<Loops>, wanted:
 /// Whether the brokers' answer is now that the topic can be written to.
 async fn look_again(topics: &Topics, paused: &Paused) -> Result<bool, KafkaError> {
     let ready = matches!(topics.look(&paused.topic).await?, TopicState::Ready { .. });
-    Ok(ready && (paused.cause != Cause::Leaderless || !topics.lacks_leader(&paused.topic).await?))
+    Ok(ready && (paused.cause != PauseCause::Leaderless || !topics.lacks_leader(&paused.topic).await?))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::database::Borrowed;
+    use crate::database::PooledConnection;
     use saga_core::clock::DatabaseClock;
     use saga_core::testkit::{TestDatabase, brokers, eventually};
     use std::str::FromStr;
@@ -179,7 +185,7 @@ mod tests {
         let options = sqlx::postgres::PgConnectOptions::from_str(&database.url).unwrap();
         let patience = Duration::from_millis(200);
         let db = Database::new(options, 2, patience);
-        let (wanted, told) = Wanted::new("orders", Control::default());
+        let (wanted, told) = ControlWatch::new("orders", Control::default());
         let all = [db.connect().await.unwrap(), db.connect().await.unwrap()];
         let loops = Arc::new(Loops::new("all_connections".into()));
         let looking = run(db.clone(), Topics::new(&brokers()).unwrap(), loops.clone(), Arc::new(wanted));
@@ -189,7 +195,7 @@ mod tests {
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
         let trouble = loops.trouble(&DatabaseClock::of("all_connections"));
         assert!(trouble.is_some_and(|trouble| trouble.reason.contains("no connection")));
-        all.into_iter().for_each(Borrowed::give_back);
+        all.into_iter().for_each(PooledConnection::give_back);
         sqlx::query(
             "insert into outbox_pause (outbox, topic, cause, reason, actor) values ('orders', '*', 'operator', '', '')",
         )

@@ -87,11 +87,11 @@ impl Database {
     }
 
     /// Takes a connection, for one conversation or several.
-    pub(crate) async fn connect(&self) -> Result<Borrowed, sqlx::Error> {
+    pub(crate) async fn connect(&self) -> Result<PooledConnection, sqlx::Error> {
         match self.pool.acquire().await {
             Ok(connection) => {
                 self.full.working();
-                Ok(Borrowed { connection: Some(connection), ends: self.ends })
+                Ok(PooledConnection { connection: Some(connection), ends: self.ends })
             }
             Err(error) => Err(self.why_none(error).await),
         }
@@ -155,21 +155,21 @@ impl Database {
 
 /// A connection from the pool. It is closed when it is dropped, as it is by an error or in the middle of a
 /// conversation.
-pub(crate) struct Borrowed {
+pub(crate) struct PooledConnection {
     connection: Option<PoolConnection<Postgres>>,
     ends: Duration,
 }
 
 const THERE: &str = "it is taken only when this is given back or dropped";
 
-impl Borrowed {
+impl PooledConnection {
     /// Gives the connection back for others to use: the conversation is over.
     pub(crate) fn give_back(mut self) {
         drop(self.connection.take());
     }
 }
 
-impl Deref for Borrowed {
+impl Deref for PooledConnection {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
@@ -177,13 +177,13 @@ impl Deref for Borrowed {
     }
 }
 
-impl DerefMut for Borrowed {
+impl DerefMut for PooledConnection {
     fn deref_mut(&mut self) -> &mut PgConnection {
         self.connection.as_mut().expect(THERE)
     }
 }
 
-impl Drop for Borrowed {
+impl Drop for PooledConnection {
     fn drop(&mut self) {
         let Some(mut connection) = self.connection.take() else { return };
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
@@ -218,7 +218,7 @@ mod tests {
         let all = [db.connect().await.unwrap(), db.connect().await.unwrap()];
         assert!(is_pool_full(&db.connect().await.err().unwrap()));
         assert!(db.full.check().unwrap_err().contains("a larger pool"));
-        all.into_iter().for_each(Borrowed::give_back);
+        all.into_iter().for_each(PooledConnection::give_back);
         db.connect().await.unwrap();
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let away = Database::new(options.host("127.0.0.1").port(closed.port()), 2, patience);

@@ -1,10 +1,10 @@
 //! The loops of an outbox that get no further, for health and metrics.
 
-use crate::record::pause::{Cause as SetApart, Paused};
+use crate::record::pause::{PauseCause, Paused};
 use saga_core::{
     clock::DatabaseClock,
     outage::Outage,
-    part::{Cause, Trouble},
+    part::{Cause, HealthIssue},
 };
 use std::{
     collections::{BTreeMap, HashMap},
@@ -78,9 +78,9 @@ impl Loops {
     pub(crate) fn wait(&self, paused: &HashMap<String, Paused>) {
         // Whether brokers take the rows of a topic again shows only when it is back.
         let waits = |paused: &&Paused| match paused.cause {
-            SetApart::Operator | SetApart::Refusing => false,
-            SetApart::Missing | SetApart::Forbidden => !paused.resuming,
-            SetApart::Leaderless => true,
+            PauseCause::Operator | PauseCause::Refusing => false,
+            PauseCause::Missing | PauseCause::Forbidden => !paused.resuming,
+            PauseCause::Leaderless => true,
         };
         let mut waiting: Vec<Paused> = paused.values().filter(waits).cloned().collect();
         waiting.sort_unstable_by(|one, other| one.topic.cmp(&other.topic));
@@ -88,10 +88,10 @@ impl Loops {
     }
 
     /// The trouble now: loops first, then the topics whose rows wait.
-    pub(crate) fn trouble(&self, clock: &DatabaseClock) -> Option<Trouble> {
-        let failing: Vec<Trouble> = self.failing_loops().values().filter_map(|outage| outage.trouble()).collect();
+    pub(crate) fn trouble(&self, clock: &DatabaseClock) -> Option<HealthIssue> {
+        let failing: Vec<HealthIssue> = self.failing_loops().values().filter_map(|outage| outage.trouble()).collect();
         let waiting = self.waiting().iter().take(NAMED).map(|paused| paused.trouble(clock)).collect::<Vec<_>>();
-        Trouble::all(failing.into_iter().chain(waiting))
+        HealthIssue::all(failing.into_iter().chain(waiting))
     }
 }
 
@@ -121,10 +121,10 @@ mod tests {
             (topic.to_owned(), paused)
         };
         loops.wait(&HashMap::from([
-            paused("wanted", SetApart::Operator, false),
-            paused("here-again", SetApart::Missing, true),
-            paused("a-leaderless", SetApart::Leaderless, true),
-            paused("gone", SetApart::Missing, false),
+            paused("wanted", PauseCause::Operator, false),
+            paused("here-again", PauseCause::Missing, true),
+            paused("a-leaderless", PauseCause::Leaderless, true),
+            paused("gone", PauseCause::Missing, false),
         ]));
         let trouble = loops.trouble(&clock).expect("two of them wait");
         assert_eq!(trouble.cause, Cause::Leaderless);

@@ -7,7 +7,7 @@ use crate::{
     database::Database,
     lease::Leases,
     loops::Loops,
-    progress::Progress,
+    progress::OutboxProgress,
     settings::{OutboxSettings, Settings},
     topics::Topics,
     upkeep::Upkeep,
@@ -15,7 +15,7 @@ use crate::{
 use saga_core::{
     clock::DatabaseClock,
     outage::Outage,
-    part::{Cause, Report, Trouble},
+    part::{Cause, HealthIssue, PartReport},
 };
 use std::{
     sync::{Arc, Mutex},
@@ -67,13 +67,14 @@ pub struct Outbox {
     pub(crate) stuck_after: Duration,
     pub(crate) set_apart_for: Duration,
     pub(crate) areas: Arc<Areas>,
-    pub(crate) status: Status,
+    pub(crate) status: OutboxStatus,
 }
 
 /// The role of this process for an outbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Role {
+#[schema(as = Role)]
+pub enum OutboxRole {
     /// The process has not decided yet.
     Starting,
     /// Another process publishes.
@@ -87,10 +88,10 @@ pub enum Role {
 const KAFKA_AWAY: &str = "Kafka is not there";
 
 /// What the process knows about an outbox without asking its database.
-pub(crate) struct Status {
-    now: Mutex<(Role, Option<Trouble>)>,
+pub(crate) struct OutboxStatus {
+    now: Mutex<(OutboxRole, Option<HealthIssue>)>,
     /// The rows that wait, and the topics that are set apart.
-    pub(crate) progress: Progress,
+    pub(crate) progress: OutboxProgress,
     pub(crate) brokers: Arc<Brokers>,
     /// The loops that get no further while this process publishes.
     pub(crate) loops: Arc<Loops>,
@@ -99,27 +100,27 @@ pub(crate) struct Status {
     upkeep: Arc<Outage>,
 }
 
-impl Status {
-    pub(crate) fn set(&self, role: Role, trouble: Option<Trouble>) {
+impl OutboxStatus {
+    pub(crate) fn set(&self, role: OutboxRole, trouble: Option<HealthIssue>) {
         *self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (role, trouble);
     }
 
     /// The role, and why the process does not publish although it should.
-    pub(crate) fn get(&self) -> (Role, Option<Trouble>) {
+    pub(crate) fn get(&self) -> (OutboxRole, Option<HealthIssue>) {
         let (role, trouble) = self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-        let away = || self.brokers.are_away().then(|| Trouble::new(Cause::KafkaAway, KAFKA_AWAY));
-        (role, trouble.or_else(|| away().filter(|_| role == Role::Owner)))
+        let away = || self.brokers.are_away().then(|| HealthIssue::new(Cause::KafkaAway, KAFKA_AWAY));
+        (role, trouble.or_else(|| away().filter(|_| role == OutboxRole::Owner)))
     }
 
     /// The role, and the trouble of publishing, with that of loops that get no further.
-    fn trouble(&self) -> (Role, Option<Trouble>) {
+    fn trouble(&self) -> (OutboxRole, Option<HealthIssue>) {
         let (role, trouble) = self.get();
-        let stalled = || self.loops.trouble(&self.clock).filter(|_| role == Role::Owner);
+        let stalled = || self.loops.trouble(&self.clock).filter(|_| role == OutboxRole::Owner);
         (role, trouble.or_else(stalled))
     }
 
     /// The role, and all trouble in words, with that of the outbox's tables.
-    pub(crate) fn all(&self) -> (Role, Option<String>) {
+    pub(crate) fn all(&self) -> (OutboxRole, Option<String>) {
         let (role, trouble) = self.trouble();
         let troubles: Vec<String> =
             [trouble, self.upkeep.trouble()].into_iter().flatten().map(|trouble| trouble.reason).collect();
@@ -127,32 +128,34 @@ impl Status {
     }
 
     /// What health shows of the outbox.
-    pub(crate) fn report(&self) -> Report {
+    pub(crate) fn report(&self) -> PartReport {
         let (set_apart, waiting) = self.progress.get();
         let trouble = match self.trouble() {
-            (Role::Starting, None) => Some(Trouble::new(Cause::Starting, "which process publishes is not decided yet")),
+            (OutboxRole::Starting, None) => {
+                Some(HealthIssue::new(Cause::Starting, "which process publishes is not decided yet"))
+            }
             (_, trouble) => trouble.or(set_apart),
         };
-        Report { trouble, waiting }
+        PartReport { trouble, waiting }
     }
 
     /// What health shows of its tables.
-    pub(crate) fn upkeep(&self) -> Report {
-        Report { trouble: self.upkeep.trouble(), waiting: None }
+    pub(crate) fn upkeep(&self) -> PartReport {
+        PartReport { trouble: self.upkeep.trouble(), waiting: None }
     }
 
     /// Records that no broker answers.
     pub(crate) fn kafka_is_away(&self) {
-        self.set(Role::Owner, Some(Trouble::new(Cause::KafkaAway, KAFKA_AWAY)));
+        self.set(OutboxRole::Owner, Some(HealthIssue::new(Cause::KafkaAway, KAFKA_AWAY)));
     }
 
     /// Records that a fault in the relay itself ended the outbox.
     pub(crate) fn fault(&self, panic: String) {
-        self.set(Role::Failing, Some(Trouble::new(Cause::Fault, panic)));
+        self.set(OutboxRole::Failing, Some(HealthIssue::new(Cause::Fault, panic)));
     }
 
     pub(crate) fn publishing(&self) {
-        self.set(Role::Owner, None);
+        self.set(OutboxRole::Owner, None);
     }
 }
 
@@ -172,9 +175,9 @@ impl Outbox {
         let place = format!("outbox {} in database {}", outbox.name, options.get_database().unwrap_or_default());
         let upkeep = Upkeep::new(&place, &outbox.name, options.clone(), settings.reading, settings.resolved_kept);
         let leases = Leases::new(options.clone(), settings.lease);
-        let status = Status {
-            now: Mutex::new((Role::Starting, None)),
-            progress: Progress::default(),
+        let status = OutboxStatus {
+            now: Mutex::new((OutboxRole::Starting, None)),
+            progress: OutboxProgress::default(),
             clock: leases.clock.clone(),
             brokers: Arc::default(),
             loops: Arc::new(Loops::new(place)),

@@ -6,7 +6,7 @@
 use crate::{anchor::AnchorError, lease::LeaseError, position::ReadError, record::commit::CommitError};
 use saga_core::{
     error_class::is_pool_full,
-    part::{Cause, Trouble},
+    part::{Cause, HealthIssue},
 };
 use tokio::task::JoinError;
 
@@ -46,7 +46,7 @@ pub(crate) enum OwnerError {
 
 impl OwnerError {
     /// The trouble that the error is for the outbox.
-    pub(crate) fn trouble(&self) -> Trouble {
+    pub(crate) fn trouble(&self) -> HealthIssue {
         let cause = match (self.database(), self) {
             (Some(error), _) => Cause::of(error),
             (None, Self::Anchor(_)) => Cause::Moved,
@@ -54,8 +54,8 @@ impl OwnerError {
             (None, _) => Cause::Fault,
         };
         match self.database() {
-            Some(error) if is_pool_full(error) => Trouble::from(error),
-            _ => Trouble::new(cause, self.to_string()),
+            Some(error) if is_pool_full(error) => HealthIssue::from(error),
+            _ => HealthIssue::new(cause, self.to_string()),
         }
     }
 

@@ -4,7 +4,7 @@
 use crate::{pending::Pending, position::Position};
 use saga_core::{
     clock::{self, DatabaseClock},
-    part::{Cause, Looks, Movement, STALLED_AFTER, Trouble, Waiting},
+    part::{Cause, HealthIssue, LookFailures, Movement, STALLED_AFTER, WaitingWork},
 };
 use std::{
     collections::HashMap,
@@ -14,28 +14,28 @@ use std::{
 
 /// An outbox's progress, as far as it is known.
 #[derive(Default)]
-pub(crate) struct Progress(Mutex<Known>);
+pub(crate) struct OutboxProgress(Mutex<OutboxSeen>);
 
 #[derive(Default)]
-struct Known {
+struct OutboxSeen {
     /// The mark is the number of the batch that was recorded last.
     movement: Movement<i64>,
-    waiting: Option<Waiting>,
-    trouble: Option<Trouble>,
-    looks: Looks,
+    waiting: Option<WaitingWork>,
+    trouble: Option<HealthIssue>,
+    looks: LookFailures,
     /// Topics that catch up; the mark is how far each has come.
     catching_up: HashMap<String, Movement<Option<Position>>>,
 }
 
-impl Progress {
+impl OutboxProgress {
     /// The trouble of topics that have rows, and what waits for the main stream.
-    pub(crate) fn get(&self) -> (Option<Trouble>, Option<Waiting>) {
+    pub(crate) fn get(&self) -> (Option<HealthIssue>, Option<WaitingWork>) {
         let known = self.lock();
         (known.looks.trouble().or_else(|| known.trouble.clone()), known.waiting)
     }
 
     /// Records a look that failed: what was known before stands.
-    pub(crate) fn missed(&self, why: &Trouble) {
+    pub(crate) fn missed(&self, why: &HealthIssue) {
         self.lock().looks.missed(why);
     }
 
@@ -56,17 +56,17 @@ impl Progress {
         }
         let still_since = known.movement.waits(pending.n);
         let items = u64::try_from(pending.rows).ok();
-        known.waiting = Some(Waiting { items, oldest: pending.oldest, still_since });
+        known.waiting = Some(WaitingWork { items, oldest: pending.oldest, still_since });
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn lock(&self) -> MutexGuard<'_, OutboxSeen> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Known {
+impl OutboxSeen {
     /// The troubles of topics that should catch up with the main stream, have rows, and get no further.
-    fn hang(&mut self, pending: &Pending, now: Instant) -> Vec<Trouble> {
+    fn hang(&mut self, pending: &Pending, now: Instant) -> Vec<HealthIssue> {
         let behind = pending.behind.iter().filter(|behind| !pending.whole && behind.rows > 0 && behind.paused.resuming);
         let behind: Vec<_> = behind.collect();
         self.catching_up.retain(|topic, _| behind.iter().any(|behind| behind.paused.topic == *topic));
@@ -77,28 +77,29 @@ impl Known {
             let (rows, topic, seconds) = (behind.rows, &behind.paused.topic, still.as_secs());
             let reason =
                 format!("{rows} rows of topic {topic:?} wait that catches up, and nothing moved for {seconds} s");
-            (still >= STALLED_AFTER).then(|| Trouble { since: Some(since), ..Trouble::new(Cause::Stalled, reason) })
+            (still >= STALLED_AFTER)
+                .then(|| HealthIssue { since: Some(since), ..HealthIssue::new(Cause::Stalled, reason) })
         });
         stalled.collect()
     }
 }
 
 /// The trouble of topics whose rows wait for something else than their turn.
-fn trouble(pending: &Pending, hang: Vec<Trouble>, clock: &DatabaseClock) -> Option<Trouble> {
+fn trouble(pending: &Pending, hang: Vec<HealthIssue>, clock: &DatabaseClock) -> Option<HealthIssue> {
     if pending.whole {
-        return (pending.rows > 0).then(|| Trouble::new(Cause::Paused, "an operator paused the whole outbox"));
+        return (pending.rows > 0).then(|| HealthIssue::new(Cause::Paused, "an operator paused the whole outbox"));
     }
     let waits = pending.behind.iter().filter(|behind| behind.rows > 0 && !behind.paused.resuming);
-    let mut troubles: Vec<Trouble> = waits
+    let mut troubles: Vec<HealthIssue> = waits
         .map(|behind| {
             let trouble = behind.paused.trouble(clock);
-            Trouble { reason: format!("{} {}", behind.rows, trouble.reason), ..trouble }
+            HealthIssue { reason: format!("{} {}", behind.rows, trouble.reason), ..trouble }
         })
         .chain(hang)
         .collect();
     // Trouble that no operator wanted comes first.
     troubles.sort_by_key(|trouble| trouble.cause == Cause::Paused);
-    Trouble::all(troubles)
+    HealthIssue::all(troubles)
 }
 
 #[cfg(test)]
@@ -106,7 +107,7 @@ mod tests {
     use super::*;
     use crate::{
         pending::Behind,
-        record::pause::{Cause as SetApart, Paused},
+        record::pause::{PauseCause, Paused},
     };
     use std::time::Duration;
 
@@ -115,13 +116,13 @@ mod tests {
         let position = Some(Position { after, ..Position::initial() });
         let (topic, reason) = (String::from("back"), String::from("for a while"));
         let paused_at = clock::now();
-        let paused = Paused { topic, cause: SetApart::Operator, reason, paused_at, resuming: true, position };
+        let paused = Paused { topic, cause: PauseCause::Operator, reason, paused_at, resuming: true, position };
         Pending { rows, behind: vec![Behind { paused, rows }], ..Pending::default() }
     }
 
     #[test]
     fn a_topic_that_catches_up_is_stalled_when_it_gets_no_further_and_not_before() {
-        let (progress, clock, start) = (Progress::default(), DatabaseClock::of("catches_up"), clock::monotonic());
+        let (progress, clock, start) = (OutboxProgress::default(), DatabaseClock::of("catches_up"), clock::monotonic());
         let cause = |after, rows, seconds| {
             progress.is_at(&behind(after, rows), &clock, start + Duration::from_secs(seconds));
             progress.get().0.map(|trouble| trouble.cause)
@@ -134,9 +135,9 @@ mod tests {
 
     #[test]
     fn an_outbox_that_cannot_be_looked_up_is_not_in_order() {
-        let (progress, clock) = (Progress::default(), DatabaseClock::of("cannot_be_looked_up"));
+        let (progress, clock) = (OutboxProgress::default(), DatabaseClock::of("cannot_be_looked_up"));
         progress.is(&Pending::default(), &clock);
-        let slow = Trouble::new(Cause::NoAnswer, "it takes too long");
+        let slow = HealthIssue::new(Cause::NoAnswer, "it takes too long");
         (0..3).for_each(|_| progress.missed(&slow));
         assert_eq!(progress.get().0.map(|trouble| trouble.cause), Some(Cause::NoAnswer));
         progress.is(&Pending::default(), &clock);

@@ -1,7 +1,7 @@
 //! The relay's settings and their defaults.
 
 use crate::budget;
-use saga_core::service::config::Place;
+use saga_core::service::config::DatabasePlace;
 use sqlx::postgres::PgConnectOptions;
 use std::{fmt, time::Duration};
 
@@ -65,7 +65,7 @@ pub struct OutboxSettings {
 impl fmt::Debug for OutboxSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, database } = self;
-        f.debug_struct("OutboxSettings").field("name", name).field("database", &Place(database)).finish()
+        f.debug_struct("OutboxSettings").field("name", name).field("database", &DatabasePlace(database)).finish()
     }
 }
 

@@ -67,13 +67,13 @@ pub struct Consumer<H> {
     config: Arc<ConsumerConfig>,
     pool: PgPool,
     handler: Arc<H>,
-    pulse: Arc<health::Pulse>,
+    pulse: Arc<health::HealthState>,
 }
 
 impl<H: Handler> Consumer<H> {
     /// Nothing happens before [`Consumer::run`]. `pool` should have a connection for each partition that is read.
     pub fn new(config: ConsumerConfig, pool: PgPool, handler: Arc<H>) -> Self {
-        let pulse = Arc::new(health::Pulse::new(&config.group, &config.brokers, &pool));
+        let pulse = Arc::new(health::HealthState::new(&config.group, &config.brokers, &pool));
         Self { config: Arc::new(config), pool, handler, pulse }
     }
 
@@ -108,7 +108,7 @@ impl<H: Handler> Consumer<H> {
 }
 
 /// Makes inbox partitions ahead, counts what is parked, and reads the database's clock.
-async fn upkeep(pool: &PgPool, config: &ConsumerConfig, pulse: &health::Pulse) -> std::convert::Infallible {
+async fn upkeep(pool: &PgPool, config: &ConsumerConfig, pulse: &health::HealthState) -> std::convert::Infallible {
     let bound = Bound::new(config.attempt_timeout);
     let mut made: Option<std::time::Instant> = None;
     loop {

@@ -115,7 +115,7 @@ pub struct Envelope {
 /// Where a message stands among all that its source has published: sequences of one epoch can be compared, and no
 /// others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Standing<'a> {
+pub struct SourcePosition<'a> {
     /// The `ce_source` whose sequence it is.
     pub source: &'a str,
     /// The epoch that the sequence counts in; empty where the message has none.

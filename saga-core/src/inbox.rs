@@ -40,7 +40,7 @@ pub struct Arrival<'a> {
 
 /// The place where messages arrive: a partition, read by a consumer group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place<'a> {
+pub struct InboxPlace<'a> {
     /// The name of the consumer group.
     pub consumer: &'a str,
     /// The topic's name.
@@ -89,7 +89,7 @@ pub fn admissible(id: MessageId, horizon: Duration, now: OffsetDateTime) -> Resu
 /// When the database returns an error.
 pub async fn receive_in(
     tx: &mut Tx<'_>,
-    place: Place<'_>,
+    place: InboxPlace<'_>,
     arrivals: &[Arrival<'_>],
 ) -> Result<Vec<Delivery>, sqlx::Error> {
     let rows = sqlx::query(
@@ -141,7 +141,7 @@ pub async fn receive_in(
 }
 
 /// Which of `arrivals` have to wait: their lane has something parked, or they are parked themselves.
-async fn held(tx: &mut Tx<'_>, place: Place<'_>, arrivals: &[Arrival<'_>]) -> Result<Vec<bool>, sqlx::Error> {
+async fn held(tx: &mut Tx<'_>, place: InboxPlace<'_>, arrivals: &[Arrival<'_>]) -> Result<Vec<bool>, sqlx::Error> {
     sqlx::query_scalar(
         "select exists (select from inbox_parked p
                          where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.lane = a.lane)

@@ -7,7 +7,7 @@
 
 use crate::{
     clock,
-    part::{Cause, Trouble},
+    part::{Cause, HealthIssue},
 };
 use sqlx::PgPool;
 use std::{
@@ -156,13 +156,13 @@ impl Outage {
     }
 
     /// The cause, the reason and since when; `None` outside an outage.
-    pub fn trouble(&self) -> Option<Trouble> {
+    pub fn trouble(&self) -> Option<HealthIssue> {
         let now = clock::monotonic();
         self.end_if_over(now);
         self.lock().as_ref().map(|Away { since, cause, reason, .. }| {
             let seconds = now.saturating_duration_since(*since).as_secs();
             let reason = format!("{} does not work for {seconds} s: {reason}", self.dependency);
-            Trouble { since: Some(*since), ..Trouble::new(*cause, reason) }
+            HealthIssue { since: Some(*since), ..HealthIssue::new(*cause, reason) }
         })
     }
 

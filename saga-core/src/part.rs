@@ -1,7 +1,7 @@
 //! A part of a process, and how its work goes: what health asks of each part.
 //!
-//! A part reports what stands in its way, if it knows ([`Trouble`]). It also reports what waits for it, and since when
-//! none of that has moved ([`Waiting`]). Work that does not move is a trouble of its own, even if the part knows of
+//! A part reports what stands in its way, if it knows ([`HealthIssue`]). It also reports what waits for it, and since when
+//! none of that has moved ([`WaitingWork`]). Work that does not move is a trouble of its own, even if the part knows of
 //! none. Nothing here survives the process.
 
 use crate::{
@@ -112,7 +112,7 @@ impl Cause {
 
 /// What stands in a part's way.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Trouble {
+pub struct HealthIssue {
     /// The cause, for programs and for any reader.
     pub cause: Cause,
     /// The reason in words, for the log and for operators. It may hold text of the database or of a broker.
@@ -121,7 +121,7 @@ pub struct Trouble {
     pub since: Option<Instant>,
 }
 
-impl Trouble {
+impl HealthIssue {
     /// A trouble that the part has just met; its age is not known.
     pub fn new(cause: Cause, reason: impl Into<String>) -> Self {
         Self { cause, reason: reason::reason(&reason.into()), since: None }
@@ -139,7 +139,7 @@ impl Trouble {
     }
 }
 
-impl From<&sqlx::Error> for Trouble {
+impl From<&sqlx::Error> for HealthIssue {
     fn from(error: &sqlx::Error) -> Self {
         Self::new(Cause::of(error), in_words(error))
     }
@@ -147,7 +147,7 @@ impl From<&sqlx::Error> for Trouble {
 
 /// What waits for a part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Waiting {
+pub struct WaitingWork {
     /// How many items; `None` where that is not known.
     pub items: Option<u64>,
     /// When the oldest item came; `None` where that is not known.
@@ -158,14 +158,14 @@ pub struct Waiting {
 
 /// How a part's work goes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Report {
+pub struct PartReport {
     /// What stands in the part's way; `None`: nothing that it knows.
-    pub trouble: Option<Trouble>,
+    pub trouble: Option<HealthIssue>,
     /// What waits for the part; `None`: nothing.
-    pub waiting: Option<Waiting>,
+    pub waiting: Option<WaitingWork>,
 }
 
-impl Report {
+impl PartReport {
     /// A report of no trouble, and of no work that waits.
     #[must_use]
     pub fn fine() -> Self {
@@ -174,42 +174,43 @@ impl Report {
 
     /// A report of a trouble.
     pub fn red(cause: Cause, reason: impl Into<String>) -> Self {
-        Trouble::new(cause, reason).into()
+        HealthIssue::new(cause, reason).into()
     }
 
     /// Adds what waits for the part.
     #[must_use]
-    pub fn with_waiting(self, waiting: Option<Waiting>) -> Self {
+    pub fn with_waiting(self, waiting: Option<WaitingWork>) -> Self {
         Self { waiting, ..self }
     }
 
     /// The trouble: what the part reports itself, or that its work has not moved for too long.
-    pub(crate) fn verdict(&self, now: Instant) -> Option<Trouble> {
+    pub(crate) fn verdict(&self, now: Instant) -> Option<HealthIssue> {
         let stalled = || {
             let since = self.waiting?.still_since;
             let still = now.saturating_duration_since(since);
             let reason = format!("work waits, and nothing of it has moved for {} s", still.as_secs());
-            (still >= STALLED_AFTER).then(|| Trouble { since: Some(since), ..Trouble::new(Cause::Stalled, reason) })
+            (still >= STALLED_AFTER)
+                .then(|| HealthIssue { since: Some(since), ..HealthIssue::new(Cause::Stalled, reason) })
         };
         self.trouble.clone().or_else(stalled)
     }
 }
 
-impl From<Trouble> for Report {
-    fn from(trouble: Trouble) -> Self {
+impl From<HealthIssue> for PartReport {
+    fn from(trouble: HealthIssue) -> Self {
         Self { trouble: Some(trouble), waiting: None }
     }
 }
 
-impl From<Result<(), Trouble>> for Report {
-    fn from(result: Result<(), Trouble>) -> Self {
+impl From<Result<(), HealthIssue>> for PartReport {
+    fn from(result: Result<(), HealthIssue>) -> Self {
         Self { trouble: result.err(), waiting: None }
     }
 }
 
-impl From<Result<(), sqlx::Error>> for Report {
+impl From<Result<(), sqlx::Error>> for PartReport {
     fn from(result: Result<(), sqlx::Error>) -> Self {
-        result.map_err(|error| Trouble::from(&error)).into()
+        result.map_err(|error| HealthIssue::from(&error)).into()
     }
 }
 
@@ -254,18 +255,18 @@ const MISSED_MAX: u32 = 3;
 /// Whether a part knows what waits for it. A failed look means neither that nothing waits nor that nothing moves;
 /// several in a row are a trouble of their own.
 #[derive(Debug, Default)]
-pub struct Looks {
+pub struct LookFailures {
     missed: u32,
-    last: Option<Trouble>,
+    last: Option<HealthIssue>,
 }
 
-impl Looks {
+impl LookFailures {
     /// Records a look that failed, for this reason.
-    pub fn missed(&mut self, why: &Trouble) {
+    pub fn missed(&mut self, why: &HealthIssue) {
         self.missed = self.missed.saturating_add(1);
         let since = self.last.as_ref().and_then(|first| first.since).or_else(|| Some(clock::monotonic()));
         let reason = format!("what waits is not known: {}", why.reason);
-        self.last = Some(Trouble { since, ..Trouble::new(why.cause, reason) });
+        self.last = Some(HealthIssue { since, ..HealthIssue::new(why.cause, reason) });
     }
 
     /// Records a look that showed what waits.
@@ -275,7 +276,7 @@ impl Looks {
 
     /// The trouble that several looks in a row failed; `None` otherwise.
     #[must_use]
-    pub fn trouble(&self) -> Option<Trouble> {
+    pub fn trouble(&self) -> Option<HealthIssue> {
         self.last.clone().filter(|_| self.missed >= MISSED_MAX)
     }
 }
@@ -290,7 +291,7 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut movement = Movement::default();
         let mut verdict = |mark: Option<u8>, seconds| {
-            let waiting = mark.map(|mark| Waiting {
+            let waiting = mark.map(|mark| WaitingWork {
                 items: None,
                 oldest: None,
                 still_since: movement.waits_at(mark, at(seconds)),
@@ -298,7 +299,7 @@ mod tests {
             if waiting.is_none() {
                 movement.rests();
             }
-            Report { waiting, trouble: None }.verdict(at(seconds)).map(|trouble| trouble.cause)
+            PartReport { waiting, trouble: None }.verdict(at(seconds)).map(|trouble| trouble.cause)
         };
         let seen =
             [(Some(1), 0), (Some(1), 29), (Some(2), 31), (Some(2), 61), (None, 62), (Some(2), 63), (Some(2), 93)];
@@ -309,15 +310,15 @@ mod tests {
     #[test]
     fn what_was_just_met_is_not_as_old_as_a_pause_beside_it() {
         let (now, long_ago) = (clock::monotonic() + Duration::from_secs(7_200), clock::monotonic());
-        let met = |cause, since| Trouble { since: Some(since), ..Trouble::new(cause, cause.as_str()) };
-        let both = Trouble::all([met(Cause::TopicMissing, now), met(Cause::Paused, long_ago)]).unwrap();
+        let met = |cause, since| HealthIssue { since: Some(since), ..HealthIssue::new(cause, cause.as_str()) };
+        let both = HealthIssue::all([met(Cause::TopicMissing, now), met(Cause::Paused, long_ago)]).unwrap();
         assert_eq!((both.cause, both.since), (Cause::TopicMissing, Some(now)));
         assert_eq!(both.reason, "topic_missing; paused");
     }
 
     #[test]
     fn looks_that_come_to_nothing_are_a_trouble_when_there_are_several_in_a_row() {
-        let (mut looks, slow) = (Looks::default(), Trouble::new(Cause::NoAnswer, "it took too long"));
+        let (mut looks, slow) = (LookFailures::default(), HealthIssue::new(Cause::NoAnswer, "it took too long"));
         for _ in 1..MISSED_MAX {
             looks.missed(&slow);
             assert_eq!(looks.trouble(), None);
@@ -340,8 +341,8 @@ mod tests {
 
     #[test]
     fn a_part_that_knows_its_trouble_says_that_and_not_that_it_is_stalled() {
-        let waiting = Waiting { items: None, oldest: None, still_since: clock::monotonic() };
-        let report = Report::red(Cause::KafkaAway, "no broker").with_waiting(Some(waiting));
+        let waiting = WaitingWork { items: None, oldest: None, still_since: clock::monotonic() };
+        let report = PartReport::red(Cause::KafkaAway, "no broker").with_waiting(Some(waiting));
         let later = clock::monotonic() + STALLED_AFTER * 2;
         assert_eq!(report.verdict(later).map(|trouble| trouble.cause), Some(Cause::KafkaAway));
     }

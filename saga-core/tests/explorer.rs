@@ -11,7 +11,7 @@ use saga_core::{
         definition::Definition,
         state::{Action, Answer, Effects, Event, Failure, FailureKind, Reply, Send, State, Status, StuckWhy, Wait},
     },
-    testkit::explorer::{Decide, Divide, Limits, Mistake, Model, Move, Shape, definition, divide, walk_pairs},
+    testkit::explorer::{Decide, Divide, ExplorerStep, Limits, Mistake, Model, Shape, definition, divide, walk_pairs},
 };
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
@@ -227,7 +227,7 @@ fn a_lost_fence_leaves_no_effect_behind_that_the_saga_calls_undone() {
     let trusting = Limits { breaks: 0, losses: 1, mistake: Some(Mistake::TakesAbsenceForProof), ..EVERYTHING };
     let violation = Model::new(&order, trusting, decide).walk(2_000_000).expect_err("absence is no proof");
     println!("absence is taken for proof: {violation}");
-    assert!(violation.schedule.iter().any(|by| matches!(by, Move::Lose(_))), "{violation}");
+    assert!(violation.schedule.iter().any(|by| matches!(by, ExplorerStep::Lose(_))), "{violation}");
 }
 
 #[test]
@@ -236,7 +236,7 @@ fn an_undo_that_does_not_wait_for_a_slow_call_is_found() {
     let hasty = Limits { breaks: 0, mistake: Some(Mistake::UndoesDuringTheCall), ..EVERYTHING };
     let violation = Model::new(&order, hasty, decide).walk(2_000_000).expect_err("the call gets there later");
     println!("an undo does not wait: {violation}");
-    assert!(violation.schedule.iter().any(|by| matches!(by, Move::Deliver(_, Op::Undo, ..))), "{violation}");
+    assert!(violation.schedule.iter().any(|by| matches!(by, ExplorerStep::Deliver(_, Op::Undo, ..))), "{violation}");
 }
 
 #[test]

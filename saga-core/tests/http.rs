@@ -17,7 +17,7 @@ use saga_core::{
         idempotency::{Answer, IdempotencyKey, once},
     },
     outbox::NewMessage,
-    part::{Cause, Report},
+    part::{Cause, PartReport},
     service::{AdminAuth, Health, admin_router, messaging_migrations, serve},
     testkit::{TestDatabase, eventually},
 };
@@ -241,8 +241,8 @@ async fn health_and_metrics_are_open_and_the_rest_is_by_role() {
         }
         assert!(answer.headers()["content-security-policy"].to_str().unwrap().starts_with("default-src 'none'"));
     }
-    health.part("kafka", || async { Report::red(Cause::KafkaAway, "no broker at 10.0.0.7") });
-    health.callers_need("database", || async { Report::red(Cause::DatabaseAway, "refused by 10.0.0.8") });
+    health.part("kafka", || async { PartReport::red(Cause::KafkaAway, "no broker at 10.0.0.7") });
+    health.callers_need("database", || async { PartReport::red(Cause::DatabaseAway, "refused by 10.0.0.8") });
     health.look().await;
     let viewer = Some("viewer-viewer-viewer");
     for (path, token, status, says) in [

@@ -2,7 +2,7 @@
 
 use saga_core::{
     id::MessageId,
-    inbox::{Arrival, Delivery, Place, add_partitions, receive_in},
+    inbox::{Arrival, Delivery, InboxPlace, add_partitions, receive_in},
     service::messaging_migrations,
     testkit::TestDatabase,
 };
@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 use uuid::{NoContext, Timestamp, Uuid};
 
 const HORIZON: Duration = Duration::from_secs(30 * 24 * 3600);
-const PLACE: Place<'static> = Place { consumer: "group", topic: "topic", partition: 0 };
+const PLACE: InboxPlace<'static> = InboxPlace { consumer: "group", topic: "topic", partition: 0 };
 
 async fn database() -> TestDatabase {
     let database = TestDatabase::new(&[messaging_migrations()]).await;
@@ -37,7 +37,7 @@ async fn of_a_batch_the_new_messages_are_fresh_once() {
         receive_in(&mut tx, PLACE, &batch).await.unwrap(),
         [Delivery::Fresh, Delivery::Duplicate, Delivery::Duplicate, Delivery::Fresh]
     );
-    let elsewhere = Place { consumer: "other group", ..PLACE };
+    let elsewhere = InboxPlace { consumer: "other group", ..PLACE };
     assert_eq!(receive_in(&mut tx, elsewhere, &[arrival(old)]).await.unwrap(), [Delivery::Fresh]);
 }
 
@@ -54,8 +54,8 @@ async fn a_message_waits_while_something_of_its_key_or_it_itself_is_parked_and_n
     .await
     .unwrap();
     let of_lane = |lane| Arrival { lane, ..arrival(MessageId::new()) };
-    let elsewhere = Place { partition: 1, ..PLACE };
-    let others = Place { consumer: "other group", ..PLACE };
+    let elsewhere = InboxPlace { partition: 1, ..PLACE };
+    let others = InboxPlace { consumer: "other group", ..PLACE };
 
     let mut tx = database.pool.begin().await.unwrap();
     let batch = [of_lane(Some(1)), of_lane(Some(2)), of_lane(None), arrival(parked)];

@@ -6,9 +6,9 @@
 //! | `GET /v1/outboxes/{name}/events` | rows by `state`, `topic`, `key`, `type` |
 //! | `POST /v1/outboxes/{name}/pause`, `…/resume` | a topic, or everything |
 //! | `GET /v1/outboxes/{name}/parked` | parked rows |
-//! | `POST /v1/outboxes/{name}/parked/retry` | try their lines again, in order |
+//! | `POST /v1/outboxes/{name}/parked/retry` | try their lanes again, in order |
 //! | `POST /v1/outboxes/{name}/parked/{id}/discard` | give one up |
-//! | `POST /v1/outboxes/{name}/parked/discard` | give up a line, or a topic, many rows at a time |
+//! | `POST /v1/outboxes/{name}/parked/discard` | give up a lane, or a topic, many rows at a time |
 //!
 //! Every verb is audited in the transaction that performs it. The outbox's owner, wherever it runs, sees it in the
 //! database.
@@ -26,7 +26,7 @@ use axum::Router;
 use saga_core::{
     error_class::is_pool_full,
     http::{Limit, openapi::complete_by_role},
-    part::{Cause, Report, Trouble},
+    part::{Cause, HealthIssue, PartReport},
     service::{Health, Needs, missing},
     transaction::Bound,
 };
@@ -88,7 +88,7 @@ fn documented() -> OpenApiRouter<Relay> {
 /// standing by is fine.
 pub fn check_health(health: &Health, relay: &Relay) {
     for outbox in relay.outboxes() {
-        let part = |name: &str, report: fn(&Outbox) -> Report| {
+        let part = |name: &str, report: fn(&Outbox) -> PartReport| {
             let outbox = Arc::clone(outbox);
             health.part(format!("{name}:{}", outbox.name), move || std::future::ready(report(&outbox)));
         };
@@ -96,7 +96,7 @@ pub fn check_health(health: &Health, relay: &Relay) {
         part("upkeep", |outbox| outbox.status.upkeep());
         part("clock", |outbox| {
             let skew = outbox.leases.clock.check();
-            skew.map_err(|skew| Trouble::new(Cause::ClockSkew, skew)).into()
+            skew.map_err(|skew| HealthIssue::new(Cause::ClockSkew, skew)).into()
         });
     }
     let relay = relay.clone();
@@ -108,13 +108,13 @@ pub fn check_health(health: &Health, relay: &Relay) {
                 match tokio::time::timeout(ANSWER_MAX, outbox.admin.ask(seen)).await {
                     // Requests have all connections: the database answers them, unless they wait for something
                     // themselves.
-                    Ok(Err(error)) if is_pool_full(&error) && !outbox.admin.is_full_for(BUSY_MAX) => Report::fine(),
-                    Ok(Err(error)) => Trouble::from(&error).into(),
+                    Ok(Err(error)) if is_pool_full(&error) && !outbox.admin.is_full_for(BUSY_MAX) => PartReport::fine(),
+                    Ok(Err(error)) => HealthIssue::from(&error).into(),
                     Ok(Ok(report)) => report,
-                    Err(_) => Trouble::from(&Bound::new(ANSWER_MAX).no_answer()).into(),
+                    Err(_) => HealthIssue::from(&Bound::new(ANSWER_MAX).no_answer()).into(),
                 }
             });
-            let reports: Vec<Report> = futures::future::join_all(asked).await;
+            let reports: Vec<PartReport> = futures::future::join_all(asked).await;
             reports.into_iter().min_by_key(|report| report.trouble.is_some()).unwrap_or_default()
         }
     });

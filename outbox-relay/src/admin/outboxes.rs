@@ -4,7 +4,7 @@
 
 use crate::{
     Relay,
-    outbox::{Outbox, Role},
+    outbox::{Outbox, OutboxRole},
     pending,
     position::{Position, ReadError},
     record::{batch_log, pause},
@@ -23,17 +23,18 @@ pub(crate) struct OutboxView {
     /// The name of the outbox.
     name: String,
     /// What the process that answers does with the outbox.
-    role: Role,
+    role: OutboxRole,
     /// What is wrong, in words; `null` when nothing is.
     problem: Option<String>,
     /// What the outbox's database holds; `null` while it cannot be asked.
     #[serde(flatten)]
-    known: Option<Known>,
+    known: Option<OutboxFacts>,
 }
 
 /// What an outbox's database holds.
 #[derive(Debug, Serialize, ToSchema)]
-struct Known {
+#[schema(as = Known)]
+struct OutboxFacts {
     /// The process that publishes the outbox; `null` before the first.
     owner: Option<Owner>,
     /// The position up to which rows are published.
@@ -127,7 +128,7 @@ async fn view(outbox: &Outbox) -> OutboxView {
 
 type LeaseColumns = (Uuid, String, OffsetDateTime, OffsetDateTime, bool);
 
-async fn known(db: &mut PgConnection, outbox: &str, clock: &DatabaseClock) -> Result<Known, ReadError> {
+async fn known(db: &mut PgConnection, outbox: &str, clock: &DatabaseClock) -> Result<OutboxFacts, ReadError> {
     let lease: Option<LeaseColumns> = sqlx::query_as(
         "select owner, holder, acquired_at, expires_at, expires_at <= clock_timestamp()
            from outbox_lease
@@ -141,7 +142,7 @@ async fn known(db: &mut PgConnection, outbox: &str, clock: &DatabaseClock) -> Re
     let pending = pending::of(db, outbox).await?;
     let paused = pause::load(db, outbox).await?;
     let age = pending.oldest.map_or(0.0, |oldest| clock.since(oldest));
-    Ok(Known {
+    Ok(OutboxFacts {
         owner: lease.map(|(id, holder, acquired_at, expires_at, expired)| Owner {
             id,
             holder,

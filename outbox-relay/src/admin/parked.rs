@@ -175,7 +175,7 @@ pub(super) struct Discarded {
     released: i64,
 }
 
-/// Give a parked row up: it is never published. When it was the first of its line, the rows behind it are tried at once.
+/// Give a parked row up: it is never published. When it was the first of its lane, the rows behind it are tried at once.
 #[utoipa::path(
     post, path = "/v1/outboxes/{name}/parked/{id}/discard", tag = "parked",
     params(("name" = String, Path, description = "The outbox"), ("id" = i64, Path, description = "The row")),
@@ -241,9 +241,9 @@ pub(super) async fn discard(
         .await
 }
 
-/// Asks the owner to try the rest of the line, if no row of the line is parked before `id` any more. The request stands
-/// on the line's first row. It stands on the discarded row as well: when nothing is left, the owner learns from it that
-/// the line is free.
+/// Asks the owner to try the rest of the lane, if no row of the lane is parked before `id` any more. The request stands
+/// on the lane's first row. It stands on the discarded row as well: when nothing is left, the owner learns from it that
+/// the lane is free.
 async fn release(
     tx: &mut PgConnection,
     outbox: &str,
@@ -305,14 +305,14 @@ pub(super) struct DiscardManyRequest {
 /// What became of the rows.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct DiscardedMany {
-    /// Rows that are given up, 10000 at most, the earliest of each line.
+    /// Rows that are given up, 10000 at most, the earliest of each lane.
     discarded: i64,
     /// Rows that match and are still parked, 10000 of them counted at most. Nothing releases them: repeat the request until
     /// none is left. A row that is being tried again at this moment is one of them.
     left: i64,
 }
 
-/// Give up parked rows of a line (a topic and a key), or of a whole topic: they are never published. In one transaction, many
+/// Give up parked rows of a lane (a topic and a key), or of a whole topic: they are never published. In one transaction, many
 /// rows at a time; what is left stays parked, in its order.
 #[utoipa::path(
     post, path = "/v1/outboxes/{name}/parked/discard", tag = "parked",
@@ -355,7 +355,7 @@ pub(super) async fn discard_many(
         .await
 }
 
-/// Where the last row of a line is discarded, a request stands on it, from which the owner learns that the line is
+/// Where the last row of a lane is discarded, a request stands on it, from which the owner learns that the lane is
 /// free. A row that Kafka may take at any moment stays.
 const DISCARD_MANY: &str = "
     with free as materialized (
@@ -403,12 +403,12 @@ async fn count(db: &mut PgConnection, outbox: &str, topic: &str, key: Option<&st
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::parking::tests::{touched, with_lines};
+    use crate::record::parking::tests::{touched, with_lanes};
 
     #[tokio::test]
     async fn what_a_page_of_parked_rows_touches_does_not_depend_on_how_many_there_are() {
         let rows = 10_000;
-        let (_database, mut db) = with_lines(rows).await;
+        let (_database, mut db) = with_lanes(rows).await;
         // Most of the rows are resolved, and each page begins behind them.
         sqlx::query("update outbox_parked set status = 'published', resolved_at = now() where id % $1 <= 9_000")
             .bind(rows)

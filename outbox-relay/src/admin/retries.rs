@@ -1,4 +1,4 @@
-//! Retries of parked lines, at an operator's request.
+//! Retries of parked lanes, at an operator's request.
 
 #![allow(unused_qualifications, reason = "utoipa's path macro repeats the extractors' types with theirs")]
 
@@ -15,42 +15,43 @@ use serde_json::json;
 use sqlx::{Connection as _, PgConnection};
 use utoipa::ToSchema;
 
-/// The most lines, and rows without a key, that one request asks for; the statement's time is limited.
+/// The most lanes, and rows without a key, that one request asks for; the statement's time is limited.
 const RETRIED_AT_ONCE: i64 = 10_000;
 
-/// Which lines to try again, and why.
+/// Which lanes to try again, and why.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RetryRequest {
-    /// Only lines of this topic; all topics when left out.
+    /// Only lanes of this topic; all topics when left out.
     topic: Option<String>,
-    /// Only lines of this key; all keys when left out.
+    /// Only lanes of this key; all keys when left out.
     key: Option<String>,
     reason: Reason,
 }
 
 /// What will be tried.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct Retrying {
-    /// The number of parked rows in the lines that will be tried. Of one line, 10000 are counted at most. Of one topic,
-    /// 10000 lines are asked for at most; then repeat the request.
+#[schema(as = Retrying)]
+pub(super) struct RetryCounts {
+    /// The number of parked rows in the lanes that will be tried. Of one lane, 10000 are counted at most. Of one topic,
+    /// 10000 lanes are asked for at most; then repeat the request.
     rows: i64,
 }
 
-/// Try parked lines (a topic and a key each) again: in order, until one is refused again. Afterwards look at what is
+/// Try parked lanes (a topic and a key each) again: in order, until one is refused again. Afterwards look at what is
 /// still parked.
 #[utoipa::path(
     post, path = "/v1/outboxes/{name}/parked/retry", tag = "parked",
     params(("name" = String, Path, description = "The outbox")),
     request_body = RetryRequest,
-    responses((status = 202, body = Retrying), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))
+    responses((status = 202, body = RetryCounts), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))
 )]
 pub(super) async fn retry(
     State(relay): State<Relay>,
     Extension(role): Extension<Role>,
     Path(name): Path<String>,
     Json(request): Json<RetryRequest>,
-) -> Result<(StatusCode, Json<Retrying>), Failed> {
+) -> Result<(StatusCode, Json<RetryCounts>), Failed> {
     let outbox = outbox(&relay, &name)?;
     let reason = request.reason.check()?;
     outbox
@@ -75,7 +76,7 @@ pub(super) async fn retry(
             let detail = json!({ "topic": request.topic, "key": request.key, "rows": rows });
             audit::write_in(&mut tx, &name, role, "retry-parked", reason, &detail).await?;
             tx.commit().await?;
-            Ok((StatusCode::ACCEPTED, Json(Retrying { rows })))
+            Ok((StatusCode::ACCEPTED, Json(RetryCounts { rows })))
         })
         .await
 }
@@ -110,22 +111,22 @@ pub(super) async fn topics(db: &mut PgConnection, outbox: &str) -> Result<Vec<St
     .await
 }
 
-/// Asks for the lines of a topic; returns how many rows are parked in them, and whether there are any at all. The
-/// request stands on the first row of a line, and on each row without a key. A row that is locked is left as it is.
+/// Asks for the lanes of a topic; returns how many rows are parked in them, and whether there are any at all. The
+/// request stands on the first row of a lane, and on each row without a key. A row that is locked is left as it is.
 async fn ask(db: &mut PgConnection, outbox: &str, topic: &str, key: Option<&str>) -> Result<(i64, bool), sqlx::Error> {
-    let (lines, any): (i64, bool) =
-        sqlx::query_as(ASK_LINES).bind(outbox).bind(topic).bind(key).bind(RETRIED_AT_ONCE).fetch_one(&mut *db).await?;
+    let (lanes, any): (i64, bool) =
+        sqlx::query_as(ASK_LANES).bind(outbox).bind(topic).bind(key).bind(RETRIED_AT_ONCE).fetch_one(&mut *db).await?;
     if key.is_some() {
-        return Ok((lines, any));
+        return Ok((lanes, any));
     }
     let (keyless, matching): (i64, bool) =
         sqlx::query_as(ASK_KEYLESS).bind(outbox).bind(topic).bind(RETRIED_AT_ONCE).fetch_one(db).await?;
-    Ok((lines + keyless, any || matching))
+    Ok((lanes + keyless, any || matching))
 }
 
-/// Lines by their keys' hashes, from one to the next by the index, whatever is parked in them.
-const ASK_LINES: &str = "
-    with recursive line (hash) as (
+/// Lanes by their keys' hashes, from one to the next by the index, whatever is parked in them.
+const ASK_LANES: &str = "
+    with recursive lane (hash) as (
              (select md5(key)
                 from outbox_parked
                where outbox = $1 and topic = $2 and status = 'parked' and md5(key) >= coalesce(md5($3), '')
@@ -133,15 +134,15 @@ const ASK_LINES: &str = "
                limit 1)
              union all
              (select next.hash
-                from line
+                from lane
                cross join lateral (select md5(key) as hash
                                      from outbox_parked as parked
-                                    where outbox = $1 and topic = $2 and status = 'parked' and md5(key) > line.hash
+                                    where outbox = $1 and topic = $2 and status = 'parked' and md5(key) > lane.hash
                                     order by md5(key)
                                     limit 1) as next
                where $3 is null)),
          matching as materialized (
-             select hash from line where $3 is null or hash = md5($3) limit $4),
+             select hash from lane where $3 is null or hash = md5($3) limit $4),
          first as materialized (
              select found.id, matching.hash
                from matching
@@ -165,7 +166,7 @@ const ASK_LINES: &str = "
                                   order by id
                                   limit 10000) as row) as waiting";
 
-/// Rows without a key, each of which is a line of its own.
+/// Rows without a key, each of which is a lane of its own.
 const ASK_KEYLESS: &str = "
     with free as materialized (
              select id
@@ -187,11 +188,11 @@ const ASK_KEYLESS: &str = "
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::parking::tests::{touched, with_lines};
+    use crate::record::parking::tests::{touched, with_lanes};
 
     #[tokio::test]
     async fn a_request_touches_no_row_that_is_asked_for_already() {
-        let (_database, mut db) = with_lines(20_000).await;
+        let (_database, mut db) = with_lanes(20_000).await;
         for left in [10_000, 0] {
             let mut tx = db.begin().await.unwrap();
             let before = touched(&mut tx).await;

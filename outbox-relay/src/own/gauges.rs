@@ -15,7 +15,7 @@ use saga_core::{
     clock::DatabaseClock,
     error_class::is_outage,
     outage::Outage,
-    part::{Cause, Trouble},
+    part::{Cause, HealthIssue},
 };
 use std::time::Duration;
 
@@ -58,6 +58,6 @@ fn show(outbox: &str, pending: &Pending, clock: &DatabaseClock) {
     metrics::gauge!("outbox_paused_topics", "outbox" => outbox.to_owned()).set(pending.paused as f64);
 }
 
-fn trouble(error: &ReadError) -> Trouble {
-    error.database().map_or_else(|| Trouble::new(Cause::Fault, error.to_string()), Trouble::from)
+fn trouble(error: &ReadError) -> HealthIssue {
+    error.database().map_or_else(|| HealthIssue::new(Cause::Fault, error.to_string()), HealthIssue::from)
 }

@@ -4,17 +4,17 @@
 
 use crate::{
     anchor::{Anchored, anchor},
-    control::{self, Control, Wanted},
+    control::{self, Control, ControlWatch},
     lease::Lease,
     outbox::Outbox,
     owner_error::{OwnerError, joined},
     position::Position,
-    publish::{asks::Asks, producer::Kafka, retry::Retries, set_apart, shared::Shared, stream},
+    publish::{asks::HandoverRequests, producer::Kafka, retry::Retries, set_apart, shared::Shared, stream},
     read::nudges::Nudges,
     record::{
         batch_log,
-        commit::{Progress, Recorder},
-        parking::Blocked,
+        commit::{Recordable, Recorder},
+        parking::BlockedLanes,
     },
 };
 use futures::FutureExt as _;
@@ -52,7 +52,7 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let first = outbox.db.ask(async |db| control::look(db, &outbox.name).await).await?;
     let last = outbox.db.ask(async |db| batch_log::last(db, &outbox.name).await).await?;
     let (n, at) = last.map_or((0, Position::initial()), |last| (last.n, last.position));
-    let (wanted, control) = Wanted::new(&outbox.name, first);
+    let (wanted, control) = ControlWatch::new(&outbox.name, first);
     let wanted = Arc::new(wanted);
     // The channel ends when the looking ends.
     let weak = Arc::downgrade(&wanted);
@@ -64,7 +64,7 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let (db, name, owner) = (outbox.db.clone(), outbox.name.clone(), lease.owner);
     let recorder = Recorder { db, outbox: name, owner, system_identifier, n, hurry: Arc::clone(&hurry) };
     let mut recorder = AbortOnDropHandle::new(tokio::spawn(recorder.run(recording)));
-    let blocked = Arc::new(Blocked::default());
+    let blocked = Arc::new(BlockedLanes::default());
     let retries = Retries::new(outbox, lease.owner, epoch.clone(), blocked.clone(), control.clone());
     let mut retrying = AbortOnDropHandle::new(tokio::spawn(retries.run()));
     let shared = shared((outbox, epoch), blocked, stop, (control, weak), (progress, hurry), at.clone());
@@ -92,10 +92,10 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
 /// The state that the streams of the outbox share.
 fn shared(
     (outbox, epoch): (&Outbox, Arc<str>),
-    blocked: Arc<Blocked>,
+    blocked: Arc<BlockedLanes>,
     stop: &CancellationToken,
-    (control, wanted): (watch::Receiver<Arc<Control>>, Weak<Wanted>),
-    (progress, hurry): (mpsc::Sender<Progress>, Arc<Notify>),
+    (control, wanted): (watch::Receiver<Arc<Control>>, Weak<ControlWatch>),
+    (progress, hurry): (mpsc::Sender<Recordable>, Arc<Notify>),
     at: Position,
 ) -> Arc<Shared> {
     let kafka = Kafka {
@@ -122,7 +122,7 @@ fn shared(
         hurry,
         nudges: Arc::new(Nudges::listen(outbox.db.options())),
         main: watch::channel(at).0,
-        asks: Asks::default(),
+        asks: HandoverRequests::default(),
         areas: outbox.areas.clone(),
         stop: stop.clone(),
         acknowledged: Mutex::default(),

@@ -7,7 +7,7 @@ use crate::{
     database::is_missing,
     lease::{Lease, LeaseError},
     metric,
-    outbox::{Outbox, Role},
+    outbox::{Outbox, OutboxRole},
     own::{gauges, owner},
     owner_error::OwnerError,
 };
@@ -36,20 +36,20 @@ pub(crate) async fn run(outbox: &Outbox, stop: &CancellationToken) {
 
 async fn take_turns(outbox: &Outbox, stop: &CancellationToken) {
     let mut before = None;
-    let mut tries = Tries::default();
+    let mut tries = PublishTries::default();
     while !stop.is_cancelled() {
         let began = clock::monotonic();
         let pause = match run_once(outbox, &mut before, stop).await {
-            Ok(Stood::By) => {
+            Ok(LeaseTry::HeldElsewhere) => {
                 tries.over();
                 STAND_BY.min(outbox.leases.length / 4)
             }
-            Ok(Stood::Owner) => {
+            Ok(LeaseTry::Held) => {
                 tries.over();
                 Duration::ZERO
             }
             Err(error) => {
-                outbox.status.set(Role::Failing, Some(error.trouble()));
+                outbox.status.set(OutboxRole::Failing, Some(error.trouble()));
                 tries.report(outbox, &error, began.elapsed())
             }
         };
@@ -60,16 +60,20 @@ async fn take_turns(outbox: &Outbox, stop: &CancellationToken) {
     }
 }
 
-async fn run_once(outbox: &Outbox, before: &mut Option<Uuid>, stop: &CancellationToken) -> Result<Stood, OwnerError> {
+async fn run_once(
+    outbox: &Outbox,
+    before: &mut Option<Uuid>,
+    stop: &CancellationToken,
+) -> Result<LeaseTry, OwnerError> {
     let holder = holder();
     let taken = tokio::select! {
-        () = stop.cancelled() => return Ok(Stood::By),
+        () = stop.cancelled() => return Ok(LeaseTry::HeldElsewhere),
         taken = Lease::acquire(&outbox.leases, &outbox.name, &holder, *before) => taken?,
     };
     let Some(lease) = taken else {
-        outbox.status.set(Role::StandingBy, None);
+        outbox.status.set(OutboxRole::StandingBy, None);
         metric::owner(&outbox.name, false);
-        return Ok(Stood::By);
+        return Ok(LeaseTry::HeldElsewhere);
     };
     *before = Some(lease.owner);
     info!(outbox = outbox.name, owner = %lease.owner, "took the lease");
@@ -85,21 +89,21 @@ async fn run_once(outbox: &Outbox, before: &mut Option<Uuid>, stop: &Cancellatio
             Err(error) => warn!(outbox = outbox.name, %error, "the lease could not be given back"),
         },
     }
-    ended.map(|()| Stood::Owner)
+    ended.map(|()| LeaseTry::Held)
 }
 
-enum Stood {
-    By,
-    Owner,
+enum LeaseTry {
+    HeldElsewhere,
+    Held,
 }
 
 /// The tries to publish: it reports an outage of this outbox, and decides how long to wait before the next try.
 #[derive(Default)]
-struct Tries {
+struct PublishTries {
     pause: Duration,
 }
 
-impl Tries {
+impl PublishTries {
     /// Reports why publishing ended, after so long; returns the pause before the next try.
     fn report(&mut self, outbox: &Outbox, problem: &OwnerError, after: Duration) -> Duration {
         let database = problem.database();

@@ -9,32 +9,32 @@ use time::OffsetDateTime;
 use tokio::sync::{Notify, oneshot};
 
 /// The question of a topic's stream whether it may hand its topic over.
-pub(crate) struct Ask {
+pub(crate) struct HandoverRequest {
     pub(crate) topic: String,
     pub(crate) paused_at: OffsetDateTime,
-    pub(crate) split: oneshot::Sender<Split>,
+    pub(crate) split: oneshot::Sender<HandoverSplit>,
 }
 
 /// The main stream's position at this moment.
-pub(crate) struct Split {
+pub(crate) struct HandoverSplit {
     pub(crate) at: Position,
     pub(crate) done: oneshot::Sender<()>,
 }
 
 /// Questions that the main stream has not answered yet.
 #[derive(Default)]
-pub(crate) struct Asks {
-    waiting: Mutex<Vec<Ask>>,
+pub(crate) struct HandoverRequests {
+    waiting: Mutex<Vec<HandoverRequest>>,
     asked: Notify,
 }
 
-impl Asks {
-    pub(crate) fn ask(&self, ask: Ask) {
+impl HandoverRequests {
+    pub(crate) fn ask(&self, ask: HandoverRequest) {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(ask);
         self.asked.notify_one();
     }
 
-    pub(crate) async fn next(&self) -> Ask {
+    pub(crate) async fn next(&self) -> HandoverRequest {
         loop {
             let ask = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
             match ask {

@@ -5,9 +5,9 @@ use crate::{
     position::Position,
     read::cursor::Page,
     record::{
-        batch_log::Entry,
-        commit::{Progress, Stretch},
-        parking::Park,
+        batch_log::BatchLogEntry,
+        commit::{FinishedRows, Recordable},
+        parking::RowToPark,
         pause::LeftBehind,
     },
     snapshot::Snapshot,
@@ -18,7 +18,7 @@ use time::OffsetDateTime;
 
 /// The state of a row in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum State {
+pub(crate) enum RowState {
     Open,
     Acknowledged,
     /// Kafka had acknowledged the row before, and does not get it again.
@@ -28,23 +28,23 @@ pub(crate) enum State {
 }
 
 /// A row in flight.
-pub(crate) struct Sent {
+pub(crate) struct RowInFlight {
     pub(crate) id: i64,
     /// Its index in the flight's topics.
     pub(crate) topic: usize,
-    pub(crate) state: State,
+    pub(crate) state: RowState,
 }
 
-impl Sent {
+impl RowInFlight {
     pub(crate) fn is_acknowledged(&self) -> bool {
-        matches!(self.state, State::Acknowledged | State::Known)
+        matches!(self.state, RowState::Acknowledged | RowState::Known)
     }
 }
 
 /// A page that is being sent, or a mark between two pages.
 pub(crate) struct Flight {
-    pub(crate) what: What,
-    pub(crate) rows: Vec<Sent>,
+    pub(crate) what: FlightKind,
+    pub(crate) rows: Vec<RowInFlight>,
     pub(crate) topics: Vec<String>,
     pub(crate) open: usize,
     /// How many of its rows the sender has gone through, and when it went through the last of these.
@@ -53,20 +53,20 @@ pub(crate) struct Flight {
     /// Whether the sender has let go of all its rows.
     pub(crate) sealed: bool,
     pub(crate) held: Option<Held>,
-    pub(crate) decided: Decided,
+    pub(crate) decided: RowDecisions,
 }
 
-pub(crate) enum What {
+pub(crate) enum FlightKind {
     /// Rows of the outbox, and their place in it.
-    Page { lane: Option<Arc<str>>, base: Snapshot, target: Snapshot, to: i64 },
+    Page { only_topic: Option<Arc<str>>, base: Snapshot, target: Snapshot, to: i64 },
     /// Something that becomes true as soon as all before it is.
-    Mark(Progress),
+    Mark(Recordable),
 }
 
 /// What the sender decided while it went through a page, by index of the row.
 #[derive(Default)]
-pub(crate) struct Decided {
-    pub(crate) parked: Vec<(usize, Park)>,
+pub(crate) struct RowDecisions {
+    pub(crate) parked: Vec<(usize, RowToPark)>,
     pub(crate) left_behind: Vec<(usize, LeftBehind)>,
     /// When the first row that goes to Kafka was written; `None` while none does.
     pub(crate) oldest: Option<OffsetDateTime>,
@@ -75,18 +75,18 @@ pub(crate) struct Decided {
 impl Flight {
     /// Makes a flight of a page. It keeps what a report needs of each row, and the room of all.
     pub(crate) fn of(page: &mut Page) -> Self {
-        let (lane, base, target) = (page.lane.clone(), page.base.clone(), page.target.clone());
-        let what = What::Page { lane, base, target, to: page.to };
+        let (only_topic, base, target) = (page.only_topic.clone(), page.base.clone(), page.target.clone());
+        let what = FlightKind::Page { only_topic, base, target, to: page.to };
         let flight = Self::new(what, page.rows.iter().map(|row| (row.id(), row.topic())));
         Self { held: page.held.take(), ..flight }
     }
 
-    pub(crate) fn empty(what: What) -> Self {
+    pub(crate) fn empty(what: FlightKind) -> Self {
         Self::new(what, [])
     }
 
     /// Makes a flight of rows with these ids and topics.
-    pub(crate) fn new<'a>(what: What, rows: impl IntoIterator<Item = (i64, &'a str)>) -> Self {
+    pub(crate) fn new<'a>(what: FlightKind, rows: impl IntoIterator<Item = (i64, &'a str)>) -> Self {
         let mut topics: Vec<String> = Vec::new();
         let mut topic = 0;
         let mut of_topic = |name: &str| {
@@ -99,20 +99,32 @@ impl Flight {
             }
             topic
         };
-        let rows: Vec<Sent> =
-            rows.into_iter().map(|(id, name)| Sent { id, topic: of_topic(name), state: State::Open }).collect();
+        let rows: Vec<RowInFlight> = rows
+            .into_iter()
+            .map(|(id, name)| RowInFlight { id, topic: of_topic(name), state: RowState::Open })
+            .collect();
         let (open, given_at) = (rows.len(), clock::monotonic());
-        Self { what, rows, topics, open, given: 0, given_at, sealed: false, held: None, decided: Decided::default() }
+        Self {
+            what,
+            rows,
+            topics,
+            open,
+            given: 0,
+            given_at,
+            sealed: false,
+            held: None,
+            decided: RowDecisions::default(),
+        }
     }
 
     /// Whether it is one of the reader's pages.
     pub(crate) fn is_page(&self) -> bool {
-        matches!(self.what, What::Page { .. })
+        matches!(self.what, FlightKind::Page { .. })
     }
 
     /// The position behind the flight, if it is a page.
     pub(crate) fn position(&self) -> Option<Position> {
-        let What::Page { base, target, to, .. } = &self.what else { return None };
+        let FlightKind::Page { base, target, to, .. } = &self.what else { return None };
         Some(Position { base: base.clone(), target: target.clone(), after: *to })
     }
 
@@ -124,7 +136,7 @@ impl Flight {
     /// How many rows went to each topic; topics without rows are left out.
     pub(crate) fn published(&self) -> Vec<(&str, u64)> {
         let mut published: Vec<(&str, u64)> = self.topics.iter().map(|topic| (topic.as_str(), 0)).collect();
-        for row in self.rows.iter().filter(|row| row.state == State::Acknowledged) {
+        for row in self.rows.iter().filter(|row| row.state == RowState::Acknowledged) {
             published[row.topic].1 += 1;
         }
         published.retain(|(_, rows)| *rows > 0);
@@ -134,7 +146,7 @@ impl Flight {
     /// Cuts the flight to its first `rows` rows.
     pub(crate) fn cut(mut self, rows: usize) -> Self {
         self.rows.truncate(rows);
-        if let (What::Page { to, .. }, Some(last)) = (&mut self.what, self.rows.last()) {
+        if let (FlightKind::Page { to, .. }, Some(last)) = (&mut self.what, self.rows.last()) {
             *to = last.id;
         }
         self.decided.parked.retain(|(index, _)| *index < rows);
@@ -142,20 +154,20 @@ impl Flight {
         self
     }
 
-    pub(crate) fn into_progress(self) -> Progress {
-        let (lane, base, target, to) = match self.what {
-            What::Page { lane, base, target, to } => (lane, base, target, to),
-            What::Mark(progress) => return progress,
+    pub(crate) fn into_progress(self) -> Recordable {
+        let (only_topic, base, target, to) = match self.what {
+            FlightKind::Page { only_topic, base, target, to } => (only_topic, base, target, to),
+            FlightKind::Mark(progress) => return progress,
         };
         let Some(from_id) = self.rows.first().map(|row| row.id) else {
             // A stretch without rows moves a topic's position; the main stream's is moved by the next rows.
-            let Some(topic) = lane else { return Progress::Nothing };
-            return Progress::Advanced(topic, Position { base, target, after: to });
+            let Some(topic) = only_topic else { return Recordable::Nothing };
+            return Recordable::Advanced(topic, Position { base, target, after: to });
         };
         let rows = i32::try_from(self.rows.len()).expect("a page has few rows");
-        Progress::Rows(Stretch {
-            lane,
-            entry: Entry { base, target, from_id, to_id: to, rows },
+        Recordable::Rows(FinishedRows {
+            only_topic,
+            entry: BatchLogEntry { base, target, from_id, to_id: to, rows },
             parked: self.decided.parked.into_iter().map(|(_, park)| park).collect(),
             left_behind: self.decided.left_behind.into_iter().map(|(_, left)| left).collect(),
         })

@@ -7,8 +7,8 @@
 use crate::{
     budget::Held,
     position::Position,
-    publish::flight::{Decided, Flight, State, What},
-    record::commit::Progress,
+    publish::flight::{Flight, FlightKind, RowDecisions, RowState},
+    record::commit::Recordable,
 };
 use rdkafka::types::RDKafkaErrorCode;
 use saga_core::clock;
@@ -27,9 +27,9 @@ const ROW_BITS: u32 = 20;
 
 /// The number of one row in flight: it travels through librdkafka as a bare number, so that a report allocates nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Ticket(pub(crate) usize);
+pub(crate) struct DeliveryTag(pub(crate) usize);
 
-impl Ticket {
+impl DeliveryTag {
     pub(crate) fn new(flight: usize, row: usize) -> Self {
         debug_assert!(row < 1 << ROW_BITS);
         Self(flight << ROW_BITS | row)
@@ -62,16 +62,16 @@ struct Queue {
     first: usize,
     flights: VecDeque<Flight>,
     rows: usize,
-    refused: Vec<(Ticket, RDKafkaErrorCode)>,
+    refused: Vec<(DeliveryTag, RDKafkaErrorCode)>,
     /// For each topic, the earliest open row, and since when it has been that one.
-    earliest: HashMap<String, (Ticket, Instant)>,
+    earliest: HashMap<String, (DeliveryTag, Instant)>,
     /// The room of flights that were given up: the producer has their rows until it is gone, and this goes with it.
     given_up: Vec<Held>,
 }
 
 /// A row that Kafka refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Refused {
+pub(crate) struct RefusedRow {
     pub(crate) id: i64,
     pub(crate) topic: String,
     pub(crate) code: RDKafkaErrorCode,
@@ -92,19 +92,19 @@ impl Queue {
     }
 
     /// For each topic, the row that the producer has had for longest, and when it got it.
-    fn earliest(&self) -> Vec<(String, Ticket, Instant)> {
-        let mut found: Vec<(String, Ticket, Instant)> = Vec::new();
+    fn earliest(&self) -> Vec<(String, DeliveryTag, Instant)> {
+        let mut found: Vec<(String, DeliveryTag, Instant)> = Vec::new();
         let mut topics = HashSet::new();
         for (at, flight) in self.flights.iter().enumerate() {
             // Only the first row of a topic in one flight is looked up.
             let mut seen = vec![false; flight.topics.len()];
             for (index, row) in flight.rows[..flight.given].iter().enumerate() {
-                if row.state != State::Open || std::mem::replace(&mut seen[row.topic], true) {
+                if row.state != RowState::Open || std::mem::replace(&mut seen[row.topic], true) {
                     continue;
                 }
                 let topic = &flight.topics[row.topic];
                 if topics.insert(topic) {
-                    found.push((topic.clone(), Ticket::new(self.first + at, index), flight.given_at));
+                    found.push((topic.clone(), DeliveryTag::new(self.first + at, index), flight.given_at));
                 }
             }
         }
@@ -112,10 +112,10 @@ impl Queue {
     }
 
     /// Sets the state of a row; returns whether its flight is complete with it.
-    fn settle(&mut self, ticket: Ticket, state: State) -> bool {
-        let Some(flight) = self.flight(ticket.flight()) else { return false };
-        let row = &mut flight.rows[ticket.row()];
-        if row.state != State::Open {
+    fn settle(&mut self, tag: DeliveryTag, state: RowState) -> bool {
+        let Some(flight) = self.flight(tag.flight()) else { return false };
+        let row = &mut flight.rows[tag.row()];
+        if row.state != RowState::Open {
             return false;
         }
         row.state = state;
@@ -128,7 +128,7 @@ impl Queue {
 #[derive(Default)]
 pub(crate) struct GivenUp {
     /// The first page's acknowledged beginning, which may still be recorded, and the position behind it.
-    pub(crate) beginning: Option<(Progress, Option<Position>)>,
+    pub(crate) beginning: Option<(Recordable, Option<Position>)>,
     /// Rows behind that which were acknowledged all the same, by topic.
     pub(crate) beyond: HashMap<String, HashSet<i64>>,
 }
@@ -148,7 +148,7 @@ impl InFlight {
     }
 
     /// Seals a flight: the sender is done with it, whether or not it came to its end.
-    pub(crate) fn seal(&self, number: usize, decided: Decided) {
+    pub(crate) fn seal(&self, number: usize, decided: RowDecisions) {
         let mut queue = self.queue();
         if let Some(flight) = queue.flight(number) {
             flight.decided = decided;
@@ -160,9 +160,9 @@ impl InFlight {
     }
 
     /// Puts a mark behind all that is in flight.
-    pub(crate) fn mark(&self, progress: Progress) {
-        let number = self.open(Flight::empty(What::Mark(progress)));
-        self.seal(number, Decided::default());
+    pub(crate) fn mark(&self, progress: Recordable) {
+        let number = self.open(Flight::empty(FlightKind::Mark(progress)));
+        self.seal(number, RowDecisions::default());
     }
 
     /// Takes the first flight if it is complete.
@@ -181,8 +181,8 @@ impl InFlight {
     }
 
     /// Adds room that the flight of a row takes.
-    pub(crate) fn hold(&self, ticket: Ticket, held: Held) {
-        if let Some(flight) = self.queue().flight(ticket.flight()) {
+    pub(crate) fn hold(&self, tag: DeliveryTag, held: Held) {
+        if let Some(flight) = self.queue().flight(tag.flight()) {
             match &mut flight.held {
                 Some(room) => room.join(held),
                 room @ None => *room = Some(held),
@@ -229,9 +229,9 @@ impl InFlight {
         let mut stuck = Stuck::default();
         let mut given_at: Option<Instant> = None;
         let mut earliest = HashMap::new();
-        for (topic, ticket, given) in queue.earliest() {
+        for (topic, tag, given) in queue.earliest() {
             let since = match queue.earliest.get(&topic) {
-                Some((before, since)) if *before == ticket => *since,
+                Some((before, since)) if *before == tag => *since,
                 Some(_) => now,
                 None => given,
             };
@@ -239,12 +239,12 @@ impl InFlight {
                 given_at = Some(given_at.map_or(given, |at| at.min(given)));
                 stuck.topics.insert(topic.clone());
             }
-            earliest.insert(topic, (ticket, since));
+            earliest.insert(topic, (tag, since));
         }
         queue.earliest = earliest;
         let Some(given_at) = given_at else { return stuck };
         stuck.others_flow = queue.flights.iter().filter(|flight| flight.given_at >= given_at).any(|flight| {
-            let acknowledged = flight.rows.iter().filter(|row| row.state == State::Acknowledged);
+            let acknowledged = flight.rows.iter().filter(|row| row.state == RowState::Acknowledged);
             acknowledged.into_iter().any(|row| !stuck.topics.contains(&flight.topics[row.topic]))
         });
         stuck
@@ -254,7 +254,7 @@ impl InFlight {
     pub(crate) fn sent_besides(&self, topics: &BTreeSet<String>) -> usize {
         let queue = self.queue();
         let of = |flight: &Flight| {
-            let open = flight.rows[..flight.given].iter().filter(|row| row.state == State::Open);
+            let open = flight.rows[..flight.given].iter().filter(|row| row.state == RowState::Open);
             open.filter(|row| !topics.contains(&flight.topics[row.topic])).count()
         };
         queue.flights.iter().map(of).sum()
@@ -266,8 +266,8 @@ impl InFlight {
     }
 
     /// Records that Kafka has acknowledged the row.
-    pub(crate) fn delivered(&self, ticket: Ticket) {
-        let complete = self.queue().settle(ticket, State::Acknowledged);
+    pub(crate) fn delivered(&self, tag: DeliveryTag) {
+        let complete = self.queue().settle(tag, RowState::Acknowledged);
         self.sent.fetch_sub(1, Ordering::SeqCst);
         if complete || self.eager.load(Ordering::SeqCst) {
             self.changed.notify_one();
@@ -275,31 +275,31 @@ impl InFlight {
     }
 
     /// Records that the row needs nothing more, and that the producer does not get it.
-    pub(crate) fn passed(&self, ticket: Ticket) {
-        self.settled(ticket, State::Passed);
+    pub(crate) fn passed(&self, tag: DeliveryTag) {
+        self.settled(tag, RowState::Passed);
     }
 
     /// Records that Kafka acknowledged the row in an earlier session.
-    pub(crate) fn known(&self, ticket: Ticket) {
-        self.settled(ticket, State::Known);
+    pub(crate) fn known(&self, tag: DeliveryTag) {
+        self.settled(tag, RowState::Known);
     }
 
-    fn settled(&self, ticket: Ticket, state: State) {
-        if self.queue().settle(ticket, state) {
+    fn settled(&self, tag: DeliveryTag, state: RowState) {
+        if self.queue().settle(tag, state) {
             self.changed.notify_one();
         }
     }
 
     /// Records that Kafka refused the row, in a report.
-    pub(crate) fn failed(&self, ticket: Ticket, code: RDKafkaErrorCode) {
-        self.refused_at_once(ticket, code);
+    pub(crate) fn failed(&self, tag: DeliveryTag, code: RDKafkaErrorCode) {
+        self.refused_at_once(tag, code);
         self.sent.fetch_sub(1, Ordering::SeqCst);
         self.changed.notify_one();
     }
 
     /// Records that the producer refused the row on the spot.
-    pub(crate) fn refused_at_once(&self, ticket: Ticket, code: RDKafkaErrorCode) {
-        self.queue().refused.push((ticket, code));
+    pub(crate) fn refused_at_once(&self, tag: DeliveryTag, code: RDKafkaErrorCode) {
+        self.queue().refused.push((tag, code));
     }
 
     /// How many refusals are recorded.
@@ -308,14 +308,14 @@ impl InFlight {
     }
 
     /// The rows of the outbox that were refused, the earliest first.
-    pub(crate) fn refused(&self) -> Vec<Refused> {
+    pub(crate) fn refused(&self) -> Vec<RefusedRow> {
         let mut queue = self.queue();
         let mut refused = queue.refused.clone();
-        refused.sort_unstable_by_key(|(ticket, _)| *ticket);
-        let of = |(ticket, code): (Ticket, RDKafkaErrorCode)| {
-            let flight = queue.flight(ticket.flight()).filter(|flight| flight.is_page())?;
-            let row = &flight.rows[ticket.row()];
-            Some(Refused { id: row.id, topic: flight.topics[row.topic].clone(), code })
+        refused.sort_unstable_by_key(|(tag, _)| *tag);
+        let of = |(tag, code): (DeliveryTag, RDKafkaErrorCode)| {
+            let flight = queue.flight(tag.flight()).filter(|flight| flight.is_page())?;
+            let row = &flight.rows[tag.row()];
+            Some(RefusedRow { id: row.id, topic: flight.topics[row.topic].clone(), code })
         };
         refused.into_iter().filter_map(of).collect()
     }
@@ -323,13 +323,13 @@ impl InFlight {
     /// The first row that was refused, and its error. The id is `None` if its flight is gone.
     pub(crate) fn failure(&self) -> Option<(Option<i64>, RDKafkaErrorCode)> {
         let mut queue = self.queue();
-        let (ticket, code) = *queue.refused.iter().min_by_key(|(ticket, _)| *ticket)?;
-        Some((queue.flight(ticket.flight()).map(|flight| flight.rows[ticket.row()].id), code))
+        let (tag, code) = *queue.refused.iter().min_by_key(|(tag, _)| *tag)?;
+        Some((queue.flight(tag.flight()).map(|flight| flight.rows[tag.row()].id), code))
     }
 
     /// Whether the row needs nothing more.
-    pub(crate) fn is_done(&self, ticket: Ticket) -> bool {
-        self.queue().flight(ticket.flight()).is_none_or(|flight| flight.rows[ticket.row()].state != State::Open)
+    pub(crate) fn is_done(&self, tag: DeliveryTag) -> bool {
+        self.queue().flight(tag.flight()).is_none_or(|flight| flight.rows[tag.row()].state != RowState::Open)
     }
 
     /// Gives up all that is in flight. Reports that come later change nothing.
@@ -340,7 +340,7 @@ impl InFlight {
         queue.rows = 0;
         for (at, mut flight) in std::mem::take(&mut queue.flights).into_iter().enumerate() {
             queue.given_up.extend(flight.held.take());
-            let settled = flight.rows.iter().take_while(|row| row.state != State::Open).count();
+            let settled = flight.rows.iter().take_while(|row| row.state != RowState::Open).count();
             let prefix = if at == 0 { settled } else { 0 };
             for row in flight.rows.iter().skip(prefix).filter(|row| row.is_acknowledged()) {
                 left.beyond.entry(flight.topics[row.topic].clone()).or_default().insert(row.id);
@@ -364,7 +364,7 @@ mod tests {
     fn page(ids: impl IntoIterator<Item = i64>) -> Flight {
         let ids: Vec<i64> = ids.into_iter().collect();
         let to = ids.last().copied().unwrap_or(0);
-        let what = What::Page { lane: None, base: Snapshot::initial(), target: Snapshot::initial(), to };
+        let what = FlightKind::Page { only_topic: None, base: Snapshot::initial(), target: Snapshot::initial(), to };
         Flight::new(what, ids.into_iter().map(|id| (id, if id % 2 == 0 { "even" } else { "odd" })))
     }
 
@@ -372,7 +372,7 @@ mod tests {
     fn recorded(in_flight: &InFlight) -> Vec<(i64, i64)> {
         let mut recorded = Vec::new();
         while let Some(flight) = in_flight.take_complete() {
-            if let Progress::Rows(stretch) = flight.into_progress() {
+            if let Recordable::Rows(stretch) = flight.into_progress() {
                 recorded.push((stretch.entry.from_id, stretch.entry.to_id));
             }
         }
@@ -383,15 +383,15 @@ mod tests {
     fn a_page_is_complete_when_its_last_row_is_and_the_sender_has_let_go_of_it() {
         let in_flight = InFlight::default();
         let first = in_flight.open(page([1, 2]));
-        in_flight.seal(first, Decided::default());
+        in_flight.seal(first, RowDecisions::default());
         let second = in_flight.open(page([3]));
-        in_flight.delivered(Ticket::new(second, 0));
-        in_flight.delivered(Ticket::new(first, 1));
-        in_flight.delivered(Ticket::new(first, 1));
+        in_flight.delivered(DeliveryTag::new(second, 0));
+        in_flight.delivered(DeliveryTag::new(first, 1));
+        in_flight.delivered(DeliveryTag::new(first, 1));
         assert_eq!(recorded(&in_flight), []);
-        in_flight.passed(Ticket::new(first, 0));
+        in_flight.passed(DeliveryTag::new(first, 0));
         assert_eq!(recorded(&in_flight), [(1, 2)], "the sender still has the second in hand");
-        in_flight.seal(second, Decided::default());
+        in_flight.seal(second, RowDecisions::default());
         assert_eq!(recorded(&in_flight), [(3, 3)]);
     }
 
@@ -400,19 +400,19 @@ mod tests {
         let in_flight = InFlight::default();
         // The sender fails in the middle of the first page, and lets go of it.
         let first = in_flight.open(page([1, 2, 3]));
-        in_flight.delivered(Ticket::new(first, 0));
-        in_flight.failed(Ticket::new(first, 1), RDKafkaErrorCode::InvalidRecord);
-        in_flight.seal(first, Decided::default());
+        in_flight.delivered(DeliveryTag::new(first, 0));
+        in_flight.failed(DeliveryTag::new(first, 1), RDKafkaErrorCode::InvalidRecord);
+        in_flight.seal(first, RowDecisions::default());
         for ids in [[4, 5], [6, 7]] {
             let number = in_flight.open(page(ids));
-            in_flight.delivered(Ticket::new(number, 1));
+            in_flight.delivered(DeliveryTag::new(number, 1));
         }
         assert_eq!(in_flight.failure(), Some((Some(2), RDKafkaErrorCode::InvalidRecord)));
         let left = in_flight.give_up();
-        let Some((Progress::Rows(beginning), Some(at))) = left.beginning else { panic!("the first row is recorded") };
+        let Some((Recordable::Rows(beginning), Some(at))) = left.beginning else { panic!("the first row is recorded") };
         assert_eq!((beginning.entry.from_id, beginning.entry.to_id, at.after), (1, 1, 1));
         assert_eq!(left.beyond, HashMap::from([("odd".to_owned(), HashSet::from([5, 7]))]));
-        in_flight.delivered(Ticket::new(first, 1));
+        in_flight.delivered(DeliveryTag::new(first, 1));
         assert!(recorded(&in_flight).is_empty(), "a late report changes nothing");
     }
 
@@ -420,8 +420,8 @@ mod tests {
     fn refused_rows_are_named_with_their_topics_the_earliest_first() {
         let in_flight = InFlight::default();
         let number = in_flight.open(page(0..9));
-        in_flight.failed(Ticket::new(number, 5), RDKafkaErrorCode::InvalidRecord);
-        in_flight.failed(Ticket::new(number, 4), RDKafkaErrorCode::MessageSizeTooLarge);
+        in_flight.failed(DeliveryTag::new(number, 5), RDKafkaErrorCode::InvalidRecord);
+        in_flight.failed(DeliveryTag::new(number, 4), RDKafkaErrorCode::MessageSizeTooLarge);
         assert_eq!(in_flight.failure(), Some((Some(4), RDKafkaErrorCode::MessageSizeTooLarge)));
         let named: Vec<(i64, String)> = in_flight.refused().into_iter().map(|row| (row.id, row.topic)).collect();
         assert_eq!(named, [(4, "even".to_owned()), (5, "odd".to_owned())]);
@@ -438,7 +438,7 @@ mod tests {
         };
         assert_eq!(in_flight.stuck(Duration::MAX), Stuck::default(), "they have not been there for long");
         assert_eq!(in_flight.stuck(Duration::ZERO), stuck(&["even", "odd"], false));
-        in_flight.delivered(Ticket::new(first, 1));
+        in_flight.delivered(DeliveryTag::new(first, 1));
         assert_eq!(in_flight.stuck(Duration::ZERO), stuck(&["odd"], true));
         assert_eq!(in_flight.sent_besides(&BTreeSet::from(["even".to_owned()])), 1);
         assert_eq!(in_flight.sent_besides(&BTreeSet::from(["odd".to_owned()])), 0);
@@ -455,7 +455,7 @@ mod tests {
             in_flight.stuck_at(now, patience).topics.into_iter().collect::<Vec<_>>()
         };
         assert!(looked_at(4).is_empty());
-        in_flight.delivered(Ticket::new(flight, 0));
+        in_flight.delivered(DeliveryTag::new(flight, 0));
         assert_eq!(looked_at(8), ["odd"], "the other has got further");
         assert_eq!(looked_at(12), ["odd"]);
         assert_eq!(looked_at(14), ["even", "odd"]);
@@ -465,9 +465,9 @@ mod tests {
     fn what_was_known_to_be_acknowledged_is_known_after_the_next_failure_too() {
         let in_flight = InFlight::default();
         let first = in_flight.open(page([1, 2, 3]));
-        in_flight.known(Ticket::new(first, 1));
-        in_flight.failed(Ticket::new(first, 0), RDKafkaErrorCode::InvalidRecord);
-        in_flight.seal(first, Decided::default());
+        in_flight.known(DeliveryTag::new(first, 1));
+        in_flight.failed(DeliveryTag::new(first, 0), RDKafkaErrorCode::InvalidRecord);
+        in_flight.seal(first, RowDecisions::default());
         assert_eq!(in_flight.give_up().beyond, HashMap::from([("even".to_owned(), HashSet::from([2]))]));
     }
 
@@ -501,17 +501,17 @@ mod tests {
                 .collect();
             for ids in &ids {
                 let number = in_flight.open(page(ids.iter().copied()));
-                in_flight.seal(number, Decided::default());
+                in_flight.seal(number, RowDecisions::default());
             }
             let mut acknowledged = HashSet::new();
             let mut prefix = 0;
             for (page, row, good) in reports {
-                let ticket = Ticket::new(page, row);
+                let tag = DeliveryTag::new(page, row);
                 if good {
                     acknowledged.insert(ids[page][row]);
-                    in_flight.delivered(ticket);
+                    in_flight.delivered(tag);
                 } else {
-                    in_flight.failed(ticket, RDKafkaErrorCode::InvalidRecord);
+                    in_flight.failed(tag, RDKafkaErrorCode::InvalidRecord);
                 }
                 for (from, to) in recorded(&in_flight) {
                     prop_assert_eq!(from, prefix + 1);
@@ -520,7 +520,7 @@ mod tests {
                 prop_assert!((1..=prefix).all(|id| acknowledged.contains(&id)));
             }
             let left = in_flight.give_up();
-            if let Some((Progress::Rows(beginning), _)) = left.beginning {
+            if let Some((Recordable::Rows(beginning), _)) = left.beginning {
                 prop_assert_eq!(beginning.entry.from_id, prefix + 1);
                 prefix = beginning.entry.to_id;
             }

@@ -7,7 +7,7 @@
 use crate::{
     brokers::Brokers,
     publish::{
-        in_flight::{InFlight, Ticket},
+        in_flight::{DeliveryTag, InFlight},
         kafka_record::BATCH_HEADER,
     },
     topics::Topics,
@@ -52,18 +52,18 @@ impl ClientContext for Reports {
 impl ProducerContext for Reports {
     type DeliveryOpaque = usize;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
+    fn delivery(&self, result: &DeliveryResult<'_>, tag: usize) {
         match result {
             Ok(_) => {
                 self.brokers.back(&self.outbox);
-                self.in_flight.delivered(Ticket(ticket));
+                self.in_flight.delivered(DeliveryTag(tag));
             }
             Err((error, _)) => {
                 let code = error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Unknown);
                 match code {
                     // The relay purged it: nothing is to be published now, or the producer is being dropped.
                     RDKafkaErrorCode::PurgeQueue | RDKafkaErrorCode::PurgeInflight => self.in_flight.purged(),
-                    code => self.in_flight.failed(Ticket(ticket), code),
+                    code => self.in_flight.failed(DeliveryTag(tag), code),
                 }
             }
         }
@@ -129,7 +129,7 @@ impl Publisher {
     pub(crate) fn offer(
         &mut self,
         record: BaseRecord<'_, [u8], [u8], usize>,
-        ticket: Ticket,
+        tag: DeliveryTag,
         limit: usize,
     ) -> Result<Offered, KafkaError> {
         let in_flight = self.in_flight.clone();
@@ -141,7 +141,7 @@ impl Publisher {
             Some(RDKafkaErrorCode::QueueFull) => Offered::Full,
             code => {
                 let code = code.unwrap_or(RDKafkaErrorCode::Unknown);
-                in_flight.refused_at_once(ticket, code);
+                in_flight.refused_at_once(tag, code);
                 Offered::Refused(code)
             }
         })

@@ -1,6 +1,6 @@
 //! The meaning of a refusal: whether it is about the row, about its topic, or about neither.
 
-use crate::record::pause::Cause;
+use crate::record::pause::PauseCause;
 use rdkafka::types::RDKafkaErrorCode as Code;
 use saga_core::error_class::{ErrorClass, classify_kafka};
 
@@ -14,7 +14,7 @@ pub(crate) enum Refusal {
     /// Kafka will refuse this row for ever: it is parked.
     Row,
     /// No row of its topic can be published now: the topic is paused.
-    Topic(Cause),
+    Topic(PauseCause),
     /// The refusal is not about the row: it is sent again.
     Transient,
 }
@@ -22,8 +22,10 @@ pub(crate) enum Refusal {
 impl Refusal {
     pub(crate) fn of(code: Code) -> Self {
         match code {
-            Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition => Self::Topic(Cause::Missing),
-            Code::TopicAuthorizationFailed => Self::Topic(Cause::Forbidden),
+            Code::UnknownTopic | Code::UnknownTopicOrPartition | Code::UnknownPartition => {
+                Self::Topic(PauseCause::Missing)
+            }
+            Code::TopicAuthorizationFailed => Self::Topic(PauseCause::Forbidden),
             // This is a batch of one record: no smaller one can be sent.
             Code::MessageBatchTooLarge => Self::Row,
             // A refused timestamp, above all, is a clock's fault and not the row's.
@@ -60,7 +62,7 @@ mod tests {
     fn a_refused_timestamp_is_a_clocks_fault_and_not_the_rows() {
         assert_eq!(Refusal::of(Code::InvalidTimestamp), Refusal::Transient);
         assert_eq!(Refusal::of(Code::MessageSizeTooLarge), Refusal::Row);
-        assert_eq!(Refusal::of(Code::UnknownTopicOrPartition), Refusal::Topic(Cause::Missing));
+        assert_eq!(Refusal::of(Code::UnknownTopicOrPartition), Refusal::Topic(PauseCause::Missing));
         // Kafka's own topics exist and take nothing: a wait for them would never end.
         assert_eq!(Refusal::of(Code::InvalidTopic), Refusal::Row);
     }

@@ -1,4 +1,4 @@
-//! Tries parked lines again, when an operator asked for it: in order, many rows at a time, beside all other work.
+//! Tries parked lanes again, when an operator asked for it: in order, many rows at a time, beside all other work.
 //!
 //! ```text
 //!  parked ──claim──▶ being sent ──report──▶ published
@@ -22,11 +22,11 @@ use crate::{
     publish::{
         kafka_record::{self, Built, RecordBuilder, takes_dead_letters},
         refusal::{Refusal, too_large},
-        retrying::{Choice, Retrying, Sending},
+        retrying::{Choice, RetryProducer, Sending},
     },
     record::{
-        parking::{self, Blocked, Line, Published},
-        pause::Cause,
+        parking::{self, BlockedLanes, Lane, Published},
+        pause::PauseCause,
     },
     row::Row,
     topics::{TopicState, Topics},
@@ -55,10 +55,10 @@ const FAILURES: u32 = 3;
 /// The pause between two turns, after one that could do nothing.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// A line, the time of its request, how large a record may be, and the rows to send.
-type Chosen = (Line, OffsetDateTime, usize, Vec<i64>);
+/// A lane, the time of its request, how large a record may be, and the rows to send.
+type Chosen = (Lane, OffsetDateTime, usize, Vec<i64>);
 
-/// Tries parked lines again, for one owner.
+/// Tries parked lanes again, for one owner.
 pub(crate) struct Retries {
     outbox: String,
     db: Database,
@@ -68,18 +68,18 @@ pub(crate) struct Retries {
     compression: String,
     builder: RecordBuilder,
     area: Arc<Area>,
-    blocked: Arc<Blocked>,
+    blocked: Arc<BlockedLanes>,
     control: watch::Receiver<Arc<Control>>,
     loops: Arc<Loops>,
     /// Requests that were met, by the time of the request: the last look may be a moment old.
-    met: HashMap<Line, OffsetDateTime>,
+    met: HashMap<Lane, OffsetDateTime>,
     /// How many rows are still to be sent one at a time, because a batch was refused and the culprit is not known.
     one_by_one: usize,
     /// Topics whose rows could not be sent, and until when they are left alone.
     silent: HashMap<String, std::time::Instant>,
-    /// The line that comes first in the next turn, because it found no room in the last.
-    first: Option<Line>,
-    producer: Option<Retrying>,
+    /// The lane that comes first in the next turn, because it found no room in the last.
+    first: Option<Lane>,
+    producer: Option<RetryProducer>,
 }
 
 impl Retries {
@@ -87,7 +87,7 @@ impl Retries {
         outbox: &Outbox,
         owner: Uuid,
         epoch: Arc<str>,
-        blocked: Arc<Blocked>,
+        blocked: Arc<BlockedLanes>,
         control: watch::Receiver<Arc<Control>>,
     ) -> Self {
         let clock: Arc<DatabaseClock> = outbox.leases.clock.clone();
@@ -111,12 +111,12 @@ impl Retries {
         }
     }
 
-    /// Tries requested lines until the future is dropped.
+    /// Tries requested lanes until the future is dropped.
     pub(crate) async fn run(mut self) {
         let mut failures = 0;
         loop {
-            let lines = self.wanted();
-            if lines.is_empty() {
+            let lanes = self.wanted();
+            if lanes.is_empty() {
                 self.producer = None;
                 self.loops.working(loops::RETRIES);
                 if self.control.changed().await.is_err() {
@@ -125,7 +125,7 @@ impl Retries {
                 }
                 continue;
             }
-            match self.turn(lines).await {
+            match self.turn(lanes).await {
                 Ok(done) => {
                     failures = 0;
                     if !done {
@@ -145,58 +145,58 @@ impl Retries {
         }
     }
 
-    /// The lines that are to be tried now. Those of a paused topic are tried when it resumes.
-    fn wanted(&mut self) -> Vec<(Line, OffsetDateTime)> {
+    /// The lanes that are to be tried now. Those of a paused topic are tried when it resumes.
+    fn wanted(&mut self) -> Vec<(Lane, OffsetDateTime)> {
         let control = self.control.borrow_and_update().clone();
-        self.met.retain(|line, at| control.retry.get(line) == Some(at));
+        self.met.retain(|lane, at| control.retry.get(lane) == Some(at));
         if control.whole {
             return Vec::new();
         }
         let now = saga_core::clock::monotonic();
         self.silent.retain(|_, until| *until > now);
-        let open = |line: &&Line| !control.paused.contains_key(&line.topic);
-        let lines = control.retry.iter().filter(|(line, at)| open(line) && self.met.get(*line) != Some(*at));
-        lines.map(|(line, at)| (line.clone(), *at)).collect()
+        let open = |lane: &&Lane| !control.paused.contains_key(&lane.topic);
+        let lanes = control.retry.iter().filter(|(lane, at)| open(lane) && self.met.get(*lane) != Some(*at));
+        lanes.map(|(lane, at)| (lane.clone(), *at)).collect()
     }
 
-    /// Sends rows of these lines, as many as go together; returns whether anything was done.
-    async fn turn(&mut self, mut lines: Vec<(Line, OffsetDateTime)>) -> Result<bool, sqlx::Error> {
-        if let Some(at) = self.first.take().and_then(|first| lines.iter().position(|(line, _)| *line == first)) {
-            lines.rotate_left(at);
+    /// Sends rows of these lanes, as many as go together; returns whether anything was done.
+    async fn turn(&mut self, mut lanes: Vec<(Lane, OffsetDateTime)>) -> Result<bool, sqlx::Error> {
+        if let Some(at) = self.first.take().and_then(|first| lanes.iter().position(|(lane, _)| *lane == first)) {
+            lanes.rotate_left(at);
         }
         let looked_at = self.area.take(BYTES, BYTES).await;
         let mut limits = HashMap::new();
         let (mut chosen, mut rows, mut bytes, mut done) = (Vec::new(), 0, 0, false);
         let most = if self.one_by_one > 0 { 1 } else { ROWS };
-        for (line, requested) in lines {
+        for (lane, requested) in lanes {
             if rows >= most || bytes >= BYTES {
-                self.first = self.first.take().or(Some(line));
+                self.first = self.first.take().or(Some(lane));
                 break;
             }
-            if !is_legal_name(&line.topic) {
+            if !is_legal_name(&lane.topic) {
                 warn!(
                     outbox = self.outbox,
-                    topic = line.topic,
+                    topic = lane.topic,
                     "no topic can have this name; its rows can only be discarded"
                 );
-                self.met(line, requested).await?;
+                self.met(lane, requested).await?;
                 continue;
             }
-            let Some(limit) = self.limit(&line.topic, &mut limits).await? else { continue };
-            match self.choose(&line, limit, most - rows, BYTES - bytes).await? {
+            let Some(limit) = self.limit(&lane.topic, &mut limits).await? else { continue };
+            match self.choose(&lane, limit, most - rows, BYTES - bytes).await? {
                 Choice::Rows(ids, their_bytes) => {
                     rows += ids.len();
                     bytes += their_bytes;
-                    chosen.push((line, requested, limit, ids));
+                    chosen.push((lane, requested, limit, ids));
                 }
-                Choice::Refused if line.key.is_none() => done = true,
+                Choice::Refused if lane.key.is_none() => done = true,
                 Choice::Refused => {
                     done = true;
-                    self.met(line, requested).await?;
+                    self.met(lane, requested).await?;
                 }
-                // The line is the first of the next turn.
-                Choice::NoRoom => self.first = self.first.take().or(Some(line)),
-                Choice::Nothing => done |= self.finish(line, requested).await?,
+                // The lane is the first of the next turn.
+                Choice::NoRoom => self.first = self.first.take().or(Some(lane)),
+                Choice::Nothing => done |= self.finish(lane, requested).await?,
             }
         }
         if chosen.is_empty() {
@@ -207,10 +207,10 @@ impl Retries {
         self.send(chosen, held).await
     }
 
-    /// The first rows of a line that fit. A row that its topic does not take is refused unread: alone if it has no key,
+    /// The first rows of a lane that fit. A row that its topic does not take is refused unread: alone if it has no key,
     /// else with all behind it.
-    async fn choose(&self, line: &Line, limit: usize, most: usize, room: usize) -> Result<Choice, sqlx::Error> {
-        let found = self.db.ask(async |db| parking::waiting(db, &self.outbox, line, most).await).await?;
+    async fn choose(&self, lane: &Lane, limit: usize, most: usize, room: usize) -> Result<Choice, sqlx::Error> {
+        let found = self.db.ask(async |db| parking::waiting(db, &self.outbox, lane, most).await).await?;
         if found.is_empty() {
             return Ok(Choice::Nothing);
         }
@@ -218,13 +218,13 @@ impl Retries {
         for row in found {
             let size = row.bytes();
             // For a dead letter, as much is sent as fits.
-            if size > limit && !takes_dead_letters(&line.topic) {
-                if line.key.is_some() && !ids.is_empty() {
+            if size > limit && !takes_dead_letters(&lane.topic) {
+                if lane.key.is_some() && !ids.is_empty() {
                     break;
                 }
                 self.refuse(&row, &too_large(size, limit)).await?;
                 refused = true;
-                if line.key.is_some() {
+                if lane.key.is_some() {
                     break;
                 }
                 continue;
@@ -256,8 +256,8 @@ impl Retries {
         }
         let limit = match self.topics.look(topic).await {
             Ok(TopicState::Ready { max_message_bytes }) => Some(max_message_bytes),
-            Ok(TopicState::Missing(reason)) => self.put_off(topic, Cause::Missing, reason).await?,
-            Ok(TopicState::Forbidden(reason)) => self.put_off(topic, Cause::Forbidden, reason).await?,
+            Ok(TopicState::Missing(reason)) => self.put_off(topic, PauseCause::Missing, reason).await?,
+            Ok(TopicState::Forbidden(reason)) => self.put_off(topic, PauseCause::Forbidden, reason).await?,
             Err(error) => {
                 self.leave_alone(topic.to_owned(), &format!("the brokers do not say what it is like: {error}"));
                 None
@@ -272,9 +272,9 @@ impl Retries {
         let ids: Vec<i64> = chosen.iter().flat_map(|(.., ids)| ids.iter().copied()).collect();
         let claimed = self.db.ask(async |db| parking::claim(db, &self.outbox, self.owner, &ids).await).await?;
         let mut claimed: HashMap<i64, Row> = claimed.into_iter().map(|row| (row.id(), row)).collect();
-        let (mut lines, mut records, mut unsent) = (Vec::new(), Vec::new(), Vec::new());
-        for (line, requested, limit, ids) in chosen {
-            let mut sending = Sending { line, requested, rows: Vec::new() };
+        let (mut lanes, mut records, mut unsent) = (Vec::new(), Vec::new(), Vec::new());
+        for (lane, requested, limit, ids) in chosen {
+            let mut sending = Sending { lane, requested, rows: Vec::new() };
             let mut blocked = false;
             for row in ids.iter().filter_map(|id| claimed.remove(id)) {
                 if blocked {
@@ -288,17 +288,17 @@ impl Retries {
                     }
                     Err(size) => {
                         self.refuse(&row, &too_large(size, limit)).await?;
-                        blocked = sending.line.key.is_some();
+                        blocked = sending.lane.key.is_some();
                         if blocked {
-                            self.met(sending.line.clone(), requested).await?;
+                            self.met(sending.lane.clone(), requested).await?;
                         }
                     }
                 }
             }
-            lines.push(sending);
+            lanes.push(sending);
         }
-        let reports = self.deliver(&lines, records, held).await;
-        let (done, more) = self.settle(lines, reports).await?;
+        let reports = self.deliver(&lanes, records, held).await;
+        let (done, more) = self.settle(lanes, reports).await?;
         unsent.extend(more);
         if !unsent.is_empty() {
             self.db.ask(async |db| parking::release(db, &self.outbox, self.owner, &unsent).await).await?;
@@ -307,11 +307,11 @@ impl Retries {
     }
 
     /// Sends the rows and waits for their reports; a row without one is in doubt.
-    async fn deliver(&mut self, lines: &[Sending], records: Vec<Built>, held: Held) -> Vec<Option<Result<(), Code>>> {
+    async fn deliver(&mut self, lanes: &[Sending], records: Vec<Built>, held: Held) -> Vec<Option<Result<(), Code>>> {
         let mut reports = vec![None; records.len()];
-        let rows = || lines.iter().flat_map(|line| &line.rows);
+        let rows = || lanes.iter().flat_map(|lane| &lane.rows);
         if self.producer.is_none() {
-            self.producer = Retrying::new(&self.outbox, &self.brokers, &self.compression);
+            self.producer = RetryProducer::new(&self.outbox, &self.brokers, &self.compression);
         }
         let Some(producer) = &mut self.producer else { return reports };
         producer.held = Some(held);
@@ -346,13 +346,13 @@ impl Retries {
     /// Records the fate of the rows; returns whether anything was done, and which rows were surely not published.
     async fn settle(
         &mut self,
-        lines: Vec<Sending>,
+        lanes: Vec<Sending>,
         reports: Vec<Option<Result<(), Code>>>,
     ) -> Result<(bool, Vec<i64>), sqlx::Error> {
         let alone = reports.len() == 1;
         let mut reports = reports.into_iter();
         let (mut published, mut unsent, mut failed) = (Vec::new(), Vec::new(), None);
-        for Sending { line, requested, rows } in lines {
+        for Sending { lane, requested, rows } in lanes {
             let mut ids = Vec::new();
             let mut behind = false;
             for row in rows {
@@ -361,10 +361,10 @@ impl Retries {
                     Some(Err(code)) => {
                         // In other cases a broker may have the row all the same: it stays claimed, and is sent again.
                         if Refusal::of(code) != Refusal::Transient {
-                            behind = line.key.is_some();
+                            behind = lane.key.is_some();
                             unsent.push(row.id());
                         }
-                        failed = Some((line.clone(), requested, row, code));
+                        failed = Some((lane.clone(), requested, row, code));
                     }
                     // Kafka takes no record of a partition behind one that it refused.
                     None if behind => unsent.push(row.id()),
@@ -372,10 +372,10 @@ impl Retries {
                 }
             }
             if !ids.is_empty() {
-                published.push(Published { line, requested, ids });
+                published.push(Published { lane, requested, ids });
             }
         }
-        let rows = published.iter().map(|line| line.ids.len()).sum::<usize>();
+        let rows = published.iter().map(|lane| lane.ids.len()).sum::<usize>();
         self.one_by_one = self.one_by_one.saturating_sub(rows);
         if rows > 0 {
             let recorded = async |db: &mut _| parking::published(db, &self.outbox, self.owner, &published).await;
@@ -387,20 +387,20 @@ impl Retries {
         if rows > 0 && failed.is_none() && self.silent.is_empty() {
             self.loops.working(loops::RETRIES);
         }
-        let Some((line, requested, row, code)) = failed else { return Ok((rows > 0, unsent)) };
+        let Some((lane, requested, row, code)) = failed else { return Ok((rows > 0, unsent)) };
         match Refusal::of(code) {
             Refusal::Row if alone => {
                 self.one_by_one = self.one_by_one.saturating_sub(1);
                 self.refuse(&row, &format!("Kafka refused it: {code}")).await?;
-                if line.key.is_some() {
-                    self.met(line, requested).await?;
+                if lane.key.is_some() {
+                    self.met(lane, requested).await?;
                 }
             }
             Refusal::Topic(cause) => {
-                self.put_off(&line.topic, cause, format!("Kafka says: {code}")).await?;
+                self.put_off(&lane.topic, cause, format!("Kafka says: {code}")).await?;
             }
             _ if !alone => self.one_by_one = ROWS,
-            _ => self.leave_alone(line.topic, &format!("Kafka says: {code}")),
+            _ => self.leave_alone(lane.topic, &format!("Kafka says: {code}")),
         }
         Ok((true, unsent))
     }
@@ -413,22 +413,22 @@ impl Retries {
         self.db.ask(async |db| parking::refused(db, &self.outbox, self.owner, row.id(), reason).await).await
     }
 
-    /// Frees a line of which no requested row is left.
-    async fn finish(&mut self, line: Line, requested: OffsetDateTime) -> Result<bool, sqlx::Error> {
-        if !self.db.ask(async |db| self.blocked.free(db, &self.outbox, &line).await).await? {
+    /// Frees a lane of which no requested row is left.
+    async fn finish(&mut self, lane: Lane, requested: OffsetDateTime) -> Result<bool, sqlx::Error> {
+        if !self.db.ask(async |db| self.blocked.free(db, &self.outbox, &lane).await).await? {
             return Ok(false);
         }
-        if line.key.is_some() {
-            info!(outbox = self.outbox, topic = line.topic, "no row of the line is parked any more");
+        if lane.key.is_some() {
+            info!(outbox = self.outbox, topic = lane.topic, "no row of the lane is parked any more");
         }
-        self.met(line, requested).await?;
+        self.met(lane, requested).await?;
         Ok(true)
     }
 
     /// Records that the request is met, whatever came of it.
-    async fn met(&mut self, line: Line, requested: OffsetDateTime) -> Result<(), sqlx::Error> {
-        self.db.ask(async |db| parking::tried(db, &self.outbox, self.owner, &line, requested).await).await?;
-        self.met.insert(line, requested);
+    async fn met(&mut self, lane: Lane, requested: OffsetDateTime) -> Result<(), sqlx::Error> {
+        self.db.ask(async |db| parking::tried(db, &self.outbox, self.owner, &lane, requested).await).await?;
+        self.met.insert(lane, requested);
         Ok(())
     }
 }

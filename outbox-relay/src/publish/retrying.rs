@@ -2,7 +2,7 @@
 //! anything. Rows that it holds when it is dropped, or when the process dies, are in doubt; they stay claimed and are
 //! sent again.
 
-use crate::{budget::Held, publish::producer, record::parking::Line, row::Row};
+use crate::{budget::Held, publish::producer, record::parking::Lane, row::Row};
 use rdkafka::{
     ClientContext,
     error::RDKafkaErrorCode as Code,
@@ -12,34 +12,34 @@ use time::OffsetDateTime;
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
-/// The rows of a line that are being sent.
+/// The rows of a lane that are being sent.
 pub(crate) struct Sending {
-    pub(crate) line: Line,
+    pub(crate) lane: Lane,
     pub(crate) requested: OffsetDateTime,
     pub(crate) rows: Vec<Row>,
 }
 
-/// The choice of rows to try of a line.
+/// The choice of rows to try of a lane.
 pub(crate) enum Choice {
     /// The ids of the rows to send, and their bytes.
     Rows(Vec<i64>, usize),
     /// Its first row was refused unread.
     Refused,
-    /// Its first row does not fit beside the rows of other lines.
+    /// Its first row does not fit beside the rows of other lanes.
     NoRoom,
     /// None of its rows that were asked for is parked.
     Nothing,
 }
 
 /// A producer of parked rows, and its reports.
-pub(crate) struct Retrying {
+pub(crate) struct RetryProducer {
     producer: Option<ThreadedProducer<Reports>>,
     /// The room of the rows that the producer has.
     pub(crate) held: Option<Held>,
     pub(crate) reports: mpsc::UnboundedReceiver<(usize, Result<(), Code>)>,
 }
 
-impl Retrying {
+impl RetryProducer {
     pub(crate) fn new(outbox: &str, brokers: &str, compression: &str) -> Option<Self> {
         let (report, reports) = mpsc::unbounded_channel();
         let made = producer::config(outbox, brokers, compression, usize::MAX).create_with_context(Reports(report));
@@ -58,7 +58,7 @@ impl Retrying {
     }
 }
 
-impl Drop for Retrying {
+impl Drop for RetryProducer {
     fn drop(&mut self) {
         // The drop purges the queue and waits for the polling thread, so it must not run on a thread that drives
         // futures.

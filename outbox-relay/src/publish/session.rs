@@ -15,7 +15,7 @@ mod fate;
 mod handover;
 mod sending;
 
-pub(crate) use handover::{Joining, Leaving};
+pub(crate) use handover::{ReturningTopic, ReturningTopics};
 
 use crate::{
     budget::Area,
@@ -23,17 +23,17 @@ use crate::{
     database::Database,
     position::{Position, ReadError},
     publish::{
-        in_flight::Refused,
+        in_flight::RefusedRow,
         kafka_record::RecordBuilder,
         producer::Publisher,
         refusal::{Refusal, is_of_all_topics},
         shared::Shared,
     },
-    read::reader::Item,
+    read::reader::ReaderItem,
     record::{
-        commit::{CommitError, Progress},
-        parking::Blocked,
-        pause::{Cause, LeftBehind},
+        commit::{CommitError, Recordable},
+        parking::BlockedLanes,
+        pause::{LeftBehind, PauseCause},
     },
     topics::Topics,
 };
@@ -67,7 +67,7 @@ const FAILURES: u32 = 3;
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Ended {
+pub(crate) enum SessionEnd {
     /// The process stops.
     #[error("stopped")]
     Stopped,
@@ -116,7 +116,7 @@ pub(crate) enum Ended {
 
 /// The state that one session of a stream leaves to the next.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub(crate) struct StreamState {
     /// The position up to which the stream has dealt with all rows.
     pub(crate) at: Position,
     /// `max.message.bytes` of the topics seen.
@@ -131,7 +131,7 @@ pub(crate) struct Memory {
     pub(crate) refused_at: Option<Instant>,
 }
 
-impl Memory {
+impl StreamState {
     pub(crate) fn at(at: Position) -> Self {
         let (limits, suspects, verdicts) = Default::default();
         Self { at, limits, suspects, verdicts, failures: 0, refused_at: None }
@@ -139,35 +139,35 @@ impl Memory {
 }
 
 /// The stream that a session belongs to.
-pub(crate) enum Scope {
+pub(crate) enum StreamScope {
     /// The main stream, of all topics that are not set apart.
     Main {
         /// Topics that are about to come back.
-        joining: Joining,
+        joining: ReturningTopics,
     },
     /// The stream of one topic that is set apart.
-    Topic(Box<Leaving>),
+    Topic(Box<ReturningTopic>),
 }
 
 /// One producer's life in a stream.
 pub(crate) struct Session {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) scope: Scope,
+    pub(crate) scope: StreamScope,
     pub(crate) area: Arc<Area>,
     pub(crate) outbox: String,
     pub(crate) db: Database,
     pub(crate) topics: Topics,
     pub(crate) publisher: Publisher,
     pub(crate) builder: RecordBuilder,
-    pub(crate) memory: Memory,
-    pub(crate) blocked: Arc<Blocked>,
+    pub(crate) memory: StreamState,
+    pub(crate) blocked: Arc<BlockedLanes>,
     /// Topics that are set apart; the main stream passes over their rows.
     pub(crate) paused: HashSet<String>,
     /// The stream's position.
     pub(crate) at: Position,
     pub(crate) control: watch::Receiver<Arc<Control>>,
     pub(crate) look_at: tokio::time::Interval,
-    pub(crate) progress: mpsc::Sender<Progress>,
+    pub(crate) progress: mpsc::Sender<Recordable>,
     /// How many of the reader's pages need nothing more.
     pub(crate) pages_done: watch::Sender<usize>,
     pub(crate) stop: CancellationToken,
@@ -175,7 +175,7 @@ pub(crate) struct Session {
 
 impl Session {
     /// Publishes until something ends it.
-    pub(crate) async fn run(&mut self, mut items: mpsc::Receiver<Item>) -> Ended {
+    pub(crate) async fn run(&mut self, mut items: mpsc::Receiver<ReaderItem>) -> SessionEnd {
         if let Err(ended) = self.obey().await {
             return ended;
         }
@@ -186,42 +186,42 @@ impl Session {
         }
     }
 
-    async fn run_once(&mut self, items: &mut mpsc::Receiver<Item>) -> Result<(), Ended> {
+    async fn run_once(&mut self, items: &mut mpsc::Receiver<ReaderItem>) -> Result<(), SessionEnd> {
         self.complete().await?;
         let in_flight = self.publisher.in_flight.clone();
         let room = self.has_room();
         tokio::select! {
             biased;
-            () = self.stop.cancelled() => Err(Ended::Stopped),
+            () = self.stop.cancelled() => Err(SessionEnd::Stopped),
             () = in_flight.changed.notified() => Ok(()),
             _ = self.look_at.tick() => self.look_at_producer().await,
             changed = self.control.changed() => match changed {
                 Ok(()) => self.obey().await,
-                Err(_) => Err(Ended::Control),
+                Err(_) => Err(SessionEnd::Control),
             },
             handed = self.scope.handed_over(&self.shared.asks) => self.hand_over(handed).await,
             () = self.progress.closed() => Err(CommitError::Fenced.into()),
             item = items.recv(), if room => match item {
-                Some(Item::Page(page)) => self.send(page).await,
-                Some(Item::CaughtUp(at)) => self.caught_up(at).await,
-                None => Err(Ended::Reader),
+                Some(ReaderItem::Page(page)) => self.send(page).await,
+                Some(ReaderItem::CaughtUp(at)) => self.caught_up(at).await,
+                None => Err(SessionEnd::Reader),
             },
         }
     }
 
     /// Whether more rows may be sent before others are acknowledged.
     pub(crate) fn has_room(&self) -> bool {
-        let rows = if matches!(self.scope, Scope::Main { .. }) { ROWS_IN_FLIGHT } else { ROWS_OF_A_TOPIC };
+        let rows = if matches!(self.scope, StreamScope::Main { .. }) { ROWS_IN_FLIGHT } else { ROWS_OF_A_TOPIC };
         self.publisher.in_flight.rows() < rows
     }
 
     /// Does what operators want: stops, or leaves a topic behind.
-    async fn obey(&mut self) -> Result<(), Ended> {
+    async fn obey(&mut self) -> Result<(), SessionEnd> {
         let control = self.control.borrow_and_update().clone();
         if control.whole || self.scope.is_withdrawn(&control) {
-            return Err(Ended::Paused);
+            return Err(SessionEnd::Paused);
         }
-        if matches!(self.scope, Scope::Topic(_)) {
+        if matches!(self.scope, StreamScope::Topic(_)) {
             return Ok(());
         }
         for (topic, paused) in &control.paused {
@@ -233,7 +233,7 @@ impl Session {
                 info!(outbox = self.outbox, topic, "the topic is paused");
                 let (cause, position) = (paused.cause, self.at.clone());
                 let left = LeftBehind { topic: topic.clone(), cause, reason: String::new(), position };
-                self.mark(Progress::LeftBehind(left)).await?;
+                self.mark(Recordable::LeftBehind(left)).await?;
             }
         }
         Ok(())
@@ -241,15 +241,15 @@ impl Session {
 
     /// Drops the producer and returns what the next session has to know. It first hands what is acknowledged to the
     /// recorder. A stop or a pause waits a while for what the brokers have already got.
-    pub(crate) async fn finish(mut self, ended: &Ended) -> Memory {
+    pub(crate) async fn finish(mut self, ended: &SessionEnd) -> StreamState {
         let mut all_reported = false;
         match ended {
-            Ended::Stopped => self.await_deliveries(LAST_DELIVERIES).await,
-            Ended::Paused => {
+            SessionEnd::Stopped => self.await_deliveries(LAST_DELIVERIES).await,
+            SessionEnd::Paused => {
                 self.publisher.purge();
                 self.await_deliveries(LAST_DELIVERIES).await;
             }
-            Ended::Stuck(topics) => {
+            SessionEnd::Stuck(topics) => {
                 let in_flight = self.publisher.in_flight.clone();
                 in_flight.set_eager(true);
                 let others = async {
@@ -261,8 +261,8 @@ impl Session {
                 tokio::time::timeout(OTHERS, others).await.ok();
             }
             // A fatal producer may be noticed before the reports that name the reason.
-            Ended::Refused { .. } | Ended::GaveUp(_) => all_reported = self.await_refusals().await,
-            Ended::Commit(_) => {}
+            SessionEnd::Refused { .. } | SessionEnd::GaveUp(_) => all_reported = self.await_refusals().await,
+            SessionEnd::Commit(_) => {}
             // The producer is sound: what it has sent should not be sent again.
             _ => self.await_deliveries(OTHERS).await,
         }
@@ -276,8 +276,8 @@ impl Session {
         }
         self.shared.remember(left.beyond);
         match &self.scope {
-            Scope::Main { .. } => self.set_apart(ended, &refused).await,
-            Scope::Topic(_) => self.suspect(ended, &refused, all_reported),
+            StreamScope::Main { .. } => self.set_apart(ended, &refused).await,
+            StreamScope::Topic(_) => self.suspect(ended, &refused, all_reported),
         }
         self.memory
     }
@@ -314,22 +314,24 @@ impl Session {
 
     /// Leaves behind, in the main stream, the topics that a failure is about. Each goes on, or waits, in a stream of
     /// its own, so that the others pay for a refusal once.
-    async fn set_apart(&mut self, ended: &Ended, refused: &[Refused]) {
-        let mut causes: HashMap<&str, (Cause, String)> = HashMap::new();
-        if let Ended::Stuck(topics) = ended {
+    async fn set_apart(&mut self, ended: &SessionEnd, refused: &[RefusedRow]) {
+        let mut causes: HashMap<&str, (PauseCause, String)> = HashMap::new();
+        if let SessionEnd::Stuck(topics) = ended {
             let reason = format!("no broker has taken its rows for {:?}", self.shared.stuck_after);
-            causes.extend(topics.iter().map(|topic| (topic.as_str(), (Cause::Leaderless, reason.clone()))));
+            causes.extend(topics.iter().map(|topic| (topic.as_str(), (PauseCause::Leaderless, reason.clone()))));
         }
-        self.memory.failures += u32::from(matches!(ended, Ended::Refused { .. } | Ended::GaveUp(_)));
-        for Refused { id, topic, code } in refused {
+        self.memory.failures += u32::from(matches!(ended, SessionEnd::Refused { .. } | SessionEnd::GaveUp(_)));
+        for RefusedRow { id, topic, code } in refused {
             let said = format!("Kafka says of row {id}: {code}");
             let cause = match Refusal::of(*code) {
                 Refusal::Topic(cause) => cause,
-                Refusal::Row => Cause::Refusing,
-                Refusal::Transient if self.memory.failures >= FAILURES && !is_of_all_topics(*code) => Cause::Refusing,
+                Refusal::Row => PauseCause::Refusing,
+                Refusal::Transient if self.memory.failures >= FAILURES && !is_of_all_topics(*code) => {
+                    PauseCause::Refusing
+                }
                 Refusal::Transient => continue,
             };
-            if cause == Cause::Missing {
+            if cause == PauseCause::Missing {
                 // The topic may have been deleted, and the acknowledged rows with it.
                 self.shared.forget(topic);
             }
@@ -345,24 +347,24 @@ impl Session {
             self.memory.limits.remove(topic);
             self.memory.failures = 0;
             let left = LeftBehind { topic: topic.to_owned(), cause, reason, position: self.memory.at.clone() };
-            self.progress.send(Progress::LeftBehind(left)).await.ok();
+            self.progress.send(Recordable::LeftBehind(left)).await.ok();
         }
     }
 
     /// Finds the refused row in a topic's own stream: at once where Kafka names it, or where it was alone in its batch.
     /// The latter is certain only when there is a report of each row. Otherwise the rows of the refused batch are sent
     /// one by one.
-    fn suspect(&mut self, ended: &Ended, refused: &[Refused], all_reported: bool) {
-        if !matches!(ended, Ended::Refused { .. } | Ended::GaveUp(_)) {
+    fn suspect(&mut self, ended: &SessionEnd, refused: &[RefusedRow], all_reported: bool) {
+        if !matches!(ended, SessionEnd::Refused { .. } | SessionEnd::GaveUp(_)) {
             return;
         }
         self.memory.failures += 1;
         let named = refused.iter().any(|row| row.code == RDKafkaErrorCode::InvalidDifferentRecord);
-        let of_rows: Vec<&Refused> = refused.iter().filter(|row| Refusal::of(row.code) == Refusal::Row).collect();
+        let of_rows: Vec<&RefusedRow> = refused.iter().filter(|row| Refusal::of(row.code) == Refusal::Row).collect();
         if !of_rows.is_empty() {
             self.memory.refused_at = Some(Instant::from_std(saga_core::clock::monotonic()));
         }
-        let topical = |row: &&Refused| matches!(Refusal::of(row.code), Refusal::Topic(_));
+        let topical = |row: &&RefusedRow| matches!(Refusal::of(row.code), Refusal::Topic(_));
         if let Some(row) = refused.iter().find(topical) {
             self.memory.verdicts.insert(row.id, row.code);
         }

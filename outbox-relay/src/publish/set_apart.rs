@@ -3,7 +3,7 @@
 use crate::publish::{shared::Shared, stream::run_topic};
 use saga_core::{
     clock,
-    part::{Cause, Trouble},
+    part::{Cause, HealthIssue},
 };
 use std::{
     collections::HashMap,
@@ -42,12 +42,12 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             Some(ended) = running.join_next_with_id() => {
                 let (id, failure) = match ended {
                     Ok((id, ended)) => (id, ended.err().map(|error| error.trouble())),
-                    Err(panic) => (panic.id(), Some(Trouble::new(Cause::Fault, format!("a fault in the relay itself: {panic}")))),
+                    Err(panic) => (panic.id(), Some(HealthIssue::new(Cause::Fault, format!("a fault in the relay itself: {panic}")))),
                 };
                 let topic = topics.remove(&id).unwrap_or_default();
                 match failure {
                     None => shared.loops.ended(&topic),
-                    Some(Trouble { cause, reason: problem, .. }) => {
+                    Some(HealthIssue { cause, reason: problem, .. }) => {
                         error!(outbox = shared.outbox, topic, problem, "the topic's own stream ended; it starts again");
                         shared.loops.failing(&topic, cause, &problem);
                         failed.insert(topic, clock::monotonic());

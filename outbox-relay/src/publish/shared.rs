@@ -5,15 +5,15 @@
 
 use crate::{
     budget::Areas,
-    control::{Control, Wanted},
+    control::{Control, ControlWatch},
     database::Database,
     loops::Loops,
     position::{Position, ReadError},
-    publish::{asks::Asks, producer::Kafka},
+    publish::{asks::HandoverRequests, producer::Kafka},
     read::nudges::Nudges,
     record::{
-        commit::{CommitError, Progress},
-        parking::Blocked,
+        commit::{CommitError, Recordable},
+        parking::BlockedLanes,
     },
     topics::Topics,
 };
@@ -36,7 +36,7 @@ pub(crate) struct Shared {
     /// Connections for statements that may read much.
     pub(crate) reading: Database,
     pub(crate) clock: Arc<DatabaseClock>,
-    pub(crate) blocked: Arc<Blocked>,
+    pub(crate) blocked: Arc<BlockedLanes>,
     pub(crate) kafka: Kafka,
     pub(crate) topics: Topics,
     pub(crate) loops: Arc<Loops>,
@@ -45,14 +45,14 @@ pub(crate) struct Shared {
     /// How long a topic that has refused a row stays set apart.
     pub(crate) set_apart_for: Duration,
     pub(crate) control: watch::Receiver<Arc<Control>>,
-    pub(crate) wanted: Weak<Wanted>,
-    pub(crate) progress: mpsc::Sender<Progress>,
+    pub(crate) wanted: Weak<ControlWatch>,
+    pub(crate) progress: mpsc::Sender<Recordable>,
     /// Wakes the recorder before its pause ends.
     pub(crate) hurry: Arc<Notify>,
     pub(crate) nudges: Arc<Nudges>,
     /// The main stream's position: it has sent, or passed over, all before.
     pub(crate) main: watch::Sender<Position>,
-    pub(crate) asks: Asks,
+    pub(crate) asks: HandoverRequests,
     /// Room for the rows of each stream.
     pub(crate) areas: Arc<Areas>,
     pub(crate) stop: CancellationToken,
@@ -113,7 +113,7 @@ impl Shared {
     /// Waits until everything before is recorded.
     pub(crate) async fn flush(&self) -> Result<(), CommitError> {
         let (told, recorded) = oneshot::channel();
-        self.progress.send(Progress::Flush(told)).await.map_err(|_| CommitError::Fenced)?;
+        self.progress.send(Recordable::Flush(told)).await.map_err(|_| CommitError::Fenced)?;
         self.hurry.notify_one();
         recorded.await.map_err(|_| CommitError::Fenced)
     }

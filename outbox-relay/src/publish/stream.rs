@@ -13,14 +13,14 @@ use crate::{
     publish::{
         kafka_record::RecordBuilder,
         producer::Publisher,
-        session::{Ended, Joining, LOOK_AT_PRODUCER, Leaving, Memory, Scope, Session},
+        session::{LOOK_AT_PRODUCER, ReturningTopic, ReturningTopics, Session, SessionEnd, StreamScope, StreamState},
         shared::Shared,
     },
     read::{
         cursor::Cursor,
         reader::{Follower, Reader},
     },
-    record::pause::{Cause, Paused},
+    record::pause::{PauseCause, Paused},
 };
 use saga_core::{clock, part};
 use std::{collections::HashSet, sync::Arc, time::Duration};
@@ -40,7 +40,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Runs the main stream, until the process stops.
 pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), OwnerError> {
-    let mut memory = Memory::at(at);
+    let mut memory = StreamState::at(at);
     loop {
         let mut control = shared.control.clone();
         tokio::select! {
@@ -53,13 +53,13 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
         let paused = now.paused.iter().filter(|(_, paused)| paused.position.is_some());
         let paused = paused.map(|(topic, _)| topic.clone()).collect();
         shared.main.send_replace(memory.at.clone());
-        let scope = Scope::Main { joining: Joining::default() };
+        let scope = StreamScope::Main { joining: ReturningTopics::default() };
         let (ended, left) = session(shared, shared.areas.main.clone(), scope, memory, paused).await?;
         memory = left;
         match &ended {
-            Ended::Stopped => return Ok(()),
-            Ended::Paused | Ended::Stuck(_) | Ended::Joined | Ended::Stalled(_) => {}
-            Ended::Refused { .. } | Ended::GaveUp(_) => {
+            SessionEnd::Stopped => return Ok(()),
+            SessionEnd::Paused | SessionEnd::Stuck(_) | SessionEnd::Joined | SessionEnd::Stalled(_) => {}
+            SessionEnd::Refused { .. } | SessionEnd::GaveUp(_) => {
                 warn!(outbox = shared.outbox, reason = %ended, "the producer is rebuilt");
                 // The first failure is over as soon as it is noticed.
                 if memory.failures > 1 {
@@ -74,24 +74,24 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
 
 /// Runs the stream of a topic that is set apart, until the topic is handed back or waits for something.
 pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), OwnerError> {
-    let mut memory = None::<Memory>;
+    let mut memory = None::<StreamState>;
     loop {
         let area = tokio::select! {
             () = shared.stop.cancelled() => return Ok(()),
             area = shared.areas.topic() => area,
         };
         let Some((paused, at)) = resuming(shared, topic).await? else { return Ok(()) };
-        let mut remembered = memory.take().unwrap_or_else(|| Memory::at(at.clone()));
-        if paused.cause == Cause::Refusing {
+        let mut remembered = memory.take().unwrap_or_else(|| StreamState::at(at.clone()));
+        if paused.cause == PauseCause::Refusing {
             remembered.refused_at.get_or_insert_with(|| Instant::from_std(clock::monotonic()));
         }
         remembered.at = at;
         let not_before = remembered.refused_at.map(|at| at + shared.set_apart_for);
-        let scope = Scope::Topic(Box::new(Leaving::new(topic.to_owned(), paused.paused_at, not_before)));
+        let scope = StreamScope::Topic(Box::new(ReturningTopic::new(topic.to_owned(), paused.paused_at, not_before)));
         let (ended, left) = session(shared, area, scope, remembered, HashSet::new()).await?;
         match &ended {
-            Ended::Stopped | Ended::Joined | Ended::Stalled(_) => return Ok(()),
-            Ended::Refused { .. } | Ended::GaveUp(_) => {
+            SessionEnd::Stopped | SessionEnd::Joined | SessionEnd::Stalled(_) => return Ok(()),
+            SessionEnd::Refused { .. } | SessionEnd::GaveUp(_) => {
                 warn!(outbox = shared.outbox, topic, reason = %ended, "the producer of this topic is rebuilt");
                 if left.failures > 1 {
                     shared.loops.failing(topic, part::Cause::Refused, &ended.to_string());
@@ -99,7 +99,7 @@ pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), O
                 rest(left.failures, &shared.stop).await;
             }
             // The next round looks up again whether the topic may go on.
-            Ended::Paused | Ended::Stuck(_) => {}
+            SessionEnd::Paused | SessionEnd::Stuck(_) => {}
             _ => return Err(failure(ended)),
         }
         memory = Some(left);
@@ -115,12 +115,12 @@ async fn resuming(shared: &Shared, topic: &str) -> Result<Option<(Paused, Positi
     Ok(paused.and_then(|paused| Some((paused.clone(), paused.position.clone()?))))
 }
 
-fn failure(ended: Ended) -> OwnerError {
+fn failure(ended: SessionEnd) -> OwnerError {
     match ended {
-        Ended::Commit(error) => error.into(),
-        Ended::Read(error) => error.into(),
-        Ended::Database(error) => error.into(),
-        Ended::Producer(error) => error.into(),
+        SessionEnd::Commit(error) => error.into(),
+        SessionEnd::Read(error) => error.into(),
+        SessionEnd::Database(error) => error.into(),
+        SessionEnd::Producer(error) => error.into(),
         ended => OwnerError::Session(ended.to_string()),
     }
 }
@@ -138,14 +138,16 @@ async fn rest(failures: u32, stop: &CancellationToken) {
 async fn session(
     shared: &Arc<Shared>,
     area: Arc<Area>,
-    scope: Scope,
-    memory: Memory,
+    scope: StreamScope,
+    memory: StreamState,
     paused: HashSet<String>,
-) -> Result<(Ended, Memory), OwnerError> {
+) -> Result<(SessionEnd, StreamState), OwnerError> {
     let publisher = Publisher::new(&shared.kafka)?;
     match &scope {
-        Scope::Main { .. } => shared.blocked.load(&shared.db, &shared.outbox, |topic| !paused.contains(topic)).await?,
-        Scope::Topic(leaving) => {
+        StreamScope::Main { .. } => {
+            shared.blocked.load(&shared.db, &shared.outbox, |topic| !paused.contains(topic)).await?
+        }
+        StreamScope::Topic(leaving) => {
             shared.blocked.load(&shared.db, &shared.outbox, |topic| topic == leaving.topic).await?;
         }
     }
@@ -154,11 +156,11 @@ async fn session(
     let (pages_done, done) = watch::channel(0);
     let at = memory.at.clone();
     let mut reader = AbortOnDropHandle::new(match &scope {
-        Scope::Main { .. } => {
+        StreamScope::Main { .. } => {
             let reader = Reader::new(Cursor::new(at.clone(), None, area.clone()), control.clone(), items, done);
             tokio::spawn(reader.run(shared.reading.clone(), shared.nudges.clone()))
         }
-        Scope::Topic(leaving) => {
+        StreamScope::Topic(leaving) => {
             let cursor = Cursor::new(at.clone(), Some(leaving.topic.as_str().into()), area.clone());
             tokio::spawn(Follower { cursor, main: shared.main.subscribe(), items }.run(shared.reading.clone()))
         }
@@ -185,8 +187,11 @@ async fn session(
     };
     let ended = session.run(pages).await;
     // Reading ends first: what it reads from here on is of no use.
-    let read =
-        if matches!(ended, Ended::Reader) { joined("reading the outbox", (&mut reader).await) } else { Ok(Ok(())) };
+    let read = if matches!(ended, SessionEnd::Reader) {
+        joined("reading the outbox", (&mut reader).await)
+    } else {
+        Ok(Ok(()))
+    };
     drop(reader);
     let memory = session.finish(&ended).await;
     read??;

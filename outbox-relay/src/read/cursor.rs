@@ -39,7 +39,7 @@ const PAGE_BYTES: usize = 8 << 20;
 /// Rows to publish, in order, and their place. There may be no rows: then a stretch of ids held nothing to publish.
 pub(crate) struct Page {
     /// The topic whose rows these are, when it is catching up after a pause; else rows of any topic.
-    pub(crate) lane: Option<Arc<str>>,
+    pub(crate) only_topic: Option<Arc<str>>,
     pub(crate) base: Snapshot,
     pub(crate) target: Snapshot,
     /// The position before the first row.
@@ -67,7 +67,7 @@ enum Plan {
 pub(crate) struct Cursor {
     at: Position,
     plan: Plan,
-    lane: Option<Arc<str>>,
+    only_topic: Option<Arc<str>>,
     /// Rows that were read, but not handed out: large rows cut a page into several.
     read: VecDeque<Row>,
     /// The id up to which the window is read.
@@ -80,9 +80,9 @@ pub(crate) struct Cursor {
 }
 
 impl Cursor {
-    pub(crate) fn new(at: Position, lane: Option<Arc<str>>, area: Arc<Area>) -> Self {
+    pub(crate) fn new(at: Position, only_topic: Option<Arc<str>>, area: Arc<Area>) -> Self {
         let reached = at.after;
-        Self { at, plan: Plan::Untried, lane, read: VecDeque::new(), reached, area, room: None, bodies: None }
+        Self { at, plan: Plan::Untried, only_topic, read: VecDeque::new(), reached, area, room: None, bodies: None }
     }
 
     /// Waits for room for what the next step reads. Do not call it within a conversation, whose time is bounded.
@@ -251,31 +251,31 @@ impl Cursor {
     /// Tries a window that was not polled: of a topic that catches up, or begun by an owner before.
     async fn try_whole(&mut self, db: &mut PgConnection) -> Result<(), ReadError> {
         let span = self.span();
-        let lane = self.lane.as_deref();
-        if lane.is_some() && window::is_long(db, &span, self.rows()).await? {
+        let only_topic = self.only_topic.as_deref();
+        if only_topic.is_some() && window::is_long(db, &span, self.rows()).await? {
             // The topic's rows may be few, and the query would look for them among all.
             return self.search(db).await;
         }
-        let rows = window::whole(db, &span, lane, self.rows()).await?;
+        let rows = window::whole(db, &span, only_topic, self.rows()).await?;
         self.take_whole(db, rows).await
     }
 
     /// Reads the next stretch of a long window.
     async fn walk(&mut self, db: &mut PgConnection, floor: i64, top: i64) -> Result<(), ReadError> {
-        let (lane, most) = (self.lane.clone(), self.rows());
-        let lane = lane.as_deref();
+        let (only_topic, most) = (self.only_topic.clone(), self.rows());
+        let only_topic = only_topic.as_deref();
         let stragglers = self.span().stragglers;
         let rows = if self.reached < floor.saturating_sub(1) {
             let ids = (self.reached, floor);
-            let rows = window::stragglers(db, &stragglers, ids, lane, most).await?;
+            let rows = window::stragglers(db, &stragglers, ids, only_topic, most).await?;
             self.reached = rows.last().map_or(floor - 1, Row::id);
             rows
         } else if self.reached < top {
-            let (rows, reached) = window::stretch(db, &self.at, (self.reached, top), lane, most).await?;
+            let (rows, reached) = window::stretch(db, &self.at, (self.reached, top), only_topic, most).await?;
             self.reached = reached;
             rows
         } else {
-            let rows = window::stragglers(db, &stragglers, (self.reached, i64::MAX), lane, most).await?;
+            let rows = window::stragglers(db, &stragglers, (self.reached, i64::MAX), only_topic, most).await?;
             match rows.last() {
                 Some(last) => self.reached = last.id(),
                 None => self.close(),
@@ -341,7 +341,7 @@ impl Cursor {
         let after = self.at.after;
         self.at.after = self.read.front().map_or(self.reached, |next| next.id() - 1).min(limit);
         let (base, target) = (self.at.base.clone(), self.at.target.clone());
-        Page { lane: self.lane.clone(), base, target, after, rows, to: self.at.after, held: None }
+        Page { only_topic: self.only_topic.clone(), base, target, after, rows, to: self.at.after, held: None }
     }
 }
 

@@ -55,7 +55,7 @@ const FOLLOW: Duration = Duration::from_millis(50);
 const EMPTY: Duration = Duration::from_secs(1);
 
 /// An item for the publisher, in order.
-pub(crate) enum Item {
+pub(crate) enum ReaderItem {
     /// Rows to publish.
     Page(Page),
     /// The reader has handed out every row of the topic that the main stream had passed at this position.
@@ -66,7 +66,7 @@ pub(crate) enum Item {
 pub(crate) struct Reader {
     cursor: Cursor,
     control: watch::Receiver<Arc<Control>>,
-    items: mpsc::Sender<Item>,
+    items: mpsc::Sender<ReaderItem>,
     /// How many pages the publisher got, and how many of them it has done with.
     given: usize,
     done: watch::Receiver<usize>,
@@ -77,7 +77,7 @@ impl Reader {
     pub(crate) fn new(
         cursor: Cursor,
         control: watch::Receiver<Arc<Control>>,
-        items: mpsc::Sender<Item>,
+        items: mpsc::Sender<ReaderItem>,
         done: watch::Receiver<usize>,
     ) -> Self {
         Self { cursor, control, items, given: 0, done, pauses: PAUSES }
@@ -99,15 +99,15 @@ impl Reader {
                 nudged_last = Some(clock::monotonic());
             }
             let small_page = match self.run_once(database, db).await? {
-                Found::Closed => return Ok(()),
-                Found::Rows(rows) => {
+                PollResult::Closed => return Ok(()),
+                PollResult::Rows(rows) => {
                     found_last = clock::monotonic();
                     if rows >= FEW_ROWS || self.cursor.knows_more() {
                         continue;
                     }
                     true
                 }
-                Found::Nothing => false,
+                PollResult::Nothing => false,
             };
             let idle = clock::monotonic().duration_since(found_last);
             let nudged = nudged_last.is_some_and(|last| last.elapsed() < NUDGED);
@@ -140,20 +140,20 @@ impl Reader {
     }
 
     /// Reads one page. The database has to answer in time; the publisher may take the page at any time.
-    async fn run_once(&mut self, database: &Database, db: &mut PgConnection) -> Result<Found, ReadError> {
+    async fn run_once(&mut self, database: &Database, db: &mut PgConnection) -> Result<PollResult, ReadError> {
         if self.control.borrow_and_update().whole {
-            return Ok(Found::Nothing);
+            return Ok(PollResult::Nothing);
         }
         self.cursor.make_room().await;
-        let Some(page) = database.within(self.cursor.next(db)).await? else { return Ok(Found::Nothing) };
+        let Some(page) = database.within(self.cursor.next(db)).await? else { return Ok(PollResult::Nothing) };
         let rows = page.rows.len();
         self.given += 1;
-        let taken = self.items.send(Item::Page(page)).await;
-        Ok(if taken.is_ok() { Found::Rows(rows) } else { Found::Closed })
+        let taken = self.items.send(ReaderItem::Page(page)).await;
+        Ok(if taken.is_ok() { PollResult::Rows(rows) } else { PollResult::Closed })
     }
 }
 
-enum Found {
+enum PollResult {
     Rows(usize),
     Nothing,
     Closed,
@@ -164,7 +164,7 @@ pub(crate) struct Follower {
     pub(crate) cursor: Cursor,
     /// The main stream's position.
     pub(crate) main: watch::Receiver<Position>,
-    pub(crate) items: mpsc::Sender<Item>,
+    pub(crate) items: mpsc::Sender<ReaderItem>,
 }
 
 impl Follower {
@@ -182,9 +182,9 @@ impl Follower {
                 Some(page) if page.rows.is_empty() && recorded.is_some_and(|last| last.elapsed() < EMPTY) => None,
                 Some(page) => {
                     recorded = Some(clock::monotonic());
-                    Some(Item::Page(page))
+                    Some(ReaderItem::Page(page))
                 }
-                None if self.cursor.has_reached(&main) => Some(Item::CaughtUp(main)),
+                None if self.cursor.has_reached(&main) => Some(ReaderItem::CaughtUp(main)),
                 None => None,
             };
             // The pause is as long as the step took: the main stream reads from the same database.
@@ -233,7 +233,7 @@ mod tests {
     struct Reading {
         database: TestDatabase,
         _control: watch::Sender<Arc<Control>>,
-        items: mpsc::Receiver<Item>,
+        items: mpsc::Receiver<ReaderItem>,
         done: watch::Sender<usize>,
         _reader: AbortOnDropHandle<Result<(), ReadError>>,
     }
@@ -279,14 +279,19 @@ mod tests {
                 .unwrap();
         }
 
-        async fn item(&mut self) -> Item {
+        async fn item(&mut self) -> ReaderItem {
             tokio::time::timeout(SOON, self.items.recv()).await.expect("it is read").unwrap()
         }
 
         /// The lane, and the topics of the rows.
         async fn page(&mut self) -> (Option<String>, Vec<String>) {
-            let Item::Page(Page { lane, rows, .. }) = self.item().await else { panic!("a topic has caught up") };
-            (lane.map(|lane| lane.to_string()), rows.iter().map(|row| row.topic().to_owned()).collect())
+            let ReaderItem::Page(Page { only_topic, rows, .. }) = self.item().await else {
+                panic!("a topic has caught up")
+            };
+            (
+                only_topic.map(|only_topic| only_topic.to_string()),
+                rows.iter().map(|row| row.topic().to_owned()).collect(),
+            )
         }
 
         fn page_is_done(&self) {
@@ -373,9 +378,9 @@ mod tests {
         let found = async {
             loop {
                 match handed.recv().await.expect("it reads") {
-                    Item::Page(page) if page.rows.is_empty() => {}
-                    Item::Page(page) => return page.rows.iter().map(Row::id).collect::<Vec<_>>(),
-                    Item::CaughtUp(_) => panic!("it has a row"),
+                    ReaderItem::Page(page) if page.rows.is_empty() => {}
+                    ReaderItem::Page(page) => return page.rows.iter().map(Row::id).collect::<Vec<_>>(),
+                    ReaderItem::CaughtUp(_) => panic!("it has a row"),
                 }
             }
         };
@@ -395,24 +400,24 @@ mod tests {
         // A stretch without rows is handed out, too, to be recorded.
         let mut next = async || loop {
             match tokio::time::timeout(SOON, handed.recv()).await.expect("it reads").unwrap() {
-                Item::Page(page) if page.rows.is_empty() => {}
+                ReaderItem::Page(page) if page.rows.is_empty() => {}
                 item => return item,
             }
         };
-        assert!(matches!(next().await, Item::CaughtUp(at) if at == Position::initial()));
+        assert!(matches!(next().await, ReaderItem::CaughtUp(at) if at == Position::initial()));
         reading.append(&["apart", "flows", "apart", "flows", "apart"]).await;
         nudge(&reading.database.pool);
-        let Item::Page(page) = reading.item().await else { panic!("a page") };
+        let ReaderItem::Page(page) = reading.item().await else { panic!("a page") };
         // The main stream has gone through the first three rows of its page.
         let at = |after| Position { base: page.base.clone(), target: page.target.clone(), after };
         let third = page.rows[2].id();
         main.send_replace(at(third));
-        let Item::Page(mine) = next().await else { panic!("a page") };
+        let ReaderItem::Page(mine) = next().await else { panic!("a page") };
         assert_eq!(mine.rows.iter().map(Row::id).collect::<Vec<_>>(), [page.rows[0].id(), third]);
-        assert!(matches!(next().await, Item::CaughtUp(reached) if reached == at(third)));
+        assert!(matches!(next().await, ReaderItem::CaughtUp(reached) if reached == at(third)));
         main.send_replace(at(page.to));
-        let Item::Page(mine) = next().await else { panic!("a page") };
+        let ReaderItem::Page(mine) = next().await else { panic!("a page") };
         assert_eq!(mine.rows.iter().map(Row::id).collect::<Vec<_>>(), [page.to]);
-        assert!(matches!(next().await, Item::CaughtUp(reached) if reached == at(page.to)));
+        assert!(matches!(next().await, ReaderItem::CaughtUp(reached) if reached == at(page.to)));
     }
 }

@@ -108,7 +108,7 @@ pub(crate) async fn is_long(db: &mut PgConnection, span: &Span, most: i64) -> Re
 pub(crate) async fn whole(
     db: &mut PgConnection,
     span: &Span,
-    lane: Option<&str>,
+    only_topic: Option<&str>,
     most: i64,
 ) -> Result<Vec<Row>, sqlx::Error> {
     macro_rules! sql {
@@ -139,14 +139,14 @@ pub(crate) async fn whole(
             )
         };
     }
-    let sql = if lane.is_some() { sql!("and topic = $6") } else { sql!("") };
+    let sql = if only_topic.is_some() { sql!("and topic = $6") } else { sql!("") };
     let mut query = sqlx::query(sql)
         .bind(span.from.to_string())
         .bind(span.to.to_string())
         .bind(texts(&span.running))
         .bind(texts(&span.stragglers))
         .bind(most + 1);
-    if let Some(topic) = lane {
+    if let Some(topic) = only_topic {
         query = query.bind(topic.to_owned());
     }
     query.fetch_all(db).await?.into_iter().map(Row::new).collect()
@@ -213,7 +213,7 @@ pub(crate) async fn stragglers(
     db: &mut PgConnection,
     stragglers: &[u64],
     (after, before): (i64, i64),
-    lane: Option<&str>,
+    only_topic: Option<&str>,
     most: i64,
 ) -> Result<Vec<Row>, sqlx::Error> {
     if stragglers.is_empty() {
@@ -238,9 +238,9 @@ pub(crate) async fn stragglers(
             )
         };
     }
-    let sql = if lane.is_some() { sql!("and topic = $5") } else { sql!("") };
+    let sql = if only_topic.is_some() { sql!("and topic = $5") } else { sql!("") };
     let mut query = sqlx::query(sql).bind(texts(stragglers)).bind(after).bind(before).bind(most);
-    if let Some(topic) = lane {
+    if let Some(topic) = only_topic {
         query = query.bind(topic.to_owned());
     }
     query.fetch_all(db).await?.into_iter().map(Row::new).collect()
@@ -253,7 +253,7 @@ pub(crate) async fn stretch(
     db: &mut PgConnection,
     at: &Position,
     (after, top): (i64, i64),
-    lane: Option<&str>,
+    only_topic: Option<&str>,
     most: i64,
 ) -> Result<(Vec<Row>, i64), sqlx::Error> {
     macro_rules! sql {
@@ -274,10 +274,10 @@ pub(crate) async fn stretch(
         };
     }
     let end = top.min(after.saturating_add(STRETCH_IDS));
-    let sql = if lane.is_some() { sql!("and topic = $6") } else { sql!("") };
+    let sql = if only_topic.is_some() { sql!("and topic = $6") } else { sql!("") };
     let mut query =
         sqlx::query(sql).bind(after).bind(end).bind(at.target.to_string()).bind(at.base.to_string()).bind(most);
-    if let Some(topic) = lane {
+    if let Some(topic) = only_topic {
         query = query.bind(topic.to_owned());
     }
     let rows: Vec<Row> = query.fetch_all(&mut *db).await?.into_iter().map(Row::new).collect::<Result<_, _>>()?;

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 /// The last entry of the log.
 #[derive(Debug, Clone)]
-pub(crate) struct Last {
+pub(crate) struct LastEntry {
     pub(crate) n: i64,
     pub(crate) position: Position,
     pub(crate) system_identifier: i64,
@@ -21,7 +21,7 @@ pub(crate) async fn system_identifier(db: &mut PgConnection) -> Result<i64, sqlx
 }
 
 /// Where the outbox stands; `None` before its first entry.
-pub(crate) async fn last(db: &mut PgConnection, outbox: &str) -> Result<Option<Last>, crate::position::ReadError> {
+pub(crate) async fn last(db: &mut PgConnection, outbox: &str) -> Result<Option<LastEntry>, crate::position::ReadError> {
     let found: Option<(i64, String, String, i64, i64)> = sqlx::query_as(
         "select n, base::text, target::text, to_id, system_identifier
            from outbox_batch
@@ -34,12 +34,12 @@ pub(crate) async fn last(db: &mut PgConnection, outbox: &str) -> Result<Option<L
     .await?;
     let Some((n, base, target, after, system_identifier)) = found else { return Ok(None) };
     let position = Position { base: base.parse()?, target: target.parse()?, after };
-    Ok(Some(Last { n, position, system_identifier }))
+    Ok(Some(LastEntry { n, position, system_identifier }))
 }
 
 /// An entry to be written.
 #[derive(Debug, Clone)]
-pub(crate) struct Entry {
+pub(crate) struct BatchLogEntry {
     pub(crate) base: Snapshot,
     pub(crate) target: Snapshot,
     pub(crate) from_id: i64,
@@ -58,7 +58,7 @@ pub(crate) async fn append_in(
     owner: Uuid,
     system_identifier: i64,
     n: i64,
-    entries: &[Entry],
+    entries: &[BatchLogEntry],
 ) -> Result<bool, sqlx::Error> {
     let Some(last) = entries.last() else { return Ok(true) };
     // The ids of one window may all be lower than those of the window before.
@@ -97,7 +97,7 @@ mod tests {
             .execute(&database.pool)
             .await
             .unwrap();
-        let entry = |from_id, to_id| Entry {
+        let entry = |from_id, to_id| BatchLogEntry {
             base: "5:5:".parse().unwrap(),
             target: format!("{to_id}:{to_id}:").parse().unwrap(),
             from_id,

@@ -8,8 +8,8 @@ use crate::{
     database::Database,
     position::Position,
     record::{
-        batch_log::{self, Entry},
-        parking::Park,
+        batch_log::{self, BatchLogEntry},
+        parking::RowToPark,
         pause::{self, CaughtUp, LeftBehind},
     },
 };
@@ -21,7 +21,7 @@ use uuid::Uuid;
 /// How many entries one commit records at most.
 const ENTRIES: usize = 256;
 
-/// How many parked rows one transaction copies, whatever comes behind a blocked line; its last stretch may exceed that.
+/// How many parked rows one transaction copies, whatever comes behind a blocked lane; its last stretch may exceed that.
 /// Their bytes are bounded likewise. The transaction may take a lease's time for each such part, as its last stretch
 /// may have several.
 const PARKED: usize = 5_000;
@@ -34,9 +34,9 @@ const COPIED_AT_ONCE: usize = 32 << 20;
 const GATHER: Duration = Duration::from_millis(25);
 
 /// Something that is now true, and has to be recorded behind all that became true before it.
-pub(crate) enum Progress {
+pub(crate) enum Recordable {
     /// A stretch of rows is dealt with.
-    Rows(Stretch),
+    Rows(FinishedRows),
     /// A topic is left behind from here on.
     LeftBehind(LeftBehind),
     /// A topic that is set apart has no row up to here that is not dealt with.
@@ -50,10 +50,10 @@ pub(crate) enum Progress {
 }
 
 /// Rows that are dealt with: published, parked, or left behind with their topic.
-pub(crate) struct Stretch {
-    pub(crate) lane: Option<Arc<str>>,
-    pub(crate) entry: Entry,
-    pub(crate) parked: Vec<Park>,
+pub(crate) struct FinishedRows {
+    pub(crate) only_topic: Option<Arc<str>>,
+    pub(crate) entry: BatchLogEntry,
+    pub(crate) parked: Vec<RowToPark>,
     pub(crate) left_behind: Vec<LeftBehind>,
 }
 
@@ -82,7 +82,7 @@ pub(crate) struct Recorder {
 
 impl Recorder {
     /// Records progress until no more can come.
-    pub(crate) async fn run(mut self, mut progress: mpsc::Receiver<Progress>) -> Result<(), CommitError> {
+    pub(crate) async fn run(mut self, mut progress: mpsc::Receiver<Recordable>) -> Result<(), CommitError> {
         let database = self.db.clone();
         let mut db = database.connect().await?;
         let mut batch = Vec::with_capacity(ENTRIES);
@@ -94,7 +94,7 @@ impl Recorder {
                 rest = later;
             }
             for done in batch.drain(..) {
-                if let Progress::Flush(recorded) = done {
+                if let Recordable::Flush(recorded) = done {
                     // The task that waits for it may have ended.
                     recorded.send(()).ok();
                 }
@@ -108,20 +108,20 @@ impl Recorder {
         Ok(())
     }
 
-    async fn record(&mut self, db: &mut PgConnection, batch: &[Progress]) -> Result<(), CommitError> {
-        let entries: Vec<Entry> = batch
+    async fn record(&mut self, db: &mut PgConnection, batch: &[Recordable]) -> Result<(), CommitError> {
+        let entries: Vec<BatchLogEntry> = batch
             .iter()
             .filter_map(|progress| match progress {
-                Progress::Rows(stretch) if stretch.lane.is_none() => Some(stretch.entry.clone()),
+                Recordable::Rows(stretch) if stretch.only_topic.is_none() => Some(stretch.entry.clone()),
                 _ => None,
             })
             .collect();
-        let plain = |progress: &Progress| match progress {
-            Progress::Rows(stretch) => {
-                stretch.lane.is_none() && stretch.parked.is_empty() && stretch.left_behind.is_empty()
+        let plain = |progress: &Recordable| match progress {
+            Recordable::Rows(stretch) => {
+                stretch.only_topic.is_none() && stretch.parked.is_empty() && stretch.left_behind.is_empty()
             }
-            Progress::Advanced(..) | Progress::CaughtUp(_) | Progress::LeftBehind(_) => false,
-            Progress::Flush(_) | Progress::Nothing => true,
+            Recordable::Advanced(..) | Recordable::CaughtUp(_) | Recordable::LeftBehind(_) => false,
+            Recordable::Flush(_) | Recordable::Nothing => true,
         };
         if batch.iter().all(plain) {
             return self.append(db, &entries).await;
@@ -145,30 +145,30 @@ impl Recorder {
         Ok(())
     }
 
-    async fn record_in(&self, tx: &mut PgConnection, progress: &Progress) -> Result<(), sqlx::Error> {
+    async fn record_in(&self, tx: &mut PgConnection, progress: &Recordable) -> Result<(), sqlx::Error> {
         match progress {
-            Progress::Rows(stretch) => {
+            Recordable::Rows(stretch) => {
                 for left in &stretch.left_behind {
                     pause::leave_in(tx, &self.outbox, left).await?;
                 }
                 if !stretch.parked.is_empty() {
                     park_in(tx, &self.outbox, &stretch.parked).await?;
                 }
-                if let Some(topic) = &stretch.lane {
-                    let Entry { base, target, to_id, .. } = &stretch.entry;
+                if let Some(topic) = &stretch.only_topic {
+                    let BatchLogEntry { base, target, to_id, .. } = &stretch.entry;
                     let at = Position { base: base.clone(), target: target.clone(), after: *to_id };
                     pause::advance_in(tx, &self.outbox, topic, &at).await?;
                 }
             }
-            Progress::Advanced(topic, at) => pause::advance_in(tx, &self.outbox, topic, at).await?,
-            Progress::LeftBehind(left) => pause::leave_in(tx, &self.outbox, left).await?,
-            Progress::CaughtUp(caught_up) => pause::end_in(tx, &self.outbox, caught_up).await?,
-            Progress::Flush(_) | Progress::Nothing => {}
+            Recordable::Advanced(topic, at) => pause::advance_in(tx, &self.outbox, topic, at).await?,
+            Recordable::LeftBehind(left) => pause::leave_in(tx, &self.outbox, left).await?,
+            Recordable::CaughtUp(caught_up) => pause::end_in(tx, &self.outbox, caught_up).await?,
+            Recordable::Flush(_) | Recordable::Nothing => {}
         }
         Ok(())
     }
 
-    async fn append(&mut self, db: &mut PgConnection, entries: &[Entry]) -> Result<(), CommitError> {
+    async fn append(&mut self, db: &mut PgConnection, entries: &[BatchLogEntry]) -> Result<(), CommitError> {
         if entries.is_empty() {
             return Ok(());
         }
@@ -188,7 +188,7 @@ impl Recorder {
 }
 
 /// How many of the first rows one statement copies: the server bounds a statement's time.
-fn copied_at_once(rows: &[Park]) -> usize {
+fn copied_at_once(rows: &[RowToPark]) -> usize {
     let mut bytes = 0;
     let full = rows.iter().position(|row| {
         bytes += row.bytes;
@@ -198,7 +198,7 @@ fn copied_at_once(rows: &[Park]) -> usize {
 }
 
 /// Copies rows to the parked table, in the caller's transaction.
-async fn park_in(tx: &mut PgConnection, outbox: &str, rows: &[Park]) -> Result<(), sqlx::Error> {
+async fn park_in(tx: &mut PgConnection, outbox: &str, rows: &[RowToPark]) -> Result<(), sqlx::Error> {
     let mut rest = rows;
     while !rest.is_empty() {
         let (now, later) = rest.split_at(copied_at_once(rest));
@@ -208,7 +208,7 @@ async fn park_in(tx: &mut PgConnection, outbox: &str, rows: &[Park]) -> Result<(
     Ok(())
 }
 
-async fn copy(tx: &mut PgConnection, outbox: &str, rows: &[Park]) -> Result<(), sqlx::Error> {
+async fn copy(tx: &mut PgConnection, outbox: &str, rows: &[RowToPark]) -> Result<(), sqlx::Error> {
     let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
     let reasons: Vec<&str> = rows.iter().map(|row| row.reason.as_str()).collect();
     let blocked_by: Vec<Option<i64>> = rows.iter().map(|row| row.blocked_by).collect();
@@ -232,24 +232,24 @@ async fn copy(tx: &mut PgConnection, outbox: &str, rows: &[Park]) -> Result<(), 
 }
 
 /// The bytes of the rows that `progress` parks.
-fn parked_bytes(progress: &Progress) -> usize {
+fn parked_bytes(progress: &Recordable) -> usize {
     match progress {
-        Progress::Rows(stretch) => stretch.parked.iter().map(|row| row.bytes).sum(),
+        Recordable::Rows(stretch) => stretch.parked.iter().map(|row| row.bytes).sum(),
         _ => 0,
     }
 }
 
 /// How many times the bound of one conversation the batch may take.
-fn parts(batch: &[Progress]) -> u32 {
+fn parts(batch: &[Recordable]) -> u32 {
     let bytes: usize = batch.iter().map(parked_bytes).sum();
     u32::try_from(bytes / COPIED_AT_ONCE).unwrap_or(u32::MAX).saturating_add(1)
 }
 
 /// How many elements of the batch one transaction records.
-fn at_once(batch: &[Progress]) -> usize {
+fn at_once(batch: &[Recordable]) -> usize {
     let (mut parked, mut bytes) = (0, 0);
     let full = batch.iter().position(|progress| {
-        if let Progress::Rows(stretch) = progress {
+        if let Recordable::Rows(stretch) = progress {
             parked += stretch.parked.len();
             bytes += parked_bytes(progress);
         }
@@ -263,16 +263,16 @@ mod tests {
     use super::*;
     use crate::snapshot::Snapshot;
 
-    fn stretch(parked: usize) -> Progress {
+    fn stretch(parked: usize) -> Recordable {
         of_bytes(parked, 10)
     }
 
-    fn of_bytes(parked: usize, bytes: usize) -> Progress {
+    fn of_bytes(parked: usize, bytes: usize) -> Recordable {
         let (base, target) = (Snapshot::initial(), Snapshot::initial());
-        let park = Park { id: 1, reason: String::new(), blocked_by: None, bytes };
-        Progress::Rows(Stretch {
-            lane: None,
-            entry: Entry { base, target, from_id: 1, to_id: 1, rows: 1 },
+        let park = RowToPark { id: 1, reason: String::new(), blocked_by: None, bytes };
+        Recordable::Rows(FinishedRows {
+            only_topic: None,
+            entry: BatchLogEntry { base, target, from_id: 1, to_id: 1, rows: 1 },
             parked: vec![park; parked],
             left_behind: Vec::new(),
         })
@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn many_parked_rows_are_recorded_in_several_transactions_and_everything_else_in_one() {
-        assert_eq!(at_once(&[stretch(0), Progress::Nothing, stretch(9)]), 3);
+        assert_eq!(at_once(&[stretch(0), Recordable::Nothing, stretch(9)]), 3);
         let many = [stretch(0), stretch(PARKED - 1), stretch(1), stretch(0), stretch(PARKED)];
         assert_eq!(at_once(&many), 3);
         assert_eq!(at_once(&many[3..]), 2);

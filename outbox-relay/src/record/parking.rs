@@ -1,12 +1,12 @@
-//! Rows that Kafka will never take as they are, and the lines behind them.
+//! Rows that Kafka will never take as they are, and the lanes behind them.
 //!
-//! A line is a topic and a key. While a row of it is parked, every later row of it is parked behind, so that its order
-//! holds; all other lines flow on. A row without a key is a line of its own. A parked row is a copy, made in the
+//! A lane is a topic and a key. While a row of it is parked, every later row of it is parked behind, so that its order
+//! holds; all other lanes flow on. A row without a key is a lane of its own. A parked row is a copy, made in the
 //! transaction that moves the position past it. So whenever the process dies, a row is either still to come or parked,
 //! never neither.
 //!
-//! A line may hold a million rows. Every statement here follows an index to its rows. A statement that has their ids
-//! says `status || '' = 'parked'`, so that the planner does not take the index on lines for that.
+//! A lane may hold a million rows. Every statement here follows an index to its rows. A statement that has their ids
+//! says `status || '' = 'parked'`, so that the planner does not take the index on lanes for that.
 
 use crate::{
     database::Database,
@@ -23,24 +23,24 @@ use std::{
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// How many lines one statement loads.
-const LINES_AT_ONCE: i64 = 2_000;
+/// How many lanes one statement loads.
+const LANES_AT_ONCE: i64 = 2_000;
 /// How many rows of a topic with requests one look reads. Requests that are met make room for others, four times a
 /// second.
 const ASKED_AT_ONCE: i64 = 1_000;
 
-/// Lines with parked rows; nearly always none. The session, which parks rows, shares it with the retries.
+/// Lanes with parked rows; nearly always none. The session, which parks rows, shares it with the retries.
 #[derive(Debug, Default)]
-pub(crate) struct Blocked {
+pub(crate) struct BlockedLanes {
     /// By topic and key: the rows that are parked there.
-    lines: Mutex<HashMap<String, HashMap<String, Waiting>>>,
+    lanes: Mutex<HashMap<String, HashMap<String, ParkedRange>>>,
     any: AtomicBool,
-    /// Held while lines are loaded and while one is freed, so that no load is older than a freed line.
+    /// Held while lanes are loaded and while one is freed, so that no load is older than a freed lane.
     turn: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Waiting {
+struct ParkedRange {
     /// The row that later ones wait behind.
     first: i64,
     /// The last row that was decided to be parked. It may not be recorded yet.
@@ -49,13 +49,13 @@ struct Waiting {
 
 /// A topic and a key. Rows without a key have no order and block nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Line {
+pub(crate) struct Lane {
     pub(crate) topic: String,
     pub(crate) key: Option<String>,
 }
 
-impl Blocked {
-    /// Reads which lines are blocked, and replaces what was known of the topics that are `mine`. A session may have
+impl BlockedLanes {
+    /// Reads which lanes are blocked, and replaces what was known of the topics that are `mine`. A session may have
     /// ended before its decisions were recorded: the next one decides again.
     pub(crate) async fn load(
         &self,
@@ -64,55 +64,55 @@ impl Blocked {
         mine: impl Fn(&str) -> bool,
     ) -> Result<(), sqlx::Error> {
         let _turn = self.turn.lock().await;
-        let mut lines: HashMap<String, HashMap<String, Waiting>> = HashMap::new();
+        let mut lanes: HashMap<String, HashMap<String, ParkedRange>> = HashMap::new();
         let (mut topic, mut hash) = (String::new(), String::new());
         loop {
-            let found = db.ask(async |db| lines_behind(db, outbox, &topic, &hash).await).await?;
-            let full = i64::try_from(found.len()).is_ok_and(|found| found == LINES_AT_ONCE);
-            for (line_topic, line_hash, key, first, last) in found {
-                (topic, hash) = (line_topic, line_hash);
-                lines.entry(topic.clone()).or_default().insert(key, Waiting { first, last });
+            let found = db.ask(async |db| lanes_behind(db, outbox, &topic, &hash).await).await?;
+            let full = i64::try_from(found.len()).is_ok_and(|found| found == LANES_AT_ONCE);
+            for (lane_topic, lane_hash, key, first, last) in found {
+                (topic, hash) = (lane_topic, lane_hash);
+                lanes.entry(topic.clone()).or_default().insert(key, ParkedRange { first, last });
             }
             if !full {
                 break;
             }
         }
-        lines.retain(|topic, _| mine(topic));
-        let mut known = self.lines();
+        lanes.retain(|topic, _| mine(topic));
+        let mut known = self.lanes();
         known.retain(|topic, _| !mine(topic));
-        known.extend(lines);
+        known.extend(lanes);
         self.any.store(!known.is_empty(), Ordering::Release);
         Ok(())
     }
 
-    fn lines(&self) -> MutexGuard<'_, HashMap<String, HashMap<String, Waiting>>> {
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lanes(&self) -> MutexGuard<'_, HashMap<String, HashMap<String, ParkedRange>>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The row that row `id` of this line has to wait behind, if there is one; then `id` has to be parked as well.
+    /// The row that row `id` of this lane has to wait behind, if there is one; then `id` has to be parked as well.
     pub(crate) fn behind(&self, topic: &str, key: Option<&str>, id: i64) -> Option<i64> {
         if !self.any.load(Ordering::Acquire) {
             return None;
         }
-        let mut lines = self.lines();
-        let waiting = lines.get_mut(topic)?.get_mut(key?)?;
+        let mut lanes = self.lanes();
+        let waiting = lanes.get_mut(topic)?.get_mut(key?)?;
         waiting.last = waiting.last.max(id);
         Some(waiting.first)
     }
 
-    /// Blocks a line: row `id` has to be parked, and later rows of its line wait behind it.
+    /// Blocks a lane: row `id` has to be parked, and later rows of its lane wait behind it.
     pub(crate) fn block(&self, topic: &str, key: Option<&str>, id: i64) {
         let Some(key) = key else { return };
-        let mut lines = self.lines();
+        let mut lanes = self.lanes();
         self.any.store(true, Ordering::Release);
-        let line = lines.entry(topic.to_owned()).or_default().entry(key.to_owned());
-        line.or_insert(Waiting { first: id, last: id }).last = id;
+        let lane = lanes.entry(topic.to_owned()).or_default().entry(key.to_owned());
+        lane.or_insert(ParkedRange { first: id, last: id }).last = id;
     }
 
-    /// Lets a line flow again if none of its rows is parked, and none is about to be; returns whether it flows.
-    pub(crate) async fn free(&self, db: &mut PgConnection, outbox: &str, line: &Line) -> Result<bool, sqlx::Error> {
+    /// Lets a lane flow again if none of its rows is parked, and none is about to be; returns whether it flows.
+    pub(crate) async fn free(&self, db: &mut PgConnection, outbox: &str, lane: &Lane) -> Result<bool, sqlx::Error> {
         let _turn = self.turn.lock().await;
-        let Some(last) = self.last(line) else { return Ok(true) };
+        let Some(last) = self.last(lane) else { return Ok(true) };
         let (parked, recorded): (bool, bool) = sqlx::query_as(
             "select exists (select
                               from outbox_parked
@@ -120,47 +120,47 @@ impl Blocked {
                     exists (select from outbox_parked where outbox = $1 and id = $4)",
         )
         .bind(outbox)
-        .bind(&line.topic)
-        .bind(&line.key)
+        .bind(&lane.topic)
+        .bind(&lane.key)
         .bind(last)
         .fetch_one(db)
         .await?;
-        Ok(!parked && recorded && self.remove(line, last))
+        Ok(!parked && recorded && self.remove(lane, last))
     }
 
-    fn last(&self, line: &Line) -> Option<i64> {
-        Some(self.lines().get(&line.topic)?.get(line.key.as_ref()?)?.last)
+    fn last(&self, lane: &Lane) -> Option<i64> {
+        Some(self.lanes().get(&lane.topic)?.get(lane.key.as_ref()?)?.last)
     }
 
-    /// Forgets the line, unless a further row was parked behind `last`.
-    fn remove(&self, line: &Line, last: i64) -> bool {
-        let mut lines = self.lines();
-        let (Some(keys), Some(key)) = (lines.get_mut(&line.topic), &line.key) else { return true };
+    /// Forgets the lane, unless a further row was parked behind `last`.
+    fn remove(&self, lane: &Lane, last: i64) -> bool {
+        let mut lanes = self.lanes();
+        let (Some(keys), Some(key)) = (lanes.get_mut(&lane.topic), &lane.key) else { return true };
         if keys.get(key).is_some_and(|waiting| waiting.last != last) {
             return false;
         }
         keys.remove(key);
         if keys.is_empty() {
-            lines.remove(&line.topic);
+            lanes.remove(&lane.topic);
         }
-        self.any.store(!lines.is_empty(), Ordering::Release);
+        self.any.store(!lanes.is_empty(), Ordering::Release);
         true
     }
 }
 
-/// Topic, hash of the key, key, first and last parked row of a line.
+/// Topic, hash of the key, key, first and last parked row of a lane.
 type LineColumns = (String, String, String, i64, i64);
 
-/// Lines with parked rows, in the order of topic and hash, behind the given ones. The query goes from one to the next
+/// Lanes with parked rows, in the order of topic and hash, behind the given ones. The query goes from one to the next
 /// by the index, however many rows are parked in them.
-async fn lines_behind(
+async fn lanes_behind(
     db: &mut PgConnection,
     outbox: &str,
     topic: &str,
     hash: &str,
 ) -> Result<Vec<LineColumns>, sqlx::Error> {
     sqlx::query_as(
-        "with recursive line as (
+        "with recursive lane as (
                   (select topic, md5(key) as hash
                      from outbox_parked
                     where outbox = $1 and status = 'parked' and (topic, md5(key)) > ($2, $3)
@@ -168,37 +168,37 @@ async fn lines_behind(
                     limit 1)
                   union all
                   (select next.topic, next.hash
-                     from line
+                     from lane
                     cross join lateral (select topic, md5(key) as hash
                                           from outbox_parked as parked
                                          where outbox = $1 and status = 'parked'
-                                           and (parked.topic, md5(key)) > (line.topic, line.hash)
+                                           and (parked.topic, md5(key)) > (lane.topic, lane.hash)
                                          order by topic, md5(key)
                                          limit 1) as next))
-         select line.topic, line.hash, first.key, first.id, last.id
-           from (select topic, hash from line limit $4) as line
+         select lane.topic, lane.hash, first.key, first.id, last.id
+           from (select topic, hash from lane limit $4) as lane
           cross join lateral (select key, id
                                 from outbox_parked
-                               where outbox = $1 and topic = line.topic and md5(key) = line.hash and status = 'parked'
+                               where outbox = $1 and topic = lane.topic and md5(key) = lane.hash and status = 'parked'
                                order by id
                                limit 1) as first
           cross join lateral (select id
                                 from outbox_parked
-                               where outbox = $1 and topic = line.topic and md5(key) = line.hash and status = 'parked'
+                               where outbox = $1 and topic = lane.topic and md5(key) = lane.hash and status = 'parked'
                                order by id desc
                                limit 1) as last",
     )
     .bind(outbox)
     .bind(topic)
     .bind(hash)
-    .bind(LINES_AT_ONCE)
+    .bind(LANES_AT_ONCE)
     .fetch_all(db)
     .await
 }
 
 /// A row that has to be parked.
 #[derive(Debug, Clone)]
-pub(crate) struct Park {
+pub(crate) struct RowToPark {
     pub(crate) id: i64,
     pub(crate) reason: String,
     pub(crate) blocked_by: Option<i64>,
@@ -206,13 +206,13 @@ pub(crate) struct Park {
     pub(crate) bytes: usize,
 }
 
-/// The lines that an operator wants tried again, with the time of the request: those of each topic that come first,
-/// however many there are. Rows without a key are one line here, with the time of their first row.
+/// The lanes that an operator wants tried again, with the time of the request: those of each topic that come first,
+/// however many there are. Rows without a key are one lane here, with the time of their first row.
 pub(crate) async fn requested(
     db: &mut PgConnection,
     outbox: &str,
-) -> Result<HashMap<Line, OffsetDateTime>, sqlx::Error> {
-    let lines: Vec<(String, Option<String>, OffsetDateTime)> = sqlx::query_as(
+) -> Result<HashMap<Lane, OffsetDateTime>, sqlx::Error> {
+    let lanes: Vec<(String, Option<String>, OffsetDateTime)> = sqlx::query_as(
         "with recursive found (topic) as (
                   (select topic
                      from outbox_parked
@@ -249,15 +249,15 @@ pub(crate) async fn requested(
     .bind(ASKED_AT_ONCE)
     .fetch_all(db)
     .await?;
-    Ok(lines.into_iter().map(|(topic, key, at)| (Line { topic, key }, at)).collect())
+    Ok(lanes.into_iter().map(|(topic, key, at)| (Lane { topic, key }, at)).collect())
 }
 
-/// The next rows of a line that is to be tried again; the bodies of large ones are not read. A row without a key is a
-/// line of its own, so only requested rows are taken.
+/// The next rows of a lane that is to be tried again; the bodies of large ones are not read. A row without a key is a
+/// lane of its own, so only requested rows are taken.
 pub(crate) async fn waiting(
     db: &mut PgConnection,
     outbox: &str,
-    line: &Line,
+    lane: &Lane,
     rows: usize,
 ) -> Result<Vec<Row>, sqlx::Error> {
     const KEYED: &str = concat!(
@@ -272,10 +272,10 @@ pub(crate) async fn waiting(
             and retry_requested_at is not null
           order by md5(key), id limit $4",
     );
-    let found = sqlx::query(if line.key.is_some() { KEYED } else { KEYLESS })
+    let found = sqlx::query(if lane.key.is_some() { KEYED } else { KEYLESS })
         .bind(outbox)
-        .bind(&line.topic)
-        .bind(&line.key)
+        .bind(&lane.topic)
+        .bind(&lane.key)
         .bind(i64::try_from(rows).unwrap_or(i64::MAX))
         .fetch_all(db)
         .await?;
@@ -319,37 +319,37 @@ pub(crate) async fn release(db: &mut PgConnection, outbox: &str, owner: Uuid, id
     Ok(())
 }
 
-/// Published rows of a line, and the request by which they were tried; the request covers the rest of the line.
+/// Published rows of a lane, and the request by which they were tried; the request covers the rest of the lane.
 pub(crate) struct Published {
-    pub(crate) line: Line,
+    pub(crate) lane: Lane,
     pub(crate) requested: OffsetDateTime,
     pub(crate) ids: Vec<i64>,
 }
 
-/// Records that rows are published, if `owner` still holds the lease; false: the owner is fenced. The request of a line
+/// Records that rows are published, if `owner` still holds the lease; false: the owner is fenced. The request of a lane
 /// goes on to its next row. When there is none, it stays on the last published row. From that the owner learns to free
-/// the line, even if it cannot do so at once.
+/// the lane, even if it cannot do so at once.
 pub(crate) async fn published(
     db: &mut PgConnection,
     outbox: &str,
     owner: Uuid,
-    lines: &[Published],
+    lanes: &[Published],
 ) -> Result<bool, sqlx::Error> {
-    let ids: Vec<i64> = lines.iter().flat_map(|line| line.ids.iter().copied()).collect();
-    let keyed = || lines.iter().filter(|line| line.line.key.is_some());
-    let topics: Vec<&str> = keyed().map(|line| line.line.topic.as_str()).collect();
-    let keys: Vec<&str> = keyed().filter_map(|line| line.line.key.as_deref()).collect();
-    let last: Vec<i64> = keyed().map(|line| line.ids.iter().copied().max().unwrap_or(0)).collect();
-    let requested: Vec<OffsetDateTime> = keyed().map(|line| line.requested).collect();
+    let ids: Vec<i64> = lanes.iter().flat_map(|lane| lane.ids.iter().copied()).collect();
+    let keyed = || lanes.iter().filter(|lane| lane.lane.key.is_some());
+    let topics: Vec<&str> = keyed().map(|lane| lane.lane.topic.as_str()).collect();
+    let keys: Vec<&str> = keyed().filter_map(|lane| lane.lane.key.as_deref()).collect();
+    let last: Vec<i64> = keyed().map(|lane| lane.ids.iter().copied().max().unwrap_or(0)).collect();
+    let requested: Vec<OffsetDateTime> = keyed().map(|lane| lane.requested).collect();
     let done: i64 = sqlx::query_scalar(
         "with next as (
-                  select next.id, line.last, line.requested
+                  select next.id, lane.last, lane.requested
                     from unnest($4::text[], $5::text[], $6::bigint[], $7::timestamptz[])
-                             as line (topic, key, last, requested)
+                             as lane (topic, key, last, requested)
                     left join lateral (select id
                                          from outbox_parked as parked
-                                        where outbox = $1 and parked.topic = line.topic
-                                          and md5(parked.key) = md5(line.key) and status = 'parked' and id > line.last
+                                        where outbox = $1 and parked.topic = lane.topic
+                                          and md5(parked.key) = md5(lane.key) and status = 'parked' and id > lane.last
                                         order by id
                                         limit 1) as next on true),
               done as (
@@ -407,13 +407,13 @@ pub(crate) async fn refused(
     Ok(())
 }
 
-/// Records that the line has been tried, by the request of `requested`, if `owner` still holds the lease. A later
-/// request stands, and so does that of a parked row without a key, which is a line of its own.
+/// Records that the lane has been tried, by the request of `requested`, if `owner` still holds the lease. A later
+/// request stands, and so does that of a parked row without a key, which is a lane of its own.
 pub(crate) async fn tried(
     db: &mut PgConnection,
     outbox: &str,
     owner: Uuid,
-    line: &Line,
+    lane: &Lane,
     requested: OffsetDateTime,
 ) -> Result<(), sqlx::Error> {
     const KEYED: &str = "update outbox_parked
@@ -427,10 +427,10 @@ pub(crate) async fn tried(
                               and retry_requested_at is not null and retry_requested_at <= $4
                               and status || '' <> 'parked'
                               and exists (select from outbox_lease where outbox = $1 and owner = $5 for share)";
-    sqlx::query(if line.key.is_some() { KEYED } else { KEYLESS })
+    sqlx::query(if lane.key.is_some() { KEYED } else { KEYLESS })
         .bind(outbox)
-        .bind(&line.topic)
-        .bind(&line.key)
+        .bind(&lane.topic)
+        .bind(&lane.key)
         .bind(requested)
         .bind(owner)
         .execute(db)
@@ -447,23 +447,23 @@ pub(crate) mod tests {
 
     #[test]
     fn a_line_is_blocked_by_its_first_row_until_it_is_freed_behind_its_last() {
-        let blocked = Blocked::default();
+        let blocked = BlockedLanes::default();
         blocked.block("t", Some("k"), 3);
         assert_eq!(blocked.behind("t", Some("k"), 5), Some(3));
         blocked.block("t", None, 6);
         assert_eq!(blocked.behind("t", Some("other"), 7), None);
         assert_eq!(blocked.behind("t", None, 8), None);
-        let line = Line { topic: "t".into(), key: Some("k".into()) };
-        assert_eq!(blocked.last(&line), Some(5));
+        let lane = Lane { topic: "t".into(), key: Some("k".into()) };
+        assert_eq!(blocked.last(&lane), Some(5));
         blocked.behind("t", Some("k"), 9);
-        assert!(!blocked.remove(&line, 5), "row 9 is to be parked behind it");
-        assert!(blocked.remove(&line, 9));
+        assert!(!blocked.remove(&lane, 5), "row 9 is to be parked behind it");
+        assert!(blocked.remove(&lane, 9));
         assert_eq!(blocked.behind("t", Some("k"), 10), None);
     }
 
     /// A database and a connection like the relay's. Rows 1 to `rows` of topic `t` are parked, without a key, and as
-    /// many behind them of topic `u`, each a line.
-    pub(crate) async fn with_lines(rows: i64) -> (TestDatabase, PgConnection) {
+    /// many behind them of topic `u`, each a lane.
+    pub(crate) async fn with_lanes(rows: i64) -> (TestDatabase, PgConnection) {
         let database = TestDatabase::new(&[messaging_migrations()]).await;
         let options = PgConnectOptions::from_str(&database.url).unwrap().options(crate::outbox::PLANS);
         let mut db = PgConnection::connect_with(&options).await.unwrap();
@@ -513,22 +513,22 @@ pub(crate) mod tests {
             .execute(&mut db)
             .await
             .unwrap();
-        let line = Line { topic: "t".into(), key: Some("k0".into()) };
+        let lane = Lane { topic: "t".into(), key: Some("k0".into()) };
         let mut tx = sqlx::Connection::begin(&mut db).await.unwrap();
         let before = touched(&mut tx).await;
-        let ids: Vec<i64> = waiting(&mut tx, "orders", &line, 10).await.unwrap().iter().map(Row::id).collect();
+        let ids: Vec<i64> = waiting(&mut tx, "orders", &lane, 10).await.unwrap().iter().map(Row::id).collect();
         assert_eq!(ids, (1..=10).collect::<Vec<_>>());
         assert_eq!(claim(&mut tx, "orders", owner, &ids).await.unwrap().len(), 10);
         let requested = OffsetDateTime::UNIX_EPOCH;
-        let done = [Published { line: line.clone(), requested, ids }];
+        let done = [Published { lane: lane.clone(), requested, ids }];
         assert!(published(&mut tx, "orders", owner, &done).await.unwrap());
         let asked: Vec<i64> = sqlx::query_scalar("select id from outbox_parked where retry_requested_at is not null")
             .fetch_all(&mut *tx)
             .await
             .unwrap();
-        assert_eq!(asked, [11], "the request goes on to the next row of the line");
-        tried(&mut tx, "orders", owner, &line, requested).await.unwrap();
-        assert_eq!(lines_behind(&mut tx, "orders", "", "").await.unwrap().len(), 7);
+        assert_eq!(asked, [11], "the request goes on to the next row of the lane");
+        tried(&mut tx, "orders", owner, &lane, requested).await.unwrap();
+        assert_eq!(lanes_behind(&mut tx, "orders", "", "").await.unwrap().len(), 7);
         let touched = touched(&mut tx).await - before;
         assert!(touched < 300, "{touched} rows of {rows}");
     }
@@ -536,7 +536,7 @@ pub(crate) mod tests {
     #[tokio::test]
     async fn what_a_look_at_requests_touches_does_not_depend_on_how_many_wait() {
         let rows = i64::try_from(saga_core::testkit::size(20_000, 200_000)).unwrap();
-        let (_database, mut db) = with_lines(rows).await;
+        let (_database, mut db) = with_lanes(rows).await;
         // The planner knows of no requests: an operator asks for all rows between two looks of autovacuum.
         sqlx::raw_sql("analyze outbox_parked").execute(&mut db).await.unwrap();
         sqlx::query("update outbox_parked set retry_requested_at = clock_timestamp()").execute(&mut db).await.unwrap();
@@ -547,10 +547,10 @@ pub(crate) mod tests {
             .unwrap();
         let mut tx = sqlx::Connection::begin(&mut db).await.unwrap();
         let before = touched(&mut tx).await;
-        let lines = requested(&mut tx, "orders").await.unwrap();
-        let of = |topic: &str| lines.keys().filter(|line| line.topic == topic).count();
+        let lanes = requested(&mut tx, "orders").await.unwrap();
+        let of = |topic: &str| lanes.keys().filter(|lane| lane.topic == topic).count();
         assert_eq!(["t", "u", "v"].map(of), [1, 1_000, 1], "no topic waits for another");
-        let keyless = Line { topic: "t".into(), key: None };
+        let keyless = Lane { topic: "t".into(), key: None };
         let ids: Vec<i64> = waiting(&mut tx, "orders", &keyless, 10).await.unwrap().iter().map(Row::id).collect();
         assert_eq!(ids, (1..=10).collect::<Vec<_>>());
         let touched = touched(&mut tx).await - before;
@@ -574,19 +574,19 @@ pub(crate) mod tests {
         .await
         .unwrap();
         let mut db = database.pool.acquire().await.unwrap();
-        let line = Line { topic: "t".into(), key: Some("k".into()) };
-        let blocked = Blocked::default();
+        let lane = Lane { topic: "t".into(), key: Some("k".into()) };
+        let blocked = BlockedLanes::default();
         blocked.block("t", Some("k"), 1);
         // Row 3 is decided to be parked, and not recorded yet.
         blocked.behind("t", Some("k"), 3);
         let requested_at = OffsetDateTime::UNIX_EPOCH;
         claim(&mut db, "orders", owner, &[1, 2]).await.unwrap();
-        let done = [Published { line: line.clone(), requested: requested_at, ids: vec![1, 2] }];
+        let done = [Published { lane: lane.clone(), requested: requested_at, ids: vec![1, 2] }];
         assert!(published(&mut db, "orders", owner, &done).await.unwrap());
-        assert!(!blocked.free(&mut db, "orders", &line).await.unwrap());
-        assert_eq!(requested(&mut db, "orders").await.unwrap().get(&line), Some(&requested_at));
-        assert!(waiting(&mut db, "orders", &line, 10).await.unwrap().is_empty(), "nothing is sent again");
-        tried(&mut db, "orders", owner, &line, requested_at).await.unwrap();
+        assert!(!blocked.free(&mut db, "orders", &lane).await.unwrap());
+        assert_eq!(requested(&mut db, "orders").await.unwrap().get(&lane), Some(&requested_at));
+        assert!(waiting(&mut db, "orders", &lane, 10).await.unwrap().is_empty(), "nothing is sent again");
+        tried(&mut db, "orders", owner, &lane, requested_at).await.unwrap();
         assert!(requested(&mut db, "orders").await.unwrap().is_empty());
     }
 }

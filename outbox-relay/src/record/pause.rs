@@ -8,7 +8,7 @@
 use crate::position::{Position, ReadError};
 use saga_core::{
     clock::{self, DatabaseClock},
-    part::{self, Trouble},
+    part::{self, HealthIssue},
 };
 use sqlx::PgConnection;
 use std::time::Duration;
@@ -19,7 +19,7 @@ pub(crate) const WHOLE: &str = "*";
 
 /// Why a topic is paused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Cause {
+pub(crate) enum PauseCause {
     /// An operator wanted it.
     Operator,
     /// The topic is not there.
@@ -32,7 +32,7 @@ pub(crate) enum Cause {
     Refusing,
 }
 
-impl Cause {
+impl PauseCause {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Operator => "operator",
@@ -59,7 +59,7 @@ impl Cause {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Paused {
     pub(crate) topic: String,
-    pub(crate) cause: Cause,
+    pub(crate) cause: PauseCause,
     /// The reason, in words.
     pub(crate) reason: String,
     pub(crate) paused_at: OffsetDateTime,
@@ -71,17 +71,17 @@ pub(crate) struct Paused {
 
 impl Paused {
     /// The trouble that the pause is for the topic's rows, as long as they wait.
-    pub(crate) fn trouble(&self, clock: &DatabaseClock) -> Trouble {
+    pub(crate) fn trouble(&self, clock: &DatabaseClock) -> HealthIssue {
         let cause = match self.cause {
-            Cause::Operator => part::Cause::Paused,
-            Cause::Missing => part::Cause::TopicMissing,
-            Cause::Forbidden => part::Cause::KafkaForbidden,
-            Cause::Leaderless => part::Cause::Leaderless,
-            Cause::Refusing => part::Cause::Refused,
+            PauseCause::Operator => part::Cause::Paused,
+            PauseCause::Missing => part::Cause::TopicMissing,
+            PauseCause::Forbidden => part::Cause::KafkaForbidden,
+            PauseCause::Leaderless => part::Cause::Leaderless,
+            PauseCause::Refusing => part::Cause::Refused,
         };
         let age = Duration::from_secs_f64(clock.since(self.paused_at));
         let reason = format!("rows of topic {:?} wait: {}", self.topic, self.reason);
-        Trouble { since: clock::monotonic().checked_sub(age), ..Trouble::new(cause, reason) }
+        HealthIssue { since: clock::monotonic().checked_sub(age), ..HealthIssue::new(cause, reason) }
     }
 }
 
@@ -106,7 +106,7 @@ pub(crate) async fn load(db: &mut PgConnection, outbox: &str) -> Result<Vec<Paus
             }
             _ => None,
         };
-        let cause = Cause::parse(&cause);
+        let cause = PauseCause::parse(&cause);
         paused.push(Paused { topic, cause, reason, paused_at, resuming: resume.is_some(), position });
     }
     Ok(paused)
@@ -116,7 +116,7 @@ pub(crate) async fn load(db: &mut PgConnection, outbox: &str) -> Result<Vec<Paus
 #[derive(Debug, Clone)]
 pub(crate) struct LeftBehind {
     pub(crate) topic: String,
-    pub(crate) cause: Cause,
+    pub(crate) cause: PauseCause,
     pub(crate) reason: String,
     pub(crate) position: Position,
 }
@@ -152,7 +152,7 @@ pub(crate) async fn stall(
     db: &mut PgConnection,
     outbox: &str,
     topic: &str,
-    cause: Cause,
+    cause: PauseCause,
     reason: &str,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
@@ -231,7 +231,7 @@ pub(crate) async fn begin(
     db: &mut PgConnection,
     outbox: &str,
     topic: &str,
-    cause: Cause,
+    cause: PauseCause,
     reason: &str,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(

@@ -39,9 +39,9 @@ struct Queue {
 /// What the polling task has to do after a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
-pub(super) enum Room {
+pub(super) enum PushResult {
     /// The buffer has room: nothing is to be done.
-    Left,
+    Accepted,
     /// The buffer is full: the polling task pauses the partition.
     Full,
 }
@@ -53,14 +53,14 @@ impl Buffer {
     }
 
     /// Takes a record; the worker hears of it with [`Buffer::announce`].
-    pub(super) fn push(&self, record: Raw) -> Room {
+    pub(super) fn push(&self, record: Raw) -> PushResult {
         let mut queue = self.lock();
         queue.untold = true;
         queue.bytes += record.size();
         queue.next = Some(record.offset.saturating_add(1));
         queue.records.push_back(record);
         let full = queue.records.len() >= self.limit || queue.bytes >= BYTES_MAX;
-        let room = if full && !queue.paused { Room::Full } else { Room::Left };
+        let room = if full && !queue.paused { PushResult::Full } else { PushResult::Accepted };
         queue.paused |= full;
         room
     }
@@ -140,11 +140,21 @@ mod tests {
             counted.fetch_add(1, Ordering::SeqCst);
         });
         let rooms: Vec<_> = (0..6).map(|_| buffer.push(Raw::default())).collect();
-        assert_eq!(rooms, [Room::Left, Room::Left, Room::Left, Room::Full, Room::Left, Room::Left]);
+        assert_eq!(
+            rooms,
+            [
+                PushResult::Accepted,
+                PushResult::Accepted,
+                PushResult::Accepted,
+                PushResult::Full,
+                PushResult::Accepted,
+                PushResult::Accepted
+            ]
+        );
         let mut gathering = Gathering::default();
         assert_eq!((buffer.take(3, &mut gathering).await.len(), drained.load(Ordering::SeqCst)), (3, 0));
         assert_eq!((buffer.take(3, &mut gathering).await.len(), drained.load(Ordering::SeqCst)), (3, 1));
-        assert_eq!(buffer.push(Raw::default()), Room::Left);
+        assert_eq!(buffer.push(Raw::default()), PushResult::Accepted);
         assert_eq!((buffer.take(3, &mut gathering).await.len(), drained.load(Ordering::SeqCst)), (1, 1));
     }
 
@@ -155,7 +165,7 @@ mod tests {
         // However long this process is kept from running, the last batch was not long ago.
         let late = clock::monotonic() + std::time::Duration::from_secs(3600);
         (0..20).for_each(|_| gathering.begins(10, late));
-        let push = |_| assert_eq!(buffer.push(Raw::default()), Room::Left);
+        let push = |_| assert_eq!(buffer.push(Raw::default()), PushResult::Accepted);
 
         push(0);
         let mut taking = Box::pin(buffer.take(10, &mut gathering));

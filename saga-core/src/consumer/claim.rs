@@ -5,7 +5,7 @@
 //! alone, and counted before. A worker that stops in good order takes back what it has noted, and the attempt that it
 //! has counted and not decided.
 
-use crate::{inbox::Place, transaction::Transaction};
+use crate::{inbox::InboxPlace, transaction::Transaction};
 use sqlx::Row;
 use std::{ops::Range, time::Duration};
 use time::OffsetDateTime;
@@ -13,12 +13,12 @@ use uuid::Uuid;
 
 /// What a row of `inbox_partition` held before this worker took the partition, and what the database says of itself.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Claimed {
+pub(super) struct ClaimedPartition {
     /// The worker before let go in good order, or there was none. If `false`, its process may have died of one of its
     /// records.
     pub(super) clean: bool,
     /// What was noted last before it was tried.
-    pub(super) noted: Option<Noted>,
+    pub(super) noted: Option<NotedBatch>,
     /// The time by the database's clock.
     pub(super) time: OffsetDateTime,
     /// How long the server lets a transaction be silent, unless the transaction says otherwise. 0: for ever.
@@ -27,14 +27,14 @@ pub(super) struct Claimed {
 
 /// What was noted last before it was tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Noted {
+pub(super) struct NotedBatch {
     /// The offset of the record that was tried alone, or of the last one of a batch.
     offset: i64,
     /// The number of the attempt at a single record. 0: a batch was noted.
     attempts: i32,
 }
 
-impl Noted {
+impl NotedBatch {
     /// The offsets of the records that may have killed the process. The records before them survived: a record is tried
     /// alone when all before it in its partition is done. (A batch begins where what is done ends.)
     pub(super) fn suspects(self) -> Range<i64> {
@@ -45,7 +45,7 @@ impl Noted {
 
 /// An attempt at a single record that is counted, and not yet decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Counted {
+pub(super) enum CountedAttempt {
     /// At the record that `inbox_partition` names.
     Fresh,
     /// At a parked record.
@@ -59,10 +59,10 @@ pub(super) enum Counted {
 /// nothing in the topic with this id.
 pub(super) async fn claim(
     mut tx: Transaction,
-    place: Place<'_>,
+    place: InboxPlace<'_>,
     owner: Uuid,
     topic_id: Option<&str>,
-) -> Result<Claimed, sqlx::Error> {
+) -> Result<ClaimedPartition, sqlx::Error> {
     let row = sqlx::query(
         "with before as (
              select clean, case when topic_id <> $5 then null else record_offset end as record_offset, attempts
@@ -91,9 +91,9 @@ pub(super) async fn claim(
     .await?;
     tx.commit_quietly().await?;
     let noted = row.try_get::<Option<i64>, _>("record_offset")?.zip(row.try_get("attempts")?);
-    Ok(Claimed {
+    Ok(ClaimedPartition {
         clean: row.try_get("clean")?,
-        noted: noted.map(|(offset, attempts)| Noted { offset, attempts }),
+        noted: noted.map(|(offset, attempts)| NotedBatch { offset, attempts }),
         time: row.try_get("time")?,
         silence: Duration::try_from_secs_f64(row.try_get("silence")?).unwrap_or_default(),
     })
@@ -103,9 +103,9 @@ pub(super) async fn claim(
 /// forgotten. An attempt that is not decided did not happen. Nothing is done if another worker has taken the partition.
 pub(super) async fn release(
     mut tx: Transaction,
-    place: Place<'_>,
+    place: InboxPlace<'_>,
     owner: Uuid,
-    undecided: Option<Counted>,
+    undecided: Option<CountedAttempt>,
 ) -> Result<(), sqlx::Error> {
     let released = sqlx::query(
         "update inbox_partition
@@ -117,10 +117,10 @@ pub(super) async fn release(
     .bind(place.topic)
     .bind(place.partition)
     .bind(owner)
-    .bind(i32::from(undecided == Some(Counted::Fresh)))
+    .bind(i32::from(undecided == Some(CountedAttempt::Fresh)))
     .execute(&mut **tx)
     .await?;
-    if let (Some(Counted::Parked { id }), 1) = (undecided, released.rows_affected()) {
+    if let (Some(CountedAttempt::Parked { id }), 1) = (undecided, released.rows_affected()) {
         sqlx::query(
             "update inbox_parked set attempts = attempts - 1, next_attempt_at = clock_timestamp() where id = $1",
         )
@@ -132,7 +132,7 @@ pub(super) async fn release(
 }
 
 /// Counts an attempt at the record at `offset`, before it is made, and returns its number.
-pub(super) async fn count_attempt(mut tx: Transaction, place: Place<'_>, offset: i64) -> Result<u32, sqlx::Error> {
+pub(super) async fn count_attempt(mut tx: Transaction, place: InboxPlace<'_>, offset: i64) -> Result<u32, sqlx::Error> {
     let attempts: i32 = sqlx::query_scalar(
         "update inbox_partition
             set attempts = case when record_offset = $4 then attempts + 1 else 1 end, record_offset = $4
@@ -153,7 +153,7 @@ pub(super) async fn count_attempt(mut tx: Transaction, place: Place<'_>, offset:
 /// taken the partition.
 pub(super) async fn note_batch(
     mut tx: Transaction,
-    place: Place<'_>,
+    place: InboxPlace<'_>,
     owner: Uuid,
     last: i64,
 ) -> Result<(), sqlx::Error> {

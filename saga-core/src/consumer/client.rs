@@ -4,7 +4,7 @@
 //! and waiting for it must not block a thread of the runtime. The client library waits for the answer. The callback
 //! answers only while the client is closed, because nothing polls any more.
 
-use super::{ConsumerConfig, health::Pulse};
+use super::{ConsumerConfig, health::HealthState};
 use rdkafka::{
     ClientConfig, ClientContext, Statistics, TopicPartitionList,
     config::RDKafkaLogLevel,
@@ -33,7 +33,7 @@ pub(super) enum Rebalance {
 /// The callbacks of the client library.
 pub(super) struct Context {
     pub(super) rebalances: UnboundedSender<Rebalance>,
-    pub(super) pulse: Arc<Pulse>,
+    pub(super) pulse: Arc<HealthState>,
     pub(super) closing: AtomicBool,
 }
 

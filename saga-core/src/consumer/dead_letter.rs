@@ -7,8 +7,8 @@
 
 use super::{
     Coordinates, Message,
-    failure::Fault,
-    record::{Origin, RawHeaders, Refused},
+    failure::RecordFault,
+    record::{RawHeaders, RecordOrigin, RefusedRecord},
 };
 use crate::{
     envelope::{Headers, exact, header},
@@ -74,7 +74,7 @@ pub(super) struct DeadLetter<'a> {
     at: &'a Coordinates,
     key: Option<&'a [u8]>,
     payload: Option<&'a [u8]>,
-    origin: &'a Origin,
+    origin: &'a RecordOrigin,
     class: &'a str,
     reason: &'a str,
     attempts: u32,
@@ -82,7 +82,7 @@ pub(super) struct DeadLetter<'a> {
 
 impl<'a> DeadLetter<'a> {
     /// The dead letter of a record that no handler saw.
-    pub(super) fn refused(refused: &'a Refused) -> Self {
+    pub(super) fn refused(refused: &'a RefusedRecord) -> Self {
         Self {
             at: &refused.at,
             key: refused.key.as_deref(),
@@ -95,7 +95,12 @@ impl<'a> DeadLetter<'a> {
     }
 
     /// The dead letter of a record that was tried `attempts` times.
-    pub(super) fn failed(message: &'a Message, origin: &'a Origin, fault: &'a Fault, attempts: u32) -> Self {
+    pub(super) fn failed(
+        message: &'a Message,
+        origin: &'a RecordOrigin,
+        fault: &'a RecordFault,
+        attempts: u32,
+    ) -> Self {
         Self {
             at: &message.at,
             key: message.key.as_deref(),
@@ -216,14 +221,14 @@ mod tests {
 
     type Given<'a> = &'a [(&'a str, Option<&'a [u8]>)];
 
-    fn refused(key: Option<&[u8]>, headers: Given<'_>) -> Refused {
+    fn refused(key: Option<&[u8]>, headers: Given<'_>) -> RefusedRecord {
         let mut raw = RawHeaders::default();
         headers.iter().for_each(|(name, value)| raw.push(name, *value));
-        Refused {
+        RefusedRecord {
             at: Coordinates { topic: "t".into(), partition: 3, offset: 14 },
             key: key.map(<[u8]>::to_vec),
             payload: None,
-            origin: Origin { timestamp: Some(OffsetDateTime::UNIX_EPOCH), headers: raw },
+            origin: RecordOrigin { timestamp: Some(OffsetDateTime::UNIX_EPOCH), headers: raw },
             class: "undecodable",
             reason: "no\0good".into(),
         }

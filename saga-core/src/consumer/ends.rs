@@ -1,13 +1,13 @@
 //! What the brokers say of a consumer's topics: whether each is there and led, and where its partitions end.
 //!
 //! The polling client cannot be asked. It says nothing of a topic that is gone, and of a topic that was made again it
-//! believes what it knew of the old. So a client of its own asks, every few seconds, and [`Pulse`] compares that with
+//! believes what it knew of the old. So a client of its own asks, every few seconds, and [`HealthState`] compares that with
 //! how far the consumer is.
 
-use super::{ConsumerConfig, client, health::Pulse};
+use super::{ConsumerConfig, client, health::HealthState};
 use crate::{
     clock,
-    part::{Cause, Trouble},
+    part::{Cause, HealthIssue},
 };
 use rdkafka::{
     consumer::{BaseConsumer, Consumer as _},
@@ -24,7 +24,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug, Default)]
 pub(super) struct Ends {
     /// What is wrong with a topic, by its name.
-    pub(super) troubles: BTreeMap<String, Trouble>,
+    pub(super) troubles: BTreeMap<String, HealthIssue>,
     /// The first offset of each partition, and the one after the last.
     pub(super) ranges: BTreeMap<(String, i32), (i64, i64)>,
     /// The partitions for which the brokers did not give a range, and why.
@@ -32,7 +32,7 @@ pub(super) struct Ends {
 }
 
 /// Asks the brokers, over and over.
-pub(super) async fn keep_looking(config: &ConsumerConfig, pulse: &Pulse) -> Infallible {
+pub(super) async fn keep_looking(config: &ConsumerConfig, pulse: &HealthState) -> Infallible {
     let client: Arc<BaseConsumer> = match client::asking(config).create() {
         Ok(client) => Arc::new(client),
         // The polling client has the same settings, and its error ends the consumer.
@@ -69,7 +69,7 @@ fn look(client: &BaseConsumer, topics: &[String], held: Vec<(String, i32)>) -> R
                 (Some(code), _) => trouble(name, code),
                 (None, Some(partition)) => {
                     let reason = format!("partition {} of {name} has no leader", partition.id());
-                    Some(Trouble::new(Cause::Leaderless, reason))
+                    Some(HealthIssue::new(Cause::Leaderless, reason))
                 }
                 (None, None) => None,
             };
@@ -88,16 +88,16 @@ fn look(client: &BaseConsumer, topics: &[String], held: Vec<(String, i32)>) -> R
     Ok(ends)
 }
 
-fn trouble(topic: &str, code: Code) -> Option<Trouble> {
+fn trouble(topic: &str, code: Code) -> Option<HealthIssue> {
     match code {
         Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition => {
-            Some(Trouble::new(Cause::TopicMissing, format!("the topic {topic} is not there")))
+            Some(HealthIssue::new(Cause::TopicMissing, format!("the topic {topic} is not there")))
         }
         Code::TopicAuthorizationFailed | Code::GroupAuthorizationFailed | Code::ClusterAuthorizationFailed => {
-            Some(Trouble::new(Cause::KafkaForbidden, format!("the brokers refuse the topic {topic}: {code}")))
+            Some(HealthIssue::new(Cause::KafkaForbidden, format!("the brokers refuse the topic {topic}: {code}")))
         }
         Code::LeaderNotAvailable | Code::BrokerNotAvailable | Code::ReplicaNotAvailable => {
-            Some(Trouble::new(Cause::Leaderless, format!("the topic {topic} has no leader: {code}")))
+            Some(HealthIssue::new(Cause::Leaderless, format!("the topic {topic} has no leader: {code}")))
         }
         // The error passes, or the polling client reports it.
         _ => None,

@@ -20,7 +20,7 @@ use std::{borrow::Cow, time::Duration};
 
 /// Why a transaction did not commit.
 #[derive(Debug)]
-pub(super) enum Failure {
+pub(super) enum AttemptFailure {
     /// The error will pass; the text is for the log.
     Passing(Cause, String),
     /// The connection cannot be used any more, though another one can.
@@ -35,9 +35,9 @@ pub(super) enum Failure {
     Unprepared,
     /// The connection was lost while the handler had it, and the handler had it for longer than the server lets a
     /// transaction be silent. Either the handler was silent, or the database went away.
-    Silent(Fault),
+    Silent(RecordFault),
     /// The error is the record's fault.
-    Fault(Fault),
+    Fault(RecordFault),
     /// A test let us die here.
     #[cfg(feature = "testkit")]
     Crash,
@@ -45,7 +45,7 @@ pub(super) enum Failure {
 
 /// A record's own fault.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Fault {
+pub(super) struct RecordFault {
     /// The kind of fault, in one word, for dashboards and dead letters.
     pub(super) class: Cow<'static, str>,
     /// What was wrong, in words.
@@ -80,7 +80,7 @@ pub(super) const LOCKED: &str = "locked";
 /// The class of a row of `inbox_parked` that this build cannot read.
 pub(super) const UNREADABLE: &str = "unreadable";
 
-impl Fault {
+impl RecordFault {
     pub(super) fn new(class: impl Into<Cow<'static, str>>, reason: &str, remedy: Remedy) -> Self {
         Self { class: class.into(), reason: crate::reason::reason(reason), remedy, culprit: None, others: Vec::new() }
     }
@@ -129,7 +129,7 @@ impl Fault {
     }
 }
 
-impl From<sqlx::Error> for Failure {
+impl From<sqlx::Error> for AttemptFailure {
     fn from(error: sqlx::Error) -> Self {
         let database = error.as_database_error();
         // check_violation without a constraint: "no partition of relation found for row".
@@ -140,19 +140,19 @@ impl From<sqlx::Error> for Failure {
             .and_then(|error| error.code())
             .map_or_else(|| "database".into(), |code| format!("database-{code}"));
         let reason = in_words(&error);
-        let own = || Self::Fault(Fault::new(class, &reason, Remedy::Retry));
+        let own = || Self::Fault(RecordFault::new(class, &reason, Remedy::Retry));
         Self::not_own(classify(&error), || Cause::of(&error), &reason).unwrap_or_else(own)
     }
 }
 
-impl From<HandleError> for Failure {
+impl From<HandleError> for AttemptFailure {
     fn from(error: HandleError) -> Self {
         let (culprit, error) = error.parts();
         let failure = match error {
             HandleError::Database(error) => error.into(),
-            HandleError::Poison(reason) => Self::Fault(Fault::new(POISON, &reason, Remedy::Nothing)),
+            HandleError::Poison(reason) => Self::Fault(RecordFault::new(POISON, &reason, Remedy::Nothing)),
             HandleError::Several(unfit) => match unfit.split_first() {
-                Some((first, others)) => Self::Fault(Fault::several(first, others)),
+                Some((first, others)) => Self::Fault(RecordFault::several(first, others)),
                 None => Self::Again,
             },
             HandleError::Again | HandleError::Of { .. } => Self::Again,
@@ -168,7 +168,7 @@ impl From<HandleError> for Failure {
                 let reason = format!("{}{cure}", chain(&error));
                 let failure =
                     database.and_then(|error| Self::not_own(error.class(), || Cause::of_found(error), &reason));
-                failure.unwrap_or_else(|| Self::Fault(Fault::new("failed", &reason, Remedy::Retry)))
+                failure.unwrap_or_else(|| Self::Fault(RecordFault::new("failed", &reason, Remedy::Retry)))
             }
         };
         match failure {
@@ -232,7 +232,7 @@ impl HandleError {
     }
 }
 
-impl Failure {
+impl AttemptFailure {
     /// The failure of an error class that is no fault of a record; `None` for the others.
     fn not_own(class: ErrorClass, cause: impl FnOnce() -> Cause, reason: &str) -> Option<Self> {
         match class {
@@ -255,37 +255,39 @@ impl Failure {
     /// `silence`.
     pub(super) fn of_handler(error: HandleError, taken: Duration, silence: Duration) -> Self {
         let (culprit, error) = error.parts();
-        let fault = |fault: Fault| Self::Fault(fault.of(culprit));
+        let fault = |fault: RecordFault| Self::Fault(fault.of(culprit));
         if let Some(answer) = error.lock_wait() {
-            return fault(Fault::locked(&answer));
+            return fault(RecordFault::locked(&answer));
         }
         let Some(database) = error.database() else { return error.named(culprit).into() };
         match database.code().as_deref() {
             // The server gave up the statement or the transaction. That was after our bound, if the runtime was kept
             // from giving up before, or after a bound that the handler has set.
-            Some("57014" | "25P04") => fault(Fault::new("timed-out", &error.to_string(), Remedy::Smaller)),
+            Some("57014" | "25P04") => fault(RecordFault::new("timed-out", &error.to_string(), Remedy::Smaller)),
             // idle_in_transaction_session_timeout.
-            Some("25P03") => fault(Fault::silent(silence, &error.to_string())),
-            None if database.is_lost() && taken >= silence => Self::Silent(Fault::silent(silence, &error.to_string())),
+            Some("25P03") => fault(RecordFault::silent(silence, &error.to_string())),
+            None if database.is_lost() && taken >= silence => {
+                Self::Silent(RecordFault::silent(silence, &error.to_string()))
+            }
             _ => error.named(culprit).into(),
         }
     }
 }
 
-impl From<AppendError> for Failure {
+impl From<AppendError> for AttemptFailure {
     fn from(error: AppendError) -> Self {
         HandleError::from(error).into()
     }
 }
 
 #[cfg(feature = "testkit")]
-impl From<crate::testkit::failpoints::Injected> for Failure {
+impl From<crate::testkit::failpoints::Injected> for AttemptFailure {
     fn from(injected: crate::testkit::failpoints::Injected) -> Self {
         use crate::testkit::failpoints::Fault as Kind;
         match injected.0 {
             Kind::Crash | Kind::Kill => Self::Crash,
             Kind::Outage => Self::Passing(Cause::DatabaseAway, injected.to_string()),
-            Kind::Error => Self::Fault(Fault::new("failed", &injected.to_string(), Remedy::Retry)),
+            Kind::Error => Self::Fault(RecordFault::new("failed", &injected.to_string(), Remedy::Retry)),
         }
     }
 }
@@ -299,8 +301,8 @@ mod tests {
     }
 
     fn remedy(error: HandleError) -> Option<(Remedy, Option<MessageId>)> {
-        match Failure::from(error) {
-            Failure::Fault(fault) => Some((fault.remedy, fault.culprit)),
+        match AttemptFailure::from(error) {
+            AttemptFailure::Fault(fault) => Some((fault.remedy, fault.culprit)),
             _ => None,
         }
     }
@@ -308,10 +310,10 @@ mod tests {
     #[test]
     fn an_outage_is_recognised_under_a_handlers_own_words() {
         let message = MessageId::new();
-        assert!(matches!(Failure::from(lost()), Failure::Passing(..)));
+        assert!(matches!(AttemptFailure::from(lost()), AttemptFailure::Passing(..)));
         let wrapped = || HandleError::Failed(anyhow::Error::from(lost()).context("could not read the stock"));
-        assert!(matches!(Failure::from(wrapped()), Failure::Passing(..)));
-        assert!(matches!(Failure::from(wrapped().of(message)), Failure::Passing(..)));
+        assert!(matches!(AttemptFailure::from(wrapped()), AttemptFailure::Passing(..)));
+        assert!(matches!(AttemptFailure::from(wrapped().of(message)), AttemptFailure::Passing(..)));
         assert!(!wrapped().of(message).is_fault());
     }
 
@@ -331,7 +333,7 @@ mod tests {
 
     #[test]
     fn only_a_wait_for_a_lock_is_never_given_up() {
-        let fault = |remedy| Fault::new("test", "a reason", remedy);
+        let fault = |remedy| RecordFault::new("test", "a reason", remedy);
         for (remedy, gives_up) in
             [(Remedy::Nothing, [true; 2]), (Remedy::Retry, [false, true]), (Remedy::Smaller, [false, true])]
         {
@@ -343,9 +345,9 @@ mod tests {
     #[test]
     fn a_lost_connection_is_a_silent_handler_only_where_that_was_possible() {
         let bound = Duration::from_secs(8);
-        let after = |taken| Failure::of_handler(lost().into(), Duration::from_secs(taken), bound);
-        assert!(matches!(after(7), Failure::Passing(..)));
-        let Failure::Silent(fault) = after(9) else { panic!("it was possible") };
+        let after = |taken| AttemptFailure::of_handler(lost().into(), Duration::from_secs(taken), bound);
+        assert!(matches!(after(7), AttemptFailure::Passing(..)));
+        let AttemptFailure::Silent(fault) = after(9) else { panic!("it was possible") };
         assert!(fault.reason.contains("idle_in_transaction_session_timeout`, 8s"), "{}", fault.reason);
     }
 }

@@ -7,14 +7,14 @@
 use super::{
     buffer::Buffer,
     ends::Ends,
-    parking::{Counts, Untried},
-    place::{Found, Patience, Place},
+    parking::{ParkedCounts, Untried},
+    place::{EndCheck, PartitionProgress, RestartPolicy},
     standing::{Rewind, Start},
 };
 use crate::{
     clock::{self, DatabaseClock},
     outage::Outage,
-    part::{Cause, Report, Trouble, Waiting},
+    part::{Cause, HealthIssue, PartReport, WaitingWork},
 };
 use rdkafka::Statistics;
 use std::{
@@ -33,7 +33,7 @@ const ASSIGNED_MAX: Duration = Duration::from_secs(30);
 
 /// The health of one consumer. Cheap to clone.
 #[derive(Clone)]
-pub struct ConsumerHealth(pub(super) Arc<Pulse>);
+pub struct ConsumerHealth(pub(super) Arc<HealthState>);
 
 impl ConsumerHealth {
     /// Fine, or why not. Fine means: a broker is connected, and the consumer is a member of the group and polls. Kafka
@@ -47,8 +47,8 @@ impl ConsumerHealth {
     }
 
     /// What stands in the consumer's way, and what waits for it.
-    pub fn report(&self) -> Report {
-        Report { trouble: self.0.trouble(), waiting: self.0.waiting() }
+    pub fn report(&self) -> PartReport {
+        PartReport { trouble: self.0.trouble(), waiting: self.0.waiting() }
     }
 
     /// Whether the consumer's topics have, or had, records: `None` until that is known.
@@ -60,7 +60,7 @@ impl ConsumerHealth {
 }
 
 /// The state behind [`ConsumerHealth`].
-pub(super) struct Pulse {
+pub(super) struct HealthState {
     group: String,
     pub(super) kafka: Arc<Outage>,
     database: Arc<Outage>,
@@ -76,31 +76,31 @@ struct State {
     polled: Option<Instant>,
     assigned: bool,
     /// The partitions that wait for an operator, and what for.
-    waiting: BTreeMap<(String, i32), (Trouble, Instant)>,
+    waiting: BTreeMap<(String, i32), (HealthIssue, Instant)>,
     /// What Kafka refuses until an operator acts.
-    refused: Option<Trouble>,
+    refused: Option<HealthIssue>,
     /// The lock that parked records have been waiting for too long.
-    locked: Option<Trouble>,
+    locked: Option<HealthIssue>,
     /// What is wrong with topics, by their names.
-    topics: BTreeMap<String, Trouble>,
+    topics: BTreeMap<String, HealthIssue>,
     /// The partitions that are read here.
-    places: BTreeMap<(String, i32), Place>,
+    places: BTreeMap<(String, i32), PartitionProgress>,
     /// Partitions that are to be read on from elsewhere than the group's offset.
     rewinds: BTreeMap<(String, i32), Rewind>,
     /// The client is to be made anew, and has not been yet.
     ends: bool,
-    patience: Patience,
+    patience: RestartPolicy,
     /// The end of a partition is not known, for too long.
-    unseen: Option<Trouble>,
+    unseen: Option<HealthIssue>,
     /// Why partitions that are assigned are not read.
-    untaken: Option<Trouble>,
+    untaken: Option<HealthIssue>,
     /// The parked record that was due for longest, or unreadable, at the last look.
     untried: Option<i64>,
     /// Set when one record was that at two looks.
-    forgotten: Option<Trouble>,
+    forgotten: Option<HealthIssue>,
 }
 
-impl Pulse {
+impl HealthState {
     pub(super) fn new(group: &str, brokers: &str, pool: &sqlx::PgPool) -> Self {
         let database = Outage::of_database(pool);
         Self {
@@ -114,7 +114,7 @@ impl Pulse {
     }
 
     /// Takes what was counted of the consumer's parked records.
-    pub(super) fn parked(&self, counts: Counts) {
+    pub(super) fn parked(&self, counts: ParkedCounts) {
         #[allow(clippy::cast_precision_loss)]
         let gauge = |name: &'static str, count: i64| {
             metrics::gauge!(name, "consumer" => self.group.clone()).set(count as f64);
@@ -130,28 +130,28 @@ impl Pulse {
         state.forgotten = again.as_ref().map(Untried::trouble);
     }
 
-    fn trouble(&self) -> Option<Trouble> {
+    fn trouble(&self) -> Option<HealthIssue> {
         let client = self.client_trouble().or_else(|| self.kafka.trouble());
         let client = client.or_else(|| self.lock().refused.clone()).or_else(|| self.database.trouble());
         client.or_else(|| self.partition_trouble()).or_else(|| {
             let skewed = self.clock.check().err();
-            skewed.map(|reason| Trouble::new(Cause::ClockSkew, reason)).or_else(|| self.assignment_trouble())
+            skewed.map(|reason| HealthIssue::new(Cause::ClockSkew, reason)).or_else(|| self.assignment_trouble())
         })
     }
 
-    fn client_trouble(&self) -> Option<Trouble> {
+    fn client_trouble(&self) -> Option<HealthIssue> {
         match self.lock().polled {
-            None => Some(Trouble::new(Cause::Starting, "it has not started")),
+            None => Some(HealthIssue::new(Cause::Starting, "it has not started")),
             Some(at) if clock::monotonic().saturating_duration_since(at) > POLL_MAX => {
-                Some(Trouble::new(Cause::Fault, format!("no poll for more than {} s", POLL_MAX.as_secs())))
+                Some(HealthIssue::new(Cause::Fault, format!("no poll for more than {} s", POLL_MAX.as_secs())))
             }
             Some(_) => None,
         }
     }
 
-    fn partition_trouble(&self) -> Option<Trouble> {
+    fn partition_trouble(&self) -> Option<HealthIssue> {
         let state = self.lock();
-        let waiting = state.waiting.iter().next().map(|((topic, partition), (trouble, since))| Trouble {
+        let waiting = state.waiting.iter().next().map(|((topic, partition), (trouble, since))| HealthIssue {
             cause: trouble.cause,
             reason: format!("partition {partition} of {topic} waits until this is set right: {}", trouble.reason),
             since: Some(*since),
@@ -161,21 +161,21 @@ impl Pulse {
         waiting.or_else(|| state.locked.clone()).or_else(|| state.forgotten.clone())
     }
 
-    fn assignment_trouble(&self) -> Option<Trouble> {
+    fn assignment_trouble(&self) -> Option<HealthIssue> {
         let state = self.lock();
         let waits = state.began.map(|began| clock::monotonic().saturating_duration_since(began)).unwrap_or_default();
         let cause = if waits < ASSIGNED_MAX { Cause::Starting } else { Cause::Unassigned };
-        (!state.assigned).then(|| Trouble::new(cause, "no partitions have been assigned yet"))
+        (!state.assigned).then(|| HealthIssue::new(cause, "no partitions have been assigned yet"))
     }
 
     /// Since when the partition that stands still for longest does so, and how much waits in all of them.
-    fn waiting(&self) -> Option<Waiting> {
+    fn waiting(&self) -> Option<WaitingWork> {
         let state = self.lock();
-        let waiting: Vec<Waiting> = state.places.values().filter_map(|place| place.waiting).collect();
+        let waiting: Vec<WaitingWork> = state.places.values().filter_map(|place| place.waiting).collect();
         let still_since = waiting.iter().map(|waiting| waiting.still_since).min()?;
         let items = waiting.iter().filter_map(|waiting| waiting.items).sum();
         let oldest: Option<OffsetDateTime> = waiting.iter().filter_map(|waiting| waiting.oldest).min();
-        Some(Waiting { items: Some(items), oldest, still_since })
+        Some(WaitingWork { items: Some(items), oldest, still_since })
     }
 
     /// A new client begins: the group gives it its partitions.
@@ -210,7 +210,7 @@ impl Pulse {
         let since = state.untaken.take().and_then(|untaken| untaken.since).or_else(|| Some(clock::monotonic()));
         state.untaken = but.map(|why| {
             let reason = format!("the brokers do not say where the group has come to in its partitions: {why}");
-            Trouble { since, ..Trouble::new(Cause::KafkaAway, reason) }
+            HealthIssue { since, ..HealthIssue::new(Cause::KafkaAway, reason) }
         });
     }
 
@@ -227,7 +227,7 @@ impl Pulse {
         done: watch::Receiver<i64>,
         start: &Start,
     ) {
-        self.lock().places.insert((topic.to_owned(), partition), Place::new(buffer, done, start));
+        self.lock().places.insert((topic.to_owned(), partition), PartitionProgress::new(buffer, done, start));
     }
 
     /// The partitions that are read here, whose ends the brokers are asked for now.
@@ -250,11 +250,11 @@ impl Pulse {
             // A new client cannot help while Kafka is away, refuses, or has trouble with the topic.
             let waits = away || refused.is_some() || ends.troubles.contains_key(&partition.0);
             let why = match found {
-                Found::Shrunk if !away => {
+                EndCheck::Shrunk if !away => {
                     rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), tail: Some((end, place.read())) });
                     "it ends before what was read of it"
                 }
-                Found::Wedged if !waits && patience.ends(&partition, place.done(), now) => {
+                EndCheck::Wedged if !waits && patience.ends(&partition, place.done(), now) => {
                     "there are records that the client does not fetch"
                 }
                 _ => continue,
@@ -274,15 +274,15 @@ impl Pulse {
         let mut state = self.lock();
         let mut unseen = None;
         for (partition, reason) in partitions {
-            let missed = state.places.get_mut(&partition).is_some_and(Place::misses);
+            let missed = state.places.get_mut(&partition).is_some_and(PartitionProgress::misses);
             if missed && unseen.is_none() {
                 let (topic, partition) = partition;
                 unseen = Some(format!("the brokers do not say where partition {partition} of {topic} ends: {reason}"));
             }
         }
         state.unseen = unseen.map(|reason| match state.unseen.take() {
-            Some(known) => Trouble { reason, ..known },
-            None => Trouble { since: Some(clock::monotonic()), ..Trouble::new(Cause::KafkaAway, reason) },
+            Some(known) => HealthIssue { reason, ..known },
+            None => HealthIssue { since: Some(clock::monotonic()), ..HealthIssue::new(Cause::KafkaAway, reason) },
         });
     }
 
@@ -385,7 +385,7 @@ impl Pulse {
 
     /// Kafka refuses something until an operator acts.
     pub(super) fn refused(&self, cause: Cause, reason: String) {
-        let trouble = Trouble::new(cause, reason);
+        let trouble = HealthIssue::new(cause, reason);
         let mut state = self.lock();
         if state.refused.as_ref().is_none_or(|refused| refused.reason != trouble.reason) {
             tracing::error!(
@@ -394,7 +394,7 @@ impl Pulse {
                 "the consumer waits until this is set right; nothing is given up"
             );
             let since = Some(clock::monotonic());
-            state.refused = Some(Trouble { since, ..trouble });
+            state.refused = Some(HealthIssue { since, ..trouble });
         }
     }
 
@@ -416,7 +416,7 @@ impl Pulse {
 
 /// The reports of one partition's worker. When it is dropped, the partition no longer waits here.
 pub(super) struct Reporter {
-    pub(super) pulse: Arc<Pulse>,
+    pub(super) pulse: Arc<HealthState>,
     pub(super) partition: (String, i32),
 }
 
@@ -429,7 +429,7 @@ impl Reporter {
     /// An operator has to set this right, or another session to let go of a lock. Nothing is counted or given up
     /// meanwhile.
     pub(super) fn waits(&self, cause: Cause, reason: &str) {
-        let (now, trouble) = (clock::monotonic(), Trouble::new(cause, reason));
+        let (now, trouble) = (clock::monotonic(), HealthIssue::new(cause, reason));
         let known = {
             let mut state = self.pulse.lock();
             let since = state.waiting.get(&self.partition).map_or(now, |(_, since)| *since);

@@ -2,7 +2,7 @@
 
 use super::{
     client::Client,
-    health::Pulse,
+    health::HealthState,
     standing::{Rewind, TopicId},
 };
 use rdkafka::{
@@ -46,7 +46,7 @@ impl Offsets {
 
 /// Takes the group back to the ends of partitions that lost their tail: another member may get them, and they may have
 /// grown.
-pub(super) fn give_back(client: &Client, pulse: &Pulse, held: Vec<(String, i32)>) {
+pub(super) fn give_back(client: &Client, pulse: &HealthState, held: Vec<(String, i32)>) {
     for (topic, partition) in held {
         let Some(Rewind { of: Some(id), tail: Some((end, _)) }) = pulse.rewind(&topic, partition) else { continue };
         // The stored offset goes back too: closing would commit it.
@@ -109,7 +109,7 @@ mod tests {
         produce(&topic, &[Record::default()]).await;
         let config = ConsumerConfig::new(&brokers(), &unique("group"), [topic.name()]);
         let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/offsets").unwrap();
-        let pulse = Arc::new(Pulse::new(&config.group, &config.brokers, &pool));
+        let pulse = Arc::new(HealthState::new(&config.group, &config.brokers, &pool));
         // The client answers rebalances itself.
         let context =
             Context { rebalances: unbounded_channel().0, pulse: Arc::clone(&pulse), closing: AtomicBool::new(true) };

@@ -6,15 +6,15 @@
 
 use super::{
     Coordinates, Message,
-    failure::{Fault, LOCKED, UNREADABLE},
-    record::{Batch, Origin, RawHeaders, lane},
+    failure::{LOCKED, RecordFault, UNREADABLE},
+    record::{RawHeaders, RecordBatch, RecordOrigin, lane},
 };
 use crate::{
     clock,
     envelope::{Envelope, Headers},
-    inbox::Place,
+    inbox::InboxPlace,
     outbox::Tx,
-    part::{Cause, Trouble},
+    part::{Cause, HealthIssue},
     retry::Backoff,
     transaction::Transaction,
 };
@@ -35,11 +35,11 @@ pub(super) struct Parked {
     pub(super) attempts: u32,
     pub(super) lane: Option<i64>,
     pub(super) message: Message,
-    pub(super) origin: Origin,
+    pub(super) origin: RecordOrigin,
 }
 
 /// What is due first in a partition.
-pub(super) enum Due {
+pub(super) enum NextDue {
     /// No row has a time.
     Nothing,
     /// The next attempt is not yet due.
@@ -57,7 +57,7 @@ pub(super) enum Due {
 
 /// Parks records behind the parked records of their keys. A key may have none any more: a copy that was parked at
 /// another partition has just left there. Then the first of its records is due at once.
-pub(super) async fn hold_in(tx: &mut Tx<'_>, place: Place<'_>, held: &Batch) -> Result<(), sqlx::Error> {
+pub(super) async fn hold_in(tx: &mut Tx<'_>, place: InboxPlace<'_>, held: &RecordBatch) -> Result<(), sqlx::Error> {
     insert(tx, place, held, 0, None, None).await?;
     let lanes: BTreeSet<i64> = held.messages.iter().filter_map(lane).collect();
     wake_in(tx, place, &Vec::from_iter(lanes)).await
@@ -66,22 +66,22 @@ pub(super) async fn hold_in(tx: &mut Tx<'_>, place: Place<'_>, held: &Batch) -> 
 /// Parks a record that failed, as the first of its lane.
 pub(super) async fn park_in(
     tx: &mut Tx<'_>,
-    place: Place<'_>,
-    failed: &Batch,
+    place: InboxPlace<'_>,
+    failed: &RecordBatch,
     attempts: u32,
     delay: Duration,
-    fault: &Fault,
+    fault: &RecordFault,
 ) -> Result<(), sqlx::Error> {
     insert(tx, place, failed, attempts, Some(delay), Some(fault)).await
 }
 
 async fn insert(
     tx: &mut Tx<'_>,
-    place: Place<'_>,
-    batch: &Batch,
+    place: InboxPlace<'_>,
+    batch: &RecordBatch,
     attempts: u32,
     delay: Option<Duration>,
-    fault: Option<&Fault>,
+    fault: Option<&RecordFault>,
 ) -> Result<(), sqlx::Error> {
     let messages = &batch.messages;
     sqlx::query(
@@ -120,7 +120,7 @@ async fn insert(
 }
 
 /// The row of this partition whose attempt is due first.
-pub(super) async fn next_due(mut tx: Transaction, place: Place<'_>) -> Result<Due, sqlx::Error> {
+pub(super) async fn next_due(mut tx: Transaction, place: InboxPlace<'_>) -> Result<NextDue, sqlx::Error> {
     let row = sqlx::query(
         "select *, greatest(0, extract(epoch from next_attempt_at - clock_timestamp()))::float8 as wait
            from inbox_parked
@@ -134,14 +134,14 @@ pub(super) async fn next_due(mut tx: Transaction, place: Place<'_>) -> Result<Du
     .fetch_optional(&mut **tx)
     .await?;
     tx.commit_quietly().await?;
-    let Some(row) = row else { return Ok(Due::Nothing) };
+    let Some(row) = row else { return Ok(NextDue::Nothing) };
     let wait = Duration::try_from_secs_f64(row.try_get("wait")?).unwrap_or_default();
     if !wait.is_zero() {
-        return Ok(Due::In(wait));
+        return Ok(NextDue::In(wait));
     }
     Ok(match read(&row) {
-        Ok(parked) => Due::Now(Box::new(parked)),
-        Err(error) => Due::Unreadable { id: row.try_get("id")?, reason: error.to_string() },
+        Ok(parked) => NextDue::Now(Box::new(parked)),
+        Err(error) => NextDue::Unreadable { id: row.try_get("id")?, reason: error.to_string() },
     })
 }
 
@@ -164,7 +164,12 @@ pub(super) async fn count_retry(mut tx: Transaction, id: i64, delay: Duration) -
 
 /// Notes why a parked record failed this time, and that it waits for `delay` from now on: the attempt may have taken
 /// longer.
-pub(super) async fn note(mut tx: Transaction, id: i64, delay: Duration, fault: &Fault) -> Result<(), sqlx::Error> {
+pub(super) async fn note(
+    mut tx: Transaction,
+    id: i64,
+    delay: Duration,
+    fault: &RecordFault,
+) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update inbox_parked
             set error_class = $2, reason = $3, next_attempt_at = clock_timestamp() + make_interval(secs => $4)
@@ -186,7 +191,7 @@ pub(super) async fn note_wait(
     mut tx: Transaction,
     id: i64,
     backoff: &Backoff,
-    fault: &Fault,
+    fault: &RecordFault,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update inbox_parked
@@ -208,7 +213,7 @@ pub(super) async fn note_wait(
 /// The first rows of a lane, in order, up to one that this build cannot read.
 pub(super) async fn lane_in(
     tx: &mut Tx<'_>,
-    place: Place<'_>,
+    place: InboxPlace<'_>,
     lane: i64,
     limit: usize,
 ) -> Result<Vec<Parked>, sqlx::Error> {
@@ -232,7 +237,7 @@ pub(super) async fn lane_in(
 /// Takes rows out, and makes what is now the first of their lane due at once.
 pub(super) async fn leave_in(
     tx: &mut Tx<'_>,
-    place: Place<'_>,
+    place: InboxPlace<'_>,
     ids: &[i64],
     lane: Option<i64>,
 ) -> Result<(), sqlx::Error> {
@@ -241,7 +246,7 @@ pub(super) async fn leave_in(
 }
 
 /// Makes the first row of each lane due at once, if it has no time.
-async fn wake_in(tx: &mut Tx<'_>, place: Place<'_>, lanes: &[i64]) -> Result<(), sqlx::Error> {
+async fn wake_in(tx: &mut Tx<'_>, place: InboxPlace<'_>, lanes: &[i64]) -> Result<(), sqlx::Error> {
     if lanes.is_empty() {
         return Ok(());
     }
@@ -264,7 +269,7 @@ async fn wake_in(tx: &mut Tx<'_>, place: Place<'_>, lanes: &[i64]) -> Result<(),
 }
 
 /// What is parked of a consumer, and the database's clock.
-pub(super) struct Counts {
+pub(super) struct ParkedCounts {
     pub(super) parked: i64,
     /// The number of those that wait for a lock.
     pub(super) locked: i64,
@@ -274,14 +279,14 @@ pub(super) struct Counts {
     pub(super) time: OffsetDateTime,
 }
 
-impl Counts {
+impl ParkedCounts {
     /// The trouble of records that have been waiting for locks for too long.
-    pub(super) fn waits_for_locks(&self) -> Option<Trouble> {
+    pub(super) fn waits_for_locks(&self) -> Option<HealthIssue> {
         let (reason, since) = self.longest.as_ref().filter(|(_, since)| *since > LOCKED_MAX)?;
         let (locked, seconds) = (self.locked, since.as_secs());
         let reason =
             format!("parked records that wait for locks: {locked}; the first, since {seconds} s ago, {reason}");
-        Some(Trouble { since: clock::monotonic().checked_sub(*since), ..Trouble::new(Cause::Stalled, reason) })
+        Some(HealthIssue { since: clock::monotonic().checked_sub(*since), ..HealthIssue::new(Cause::Stalled, reason) })
     }
 }
 
@@ -299,7 +304,7 @@ pub(super) struct Untried {
 }
 
 impl Untried {
-    pub(super) fn trouble(&self) -> Trouble {
+    pub(super) fn trouble(&self) -> HealthIssue {
         let Self { count, id, topic, partition, unreadable, age } = self;
         let why = match unreadable {
             Some(reason) => format!(
@@ -314,12 +319,12 @@ impl Untried {
         let reason = format!(
             "parked records that nothing tries: {count}; the first, row {id} of inbox_parked, of partition {partition} of {topic}, {why}"
         );
-        Trouble { since: clock::monotonic().checked_sub(*age), ..Trouble::new(Cause::Stalled, reason) }
+        HealthIssue { since: clock::monotonic().checked_sub(*age), ..HealthIssue::new(Cause::Stalled, reason) }
     }
 }
 
 /// Counts a consumer's parked records.
-pub(super) async fn count(mut tx: Transaction, consumer: &str) -> Result<Counts, sqlx::Error> {
+pub(super) async fn count(mut tx: Transaction, consumer: &str) -> Result<ParkedCounts, sqlx::Error> {
     let row = sqlx::query(
         "select count(*) as parked, count(*) filter (where error_class = $2) as locked,
                 (array_agg(reason order by parked_at) filter (where error_class = $2))[1] as reason,
@@ -335,7 +340,7 @@ pub(super) async fn count(mut tx: Transaction, consumer: &str) -> Result<Counts,
     let untried = untried_in(&mut tx, consumer).await?;
     tx.commit_quietly().await?;
     let reason: Option<String> = row.try_get("reason")?;
-    Ok(Counts {
+    Ok(ParkedCounts {
         parked: row.try_get("parked")?,
         locked: row.try_get("locked")?,
         longest: reason.zip(row.try_get::<Option<f64>, _>("since")?.map(seconds)),
@@ -398,6 +403,6 @@ fn read(row: &PgRow) -> Result<Parked, sqlx::Error> {
                 offset: row.try_get("record_offset")?,
             },
         },
-        origin: Origin { timestamp: row.try_get("record_time")?, headers },
+        origin: RecordOrigin { timestamp: row.try_get("record_time")?, headers },
     })
 }

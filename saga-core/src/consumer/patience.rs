@@ -3,9 +3,9 @@
 
 use super::{
     Handler,
-    failure::{Failure, Fault, Remedy},
+    failure::{AttemptFailure, RecordFault, Remedy},
     transaction::Stage,
-    worker::{Ended, Worker},
+    worker::{Worker, WorkerEnd},
 };
 use crate::{
     clock,
@@ -34,10 +34,10 @@ static ALONE: Semaphore = Semaphore::const_new(1);
 
 impl<H: Handler> Worker<H> {
     /// Repeats what counts nothing for as long as it takes. A record's fault is an answer.
-    pub(super) async fn insist<T, F, Fut>(&self, mut attempt: F) -> Result<Result<T, Fault>, Ended>
+    pub(super) async fn insist<T, F, Fut>(&self, mut attempt: F) -> Result<Result<T, RecordFault>, WorkerEnd>
     where
         F: FnMut() -> Fut,
-        Fut: Future<Output = Result<T, Failure>>,
+        Fut: Future<Output = Result<T, AttemptFailure>>,
     {
         let mut delays = PATIENCE.delays();
         let (mut again, mut silent, mut failed) = (false, false, None);
@@ -51,32 +51,32 @@ impl<H: Handler> Worker<H> {
             };
             let (was_silent, first) = (std::mem::take(&mut silent), *failed.get_or_insert_with(clock::monotonic));
             match failure {
-                Failure::Fault(fault) => {
+                AttemptFailure::Fault(fault) => {
                     self.report.works();
                     return Ok(Err(fault));
                 }
                 // The connection was lost twice in a row, each time after so long: it is no outage.
-                Failure::Silent(fault) if was_silent => return Ok(Err(fault)),
-                Failure::Silent(_) => silent = true,
+                AttemptFailure::Silent(fault) if was_silent => return Ok(Err(fault)),
+                AttemptFailure::Silent(_) => silent = true,
                 #[cfg(feature = "testkit")]
-                Failure::Crash => return Err(Ended::Crashed),
+                AttemptFailure::Crash => return Err(WorkerEnd::Crashed),
                 // The batch is repeated at once, unless the handler wants that over and over.
-                Failure::Again if !std::mem::replace(&mut again, true) => continue,
-                Failure::Again => {
+                AttemptFailure::Again if !std::mem::replace(&mut again, true) => continue,
+                AttemptFailure::Again => {
                     self.report.waits(Cause::Fault, "its handler wants the same batch again and again");
                 }
-                Failure::Configuration(cause, reason) => self.report.waits(cause, &reason),
-                Failure::Unprepared => self.prepare(first).await,
-                Failure::Passing(cause, reason) => self.repeat(cause, &reason, first),
-                Failure::NoConnection => {
+                AttemptFailure::Configuration(cause, reason) => self.report.waits(cause, &reason),
+                AttemptFailure::Unprepared => self.prepare(first).await,
+                AttemptFailure::Passing(cause, reason) => self.repeat(cause, &reason, first),
+                AttemptFailure::NoConnection => {
                     // When handlers of ours have all connections it is no outage: they give them back within their
                     // bounds.
-                    match why_none(&self.desk.pool, sqlx::Error::PoolTimedOut).await {
+                    match why_none(&self.context.pool, sqlx::Error::PoolTimedOut).await {
                         error if is_pool_full(&error) => {}
                         error => self.report.fails(&error.to_string()),
                     }
                 }
-                Failure::Stale(cause, reason) => {
+                AttemptFailure::Stale(cause, reason) => {
                     renew_connections();
                     self.repeat(cause, &reason, first);
                 }
@@ -97,12 +97,15 @@ impl<H: Handler> Worker<H> {
 
     /// The outcome of an attempt: a time-out when its handler needs too long, and an outage when the database does. The
     /// wait for a connection is not a part of it: the pool has a bound for that.
-    async fn within_bound<T>(&self, attempt: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-        let (desk, bound) = (&self.desk, self.desk.config.attempt_timeout);
-        desk.stage.send_replace(Stage::Beginning);
-        let mut stage = desk.stage.subscribe();
+    async fn within_bound<T>(
+        &self,
+        attempt: impl Future<Output = Result<T, AttemptFailure>>,
+    ) -> Result<T, AttemptFailure> {
+        let (context, bound) = (&self.context, self.context.config.attempt_timeout);
+        context.stage.send_replace(Stage::Beginning);
+        let mut stage = context.stage.subscribe();
         let begun = async { drop(stage.wait_for(|stage| *stage != Stage::Beginning).await) };
-        let wait = desk.pool.options().get_acquire_timeout().saturating_add(bound);
+        let wait = context.pool.options().get_acquire_timeout().saturating_add(bound);
         {
             // An attempt that is given up lets go of its connection at the end of this block.
             let mut attempt = pin!(attempt);
@@ -116,20 +119,21 @@ impl<H: Handler> Worker<H> {
                 return attempted;
             }
         }
-        let stage = *desk.stage.borrow();
-        if stage == Stage::Handling && database_answers(&self.desk.pool).await {
-            return Err(Failure::Fault(Fault::timed_out(bound)));
+        let stage = *context.stage.borrow();
+        if stage == Stage::Handling && database_answers(&self.context.pool).await {
+            return Err(AttemptFailure::Fault(RecordFault::timed_out(bound)));
         }
         let reason = format!("no answer within {bound:?}; another connection is tried");
         self.report.fails(&reason);
-        Err(Failure::Passing(Cause::DatabaseAway, reason))
+        Err(AttemptFailure::Passing(Cause::DatabaseAway, reason))
     }
 
     /// Makes the inbox's partitions: upkeep is behind.
     async fn prepare(&self, first: Instant) {
         // A message that is refused for its age never comes here, so a partition can be made.
         const { assert!(FUTURE_MAX.as_secs() < 14 * 24 * 3600) };
-        let made = self.desk.bound().within(inbox::add_partitions(&self.desk.pool, self.desk.config.horizon)).await;
+        let made =
+            self.context.bound().within(inbox::add_partitions(&self.context.pool, self.context.config.horizon)).await;
         let late = clock::monotonic().saturating_duration_since(first) > UNSAID;
         match made {
             Ok(_) if late => {
@@ -145,20 +149,20 @@ impl<H: Handler> Worker<H> {
     }
 
     /// Waits; other workers may make counted attempts meanwhile.
-    async fn pause(&self, time: Duration) -> Result<(), Ended> {
-        self.desk.ahead.give_back();
+    async fn pause(&self, time: Duration) -> Result<(), WorkerEnd> {
+        self.context.prefetched.give_back();
         let alone = self.be_with_others();
         tokio::select! {
-            () = self.stop.cancelled() => return Err(Ended::Stopped),
+            () = self.stop.cancelled() => return Err(WorkerEnd::Stopped),
             () = tokio::time::sleep(time) => {}
         }
         if alone { self.be_alone().await } else { Ok(()) }
     }
 
-    pub(super) async fn be_alone(&self) -> Result<(), Ended> {
-        self.desk.ahead.give_back();
+    pub(super) async fn be_alone(&self) -> Result<(), WorkerEnd> {
+        self.context.prefetched.give_back();
         let alone = tokio::select! {
-            () = self.stop.cancelled() => return Err(Ended::Stopped),
+            () = self.stop.cancelled() => return Err(WorkerEnd::Stopped),
             // The semaphore is never closed.
             alone = ALONE.acquire() => alone.ok(),
         };
@@ -167,7 +171,7 @@ impl<H: Handler> Worker<H> {
     }
 
     /// Becomes alone like [`Worker::be_alone`], if that takes no longer than `patience`.
-    pub(super) async fn be_alone_within(&self, patience: Duration) -> Result<bool, Ended> {
+    pub(super) async fn be_alone_within(&self, patience: Duration) -> Result<bool, WorkerEnd> {
         tokio::time::timeout(patience, self.be_alone()).await.map_or(Ok(false), |alone| alone.map(|()| true))
     }
 
@@ -178,23 +182,23 @@ impl<H: Handler> Worker<H> {
 
     /// Insists like [`Worker::insist`], for our own statements. A fault there is ours, there is no record to try
     /// instead, and health reports it.
-    pub(super) async fn must<T, F, Fut>(&self, mut attempt: F) -> Result<T, Ended>
+    pub(super) async fn must<T, F, Fut>(&self, mut attempt: F) -> Result<T, WorkerEnd>
     where
         F: FnMut() -> Fut,
-        Fut: Future<Output = Result<T, Failure>>,
+        Fut: Future<Output = Result<T, AttemptFailure>>,
     {
         let attempt = || {
             let attempt = attempt();
             async move {
                 attempt.await.map_err(|failure| match failure {
-                    Failure::Fault(Fault { remedy: Remedy::Smaller, reason, .. }) => {
-                        Failure::Passing(Cause::DatabaseAway, reason)
+                    AttemptFailure::Fault(RecordFault { remedy: Remedy::Smaller, reason, .. }) => {
+                        AttemptFailure::Passing(Cause::DatabaseAway, reason)
                     }
-                    Failure::Fault(Fault { remedy: Remedy::Wait, reason, .. }) => {
-                        Failure::Passing(Cause::Locked, reason)
+                    AttemptFailure::Fault(RecordFault { remedy: Remedy::Wait, reason, .. }) => {
+                        AttemptFailure::Passing(Cause::Locked, reason)
                     }
-                    Failure::Fault(fault) => {
-                        Failure::Configuration(Cause::Fault, format!("{}: {}", fault.class, fault.reason))
+                    AttemptFailure::Fault(fault) => {
+                        AttemptFailure::Configuration(Cause::Fault, format!("{}: {}", fault.class, fault.reason))
                     }
                     other => other,
                 })

@@ -4,7 +4,7 @@ use super::{
     buffer::Buffer,
     standing::{Start, TopicId},
 };
-use crate::part::{Movement, Waiting};
+use crate::part::{Movement, WaitingWork};
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -22,7 +22,7 @@ const ANEW_EVERY_MAX: Duration = Duration::from_secs(3600);
 const MISSES_MAX: u32 = 5;
 
 /// How far one partition is.
-pub(super) struct Place {
+pub(super) struct PartitionProgress {
     buffer: Arc<Buffer>,
     /// The offset after the records that are done; negative until one is.
     done: watch::Receiver<i64>,
@@ -36,14 +36,14 @@ pub(super) struct Place {
     pub(super) end: Option<i64>,
     /// The movement of what is done, and of what is fetched while nothing is in hand.
     movement: Movement<(i64, Option<i64>)>,
-    pub(super) waiting: Option<Waiting>,
+    pub(super) waiting: Option<WaitingWork>,
     /// How often in succession it was not known where the partition ends.
     misses: u32,
 }
 
 /// What a comparison found.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Found {
+pub(super) enum EndCheck {
     /// Nothing is wrong that the client does not cope with.
     Fine,
     /// The partition ends before what was read of it.
@@ -52,7 +52,7 @@ pub(super) enum Found {
     Wedged,
 }
 
-impl Place {
+impl PartitionProgress {
     pub(super) fn new(buffer: Arc<Buffer>, done: watch::Receiver<i64>, start: &Start) -> Self {
         Self {
             buffer,
@@ -76,7 +76,7 @@ impl Place {
         self.done().max(self.fetched).max(self.buffer.reached().0.unwrap_or_default())
     }
 
-    pub(super) fn compare(&mut self, end: i64, now: Instant) -> Found {
+    pub(super) fn compare(&mut self, end: i64, now: Instant) -> EndCheck {
         self.misses = 0;
         self.end = Some(end);
         let (pushed, oldest) = self.buffer.reached();
@@ -86,16 +86,16 @@ impl Place {
         if in_hand == 0 && unfetched == 0 {
             self.movement.rests();
             self.waiting = None;
-            return if self.reached > end { Found::Shrunk } else { Found::Fine };
+            return if self.reached > end { EndCheck::Shrunk } else { EndCheck::Fine };
         }
         // Records that only arrive are not done: those that trickle in behind one that hangs move nothing.
         let fetched = (in_hand == 0).then_some(self.fetched);
         let still_since = self.movement.waits_at((done, fetched), now);
         let items = u64::try_from(unfetched).unwrap_or_default();
         let items = items.saturating_add(u64::try_from(if done < 0 { 0 } else { in_hand }).unwrap_or_default());
-        self.waiting = Some(Waiting { items: Some(items.max(1)), oldest, still_since });
+        self.waiting = Some(WaitingWork { items: Some(items.max(1)), oldest, still_since });
         let still = now.saturating_duration_since(still_since);
-        if in_hand == 0 && still >= WEDGED_AFTER { Found::Wedged } else { Found::Fine }
+        if in_hand == 0 && still >= WEDGED_AFTER { EndCheck::Wedged } else { EndCheck::Fine }
     }
 
     /// The brokers did not answer where the partition ends: what was known of it stays. Returns whether that has been
@@ -108,20 +108,20 @@ impl Place {
 
 /// Whether a client that does not fetch is made anew.
 #[derive(Default)]
-pub(super) struct Patience {
+pub(super) struct RestartPolicy {
     last: Option<Instant>,
-    wedged: BTreeMap<(String, i32), Wedge>,
+    wedged: BTreeMap<(String, i32), RestartedPartition>,
 }
 
 /// A partition for which a client was made anew.
-struct Wedge {
+struct RestartedPartition {
     /// The offset after what was done then.
     done: i64,
     until: Instant,
     pause: Duration,
 }
 
-impl Patience {
+impl RestartPolicy {
     /// The partition moves again, or nothing waits in it.
     pub(super) fn moves(&mut self, partition: &(String, i32), done: i64, rests: bool) {
         if self.wedged.get(partition).is_some_and(|wedge| rests || done > wedge.done) {
@@ -136,7 +136,7 @@ impl Patience {
             return false;
         }
         let pause = before.map_or(ANEW_EVERY, |wedge| (wedge.pause * 2).min(ANEW_EVERY_MAX));
-        self.wedged.insert(partition.clone(), Wedge { done, until: now + pause, pause });
+        self.wedged.insert(partition.clone(), RestartedPartition { done, until: now + pause, pause });
         self.last = Some(now);
         true
     }
@@ -150,16 +150,16 @@ impl Patience {
 #[cfg(test)]
 mod tests {
     use super::super::{
-        buffer::Room,
+        buffer::PushResult,
         ends::Ends,
-        health::{ConsumerHealth, Pulse},
+        health::{ConsumerHealth, HealthState},
         record::Raw,
         standing::Rewind,
     };
     use super::*;
     use crate::{
         clock,
-        part::{Cause, Trouble},
+        part::{Cause, HealthIssue},
     };
     use futures::FutureExt;
     use rdkafka::{
@@ -172,15 +172,15 @@ mod tests {
     }
 
     /// Reads partition 0 of `t`, whose id is `a`, up to `done`.
-    fn pulse(done: i64) -> Arc<Pulse> {
+    fn pulse(done: i64) -> Arc<HealthState> {
         let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/places").unwrap();
-        let pulse = Pulse::new("group", "localhost:1", &pool);
+        let pulse = HealthState::new("group", "localhost:1", &pool);
         let start = begins_in("a");
         pulse.reads("t", 0, Arc::new(Buffer::new(4, || {})), watch::channel(done).1, &start);
         Arc::new(pulse)
     }
 
-    fn ends(end: i64, trouble: Option<Trouble>) -> Ends {
+    fn ends(end: i64, trouble: Option<HealthIssue>) -> Ends {
         let mut ends = Ends::default();
         ends.ranges.insert(("t".into(), 0), (0, end));
         ends.troubles.extend(trouble.map(|trouble| ("t".into(), trouble)));
@@ -198,7 +198,7 @@ mod tests {
             assert!(!anew(), "it is refused");
         }
         pulse.served();
-        let missing = || Some(Trouble::new(Cause::Leaderless, "no leader"));
+        let missing = || Some(HealthIssue::new(Cause::Leaderless, "no leader"));
         pulse.compare(ends(10, missing()), after(60));
         assert!(!anew(), "another partition has no leader");
         pulse.compare(ends(10, None), after(80));
@@ -288,7 +288,7 @@ mod tests {
             let (offset, now) = (6 + i64::from(seconds), start + Duration::from_secs(seconds.into()));
             let mut record = Raw::default();
             record.offset = offset - 1;
-            assert_eq!(buffer.push(record), Room::Left);
+            assert_eq!(buffer.push(record), PushResult::Accepted);
             pulse.statistics(&fetched(1, offset));
             pulse.compare(ends(offset, None), now);
             let waiting = ConsumerHealth(Arc::clone(&pulse)).report().waiting.expect("records are in hand");
@@ -316,7 +316,7 @@ mod tests {
     fn a_client_that_it_does_not_help_to_replace_is_replaced_ever_more_rarely() {
         let (start, partition) = (clock::monotonic(), ("t".to_owned(), 0));
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut patience = Patience::default();
+        let mut patience = RestartPolicy::default();
         let replaced: Vec<u64> = (0..1000).filter(|second| patience.ends(&partition, 5, at(*second))).collect();
         assert_eq!(replaced, [0, 30, 90, 210, 450, 930]);
         // Offsets that were done before do not count, those done since then do.

@@ -11,17 +11,17 @@
 
 use super::{
     ConsumerConfig, ConsumerError, Handler,
-    buffer::{Buffer, Room},
+    buffer::{Buffer, PushResult},
     client::{self, Client, Context, Rebalance},
-    health::{Pulse, Reporter},
+    health::{HealthState, Reporter},
     offsets::{self, Offsets, names, one},
     portion::Portions,
-    reading::Reading,
+    reading::ReadMark,
     record::Raw,
     refusal,
     standing::{self, Start},
-    transaction::{Desk, Stage},
-    worker::{Ended, Worker},
+    transaction::{PartitionContext, Stage},
+    worker::{Worker, WorkerEnd},
 };
 use crate::{
     clock,
@@ -63,7 +63,7 @@ const RECORDS_PER_TURN: usize = 256;
 
 /// A partition that this process reads. When it is dropped without being finished (the consumer's future was), its
 /// worker is cut off. Otherwise the worker would keep the client, and with it the partition, as long as the process.
-struct Held {
+struct AssignedPartition {
     buffer: Arc<Buffer>,
     stop: CancellationToken,
     task: AbortOnDropHandle<()>,
@@ -110,13 +110,13 @@ pub(super) struct Poll<H> {
     config: Arc<ConsumerConfig>,
     pool: PgPool,
     handler: Arc<H>,
-    pulse: Arc<Pulse>,
+    pulse: Arc<HealthState>,
     /// The field stands before the client: fields are dropped in their order.
     rebalances: Unanswered,
     client: Arc<Client>,
     /// The client of its own that asks where partitions end, for a handler that another part waits for.
     ends: Option<Arc<BaseConsumer>>,
-    held: HashMap<String, HashMap<i32, Held>>,
+    held: HashMap<String, HashMap<i32, AssignedPartition>>,
     drained: Channel<(String, i32)>,
     broken: Channel<ConsumerError>,
     /// When the task last asked whether Kafka still refuses.
@@ -131,7 +131,7 @@ impl<H: Handler> Poll<H> {
         config: Arc<ConsumerConfig>,
         pool: PgPool,
         handler: Arc<H>,
-        pulse: Arc<Pulse>,
+        pulse: Arc<HealthState>,
     ) -> Result<Self, ConsumerError> {
         let (sender, receiver) = unbounded_channel();
         let context = Context { rebalances: sender, pulse: Arc::clone(&pulse), closing: AtomicBool::new(false) };
@@ -217,7 +217,7 @@ impl<H: Handler> Poll<H> {
         };
         let (topic, partition) = (record.topic(), record.partition());
         let Some(held) = self.held.get(topic).and_then(|partitions| partitions.get(&partition)) else { return Ok(()) };
-        if held.buffer.push(Raw::copy(&record)) == Room::Full {
+        if held.buffer.push(Raw::copy(&record)) == PushResult::Full {
             metrics::counter!("consumer_pauses_total", "group" => self.config.group.clone()).increment(1);
             self.client.pause(&one(topic, partition))?;
         }
@@ -354,7 +354,7 @@ impl<H: Handler> Poll<H> {
         }
     }
 
-    fn employ(&self, topic: &str, partition: i32, start: Start) -> Held {
+    fn employ(&self, topic: &str, partition: i32, start: Start) -> AssignedPartition {
         let (sender, name) = (self.drained.0.clone(), topic.to_owned());
         let buffer = Arc::new(Buffer::new(self.config.buffer, move || {
             // The receiver is gone only when the poll has ended.
@@ -364,8 +364,8 @@ impl<H: Handler> Poll<H> {
         let (done, is_done) = watch::channel(start.next().unwrap_or(-1));
         self.pulse.reads(topic, partition, Arc::clone(&buffer), is_done.clone(), &start);
         let worker = Worker {
-            desk: Desk {
-                ahead: super::transaction::Ahead::default(),
+            context: PartitionContext {
+                prefetched: super::transaction::PrefetchedTx::default(),
                 pool: self.pool.clone(),
                 handler: Arc::clone(&self.handler),
                 config: Arc::clone(&self.config),
@@ -379,7 +379,7 @@ impl<H: Handler> Poll<H> {
             offsets: Offsets::new(&self.client, start.id, done),
             report: Reporter { pulse: Arc::clone(&self.pulse), partition: (topic.to_owned(), partition) },
             stop: stop.clone(),
-            careful: 0,
+            records_to_note: 0,
             noted: None,
             owner,
             look_at_parked: clock::monotonic(),
@@ -390,13 +390,13 @@ impl<H: Handler> Poll<H> {
         let broken = self.broken.0.clone();
         let task = AbortOnDropHandle::new(tokio::spawn(async move {
             let error = match AssertUnwindSafe(worker.run()).catch_unwind().await {
-                Ok(Ended::Stopped) => return,
-                Ok(Ended::Crashed) => ConsumerError::Crashed,
+                Ok(WorkerEnd::Stopped) => return,
+                Ok(WorkerEnd::Crashed) => ConsumerError::Crashed,
                 Err(_) => ConsumerError::WorkerPanicked,
             };
             broken.send(error).ok();
         }));
-        Held { buffer, stop, task, _reading: self.read(topic, partition, owner, is_done) }
+        AssignedPartition { buffer, stop, task, _reading: self.read(topic, partition, owner, is_done) }
     }
 
     fn read(
@@ -408,14 +408,14 @@ impl<H: Handler> Poll<H> {
     ) -> Option<AbortOnDropHandle<()>> {
         let (client, pool) = (self.ends.clone()?, self.pool.clone());
         let (group, topic) = (self.config.group.clone(), topic.to_owned());
-        let reading = Reading { client, pool, group, topic, partition, owner, done };
+        let reading = ReadMark { client, pool, group, topic, partition, owner, done };
         Some(AbortOnDropHandle::new(tokio::spawn(reading.say())))
     }
 }
 
 /// Tells workers to stop and waits until their open transactions are finished. A worker that takes longer than `bound`
 /// is cut off. Its transaction is rolled back, or committed and not known to be, and the inbox knows which.
-async fn finish(workers: Vec<Held>, bound: Duration) {
+async fn finish(workers: Vec<AssignedPartition>, bound: Duration) {
     workers.iter().for_each(|held| held.stop.cancel());
     let mut tasks: Vec<_> = workers.into_iter().map(|held| held.task).collect();
     if tokio::time::timeout(bound, futures::future::join_all(&mut tasks)).await.is_err() {

@@ -8,11 +8,11 @@
 //!
 //! [`Handler::says_how_far_it_read`]: super::Handler::says_how_far_it_read
 
-use super::failure::Failure;
+use super::failure::AttemptFailure;
 use crate::{
     clock,
     fail_point::fail_point,
-    inbox::Place,
+    inbox::InboxPlace,
     transaction::{Bound, Transaction},
 };
 use rdkafka::{
@@ -31,7 +31,7 @@ const EVERY: Duration = Duration::from_secs(2);
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 
 /// One partition, as long as one worker has it.
-pub(super) struct Reading {
+pub(super) struct ReadMark {
     pub(super) client: Arc<BaseConsumer>,
     pub(super) pool: PgPool,
     pub(super) group: String,
@@ -43,7 +43,7 @@ pub(super) struct Reading {
     pub(super) done: watch::Receiver<i64>,
 }
 
-impl Reading {
+impl ReadMark {
     /// Writes it again and again, until this is dropped or the worker is gone.
     pub(super) async fn say(mut self) {
         loop {
@@ -55,7 +55,7 @@ impl Reading {
                 if self.done.wait_for(|done| begin.max(*done) >= end).await.is_err() {
                     return;
                 }
-                let passed = || -> Result<(), Failure> {
+                let passed = || -> Result<(), AttemptFailure> {
                     fail_point!("consumer.before-read-until", &self.group);
                     Ok(())
                 };
@@ -90,7 +90,7 @@ impl Reading {
     }
 
     async fn write(&self, bound: Bound, ago: Duration) -> Result<(), sqlx::Error> {
-        let place = Place { consumer: &self.group, topic: &self.topic, partition: self.partition };
+        let place = InboxPlace { consumer: &self.group, topic: &self.topic, partition: self.partition };
         let mut tx = Transaction::begin(&self.pool, bound).await?;
         sqlx::query(
             "update inbox_partition

@@ -1,6 +1,6 @@
 //! From a Kafka record to what a transaction works on.
 
-use super::{ConsumerConfig, Coordinates, Message, TooOld, failure::Fault};
+use super::{ConsumerConfig, Coordinates, Message, TooOld, failure::RecordFault};
 use crate::{
     envelope::{Envelope, Headers, exact},
     id::MessageId,
@@ -28,7 +28,7 @@ pub(super) struct Raw {
 
 /// The parts of a record that a handler does not see: kept for parking and dead letters.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Origin {
+pub(super) struct RecordOrigin {
     pub(super) timestamp: Option<OffsetDateTime>,
     /// All headers, in their order.
     pub(super) headers: RawHeaders,
@@ -124,28 +124,28 @@ fn copy_headers(record: &BorrowedMessage<'_>) -> (RawHeaders, bool) {
 
 /// A record that no handler may see: it goes to the dead letter topic.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Refused {
+pub(super) struct RefusedRecord {
     pub(super) at: Coordinates,
     pub(super) key: Option<Vec<u8>>,
     pub(super) payload: Option<Vec<u8>>,
-    pub(super) origin: Origin,
+    pub(super) origin: RecordOrigin,
     pub(super) class: &'static str,
     pub(super) reason: String,
 }
 
 /// Records of one partition, in the order of their offsets. `messages` and `origins` go together.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Batch {
+pub(super) struct RecordBatch {
     pub(super) messages: Vec<Message>,
-    pub(super) origins: Vec<Origin>,
-    pub(super) refused: Vec<Refused>,
+    pub(super) origins: Vec<RecordOrigin>,
+    pub(super) refused: Vec<RefusedRecord>,
     pub(super) poison: Poison,
 }
 
 /// The messages that the handler called poison, and why: dead-lettered in the transaction that handles the others.
-pub(super) type Poison = HashMap<MessageId, Fault>;
+pub(super) type Poison = HashMap<MessageId, RecordFault>;
 
-impl Batch {
+impl RecordBatch {
     /// The saga headers of the messages, whose steps the batch is about.
     #[cfg(feature = "testkit")]
     pub(super) fn sagas(&self) -> impl Iterator<Item = &crate::envelope::SagaHeaders> {
@@ -160,13 +160,13 @@ impl Batch {
             let readable = if raw.nameless { Err("the name of a header is not UTF-8".to_owned()) } else { Ok(()) };
             let envelope =
                 readable.and_then(|()| Envelope::decode(raw.headers.iter()).map_err(|error| error.to_string()));
-            let origin = Origin { timestamp: raw.timestamp, headers: raw.headers };
+            let origin = RecordOrigin { timestamp: raw.timestamp, headers: raw.headers };
             match envelope {
                 Ok(envelope) => {
                     batch.messages.push(Message { envelope, key: raw.key, payload: raw.payload, at });
                     batch.origins.push(origin);
                 }
-                Err(reason) => batch.refused.push(Refused {
+                Err(reason) => batch.refused.push(RefusedRecord {
                     at,
                     key: raw.key,
                     payload: raw.payload,
@@ -188,7 +188,7 @@ impl Batch {
         self.messages.iter().all(|message| inadmissible(message, config, now).is_none())
     }
 
-    /// Whether [`Batch::is_admissible`] depends on `now`.
+    /// Whether [`RecordBatch::is_admissible`] depends on `now`.
     pub(super) fn has_doubtful_ages(&self, config: &ConsumerConfig, now: OffsetDateTime) -> bool {
         let doubtful = |error| error != Inadmissible::NotV7;
         self.messages.iter().any(|message| inadmissible(message, config, now).is_some_and(doubtful))
@@ -209,7 +209,7 @@ impl Batch {
                     self.messages.push(message);
                     self.origins.push(origin);
                 }
-                Some(error) => self.refused.push(Refused {
+                Some(error) => self.refused.push(RefusedRecord {
                     at: message.at,
                     key: message.key,
                     payload: message.payload,

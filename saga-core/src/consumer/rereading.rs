@@ -5,7 +5,7 @@
 
 use super::{
     Coordinates, Message,
-    record::{Batch, Raw},
+    record::{Raw, RecordBatch},
 };
 use crate::clock;
 use rdkafka::{
@@ -173,7 +173,7 @@ impl Rereading {
     fn decode(&self, raws: BTreeMap<i32, Vec<Raw>>) -> Reread {
         let mut read = Reread::default();
         for (partition, raws) in raws {
-            let batch = Batch::decode(&self.topic, partition, raws);
+            let batch = RecordBatch::decode(&self.topic, partition, raws);
             read.messages.extend(batch.messages);
             read.unreadable.extend(batch.refused.into_iter().map(|refused| (refused.at, refused.reason)));
         }

@@ -6,13 +6,13 @@
 
 use super::{
     Handler,
-    claim::Counted,
-    failure::{Fault, Remedy, UNREADABLE},
-    parking::{self, Due, Parked},
+    claim::CountedAttempt,
+    failure::{RecordFault, Remedy, UNREADABLE},
+    parking::{self, NextDue, Parked},
     portion::Portion,
     record::Poison,
-    transaction::Desk,
-    worker::{Ended, Worker, fatal, is_poison},
+    transaction::PartitionContext,
+    worker::{Worker, WorkerEnd, fatal, is_poison},
 };
 use crate::clock;
 use std::time::Duration;
@@ -29,21 +29,21 @@ const RETRIES_TURN: Duration = Duration::from_secs(1);
 
 impl<H: Handler> Worker<H> {
     /// Tries the parked records whose time has come, within a turn's bounds.
-    pub(super) async fn retry_what_is_due(&mut self) -> Result<(), Ended> {
+    pub(super) async fn retry_what_is_due(&mut self) -> Result<(), WorkerEnd> {
         let began = clock::monotonic();
         for _ in 0..RETRIES_PER_TURN {
             let now = clock::monotonic();
             if now < self.look_at_parked || now > began + RETRIES_TURN {
                 return Ok(());
             }
-            self.desk.ahead.give_back();
-            let desk = &self.desk;
-            let due = || async { Ok(parking::next_due(desk.brief().await?, desk.place()).await?) };
+            self.context.prefetched.give_back();
+            let context = &self.context;
+            let due = || async { Ok(parking::next_due(context.brief().await?, context.place()).await?) };
             match self.must(due).await? {
-                Due::Nothing => self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED,
-                Due::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
-                Due::Unreadable { id, reason } => self.put_off(id, &reason).await?,
-                Due::Now(parked) => {
+                NextDue::Nothing => self.look_at_parked = clock::monotonic() + LOOK_AT_PARKED,
+                NextDue::In(wait) => self.look_at_parked = clock::monotonic() + wait.min(LOOK_AT_PARKED),
+                NextDue::Unreadable { id, reason } => self.put_off(id, &reason).await?,
+                NextDue::Now(parked) => {
                     // Another partition's attempt may hang for its whole bound: new records of this partition do not
                     // wait for it.
                     if !self.be_alone_within(ALONE_WITHIN).await? {
@@ -64,36 +64,36 @@ impl<H: Handler> Worker<H> {
     }
 
     /// Tries a parked record once more; returns whether it is handled.
-    async fn count_and_retry(&mut self, parked: &Parked) -> Result<bool, Ended> {
-        let (desk, offset) = (&self.desk, parked.message.at.offset);
-        let delay = desk.delay(parked.attempts + 1, offset);
-        let count = || async { Ok(parking::count_retry(desk.brief().await?, parked.id, delay).await?) };
+    async fn count_and_retry(&mut self, parked: &Parked) -> Result<bool, WorkerEnd> {
+        let (context, offset) = (&self.context, parked.message.at.offset);
+        let delay = context.delay(parked.attempts + 1, offset);
+        let count = || async { Ok(parking::count_retry(context.brief().await?, parked.id, delay).await?) };
         let Some(attempt) = self.must(count).await? else { return Ok(false) };
-        self.counted = Some(Counted::Parked { id: parked.id });
+        self.counted = Some(CountedAttempt::Parked { id: parked.id });
         self.pass_attempt_counted()?;
-        let desk = &self.desk;
-        let retried = match attempt > desk.config.attempts {
-            true => Err(fatal(desk.config.attempts)),
-            false => self.insist(|| desk.retry(parked)).await?,
+        let context = &self.context;
+        let retried = match attempt > context.config.attempts {
+            true => Err(fatal(context.config.attempts)),
+            false => self.insist(|| context.retry(parked)).await?,
         };
         let Err(fault) = retried else { return Ok(true) };
-        if fault.gives_up(attempt, desk.config.attempts) {
-            self.must(|| desk.give_up_parked(parked, attempt.min(desk.config.attempts), &fault)).await?;
+        if fault.gives_up(attempt, context.config.attempts) {
+            self.must(|| context.give_up_parked(parked, attempt.min(context.config.attempts), &fault)).await?;
         } else if fault.remedy == Remedy::Wait {
-            let backoff = &desk.config.backoff;
-            let note = || async { Ok(parking::note_wait(desk.brief().await?, parked.id, backoff, &fault).await?) };
+            let backoff = &context.config.backoff;
+            let note = || async { Ok(parking::note_wait(context.brief().await?, parked.id, backoff, &fault).await?) };
             self.must(note).await?;
         } else {
-            let note = || async { Ok(parking::note(desk.brief().await?, parked.id, delay, &fault).await?) };
+            let note = || async { Ok(parking::note(context.brief().await?, parked.id, delay, &fault).await?) };
             self.must(note).await?;
         }
         Ok(false)
     }
 
     /// A row that this build cannot read costs its own key, and nothing else: another build may have written it.
-    async fn put_off(&self, id: i64, reason: &str) -> Result<(), Ended> {
-        let (desk, fault) = (&self.desk, Fault::new(UNREADABLE, reason, Remedy::Retry));
-        let Desk { config, topic, partition, .. } = desk;
+    async fn put_off(&self, id: i64, reason: &str) -> Result<(), WorkerEnd> {
+        let (context, fault) = (&self.context, RecordFault::new(UNREADABLE, reason, Remedy::Retry));
+        let PartitionContext { config, topic, partition, .. } = context;
         tracing::error!(
             group = config.group,
             topic,
@@ -102,21 +102,21 @@ impl<H: Handler> Worker<H> {
             reason,
             "a row of inbox_parked cannot be read by this build; it is put off, and the records of its key wait behind it"
         );
-        let note = || async { Ok(parking::note(desk.brief().await?, id, config.backoff.max, &fault).await?) };
+        let note = || async { Ok(parking::note(context.brief().await?, id, config.backoff.max, &fault).await?) };
         self.must(note).await
     }
 
     /// Handles together the records that waited behind one that is now handled, until a culprit is the first, which is
     /// due. While a record may kill the process, each is tried alone, as nothing is counted here.
-    async fn drain(&mut self, lane: i64) -> Result<(), Ended> {
+    async fn drain(&mut self, lane: i64) -> Result<(), WorkerEnd> {
         let (mut portions, mut poison) = (self.portions, Poison::new());
-        while self.careful == 0 && !self.stop.is_cancelled() {
-            let (desk, began) = (&self.desk, clock::monotonic());
-            let Portion::Together(size) = portions.next(desk.config.batch_max) else { break };
-            match self.insist(|| desk.drain(lane, size, &poison)).await? {
+        while self.records_to_note == 0 && !self.stop.is_cancelled() {
+            let (context, began) = (&self.context, clock::monotonic());
+            let Portion::Together(size) = portions.next(context.config.batch_max) else { break };
+            match self.insist(|| context.drain(lane, size, &poison)).await? {
                 Ok(drained) => {
                     let took = clock::monotonic().saturating_duration_since(began);
-                    portions.handled(drained, took, desk.config.attempt_timeout);
+                    portions.handled(drained, took, context.config.attempt_timeout);
                     if drained < size {
                         break;
                     }

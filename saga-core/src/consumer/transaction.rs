@@ -15,15 +15,15 @@
 use super::{
     ConsumerConfig, HandleError, Handler, Message,
     dead_letter::{self, DeadLetter},
-    failure::{Failure, Fault},
+    failure::{AttemptFailure, RecordFault},
     parking::{self, Parked},
-    record::{Batch, Origin, Poison, arrival, hash},
+    record::{Poison, RecordBatch, RecordOrigin, arrival, hash},
 };
 use crate::{
     clock::{self, DatabaseClock},
     fail_point::fail_point,
     id::MessageId,
-    inbox::{self, Delivery, Place},
+    inbox::{self, Delivery, InboxPlace},
     outbox::{self, Next, Tx, has_one_to_spare},
     panics::panic_text,
     trace,
@@ -48,7 +48,7 @@ const LINKS_MAX: usize = 32;
 const LOCK_PART: u32 = 10;
 
 /// Everything that the transactions of one partition have in common.
-pub(super) struct Desk<H> {
+pub(super) struct PartitionContext<H> {
     pub(super) pool: PgPool,
     pub(super) handler: Arc<H>,
     pub(super) config: Arc<ConsumerConfig>,
@@ -59,7 +59,7 @@ pub(super) struct Desk<H> {
     pub(super) silence: Duration,
     /// The stage of the attempt that is under way.
     pub(super) stage: watch::Sender<Stage>,
-    pub(super) ahead: Ahead,
+    pub(super) prefetched: PrefetchedTx,
 }
 
 /// The stage of an attempt, also when it was given up.
@@ -79,10 +79,10 @@ const KEPT_MAX: Duration = Duration::from_secs(60);
 /// How long a transaction that began before there was a batch for it is kept; then it is given back, connection and
 /// all. `now()` in it is not much older. So long it looks `idle in transaction`. It holds the partition's lock and
 /// nothing else: no snapshot, no transaction id.
-const AHEAD_MAX: Duration = Duration::from_millis(100);
+const PREFETCHED_MAX: Duration = Duration::from_millis(100);
 
 /// A transaction that has begun, under the partition's lock.
-struct Open {
+struct PartitionTx {
     tx: Tx<'static>,
     began: Instant,
     /// When the pool lent the connection.
@@ -92,21 +92,21 @@ struct Open {
 /// The next transaction, where it began in the round trip that committed the last one. To give the connection back, to
 /// get it again, and to begin would be three more round trips.
 #[derive(Default)]
-pub(super) struct Ahead(Mutex<Option<Open>>);
+pub(super) struct PrefetchedTx(Mutex<Option<PartitionTx>>);
 
-impl Ahead {
-    fn take(&self) -> Option<Open> {
+impl PrefetchedTx {
+    fn take(&self) -> Option<PartitionTx> {
         // A transaction that is too old is dropped, and so is its lock, which the next transaction waits for.
-        self.lock().take().filter(|open| clock::monotonic() < open.began + AHEAD_MAX)
+        self.lock().take().filter(|open| clock::monotonic() < open.began + PREFETCHED_MAX)
     }
 
-    fn keep(&self, open: Open) {
+    fn keep(&self, open: PartitionTx) {
         *self.lock() = Some(open);
     }
 
     /// Until when the transaction may wait for a batch, if there is one.
     pub(super) fn until(&self) -> Option<Instant> {
-        self.lock().as_ref().map(|open| open.began + AHEAD_MAX)
+        self.lock().as_ref().map(|open| open.began + PREFETCHED_MAX)
     }
 
     /// Gives the transaction back, before a wait that takes longer.
@@ -115,14 +115,14 @@ impl Ahead {
         drop(open);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Open>> {
+    fn lock(&self) -> MutexGuard<'_, Option<PartitionTx>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<H: Handler> Desk<H> {
-    pub(super) fn place(&self) -> Place<'_> {
-        Place { consumer: &self.config.group, topic: &self.topic, partition: self.partition }
+impl<H: Handler> PartitionContext<H> {
+    pub(super) fn place(&self) -> InboxPlace<'_> {
+        InboxPlace { consumer: &self.config.group, topic: &self.topic, partition: self.partition }
     }
 
     /// How long a record waits that failed its attempt number `attempts`.
@@ -137,20 +137,20 @@ impl<H: Handler> Desk<H> {
     }
 
     /// Begins a transaction for a statement of our own, without the partition's lock.
-    pub(super) async fn brief(&self) -> Result<Transaction, Failure> {
-        let tx = Transaction::begin(&self.pool, self.bound()).await.map_err(Failure::of_begin)?;
+    pub(super) async fn brief(&self) -> Result<Transaction, AttemptFailure> {
+        let tx = Transaction::begin(&self.pool, self.bound()).await.map_err(AttemptFailure::of_begin)?;
         self.stage.send_replace(Stage::Ours);
         Ok(tx)
     }
 
     /// Takes the transaction that has begun ahead, if there is one: another would wait for its lock.
-    async fn begin(&self) -> Result<Open, Failure> {
-        let open = match self.ahead.take() {
+    async fn begin(&self) -> Result<PartitionTx, AttemptFailure> {
+        let open = match self.prefetched.take() {
             Some(open) => open,
             None => {
                 let begun = self.pool.begin_with(AssertSqlSafe(self.begin_and("pg_advisory_xact_lock"))).await;
-                let (tx, began) = (begun.map_err(Failure::of_begin)?, clock::monotonic());
-                Open { tx, began, borrowed: began }
+                let (tx, began) = (begun.map_err(AttemptFailure::of_begin)?, clock::monotonic());
+                PartitionTx { tx, began, borrowed: began }
             }
         };
         self.stage.send_replace(Stage::Ours);
@@ -160,12 +160,12 @@ impl<H: Handler> Desk<H> {
     /// Commits, and tells the relay if there is something for it. Begins the next transaction while the pool has
     /// connections to spare: a task that waits for one gets it at the end of a batch. A failure gives the connection
     /// back, and the pool takes care of it.
-    async fn commit(&self, Open { tx, borrowed, .. }: Open, tell: bool) -> Result<(), sqlx::Error> {
+    async fn commit(&self, PartitionTx { tx, borrowed, .. }: PartitionTx, tell: bool) -> Result<(), sqlx::Error> {
         let young = clock::monotonic().saturating_duration_since(borrowed) < KEPT_MAX;
         let begin = (has_one_to_spare(&self.pool) && young && !self.pool.is_closed())
             .then(|| self.begin_and("pg_try_advisory_xact_lock"));
         if let Some(tx) = outbox::commit_and_begin(tx, Next { tell, begin: begin.as_deref() }).await? {
-            self.ahead.keep(Open { tx, began: clock::monotonic(), borrowed });
+            self.prefetched.keep(PartitionTx { tx, began: clock::monotonic(), borrowed });
         }
         Ok(())
     }
@@ -174,7 +174,7 @@ impl<H: Handler> Desk<H> {
     /// worker that has waited for the lock sees what was done under it. The server ends a session that falls silent,
     /// which would otherwise hold the lock for ever.
     fn begin_and(&self, lock: &str) -> String {
-        let Place { consumer, topic, partition } = self.place();
+        let InboxPlace { consumer, topic, partition } = self.place();
         let key = hash(format!("{consumer}/{topic}/{partition}").as_bytes());
         // The bound is one that PostgreSQL takes: not 0, which means none.
         let silent = self.config.attempt_timeout.as_millis().clamp(1, i32::MAX.unsigned_abs().into());
@@ -187,7 +187,7 @@ impl<H: Handler> Desk<H> {
 
     /// Handles what is new in `batch`; returns how many messages that were, of those that the inbox remembers. Messages
     /// that the handler called poison before are dead-lettered.
-    pub(super) async fn take(&self, batch: &Batch) -> Result<usize, Failure> {
+    pub(super) async fn take(&self, batch: &RecordBatch) -> Result<usize, AttemptFailure> {
         let group = &self.config.group;
         fail_point!("consumer.before-begin", group, batch.sagas());
         let mut open = self.begin().await?;
@@ -207,7 +207,7 @@ impl<H: Handler> Desk<H> {
             self.handle(tx, &batch.messages).await?;
             Vec::new()
         } else {
-            let Batch { messages, origins, .. } = pick(batch, &deliveries, Delivery::Fresh);
+            let RecordBatch { messages, origins, .. } = pick(batch, &deliveries, Delivery::Fresh);
             let fresh = messages.into_iter().zip(origins).map(|(message, origin)| (message, origin, 1));
             self.handle_but(tx, &batch.poison, fresh).await?
         };
@@ -235,8 +235,8 @@ impl<H: Handler> Desk<H> {
         &self,
         tx: &mut Tx<'_>,
         poison: &Poison,
-        fresh: impl Iterator<Item = (Message, Origin, u32)>,
-    ) -> Result<Vec<Cow<'static, str>>, Failure> {
+        fresh: impl Iterator<Item = (Message, RecordOrigin, u32)>,
+    ) -> Result<Vec<Cow<'static, str>>, AttemptFailure> {
         let fresh: Vec<_> = fresh.collect();
         let mut named: HashMap<MessageId, usize> = HashMap::new();
         fresh.iter().for_each(|(message, ..)| *named.entry(message.envelope.id).or_default() += 1);
@@ -255,7 +255,12 @@ impl<H: Handler> Desk<H> {
     }
 
     /// Parks a record that failed, unless another worker handled it meanwhile.
-    pub(super) async fn park(&self, single: &Batch, attempts: u32, fault: &Fault) -> Result<(), Failure> {
+    pub(super) async fn park(
+        &self,
+        single: &RecordBatch,
+        attempts: u32,
+        fault: &RecordFault,
+    ) -> Result<(), AttemptFailure> {
         let mut tx = self.begin().await?.tx;
         for message in &single.messages {
             let delay = self.delay(attempts, message.at.offset);
@@ -284,7 +289,12 @@ impl<H: Handler> Desk<H> {
     }
 
     /// Gives up a record that was tried `attempts` times.
-    pub(super) async fn give_up(&self, single: &Batch, attempts: u32, fault: &Fault) -> Result<(), Failure> {
+    pub(super) async fn give_up(
+        &self,
+        single: &RecordBatch,
+        attempts: u32,
+        fault: &RecordFault,
+    ) -> Result<(), AttemptFailure> {
         let mut tx = self.begin().await?.tx;
         let deliveries =
             inbox::receive_in(&mut tx, self.place(), &single.arrivals(&self.config, self.clock.now())).await?;
@@ -300,7 +310,7 @@ impl<H: Handler> Desk<H> {
     }
 
     /// Handles a parked record: it leaves, and the next of its lane is due.
-    pub(super) async fn retry(&self, parked: &Parked) -> Result<(), Failure> {
+    pub(super) async fn retry(&self, parked: &Parked) -> Result<(), AttemptFailure> {
         let mut tx = self.begin().await?.tx;
         self.handle_parked(&mut tx, vec![parked.clone()], &Poison::new()).await?;
         outbox::commit(tx, &self.pool).await?;
@@ -310,7 +320,7 @@ impl<H: Handler> Desk<H> {
 
     /// Handles the first `limit` records that wait in a lane; returns how many those were. Nothing is counted, so where
     /// one fails all of them are left as they were.
-    pub(super) async fn drain(&self, lane: i64, limit: usize, poison: &Poison) -> Result<usize, Failure> {
+    pub(super) async fn drain(&self, lane: i64, limit: usize, poison: &Poison) -> Result<usize, AttemptFailure> {
         let mut tx = self.begin().await?.tx;
         let parked = parking::lane_in(&mut tx, self.place(), lane, limit).await?;
         let drained = parked.len();
@@ -322,7 +332,12 @@ impl<H: Handler> Desk<H> {
     }
 
     /// Gives up a parked record; the next of its lane is due.
-    pub(super) async fn give_up_parked(&self, parked: &Parked, attempts: u32, fault: &Fault) -> Result<(), Failure> {
+    pub(super) async fn give_up_parked(
+        &self,
+        parked: &Parked,
+        attempts: u32,
+        fault: &RecordFault,
+    ) -> Result<(), AttemptFailure> {
         let mut tx = self.begin().await?.tx;
         if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message, &self.config, self.clock.now())])
             .await?[0]
@@ -336,7 +351,11 @@ impl<H: Handler> Desk<H> {
     }
 
     /// Dead-letters records that were tried so often, and lets the handler answer them.
-    async fn dead_letter(&self, tx: &mut Tx<'_>, given_up: &[(&Message, &Origin, &Fault, u32)]) -> Result<(), Failure> {
+    async fn dead_letter(
+        &self,
+        tx: &mut Tx<'_>,
+        given_up: &[(&Message, &RecordOrigin, &RecordFault, u32)],
+    ) -> Result<(), AttemptFailure> {
         if given_up.is_empty() {
             return Ok(());
         }
@@ -353,7 +372,7 @@ impl<H: Handler> Desk<H> {
         tx: &mut Tx<'_>,
         parked: Vec<Parked>,
         poison: &Poison,
-    ) -> Result<Vec<Cow<'static, str>>, Failure> {
+    ) -> Result<Vec<Cow<'static, str>>, AttemptFailure> {
         let Some(lane) = parked.first().map(|first| first.lane) else { return Ok(Vec::new()) };
         let now = self.clock.now();
         let arrivals: Vec<_> = parked.iter().map(|parked| arrival(&parked.message, &self.config, now)).collect();
@@ -367,7 +386,7 @@ impl<H: Handler> Desk<H> {
     }
 
     /// Runs the handler within the span that its logs and its messages belong to. A panic is the record's fault.
-    async fn handle(&self, tx: &mut Tx<'_>, messages: &[Message]) -> Result<(), Failure> {
+    async fn handle(&self, tx: &mut Tx<'_>, messages: &[Message]) -> Result<(), AttemptFailure> {
         let span = match messages {
             [] => return Ok(()),
             [message] => message.span(),
@@ -400,7 +419,7 @@ impl<H: Handler> Desk<H> {
         }
         self.stage.send_replace(Stage::Ours);
         let taken = clock::monotonic().saturating_duration_since(began);
-        handled.map_err(|error| Failure::of_handler(error, taken, self.silence))
+        handled.map_err(|error| AttemptFailure::of_handler(error, taken, self.silence))
     }
 
     fn count(&self, outcome: &'static str, messages: usize) {
@@ -422,8 +441,8 @@ impl<H: Handler> Desk<H> {
     }
 }
 
-fn pick(batch: &Batch, deliveries: &[Delivery], wanted: Delivery) -> Batch {
-    let mut picked = Batch::default();
+fn pick(batch: &RecordBatch, deliveries: &[Delivery], wanted: Delivery) -> RecordBatch {
+    let mut picked = RecordBatch::default();
     for (n, _) in deliveries.iter().enumerate().filter(|(_, delivery)| **delivery == wanted) {
         picked.messages.push(batch.messages[n].clone());
         picked.origins.push(batch.origins[n].clone());

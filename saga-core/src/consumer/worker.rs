@@ -19,13 +19,13 @@
 use super::{
     Handler, Message,
     buffer::Buffer,
-    claim::{self, Counted, Noted},
-    failure::{Failure, Fault, Remedy},
+    claim::{self, CountedAttempt, NotedBatch},
+    failure::{AttemptFailure, RecordFault, Remedy},
     health::Reporter,
     offsets::Offsets,
     portion::{Portion, Portions},
-    record::{Batch, Poison, Raw},
-    transaction::Desk,
+    record::{Poison, Raw, RecordBatch},
+    transaction::PartitionContext,
 };
 use crate::{clock, fail_point::fail_point, gather::Gathering, inbox, part::Cause};
 use std::{
@@ -49,7 +49,7 @@ const FEW: usize = 100;
 
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ended {
+pub(super) enum WorkerEnd {
     /// The worker was asked to stop.
     Stopped,
     /// A test let the worker die: nothing is cleaned up.
@@ -57,7 +57,7 @@ pub(super) enum Ended {
 }
 
 pub(super) struct Worker<H> {
-    pub(super) desk: Desk<H>,
+    pub(super) context: PartitionContext<H>,
     pub(super) buffer: Arc<Buffer>,
     pub(super) offsets: Offsets,
     pub(super) report: Reporter,
@@ -65,13 +65,13 @@ pub(super) struct Worker<H> {
     /// The worker's id, made anew by each worker.
     pub(super) owner: Uuid,
     /// How many fresh records are still to be noted before they are tried, because one of them may kill the process.
-    pub(super) careful: usize,
+    pub(super) records_to_note: usize,
     /// What the process had noted when it ended: those records are taken one by one.
-    pub(super) noted: Option<Noted>,
+    pub(super) noted: Option<NotedBatch>,
     pub(super) look_at_parked: Instant,
     pub(super) portions: Portions,
     /// The attempt that is counted and not decided.
-    pub(super) counted: Option<Counted>,
+    pub(super) counted: Option<CountedAttempt>,
     /// The permit to be alone, while a counted attempt is made.
     pub(super) alone: Mutex<Option<SemaphorePermit<'static>>>,
 }
@@ -79,7 +79,7 @@ pub(super) struct Worker<H> {
 impl<H: Handler> Worker<H> {
     /// Works until the stop token is cancelled. The transaction that is open then is finished, if that takes no longer
     /// than a bound.
-    pub(super) async fn run(mut self) -> Ended {
+    pub(super) async fn run(mut self) -> WorkerEnd {
         let stop = self.stop.clone();
         let overdue = async {
             stop.cancelled().await;
@@ -89,39 +89,39 @@ impl<H: Handler> Worker<H> {
             Err(ended) = self.work() => ended,
             () = overdue => {
                 tracing::warn!(
-                    topic = self.desk.topic,
-                    partition = self.desk.partition,
+                    topic = self.context.topic,
+                    partition = self.context.partition,
                     "the open transaction did not end within {FINISH_MAX:?} and is rolled back; its messages are handled again"
                 );
-                Ended::Stopped
+                WorkerEnd::Stopped
             }
         };
-        self.desk.ahead.give_back();
+        self.context.prefetched.give_back();
         self.be_with_others();
         // Without this the next worker is careful, which is slower and as right.
-        if ended == Ended::Stopped {
+        if ended == WorkerEnd::Stopped {
             tokio::time::timeout(RELEASE_MAX, self.release()).await.ok();
         }
         ended
     }
 
-    async fn release(&self) -> Result<(), Failure> {
-        Ok(claim::release(self.desk.brief().await?, self.desk.place(), self.owner, self.counted).await?)
+    async fn release(&self) -> Result<(), AttemptFailure> {
+        Ok(claim::release(self.context.brief().await?, self.context.place(), self.owner, self.counted).await?)
     }
 
-    async fn work(&mut self) -> Result<Infallible, Ended> {
+    async fn work(&mut self) -> Result<Infallible, WorkerEnd> {
         self.claim().await?;
         let mut gathering = Gathering::default();
         loop {
             self.retry_what_is_due().await?;
-            let ahead = self.desk.ahead.until();
+            let prefetched = self.context.prefetched.until();
             let raws = tokio::select! {
                 biased;
-                () = self.stop.cancelled() => return Err(Ended::Stopped),
+                () = self.stop.cancelled() => return Err(WorkerEnd::Stopped),
                 raws = self.buffer.take(self.portions.most(), &mut gathering) => raws,
                 () = tokio::time::sleep_until(self.look_at_parked.into()) => continue,
-                () = tokio::time::sleep_until(ahead.unwrap_or(self.look_at_parked).into()), if ahead.is_some() => {
-                    self.desk.ahead.give_back();
+                () = tokio::time::sleep_until(prefetched.unwrap_or(self.look_at_parked).into()), if prefetched.is_some() => {
+                    self.context.prefetched.give_back();
                     continue;
                 }
             };
@@ -135,26 +135,28 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    async fn claim(&mut self) -> Result<(), Ended> {
-        let desk = &self.desk;
+    async fn claim(&mut self) -> Result<(), WorkerEnd> {
+        let context = &self.context;
         let claim = || async {
             let asked = clock::monotonic();
-            let claimed = claim::claim(desk.brief().await?, desk.place(), self.owner, self.offsets.topic_id()).await?;
-            desk.clock.heard(claimed.time, asked);
+            let claimed =
+                claim::claim(context.brief().await?, context.place(), self.owner, self.offsets.topic_id()).await?;
+            context.clock.heard(claimed.time, asked);
             Ok(claimed)
         };
         let claimed = self.must(claim).await?;
         if !claimed.clean {
-            (self.careful, self.noted) = (desk.config.batch_max, claimed.noted);
+            (self.records_to_note, self.noted) = (context.config.batch_max, claimed.noted);
         }
         // Where the server has no bound of its own, each transaction brings one.
-        self.desk.silence = if claimed.silence.is_zero() { self.desk.config.attempt_timeout } else { claimed.silence };
+        self.context.silence =
+            if claimed.silence.is_zero() { self.context.config.attempt_timeout } else { claimed.silence };
         Ok(())
     }
 
     /// Sees to it that every record is handled, parked or dead-lettered.
-    async fn process(&mut self, mut raws: Vec<Raw>) -> Result<(), Ended> {
-        let suspects = self.noted.filter(|_| self.careful > 0).map_or(0..0, Noted::suspects);
+    async fn process(&mut self, mut raws: Vec<Raw>) -> Result<(), WorkerEnd> {
+        let suspects = self.noted.filter(|_| self.records_to_note > 0).map_or(0..0, NotedBatch::suspects);
         let mut rest = raws.split_off(raws.partition_point(|raw| raw.offset < suspects.start));
         let others = rest.split_off(rest.partition_point(|raw| raw.offset < suspects.end));
         let (survived, suspects) = (raws, rest);
@@ -165,18 +167,18 @@ impl<H: Handler> Worker<H> {
             self.one_by_one(suspects).await?;
         }
         if !others.is_empty() {
-            self.in_portions(others, self.careful > 0).await?;
+            self.in_portions(others, self.records_to_note > 0).await?;
         }
         Ok(())
     }
 
     /// Handles all records in one transaction; when that goes wrong, in portions.
-    async fn in_portions(&mut self, raws: Vec<Raw>, noted: bool) -> Result<(), Ended> {
+    async fn in_portions(&mut self, raws: Vec<Raw>, noted: bool) -> Result<(), WorkerEnd> {
         let mut rest = self.decode(raws).await?;
         while !rest.is_empty() {
             // Records that are done are in the inbox; the partition's next worker passes over them.
             if self.stop.is_cancelled() {
-                return Err(Ended::Stopped);
+                return Err(WorkerEnd::Stopped);
             }
             if rest.messages.is_empty() {
                 // No record is to be handled, and dead letters are to be written: no fault of a record can keep them
@@ -208,50 +210,52 @@ impl<H: Handler> Worker<H> {
 
     /// Decodes records. A record that the inbox does not remember is refused, unless the clocks differ so much that its
     /// age is not known.
-    async fn decode(&self, raws: Vec<Raw>) -> Result<Batch, Ended> {
-        let desk = &self.desk;
-        let mut batch = Batch::decode(&desk.topic, desk.partition, raws);
-        if batch.is_admissible(&desk.config, desk.clock.now()) {
+    async fn decode(&self, raws: Vec<Raw>) -> Result<RecordBatch, WorkerEnd> {
+        let context = &self.context;
+        let mut batch = RecordBatch::decode(&context.topic, context.partition, raws);
+        if batch.is_admissible(&context.config, context.clock.now()) {
             return Ok(batch);
         }
         let judge = || async {
             let asked = clock::monotonic();
-            desk.clock.heard(claim::time(desk.brief().await?).await?, asked);
-            match desk.clock.check() {
-                Err(reason) if batch.has_doubtful_ages(&desk.config, desk.clock.now()) => Err(Failure::Configuration(
-                    Cause::ClockSkew,
-                    format!("{reason}; messages that are too old for the inbox, or from the future, wait for that"),
-                )),
+            context.clock.heard(claim::time(context.brief().await?).await?, asked);
+            match context.clock.check() {
+                Err(reason) if batch.has_doubtful_ages(&context.config, context.clock.now()) => {
+                    Err(AttemptFailure::Configuration(
+                        Cause::ClockSkew,
+                        format!("{reason}; messages that are too old for the inbox, or from the future, wait for that"),
+                    ))
+                }
                 _ => Ok(()),
             }
         };
         self.must(judge).await?;
-        batch.refuse_inadmissible(&desk.config, desk.clock.now());
+        batch.refuse_inadmissible(&context.config, context.clock.now());
         Ok(batch)
     }
 
     /// Dead-letters the refused records, apart from what is handled in portions.
-    async fn dead_letter_refused(&self, batch: &mut Batch) -> Result<(), Ended> {
-        let refused = Batch { refused: std::mem::take(&mut batch.refused), ..Batch::default() };
+    async fn dead_letter_refused(&self, batch: &mut RecordBatch) -> Result<(), WorkerEnd> {
+        let refused = RecordBatch { refused: std::mem::take(&mut batch.refused), ..RecordBatch::default() };
         if refused.is_empty() {
             return Ok(());
         }
-        self.must(|| self.desk.take(&refused)).await.map(drop)
+        self.must(|| self.context.take(&refused)).await.map(drop)
     }
 
     /// Handles the batch in one transaction; returns the part that is not handled.
-    async fn together(&mut self, mut batch: Batch, noted: bool) -> Result<Batch, Ended> {
+    async fn together(&mut self, mut batch: RecordBatch, noted: bool) -> Result<RecordBatch, WorkerEnd> {
         let (size, began) = (batch.messages.len(), clock::monotonic());
         if let (true, Some(last)) = (noted, batch.messages.last()) {
             self.note(last.at.offset).await?;
         }
         loop {
-            let mut fault = match self.insist(|| self.desk.take(&batch)).await? {
+            let mut fault = match self.insist(|| self.context.take(&batch)).await? {
                 Ok(fresh) => {
                     let took = clock::monotonic().saturating_duration_since(began);
-                    self.careful = self.careful.saturating_sub(fresh);
-                    self.portions.handled(size, took, self.desk.config.attempt_timeout);
-                    return Ok(Batch::default());
+                    self.records_to_note = self.records_to_note.saturating_sub(fresh);
+                    self.portions.handled(size, took, self.context.config.attempt_timeout);
+                    return Ok(RecordBatch::default());
                 }
                 Err(fault) => fault,
             };
@@ -267,11 +271,11 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    fn fails(&mut self, size: usize, fault: &Fault, culprit: Option<usize>) {
+    fn fails(&mut self, size: usize, fault: &RecordFault, culprit: Option<usize>) {
         let was_slow = self.portions.is_slow();
         self.portions.failed(size, fault.remedy, culprit);
         if self.portions.is_slow() && !was_slow {
-            let Desk { config, topic, partition, .. } = &self.desk;
+            let PartitionContext { config, topic, partition, .. } = &self.context;
             tracing::warn!(
                 group = config.group,
                 topic,
@@ -283,35 +287,35 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    async fn note(&self, last: i64) -> Result<(), Ended> {
-        let desk = &self.desk;
-        let note = || async { Ok(claim::note_batch(desk.brief().await?, desk.place(), self.owner, last).await?) };
+    async fn note(&self, last: i64) -> Result<(), WorkerEnd> {
+        let context = &self.context;
+        let note = || async { Ok(claim::note_batch(context.brief().await?, context.place(), self.owner, last).await?) };
         self.must(note).await?;
-        let passed = || -> Result<(), Failure> {
-            fail_point!("consumer.after-note", &desk.config.group);
+        let passed = || -> Result<(), AttemptFailure> {
+            fail_point!("consumer.after-note", &context.config.group);
             Ok(())
         };
-        passed().map_err(|_| Ended::Crashed)
+        passed().map_err(|_| WorkerEnd::Crashed)
     }
 
     /// Handles each record in a transaction of its own, its attempt counted before.
-    async fn one_by_one(&mut self, raws: Vec<Raw>) -> Result<(), Ended> {
-        self.desk.ahead.give_back();
+    async fn one_by_one(&mut self, raws: Vec<Raw>) -> Result<(), WorkerEnd> {
+        self.context.prefetched.give_back();
         let mut rest = self.decode(raws).await?;
         self.dead_letter_refused(&mut rest).await?;
         // After an unclean stop most of the records that come again are done: one question spares two commits for each
         // of those.
-        let desk = &self.desk;
-        let arrivals = rest.arrivals(&desk.config, desk.clock.now());
+        let context = &self.context;
+        let arrivals = rest.arrivals(&context.config, context.clock.now());
         let known = || async {
-            let mut tx = desk.brief().await?;
-            Ok(inbox::known(&mut **tx, &desk.config.group, &arrivals).await?)
+            let mut tx = context.brief().await?;
+            Ok(inbox::known(&mut **tx, &context.config.group, &arrivals).await?)
         };
         let known = self.must(known).await?;
-        desk.count_duplicates(known.iter().filter(|known| **known).count());
+        context.count_duplicates(known.iter().filter(|known| **known).count());
         for known in known {
             if self.stop.is_cancelled() {
-                return Err(Ended::Stopped);
+                return Err(WorkerEnd::Stopped);
             }
             let single = rest.split_first(1);
             if !known {
@@ -322,7 +326,7 @@ impl<H: Handler> Worker<H> {
     }
 
     /// Handles a single record, counted, while no other counted attempt is made in the process.
-    async fn alone(&mut self, single: &Batch) -> Result<(), Ended> {
+    async fn alone(&mut self, single: &RecordBatch) -> Result<(), WorkerEnd> {
         let Some(message) = single.messages.first() else { return Ok(()) };
         self.be_alone().await?;
         let done = self.count_and_take(single, message).await;
@@ -332,65 +336,65 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    async fn count_and_take(&mut self, single: &Batch, message: &Message) -> Result<(), Ended> {
-        let (desk, offset, began) = (&self.desk, message.at.offset, clock::monotonic());
-        let count = || async { Ok(claim::count_attempt(desk.brief().await?, desk.place(), offset).await?) };
+    async fn count_and_take(&mut self, single: &RecordBatch, message: &Message) -> Result<(), WorkerEnd> {
+        let (context, offset, began) = (&self.context, message.at.offset, clock::monotonic());
+        let count = || async { Ok(claim::count_attempt(context.brief().await?, context.place(), offset).await?) };
         let attempt = self.must(count).await?;
-        self.counted = Some(Counted::Fresh);
+        self.counted = Some(CountedAttempt::Fresh);
         self.pass_attempt_counted()?;
-        let desk = &self.desk;
-        let taken = match attempt > desk.config.attempts {
-            true => Err(fatal(desk.config.attempts)),
-            false => self.insist(|| desk.take(single)).await?,
+        let context = &self.context;
+        let taken = match attempt > context.config.attempts {
+            true => Err(fatal(context.config.attempts)),
+            false => self.insist(|| context.take(single)).await?,
         };
         match taken {
             Ok(fresh) => {
                 let took = clock::monotonic().saturating_duration_since(began);
-                self.careful = self.careful.saturating_sub(fresh);
-                self.portions.handled(1, took, self.desk.config.attempt_timeout);
+                self.records_to_note = self.records_to_note.saturating_sub(fresh);
+                self.portions.handled(1, took, self.context.config.attempt_timeout);
                 return Ok(());
             }
-            Err(fault) if fault.gives_up(attempt, desk.config.attempts) => {
-                self.must(|| desk.give_up(single, attempt.min(desk.config.attempts), &fault)).await?;
+            Err(fault) if fault.gives_up(attempt, context.config.attempts) => {
+                self.must(|| context.give_up(single, attempt.min(context.config.attempts), &fault)).await?;
             }
             Err(fault) => {
                 let spent = attempt - u32::from(fault.remedy == Remedy::Wait);
-                self.must(|| desk.park(single, spent, &fault)).await?;
-                self.look_at_parked = self.look_at_parked.min(clock::monotonic() + desk.delay(spent, offset));
+                self.must(|| context.park(single, spent, &fault)).await?;
+                self.look_at_parked = self.look_at_parked.min(clock::monotonic() + context.delay(spent, offset));
             }
         }
-        self.careful = self.careful.saturating_sub(1);
+        self.records_to_note = self.records_to_note.saturating_sub(1);
         self.portions.set_aside();
         Ok(())
     }
 
     /// Stores the offset of what is done; the library commits it to Kafka with the next automatic commit, or when the
     /// partition goes.
-    fn store(&self, last: i64) -> Result<(), Ended> {
-        let passed = || -> Result<(), Failure> {
-            fail_point!("consumer.before-store", &self.desk.config.group);
+    fn store(&self, last: i64) -> Result<(), WorkerEnd> {
+        let passed = || -> Result<(), AttemptFailure> {
+            fail_point!("consumer.before-store", &self.context.config.group);
             Ok(())
         };
-        passed().map_err(|_| Ended::Crashed)?;
-        self.offsets.store(&self.desk.topic, self.desk.partition, last);
+        passed().map_err(|_| WorkerEnd::Crashed)?;
+        self.offsets.store(&self.context.topic, self.context.partition, last);
         Ok(())
     }
 
-    pub(super) fn pass_attempt_counted(&self) -> Result<(), Ended> {
-        let passed = || -> Result<(), Failure> {
-            fail_point!("consumer.after-attempt", &self.desk.config.group);
+    pub(super) fn pass_attempt_counted(&self) -> Result<(), WorkerEnd> {
+        let passed = || -> Result<(), AttemptFailure> {
+            fail_point!("consumer.after-attempt", &self.context.config.group);
             Ok(())
         };
-        passed().map_err(|_| Ended::Crashed)
+        passed().map_err(|_| WorkerEnd::Crashed)
     }
 }
 
 /// Notes that messages, which the handler has named, are poison; `false` if that is not new, and does not help.
-pub(super) fn is_poison(known: &mut Poison, fault: &Fault) -> bool {
+pub(super) fn is_poison(known: &mut Poison, fault: &RecordFault) -> bool {
     match (fault.remedy, fault.culprit) {
         (Remedy::Nothing, Some(message)) => {
-            let others = fault.others.iter().map(|unfit| (unfit.message, Fault::unfit(unfit)));
-            let all = others.chain([(message, Fault { others: Vec::new(), ..fault.clone() })]);
+            let others = fault.others.iter().map(|unfit| (unfit.message, RecordFault::unfit(unfit)));
+            let all = others.chain([(message, RecordFault { others: Vec::new(), ..fault.clone() })]);
             all.fold(false, |new, (message, fault)| known.insert(message, fault).is_none() || new)
         }
         _ => false,
@@ -398,6 +402,6 @@ pub(super) fn is_poison(known: &mut Poison, fault: &Fault) -> bool {
 }
 
 /// The fault of a record that was never seen to fail and has used up its attempts: the process died each time.
-pub(super) fn fatal(attempts: u32) -> Fault {
-    Fault::new("unclean-stop", &format!("the process ended during each of {attempts} attempts"), Remedy::Nothing)
+pub(super) fn fatal(attempts: u32) -> RecordFault {
+    RecordFault::new("unclean-stop", &format!("the process ended during each of {attempts} attempts"), Remedy::Nothing)
 }

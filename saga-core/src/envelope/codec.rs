@@ -3,7 +3,7 @@
 //! Decoding is strict about what this crate's correctness hangs on (id, source, type, a saga's coordinates). It is
 //! lenient about the rest: an attribute that only informs (`ce_time`, `ce_sequence`) is dropped when it does not parse.
 
-use super::{Envelope, EnvelopeError, Headers, SagaHeaders, Standing, carried, header};
+use super::{Envelope, EnvelopeError, Headers, SagaHeaders, SourcePosition, carried, header};
 use crate::id::{CommandId, MessageId, SagaId};
 use std::{borrow::Cow, collections::BTreeMap, str::FromStr};
 use time::{OffsetDateTime, UtcOffset, format_description::well_known::Rfc3339};
@@ -110,14 +110,14 @@ impl Envelope {
 
     /// The message's place among all that its source has published. A dead letter that was sent again stands where its
     /// original stood. Its own place is in the outbox of the consumer that gave it up.
-    pub fn standing(&self) -> Standing<'_> {
+    pub fn standing(&self) -> SourcePosition<'_> {
         let said = |name: &str| self.other.get(name).map(String::as_str);
         let redriven = said(header::ORIGINAL_TOPIC).is_some();
         let (epoch, sequence) = match redriven {
             true => (header::ORIGINAL_EPOCH, said(header::ORIGINAL_SEQUENCE).and_then(|text| text.parse().ok())),
             false => (header::EPOCH, self.sequence),
         };
-        Standing { source: &self.source, epoch: said(epoch).unwrap_or_default(), sequence, redriven }
+        SourcePosition { source: &self.source, epoch: said(epoch).unwrap_or_default(), sequence, redriven }
     }
 
     /// The id that ties together all that one request caused: the `correlation-id` header. An id that is too long or
@@ -365,13 +365,16 @@ mod tests {
         let plain = decode(&headers).unwrap();
         assert_eq!(
             plain.standing(),
-            Standing { source: "orders", epoch: "theirs", sequence: Some(700), redriven: false }
+            SourcePosition { source: "orders", epoch: "theirs", sequence: Some(700), redriven: false }
         );
         headers.insert(header::ORIGINAL_TOPIC.into(), "items".into());
         headers.insert(header::ORIGINAL_SEQUENCE.into(), "9".into());
         headers.insert(header::ORIGINAL_EPOCH.into(), "ours".into());
         let again = decode(&headers).unwrap();
-        assert_eq!(again.standing(), Standing { source: "orders", epoch: "ours", sequence: Some(9), redriven: true });
+        assert_eq!(
+            again.standing(),
+            SourcePosition { source: "orders", epoch: "ours", sequence: Some(9), redriven: true }
+        );
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub(crate) struct Connections {
 struct Open {
     /// The number of the last turn. It grows whenever a connection comes, or becomes another's elder or junior.
     turn: u64,
-    by_id: HashMap<u64, Place>,
+    by_id: HashMap<u64, ConnectionSlot>,
     /// The connections that wait for their client, by the turn since which they do.
     waiting: BTreeMap<u64, u64>,
     /// The connections that do nothing but stream, by the turn since which they do.
@@ -36,7 +36,7 @@ struct Open {
 }
 
 #[derive(Debug)]
-struct Place {
+struct ConnectionSlot {
     working: usize,
     streams: usize,
     since: u64,
@@ -45,7 +45,7 @@ struct Place {
 
 impl Open {
     /// Changes a place and files it anew, as the youngest. Nothing happens when the connection has made room already.
-    fn refile(&mut self, id: u64, change: impl FnOnce(&mut Place)) {
+    fn refile(&mut self, id: u64, change: impl FnOnce(&mut ConnectionSlot)) {
         let Some(place) = self.by_id.get_mut(&id) else { return };
         self.waiting.remove(&place.since);
         self.streaming.remove(&place.since);
@@ -59,7 +59,7 @@ impl Open {
         };
     }
 
-    fn remove(&mut self, id: u64) -> Option<Place> {
+    fn remove(&mut self, id: u64) -> Option<ConnectionSlot> {
         let place = self.by_id.remove(&id)?;
         self.waiting.remove(&place.since);
         self.streaming.remove(&place.since);
@@ -86,7 +86,7 @@ impl Connections {
             }
         }
         let (id, close) = (open.turn + 1, CancellationToken::new());
-        open.by_id.insert(id, Place { working: 0, streams: 0, since: id, close: close.clone() });
+        open.by_id.insert(id, ConnectionSlot { working: 0, streams: 0, since: id, close: close.clone() });
         open.refile(id, |_| {});
         drop(open);
         Some(Entered { connection: Connection { id, peer, all: Arc::clone(self) }, close })
@@ -149,7 +149,7 @@ impl Connection {
         self.held(|place| &mut place.streams)
     }
 
-    fn held(&self, count: fn(&mut Place) -> &mut usize) -> Held {
+    fn held(&self, count: fn(&mut ConnectionSlot) -> &mut usize) -> Held {
         self.all.lock().refile(self.id, |place| *count(place) += 1);
         Held { connection: self.clone(), count }
     }
@@ -159,7 +159,7 @@ impl Connection {
 #[derive(Debug)]
 pub struct Held {
     connection: Connection,
-    count: fn(&mut Place) -> &mut usize,
+    count: fn(&mut ConnectionSlot) -> &mut usize,
 }
 
 impl Drop for Held {

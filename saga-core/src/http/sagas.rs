@@ -20,7 +20,7 @@ use crate::{
     id::SagaId,
     saga::{
         Engine, RetryError,
-        inspect::Filter,
+        inspect::SagaFilter,
         view::{Payloads, SagaSummary, SagaView},
     },
 };
@@ -111,7 +111,7 @@ async fn list_sagas(
 ) -> Result<Json<List<SagaSummary>>, Problem> {
     let limit = query.limit.unwrap_or_default();
     let after = query.cursor.map(|cursor| cursor.key::<(TimeKey, Uuid)>()).transpose()?;
-    let filter = Filter {
+    let filter = SagaFilter {
         status: query.status.map(|status| status.as_str().to_owned()),
         definition: query.definition,
         business_key: query.business_key,
@@ -207,7 +207,7 @@ fn refused(error: RetryError) -> Problem {
     let detail = error.to_string();
     match error {
         RetryError::Unknown(_) => Problem::not_found(detail),
-        RetryError::Version { .. } => {
+        RetryError::Revision { .. } => {
             Problem::conflict("stale", "The saga has changed since it was read").detail(detail)
         }
         RetryError::NotStuck(_) => Problem::conflict("not-stuck", "Only a stuck saga can be retried").detail(detail),

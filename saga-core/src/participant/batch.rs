@@ -6,10 +6,10 @@
 //! locked first and a savepoint per command.
 
 use super::{
-    entry::{Begun, Entry, Settled},
-    fence::{Asked, Commands, Fence, FenceKey, Move, UndoState},
+    entry::{CommandEntry, HandlerStart, Settlement},
+    fence::{Fence, FenceCommands, FenceDecision, FenceKey, FenceRequest, UndoState},
     handler::CommandContext,
-    queue::{self, IntentState, NewIntent, Origin},
+    queue::{self, IntentOrigin, IntentState, NewIntent},
     store,
 };
 use crate::{
@@ -27,9 +27,9 @@ use tracing::{Instrument, Span};
 /// A command that is to be handled.
 pub(super) struct Incoming<'a> {
     pub(super) key: FenceKey,
-    pub(super) asked: Asked,
+    pub(super) asked: FenceRequest,
     pub(super) kind: &'static str,
-    pub(super) entry: &'a dyn Entry,
+    pub(super) entry: &'a dyn CommandEntry,
     pub(super) cx: CommandContext,
     pub(super) payload: &'a [u8],
     /// Trace context and correlation id, which the reply carries on.
@@ -53,7 +53,7 @@ pub(super) struct Changes {
     replies: Vec<NewMessage>,
     answered: Vec<(&'static str, Outcome)>,
     intents: Vec<NewIntent>,
-    reopened: Vec<(CommandId, Origin)>,
+    reopened: Vec<(CommandId, IntentOrigin)>,
     closed: Vec<CommandId>,
     /// Commands that the short way cannot take: refused, or not the first of their run.
     surprises: usize,
@@ -71,9 +71,9 @@ impl Work {
 
     /// Makes and locks, in sorted order, the fences of `commands`.
     pub(super) async fn load(tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<Self, sqlx::Error> {
-        let mut keys: BTreeMap<&FenceKey, Commands> = BTreeMap::new();
+        let mut keys: BTreeMap<&FenceKey, FenceCommands> = BTreeMap::new();
         for command in commands {
-            let known = Commands::of(&command.cx);
+            let known = FenceCommands::of(&command.cx);
             keys.entry(&command.key).and_modify(|others| *others = others.and(known)).or_insert(known);
         }
         Ok(Self::locked(store::lock_fences(tx, &keys).await?))
@@ -121,7 +121,7 @@ pub(super) async fn run_together(
             Some(reply) => Some(begin(tx, command, &fence, reply).await?),
             None => None,
         };
-        if begun.as_ref().is_some_and(Begun::is_refusal) {
+        if begun.as_ref().is_some_and(HandlerStart::is_refusal) {
             return Err(HandleError::Again);
         }
         changes.apply(command, fence, step, begun)?;
@@ -163,7 +163,7 @@ async fn begin(
     command: &Incoming<'_>,
     fence: &Fence,
     reply: Option<&[u8]>,
-) -> Result<Begun, HandleError> {
+) -> Result<HandlerStart, HandleError> {
     let cx = CommandContext { undoes: command.undoes(fence), ..command.cx.clone() };
     let begun = command.entry.begin(tx, &cx, command.payload, reply).instrument(command.span.clone()).await;
     begun.map_err(|error| error.of(command.cx.message))
@@ -195,40 +195,40 @@ impl Changes {
         &mut self,
         command: &Incoming<'_>,
         mut fence: Fence,
-        step: Move,
-        begun: Option<Begun>,
+        step: FenceDecision,
+        begun: Option<HandlerStart>,
     ) -> Result<(), HandleError> {
         let op = command.cx.saga.op;
-        self.surprises += usize::from(op == Op::Do && step != Move::Run);
+        self.surprises += usize::from(op == Op::Do && step != FenceDecision::Run);
         fence.note(op, command.cx.saga.command);
         match step {
-            Move::Run | Move::Undo(_) => match begun {
-                Some(Begun::Call(prepared)) => {
+            FenceDecision::Run | FenceDecision::Undo(_) => match begun {
+                Some(HandlerStart::Call(prepared)) => {
                     fence.calling(op);
                     self.intents.push(command.intent(IntentState::Open, Some(prepared), &fence));
                 }
-                Some(Begun::Settled(settled)) => self.settle(command, &mut fence, &settled),
+                Some(HandlerStart::Settled(settled)) => self.settle(command, &mut fence, &settled),
                 None => return Err(HandleError::Failed(anyhow::anyhow!("a command that runs has begun"))),
             },
-            Move::NothingToUndo => {
-                self.settle(command, &mut fence, &Settled::Done(command.entry.nothing_to_undo()?));
+            FenceDecision::NothingToUndo => {
+                self.settle(command, &mut fence, &Settlement::Done(command.entry.nothing_to_undo()?));
             }
-            Move::Fail(reason) => {
+            FenceDecision::Fail(reason) => {
                 let (saga, failed) = (command.key.saga, command.cx.saga.command);
                 tracing::warn!(%saga, command = %failed, step = command.key.step, %op, "a command fails: {reason}");
-                self.settle(command, &mut fence, &Settled::Failed(Failed::new(Why::RecordLost, reason)));
+                self.settle(command, &mut fence, &Settlement::Failed(Failed::new(Why::RecordLost, reason)));
             }
-            Move::Refuse => {
+            FenceDecision::Refuse => {
                 fence.refuse();
                 self.reply(command, Outcome::Rejected, br#"{"reason":"undone before it came"}"#.to_vec());
             }
-            Move::Answer(outcome, reply) => self.reply(command, outcome, reply),
-            Move::Ignore => {}
-            Move::CallAgain => {
+            FenceDecision::Answer(outcome, reply) => self.reply(command, outcome, reply),
+            FenceDecision::Ignore => {}
+            FenceDecision::CallAgain => {
                 fence.calling(op);
                 self.reopened.push((command.cx.saga.command, command.origin(&fence)));
             }
-            Move::Wait => {
+            FenceDecision::Wait => {
                 fence.undo = UndoState::Waiting;
                 self.intents.push(command.intent(IntentState::Waiting, None, &fence));
             }
@@ -237,7 +237,7 @@ impl Changes {
         Ok(())
     }
 
-    fn settle(&mut self, command: &Incoming<'_>, fence: &mut Fence, settled: &Settled) {
+    fn settle(&mut self, command: &Incoming<'_>, fence: &mut Fence, settled: &Settlement) {
         self.closed.extend(fence.settle(command.cx.saga.op, settled));
         let (outcome, payload) = reply_of(settled);
         self.surprises += usize::from(outcome != Outcome::Succeeded);
@@ -256,8 +256,8 @@ impl Incoming<'_> {
         self.cx.undoes.map(|said| fence.run_command.unwrap_or(said))
     }
 
-    fn origin(&self, fence: &Fence) -> Origin {
-        Origin::new(&self.cx, self.undoes(fence), self.trace.clone())
+    fn origin(&self, fence: &Fence) -> IntentOrigin {
+        IntentOrigin::new(&self.cx, self.undoes(fence), self.trace.clone())
     }
 
     fn intent(&self, state: IntentState, prepared: Option<Value>, fence: &Fence) -> NewIntent {
@@ -275,9 +275,9 @@ impl Incoming<'_> {
     }
 }
 
-impl Begun {
+impl HandlerStart {
     fn is_refusal(&self) -> bool {
-        matches!(self, Self::Settled(Settled::Rejected(_) | Settled::Failed(_)))
+        matches!(self, Self::Settled(Settlement::Rejected(_) | Settlement::Failed(_)))
     }
 }
 
@@ -288,11 +288,11 @@ pub(super) fn count_reply(kind: &str, outcome: Outcome) {
 }
 
 /// The outcome and the payload of a reply that reports `settled`.
-pub(super) fn reply_of(settled: &Settled) -> (Outcome, Vec<u8>) {
+pub(super) fn reply_of(settled: &Settlement) -> (Outcome, Vec<u8>) {
     match settled {
-        Settled::Done(reply) => (Outcome::Succeeded, reply.clone()),
-        Settled::Rejected(rejection) => (Outcome::Rejected, rejection.clone()),
-        Settled::Failed(Failed { why, reason }) => {
+        Settlement::Done(reply) => (Outcome::Succeeded, reply.clone()),
+        Settlement::Rejected(rejection) => (Outcome::Rejected, rejection.clone()),
+        Settlement::Failed(Failed { why, reason }) => {
             (Outcome::Failed, serde_json::json!({ "error": reason, "why": why }).to_string().into_bytes())
         }
     }

@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 
 /// A decision with its reply encoded.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Settled {
+pub(super) enum Settlement {
     Done(Vec<u8>),
     Rejected(Vec<u8>),
     Failed(Failed),
@@ -24,8 +24,8 @@ pub(super) enum Settled {
 
 /// How the handling of a command began.
 #[derive(Debug)]
-pub(super) enum Begun {
-    Settled(Settled),
+pub(super) enum HandlerStart {
+    Settled(Settlement),
     /// The intent is to be committed with this value; then the call is made.
     Call(Value),
 }
@@ -39,7 +39,7 @@ pub(super) struct StoredIntent {
 }
 
 #[async_trait]
-pub(super) trait Entry: Send + Sync {
+pub(super) trait CommandEntry: Send + Sync {
     /// Whether the command does or undoes.
     fn op(&self) -> Op;
 
@@ -66,7 +66,7 @@ pub(super) trait Entry: Send + Sync {
         cx: &CommandContext,
         payload: &[u8],
         reply: Option<&[u8]>,
-    ) -> Result<Begun, HandleError>;
+    ) -> Result<HandlerStart, HandleError>;
 
     /// Makes the call outside the database.
     async fn perform(&self, _intent: &StoredIntent) -> Performed<Value> {
@@ -74,7 +74,7 @@ pub(super) trait Entry: Send + Sync {
     }
 
     /// Records the answer of the call.
-    async fn record(&self, _tx: &mut Tx<'_>, _intent: StoredIntent, _answer: Value) -> Result<Settled, HandleError> {
+    async fn record(&self, _tx: &mut Tx<'_>, _intent: StoredIntent, _answer: Value) -> Result<Settlement, HandleError> {
         Err(HandleError::Poison("this command has no external effect in this version of the service".into()))
     }
 }
@@ -91,7 +91,7 @@ impl<C: Command, H: CommandHandler<C>> Plain<C, H> {
 }
 
 #[async_trait]
-impl<C: Command, H: CommandHandler<C>> Entry for Plain<C, H> {
+impl<C: Command, H: CommandHandler<C>> CommandEntry for Plain<C, H> {
     fn op(&self) -> Op {
         Op::Do
     }
@@ -102,9 +102,9 @@ impl<C: Command, H: CommandHandler<C>> Entry for Plain<C, H> {
         cx: &CommandContext,
         payload: &[u8],
         _reply: Option<&[u8]>,
-    ) -> Result<Begun, HandleError> {
+    ) -> Result<HandlerStart, HandleError> {
         let command = decode::<C>(C::TYPE, payload)?;
-        settled(self.0.decide(tx, cx, command).await).map(Begun::Settled)
+        settled(self.0.decide(tx, cx, command).await).map(HandlerStart::Settled)
     }
 }
 
@@ -117,7 +117,9 @@ impl<D: Command, U: Command<Rejection = Never>, H: UndoHandler<D, U>> Undoing<D,
 }
 
 #[async_trait]
-impl<D: Command, U: Command<Rejection = Never, Reply: Default>, H: UndoHandler<D, U>> Entry for Undoing<D, U, H> {
+impl<D: Command, U: Command<Rejection = Never, Reply: Default>, H: UndoHandler<D, U>> CommandEntry
+    for Undoing<D, U, H>
+{
     fn op(&self) -> Op {
         Op::Undo
     }
@@ -136,9 +138,9 @@ impl<D: Command, U: Command<Rejection = Never, Reply: Default>, H: UndoHandler<D
         cx: &CommandContext,
         payload: &[u8],
         reply: Option<&[u8]>,
-    ) -> Result<Begun, HandleError> {
+    ) -> Result<HandlerStart, HandleError> {
         let command = decode::<U>(U::TYPE, payload)?;
-        settled(self.0.undo(tx, cx, command, happened::<D>(reply)?).await).map(Begun::Settled)
+        settled(self.0.undo(tx, cx, command, happened::<D>(reply)?).await).map(HandlerStart::Settled)
     }
 }
 
@@ -151,7 +153,7 @@ impl<C: Command, E: ExternalEffect<C>> External<C, E> {
 }
 
 #[async_trait]
-impl<C: Command, E: ExternalEffect<C>> Entry for External<C, E> {
+impl<C: Command, E: ExternalEffect<C>> CommandEntry for External<C, E> {
     fn op(&self) -> Op {
         Op::Do
     }
@@ -166,7 +168,7 @@ impl<C: Command, E: ExternalEffect<C>> Entry for External<C, E> {
         cx: &CommandContext,
         payload: &[u8],
         _reply: Option<&[u8]>,
-    ) -> Result<Begun, HandleError> {
+    ) -> Result<HandlerStart, HandleError> {
         let command = decode::<C>(C::TYPE, payload)?;
         begun(self.0.prepare(tx, cx, &command).await)
     }
@@ -178,7 +180,7 @@ impl<C: Command, E: ExternalEffect<C>> Entry for External<C, E> {
         }
     }
 
-    async fn record(&self, tx: &mut Tx<'_>, intent: StoredIntent, answer: Value) -> Result<Settled, HandleError> {
+    async fn record(&self, tx: &mut Tx<'_>, intent: StoredIntent, answer: Value) -> Result<Settlement, HandleError> {
         let intent = typed::<C, E::Prepared>(intent)?;
         let answer = serde_json::from_value(answer).map_err(anyhow::Error::from)?;
         settled(self.0.record(tx, intent, answer).await)
@@ -194,7 +196,7 @@ impl<D: Command, U: Command<Rejection = Never>, E: ExternalUndo<D, U>> ExternalU
 }
 
 #[async_trait]
-impl<D, U, E> Entry for ExternalUndoing<D, U, E>
+impl<D, U, E> CommandEntry for ExternalUndoing<D, U, E>
 where
     D: Command,
     U: Command<Rejection = Never, Reply: Default>,
@@ -222,7 +224,7 @@ where
         cx: &CommandContext,
         payload: &[u8],
         reply: Option<&[u8]>,
-    ) -> Result<Begun, HandleError> {
+    ) -> Result<HandlerStart, HandleError> {
         let command = decode::<U>(U::TYPE, payload)?;
         begun(self.0.prepare(tx, cx, &command, happened::<D>(reply)?).await)
     }
@@ -234,7 +236,7 @@ where
         }
     }
 
-    async fn record(&self, tx: &mut Tx<'_>, intent: StoredIntent, answer: Value) -> Result<Settled, HandleError> {
+    async fn record(&self, tx: &mut Tx<'_>, intent: StoredIntent, answer: Value) -> Result<Settlement, HandleError> {
         let intent = typed::<U, E::Prepared>(intent)?;
         let answer = serde_json::from_value(answer).map_err(anyhow::Error::from)?;
         settled(self.0.record(tx, intent, answer).await)
@@ -275,24 +277,24 @@ fn typed<C: Command, P: DeserializeOwned>(stored: StoredIntent) -> Result<Intent
     })
 }
 
-fn settled<C: Command>(decision: anyhow::Result<Decision<C>>) -> Result<Settled, HandleError> {
+fn settled<C: Command>(decision: anyhow::Result<Decision<C>>) -> Result<Settlement, HandleError> {
     match decision.map_err(classify)? {
-        Decision::Done(reply) => encode(&reply).map(Settled::Done),
-        Decision::Rejected(rejection) => encode(&rejection).map(Settled::Rejected),
-        Decision::Failed(why) => Ok(Settled::Failed(why.into())),
+        Decision::Done(reply) => encode(&reply).map(Settlement::Done),
+        Decision::Rejected(rejection) => encode(&rejection).map(Settlement::Rejected),
+        Decision::Failed(why) => Ok(Settlement::Failed(why.into())),
     }
 }
 
-fn begun<C: Command, P: Serialize>(prepared: anyhow::Result<Prepare<C, P>>) -> Result<Begun, HandleError> {
+fn begun<C: Command, P: Serialize>(prepared: anyhow::Result<Prepare<C, P>>) -> Result<HandlerStart, HandleError> {
     match prepared.map_err(classify)? {
         Prepare::Call(prepared) => {
             let prepared = serde_json::to_value(prepared).map_err(anyhow::Error::from)?;
             match json::flaw(&prepared) {
                 Some(flaw) => Err(HandleError::Poison(format!("what the effect prepared cannot be kept: {flaw}"))),
-                None => Ok(Begun::Call(prepared)),
+                None => Ok(HandlerStart::Call(prepared)),
             }
         }
-        Prepare::Decided(decision) => settled(Ok(decision)).map(Begun::Settled),
+        Prepare::Decided(decision) => settled(Ok(decision)).map(HandlerStart::Settled),
     }
 }
 

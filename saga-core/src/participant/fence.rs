@@ -12,7 +12,7 @@
 //! effect is local and the orchestrator is in doubt, too. An external undo asks outside. An undo of what the
 //! orchestrator knows to have happened fails, and leaves its mark: a do that comes after it is refused.
 
-use super::{entry::Settled, handler::CommandContext};
+use super::{entry::Settlement, handler::CommandContext};
 use crate::{
     command::{Happened, Op, Outcome},
     envelope::SagaHeaders,
@@ -37,7 +37,7 @@ pub(super) struct Namespace {
 
 /// The commands of a fence as far as one command knows them: its own id, and for an undo the id of what it undoes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Commands {
+pub(super) struct FenceCommands {
     pub(super) run: Option<CommandId>,
     pub(super) undo: Option<CommandId>,
     /// None of the commands is the first of its run, and their ids are of the first derivation. Then only the topic for
@@ -53,7 +53,7 @@ pub(super) enum Stored {
     Apart,
 }
 
-impl Commands {
+impl FenceCommands {
     pub(super) fn of(cx: &CommandContext) -> Self {
         let saga = &cx.saga;
         let first_derivation = CommandId::derive(saga.saga, &saga.step, saga.op, saga.occurrence) == saga.command;
@@ -130,7 +130,7 @@ pub(super) struct Fence {
 
 /// Where the effect of an undo's step is, and so what the absence of its record proves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum EffectPlace {
     /// In the fence's database: there is no effect without its fence.
     Here,
     /// Outside the database: only the provider knows.
@@ -141,10 +141,10 @@ pub(super) enum Place {
 
 /// What a command asks of its fence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Asked {
+pub(super) enum FenceRequest {
     Do,
     /// What the orchestrator knows of the step, and where its effect is.
-    Undo(Happened, Place),
+    Undo(Happened, EffectPlace),
 }
 
 /// Why an undo fails if the orchestrator knows that its step was done, and this participant has no record of it.
@@ -163,7 +163,7 @@ const RENAMED: &str = "this participant has a record of this step for a saga of 
 
 /// What a command is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Move {
+pub(super) enum FenceDecision {
     /// The command's handler runs.
     Run,
     /// The undo's handler runs; this is what is known of the do.
@@ -199,53 +199,55 @@ impl Fence {
 
     /// Whether this fence, which a build that knows no namespaces wrote, is that of `commands`. If neither of the two
     /// ids can be compared it is: that build would take it as well.
-    pub(super) fn is_of(&self, commands: Commands) -> bool {
+    pub(super) fn is_of(&self, commands: FenceCommands) -> bool {
         let same = |mine: Option<CommandId>, theirs: Option<CommandId>| Some(mine? == theirs?);
         same(self.run_command, commands.run).or_else(|| same(self.undo_command, commands.undo)).unwrap_or(true)
     }
 
     /// What a command (first or resent) is to do here.
-    pub(super) fn next(&self, asked: Asked) -> Move {
+    pub(super) fn next(&self, asked: FenceRequest) -> FenceDecision {
         match asked {
-            Asked::Do => self.next_do(),
-            Asked::Undo(happened, place) => self.next_undo(happened, place),
+            FenceRequest::Do => self.next_do(),
+            FenceRequest::Undo(happened, place) => self.next_undo(happened, place),
         }
     }
 
-    fn next_do(&self) -> Move {
+    fn next_do(&self) -> FenceDecision {
         let undone = self.undo != UndoState::Absent;
         match &self.run {
-            DoState::Succeeded(reply) => Move::Answer(Outcome::Succeeded, reply.clone()),
-            DoState::Rejected(reply) => Move::Answer(Outcome::Rejected, reply.clone()),
-            DoState::Calling => Move::Ignore,
-            DoState::Refused => Move::Refuse,
-            DoState::Absent | DoState::Open if undone => Move::Refuse,
-            DoState::Absent | DoState::Open if self.elsewhere => Move::Fail(RENAMED),
-            DoState::Absent | DoState::Open => Move::Run,
+            DoState::Succeeded(reply) => FenceDecision::Answer(Outcome::Succeeded, reply.clone()),
+            DoState::Rejected(reply) => FenceDecision::Answer(Outcome::Rejected, reply.clone()),
+            DoState::Calling => FenceDecision::Ignore,
+            DoState::Refused => FenceDecision::Refuse,
+            DoState::Absent | DoState::Open if undone => FenceDecision::Refuse,
+            DoState::Absent | DoState::Open if self.elsewhere => FenceDecision::Fail(RENAMED),
+            DoState::Absent | DoState::Open => FenceDecision::Run,
             // A refusal would mean that certainly nothing happened; the do's undo settles that, and gets the answer.
-            DoState::InDoubt if undone => Move::Ignore,
-            DoState::InDoubt => Move::CallAgain,
+            DoState::InDoubt if undone => FenceDecision::Ignore,
+            DoState::InDoubt => FenceDecision::CallAgain,
         }
     }
 
-    fn next_undo(&self, happened: Happened, place: Place) -> Move {
+    fn next_undo(&self, happened: Happened, place: EffectPlace) -> FenceDecision {
         match &self.undo {
-            UndoState::Done(reply) => Move::Answer(Outcome::Succeeded, reply.clone()),
-            UndoState::Waiting | UndoState::Calling => Move::Ignore,
-            UndoState::InDoubt => Move::CallAgain,
+            UndoState::Done(reply) => FenceDecision::Answer(Outcome::Succeeded, reply.clone()),
+            UndoState::Waiting | UndoState::Calling => FenceDecision::Ignore,
+            UndoState::InDoubt => FenceDecision::CallAgain,
             UndoState::Absent | UndoState::Open => match (&self.run, happened, place) {
-                (DoState::Succeeded(reply), ..) => Move::Undo(Happened::Yes(reply.clone())),
-                (DoState::InDoubt, ..) => Move::Undo(Happened::InDoubt),
-                (DoState::Calling, ..) => Move::Wait,
-                (DoState::Absent | DoState::Open, Happened::InDoubt, Place::Here) if self.elsewhere => {
-                    Move::Fail(RENAMED)
+                (DoState::Succeeded(reply), ..) => FenceDecision::Undo(Happened::Yes(reply.clone())),
+                (DoState::InDoubt, ..) => FenceDecision::Undo(Happened::InDoubt),
+                (DoState::Calling, ..) => FenceDecision::Wait,
+                (DoState::Absent | DoState::Open, Happened::InDoubt, EffectPlace::Here) if self.elsewhere => {
+                    FenceDecision::Fail(RENAMED)
                 }
-                (_, Happened::Yes(()), _) => Move::Fail(LOST),
-                (DoState::Rejected(_), ..) | (_, _, Place::Here) => Move::NothingToUndo,
-                (DoState::Absent | DoState::Open | DoState::Refused, _, Place::Outside) => {
-                    Move::Undo(Happened::InDoubt)
+                (_, Happened::Yes(()), _) => FenceDecision::Fail(LOST),
+                (DoState::Rejected(_), ..) | (_, _, EffectPlace::Here) => FenceDecision::NothingToUndo,
+                (DoState::Absent | DoState::Open | DoState::Refused, _, EffectPlace::Outside) => {
+                    FenceDecision::Undo(Happened::InDoubt)
                 }
-                (DoState::Absent | DoState::Open | DoState::Refused, _, Place::Unknown) => Move::Fail(NOT_OURS),
+                (DoState::Absent | DoState::Open | DoState::Refused, _, EffectPlace::Unknown) => {
+                    FenceDecision::Fail(NOT_OURS)
+                }
             },
         }
     }
@@ -267,13 +269,13 @@ impl Fence {
     }
 
     /// Records the outcome of a handler or a call. Returns the do's intent where the undo has settled it.
-    pub(super) fn settle(&mut self, op: Op, settled: &Settled) -> Option<CommandId> {
+    pub(super) fn settle(&mut self, op: Op, settled: &Settlement) -> Option<CommandId> {
         let doubted = self.run == DoState::InDoubt;
         match (op, settled) {
-            (Op::Do, Settled::Done(reply)) => self.run = DoState::Succeeded(reply.clone()),
-            (Op::Do, Settled::Rejected(reply)) => self.run = DoState::Rejected(reply.clone()),
-            (Op::Do, Settled::Failed(_)) => self.run = DoState::Open,
-            (Op::Undo, Settled::Done(reply)) => {
+            (Op::Do, Settlement::Done(reply)) => self.run = DoState::Succeeded(reply.clone()),
+            (Op::Do, Settlement::Rejected(reply)) => self.run = DoState::Rejected(reply.clone()),
+            (Op::Do, Settlement::Failed(_)) => self.run = DoState::Open,
+            (Op::Undo, Settlement::Done(reply)) => {
                 self.undo = UndoState::Done(reply.clone());
                 if doubted {
                     self.run = DoState::Refused;
@@ -282,7 +284,7 @@ impl Fence {
                 return self.run_command.filter(|_| doubted);
             }
             // An undo has no rejections to give (`Never` has no value); if it had one, it would stay open.
-            (Op::Undo, Settled::Rejected(_) | Settled::Failed(_)) => self.undo = UndoState::Open,
+            (Op::Undo, Settlement::Rejected(_) | Settlement::Failed(_)) => self.undo = UndoState::Open,
         }
         None
     }
@@ -311,7 +313,7 @@ impl Fence {
     }
 }
 
-impl Move {
+impl FenceDecision {
     /// What the handler gets of the do, when this move runs a handler: its reply, or `None`.
     pub(super) fn runs(&self) -> Option<Option<&[u8]>> {
         match self {
@@ -376,7 +378,7 @@ mod tests {
     /// A fence, the effect as it is in the world, and what the orchestrator knows.
     struct World {
         fence: Fence,
-        place: Place,
+        place: EffectPlace,
         effect: bool,
         effects: usize,
         /// Outside: the undo was taken there, or the do was refused there; nothing comes under the do's key any more.
@@ -394,7 +396,7 @@ mod tests {
     }
 
     impl World {
-        fn new(place: Place) -> Self {
+        fn new(place: EffectPlace) -> Self {
             Self {
                 fence: Fence::new(),
                 place,
@@ -420,33 +422,33 @@ mod tests {
                 }
                 Op::Undo => {
                     self.effect = false;
-                    self.voided = self.place == Place::Outside;
+                    self.voided = self.place == EffectPlace::Outside;
                 }
             }
         }
 
         fn settle(&mut self, op: Op, end: End) {
             let settled = match (op, end) {
-                (_, End::Done) => Settled::Done(vec![1]),
-                (Op::Do, End::Rejected) => Settled::Rejected(vec![2]),
-                _ => Settled::Failed("later".into()),
+                (_, End::Done) => Settlement::Done(vec![1]),
+                (Op::Do, End::Rejected) => Settlement::Rejected(vec![2]),
+                _ => Settlement::Failed("later".into()),
             };
-            if let Settled::Done(_) = settled {
+            if let Settlement::Done(_) = settled {
                 self.take(op);
                 self.success.0 |= op == Op::Do;
                 self.undone |= op == Op::Undo;
             }
-            if let Settled::Rejected(_) = settled {
-                self.voided |= self.place == Place::Outside;
+            if let Settlement::Rejected(_) = settled {
+                self.voided |= self.place == EffectPlace::Outside;
             }
             self.fence.settle(op, &settled);
         }
 
-        fn asked(&mut self, op: Op) -> Asked {
+        fn asked(&mut self, op: Op) -> FenceRequest {
             let taken = self.success.1;
             match op {
-                Op::Do => Asked::Do,
-                Op::Undo => Asked::Undo(
+                Op::Do => FenceRequest::Do,
+                Op::Undo => FenceRequest::Undo(
                     *self.said.get_or_insert(if taken { Happened::Yes(()) } else { Happened::InDoubt }),
                     self.place,
                 ),
@@ -456,34 +458,34 @@ mod tests {
         fn deliver(&mut self, op: Op, end: End) -> Result<(), TestCaseError> {
             let asked = self.asked(op);
             match self.fence.next(asked) {
-                Move::Run | Move::Undo(_) => match end {
+                FenceDecision::Run | FenceDecision::Undo(_) => match end {
                     // A refusal means that certainly nothing happened.
                     End::Rejected if self.effect && op == Op::Do => self.settle(op, End::Done),
                     End::Done | End::Rejected | End::Failed => self.settle(op, end),
                     // An effect in the same database is not called.
-                    End::Call | End::DoubtDone | End::DoubtNot if self.place == Place::Here => {
+                    End::Call | End::DoubtDone | End::DoubtNot if self.place == EffectPlace::Here => {
                         self.settle(op, End::Failed);
                     }
                     End::Call | End::DoubtDone | End::DoubtNot => self.fence.calling(op),
                 },
-                Move::Fail(_) => {
+                FenceDecision::Fail(_) => {
                     prop_assert!(self.lost && self.success.1, "it fails though no record was lost");
                     self.settle(op, End::Failed);
                 }
-                Move::NothingToUndo => {
+                FenceDecision::NothingToUndo => {
                     prop_assert!(!self.effect, "there is something to undo");
                     prop_assert_eq!(self.said, Some(Happened::InDoubt), "the orchestrator knows better");
                     self.settle(op, End::Done);
                 }
-                Move::Refuse => self.fence.refuse(),
-                Move::Answer(outcome, reply) => {
+                FenceDecision::Refuse => self.fence.refuse(),
+                FenceDecision::Answer(outcome, reply) => {
                     let answer = &mut self.answers[usize::from(op == Op::Undo)];
                     let first = answer.get_or_insert((outcome, reply.clone()));
                     prop_assert_eq!(&(outcome, reply), &*first, "a final answer changed");
                 }
-                Move::Ignore => {}
-                Move::CallAgain => self.fence.calling(op),
-                Move::Wait => self.fence.undo = UndoState::Waiting,
+                FenceDecision::Ignore => {}
+                FenceDecision::CallAgain => self.fence.calling(op),
+                FenceDecision::Wait => self.fence.undo = UndoState::Waiting,
             }
             Ok(())
         }
@@ -517,7 +519,7 @@ mod tests {
         /// An effect in the same database goes with its fence, and what comes then comes for the first time. Once its
         /// undo is on its way that is not so any more: Kafka brings the do and then the undo again, in this order.
         fn lose(&mut self) {
-            if self.place == Place::Here {
+            if self.place == EffectPlace::Here {
                 if self.said.is_some() {
                     return;
                 }
@@ -561,7 +563,7 @@ mod tests {
             outside: bool,
             events in prop::collection::vec(event(), 0..40),
         ) {
-            let mut world = World::new(if outside { Place::Outside } else { Place::Here });
+            let mut world = World::new(if outside { EffectPlace::Outside } else { EffectPlace::Here });
             for event in events {
                 world.happens(event)?;
             }
@@ -572,16 +574,16 @@ mod tests {
     fn without_a_record_an_undo_succeeds_only_where_absence_is_proof() {
         let yes = Happened::Yes(());
         for (place, in_doubt) in [
-            (Place::Here, Move::NothingToUndo),
-            (Place::Outside, Move::Undo(Happened::InDoubt)),
-            (Place::Unknown, Move::Fail(NOT_OURS)),
+            (EffectPlace::Here, FenceDecision::NothingToUndo),
+            (EffectPlace::Outside, FenceDecision::Undo(Happened::InDoubt)),
+            (EffectPlace::Unknown, FenceDecision::Fail(NOT_OURS)),
         ] {
-            assert_eq!(Fence::new().next(Asked::Undo(Happened::InDoubt, place)), in_doubt);
+            assert_eq!(Fence::new().next(FenceRequest::Undo(Happened::InDoubt, place)), in_doubt);
             let mut fence = Fence::new();
-            assert_eq!(fence.next(Asked::Undo(yes, place)), Move::Fail(LOST));
-            fence.settle(Op::Undo, &Settled::Failed(LOST.into()));
-            assert_eq!(fence.next(Asked::Undo(yes, place)), Move::Fail(LOST), "and so does its resend");
-            assert_eq!(fence.next(Asked::Do), Move::Refuse, "a do that comes after it is refused");
+            assert_eq!(fence.next(FenceRequest::Undo(yes, place)), FenceDecision::Fail(LOST));
+            fence.settle(Op::Undo, &Settlement::Failed(LOST.into()));
+            assert_eq!(fence.next(FenceRequest::Undo(yes, place)), FenceDecision::Fail(LOST), "and so does its resend");
+            assert_eq!(fence.next(FenceRequest::Do), FenceDecision::Refuse, "a do that comes after it is refused");
         }
     }
 }

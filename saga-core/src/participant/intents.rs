@@ -23,10 +23,10 @@ pub use config::IntentConfig;
 
 use super::{
     Participant, batch,
-    entry::{Entry, Settled},
+    entry::{CommandEntry, Settlement},
     fence::{Fence, UndoState},
     handler::Performed,
-    queue::{self, Claimed, Counted, Room, Which},
+    queue::{self, AttemptCount, ClaimLimits, ClaimedIntent, IntentScope},
     store,
     unsettled::Unsettled,
 };
@@ -39,12 +39,12 @@ use crate::{
     outage::Outage,
     outbox::Tx,
     panics::panic_text,
-    part::{Cause, Report, Trouble},
+    part::{Cause, HealthIssue, PartReport},
     reason::reason,
     transaction::{Bound, Transaction, database_answers},
 };
 use futures::FutureExt;
-use progress::Progress;
+use progress::EffectsProgress;
 use serde_json::Value;
 use slot::Slots;
 use sqlx::PgPool;
@@ -71,7 +71,7 @@ pub struct Intents {
     setup: Arc<Outage>,
     /// Slots of calls in flight whose intents had been called before.
     again: Slots,
-    progress: Arc<Progress>,
+    progress: Arc<EffectsProgress>,
     config: IntentConfig,
 }
 
@@ -99,7 +99,7 @@ impl Intents {
 
     /// What stands in the way of effects, and which effect waits for longest.
     #[must_use]
-    pub fn report(&self) -> Report {
+    pub fn report(&self) -> PartReport {
         let known = self.setup.trouble().or_else(|| self.progress.unclaimed()).or_else(|| self.database.trouble());
         self.progress.report(known)
     }
@@ -148,7 +148,7 @@ impl Intents {
             // It is said of the pool.
             Cause::PoolFull => {}
             Cause::DatabaseAway => self.database.failing(&reason),
-            cause => self.progress.claims(Some(Trouble::new(cause, reason))),
+            cause => self.progress.claims(Some(HealthIssue::new(cause, reason))),
         }
     }
 
@@ -176,7 +176,7 @@ impl Intents {
         let lease = self.config.call_timeout.saturating_add(self.config.claim_margin);
         // Calls that keep failing slowly get at most half of the slots: others go on beside them.
         let again = (self.config.concurrency / 2).max(1).saturating_sub(self.again.taken());
-        let room = Room { all: free, again };
+        let room = ClaimLimits { all: free, again };
         let (claims, due) = self.bound().within(self.claim(&kinds, room, lease)).await?;
         let full = claims.len() == free;
         for claim in claims {
@@ -201,9 +201,9 @@ impl Intents {
     async fn claim(
         &self,
         kinds: &[&str],
-        room: Room,
+        room: ClaimLimits,
         lease: Duration,
-    ) -> Result<(Vec<Claimed>, Option<Duration>), sqlx::Error> {
+    ) -> Result<(Vec<ClaimedIntent>, Option<Duration>), sqlx::Error> {
         let mut tx = self.begin().await?;
         let claims = queue::claim(&mut tx, kinds, room, Uuid::now_v7(), lease).await?;
         // If no slot is left for intents that are called again, one of those in flight ends before the next of them is
@@ -211,7 +211,9 @@ impl Intents {
         let again_left = claims.iter().filter(|claim| claim.attempts > 1).count() < room.again;
         let due = match claims.len() == room.all {
             true => None,
-            false => queue::next_due(&mut tx, kinds, if again_left { Which::All } else { Which::Fresh }).await?,
+            false => {
+                queue::next_due(&mut tx, kinds, if again_left { IntentScope::All } else { IntentScope::Fresh }).await?
+            }
         };
         tx.commit_quietly().await?;
         Ok((claims, due))
@@ -239,7 +241,7 @@ impl Intents {
     }
 
     /// Executes one claim, to its end.
-    async fn execute(&self, claim: Claimed) {
+    async fn execute(&self, claim: ClaimedIntent) {
         let Some((kind, entry)) = self.participant.entries.get_key_value(claim.kind.as_str()) else { return };
         let work = async {
             if claim.ready {
@@ -272,18 +274,18 @@ impl Intents {
             self.in_vain(error.cause(), &reason);
         }
         let unsettled = if class.counts_nothing() {
-            self.bound().within(self.back_off(&claim, Counted::No, &reason)).await
+            self.bound().within(self.back_off(&claim, AttemptCount::No, &reason)).await
         } else if claim.attempts >= self.config.max_attempts {
             self.bound().within(self.give_up(&claim, &reason.as_str().into())).await
         } else {
-            self.bound().within(self.back_off(&claim, Counted::Yes, &reason)).await
+            self.bound().within(self.back_off(&claim, AttemptCount::Yes, &reason)).await
         };
         if let Err(error) = unsettled {
             error.tell(&claim, "the claim is left to run out");
         }
     }
 
-    async fn call(&self, claim: &Claimed, entry: &dyn Entry) -> Result<(), Unsettled> {
+    async fn call(&self, claim: &ClaimedIntent, entry: &dyn CommandEntry) -> Result<(), Unsettled> {
         fail_point!("participant.before-call", self.participant.name, [&claim.intent.cx.saga]);
         let performed = timeout(self.config.call_timeout, entry.perform(&claim.intent)).await;
         fail_point!("participant.after-call", self.participant.name, [&claim.intent.cx.saga]);
@@ -294,19 +296,19 @@ impl Intents {
                 self.give_up(claim, &failed).await
             }
             Performed::Contradiction(reason) => self.give_up(claim, &Failed::new(Why::Contradiction, &reason)).await,
-            Performed::InDoubt(failed) => self.back_off(claim, Counted::Yes, &failed.reason).await,
+            Performed::InDoubt(failed) => self.back_off(claim, AttemptCount::Yes, &failed.reason).await,
             Performed::NotMade { reason, again_after } => {
-                self.release(claim, Counted::No, again_after.max(NOT_MADE_MIN), &reason).await
+                self.release(claim, AttemptCount::No, again_after.max(NOT_MADE_MIN), &reason).await
             }
             Performed::NotLetIn { reason } => {
                 self.in_vain(Cause::ProviderForbidden, &reason);
-                self.release(claim, Counted::No, NOT_LET_IN, &reason).await
+                self.release(claim, AttemptCount::No, NOT_LET_IN, &reason).await
             }
         }
     }
 
     /// Takes a certain answer: records it, replies, closes the intent.
-    async fn settle(&self, claim: &Claimed, entry: &dyn Entry, answer: Value) -> Result<(), Unsettled> {
+    async fn settle(&self, claim: &ClaimedIntent, entry: &dyn CommandEntry, answer: Value) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
         if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
@@ -331,7 +333,7 @@ impl Intents {
 
     /// Ends the attempts, because they ran out or another changes nothing. The effect stays in doubt; the orchestrator
     /// gets `failed`.
-    async fn give_up(&self, claim: &Claimed, failed: &Failed) -> Result<(), Unsettled> {
+    async fn give_up(&self, claim: &ClaimedIntent, failed: &Failed) -> Result<(), Unsettled> {
         let reason = &failed.reason;
         let op = claim.intent.cx.saga.op;
         let command = claim.intent.cx.saga.command;
@@ -353,7 +355,7 @@ impl Intents {
             }
             self.wake_undo(&mut tx, claim, fence).await?;
         }
-        let (outcome, payload) = batch::reply_of(&Settled::Failed(failed.clone()));
+        let (outcome, payload) = batch::reply_of(&Settlement::Failed(failed.clone()));
         outcome::write(&mut tx, claim, &fences, outcome, payload).await?;
         tx.commit().await?;
         batch::count_reply(&claim.kind, outcome);
@@ -362,17 +364,23 @@ impl Intents {
         Ok(())
     }
 
-    async fn back_off(&self, claim: &Claimed, counted: Counted, why: &str) -> Result<(), Unsettled> {
+    async fn back_off(&self, claim: &ClaimedIntent, counted: AttemptCount, why: &str) -> Result<(), Unsettled> {
         // An uncounted attempt is repeated for as long as it takes, and calls the provider each time: the pause is
         // long.
         let delay = match counted {
-            Counted::Yes => self.config.delay(claim.attempts),
-            Counted::No => self.config.delay(6),
+            AttemptCount::Yes => self.config.delay(claim.attempts),
+            AttemptCount::No => self.config.delay(6),
         };
         self.release(claim, counted, delay, why).await
     }
 
-    async fn release(&self, claim: &Claimed, counted: Counted, delay: Duration, why: &str) -> Result<(), Unsettled> {
+    async fn release(
+        &self,
+        claim: &ClaimedIntent,
+        counted: AttemptCount,
+        delay: Duration,
+        why: &str,
+    ) -> Result<(), Unsettled> {
         let reason = &reason(why);
         // In an outage every command comes here again and again; the part that knows of the outage has logged it once.
         tracing::debug!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
@@ -383,7 +391,12 @@ impl Intents {
     }
 
     /// Handles an undo that waited like one that has just come.
-    async fn resume(&self, claim: &Claimed, kind: &'static str, entry: &dyn Entry) -> Result<(), Unsettled> {
+    async fn resume(
+        &self,
+        claim: &ClaimedIntent,
+        kind: &'static str,
+        entry: &dyn CommandEntry,
+    ) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
         let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
         if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
@@ -410,7 +423,7 @@ impl Intents {
         Ok(())
     }
 
-    async fn wake_undo(&self, tx: &mut Tx<'_>, claim: &Claimed, fence: &Fence) -> Result<(), Unsettled> {
+    async fn wake_undo(&self, tx: &mut Tx<'_>, claim: &ClaimedIntent, fence: &Fence) -> Result<(), Unsettled> {
         if let (Op::Do, UndoState::Waiting, Some(undo)) = (claim.intent.cx.saga.op, &fence.undo, fence.undo_command) {
             queue::ready_undo(tx, undo).await?;
             // The undo runs after the poll interval at the latest; a permit that comes before the commit costs one

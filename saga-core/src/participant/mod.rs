@@ -49,8 +49,8 @@ use crate::{
     topic,
 };
 use batch::{Incoming, Work};
-use entry::{Entry, External, ExternalUndoing, Plain, Settled, Undoing};
-use fence::{Asked, FenceKey, Namespace, Place};
+use entry::{CommandEntry, External, ExternalUndoing, Plain, Settlement, Undoing};
+use fence::{EffectPlace, FenceKey, FenceRequest, Namespace};
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -72,7 +72,7 @@ const MAX_NAME: usize = 512;
 /// ```
 pub struct Participant {
     name: &'static str,
-    entries: HashMap<&'static str, Box<dyn Entry>>,
+    entries: HashMap<&'static str, Box<dyn CommandEntry>>,
     /// Topics that replies may go to; `None`: any topic.
     reply_topics: Option<HashSet<String>>,
     /// Sources (`ce_source`) whose commands the participant takes; `None`: it takes the commands of every source.
@@ -80,14 +80,14 @@ pub struct Participant {
     wake: Arc<Notify>,
     /// Partitions whose next batch is handled the long way, because the last one failed, refused something or held a
     /// duplicate. A partition is also in this set while its batch runs, so that a retry takes the long way.
-    careful: Mutex<HashSet<(String, i32)>>,
+    one_by_one: Mutex<HashSet<(String, i32)>>,
 }
 
 impl Participant {
     /// A participant that knows no command yet. `name` appears in logs and metrics.
     pub fn new(name: &'static str) -> Self {
-        let (entries, wake, careful) = (HashMap::new(), Arc::new(Notify::new()), Mutex::default());
-        Self { name, entries, reply_topics: None, sources: None, wake, careful }
+        let (entries, wake, one_by_one) = (HashMap::new(), Arc::new(Notify::new()), Mutex::default());
+        Self { name, entries, reply_topics: None, sources: None, wake, one_by_one }
     }
 
     /// Sends replies to these topics and to no other. A command names the topic of its reply. So without a list, any
@@ -146,7 +146,7 @@ impl Participant {
         Intents::new(self.clone(), pool)
     }
 
-    fn register(mut self, kind: &'static str, entry: Box<dyn Entry>) -> Self {
+    fn register(mut self, kind: &'static str, entry: Box<dyn CommandEntry>) -> Self {
         let before = self.entries.insert(kind, entry);
         assert!(before.is_none(), "participant {:?}: command type {kind:?} is registered twice", self.name);
         self
@@ -154,8 +154,8 @@ impl Participant {
 }
 
 impl Participant {
-    fn careful(&self) -> MutexGuard<'_, HashSet<(String, i32)>> {
-        self.careful.lock().unwrap_or_else(PoisonError::into_inner)
+    fn one_by_one(&self) -> MutexGuard<'_, HashSet<(String, i32)>> {
+        self.one_by_one.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The short way: no handler refuses, and no command comes twice. A handler may fail because its command came
@@ -174,16 +174,16 @@ impl Participant {
     }
 
     /// What a command asks of its fence. An orchestrator whose command does not carry what it knows counts as in doubt.
-    fn asked(&self, entry: &dyn Entry, saga: &SagaHeaders) -> Asked {
-        let Op::Undo = saga.op else { return Asked::Do };
+    fn asked(&self, entry: &dyn CommandEntry, saga: &SagaHeaders) -> FenceRequest {
+        let Op::Undo = saga.op else { return FenceRequest::Do };
         let undone = entry.undoes().and_then(|kind| self.entries.get(kind));
         let place = match undone {
-            _ if entry.is_external() => Place::Outside,
-            Some(undone) if undone.is_external() => Place::Outside,
-            Some(_) => Place::Here,
-            None => Place::Unknown,
+            _ if entry.is_external() => EffectPlace::Outside,
+            Some(undone) if undone.is_external() => EffectPlace::Outside,
+            Some(_) => EffectPlace::Here,
+            None => EffectPlace::Unknown,
         };
-        Asked::Undo(saga.happened.unwrap_or(Happened::InDoubt), place)
+        FenceRequest::Undo(saga.happened.unwrap_or(Happened::InDoubt), place)
     }
 
     /// Refuses messages of sources that are not declared.
@@ -266,17 +266,17 @@ impl Handler for Participant {
         let here = (batch[0].at.topic.clone(), batch[0].at.partition);
         // The partition stays in the set until the batch has ended well: any failure, even a panic, may be due to what
         // the short way assumes.
-        if !self.careful().insert(here.clone()) {
+        if !self.one_by_one().insert(here.clone()) {
             let mut work = Work::load(tx, &commands).await?;
             let surprises = batch::run_apart(tx, &commands, &mut work).await?;
             work.write(tx).await?;
             if surprises == 0 {
-                self.careful().remove(&here);
+                self.one_by_one().remove(&here);
             }
             return Ok(());
         }
         self.take_together(tx, &commands).await?;
-        self.careful().remove(&here);
+        self.one_by_one().remove(&here);
         Ok(())
     }
 
@@ -293,7 +293,7 @@ impl Handler for Participant {
             self.knows_source(message).ok()?;
             let command = self.parse(message).ok()?;
             let failed = Failed::new(Why::GivenUp, &format!("{} gave the command up: {reason}", self.name));
-            let (outcome, payload) = batch::reply_of(&Settled::Failed(failed));
+            let (outcome, payload) = batch::reply_of(&Settlement::Failed(failed));
             batch::count_reply(command.kind, outcome);
             Some(batch::reply(command.kind, &command.cx, &command.trace, outcome, payload))
         };

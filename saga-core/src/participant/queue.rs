@@ -2,7 +2,7 @@
 
 use super::{
     entry::StoredIntent,
-    fence::{Commands, FenceKey, Namespace, Stored},
+    fence::{FenceCommands, FenceKey, Namespace, Stored},
     handler::CommandContext,
 };
 use crate::{
@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 /// Where an intent's reply goes, and which message asked.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Origin {
+pub(super) struct IntentOrigin {
     definition: String,
     version: u32,
     attempt: u32,
@@ -39,7 +39,7 @@ pub(super) struct Origin {
     pub(super) trace: Headers,
 }
 
-impl Origin {
+impl IntentOrigin {
     pub(super) fn new(cx: &CommandContext, undoes: Option<CommandId>, trace: Headers) -> Self {
         Self {
             definition: cx.saga.definition.clone(),
@@ -80,13 +80,13 @@ pub(super) struct NewIntent {
     pub(super) op: Op,
     pub(super) kind: &'static str,
     pub(super) state: IntentState,
-    pub(super) origin: Origin,
+    pub(super) origin: IntentOrigin,
     pub(super) payload: Vec<u8>,
     pub(super) prepared: Option<Value>,
 }
 
 /// An intent that is claimed by this process, until the claim's lease runs out.
-pub(super) struct Claimed {
+pub(super) struct ClaimedIntent {
     /// The id of the claim; no two claims of one intent have the same.
     pub(super) owner: Uuid,
     pub(super) key: FenceKey,
@@ -127,7 +127,7 @@ pub(super) async fn insert_intents(tx: &mut Tx<'_>, intents: &[NewIntent]) -> Re
 }
 
 /// Opens intents again that were given up in doubt, with fresh attempts; the reply goes to the sender of the resend.
-pub(super) async fn reopen_intents(tx: &mut Tx<'_>, intents: &[(CommandId, Origin)]) -> Result<(), sqlx::Error> {
+pub(super) async fn reopen_intents(tx: &mut Tx<'_>, intents: &[(CommandId, IntentOrigin)]) -> Result<(), sqlx::Error> {
     if intents.is_empty() {
         return Ok(());
     }
@@ -158,7 +158,7 @@ pub(super) async fn delete_intents(tx: &mut Tx<'_>, intents: &[CommandId]) -> Re
 
 /// Whether a failed attempt counts against the maximum.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Counted {
+pub(super) enum AttemptCount {
     Yes,
     /// The database was at fault, not the call; or no call was made.
     No,
@@ -166,7 +166,7 @@ pub(super) enum Counted {
 
 /// How many calls there is room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Room {
+pub(super) struct ClaimLimits {
     /// Room for all intents together.
     pub(super) all: usize,
     /// Room within `all` for intents that were called before.
@@ -179,10 +179,10 @@ pub(super) struct Room {
 pub(super) async fn claim(
     tx: &mut Tx<'_>,
     kinds: &[&str],
-    room: Room,
+    room: ClaimLimits,
     owner: Uuid,
     lease: Duration,
-) -> Result<Vec<Claimed>, sqlx::Error> {
+) -> Result<Vec<ClaimedIntent>, sqlx::Error> {
     let rows = sqlx::query(
         "with fresh as (
              select command_id
@@ -252,21 +252,25 @@ async fn put_off(tx: &mut Tx<'_>, intents: &[(CommandId, String)]) -> Result<(),
 
 /// The intents that a query covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Which {
+pub(super) enum IntentScope {
     All,
     /// Intents that were never called.
     Fresh,
 }
 
 /// How long until the next intent is due; `None` when there is none.
-pub(super) async fn next_due(tx: &mut Tx<'_>, kinds: &[&str], which: Which) -> Result<Option<Duration>, sqlx::Error> {
+pub(super) async fn next_due(
+    tx: &mut Tx<'_>,
+    kinds: &[&str],
+    which: IntentScope,
+) -> Result<Option<Duration>, sqlx::Error> {
     let seconds: Option<f64> = sqlx::query_scalar(match which {
-        Which::All => {
+        IntentScope::All => {
             "select extract(epoch from min(due_at) - clock_timestamp())::float8
                from participant_intent
               where state in ('ready', 'open') and type = any($1)"
         }
-        Which::Fresh => {
+        IntentScope::Fresh => {
             "select extract(epoch from min(due_at) - clock_timestamp())::float8
                from participant_intent
               where state in ('ready', 'open') and type = any($1) and attempts = 0"
@@ -341,8 +345,8 @@ pub(super) async fn doubt_intent(
 /// Ends a claim; the intent is due again after `delay`.
 pub(super) async fn release(
     tx: &mut Tx<'_>,
-    claim: &Claimed,
-    counted: Counted,
+    claim: &ClaimedIntent,
+    counted: AttemptCount,
     delay: Duration,
     reason: &str,
 ) -> Result<(), sqlx::Error> {
@@ -356,7 +360,7 @@ pub(super) async fn release(
     .bind(claim.owner)
     .bind(clock::seconds(delay))
     .bind(reason)
-    .bind(i32::from(counted == Counted::No))
+    .bind(i32::from(counted == AttemptCount::No))
     .execute(&mut **tx)
     .await?;
     Ok(())
@@ -375,10 +379,10 @@ pub(super) async fn ready_undo(tx: &mut Tx<'_>, undo: CommandId) -> Result<(), s
     Ok(())
 }
 
-impl Claimed {
+impl ClaimedIntent {
     /// The intent's fence, to be locked.
-    pub(super) fn fence(&self) -> BTreeMap<&FenceKey, Commands> {
-        BTreeMap::from([(&self.key, Commands::of(&self.intent.cx))])
+    pub(super) fn fence(&self) -> BTreeMap<&FenceKey, FenceCommands> {
+        BTreeMap::from([(&self.key, FenceCommands::of(&self.intent.cx))])
     }
 
     /// A span for work on the intent: it continues its command's trace, and its ids are on every line logged within.
@@ -394,8 +398,8 @@ impl Claimed {
     }
 }
 
-fn claimed(row: &PgRow, owner: Uuid) -> Result<Claimed, sqlx::Error> {
-    let Json(origin): Json<Origin> = row.try_get("origin")?;
+fn claimed(row: &PgRow, owner: Uuid) -> Result<ClaimedIntent, sqlx::Error> {
+    let Json(origin): Json<IntentOrigin> = row.try_get("origin")?;
     let occurrence: i32 = row.try_get("occurrence")?;
     let mut saga = SagaHeaders {
         saga: SagaId(row.try_get("saga_id")?),
@@ -417,7 +421,7 @@ fn claimed(row: &PgRow, owner: Uuid) -> Result<Claimed, sqlx::Error> {
         saga.step = step.to_owned();
     }
     let key = FenceKey { saga: saga.saga, step: saga.step.clone(), occurrence, namespace };
-    Ok(Claimed {
+    Ok(ClaimedIntent {
         owner,
         key,
         kind: row.try_get("type")?,

@@ -4,7 +4,7 @@
 //! in two partitions, because the topic was given more. If it becomes a deadlock, PostgreSQL ends it, and the batch
 //! comes again.
 
-use super::fence::{Commands, DoState, Fence, FenceKey, Namespace, Stored, UndoState};
+use super::fence::{DoState, Fence, FenceCommands, FenceKey, Namespace, Stored, UndoState};
 use crate::{
     id::{CommandId, SagaId},
     outbox::{self, AppendError, NewMessage, Statement, Tx},
@@ -68,7 +68,7 @@ macro_rules! keys {
 /// and apart. Its row is the one of its namespace, or one that such a build wrote, if the known commands are the same.
 pub(super) async fn lock_fences(
     tx: &mut Tx<'_>,
-    keys: &BTreeMap<&FenceKey, Commands>,
+    keys: &BTreeMap<&FenceKey, FenceCommands>,
 ) -> Result<HashMap<FenceKey, Fence>, sqlx::Error> {
     let made = sqlx::query(concat!(
         "insert into participant_fence (saga_id, step, occurrence, orchestrator, definition)
@@ -111,7 +111,7 @@ struct Found {
 }
 
 /// Locks the rows of `keys`, and finds out which of them are their fences.
-async fn lock(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, Commands>) -> Result<Found, sqlx::Error> {
+async fn lock(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, FenceCommands>) -> Result<Found, sqlx::Error> {
     // The query locks row by row, in the order of the keys, and not one join. PostgreSQL 18 leaves rows out of a locked
     // join's answer when others changed them while it waited for them. It returns only the first of them (a nested
     // loop's rechecks). A fence that is not seen would pass for one where nothing was done.
@@ -141,7 +141,7 @@ async fn lock(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, Commands>) -> Result<F
 }
 
 /// The fences of `keys`, among the rows that were locked for them. Each key has a row, in the plain place or apart.
-fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, Commands>) -> Result<Found, sqlx::Error> {
+fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, FenceCommands>) -> Result<Found, sqlx::Error> {
     let mut fences = HashMap::with_capacity(keys.len());
     let mut locked = HashSet::with_capacity(keys.len());
     let mut elsewhere = HashSet::new();

@@ -3,7 +3,7 @@
 //! Nothing was committed: a worker of this process or another claims the intent again, and calls the provider again
 //! under the same idempotency key.
 
-use super::queue::Claimed;
+use super::queue::ClaimedIntent;
 use crate::{
     consumer::HandleError,
     error_class::{ErrorClass, Found, classify, in_words},
@@ -40,7 +40,7 @@ impl Unsettled {
 
     /// Logs the error. In an outage of the database every call under way ends here, so such errors are at debug level:
     /// the outage is logged once, elsewhere.
-    pub(super) fn tell(&self, claim: &Claimed, what: &str) {
+    pub(super) fn tell(&self, claim: &ClaimedIntent, what: &str) {
         let (command, saga, kind) = (claim.intent.cx.saga.command, claim.key.saga, &claim.kind);
         if self.class() == ErrorClass::Passing {
             tracing::debug!(%command, %saga, kind, error = %self, "{what}");

@@ -31,7 +31,7 @@ const PASS_OVER: Duration = Duration::from_secs(5);
 
 /// Which partitions this process has seen behind, and since when.
 #[derive(Debug)]
-pub(super) struct Patience {
+pub(super) struct BacklogPatience {
     pub(super) max: Duration,
     behind: Mutex<HashMap<i32, Since>>,
     passed: Mutex<Option<Passed>>,
@@ -74,7 +74,7 @@ impl Backlog {
     }
 }
 
-impl Patience {
+impl BacklogPatience {
     pub(super) fn new(max: Duration) -> Self {
         Self { max, behind: Mutex::default(), passed: Mutex::default() }
     }
@@ -169,7 +169,7 @@ mod tests {
 
     #[test]
     fn a_partition_that_stays_behind_is_waited_for_within_a_bound() {
-        let (patience, start) = (Patience::new(Duration::from_secs(300)), clock::monotonic());
+        let (patience, start) = (BacklogPatience::new(Duration::from_secs(300)), clock::monotonic());
         let at = |seconds| start + Duration::from_secs(seconds);
         assert_eq!(patience.waits(&[1, 2], at(0)), [true, true]);
         assert_eq!(patience.waits(&[2], at(200)), [true]);
@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn what_was_passed_over_is_looked_at_again_after_a_while_or_when_it_is_read() {
-        let (patience, start) = (Patience::new(Duration::from_secs(300)), clock::monotonic());
+        let (patience, start) = (BacklogPatience::new(Duration::from_secs(300)), clock::monotonic());
         let asked = |seconds| OffsetDateTime::UNIX_EPOCH + Duration::from_secs(seconds);
         let backlog = |seconds, read| Backlog {
             partitions: 1,

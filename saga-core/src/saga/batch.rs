@@ -6,12 +6,12 @@
 //! memory only: when the process dies, its transaction has committed or it has not.
 
 use super::{
-    case::{Case, Pending},
     engine::Engine,
+    loaded_saga::{LoadedSaga, LocalToRun},
     local::{LocalCall, LocalError},
     measure,
     state::Event,
-    store::{self, Change},
+    store::{self, SagaUpdate},
 };
 use crate::{
     clock,
@@ -78,27 +78,27 @@ impl From<crate::testkit::failpoints::Injected> for BatchError {
 }
 
 /// The sagas of one transaction, sorted by id.
-pub(super) struct Batch<'e, 'm> {
+pub(super) struct SagaBatch<'e, 'm> {
     engine: &'e Engine,
     now: OffsetDateTime,
-    pub(super) cases: Vec<Case<'m>>,
+    pub(super) sagas: Vec<LoadedSaga<'m>>,
 }
 
-impl<'e, 'm> Batch<'e, 'm> {
+impl<'e, 'm> SagaBatch<'e, 'm> {
     /// Takes the time of the last row lock as the time of the whole batch.
-    pub(super) fn new(engine: &'e Engine, mut cases: Vec<Case<'m>>) -> Self {
-        cases.sort_by_key(Case::saga);
-        let now = cases.iter().map(Case::locked_at).max().unwrap_or_else(clock::now);
-        Self { engine, now, cases }
+    pub(super) fn new(engine: &'e Engine, mut sagas: Vec<LoadedSaga<'m>>) -> Self {
+        sagas.sort_by_key(LoadedSaga::saga);
+        let now = sagas.iter().map(LoadedSaga::locked_at).max().unwrap_or_else(clock::now);
+        Self { engine, now, sagas }
     }
 
     /// Decides everything and writes it: a fixed number of statements, and those of the local effects.
     pub(super) async fn run(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
         loop {
-            for case in &mut self.cases {
-                case.decide(self.engine.reply_topic(), self.now)?;
+            for loaded in &mut self.sagas {
+                loaded.decide(self.engine.reply_topic(), self.now)?;
             }
-            let at_local: Vec<usize> = (0..self.cases.len()).filter(|&i| self.cases[i].pending().is_some()).collect();
+            let at_local: Vec<usize> = (0..self.sagas.len()).filter(|&i| self.sagas[i].pending().is_some()).collect();
             if at_local.is_empty() {
                 break;
             }
@@ -111,8 +111,8 @@ impl<'e, 'm> Batch<'e, 'm> {
     /// Runs the service's effect for sagas that have begun to be undone and are not at the end of it.
     async fn tell_turned(&self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
         let mut turned: BTreeMap<&str, Vec<LocalCall<'_>>> = BTreeMap::new();
-        for case in self.cases.iter().filter(|case| case.has_turned()) {
-            turned.entry(case.definition().name()).or_default().push(case.call_of(case.definition().name()));
+        for loaded in self.sagas.iter().filter(|loaded| loaded.has_turned()) {
+            turned.entry(loaded.definition().name()).or_default().push(loaded.call_of(loaded.definition().name()));
         }
         for (definition, calls) in turned {
             let Some(effect) = self.engine.turned(definition) else { continue };
@@ -171,7 +171,7 @@ impl<'e, 'm> Batch<'e, 'm> {
 
     async fn try_together(&self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), LocalError> {
         let mut by_effect: BTreeMap<&str, Vec<LocalCall<'_>>> = BTreeMap::new();
-        for call in at_local.iter().filter_map(|&i| self.cases[i].pending()).map(Pending::call) {
+        for call in at_local.iter().filter_map(|&i| self.sagas[i].pending()).map(LocalToRun::call) {
             by_effect.entry(call.name).or_default().push(call);
         }
         for (name, calls) in by_effect {
@@ -196,23 +196,24 @@ impl<'e, 'm> Batch<'e, 'm> {
         Ok(())
     }
 
-    fn settle(&mut self, case: usize, event: &Event) {
-        self.cases[case].settle_local(self.engine.reply_topic(), event, self.now);
+    fn settle(&mut self, loaded: usize, event: &Event) {
+        self.sagas[loaded].settle_local(self.engine.reply_topic(), event, self.now);
     }
 
     async fn store(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
-        let with_strays: Vec<SagaId> = self.cases.iter().filter(|case| case.has_strays()).map(Case::saga).collect();
+        let with_strays: Vec<SagaId> =
+            self.sagas.iter().filter(|loaded| loaded.has_strays()).map(LoadedSaga::saga).collect();
         if !with_strays.is_empty() {
             let told = store::strays(tx, &with_strays).await?;
-            for case in &mut self.cases {
-                case.forget(told.get(&case.saga()).map_or(&[], Vec::as_slice));
+            for loaded in &mut self.sagas {
+                loaded.forget(told.get(&loaded.saga()).map_or(&[], Vec::as_slice));
             }
         }
-        let messages: Vec<_> = self.cases.iter_mut().flat_map(|case| std::mem::take(&mut case.messages)).collect();
-        let changes: Vec<Change<'_>> = self.cases.iter().filter_map(|case| case.change(self.now)).collect();
-        let events: Vec<_> = self.cases.iter().flat_map(Case::events).collect();
+        let messages: Vec<_> = self.sagas.iter_mut().flat_map(|loaded| std::mem::take(&mut loaded.messages)).collect();
+        let changes: Vec<SagaUpdate<'_>> = self.sagas.iter().filter_map(|loaded| loaded.change(self.now)).collect();
+        let events: Vec<_> = self.sagas.iter().flat_map(LoadedSaga::events).collect();
         store::update(tx, &changes, &events, &messages, self.now).await?;
-        self.cases.iter().for_each(measure::decided);
+        self.sagas.iter().for_each(measure::decided);
         Ok(())
     }
 }

@@ -18,7 +18,7 @@ use super::{
     moment,
     state::{
         Action, Answer, Effects, Event, FORMAT, Failure, FailureKind, Ignored, Naming, Open, Reply, Send, State,
-        Status, StepState, StuckWhy, Told, Verdict, Wait,
+        Status, StepState, StuckWhy, TimelineEntry, Verdict, Wait,
     },
 };
 use crate::{
@@ -44,22 +44,22 @@ pub fn start(definition: &Definition, saga: SagaId, naming: Naming, now: OffsetD
         failure: None,
         deadline: definition.deadline().map(|deadline| moment::after(now, deadline)),
     };
-    let mut turn = Turn::new(definition, state, now);
-    turn.advance_to(0);
-    turn.taken()
+    let mut decision = DecisionBuilder::new(definition, state, now);
+    decision.advance_to(0);
+    decision.taken()
 }
 
 /// What follows when `event` happens to `state` at `now`.
 pub fn decide(definition: &Definition, state: &State, event: &Event, now: OffsetDateTime) -> (State, Effects) {
-    let turn = Turn::new(definition, state.clone(), moment::cut(now));
+    let decision = DecisionBuilder::new(definition, state.clone(), moment::cut(now));
     match event {
-        Event::Reply(reply) => turn.on_reply(reply),
-        Event::Due => turn.on_due(),
-        Event::Cancel { reason } => turn.on_cancel(reason),
-        Event::Retry => turn.on_retry(),
-        Event::LocalDone => turn.on_local_done(),
-        Event::Broken { error } => turn.on_broken(error),
-        Event::Unsent { error, deadline } => turn.on_unsent(error, *deadline),
+        Event::Reply(reply) => decision.on_reply(reply),
+        Event::Due => decision.on_due(),
+        Event::Cancel { reason } => decision.on_cancel(reason),
+        Event::Retry => decision.on_retry(),
+        Event::LocalDone => decision.on_local_done(),
+        Event::Broken { error } => decision.on_broken(error),
+        Event::Unsent { error, deadline } => decision.on_unsent(error, *deadline),
     }
 }
 
@@ -115,25 +115,25 @@ pub fn command_id(definition: &Definition, state: &State, step: usize, op: Op) -
 }
 
 /// One decision in the making.
-struct Turn<'d> {
+struct DecisionBuilder<'d> {
     definition: &'d Definition,
     state: State,
     now: OffsetDateTime,
     actions: Vec<Action>,
-    told: Vec<Told>,
+    timeline: Vec<TimelineEntry>,
 }
 
-impl<'d> Turn<'d> {
+impl<'d> DecisionBuilder<'d> {
     fn new(definition: &'d Definition, state: State, now: OffsetDateTime) -> Self {
-        Self { definition, state, now, actions: Vec::new(), told: Vec::new() }
+        Self { definition, state, now, actions: Vec::new(), timeline: Vec::new() }
     }
 
     fn taken(self) -> (State, Effects) {
-        (self.state, Effects { verdict: Verdict::Taken, actions: self.actions, told: self.told })
+        (self.state, Effects { verdict: Verdict::Taken, actions: self.actions, timeline: self.timeline })
     }
 
     fn ignored(self, why: Ignored) -> (State, Effects) {
-        (self.state, Effects { verdict: Verdict::Ignored(why), actions: self.actions, told: self.told })
+        (self.state, Effects { verdict: Verdict::Ignored(why), actions: self.actions, timeline: self.timeline })
     }
 
     // Events.
@@ -209,7 +209,7 @@ impl<'d> Turn<'d> {
     fn on_local_done(mut self) -> (State, Effects) {
         match self.state.open().copied() {
             Some(Open { wait: Wait::Local, step, op, .. }) => {
-                self.told.push(Told::Ran { step, op });
+                self.timeline.push(TimelineEntry::Ran { step, op });
                 match op {
                     Op::Do => self.done(step, Value::Null),
                     Op::Undo => self.undone(step),
@@ -257,7 +257,7 @@ impl<'d> Turn<'d> {
         if step == self.definition.steps().len() {
             self.state.status = Status::Completed;
             self.state.deadline = None;
-            self.told.push(Told::Completed);
+            self.timeline.push(TimelineEntry::Completed);
             return;
         }
         self.state.steps.push(StepState::Issued);
@@ -298,7 +298,7 @@ impl<'d> Turn<'d> {
         let step = self.definition.steps()[step].name.clone();
         self.state.failure = Some(Failure { step, kind, rejection, reason, why });
         self.state.deadline = None;
-        self.told.push(Told::Compensating { kind });
+        self.timeline.push(TimelineEntry::Compensating { kind });
         self.undo_next();
     }
 
@@ -321,7 +321,7 @@ impl<'d> Turn<'d> {
             Some(step) => self.issue_first(step, Op::Undo),
             None => {
                 self.state.status = Status::Compensated;
-                self.told.push(Told::Compensated);
+                self.timeline.push(TimelineEntry::Compensated);
             }
         }
     }
@@ -351,7 +351,7 @@ impl<'d> Turn<'d> {
                 let command = command_id(self.definition, &self.state, step, op);
                 let undoes = self.undoes(step, op);
                 self.actions.push(Action::Send(Send { step, op, occurrence: OCCURRENCE, command, undoes, attempt }));
-                self.told.push(Told::Sent { step, op, attempt });
+                self.timeline.push(TimelineEntry::Sent { step, op, attempt });
             }
         }
         self.state.status = match op {
@@ -387,7 +387,7 @@ impl<'d> Turn<'d> {
             _ => {
                 let pause = self.policy(open.step, open.op).pause(self.state.saga, open.step, open.tries);
                 let until = self.later(pause);
-                self.told.push(Told::Pausing { until, error: Some(error.to_owned()) });
+                self.timeline.push(TimelineEntry::Pausing { until, error: Some(error.to_owned()) });
                 let wait = if open.wait == Wait::Local { Wait::Local } else { Wait::Pause };
                 let open = Open { wait, due: Some(until), ..open };
                 self.state.status = match open.op {
@@ -425,7 +425,7 @@ impl<'d> Turn<'d> {
     }
 
     fn stick(&mut self, open: Open, why: StuckWhy) {
-        self.told.push(Told::Stuck(why.clone()));
+        self.timeline.push(TimelineEntry::Stuck(why.clone()));
         self.actions.clear();
         self.state.status = Status::Stuck { open: Open { due: None, ..open }, why };
     }

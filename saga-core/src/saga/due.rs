@@ -5,7 +5,7 @@
 
 use super::{
     backlog::Backlog,
-    store::{Change, Due, Known, Locked, heard},
+    store::{Due, Known, Locked, SagaUpdate, heard},
     trouble::Overdue,
 };
 use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
@@ -54,8 +54,8 @@ pub(super) fn key_hash_of(saga: SagaId) -> i32 {
 }
 
 /// Keeps `saga_due` in step: writes the rows of sagas whose time or status has changed.
-pub(super) async fn rearm(tx: &mut Tx<'_>, changes: &[Change<'_>]) -> sqlx::Result<()> {
-    let set: Vec<&Change<'_>> = changes.iter().filter(|c| c.due == Due::Set).collect();
+pub(super) async fn rearm(tx: &mut Tx<'_>, changes: &[SagaUpdate<'_>]) -> sqlx::Result<()> {
+    let set: Vec<&SagaUpdate<'_>> = changes.iter().filter(|c| c.due == Due::Set).collect();
     if set.is_empty() {
         return Ok(());
     }
@@ -78,7 +78,7 @@ pub(super) async fn rearm(tx: &mut Tx<'_>, changes: &[Change<'_>]) -> sqlx::Resu
 
 /// What the gauges show.
 #[derive(Debug)]
-pub(super) struct Counts {
+pub(super) struct SagaCounts {
     /// Sagas that have not ended, by definition and status.
     pub(super) active: Vec<(String, String, i64)>,
     /// Sagas that are due, and wait for a replica that knows their definitions.
@@ -89,7 +89,7 @@ pub(super) struct Counts {
 
 /// Counts sagas that have not ended. The timers take known sagas at once when they are due, so `overdue` reads few
 /// rows.
-pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts> {
+pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<SagaCounts> {
     let active = sqlx::query_as("select definition, status, count(*) from saga_due group by definition, status");
     let active = active.fetch_all(&mut **tx).await?;
     let overdue = sqlx::query_scalar(
@@ -109,7 +109,7 @@ pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<Counts
     .fetch_one(&mut **tx)
     .await?;
     let undecided = sqlx::query_scalar("select count(*) from saga_undecided").fetch_one(&mut **tx).await?;
-    Ok(Counts { active, overdue, undecided })
+    Ok(SagaCounts { active, overdue, undecided })
 }
 
 /// The saga that has been due for longest, whichever replica can decide it, and since when.

@@ -5,17 +5,17 @@
 
 pub use super::error::{CancelError, Cancelled, EngineError, EngineErrors, RetryError, StartError};
 use super::{
-    backlog::{Patience, WAIT_MAX},
-    batch::{Batch, BatchError},
-    case::{Case, Incident},
+    backlog::{BacklogPatience, WAIT_MAX},
+    batch::{BatchError, SagaBatch},
     definition::{Definition, Saga},
+    loaded_saga::{LoadedSaga, PendingEvent},
     local::{LocalEffect, LocalError},
-    log::What,
+    log::LogEvent,
     runner::ReplyHandler,
     starts::Starts,
     state::{Event, FORMAT, Ignored, Verdict},
     store::{self, Known, Locked, Row},
-    trouble::Trouble,
+    trouble::TimersHealth,
 };
 use crate::{
     consumer::Unfit,
@@ -56,8 +56,8 @@ pub struct Engine {
     turned: BTreeMap<String, Arc<dyn LocalEffect>>,
     known: Known,
     starts: Starts,
-    trouble: Trouble,
-    patience: Patience,
+    trouble: TimersHealth,
+    patience: BacklogPatience,
     bound: Bound,
 }
 
@@ -70,7 +70,7 @@ pub struct EngineBuilder {
     definitions: Vec<Arc<Definition>>,
     locals: BTreeMap<String, Arc<dyn LocalEffect>>,
     turned: BTreeMap<String, Arc<dyn LocalEffect>>,
-    patience: Patience,
+    patience: BacklogPatience,
     bound: Bound,
 }
 
@@ -84,7 +84,7 @@ impl Engine {
             definitions: Vec::new(),
             locals: BTreeMap::new(),
             turned: BTreeMap::new(),
-            patience: Patience::new(WAIT_MAX),
+            patience: BacklogPatience::new(WAIT_MAX),
             bound: ATTEMPT_MAX,
         }
     }
@@ -99,7 +99,7 @@ impl Engine {
         let (definition, row) = self.read(locked)?;
         let reason = text(reason);
         let event = Event::Cancel { reason: reason.clone() };
-        let cancel = Incident { event, what: What::Cancel { reason }, cause: None, kind: None, flaw: None };
+        let cancel = PendingEvent { event, what: LogEvent::Cancel { reason }, cause: None, kind: None, flaw: None };
         Ok(match self.decide_one(tx, definition, row, cancel).await? {
             Verdict::Taken => Cancelled::Accepted,
             Verdict::Ignored(Ignored::AlreadyCompensating) => Cancelled::AlreadyCancelling,
@@ -128,12 +128,12 @@ impl Engine {
         let mut tx = self.begin().await?;
         let locked = store::load(&mut tx, &[id]).await?.pop().ok_or(RetryError::Unknown(id))?;
         if locked.revision != expected {
-            return Err(RetryError::Version { expected, found: locked.revision });
+            return Err(RetryError::Revision { expected, found: locked.revision });
         }
         let (definition, row) = self.read(locked)?;
         let status = row.state.status.as_str();
-        let what = What::Retry { reason: text(reason), actor: text(actor) };
-        let retry = Incident { event: Event::Retry, what, cause: None, kind: None, flaw: None };
+        let what = LogEvent::Retry { reason: text(reason), actor: text(actor) };
+        let retry = PendingEvent { event: Event::Retry, what, cause: None, kind: None, flaw: None };
         match self.decide_one(&mut tx, definition, row, retry).await? {
             Verdict::Taken => {}
             Verdict::Ignored(_) => return Err(RetryError::NotStuck(status.to_owned())),
@@ -151,12 +151,12 @@ impl Engine {
         tx: &mut Tx<'_>,
         definition: Arc<Definition>,
         row: Row,
-        incident: Incident<'_>,
+        event: PendingEvent<'_>,
     ) -> Result<Verdict, sqlx::Error> {
-        let case = Case::new(definition, row, VecDeque::from([incident]));
-        let mut batch = Batch::new(self, vec![case]);
+        let loaded = LoadedSaga::new(definition, row, VecDeque::from([event]));
+        let mut batch = SagaBatch::new(self, vec![loaded]);
         batch.run(tx).await.map_err(BatchError::into_database)?;
-        let verdict = batch.cases.first().and_then(|case| case.verdicts.first()).copied();
+        let verdict = batch.sagas.first().and_then(|loaded| loaded.verdicts.first()).copied();
         verdict.ok_or(sqlx::Error::RowNotFound)
     }
 
@@ -223,7 +223,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn trouble(&self) -> &Trouble {
+    pub(super) fn trouble(&self) -> &TimersHealth {
         &self.trouble
     }
 
@@ -231,7 +231,7 @@ impl Engine {
         &self.starts
     }
 
-    pub(super) fn patience(&self) -> &Patience {
+    pub(super) fn patience(&self) -> &BacklogPatience {
         &self.patience
     }
 
@@ -298,7 +298,7 @@ impl EngineBuilder {
     /// How long timers wait at most for a partition of the reply topic to be read (default 5 min). The engine must not
     /// resend or undo what was answered in time. A partition that is read as usual delays no timer.
     pub fn wait_for_replies(mut self, max: Duration) -> Self {
-        self.patience = Patience::new(max);
+        self.patience = BacklogPatience::new(max);
         self
     }
 
@@ -327,7 +327,7 @@ impl EngineBuilder {
             }
         }
         if errors.is_empty() {
-            let (starts, trouble) = (Starts::default(), Trouble::of(&reply_topic));
+            let (starts, trouble) = (Starts::default(), TimersHealth::of(&reply_topic));
             Ok(Arc::new(Engine {
                 pool,
                 reply_topic,

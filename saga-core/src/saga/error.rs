@@ -114,8 +114,8 @@ pub enum RetryError {
     #[error("there is no saga {0}")]
     Unknown(SagaId),
     /// The saga has changed since the operator read it: read it again.
-    #[error("the saga is at version {found}, not {expected}")]
-    Version {
+    #[error("the saga is at revision {found}, not {expected}")]
+    Revision {
         /// The revision that the caller read.
         expected: i32,
         /// The revision that the saga has now.

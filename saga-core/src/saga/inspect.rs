@@ -3,10 +3,10 @@
 use super::{
     definition::Definition,
     engine::Engine,
-    log::Entry,
+    log::LogEntry,
     state::State,
     store,
-    view::{Found, Names, Payloads, SagaSummary, SagaView, view},
+    view::{Names, Payloads, SagaSummary, SagaView, StoredSaga, view},
 };
 use crate::id::SagaId;
 use serde_json::Value;
@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 /// Which sagas a list has. `None` in a field matches every saga.
 #[derive(Debug, Clone, Default)]
-pub struct Filter {
+pub struct SagaFilter {
     /// `running`, `compensating`, `stuck`, `completed` or `compensated`.
     pub status: Option<String>,
     /// The name of the sagas' definition.
@@ -33,7 +33,7 @@ impl Engine {
     ///
     /// # Errors
     /// When the database returns an error.
-    pub async fn list(&self, filter: &Filter, limit: i64) -> Result<Vec<SagaSummary>, sqlx::Error> {
+    pub async fn list(&self, filter: &SagaFilter, limit: i64) -> Result<Vec<SagaSummary>, sqlx::Error> {
         let unfinished = matches!(filter.status.as_deref(), Some("running" | "compensating" | "stuck"));
         let sql = if unfinished { LIST_UNFINISHED } else { LIST };
         let rows = sqlx::query(sql)
@@ -61,13 +61,13 @@ impl Engine {
         .bind(id.0)
         .bind(summary.revision)
         .try_map(|line: PgRow| {
-            let entry = line.try_get::<Json<Entry>, _>("entry").map(|Json(entry)| entry);
+            let entry = line.try_get::<Json<LogEntry>, _>("entry").map(|Json(entry)| entry);
             Ok((line.try_get("revision")?, line.try_get("at")?, entry.map_err(|error| error.to_string())))
         })
         .fetch_all(self.pool())
         .await?;
         let input = row.try_get::<Json<Value>, _>("input").ok().map(|Json(input)| input);
-        let found = Found { summary, state, input, log, undecided: row.try_get("undecided")? };
+        let found = StoredSaga { summary, state, input, log, undecided: row.try_get("undecided")? };
         Ok(Some(view(found, definition.as_deref(), payloads)))
     }
 

@@ -1,25 +1,25 @@
 //! The lines of a saga's log: what happened, and what followed. The engine writes a line with the state and never
 //! changes it. Inspection shows the lines as the timeline. Pure.
 
-use super::state::{Ignored, Told};
+use super::state::{Ignored, TimelineEntry};
 use crate::command::{Op, Outcome};
 use serde::{Deserialize, Serialize};
 
 /// One event of a saga.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct LogEntry {
     /// What happened to the saga.
     #[serde(flatten)]
-    pub what: What,
+    pub what: LogEvent,
     /// What the engine did in answer, in order; empty where nothing followed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub then: Vec<Told>,
+    pub then: Vec<TimelineEntry>,
 }
 
 /// What happened to a saga.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
-pub enum What {
+pub enum LogEvent {
     /// The saga began.
     Started,
     /// The open command was answered.
@@ -65,19 +65,19 @@ pub enum What {
 /// What an unexpected reply says of its saga, whatever the attempt. The saga's log takes each kind once: a participant,
 /// or a stranger, may send the same reply for ever.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Stray<'w> {
+pub(super) struct UnexpectedReply<'w> {
     /// `None` where the command is none of the saga's: such a reply may say anything.
     answers: Option<(&'w str, Op, Outcome)>,
     why: Ignored,
 }
 
-impl What {
+impl LogEvent {
     /// The kind of an unexpected reply; `None` for any other line.
-    pub(super) fn stray(&self) -> Option<Stray<'_>> {
+    pub(super) fn stray(&self) -> Option<UnexpectedReply<'_>> {
         match self {
-            Self::Ignored { why: why @ Ignored::Unknown, .. } => Some(Stray { answers: None, why: *why }),
+            Self::Ignored { why: why @ Ignored::Unknown, .. } => Some(UnexpectedReply { answers: None, why: *why }),
             Self::Ignored { step, op, outcome, why, .. } => {
-                Some(Stray { answers: Some((step, *op, *outcome)), why: *why })
+                Some(UnexpectedReply { answers: Some((step, *op, *outcome)), why: *why })
             }
             _ => None,
         }

@@ -4,36 +4,36 @@
 //! twice. Gauges are read from the database.
 
 use super::{
-    case::Case,
-    due::Counts,
+    due::SagaCounts,
     engine::Unread,
-    state::{Status, Told},
+    loaded_saga::LoadedSaga,
+    state::{Status, TimelineEntry},
 };
 use crate::command::Op;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 /// Records what a transaction did to a saga.
-pub(super) fn decided(case: &Case<'_>) {
-    let saga = || case.definition().name().to_owned();
-    for (open, now) in &case.settled {
-        let step = case.definition().steps()[open.step].name.clone();
+pub(super) fn decided(loaded: &LoadedSaga<'_>) {
+    let saga = || loaded.definition().name().to_owned();
+    for (open, now) in &loaded.settled {
+        let step = loaded.definition().steps()[open.step].name.clone();
         let seconds = (*now - open.since).as_seconds_f64().max(0.0);
         histogram!("saga_step_duration_seconds", "saga" => saga(), "step" => step, "op" => open.op.as_str())
             .record(seconds);
     }
-    for why in &case.ignored {
+    for why in &loaded.ignored {
         counter!("saga_replies_ignored_total", "saga" => saga(), "reason" => why.as_str()).increment(1);
     }
-    for told in case.entries().iter().flat_map(|entry| &entry.then) {
-        if let Told::Stuck(why) = told {
-            let open = case.state().open();
+    for line in loaded.entries().iter().flat_map(|entry| &entry.then) {
+        if let TimelineEntry::Stuck(why) = line {
+            let open = loaded.state().open();
             let undoing = open.is_some_and(|open| open.op == Op::Undo);
-            let step = open.and_then(|open| case.definition().steps().get(open.step)).map(|step| step.name.as_str());
+            let step = open.and_then(|open| loaded.definition().steps().get(open.step)).map(|step| step.name.as_str());
             // The line repeats the span's ids: with `RUST_LOG=warn` there are no spans.
-            case.span().in_scope(|| {
+            loaded.span().in_scope(|| {
                 tracing::error!(
-                    saga = %case.saga(),
-                    saga_type = case.definition().name(),
+                    saga = %loaded.saga(),
+                    saga_type = loaded.definition().name(),
                     step,
                     undoing,
                     ?why,
@@ -45,9 +45,9 @@ pub(super) fn decided(case: &Case<'_>) {
             }
         }
     }
-    match case.state().status {
-        Status::Completed | Status::Compensated if !case.was_finished() => {
-            finished(&saga(), case.state().status.as_str());
+    match loaded.state().status {
+        Status::Completed | Status::Compensated if !loaded.was_finished() => {
+            finished(&saga(), loaded.state().status.as_str());
         }
         _ => {}
     }
@@ -77,7 +77,7 @@ pub(super) fn unread(unread: &Unread, consequence: &str) {
 }
 
 /// Sets the gauges from the database. A saga whose definition this replica does not know is in no gauge by its name.
-pub(super) fn counted(counts: &Counts, definitions: &[String]) {
+pub(super) fn counted(counts: &SagaCounts, definitions: &[String]) {
     for definition in definitions {
         let of = |status: &str| {
             counts.active.iter().filter(|(d, s, _)| d == definition && s == status).map(|(_, _, n)| *n).sum::<i64>()

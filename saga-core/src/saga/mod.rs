@@ -22,13 +22,13 @@
 
 mod backlog;
 mod batch;
-mod case;
 pub mod decide;
 pub mod definition;
 mod due;
 pub mod engine;
 pub mod error;
 pub mod inspect;
+mod loaded_saga;
 pub mod local;
 pub mod log;
 mod measure;

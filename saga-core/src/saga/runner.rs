@@ -10,11 +10,11 @@
 
 use super::{
     backlog::Backlog,
-    batch::{Batch, BatchError},
-    case::{Case, Incident},
+    batch::{BatchError, SagaBatch},
     due,
     engine::{Engine, Unread},
-    log::What,
+    loaded_saga::{LoadedSaga, PendingEvent},
+    log::LogEvent,
     measure,
     state::{Answer, Event, Reply, Verdict},
     store::{self, Locked, Row, Undecided},
@@ -49,7 +49,7 @@ impl Handler for ReplyHandler {
         for message in batch {
             match self.engine.knows_source(&message.envelope) {
                 Err(stranger) => unfit.push(stranger),
-                Ok(()) => match Incoming::from_message(message) {
+                Ok(()) => match IncomingReply::from_message(message) {
                     Ok(reply) => replies.push(reply),
                     Err(error) => unfit.push(Unfit::poison(message.envelope.id, error)?),
                 },
@@ -77,7 +77,7 @@ impl Handler for ReplyHandler {
 }
 
 /// A reply, from the topic or from `saga_undecided`, where another transaction set it aside.
-pub(super) struct Incoming<'m> {
+pub(super) struct IncomingReply<'m> {
     message: MessageId,
     kind: Option<&'m str>,
     headers: SagaHeaders,
@@ -86,7 +86,7 @@ pub(super) struct Incoming<'m> {
     cause: Option<&'m Envelope>,
 }
 
-impl<'m> Incoming<'m> {
+impl<'m> IncomingReply<'m> {
     fn from_message(message: &'m Message) -> Result<Self, HandleError> {
         let envelope = &message.envelope;
         let Some(headers) = envelope.saga.clone() else {
@@ -131,12 +131,12 @@ impl<'m> Incoming<'m> {
         self.cause.map(|_| Unfit { message: self.message, class: NO_SAGA, reason })
     }
 
-    fn incident(self) -> Incident<'m> {
+    fn into_event(self) -> PendingEvent<'m> {
         let Self { kind, headers, outcome, payload, cause, .. } = self;
         let (answer, flaw) = read_answer(outcome, payload);
         let SagaHeaders { step, op, attempt, command, .. } = headers;
         let event = Event::Reply(Reply { command, attempt, answer });
-        Incident { event, what: What::Reply { step, op, attempt, outcome }, cause, kind, flaw }
+        PendingEvent { event, what: LogEvent::Reply { step, op, attempt, outcome }, cause, kind, flaw }
     }
 
     fn set_aside(self, unread: &Unread) -> Undecided {
@@ -204,8 +204,12 @@ pub fn divide<S, U>(read: impl IntoIterator<Item = Result<S, U>>) -> (Vec<S>, Ve
 
 impl Engine {
     /// Decides replies in the caller's transaction. Several replies to one saga are taken in their order.
-    pub(super) async fn take_replies(&self, tx: &mut Tx<'_>, replies: Vec<Incoming<'_>>) -> Result<(), BatchError> {
-        let mut by_saga: BTreeMap<SagaId, Vec<Incoming<'_>>> = BTreeMap::new();
+    pub(super) async fn take_replies(
+        &self,
+        tx: &mut Tx<'_>,
+        replies: Vec<IncomingReply<'_>>,
+    ) -> Result<(), BatchError> {
+        let mut by_saga: BTreeMap<SagaId, Vec<IncomingReply<'_>>> = BTreeMap::new();
         for reply in replies {
             by_saga.entry(reply.headers.saga).or_default().push(reply);
         }
@@ -214,17 +218,17 @@ impl Engine {
         fail_point!("saga.after-load", self.reply_topic());
         let (readable, unread) = divide(rows.into_iter().map(|locked| self.read(locked)));
         let mut replies_of = |saga| by_saga.remove(&saga).unwrap_or_default().into_iter();
-        let case = |(definition, row): (_, Row)| {
-            let incidents = replies_of(row.state.saga).map(Incoming::incident).collect();
-            Case::new(definition, row, incidents)
+        let loaded = |(definition, row): (_, Row)| {
+            let events = replies_of(row.state.saga).map(IncomingReply::into_event).collect();
+            LoadedSaga::new(definition, row, events)
         };
-        let cases: Vec<_> = readable.into_iter().map(case).collect();
+        let sagas: Vec<_> = readable.into_iter().map(loaded).collect();
         let mut aside = Vec::new();
         for unread in unread {
             measure::unread(&unread, "its replies are set aside, and tried again every minute");
             aside.extend(replies_of(unread.locked.saga).map(|reply| reply.set_aside(&unread)));
         }
-        let lost: Vec<_> = by_saga.into_values().flatten().filter_map(Incoming::without_saga).collect();
+        let lost: Vec<_> = by_saga.into_values().flatten().filter_map(IncomingReply::without_saga).collect();
         if !lost.is_empty() {
             return Err(BatchError::Unfit(lost));
         }
@@ -241,7 +245,7 @@ impl Engine {
         if !aside.is_empty() {
             store::set_aside(tx, &aside).await?;
         }
-        Batch::new(self, cases).run(tx).await?;
+        SagaBatch::new(self, sagas).run(tx).await?;
         fail_point!("saga.after-store", self.reply_topic());
         Ok(())
     }
@@ -256,21 +260,21 @@ impl Engine {
         backlog: &Backlog,
     ) -> Result<usize, BatchError> {
         let (readable, unread) = divide(rows.into_iter().map(|locked| self.read(locked)));
-        let case = |(definition, row): (_, Row)| {
-            let due = Incident { event: Event::Due, what: What::Due, cause: None, kind: None, flaw: None };
+        let loaded = |(definition, row): (_, Row)| {
+            let due = PendingEvent { event: Event::Due, what: LogEvent::Due, cause: None, kind: None, flaw: None };
             // Where the saga has to wait, `saga_due` had too early a time: the batch sets it right.
             let waits = backlog.holds(row.state.saga, row.state.due());
-            Case::new(definition, row, if waits { VecDeque::new() } else { VecDeque::from([due]) })
+            LoadedSaga::new(definition, row, if waits { VecDeque::new() } else { VecDeque::from([due]) })
         };
-        let cases = readable.into_iter().map(case).collect();
+        let sagas = readable.into_iter().map(loaded).collect();
         if !unread.is_empty() {
             unread.iter().for_each(|unread| measure::unread(unread, "what is due for it is put off for a minute"));
             let put_off: Vec<_> = unread.iter().map(|unread| unread.locked.saga).collect();
             due::put_off(tx, &put_off, PUT_OFF).await?;
             self.trouble().puts_off(put_off.iter().map(|saga| saga.0));
         }
-        let mut batch = Batch::new(self, cases);
+        let mut batch = SagaBatch::new(self, sagas);
         batch.run(tx).await?;
-        Ok(batch.cases.iter().flat_map(|case| &case.verdicts).filter(|verdict| **verdict == Verdict::Taken).count())
+        Ok(batch.sagas.iter().flat_map(|loaded| &loaded.verdicts).filter(|verdict| **verdict == Verdict::Taken).count())
     }
 }

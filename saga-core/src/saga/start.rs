@@ -9,15 +9,15 @@
 //! if no caller got the answer. A caller that repeats the start with the same business key gets [`StartError::Exists`].
 
 use super::{
-    case,
     decide::{decide, start},
     definition::{Definition, Saga},
     engine::{Engine, version_of},
     error::StartError,
+    loaded_saga,
     local::LocalCall,
-    log::{Entry, What},
+    log::{LogEntry, LogEvent},
     measure,
-    starts::Waiting,
+    starts::WaitingStart,
     state::{Action, Effects, Event, Naming, State},
     store::{self, NewSaga},
 };
@@ -83,7 +83,7 @@ impl Engine {
         // The start runs in a task that is not the caller's: the caller may go away, and the others' sagas must not go
         // with it.
         if new.fits_a_set() {
-            self.starts().push(Waiting { engine, new, tell });
+            self.starts().push(WaitingStart { engine, new, tell });
         } else {
             tokio::spawn(async move {
                 // The caller may have gone.
@@ -166,7 +166,7 @@ pub(super) struct New {
     state: State,
     locals: Vec<usize>,
     message: Option<NewMessage>,
-    entry: Entry,
+    entry: LogEntry,
 }
 
 impl New {
@@ -180,21 +180,21 @@ impl New {
         let now = clock::now();
         let naming = Naming { orchestrator: reply_topic.to_owned(), nonce: Nonce::new() };
         let (mut state, mut effects) = start(&definition, id, naming, now);
-        let (mut locals, mut told) = (Vec::new(), Vec::new());
+        let (mut locals, mut timeline) = (Vec::new(), Vec::new());
         let message = loop {
-            let Effects { actions, told: more, .. } = effects;
-            told.extend(more);
+            let Effects { actions, timeline: more, .. } = effects;
+            timeline.extend(more);
             match actions.first() {
                 Some(Action::RunLocal { step, op: Op::Do }) => locals.push(*step),
                 Some(Action::Send(send)) => {
-                    let message = case::message(&definition, &state, &input, send, reply_topic);
+                    let message = loaded_saga::message(&definition, &state, &input, send, reply_topic);
                     break Some(message.map_err(StartError::Input)?);
                 }
                 Some(Action::RunLocal { op: Op::Undo, .. }) | None => break None,
             }
             (state, effects) = decide(&definition, &state, &Event::LocalDone, now);
         };
-        let entry = Entry { what: What::Started, then: told };
+        let entry = LogEntry { what: LogEvent::Started, then: timeline };
         Ok(Self { definition, business_key, input, state, locals, message, entry })
     }
 

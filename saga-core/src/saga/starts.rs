@@ -40,7 +40,7 @@ const LOOK: Duration = Duration::from_millis(100);
 const ALONE: usize = 4;
 
 /// A saga that is to be started, and the caller that waits for it.
-pub(super) struct Waiting {
+pub(super) struct WaitingStart {
     /// Held here, so that a start under way keeps its engine alive, and the queue does not.
     pub(super) engine: Arc<Engine>,
     pub(super) new: New,
@@ -50,7 +50,7 @@ pub(super) struct Waiting {
 /// The way to the task that takes the waiting starts.
 pub(super) struct Starts {
     /// The queue is as long as the callers are many: each has one start in it. `None` until the first start.
-    queue: Mutex<Option<mpsc::UnboundedSender<Waiting>>>,
+    queue: Mutex<Option<mpsc::UnboundedSender<WaitingStart>>>,
     alone: Semaphore,
 }
 
@@ -62,7 +62,7 @@ impl Default for Starts {
 
 impl Starts {
     /// Hands a start to the task that takes them; spawns a task if there is none or it has ended.
-    pub(super) fn push(&self, waiting: Waiting) {
+    pub(super) fn push(&self, waiting: WaitingStart) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = match &*queue {
             None => waiting,
@@ -74,13 +74,13 @@ impl Starts {
         let (sender, receiver) = mpsc::unbounded_channel();
         // The send cannot fail: the receiver is here.
         sender.send(waiting).ok();
-        tokio::spawn(take_what_waits(Queue { receiver, gathering: Gathering::default() }));
+        tokio::spawn(take_what_waits(StartQueue { receiver, gathering: Gathering::default() }));
         *queue = Some(sender);
     }
 }
 
 /// Takes the waiting starts, set after set. The task ends when the engine does.
-async fn take_what_waits(mut queue: Queue<Waiting>) {
+async fn take_what_waits(mut queue: StartQueue<WaitingStart>) {
     while let Some(first) = queue.first_of_a_set().await {
         let engine = Arc::clone(&first.engine);
         let taken = engine.within(connection(engine.pool())).await;
@@ -102,12 +102,12 @@ async fn take_what_waits(mut queue: Queue<Waiting>) {
 }
 
 /// The waiting starts, as their task sees them.
-struct Queue<W> {
+struct StartQueue<W> {
     receiver: mpsc::UnboundedReceiver<W>,
     gathering: Gathering,
 }
 
-impl<W> Queue<W> {
+impl<W> StartQueue<W> {
     /// The next start; where many start together, after a moment in which others may join it. A service that starts
     /// sagas when others end does so for a whole batch, one after the other.
     async fn first_of_a_set(&mut self) -> Option<W> {
@@ -121,7 +121,7 @@ impl<W> Queue<W> {
 
 /// Makes a start apart from the queue. It looks again and again instead of waiting in PostgreSQL, so no connection
 /// waits with it. If its own caller holds the lock, nothing else stands still.
-async fn start_alone(Waiting { engine, new, tell }: Waiting) {
+async fn start_alone(WaitingStart { engine, new, tell }: WaitingStart) {
     let mut obstacle = None;
     let looks = async {
         loop {
@@ -142,11 +142,11 @@ async fn start_alone(Waiting { engine, new, tell }: Waiting) {
 }
 
 impl Engine {
-    async fn start_together(&self, mut connection: PoolConnection<Postgres>, mut set: Vec<Waiting>) {
+    async fn start_together(&self, mut connection: PoolConnection<Postgres>, mut set: Vec<WaitingStart>) {
         let sagas: Vec<&New> = set.iter().map(|waiting| &waiting.new).collect();
         match self.within(self.start_set(&mut connection, &sagas)).await {
             Ok(started) => {
-                for Waiting { new, tell, .. } in set {
+                for WaitingStart { new, tell, .. } in set {
                     tell.send(new_or_not(&started, &new)).ok();
                 }
                 outbox::nudge_with(&mut connection).await;
@@ -183,7 +183,7 @@ fn new_or_not(started: &HashSet<SagaId>, new: &New) -> Result<(), StartError> {
 }
 
 /// Answers all callers with one error, which cannot be cloned.
-fn tell_all(set: Vec<Waiting>, error: &sqlx::Error) {
+fn tell_all(set: Vec<WaitingStart>, error: &sqlx::Error) {
     let kind = if let sqlx::Error::Io(error) = error { error.kind() } else { std::io::ErrorKind::Other };
     for waiting in set {
         let told = match error {
@@ -208,7 +208,7 @@ mod tests {
     #[tokio::test]
     async fn where_many_start_together_one_waits_a_moment_for_others_and_a_full_set_for_nobody() {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let mut queue = Queue { receiver, gathering: Gathering::default() };
+        let mut queue = StartQueue { receiver, gathering: Gathering::default() };
         sender.send(0).unwrap();
         assert_eq!(queue.first_of_a_set().now_or_never(), Some(Some(0)));
 

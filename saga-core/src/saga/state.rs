@@ -294,7 +294,7 @@ pub struct Effects {
     /// What is to be done now: one action at most, until there are steps that do several things at once.
     pub actions: Vec<Action>,
     /// The lines that the timeline gets.
-    pub told: Vec<Told>,
+    pub timeline: Vec<TimelineEntry>,
 }
 
 /// What became of an event.
@@ -381,7 +381,7 @@ pub struct Send {
 /// A line of the timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Told {
+pub enum TimelineEntry {
     /// A command was issued.
     Sent {
         /// Index of the step.

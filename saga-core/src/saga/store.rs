@@ -5,7 +5,7 @@
 
 use super::{
     due,
-    log::Entry,
+    log::LogEntry,
     state::{FORMAT, State},
 };
 use crate::{
@@ -58,12 +58,12 @@ pub(super) struct NewSaga<'a> {
     pub(super) business_key: &'a str,
     pub(super) state: &'a State,
     pub(super) input: &'a Value,
-    pub(super) entry: &'a Entry,
+    pub(super) entry: &'a LogEntry,
 }
 
 /// What a saga's row becomes.
 #[derive(Debug)]
-pub(super) struct Change<'a> {
+pub(super) struct SagaUpdate<'a> {
     pub(super) definition: &'a str,
     pub(super) version: i32,
     pub(super) from_revision: i32,
@@ -89,7 +89,7 @@ pub(super) enum Due {
 pub(super) struct Event<'a> {
     pub(super) saga: SagaId,
     pub(super) revision: i32,
-    pub(super) entry: &'a Entry,
+    pub(super) entry: &'a LogEntry,
 }
 
 /// A reply that this replica cannot decide.
@@ -248,7 +248,7 @@ pub(super) fn state(row: &PgRow) -> sqlx::Result<State> {
 /// the outbox. Sagas that ended leave `saga_due`. One statement: each costs a round trip while the locks are held.
 pub(super) async fn update(
     tx: &mut Tx<'_>,
-    changes: &[Change<'_>],
+    changes: &[SagaUpdate<'_>],
     events: &[Event<'_>],
     messages: &[NewMessage],
     now: OffsetDateTime,
@@ -302,7 +302,7 @@ pub(super) async fn update(
 }
 
 /// The unexpected replies in the logs of `sagas`, one of each kind. A batch asks only when it has such a reply.
-pub(super) async fn strays(tx: &mut Tx<'_>, sagas: &[SagaId]) -> sqlx::Result<HashMap<SagaId, Vec<Entry>>> {
+pub(super) async fn strays(tx: &mut Tx<'_>, sagas: &[SagaId]) -> sqlx::Result<HashMap<SagaId, Vec<LogEntry>>> {
     let found: Vec<(Uuid, Json<Value>)> = sqlx::query_as(
         "select distinct on (saga_id, entry ->> 'step', entry ->> 'op', entry ->> 'outcome', entry ->> 'why')
                 saga_id, entry
@@ -313,7 +313,7 @@ pub(super) async fn strays(tx: &mut Tx<'_>, sagas: &[SagaId]) -> sqlx::Result<Ha
     .bind(sagas.iter().map(|saga| saga.0).collect::<Vec<Uuid>>())
     .fetch_all(&mut **tx)
     .await?;
-    let mut told: HashMap<SagaId, Vec<Entry>> = HashMap::new();
+    let mut told: HashMap<SagaId, Vec<LogEntry>> = HashMap::new();
     for (saga, Json(entry)) in found {
         // A line that this build cannot read is of a kind that this build does not write.
         if let Ok(entry) = serde_json::from_value(entry) {

@@ -10,7 +10,7 @@ use super::{
     due,
     engine::Engine,
     measure,
-    runner::Incoming,
+    runner::IncomingReply,
     store::{self, Undecided},
     trouble::Overdue,
 };
@@ -19,7 +19,7 @@ use crate::{
     fail_point::fail_point,
     id::{MessageId, SagaId},
     outage::Outage,
-    part::Report,
+    part::PartReport,
     transaction::is_timeout,
 };
 use std::time::{Duration, Instant};
@@ -62,11 +62,11 @@ impl Engine {
 
     /// What stands in the way of the timers, and since when the saga is due that waits for longest.
     #[must_use]
-    pub fn timers_report(&self) -> Report {
+    pub fn timers_report(&self) -> PartReport {
         let report = self.trouble().report();
         // A transaction of theirs may wait for its whole bound before it is known that the database is away.
         let trouble = report.trouble.or_else(|| Outage::of_database(self.pool()).trouble());
-        Report { trouble, ..report }
+        PartReport { trouble, ..report }
     }
 
     /// Works off what is due, until `token` is cancelled. When the database is away the timers log that once, and wait.
@@ -198,7 +198,7 @@ impl Engine {
         let mut tx = self.begin_waiting(LOCK).await?;
         let replies = store::take_undecided(&mut tx, self.known(), BATCH, None).await?;
         if !replies.is_empty() {
-            let taken = self.take_replies(&mut tx, replies.iter().map(Incoming::from_undecided).collect()).await;
+            let taken = self.take_replies(&mut tx, replies.iter().map(IncomingReply::from_undecided).collect()).await;
             if let Err(error) = taken {
                 // The rollback comes now: the rows are passed over while this transaction has them locked.
                 tx.rollback().await?;
@@ -236,7 +236,7 @@ impl Engine {
         let mut tx = self.begin_waiting(LOCK).await?;
         let replies = store::take_undecided(&mut tx, self.known(), 1, Some(reply.message)).await?;
         let mut attempt = sqlx::Acquire::begin(&mut *tx).await?;
-        match self.take_replies(&mut attempt, replies.iter().map(Incoming::from_undecided).collect()).await {
+        match self.take_replies(&mut attempt, replies.iter().map(IncomingReply::from_undecided).collect()).await {
             Ok(()) => attempt.commit().await?,
             Err(BatchError::Poison(why, _)) => {
                 attempt.rollback().await?;

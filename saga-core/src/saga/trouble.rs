@@ -8,7 +8,7 @@ use crate::{
     clock,
     error_class::{ErrorClass, in_words},
     outage::Outage,
-    part::{Cause, Looks, Movement, Report, Waiting},
+    part::{Cause, LookFailures, Movement, PartReport, WaitingWork},
 };
 use std::{
     collections::HashSet,
@@ -24,10 +24,10 @@ const AFTERWARDS: Duration = Duration::from_secs(1);
 /// Whether the timers do their work: what health asks of them. An error that an operator has to set right counts for as
 /// long as the work that met it is put off.
 #[derive(Debug)]
-pub(super) struct Trouble {
+pub(super) struct TimersHealth {
     outage: Arc<Outage>,
     until: Mutex<Option<Instant>>,
-    progress: Mutex<Progress>,
+    progress: Mutex<TimersProgress>,
 }
 
 /// How many put-off sagas are remembered: enough to know that some wait.
@@ -35,20 +35,20 @@ const REMEMBERED: usize = 1_000;
 
 /// What was due and not decided at the last look.
 #[derive(Debug, Default)]
-struct Progress {
+struct TimersProgress {
     /// Sagas that this process decided. One saga that cannot be decided is no sign that none can.
     decided: u64,
     /// Sagas that could not be decided. They are not due while they are put off, but they wait.
     put_off: HashSet<Uuid>,
     movement: Movement<(u64, Option<Overdue>)>,
-    waiting: Option<Waiting>,
-    looks: Looks,
+    waiting: Option<WaitingWork>,
+    looks: LookFailures,
 }
 
 /// A saga, and since when it has been due.
 pub(super) type Overdue = (Uuid, OffsetDateTime);
 
-impl Trouble {
+impl TimersHealth {
     pub(super) fn of(reply_topic: &str) -> Self {
         Self {
             outage: Outage::of(&format!("saga timers of {reply_topic}")),
@@ -61,9 +61,9 @@ impl Trouble {
         self.outage.check()
     }
 
-    pub(super) fn report(&self) -> Report {
+    pub(super) fn report(&self) -> PartReport {
         let progress = self.progress();
-        Report { trouble: self.outage.trouble().or_else(|| progress.looks.trouble()), waiting: progress.waiting }
+        PartReport { trouble: self.outage.trouble().or_else(|| progress.looks.trouble()), waiting: progress.waiting }
     }
 
     /// Counts due sagas that were decided.
@@ -83,7 +83,7 @@ impl Trouble {
         self.progress().put_off.iter().copied().collect()
     }
 
-    /// Records a look: the saga that has been due for longest, and those of [`Trouble::were_put_off`] that still wait.
+    /// Records a look: the saga that has been due for longest, and those of [`TimersHealth::were_put_off`] that still wait.
     pub(super) fn overdue(&self, oldest: Option<Overdue>, put_off: &[Overdue]) {
         let mut progress = self.progress();
         let progress = &mut *progress;
@@ -99,7 +99,7 @@ impl Trouble {
         // saga proves nothing: they take turns.
         let mark = (progress.decided, oldest.filter(|_| put_off.is_empty()));
         let still_since = progress.movement.waits(mark);
-        progress.waiting = Some(Waiting { items: None, oldest: Some(since), still_since });
+        progress.waiting = Some(WaitingWork { items: None, oldest: Some(since), still_since });
     }
 
     /// Records a look that failed: what was known before stands.
@@ -107,7 +107,7 @@ impl Trouble {
         self.progress().looks.missed(&error.into());
     }
 
-    fn progress(&self) -> MutexGuard<'_, Progress> {
+    fn progress(&self) -> MutexGuard<'_, TimersProgress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -141,13 +141,13 @@ impl Trouble {
 mod tests {
     use super::*;
 
-    fn still_since(trouble: &Trouble) -> Option<Instant> {
+    fn still_since(trouble: &TimersHealth) -> Option<Instant> {
         trouble.report().waiting.map(|waiting| waiting.still_since)
     }
 
     #[test]
     fn timers_move_when_they_decide_others_and_stand_still_when_all_are_put_off() {
-        let (trouble, since) = (Trouble::of("timers_move"), clock::now());
+        let (trouble, since) = (TimersHealth::of("timers_move"), clock::now());
         let [unknown, one, other] = [Uuid::now_v7(), Uuid::now_v7(), Uuid::now_v7()].map(|saga| (saga, since));
         trouble.overdue(Some(unknown), &[]);
         let begin = still_since(&trouble).expect("it waits");

@@ -4,8 +4,8 @@
 use super::{
     decide::command_id,
     definition::{Definition, Role, StepKind},
-    log::{Entry, What},
-    state::{Failure, Open, State, Status, StepState, StuckWhy, Told, Wait},
+    log::{LogEntry, LogEvent},
+    state::{Failure, Open, State, Status, StepState, StuckWhy, TimelineEntry, Wait},
 };
 use crate::{
     command::{Op, Outcome},
@@ -74,7 +74,7 @@ pub struct SagaView {
     #[schema(value_type = Option<Object>)]
     pub input: Option<Value>,
     /// What happened, oldest first.
-    pub timeline: Vec<Line>,
+    pub timeline: Vec<TimelineLine>,
 }
 
 /// Why a saga is undone.
@@ -131,7 +131,8 @@ pub struct StepView {
 
 /// A line of the timeline.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
-pub struct Line {
+#[schema(as = Line)]
+pub struct TimelineLine {
     /// When the event happened.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
@@ -174,19 +175,19 @@ pub enum Payloads {
 }
 
 /// A saga's row and log, as they are.
-pub(super) struct Found {
+pub(super) struct StoredSaga {
     pub(super) summary: SagaSummary,
     /// `None` where it cannot be read, as for the input.
     pub(super) state: Option<State>,
     pub(super) input: Option<Value>,
     /// An entry, or why it cannot be read.
-    pub(super) log: Vec<(i32, OffsetDateTime, Result<Entry, String>)>,
+    pub(super) log: Vec<(i32, OffsetDateTime, Result<LogEntry, String>)>,
     pub(super) undecided: i64,
 }
 
 /// Renders a saga's row and log.
-pub(super) fn view(found: Found, definition: Option<&Definition>, payloads: Payloads) -> SagaView {
-    let Found { summary, state, input, log, undecided } = found;
+pub(super) fn view(found: StoredSaga, definition: Option<&Definition>, payloads: Payloads) -> SagaView {
+    let StoredSaga { summary, state, input, log, undecided } = found;
     let names = Names { definition, state: state.as_ref() };
     let shown = |value: &Value| (payloads == Payloads::Shown).then(|| value.clone());
     let read = definition.zip(state.as_ref());
@@ -361,8 +362,8 @@ fn undo_path(definition: &Definition, state: &State) -> Vec<String> {
         .collect()
 }
 
-fn lines(names: &Names<'_>, revision: i32, at: OffsetDateTime, entry: Result<Entry, String>) -> Vec<Line> {
-    let plain = |what| Line {
+fn lines(names: &Names<'_>, revision: i32, at: OffsetDateTime, entry: Result<LogEntry, String>) -> Vec<TimelineLine> {
+    let plain = |what| TimelineLine {
         at,
         revision,
         what,
@@ -377,41 +378,43 @@ fn lines(names: &Names<'_>, revision: i32, at: OffsetDateTime, entry: Result<Ent
     let of = |what, step: String, op: Op| {
         let command = names.command(&step, op);
         let (command, command_id) = (command.map(|(kind, _)| kind), command.and_then(|(_, id)| id));
-        Line { command, command_id, op: Some(op.as_str()), step: Some(step), ..plain(what) }
+        TimelineLine { command, command_id, op: Some(op.as_str()), step: Some(step), ..plain(what) }
     };
-    let answered = |line: Line, attempt, outcome: Outcome| Line {
+    let answered = |line: TimelineLine, attempt, outcome: Outcome| TimelineLine {
         attempt: Some(attempt),
         outcome: Some(outcome.as_str()),
         ..line
     };
     let entry = match entry {
         Ok(entry) => entry,
-        Err(error) => return vec![Line { note: Some(error), ..plain("unreadable") }],
+        Err(error) => return vec![TimelineLine { note: Some(error), ..plain("unreadable") }],
     };
     let kind = entry.what.kind();
     let mut lines = vec![match entry.what {
-        What::Started | What::Due => plain(kind),
-        What::Reply { step, op, attempt, outcome } => answered(of(kind, step, op), attempt, outcome),
-        What::Ignored { step, op, attempt, outcome, why } => {
-            Line { note: Some(why.as_str().into()), ..answered(of(kind, step, op), attempt, outcome) }
+        LogEvent::Started | LogEvent::Due => plain(kind),
+        LogEvent::Reply { step, op, attempt, outcome } => answered(of(kind, step, op), attempt, outcome),
+        LogEvent::Ignored { step, op, attempt, outcome, why } => {
+            TimelineLine { note: Some(why.as_str().into()), ..answered(of(kind, step, op), attempt, outcome) }
         }
-        What::Cancel { reason } => Line { note: Some(reason), ..plain(kind) },
-        What::Retry { reason, actor } => Line { note: Some(format!("{actor}: {reason}")), ..plain(kind) },
+        LogEvent::Cancel { reason } => TimelineLine { note: Some(reason), ..plain(kind) },
+        LogEvent::Retry { reason, actor } => TimelineLine { note: Some(format!("{actor}: {reason}")), ..plain(kind) },
     }];
-    lines.extend(entry.then.into_iter().map(|told| match told {
-        Told::Sent { step, op, attempt } => Line { attempt: Some(attempt), ..of("sent", names.step(step), op) },
-        Told::Ran { step, op } => of("ran", names.step(step), op),
-        Told::Pausing { until, error } => {
+    lines.extend(entry.then.into_iter().map(|entry| match entry {
+        TimelineEntry::Sent { step, op, attempt } => {
+            TimelineLine { attempt: Some(attempt), ..of("sent", names.step(step), op) }
+        }
+        TimelineEntry::Ran { step, op } => of("ran", names.step(step), op),
+        TimelineEntry::Pausing { until, error } => {
             let error = error.map(|error| format!(": {error}")).unwrap_or_default();
-            Line { note: Some(format!("until {until}{error}")), ..plain("pausing") }
+            TimelineLine { note: Some(format!("until {until}{error}")), ..plain("pausing") }
         }
-        Told::Compensating { kind } => {
+        TimelineEntry::Compensating { kind } => {
             let kind = serde_json::to_value(kind).ok().and_then(|kind| kind.as_str().map(str::to_owned));
-            Line { note: kind, ..plain("compensating") }
+            TimelineLine { note: kind, ..plain("compensating") }
         }
-        Told::Stuck(why) => Line { note: Some(stuck(&why, "it").0), ..plain("stuck") },
-        Told::Completed => plain("completed"),
-        Told::Compensated => plain("compensated"),
+        TimelineEntry::Stuck(why) => TimelineLine { note: Some(stuck(&why, "it").0), ..plain("stuck") },
+        TimelineEntry::Completed => plain("completed"),
+        TimelineEntry::Compensated => plain("compensated"),
     }));
     lines
 }

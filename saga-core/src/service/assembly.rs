@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     http::Api,
-    part::{Cause, Report},
+    part::{Cause, PartReport},
     topic::Topic,
 };
 use axum::Router;
@@ -122,9 +122,9 @@ fn consume(
     health: &Health,
     token: CancellationToken,
 ) -> impl Future<Output = Result<(), BoxError>> + Send + use<> {
-    let standing = Arc::new(Mutex::new(Report::red(Cause::Starting, "the topics are not made sure of yet")));
+    let standing = Arc::new(Mutex::new(PartReport::red(Cause::Starting, "the topics are not made sure of yet")));
     let told = Arc::clone(&standing);
-    let is = move |report: Report| *told.lock().unwrap_or_else(PoisonError::into_inner) = report;
+    let is = move |report: PartReport| *told.lock().unwrap_or_else(PoisonError::into_inner) = report;
     health.part("topics", move || std::future::ready(standing.lock().unwrap_or_else(PoisonError::into_inner).clone()));
     async move {
         let ensure = || topics::ensure_and_tell(&kafka, &declared, |trouble| is(trouble.into()));
@@ -135,7 +135,7 @@ fn consume(
                 tokio::time::sleep(TOPICS_AGAIN).await;
                 refused = ensure().await.is_err();
             }
-            is(Report::fine());
+            is(PartReport::fine());
             std::future::pending::<()>().await;
         };
         tokio::select! {

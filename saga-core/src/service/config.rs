@@ -13,7 +13,7 @@ mod secret;
 pub use database::{DatabaseArgs, DatabaseSettings};
 pub use listeners::{AdminArgs, AdminSettings, HttpArgs, HttpSettings};
 pub use sagas::{OrchestratorArgs, ParticipantArgs, ParticipantSettings};
-pub use secret::{Place, Secret, database_url, http_url};
+pub use secret::{DatabasePlace, Secret, database_url, http_url};
 
 use super::telemetry::TelemetrySettings;
 use clap::Args;

@@ -22,7 +22,7 @@ use crate::{
     clock::{self, DatabaseClock},
     error_class::{ErrorClass, classify, is_pool_full, renew_connections},
     outage::Outage,
-    part::{Cause, Report, Trouble},
+    part::{Cause, HealthIssue, PartReport},
     transaction::connection,
 };
 use futures::future::BoxFuture;
@@ -56,7 +56,7 @@ type Name = Cow<'static, str>;
 /// The part that is the process itself: whether it has begun, stops, is watched.
 const PROCESS: Name = Cow::Borrowed("process");
 
-type Ask = Arc<dyn Fn() -> BoxFuture<'static, Report> + Send + Sync>;
+type Ask = Arc<dyn Fn() -> BoxFuture<'static, PartReport> + Send + Sync>;
 
 /// The answers that depend on a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,7 +153,7 @@ impl Health {
     pub fn callers_need<F, Fut>(&self, name: impl Into<Name>, check: F)
     where
         F: Fn() -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Report> + Send + 'static,
+        Fut: Future<Output = PartReport> + Send + 'static,
     {
         self.add(name.into(), Concern::Callers, check);
     }
@@ -162,7 +162,7 @@ impl Health {
     pub fn part<F, Fut>(&self, name: impl Into<Name>, check: F)
     where
         F: Fn() -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Report> + Send + 'static,
+        Fut: Future<Output = PartReport> + Send + 'static,
     {
         self.add(name.into(), Concern::Work, check);
     }
@@ -170,7 +170,7 @@ impl Health {
     fn add<F, Fut>(&self, name: Name, concern: Concern, check: F)
     where
         F: Fn() -> Fut + Send + Sync + 'static,
-        Fut: Future<Output = Report> + Send + 'static,
+        Fut: Future<Output = PartReport> + Send + 'static,
     {
         let ask: Ask = Arc::new(move || Box::pin(check()));
         lock(&self.0.checks).insert(name, (concern, ask));
@@ -194,15 +194,15 @@ impl Health {
                         heard.heard(time, asked);
                         outage.working();
                         works.working();
-                        Report::fine()
+                        PartReport::fine()
                     }
                     // The database answers; how long the pool may stay full is judged with the other checks.
                     Err(error) if is_pool_full(&error) => {
                         outage.working();
-                        Trouble::from(&error).into()
+                        HealthIssue::from(&error).into()
                     }
                     Err(error) => {
-                        let trouble = Trouble::from(&error);
+                        let trouble = HealthIssue::from(&error);
                         outage.failing_of(trouble.cause, &trouble.reason);
                         trouble.into()
                     }
@@ -210,10 +210,10 @@ impl Health {
             }
         });
         *lock(&self.0.pool) = Some(Arc::clone(&full));
-        self.part("connections", move || std::future::ready(Report { trouble: full.trouble(), waiting: None }));
+        self.part("connections", move || std::future::ready(PartReport { trouble: full.trouble(), waiting: None }));
         self.part("clock", move || {
             metrics::gauge!("clock_skew_seconds").set(clock.skew().unwrap_or_default().as_seconds_f64());
-            let checked = clock.check().map_err(|reason| Trouble::new(Cause::ClockSkew, reason));
+            let checked = clock.check().map_err(|reason| HealthIssue::new(Cause::ClockSkew, reason));
             std::future::ready(checked.into())
         });
     }
@@ -226,7 +226,7 @@ impl Health {
             let pool = pool.clone();
             async move {
                 let report = async { missing(&mut *connection(&pool).await?, needs).await };
-                let report = report.await.unwrap_or_else(|error| Trouble::from(&error).into());
+                let report = report.await.unwrap_or_else(|error| HealthIssue::from(&error).into());
                 let read_only = report.trouble.as_ref().is_some_and(|it| it.cause == Cause::DatabaseReadOnly);
                 if read_only && a_new_session_writes(&pool).await {
                     renew_connections();
@@ -267,9 +267,9 @@ impl Health {
                 // Asking for the metadata of one topic that need not exist is the cheapest question there is.
                 let ask = tokio::task::spawn_blocking(move || client.fetch_metadata(Some("readyz"), BROKER_TIMEOUT));
                 match ask.await {
-                    Ok(Ok(_)) => Report::fine(),
-                    Ok(Err(error)) => Report::red(Cause::KafkaAway, error.to_string()),
-                    Err(error) => Report::red(Cause::Fault, error.to_string()),
+                    Ok(Ok(_)) => PartReport::fine(),
+                    Ok(Err(error)) => PartReport::red(Cause::KafkaAway, error.to_string()),
+                    Err(error) => PartReport::red(Cause::Fault, error.to_string()),
                 }
             }
         });
@@ -288,7 +288,8 @@ impl Health {
         };
         let answers = checks.into_iter().map(|(name, concern, ask)| async move {
             let report = tokio::time::timeout(limit, ask()).await;
-            let report = report.unwrap_or_else(|_| Report::red(Cause::NoAnswer, format!("no answer within {limit:?}")));
+            let report =
+                report.unwrap_or_else(|_| PartReport::red(Cause::NoAnswer, format!("no answer within {limit:?}")));
             (name, concern, report)
         });
         let answers = futures::future::join_all(answers).await;
@@ -374,7 +375,7 @@ impl Health {
             Some(Cause::Unwatched) => lock(&self.0.seen).as_ref().map(|seen| seen.at),
             _ => None,
         };
-        let trouble = cause.map(|cause| Trouble { since, ..Trouble::new(cause, reason(cause)) });
+        let trouble = cause.map(|cause| HealthIssue { since, ..HealthIssue::new(cause, reason(cause)) });
         let now = Standing::of_process(trouble, before.as_ref());
         measure(&PROCESS, Concern::Callers, before.as_ref(), &now);
         *before = Some(now.clone());

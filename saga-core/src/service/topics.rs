@@ -7,7 +7,7 @@
 
 use super::config::KafkaSettings;
 use crate::{
-    part::{Cause, Trouble},
+    part::{Cause, HealthIssue},
     retry::Backoff,
     topic::{Cleanup, Topic, dead_letter_topic},
 };
@@ -30,7 +30,7 @@ const WAIT: Backoff = Backoff::doubling(Duration::from_millis(200), Duration::fr
 
 /// What [`ensure`] found and did.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Report {
+pub struct TopicsReport {
     /// Topics that were created.
     pub created: Vec<String>,
     /// Topics that are not as declared: left alone.
@@ -95,7 +95,7 @@ impl Wanted {
 
 /// Makes sure that every topic of `declared` exists, and its dead letter topic. Waits for Kafka, and logs that once;
 /// warns of each mismatch.
-pub async fn ensure(settings: &KafkaSettings, declared: &[Topic]) -> Result<Report, TopicError> {
+pub async fn ensure(settings: &KafkaSettings, declared: &[Topic]) -> Result<TopicsReport, TopicError> {
     ensure_and_tell(settings, declared, |_| {}).await
 }
 
@@ -103,8 +103,8 @@ pub async fn ensure(settings: &KafkaSettings, declared: &[Topic]) -> Result<Repo
 pub(super) async fn ensure_and_tell(
     settings: &KafkaSettings,
     declared: &[Topic],
-    tell: impl Fn(Trouble),
-) -> Result<Report, TopicError> {
+    tell: impl Fn(HealthIssue),
+) -> Result<TopicsReport, TopicError> {
     let admin: Arc<AdminClient<DefaultClientContext>> = Arc::new(client(settings).create()?);
     let wanted: Vec<Wanted> = declared.iter().flat_map(Wanted::pair).collect();
     let mut delays = WAIT.delays();
@@ -121,7 +121,7 @@ pub(super) async fn ensure_and_tell(
                 return Ok(report);
             }
             Err(TopicError::Kafka(error)) => {
-                tell(Trouble::new(Cause::KafkaAway, error.to_string()));
+                tell(HealthIssue::new(Cause::KafkaAway, error.to_string()));
                 if !said {
                     said = true;
                     tracing::warn!(brokers = settings.brokers, %error, "waiting for Kafka");
@@ -133,7 +133,7 @@ pub(super) async fn ensure_and_tell(
                     TopicError::Refused { code, .. } if is_a_right(code) => Cause::KafkaForbidden,
                     _ => Cause::TopicMissing,
                 };
-                tell(Trouble::new(cause, refused.to_string()));
+                tell(HealthIssue::new(cause, refused.to_string()));
                 return Err(refused);
             }
         }
@@ -157,7 +157,7 @@ async fn attempt(
     admin: &Arc<AdminClient<DefaultClientContext>>,
     settings: &KafkaSettings,
     wanted: &[Wanted],
-) -> Result<Report, TopicError> {
+) -> Result<TopicsReport, TopicError> {
     let existing = partitions(admin).await?;
     let partitions_of = |topic: &Wanted| existing.iter().find(|(name, _)| *name == topic.name).map(|(_, count)| *count);
     let (present, missing): (Vec<_>, Vec<_>) = wanted.iter().partition(|topic| partitions_of(topic).is_some());
@@ -171,7 +171,7 @@ async fn attempt(
         }
     }
     mismatches.extend(compare_configs(admin, &present).await?);
-    Ok(Report { created, mismatches })
+    Ok(TopicsReport { created, mismatches })
 }
 
 /// Asks for every topic with its number of partitions.

@@ -23,7 +23,7 @@ mod walk;
 pub use crate::saga::runner::divide;
 pub use fences::Fence;
 pub use messages::Note;
-pub use model::{Choice, Decide, Divide, Limits, Local, Mistake, Model, Move, World};
+pub use model::{Choice, Decide, Divide, ExplorerStep, Limits, Local, Mistake, Model, World};
 pub use pair::{Pairs, walk_pairs};
 pub use rules::Violation;
 pub use shapes::{Shape, definition};

@@ -21,7 +21,7 @@ async fn call(routes: &Router, method: &str, path: &str, body: Option<Value>) ->
 }
 
 fn told(view: &SagaView) -> Vec<String> {
-    let line = |line: &saga_core::saga::view::Line| {
+    let line = |line: &saga_core::saga::view::TimelineLine| {
         let words = [Some(line.what), line.op, line.step.as_deref(), line.outcome];
         words.into_iter().flatten().collect::<Vec<_>>().join(" ")
     };

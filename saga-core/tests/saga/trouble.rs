@@ -224,7 +224,7 @@ async fn a_pivot_in_doubt_that_is_retried_by_an_operator_ends_as_its_reply_says_
         let seen = world.revision(saga).await;
         world.engine.retry(saga, seen, "the gateway is back", "ann").await.unwrap();
         let again = world.engine.retry(saga, seen, "the gateway is back", "bob").await;
-        assert!(matches!(again, Err(RetryError::Version { .. })), "{again:?}");
+        assert!(matches!(again, Err(RetryError::Revision { .. })), "{again:?}");
         let capture = world.last(saga).await;
         assert_eq!((capture.step.as_str(), capture.attempt), ("capture", 3), "neither on nor back, but again");
         let (end, rest) = match outcome {
@@ -281,7 +281,7 @@ async fn an_undo_that_does_not_get_done_is_stuck_until_somebody_retries() {
     assert_eq!(world.status(saga).await, "stuck", "never compensated with an undo open");
     let seen = world.revision(saga).await;
     let stale = world.engine.retry(saga, seen - 1, "again", "ann").await;
-    assert!(matches!(stale, Err(RetryError::Version { .. })), "{stale:?}");
+    assert!(matches!(stale, Err(RetryError::Revision { .. })), "{stale:?}");
     world.engine.retry(saga, seen, "the gateway is back", "ann").await.unwrap();
     let twice = world.engine.retry(saga, seen + 1, "again", "ann").await;
     assert!(matches!(twice, Err(RetryError::NotStuck(_))), "{twice:?}");

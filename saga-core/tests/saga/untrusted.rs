@@ -9,7 +9,9 @@ use saga_core::{
     consumer::{HandleError, Message, UNDECLARED_SOURCE},
     id::SagaId,
     outbox::Tx,
-    saga::{Engine, LocalCall, LocalEffect, LocalError, RetryError, StartError, inspect::Filter, saga, view::Payloads},
+    saga::{
+        Engine, LocalCall, LocalEffect, LocalError, RetryError, StartError, inspect::SagaFilter, saga, view::Payloads,
+    },
     testkit::{Log, deliver},
 };
 use serde_json::{Value, json};
@@ -203,7 +205,7 @@ async fn a_state_of_another_build_costs_its_neighbours_nothing() {
     assert_eq!(world.engine.tick().await.unwrap().undecided, 0, "the unreadable saga's is put off");
 
     // Lists and views show the sagas as unreadable.
-    let list = world.engine.list(&Filter::default(), 10).await.unwrap();
+    let list = world.engine.list(&SagaFilter::default(), 10).await.unwrap();
     let shown: Vec<_> = list.iter().rev().map(|saga| (saga.readable, saga.step.as_deref())).collect();
     assert_eq!(shown, [(true, Some("capture")), (false, None), (false, None), (true, Some("reserve"))]);
     for saga in [same_shape, other_shape] {

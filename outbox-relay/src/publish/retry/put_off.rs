@@ -5,17 +5,17 @@ use super::{REPORT, Retries};
 use crate::{
     loops,
     publish::refusal::MOST_ABSENT,
-    record::pause::{self, Cause},
+    record::pause::{self, PauseCause},
 };
 use saga_core::part;
 use tracing::warn;
 
 impl Retries {
-    /// Pauses a topic that takes nothing now, so that the relay looks for it. Then its lines are tried again.
+    /// Pauses a topic that takes nothing now, so that the relay looks for it. Then its lanes are tried again.
     pub(super) async fn put_off(
         &mut self,
         topic: &str,
-        cause: Cause,
+        cause: PauseCause,
         reason: String,
     ) -> Result<Option<usize>, sqlx::Error> {
         let absent = self.control.borrow().paused.values().filter(|paused| paused.cause.is_absence()).count();

@@ -1,18 +1,18 @@
 //! The fate of a row: it is sent, passed over, parked, or its topic is left behind with it.
 
-use super::{Ended, Scope, Session};
+use super::{Session, SessionEnd, StreamScope};
 use crate::{
     budget::Held,
     position::Position,
     publish::{
-        in_flight::Ticket,
+        in_flight::DeliveryTag,
         kafka_record::{self, Built, takes_dead_letters},
         refusal::{MOST_ABSENT, Refusal, too_large},
     },
     read::cursor::Page,
     record::{
-        parking::Park,
-        pause::{self, Cause, LeftBehind},
+        parking::RowToPark,
+        pause::{self, LeftBehind, PauseCause},
     },
     row::{Body, DELETED, Row},
     topics::TopicState,
@@ -34,14 +34,20 @@ pub(crate) enum Fate {
     Known,
     /// The row is sent, to a topic that takes at most so many bytes.
     Send(Built, usize),
-    Park(Park),
+    Park(RowToPark),
     Leave(LeftBehind),
 }
 
 impl Session {
-    pub(crate) async fn fate(&mut self, page: &Page, row: &Row, before: i64, ticket: Ticket) -> Result<Fate, Ended> {
+    pub(crate) async fn fate(
+        &mut self,
+        page: &Page,
+        row: &Row,
+        before: i64,
+        tag: DeliveryTag,
+    ) -> Result<Fate, SessionEnd> {
         let topic = row.topic();
-        if page.lane.is_none() && self.paused.contains(topic) && !self.is_back(topic).await? {
+        if page.only_topic.is_none() && self.paused.contains(topic) && !self.is_back(topic).await? {
             return Ok(Fate::Pass);
         }
         if self.shared.was_acknowledged(topic, row.id()) {
@@ -49,7 +55,7 @@ impl Session {
         }
         if let Some(by) = self.blocked.behind(topic, row.key(), row.id()) {
             let reason = format!("row {by} of the same topic and key is parked");
-            return Ok(Fate::Park(Park { id: row.id(), reason, blocked_by: Some(by), bytes: row.bytes() }));
+            return Ok(Fate::Park(RowToPark { id: row.id(), reason, blocked_by: Some(by), bytes: row.bytes() }));
         }
         let limit = match self.memory.limits.get(topic).copied() {
             Some(limit) => limit,
@@ -84,26 +90,26 @@ impl Session {
                 Err((cause, reason)) => return self.leave(page, row, before, cause, reason).await,
             };
             if size > limit {
-                return self.too_large(row, size, limit, ticket).await;
+                return self.too_large(row, size, limit, tag).await;
             }
         }
         let built = match built {
             Some(built) => built,
-            None if !self.read_body(row, ticket).await? => return Ok(Fate::Pass),
+            None if !self.read_body(row, tag).await? => return Ok(Fate::Pass),
             None => self.builder.build(row),
         };
         if built.size > limit {
-            return self.too_large(row, built.size, limit, ticket).await;
+            return self.too_large(row, built.size, limit, tag).await;
         }
         Ok(Fate::Send(built, limit))
     }
 
     /// Decides on a row that is too large. A dead letter arrives all the same: what its topic does not take stands
     /// where its original does.
-    async fn too_large(&mut self, row: &Row, size: usize, limit: usize, ticket: Ticket) -> Result<Fate, Ended> {
+    async fn too_large(&mut self, row: &Row, size: usize, limit: usize, tag: DeliveryTag) -> Result<Fate, SessionEnd> {
         if takes_dead_letters(row.topic()) {
             let lacks_headers = row.headers().is_none() || row.lacks_key() || row.kind().is_empty();
-            if row.lacks_body() && lacks_headers && !self.read_body(row, ticket).await? {
+            if row.lacks_body() && lacks_headers && !self.read_body(row, tag).await? {
                 return Ok(Fate::Pass);
             }
             if let Some(built) = self.builder.build_within(row, limit) {
@@ -119,7 +125,7 @@ impl Session {
 
     /// How many topics the main stream has set apart because they are missing or forbidden.
     fn absent(&self) -> usize {
-        let Scope::Main { .. } = &self.scope else { return 0 };
+        let StreamScope::Main { .. } = &self.scope else { return 0 };
         let control = self.control.borrow();
         // A topic that was left behind a moment ago is not in the last look yet.
         let is_absent = |topic: &&String| control.paused.get(*topic).is_none_or(|paused| paused.cause.is_absence());
@@ -128,7 +134,7 @@ impl Session {
 
     /// Whether as many topics are set apart as may be, and the brokers do not know this one either. The brokers answer
     /// for all topics at once: a question about each of thousands of invented names would delay everything else.
-    async fn has_no_place_for(&mut self, topic: &str) -> Result<bool, Ended> {
+    async fn has_no_place_for(&mut self, topic: &str) -> Result<bool, SessionEnd> {
         if self.absent() < MOST_ABSENT {
             return Ok(false);
         }
@@ -137,18 +143,18 @@ impl Session {
     }
 
     /// Reads what its page left out of a row, when there is room for it; false when the row was deleted meanwhile.
-    async fn read_body(&mut self, row: &Row, ticket: Ticket) -> Result<bool, Ended> {
+    async fn read_body(&mut self, row: &Row, tag: DeliveryTag) -> Result<bool, SessionEnd> {
         let held = self.room_for(row).await?;
         let Some(body) = self.db.ask(async |db| Body::read(db, &[row.id()]).await).await?.pop() else {
             warn!(outbox = self.outbox, id = row.id(), "{DELETED}");
             return Ok(false);
         };
         row.set_body(body);
-        self.publisher.in_flight.hold(ticket, held);
+        self.publisher.in_flight.hold(tag, held);
         Ok(true)
     }
 
-    async fn room_for(&mut self, row: &Row) -> Result<Held, Ended> {
+    async fn room_for(&mut self, row: &Row) -> Result<Held, SessionEnd> {
         let area = self.area.clone();
         let mut room = pin!(area.take_alone(row.cost()));
         if let Ok(held) = self.meanwhile(timeout(self.shared.stuck_after, room.as_mut())).await? {
@@ -166,7 +172,7 @@ impl Session {
 
     fn park(&mut self, row: &Row, reason: String) -> Fate {
         self.blocked.block(row.topic(), row.key(), row.id());
-        Fate::Park(Park { id: row.id(), reason, blocked_by: None, bytes: row.bytes() })
+        Fate::Park(RowToPark { id: row.id(), reason, blocked_by: None, bytes: row.bytes() })
     }
 
     /// Leaves the row's topic behind just before this row, because the topic takes nothing now.
@@ -175,11 +181,11 @@ impl Session {
         page: &Page,
         row: &Row,
         before: i64,
-        cause: Cause,
+        cause: PauseCause,
         reason: String,
-    ) -> Result<Fate, Ended> {
+    ) -> Result<Fate, SessionEnd> {
         let topic = row.topic().to_owned();
-        if page.lane.is_some() {
+        if page.only_topic.is_some() {
             return Err(self.stall(topic, cause, reason).await?);
         }
         let position = Position { base: page.base.clone(), target: page.target.clone(), after: before };
@@ -187,15 +193,20 @@ impl Session {
     }
 
     /// Lets a topic that was catching up wait again, because it takes nothing now.
-    pub(crate) async fn stall(&self, topic: String, cause: Cause, reason: String) -> Result<Ended, Ended> {
+    pub(crate) async fn stall(
+        &self,
+        topic: String,
+        cause: PauseCause,
+        reason: String,
+    ) -> Result<SessionEnd, SessionEnd> {
         warn!(outbox = self.outbox, topic, reason, "the topic cannot catch up yet; the others go on");
         self.db.ask(async |db| pause::stall(db, &self.outbox, &topic, cause, &reason).await).await?;
-        Ok(Ended::Stalled(topic))
+        Ok(SessionEnd::Stalled(topic))
     }
 
     /// Asks the brokers about a topic: its limit, or why it takes nothing. When no broker answers at all, the relay
     /// waits for them. When they answer without a word on this topic, the topic is what takes nothing.
-    pub(crate) async fn look(&mut self, topic: &str) -> Result<Result<usize, (Cause, String)>, Ended> {
+    pub(crate) async fn look(&mut self, topic: &str) -> Result<Result<usize, (PauseCause, String)>, SessionEnd> {
         let topics = self.topics.clone();
         let mut pause = Duration::from_millis(50);
         let began = clock::monotonic();
@@ -205,13 +216,13 @@ impl Session {
                     self.memory.limits.insert(topic.to_owned(), max_message_bytes);
                     return Ok(Ok(max_message_bytes));
                 }
-                Ok(TopicState::Missing(reason)) => return Ok(Err((Cause::Missing, reason))),
-                Ok(TopicState::Forbidden(reason)) => return Ok(Err((Cause::Forbidden, reason))),
+                Ok(TopicState::Missing(reason)) => return Ok(Err((PauseCause::Missing, reason))),
+                Ok(TopicState::Forbidden(reason)) => return Ok(Err((PauseCause::Forbidden, reason))),
                 Err(problem) => {
                     if began.elapsed() >= self.shared.stuck_after {
                         let reason = format!("the brokers do not say what the topic {topic:?} is like: {problem}");
                         if self.meanwhile(topics.reachable()).await? {
-                            return Ok(Err((Cause::Leaderless, reason)));
+                            return Ok(Err((PauseCause::Leaderless, reason)));
                         }
                         self.shared.loops.failing(self.scope.name(), part::Cause::KafkaAway, &reason);
                     }

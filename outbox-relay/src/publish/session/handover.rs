@@ -10,12 +10,12 @@
 //! the topic stays set apart, and asks again. When the process dies in between, the topic is still recorded as set
 //! apart, at a position that its stream has published up to.
 
-use super::{Ended, Scope, Session};
+use super::{Session, SessionEnd, StreamScope};
 use crate::{
     control::Control,
     position::Position,
-    publish::asks::{Ask, Asks, Split},
-    record::{commit::Progress, pause::CaughtUp},
+    publish::asks::{HandoverRequest, HandoverRequests, HandoverSplit},
+    record::{commit::Recordable, pause::CaughtUp},
 };
 use saga_core::clock;
 use std::{
@@ -40,7 +40,7 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
 
 /// Topics that are about to come back into the main stream.
 #[derive(Default)]
-pub(crate) struct Joining(Vec<Join>);
+pub(crate) struct ReturningTopics(Vec<Join>);
 
 struct Join {
     topic: String,
@@ -48,7 +48,7 @@ struct Join {
     done: oneshot::Receiver<()>,
 }
 
-impl Joining {
+impl ReturningTopics {
     fn take(&mut self, topic: &str) -> Option<Join> {
         let at = self.0.iter().position(|join| join.topic == topic)?;
         Some(self.0.swap_remove(at))
@@ -66,7 +66,7 @@ impl Joining {
 }
 
 /// The topic of a stream that is set apart, on its way back.
-pub(crate) struct Leaving {
+pub(crate) struct ReturningTopic {
     pub(crate) topic: String,
     /// When its pause began: a later pause of the topic is another pause.
     pub(crate) paused_at: OffsetDateTime,
@@ -75,13 +75,13 @@ pub(crate) struct Leaving {
     pub(crate) not_before: Option<Instant>,
     /// A position up to which this stream has read and sent all that the main stream had passed.
     caught_up: Option<Position>,
-    asked: Option<oneshot::Receiver<Split>>,
-    split: Option<Split>,
+    asked: Option<oneshot::Receiver<HandoverSplit>>,
+    split: Option<HandoverSplit>,
     /// How many splits were not made in time.
     late: u32,
 }
 
-impl Leaving {
+impl ReturningTopic {
     pub(crate) fn new(topic: String, paused_at: OffsetDateTime, not_before: Option<Instant>) -> Self {
         Self { topic, paused_at, not_before, caught_up: None, asked: None, split: None, late: 0 }
     }
@@ -98,16 +98,16 @@ impl Leaving {
         self.not_before = Some(Instant::from_std(clock::monotonic()) + pause.min(LONGEST_BACK_OFF));
     }
 
-    async fn handed(&mut self) -> Handed {
+    async fn handed(&mut self) -> HandoverStep {
         if let Some(asked) = &mut self.asked {
             let split = asked.await;
             self.asked = None;
-            return Handed::Split(split);
+            return HandoverStep::Split(split);
         }
         match self.not_before {
             Some(at) if self.caught_up.is_some() && self.split.is_none() && !self.is_quiet() => {
                 tokio::time::sleep_until(at).await;
-                Handed::Quiet
+                HandoverStep::Quiet
             }
             _ => pending().await,
         }
@@ -115,25 +115,25 @@ impl Leaving {
 }
 
 /// The next step of a hand-over.
-pub(crate) enum Handed {
+pub(crate) enum HandoverStep {
     /// For the main stream: a topic's stream asks.
-    Asked(Ask),
+    Asked(HandoverRequest),
     /// For the main stream: all before the split is acknowledged, or the topic's stream has ended.
     Done(CaughtUp, Result<(), RecvError>),
     /// For a topic's stream: the split; an error if the main stream does not know the topic as set apart.
-    Split(Result<Split, RecvError>),
+    Split(Result<HandoverSplit, RecvError>),
     /// The topic has refused nothing for long enough.
     Quiet,
 }
 
-impl Scope {
+impl StreamScope {
     /// Waits for the next step of a hand-over.
-    pub(crate) async fn handed_over(&mut self, asks: &Asks) -> Handed {
+    pub(crate) async fn handed_over(&mut self, asks: &HandoverRequests) -> HandoverStep {
         match self {
             Self::Main { joining } => {
                 tokio::select! {
-                    ask = asks.next() => Handed::Asked(ask),
-                    (caught_up, word) = poll_fn(|cx| joining.poll(cx)) => Handed::Done(caught_up, word),
+                    ask = asks.next() => HandoverStep::Asked(ask),
+                    (caught_up, word) = poll_fn(|cx| joining.poll(cx)) => HandoverStep::Done(caught_up, word),
                 }
             }
             Self::Topic(leaving) => leaving.handed().await,
@@ -149,43 +149,43 @@ impl Scope {
 }
 
 impl Session {
-    pub(crate) async fn hand_over(&mut self, handed: Handed) -> Result<(), Ended> {
+    pub(crate) async fn hand_over(&mut self, handed: HandoverStep) -> Result<(), SessionEnd> {
         match handed {
-            Handed::Asked(ask) => {
+            HandoverStep::Asked(ask) => {
                 self.split(ask);
                 Ok(())
             }
-            Handed::Done(caught_up, Ok(())) => self.take_back(caught_up).await,
+            HandoverStep::Done(caught_up, Ok(())) => self.take_back(caught_up).await,
             // The topic's stream asks again, or its next one does.
-            Handed::Done(_, Err(_)) => Ok(()),
-            Handed::Split(Ok(split)) => {
-                if let Scope::Topic(leaving) = &mut self.scope {
+            HandoverStep::Done(_, Err(_)) => Ok(()),
+            HandoverStep::Split(Ok(split)) => {
+                if let StreamScope::Topic(leaving) = &mut self.scope {
                     leaving.split = Some(split);
                 }
                 self.go_on_leaving().await
             }
             // The session ends as paused, so that the topic's state is looked up again.
-            Handed::Split(Err(_)) => Err(Ended::Paused),
-            Handed::Quiet => self.go_on_leaving().await,
+            HandoverStep::Split(Err(_)) => Err(SessionEnd::Paused),
+            HandoverStep::Quiet => self.go_on_leaving().await,
         }
     }
 
-    fn split(&mut self, Ask { topic, paused_at, split }: Ask) {
-        let Scope::Main { joining } = &mut self.scope else { return };
+    fn split(&mut self, HandoverRequest { topic, paused_at, split }: HandoverRequest) {
+        let StreamScope::Main { joining } = &mut self.scope else { return };
         if !self.paused.contains(&topic) {
             return;
         }
         let (done, word) = oneshot::channel();
         // If the topic's stream has ended, the failed send does not matter.
-        if split.send(Split { at: self.at.clone(), done }).is_ok() {
+        if split.send(HandoverSplit { at: self.at.clone(), done }).is_ok() {
             joining.take(&topic);
             joining.0.push(Join { topic, paused_at, done: word });
         }
     }
 
     /// Called at a row of a topic that is set apart: whether the topic is back in the main stream with it.
-    pub(crate) async fn is_back(&mut self, topic: &str) -> Result<bool, Ended> {
-        let Scope::Main { joining } = &mut self.scope else { return Ok(false) };
+    pub(crate) async fn is_back(&mut self, topic: &str) -> Result<bool, SessionEnd> {
+        let StreamScope::Main { joining } = &mut self.scope else { return Ok(false) };
         let Some(Join { topic, paused_at, mut done }) = joining.take(topic) else { return Ok(false) };
         let is_back = match tokio::time::timeout(HOLD, &mut done).await {
             Ok(word) => word.is_ok(),
@@ -202,7 +202,7 @@ impl Session {
     }
 
     /// Lets a topic go on in the main stream, unless it has been paused again: then it stays where its stream stopped.
-    async fn take_back(&mut self, caught_up: CaughtUp) -> Result<(), Ended> {
+    async fn take_back(&mut self, caught_up: CaughtUp) -> Result<(), SessionEnd> {
         let CaughtUp { topic, paused_at } = &caught_up;
         let paused = self.control.borrow().paused.get(topic).map(|paused| paused.paused_at);
         if paused.is_some_and(|again| again != *paused_at) {
@@ -211,37 +211,41 @@ impl Session {
         self.paused.remove(topic);
         self.shared.has_come_back(topic, *paused_at);
         info!(outbox = self.outbox, topic, "the topic has caught up");
-        self.mark(Progress::CaughtUp(caught_up)).await
+        self.mark(Recordable::CaughtUp(caught_up)).await
     }
 
     /// Records that every row that the main stream had passed at `at` is sent.
-    pub(crate) async fn caught_up(&mut self, at: Position) -> Result<(), Ended> {
-        if let Scope::Topic(leaving) = &mut self.scope {
+    pub(crate) async fn caught_up(&mut self, at: Position) -> Result<(), SessionEnd> {
+        if let StreamScope::Topic(leaving) = &mut self.scope {
             leaving.caught_up = Some(at);
         }
         self.go_on_leaving().await
     }
 
-    async fn go_on_leaving(&mut self) -> Result<(), Ended> {
-        let Scope::Topic(leaving) = &mut self.scope else { return Ok(()) };
+    async fn go_on_leaving(&mut self) -> Result<(), SessionEnd> {
+        let StreamScope::Topic(leaving) = &mut self.scope else { return Ok(()) };
         let Some(caught_up) = &leaving.caught_up else { return Ok(()) };
         let Some(split) = leaving.split.take_if(|split| caught_up.includes(&split.at)) else {
             if leaving.split.is_none() && leaving.asked.is_none() && leaving.is_quiet() {
                 // Rows on their way may take longer than the main stream waits.
                 self.settle().await?;
-                let Scope::Topic(leaving) = &mut self.scope else { return Ok(()) };
+                let StreamScope::Topic(leaving) = &mut self.scope else { return Ok(()) };
                 let (split, asked) = oneshot::channel();
                 leaving.asked = Some(asked);
-                self.shared.asks.ask(Ask { topic: leaving.topic.clone(), paused_at: leaving.paused_at, split });
+                self.shared.asks.ask(HandoverRequest {
+                    topic: leaving.topic.clone(),
+                    paused_at: leaving.paused_at,
+                    split,
+                });
             }
             return Ok(());
         };
         self.settle().await?;
         // If `done` came too late, the main stream has passed a row, which this stream reads next.
         match split.done.send(()) {
-            Ok(()) => Err(Ended::Joined),
+            Ok(()) => Err(SessionEnd::Joined),
             Err(_) => {
-                if let Scope::Topic(leaving) = &mut self.scope {
+                if let StreamScope::Topic(leaving) = &mut self.scope {
                     leaving.was_late();
                 }
                 Ok(())

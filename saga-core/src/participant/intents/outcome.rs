@@ -3,9 +3,9 @@
 
 use super::super::{
     batch,
-    entry::{Entry, Settled, StoredIntent},
+    entry::{CommandEntry, Settlement, StoredIntent},
     fence::{Fence, FenceKey},
-    queue::Claimed,
+    queue::ClaimedIntent,
     store,
     unsettled::Unsettled,
 };
@@ -17,7 +17,7 @@ use std::collections::HashMap;
 /// Writes the outcome of a claim: its fence, and the reply.
 pub(super) async fn write(
     tx: &mut Tx<'_>,
-    claim: &Claimed,
+    claim: &ClaimedIntent,
     fences: &HashMap<FenceKey, Fence>,
     outcome: Outcome,
     payload: Vec<u8>,
@@ -35,13 +35,13 @@ pub(super) async fn write(
 /// Records under a savepoint, so that `Failed` leaves no writes.
 pub(super) async fn record(
     tx: &mut Tx<'_>,
-    entry: &dyn Entry,
+    entry: &dyn CommandEntry,
     intent: StoredIntent,
     answer: Value,
-) -> Result<Settled, HandleError> {
+) -> Result<Settlement, HandleError> {
     let mut savepoint = tx.begin().await?;
     let settled = entry.record(&mut savepoint, intent, answer).await?;
-    if matches!(settled, Settled::Failed(_)) {
+    if matches!(settled, Settlement::Failed(_)) {
         savepoint.rollback().await?;
     } else {
         savepoint.commit().await?;

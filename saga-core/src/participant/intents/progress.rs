@@ -4,7 +4,7 @@
 use super::Intents;
 use crate::{
     clock,
-    part::{Cause, Looks, Movement, Report, STALLED_AFTER, Trouble, Waiting},
+    part::{Cause, HealthIssue, LookFailures, Movement, PartReport, STALLED_AFTER, WaitingWork},
     participant::queue::{self, Oldest},
 };
 use std::{
@@ -19,25 +19,25 @@ const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
 /// What the last look saw.
 #[derive(Debug, Default)]
-pub(super) struct Progress(Mutex<Known>);
+pub(super) struct EffectsProgress(Mutex<EffectsSeen>);
 
 #[derive(Debug, Default)]
-struct Known {
+struct EffectsSeen {
     /// Intents that this process settled. One intent that cannot be settled is no sign that none can.
     settled: u64,
     movement: Movement<(u64, Uuid)>,
-    waiting: Option<Waiting>,
-    looks: Looks,
+    waiting: Option<WaitingWork>,
+    looks: LookFailures,
     /// The last error of the intent that waits for longest.
     last_error: Option<String>,
     /// When an intent was last not settled because of what an operator has to set right.
     in_vain: Option<OffsetDateTime>,
     /// Why no intent can be claimed.
-    unclaimed: Option<Trouble>,
+    unclaimed: Option<HealthIssue>,
 }
 
-impl Progress {
-    fn lock(&self) -> MutexGuard<'_, Known> {
+impl EffectsProgress {
+    fn lock(&self) -> MutexGuard<'_, EffectsSeen> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -57,11 +57,11 @@ impl Progress {
     }
 
     /// Intents can be claimed, or cannot, for the reason in `but`.
-    pub(super) fn claims(&self, but: Option<Trouble>) {
+    pub(super) fn claims(&self, but: Option<HealthIssue>) {
         self.lock().unclaimed = but;
     }
 
-    pub(super) fn unclaimed(&self) -> Option<Trouble> {
+    pub(super) fn unclaimed(&self) -> Option<HealthIssue> {
         self.lock().unclaimed.clone()
     }
 
@@ -79,22 +79,23 @@ impl Progress {
             return over;
         };
         let still_since = known.movement.waits((known.settled, command));
-        known.waiting = Some(Waiting { items: u64::try_from(count).ok(), oldest: Some(since), still_since });
+        known.waiting = Some(WaitingWork { items: u64::try_from(count).ok(), oldest: Some(since), still_since });
         known.last_error = last_error;
         over
     }
 
     /// Reports the known trouble, or that looks fail, or that nothing moves and the last error; and what waits.
-    pub(super) fn report(&self, trouble: Option<Trouble>) -> Report {
+    pub(super) fn report(&self, trouble: Option<HealthIssue>) -> PartReport {
         let known = self.lock();
         let trouble = trouble.or_else(|| known.looks.trouble()).or_else(|| {
             let since = known.waiting?.still_since;
             let still = clock::monotonic().saturating_duration_since(since);
             let said = known.last_error.as_deref().unwrap_or("no answer yet");
             let reason = format!("no effect that waits was performed for {} s: {said}", still.as_secs());
-            (still >= STALLED_AFTER).then(|| Trouble { since: Some(since), ..Trouble::new(Cause::Stalled, reason) })
+            (still >= STALLED_AFTER)
+                .then(|| HealthIssue { since: Some(since), ..HealthIssue::new(Cause::Stalled, reason) })
         });
-        Report { trouble, waiting: known.waiting }
+        PartReport { trouble, waiting: known.waiting }
     }
 }
 
@@ -146,7 +147,7 @@ mod tests {
 
     #[test]
     fn what_was_tried_in_vain_is_over_when_all_that_waits_came_later() {
-        let (progress, failed) = (Progress::default(), clock::now());
+        let (progress, failed) = (EffectsProgress::default(), clock::now());
         let waits = |after: i64| Some((Uuid::now_v7(), failed + time::Duration::seconds(after), None, 1));
         assert!(!progress.seen(None), "nothing was in vain");
         progress.in_vain(failed);
@@ -159,7 +160,7 @@ mod tests {
 
     #[test]
     fn effects_that_cannot_be_looked_at_still_wait_and_that_is_said() {
-        let progress = Progress::default();
+        let progress = EffectsProgress::default();
         progress.seen(Some((Uuid::now_v7(), clock::now(), None, 7)));
         let waiting = progress.report(None).waiting.expect("seven wait");
         let slow = sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
@@ -172,6 +173,6 @@ mod tests {
         assert_eq!(report.waiting, Some(waiting), "nothing of it was seen to move");
         assert!(report.trouble.is_some_and(|trouble| trouble.reason.contains("what waits is not known")));
         progress.seen(None);
-        assert_eq!(progress.report(None), Report::fine());
+        assert_eq!(progress.report(None), PartReport::fine());
     }
 }

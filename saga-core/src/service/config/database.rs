@@ -2,7 +2,7 @@
 
 use super::{
     ConfigErrors, number,
-    secret::{Place, Secret, database_url},
+    secret::{DatabasePlace, Secret, database_url},
 };
 use clap::Args;
 use sqlx::postgres::PgConnectOptions;
@@ -36,7 +36,7 @@ impl fmt::Debug for DatabaseSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { options, max_connections } = self;
         f.debug_struct("DatabaseSettings")
-            .field("options", &Place(options))
+            .field("options", &DatabasePlace(options))
             .field("max_connections", max_connections)
             .finish()
     }

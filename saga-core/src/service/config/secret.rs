@@ -49,9 +49,9 @@ impl From<String> for Secret {
 }
 
 /// A database's place, and the role that connects to it, for `Debug` of settings. sqlx would print the password.
-pub struct Place<'a>(pub &'a PgConnectOptions);
+pub struct DatabasePlace<'a>(pub &'a PgConnectOptions);
 
-impl fmt::Debug for Place<'_> {
+impl fmt::Debug for DatabasePlace<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(options) = self;
         let mut place = f.debug_struct("Database");
@@ -124,7 +124,7 @@ mod tests {
         for url in ["postgres://me:hunter2@h:1/d", "postgres://me@h:1/d?password=hunter2"] {
             let options = database_url(url).unwrap();
             assert!(format!("{options:?}").contains("hunter2"), "sqlx hides it itself by now");
-            let said = format!("{:?} {:#?}", Place(&options), Place(&options));
+            let said = format!("{:?} {:#?}", DatabasePlace(&options), DatabasePlace(&options));
             assert!(!said.contains("hunter2") && said.contains("\"h\"") && said.contains("\"me\""), "{said}");
         }
     }

@@ -4,7 +4,7 @@ use crate::{
     clock,
     error_class::is_pool_full,
     outbox::has_one_to_spare,
-    part::{Cause, Report},
+    part::{Cause, PartReport},
     transaction::{Bound, is_timeout, why_none},
 };
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection, PgPool};
@@ -38,7 +38,7 @@ macro_rules! read_only {
 ///
 /// # Errors
 /// When the database does not answer, or another session holds a lock on a table for too long.
-pub async fn missing(db: &mut PgConnection, needs: &[Needs]) -> Result<Report, sqlx::Error> {
+pub async fn missing(db: &mut PgConnection, needs: &[Needs]) -> Result<PartReport, sqlx::Error> {
     let pairs = needs.iter().flat_map(|need| need.rights.iter().map(|right| (need.table, *right)));
     let (tables, rights): (Vec<&str>, Vec<&str>) = pairs.unzip();
     let written = rights.iter().any(|right| *right != "select");
@@ -58,12 +58,12 @@ pub async fn missing(db: &mut PgConnection, needs: &[Needs]) -> Result<Report, s
     .fetch_one(&mut *db)
     .await?;
     Ok(match lacks {
-        Some(lacks) if is_there => Report::red(Cause::RightMissing, format!("a right is missing: {lacks}")),
-        Some(lacks) => Report::red(Cause::TableMissing, format!("a table is missing: {lacks}")),
-        None if read_only && written => Report::red(Cause::DatabaseReadOnly, "the database takes no writes"),
+        Some(lacks) if is_there => PartReport::red(Cause::RightMissing, format!("a right is missing: {lacks}")),
+        Some(lacks) => PartReport::red(Cause::TableMissing, format!("a table is missing: {lacks}")),
+        None if read_only && written => PartReport::red(Cause::DatabaseReadOnly, "the database takes no writes"),
         None => {
             sqlx::raw_sql(AssertSqlSafe(locks(needs))).execute(db).await?;
-            Report::fine()
+            PartReport::fine()
         }
     })
 }

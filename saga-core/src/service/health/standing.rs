@@ -3,7 +3,7 @@
 use super::{Concern, Name};
 use crate::{
     clock,
-    part::{Cause, Report, Trouble, Waiting},
+    part::{Cause, HealthIssue, PartReport, WaitingWork},
 };
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ impl Part {
     /// Judges a report. How busy a process is says nothing of whether it can be sent requests. So while the pool is
     /// `full`, a part that could not be asked keeps its standing. It does so for a bound only, because a table that is
     /// locked fills the pool, too.
-    pub(super) fn seen(concern: Concern, report: &Report, before: Option<&Self>, full: bool, now: Instant) -> Self {
+    pub(super) fn seen(concern: Concern, report: &PartReport, before: Option<&Self>, full: bool, now: Instant) -> Self {
         let cause = report.trouble.as_ref().map(|trouble| trouble.cause);
         let unasked = full && concern == Concern::Callers && matches!(cause, Some(Cause::NoAnswer | Cause::PoolFull));
         let answered = before.filter(|_| unasked).map_or(now, |before| before.answered);
@@ -100,7 +100,7 @@ pub enum State {
 }
 
 impl Standing {
-    fn red(trouble: Trouble, before: Option<&Self>, now: Instant) -> Self {
+    fn red(trouble: HealthIssue, before: Option<&Self>, now: Instant) -> Self {
         let began = trouble.since.unwrap_or(now);
         let began = clock::now() - now.saturating_duration_since(began);
         // The cause may change while the part is red; since when it is red does not. But a start and an operator's
@@ -118,7 +118,7 @@ impl Standing {
     }
 
     /// The standing of the process itself.
-    pub(super) fn of_process(trouble: Option<Trouble>, before: Option<&Self>) -> Self {
+    pub(super) fn of_process(trouble: Option<HealthIssue>, before: Option<&Self>) -> Self {
         trouble.map_or_else(Self::ok, |trouble| Self::red(trouble, before, clock::monotonic()))
     }
 
@@ -126,9 +126,9 @@ impl Standing {
         Self { state: State::Ok, cause: None, since: None, waiting: None, oldest: None, reason: None }
     }
 
-    fn judged(report: &Report, before: Option<&Self>, now: Instant) -> Self {
+    fn judged(report: &PartReport, before: Option<&Self>, now: Instant) -> Self {
         let standing = report.verdict(now).map_or_else(Self::ok, |trouble| Self::red(trouble, before, now));
-        let Some(Waiting { items, oldest, .. }) = report.waiting else { return standing };
+        let Some(WaitingWork { items, oldest, .. }) = report.waiting else { return standing };
         Self { waiting: items, oldest, ..standing }
     }
 
@@ -195,25 +195,25 @@ mod tests {
     #[test]
     fn a_full_pool_excuses_a_check_for_a_while_and_never_turns_red_into_green() {
         let start = clock::monotonic();
-        let no_answer = || Report::red(Cause::NoAnswer, "no answer within 2s");
-        let no_connection = || Report::red(Cause::PoolFull, "the pool is full");
-        let seen = |report: Report, before: Option<&Part>, full, seconds| {
+        let no_answer = || PartReport::red(Cause::NoAnswer, "no answer within 2s");
+        let no_connection = || PartReport::red(Cause::PoolFull, "the pool is full");
+        let seen = |report: PartReport, before: Option<&Part>, full, seconds| {
             Part::seen(Concern::Callers, &report, before, full, at(start, seconds))
         };
-        let fine = seen(Report::fine(), None, false, 0);
+        let fine = seen(PartReport::fine(), None, false, 0);
         let excused = seen(no_connection(), Some(&fine), true, 10);
         let excused = seen(no_answer(), Some(&excused), true, 29);
         assert_eq!(excused.standing.word(), "ok");
         let too_long = seen(no_connection(), Some(&excused), true, 30);
         assert_eq!(too_long.standing.word(), "pool_full", "callers have not been served for as long");
-        let answered = seen(Report::fine(), Some(&too_long), true, 32);
+        let answered = seen(PartReport::fine(), Some(&too_long), true, 32);
         assert_eq!(seen(no_connection(), Some(&answered), true, 61).standing.word(), "ok", "it is counted anew");
 
         let locked = seen(no_answer(), Some(&fine), false, 1);
         assert_eq!(locked.standing.word(), "no_answer", "nothing excuses it while the pool has connections");
         assert_eq!(seen(no_connection(), Some(&locked), true, 3).standing.word(), "no_answer");
         assert_eq!(seen(no_connection(), None, true, 0).standing.word(), "pool_full", "it never answered");
-        let refused = Report::red(Cause::TableMissing, "no table");
+        let refused = PartReport::red(Cause::TableMissing, "no table");
         assert_eq!(seen(refused, Some(&fine), true, 1).standing.word(), "table_missing");
     }
 
@@ -222,7 +222,7 @@ mod tests {
         let log = Log::hear("info");
         let now = clock::monotonic();
         let mut part = None::<Part>;
-        let mut told = |report: Report, starting: Option<u64>| {
+        let mut told = |report: PartReport, starting: Option<u64>| {
             let mut seen = Part::seen(Concern::Work, &report, part.as_ref(), false, now);
             seen.tell(&"replies".into(), starting.map(Duration::from_secs));
             part = Some(seen);
@@ -231,13 +231,13 @@ mod tests {
         };
         let starts = |seconds| {
             let since = now.checked_sub(Duration::from_secs(seconds));
-            Report::from(Trouble { since, ..Trouble::new(Cause::Starting, "it has not started") })
+            PartReport::from(HealthIssue { since, ..HealthIssue::new(Cause::Starting, "it has not started") })
         };
-        let missing = || Report::red(Cause::TableMissing, "no table");
+        let missing = || PartReport::red(Cause::TableMissing, "no table");
         assert_eq!(told(missing(), Some(1)), [0, 0, 0], "the process migrates");
         assert_eq!(told(missing(), Some(61)), [1, 0, 0], "it does so for too long");
         assert_eq!(told(missing(), None), [1, 0, 0], "once");
-        assert_eq!(told(Report::fine(), None), [1, 0, 1]);
+        assert_eq!(told(PartReport::fine(), None), [1, 0, 1]);
         assert_eq!(told(starts(0), None), [1, 0, 1]);
         assert_eq!(told(starts(1), None), [1, 0, 1]);
         assert_eq!(told(starts(61), None), [2, 0, 1], "it never does");
@@ -248,9 +248,9 @@ mod tests {
     fn since_goes_on_through_causes_but_not_from_a_start_nor_through_a_pause() {
         let hours = |was: Cause, is: Cause| {
             let two_hours_ago = clock::now() - Duration::from_secs(7_200);
-            let was = Standing::judged(&Report::red(was, "why"), None, clock::monotonic());
+            let was = Standing::judged(&PartReport::red(was, "why"), None, clock::monotonic());
             let was = Standing { since: Some(two_hours_ago), ..was };
-            let is = Standing::judged(&Report::red(is, "why"), Some(&was), clock::monotonic());
+            let is = Standing::judged(&PartReport::red(is, "why"), Some(&was), clock::monotonic());
             (clock::now() - is.since.unwrap()).whole_hours()
         };
         assert_eq!(hours(Cause::KafkaAway, Cause::Stalled), 2, "it has been red all the time");

@@ -15,13 +15,13 @@ async fn it_is_ready_while_what_callers_need_is_there_and_names_what_is_not() {
     let stopping = CancellationToken::new();
     let health = Health::new(&stopping);
     assert_eq!(health.readiness().checks["process"], "starting", "nobody has looked yet");
-    health.callers_need("database", || async { Report::fine() });
+    health.callers_need("database", || async { PartReport::fine() });
     assert!(looked(&health).await.ready);
-    health.callers_need("database", || async { Report::red(Cause::DatabaseAway, "at line 1721") });
+    health.callers_need("database", || async { PartReport::red(Cause::DatabaseAway, "at line 1721") });
     let red = looked(&health).await;
     assert!(!red.ready);
     assert_eq!(red.checks["database"], "database_away");
-    health.callers_need("database", || async { Report::fine() });
+    health.callers_need("database", || async { PartReport::fine() });
     assert!(looked(&health).await.ready, "it turns green by itself");
     stopping.cancel();
     assert!(!health.readiness().ready, "a process that stops takes no more work");
@@ -36,7 +36,7 @@ async fn no_answer_about_health_runs_a_check() {
         let ran = Arc::clone(&ran);
         move || {
             ran.fetch_add(1, Ordering::Relaxed);
-            async { Report::fine() }
+            async { PartReport::fine() }
         }
     };
     health.callers_need("database", check());
@@ -56,7 +56,7 @@ async fn no_answer_about_health_runs_a_check() {
 #[tokio::test]
 async fn a_part_whose_work_stands_still_is_red_and_takes_no_traffic_away() {
     let health = Health::new(&CancellationToken::new());
-    health.part("replies", || async { Report::red(Cause::KafkaAway, "no broker at 10.0.0.7") });
+    health.part("replies", || async { PartReport::red(Cause::KafkaAway, "no broker at 10.0.0.7") });
     health.look().await;
     assert!(health.readiness().ready && health.is_live());
     let (first, open) = (health.healthiness(), health.healthiness().for_anybody());
@@ -65,7 +65,7 @@ async fn a_part_whose_work_stands_still_is_red_and_takes_no_traffic_away() {
     assert_eq!(first.parts["replies"].reason.as_deref(), Some("no broker at 10.0.0.7"));
     assert!(!serde_json::to_string(&open).unwrap().contains("10.0.0.7"), "strangers hear the cause alone");
 
-    health.part("replies", || async { Report::red(Cause::Stalled, "") });
+    health.part("replies", || async { PartReport::red(Cause::Stalled, "") });
     health.look().await;
     let later = health.healthiness();
     assert_eq!(later.parts["replies"].cause, Some(Cause::Stalled));
@@ -78,12 +78,12 @@ async fn what_is_red_before_the_process_begins_is_logged_only_if_it_stays_so() {
     let health = Health::new(&CancellationToken::new());
     health.starting("the database");
     for name in ["tables", "orders"] {
-        health.callers_need(name, || async { Report::red(Cause::TableMissing, "it is not migrated") });
+        health.callers_need(name, || async { PartReport::red(Cause::TableMissing, "it is not migrated") });
     }
-    health.part("replies", || async { Report::red(Cause::Starting, "it has not started") });
+    health.part("replies", || async { PartReport::red(Cause::Starting, "it has not started") });
     health.look().await;
     health.look().await;
-    health.callers_need("tables", || async { Report::fine() });
+    health.callers_need("tables", || async { PartReport::fine() });
     health.look().await;
     assert!(log.warnings().is_empty(), "{:?}", log.warnings());
     health.started();
@@ -104,7 +104,7 @@ async fn a_check_that_does_not_answer_is_red() {
 #[tokio::test]
 async fn what_was_seen_too_long_ago_is_a_no_and_a_still_loop_is_not_alive() {
     let health = Health::new(&CancellationToken::new());
-    health.callers_need("database", || async { Report::fine() });
+    health.callers_need("database", || async { PartReport::fine() });
     health.look().await;
     let age = |by: Duration| {
         let mut seen = lock(&health.0.seen);

@@ -72,7 +72,7 @@ pub struct World {
 
 /// Something that can happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Move {
+pub enum ExplorerStep {
     /// A participant gets a command and makes this choice.
     Deliver(usize, Op, u32, Choice),
     /// An external call has its effect.
@@ -170,47 +170,47 @@ impl<'d> Model<'d> {
     }
 
     /// Everything that can happen to `world` next.
-    pub fn moves(&self, world: &World) -> Vec<Move> {
+    pub fn moves(&self, world: &World) -> Vec<ExplorerStep> {
         let mut moves = Vec::with_capacity(16);
         for (step, fence) in world.fences.iter().enumerate().take(self.definition.steps().len()) {
             match fence {
                 Fence::Calling => {
-                    moves.push(Move::Call(step));
+                    moves.push(ExplorerStep::Call(step));
                     if self.refusable(step) {
-                        moves.push(Move::Record(step, Choice::Reject));
+                        moves.push(ExplorerStep::Record(step, Choice::Reject));
                     }
                 }
-                Fence::Called => moves.push(Move::Record(step, Choice::Succeed)),
-                Fence::Adrift | Fence::MarkedAdrift => moves.push(Move::Call(step)),
+                Fence::Called => moves.push(ExplorerStep::Record(step, Choice::Succeed)),
+                Fence::Adrift | Fence::MarkedAdrift => moves.push(ExplorerStep::Call(step)),
                 _ => {}
             }
-            moves.extend(self.loses(world, step).map(|_| Move::Lose(step)));
+            moves.extend(self.loses(world, step).map(|_| ExplorerStep::Lose(step)));
         }
         let locals: &[Local] = if world.breaks > 0 { &[Local::Works, Local::Breaks] } else { &[Local::Works] };
         for (step, op, note) in notes(world.messages) {
             match note {
                 Note::Command(attempt) => self.deliveries(world, step, op, attempt, &mut moves),
-                _ => moves.extend(locals.iter().map(|local| Move::Reply(step, op, note, *local))),
+                _ => moves.extend(locals.iter().map(|local| ExplorerStep::Reply(step, op, note, *local))),
             }
         }
         let state = self.state(world);
         let Some(open) = state.open() else { return moves };
         let stuck = matches!(state.status, Status::Stuck { .. });
-        moves.extend((!world.late && self.can_be_late(&state)).then_some(Move::Deadline));
+        moves.extend((!world.late && self.can_be_late(&state)).then_some(ExplorerStep::Deadline));
         for local in locals.iter().copied() {
-            moves.extend((open.due.is_some() || world.late).then_some(Move::Due(local)));
-            moves.extend(self.limits.cancels.then_some(Move::Cancel(local)));
-            moves.extend((stuck && open.attempt < self.limits.attempts).then_some(Move::Retry(local)));
+            moves.extend((open.due.is_some() || world.late).then_some(ExplorerStep::Due(local)));
+            moves.extend(self.limits.cancels.then_some(ExplorerStep::Cancel(local)));
+            moves.extend((stuck && open.attempt < self.limits.attempts).then_some(ExplorerStep::Retry(local)));
         }
         moves
     }
 
-    fn deliveries(&self, world: &World, step: usize, op: Op, attempt: u32, moves: &mut Vec<Move>) {
+    fn deliveries(&self, world: &World, step: usize, op: Op, attempt: u32, moves: &mut Vec<ExplorerStep>) {
         let choices = match op {
             Op::Undo if self.is_undone_elsewhere(step) => vec![Choice::Repeat],
             _ => fences::choices(self.limits, op, world.fences[step], self.refusable(step)),
         };
-        moves.extend(choices.into_iter().map(|choice| Move::Deliver(step, op, attempt, choice)));
+        moves.extend(choices.into_iter().map(|choice| ExplorerStep::Deliver(step, op, attempt, choice)));
     }
 
     /// What the loss of the step's fence leaves, where it can be lost.
@@ -243,40 +243,40 @@ impl<'d> Model<'d> {
     }
 
     /// The world after `next`, or the rule that it breaks.
-    pub fn take(&self, world: &World, next: Move) -> Result<World, Violation> {
+    pub fn take(&self, world: &World, next: ExplorerStep) -> Result<World, Violation> {
         let mut after = *world;
         let (event, local) = match next {
-            Move::Deliver(step, op, attempt, choice) => {
+            ExplorerStep::Deliver(step, op, attempt, choice) => {
                 self.deliver(&mut after, step, op, attempt, choice);
                 return self.checked(after);
             }
-            Move::Call(step) => {
+            ExplorerStep::Call(step) => {
                 after.fences[step] = world.fences[step].called();
                 return self.checked(after);
             }
-            Move::Lose(step) => {
+            ExplorerStep::Lose(step) => {
                 after.fences[step] = self.loses(world, step).unwrap_or(world.fences[step]);
                 after.lost |= 1 << step;
                 return self.checked(after);
             }
-            Move::Record(step, choice) => {
+            ExplorerStep::Record(step, choice) => {
                 self.settle(&mut after, step, choice);
                 return self.checked(after);
             }
-            Move::Deadline => {
+            ExplorerStep::Deadline => {
                 after.late = true;
                 return self.checked(after);
             }
-            Move::Reply(step, op, note, local) => (self.reply(world, step, op, note), local),
-            Move::Due(local) => (Event::Due, local),
-            Move::Cancel(local) => (Event::Cancel { reason: String::new() }, local),
-            Move::Retry(local) => (Event::Retry, local),
+            ExplorerStep::Reply(step, op, note, local) => (self.reply(world, step, op, note), local),
+            ExplorerStep::Due(local) => (Event::Due, local),
+            ExplorerStep::Cancel(local) => (Event::Cancel { reason: String::new() }, local),
+            ExplorerStep::Retry(local) => (Event::Retry, local),
         };
-        if matches!(next, Move::Reply(..) | Move::Due(_)) && !self.is_decided()? {
+        if matches!(next, ExplorerStep::Reply(..) | ExplorerStep::Due(_)) && !self.is_decided()? {
             return self.checked(after);
         }
         let (state, effects) = self.decided(world, event);
-        if let Move::Cancel(_) = next {
+        if let ExplorerStep::Cancel(_) = next {
             rules::check_cancel(self, world, effects.verdict)?;
         }
         after.state = state;

@@ -2,7 +2,7 @@
 
 use super::{
     fences::Fence,
-    model::{Model, Move, World},
+    model::{ExplorerStep, Model, World},
 };
 use crate::{
     command::{Happened, Op},
@@ -19,7 +19,7 @@ pub struct Violation {
     /// The rule, as a sentence.
     pub rule: &'static str,
     /// What happened, in order; [`Model::replay`] takes it again.
-    pub schedule: Vec<Move>,
+    pub schedule: Vec<ExplorerStep>,
 }
 
 impl fmt::Display for Violation {

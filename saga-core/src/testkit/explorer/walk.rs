@@ -1,7 +1,7 @@
 //! A walk: it visits all worlds of a model.
 
 use super::{
-    model::{Model, Move, World},
+    model::{ExplorerStep, Model, World},
     rules::{Violation, needs_a_person},
 };
 use std::collections::{BTreeMap, HashMap};
@@ -12,7 +12,7 @@ pub struct Walk {
     pub(super) worlds: Vec<World>,
     /// The worlds that come next, for each world.
     pub(super) next: Vec<Vec<u32>>,
-    came_by: Vec<Option<(u32, Move)>>,
+    came_by: Vec<Option<(u32, ExplorerStep)>>,
     /// How many things can happen, over all worlds.
     pub transitions: usize,
     /// How many worlds there are by the saga's status.
@@ -25,7 +25,7 @@ impl Walk {
         self.worlds.len()
     }
 
-    fn schedule(&self, mut world: u32) -> Vec<Move> {
+    fn schedule(&self, mut world: u32) -> Vec<ExplorerStep> {
         let mut schedule = Vec::new();
         while let Some((parent, by)) = self.came_by[world as usize] {
             schedule.push(by);
@@ -83,7 +83,7 @@ impl Model<'_> {
     ///
     /// # Errors
     /// With the rule that it breaks.
-    pub fn replay(&self, schedule: &[Move]) -> Result<World, Violation> {
+    pub fn replay(&self, schedule: &[ExplorerStep]) -> Result<World, Violation> {
         let mut world = self.begin()?;
         for by in schedule {
             world = self.take(&world, *by)?;

@@ -5,9 +5,9 @@ use super::{
     decide::{answers, decide},
     definition::{BuildFrom, Definition, Remote, StepKind},
     local::LocalCall,
-    log::{Entry, What},
-    state::{Action, Answer, Effects, Event, Ignored, Open, Reply, Send, State, StepState, Told, Verdict},
-    store::{self, Change, Due, Row},
+    log::{LogEntry, LogEvent},
+    state::{Action, Answer, Effects, Event, Ignored, Open, Reply, Send, State, StepState, TimelineEntry, Verdict},
+    store::{self, Due, Row, SagaUpdate},
 };
 use crate::{
     command::Op,
@@ -30,9 +30,9 @@ use time::OffsetDateTime;
 const STRAYS_MAX: usize = 64;
 
 /// Something that happens to a saga, with what its log will say.
-pub(super) struct Incident<'m> {
+pub(super) struct PendingEvent<'m> {
     pub(super) event: Event,
-    pub(super) what: What,
+    pub(super) what: LogEvent,
     /// The message that caused it: what follows continues its trace.
     pub(super) cause: Option<&'m Envelope>,
     /// A reply's type; `None` where that is not known.
@@ -42,15 +42,15 @@ pub(super) struct Incident<'m> {
 }
 
 /// One saga in a transaction.
-pub(super) struct Case<'m> {
+pub(super) struct LoadedSaga<'m> {
     definition: Arc<Definition>,
     row: Row,
     from_revision: i32,
     from_status: &'static str,
-    incidents: VecDeque<Incident<'m>>,
+    events: VecDeque<PendingEvent<'m>>,
     cause: Option<&'m Envelope>,
     local: Option<(usize, Op)>,
-    entries: Vec<Entry>,
+    entries: Vec<LogEntry>,
     /// Why replies were ignored in this transaction, including kinds that the log has already.
     pub(super) ignored: Vec<Ignored>,
     pub(super) messages: Vec<NewMessage>,
@@ -60,28 +60,28 @@ pub(super) struct Case<'m> {
 }
 
 /// A local effect that has to be run before its saga goes on.
-pub(super) struct Pending<'a> {
+pub(super) struct LocalToRun<'a> {
     saga: SagaId,
     name: &'a str,
     input: &'a Value,
     state: &'a State,
 }
 
-impl<'a> Pending<'a> {
+impl<'a> LocalToRun<'a> {
     pub(super) fn call(self) -> LocalCall<'a> {
         LocalCall { saga: self.saga, name: self.name, input: self.input, failure: self.state.failure.as_ref() }
     }
 }
 
-impl<'m> Case<'m> {
-    pub(super) fn new(definition: Arc<Definition>, row: Row, incidents: VecDeque<Incident<'m>>) -> Self {
+impl<'m> LoadedSaga<'m> {
+    pub(super) fn new(definition: Arc<Definition>, row: Row, events: VecDeque<PendingEvent<'m>>) -> Self {
         let (from_revision, from_status) = (row.revision, row.state.status.as_str());
         Self {
             definition,
             row,
             from_revision,
             from_status,
-            incidents,
+            events,
             cause: None,
             local: None,
             entries: Vec::new(),
@@ -118,7 +118,7 @@ impl<'m> Case<'m> {
         span
     }
 
-    pub(super) fn entries(&self) -> &[Entry] {
+    pub(super) fn entries(&self) -> &[LogEntry] {
         &self.entries
     }
 
@@ -129,15 +129,15 @@ impl<'m> Case<'m> {
     /// Takes events until none is left, or until a local effect has to be run.
     pub(super) fn decide(&mut self, reply_topic: &str, now: OffsetDateTime) -> Result<(), BatchError> {
         while self.local.is_none()
-            && let Some(incident) = self.incidents.pop_front()
+            && let Some(event) = self.events.pop_front()
         {
-            self.take(incident, reply_topic, now)?;
+            self.take(event, reply_topic, now)?;
         }
         Ok(())
     }
 
-    fn take(&mut self, incident: Incident<'m>, reply_topic: &str, now: OffsetDateTime) -> Result<(), BatchError> {
-        let Incident { event, what, cause, kind, flaw } = incident;
+    fn take(&mut self, event: PendingEvent<'m>, reply_topic: &str, now: OffsetDateTime) -> Result<(), BatchError> {
+        let PendingEvent { event, what, cause, kind, flaw } = event;
         let before = self.row.state.open().copied();
         if let Event::Reply(reply) = &event
             && let Ok(open) = answers(&self.definition, &self.row.state, reply)
@@ -157,31 +157,31 @@ impl<'m> Case<'m> {
             self.settled.push((open, now));
         }
         self.cause = cause;
-        self.entries.push(Entry { what, then: Vec::new() });
+        self.entries.push(LogEntry { what, then: Vec::new() });
         self.apply(state, effects, reply_topic, now);
         Ok(())
     }
 
     /// Logs an unexpected reply, once per kind. Any other ignored event was not due, or its caller gets the answer.
-    fn ignore(&mut self, what: What, why: Ignored) {
-        let What::Reply { step, op, attempt, outcome } = what else { return };
+    fn ignore(&mut self, what: LogEvent, why: Ignored) {
+        let LogEvent::Reply { step, op, attempt, outcome } = what else { return };
         self.ignored.push(why);
-        let what = What::Ignored { step, op, attempt, outcome, why };
+        let what = LogEvent::Ignored { step, op, attempt, outcome, why };
         if self.entries.iter().all(|entry| entry.what.stray() != what.stray()) {
-            self.entries.push(Entry { what, then: Vec::new() });
+            self.entries.push(LogEntry { what, then: Vec::new() });
         }
     }
 
-    /// Whether the log may already have one of the new lines; [`Case::forget`] then needs the lines that it has.
+    /// Whether the log may already have one of the new lines; [`LoadedSaga::forget`] then needs the lines that it has.
     pub(super) fn has_strays(&self) -> bool {
         self.entries.iter().any(|entry| entry.what.stray().is_some())
     }
 
     /// Leaves out replies of a kind that the log has already, or all of them once the log has enough.
-    pub(super) fn forget(&mut self, told: &[Entry]) {
+    pub(super) fn forget(&mut self, log: &[LogEntry]) {
         self.entries.retain(|entry| {
             let stray = entry.what.stray();
-            stray.is_none() || (told.len() < STRAYS_MAX && told.iter().all(|told| told.what.stray() != stray))
+            stray.is_none() || (log.len() < STRAYS_MAX && log.iter().all(|entry| entry.what.stray() != stray))
         });
     }
 
@@ -195,7 +195,7 @@ impl<'m> Case<'m> {
     fn apply(&mut self, state: State, effects: Effects, reply_topic: &str, now: OffsetDateTime) {
         let deadline = self.row.state.deadline;
         self.row.state = state;
-        let mut told = effects.told;
+        let mut timeline = effects.timeline;
         for action in effects.actions {
             match action {
                 Action::RunLocal { step, op } => self.local = Some((step, op)),
@@ -206,41 +206,41 @@ impl<'m> Case<'m> {
                         let (state, effects) = decide(&self.definition, &self.row.state, &unsent, now);
                         self.row.state = state;
                         // The command was not sent, so the log must not say that it was.
-                        told.pop();
-                        told.extend(effects.told);
+                        timeline.pop();
+                        timeline.extend(effects.timeline);
                     }
                 },
             }
         }
         if let Some(entry) = self.entries.last_mut() {
-            entry.then.extend(told);
+            entry.then.extend(timeline);
         }
     }
 
     /// The local effect that has to be run before this saga goes on.
-    pub(super) fn pending(&self) -> Option<Pending<'_>> {
+    pub(super) fn pending(&self) -> Option<LocalToRun<'_>> {
         let (step, op) = self.local?;
         let step = &self.definition.steps()[step];
         let name = match (&step.kind, op) {
             (StepKind::Local { undo: Some(undo), .. }, Op::Undo) => undo,
             _ => &step.name,
         };
-        Some(Pending { saga: self.saga(), name, input: &self.row.input, state: &self.row.state })
+        Some(LocalToRun { saga: self.saga(), name, input: &self.row.input, state: &self.row.state })
     }
 
     /// Whether the saga has begun to be undone in this transaction and is not at the end of it.
     pub(super) fn has_turned(&self) -> bool {
-        let told = self.entries.iter().flat_map(|entry| &entry.then);
-        !self.row.state.is_finished() && told.into_iter().any(|told| matches!(told, Told::Compensating { .. }))
+        let mut timeline = self.entries.iter().flat_map(|entry| &entry.then);
+        !self.row.state.is_finished() && timeline.any(|entry| matches!(entry, TimelineEntry::Compensating { .. }))
     }
 
     /// A call of the local effect `name` for this saga.
     pub(super) fn call_of<'a>(&'a self, name: &'a str) -> LocalCall<'a> {
-        Pending { saga: self.saga(), name, input: &self.row.input, state: &self.row.state }.call()
+        LocalToRun { saga: self.saga(), name, input: &self.row.input, state: &self.row.state }.call()
     }
 
     /// What the saga's row becomes; `None` when nothing happened that the row has to show.
-    pub(super) fn change(&self, now: OffsetDateTime) -> Option<Change<'_>> {
+    pub(super) fn change(&self, now: OffsetDateTime) -> Option<SagaUpdate<'_>> {
         let state = &self.row.state;
         let same_status = state.status.as_str() == self.from_status;
         let (due, armed_at) = match (self.row.armed_at, state.due()) {
@@ -250,7 +250,7 @@ impl<'m> Case<'m> {
             (_, due) => (Due::Set, due),
         };
         let changed = !self.entries.is_empty() || due != Due::Keep;
-        changed.then(|| Change {
+        changed.then(|| SagaUpdate {
             definition: &self.row.definition,
             version: self.row.version,
             from_revision: self.from_revision,
