@@ -12,7 +12,12 @@
 
 pub mod rebuild;
 
-use contracts::{inventory::ItemChanged, money::Money, product::Sku, topics::INVENTORY_ITEMS};
+use contracts::{
+    inventory::ItemChanged,
+    money::{Currency, Money},
+    product::Sku,
+    topics::INVENTORY_ITEMS,
+};
 use saga_core::{
     consumer::{ConsumerConfig, ConsumerHealth, HandleError, Handler, Message, TooOld, Unfit},
     envelope::SourcePosition,
@@ -110,6 +115,9 @@ fn read(message: &Message) -> Result<Said<'_>, HandleError> {
             if item.unit_price.amount < 0 {
                 return Err(poison(format!("item {} has a negative price", item.sku)));
             }
+            if let Err(error) = item.unit_price.currency.as_str().parse::<Currency>() {
+                return Err(poison(format!("item {} has a price in no currency of today: {error}", item.sku)));
+            }
             if item.name.contains('\0') {
                 return Err(poison(format!("item {} has a NUL in its name, which no text column takes", item.sku)));
             }
@@ -200,9 +208,9 @@ impl Seen {
         sqlx::query(
             "insert into catalogue_seen as known (sku, source, epoch, sequence)
              select * from unnest($1::text[], $2::text[], $3::text[], $4::bigint[])
-             on conflict (sku, source, epoch) do update
-             set    sequence = excluded.sequence
-             where  known.sequence < excluded.sequence",
+                 on conflict (sku, source, epoch) do update
+                set sequence = excluded.sequence
+              where known.sequence < excluded.sequence",
         )
         .bind(rows.iter().map(|(sku, _)| *sku).collect::<Vec<_>>())
         .bind(rows.iter().map(|(_, ((source, _), _))| source.as_str()).collect::<Vec<_>>())
@@ -219,11 +227,11 @@ async fn write_in(tx: &mut Tx<'_>, news: &[&Said<'_>]) -> Result<(), sqlx::Error
     sqlx::query(
         "insert into catalogue as known (sku, name, unit_price, currency, withdrawn, sequence)
          select sku, coalesce(name, ''), coalesce(unit_price, 0), coalesce(currency, 'XXX'), name is null, sequence
-         from   unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::bigint[])
+           from unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::bigint[])
                     as said (sku, name, unit_price, currency, sequence)
-         order  by sku
-         on conflict (sku) do update
-         set    name       = case when excluded.withdrawn then known.name       else excluded.name       end,
+          order by sku
+             on conflict (sku) do update
+            set name       = case when excluded.withdrawn then known.name       else excluded.name       end,
                 unit_price = case when excluded.withdrawn then known.unit_price else excluded.unit_price end,
                 currency   = case when excluded.withdrawn then known.currency   else excluded.currency   end,
                 withdrawn  = excluded.withdrawn,

@@ -39,13 +39,14 @@ impl ExternalEffect<CapturePayment> for Capture {
             Some(payment) if payment.status != Status::Authorizing => payment,
             _ => return Ok(Prepare::Decided(Decision::Failed(NOT_ON_RECORD.into()))),
         };
+        let refusal = match payment.capturable(amount) {
+            Ok(authorization) => return Ok(Prepare::Call(authorization.to_owned())),
+            Err(refusal) => refusal,
+        };
         let captured = store::entered(tx, command.order, cx.idempotency_key(), MovementKind::Capture).await?;
-        if let Some(capture) = captured {
-            return Ok(Prepare::Decided(Decision::Done(Captured { capture, amount })));
-        }
-        Ok(match payment.capturable(amount) {
-            Ok(authorization) => Prepare::Call(authorization.to_owned()),
-            Err(refusal) => Prepare::Decided(Decision::Rejected(CaptureRefused { reason: refusal.reason().into() })),
+        Ok(match captured {
+            Some(capture) => Prepare::Decided(Decision::Done(Captured { capture, amount })),
+            None => Prepare::Decided(Decision::Rejected(CaptureRefused { reason: refusal.reason().into() })),
         })
     }
 

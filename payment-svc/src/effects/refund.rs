@@ -1,11 +1,12 @@
 //! The effect of `RefundPayment`: give back what was captured, all of it or a part.
 //!
-//! A refusal says that certainly nothing was given back by this command. So an absent row, and an amount that only
-//! another refund under way stands against, are no refusals: that refund may be this command's own, its record lost.
+//! A refusal says that certainly nothing was given back by this command. So a row that is absent, or older than the
+//! capture, is no refusal: rows may be lost. Neither is an amount that only a refund under way stands against: that
+//! refund may be this command's own. (What a lost refund has set aside stays so, until an operator compares the books.)
 
 use super::{Provider, happened, locked, reference};
 use crate::{
-    domain::{Event, MovementKind, Refusal},
+    domain::{Event, MovementKind, Refusal, Status},
     gateway::{Answer, Request},
     store,
 };
@@ -17,8 +18,8 @@ use saga_core::{
 };
 
 /// The answer to a refund of a payment that is not on record.
-const NOT_ON_RECORD: &str = "this service has no record of this order's payment: rows were lost, or nothing was ever \
-    captured; compare the payment with the gateway's books";
+const NOT_ON_RECORD: &str = "this service has no record of a capture of this order's payment: rows were lost, or nothing \
+    was ever captured; compare the payment with the gateway's books";
 
 /// The answer to a refund that a refund under way leaves no room for.
 const UNDER_WAY: &str = "refunds under way leave no room for this one: ask again when they are answered; if none is, \
@@ -40,8 +41,9 @@ impl ExternalEffect<RefundPayment> for Refund {
         command: &RefundPayment,
     ) -> anyhow::Result<Prepare<RefundPayment, String>> {
         let (amount, key) = (command.amount, cx.idempotency_key());
-        let Some(payment) = store::lock(tx, command.order).await? else {
-            return Ok(Prepare::Decided(Decision::Failed(NOT_ON_RECORD.into())));
+        let payment = match store::lock(tx, command.order).await? {
+            Some(payment) if !matches!(payment.status, Status::Authorizing | Status::Authorized { .. }) => payment,
+            _ => return Ok(Prepare::Decided(Decision::Failed(NOT_ON_RECORD.into()))),
         };
         if let Some(refund) = store::entered(tx, command.order, key, MovementKind::Refund).await? {
             return Ok(Prepare::Decided(Decision::Done(Refunded { refund, amount })));

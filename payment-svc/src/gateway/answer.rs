@@ -6,7 +6,7 @@
 //! was asked for is judged where that is known ([`crate::effects`]).
 
 use super::{Answer, Doubt, Request};
-use contracts::money::Money;
+use contracts::money::{Currency, Money};
 use http::{HeaderMap, StatusCode, header};
 use saga_core::json;
 use serde::Deserialize;
@@ -78,10 +78,24 @@ fn done(request: &Request, body: &[u8]) -> Result<Answer, String> {
     }
     match amount {
         Some(Money { amount: ..=0, .. }) => return Err("its amount is not positive".into()),
+        Some(Money { currency, .. }) if !is_currency(request, currency) => {
+            return Err(format!("its currency {currency} is none"));
+        }
         None if !may_be_nothing => return Err("it has no amount".into()),
         Some(_) | None => {}
     }
     Ok(Answer::Done { reference, amount })
+}
+
+/// Whether money can be of this currency: it is an active code, or the one that was asked for.
+fn is_currency(request: &Request, currency: Currency) -> bool {
+    let asked = match request {
+        Request::Authorize { amount, .. } | Request::Capture { amount, .. } | Request::Refund { amount, .. } => {
+            Some(amount.currency)
+        }
+        Request::Void { .. } => None,
+    };
+    asked == Some(currency) || currency.as_str().parse::<Currency>().is_ok()
 }
 
 /// Checks that a reference is short, and fits into a path.

@@ -237,9 +237,7 @@ fn authorization(row: &PgRow) -> Result<Authorization, sqlx::Error> {
         reference: row.try_get("reference")?,
         order: row.try_get("order")?,
         method: row.try_get("method")?,
-        currency: row
-            .try_get::<String, _>("currency")?
-            .parse()
+        currency: Currency::stored(row.try_get("currency")?)
             .map_err(|error: contracts::money::UnknownCurrency| sqlx::Error::Decode(error.into()))?,
         amount: row.try_get("amount")?,
         held: row.try_get("held")?,
