@@ -221,6 +221,11 @@ impl HandleError {
         matches!(code.as_deref(), Some("57014" | "25P03" | "25P04"))
     }
 
+    /// Whether PostgreSQL ended the whole transaction for its length, and not one statement or a silence.
+    pub(crate) fn is_of_its_transaction(&self) -> bool {
+        self.database().and_then(Found::code).as_deref() == Some("25P04")
+    }
+
     /// The database's error behind this one, however the handler has wrapped it.
     pub(crate) fn database(&self) -> Option<Found<'_>> {
         match self {

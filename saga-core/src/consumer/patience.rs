@@ -11,6 +11,7 @@ use crate::{
     clock,
     error_class::{ErrorClass, classify, in_words, is_pool_full, renew_connections},
     inbox::{self, FUTURE_MAX},
+    outage::Outage,
     part::Cause,
     retry::Backoff,
     transaction::{database_answers, why_none},
@@ -120,7 +121,8 @@ impl<H: Handler> Worker<H> {
             }
         }
         let stage = *context.stage.borrow();
-        if stage == Stage::Handling && database_answers(&self.context.pool).await {
+        let pool = &self.context.pool;
+        if stage == Stage::Handling && Outage::of_database(pool).answers(database_answers(pool)).await {
             return Err(AttemptFailure::Fault(RecordFault::timed_out(bound)));
         }
         let reason = format!("no answer within {bound:?}; another connection is tried");

@@ -49,6 +49,9 @@ impl CommandContext {
 pub trait CommandHandler<C: Command>: Send + Sync + 'static {
     /// Decides, and writes what follows from it. `Err` rolls the batch back; the consumer repeats it, then parks the
     /// message.
+    ///
+    /// # Errors
+    /// The batch is rolled back. An error of the database that passes is repeated; any other one counts as an attempt.
     async fn decide(&self, tx: &mut Tx<'_>, cx: &CommandContext, command: C) -> anyhow::Result<Decision<C>>;
 }
 
@@ -56,6 +59,9 @@ pub trait CommandHandler<C: Command>: Send + Sync + 'static {
 #[async_trait]
 pub trait UndoHandler<Do: Command, Undo: Command<Rejection = Never>>: Send + Sync + 'static {
     /// Called only where `Do` was done, or may have been. Only for an external effect can `happened` be in doubt.
+    ///
+    /// # Errors
+    /// The same as of [`CommandHandler::decide`].
     async fn undo(
         &self,
         tx: &mut Tx<'_>,
@@ -122,6 +128,9 @@ pub trait ExternalEffect<C: Command>: Send + Sync + 'static {
 
     /// Runs in the batch's transaction, before the call. It may refuse only what it must always have refused. A call of
     /// this command may be under way or may have had its effect, and the record of that may be lost.
+    ///
+    /// # Errors
+    /// The same as of [`CommandHandler::decide`]: no call is made.
     async fn prepare(
         &self,
         tx: &mut Tx<'_>,
@@ -135,6 +144,9 @@ pub trait ExternalEffect<C: Command>: Send + Sync + 'static {
 
     /// Runs in the transaction that closes the intent. Unlike a handler's, its writes beside [`Decision::Rejected`] are
     /// kept, so that it can record a refusal from outside. Only `Failed` rolls them back.
+    ///
+    /// # Errors
+    /// Nothing is written, and the call is repeated under its key. An error of the database that passes counts as no attempt.
     async fn record(
         &self,
         tx: &mut Tx<'_>,
@@ -158,6 +170,9 @@ pub trait ExternalUndo<Do: Command, Undo: Command<Rejection = Never>>: Send + Sy
 
     /// Runs in a transaction, before the call. It runs only where `Do` was done or may have been, and only after `Do`'s
     /// intent, if there is one, settled.
+    ///
+    /// # Errors
+    /// The same as of [`ExternalEffect::prepare`].
     async fn prepare(
         &self,
         tx: &mut Tx<'_>,
@@ -170,6 +185,9 @@ pub trait ExternalUndo<Do: Command, Undo: Command<Rejection = Never>>: Send + Sy
     async fn perform(&self, intent: &Intent<Undo, Self::Prepared>) -> Performed<Self::Answer>;
 
     /// Runs in the transaction that closes the intent.
+    ///
+    /// # Errors
+    /// The same as of [`ExternalEffect::record`].
     async fn record(
         &self,
         tx: &mut Tx<'_>,

@@ -31,7 +31,7 @@ use super::{
     unsettled::Unsettled,
 };
 use crate::{
-    clock::DatabaseClock,
+    clock::{self, DatabaseClock},
     command::{Failed, Op, Why},
     consumer::HandleError,
     error_class::{ErrorClass, classify, in_words, renew_connections},
@@ -159,6 +159,9 @@ impl Intents {
     }
 
     /// Executes what is due now, once each, and tells how many that were.
+    ///
+    /// # Errors
+    /// The database returned an error while intents were claimed. What one call meets is logged.
     pub async fn run_once(&self) -> Result<usize, sqlx::Error> {
         let mut calls = JoinSet::new();
         self.start(&mut calls, self.config.concurrency).await?;
@@ -227,11 +230,18 @@ impl Intents {
     /// transaction, is at fault itself and counted: otherwise it would be repeated without an end. It has less time than
     /// the transaction and more than a wait for a lock, so neither passes for the other.
     async fn effect<T>(&self, work: impl Future<Output = Result<T, HandleError>>) -> Result<T, Unsettled> {
-        let bound = self.config.database_timeout * 3 / 4;
+        let (bound, began) = (self.config.database_timeout * 3 / 4, clock::monotonic());
         match timeout(bound, work).await {
-            Ok(Err(error)) if error.ran_out_of_time() => Err(Unsettled::Slow(bound)),
+            // The server's bound covers what came before the effect's code, too: a wait for a lock, say.
+            Ok(Err(error))
+                if error.ran_out_of_time() && (!error.is_of_its_transaction() || began.elapsed() >= bound / 2) =>
+            {
+                Err(Unsettled::Slow(error.to_string()))
+            }
             Ok(done) => Ok(done?),
-            Err(_) if database_answers(&self.pool).await => Err(Unsettled::Slow(bound)),
+            Err(_) if self.database.answers(database_answers(&self.pool)).await => {
+                Err(Unsettled::Slow(format!("it did not end within {bound:?}, and the database answers")))
+            }
             Err(_) => Err(self.bound().no_answer().into()),
         }
     }
@@ -258,8 +268,10 @@ impl Intents {
                 Err(HandleError::Failed(anyhow::anyhow!("the effect panicked: {text}")).into())
             })
         };
-        let result =
-            Bound::new(self.config.call_timeout.saturating_add(self.config.database_timeout)).within(work).await;
+        // A wait for the fence's lock may come before the effect's own code.
+        let longest = [self.config.database_timeout, self.bound().lock()];
+        let longest = longest.into_iter().fold(self.config.call_timeout, Duration::saturating_add);
+        let result = Bound::new(longest).within(work).await;
         let Err(error) = result else { return };
         if error.is_crash() {
             return;

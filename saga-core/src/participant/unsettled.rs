@@ -9,8 +9,6 @@ use crate::{
     error_class::{ErrorClass, Found, classify, in_words},
     part::Cause,
 };
-use std::time::Duration;
-
 /// Why an intent was not settled.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unsettled {
@@ -19,8 +17,8 @@ pub(super) enum Unsettled {
     #[error(transparent)]
     Handle(#[from] HandleError),
     /// The effect's own code took longer in its transaction than it may.
-    #[error("the effect's own code did not end within {0:?} in its transaction, though the database answers")]
-    Slow(Duration),
+    #[error("the effect's own code takes too long in its transaction: {0}")]
+    Slow(String),
     /// A test's simulated fault.
     #[cfg(feature = "testkit")]
     #[error(transparent)]

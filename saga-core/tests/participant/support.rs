@@ -202,7 +202,7 @@ impl ExternalEffect<Pay> for PayEffect {
         answer: Option<usize>,
     ) -> anyhow::Result<Decision<Pay>> {
         if intent.command.say.iter().any(|word| word == "record hangs") {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
         let Some(by_call) = answer else { return Ok(Decision::Rejected(No)) };
         sqlx::query("insert into effect (saga) values ($1)").bind(intent.cx.saga.saga.0).execute(&mut **tx).await?;

@@ -21,8 +21,9 @@ pub struct IntentConfig {
     /// How often the executor looks for intents that this process did not announce, such as those of a process whose
     /// claim ran out.
     pub poll: Duration,
-    /// The bound of each transaction, in this process and in the server. A transaction that takes longer is given up
-    /// and repeated on another connection, without counting an attempt: a host that is gone closes no connection.
+    /// The bound of each transaction, in this process and in the server (default 10 s). A transaction that takes longer
+    /// is given up and repeated on another connection, without counting an attempt: a host that is gone closes no
+    /// connection. The effect's own code in it has three quarters of that; code that takes longer is counted.
     pub database_timeout: Duration,
 }
 
