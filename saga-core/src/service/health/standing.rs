@@ -13,6 +13,9 @@ use time::OffsetDateTime;
 /// does, so this is about as long as one of them would.
 const BUSY_MAX: Duration = Duration::from_secs(30);
 
+/// How long a lock on a table excuses the check that waits for it.
+const LOCKED_MAX: Duration = Duration::from_secs(10);
+
 /// A part that has not begun after so long is logged as red.
 const STARTS_MAX: Duration = Duration::from_secs(60);
 
@@ -30,13 +33,18 @@ pub(super) struct Part {
 impl Part {
     /// Judges a report. How busy a process is says nothing of whether it can be sent requests. So while the pool is
     /// `full`, a part that could not be asked keeps its standing. It does so for a bound only, because a table that is
-    /// locked fills the pool, too.
+    /// locked fills the pool, too. A lock alone is excused for less: a migration or an index that is being made holds one
+    /// for a moment, and all replicas see it at once.
     pub(super) fn seen(concern: Concern, report: &PartReport, before: Option<&Self>, full: bool, now: Instant) -> Self {
         let cause = report.trouble.as_ref().map(|trouble| trouble.cause);
         let unasked = full && concern == Concern::Callers && matches!(cause, Some(Cause::NoAnswer | Cause::PoolFull));
-        let answered = before.filter(|_| unasked).map_or(now, |before| before.answered);
+        let locked = concern == Concern::Callers && cause == Some(Cause::Locked);
+        let answered = before.filter(|_| unasked || locked).map_or(now, |before| before.answered);
+        let excuse = if unasked { BUSY_MAX } else { LOCKED_MAX };
         let standing = match before {
-            Some(before) if unasked && now.saturating_duration_since(answered) < BUSY_MAX => before.standing.clone(),
+            Some(before) if (unasked || locked) && now.saturating_duration_since(answered) < excuse => {
+                before.standing.clone()
+            }
             _ => Standing::judged(report, before.map(|before| &before.standing), now),
         };
         Self { concern, standing, answered, told: before.and_then(|before| before.told) }
@@ -208,6 +216,11 @@ mod tests {
         assert_eq!(too_long.standing.word(), "pool_full", "callers have not been served for as long");
         let answered = seen(PartReport::fine(), Some(&too_long), true, 32);
         assert_eq!(seen(no_connection(), Some(&answered), true, 61).standing.word(), "ok", "it is counted anew");
+
+        let waits = || PartReport::red(Cause::Locked, "another session holds a lock");
+        let for_a_moment = seen(waits(), Some(&fine), false, 9);
+        assert_eq!(for_a_moment.standing.word(), "ok", "a migration holds a lock for a moment");
+        assert_eq!(seen(waits(), Some(&for_a_moment), false, 10).standing.word(), "locked");
 
         let locked = seen(no_answer(), Some(&fine), false, 1);
         assert_eq!(locked.standing.word(), "no_answer", "nothing excuses it while the pool has connections");
