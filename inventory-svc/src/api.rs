@@ -36,7 +36,7 @@ use utoipa_swagger_ui::SwaggerUi;
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "inventory-svc", description = "Items, stock and reservations."),
+    info(title = "Inventory", description = "Items, stock and reservations."),
     components(schemas(Problem)),
     tags((name = "items", description = "What can be ordered, and how much of it there is"))
 )]
@@ -44,14 +44,21 @@ struct Document;
 
 /// The routes, with `/openapi.json` and `/docs`.
 pub fn router(pool: PgPool) -> Router {
-    let (router, document) = OpenApiRouter::with_openapi(Document::openapi())
+    let documents = SwaggerUi::new("/docs").url("/openapi.json", document());
+    routes().with_state(pool).split_for_parts().0.merge(documents)
+}
+
+/// The API's description.
+pub fn document() -> utoipa::openapi::OpenApi {
+    complete(routes().split_for_parts().1)
+}
+
+fn routes() -> OpenApiRouter<PgPool> {
+    OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(create, list))
         .routes(routes!(read, change))
         .routes(routes!(adjust))
         .routes(routes!(movements))
-        .with_state(pool)
-        .split_for_parts();
-    router.merge(SwaggerUi::new("/docs").url("/openapi.json", complete(document)))
 }
 
 /// A new item.
@@ -155,7 +162,7 @@ struct Page {
 
 /// Create an item; its stock is 0.
 #[utoipa::path(
-    post, path = "/v1/items", tag = "items", request_body = NewItem,
+    post, path = "/v1/items", tag = "items", operation_id = "createItem", request_body = NewItem,
     params(("idempotency-key" = String, Header, description = "new with each new request")),
     responses(
         (status = 201, body = ItemView, headers(("location" = String), ("etag" = String))),
@@ -185,7 +192,7 @@ async fn create(
 
 /// Items by sku.
 #[utoipa::path(
-    get, path = "/v1/items", tag = "items", params(Page),
+    get, path = "/v1/items", tag = "items", operation_id = "listItems", params(Page),
     responses((status = 200, body = List<ItemView>))
 )]
 async fn list(State(pool): State<PgPool>, Query(page): Query<Page>) -> Result<Json<List<ItemView>>, Problem> {
@@ -196,7 +203,7 @@ async fn list(State(pool): State<PgPool>, Query(page): Query<Page>) -> Result<Js
 
 /// One item.
 #[utoipa::path(
-    get, path = "/v1/items/{sku}", tag = "items", params(("sku" = String, Path)),
+    get, path = "/v1/items/{sku}", tag = "items", operation_id = "getItem", params(("sku" = String, Path)),
     responses(
         (status = 200, body = ItemView, headers(("etag" = String))),
         (status = 404, body = Problem, content_type = "application/problem+json"),
@@ -210,7 +217,7 @@ async fn read(State(pool): State<PgPool>, Path(sku): Path<String>) -> Result<Res
 
 /// Change an item's name or price.
 #[utoipa::path(
-    patch, path = "/v1/items/{sku}", tag = "items", request_body = ItemPatch,
+    patch, path = "/v1/items/{sku}", tag = "items", operation_id = "changeItem", request_body = ItemPatch,
     params(("sku" = String, Path), ("if-match" = String, Header, description = "the item's ETag")),
     responses(
         (status = 200, body = ItemView, headers(("etag" = String))),
@@ -240,7 +247,7 @@ async fn change(
 
 /// Add pieces to an item's stock, or take them away.
 #[utoipa::path(
-    post, path = "/v1/items/{sku}/adjustments", tag = "items", request_body = Adjustment,
+    post, path = "/v1/items/{sku}/adjustments", tag = "items", operation_id = "adjustStock", request_body = Adjustment,
     params(("sku" = String, Path), ("idempotency-key" = String, Header, description = "new with each new request")),
     responses(
         (status = 201, body = AdjustmentView),
@@ -279,7 +286,7 @@ async fn adjust(
 
 /// An item's ledger, newest first: why its stock is what it is.
 #[utoipa::path(
-    get, path = "/v1/items/{sku}/movements", tag = "items", params(("sku" = String, Path), Page),
+    get, path = "/v1/items/{sku}/movements", tag = "items", operation_id = "listMovements", params(("sku" = String, Path), Page),
     responses(
         (status = 200, body = List<MovementView>),
         (status = 404, body = Problem, content_type = "application/problem+json"),

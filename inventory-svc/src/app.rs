@@ -1,31 +1,16 @@
-//! The parts put together: what `serve` runs.
+//! The parts put together, which `serve` runs: the consumer of commands, the two listeners.
+//!
+//! When the process dies, nothing is lost: commands that were not committed come again from Kafka.
 
-use crate::{api, commands::Commands, items};
+use crate::{api, commands::Commands, config::IDENTITY, items, migrations};
 use axum::Router;
 use contracts::topics;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
-    service::{
-        self, Health, Identity, Migrations, Needs, ParticipantSettings, Parts, Settings, database,
-        messaging_migrations, task, telemetry,
-    },
+    service::{self, Health, Needs, ParticipantSettings, Parts, Settings, database, task, telemetry},
 };
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
-
-/// The service's name and its default ports.
-pub const IDENTITY: Identity = Identity { name: "inventory-svc", http_port: 8082, admin_port: 9082 };
-
-mod embedded {
-    #![allow(missing_docs, unreachable_pub)]
-    refinery::embed_migrations!("../migrations/inventory");
-}
-
-/// Everything this service's database needs, in order.
-#[must_use]
-pub fn migrations() -> Vec<Migrations> {
-    vec![messaging_migrations(), Migrations { owner: "inventory", runner: embedded::migrations::runner() }]
-}
 
 /// The consumer group of `inventory.commands`, and the name under which the inbox knows it.
 pub const GROUP: &str = "inventory-svc";
@@ -57,7 +42,7 @@ pub async fn serve(settings: Settings, beside: ParticipantSettings, token: Cance
         async move { items::list(&pool, None, 0).await.map(drop) }
     });
     let parts = Parts {
-        migrations: migrations(),
+        migrations: migrations::all(),
         topics: vec![topics::INVENTORY_COMMANDS, topics::INVENTORY_ITEMS, topics::ORDERS_REPLIES],
         needs: NEEDS,
         api: api::router(pool.clone()),

@@ -14,13 +14,13 @@
 //! | [`stock`] | SQL of balances, reservations and the ledger that explains them |
 //! | [`commands`] | the handlers of the order saga's commands |
 //! | [`api`] | the HTTP API and its OpenAPI document |
-//! | [`app`] | the parts put together |
+//! | [`config`], [`migrations`], [`app`] | what a process needs: its settings, its schema, the parts put together |
 
 pub mod api;
 pub mod app;
 pub mod commands;
+pub mod config;
 pub mod domain;
 pub mod items;
+pub mod migrations;
 pub mod stock;
-
-pub use app::{IDENTITY, migrations, serve};

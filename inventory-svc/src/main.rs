@@ -1,8 +1,12 @@
 //! Items, stock and reservations: `inventory-svc serve`, `inventory-svc migrate`.
 
-use clap::Parser;
+use inventory_svc::{
+    app,
+    config::{Cli, IDENTITY},
+    migrations,
+};
 use saga_core::service::{
-    ConfigErrors, ParticipantArgs, ServiceArgs, ServiceCommand, command_line, launch_migrate, launch_with, shutdown,
+    ConfigErrors, ServiceCommand as Command, command_line, launch_migrate, launch_with, shutdown,
 };
 use std::process::ExitCode;
 
@@ -10,31 +14,20 @@ use std::process::ExitCode;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// Items, stock and reservations of the order platform
-#[derive(Parser)]
-#[command(name = "inventory-svc", version)]
-struct Cli {
-    #[command(subcommand)]
-    command: Option<ServiceCommand>,
-    #[command(flatten)]
-    args: ServiceArgs,
-    #[command(flatten)]
-    participant: ParticipantArgs,
-}
-
 #[tokio::main]
 async fn main() -> ExitCode {
-    run(command_line::<Cli>()).await.unwrap_or_else(|mistakes| mistakes.report())
+    run(command_line::<Cli>()).await.unwrap_or_else(|errors| errors.report())
 }
 
-async fn run(Cli { command, args, participant }: Cli) -> Result<ExitCode, ConfigErrors> {
-    let identity = &inventory_svc::IDENTITY;
-    if command.unwrap_or(ServiceCommand::Serve) == ServiceCommand::Migrate {
-        return Ok(launch_migrate(identity, &args, &inventory_svc::migrations()).await);
-    }
+async fn run(Cli { command, service, participant }: Cli) -> Result<ExitCode, ConfigErrors> {
     let mut errors = ConfigErrors::default();
-    let (settings, participant) = (args.read(identity, &mut errors), participant.read(&mut errors));
-    let (settings, participant) = errors.finish(settings.zip(participant))?;
-    let telemetry = settings.telemetry.clone();
-    Ok(launch_with(identity, &telemetry, inventory_svc::serve(settings, participant, shutdown::token())).await)
+    Ok(match command.unwrap_or(Command::Serve) {
+        Command::Migrate => launch_migrate(&IDENTITY, &service, &migrations::all()).await,
+        Command::Serve => {
+            let found = service.read(&IDENTITY, &mut errors).zip(participant.read(&mut errors));
+            let (settings, participant) = errors.finish(found)?;
+            let telemetry = settings.telemetry.clone();
+            launch_with(&IDENTITY, &telemetry, app::serve(settings, participant, shutdown::token())).await
+        }
+    })
 }

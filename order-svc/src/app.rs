@@ -10,6 +10,7 @@
 use crate::{
     api::{ApiState, router},
     catalogue::{self, CatalogueHandler},
+    config::IDENTITY,
     live::nudging,
     migrations,
     orders::Orders,
@@ -22,7 +23,7 @@ use contracts::{
 use saga_core::{
     consumer::{Consumer, ConsumerConfig, ConsumerHealth, Handler},
     http::sagas::{saga_openapi, saga_routes},
-    service::{self, Health, Identity, KafkaSettings, Needs, Parts, Settings, database, task, telemetry},
+    service::{self, Health, KafkaSettings, Needs, Parts, Settings, database, task, telemetry},
     topic::Topic,
 };
 use sqlx::PgPool;
@@ -30,9 +31,6 @@ use std::{convert::Infallible, sync::Arc};
 use tokio_util::sync::CancellationToken;
 use utoipa_swagger_ui::SwaggerUi;
 use uuid::Uuid;
-
-/// The service's name and its default ports.
-pub const IDENTITY: Identity = Identity { name: "order-svc", http_port: 8080, admin_port: 9080 };
 
 /// The tables that requests read and write, with the rights that they need.
 pub const NEEDS: &[Needs] = &[

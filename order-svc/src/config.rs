@@ -1,6 +1,9 @@
 //! The settings of `order-svc` beside those of every service.
 
-use saga_core::service::{OrchestratorArgs, ServiceArgs};
+use saga_core::service::{Identity, OrchestratorArgs, ServiceArgs};
+
+/// The service's name and its default ports.
+pub const IDENTITY: Identity = Identity { name: "order-svc", http_port: 8080, admin_port: 9080 };
 
 /// Orders of the order platform: their API, and the saga that carries each one through
 #[derive(Debug, clap::Parser)]
@@ -11,7 +14,7 @@ pub struct Cli {
     pub command: Option<Command>,
     /// What every service takes.
     #[command(flatten)]
-    pub args: ServiceArgs,
+    pub service: ServiceArgs,
     /// What a service that runs sagas takes beside.
     #[command(flatten)]
     pub sagas: OrchestratorArgs,

@@ -10,9 +10,8 @@
 //! | [`catalogue`] | what can be ordered, and for how much: SQL and consumer; made anew from its topic |
 //! | [`live`] | the clients that wait for an order, and its changes |
 //! | [`api`] | the HTTP API |
-//! | [`migrations`] | the schema, embedded |
-//! | [`config`], [`rebuild`] | what the program is configured with; what an operator runs beside it |
-//! | [`app`] | the parts put together |
+//! | [`config`], [`migrations`], [`app`] | what a process needs: its settings, its schema, the parts put together |
+//! | [`rebuild`] | what an operator runs beside it |
 
 pub mod api;
 pub mod app;
@@ -26,5 +25,3 @@ pub mod order_saga;
 pub mod orders;
 pub mod rebuild;
 pub mod store;
-
-pub use app::{IDENTITY, serve};

@@ -1,6 +1,10 @@
 //! The order REST API and the order saga: `order-svc serve`, `order-svc migrate`, `order-svc rebuild catalogue`.
 
-use order_svc::{IDENTITY, config::Cli, migrations, rebuild, serve};
+use order_svc::{
+    app,
+    config::{Cli, Command, IDENTITY},
+    migrations, rebuild,
+};
 use saga_core::service::{ConfigErrors, command_line, launch_migrate, launch_with, shutdown};
 use std::process::ExitCode;
 
@@ -10,24 +14,23 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    run(command_line::<Cli>()).await.unwrap_or_else(|mistakes| mistakes.report())
+    run(command_line::<Cli>()).await.unwrap_or_else(|errors| errors.report())
 }
 
-async fn run(Cli { command, args, sagas }: Cli) -> Result<ExitCode, ConfigErrors> {
-    use order_svc::config::Command::{Migrate, Rebuild, Serve};
+async fn run(Cli { command, service, sagas }: Cli) -> Result<ExitCode, ConfigErrors> {
     let mut errors = ConfigErrors::default();
-    Ok(match command.unwrap_or(Serve) {
-        Migrate => launch_migrate(&IDENTITY, &args, &migrations::all()).await,
-        Rebuild(what) => {
-            let found = rebuild::Settings::read(&args, &mut errors);
+    Ok(match command.unwrap_or(Command::Serve) {
+        Command::Migrate => launch_migrate(&IDENTITY, &service, &migrations::all()).await,
+        Command::Rebuild(what) => {
+            let found = rebuild::Settings::read(&service, &mut errors);
             let settings = errors.finish(found)?;
             launch_with(&IDENTITY, &settings.telemetry, rebuild::run(what, &settings)).await
         }
-        Serve => {
-            let found = args.read(&IDENTITY, &mut errors).zip(sagas.read(&mut errors));
+        Command::Serve => {
+            let found = service.read(&IDENTITY, &mut errors).zip(sagas.read(&mut errors));
             let (settings, sources) = errors.finish(found)?;
             let telemetry = settings.telemetry.clone();
-            launch_with(&IDENTITY, &telemetry, serve(settings, sources, shutdown::token())).await
+            launch_with(&IDENTITY, &telemetry, app::serve(settings, sources, shutdown::token())).await
         }
     })
 }

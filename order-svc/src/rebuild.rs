@@ -1,9 +1,8 @@
 //! `order-svc rebuild`: an operator runs it, beside the service, when a copy is lost or wrong.
 
 use crate::{
-    IDENTITY,
     catalogue::rebuild::{Missing, Rebuilt, rebuild},
-    config::Copied,
+    config::{Copied, IDENTITY},
     migrations,
 };
 use contracts::topics::INVENTORY_ITEMS;

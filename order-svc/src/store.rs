@@ -106,15 +106,16 @@ pub async fn change_in(tx: &mut Tx<'_>, changes: &[(OrderId, Change)], now: Offs
     }
     sqlx::query(
         "with changed as (
-            update orders o
-            set    status = move.status, reason = move.reason, closed_at = move.closed_at, version = o.version + 1
-            from   unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::timestamptz[])
-                       as move (id, previous, status, reason, closed_at)
-            where  o.id = move.id and o.status = move.previous
-            returning o.id, o.version, move.previous, o.status, o.reason
+             update orders o
+                set status = move.status, reason = move.reason, closed_at = move.closed_at, version = o.version + 1
+               from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::timestamptz[])
+                        as move (id, previous, status, reason, closed_at)
+              where o.id = move.id and o.status = move.previous
+          returning o.id, o.version, move.previous, o.status, o.reason
          )
          insert into order_status_history (order_id, sequence, previous, status, reason, at)
-         select id, version, previous, status, reason, $6 from changed",
+         select id, version, previous, status, reason, $6
+           from changed",
     )
     .bind(moves.iter().map(|(order, _, _)| order.0).collect::<Vec<_>>())
     .bind(moves.iter().map(|(_, from, _)| from.name().as_str()).collect::<Vec<_>>())
@@ -183,14 +184,14 @@ macro_rules! select_orders {
             "select o.id, o.customer, o.total, o.currency, o.status, o.reason, o.cause, o.closed_at, o.version, o.placed_at,
                     exists (select from saga where saga_id = o.id and saga.status = 'stuck') as stuck,
                     line.skus, line.quantities, line.unit_prices
-             from   orders o
-             cross join lateral (
-                 select array_agg(sku        order by position) as skus,
-                        array_agg(quantity   order by position) as quantities,
-                        array_agg(unit_price order by position) as unit_prices
-                 from   order_line
-                 where  order_id = o.id
-             ) line ",
+               from orders o
+              cross join lateral (
+                    select array_agg(sku        order by position) as skus,
+                           array_agg(quantity   order by position) as quantities,
+                           array_agg(unit_price order by position) as unit_prices
+                      from order_line
+                     where order_id = o.id
+              ) line ",
             $tail
         )
     };
@@ -236,9 +237,9 @@ pub async fn history_after(
 ) -> Result<Vec<HistoryEntry>, sqlx::Error> {
     sqlx::query(
         "select sequence, status, reason, at
-         from   order_status_history
-         where  order_id = $1 and sequence > $2
-         order  by sequence",
+           from order_status_history
+          where order_id = $1 and sequence > $2
+          order by sequence",
     )
     .bind(order.0)
     .bind(sequence)

@@ -17,6 +17,9 @@ use saga_core::{
 use tokio::net::TcpListener;
 
 /// Publishes until a signal stops it or a part of it fails.
+///
+/// # Errors
+/// A listener cannot be opened, librdkafka does not accept the settings, or a part failed.
 pub async fn serve(configuration: Configuration) -> anyhow::Result<()> {
     let stop = shutdown::token();
     configuration.relay.outboxes.iter().for_each(|outbox| in_clear::warn_of_database(&outbox.database));
@@ -48,6 +51,9 @@ pub async fn serve(configuration: Configuration) -> anyhow::Result<()> {
 }
 
 /// Runs a command that needs nothing but the databases, and returns.
+///
+/// # Errors
+/// The command does not apply to the database as it is, or the database returned an error.
 pub async fn run_once(outboxes: Vec<OutboxSettings>, command: Command) -> anyhow::Result<()> {
     let named = |name: &str| {
         let found = outboxes.iter().find(|outbox| outbox.name == name);

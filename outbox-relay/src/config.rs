@@ -129,6 +129,9 @@ pub struct Configuration {
 
 impl RelayArgs {
     /// Checks everything and reports every mistake at once.
+    ///
+    /// # Errors
+    /// Every mistake, each with its variable and what to do.
     pub fn validate(&self) -> Result<Configuration, ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let outboxes = read_outboxes(Secret::given(self.outboxes.as_ref()).unwrap_or_default(), &mut errors);
@@ -172,6 +175,9 @@ impl RelayArgs {
     }
 
     /// Checks what the commands `migrate`, `reanchor` and `rename` need, which is nothing but the databases.
+    ///
+    /// # Errors
+    /// Every mistake, each with its variable and what to do.
     pub fn validate_databases(&self) -> Result<(Vec<OutboxSettings>, TelemetrySettings), ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let outboxes = read_outboxes(Secret::given(self.outboxes.as_ref()).unwrap_or_default(), &mut errors);

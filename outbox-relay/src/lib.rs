@@ -17,6 +17,8 @@
 //! | [`settings`], [`config`] | what it needs to know |
 //! | [`admin`], [`app`] | HTTP for operators; the parts put together |
 
+#![warn(clippy::missing_errors_doc)]
+
 pub mod admin;
 mod anchor;
 pub mod app;
@@ -59,6 +61,9 @@ pub struct Relay {
 
 impl Relay {
     /// Makes the relay, which connects to nothing yet.
+    ///
+    /// # Errors
+    /// librdkafka does not accept the settings.
     pub fn new(settings: &Settings) -> Result<Self, rdkafka::error::KafkaError> {
         metric::describe();
         let budget = budget::Budget::new(settings.held, settings.outboxes.len());
@@ -85,6 +90,9 @@ impl Relay {
 }
 
 /// Publishes until `stop`, without admin endpoints: for benches, tests, and programs that embed the relay.
+///
+/// # Errors
+/// The same as of [`Relay::new`].
 pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), rdkafka::error::KafkaError> {
     Relay::new(&settings)?.run(stop).await;
     Ok(())

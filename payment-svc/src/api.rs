@@ -170,7 +170,7 @@ pub enum StatusName {
 }
 
 /// Payments, newest first
-#[utoipa::path(get, path = "/v1/payments", tag = "payments", params(ListQuery),
+#[utoipa::path(get, path = "/v1/payments", tag = "payments", operation_id = "listPayments", params(ListQuery),
     responses((status = 200, body = List<PaymentView>), (status = 400, body = Problem)))]
 pub async fn list_payments(
     State(pool): State<PgPool>,
@@ -190,7 +190,7 @@ pub async fn list_payments(
 }
 
 /// The payment of an order
-#[utoipa::path(get, path = "/v1/payments/{order}", tag = "payments", params(("order" = uuid::Uuid, Path)),
+#[utoipa::path(get, path = "/v1/payments/{order}", tag = "payments", operation_id = "getPayment", params(("order" = uuid::Uuid, Path)),
     responses((status = 200, body = PaymentView), (status = 404, body = Problem)))]
 pub async fn get_payment(State(pool): State<PgPool>, Path(order): Path<OrderId>) -> Result<Json<PaymentView>, Problem> {
     let found = store::find(&pool, order).await?.ok_or_else(|| no_payment(order))?;
@@ -199,7 +199,7 @@ pub async fn get_payment(State(pool): State<PgPool>, Path(order): Path<OrderId>)
 }
 
 /// The ledger of an order's payment
-#[utoipa::path(get, path = "/v1/payments/{order}/ledger", tag = "payments", params(("order" = uuid::Uuid, Path)),
+#[utoipa::path(get, path = "/v1/payments/{order}/ledger", tag = "payments", operation_id = "getLedger", params(("order" = uuid::Uuid, Path)),
     responses((status = 200, body = LedgerView), (status = 404, body = Problem)))]
 pub async fn get_ledger(State(pool): State<PgPool>, Path(order): Path<OrderId>) -> Result<Json<LedgerView>, Problem> {
     store::find(&pool, order).await?.ok_or_else(|| no_payment(order))?;

@@ -3,7 +3,7 @@
 use crate::sim::SimArgs;
 use reqwest::Url;
 use saga_core::service::{
-    ConfigErrors, Identity, ParticipantArgs, ParticipantSettings, ServiceArgs, Settings,
+    ConfigErrors, Identity, ParticipantArgs, ServiceArgs,
     config::{Secret, http_url, millis, token},
 };
 use std::time::Duration;
@@ -75,21 +75,8 @@ pub struct GatewaySettings {
 }
 
 impl GatewayArgs {
-    /// Checks these arguments and the others, and reports every mistake at once.
-    pub fn validate(
-        &self,
-        service: &ServiceArgs,
-        participant: &ParticipantArgs,
-    ) -> Result<(Settings, GatewaySettings, ParticipantSettings), ConfigErrors> {
-        let mut errors = ConfigErrors::default();
-        let settings = service.read(&IDENTITY, &mut errors);
-        let participant = participant.read(&mut errors);
-        let gateway = self.read(&mut errors);
-        let all = settings.zip(gateway).zip(participant);
-        errors.finish(all.map(|((settings, gateway), participant)| (settings, gateway, participant)))
-    }
-
-    fn read(&self, errors: &mut ConfigErrors) -> Option<GatewaySettings> {
+    /// Checks these arguments, and adds each mistake to `errors`; `None` if there is one.
+    pub fn read(&self, errors: &mut ConfigErrors) -> Option<GatewaySettings> {
         let url = Secret::given(self.gateway_url.as_ref()).unwrap_or("http://127.0.0.1:8083");
         let url = http_url(url).and_then(|_| url.parse::<Url>().map_err(|_| "is not a URL"));
         let url = match url {
@@ -133,7 +120,10 @@ mod tests {
             gateway_concurrency: text("0"),
         };
         let participant = ParticipantArgs { reply_topics: text("no topic"), command_sources: text("no source") };
-        let errors = gateway.validate(&ServiceArgs::default(), &participant).unwrap_err();
+        let mut errors = ConfigErrors::default();
+        let found = ServiceArgs::default().read(&IDENTITY, &mut errors).zip(participant.read(&mut errors));
+        let gateway = gateway.read(&mut errors);
+        let errors = errors.finish(found.zip(gateway)).unwrap_err();
         let variables: Vec<_> = errors.mistakes().iter().map(|mistake| mistake.variable).collect();
         assert_eq!(
             variables,
@@ -167,7 +157,8 @@ mod tests {
         let mut service = ServiceArgs::default();
         service.database.database_url = Some("postgres://me:hunter2-b@h/d".into());
         service.kafka.kafka_brokers = Some("h:1".into());
-        let settings = gateway.validate(&service, &ParticipantArgs::default()).unwrap();
+        let mut errors = ConfigErrors::default();
+        let settings = (service.read(&IDENTITY, &mut errors), gateway.read(&mut errors).expect("they are good"));
         let simulator = SimArgs::default().validate(&service, gateway.gateway_token.as_ref()).unwrap();
         let said = format!("{gateway:?}{gateway:#?}{settings:?}{settings:#?}{simulator:?}{simulator:#?}");
         assert!(!said.contains("hunter2"), "{said}");

@@ -7,15 +7,15 @@
 //! | [`gateway`] | the port to the payment provider: certain answers and doubt, retries, circuit breaker |
 //! | [`effects`] | what each command does: prepared, performed at the gateway, recorded |
 //! | [`api`] | payments and their ledger over HTTP |
-//! | [`config`], [`migrations`], [`serve`] | what a process needs |
+//! | [`config`], [`migrations`], [`app`] | what a process needs: its settings, its schema, the parts put together |
 //! | [`sim`] | a payment provider, simulated: a server of its own |
 
 pub mod api;
+pub mod app;
 pub mod config;
 pub mod domain;
 pub mod effects;
 pub mod gateway;
 pub mod migrations;
-pub mod serve;
 pub mod sim;
 pub mod store;

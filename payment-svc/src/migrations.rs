@@ -11,12 +11,12 @@ mod gateway_sql {
 }
 
 /// Everything that the payments' database needs, in the order in which it is run.
-pub fn all() -> [Migrations; 2] {
-    [messaging_migrations(), payment()]
+pub fn all() -> Vec<Migrations> {
+    vec![messaging_migrations(), own()]
 }
 
 /// The service's own migrations, from `migrations/payment`.
-pub fn payment() -> Migrations {
+pub fn own() -> Migrations {
     Migrations { owner: "payment", runner: payment_sql::migrations::runner() }
 }
 

@@ -198,6 +198,9 @@ pub trait Handler: Send + Sync + 'static {
     /// Handles `batch` (never empty, in partition order) in `tx`; the runtime commits. A business refusal is a reply,
     /// never an `Err`. May be called again with the same messages after an error: everything it did is rolled back.
     /// `tx` is read committed, and may have begun 0.1 s before the batch was there: `now()` is the time when it did.
+    ///
+    /// # Errors
+    /// [`HandleError`] says what becomes of the batch: it is repeated, searched for a culprit, or a message is dead-lettered.
     fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> impl Future<Output = Result<(), HandleError>> + Send;
 
     /// Whether `handle`, if it has done anything, ends with a statement in `tx` whose error it returns. If not, the
@@ -214,6 +217,9 @@ pub trait Handler: Send + Sync + 'static {
 
     /// Called with messages that are given up, each with the reason, in the transaction that dead-letters them, so that
     /// the handler can answer them. It must not fail because of anything in such a message.
+    ///
+    /// # Errors
+    /// An error rolls the transaction back: the messages are given up again later.
     fn gave_up(
         &self,
         _tx: &mut Tx<'_>,
@@ -308,6 +314,9 @@ pub struct Unfit {
 
 impl Unfit {
     /// Takes a message whose error is poison. Any other error is returned, with the id of its message.
+    ///
+    /// # Errors
+    /// Any error but poison, with the name of its message.
     pub fn poison(message: MessageId, error: HandleError) -> Result<Self, HandleError> {
         match error {
             HandleError::Poison(reason) => Ok(Self { message, class: failure::POISON, reason }),

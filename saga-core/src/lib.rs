@@ -24,6 +24,8 @@
 //! | [`http`] | problem details, health, metrics, mountable inspection routes |
 //! | [`service`] | what a `main` needs: configuration, telemetry, pools, migrations, topics, shutdown |
 
+#![warn(clippy::missing_errors_doc)]
+
 pub mod card;
 pub mod clock;
 pub mod command;

@@ -1,12 +1,11 @@
 //! Retries: how long to wait before the next attempt. The only user of `backoff`.
 //!
 //! Two kinds. *In process*: [`Backoff::delays`] is an endless sequence of waits for a loop that lives as long as the
-//! process does. *Durable*: [`next_attempt_at`] is a pure function whose result is stored beside the work. Any process
-//! alive at that time takes the work up; a process that dies in between loses nothing.
+//! process does. *Durable*: [`Backoff::delay`] is a pure function, and the time that follows from it is stored beside the
+//! work. Any process alive at that time takes the work up; a process that dies in between loses nothing.
 
 use backoff::{ExponentialBackoff, ExponentialBackoffBuilder, backoff::Backoff as _};
 use std::time::Duration;
-use time::OffsetDateTime;
 
 /// Exponential back-off: `first`, then `factor` times as long each time, never longer than `max`, spread by `jitter`.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -27,6 +26,12 @@ impl Backoff {
     #[must_use]
     pub const fn doubling(first: Duration, max: Duration) -> Self {
         Self { first, factor: 2.0, max, jitter: 0.2 }
+    }
+
+    /// The same policy without jitter: for work that fails alone.
+    #[must_use]
+    pub const fn exact(self) -> Self {
+        Self { jitter: 0.0, ..self }
     }
 
     /// The waits of an in-process retry, endless; `.take(n)` limits the attempts.
@@ -54,15 +59,6 @@ impl Backoff {
         let spread = 1.0 + self.jitter.clamp(0.0, 1.0) * (2.0 * unit - 1.0);
         Duration::try_from_secs_f64(exact * spread).unwrap_or(self.max)
     }
-}
-
-/// When the attempt after number `attempt` (the first is 1) is due. Pure. The time itself is the seed of the jitter;
-/// where many fail at one `now`, use [`Backoff::delay`] with a seed of their own.
-#[must_use]
-pub fn next_attempt_at(policy: &Backoff, attempt: u32, now: OffsetDateTime) -> OffsetDateTime {
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let seed = now.unix_timestamp_nanos() as u64;
-    now.saturating_add(policy.delay(attempt, seed).try_into().unwrap_or(time::Duration::MAX))
 }
 
 /// The waits of an in-process retry; see [`Backoff::delays`].
@@ -97,7 +93,7 @@ mod tests {
 
     #[test]
     fn without_jitter_the_waits_double_up_to_the_longest() {
-        let exact = Backoff { jitter: 0.0, ..POLICY };
+        let exact = POLICY.exact();
         let millis: Vec<_> = (1..=9).map(|attempt| exact.delay(attempt, 7).as_millis()).collect();
         assert_eq!(millis, [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
         let live: Vec<_> = exact.delays().take(9).map(|delay| delay.as_millis()).collect();
@@ -115,14 +111,6 @@ mod tests {
         fn a_wait_stays_within_its_jitter_whatever_the_attempt(attempt: u32, seed: u64) {
             let delay = POLICY.delay(attempt, seed);
             prop_assert!(delay >= Duration::from_millis(80) && delay <= Duration::from_secs(12), "{delay:?}");
-        }
-
-        #[test]
-        fn the_next_attempt_is_in_the_future_and_the_same_for_the_same_time(attempt in 1_u32..1000, at in 0_i64..4_000_000_000) {
-            let now = OffsetDateTime::from_unix_timestamp(at).unwrap();
-            let next = next_attempt_at(&POLICY, attempt, now);
-            prop_assert!(next > now);
-            prop_assert_eq!(next, next_attempt_at(&POLICY, attempt, now));
         }
     }
 }

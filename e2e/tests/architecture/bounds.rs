@@ -27,7 +27,7 @@ pub(crate) fn only_one_place_begins(tree: &Tree) -> Vec<Violation> {
     let sources = tree.0.iter().filter(|(path, _)| {
         path.ends_with(".rs")
             && product.iter().any(|folder| path.starts_with(folder))
-            && !path.contains("/testkit/")
+            && !path.contains("/testkit")
             && ALLOWED.iter().all(|(allowed, _)| path != allowed)
     });
     let found = sources.flat_map(|(path, text)| {

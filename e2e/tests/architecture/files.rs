@@ -35,6 +35,12 @@ pub(crate) fn lengths(tree: &Tree) -> Vec<Violation> {
         .collect()
 }
 
+/// A module with modules of its own is `x.rs` beside the folder `x`, so that no two files of a list have one name.
+pub(crate) fn module_files(tree: &Tree) -> Vec<Violation> {
+    let sources = tree.0.keys().filter(|path| path.contains("/src/") && path.ends_with("/mod.rs"));
+    sources.map(|path| format!("{path}: a module with a folder is the file beside it, not a mod.rs in it")).collect()
+}
+
 /// A file without its test modules; comments and strings as they stand.
 fn body(text: &str) -> String {
     let blanked = code(text);

@@ -94,4 +94,5 @@ fn mains_are_short_and_files_are_read_in_one_sitting() {
     none(&files::mains(&tree));
     none(&files::lengths(&tree));
     none(&files::module_docs(&tree));
+    none(&files::module_files(&tree));
 }

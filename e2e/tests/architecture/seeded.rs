@@ -241,6 +241,8 @@ fn a_long_main_a_long_file_and_a_silent_module_are_found() {
     let tested = format!("{}#[cfg(test)]\nmod tests {{\n{}}}\n", lines(400), lines(400));
     assert!(files::lengths(&Tree::of(&[("order-svc/src/store.rs", &tested)])).is_empty());
     one(&files::module_docs(&Tree::of(&[("order-svc/src/store.rs", "use a;")])), "what it is for");
+    one(&files::module_files(&Tree::of(&[("order-svc/src/api/mod.rs", "//! A.")])), "the file beside it");
+    assert!(files::module_files(&Tree::of(&[("order-svc/src/api.rs", ""), ("a/tests/common/mod.rs", "")])).is_empty());
 }
 
 #[test]

@@ -53,7 +53,7 @@ fn is_product(path: &str) -> bool {
     let crates = ["saga-core", "outbox-relay", "order-svc", "inventory-svc", "payment-svc", "contracts", "stack"];
     crates.iter().any(|name| path.starts_with(&format!("{name}/src/")))
         && path.ends_with(".rs")
-        && !path.contains("/testkit/")
+        && !path.contains("/testkit")
         && !path.ends_with("/tests.rs")
 }
 

@@ -27,7 +27,7 @@ fn documents(platform: &Platform) -> Vec<(&'static str, String)> {
     vec![
         ("Orders", api(Service::Orders)),
         ("Payments", api(Service::Payments)),
-        ("inventory-svc", api(Service::Inventory)),
+        ("Inventory", api(Service::Inventory)),
         ("Payment gateway simulator", api(Service::Gateway)),
         ("Sagas", platform.stack.admin_url(Service::Orders)),
         ("outbox-relay", platform.stack.admin_url(Service::Relay)),

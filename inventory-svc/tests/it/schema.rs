@@ -7,12 +7,12 @@ use saga_core::testkit::TestDatabase;
 fn every_migration_file_is_embedded() {
     let files = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../migrations/inventory")).unwrap();
     let sql = files.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|kind| kind == "sql"));
-    assert_eq!(sql.count(), migrations().last().unwrap().count());
+    assert_eq!(sql.count(), migrations::all().last().unwrap().count());
 }
 
 #[tokio::test]
 async fn each_constraint_refuses_what_it_is_named_after() {
-    let database = TestDatabase::new(&migrations()).await;
+    let database = TestDatabase::new(&migrations::all()).await;
     let pool = &database.pool;
     sqlx::raw_sql(
         "insert into item (sku, name, unit_price, currency) values ('A', 'a', 1, 'EUR'), ('B', 'b', 1, 'EUR');

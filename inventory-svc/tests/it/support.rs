@@ -44,14 +44,14 @@ pub(crate) struct Reply {
 
 impl Warehouse {
     pub(crate) async fn open() -> Self {
-        let db = TestDatabase::new(&migrations()).await;
+        let db = TestDatabase::new(&migrations::all()).await;
         let pool = db.pool.clone();
         Self::over(db, pool).await
     }
 
     /// Opens a warehouse whose requests have the rights alone that readiness asks for.
     pub(crate) async fn of_least_rights() -> Self {
-        let db = TestDatabase::new(&migrations()).await;
+        let db = TestDatabase::new(&migrations::all()).await;
         let pool = db.limited_to(NEEDS).await;
         Self::over(db, pool).await
     }

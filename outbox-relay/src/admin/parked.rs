@@ -177,7 +177,7 @@ pub(super) struct Discarded {
 
 /// Give a parked row up: it is never published. When it was the first of its lane, the rows behind it are tried at once.
 #[utoipa::path(
-    post, path = "/v1/outboxes/{name}/parked/{id}/discard", tag = "parked",
+    post, path = "/v1/outboxes/{name}/parked/{id}/discard", tag = "parked", operation_id = "discardParked",
     params(("name" = String, Path, description = "The outbox"), ("id" = i64, Path, description = "The row")),
     request_body = DiscardRequest,
     responses((status = 200, body = Discarded), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))
@@ -315,7 +315,7 @@ pub(super) struct DiscardedMany {
 /// Give up parked rows of a lane (a topic and a key), or of a whole topic: they are never published. In one transaction, many
 /// rows at a time; what is left stays parked, in its order.
 #[utoipa::path(
-    post, path = "/v1/outboxes/{name}/parked/discard", tag = "parked",
+    post, path = "/v1/outboxes/{name}/parked/discard", tag = "parked", operation_id = "discardManyParked",
     params(("name" = String, Path, description = "The outbox")),
     request_body = DiscardManyRequest,
     responses((status = 200, body = DiscardedMany), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))

@@ -39,7 +39,7 @@ impl PauseRequest {
 
 /// Stop publishing, of a topic or of everything. Rows go on being appended; nothing is lost or parked.
 #[utoipa::path(
-    post, path = "/v1/outboxes/{name}/pause", tag = "outboxes",
+    post, path = "/v1/outboxes/{name}/pause", tag = "outboxes", operation_id = "pauseOutbox",
     params(("name" = String, Path, description = "The outbox")),
     request_body = PauseRequest,
     responses((status = 202, description = "The owner stops within a second"), (status = 404, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))
@@ -79,7 +79,7 @@ pub(super) async fn pause(
 
 /// Publish again, from where it stopped.
 #[utoipa::path(
-    post, path = "/v1/outboxes/{name}/resume", tag = "outboxes",
+    post, path = "/v1/outboxes/{name}/resume", tag = "outboxes", operation_id = "resumeOutbox",
     params(("name" = String, Path, description = "The outbox")),
     request_body = PauseRequest,
     responses((status = 202, description = "The owner goes on within a second"), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))

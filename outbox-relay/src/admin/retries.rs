@@ -41,7 +41,7 @@ pub(super) struct RetryCounts {
 /// Try parked lanes (a topic and a key each) again: in order, until one is refused again. Afterwards look at what is
 /// still parked.
 #[utoipa::path(
-    post, path = "/v1/outboxes/{name}/parked/retry", tag = "parked",
+    post, path = "/v1/outboxes/{name}/parked/retry", tag = "parked", operation_id = "retryParked",
     params(("name" = String, Path, description = "The outbox")),
     request_body = RetryRequest,
     responses((status = 202, body = RetryCounts), (status = 404, body = Problem), (status = 409, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem))

@@ -2,12 +2,13 @@
 //! other.
 
 use crate::{outbox::Outbox, own::turns};
+use saga_core::retry::Backoff;
 use std::{sync::Arc, time::Duration};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::error;
 
-/// The pause between a panic and the next start: it doubles with each panic, from the first value up to the second.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// The pauses between a panic and the next start.
+const PAUSES: Backoff = Backoff::doubling(Duration::from_millis(500), Duration::from_secs(30)).exact();
 
 /// Runs `outbox` until `stop`.
 pub(crate) async fn supervise(outbox: Arc<Outbox>, stop: CancellationToken) {
@@ -26,19 +27,17 @@ pub(crate) async fn supervise(outbox: Arc<Outbox>, stop: CancellationToken) {
 }
 
 /// Runs the future that `run` makes, and a new one after each panic, until it ends by itself or `stop`.
-async fn restart<F>(
-    run: impl Fn() -> F,
-    reported: impl Fn(String),
-    (mut pause, longest): (Duration, Duration),
-    stop: &CancellationToken,
-) where
+async fn restart<F>(run: impl Fn() -> F, reported: impl Fn(String), pauses: Backoff, stop: &CancellationToken)
+where
     F: Future<Output = ()> + Send + 'static,
 {
+    let mut panics = 0;
     while let Err(panic) = AbortOnDropHandle::new(tokio::spawn(run())).await {
         reported(panic.to_string());
+        panics += 1;
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(pause) => pause = (pause * 2).min(longest),
+            () = tokio::time::sleep(pauses.delay(panics, 0)) => {}
         }
     }
 }
@@ -62,8 +61,8 @@ mod tests {
                 assert!(start >= 2, "fault {start}");
             }
         };
-        let soon = Duration::from_millis(1);
-        restart(run, |panic| reported.lock().unwrap().push(panic), (soon, soon), &CancellationToken::new()).await;
+        let soon = Backoff::doubling(Duration::from_millis(1), Duration::from_millis(1));
+        restart(run, |panic| reported.lock().unwrap().push(panic), soon, &CancellationToken::new()).await;
         assert_eq!(starts.load(Ordering::SeqCst), 3);
         let reported = reported.into_inner().unwrap();
         assert!(reported.len() == 2 && reported[1].contains("fault 1"), "{reported:?}");

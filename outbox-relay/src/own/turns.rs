@@ -14,6 +14,7 @@ use crate::{
 use saga_core::{
     clock,
     error_class::{in_words, is_outage, is_pool_full},
+    retry::Backoff,
 };
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -22,8 +23,8 @@ use uuid::Uuid;
 
 /// The pause between two looks at a lease that another process has.
 const STAND_BY: Duration = Duration::from_millis(500);
-/// The longest pause between two tries when something is wrong with the database.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// The pauses between two tries when something is wrong with the database.
+const PAUSES: Backoff = Backoff::doubling(Duration::from_millis(100), Duration::from_secs(5)).exact();
 
 /// Stands by, publishes, and stands by again, until `stop`.
 pub(crate) async fn run(outbox: &Outbox, stop: &CancellationToken) {
@@ -100,7 +101,8 @@ enum LeaseTry {
 /// The tries to publish: it reports an outage of this outbox, and decides how long to wait before the next try.
 #[derive(Default)]
 struct PublishTries {
-    pause: Duration,
+    /// Failures one after the other.
+    failures: u32,
 }
 
 impl PublishTries {
@@ -110,20 +112,20 @@ impl PublishTries {
         match database {
             Some(error) if is_outage(error) => outbox.leases.outage.failing(&problem.to_string()),
             Some(error) if is_pool_full(error) => outbox.outage.failing(&in_words(error)),
-            Some(error) if is_missing(error) => outbox
-                .outage
-                .failing("its tables are not there: start the service that makes them, or run `outbox-relay migrate`"),
+            Some(error) if is_missing(error) => outbox.outage.failing(&format!(
+                "its tables are not there: start the service that makes them, or run `outbox-relay migrate` ({error})"
+            )),
             _ => outbox.outage.failing(&problem.to_string()),
         }
-        if after > LONGEST_PAUSE {
+        if after > PAUSES.max {
             self.over();
         }
-        self.pause = (self.pause * 2).clamp(Duration::from_millis(100), LONGEST_PAUSE);
-        self.pause
+        self.failures += 1;
+        PAUSES.delay(self.failures, 0)
     }
 
     fn over(&mut self) {
-        self.pause = Duration::ZERO;
+        self.failures = 0;
     }
 }
 

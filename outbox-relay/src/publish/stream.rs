@@ -22,7 +22,7 @@ use crate::{
     },
     record::pause::{PauseCause, Paused},
 };
-use saga_core::{clock, part};
+use saga_core::{clock, part, retry::Backoff};
 use std::{collections::HashSet, sync::Arc, time::Duration};
 use tokio::{
     sync::{mpsc, watch},
@@ -33,10 +33,8 @@ use tracing::warn;
 
 /// How many pages are read ahead of the producer.
 const PAGES_AHEAD: usize = 3;
-/// The pause between two sessions, when the first found out why it failed.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
-/// The longest pause, when one session after the other fails.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// The pauses between two sessions: short when one found out why it failed, long when one after the other fails.
+const PAUSES: Backoff = Backoff::doubling(Duration::from_millis(20), Duration::from_secs(5)).exact();
 
 /// Runs the main stream, until the process stops.
 pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), OwnerError> {
@@ -127,10 +125,9 @@ fn failure(ended: SessionEnd) -> OwnerError {
 
 /// Waits before the next session, longer with each failure since the last progress.
 async fn rest(failures: u32, stop: &CancellationToken) {
-    let pause = SHORTEST_PAUSE * 2_u32.saturating_pow(failures.saturating_sub(1));
     tokio::select! {
         () = stop.cancelled() => {}
-        () = tokio::time::sleep(pause.min(LONGEST_PAUSE)) => {}
+        () = tokio::time::sleep(PAUSES.delay(failures, 0)) => {}
     }
 }
 
@@ -145,7 +142,7 @@ async fn session(
     let publisher = Publisher::new(&shared.kafka)?;
     match &scope {
         StreamScope::Main { .. } => {
-            shared.blocked.load(&shared.db, &shared.outbox, |topic| !paused.contains(topic)).await?
+            shared.blocked.load(&shared.db, &shared.outbox, |topic| !paused.contains(topic)).await?;
         }
         StreamScope::Topic(leaving) => {
             shared.blocked.load(&shared.db, &shared.outbox, |topic| topic == leaving.topic).await?;

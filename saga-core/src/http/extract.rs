@@ -106,6 +106,9 @@ pub(super) fn body_problem(status: StatusCode) -> Problem {
 }
 
 /// Parses a JSON body, naming the field that is wrong.
+///
+/// # Errors
+/// 422 with the field and what is wrong with it, or 400 for what is no JSON.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let parsed: Result<T, _> = serde_path_to_error::deserialize(Named(&mut json));

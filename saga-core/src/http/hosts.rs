@@ -44,6 +44,9 @@ pub struct Hosts {
 impl Hosts {
     /// Reads a list with commas; `*` stands for every host, and for no origin. The error is the index of the first
     /// entry that is no name.
+    ///
+    /// # Errors
+    /// The index of the first entry that is no name.
     pub fn parse(list: &str) -> Result<Self, usize> {
         let entries: Vec<_> =
             list.split(',').map(|name| name.trim().trim_end_matches('.').to_ascii_lowercase()).collect();

@@ -117,6 +117,9 @@ pub struct Answer {
 
 impl Answer {
     /// Makes an answer with a JSON body.
+    ///
+    /// # Errors
+    /// The body cannot be written as JSON.
     pub fn json<T: Serialize>(status: StatusCode, body: &T) -> Result<Self, serde_json::Error> {
         Ok(Self { status, location: None, etag: None, body: serde_json::to_vec(body)?, replayed: false })
     }

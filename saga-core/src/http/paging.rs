@@ -54,11 +54,17 @@ pub struct Cursor(String);
 
 impl Cursor {
     /// The cursor after the row with this sort key.
+    ///
+    /// # Errors
+    /// The key cannot be written as JSON.
     pub fn after<K: Serialize>(key: &K) -> Result<Self, serde_json::Error> {
         Ok(Self(BASE64_URL_SAFE_NO_PAD.encode(serde_json::to_vec(key)?)))
     }
 
     /// The sort key. A cursor that is not one of ours is the client's mistake.
+    ///
+    /// # Errors
+    /// 400: the cursor is not one of ours.
     pub fn key<K: DeserializeOwned>(&self) -> Result<K, Problem> {
         let bytes = BASE64_URL_SAFE_NO_PAD.decode(&self.0).ok();
         bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok()).ok_or_else(|| {
@@ -96,6 +102,9 @@ pub struct List<T> {
 
 impl<T> List<T> {
     /// A page of the rows that `limit.and_one()` brought; `key` gives a row's sort key.
+    ///
+    /// # Errors
+    /// A key cannot be written as JSON.
     pub fn page<K: Serialize>(
         mut rows: Vec<T>,
         limit: Limit,

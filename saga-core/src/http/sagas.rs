@@ -101,7 +101,7 @@ impl SagaStatus {
 }
 
 /// Sagas, newest first.
-#[utoipa::path(get, path = "/v1/sagas", tag = "sagas", params(ListQuery), responses(
+#[utoipa::path(get, path = "/v1/sagas", tag = "sagas", operation_id = "listSagas", params(ListQuery), responses(
     (status = 200, body = List<SagaSummary>),
     (status = "4XX", body = Problem, content_type = "application/problem+json"),
 ))]
@@ -132,7 +132,7 @@ struct ViewQuery {
 }
 
 /// One saga: steps, what remains, the way back, why it waits, and its timeline.
-#[utoipa::path(get, path = "/v1/sagas/{id}", tag = "sagas", params(("id" = Uuid, Path), ViewQuery), responses(
+#[utoipa::path(get, path = "/v1/sagas/{id}", tag = "sagas", operation_id = "getSaga", params(("id" = Uuid, Path), ViewQuery), responses(
     (status = 200, body = SagaView),
     (status = "4XX", body = Problem, content_type = "application/problem+json"),
 ))]
@@ -166,7 +166,7 @@ struct RetryRequest {
 }
 
 /// Gives a stuck saga a fresh start: its open command is sent again, its open local effect is run again.
-#[utoipa::path(post, path = "/v1/sagas/{id}/retry", tag = "sagas", params(("id" = Uuid, Path)),
+#[utoipa::path(post, path = "/v1/sagas/{id}/retry", tag = "sagas", operation_id = "retrySaga", params(("id" = Uuid, Path)),
     request_body = RetryRequest, responses(
     (status = 200, body = SagaView),
     (status = 409, description = "It is not stuck, or not at that revision", body = Problem,

@@ -64,6 +64,9 @@ pub fn decide(definition: &Definition, state: &State, event: &Event, now: Offset
 }
 
 /// Whether `reply` answers the command that `state` waits for; if so, only its payload decides what follows.
+///
+/// # Errors
+/// Why the reply moves nothing.
 pub fn answers(definition: &Definition, state: &State, reply: &Reply) -> Result<Open, Ignored> {
     if let Some(open) = state.open()
         && open.wait != Wait::Local

@@ -31,10 +31,17 @@ pub trait LocalEffect: Send + Sync + 'static {
     /// Runs the effect. An error rolls back what this call wrote. An error that is the effect's own is tried again
     /// after a pause, a few times ([`RetryPolicy::LOCAL`](super::RetryPolicy::LOCAL)); then the saga is stuck. The rest
     /// of the batch goes on.
+    ///
+    /// # Errors
+    /// An error of the database that is not the effect's own repeats the batch and counts nothing. Any other one counts as an
+    /// attempt.
     async fn run(&self, tx: &mut Tx<'_>, call: &LocalCall<'_>) -> Result<(), LocalError>;
 
     /// Runs the effect for many sagas, by default one after the other. Override it where one statement can do what many
     /// would.
+    ///
+    /// # Errors
+    /// The same as of [`LocalEffect::run`]; then the engine runs the effect for each saga alone.
     async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
         for call in calls {
             self.run(tx, call).await?;

@@ -70,6 +70,9 @@ impl Engine {
     }
 
     /// Works off what is due, until `token` is cancelled. When the database is away the timers log that once, and wait.
+    ///
+    /// # Errors
+    /// None: errors are logged, and what met them is repeated.
     pub async fn run_timers(&self, token: CancellationToken) -> Result<(), sqlx::Error> {
         measure::describe();
         let mut counted = None::<Instant>;
@@ -95,6 +98,9 @@ impl Engine {
     }
 
     /// One round: a batch of what was set aside, and, when that was all of it, a batch of what is due.
+    ///
+    /// # Errors
+    /// The database is away, or has no connection to spare. What meets one saga alone is logged, and the saga is put off.
     pub async fn tick(&self) -> Result<Ticked, sqlx::Error> {
         // Replies come first: the engine does not resend what was answered in time.
         let undecided = self.tick_undecided().await?;

@@ -55,6 +55,9 @@ pub struct Parts {
 }
 
 /// Runs a service until `token` is cancelled or a part of it fails. `health` may have checks of the service's own.
+///
+/// # Errors
+/// A part failed, or ended before it was asked to.
 pub async fn run(
     settings: Settings,
     pool: PgPool,

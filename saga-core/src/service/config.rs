@@ -128,6 +128,9 @@ const MIN_TOKEN: usize = 16;
 
 impl ServiceArgs {
     /// Checks everything and reports every mistake at once.
+    ///
+    /// # Errors
+    /// Every mistake, each with its variable and what to do.
     pub fn validate(&self, identity: &Identity) -> Result<Settings, ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let settings = self.read(identity, &mut errors);
@@ -214,6 +217,9 @@ impl ConfigErrors {
     ///
     /// # Panics
     /// When a reader gave no value and noted no mistake.
+    ///
+    /// # Errors
+    /// The mistakes that were noted.
     pub fn finish<T>(self, value: Option<T>) -> Result<T, Self> {
         if !self.0.is_empty() {
             return Err(self);

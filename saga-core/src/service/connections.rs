@@ -38,6 +38,9 @@ const _: () = assert!(LAST_ANSWERS_MAX.as_secs() < super::supervisor::GRACE.as_s
 
 /// Serves HTTP/1.1 on `listener` until `token` is cancelled. Then finishes the requests in flight, also those whose
 /// client hung up.
+///
+/// # Errors
+/// None today: an error of one connection ends that connection.
 pub async fn serve(listener: TcpListener, api: impl Into<Api>, token: CancellationToken) -> Result<(), std::io::Error> {
     serve_within(HEAD_MAX, LAST_ANSWERS_MAX, listener, api.into(), token).await;
     Ok(())

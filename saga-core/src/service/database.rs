@@ -39,6 +39,9 @@ const WAIT: Backoff = Backoff::doubling(Duration::from_millis(100), Duration::fr
 
 /// Opens the pool: waits until the database is there, and logs that once. An answer that waiting will not change (no
 /// such database, wrong password) is an error at once.
+///
+/// # Errors
+/// The database answers what waiting will not change: there is no such database, or the password is wrong.
 pub async fn connect(settings: &DatabaseSettings, application: &str) -> Result<PgPool, Error> {
     wait_for(&prepare(&settings.options, application)).await?.close().await?;
     Ok(pool(settings, application))

@@ -258,6 +258,9 @@ impl Health {
     }
 
     /// Adds the part `kafka`: a broker answers.
+    ///
+    /// # Errors
+    /// librdkafka does not accept the settings.
     pub fn kafka(&self, settings: &KafkaSettings) -> Result<(), rdkafka::error::KafkaError> {
         let client: BaseConsumer = topics::client(settings).create()?;
         let client = Arc::new(client);

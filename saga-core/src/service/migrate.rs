@@ -74,6 +74,9 @@ pub enum MigrateError {
 }
 
 /// Brings the schema up to date, in the order of `all`; waits for the database. Returns how many migrations it applied.
+///
+/// # Errors
+/// A migration failed, was edited after it ran, or the database answers what waiting will not change.
 pub async fn migrate(settings: &DatabaseSettings, all: &[Migrations]) -> Result<usize, MigrateError> {
     // Each process that has a database of its own comes here first.
     in_clear::warn_of_database(&settings.options);

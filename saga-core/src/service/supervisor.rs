@@ -5,6 +5,7 @@
 //! [`GRACE`] to finish what is in flight. A task that is left then is dropped, which is what a crash would do and
 //! therefore safe.
 
+use crate::{panics::panic_text, reason::chain};
 use futures::{FutureExt, future::BoxFuture};
 use std::{panic::AssertUnwindSafe, process::ExitCode, time::Duration};
 use tokio::task::JoinSet;
@@ -56,6 +57,9 @@ pub enum SupervisorError {
 
 /// Runs `tasks` until `token` is cancelled or one of them ends; then cancels `token` and waits for the others, within
 /// [`GRACE`].
+///
+/// # Errors
+/// A task failed, ended before it was asked to, or did not stop in time.
 pub async fn run_all(token: &CancellationToken, tasks: Vec<Task>) -> Result<(), SupervisorError> {
     run_within(GRACE, token, tasks).await
 }
@@ -102,18 +106,13 @@ fn verdict(task: &'static str, result: Result<(), BoxError>, asked: bool) -> Opt
     }
 }
 
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<&str>().copied();
-    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
-}
-
 /// Logs why the process ends, if it was not asked to, and returns the exit code for its parent.
 #[must_use]
 pub fn exit_code<E: Into<anyhow::Error>>(result: Result<(), E>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!(error = format!("{:#}", error.into()), "ended with an error");
+            tracing::error!(error = chain(&error.into()), "ended with an error");
             ExitCode::FAILURE
         }
     }

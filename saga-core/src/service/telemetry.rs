@@ -178,6 +178,9 @@ pub enum TelemetryError {
 }
 
 /// Sets up logs, traces and metrics for the process named `service`. Call it once, first.
+///
+/// # Errors
+/// An exporter or the metrics recorder cannot be made, or another subscriber is installed.
 pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<TelemetryGuard, TelemetryError> {
     let resource = Resource::builder().with_attribute(KeyValue::new("service.name", service)).build();
     let mut provider = SdkTracerProvider::builder().with_resource(resource);
@@ -209,6 +212,9 @@ pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<Telem
 
 /// The process's metrics recorder, installed at the first call. Histograms have buckets, so that they can be added up
 /// over replicas.
+///
+/// # Errors
+/// Another recorder is installed.
 pub fn metrics() -> Result<PrometheusHandle, BuildError> {
     static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
     if let Some(handle) = HANDLE.get() {

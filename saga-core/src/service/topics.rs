@@ -95,6 +95,9 @@ impl Wanted {
 
 /// Makes sure that every topic of `declared` exists, and its dead letter topic. Waits for Kafka, and logs that once;
 /// warns of each mismatch.
+///
+/// # Errors
+/// Kafka refuses a topic, or the right to make it. While Kafka is away, the function waits.
 pub async fn ensure(settings: &KafkaSettings, declared: &[Topic]) -> Result<TopicsReport, TopicError> {
     ensure_and_tell(settings, declared, |_| {}).await
 }

@@ -13,6 +13,9 @@ const CLEANED_WITHIN: Duration = Duration::from_secs(3);
 /// which says what was there instead.
 ///
 /// The pauses between two looks grow from 1 ms to 50 ms: quick conditions cost nothing, slow ones little.
+///
+/// # Errors
+/// The last error of `look`, when the deadline has passed.
 pub async fn within<T, E, F, Fut>(deadline: Duration, mut look: F) -> Result<T, E>
 where
     F: FnMut() -> Fut,

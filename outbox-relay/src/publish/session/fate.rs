@@ -17,7 +17,7 @@ use crate::{
     row::{Body, DELETED, Row},
     topics::TopicState,
 };
-use saga_core::{clock, part, topic::is_legal_name};
+use saga_core::{clock, part, retry::Backoff, topic::is_legal_name};
 use std::{pin::pin, time::Duration};
 use tokio::time::timeout;
 use tracing::warn;
@@ -25,6 +25,9 @@ use tracing::warn;
 /// The log line about a dead letter that its topic does not take whole.
 const LEFT_OUT: &str = "a dead letter is too large for its topic: what is left out is to be read where its original \
      stands (x-original-topic, x-original-partition, x-original-offset), as long as that topic keeps it";
+
+/// The pauses between two questions about a topic of which the brokers say nothing.
+const LOOK_PAUSES: Backoff = Backoff::doubling(Duration::from_millis(50), Duration::from_secs(2)).exact();
 
 /// The fate of a row.
 pub(crate) enum Fate {
@@ -208,7 +211,7 @@ impl Session {
     /// waits for them. When they answer without a word on this topic, the topic is what takes nothing.
     pub(crate) async fn look(&mut self, topic: &str) -> Result<Result<usize, (PauseCause, String)>, SessionEnd> {
         let topics = self.topics.clone();
-        let mut pause = Duration::from_millis(50);
+        let mut looks = 0;
         let began = clock::monotonic();
         loop {
             match self.meanwhile(topics.look(topic)).await? {
@@ -226,8 +229,8 @@ impl Session {
                         }
                         self.shared.loops.failing(self.scope.name(), part::Cause::KafkaAway, &reason);
                     }
-                    self.meanwhile(tokio::time::sleep(pause)).await?;
-                    pause = (pause * 2).min(Duration::from_secs(2));
+                    looks += 1;
+                    self.meanwhile(tokio::time::sleep(LOOK_PAUSES.delay(looks, 0))).await?;
                 }
             }
         }

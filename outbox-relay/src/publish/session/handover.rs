@@ -17,7 +17,7 @@ use crate::{
     publish::asks::{HandoverRequest, HandoverRequests, HandoverSplit},
     record::{commit::Recordable, pause::CaughtUp},
 };
-use saga_core::clock;
+use saga_core::{clock, retry::Backoff};
 use std::{
     future::{Future as _, pending, poll_fn},
     pin::Pin,
@@ -34,9 +34,8 @@ use tracing::info;
 /// How long the main stream waits at a row of a topic that is about to come back: as long as a page takes, at a slow
 /// time.
 const HOLD: Duration = Duration::from_millis(250);
-/// The longest pause of a topic that was not back in time. It asks again after `HOLD`, then after twice as long each
-/// time.
-const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
+/// The pauses of a topic that was not back in time, before it asks again.
+const LATE_PAUSES: Backoff = Backoff::doubling(HOLD, Duration::from_secs(30)).exact();
 
 /// Topics that are about to come back into the main stream.
 #[derive(Default)]
@@ -93,9 +92,8 @@ impl ReturningTopic {
 
     /// Sets the next pause: the main stream passed a row of the topic because the answer came too late.
     fn was_late(&mut self) {
-        let pause = HOLD * 2_u32.saturating_pow(self.late.min(16));
         self.late += 1;
-        self.not_before = Some(Instant::from_std(clock::monotonic()) + pause.min(LONGEST_BACK_OFF));
+        self.not_before = Some(Instant::from_std(clock::monotonic()) + LATE_PAUSES.delay(self.late, 0));
     }
 
     async fn handed(&mut self) -> HandoverStep {

@@ -6,6 +6,9 @@ use serde_json::Value;
 /// The replies of the steps so far, in order: `()`, `(A,)`, `(A, B)`, up to twelve.
 pub trait Replies: Sized + Send + Sync + 'static {
     /// Reads them from what the engine stored.
+    ///
+    /// # Errors
+    /// A value is not what its step's reply is.
     fn decode(values: &[&Value]) -> Result<Self, serde_json::Error>;
 }
 

@@ -44,6 +44,9 @@ impl fmt::Debug for DatabaseSettings {
 
 impl DatabaseSettings {
     /// Reads a URL that the program itself made (tests, tools).
+    ///
+    /// # Errors
+    /// The text is no URL of a PostgreSQL database.
     pub fn from_url(url: &str) -> Result<Self, sqlx::Error> {
         Ok(Self { options: PgConnectOptions::from_str(url)?, max_connections: DEFAULT_MAX_CONNECTIONS })
     }

@@ -156,6 +156,9 @@ impl<'d> Model<'d> {
     }
 
     /// The worlds in which a saga can begin: each of its first local effects works (or there is no saga).
+    ///
+    /// # Errors
+    /// The rule that the definition breaks at its start.
     pub fn begin(&self) -> Result<World, Violation> {
         let (state, effects) = start(self.definition, saga(), naming(), morning());
         let breaks = self.limits.breaks;
@@ -243,6 +246,9 @@ impl<'d> Model<'d> {
     }
 
     /// The world after `next`, or the rule that it breaks.
+    ///
+    /// # Errors
+    /// The rule that this step breaks.
     pub fn take(&self, world: &World, next: ExplorerStep) -> Result<World, Violation> {
         let mut after = *world;
         let (event, local) = match next {

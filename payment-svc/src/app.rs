@@ -1,4 +1,4 @@
-//! The service's process: the consumer of commands, the executor of intents, the two listeners.
+//! The parts put together, which `serve` runs: the consumer of commands, the executor of intents, the two listeners.
 //!
 //! When the process dies, nothing is lost. Commands that were not committed come again from Kafka. The process that
 //! claims the open intents next resolves them.
@@ -20,6 +20,7 @@ use saga_core::{
 };
 use sqlx::PgPool;
 use std::{convert::Infallible, sync::Arc, time::Duration};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 /// The topics that this service reads, and so creates: its commands.
@@ -33,12 +34,15 @@ pub const NEEDS: &[Needs] = &[
     Needs { table: "payment_in_doubt", rights: &["select"] },
 ];
 
-/// Runs the service until it is asked to stop.
-pub async fn serve(settings: Settings, gateway: GatewaySettings, beside: ParticipantSettings) -> anyhow::Result<()> {
-    let _telemetry = telemetry::init(&settings.telemetry, IDENTITY.name)?;
+/// Runs the service until `token` is cancelled or a part of it fails.
+pub async fn serve(
+    settings: Settings,
+    beside: ParticipantSettings,
+    gateway: GatewaySettings,
+    token: CancellationToken,
+) -> anyhow::Result<()> {
     telemetry::name_sagas(topics::SAGAS);
     in_clear::warn_of_http("GATEWAY_URL", gateway.url.as_str(), "payments, and the token in GATEWAY_TOKEN,");
-    let token = service::shutdown::token();
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);
     let participant = participant(&gateway, &pool)?;
@@ -65,7 +69,7 @@ pub async fn serve(settings: Settings, gateway: GatewaySettings, beside: Partici
         }
     };
     let parts = Parts {
-        migrations: migrations::all().into(),
+        migrations: migrations::all(),
         topics: TOPICS.to_vec(),
         needs: NEEDS,
         api: api::router(pool.clone()),

@@ -1,7 +1,7 @@
 //! Payments and their ledger over HTTP.
 
 use crate::support::{World, authorize, capture, new_order};
-use payment_svc::{api, serve::NEEDS};
+use payment_svc::{api, app::NEEDS};
 use saga_core::{command::Op::Do, service};
 use serde_json::Value;
 use sqlx::PgPool;

@@ -13,7 +13,7 @@ use tokio::process::Command;
 #[tokio::test]
 async fn each_database_is_brought_up_to_date_by_a_command_that_needs_nothing_else() {
     for (command, migrations, history) in [
-        ("migrate", migrations::payment(), "refinery_payment"),
+        ("migrate", migrations::own(), "refinery_payment"),
         ("migrate-gateway-sim", migrations::gateway(), "refinery_gateway"),
     ] {
         let database = TestDatabase::new(&[]).await;
@@ -34,7 +34,7 @@ async fn of_before_roles() -> TestDatabase {
     let messaging = messaging_migrations().runner;
     let before: Vec<Migration> = messaging.get_migrations().iter().filter(|m| m.version() <= 15).cloned().collect();
     let before = Migrations { owner: "messaging", runner: Runner::new(&before) };
-    TestDatabase::new(&[before, migrations::payment()]).await
+    TestDatabase::new(&[before, migrations::own()]).await
 }
 
 #[tokio::test]
