@@ -55,7 +55,7 @@ pub async fn prices(db: impl PgExecutor<'_>, skus: &[&str]) -> Result<HashMap<Sk
 /// there are items, so that nothing can be ordered.
 pub async fn report(pool: &PgPool, items: &ConsumerHealth) -> PartReport {
     let report = items.report();
-    if report.trouble.is_some() || items.ever_had_records() != Some(true) {
+    if report.issue.is_some() || items.ever_had_records() != Some(true) {
         return report;
     }
     match sqlx::query_scalar("select not exists (select from catalogue)").fetch_one(pool).await {

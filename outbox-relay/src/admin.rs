@@ -115,7 +115,7 @@ pub fn check_health(health: &Health, relay: &Relay) {
                 }
             });
             let reports: Vec<PartReport> = futures::future::join_all(asked).await;
-            reports.into_iter().min_by_key(|report| report.trouble.is_some()).unwrap_or_default()
+            reports.into_iter().min_by_key(|report| report.issue.is_some()).unwrap_or_default()
         }
     });
 }

@@ -44,7 +44,7 @@ pub(crate) struct Control {
     pub(crate) whole: bool,
     /// Topics that are not to be published, or are catching up.
     pub(crate) paused: HashMap<String, Paused>,
-    /// Lines of parked rows that are to be tried again.
+    /// Lanes of parked rows that are to be tried again.
     pub(crate) retry: HashMap<Lane, OffsetDateTime>,
 }
 
@@ -193,8 +193,8 @@ mod tests {
         // These have the same patience and came later: by now `looking` has lost its own.
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
         assert!(matches!(db.connect().await, Err(sqlx::Error::PoolTimedOut)));
-        let trouble = loops.trouble(&DatabaseClock::of("all_connections"));
-        assert!(trouble.is_some_and(|trouble| trouble.reason.contains("no connection")));
+        let issue = loops.issue(&DatabaseClock::of("all_connections"));
+        assert!(issue.is_some_and(|issue| issue.reason.contains("no connection")));
         all.into_iter().for_each(PooledConnection::give_back);
         sqlx::query(
             "insert into outbox_pause (outbox, topic, cause, reason, actor) values ('orders', '*', 'operator', '', '')",

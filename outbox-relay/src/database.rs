@@ -110,7 +110,7 @@ impl Database {
 
     /// Whether all its connections have been in use for at least `long`.
     pub(crate) fn is_full_for(&self, long: Duration) -> bool {
-        let since = self.full.trouble().and_then(|full| full.since);
+        let since = self.full.issue().and_then(|full| full.since);
         since.is_some_and(|since| clock::monotonic().saturating_duration_since(since) >= long)
     }
 

@@ -88,9 +88,9 @@ impl Loops {
     }
 
     /// The trouble now: loops first, then the topics whose rows wait.
-    pub(crate) fn trouble(&self, clock: &DatabaseClock) -> Option<HealthIssue> {
-        let failing: Vec<HealthIssue> = self.failing_loops().values().filter_map(|outage| outage.trouble()).collect();
-        let waiting = self.waiting().iter().take(NAMED).map(|paused| paused.trouble(clock)).collect::<Vec<_>>();
+    pub(crate) fn issue(&self, clock: &DatabaseClock) -> Option<HealthIssue> {
+        let failing: Vec<HealthIssue> = self.failing_loops().values().filter_map(|outage| outage.issue()).collect();
+        let waiting = self.waiting().iter().take(NAMED).map(|paused| paused.issue(clock)).collect::<Vec<_>>();
         HealthIssue::all(failing.into_iter().chain(waiting))
     }
 }
@@ -105,11 +105,11 @@ mod tests {
         loops.failing(MAIN, Cause::KafkaAway, "no broker");
         loops.failing("t", Cause::Refused, "no leader");
         let clock = DatabaseClock::of("what_was_wrong");
-        let trouble = loops.trouble(&clock).expect("there is one");
-        assert!(trouble.reason.contains("no broker") && trouble.reason.contains("no leader"), "{trouble:?}");
-        assert!(trouble.since.is_some(), "{trouble:?}");
+        let issue = loops.issue(&clock).expect("there is one");
+        assert!(issue.reason.contains("no broker") && issue.reason.contains("no leader"), "{issue:?}");
+        assert!(issue.since.is_some(), "{issue:?}");
         loops.clear();
-        assert_eq!(loops.trouble(&clock), None);
+        assert_eq!(loops.issue(&clock), None);
     }
 
     #[test]
@@ -126,14 +126,14 @@ mod tests {
             paused("a-leaderless", PauseCause::Leaderless, true),
             paused("gone", PauseCause::Missing, false),
         ]));
-        let trouble = loops.trouble(&clock).expect("two of them wait");
-        assert_eq!(trouble.cause, Cause::Leaderless);
-        assert!(trouble.since.is_some(), "{trouble:?}");
+        let issue = loops.issue(&clock).expect("two of them wait");
+        assert_eq!(issue.cause, Cause::Leaderless);
+        assert!(issue.since.is_some(), "{issue:?}");
         assert_eq!(
-            trouble.reason,
+            issue.reason,
             "rows of topic \"a-leaderless\" wait: so it is; rows of topic \"gone\" wait: so it is"
         );
         loops.wait(&HashMap::new());
-        assert_eq!(loops.trouble(&clock), None);
+        assert_eq!(loops.issue(&clock), None);
     }
 }

@@ -101,47 +101,47 @@ pub(crate) struct OutboxStatus {
 }
 
 impl OutboxStatus {
-    pub(crate) fn set(&self, role: OutboxRole, trouble: Option<HealthIssue>) {
-        *self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (role, trouble);
+    pub(crate) fn set(&self, role: OutboxRole, issue: Option<HealthIssue>) {
+        *self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = (role, issue);
     }
 
     /// The role, and why the process does not publish although it should.
     pub(crate) fn get(&self) -> (OutboxRole, Option<HealthIssue>) {
-        let (role, trouble) = self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let (role, issue) = self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         let away = || self.brokers.are_away().then(|| HealthIssue::new(Cause::KafkaAway, KAFKA_AWAY));
-        (role, trouble.or_else(|| away().filter(|_| role == OutboxRole::Owner)))
+        (role, issue.or_else(|| away().filter(|_| role == OutboxRole::Owner)))
     }
 
     /// The role, and the trouble of publishing, with that of loops that get no further.
-    fn trouble(&self) -> (OutboxRole, Option<HealthIssue>) {
-        let (role, trouble) = self.get();
-        let stalled = || self.loops.trouble(&self.clock).filter(|_| role == OutboxRole::Owner);
-        (role, trouble.or_else(stalled))
+    fn issue(&self) -> (OutboxRole, Option<HealthIssue>) {
+        let (role, issue) = self.get();
+        let stalled = || self.loops.issue(&self.clock).filter(|_| role == OutboxRole::Owner);
+        (role, issue.or_else(stalled))
     }
 
     /// The role, and all trouble in words, with that of the outbox's tables.
     pub(crate) fn all(&self) -> (OutboxRole, Option<String>) {
-        let (role, trouble) = self.trouble();
-        let troubles: Vec<String> =
-            [trouble, self.upkeep.trouble()].into_iter().flatten().map(|trouble| trouble.reason).collect();
-        (role, (!troubles.is_empty()).then(|| troubles.join("; ")))
+        let (role, issue) = self.issue();
+        let issues: Vec<String> =
+            [issue, self.upkeep.issue()].into_iter().flatten().map(|issue| issue.reason).collect();
+        (role, (!issues.is_empty()).then(|| issues.join("; ")))
     }
 
     /// What health shows of the outbox.
     pub(crate) fn report(&self) -> PartReport {
         let (set_apart, waiting) = self.progress.get();
-        let trouble = match self.trouble() {
+        let issue = match self.issue() {
             (OutboxRole::Starting, None) => {
                 Some(HealthIssue::new(Cause::Starting, "which process publishes is not decided yet"))
             }
-            (_, trouble) => trouble.or(set_apart),
+            (_, issue) => issue.or(set_apart),
         };
-        PartReport { trouble, waiting }
+        PartReport { issue, waiting }
     }
 
     /// What health shows of its tables.
     pub(crate) fn upkeep(&self) -> PartReport {
-        PartReport { trouble: self.upkeep.trouble(), waiting: None }
+        PartReport { issue: self.upkeep.issue(), waiting: None }
     }
 
     /// Records that no broker answers.

@@ -7,7 +7,7 @@
 //! | `turns` | standing by, owning, standing by again |
 //! | `supervisor` | starts an outbox again after a panic |
 //!
-//! The lease lets one process at a time own an outbox. When it dies, the lease runs out, and another process takes its turn.
+//! The lease lets one process at a time own an outbox. When that process dies, the lease runs out, and another process takes its turn.
 
 pub(crate) mod gauges;
 pub(crate) mod owner;

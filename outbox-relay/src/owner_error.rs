@@ -45,8 +45,8 @@ pub(crate) enum OwnerError {
 }
 
 impl OwnerError {
-    /// The trouble that the error is for the outbox.
-    pub(crate) fn trouble(&self) -> HealthIssue {
+    /// The issue that the error is for the outbox.
+    pub(crate) fn issue(&self) -> HealthIssue {
         let cause = match (self.database(), self) {
             (Some(error), _) => Cause::of(error),
             (None, Self::Anchor(_)) => Cause::Moved,

@@ -21,7 +21,7 @@ struct OutboxSeen {
     /// The mark is the number of the batch that was recorded last.
     movement: Movement<i64>,
     waiting: Option<WaitingWork>,
-    trouble: Option<HealthIssue>,
+    issue: Option<HealthIssue>,
     looks: LookFailures,
     /// Topics that catch up; the mark is how far each has come.
     catching_up: HashMap<String, Movement<Option<Position>>>,
@@ -31,7 +31,7 @@ impl OutboxProgress {
     /// The trouble of topics that have rows, and what waits for the main stream.
     pub(crate) fn get(&self) -> (Option<HealthIssue>, Option<WaitingWork>) {
         let known = self.lock();
-        (known.looks.trouble().or_else(|| known.trouble.clone()), known.waiting)
+        (known.looks.issue().or_else(|| known.issue.clone()), known.waiting)
     }
 
     /// Records a look that failed: what was known before stands.
@@ -48,7 +48,7 @@ impl OutboxProgress {
         let mut known = self.lock();
         known.looks.seen();
         let hang = known.hang(pending, now);
-        known.trouble = trouble(pending, hang, clock);
+        known.issue = issue(pending, hang, clock);
         if pending.main == 0 || pending.whole {
             known.movement.rests();
             known.waiting = None;
@@ -85,21 +85,21 @@ impl OutboxSeen {
 }
 
 /// The trouble of topics whose rows wait for something else than their turn.
-fn trouble(pending: &Pending, hang: Vec<HealthIssue>, clock: &DatabaseClock) -> Option<HealthIssue> {
+fn issue(pending: &Pending, hang: Vec<HealthIssue>, clock: &DatabaseClock) -> Option<HealthIssue> {
     if pending.whole {
         return (pending.rows > 0).then(|| HealthIssue::new(Cause::Paused, "an operator paused the whole outbox"));
     }
     let waits = pending.behind.iter().filter(|behind| behind.rows > 0 && !behind.paused.resuming);
-    let mut troubles: Vec<HealthIssue> = waits
+    let mut issues: Vec<HealthIssue> = waits
         .map(|behind| {
-            let trouble = behind.paused.trouble(clock);
-            HealthIssue { reason: format!("{} {}", behind.rows, trouble.reason), ..trouble }
+            let issue = behind.paused.issue(clock);
+            HealthIssue { reason: format!("{} {}", behind.rows, issue.reason), ..issue }
         })
         .chain(hang)
         .collect();
     // Trouble that no operator wanted comes first.
-    troubles.sort_by_key(|trouble| trouble.cause == Cause::Paused);
-    HealthIssue::all(troubles)
+    issues.sort_by_key(|issue| issue.cause == Cause::Paused);
+    HealthIssue::all(issues)
 }
 
 #[cfg(test)]
@@ -125,7 +125,7 @@ mod tests {
         let (progress, clock, start) = (OutboxProgress::default(), DatabaseClock::of("catches_up"), clock::monotonic());
         let cause = |after, rows, seconds| {
             progress.is_at(&behind(after, rows), &clock, start + Duration::from_secs(seconds));
-            progress.get().0.map(|trouble| trouble.cause)
+            progress.get().0.map(|issue| issue.cause)
         };
         assert_eq!([cause(1, 9, 0), cause(1, 9, 29), cause(2, 8, 35), cause(2, 8, 64)], [None; 4]);
         assert_eq!(cause(2, 8, 65), Some(Cause::Stalled));
@@ -139,7 +139,7 @@ mod tests {
         progress.is(&Pending::default(), &clock);
         let slow = HealthIssue::new(Cause::NoAnswer, "it takes too long");
         (0..3).for_each(|_| progress.missed(&slow));
-        assert_eq!(progress.get().0.map(|trouble| trouble.cause), Some(Cause::NoAnswer));
+        assert_eq!(progress.get().0.map(|issue| issue.cause), Some(Cause::NoAnswer));
         progress.is(&Pending::default(), &clock);
         assert_eq!(progress.get(), (None, None));
     }

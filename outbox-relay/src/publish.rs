@@ -8,7 +8,7 @@
 //! | `shared`, `asks` | what the streams share; their questions to each other |
 //! | `session` | one producer's life in a stream: the fate of each row, sending, and how a topic comes back |
 //! | `stream`, `set_apart` | the main stream; one for each topic that is set apart |
-//! | `retrying`, `retry` | parked rows that an operator has tried again |
+//! | `retry_producer`, `retry` | parked rows that an operator has tried again |
 //!
 //! Only an acknowledged row counts as published. When the process dies, the next owner sends again what was not recorded.
 
@@ -19,7 +19,7 @@ pub(crate) mod kafka_record;
 pub(crate) mod producer;
 pub(crate) mod refusal;
 pub(crate) mod retry;
-pub(crate) mod retrying;
+pub(crate) mod retry_producer;
 pub(crate) mod session;
 pub(crate) mod set_apart;
 pub(crate) mod shared;

@@ -67,19 +67,19 @@ pub struct Consumer<H> {
     config: Arc<ConsumerConfig>,
     pool: PgPool,
     handler: Arc<H>,
-    pulse: Arc<health::HealthState>,
+    health: Arc<health::HealthState>,
 }
 
 impl<H: Handler> Consumer<H> {
     /// Nothing happens before [`Consumer::run`]. `pool` should have a connection for each partition that is read.
     pub fn new(config: ConsumerConfig, pool: PgPool, handler: Arc<H>) -> Self {
-        let pulse = Arc::new(health::HealthState::new(&config.group, &config.brokers, &pool));
-        Self { config: Arc::new(config), pool, handler, pulse }
+        let health = Arc::new(health::HealthState::new(&config.group, &config.brokers, &pool));
+        Self { config: Arc::new(config), pool, handler, health }
     }
 
     /// A handle for readiness to ask.
     pub fn health(&self) -> ConsumerHealth {
-        ConsumerHealth(Arc::clone(&self.pulse))
+        ConsumerHealth(Arc::clone(&self.health))
     }
 
     /// Runs until `stop` is cancelled, then finishes the open transactions within a bound. When a broker or the
@@ -90,8 +90,8 @@ impl<H: Handler> Consumer<H> {
     pub async fn run(self, stop: CancellationToken) -> Result<(), ConsumerError> {
         tokio::select! {
             ended = self.poll(&stop) => ended,
-            never = upkeep(&self.pool, &self.config, &self.pulse) => match never {},
-            never = ends::keep_looking(&self.config, &self.pulse) => match never {},
+            never = upkeep(&self.pool, &self.config, &self.health) => match never {},
+            never = ends::keep_looking(&self.config, &self.health) => match never {},
         }
     }
 
@@ -99,7 +99,7 @@ impl<H: Handler> Consumer<H> {
     async fn poll(&self, stop: &CancellationToken) -> Result<(), ConsumerError> {
         loop {
             let (config, handler) = (Arc::clone(&self.config), Arc::clone(&self.handler));
-            let poll = poll::Poll::new(config, self.pool.clone(), handler, Arc::clone(&self.pulse))?;
+            let poll = poll::Poll::new(config, self.pool.clone(), handler, Arc::clone(&self.health))?;
             if poll.run(stop).await? == poll::Polled::ToTheEnd {
                 return Ok(());
             }
@@ -108,7 +108,7 @@ impl<H: Handler> Consumer<H> {
 }
 
 /// Makes inbox partitions ahead, counts what is parked, and reads the database's clock.
-async fn upkeep(pool: &PgPool, config: &ConsumerConfig, pulse: &health::HealthState) -> std::convert::Infallible {
+async fn upkeep(pool: &PgPool, config: &ConsumerConfig, health: &health::HealthState) -> std::convert::Infallible {
     let bound = Bound::new(config.attempt_timeout);
     let mut made: Option<std::time::Instant> = None;
     loop {
@@ -124,8 +124,8 @@ async fn upkeep(pool: &PgPool, config: &ConsumerConfig, pulse: &health::HealthSt
         let counted = async { parking::count(Transaction::begin(pool, bound).await?, &config.group).await };
         let asked = crate::clock::monotonic();
         if let Ok(counts) = bound.within(counted).await {
-            pulse.clock.heard(counts.time, asked);
-            pulse.parked(counts);
+            health.clock.heard(counts.time, asked);
+            health.parked(counts);
         }
         tokio::time::sleep(GAUGE_EVERY).await;
     }

@@ -161,7 +161,7 @@ async fn held(tx: &mut Tx<'_>, place: InboxPlace<'_>, arrivals: &[Arrival<'_>]) 
 }
 
 /// Writes the rows of the new messages among `arrivals`, whatever is parked, and returns whether each was new. For
-/// messages that come out of the parking place; all ids differ there.
+/// messages that come out of `inbox_parked`; all ids differ there.
 pub(crate) async fn record_in(
     tx: &mut Tx<'_>,
     consumer: &str,

@@ -152,11 +152,11 @@ impl Outage {
     /// # Errors
     /// The reason in words, and since when.
     pub fn check(&self) -> Result<(), String> {
-        self.trouble().map_or(Ok(()), |trouble| Err(trouble.reason))
+        self.issue().map_or(Ok(()), |issue| Err(issue.reason))
     }
 
     /// The cause, the reason and since when; `None` outside an outage.
-    pub fn trouble(&self) -> Option<HealthIssue> {
+    pub fn issue(&self) -> Option<HealthIssue> {
         let now = clock::monotonic();
         self.end_if_over(now);
         self.lock().as_ref().map(|Away { since, cause, reason, .. }| {

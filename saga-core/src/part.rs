@@ -1,7 +1,7 @@
 //! A part of a process, and how its work goes: what health asks of each part.
 //!
 //! A part reports what stands in its way, if it knows ([`HealthIssue`]). It also reports what waits for it, and since when
-//! none of that has moved ([`WaitingWork`]). Work that does not move is a trouble of its own, even if the part knows of
+//! none of that has moved ([`WaitingWork`]). Work that does not move is an issue of its own, even if the part knows of
 //! none. Nothing here survives the process.
 
 use crate::{
@@ -122,19 +122,19 @@ pub struct HealthIssue {
 }
 
 impl HealthIssue {
-    /// A trouble that the part has just met; its age is not known.
+    /// An issue that the part has just met; its age is not known.
     pub fn new(cause: Cause, reason: impl Into<String>) -> Self {
         Self { cause, reason: reason::reason(&reason.into()), since: None }
     }
 
-    /// Joins several troubles: the cause of the first, all the reasons, and the earliest age. A pause's age counts only
+    /// Joins several issues: the cause of the first, all the reasons, and the earliest age. A pause's age counts only
     /// among pauses.
-    pub fn all(troubles: impl IntoIterator<Item = Self>) -> Option<Self> {
-        let troubles: Vec<Self> = troubles.into_iter().collect();
-        let cause = troubles.first()?.cause;
-        let alike = |trouble: &&Self| (trouble.cause == Cause::Paused) == (cause == Cause::Paused);
-        let since = troubles.iter().filter(alike).filter_map(|trouble| trouble.since).min();
-        let reasons: Vec<String> = troubles.into_iter().map(|trouble| trouble.reason).collect();
+    pub fn all(issues: impl IntoIterator<Item = Self>) -> Option<Self> {
+        let issues: Vec<Self> = issues.into_iter().collect();
+        let cause = issues.first()?.cause;
+        let alike = |issue: &&Self| (issue.cause == Cause::Paused) == (cause == Cause::Paused);
+        let since = issues.iter().filter(alike).filter_map(|issue| issue.since).min();
+        let reasons: Vec<String> = issues.into_iter().map(|issue| issue.reason).collect();
         Some(Self { since, ..Self::new(cause, reasons.join("; ")) })
     }
 }
@@ -160,19 +160,19 @@ pub struct WaitingWork {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PartReport {
     /// What stands in the part's way; `None`: nothing that it knows.
-    pub trouble: Option<HealthIssue>,
+    pub issue: Option<HealthIssue>,
     /// What waits for the part; `None`: nothing.
     pub waiting: Option<WaitingWork>,
 }
 
 impl PartReport {
-    /// A report of no trouble, and of no work that waits.
+    /// A report of no issue, and of no work that waits.
     #[must_use]
     pub fn fine() -> Self {
         Self::default()
     }
 
-    /// A report of a trouble.
+    /// A report of an issue.
     pub fn red(cause: Cause, reason: impl Into<String>) -> Self {
         HealthIssue::new(cause, reason).into()
     }
@@ -183,7 +183,7 @@ impl PartReport {
         Self { waiting, ..self }
     }
 
-    /// The trouble: what the part reports itself, or that its work has not moved for too long.
+    /// The issue: what the part reports itself, or that its work has not moved for too long.
     pub(crate) fn verdict(&self, now: Instant) -> Option<HealthIssue> {
         let stalled = || {
             let since = self.waiting?.still_since;
@@ -192,19 +192,19 @@ impl PartReport {
             (still >= STALLED_AFTER)
                 .then(|| HealthIssue { since: Some(since), ..HealthIssue::new(Cause::Stalled, reason) })
         };
-        self.trouble.clone().or_else(stalled)
+        self.issue.clone().or_else(stalled)
     }
 }
 
 impl From<HealthIssue> for PartReport {
-    fn from(trouble: HealthIssue) -> Self {
-        Self { trouble: Some(trouble), waiting: None }
+    fn from(issue: HealthIssue) -> Self {
+        Self { issue: Some(issue), waiting: None }
     }
 }
 
 impl From<Result<(), HealthIssue>> for PartReport {
     fn from(result: Result<(), HealthIssue>) -> Self {
-        Self { trouble: result.err(), waiting: None }
+        Self { issue: result.err(), waiting: None }
     }
 }
 
@@ -253,7 +253,7 @@ impl<M: PartialEq> Movement<M> {
 const MISSED_MAX: u32 = 3;
 
 /// Whether a part knows what waits for it. A failed look means neither that nothing waits nor that nothing moves;
-/// several in a row are a trouble of their own.
+/// several in a row are an issue of their own.
 #[derive(Debug, Default)]
 pub struct LookFailures {
     missed: u32,
@@ -274,9 +274,9 @@ impl LookFailures {
         *self = Self::default();
     }
 
-    /// The trouble that several looks in a row failed; `None` otherwise.
+    /// The issue that several looks in a row failed; `None` otherwise.
     #[must_use]
-    pub fn trouble(&self) -> Option<HealthIssue> {
+    pub fn issue(&self) -> Option<HealthIssue> {
         self.last.clone().filter(|_| self.missed >= MISSED_MAX)
     }
 }
@@ -299,7 +299,7 @@ mod tests {
             if waiting.is_none() {
                 movement.rests();
             }
-            PartReport { waiting, trouble: None }.verdict(at(seconds)).map(|trouble| trouble.cause)
+            PartReport { waiting, issue: None }.verdict(at(seconds)).map(|issue| issue.cause)
         };
         let seen =
             [(Some(1), 0), (Some(1), 29), (Some(2), 31), (Some(2), 61), (None, 62), (Some(2), 63), (Some(2), 93)];
@@ -321,15 +321,15 @@ mod tests {
         let (mut looks, slow) = (LookFailures::default(), HealthIssue::new(Cause::NoAnswer, "it took too long"));
         for _ in 1..MISSED_MAX {
             looks.missed(&slow);
-            assert_eq!(looks.trouble(), None);
+            assert_eq!(looks.issue(), None);
         }
         looks.missed(&slow);
-        let trouble = looks.trouble().expect("nothing is known");
-        assert_eq!(trouble.cause, Cause::NoAnswer);
-        assert!(trouble.reason.contains("it took too long") && trouble.since.is_some(), "{trouble:?}");
+        let issue = looks.issue().expect("nothing is known");
+        assert_eq!(issue.cause, Cause::NoAnswer);
+        assert!(issue.reason.contains("it took too long") && issue.since.is_some(), "{issue:?}");
         looks.seen();
         looks.missed(&slow);
-        assert_eq!(looks.trouble(), None, "they are counted anew");
+        assert_eq!(looks.issue(), None, "they are counted anew");
     }
 
     #[test]
@@ -344,6 +344,6 @@ mod tests {
         let waiting = WaitingWork { items: None, oldest: None, still_since: clock::monotonic() };
         let report = PartReport::red(Cause::KafkaAway, "no broker").with_waiting(Some(waiting));
         let later = clock::monotonic() + STALLED_AFTER * 2;
-        assert_eq!(report.verdict(later).map(|trouble| trouble.cause), Some(Cause::KafkaAway));
+        assert_eq!(report.verdict(later).map(|issue| issue.cause), Some(Cause::KafkaAway));
     }
 }

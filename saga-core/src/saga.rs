@@ -17,7 +17,9 @@
 //! | [`runner`], [`timers`] | batches of replies and due times, each batch one transaction |
 //! | `backlog` | timers wait for the replies that have come already |
 //! | `store`, `due` | the SQL: of sagas, and of the times at which they are due |
-//! | [`log`] | the lines of a saga's timeline |
+//! | `loaded_saga`, `batch` | one saga in a transaction with the events that wait for it; many of them together |
+//! | [`log`] | the entries of a saga's log |
+//! | `measure`, `timers_health` | metrics; whether the timers do their work |
 //! | [`inspect`], [`view`] | lists, and one saga with its timeline and why it waits |
 
 mod backlog;
@@ -39,7 +41,7 @@ mod starts;
 pub mod state;
 mod store;
 pub mod timers;
-mod trouble;
+mod timers_health;
 pub mod view;
 
 pub use crate::command::Happened;

@@ -277,8 +277,8 @@ fn take_a_path(definition: &Definition, limits: Limits, choices: &[u16]) -> Resu
     let mut world = model.begin().map_err(|violation| TestCaseError::fail(violation.to_string()))?;
     let mut schedule = Vec::new();
     for choice in choices {
-        let moves = model.moves(&world);
-        let Some(next) = moves.get(usize::from(*choice) % moves.len().max(1)) else { break };
+        let next_steps = model.next_steps(&world);
+        let Some(next) = next_steps.get(usize::from(*choice) % next_steps.len().max(1)) else { break };
         schedule.push(*next);
         world = model
             .take(&world, *next)
@@ -339,8 +339,8 @@ proptest! {
         let model = Model::new(&generated, EVERYTHING, through_json);
         let mut world = model.begin().map_err(|violation| TestCaseError::fail(violation.to_string()))?;
         for choice in choices {
-            let moves = model.moves(&world);
-            let Some(next) = moves.get(usize::from(choice) % moves.len().max(1)) else { break };
+            let next_steps = model.next_steps(&world);
+            let Some(next) = next_steps.get(usize::from(choice) % next_steps.len().max(1)) else { break };
             world = model.take(&world, *next).map_err(|violation| TestCaseError::fail(violation.to_string()))?;
         }
     }

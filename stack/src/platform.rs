@@ -135,7 +135,7 @@ pub struct Part {
 
 /// The troubles of the process of this admin listener, part by part. Without a token, where the listener takes one,
 /// they come without the reasons in words.
-pub async fn troubles(client: &reqwest::Client, admin: &str) -> Result<Vec<String>, String> {
+pub async fn issues(client: &reqwest::Client, admin: &str) -> Result<Vec<String>, String> {
     let ask = async |path: &str| {
         let answer = client.get(format!("{admin}{path}")).timeout(ASK_BOUND).send().await;
         answer.map_err(|e| e.without_url().to_string())

@@ -4,7 +4,7 @@ use crate::{
     Error, Result,
     durability::Durability,
     guard,
-    platform::{Stack, StackConfig, asked, troubles},
+    platform::{Stack, StackConfig, asked, issues},
     postgres::{Postgres, without_password},
     progress::Progress,
     run,
@@ -198,11 +198,11 @@ pub async fn status(directory: &StateDirectory) -> Result<bool> {
     for (service, address) in &state.services {
         let admin = address.admin_url();
         let ready = asked(&client, &format!("{admin}/readyz")).await;
-        let standing = match (&ready, troubles(&client, &admin).await) {
+        let standing = match (&ready, issues(&client, &admin).await) {
             (Err(_), _) | (Ok(()), Err(_)) => health(&ready),
-            (Ok(()), Ok(troubles)) if troubles.is_empty() => health(&ready),
-            (Ok(()), Ok(troubles)) => {
-                stalled.extend(troubles.into_iter().map(|trouble| format!("{service}: {trouble}")));
+            (Ok(()), Ok(issues)) if issues.is_empty() => health(&ready),
+            (Ok(()), Ok(issues)) => {
+                stalled.extend(issues.into_iter().map(|issue| format!("{service}: {issue}")));
                 "ready, but WORK DOES NOT MOVE".into()
             }
         };
@@ -211,7 +211,7 @@ pub async fn status(directory: &StateDirectory) -> Result<bool> {
     }
     println!("{table}");
     print_password_file(state.password_file.as_deref());
-    stalled.iter().for_each(|trouble| println!("{trouble}"));
+    stalled.iter().for_each(|issue| println!("{issue}"));
     Ok(healthy)
 }
 

@@ -69,7 +69,7 @@ proptest! {
         let mut world = model.begin().map_err(|violation| TestCaseError::fail(violation.to_string()))?;
         let mut schedule = Vec::new();
         for choice in choices {
-            let moves = model.moves(&world);
+            let moves = model.next_steps(&world);
             let Some(next) = moves.get(usize::from(choice) % moves.len().max(1)) else { break };
             schedule.push(*next);
             world = model.take(&world, *next).map_err(|violation| {

@@ -34,7 +34,7 @@ pub(crate) async fn run(outbox: &Outbox) {
             }
             Err(error) => {
                 metric::pending_unknown(&outbox.name);
-                outbox.status.progress.missed(&trouble(&error));
+                outbox.status.progress.missed(&issue(&error));
                 // Without the database or its tables nothing else works, and that is reported for the outbox.
                 if !error.database().is_some_and(|error| is_outage(error) || is_missing(error)) {
                     counting.failing(&error.to_string());
@@ -58,6 +58,6 @@ fn show(outbox: &str, pending: &Pending, clock: &DatabaseClock) {
     metrics::gauge!("outbox_paused_topics", "outbox" => outbox.to_owned()).set(pending.paused as f64);
 }
 
-fn trouble(error: &ReadError) -> HealthIssue {
+fn issue(error: &ReadError) -> HealthIssue {
     error.database().map_or_else(|| HealthIssue::new(Cause::Fault, error.to_string()), HealthIssue::from)
 }

@@ -50,7 +50,7 @@ async fn take_turns(outbox: &Outbox, stop: &CancellationToken) {
                 Duration::ZERO
             }
             Err(error) => {
-                outbox.status.set(OutboxRole::Failing, Some(error.trouble()));
+                outbox.status.set(OutboxRole::Failing, Some(error.issue()));
                 tries.report(outbox, &error, began.elapsed())
             }
         };

@@ -154,7 +154,7 @@ impl Flight {
         self
     }
 
-    pub(crate) fn into_progress(self) -> Recordable {
+    pub(crate) fn into_recordable(self) -> Recordable {
         let (only_topic, base, target, to) = match self.what {
             FlightKind::Page { only_topic, base, target, to } => (only_topic, base, target, to),
             FlightKind::Mark(progress) => return progress,

@@ -22,7 +22,7 @@ use std::{
 };
 use tokio::sync::Notify;
 
-/// The most rows of a page, as bits of a ticket.
+/// The most rows of a page, as bits of a delivery tag.
 const ROW_BITS: u32 = 20;
 
 /// The number of one row in flight: it travels through librdkafka as a bare number, so that a report allocates nothing.
@@ -348,7 +348,7 @@ impl InFlight {
             if prefix > 0 {
                 let beginning = flight.cut(prefix);
                 let position = beginning.position();
-                left.beginning = Some((beginning.into_progress(), position));
+                left.beginning = Some((beginning.into_recordable(), position));
             }
         }
         left
@@ -372,7 +372,7 @@ mod tests {
     fn recorded(in_flight: &InFlight) -> Vec<(i64, i64)> {
         let mut recorded = Vec::new();
         while let Some(flight) = in_flight.take_complete() {
-            if let Recordable::Rows(stretch) = flight.into_progress() {
+            if let Recordable::Rows(stretch) = flight.into_recordable() {
                 recorded.push((stretch.entry.from_id, stretch.entry.to_id));
             }
         }

@@ -22,7 +22,7 @@ use crate::{
     publish::{
         kafka_record::{self, Built, RecordBuilder, takes_dead_letters},
         refusal::{Refusal, too_large},
-        retrying::{Choice, RetryProducer, Sending},
+        retry_producer::{Choice, RetryProducer, Sending},
     },
     record::{
         parking::{self, BlockedLanes, Lane, Published},

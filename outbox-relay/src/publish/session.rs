@@ -143,7 +143,7 @@ pub(crate) enum StreamScope {
     /// The main stream, of all topics that are not set apart.
     Main {
         /// Topics that are about to come back.
-        joining: ReturningTopics,
+        returning: ReturningTopics,
     },
     /// The stream of one topic that is set apart.
     Topic(Box<ReturningTopic>),
@@ -159,7 +159,7 @@ pub(crate) struct Session {
     pub(crate) topics: Topics,
     pub(crate) publisher: Publisher,
     pub(crate) builder: RecordBuilder,
-    pub(crate) memory: StreamState,
+    pub(crate) stream_state: StreamState,
     pub(crate) blocked: Arc<BlockedLanes>,
     /// Topics that are set apart; the main stream passes over their rows.
     pub(crate) paused: HashSet<String>,
@@ -271,7 +271,7 @@ impl Session {
         let refused = self.publisher.in_flight.refused();
         let left = self.publisher.in_flight.give_up();
         if let Some((beginning, at)) = left.beginning {
-            self.memory.at = at.unwrap_or(self.memory.at);
+            self.stream_state.at = at.unwrap_or(self.stream_state.at);
             self.progress.send(beginning).await.ok();
         }
         self.shared.remember(left.beyond);
@@ -279,7 +279,7 @@ impl Session {
             StreamScope::Main { .. } => self.set_apart(ended, &refused).await,
             StreamScope::Topic(_) => self.suspect(ended, &refused, all_reported),
         }
-        self.memory
+        self.stream_state
     }
 
     async fn await_deliveries(&self, patience: Duration) {
@@ -320,13 +320,13 @@ impl Session {
             let reason = format!("no broker has taken its rows for {:?}", self.shared.stuck_after);
             causes.extend(topics.iter().map(|topic| (topic.as_str(), (PauseCause::Leaderless, reason.clone()))));
         }
-        self.memory.failures += u32::from(matches!(ended, SessionEnd::Refused { .. } | SessionEnd::GaveUp(_)));
+        self.stream_state.failures += u32::from(matches!(ended, SessionEnd::Refused { .. } | SessionEnd::GaveUp(_)));
         for RefusedRow { id, topic, code } in refused {
             let said = format!("Kafka says of row {id}: {code}");
             let cause = match Refusal::of(*code) {
                 Refusal::Topic(cause) => cause,
                 Refusal::Row => PauseCause::Refusing,
-                Refusal::Transient if self.memory.failures >= FAILURES && !is_of_all_topics(*code) => {
+                Refusal::Transient if self.stream_state.failures >= FAILURES && !is_of_all_topics(*code) => {
                     PauseCause::Refusing
                 }
                 Refusal::Transient => continue,
@@ -344,9 +344,9 @@ impl Session {
         }
         for (topic, (cause, reason)) in causes {
             warn!(outbox = self.outbox, topic, reason, "the topic is set apart; the others go on");
-            self.memory.limits.remove(topic);
-            self.memory.failures = 0;
-            let left = LeftBehind { topic: topic.to_owned(), cause, reason, position: self.memory.at.clone() };
+            self.stream_state.limits.remove(topic);
+            self.stream_state.failures = 0;
+            let left = LeftBehind { topic: topic.to_owned(), cause, reason, position: self.stream_state.at.clone() };
             self.progress.send(Recordable::LeftBehind(left)).await.ok();
         }
     }
@@ -358,21 +358,21 @@ impl Session {
         if !matches!(ended, SessionEnd::Refused { .. } | SessionEnd::GaveUp(_)) {
             return;
         }
-        self.memory.failures += 1;
+        self.stream_state.failures += 1;
         let named = refused.iter().any(|row| row.code == RDKafkaErrorCode::InvalidDifferentRecord);
         let of_rows: Vec<&RefusedRow> = refused.iter().filter(|row| Refusal::of(row.code) == Refusal::Row).collect();
         if !of_rows.is_empty() {
-            self.memory.refused_at = Some(Instant::from_std(saga_core::clock::monotonic()));
+            self.stream_state.refused_at = Some(Instant::from_std(saga_core::clock::monotonic()));
         }
         let topical = |row: &&RefusedRow| matches!(Refusal::of(row.code), Refusal::Topic(_));
         if let Some(row) = refused.iter().find(topical) {
-            self.memory.verdicts.insert(row.id, row.code);
+            self.stream_state.verdicts.insert(row.id, row.code);
         }
         if named || of_rows.len() == 1 && all_reported {
-            self.memory.failures = 0;
-            self.memory.verdicts.extend(of_rows.iter().map(|row| (row.id, row.code)));
+            self.stream_state.failures = 0;
+            self.stream_state.verdicts.extend(of_rows.iter().map(|row| (row.id, row.code)));
         } else {
-            self.memory.suspects.extend(of_rows.iter().map(|row| row.id));
+            self.stream_state.suspects.extend(of_rows.iter().map(|row| row.id));
         }
     }
 }

@@ -41,7 +41,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             () = tokio::time::sleep(AGAIN), if !failed.is_empty() => {}
             Some(ended) = running.join_next_with_id() => {
                 let (id, failure) = match ended {
-                    Ok((id, ended)) => (id, ended.err().map(|error| error.trouble())),
+                    Ok((id, ended)) => (id, ended.err().map(|error| error.issue())),
                     Err(panic) => (panic.id(), Some(HealthIssue::new(Cause::Fault, format!("a fault in the relay itself: {panic}")))),
                 };
                 let topic = topics.remove(&id).unwrap_or_default();

@@ -38,7 +38,7 @@ const PAUSES: Backoff = Backoff::doubling(Duration::from_millis(20), Duration::f
 
 /// Runs the main stream, until the process stops.
 pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), OwnerError> {
-    let mut memory = StreamState::at(at);
+    let mut stream_state = StreamState::at(at);
     loop {
         let mut control = shared.control.clone();
         tokio::select! {
@@ -50,20 +50,20 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
         shared.forget_those_back();
         let paused = now.paused.iter().filter(|(_, paused)| paused.position.is_some());
         let paused = paused.map(|(topic, _)| topic.clone()).collect();
-        shared.main.send_replace(memory.at.clone());
-        let scope = StreamScope::Main { joining: ReturningTopics::default() };
-        let (ended, left) = session(shared, shared.areas.main.clone(), scope, memory, paused).await?;
-        memory = left;
+        shared.main.send_replace(stream_state.at.clone());
+        let scope = StreamScope::Main { returning: ReturningTopics::default() };
+        let (ended, left) = session(shared, shared.areas.main.clone(), scope, stream_state, paused).await?;
+        stream_state = left;
         match &ended {
             SessionEnd::Stopped => return Ok(()),
             SessionEnd::Paused | SessionEnd::Stuck(_) | SessionEnd::Joined | SessionEnd::Stalled(_) => {}
             SessionEnd::Refused { .. } | SessionEnd::GaveUp(_) => {
                 warn!(outbox = shared.outbox, reason = %ended, "the producer is rebuilt");
                 // The first failure is over as soon as it is noticed.
-                if memory.failures > 1 {
+                if stream_state.failures > 1 {
                     shared.loops.failing(MAIN, part::Cause::Refused, &ended.to_string());
                 }
-                rest(memory.failures, &shared.stop).await;
+                rest(stream_state.failures, &shared.stop).await;
             }
             _ => return Err(failure(ended)),
         }
@@ -72,14 +72,14 @@ pub(crate) async fn run_main(shared: &Arc<Shared>, at: Position) -> Result<(), O
 
 /// Runs the stream of a topic that is set apart, until the topic is handed back or waits for something.
 pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), OwnerError> {
-    let mut memory = None::<StreamState>;
+    let mut stream_state = None::<StreamState>;
     loop {
         let area = tokio::select! {
             () = shared.stop.cancelled() => return Ok(()),
             area = shared.areas.topic() => area,
         };
         let Some((paused, at)) = resuming(shared, topic).await? else { return Ok(()) };
-        let mut remembered = memory.take().unwrap_or_else(|| StreamState::at(at.clone()));
+        let mut remembered = stream_state.take().unwrap_or_else(|| StreamState::at(at.clone()));
         if paused.cause == PauseCause::Refusing {
             remembered.refused_at.get_or_insert_with(|| Instant::from_std(clock::monotonic()));
         }
@@ -100,7 +100,7 @@ pub(crate) async fn run_topic(shared: &Arc<Shared>, topic: &str) -> Result<(), O
             SessionEnd::Paused | SessionEnd::Stuck(_) => {}
             _ => return Err(failure(ended)),
         }
-        memory = Some(left);
+        stream_state = Some(left);
     }
 }
 
@@ -136,7 +136,7 @@ async fn session(
     shared: &Arc<Shared>,
     area: Arc<Area>,
     scope: StreamScope,
-    memory: StreamState,
+    stream_state: StreamState,
     paused: HashSet<String>,
 ) -> Result<(SessionEnd, StreamState), OwnerError> {
     let publisher = Publisher::new(&shared.kafka)?;
@@ -151,7 +151,7 @@ async fn session(
     let mut control = shared.control.clone();
     let (items, pages) = mpsc::channel(PAGES_AHEAD);
     let (pages_done, done) = watch::channel(0);
-    let at = memory.at.clone();
+    let at = stream_state.at.clone();
     let mut reader = AbortOnDropHandle::new(match &scope {
         StreamScope::Main { .. } => {
             let reader = Reader::new(Cursor::new(at.clone(), None, area.clone()), control.clone(), items, done);
@@ -172,7 +172,7 @@ async fn session(
         topics: shared.topics.clone(),
         publisher,
         builder: RecordBuilder::new(&shared.outbox, shared.epoch.clone(), shared.clock.clone()),
-        memory,
+        stream_state,
         blocked: shared.blocked.clone(),
         paused,
         at,
@@ -190,9 +190,9 @@ async fn session(
         Ok(Ok(()))
     };
     drop(reader);
-    let memory = session.finish(&ended).await;
+    let stream_state = session.finish(&ended).await;
     read??;
-    Ok((ended, memory))
+    Ok((ended, stream_state))
 }
 
 fn looks() -> Interval {

@@ -35,7 +35,7 @@ const GATHER: Duration = Duration::from_millis(25);
 
 /// Something that is now true, and has to be recorded behind all that became true before it.
 pub(crate) enum Recordable {
-    /// A stretch of rows is dealt with.
+    /// Rows are dealt with.
     Rows(FinishedRows),
     /// A topic is left behind from here on.
     LeftBehind(LeftBehind),

@@ -149,7 +149,7 @@ impl BlockedLanes {
 }
 
 /// Topic, hash of the key, key, first and last parked row of a lane.
-type LineColumns = (String, String, String, i64, i64);
+type LaneColumns = (String, String, String, i64, i64);
 
 /// Lanes with parked rows, in the order of topic and hash, behind the given ones. The query goes from one to the next
 /// by the index, however many rows are parked in them.
@@ -158,7 +158,7 @@ async fn lanes_behind(
     outbox: &str,
     topic: &str,
     hash: &str,
-) -> Result<Vec<LineColumns>, sqlx::Error> {
+) -> Result<Vec<LaneColumns>, sqlx::Error> {
     sqlx::query_as(
         "with recursive lane as (
                   (select topic, md5(key) as hash

@@ -70,8 +70,8 @@ pub(crate) struct Paused {
 }
 
 impl Paused {
-    /// The trouble that the pause is for the topic's rows, as long as they wait.
-    pub(crate) fn trouble(&self, clock: &DatabaseClock) -> HealthIssue {
+    /// The issue that the pause is for the topic's rows, as long as they wait.
+    pub(crate) fn issue(&self, clock: &DatabaseClock) -> HealthIssue {
         let cause = match self.cause {
             PauseCause::Operator => part::Cause::Paused,
             PauseCause::Missing => part::Cause::TopicMissing,

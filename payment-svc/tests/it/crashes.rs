@@ -1,4 +1,5 @@
-//! The process dies at every edge between the command and its reply; another one takes over.
+//! The executor stops as if its process had died, at every edge between the command and its reply; another one takes
+//! over. `edges.rs` of e2e kills the real process.
 
 use crate::support::{
     World, authorize, capture, do_authorize, do_capture, message, new_order, refund, undo_authorize, void,

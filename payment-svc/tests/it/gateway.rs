@@ -229,9 +229,9 @@ async fn without_the_token_the_provider_does_nothing_and_payments_wait_for_it() 
     world.deliver(&[do_authorize(order, "tok_visa")]).await;
     let executor = world.executor();
     executor.run_once().await.unwrap();
-    let trouble = executor.report().trouble.expect("it is red");
-    assert_eq!(trouble.cause, Cause::ProviderForbidden);
-    assert!(trouble.reason.contains("401") && trouble.reason.contains("GATEWAY_TOKEN"), "{}", trouble.reason);
+    let issue = executor.report().issue.expect("it is red");
+    assert_eq!(issue.cause, Cause::ProviderForbidden);
+    assert!(issue.reason.contains("401") && issue.reason.contains("GATEWAY_TOKEN"), "{}", issue.reason);
     assert_eq!((world.outcomes(order).await, world.status(order).await), (vec![], "authorizing"));
     assert_eq!(arrivals(&world.provider).await, 0);
 

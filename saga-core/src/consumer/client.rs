@@ -33,7 +33,7 @@ pub(super) enum Rebalance {
 /// The callbacks of the client library.
 pub(super) struct Context {
     pub(super) rebalances: UnboundedSender<Rebalance>,
-    pub(super) pulse: Arc<HealthState>,
+    pub(super) health: Arc<HealthState>,
     pub(super) closing: AtomicBool,
 }
 
@@ -49,7 +49,7 @@ impl ClientContext for Context {
     /// Only this log shows that a topic is another one under its old name.
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
         if let Some((topic, was, is)) = topic_id(text) {
-            self.pulse.topic_is(topic, was, is);
+            self.health.topic_is(topic, was, is);
         }
         tracing::debug!(target: "librdkafka", ?level, facility, text);
     }
@@ -59,7 +59,7 @@ impl ClientContext for Context {
     }
 
     fn stats(&self, statistics: Statistics) {
-        self.pulse.statistics(&statistics);
+        self.health.statistics(&statistics);
     }
 }
 

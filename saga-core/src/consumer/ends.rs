@@ -24,7 +24,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug, Default)]
 pub(super) struct Ends {
     /// What is wrong with a topic, by its name.
-    pub(super) troubles: BTreeMap<String, HealthIssue>,
+    pub(super) issues: BTreeMap<String, HealthIssue>,
     /// The first offset of each partition, and the one after the last.
     pub(super) ranges: BTreeMap<(String, i32), (i64, i64)>,
     /// The partitions for which the brokers did not give a range, and why.
@@ -32,7 +32,7 @@ pub(super) struct Ends {
 }
 
 /// Asks the brokers, over and over.
-pub(super) async fn keep_looking(config: &ConsumerConfig, pulse: &HealthState) -> Infallible {
+pub(super) async fn keep_looking(config: &ConsumerConfig, health: &HealthState) -> Infallible {
     let client: Arc<BaseConsumer> = match client::asking(config).create() {
         Ok(client) => Arc::new(client),
         // The polling client has the same settings, and its error ends the consumer.
@@ -43,14 +43,14 @@ pub(super) async fn keep_looking(config: &ConsumerConfig, pulse: &HealthState) -
     };
     loop {
         tokio::time::sleep(EVERY).await;
-        let (client, topics, held) = (Arc::clone(&client), config.topics.clone(), pulse.asks());
+        let (client, topics, held) = (Arc::clone(&client), config.topics.clone(), health.asks());
         let all = held.clone();
         let asked = tokio::task::spawn_blocking(move || look(&client, &topics, held)).await;
         match asked {
-            Ok(Ok(ends)) => pulse.compare(ends, clock::monotonic()),
+            Ok(Ok(ends)) => health.compare(ends, clock::monotonic()),
             Ok(Err(error)) => {
                 tracing::debug!(group = config.group, %error, "where partitions end is not known");
-                pulse.missed(all.into_iter().map(|partition| (partition, error.to_string())).collect());
+                health.missed(all.into_iter().map(|partition| (partition, error.to_string())).collect());
             }
             Err(_) => {}
         }
@@ -65,19 +65,19 @@ fn look(client: &BaseConsumer, topics: &[String], held: Vec<(String, i32)>) -> R
         let metadata = client.fetch_metadata(Some(name), ANSWER_MAX)?;
         for topic in metadata.topics().iter().filter(|topic| topic.name() == name) {
             let leaderless = topic.partitions().iter().find(|partition| partition.leader() < 0);
-            let trouble = match (topic.error().map(Code::from), leaderless) {
-                (Some(code), _) => trouble(name, code),
+            let issue = match (topic.error().map(Code::from), leaderless) {
+                (Some(code), _) => issue(name, code),
                 (None, Some(partition)) => {
                     let reason = format!("partition {} of {name} has no leader", partition.id());
                     Some(HealthIssue::new(Cause::Leaderless, reason))
                 }
                 (None, None) => None,
             };
-            ends.troubles.extend(trouble.map(|trouble| (name.clone(), trouble)));
+            ends.issues.extend(issue.map(|issue| (name.clone(), issue)));
         }
     }
     for (topic, partition) in held {
-        if ends.troubles.contains_key(&topic) {
+        if ends.issues.contains_key(&topic) {
             continue;
         }
         match client.fetch_watermarks(&topic, partition, ANSWER_MAX) {
@@ -88,7 +88,7 @@ fn look(client: &BaseConsumer, topics: &[String], held: Vec<(String, i32)>) -> R
     Ok(ends)
 }
 
-fn trouble(topic: &str, code: Code) -> Option<HealthIssue> {
+fn issue(topic: &str, code: Code) -> Option<HealthIssue> {
     match code {
         Code::UnknownTopicOrPartition | Code::UnknownTopic | Code::UnknownPartition => {
             Some(HealthIssue::new(Cause::TopicMissing, format!("the topic {topic} is not there")))

@@ -43,12 +43,12 @@ impl ConsumerHealth {
     /// # Errors
     /// In words, when it is not.
     pub fn check(&self) -> Result<(), String> {
-        self.0.trouble().map_or(Ok(()), |trouble| Err(trouble.reason))
+        self.0.issue().map_or(Ok(()), |issue| Err(issue.reason))
     }
 
     /// What stands in the consumer's way, and what waits for it.
     pub fn report(&self) -> PartReport {
-        PartReport { trouble: self.0.trouble(), waiting: self.0.waiting() }
+        PartReport { issue: self.0.issue(), waiting: self.0.waiting() }
     }
 
     /// Whether the consumer's topics have, or had, records: `None` until that is known.
@@ -127,19 +127,19 @@ impl HealthState {
         // After an outage many records are due for long, and each look sees another one first.
         let before = std::mem::replace(&mut state.untried, counts.untried.as_ref().map(|untried| untried.id));
         let again = counts.untried.filter(|untried| before == Some(untried.id));
-        state.forgotten = again.as_ref().map(Untried::trouble);
+        state.forgotten = again.as_ref().map(Untried::issue);
     }
 
-    fn trouble(&self) -> Option<HealthIssue> {
-        let client = self.client_trouble().or_else(|| self.kafka.trouble());
-        let client = client.or_else(|| self.lock().refused.clone()).or_else(|| self.database.trouble());
-        client.or_else(|| self.partition_trouble()).or_else(|| {
+    fn issue(&self) -> Option<HealthIssue> {
+        let client = self.client_issue().or_else(|| self.kafka.issue());
+        let client = client.or_else(|| self.lock().refused.clone()).or_else(|| self.database.issue());
+        client.or_else(|| self.partition_issue()).or_else(|| {
             let skewed = self.clock.check().err();
-            skewed.map(|reason| HealthIssue::new(Cause::ClockSkew, reason)).or_else(|| self.assignment_trouble())
+            skewed.map(|reason| HealthIssue::new(Cause::ClockSkew, reason)).or_else(|| self.assignment_issue())
         })
     }
 
-    fn client_trouble(&self) -> Option<HealthIssue> {
+    fn client_issue(&self) -> Option<HealthIssue> {
         match self.lock().polled {
             None => Some(HealthIssue::new(Cause::Starting, "it has not started")),
             Some(at) if clock::monotonic().saturating_duration_since(at) > POLL_MAX => {
@@ -149,11 +149,11 @@ impl HealthState {
         }
     }
 
-    fn partition_trouble(&self) -> Option<HealthIssue> {
+    fn partition_issue(&self) -> Option<HealthIssue> {
         let state = self.lock();
-        let waiting = state.waiting.iter().next().map(|((topic, partition), (trouble, since))| HealthIssue {
-            cause: trouble.cause,
-            reason: format!("partition {partition} of {topic} waits until this is set right: {}", trouble.reason),
+        let waiting = state.waiting.iter().next().map(|((topic, partition), (issue, since))| HealthIssue {
+            cause: issue.cause,
+            reason: format!("partition {partition} of {topic} waits until this is set right: {}", issue.reason),
             since: Some(*since),
         });
         let waiting = waiting.or_else(|| state.topics.values().next().cloned()).or_else(|| state.unseen.clone());
@@ -161,7 +161,7 @@ impl HealthState {
         waiting.or_else(|| state.locked.clone()).or_else(|| state.forgotten.clone())
     }
 
-    fn assignment_trouble(&self) -> Option<HealthIssue> {
+    fn assignment_issue(&self) -> Option<HealthIssue> {
         let state = self.lock();
         let waits = state.began.map(|began| clock::monotonic().saturating_duration_since(began)).unwrap_or_default();
         let cause = if waits < ASSIGNED_MAX { Cause::Starting } else { Cause::Unassigned };
@@ -239,7 +239,7 @@ impl HealthState {
 
     /// Compares what the brokers said with what was reached before they were asked.
     pub(super) fn compare(&self, ends: Ends, now: Instant) {
-        let away = self.kafka.trouble().is_some();
+        let away = self.kafka.issue().is_some();
         let mut state = self.lock();
         let State { places, patience, refused, rewinds, .. } = &mut *state;
         let mut anew = None;
@@ -248,7 +248,7 @@ impl HealthState {
             let found = place.compare(end, now);
             patience.moves(&partition, place.done(), place.waiting.is_none());
             // A new client cannot help while Kafka is away, refuses, or has trouble with the topic.
-            let waits = away || refused.is_some() || ends.troubles.contains_key(&partition.0);
+            let waits = away || refused.is_some() || ends.issues.contains_key(&partition.0);
             let why = match found {
                 EndCheck::Shrunk if !away => {
                     rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), tail: Some((end, place.read())) });
@@ -261,7 +261,7 @@ impl HealthState {
             };
             anew = Some((partition, why));
         }
-        state.topics = ends.troubles;
+        state.topics = ends.issues;
         drop(state);
         self.missed(ends.missed);
         if let Some(((topic, partition), why)) = anew {
@@ -385,16 +385,16 @@ impl HealthState {
 
     /// Kafka refuses something until an operator acts.
     pub(super) fn refused(&self, cause: Cause, reason: String) {
-        let trouble = HealthIssue::new(cause, reason);
+        let issue = HealthIssue::new(cause, reason);
         let mut state = self.lock();
-        if state.refused.as_ref().is_none_or(|refused| refused.reason != trouble.reason) {
+        if state.refused.as_ref().is_none_or(|refused| refused.reason != issue.reason) {
             tracing::error!(
                 group = self.group,
-                reason = trouble.reason,
+                reason = issue.reason,
                 "the consumer waits until this is set right; nothing is given up"
             );
             let since = Some(clock::monotonic());
-            state.refused = Some(HealthIssue { since, ..trouble });
+            state.refused = Some(HealthIssue { since, ..issue });
         }
     }
 
@@ -416,27 +416,27 @@ impl HealthState {
 
 /// The reports of one partition's worker. When it is dropped, the partition no longer waits here.
 pub(super) struct Reporter {
-    pub(super) pulse: Arc<HealthState>,
+    pub(super) health: Arc<HealthState>,
     pub(super) partition: (String, i32),
 }
 
 impl Reporter {
     /// The database cannot be used.
     pub(super) fn fails(&self, reason: &str) {
-        self.pulse.database.failing(reason);
+        self.health.database.failing(reason);
     }
 
     /// An operator has to set this right, or another session to let go of a lock. Nothing is counted or given up
     /// meanwhile.
     pub(super) fn waits(&self, cause: Cause, reason: &str) {
-        let (now, trouble) = (clock::monotonic(), HealthIssue::new(cause, reason));
+        let (now, issue) = (clock::monotonic(), HealthIssue::new(cause, reason));
         let known = {
-            let mut state = self.pulse.lock();
+            let mut state = self.health.lock();
             let since = state.waiting.get(&self.partition).map_or(now, |(_, since)| *since);
-            state.waiting.insert(self.partition.clone(), (trouble.clone(), since))
+            state.waiting.insert(self.partition.clone(), (issue.clone(), since))
         };
-        if known.is_none_or(|(known, _)| known != trouble) {
-            let ((topic, partition), group) = (&self.partition, &self.pulse.group);
+        if known.is_none_or(|(known, _)| known != issue) {
+            let ((topic, partition), group) = (&self.partition, &self.health.group);
             tracing::error!(
                 group,
                 topic,
@@ -449,9 +449,9 @@ impl Reporter {
 
     /// The database did what it was asked for.
     pub(super) fn works(&self) {
-        self.pulse.database.working();
-        if self.pulse.lock().waiting.remove(&self.partition).is_some() {
-            let ((topic, partition), group) = (&self.partition, &self.pulse.group);
+        self.health.database.working();
+        if self.health.lock().waiting.remove(&self.partition).is_some() {
+            let ((topic, partition), group) = (&self.partition, &self.health.group);
             tracing::info!(group, topic, partition, "the partition goes on: what it waited for was set right");
         }
     }
@@ -459,6 +459,6 @@ impl Reporter {
 
 impl Drop for Reporter {
     fn drop(&mut self) {
-        self.pulse.lock().waiting.remove(&self.partition);
+        self.health.lock().waiting.remove(&self.partition);
     }
 }

@@ -46,9 +46,9 @@ impl Offsets {
 
 /// Takes the group back to the ends of partitions that lost their tail: another member may get them, and they may have
 /// grown.
-pub(super) fn give_back(client: &Client, pulse: &HealthState, held: Vec<(String, i32)>) {
+pub(super) fn give_back(client: &Client, health: &HealthState, held: Vec<(String, i32)>) {
     for (topic, partition) in held {
-        let Some(Rewind { of: Some(id), tail: Some((end, _)) }) = pulse.rewind(&topic, partition) else { continue };
+        let Some(Rewind { of: Some(id), tail: Some((end, _)) }) = health.rewind(&topic, partition) else { continue };
         // The stored offset goes back too: closing would commit it.
         let back = place(&topic, partition, end, Some(&id)).and_then(|place| {
             client.store_offsets(&place)?;
@@ -109,10 +109,10 @@ mod tests {
         produce(&topic, &[Record::default()]).await;
         let config = ConsumerConfig::new(&brokers(), &unique("group"), [topic.name()]);
         let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/offsets").unwrap();
-        let pulse = Arc::new(HealthState::new(&config.group, &config.brokers, &pool));
+        let health = Arc::new(HealthState::new(&config.group, &config.brokers, &pool));
         // The client answers rebalances itself.
         let context =
-            Context { rebalances: unbounded_channel().0, pulse: Arc::clone(&pulse), closing: AtomicBool::new(true) };
+            Context { rebalances: unbounded_channel().0, health: Arc::clone(&health), closing: AtomicBool::new(true) };
         let client = Arc::new(client::connect(&config, context).unwrap());
         tokio::time::timeout(Duration::from_secs(40), client.recv()).await.unwrap().unwrap();
         let asks = || standing::look(&config, &one(topic.name(), 0)).unwrap().start(topic.name(), 0, None);
@@ -125,17 +125,17 @@ mod tests {
         assert_eq!(tokio::task::block_in_place(asks).group, Some(10));
         // The record in hand is finished: its offset is stored, and not committed yet.
         offsets.store(topic.name(), 0, 11);
-        pulse.reads(topic.name(), 0, Arc::new(Buffer::new(1, || {})), is_done, &Start { id, ..Start::default() });
+        health.reads(topic.name(), 0, Arc::new(Buffer::new(1, || {})), is_done, &Start { id, ..Start::default() });
         let mut said = Statistics::default();
         said.brokers.insert("b".into(), Broker { state: "UP".into(), ..Broker::default() });
         let partitions = [(0, Partition { next_offset: 12, ..Partition::default() })].into();
         said.topics.insert(topic.name().into(), Topic { partitions, ..Topic::default() });
-        pulse.statistics(&said);
-        pulse.asks();
+        health.statistics(&said);
+        health.asks();
         let ranges = [((topic.name().to_owned(), 0), (0, 8))].into();
-        pulse.compare(Ends { ranges, ..Ends::default() }, clock::monotonic());
+        health.compare(Ends { ranges, ..Ends::default() }, clock::monotonic());
 
-        give_back(&client, &pulse, vec![(topic.name().to_owned(), 0)]);
+        give_back(&client, &health, vec![(topic.name().to_owned(), 0)]);
         drop(offsets);
         tokio::task::block_in_place(|| drop(client));
 

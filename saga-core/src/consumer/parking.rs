@@ -304,7 +304,7 @@ pub(super) struct Untried {
 }
 
 impl Untried {
-    pub(super) fn trouble(&self) -> HealthIssue {
+    pub(super) fn issue(&self) -> HealthIssue {
         let Self { count, id, topic, partition, unreadable, age } = self;
         let why = match unreadable {
             Some(reason) => format!(

@@ -172,100 +172,100 @@ mod tests {
     }
 
     /// Reads partition 0 of `t`, whose id is `a`, up to `done`.
-    fn pulse(done: i64) -> Arc<HealthState> {
+    fn state(done: i64) -> Arc<HealthState> {
         let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/places").unwrap();
-        let pulse = HealthState::new("group", "localhost:1", &pool);
+        let state = HealthState::new("group", "localhost:1", &pool);
         let start = begins_in("a");
-        pulse.reads("t", 0, Arc::new(Buffer::new(4, || {})), watch::channel(done).1, &start);
-        Arc::new(pulse)
+        state.reads("t", 0, Arc::new(Buffer::new(4, || {})), watch::channel(done).1, &start);
+        Arc::new(state)
     }
 
-    fn ends(end: i64, trouble: Option<HealthIssue>) -> Ends {
+    fn ends(end: i64, issue: Option<HealthIssue>) -> Ends {
         let mut ends = Ends::default();
         ends.ranges.insert(("t".into(), 0), (0, end));
-        ends.troubles.extend(trouble.map(|trouble| ("t".into(), trouble)));
+        ends.issues.extend(issue.map(|issue| ("t".into(), issue)));
         ends
     }
 
     #[tokio::test]
     async fn a_client_is_not_replaced_for_what_an_operator_has_to_set_right() {
-        let (pulse, start) = (pulse(-1), clock::monotonic());
+        let (state, start) = (state(-1), clock::monotonic());
         let after = |seconds| start + Duration::from_secs(seconds);
-        let anew = || pulse.anew().now_or_never().is_some();
-        pulse.refused(Cause::KafkaForbidden, "no Read".into());
+        let anew = || state.anew().now_or_never().is_some();
+        state.refused(Cause::KafkaForbidden, "no Read".into());
         for seconds in [0, 20, 40] {
-            pulse.compare(ends(10, None), after(seconds));
+            state.compare(ends(10, None), after(seconds));
             assert!(!anew(), "it is refused");
         }
-        pulse.served();
+        state.served();
         let missing = || Some(HealthIssue::new(Cause::Leaderless, "no leader"));
-        pulse.compare(ends(10, missing()), after(60));
+        state.compare(ends(10, missing()), after(60));
         assert!(!anew(), "another partition has no leader");
-        pulse.compare(ends(10, None), after(80));
+        state.compare(ends(10, None), after(80));
         assert!(anew());
     }
 
     #[tokio::test]
     async fn a_topic_under_another_id_replaces_its_client_once() {
-        let pulse = pulse(5);
-        let anew = || pulse.anew().now_or_never().is_some();
-        pulse.topic_is("t", None, "a");
-        pulse.topic_is("another", Some("a"), "b");
+        let state = state(5);
+        let anew = || state.anew().now_or_never().is_some();
+        state.topic_is("t", None, "a");
+        state.topic_is("another", Some("a"), "b");
         assert!(!anew());
-        pulse.topic_is("t", Some("a"), "b");
+        state.topic_is("t", Some("a"), "b");
         assert!(anew());
-        pulse.topic_is("t", Some("a"), "b");
+        state.topic_is("t", Some("a"), "b");
         assert!(!anew(), "that client is on its way out");
-        assert!(pulse.rewind("t", 0).is_some() && pulse.rewind("another", 0).is_none());
+        assert!(state.rewind("t", 0).is_some() && state.rewind("another", 0).is_none());
     }
 
     #[tokio::test]
     async fn a_topic_of_unknown_id_that_is_made_again_is_read_from_its_begin() {
-        let pulse = pulse(5);
-        pulse.reads("u", 0, Arc::new(Buffer::new(4, || {})), watch::channel(5).1, &Start::default());
+        let state = state(5);
+        state.reads("u", 0, Arc::new(Buffer::new(4, || {})), watch::channel(5).1, &Start::default());
         // A new client logs this of each topic: it does not know which one it was before.
-        pulse.topic_is("u", None, "a");
-        assert!(pulse.anew().now_or_never().is_some() && pulse.rewind("u", 0).is_none());
-        pulse.begins(clock::monotonic());
-        pulse.topic_is("u", Some("a"), "b");
-        assert!(pulse.anew().now_or_never().is_some());
-        assert_eq!(pulse.rewind("u", 0), Some(Rewind { of: None, tail: None }));
+        state.topic_is("u", None, "a");
+        assert!(state.anew().now_or_never().is_some() && state.rewind("u", 0).is_none());
+        state.begins(clock::monotonic());
+        state.topic_is("u", Some("a"), "b");
+        assert!(state.anew().now_or_never().is_some());
+        assert_eq!(state.rewind("u", 0), Some(Rewind { of: None, tail: None }));
     }
 
     #[tokio::test]
     async fn while_a_client_is_replaced_health_says_that_it_starts() {
-        let (pulse, now) = (pulse(5), clock::monotonic());
-        let health = ConsumerHealth(Arc::clone(&pulse));
-        let trouble = || health.report().trouble.unwrap();
-        assert_eq!(trouble().reason, "it has not started");
+        let (state, now) = (state(5), clock::monotonic());
+        let health = ConsumerHealth(Arc::clone(&state));
+        let issue = || health.report().issue.unwrap();
+        assert_eq!(issue().reason, "it has not started");
         let polled = async {
-            while trouble().reason == "it has not started" {
+            while issue().reason == "it has not started" {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(5), pulse.busy(polled)).await.unwrap();
-        pulse.begins(now.checked_sub(Duration::from_secs(60)).unwrap());
-        assert_eq!(trouble().cause, Cause::Unassigned);
-        pulse.begins(now);
-        assert_eq!(trouble().cause, Cause::Starting);
+        tokio::time::timeout(Duration::from_secs(5), state.busy(polled)).await.unwrap();
+        state.begins(now.checked_sub(Duration::from_secs(60)).unwrap());
+        assert_eq!(issue().cause, Cause::Unassigned);
+        state.begins(now);
+        assert_eq!(issue().cause, Cause::Starting);
     }
 
     #[tokio::test]
     async fn ends_that_stay_unknown_are_a_trouble_and_what_waited_still_waits() {
-        let (pulse, now) = (pulse(5), clock::monotonic());
-        let health = ConsumerHealth(Arc::clone(&pulse));
-        pulse.polled();
-        pulse.assigned();
-        pulse.compare(ends(10, None), now);
+        let (state, now) = (state(5), clock::monotonic());
+        let health = ConsumerHealth(Arc::clone(&state));
+        state.polled();
+        state.assigned();
+        state.compare(ends(10, None), now);
         let missed = || [(("t".to_owned(), 0), "timed out".to_owned())].into();
-        (1..MISSES_MAX).for_each(|_| pulse.missed(missed()));
-        assert!(health.report().trouble.is_none() && health.report().waiting.is_some());
-        pulse.missed(missed());
+        (1..MISSES_MAX).for_each(|_| state.missed(missed()));
+        assert!(health.report().issue.is_none() && health.report().waiting.is_some());
+        state.missed(missed());
         let report = health.report();
-        assert!(report.trouble.unwrap().reason.contains("where partition 0 of t ends: timed out"));
+        assert!(report.issue.unwrap().reason.contains("where partition 0 of t ends: timed out"));
         assert!(report.waiting.is_some());
-        pulse.compare(ends(10, None), now);
-        assert!(health.report().trouble.is_none());
+        state.compare(ends(10, None), now);
+        assert!(health.report().issue.is_none());
     }
 
     /// Statistics in which the client fetches `next_offset` next of the first partitions of `t`.
@@ -280,18 +280,18 @@ mod tests {
 
     #[tokio::test]
     async fn records_that_keep_arriving_do_not_hide_that_none_is_done() {
-        let (pulse, start) = (pulse(5), clock::monotonic());
+        let (state, start) = (state(5), clock::monotonic());
         let buffer = Arc::new(Buffer::new(1_000, || {}));
         let (done, is_done) = watch::channel(5);
-        pulse.reads("t", 0, Arc::clone(&buffer), is_done, &Start::default());
+        state.reads("t", 0, Arc::clone(&buffer), is_done, &Start::default());
         let still_since = |seconds: u32| {
             let (offset, now) = (6 + i64::from(seconds), start + Duration::from_secs(seconds.into()));
             let mut record = Raw::default();
             record.offset = offset - 1;
             assert_eq!(buffer.push(record), PushResult::Accepted);
-            pulse.statistics(&fetched(1, offset));
-            pulse.compare(ends(offset, None), now);
-            let waiting = ConsumerHealth(Arc::clone(&pulse)).report().waiting.expect("records are in hand");
+            state.statistics(&fetched(1, offset));
+            state.compare(ends(offset, None), now);
+            let waiting = ConsumerHealth(Arc::clone(&state)).report().waiting.expect("records are in hand");
             waiting.still_since.duration_since(start).as_secs()
         };
         assert_eq!([0, 20, 40].map(still_since), [0; 3], "one arrives at each look, and none is done");
@@ -301,15 +301,15 @@ mod tests {
 
     #[tokio::test]
     async fn only_the_partition_that_lost_its_tail_is_read_again() {
-        let (pulse, now) = (pulse(10), clock::monotonic());
+        let (state, now) = (state(10), clock::monotonic());
         let start = begins_in("a");
-        pulse.reads("t", 1, Arc::new(Buffer::new(4, || {})), watch::channel(10).1, &start);
-        pulse.statistics(&fetched(2, 10));
-        pulse.asks();
-        pulse.compare(ends(8, None), now);
-        assert!(pulse.anew().now_or_never().is_some());
-        assert_eq!(pulse.rewind("t", 0).unwrap().tail, Some((8, 10)));
-        assert_eq!(pulse.rewind("t", 1), None);
+        state.reads("t", 1, Arc::new(Buffer::new(4, || {})), watch::channel(10).1, &start);
+        state.statistics(&fetched(2, 10));
+        state.asks();
+        state.compare(ends(8, None), now);
+        assert!(state.anew().now_or_never().is_some());
+        assert_eq!(state.rewind("t", 0).unwrap().tail, Some((8, 10)));
+        assert_eq!(state.rewind("t", 1), None);
     }
 
     #[test]

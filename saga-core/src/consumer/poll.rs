@@ -110,7 +110,7 @@ pub(super) struct Poll<H> {
     config: Arc<ConsumerConfig>,
     pool: PgPool,
     handler: Arc<H>,
-    pulse: Arc<HealthState>,
+    health: Arc<HealthState>,
     /// The field stands before the client: fields are dropped in their order.
     rebalances: Unanswered,
     client: Arc<Client>,
@@ -131,10 +131,10 @@ impl<H: Handler> Poll<H> {
         config: Arc<ConsumerConfig>,
         pool: PgPool,
         handler: Arc<H>,
-        pulse: Arc<HealthState>,
+        health: Arc<HealthState>,
     ) -> Result<Self, ConsumerError> {
         let (sender, receiver) = unbounded_channel();
-        let context = Context { rebalances: sender, pulse: Arc::clone(&pulse), closing: AtomicBool::new(false) };
+        let context = Context { rebalances: sender, health: Arc::clone(&health), closing: AtomicBool::new(false) };
         let client = Arc::new(client::connect(&config, context)?);
         let rebalances = Unanswered { receiver, client: Arc::downgrade(&client) };
         let (drained, broken) = (unbounded_channel(), unbounded_channel());
@@ -146,7 +146,7 @@ impl<H: Handler> Poll<H> {
             config,
             pool,
             handler,
-            pulse,
+            health,
             client,
             ends,
             held,
@@ -161,10 +161,10 @@ impl<H: Handler> Poll<H> {
 
     /// Polls until `stop`, or until the client has to be made anew, then lets go of everything in good order, in time.
     pub(super) async fn run(mut self, stop: &CancellationToken) -> Result<Polled, ConsumerError> {
-        let pulse = Arc::clone(&self.pulse);
-        pulse.begins(clock::monotonic());
+        let health = Arc::clone(&self.health);
+        health.begins(clock::monotonic());
         let ended = self.poll_until(stop).await;
-        pulse.busy(self.let_go(if ended.is_ok() { FINISH_MAX } else { Duration::ZERO })).await;
+        health.busy(self.let_go(if ended.is_ok() { FINISH_MAX } else { Duration::ZERO })).await;
         ended
     }
 
@@ -176,8 +176,8 @@ impl<H: Handler> Poll<H> {
             .collect();
         let (places, all) = held.into_iter().map(|(topic, (partition, held))| ((topic, partition), held)).unzip();
         finish(all, bound).await;
-        offsets::give_back(&self.client, &self.pulse, places);
-        self.pulse.all_gone();
+        offsets::give_back(&self.client, &self.health, places);
+        self.health.all_gone();
         self.rebalances.close();
         close(self.client).await;
     }
@@ -187,11 +187,11 @@ impl<H: Handler> Poll<H> {
         let mut records = client.stream();
         let mut heartbeat = tokio::time::interval(Duration::from_secs(1));
         loop {
-            self.pulse.polled();
+            self.health.polled();
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(Polled::ToTheEnd),
-                () = self.pulse.anew() => return Ok(Polled::UntilAnew),
+                () = self.health.anew() => return Ok(Polled::UntilAnew),
                 Some(error) = self.broken.1.recv() => return Err(error),
                 Some(rebalance) = self.rebalances.receiver.recv() => self.rebalance(&rebalance).await,
                 Some((topic, partition)) = self.drained.1.recv() => self.resume(&topic, partition),
@@ -231,21 +231,21 @@ impl<H: Handler> Poll<H> {
             KafkaError::MessageConsumption(code) => code,
             KafkaError::MessageConsumptionFatal(_) => return Err(error.into()),
             other => {
-                self.pulse.kafka.failing(&other.to_string());
+                self.health.kafka.failing(&other.to_string());
                 return Ok(());
             }
         };
         match (code, classify_kafka(code)) {
             // Waiting does not make the brokers allow it.
             (RDKafkaErrorCode::InvalidSessionTimeout, _) | (_, ErrorClass::Stale) => return Err(error.into()),
-            (RDKafkaErrorCode::AllBrokersDown, _) => self.pulse.connected(false),
+            (RDKafkaErrorCode::AllBrokersDown, _) => self.health.connected(false),
             // One broker of several is away, or an idle connection was closed.
             (RDKafkaErrorCode::BrokerTransportFailure | RDKafkaErrorCode::OperationTimedOut, _) => {}
             (_, ErrorClass::Configuration | ErrorClass::Own) => {
-                self.pulse.refused(refusal::cause(code), refusal::reason(&self.config, code));
+                self.health.refused(refusal::cause(code), refusal::reason(&self.config, code));
                 self.asked = clock::monotonic();
             }
-            (_, ErrorClass::Passing) => self.pulse.kafka.failing(&error.to_string()),
+            (_, ErrorClass::Passing) => self.health.kafka.failing(&error.to_string()),
         }
         Ok(())
     }
@@ -255,19 +255,19 @@ impl<H: Handler> Poll<H> {
         if let Some(answer) = self.asking.as_mut().and_then(FutureExt::now_or_never) {
             self.asking = None;
             match answer {
-                Ok(Some(Ok(()))) => self.pulse.served(),
+                Ok(Some(Ok(()))) => self.health.served(),
                 Ok(Some(Err(code))) if classify_kafka(code) == ErrorClass::Configuration => {
-                    self.pulse.refused(refusal::cause(code), refusal::reason(&self.config, code));
+                    self.health.refused(refusal::cause(code), refusal::reason(&self.config, code));
                 }
                 Ok(Some(Err(_)) | None) | Err(_) => {}
             }
         }
         let now = clock::monotonic();
-        if self.untaken.values().any(|since| now >= *since + UNTAKEN_MAX) && !self.pulse.is_refused() {
+        if self.untaken.values().any(|since| now >= *since + UNTAKEN_MAX) && !self.health.is_refused() {
             let topics = self.config.topics.join(", ");
-            self.pulse.make_anew(&topics, None, "where the group has come to was not said");
+            self.health.make_anew(&topics, None, "where the group has come to was not said");
         }
-        if self.pulse.is_refused() && self.asking.is_none() && now >= self.asked + refusal::ASK_EVERY {
+        if self.health.is_refused() && self.asking.is_none() && now >= self.asked + refusal::ASK_EVERY {
             let config = Arc::clone(&self.config);
             self.asked = now;
             self.asking = Some(tokio::task::spawn_blocking(move || refusal::ask(&config)));
@@ -289,8 +289,8 @@ impl<H: Handler> Poll<H> {
                 let gone = names(partitions).into_iter();
                 let gone =
                     gone.filter_map(|(topic, partition)| self.held.get_mut(&topic)?.remove(&partition)).collect();
-                self.pulse.busy(finish(gone, FINISH_MAX)).await;
-                self.pulse.gone(&names(partitions));
+                self.health.busy(finish(gone, FINISH_MAX)).await;
+                self.health.gone(&names(partitions));
                 self.waits_no_more(partitions);
                 // The library remembers a pause beyond the assignment. When the partition comes back, this task would
                 // not know that it is paused, and it would never be read.
@@ -298,7 +298,7 @@ impl<H: Handler> Poll<H> {
                     tracing::debug!(%error, "partitions that go were not resumed");
                 }
                 if self.client.assignment_lost() {
-                    self.pulse.lost();
+                    self.health.lost();
                 }
                 client::answer(&*self.client, rebalance);
             }
@@ -309,14 +309,14 @@ impl<H: Handler> Poll<H> {
 
     /// Reads on from where the group has come to in the topics that are there now.
     async fn take(&mut self, partitions: &TopicPartitionList) {
-        let pulse = Arc::clone(&self.pulse);
+        let health = Arc::clone(&self.health);
         let partitions = partitions.clone();
-        match pulse.busy(standing::ask(&self.config, &partitions)).await {
+        match health.busy(standing::ask(&self.config, &partitions)).await {
             Ok(standing) => {
                 self.waits_no_more(&partitions);
                 for mut element in partitions.elements() {
                     let (topic, partition) = (element.topic().to_owned(), element.partition());
-                    let start = standing.start(&topic, partition, pulse.rewind(&topic, partition).as_ref());
+                    let start = standing.start(&topic, partition, health.rewind(&topic, partition).as_ref());
                     if let Some(offset) = start.instead {
                         let group = &self.config.group;
                         match offset {
@@ -331,16 +331,16 @@ impl<H: Handler> Poll<H> {
                             tracing::warn!(topic, partition, %error, "a partition is read from where the group has come to");
                         }
                     }
-                    pulse.rewound(&topic, partition);
+                    health.rewound(&topic, partition);
                     let held = self.employ(&topic, partition, start);
                     self.held.entry(topic).or_default().insert(partition, held);
                 }
-                pulse.assigned();
+                health.assigned();
             }
             // No record of them is handled: a guess could pass over records.
             Err(why) => {
                 self.untaken.extend(names(&partitions).into_iter().map(|partition| (partition, clock::monotonic())));
-                pulse.takes(Some(&why));
+                health.takes(Some(&why));
             }
         }
         client::answer(&*self.client, &Rebalance::Assigned(partitions));
@@ -350,7 +350,7 @@ impl<H: Handler> Poll<H> {
     fn waits_no_more(&mut self, partitions: &TopicPartitionList) {
         names(partitions).iter().for_each(|partition| _ = self.untaken.remove(partition));
         if self.untaken.is_empty() {
-            self.pulse.takes(None);
+            self.health.takes(None);
         }
     }
 
@@ -362,7 +362,7 @@ impl<H: Handler> Poll<H> {
         }));
         let (stop, owner) = (CancellationToken::new(), Uuid::new_v4());
         let (done, is_done) = watch::channel(start.next().unwrap_or(-1));
-        self.pulse.reads(topic, partition, Arc::clone(&buffer), is_done.clone(), &start);
+        self.health.reads(topic, partition, Arc::clone(&buffer), is_done.clone(), &start);
         let worker = Worker {
             context: PartitionContext {
                 prefetched: super::transaction::PrefetchedTx::default(),
@@ -371,13 +371,13 @@ impl<H: Handler> Poll<H> {
                 config: Arc::clone(&self.config),
                 topic: topic.to_owned(),
                 partition,
-                clock: Arc::clone(&self.pulse.clock),
+                clock: Arc::clone(&self.health.clock),
                 silence: self.config.attempt_timeout,
                 stage: watch::channel(Stage::Beginning).0,
             },
             buffer: Arc::clone(&buffer),
             offsets: Offsets::new(&self.client, start.id, done),
-            report: Reporter { pulse: Arc::clone(&self.pulse), partition: (topic.to_owned(), partition) },
+            report: Reporter { health: Arc::clone(&self.health), partition: (topic.to_owned(), partition) },
             stop: stop.clone(),
             records_to_note: 0,
             noted: None,

@@ -98,7 +98,7 @@ impl<H: Handler> Worker<H> {
         };
         self.context.prefetched.give_back();
         self.be_with_others();
-        // Without this the next worker is careful, which is slower and as right.
+        // Without this the next worker notes its first batches, which is slower and as right.
         if ended == WorkerEnd::Stopped {
             tokio::time::timeout(RELEASE_MAX, self.release()).await.ok();
         }

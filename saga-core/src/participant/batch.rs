@@ -195,13 +195,13 @@ impl Changes {
         &mut self,
         command: &Incoming<'_>,
         mut fence: Fence,
-        step: FenceDecision,
+        decision: FenceDecision,
         begun: Option<HandlerStart>,
     ) -> Result<(), HandleError> {
         let op = command.cx.saga.op;
-        self.surprises += usize::from(op == Op::Do && step != FenceDecision::Run);
+        self.surprises += usize::from(op == Op::Do && decision != FenceDecision::Run);
         fence.note(op, command.cx.saga.command);
-        match step {
+        match decision {
             FenceDecision::Run | FenceDecision::Undo(_) => match begun {
                 Some(HandlerStart::Call(prepared)) => {
                     fence.calling(op);

@@ -314,7 +314,7 @@ impl Fence {
 }
 
 impl FenceDecision {
-    /// What the handler gets of the do, when this move runs a handler: its reply, or `None`.
+    /// What the handler gets of the do, when this decision runs a handler: its reply, or `None`.
     pub(super) fn runs(&self) -> Option<Option<&[u8]>> {
         match self {
             Self::Run => Some(None),

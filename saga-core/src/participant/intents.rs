@@ -100,7 +100,7 @@ impl Intents {
     /// What stands in the way of effects, and which effect waits for longest.
     #[must_use]
     pub fn report(&self) -> PartReport {
-        let known = self.setup.trouble().or_else(|| self.progress.unclaimed()).or_else(|| self.database.trouble());
+        let known = self.setup.issue().or_else(|| self.progress.unclaimed()).or_else(|| self.database.issue());
         self.progress.report(known)
     }
 
@@ -179,8 +179,8 @@ impl Intents {
         let lease = self.config.call_timeout.saturating_add(self.config.claim_margin);
         // Calls that keep failing slowly get at most half of the slots: others go on beside them.
         let again = (self.config.concurrency / 2).max(1).saturating_sub(self.again.taken());
-        let room = ClaimLimits { all: free, again };
-        let (claims, due) = self.bound().within(self.claim(&kinds, room, lease)).await?;
+        let limits = ClaimLimits { all: free, again };
+        let (claims, due) = self.bound().within(self.claim(&kinds, limits, lease)).await?;
         let full = claims.len() == free;
         for claim in claims {
             let this = self.clone();
@@ -204,15 +204,15 @@ impl Intents {
     async fn claim(
         &self,
         kinds: &[&str],
-        room: ClaimLimits,
+        limits: ClaimLimits,
         lease: Duration,
     ) -> Result<(Vec<ClaimedIntent>, Option<Duration>), sqlx::Error> {
         let mut tx = self.begin().await?;
-        let claims = queue::claim(&mut tx, kinds, room, Uuid::now_v7(), lease).await?;
+        let claims = queue::claim(&mut tx, kinds, limits, Uuid::now_v7(), lease).await?;
         // If no slot is left for intents that are called again, one of those in flight ends before the next of them is
         // due.
-        let again_left = claims.iter().filter(|claim| claim.attempts > 1).count() < room.again;
-        let due = match claims.len() == room.all {
+        let again_left = claims.iter().filter(|claim| claim.attempts > 1).count() < limits.again;
+        let due = match claims.len() == limits.all {
             true => None,
             false => {
                 queue::next_due(&mut tx, kinds, if again_left { IntentScope::All } else { IntentScope::Fresh }).await?

@@ -179,7 +179,7 @@ pub(super) struct ClaimLimits {
 pub(super) async fn claim(
     tx: &mut Tx<'_>,
     kinds: &[&str],
-    room: ClaimLimits,
+    limits: ClaimLimits,
     owner: Uuid,
     lease: Duration,
 ) -> Result<Vec<ClaimedIntent>, sqlx::Error> {
@@ -209,10 +209,10 @@ pub(super) async fn claim(
                 i.attempts",
     )
     .bind(kinds)
-    .bind(i64::try_from(room.all).unwrap_or(i64::MAX))
+    .bind(i64::try_from(limits.all).unwrap_or(i64::MAX))
     .bind(owner)
     .bind(clock::seconds(lease))
-    .bind(i64::try_from(room.again).unwrap_or(i64::MAX))
+    .bind(i64::try_from(limits.again).unwrap_or(i64::MAX))
     .fetch_all(&mut **tx)
     .await?;
     let (mut claims, mut unreadable) = (Vec::with_capacity(rows.len()), Vec::new());

@@ -201,10 +201,10 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
     }
 
     async fn store(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
-        let with_strays: Vec<SagaId> =
-            self.sagas.iter().filter(|loaded| loaded.has_strays()).map(LoadedSaga::saga).collect();
-        if !with_strays.is_empty() {
-            let told = store::strays(tx, &with_strays).await?;
+        let with_unexpected_replies: Vec<SagaId> =
+            self.sagas.iter().filter(|loaded| loaded.has_unexpected_replies()).map(LoadedSaga::saga).collect();
+        if !with_unexpected_replies.is_empty() {
+            let told = store::unexpected_replies(tx, &with_unexpected_replies).await?;
             for loaded in &mut self.sagas {
                 loaded.forget(told.get(&loaded.saga()).map_or(&[], Vec::as_slice));
             }

@@ -173,7 +173,7 @@ impl<'d> DecisionBuilder<'d> {
                 if self.is_exhausted(&open) {
                     self.give_up(open, &Failed::new(Why::NoAnswer, "no answer"));
                 } else {
-                    self.issue(Open { attempt: open.attempt + 1, tries: open.tries + 1, ..open });
+                    self.issue_command(Open { attempt: open.attempt + 1, tries: open.tries + 1, ..open });
                 }
                 self.taken()
             }
@@ -201,7 +201,7 @@ impl<'d> DecisionBuilder<'d> {
         }
         match self.state.status.clone() {
             Status::Stuck { open, .. } => {
-                self.issue(Open { attempt: open.attempt + 1, tries: 1, ..open });
+                self.issue_command(Open { attempt: open.attempt + 1, tries: 1, ..open });
                 self.taken()
             }
             Status::Completed | Status::Compensated => self.ignored(Ignored::Finished),
@@ -333,11 +333,11 @@ impl<'d> DecisionBuilder<'d> {
 
     fn issue_first(&mut self, step: usize, op: Op) {
         let wait = Wait::Reply;
-        self.issue(Open { step, op, attempt: 1, tries: 1, wait, since: self.now, due: None });
+        self.issue_command(Open { step, op, attempt: 1, tries: 1, wait, since: self.now, due: None });
     }
 
     /// Issues the command of `open`, or has its local effect run.
-    fn issue(&mut self, mut open: Open) {
+    fn issue_command(&mut self, mut open: Open) {
         let Open { step, op, attempt, tries, .. } = open;
         if self.definition.pivot() == Some(step) {
             self.state.deadline = None;

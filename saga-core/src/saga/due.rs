@@ -6,7 +6,7 @@
 use super::{
     backlog::Backlog,
     store::{Due, Known, Locked, SagaUpdate, heard},
-    trouble::Overdue,
+    timers_health::Overdue,
 };
 use crate::{clock, id::SagaId, outbox::Tx, topic::key_hash};
 use std::time::Duration;

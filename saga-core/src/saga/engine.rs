@@ -15,7 +15,7 @@ use super::{
     starts::Starts,
     state::{Event, FORMAT, Ignored, Verdict},
     store::{self, Known, Locked, Row},
-    trouble::TimersHealth,
+    timers_health::TimersHealth,
 };
 use crate::{
     consumer::Unfit,
@@ -56,7 +56,7 @@ pub struct Engine {
     turned: BTreeMap<String, Arc<dyn LocalEffect>>,
     known: Known,
     starts: Starts,
-    trouble: TimersHealth,
+    timers_health: TimersHealth,
     patience: BacklogPatience,
     bound: Bound,
 }
@@ -223,8 +223,8 @@ impl Engine {
         }
     }
 
-    pub(super) fn trouble(&self) -> &TimersHealth {
-        &self.trouble
+    pub(super) fn timers_health(&self) -> &TimersHealth {
+        &self.timers_health
     }
 
     pub(super) fn starts(&self) -> &Starts {
@@ -327,7 +327,7 @@ impl EngineBuilder {
             }
         }
         if errors.is_empty() {
-            let (starts, trouble) = (Starts::default(), TimersHealth::of(&reply_topic));
+            let (starts, timers_health) = (Starts::default(), TimersHealth::of(&reply_topic));
             Ok(Arc::new(Engine {
                 pool,
                 reply_topic,
@@ -337,7 +337,7 @@ impl EngineBuilder {
                 turned,
                 known,
                 starts,
-                trouble,
+                timers_health,
                 patience,
                 bound,
             }))

@@ -27,7 +27,7 @@ use std::{
 use time::OffsetDateTime;
 
 /// A saga's log takes so many kinds of unexpected replies; further ones are only counted.
-const STRAYS_MAX: usize = 64;
+const UNEXPECTED_MAX: usize = 64;
 
 /// Something that happens to a saga, with what its log will say.
 pub(super) struct PendingEvent<'m> {
@@ -167,21 +167,23 @@ impl<'m> LoadedSaga<'m> {
         let LogEvent::Reply { step, op, attempt, outcome } = what else { return };
         self.ignored.push(why);
         let what = LogEvent::Ignored { step, op, attempt, outcome, why };
-        if self.entries.iter().all(|entry| entry.what.stray() != what.stray()) {
+        if self.entries.iter().all(|entry| entry.what.unexpected_reply() != what.unexpected_reply()) {
             self.entries.push(LogEntry { what, then: Vec::new() });
         }
     }
 
     /// Whether the log may already have one of the new lines; [`LoadedSaga::forget`] then needs the lines that it has.
-    pub(super) fn has_strays(&self) -> bool {
-        self.entries.iter().any(|entry| entry.what.stray().is_some())
+    pub(super) fn has_unexpected_replies(&self) -> bool {
+        self.entries.iter().any(|entry| entry.what.unexpected_reply().is_some())
     }
 
     /// Leaves out replies of a kind that the log has already, or all of them once the log has enough.
     pub(super) fn forget(&mut self, log: &[LogEntry]) {
         self.entries.retain(|entry| {
-            let stray = entry.what.stray();
-            stray.is_none() || (log.len() < STRAYS_MAX && log.iter().all(|entry| entry.what.stray() != stray))
+            let unexpected_reply = entry.what.unexpected_reply();
+            unexpected_reply.is_none()
+                || (log.len() < UNEXPECTED_MAX
+                    && log.iter().all(|entry| entry.what.unexpected_reply() != unexpected_reply))
         });
     }
 

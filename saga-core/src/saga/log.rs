@@ -1,11 +1,11 @@
-//! The lines of a saga's log: what happened, and what followed. The engine writes a line with the state and never
-//! changes it. Inspection shows the lines as the timeline. Pure.
+//! The entries of a saga's log: what happened, and what followed. The engine writes an entry with the state and never
+//! changes it. Inspection shows the entries as the timeline. Pure.
 
 use super::state::{Ignored, TimelineEntry};
 use crate::command::{Op, Outcome};
 use serde::{Deserialize, Serialize};
 
-/// One event of a saga.
+/// One entry of a saga's log: an event, and what followed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogEntry {
     /// What happened to the saga.
@@ -73,7 +73,7 @@ pub(super) struct UnexpectedReply<'w> {
 
 impl LogEvent {
     /// The kind of an unexpected reply; `None` for any other line.
-    pub(super) fn stray(&self) -> Option<UnexpectedReply<'_>> {
+    pub(super) fn unexpected_reply(&self) -> Option<UnexpectedReply<'_>> {
         match self {
             Self::Ignored { why: why @ Ignored::Unknown, .. } => Some(UnexpectedReply { answers: None, why: *why }),
             Self::Ignored { step, op, outcome, why, .. } => {

@@ -271,7 +271,7 @@ impl Engine {
             unread.iter().for_each(|unread| measure::unread(unread, "what is due for it is put off for a minute"));
             let put_off: Vec<_> = unread.iter().map(|unread| unread.locked.saga).collect();
             due::put_off(tx, &put_off, PUT_OFF).await?;
-            self.trouble().puts_off(put_off.iter().map(|saga| saga.0));
+            self.timers_health().puts_off(put_off.iter().map(|saga| saga.0));
         }
         let mut batch = SagaBatch::new(self, sagas);
         batch.run(tx).await?;

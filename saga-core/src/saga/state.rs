@@ -293,7 +293,7 @@ pub struct Effects {
     pub verdict: Verdict,
     /// What is to be done now: one action at most, until there are steps that do several things at once.
     pub actions: Vec<Action>,
-    /// The lines that the timeline gets.
+    /// What the timeline gets.
     pub timeline: Vec<TimelineEntry>,
 }
 
@@ -378,7 +378,7 @@ pub struct Send {
     pub attempt: u32,
 }
 
-/// A line of the timeline.
+/// What a decision adds to the timeline; it is stored in the log.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TimelineEntry {

@@ -302,7 +302,10 @@ pub(super) async fn update(
 }
 
 /// The unexpected replies in the logs of `sagas`, one of each kind. A batch asks only when it has such a reply.
-pub(super) async fn strays(tx: &mut Tx<'_>, sagas: &[SagaId]) -> sqlx::Result<HashMap<SagaId, Vec<LogEntry>>> {
+pub(super) async fn unexpected_replies(
+    tx: &mut Tx<'_>,
+    sagas: &[SagaId],
+) -> sqlx::Result<HashMap<SagaId, Vec<LogEntry>>> {
     let found: Vec<(Uuid, Json<Value>)> = sqlx::query_as(
         "select distinct on (saga_id, entry ->> 'step', entry ->> 'op', entry ->> 'outcome', entry ->> 'why')
                 saga_id, entry

@@ -12,7 +12,7 @@ use super::{
     measure,
     runner::IncomingReply,
     store::{self, Undecided},
-    trouble::Overdue,
+    timers_health::Overdue,
 };
 use crate::{
     error_class::{ErrorClass, is_outage, is_pool_full, renew_connections},
@@ -57,16 +57,16 @@ impl Engine {
     /// # Errors
     /// Why they do not, in words, and since when.
     pub fn check_timers(&self) -> Result<(), String> {
-        self.trouble().check()
+        self.timers_health().check()
     }
 
     /// What stands in the way of the timers, and since when the saga is due that waits for longest.
     #[must_use]
     pub fn timers_report(&self) -> PartReport {
-        let report = self.trouble().report();
+        let report = self.timers_health().report();
         // A transaction of theirs may wait for its whole bound before it is known that the database is away.
-        let trouble = report.trouble.or_else(|| Outage::of_database(self.pool()).trouble());
-        PartReport { trouble, ..report }
+        let issue = report.issue.or_else(|| Outage::of_database(self.pool()).issue());
+        PartReport { issue, ..report }
     }
 
     /// Works off what is due, until `token` is cancelled. When the database is away the timers log that once, and wait.
@@ -80,7 +80,7 @@ impl Engine {
             // The token does not interrupt a round: work in flight finishes, within its bound.
             let pause = match self.tick().await {
                 Ok(ticked) => {
-                    self.trouble().none_since();
+                    self.timers_health().none_since();
                     if counted.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
                         counted = Some(crate::clock::monotonic());
                         self.look_at_what_waits().await;
@@ -88,7 +88,7 @@ impl Engine {
                     if ticked.due + ticked.undecided >= BATCH as usize { Duration::ZERO } else { PAUSE }
                 }
                 Err(error) => {
-                    self.trouble().is(&error, PAUSE_AFTER_ERROR);
+                    self.timers_health().is(&error, PAUSE_AFTER_ERROR);
                     PAUSE_AFTER_ERROR
                 }
             };
@@ -130,7 +130,7 @@ impl Engine {
             fail_point!("saga.timers.before-commit", self.reply_topic());
             tx.commit_within_its_edges().await?;
             fail_point!("saga.timers.after-commit", self.reply_topic());
-            self.trouble().decided(due);
+            self.timers_health().decided(due);
         }
         if all {
             self.patience().has_passed_over(&backlog);
@@ -149,7 +149,7 @@ impl Engine {
                 Err(error) if is_everybodys(&error) => return Err(error.into_database()),
                 Err(error) => {
                     let wait = put_off_after(&error);
-                    self.trouble().may_be(&error, wait);
+                    self.timers_health().may_be(&error, wait);
                     tracing::error!(%saga, %error, ?wait, "a due saga cannot be decided now; it is put off, and tried again");
                     self.within(self.put_off(saga, wait)).await?;
                 }
@@ -170,7 +170,7 @@ impl Engine {
         let mut tx = self.begin().await?;
         due::put_off(&mut tx, &[saga], wait).await?;
         tx.commit_quietly().await?;
-        self.trouble().puts_off([saga.0]);
+        self.timers_health().puts_off([saga.0]);
         Ok(())
     }
 
@@ -179,7 +179,7 @@ impl Engine {
         let rows = store::load(&mut tx, &[saga]).await?;
         let decided = self.take_due(&mut tx, rows, backlog).await?;
         tx.commit().await?;
-        self.trouble().decided(decided);
+        self.timers_health().decided(decided);
         Ok(())
     }
 
@@ -265,14 +265,14 @@ impl Engine {
     /// too many to be counted.
     async fn look_at_what_waits(&self) {
         match self.within(self.overdue()).await {
-            Ok((oldest, put_off)) => self.trouble().overdue(oldest, &put_off),
-            Err(error) => self.trouble().missed(&error),
+            Ok((oldest, put_off)) => self.timers_health().overdue(oldest, &put_off),
+            Err(error) => self.timers_health().missed(&error),
         }
         self.within(self.count()).await.unwrap_or_else(|error| tracing::debug!(%error, "sagas were not counted"));
     }
 
     async fn overdue(&self) -> Result<(Option<Overdue>, Vec<Overdue>), sqlx::Error> {
-        let put_off = self.trouble().were_put_off();
+        let put_off = self.timers_health().were_put_off();
         let mut tx = self.begin().await?;
         let overdue = (due::oldest(&mut tx).await?, due::waiting(&mut tx, &put_off).await?);
         tx.commit_quietly().await?;

@@ -130,7 +130,7 @@ fn consume(
     let is = move |report: PartReport| *told.lock().unwrap_or_else(PoisonError::into_inner) = report;
     health.part("topics", move || std::future::ready(standing.lock().unwrap_or_else(PoisonError::into_inner).clone()));
     async move {
-        let ensure = || topics::ensure_and_tell(&kafka, &declared, |trouble| is(trouble.into()));
+        let ensure = || topics::ensure_and_tell(&kafka, &declared, |issue| is(issue.into()));
         let Some(ensured) = token.run_until_cancelled(ensure()).await else { return Ok(()) };
         let again = async {
             let mut refused = ensured.is_err();

@@ -202,15 +202,15 @@ impl Health {
                         HealthIssue::from(&error).into()
                     }
                     Err(error) => {
-                        let trouble = HealthIssue::from(&error);
-                        outage.failing_of(trouble.cause, &trouble.reason);
-                        trouble.into()
+                        let issue = HealthIssue::from(&error);
+                        outage.failing_of(issue.cause, &issue.reason);
+                        issue.into()
                     }
                 }
             }
         });
         *lock(&self.0.pool) = Some(Arc::clone(&full));
-        self.part("connections", move || std::future::ready(PartReport { trouble: full.trouble(), waiting: None }));
+        self.part("connections", move || std::future::ready(PartReport { issue: full.issue(), waiting: None }));
         self.part("clock", move || {
             metrics::gauge!("clock_skew_seconds").set(clock.skew().unwrap_or_default().as_seconds_f64());
             let checked = clock.check().map_err(|reason| HealthIssue::new(Cause::ClockSkew, reason));
@@ -227,7 +227,7 @@ impl Health {
             async move {
                 let report = async { missing(&mut *connection(&pool).await?, needs).await };
                 let report = report.await.unwrap_or_else(|error| HealthIssue::from(&error).into());
-                let read_only = report.trouble.as_ref().is_some_and(|it| it.cause == Cause::DatabaseReadOnly);
+                let read_only = report.issue.as_ref().is_some_and(|it| it.cause == Cause::DatabaseReadOnly);
                 if read_only && a_new_session_writes(&pool).await {
                     renew_connections();
                 }
@@ -298,7 +298,7 @@ impl Health {
         let answers = futures::future::join_all(answers).await;
         let (now, before) = (clock::monotonic(), lock(&self.0.seen).clone());
         let before = before.map(|seen| seen.parts).unwrap_or_default();
-        let full = lock(&self.0.pool).as_ref().is_some_and(|full| full.trouble().is_some());
+        let full = lock(&self.0.pool).as_ref().is_some_and(|full| full.issue().is_some());
         let starting = lock(&self.0.starting).map(|_| now.saturating_duration_since(self.0.began));
         let parts = answers.into_iter().map(|(name, concern, report)| {
             let before = before.get(&name);
@@ -378,8 +378,8 @@ impl Health {
             Some(Cause::Unwatched) => lock(&self.0.seen).as_ref().map(|seen| seen.at),
             _ => None,
         };
-        let trouble = cause.map(|cause| HealthIssue { since, ..HealthIssue::new(cause, reason(cause)) });
-        let now = Standing::of_process(trouble, before.as_ref());
+        let issue = cause.map(|cause| HealthIssue { since, ..HealthIssue::new(cause, reason(cause)) });
+        let now = Standing::of_process(issue, before.as_ref());
         measure(&PROCESS, Concern::Callers, before.as_ref(), &now);
         *before = Some(now.clone());
         now

@@ -58,7 +58,7 @@ impl TestDatabase {
         let pool = pool_options(8).connect_with(options).await.expect("the role may log in");
         let mut connection = pool.acquire().await.expect("it has a connection");
         let lacks = missing(&mut connection, needs).await.expect("no table is locked");
-        assert_eq!(lacks.trouble, None, "readiness misses nothing that it asks for");
+        assert_eq!(lacks.issue, None, "readiness misses nothing that it asks for");
         pool
     }
 

@@ -16,7 +16,7 @@ use std::{
 };
 use uuid::{NoContext, Timestamp, Uuid};
 
-/// The process dies once at the edge, and then, `again` and again, in the lives that are careful because of that.
+/// The process dies once at the edge, and then, `again` and again, in the lives that note their batches because of that.
 async fn dies_at(edge: &str, skip: usize, again: &[&str]) {
     let mut fixture = Fixture::new(1).await;
     fixture.config.batch_max = 30;

@@ -57,7 +57,7 @@ async fn each_outage_of_the_database_and_its_end_are_said_once() {
 
 /// Waits until the consumer's cause is this one.
 async fn says_why(running: &Running, cause: Cause) {
-    let is = || running.health.report().trouble.is_some_and(|trouble| trouble.cause == cause);
+    let is = || running.health.report().issue.is_some_and(|issue| issue.cause == cause);
     eventually(SOON, || async { is().then_some(()) }).await;
 }
 
@@ -76,9 +76,9 @@ async fn is_said_until_it_is_let_go_of(table: &str) {
         // The statements of another part are answered.
         Outage::of_database(&fixture.database.pool).working();
         fixture.send(&events(1, 1)).await;
-        let trouble = running.health.report().trouble;
-        assert_eq!(trouble.as_ref().map(|trouble| trouble.cause), Some(Cause::Locked), "{table}: {trouble:?}");
-        assert!(trouble.unwrap().reason.contains("pg_blocking_pids"), "what to do is said");
+        let issue = running.health.report().issue;
+        assert_eq!(issue.as_ref().map(|issue| issue.cause), Some(Cause::Locked), "{table}: {issue:?}");
+        assert!(issue.unwrap().reason.contains("pg_blocking_pids"), "what to do is said");
     }
     holding.rollback().await.unwrap();
     fixture.until_handled(3).await;
@@ -183,12 +183,12 @@ async fn brokers_that_do_not_say_where_the_group_has_come_to_are_red_and_why() {
     cluster.request_errors(RDKafkaApiKey::OffsetFetch, &[refused; 10_000]);
     let running = fixture.start();
     let said = || async {
-        let trouble = running.health.report().trouble?;
-        trouble.reason.contains("where the group has come to").then_some(trouble)
+        let issue = running.health.report().issue?;
+        issue.reason.contains("where the group has come to").then_some(issue)
     };
-    let trouble = eventually(SOON, said).await;
-    assert!(trouble.cause == Cause::KafkaAway && trouble.since.is_some(), "{trouble:?}");
-    assert!(trouble.reason.contains("Unknown"), "the broker's own word is said: {}", trouble.reason);
+    let issue = eventually(SOON, said).await;
+    assert!(issue.cause == Cause::KafkaAway && issue.since.is_some(), "{issue:?}");
+    assert!(issue.reason.contains("Unknown"), "the broker's own word is said: {}", issue.reason);
     cluster.clear_request_errors(RDKafkaApiKey::OffsetFetch);
     eventually(SOON, || async { running.health.check().ok() }).await;
     running.stop().await;

@@ -14,8 +14,8 @@ use std::sync::{
 
 async fn until(health: &ConsumerHealth, cause: Option<Cause>) {
     eventually(SOON, || async {
-        let trouble = health.report().trouble;
-        (trouble.map(|trouble| trouble.cause) == cause).then_some(())
+        let issue = health.report().issue;
+        (issue.map(|issue| issue.cause) == cause).then_some(())
     })
     .await;
 }

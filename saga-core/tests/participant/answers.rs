@@ -44,9 +44,9 @@ async fn a_provider_that_lets_nobody_in_is_red_health_and_gives_nothing_up() {
     world.deliver(&[message(saga, Op::Do, &pay(&["forbidden", "yes"]))]).await;
     let executor = world.executor();
     executor.run_once().await.unwrap();
-    let trouble = executor.report().trouble.expect("it is red at once");
-    assert_eq!(trouble.cause, Cause::ProviderForbidden);
-    assert!(trouble.reason.contains("the token is wrong"), "{}", trouble.reason);
+    let issue = executor.report().issue.expect("it is red at once");
+    assert_eq!(issue.cause, Cause::ProviderForbidden);
+    assert!(issue.reason.contains("the token is wrong"), "{}", issue.reason);
     assert_eq!((world.intents().await, world.outcomes(saga).await), (1, vec![]), "it waits");
     let attempts: i32 =
         sqlx::query_scalar("select attempts from participant_intent").fetch_one(&world.database.pool).await.unwrap();
@@ -57,7 +57,7 @@ async fn a_provider_that_lets_nobody_in_is_red_health_and_gives_nothing_up() {
     })
     .await;
     assert_eq!(world.outcomes(saga).await, [Succeeded]);
-    eventually(Duration::from_secs(60), || async { executor.report().trouble.is_none().then_some(()) }).await;
+    eventually(Duration::from_secs(60), || async { executor.report().issue.is_none().then_some(()) }).await;
 }
 
 #[tokio::test]
@@ -66,11 +66,11 @@ async fn effects_are_in_order_when_another_replica_has_settled_what_failed_here(
     world.deliver(&[message(SagaId::new(), Op::Do, &pay(&["forbidden"]))]).await;
     let (executor, stop) = (world.executor(), CancellationToken::new());
     executor.run_once().await.unwrap();
-    assert!(executor.report().trouble.is_some());
+    assert!(executor.report().issue.is_some());
     // Another process begins, with the right token.
     sqlx::query("delete from participant_intent").execute(&world.database.pool).await.unwrap();
     let settled = async {
-        eventually(Duration::from_secs(60), || async { executor.report().trouble.is_none().then_some(()) }).await;
+        eventually(Duration::from_secs(60), || async { executor.report().issue.is_none().then_some(()) }).await;
         stop.cancel();
     };
     tokio::join!(executor.run(stop.clone()), settled);
@@ -91,7 +91,7 @@ async fn effects_say_that_their_database_is_read_only_or_their_table_locked() {
         let config = IntentConfig { database_timeout: Duration::from_secs(1), ..IntentConfig::default() };
         let (intents, stop) = (world.participant.intents(pool.clone()).with_config(config), CancellationToken::new());
         let said = async {
-            let is = || intents.report().trouble.filter(|trouble| trouble.cause == cause);
+            let is = || intents.report().issue.filter(|issue| issue.cause == cause);
             eventually(Duration::from_secs(60), || async { is() }).await;
             stop.cancel();
         };

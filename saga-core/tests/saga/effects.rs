@@ -171,8 +171,8 @@ async fn timers_name_what_an_effect_lacks_however_it_wraps_the_error() {
 
     engine.tick().await.unwrap();
 
-    let trouble = engine.timers_report().trouble.expect("health names what is missing");
-    assert_eq!(trouble.cause, Cause::RightMissing, "{trouble:?}");
+    let issue = engine.timers_report().issue.expect("health names what is missing");
+    assert_eq!(issue.cause, Cause::RightMissing, "{issue:?}");
     assert_eq!(world.status(saga).await, "running", "nothing is given up meanwhile");
 }
 

@@ -83,11 +83,11 @@ async fn timers_say_that_their_database_is_away_before_their_own_bound_has_passe
     let world = World::new().await;
     let saga = hurried(RetryPolicy::COMPENSABLE);
     let engine = engine(&world, &saga);
-    assert_eq!(engine.timers_report().trouble, None);
+    assert_eq!(engine.timers_report().issue, None);
     // Health's own question reports in this way that the database does not answer.
     Outage::of_database(&world.database.pool).failing("no answer");
-    let trouble = engine.timers_report().trouble;
-    assert_eq!(trouble.map(|trouble| trouble.cause), Some(Cause::DatabaseAway));
+    let issue = engine.timers_report().issue;
+    assert_eq!(issue.map(|issue| issue.cause), Some(Cause::DatabaseAway));
 }
 
 #[tokio::test]

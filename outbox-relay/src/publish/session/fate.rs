@@ -60,7 +60,7 @@ impl Session {
             let reason = format!("row {by} of the same topic and key is parked");
             return Ok(Fate::Park(RowToPark { id: row.id(), reason, blocked_by: Some(by), bytes: row.bytes() }));
         }
-        let limit = match self.memory.limits.get(topic).copied() {
+        let limit = match self.stream_state.limits.get(topic).copied() {
             Some(limit) => limit,
             None if !is_legal_name(topic) => {
                 return Ok(self.park(row, format!("{topic:?} is not a legal topic name")));
@@ -74,7 +74,7 @@ impl Session {
                 Err((cause, reason)) => return self.leave(page, row, before, cause, reason).await,
             },
         };
-        if let Some(code) = self.memory.verdicts.remove(&row.id()) {
+        if let Some(code) = self.stream_state.verdicts.remove(&row.id()) {
             match Refusal::of(code) {
                 Refusal::Row => return Ok(self.park(row, format!("Kafka refused it: {code}"))),
                 Refusal::Topic(cause) => {
@@ -216,7 +216,7 @@ impl Session {
         loop {
             match self.meanwhile(topics.look(topic)).await? {
                 Ok(TopicState::Ready { max_message_bytes }) => {
-                    self.memory.limits.insert(topic.to_owned(), max_message_bytes);
+                    self.stream_state.limits.insert(topic.to_owned(), max_message_bytes);
                     return Ok(Ok(max_message_bytes));
                 }
                 Ok(TopicState::Missing(reason)) => return Ok(Err((PauseCause::Missing, reason))),

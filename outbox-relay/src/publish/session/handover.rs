@@ -128,10 +128,10 @@ impl StreamScope {
     /// Waits for the next step of a hand-over.
     pub(crate) async fn handed_over(&mut self, asks: &HandoverRequests) -> HandoverStep {
         match self {
-            Self::Main { joining } => {
+            Self::Main { returning } => {
                 tokio::select! {
                     ask = asks.next() => HandoverStep::Asked(ask),
-                    (caught_up, word) = poll_fn(|cx| joining.poll(cx)) => HandoverStep::Done(caught_up, word),
+                    (caught_up, word) = poll_fn(|cx| returning.poll(cx)) => HandoverStep::Done(caught_up, word),
                 }
             }
             Self::Topic(leaving) => leaving.handed().await,
@@ -160,31 +160,31 @@ impl Session {
                 if let StreamScope::Topic(leaving) = &mut self.scope {
                     leaving.split = Some(split);
                 }
-                self.go_on_leaving().await
+                self.go_on_returning().await
             }
             // The session ends as paused, so that the topic's state is looked up again.
             HandoverStep::Split(Err(_)) => Err(SessionEnd::Paused),
-            HandoverStep::Quiet => self.go_on_leaving().await,
+            HandoverStep::Quiet => self.go_on_returning().await,
         }
     }
 
     fn split(&mut self, HandoverRequest { topic, paused_at, split }: HandoverRequest) {
-        let StreamScope::Main { joining } = &mut self.scope else { return };
+        let StreamScope::Main { returning } = &mut self.scope else { return };
         if !self.paused.contains(&topic) {
             return;
         }
         let (done, word) = oneshot::channel();
         // If the topic's stream has ended, the failed send does not matter.
         if split.send(HandoverSplit { at: self.at.clone(), done }).is_ok() {
-            joining.take(&topic);
-            joining.0.push(Join { topic, paused_at, done: word });
+            returning.take(&topic);
+            returning.0.push(Join { topic, paused_at, done: word });
         }
     }
 
     /// Called at a row of a topic that is set apart: whether the topic is back in the main stream with it.
     pub(crate) async fn is_back(&mut self, topic: &str) -> Result<bool, SessionEnd> {
-        let StreamScope::Main { joining } = &mut self.scope else { return Ok(false) };
-        let Some(Join { topic, paused_at, mut done }) = joining.take(topic) else { return Ok(false) };
+        let StreamScope::Main { returning } = &mut self.scope else { return Ok(false) };
+        let Some(Join { topic, paused_at, mut done }) = returning.take(topic) else { return Ok(false) };
         let is_back = match tokio::time::timeout(HOLD, &mut done).await {
             Ok(word) => word.is_ok(),
             Err(_) => {
@@ -217,10 +217,10 @@ impl Session {
         if let StreamScope::Topic(leaving) = &mut self.scope {
             leaving.caught_up = Some(at);
         }
-        self.go_on_leaving().await
+        self.go_on_returning().await
     }
 
-    async fn go_on_leaving(&mut self) -> Result<(), SessionEnd> {
+    async fn go_on_returning(&mut self) -> Result<(), SessionEnd> {
         let StreamScope::Topic(leaving) = &mut self.scope else { return Ok(()) };
         let Some(caught_up) = &leaving.caught_up else { return Ok(()) };
         let Some(split) = leaving.split.take_if(|split| caught_up.includes(&split.at)) else {

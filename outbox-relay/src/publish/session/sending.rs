@@ -45,14 +45,14 @@ impl Session {
             self.pages_done.send_modify(|done| *done += usize::from(flight.is_page()));
             published(&self.outbox, &flight, &self.shared.clock);
             if let Some(at) = flight.position() {
-                self.memory.at = at;
+                self.stream_state.at = at;
             }
             if flight.oldest().is_some() {
-                self.memory.failures = 0;
+                self.stream_state.failures = 0;
                 self.shared.loops.working(self.scope.name());
             }
             // A recorder that has ended has its own reason, which its join returns.
-            self.progress.send(flight.into_progress()).await.map_err(|_| CommitError::Fenced)?;
+            self.progress.send(flight.into_recordable()).await.map_err(|_| CommitError::Fenced)?;
         }
         if let Some((id, code)) = self.publisher.in_flight.failure() {
             return Err(SessionEnd::Refused { id, code });
@@ -81,7 +81,7 @@ impl Session {
                 self.shared.stuck_after,
                 topics.join(", ")
             );
-            self.memory.failures = self.memory.failures.max(1);
+            self.stream_state.failures = self.stream_state.failures.max(1);
             self.shared.loops.failing(self.scope.name(), part::Cause::KafkaAway, &reason);
             return Ok(());
         }
@@ -143,9 +143,9 @@ impl Session {
         let mut ready = Vec::new();
         for (index, row) in page.rows.iter().enumerate() {
             let tag = DeliveryTag::new(number, index);
-            let alone = !self.memory.suspects.is_empty() && self.memory.suspects.contains(&row.id());
+            let alone = !self.stream_state.suspects.is_empty() && self.stream_state.suspects.contains(&row.id());
             // A question about a topic may take its time: only rows of the topic, and those that follow, wait for it.
-            if alone || ready.len() == TOGETHER || !self.memory.limits.contains_key(row.topic()) {
+            if alone || ready.len() == TOGETHER || !self.stream_state.limits.contains_key(row.topic()) {
                 self.send_all(&mut ready).await?;
                 self.publisher.in_flight.given(number, index);
             }
@@ -156,7 +156,7 @@ impl Session {
                     self.send_all(&mut ready).await?;
                     self.publisher.in_flight.given(number, index + 1);
                     self.acknowledged(tag).await?;
-                    self.memory.suspects.remove(&row.id());
+                    self.stream_state.suspects.remove(&row.id());
                 }
             }
             before = row.id();

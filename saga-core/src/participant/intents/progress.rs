@@ -85,9 +85,9 @@ impl EffectsProgress {
     }
 
     /// Reports the known trouble, or that looks fail, or that nothing moves and the last error; and what waits.
-    pub(super) fn report(&self, trouble: Option<HealthIssue>) -> PartReport {
+    pub(super) fn report(&self, issue: Option<HealthIssue>) -> PartReport {
         let known = self.lock();
-        let trouble = trouble.or_else(|| known.looks.trouble()).or_else(|| {
+        let issue = issue.or_else(|| known.looks.issue()).or_else(|| {
             let since = known.waiting?.still_since;
             let still = clock::monotonic().saturating_duration_since(since);
             let said = known.last_error.as_deref().unwrap_or("no answer yet");
@@ -95,7 +95,7 @@ impl EffectsProgress {
             (still >= STALLED_AFTER)
                 .then(|| HealthIssue { since: Some(since), ..HealthIssue::new(Cause::Stalled, reason) })
         });
-        PartReport { trouble, waiting: known.waiting }
+        PartReport { issue, waiting: known.waiting }
     }
 }
 
@@ -166,12 +166,12 @@ mod tests {
         let slow = sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
         progress.missed(&slow);
         let report = progress.report(None);
-        assert_eq!((report.trouble, report.waiting), (None, Some(waiting)), "one look says nothing");
+        assert_eq!((report.issue, report.waiting), (None, Some(waiting)), "one look says nothing");
         progress.missed(&slow);
         progress.missed(&slow);
         let report = progress.report(None);
         assert_eq!(report.waiting, Some(waiting), "nothing of it was seen to move");
-        assert!(report.trouble.is_some_and(|trouble| trouble.reason.contains("what waits is not known")));
+        assert!(report.issue.is_some_and(|issue| issue.reason.contains("what waits is not known")));
         progress.seen(None);
         assert_eq!(progress.report(None), PartReport::fine());
     }

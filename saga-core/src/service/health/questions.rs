@@ -125,7 +125,7 @@ mod tests {
         let old = PgPool::connect(&database.url).await.unwrap();
         let cause = async || {
             let mut connection = old.acquire().await.unwrap();
-            missing(&mut connection, WRITTEN).await.unwrap().trouble.map(|trouble| trouble.cause)
+            missing(&mut connection, WRITTEN).await.unwrap().issue.map(|issue| issue.cause)
         };
         assert_eq!(cause().await, Some(Cause::DatabaseReadOnly));
         assert!(!a_new_session_writes(&old).await, "the database takes no writes");

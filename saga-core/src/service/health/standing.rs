@@ -36,7 +36,7 @@ impl Part {
     /// locked fills the pool, too. A lock alone is excused for less: a migration or an index that is being made holds one
     /// for a moment, and all replicas see it at once.
     pub(super) fn seen(concern: Concern, report: &PartReport, before: Option<&Self>, full: bool, now: Instant) -> Self {
-        let cause = report.trouble.as_ref().map(|trouble| trouble.cause);
+        let cause = report.issue.as_ref().map(|issue| issue.cause);
         let unasked = full && concern == Concern::Callers && matches!(cause, Some(Cause::NoAnswer | Cause::PoolFull));
         let locked = concern == Concern::Callers && cause == Some(Cause::Locked);
         let answered = before.filter(|_| unasked || locked).map_or(now, |before| before.answered);
@@ -108,26 +108,26 @@ pub enum State {
 }
 
 impl Standing {
-    fn red(trouble: HealthIssue, before: Option<&Self>, now: Instant) -> Self {
-        let began = trouble.since.unwrap_or(now);
+    fn red(issue: HealthIssue, before: Option<&Self>, now: Instant) -> Self {
+        let began = issue.since.unwrap_or(now);
         let began = clock::now() - now.saturating_duration_since(began);
         // The cause may change while the part is red; since when it is red does not. But a start and an operator's
         // pause are no fault, and have ages of their own.
-        let before = before.filter(|before| goes_on(before.cause, trouble.cause)).and_then(|before| before.since);
+        let before = before.filter(|before| goes_on(before.cause, issue.cause)).and_then(|before| before.since);
         let since = before.map_or(began, |before| before.min(began));
         Self {
             state: State::Red,
-            cause: Some(trouble.cause),
+            cause: Some(issue.cause),
             since: Some(since),
             waiting: None,
             oldest: None,
-            reason: Some(trouble.reason),
+            reason: Some(issue.reason),
         }
     }
 
     /// The standing of the process itself.
-    pub(super) fn of_process(trouble: Option<HealthIssue>, before: Option<&Self>) -> Self {
-        trouble.map_or_else(Self::ok, |trouble| Self::red(trouble, before, clock::monotonic()))
+    pub(super) fn of_process(issue: Option<HealthIssue>, before: Option<&Self>) -> Self {
+        issue.map_or_else(Self::ok, |issue| Self::red(issue, before, clock::monotonic()))
     }
 
     fn ok() -> Self {
@@ -135,7 +135,7 @@ impl Standing {
     }
 
     fn judged(report: &PartReport, before: Option<&Self>, now: Instant) -> Self {
-        let standing = report.verdict(now).map_or_else(Self::ok, |trouble| Self::red(trouble, before, now));
+        let standing = report.verdict(now).map_or_else(Self::ok, |issue| Self::red(issue, before, now));
         let Some(WaitingWork { items, oldest, .. }) = report.waiting else { return standing };
         Self { waiting: items, oldest, ..standing }
     }

@@ -173,47 +173,47 @@ impl<'d> Model<'d> {
     }
 
     /// Everything that can happen to `world` next.
-    pub fn moves(&self, world: &World) -> Vec<ExplorerStep> {
-        let mut moves = Vec::with_capacity(16);
+    pub fn next_steps(&self, world: &World) -> Vec<ExplorerStep> {
+        let mut next_steps = Vec::with_capacity(16);
         for (step, fence) in world.fences.iter().enumerate().take(self.definition.steps().len()) {
             match fence {
                 Fence::Calling => {
-                    moves.push(ExplorerStep::Call(step));
+                    next_steps.push(ExplorerStep::Call(step));
                     if self.refusable(step) {
-                        moves.push(ExplorerStep::Record(step, Choice::Reject));
+                        next_steps.push(ExplorerStep::Record(step, Choice::Reject));
                     }
                 }
-                Fence::Called => moves.push(ExplorerStep::Record(step, Choice::Succeed)),
-                Fence::Adrift | Fence::MarkedAdrift => moves.push(ExplorerStep::Call(step)),
+                Fence::Called => next_steps.push(ExplorerStep::Record(step, Choice::Succeed)),
+                Fence::Adrift | Fence::MarkedAdrift => next_steps.push(ExplorerStep::Call(step)),
                 _ => {}
             }
-            moves.extend(self.loses(world, step).map(|_| ExplorerStep::Lose(step)));
+            next_steps.extend(self.loses(world, step).map(|_| ExplorerStep::Lose(step)));
         }
         let locals: &[Local] = if world.breaks > 0 { &[Local::Works, Local::Breaks] } else { &[Local::Works] };
         for (step, op, note) in notes(world.messages) {
             match note {
-                Note::Command(attempt) => self.deliveries(world, step, op, attempt, &mut moves),
-                _ => moves.extend(locals.iter().map(|local| ExplorerStep::Reply(step, op, note, *local))),
+                Note::Command(attempt) => self.deliveries(world, step, op, attempt, &mut next_steps),
+                _ => next_steps.extend(locals.iter().map(|local| ExplorerStep::Reply(step, op, note, *local))),
             }
         }
         let state = self.state(world);
-        let Some(open) = state.open() else { return moves };
+        let Some(open) = state.open() else { return next_steps };
         let stuck = matches!(state.status, Status::Stuck { .. });
-        moves.extend((!world.late && self.can_be_late(&state)).then_some(ExplorerStep::Deadline));
+        next_steps.extend((!world.late && self.can_be_late(&state)).then_some(ExplorerStep::Deadline));
         for local in locals.iter().copied() {
-            moves.extend((open.due.is_some() || world.late).then_some(ExplorerStep::Due(local)));
-            moves.extend(self.limits.cancels.then_some(ExplorerStep::Cancel(local)));
-            moves.extend((stuck && open.attempt < self.limits.attempts).then_some(ExplorerStep::Retry(local)));
+            next_steps.extend((open.due.is_some() || world.late).then_some(ExplorerStep::Due(local)));
+            next_steps.extend(self.limits.cancels.then_some(ExplorerStep::Cancel(local)));
+            next_steps.extend((stuck && open.attempt < self.limits.attempts).then_some(ExplorerStep::Retry(local)));
         }
-        moves
+        next_steps
     }
 
-    fn deliveries(&self, world: &World, step: usize, op: Op, attempt: u32, moves: &mut Vec<ExplorerStep>) {
+    fn deliveries(&self, world: &World, step: usize, op: Op, attempt: u32, next_steps: &mut Vec<ExplorerStep>) {
         let choices = match op {
             Op::Undo if self.is_undone_elsewhere(step) => vec![Choice::Repeat],
             _ => fences::choices(self.limits, op, world.fences[step], self.refusable(step)),
         };
-        moves.extend(choices.into_iter().map(|choice| ExplorerStep::Deliver(step, op, attempt, choice)));
+        next_steps.extend(choices.into_iter().map(|choice| ExplorerStep::Deliver(step, op, attempt, choice)));
     }
 
     /// What the loss of the step's fence leaves, where it can be lost.

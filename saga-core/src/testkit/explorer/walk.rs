@@ -54,7 +54,7 @@ impl Model<'_> {
         while let Some(world) = walk.worlds.get(at).copied() {
             let from = u32::try_from(at).unwrap_or(u32::MAX);
             let mut next = Vec::new();
-            for by in self.moves(&world) {
+            for by in self.next_steps(&world) {
                 let after = self.take(&world, by).map_err(|violation| {
                     let mut schedule = walk.schedule(from);
                     schedule.push(by);

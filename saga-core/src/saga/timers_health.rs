@@ -63,7 +63,7 @@ impl TimersHealth {
 
     pub(super) fn report(&self) -> PartReport {
         let progress = self.progress();
-        PartReport { trouble: self.outage.trouble().or_else(|| progress.looks.trouble()), waiting: progress.waiting }
+        PartReport { issue: self.outage.issue().or_else(|| progress.looks.issue()), waiting: progress.waiting }
     }
 
     /// Counts due sagas that were decided.
@@ -141,31 +141,31 @@ impl TimersHealth {
 mod tests {
     use super::*;
 
-    fn still_since(trouble: &TimersHealth) -> Option<Instant> {
-        trouble.report().waiting.map(|waiting| waiting.still_since)
+    fn still_since(health: &TimersHealth) -> Option<Instant> {
+        health.report().waiting.map(|waiting| waiting.still_since)
     }
 
     #[test]
     fn timers_move_when_they_decide_others_and_stand_still_when_all_are_put_off() {
-        let (trouble, since) = (TimersHealth::of("timers_move"), clock::now());
+        let (health, since) = (TimersHealth::of("timers_move"), clock::now());
         let [unknown, one, other] = [Uuid::now_v7(), Uuid::now_v7(), Uuid::now_v7()].map(|saga| (saga, since));
-        trouble.overdue(Some(unknown), &[]);
-        let begin = still_since(&trouble).expect("it waits");
-        trouble.overdue(Some(unknown), &[]);
-        assert_eq!(still_since(&trouble), Some(begin));
-        trouble.decided(1);
-        trouble.overdue(Some(unknown), &[]);
-        assert!(still_since(&trouble) > Some(begin), "no replica knows the oldest, and others are decided");
+        health.overdue(Some(unknown), &[]);
+        let begin = still_since(&health).expect("it waits");
+        health.overdue(Some(unknown), &[]);
+        assert_eq!(still_since(&health), Some(begin));
+        health.decided(1);
+        health.overdue(Some(unknown), &[]);
+        assert!(still_since(&health) > Some(begin), "no replica knows the oldest, and others are decided");
 
-        trouble.puts_off([one.0, other.0]);
-        trouble.overdue(None, &[one, other]);
-        let begin = still_since(&trouble).expect("nothing is due, and two wait");
-        assert_eq!(trouble.report().waiting.unwrap().oldest, Some(since));
+        health.puts_off([one.0, other.0]);
+        health.overdue(None, &[one, other]);
+        let begin = still_since(&health).expect("nothing is due, and two wait");
+        assert_eq!(health.report().waiting.unwrap().oldest, Some(since));
         for turn in [one, other] {
-            trouble.overdue(Some(turn), &[one, other]);
-            assert_eq!(still_since(&trouble), Some(begin), "they take turns, and none is decided");
+            health.overdue(Some(turn), &[one, other]);
+            assert_eq!(still_since(&health), Some(begin), "they take turns, and none is decided");
         }
-        trouble.overdue(None, &[]);
-        assert_eq!((still_since(&trouble), trouble.were_put_off()), (None, vec![]));
+        health.overdue(None, &[]);
+        assert_eq!((still_since(&health), health.were_put_off()), (None, vec![]));
     }
 }
