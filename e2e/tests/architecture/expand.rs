@@ -30,7 +30,7 @@ const CONTRACTS: [(&str, &str); 12] = [
 const ALLOWED: [(&str, &str); 2] = [
     // It binds only rows that a newer build has claimed, and of these only a discard, which the older build repeats.
     ("V11__parked_lines.sql", "alter table outbox_parked add constraint outbox_parked_claimed"),
-    // An older build calls the function as the owner or as a superuser; nobody else's call could do anything.
+    // An older build calls the function as the owner or as a superuser. Another role's call could do nothing.
     ("V16__rights_of_a_relay.sql", "revoke execute on function outbox_add_partition bigint from public"),
 ];
 
