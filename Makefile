@@ -1,6 +1,6 @@
 # The few commands people type. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo up down reset logs status test test-pg15 edges soak upgrade check bench tools-build tools-servers tools-servers-unless-named tools-python jars binaries fmt clippy doc arch deny
+.PHONY: help book demo up down reset logs status test test-pg15 edges soak upgrade check bench tools-build tools-servers tools-servers-unless-named tools-python jars binaries fmt clippy doc arch deny
 
 # Where cargo puts what it builds.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -8,6 +8,9 @@ STACK  := $(TARGET)/debug/stack
 
 # Pinned: another version may judge differently.
 DENY_VERSION := 0.20.2
+MDBOOK_VERSION := 0.5.4
+# Where `cargo install` puts it.
+MDBOOK := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin/mdbook
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{ printf "  make %-10s%s\n", $$1, $$2 }'
@@ -62,7 +65,13 @@ soak: tools-build tools-servers tools-python ## The same with the sizes that fau
 upgrade: tools-build tools-servers ## The last release's programs and today's together under load, upgraded and rolled back
 	sh e2e/upgrade.sh
 
-check: fmt clippy doc arch deny ## fmt, clippy, rustdoc (warnings denied), the architecture test, cargo-deny
+check: fmt clippy doc arch book deny ## fmt, clippy, rustdoc (warnings denied), the architecture test, the book, cargo-deny
+
+book: tools-build tools-python ## The documents as a book, links checked: target/book/html/index.html
+	@$(MDBOOK) --version 2>/dev/null | grep -qx 'mdbook v$(MDBOOK_VERSION)' || \
+	  cargo install mdbook --version $(MDBOOK_VERSION) --locked --no-default-features --features search
+	MDBOOK=$(MDBOOK) sh docs/book.sh $(TARGET)/book
+	python3 docs/links.py $(TARGET)/book/html
 
 # `make bench ARGS='sagas --in-flight 256'`: one figure, with other settings; ARGS=--help tells which there are. Only this
 # package: with the others beside it, their test features would be in what is measured. All processes, the servers and the

@@ -91,6 +91,16 @@ impl Relay {
 
 /// Publishes until `stop`, without admin endpoints: for benches, tests, and programs that embed the relay.
 ///
+/// ```no_run
+/// use outbox_relay::{OutboxSettings, Settings};
+///
+/// # async fn embedded() -> Result<(), Box<dyn std::error::Error>> {
+/// let database = "postgres://orders@localhost/orders".parse()?;
+/// let settings = Settings::new("localhost:9092", vec![OutboxSettings { name: "orders".into(), database }]);
+/// Ok(outbox_relay::run(settings, tokio_util::sync::CancellationToken::new()).await?)
+/// # }
+/// ```
+///
 /// # Errors
 /// The same as of [`Relay::new`].
 pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), rdkafka::error::KafkaError> {

@@ -2,6 +2,17 @@
 //!
 //! `xmin:xmax:xip`: everything below `xmax` had ended, except the transactions in `xip`; nothing from `xmax` on had.
 //! Aborted transactions count as ended too, which is harmless: their rows are never visible to anyone.
+//!
+//! ```
+//! use outbox_relay::snapshot::Snapshot;
+//!
+//! // Transaction 100 was running when 102 had ended already.
+//! let published: Snapshot = "100:103:100".parse().unwrap();
+//! assert!(published.sees(102) && !published.sees(100));
+//!
+//! let later: Snapshot = "103:103:".parse().unwrap();
+//! assert!(later.includes(&published) && later.sees(100));
+//! ```
 
 use std::{fmt, str::FromStr};
 

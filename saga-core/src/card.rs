@@ -2,6 +2,13 @@
 //!
 //! A payment is made by the gateway's token. A card's own number in a field would be stored for ever, in tables, topics
 //! and logs. So each text that a person writes, and that might hold one, is refused before it is used.
+//!
+//! ```
+//! use saga_core::card::holds_a_card_number;
+//!
+//! assert!(holds_a_card_number("ship it, my card is 4242 4242 4242 4242"));
+//! assert!(!holds_a_card_number("tok_4242424242424242"), "the name of a token");
+//! ```
 
 use std::ops::RangeInclusive;
 

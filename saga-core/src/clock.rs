@@ -7,6 +7,17 @@
 //! that reads `clock_timestamp()` passes it on with [`DatabaseClock::heard`]; from then on [`now`] is that time,
 //! carried on by the monotonic clock. [`DatabaseClock::skew`] is how far the host's clock is off, which health and the
 //! log show. Until the database has answered once, the host's clock decides.
+//!
+//! ```
+//! use saga_core::clock::{self, DatabaseClock};
+//!
+//! let clock = DatabaseClock::of("shop");
+//! assert!(!clock.is_known(), "until the database has answered, the host's clock decides");
+//!
+//! // The database's clock is an hour ahead of the host's.
+//! clock.heard(clock::now() + time::Duration::hours(1), clock::monotonic());
+//! assert!(clock.check().is_err(), "health is red, and no part gives work up because of its age");
+//! ```
 
 use std::{
     collections::BTreeMap,

@@ -1,4 +1,35 @@
 //! The typed contract between an orchestrator and a participant: a command, what it replies, how it can be refused.
+//!
+//! ```
+//! use saga_core::{command::{Command, Done, Never}, topic::Topic};
+//! use serde::{Deserialize, Serialize};
+//!
+//! static INVENTORY: Topic = Topic::events("inventory.commands", 12);
+//!
+//! #[derive(Serialize, Deserialize)]
+//! struct ReserveStock { sku: String, quantity: u32 }
+//!
+//! #[derive(Serialize, Deserialize)]
+//! enum NotReserved { OutOfStock { available: u32 } }
+//!
+//! impl Command for ReserveStock {
+//!     const TYPE: &'static str = "inventory.reserve.v1";
+//!     const TOPIC: &'static Topic = &INVENTORY;
+//!     type Reply = Done;
+//!     type Rejection = NotReserved;
+//! }
+//!
+//! /// It takes a reservation back, so it cannot be refused.
+//! #[derive(Serialize, Deserialize)]
+//! struct ReleaseStock { sku: String, quantity: u32 }
+//!
+//! impl Command for ReleaseStock {
+//!     const TYPE: &'static str = "inventory.release.v1";
+//!     const TOPIC: &'static Topic = &INVENTORY;
+//!     type Reply = Done;
+//!     type Rejection = Never;
+//! }
+//! ```
 
 use crate::{reason::reason, topic::Topic};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};

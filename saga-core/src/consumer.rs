@@ -15,6 +15,34 @@
 //! Its offsets are behind its work, which the inbox makes up for. It also leaves a mark: the next worker notes its
 //! first batches before it tries them, because one of their records may have killed the process. If the process dies in
 //! a noted batch, the next worker takes its records one by one, each attempt counted.
+//!
+//! A service implements [`Handler`] and runs it:
+//!
+//! ```no_run
+//! use saga_core::{consumer::{Consumer, ConsumerConfig, HandleError, Handler, Message}, outbox::Tx};
+//! use std::sync::Arc;
+//!
+//! struct Prices;
+//!
+//! impl Handler for Prices {
+//!     async fn handle(&self, tx: &mut Tx<'_>, batch: &[Message]) -> Result<(), HandleError> {
+//!         for message in batch {
+//!             sqlx::query("insert into price (item, value) values ($1, $2)
+//!                          on conflict (item) do update set value = excluded.value")
+//!                 .bind(&message.key)
+//!                 .bind(&message.payload)
+//!                 .execute(&mut **tx)
+//!                 .await?;
+//!         }
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # async fn run(pool: sqlx::PgPool, stop: tokio_util::sync::CancellationToken) -> Result<(), saga_core::consumer::ConsumerError> {
+//! let config = ConsumerConfig::new("localhost:9092", "shop-prices", ["prices"]);
+//! Consumer::new(config, pool, Arc::new(Prices)).run(stop).await
+//! # }
+//! ```
 
 mod buffer;
 mod claim;

@@ -2,6 +2,17 @@
 //!
 //! Attributes travel as headers, the payload as the record's value. Unknown headers pass through; a tombstone (null
 //! value) is legal. This module is pure.
+//!
+//! ```
+//! use saga_core::{envelope::{Envelope, header}, id::MessageId};
+//!
+//! let sent = Envelope::new(MessageId::new(), "orders", "order_placed.v1");
+//! let headers = sent.encode();
+//! assert_eq!(headers[header::TYPE], "order_placed.v1");
+//!
+//! let read = Envelope::decode(headers.iter().map(|(name, value)| (name.as_ref(), Some(value.as_bytes()))));
+//! assert_eq!(read, Ok(sent));
+//! ```
 
 mod carried;
 mod codec;

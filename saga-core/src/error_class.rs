@@ -11,6 +11,14 @@
 //! Kafka code is passing: librdkafka says explicitly when a record is refused.
 //!
 //! The module knows no other module but the clock. Nothing here survives the process.
+//!
+//! ```
+//! use rdkafka::types::RDKafkaErrorCode;
+//! use saga_core::error_class::{ErrorClass, classify, classify_kafka};
+//!
+//! assert_eq!(classify(&sqlx::Error::PoolTimedOut), ErrorClass::Passing);
+//! assert_eq!(classify_kafka(RDKafkaErrorCode::TopicAuthorizationFailed), ErrorClass::Configuration);
+//! ```
 
 use crate::clock;
 use rdkafka::types::RDKafkaErrorCode as Kafka;

@@ -13,6 +13,32 @@
 //! | `connections` | a bound on open connections; one that waits for its client makes room |
 //! | `admission` | a body of its own time, then a slot; handlers that a hang-up cannot cancel |
 //! | [`api`] | limits, timeouts, request ids, traces, panics around every API |
+//!
+//! ```
+//! use axum::{Router, body::Body, http::Request, routing::post};
+//! use saga_core::http::{Api, Json, Problem};
+//! use tower::ServiceExt;
+//!
+//! #[derive(serde::Deserialize)]
+//! struct Wish { quantity: u32 }
+//!
+//! async fn place(Json(wish): Json<Wish>) -> Result<&'static str, Problem> {
+//!     match wish.quantity {
+//!         0 => Err(Problem::field("quantity", "must be at least 1")),
+//!         _ => Ok("accepted"),
+//!     }
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! let api = Api::new(Router::new().route("/v1/orders", post(place))).into_router();
+//!
+//! let request = Request::post("/v1/orders").header("host", "localhost").header("content-type", "application/json");
+//! let answer = api.oneshot(request.body(Body::from(r#"{"quantity": 0}"#)).unwrap()).await.unwrap();
+//! assert_eq!(answer.status(), 422);
+//! assert_eq!(answer.headers()["content-type"], "application/problem+json");
+//! # }
+//! ```
 
 mod admission;
 pub mod api;

@@ -1,4 +1,15 @@
 //! Identifiers. Each is a newtype, so that a saga's id cannot be passed where a message's is meant.
+//!
+//! ```
+//! use saga_core::{command::Op, id::{CommandId, Nonce, SagaId}};
+//!
+//! let (saga, nonce) = (SagaId::new(), Nonce::new());
+//! let id = |occurrence| {
+//!     CommandId::derive_secretly(nonce, ("shop", "order"), saga, ("hold money", Op::Do, occurrence))
+//! };
+//! assert_eq!(id(0), id(0), "a resend has the command's id");
+//! assert_ne!(id(0), id(1), "a retry with edited input is another command");
+//! ```
 
 use crate::command::Op;
 use serde::{Deserialize, Serialize};

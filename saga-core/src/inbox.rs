@@ -3,6 +3,16 @@
 //! A row is written in the transaction that handles the message. So a message with a row is done, and one without a row
 //! left nothing behind, whenever the process died. Two transactions that handle one message at once meet at the row's
 //! key. The second waits for the first to commit or roll back.
+//!
+//! ```
+//! use saga_core::{clock, id::MessageId, inbox::{Inadmissible, admissible}};
+//! use std::time::Duration;
+//!
+//! let horizon = Duration::from_secs(14 * 24 * 3600);
+//! let id = MessageId::new();
+//! assert_eq!(admissible(id, horizon, clock::now()), Ok(()));
+//! assert_eq!(admissible(id, horizon, clock::now() + time::Duration::days(15)), Err(Inadmissible::TooOld));
+//! ```
 
 use crate::{id::MessageId, outbox::Tx};
 use sqlx::{PgExecutor, PgPool, Row};

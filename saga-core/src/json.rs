@@ -3,6 +3,15 @@
 //! `serde_json` reads 127 levels of arrays and objects. This crate wraps what it stores in a few levels of its own (a
 //! saga's state, an inspection's answer). A reply of 126 levels was stored, and then no build could read its saga. So
 //! each input, reply, command and stored answer is held to `DEPTH_MAX` where it comes in.
+//!
+//! ```
+//! #[derive(Debug, PartialEq, serde::Deserialize)]
+//! struct Line { sku: String, quantity: u32 }
+//!
+//! let line = saga_core::json::read::<Line>(br#"{"sku": "WIDGET-1", "quantity": 2}"#);
+//! assert_eq!(line, Ok(Line { sku: "WIDGET-1".into(), quantity: 2 }));
+//! assert!(saga_core::json::read::<Line>(br#"["WIDGET-1", 2]"#).is_err(), "fields by their places are refused");
+//! ```
 
 mod named;
 

@@ -4,6 +4,15 @@
 //! once each, however many parts report and however often. An outage ends when a part worked and no part failed for two
 //! seconds after: a server that starts up accepts one connection and refuses the next. Nothing survives the process; a
 //! new process sees the outage itself.
+//!
+//! ```
+//! use saga_core::outage::Outage;
+//!
+//! let cache = Outage::of("the price cache");
+//! assert!(cache.check().is_ok());
+//! cache.failing("connection refused");
+//! assert!(Outage::of("the price cache").check().is_err(), "all parts share what one of them saw");
+//! ```
 
 use crate::{
     clock,

@@ -3,6 +3,20 @@
 //! The caller keeps two rules of an append. The append comes *after* the statement that locks the aggregate, and that
 //! lock is held to the commit. Then the order of ids along a key is the order of commits along that key. A process that
 //! dies before its commit has sent nothing; after the commit, the relay sends the messages.
+//!
+//! ```no_run
+//! use saga_core::{outbox::{self, AppendError, NewMessage}, transaction::{Bound, Transaction}};
+//! use std::time::Duration;
+//!
+//! /// The order and the message that reports it are committed together, or neither is.
+//! async fn ship(pool: &sqlx::PgPool, order: uuid::Uuid) -> Result<(), AppendError> {
+//!     let mut tx = Transaction::begin(pool, Bound::new(Duration::from_secs(5))).await?;
+//!     sqlx::query("update orders set status = 'shipped' where id = $1").bind(order).execute(&mut **tx).await?;
+//!     let shipped = NewMessage::tombstone("orders.open", &order.to_string(), "order_shipped.v1");
+//!     outbox::append_in(&mut tx, &[shipped]).await?;
+//!     Ok(tx.commit().await?)
+//! }
+//! ```
 
 use crate::{
     clock,

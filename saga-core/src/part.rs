@@ -3,6 +3,17 @@
 //! A part reports what stands in its way, if it knows ([`HealthIssue`]). It also reports what waits for it, and since when
 //! none of that has moved ([`WaitingWork`]). Work that does not move is an issue of its own, even if the part knows of
 //! none. Nothing here survives the process.
+//!
+//! ```
+//! use saga_core::{clock, part::Movement};
+//! use std::time::Duration;
+//!
+//! let (mut offset, start) = (Movement::default(), clock::monotonic());
+//! let later = |seconds| start + Duration::from_secs(seconds);
+//! assert_eq!(offset.waits_at(7, start), start);
+//! assert_eq!(offset.waits_at(7, later(40)), start, "work waits, and offset 7 is where it stands for 40 s");
+//! assert_eq!(offset.waits_at(8, later(41)), later(41), "it moved");
+//! ```
 
 use crate::{
     clock,

@@ -62,13 +62,75 @@ const MAX_NAME: usize = 512;
 
 /// What a service answers to the commands it knows; the [`Handler`] of its command topic.
 ///
-/// ```ignore
-/// let participant = Arc::new(
-///     Participant::new("inventory")
-///         .on::<ReserveStock>(Reserve)
-///         .on_undo::<ReserveStock, ReleaseStock>(Release)
-///         .on::<CommitStock>(Commit),
-/// );
+/// ```
+/// # use saga_core::{command::{Command, Done, Never}, topic::Topic};
+/// # use serde::{Deserialize, Serialize};
+/// # static INVENTORY: Topic = Topic::events("inventory.commands", 12);
+/// # #[derive(Serialize, Deserialize)] struct ReserveStock { sku: String, quantity: i64 }
+/// # #[derive(Serialize, Deserialize)] struct ReleaseStock { sku: String, quantity: i64 }
+/// # #[derive(Serialize, Deserialize)] enum NotReserved { OutOfStock }
+/// # impl Command for ReserveStock {
+/// #     const TYPE: &'static str = "inventory.reserve.v1";
+/// #     const TOPIC: &'static Topic = &INVENTORY;
+/// #     type Reply = Done;
+/// #     type Rejection = NotReserved;
+/// # }
+/// # impl Command for ReleaseStock {
+/// #     const TYPE: &'static str = "inventory.release.v1";
+/// #     const TOPIC: &'static Topic = &INVENTORY;
+/// #     type Reply = Done;
+/// #     type Rejection = Never;
+/// # }
+/// use saga_core::{
+///     outbox::Tx,
+///     participant::{CommandContext, CommandHandler, Decision, Happened, Participant, UndoHandler},
+/// };
+///
+/// struct Reserve;
+///
+/// #[async_trait::async_trait]
+/// impl CommandHandler<ReserveStock> for Reserve {
+///     async fn decide(
+///         &self,
+///         tx: &mut Tx<'_>,
+///         _: &CommandContext,
+///         command: ReserveStock,
+///     ) -> anyhow::Result<Decision<ReserveStock>> {
+///         let taken = sqlx::query("update stock set free = free - $2 where sku = $1 and free >= $2")
+///             .bind(&command.sku)
+///             .bind(command.quantity)
+///             .execute(&mut **tx)
+///             .await?;
+///         Ok(match taken.rows_affected() {
+///             0 => Decision::Rejected(NotReserved::OutOfStock),
+///             _ => Decision::Done(Done {}),
+///         })
+///     }
+/// }
+///
+/// struct Release;
+///
+/// #[async_trait::async_trait]
+/// impl UndoHandler<ReserveStock, ReleaseStock> for Release {
+///     async fn undo(
+///         &self,
+///         tx: &mut Tx<'_>,
+///         _: &CommandContext,
+///         command: ReleaseStock,
+///         _: Happened<Done>,
+///     ) -> anyhow::Result<Decision<ReleaseStock>> {
+///         sqlx::query("update stock set free = free + $2 where sku = $1")
+///             .bind(&command.sku)
+///             .bind(command.quantity)
+///             .execute(&mut **tx)
+///             .await?;
+///         Ok(Decision::Done(Done {}))
+///     }
+/// }
+///
+/// let participant = Participant::new("inventory")
+///     .on::<ReserveStock>(Reserve)
+///     .on_undo::<ReserveStock, ReleaseStock>(Release);
 /// ```
 pub struct Participant {
     name: &'static str,

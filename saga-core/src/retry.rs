@@ -3,6 +3,20 @@
 //! Two kinds. *In process*: [`Backoff::delays`] is an endless sequence of waits for a loop that lives as long as the
 //! process does. *Durable*: [`Backoff::delay`] is a pure function, and the time that follows from it is stored beside the
 //! work. Any process alive at that time takes the work up; a process that dies in between loses nothing.
+//!
+//! ```
+//! use saga_core::retry::Backoff;
+//! use std::time::Duration;
+//!
+//! let policy = Backoff::doubling(Duration::from_secs(1), Duration::from_secs(60));
+//! let waits: Vec<u64> = (1..=8).map(|attempt| policy.exact().delay(attempt, 0).as_secs()).collect();
+//! assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
+//!
+//! // The seed, such as the id of the work, spreads by a fifth what failed together.
+//! let first = policy.delay(1, 42);
+//! assert!(first >= Duration::from_millis(800) && first <= Duration::from_millis(1200));
+//! assert_eq!(first, policy.delay(1, 42), "equal seeds choose equally, in any process");
+//! ```
 
 use backoff::{ExponentialBackoff, ExponentialBackoffBuilder, backoff::Backoff as _};
 use std::time::Duration;

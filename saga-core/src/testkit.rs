@@ -2,6 +2,23 @@
 //!
 //! Everything here talks to a real PostgreSQL (`DATABASE_URL`) and a real Apache Kafka (`KAFKA_BROKERS`); there is no
 //! stand-in for either. A test owns what it creates and removes it when it ends, so that all tests share two servers.
+//!
+//! ```no_run
+//! use saga_core::testkit::{TestDatabase, TestTopic, eventually};
+//! use saga_core::service::messaging_migrations;
+//! use std::time::Duration;
+//!
+//! # async fn test() {
+//! let database = TestDatabase::new(&[messaging_migrations()]).await;
+//! let topic = TestTopic::create("orders", 3).await;
+//! // The parts under test run against both. The test waits for what it is to see, with a bound.
+//! eventually(Duration::from_secs(10), || async {
+//!     let rows: i64 = sqlx::query_scalar("select count(*) from outbox").fetch_one(&database.pool).await.ok()?;
+//!     (rows == 1).then_some(())
+//! })
+//! .await;
+//! # }
+//! ```
 
 pub mod database;
 pub mod explorer;

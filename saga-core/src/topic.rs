@@ -1,5 +1,15 @@
 //! Declarations of Kafka topics. A contracts crate declares each topic once, and [`crate::service::topics`] creates it
 //! at start. A mismatch is reported, never changed in silence.
+//!
+//! ```
+//! use saga_core::topic::{Topic, is_legal_name};
+//!
+//! /// Twelve partitions; a record is kept for seven days.
+//! static COMMANDS: Topic = Topic::events("inventory.commands", 12);
+//!
+//! assert!(is_legal_name(COMMANDS.name));
+//! assert!(!is_legal_name("__consumer_offsets"), "Kafka's own topics are no topics of ours");
+//! ```
 
 use std::time::Duration;
 

@@ -2,6 +2,14 @@
 //!
 //! The context is stored with the outbox row and travels in the record's headers; the consumer that handles the record
 //! continues it. Without a tracing layer that knows OpenTelemetry nothing is written and nothing is read.
+//!
+//! ```
+//! use saga_core::{envelope::Headers, trace};
+//!
+//! let mut headers = Headers::new();
+//! trace::inject_current(&mut headers);
+//! assert!(headers.is_empty(), "no tracing layer knows OpenTelemetry here");
+//! ```
 
 pub use crate::envelope::carried;
 

@@ -12,6 +12,22 @@
 //! distinguished.
 //!
 //! When the process dies, the server ends the statement within the bound, and rolls back.
+//!
+//! ```no_run
+//! use saga_core::transaction::{Bound, Transaction};
+//! use std::time::Duration;
+//!
+//! async fn rename(pool: &sqlx::PgPool, item: i64, name: &str) -> Result<(), sqlx::Error> {
+//!     let bound = Bound::new(Duration::from_secs(5));
+//!     bound
+//!         .within(async {
+//!             let mut tx = Transaction::begin(pool, bound).await?;
+//!             sqlx::query("update item set name = $2 where id = $1").bind(item).bind(name).execute(&mut **tx).await?;
+//!             tx.commit().await
+//!         })
+//!         .await
+//! }
+//! ```
 
 use crate::{
     error_class::{in_words, is_pool_full},

@@ -51,6 +51,16 @@ pub(crate) fn links(tree: &Tree, exists: impl Fn(&str) -> bool) -> Vec<Violation
     violations
 }
 
+/// The summary of the book names every document: a page that it does not name is not in the book.
+pub(crate) fn summary(tree: &Tree) -> Vec<Violation> {
+    const SUMMARY: &str = "docs/SUMMARY.md";
+    let Some(summary) = tree.0.get(SUMMARY) else { return vec![format!("there is no {SUMMARY}")] };
+    let targets = summary.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    let pages: BTreeSet<String> = targets.filter_map(|target| resolve(SUMMARY, target)).collect();
+    let missing = documents(tree).filter(|(path, _)| *path != SUMMARY && !pages.contains(*path));
+    missing.map(|(path, _)| format!("{SUMMARY} does not name {path}")).collect()
+}
+
 /// Code that a document shows is code of the tree: each line of a block of Rust stands in a source or in its documentation.
 pub(crate) fn code(tree: &Tree) -> Vec<Violation> {
     let sources = tree.0.iter().filter(|(path, _)| path.ends_with(".rs"));

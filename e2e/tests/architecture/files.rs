@@ -55,6 +55,21 @@ pub(crate) fn module_docs(tree: &Tree) -> Vec<Violation> {
     silent.map(|(path, _)| format!("{path} does not begin by saying what it is for (`//!`)")).collect()
 }
 
+/// Each public module of the library shows an example, which is a test of its documentation.
+pub(crate) fn examples(tree: &Tree) -> Vec<Violation> {
+    let modules = tree.0.get("saga-core/src/lib.rs").map_or("", String::as_str).lines();
+    let modules = modules.filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+    let shows = |module: &str| {
+        let (file, folder) = (format!("saga-core/src/{module}.rs"), format!("saga-core/src/{module}/"));
+        tree.0.iter().any(|(path, text)| {
+            let lines = text.lines().map(str::trim_start);
+            let mut opened = lines.filter(|line| line.starts_with("//! ```") || line.starts_with("/// ```"));
+            (*path == file || path.starts_with(&folder)) && opened.any(|line| matches!(&line[4..], "```" | "```no_run"))
+        })
+    };
+    modules.filter(|module| !shows(module)).map(|module| format!("saga-core: {module} shows no example")).collect()
+}
+
 /// refinery embeds the files that its macro finds when the crate is built, and ignores a name that it does not
 /// understand. Each file has such a name and a version of its own. Each folder is embedded by a crate, which is built
 /// again when a file is added.

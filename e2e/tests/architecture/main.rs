@@ -84,6 +84,7 @@ fn documents_link_to_what_is_there_show_its_code_and_have_short_sentences() {
     let tree = Tree::of_this_workspace();
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     none(&docs::links(&tree, |path| root.join(path).exists()));
+    none(&docs::summary(&tree));
     none(&docs::language(&tree));
     none(&docs::code(&tree));
 }
@@ -94,5 +95,6 @@ fn mains_are_short_and_files_are_read_in_one_sitting() {
     none(&files::mains(&tree));
     none(&files::lengths(&tree));
     none(&files::module_docs(&tree));
+    none(&files::examples(&tree));
     none(&files::module_files(&tree));
 }

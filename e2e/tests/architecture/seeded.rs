@@ -84,6 +84,28 @@ fn a_link_that_leads_nowhere_is_found() {
 }
 
 #[test]
+fn a_document_that_the_summary_does_not_name_is_found() {
+    let found = |summary: &str| {
+        docs::summary(&Tree::of(&[("docs/SUMMARY.md", summary), ("README.md", "# A"), ("docs/map.md", "# Map")]))
+    };
+    one(&found("- [A](../README.md)"), "does not name docs/map.md");
+    assert!(found("- [A](../README.md)\n  - [Map](map.md)").is_empty());
+}
+
+#[test]
+fn a_public_module_without_an_example_is_found() {
+    let found = |module: &str| {
+        files::examples(&Tree::of(&[
+            ("saga-core/src/lib.rs", "pub mod id;\nmod inner;"),
+            ("saga-core/src/id/new.rs", module),
+            ("saga-core/src/inner.rs", "//! Inner."),
+        ]))
+    };
+    one(&found("//! Ids.\n//! ```text\n//! a -> b\n//! ```text"), "id shows no example");
+    assert!(found("//! ```no_run\n//! new();\n//! ```").is_empty());
+}
+
+#[test]
 fn code_of_a_document_that_the_tree_has_not_is_found() {
     let found = |line: &str| {
         let text = format!("```rust\nfn main() {{\n    {line}\n}}\n```\n");
