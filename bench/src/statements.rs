@@ -5,7 +5,7 @@ use serde::Serialize;
 use sqlx::{AssertSqlSafe, Row as _};
 
 /// How many statements the report lists.
-const TOLD: i64 = 16;
+const LISTED_MAX: i64 = 16;
 
 /// A statement, over all databases.
 #[derive(Debug, Clone, Serialize)]
@@ -40,7 +40,7 @@ pub async fn end(machine: &Machine) -> anyhow::Result<Vec<Statement>> {
           order by sum(total_exec_time + total_plan_time) desc
           limit $1",
     )
-    .bind(TOLD)
+    .bind(LISTED_MAX)
     .fetch_all(&mut admin)
     .await?;
     track(machine, "none").await?;

@@ -13,48 +13,49 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// How many connections work at once.
-const CONNECTIONS: u32 = 16;
+const OPEN_CONNECTIONS: u32 = 16;
 /// How many steps a set has.
-const SET: usize = 16;
+const STEPS_PER_SET: usize = 16;
 /// How many sagas each connection's steps belong to.
-const SAGAS: usize = 64;
+const SAGAS_PER_CONNECTION: usize = 64;
 /// How long each variant is measured.
-const TIME: Duration = Duration::from_secs(5);
+const MEASURED_FOR: Duration = Duration::from_secs(5);
 
 /// The yardstick, in steps a second.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Steps {
     /// Steps a second with one step a transaction.
     pub singly: f64,
-    /// Steps a second in sets of `SET`.
+    /// Steps a second in sets of `STEPS_PER_SET`.
     pub in_sets: f64,
 }
 
 /// Measures both variants.
 pub async fn run(machine: &Machine, args: &SagaArgs, progress: &Progress) -> anyhow::Result<Steps> {
     let database = Database::create(machine, "steps", &[messaging_migrations()]).await?;
-    let pool = database.pool(CONNECTIONS).await?;
+    let pool = database.pool(OPEN_CONNECTIONS).await?;
     sqlx::raw_sql(
         "create table step_saga (id uuid primary key, step integer not null, state jsonb not null) with (fillfactor = 60);
          select inbox_add_partitions(interval '1 day')",
     )
     .execute(&pool)
     .await?;
-    let time = TIME.min(Duration::from_secs(args.seconds));
+    let time = MEASURED_FOR.min(Duration::from_secs(args.seconds));
     progress.step(format!("bare step-transactions, one by one, for {} s", time.as_secs()));
     let singly = rate(&pool, 1, time).await?;
-    progress.step(format!("bare step-transactions in sets of {SET} for {} s", time.as_secs()));
-    let in_sets = rate(&pool, SET, time).await?;
+    progress.step(format!("bare step-transactions in sets of {STEPS_PER_SET} for {} s", time.as_secs()));
+    let in_sets = rate(&pool, STEPS_PER_SET, time).await?;
     pool.close().await;
     database.drop(machine).await?;
-    progress.done(format!("bare step-transactions: {singly:.0}/s one by one, {in_sets:.0}/s in sets of {SET}"));
+    progress
+        .done(format!("bare step-transactions: {singly:.0}/s one by one, {in_sets:.0}/s in sets of {STEPS_PER_SET}"));
     Ok(Steps { singly, in_sets })
 }
 
 async fn rate(pool: &PgPool, set: usize, time: Duration) -> anyhow::Result<f64> {
     let start = Instant::now();
     let mut workers = tokio::task::JoinSet::new();
-    for _ in 0..CONNECTIONS {
+    for _ in 0..OPEN_CONNECTIONS {
         workers.spawn(work(pool.clone(), set, start + time));
     }
     let mut steps: u32 = 0;
@@ -66,13 +67,13 @@ async fn rate(pool: &PgPool, set: usize, time: Duration) -> anyhow::Result<f64> 
 
 async fn work(pool: PgPool, set: usize, until: Instant) -> anyhow::Result<u32> {
     let mut connection = pool.acquire().await?;
-    let sagas: Vec<Uuid> = (0..SAGAS).map(|_| Uuid::now_v7()).collect();
+    let sagas: Vec<Uuid> = (0..SAGAS_PER_CONNECTION).map(|_| Uuid::now_v7()).collect();
     sqlx::query("insert into step_saga select id, 0, '{}' from unnest($1::uuid[]) as s (id)")
         .bind(&sagas)
         .execute(&mut *connection)
         .await?;
     let mut steps = 0;
-    for at in (0..SAGAS).step_by(set).cycle() {
+    for at in (0..SAGAS_PER_CONNECTION).step_by(set).cycle() {
         if Instant::now() >= until {
             break;
         }

@@ -11,12 +11,12 @@ use rdkafka::{
 use std::time::Duration;
 
 /// How long the broker may take for each request.
-const PATIENCE: Duration = Duration::from_secs(30);
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// Creates topics; those that exist are deleted first.
 pub async fn create(brokers: &str, names: &[String], partitions: i32) -> anyhow::Result<()> {
     let admin: AdminClient<DefaultClientContext> = ClientConfig::new().set("bootstrap.servers", brokers).create()?;
-    let options = AdminOptions::new().operation_timeout(Some(PATIENCE));
+    let options = AdminOptions::new().operation_timeout(Some(ANSWER_MAX));
     let all: Vec<&str> = names.iter().map(String::as_str).collect();
     for deleted in admin.delete_topics(&all, &options).await? {
         match deleted {
@@ -24,7 +24,7 @@ pub async fn create(brokers: &str, names: &[String], partitions: i32) -> anyhow:
             Err((topic, code)) => anyhow::bail!("topic {topic} cannot be deleted: {code}"),
         }
     }
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let deadline = tokio::time::Instant::now() + ANSWER_MAX;
     for name in names {
         loop {
             let new = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
@@ -52,10 +52,10 @@ pub async fn messages(brokers: &str, names: &[String]) -> anyhow::Result<Vec<i64
 }
 
 fn count(consumer: &BaseConsumer, topic: &str) -> anyhow::Result<i64> {
-    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
+    let metadata = consumer.fetch_metadata(Some(topic), ANSWER_MAX)?;
     let mut sum = 0;
     for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
-        let (low, high) = consumer.fetch_watermarks(topic, partition.id(), PATIENCE)?;
+        let (low, high) = consumer.fetch_watermarks(topic, partition.id(), ANSWER_MAX)?;
         sum += high - low;
     }
     Ok(sum)

@@ -3,7 +3,7 @@
 //! The names are saga-core's (`testkit::failpoints` lists them). A process arms them from its environment, and its log
 //! holds which fired. Only that counts: a process may end, and work may be done, without it.
 
-use crate::platform::{Platform, SETTLED};
+use crate::platform::{Platform, SETTLED_WITHIN};
 use saga_core::testkit::{eventually, failpoints::FIRES};
 use serde_json::Value;
 use stack::{platform::Running, service::Service};
@@ -15,7 +15,7 @@ use std::{
 };
 
 /// How long a process may take to come to the edge, as often as it is to go wrong there.
-const REACHED: Duration = SETTLED;
+const REACHED_WITHIN: Duration = SETTLED_WITHIN;
 
 /// The faults that an edge can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,7 +105,7 @@ impl Platform {
     }
 
     async fn dies(&self, running: &Running, armed: &str) {
-        let died = tokio::time::timeout(REACHED, running.process.wait()).await;
+        let died = tokio::time::timeout(REACHED_WITHIN, running.process.wait()).await;
         let service = running.service;
         assert!(died.is_ok(), "{service} did not die at {armed}; were the binaries built with --workspace?");
         running.start_again().await.unwrap_or_else(|error| panic!("{service} does not come back: {error}"));
@@ -114,9 +114,9 @@ impl Platform {
     /// Waits until the edge went wrong as often as it is to.
     async fn fires(&self, running: &Running, edge: &Edge, since: u64) {
         let fired = || edge.fired(running.process.log(), since).expect("the log can be read");
-        let all = eventually(REACHED * 2, || async { (fired() >= edge.times()).then_some(()) });
+        let all = eventually(REACHED_WITHIN * 2, || async { (fired() >= edge.times()).then_some(()) });
         // The wait has a bound of its own, because its error can name the edge.
-        let reached = tokio::time::timeout(REACHED, all).await;
+        let reached = tokio::time::timeout(REACHED_WITHIN, all).await;
         let (service, armed, times) = (edge.service, edge.armed(), fired());
         assert!(reached.is_ok(), "{service}: {armed} fired {times} times; were the binaries built with --workspace?");
         (0..times).for_each(|_| self.fault_fired(&edge.name));
@@ -126,7 +126,7 @@ impl Platform {
     pub async fn all_ready(&self) {
         for service in Service::ALL {
             let url = self.admin(service, "/health");
-            eventually(REACHED * 2, || async { stack::platform::asked(&self.http, &url).await.ok() }).await;
+            eventually(REACHED_WITHIN * 2, || async { stack::platform::asked(&self.http, &url).await.ok() }).await;
         }
     }
 }

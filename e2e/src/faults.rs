@@ -1,6 +1,6 @@
 //! Chance with a seed, processes that die at moments that it picks, time that flies, and a provider that gets well.
 
-use crate::platform::{Platform, SETTLED};
+use crate::platform::{Platform, SETTLED_WITHIN};
 use saga_core::testkit::{eventually, time_passes};
 use stack::service::Service;
 use std::time::Duration;
@@ -72,9 +72,9 @@ impl Platform {
     /// Lets every pause of the engine and of the provider's callers be over, again and again, until `done`.
     ///
     /// # Panics
-    /// When that takes longer than [`SETTLED`].
+    /// When that takes longer than [`SETTLED_WITHIN`].
     pub async fn time_flies_until(&self, done: impl AsyncFn() -> bool) {
-        eventually(SETTLED, || async {
+        eventually(SETTLED_WITHIN, || async {
             time_passes(&self.orders).await;
             let mut payments = self.database("payments").await;
             let soon =

@@ -3,7 +3,7 @@
 use crate::{faults::Chance, orders::Wish, platform::Platform};
 
 /// How many customers there are at a time.
-pub const CUSTOMERS: usize = 12;
+pub const CUSTOMERS_AT_ONCE: usize = 12;
 
 /// Places orders of every kind, by many customers at once, until all are placed.
 ///
@@ -34,7 +34,7 @@ pub async fn load(platform: &Platform, orders: usize, mut chance: Chance) {
         (wish.paid_with(chance.pick::<&str>(&tokens)), chance.below(8) == 0)
     });
     let wishes: Vec<_> = wishes.collect();
-    let each = wishes.chunks(orders.div_ceil(CUSTOMERS));
+    let each = wishes.chunks(orders.div_ceil(CUSTOMERS_AT_ONCE));
     let customers = each.map(async |wishes| {
         for (wish, regrets) in wishes {
             let order = platform.place(wish).await;

@@ -2,7 +2,7 @@
 
 use crate::{
     audit::{Answer, Request},
-    platform::{Platform, SETTLED},
+    platform::{Platform, SETTLED_WITHIN},
 };
 use contracts::topics::PAYMENTS_COMMANDS;
 use saga_core::testkit::{eventually, unique, within};
@@ -12,7 +12,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 /// How long a customer repeats a request that got no answer.
-const PATIENCE: Duration = Duration::from_secs(60);
+const REPEATED_FOR: Duration = Duration::from_secs(60);
 
 /// An order to be placed.
 #[derive(Debug, Clone)]
@@ -72,7 +72,7 @@ impl Platform {
             let delivery = json!({ "delta": pieces, "reason": "first delivery" });
             self.insists(&format!("{url}/{sku}/adjustments"), &unique("delivery"), &delivery).await;
         }
-        eventually(SETTLED, || async {
+        eventually(SETTLED_WITHIN, || async {
             let known = sqlx::query_scalar("select exists (select from catalogue where sku = $1)").bind(&sku);
             known.fetch_one(&self.orders).await.unwrap_or(false).then_some(())
         })
@@ -82,7 +82,7 @@ impl Platform {
 
     /// Repeats a request under one key until it succeeds: the service may be down.
     async fn insists(&self, url: &str, key: &str, body: &Value) {
-        eventually(PATIENCE, || async {
+        eventually(REPEATED_FOR, || async {
             let answer = self.http.post(url).header("idempotency-key", key).json(body).send().await.ok()?;
             let status = answer.status();
             assert!(!status.is_client_error() || matches!(status.as_u16(), 408 | 409 | 429), "{status}");
@@ -110,7 +110,7 @@ impl Platform {
     /// Places an order, and notes the answer for the audit.
     pub async fn ask(&self, wish: &Wish) -> Answer {
         let key = unique("order");
-        let answered = within(PATIENCE, || async {
+        let answered = within(REPEATED_FOR, || async {
             match self.ask_once(wish, &key).await {
                 // The request is in flight, or something is out of order: the same request again brings the answer.
                 unsure @ (Answer::Unknown | Answer::Refused(409 | 500..=599)) => Err(unsure),
@@ -153,7 +153,7 @@ impl Platform {
 
     /// Waits until the order is confirmed or cancelled; returns its status, and why it was cancelled.
     pub async fn end_of(&self, order: Uuid) -> (String, Option<String>) {
-        eventually(SETTLED, || async {
+        eventually(SETTLED_WITHIN, || async {
             let order = self.order(order).await?;
             let status = order["status"].as_str()?;
             let reason = order["reason"].as_str().map(str::to_owned);
@@ -174,7 +174,7 @@ impl Platform {
     /// When the inspection does not know the saga.
     pub async fn saga(&self, order: Uuid) -> Value {
         let url = self.admin(Service::Orders, &format!("/v1/sagas/{order}"));
-        eventually(SETTLED, || async {
+        eventually(SETTLED_WITHIN, || async {
             let answer = self.http.get(&url).send().await.ok()?;
             answer.status().is_success().then_some(())?;
             answer.json().await.ok()
@@ -198,7 +198,7 @@ impl Platform {
     /// The pieces of an item: (on hand, reserved).
     pub async fn stock_of(&self, sku: &str) -> (i64, i64) {
         let url = format!("{}/v1/items/{sku}", self.stack.url(Service::Inventory));
-        eventually(SETTLED, || async {
+        eventually(SETTLED_WITHIN, || async {
             let item: Value = self.http.get(&url).send().await.ok()?.json().await.ok()?;
             Some((item["on_hand"].as_i64()?, item["reserved"].as_i64()?))
         })

@@ -36,7 +36,7 @@ use uuid::Uuid;
 
 /// How long a saga may take until it has ended, with everything that a test does to it. Retries and claims run out in
 /// seconds, consumers come back in seconds, and all of it shares two cores.
-pub const SETTLED: Duration = Duration::from_secs(90);
+pub const SETTLED_WITHIN: Duration = Duration::from_secs(90);
 /// How long the rest may take after the sagas' end: the last records are published and taken, the last offsets
 /// committed.
 const AT_REST: Duration = Duration::from_secs(30);
@@ -230,16 +230,16 @@ impl Platform {
     /// Waits until every saga has ended, or is stuck where that is expected.
     ///
     /// # Panics
-    /// When that takes longer than [`SETTLED`]; the panic names the sagas that did not end, and their states.
+    /// When that takes longer than [`SETTLED_WITHIN`]; the panic names the sagas that did not end, and their states.
     pub async fn settles(&self) {
-        let settled = within(SETTLED, || async {
+        let settled = within(SETTLED_WITHIN, || async {
             match self.open_sagas().await {
                 Ok(open) if open.is_empty() => Ok(()),
                 open => Err(open),
             }
         });
         let logs = self.stack.logs().display();
-        settled.await.unwrap_or_else(|open| panic!("after {SETTLED:?}: {open:#?} (logs: {logs})"));
+        settled.await.unwrap_or_else(|open| panic!("after {SETTLED_WITHIN:?}: {open:#?} (logs: {logs})"));
     }
 
     async fn open_sagas(&self) -> sqlx::Result<Vec<(Uuid, String, Value)>> {

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 /// How long the broker may take for each question.
-const PATIENCE: Duration = Duration::from_secs(30);
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// The consumer groups, each with the topic that it reads.
 pub const GROUPS: [(&str, &str); 4] = [
@@ -86,7 +86,7 @@ fn consumer(brokers: &str, group: &str) -> Result<BaseConsumer> {
 
 fn read_all_blocking(brokers: &str) -> Result<Vec<RecordFact>> {
     let consumer = consumer(brokers, "e2e")?;
-    let metadata = consumer.fetch_metadata(None, PATIENCE).context("the broker does not tell its topics")?;
+    let metadata = consumer.fetch_metadata(None, ANSWER_MAX).context("the broker does not tell its topics")?;
     let topics: Vec<_> = metadata.topics().iter().map(|topic| topic.name().to_owned()).collect();
     let ours: Vec<_> = topics.into_iter().filter(|name| !name.starts_with("__")).collect();
     read_topics(&consumer, &ours)
@@ -97,7 +97,7 @@ fn read_topics(consumer: &BaseConsumer, topics: &[String]) -> Result<Vec<RecordF
     let mut open = BTreeMap::new();
     for topic in topics {
         for partition in partitions(consumer, topic)? {
-            let (low, high) = consumer.fetch_watermarks(topic, partition, PATIENCE)?;
+            let (low, high) = consumer.fetch_watermarks(topic, partition, ANSWER_MAX)?;
             if high > low {
                 positions.add_partition_offset(topic, partition, Offset::Beginning)?;
                 open.insert((topic.clone(), partition), high);
@@ -108,7 +108,7 @@ fn read_topics(consumer: &BaseConsumer, topics: &[String]) -> Result<Vec<RecordF
     let mut records = Vec::new();
     let started = Instant::now();
     while !open.is_empty() {
-        ensure!(started.elapsed() < PATIENCE, "reading {open:?} to their ends took longer than {PATIENCE:?}");
+        ensure!(started.elapsed() < ANSWER_MAX, "reading {open:?} to their ends took longer than {ANSWER_MAX:?}");
         match consumer.poll(Duration::from_millis(100)) {
             Some(Ok(message)) => {
                 let record = own(&message);
@@ -133,13 +133,13 @@ fn read_topics(consumer: &BaseConsumer, topics: &[String]) -> Result<Vec<RecordF
 /// Whether the reader is at a partition's end. The library's event of it names no topic; the reader's position shows
 /// it.
 fn ended(consumer: &BaseConsumer, (topic, partition): &(String, i32)) -> bool {
-    let high = consumer.fetch_watermarks(topic, *partition, PATIENCE).map(|(_, high)| high);
+    let high = consumer.fetch_watermarks(topic, *partition, ANSWER_MAX).map(|(_, high)| high);
     let position = consumer.position().ok().and_then(|all| all.find_partition(topic, *partition).map(|p| p.offset()));
     matches!((position, high), (Some(Offset::Offset(at)), Ok(high)) if at >= high)
 }
 
 fn partitions(consumer: &BaseConsumer, topic: &str) -> Result<Vec<i32>> {
-    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE)?;
+    let metadata = consumer.fetch_metadata(Some(topic), ANSWER_MAX)?;
     Ok(metadata.topics().iter().flat_map(|topic| topic.partitions()).map(|partition| partition.id()).collect())
 }
 
@@ -167,9 +167,9 @@ pub async fn lag(brokers: &str) -> Result<Vec<(String, String, i32, i64)>> {
             for partition in partitions(&consumer, topic)? {
                 asked.add_partition(topic, partition);
             }
-            let committed = consumer.committed_offsets(asked, PATIENCE)?;
+            let committed = consumer.committed_offsets(asked, ANSWER_MAX)?;
             for place in committed.elements() {
-                let (low, high) = consumer.fetch_watermarks(topic, place.partition(), PATIENCE)?;
+                let (low, high) = consumer.fetch_watermarks(topic, place.partition(), ANSWER_MAX)?;
                 let taken = if let Offset::Offset(taken) = place.offset() { taken } else { low };
                 lag.push((group.to_owned(), topic.to_owned(), place.partition(), high - taken));
             }
@@ -203,7 +203,7 @@ pub async fn write(brokers: &str, record: &RecordFact) -> Result<()> {
     outgoing.partition = (record.partition >= 0).then_some(record.partition);
     outgoing.key = record.key.as_deref();
     outgoing.payload = record.value.as_deref();
-    producer.send(outgoing, PATIENCE).await.map_err(|(error, _)| error).context("writing a record")?;
+    producer.send(outgoing, ANSWER_MAX).await.map_err(|(error, _)| error).context("writing a record")?;
     Ok(())
 }
 
@@ -282,7 +282,7 @@ fn positions_at_end(brokers: &str, topics: &[String]) -> Result<TopicPartitionLi
     let mut positions = TopicPartitionList::new();
     for topic in topics {
         for partition in partitions(&consumer, topic)? {
-            let (_, high) = consumer.fetch_watermarks(topic, partition, PATIENCE)?;
+            let (_, high) = consumer.fetch_watermarks(topic, partition, ANSWER_MAX)?;
             positions.add_partition_offset(topic, partition, Offset::Offset(high))?;
         }
     }

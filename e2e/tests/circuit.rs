@@ -2,7 +2,7 @@
 
 use e2e::{
     orders::Wish,
-    platform::{Platform, SETTLED, alone},
+    platform::{Platform, SETTLED_WITHIN, alone},
 };
 use futures::future::join_all;
 use saga_core::testkit::{eventually, size};
@@ -69,7 +69,7 @@ fn a_provider_that_is_away_is_waited_for_and_calls_not_made_count_nothing() {
         gateway.process.kill();
         let orders = join_all((0..12).map(async |_| platform.place(&Wish::of(&sku, 1)).await)).await;
         let gauge = async |name: &str| platform.gauge(Service::Payments, name).await;
-        eventually(SETTLED, || async { (gauge("gateway_circuit_open").await == 1.0).then_some(()) }).await;
+        eventually(SETTLED_WITHIN, || async { (gauge("gateway_circuit_open").await == 1.0).then_some(()) }).await;
         let not_made = gauge("gateway_calls_not_made_total").await;
         let attempts = async || -> i64 {
             sqlx::query_scalar("select sum(attempts)::int8 from participant_intent")
@@ -78,7 +78,7 @@ fn a_provider_that_is_away_is_waited_for_and_calls_not_made_count_nothing() {
                 .expect("the intents can be read")
         };
         let before = attempts().await;
-        eventually(SETTLED, || async {
+        eventually(SETTLED_WITHIN, || async {
             (gauge("gateway_calls_not_made_total").await >= not_made + 50.0).then_some(())
         })
         .await;
@@ -88,6 +88,6 @@ fn a_provider_that_is_away_is_waited_for_and_calls_not_made_count_nothing() {
         for order in orders {
             assert_eq!(platform.outcome(order).await, "confirmed");
         }
-        eventually(SETTLED, || async { (gauge("gateway_circuit_open").await == 0.0).then_some(()) }).await;
+        eventually(SETTLED_WITHIN, || async { (gauge("gateway_circuit_open").await == 0.0).then_some(()) }).await;
     });
 }

@@ -34,9 +34,9 @@ pub const MAX_WAITS: usize = 256;
 /// The most streams and waits at once for one order: its customer's pages, and some of the shop's.
 pub const MAX_OF_ONE: usize = 64;
 /// How long another replica's change may go unseen.
-const TURN: Duration = Duration::from_millis(50);
+const TURN_EVERY: Duration = Duration::from_millis(50);
 /// The shortest time between two turns, so that a busy engine's commits do not become as many queries.
-const SHORTEST_TURN: Duration = Duration::from_millis(5);
+const TURN_MIN: Duration = Duration::from_millis(5);
 /// How long a turn that failed keeps the next one away.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
@@ -201,7 +201,7 @@ impl LiveOrders {
                 Ok(_) if self.lock().orders.is_empty() => None,
                 Ok(_) => {
                     failing = false;
-                    Some((SHORTEST_TURN, TURN))
+                    Some((TURN_MIN, TURN_EVERY))
                 }
                 Err(error) => {
                     if !failing {

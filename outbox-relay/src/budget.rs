@@ -11,36 +11,36 @@
 //! may be too large for an area, while the rest has no room for it. Then it waits for the one place for large rows; a
 //! row in that place waits for Kafka only. A row that is larger than that place exceeds the budget alone.
 
-use crate::row::{INLINE_BYTES, OVERHEAD};
+use crate::row::{INLINE_BYTES, OVERHEAD_BYTES};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 /// Bytes that a stream can always take at once when it holds no others: some hundred small rows, or one that comes with
 /// its page.
-pub(crate) const LEAST: usize = 2 << 20;
+pub(crate) const LEAST_BYTES: usize = 2 << 20;
 /// A stream's own area: for rows that are read, and for what these still lack.
-const AREA: usize = 2 * LEAST;
+const AREA_BYTES: usize = 2 * LEAST_BYTES;
 /// The place for one row that is too large for an area.
-const LARGE: usize = 16 << 20;
+const LARGE_ROW_BYTES: usize = 16 << 20;
 /// Topics of one outbox that are set apart and publish at once; others wait for their turn. Each has a producer, with
 /// threads of its own.
 const TOPICS_AT_ONCE: usize = 8;
 /// Streams of one outbox: the main stream, the retries, and topics that are set apart.
-const STREAMS: usize = TOPICS_AT_ONCE + 2;
+const STREAMS_PER_OUTBOX: usize = TOPICS_AT_ONCE + 2;
 /// The default budget; where there are many outboxes, at least the second value for each.
-const DEFAULT: usize = 256 << 20;
-const DEFAULT_OF_ONE: usize = 64 << 20;
+const DEFAULT_BYTES: usize = 256 << 20;
+const DEFAULT_BYTES_PER_OUTBOX: usize = 64 << 20;
 /// What a row takes at most that comes with its page.
-pub(crate) const ROW: usize = INLINE_BYTES + OVERHEAD;
+pub(crate) const ROW_BYTES_MAX: usize = INLINE_BYTES + OVERHEAD_BYTES;
 
 /// The least budget for so many outboxes: without a common rest.
 pub const fn least(outboxes: usize) -> usize {
-    LARGE + outboxes * STREAMS * AREA
+    LARGE_ROW_BYTES + outboxes * STREAMS_PER_OUTBOX * AREA_BYTES
 }
 
 /// The default budget for so many outboxes.
 pub fn default(outboxes: usize) -> usize {
-    DEFAULT.max(DEFAULT_OF_ONE * outboxes)
+    DEFAULT_BYTES.max(DEFAULT_BYTES_PER_OUTBOX * outboxes)
 }
 
 /// The budget of a process.
@@ -154,7 +154,7 @@ impl Area {
 
     fn try_own(self: &Arc<Self>, bytes: usize) -> Option<Held> {
         let (mut now, mut mine) = (self.budget.now(), self.mine());
-        if mine.own + bytes > AREA {
+        if mine.own + bytes > AREA_BYTES {
             return None;
         }
         mine.own += bytes;
@@ -165,7 +165,7 @@ impl Area {
     /// Takes room for `most` bytes in the common rest, or for `least` as soon as the stream's own rows leave it. One
     /// part of the stream waits here at a time.
     pub(crate) async fn take(self: &Arc<Self>, most: usize, least: usize) -> Held {
-        if least > LEAST {
+        if least > LEAST_BYTES {
             return self.take_alone(least).await;
         }
         loop {
@@ -297,14 +297,14 @@ mod tests {
     #[tokio::test]
     async fn a_stream_waits_for_its_own_rows_only_whatever_others_hold() {
         let (_, areas) = areas(0);
-        let others = [areas.retries.take(MIB, LEAST).await, areas.retries.take(MIB, LEAST).await];
-        let mine = [areas.main.take(MIB, LEAST).await, areas.main.take(MIB, LEAST).await];
-        let mut more = Box::pin(areas.main.take(MIB, LEAST));
+        let others = [areas.retries.take(MIB, LEAST_BYTES).await, areas.retries.take(MIB, LEAST_BYTES).await];
+        let mine = [areas.main.take(MIB, LEAST_BYTES).await, areas.main.take(MIB, LEAST_BYTES).await];
+        let mut more = Box::pin(areas.main.take(MIB, LEAST_BYTES));
         assert!(more.as_mut().now_or_never().is_none() && areas.main.is_full());
         drop(others);
         assert!(more.as_mut().now_or_never().is_none());
         drop(mine);
-        assert_eq!(more.now_or_never().unwrap().bytes(), LEAST);
+        assert_eq!(more.now_or_never().unwrap().bytes(), LEAST_BYTES);
         assert!(!areas.main.is_full());
     }
 
@@ -328,7 +328,7 @@ mod tests {
             turns.push(areas.topic().await);
         }
         let area = turns.pop().unwrap();
-        let mut held = area.take(20 * MIB, LEAST).await;
+        let mut held = area.take(20 * MIB, LEAST_BYTES).await;
         held.keep(8 * MIB);
         let mut page = held.split(3 * MIB);
         page.join(area.take(MIB, MIB).await);

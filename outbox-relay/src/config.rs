@@ -2,7 +2,10 @@
 
 use crate::{
     budget,
-    settings::{COMPRESSION, LEASE, OutboxSettings, READING, RESOLVED_KEPT, SET_APART_FOR, STUCK_AFTER, Settings},
+    settings::{
+        COMPRESSION, DEFAULT_LEASE, DEFAULT_READING, OutboxSettings, RESOLVED_KEPT, SET_APART_FOR, STUCK_AFTER,
+        Settings,
+    },
 };
 use clap::{Args, Parser, Subcommand};
 use saga_core::service::{
@@ -137,7 +140,8 @@ impl RelayArgs {
         let outboxes = read_outboxes(Secret::given(self.outboxes.as_ref()).unwrap_or_default(), &mut errors);
         // A relay needs nothing else of the Kafka settings: it makes no topics and consumes none.
         let kafka = KafkaArgs { kafka_brokers: self.kafka_brokers.clone(), ..KafkaArgs::default() }.read(&mut errors);
-        let lease = seconds("LEASE_SECONDS", self.lease_seconds.as_deref(), (LEAST_LEASE_SECONDS, LEASE), &mut errors);
+        let lease =
+            seconds("LEASE_SECONDS", self.lease_seconds.as_deref(), (LEAST_LEASE_SECONDS, DEFAULT_LEASE), &mut errors);
         let stuck = self.stuck_after_seconds.as_deref();
         let stuck_after = seconds("STUCK_AFTER_SECONDS", stuck, (1, STUCK_AFTER), &mut errors);
         let set_apart = self.set_apart_seconds.as_deref();
@@ -162,7 +166,7 @@ impl RelayArgs {
                 from_now: from_now?,
                 publish_again: publish_again?,
                 lease: lease?,
-                reading: READING,
+                reading: DEFAULT_READING,
                 resolved_kept: RESOLVED_KEPT,
                 stuck_after: stuck_after?,
                 set_apart_for: set_apart_for?,

@@ -27,7 +27,7 @@ use tokio::{
 use tracing::{debug, info};
 
 /// The pause between two looks; an operator waits at most this long for an effect.
-const LOOK: Duration = Duration::from_millis(250);
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// How often the relay asks the brokers about a topic that is not there.
 const ASK_MISSING: Duration = Duration::from_secs(1);
 /// How often it asks about a topic that is there but may not be written to: each try costs a producer.
@@ -35,7 +35,7 @@ const ASK_FORBIDDEN: Duration = Duration::from_secs(30);
 /// How often it asks about a topic whose rows no broker takes.
 const ASK_LEADERLESS: Duration = Duration::from_secs(2);
 /// Up to so many missing topics the relay asks about one by one; for more, it asks for the names of all topics.
-const FEW: usize = 8;
+const FEW_TOPICS: usize = 8;
 
 /// What operators and brokers want of the owner now.
 #[derive(Debug, Default, PartialEq)]
@@ -125,7 +125,7 @@ pub(crate) async fn run(
         asked.retain(|topic, _| control.paused.contains_key(topic));
         set_apart.show(outbox, &control);
         let missing = control.paused.values().filter(|paused| paused.cause == PauseCause::Missing && !paused.resuming);
-        let named = if missing.count() > FEW { topics.named().await } else { None };
+        let named = if missing.count() > FEW_TOPICS { topics.named().await } else { None };
         for paused in control.paused.values().filter(|paused| !paused.resuming) {
             let every = match paused.cause {
                 PauseCause::Operator | PauseCause::Refusing => continue,
@@ -160,7 +160,7 @@ pub(crate) async fn run(
                 Err(error) => debug!(outbox, topic = paused.topic, %error, "asking about a paused topic"),
             }
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 

@@ -27,11 +27,11 @@ use std::{
 };
 
 /// A connection that was in use within this time is given out without a ping.
-const TRUSTED: Duration = Duration::from_millis(500);
+const TRUSTED_FOR: Duration = Duration::from_millis(500);
 /// A ping takes one round trip, so it has only this part of a conversation's time: several connections may be silent.
-const PING: u32 = 8;
+const PING_PART: u32 = 8;
 /// A server that has ended a statement answers within this.
-const ANSWER: Duration = Duration::from_millis(250);
+const ENDED_WITHIN: Duration = Duration::from_millis(250);
 
 /// Whether the error means that the service has not made its tables yet.
 pub(crate) fn is_missing(error: &sqlx::Error) -> bool {
@@ -64,14 +64,14 @@ impl Database {
         longest: Duration,
     ) -> Self {
         let options = options.options([("statement_timeout", longest.as_millis().to_string())]);
-        let ping = patience / PING;
+        let ping = patience / PING_PART;
         let pool = PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(patience)
             .test_before_acquire(false)
             .before_acquire(move |connection, use_| {
                 Box::pin(async move {
-                    if use_.idle_for > TRUSTED {
+                    if use_.idle_for > TRUSTED_FOR {
                         Bound::new(ping).within(connection.ping()).await?;
                     }
                     Ok::<_, sqlx::Error>(true)
@@ -83,7 +83,7 @@ impl Database {
             })
             .connect_lazy_with(options);
         let full = Outage::of_pool(&pool);
-        Self { pool, full, patience, ends: longest + ANSWER }
+        Self { pool, full, patience, ends: longest + ENDED_WITHIN }
     }
 
     /// Takes a connection, for one conversation or several.

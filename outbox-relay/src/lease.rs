@@ -15,10 +15,10 @@ use uuid::Uuid;
 
 /// The part of a lease that its owner leaves unused: it stops producing that long before the end, so that what is on
 /// its way has landed when the next owner starts.
-const UNUSED: u32 = 5;
+const UNUSED_PART: u32 = 5;
 /// The part of a lease that one try to take or renew it may take. If its connection falls silent, time is left for
 /// another try over a new one.
-const TRY: u32 = 5;
+const TRY_PART: u32 = 5;
 
 /// Where leases are taken: a connection that nothing else can keep busy.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub(crate) struct Leases {
 
 impl Leases {
     pub(crate) fn new(options: PgConnectOptions, length: Duration) -> Self {
-        let db = Database::new(options, 1, length / TRY);
+        let db = Database::new(options, 1, length / TRY_PART);
         let outage = db.outage();
         Self { db, length, clock: DatabaseClock::of(outage.dependency()), outage }
     }
@@ -107,7 +107,7 @@ impl Lease {
             return Ok(None);
         }
         let owner = Uuid::new_v4();
-        let ends = Instant::from_std(saga_core::clock::monotonic()) + length - length / UNUSED;
+        let ends = Instant::from_std(saga_core::clock::monotonic()) + length - length / UNUSED_PART;
         let statement = sqlx::query(
             "insert into outbox_lease as lease (outbox, owner, holder, acquired_at, renewed_at, expires_at)
              values ($1, $2, $3, clock_timestamp(), clock_timestamp(), clock_timestamp() + $4)
@@ -143,7 +143,7 @@ impl Lease {
             }
             match tokio::time::timeout_at(ends, self.renew(leases)).await {
                 Ok(Ok(true)) => {
-                    self.ends.send_replace(asked + self.length - self.length / UNUSED);
+                    self.ends.send_replace(asked + self.length - self.length / UNUSED_PART);
                     pause = self.length / 3;
                     continue;
                 }

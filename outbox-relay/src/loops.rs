@@ -19,7 +19,7 @@ pub(crate) const RETRIES: &str = "parked rows that are tried again";
 pub(crate) const WANTED: &str = "what operators want";
 
 /// How many waiting topics a reason names; more of them would add nothing.
-const NAMED: usize = 8;
+const NAMED_MAX: usize = 8;
 
 /// The loops of one outbox that have failed and not got further since. Metric: `outage{dependency}`.
 #[derive(Debug)]
@@ -90,7 +90,7 @@ impl Loops {
     /// The trouble now: loops first, then the topics whose rows wait.
     pub(crate) fn issue(&self, clock: &DatabaseClock) -> Option<HealthIssue> {
         let failing: Vec<HealthIssue> = self.failing_loops().values().filter_map(|outage| outage.issue()).collect();
-        let waiting = self.waiting().iter().take(NAMED).map(|paused| paused.issue(clock)).collect::<Vec<_>>();
+        let waiting = self.waiting().iter().take(NAMED_MAX).map(|paused| paused.issue(clock)).collect::<Vec<_>>();
         HealthIssue::all(failing.into_iter().chain(waiting))
     }
 }

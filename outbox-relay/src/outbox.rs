@@ -23,15 +23,15 @@ use std::{
 };
 
 /// Connections for the recorder, control, session, retry, and a few for the topics that are set apart.
-const CONNECTIONS: u32 = 7;
+const OWNER_CONNECTIONS: u32 = 7;
 /// Connections for the reader, the gauges, and two for the topics that are set apart.
 const READING_CONNECTIONS: u32 = 4;
 /// Connections for the admin endpoints, of their own, so that waiting requests keep nothing from being published.
 const ADMIN_CONNECTIONS: u32 = 4;
 /// The bound of an admin statement; an answer that takes longer costs the database more than it is worth.
-const ADMIN_STATEMENT: Duration = Duration::from_secs(5);
+const ADMIN_STATEMENT_MAX: Duration = Duration::from_secs(5);
 /// The bound of an admin conversation; a request may make several statements, and wait as long for a connection.
-const ADMIN_PATIENCE: Duration = Duration::from_secs(8);
+const ADMIN_CONNECTION_MAX: Duration = Duration::from_secs(8);
 /// The relay holds no lock for long. A longer wait is for another client's lock, which may last for hours.
 const ADMIN_LOCK: &str = "1s";
 /// Settings that decide how statements on the outbox are planned.
@@ -185,13 +185,13 @@ impl Outbox {
         };
         Ok(Self {
             name: outbox.name.clone(),
-            db: Database::new(options.clone(), CONNECTIONS, settings.lease),
+            db: Database::new(options.clone(), OWNER_CONNECTIONS, settings.lease),
             reading: Database::new(options.clone(), READING_CONNECTIONS, settings.reading),
             admin: Database::with_statements(
                 options.clone().options([("lock_timeout", ADMIN_LOCK)]),
                 ADMIN_CONNECTIONS,
-                ADMIN_PATIENCE,
-                ADMIN_STATEMENT,
+                ADMIN_CONNECTION_MAX,
+                ADMIN_STATEMENT_MAX,
             ),
             upkeep,
             outage: Outage::of(&format!("outbox {}", outbox.name)),

@@ -13,7 +13,7 @@ use sqlx::PgConnection;
 use time::OffsetDateTime;
 
 /// Up to this many rows are counted; more are estimated. The counting burdens a database that is behind already.
-const COUNTED: i64 = 100_000;
+const COUNTED_MAX: i64 = 100_000;
 
 /// How far behind an outbox is.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -61,7 +61,7 @@ async fn look(db: &mut PgConnection, outbox: &str, at: &Position) -> Result<Pend
         if let Some(left) = &paused.position {
             let (rows, oldest, looked_at) = left_behind(db, &paused.topic, left, at).await?;
             pending.rows += rows;
-            pending.exact &= looked_at < COUNTED;
+            pending.exact &= looked_at < COUNTED_MAX;
             pending.oldest = [pending.oldest, oldest].into_iter().flatten().min();
             pending.behind.push(Behind { paused, rows });
         }
@@ -99,7 +99,7 @@ async fn behind_id(db: &mut PgConnection, outbox: &str) -> Result<(i64, Option<O
                   limit $2) as pending",
     ))
     .bind(outbox)
-    .bind(COUNTED)
+    .bind(COUNTED_MAX)
     .fetch_one(db)
     .await
 }
@@ -147,11 +147,11 @@ async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending
     .bind(at.after)
     .bind(span.to.to_string())
     .bind(texts(at.target.running()))
-    .bind(COUNTED)
+    .bind(COUNTED_MAX)
     .bind(texts(&span.stragglers))
     .fetch_one(&mut *db)
     .await?;
-    let exact = rows < COUNTED;
+    let exact = rows < COUNTED_MAX;
     let rows = if exact { rows } else { rows.max(ids_behind(db, at.after).await?) };
     Ok(Pending { rows, exact, oldest, main: rows, ..Pending::default() })
 }
@@ -210,7 +210,7 @@ async fn left_behind(
     .bind(at.after)
     .bind(left.base.xmax().to_string())
     .bind(texts(left.base.running()))
-    .bind(COUNTED)
+    .bind(COUNTED_MAX)
     .fetch_one(db)
     .await?;
     Ok(found)

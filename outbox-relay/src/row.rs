@@ -20,7 +20,7 @@ pub(crate) const INLINE_BYTES: usize = PAYLOAD_INLINE + HEADERS_INLINE + 2 * KEY
 /// topic is known to take it.
 pub(crate) const READ_AHEAD_BYTES: usize = 1_048_588;
 /// The bytes that a row takes here, and in Kafka's client, beside its own.
-pub(crate) const OVERHEAD: usize = 512;
+pub(crate) const OVERHEAD_BYTES: usize = 512;
 /// The log line about a row that is gone when its body is read.
 pub(crate) const DELETED: &str = "the row was deleted from the outbox before it was published; it is left out";
 
@@ -224,12 +224,12 @@ impl Row {
 
     /// Bytes that the row takes with its body.
     pub(crate) fn cost(&self) -> usize {
-        self.bytes().saturating_add(OVERHEAD)
+        self.bytes().saturating_add(OVERHEAD_BYTES)
     }
 
     /// Bytes that the row takes as it came with its page.
     pub(crate) fn cost_as_read(&self) -> usize {
-        OVERHEAD + self.as_read
+        OVERHEAD_BYTES + self.as_read
     }
 
     /// Bytes that are still to be read with its page: its body, or the key where the body is read later.

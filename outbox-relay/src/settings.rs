@@ -7,11 +7,11 @@ use std::{fmt, time::Duration};
 
 /// The default length of a lease, after which a stand-by takes over from an owner that was killed. Longer than a long
 /// pause of a healthy process.
-pub const LEASE: Duration = Duration::from_secs(10);
+pub const DEFAULT_LEASE: Duration = Duration::from_secs(10);
 
 /// The default bound of a statement that reads the outbox. It reads a bounded number of rows, from a cold disk if need
 /// be.
-pub const READING: Duration = Duration::from_secs(30);
+pub const DEFAULT_READING: Duration = Duration::from_secs(30);
 
 /// How long resolved parked rows are kept by default, so that an operator can still see how each one ended.
 pub const RESOLVED_KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
@@ -78,8 +78,8 @@ impl Settings {
             kafka_brokers: kafka_brokers.into(),
             from_now: false,
             publish_again: false,
-            lease: LEASE,
-            reading: READING,
+            lease: DEFAULT_LEASE,
+            reading: DEFAULT_READING,
             resolved_kept: RESOLVED_KEPT,
             stuck_after: STUCK_AFTER,
             set_apart_for: SET_APART_FOR,

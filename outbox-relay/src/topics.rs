@@ -2,13 +2,12 @@
 //! may a record be.
 
 use rdkafka::{
-    ClientConfig, ClientContext,
-    admin::{AdminClient, AdminOptions, ResourceSpecifier},
+    admin::{AdminOptions, ResourceSpecifier},
     error::{KafkaError, RDKafkaErrorCode},
     metadata::MetadataPartition,
     util::Timeout,
 };
-use saga_core::clock;
+use saga_core::{brokers::Inquirer, clock};
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
@@ -16,7 +15,7 @@ use std::{
 };
 
 /// How long the brokers may take to answer; then the relay asks again.
-const PATIENCE: Duration = Duration::from_secs(3);
+const ANSWER_MAX: Duration = Duration::from_secs(3);
 
 /// How old the list of all topics' names may be.
 const NAMED_MAX: Duration = Duration::from_secs(1);
@@ -38,51 +37,37 @@ pub(crate) enum TopicState {
     Forbidden(String),
 }
 
-/// A client context that logs at debug level only: the caller knows what an error means.
-struct Quiet;
-
-impl ClientContext for Quiet {
-    fn error(&self, error: KafkaError, reason: &str) {
-        tracing::debug!(%error, reason, "kafka admin client");
-    }
-}
-
 /// The names of all topics, and when the brokers gave them.
 type Named = (Instant, Arc<HashSet<String>>);
 
 /// Asks the brokers about topics.
 #[derive(Clone)]
 pub(crate) struct Topics {
-    admin: Arc<AdminClient<Quiet>>,
+    brokers: Arc<Inquirer>,
     /// All topics that the brokers name, and when they did; `None` before the first answer.
     named: Arc<Mutex<Option<Named>>>,
 }
 
 impl Topics {
     pub(crate) fn new(brokers: &str) -> Result<Self, KafkaError> {
-        let admin = ClientConfig::new()
-            .set("bootstrap.servers", brokers)
-            .set("client.id", "outbox-relay")
-            // A question must not create a topic.
-            .set("allow.auto.create.topics", "false")
-            .create_with_context(Quiet)?;
-        Ok(Self { admin: Arc::new(admin), named: Arc::default() })
+        Ok(Self { brokers: Arc::new(Inquirer::new(brokers, "outbox-relay")?), named: Arc::default() })
     }
 
     /// Whether any broker answers.
     pub(crate) async fn reachable(&self) -> bool {
-        let admin = self.admin.clone();
-        let asked =
-            tokio::task::spawn_blocking(move || admin.inner().fetch_metadata(Some("outbox-relay-ping"), PATIENCE));
-        matches!(asked.await, Ok(Ok(_)))
+        self.brokers.ask(|client| client.fetch_metadata(Some("outbox-relay-ping"), ANSWER_MAX)).await.is_ok()
     }
 
     /// Asks about one topic; an error means that the brokers did not answer.
     pub(crate) async fn look(&self, topic: &str) -> Result<TopicState, KafkaError> {
-        let options = AdminOptions::new().request_timeout(Some(Timeout::After(PATIENCE)));
+        let options = AdminOptions::new().request_timeout(Some(Timeout::After(ANSWER_MAX)));
         // The metadata shows whether the brokers are away, or only withhold a topic's settings.
-        let described =
-            self.admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await.unwrap_or_default();
+        let described = self
+            .brokers
+            .client()
+            .describe_configs([&ResourceSpecifier::Topic(topic)], &options)
+            .await
+            .unwrap_or_default();
         let limit = described
             .first()
             .and_then(|config| config.as_ref().ok()?.get("max.message.bytes")?.value.as_deref()?.parse().ok());
@@ -107,34 +92,24 @@ impl Topics {
         if let Some((_, named)) = known.filter(|(at, _)| at.elapsed() < NAMED_MAX) {
             return Some(named);
         }
-        let admin = self.admin.clone();
-        let asked = tokio::task::spawn_blocking(move || {
-            let metadata = admin.inner().fetch_metadata(None, PATIENCE).ok()?;
-            Some(metadata.topics().iter().map(|topic| topic.name().to_owned()).collect::<HashSet<_>>())
-        });
-        let named = Arc::new(asked.await.ok()??);
+        let metadata = self.brokers.ask(|client| client.fetch_metadata(None, ANSWER_MAX)).await.ok()?;
+        let named = Arc::new(metadata.topics().iter().map(|topic| topic.name().to_owned()).collect::<HashSet<_>>());
         *self.named.lock().unwrap_or_else(PoisonError::into_inner) = Some((clock::monotonic(), named.clone()));
         Some(named)
     }
 
     /// Whether a partition of the topic has no leader, by the brokers' answer.
     pub(crate) async fn lacks_leader(&self, topic: &str) -> Result<bool, KafkaError> {
-        let (admin, name) = (self.admin.clone(), topic.to_owned());
-        let asked = tokio::task::spawn_blocking(move || {
-            let metadata = admin.inner().fetch_metadata(Some(&name), PATIENCE)?;
-            let lacks = |partition: &MetadataPartition| partition.leader() < 0;
-            Ok(metadata.topics().iter().any(|topic| topic.partitions().iter().any(lacks)))
-        });
-        asked.await.unwrap_or(Err(KafkaError::Canceled))
+        let name = topic.to_owned();
+        let metadata = self.brokers.ask(move |client| client.fetch_metadata(Some(&name), ANSWER_MAX)).await?;
+        let lacks = |partition: &MetadataPartition| partition.leader() < 0;
+        Ok(metadata.topics().iter().any(|topic| topic.partitions().iter().any(lacks)))
     }
 
     async fn look_without_configuration(&self, topic: &str) -> Result<TopicState, KafkaError> {
-        let (admin, name) = (self.admin.clone(), topic.to_owned());
-        let asked = tokio::task::spawn_blocking(move || {
-            let metadata = admin.inner().fetch_metadata(Some(&name), PATIENCE)?;
-            Ok::<_, KafkaError>(metadata.topics().first().and_then(|topic| topic.error()).map(RDKafkaErrorCode::from))
-        });
-        match asked.await.unwrap_or(Err(KafkaError::Canceled))? {
+        let name = topic.to_owned();
+        let metadata = self.brokers.ask(move |client| client.fetch_metadata(Some(&name), ANSWER_MAX)).await?;
+        match metadata.topics().first().and_then(|topic| topic.error()).map(RDKafkaErrorCode::from) {
             None => Ok(TopicState::Ready { max_message_bytes: UNKNOWN_LIMIT }),
             Some(RDKafkaErrorCode::UnknownTopicOrPartition) => {
                 Ok(TopicState::Missing(format!("the topic {topic:?} does not exist")))

@@ -16,16 +16,16 @@ use std::{sync::Arc, time::Duration};
 use tracing::info;
 
 /// How often the upkeep looks at partitions. One holds ten million rows, and a whole one is kept ahead.
-const EVERY: Duration = Duration::from_secs(30);
+const LOOK_EVERY: Duration = Duration::from_secs(30);
 /// The pause after a lock that could not be taken.
-const AGAIN: Duration = Duration::from_secs(3);
+const LOCKED_PAUSE: Duration = Duration::from_secs(3);
 /// The most calls that a partition takes: a check is added, validated, and used, and the ids go on in the partition.
-const STEPS: usize = 5;
+const STEPS_MAX: usize = 5;
 /// Half of a partition: with less ahead, the upkeep had time to make one and something is wrong.
 const LEAST_AHEAD: i64 = 5_000_000;
 /// The bound of a check's validation, which reads all of the overflow, however large; it blocks no other statement. All
 /// other statements are short.
-const VALIDATING: Duration = Duration::from_secs(3_600);
+const VALIDATION_MAX: Duration = Duration::from_secs(3_600);
 /// How many resolved rows one statement deletes: it holds their locks, and a discard may wait for one.
 const DELETED_AT_ONCE: i64 = 500;
 
@@ -52,7 +52,7 @@ impl Upkeep {
         Self {
             outbox: outbox.to_owned(),
             db: Database::new(options.clone(), 1, patience),
-            validating: Database::new(options, 1, VALIDATING),
+            validating: Database::new(options, 1, VALIDATION_MAX),
             resolved_kept: kept,
             outage: Outage::of(&format!("upkeep of {place}")),
         }
@@ -66,11 +66,11 @@ impl Upkeep {
                 // Other parts meet this error too, and report it.
                 Err(error) if is_outage(&error) || is_missing(&error) => {
                     metric::ids_ahead(&self.outbox, None);
-                    EVERY / 10
+                    LOOK_EVERY / 10
                 }
                 Err(error) => {
                     self.outage.failing(&error.to_string());
-                    AGAIN
+                    LOCKED_PAUSE
                 }
             };
             tokio::time::sleep(pause).await;
@@ -86,16 +86,16 @@ impl Upkeep {
         if ahead < LEAST_AHEAD || added.as_ref().is_err_and(|error| lock_wait(error).is_some()) {
             let blocking = self.db.ask(blocking).await?;
             self.outage.failing(&late(ahead, added.err(), &blocking));
-            return Ok(AGAIN);
+            return Ok(LOCKED_PAUSE);
         }
         added?;
         self.delete_resolved().await?;
         self.outage.working();
-        Ok(EVERY)
+        Ok(LOOK_EVERY)
     }
 
     async fn add_partitions(&self) -> Result<(), sqlx::Error> {
-        for _ in 0..STEPS {
+        for _ in 0..STEPS_MAX {
             let db = if self.db.ask(is_to_validate).await? { &self.validating } else { &self.db };
             let made: Option<String> =
                 db.ask(async |db| sqlx::query_scalar("select outbox_add_partition()").fetch_one(db).await).await?;

@@ -35,7 +35,7 @@ struct Heard {
 }
 
 /// The age from which a reading is stale: the database may have failed over to a machine with another clock.
-const FRESH: Duration = Duration::from_secs(10);
+const FRESH_FOR: Duration = Duration::from_secs(10);
 
 /// An answer that took longer, because of a lock for example, shows too little of when the database read its clock.
 const ROUND_TRIP_MAX: Duration = Duration::from_millis(250);
@@ -213,7 +213,7 @@ fn by_database(heard: Option<Heard>) -> Option<OffsetDateTime> {
 }
 
 fn is_fresh(heard: Option<Heard>, now: Instant) -> bool {
-    heard.is_some_and(|heard| now.saturating_duration_since(heard.at) < FRESH)
+    heard.is_some_and(|heard| now.saturating_duration_since(heard.at) < FRESH_FOR)
 }
 
 /// Asks a database for the time, which decides from now on. Returns it with the moment of the question.

@@ -10,21 +10,21 @@
 use std::time::{Duration, Instant};
 
 /// How long a set waits; a timer makes it one or two milliseconds.
-pub(crate) const MOMENT: Duration = Duration::from_millis(1);
+pub(crate) const SET_WAIT: Duration = Duration::from_millis(1);
 
 /// Sets follow one another when they begin within this.
-const DENSE: Duration = Duration::from_millis(100);
+const DENSE_WITHIN: Duration = Duration::from_millis(100);
 
 /// A set is much smaller when it is less than this part of the usual.
-const PART: usize = 2;
+const SMALL_PART: usize = 2;
 
 /// How many of the last sets make up what is usual.
-const LAST: usize = 8;
+const LAST_SETS: usize = 8;
 
 /// What is known of the sets before this one.
 #[derive(Debug, Default)]
 pub(crate) struct Gathering {
-    /// A moving average of the last sets' sizes, times [`LAST`].
+    /// A moving average of the last sets' sizes, times [`LAST_SETS`].
     usual: usize,
     /// When the last set began; `None` before the first.
     last: Option<Instant>,
@@ -33,14 +33,14 @@ pub(crate) struct Gathering {
 impl Gathering {
     /// Whether a set that has `size` members at `now` waits for more.
     pub(crate) fn waits(&self, size: usize, now: Instant) -> bool {
-        let dense = self.last.is_some_and(|last| now.saturating_duration_since(last) < DENSE);
-        dense && size * PART * LAST < self.usual
+        let dense = self.last.is_some_and(|last| now.saturating_duration_since(last) < DENSE_WITHIN);
+        dense && size * SMALL_PART * LAST_SETS < self.usual
     }
 
     /// Records that a set of `size` members begins.
     pub(crate) fn begins(&mut self, size: usize, now: Instant) {
         // The average is rounded down, so that in doubt no set waits.
-        self.usual = self.usual - self.usual.div_ceil(LAST) + size;
+        self.usual = self.usual - self.usual.div_ceil(LAST_SETS) + size;
         self.last = Some(now);
     }
 }
@@ -68,7 +68,7 @@ mod tests {
         assert!(!after(&[], now).waits(1, now));
         assert!(!after(&[1; 20], now).waits(1, now));
         assert!(!after(&[2, 1, 2, 1, 2, 1, 2, 1, 2, 1, 2], now).waits(1, now));
-        assert!(!after(&[30; 20], now).waits(1, now + DENSE));
+        assert!(!after(&[30; 20], now).waits(1, now + DENSE_WITHIN));
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! | [`envelope`] | message headers (CloudEvents 1.0, Kafka binary mode) |
 //! | [`trace`] | the trace context that a message carries |
 //! | [`error_class`] | what an error of PostgreSQL or Kafka means: the one classifier |
+//! | [`brokers`] | questions to Kafka's brokers, by a client that is replaced when it gets no answer |
 //! | [`part`] | how the work of a part goes: what health asks of each |
 //! | [`outage`] | which dependencies are away, and since when: the one place that knows outages |
 //! | [`retry`], [`clock`] | the only users of `backoff` and of time |
@@ -26,6 +27,7 @@
 
 #![warn(clippy::missing_errors_doc)]
 
+pub mod brokers;
 pub mod card;
 pub mod clock;
 pub mod command;

@@ -26,7 +26,7 @@ use std::{
 };
 
 /// If a part fails within this time after another worked, the outage goes on.
-const CALM: Duration = Duration::from_secs(2);
+const CALM_FOR: Duration = Duration::from_secs(2);
 
 /// How long one answer of a dependency serves further questions.
 const ASKED_LATELY: Duration = Duration::from_secs(1);
@@ -192,7 +192,7 @@ impl Outage {
     }
 
     fn end_if_over(&self, now: Instant) {
-        let ended = self.lock().take_if(|away| away.worked && now.saturating_duration_since(away.failed) >= CALM);
+        let ended = self.lock().take_if(|away| away.worked && now.saturating_duration_since(away.failed) >= CALM_FOR);
         if let Some(ended) = ended {
             let seconds = now.saturating_duration_since(ended.since).as_secs();
             self.gauge(0.0);

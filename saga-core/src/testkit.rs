@@ -24,6 +24,7 @@ pub mod database;
 pub mod explorer;
 pub mod failpoints;
 pub mod kafka;
+mod kafka_proxy;
 mod log;
 mod proxy;
 mod time;
@@ -38,6 +39,7 @@ pub use failpoints::FailPoint;
 pub use kafka::{
     Record, TestTopic, brokers, count_to_end, create_topic, delete_topic, map_to_end, produce, read_to_end,
 };
+pub use kafka_proxy::KafkaProxy;
 pub use log::Log;
 pub use proxy::FreezingProxy;
 pub use time::{WrongClock, time_passes};

@@ -17,7 +17,7 @@ use std::{
 /// between the check and the server's start, or while a server is being restarted.
 const RANGE: Range<u16> = 15_000..32_000;
 /// How many claims may be refused; more mean that something else is wrong.
-const TRIES: usize = 1_000;
+const CLAIMS_MAX: usize = 1_000;
 
 /// The locks of the ports that this process has claimed, held as long as it lives.
 static CLAIMED: Mutex<Vec<File>> = Mutex::new(Vec::new());
@@ -26,7 +26,7 @@ static CLAIMED: Mutex<Vec<File>> = Mutex::new(Vec::new());
 /// it while this process lives.
 pub fn free() -> Result<u16> {
     let claims = claims()?;
-    for _ in 0..TRIES {
+    for _ in 0..CLAIMS_MAX {
         let [a, b, ..] = *uuid::Uuid::new_v4().as_bytes();
         let port = RANGE.start + u16::from_be_bytes([a, b]) % (RANGE.end - RANGE.start);
         if claim(&claims, port)? {

@@ -21,7 +21,7 @@ use std::{
 };
 
 /// The pause between two checks whether a process has ended.
-pub const POLL: Duration = Duration::from_millis(10);
+pub const POLL_EVERY: Duration = Duration::from_millis(10);
 /// How long a process has between its stop signal and SIGKILL: Kafka and PostgreSQL write their state out meanwhile.
 pub const STOP_BOUND: Duration = Duration::from_secs(20);
 
@@ -216,7 +216,7 @@ impl Process {
         loop {
             match self.try_wait() {
                 Some(status) => return status,
-                None => tokio::time::sleep(POLL).await,
+                None => tokio::time::sleep(POLL_EVERY).await,
             }
         }
     }
@@ -287,7 +287,7 @@ impl Process {
                 let (name, log) = (self.spec.name.clone(), self.spec.log.clone());
                 return Err(Error::Unhealthy { name, seconds: bound.as_secs(), last, log });
             }
-            tokio::time::sleep(POLL * 3).await;
+            tokio::time::sleep(POLL_EVERY * 3).await;
         }
     }
 }
@@ -300,7 +300,7 @@ impl Drop for Process {
             self.resume();
             let start = Instant::now();
             while self.is_running() && start.elapsed() < Duration::from_secs(5) {
-                std::thread::sleep(POLL);
+                std::thread::sleep(POLL_EVERY);
             }
         }
         self.kill();

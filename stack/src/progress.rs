@@ -5,7 +5,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::{io::IsTerminal, time::Duration};
 
 /// How often the spinner turns.
-const TURN: Duration = Duration::from_millis(100);
+const TURN_EVERY: Duration = Duration::from_millis(100);
 
 /// The place of progress: standard error, so that standard output stays the command's own.
 #[derive(Debug, Clone)]
@@ -28,7 +28,7 @@ impl Progress {
             ProgressStyle::with_template("{spinner} {msg} {elapsed:.dim}")
                 .unwrap_or_else(|_| ProgressStyle::default_spinner()),
         );
-        bar.enable_steady_tick(TURN);
+        bar.enable_steady_tick(TURN_EVERY);
         Self::Bar(bar)
     }
 

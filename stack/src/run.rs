@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Result, guard,
-    process::{POLL, STOP_BOUND},
+    process::{POLL_EVERY, STOP_BOUND},
     servers::Servers,
 };
 use nix::{
@@ -75,6 +75,6 @@ async fn ended(child: &mut Child) -> std::io::Result<ExitStatus> {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
         }
-        tokio::time::sleep(POLL).await;
+        tokio::time::sleep(POLL_EVERY).await;
     }
 }

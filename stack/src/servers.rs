@@ -18,7 +18,7 @@ use std::{
 use tempfile::TempDir;
 
 /// How often a server is started before it is clear that ports are not the reason.
-const STARTS: usize = 3;
+const STARTS_MAX: usize = 3;
 
 /// Where the servers keep their data.
 #[derive(Debug, Clone)]
@@ -62,7 +62,7 @@ impl ServersConfig {
 
 /// Starts a server that ended at once again: another process may have taken its port between the check and its start.
 async fn with_other_ports<T, F: Future<Output = Result<T>>>(mut start: impl FnMut() -> F) -> Result<T> {
-    for _ in 1..STARTS {
+    for _ in 1..STARTS_MAX {
         match start().await {
             Err(Error::Exited { .. }) => {}
             other => return other,

@@ -11,7 +11,7 @@ use crate::{
     Error, Result, directory,
     platform::Stack,
     postgres::Postgres,
-    process::POLL,
+    process::POLL_EVERY,
     servers::elsewhere,
     service::{Address, Service},
 };
@@ -30,7 +30,7 @@ use std::{
 /// How long an orderly end of everything may take: each process has 20 s, and they end side by side, in two turns.
 const DOWN_BOUND: Duration = Duration::from_secs(50);
 /// How long the lock is tried for: longer than a check of the lock takes on a busy machine.
-const LOOKED: Duration = Duration::from_millis(500);
+const LOCK_TRIED_FOR: Duration = Duration::from_millis(500);
 
 /// The processes that run, and their addresses.
 #[derive(Serialize, Deserialize)]
@@ -76,10 +76,10 @@ impl StateDirectory {
         let start = Instant::now();
         loop {
             let lock = self.try_lock(File::try_lock)?;
-            if lock.is_some() || start.elapsed() > LOOKED {
+            if lock.is_some() || start.elapsed() > LOCK_TRIED_FOR {
                 return Ok(lock);
             }
-            tokio::time::sleep(POLL).await;
+            tokio::time::sleep(POLL_EVERY).await;
         }
     }
 
@@ -170,7 +170,7 @@ impl StateDirectory {
             if !self.is_held()? {
                 return Ok(true);
             }
-            tokio::time::sleep(POLL * 5).await;
+            tokio::time::sleep(POLL_EVERY * 5).await;
         }
         Ok(false)
     }

@@ -24,11 +24,11 @@ use std::{
 /// The ports of PostgreSQL and Kafka, where these are free.
 pub const SERVER_PORTS: (u16, u16) = (5432, 9092);
 /// How often the supervisor looks for processes that ended.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// The longest pause before a process that ended soon after its start is started again; the pause doubles up to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// A process that ran for so long ended for another reason than before.
-const STEADY: Duration = Duration::from_secs(60);
+const STEADY_AFTER: Duration = Duration::from_secs(60);
 
 /// Starts the platform, prints its addresses, and stays until a signal comes.
 pub async fn up(directory: &StateDirectory) -> Result<()> {
@@ -86,7 +86,7 @@ async fn supervise(stack: &Stack) {
                 Err(error) => eprintln!("{name} ended and cannot be started again: {error}"),
             }
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 
@@ -112,14 +112,14 @@ impl Life {
         }
         let ended = *self.ended.get_or_insert(now);
         // The time that a process rests is not time that it ran.
-        if ended.saturating_duration_since(self.began) >= STEADY {
+        if ended.saturating_duration_since(self.began) >= STEADY_AFTER {
             self.pause = Duration::ZERO;
         }
         if now.saturating_duration_since(ended) < self.pause {
             return None;
         }
         (self.began, self.ended) = (now, None);
-        self.pause = (self.pause * 2).clamp(LOOK, LONGEST_PAUSE);
+        self.pause = (self.pause * 2).clamp(LOOK_EVERY, LONGEST_PAUSE);
         Some(self.pause)
     }
 }
@@ -274,14 +274,17 @@ mod tests {
         for _ in 0..10 {
             let rested = now;
             while life.is_over(false, now).is_none() {
-                now += LOOK;
+                now += LOOK_EVERY;
             }
             pauses.push(now.duration_since(rested).as_secs());
         }
         assert_eq!(pauses, [0, 1, 2, 4, 8, 16, 32, 60, 60, 60]);
-        assert_eq!(life.is_over(true, now + STEADY), None);
-        assert!(life.is_over(false, now + STEADY + LOOK).is_some(), "it ran for a while");
-        assert!(life.is_over(false, now + STEADY + LOOK * 2).is_none(), "it ended soon, which is just seen");
-        assert!(life.is_over(false, now + STEADY + LOOK * 3).is_some());
+        assert_eq!(life.is_over(true, now + STEADY_AFTER), None);
+        assert!(life.is_over(false, now + STEADY_AFTER + LOOK_EVERY).is_some(), "it ran for a while");
+        assert!(
+            life.is_over(false, now + STEADY_AFTER + LOOK_EVERY * 2).is_none(),
+            "it ended soon, which is just seen"
+        );
+        assert!(life.is_over(false, now + STEADY_AFTER + LOOK_EVERY * 3).is_some());
     }
 }

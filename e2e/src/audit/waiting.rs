@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use time::{Duration, OffsetDateTime};
 
 /// How overdue a time may be: each process that wakes work looks at least this often, on a busy machine.
-const OVERDUE: Duration = Duration::seconds(30);
+const OVERDUE_MAX: Duration = Duration::seconds(30);
 
 /// I4: for everything that has not ended there is a process that takes it up again, and soon.
 pub fn nothing_waits_unwatched(facts: &Facts, expected: &Expectations) -> Vec<Finding> {
-    let overdue = |at: OffsetDateTime| facts.now.is_some_and(|now| at + OVERDUE < now);
+    let overdue = |at: OffsetDateTime| facts.now.is_some_and(|now| at + OVERDUE_MAX < now);
     let mut wrong = sagas(facts, &overdue);
     for (name, database) in &facts.databases {
         wrong.extend(messaging(facts, database, &overdue).into_iter().map(|what| format!("{name}: {what}")));

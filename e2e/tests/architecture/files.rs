@@ -70,6 +70,25 @@ pub(crate) fn examples(tree: &Tree) -> Vec<Violation> {
     modules.filter(|module| !shows(module)).map(|module| format!("saga-core: {module} shows no example")).collect()
 }
 
+/// A constant that is a time or a count says what it bounds: one word alone does not.
+pub(crate) fn constants(tree: &Tree) -> Vec<Violation> {
+    const COUNTED: [&str; 6] = ["Duration", "usize", "u32", "u64", "i64", "f64"];
+    let mut violations = Vec::new();
+    for (path, text) in tree.0.iter().filter(|(path, _)| path.ends_with(".rs") && path.contains("/src/")) {
+        for line in without_tests(&code(text)).lines() {
+            let Some((_, constant)) = line.split_once("const ") else { continue };
+            let Some((name, of)) = constant.split_once(": ") else { continue };
+            let of = of.split_once(" =").map_or(of, |(of, _)| of);
+            let is_name = name.chars().all(|c| c.is_ascii_uppercase());
+            // One of a trait or a type is qualified by its name.
+            if is_name && COUNTED.contains(&of) && !line.starts_with(' ') {
+                violations.push(format!("{path}: the constant {name} does not say what it bounds"));
+            }
+        }
+    }
+    violations
+}
+
 /// refinery embeds the files that its macro finds when the crate is built, and ignores a name that it does not
 /// understand. Each file has such a name and a version of its own. Each folder is embedded by a crate, which is built
 /// again when a file is added.

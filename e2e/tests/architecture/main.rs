@@ -97,4 +97,5 @@ fn mains_are_short_and_files_are_read_in_one_sitting() {
     none(&files::module_docs(&tree));
     none(&files::examples(&tree));
     none(&files::module_files(&tree));
+    none(&files::constants(&tree));
 }

@@ -8,7 +8,7 @@ use crate::{
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The modules of saga-core, as `lib.rs` and ARCHITECTURE.md name them. Modules that only tests use are not among them.
-const SAGA_CORE: [&str; 23] = [
+const SAGA_CORE: [&str; 24] = [
     "reason",
     "card",
     "clock",
@@ -18,6 +18,7 @@ const SAGA_CORE: [&str; 23] = [
     "envelope",
     "trace",
     "error_class",
+    "brokers",
     "part",
     "outage",
     "retry",

@@ -106,6 +106,15 @@ fn a_public_module_without_an_example_is_found() {
 }
 
 #[test]
+fn a_constant_that_does_not_say_what_it_bounds_is_found() {
+    let found = |line: &str| files::constants(&Tree::of(&[("saga-core/src/a.rs", line)]));
+    one(&found("pub(crate) const PATIENCE: Duration = Duration::from_secs(3);"), "PATIENCE does not say");
+    for fine in ["const ANSWER_MAX: Duration = X;", "const PAUSES: Backoff = X;", "    const MAX: u32 = 200;"] {
+        assert!(found(fine).is_empty(), "{fine}");
+    }
+}
+
+#[test]
 fn code_of_a_document_that_the_tree_has_not_is_found() {
     let found = |line: &str| {
         let text = format!("```rust\nfn main() {{\n    {line}\n}}\n```\n");

@@ -1,7 +1,7 @@
 //! The answers of each process: `/livez`, `/readyz`, `/health` and the metrics, all of them, also what stays green.
 
 use crate::broken::Broken;
-use e2e::platform::{Platform, SETTLED};
+use e2e::platform::{Platform, SETTLED_WITHIN};
 use saga_core::part::STALLED_AFTER;
 use serde_json::Value;
 use stack::service::Service;
@@ -156,7 +156,7 @@ pub(crate) async fn go_on_saying(platform: &Platform, broken: &[Broken], says: &
 pub(crate) async fn until_healthy(platform: &Platform, after: Broken) {
     for service in Service::ALL {
         let mut last = Value::Null;
-        let healthy = tokio::time::timeout(SETTLED, async {
+        let healthy = tokio::time::timeout(SETTLED_WITHIN, async {
             loop {
                 match asked(platform, service, "/v1/health").await {
                     Some((200, _)) => return,

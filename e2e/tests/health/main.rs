@@ -12,7 +12,7 @@ use broken::{Broken, delete_topic, make_topic, sql};
 use contracts::topics::PARTITIONS;
 use e2e::{
     orders::Wish,
-    platform::{Platform, SETTLED, unaudited},
+    platform::{Platform, SETTLED_WITHIN, unaudited},
 };
 use serde_json::Value;
 use stack::service::Service::{self, Gateway, Inventory, Orders, Payments, Relay};
@@ -232,7 +232,7 @@ const TOPICS: &Table = &[
 /// Places an order, and waits until it is confirmed.
 async fn an_order_goes_through(platform: &Platform, sku: &str, after: &str) {
     let order = platform.place(&Wish::of(sku, 1)).await;
-    let ended = tokio::time::timeout(SETTLED, platform.outcome(order)).await;
+    let ended = tokio::time::timeout(SETTLED_WITHIN, platform.outcome(order)).await;
     assert_eq!(ended.as_deref(), Ok("confirmed"), "after {after}");
 }
 

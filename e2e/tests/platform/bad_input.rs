@@ -5,7 +5,7 @@ use contracts::topics::{INVENTORY_COMMANDS, ORDERS_EVENTS, ORDERS_REPLIES, PARTI
 use e2e::{
     audit::RecordFact,
     orders::Wish,
-    platform::{Platform, SETTLED, alone, beside_others},
+    platform::{Platform, SETTLED_WITHIN, alone, beside_others},
     topics::{self, ECHO},
 };
 use saga_core::{
@@ -55,7 +55,7 @@ fn what_cannot_be_read_is_dead_lettered_with_its_reason_and_place_and_the_partit
 }
 
 async fn dead_letters(platform: &Platform, topic: &str, key: &str, wanted: usize) -> Vec<RecordFact> {
-    eventually(SETTLED, || async {
+    eventually(SETTLED_WITHIN, || async {
         let all = topics::read(&platform.brokers(), &format!("{topic}.dlt")).await.ok()?;
         let dead: Vec<_> = all.into_iter().filter(|record| record.key.as_deref() == Some(key)).collect();
         (dead.len() >= wanted).then_some(dead)
@@ -192,8 +192,8 @@ where
     // The relay has a line for each outbox.
     let once = |n: usize| if services[n] == Service::Relay { 3 } else { 1 };
     for (n, &service) in services.iter().enumerate() {
-        eventually(SETTLED, || async { (waiting(n) >= once(n)).then_some(()) }).await;
-        eventually(SETTLED, || async { is_red(platform, service).await.then_some(()) }).await;
+        eventually(SETTLED_WITHIN, || async { (waiting(n) >= once(n)).then_some(()) }).await;
+        eventually(SETTLED_WITHIN, || async { is_red(platform, service).await.then_some(()) }).await;
     }
     let output = comes_back.await;
     for (n, &service) in services.iter().enumerate() {
@@ -245,7 +245,7 @@ fn who_is_started_without_kafka_waits_says_so_once_and_resumes_by_itself() {
 /// Whether health answers no, and not merely nothing.
 async fn is_red(platform: &Platform, service: Service) -> bool {
     let url = platform.admin(service, "/health");
-    eventually(SETTLED, || async { platform.http.get(&url).send().await.ok() }).await.status().is_server_error()
+    eventually(SETTLED_WITHIN, || async { platform.http.get(&url).send().await.ok() }).await.status().is_server_error()
 }
 
 #[test]

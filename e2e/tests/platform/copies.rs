@@ -3,7 +3,7 @@
 use contracts::topics::INVENTORY_ITEMS;
 use e2e::{
     orders::Wish,
-    platform::{Platform, SETTLED, alone, beside_others},
+    platform::{Platform, SETTLED_WITHIN, alone, beside_others},
     topics,
 };
 use saga_core::{envelope::header, testkit::eventually};
@@ -92,13 +92,13 @@ fn a_promotion_begins_another_epoch_and_prices_and_orders_go_on() {
         fails_over(platform).await;
         let change = json!({ "unit_price": { "amount": 250, "currency": "EUR" } });
         let url = format!("{}/v1/items/{sku}", platform.stack.url(Service::Inventory));
-        eventually(SETTLED, || async {
+        eventually(SETTLED_WITHIN, || async {
             let changed = platform.http.patch(&url).header("if-match", "*").json(&change).send().await.ok()?;
             changed.status().is_success().then_some(())
         })
         .await;
         // order-svc takes the record of the new epoch for what it is: later.
-        eventually(SETTLED, || async {
+        eventually(SETTLED_WITHIN, || async {
             let priced = sqlx::query_scalar("select unit_price from catalogue where sku = $1").bind(&sku);
             priced.fetch_one(&platform.orders).await.is_ok_and(|price: i64| price == 250).then_some(())
         })

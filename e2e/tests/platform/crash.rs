@@ -2,7 +2,7 @@
 
 use e2e::{
     faults::Chance,
-    load::{CUSTOMERS, load},
+    load::{CUSTOMERS_AT_ONCE, load},
     platform::{Platform, alone},
 };
 use saga_core::testkit::eventually;
@@ -158,7 +158,7 @@ fn a_relay_that_is_paused_past_its_lease_and_comes_back_changes_no_position() {
         let zombie = platform.stack.service(Service::Relay);
         let meanwhile = async {
             // The relay is under load, so that it has records on their way.
-            eventually(TAKEN_OVER, || async { (platform.accepted() % CUSTOMERS > 3).then_some(()) }).await;
+            eventually(TAKEN_OVER, || async { (platform.accepted() % CUSTOMERS_AT_ONCE > 3).then_some(()) }).await;
             zombie.process.pause();
             platform.fault_fired("SIGSTOP outbox-relay");
             taken_over(platform, &before).await

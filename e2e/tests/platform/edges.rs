@@ -10,7 +10,7 @@ use contracts::topics::ORDERS_REPLIES;
 use e2e::{
     failpoint::{Edge, Wrong},
     orders::Wish,
-    platform::{Platform, SETTLED, alone},
+    platform::{Platform, SETTLED_WITHIN, alone},
 };
 use saga_core::testkit::{eventually, time_passes};
 use stack::{process::Process, service::Service};
@@ -109,7 +109,8 @@ fn a_request_whose_process_dies_before_or_after_its_commit_has_one_effect_when_i
             let _goes_on = GoesOn(payments);
             payments.pause();
             let order = platform.goes_wrong_at(&dies, platform.place(&Wish::of(&sku, 2))).await;
-            let cancelled = eventually(SETTLED, || async { (platform.cancel(order).await == 202).then_some(()) });
+            let cancelled =
+                eventually(SETTLED_WITHIN, || async { (platform.cancel(order).await == 202).then_some(()) });
             platform.goes_wrong_at(&dies, cancelled).await;
             payments.resume();
             assert_eq!(platform.outcome(order).await, "cancelled_by_customer", "{point}");
@@ -159,9 +160,11 @@ fn payment_svc_dies_before_and_after_it_commits_an_undo_that_waited_for_a_call()
             let undone = async {
                 gateway.pause();
                 let order = platform.place(&Wish::of(&sku, 2)).await;
-                eventually(SETTLED, || async { (calls(platform, order, "open").await == 1).then_some(()) }).await;
+                eventually(SETTLED_WITHIN, || async { (calls(platform, order, "open").await == 1).then_some(()) })
+                    .await;
                 assert_eq!(platform.cancel(order).await, 202, "{point}");
-                eventually(SETTLED, || async { (calls(platform, order, "waiting").await == 1).then_some(()) }).await;
+                eventually(SETTLED_WITHIN, || async { (calls(platform, order, "waiting").await == 1).then_some(()) })
+                    .await;
                 gateway.resume();
                 order
             };
@@ -199,7 +202,7 @@ async fn sent(platform: &Platform, order: Uuid, op: &str, step: &str) -> i64 {
 async fn is_late(platform: &Platform, edge: &Edge, order: Uuid, op: &str, step: &str) {
     let sent_times = async |times: i64| {
         let enough = || async { (sent(platform, order, op, step).await >= times).then_some(()) };
-        eventually(SETTLED, enough).await;
+        eventually(SETTLED_WITHIN, enough).await;
     };
     sent_times(1).await;
     platform.goes_wrong_at(edge, time_passes(&platform.orders)).await;
@@ -243,7 +246,7 @@ async fn commands_are_late(platform: &Platform, point: &str) {
         answers.pause();
         let order = platform.place(&wish).await;
         let issued = || async { (sent(platform, order, "do", step).await == 1).then_some(()) };
-        eventually(SETTLED, issued).await;
+        eventually(SETTLED_WITHIN, issued).await;
         assert_eq!(platform.cancel(order).await, 202, "{point}");
         is_late(platform, &edge, order, "undo", step).await;
         answers.resume();

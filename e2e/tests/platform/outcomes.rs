@@ -2,7 +2,7 @@
 
 use e2e::{
     orders::Wish,
-    platform::{Platform, SETTLED, alone, beside_others, unaudited},
+    platform::{Platform, SETTLED_WITHIN, alone, beside_others, unaudited},
 };
 use saga_core::testkit::eventually;
 use serde_json::{Value, json};
@@ -135,7 +135,7 @@ async fn is_stuck_without_pauses(platform: &Platform, order: Uuid) {
                   update saga set state = jsonb_set(state, '{status,open,due}', '1000'), armed_at = '2020-01-01'
                    where saga_id = $1 and state #>> '{status,open,wait}' = 'pause' returning saga_id)
                 update saga_due d set due_at = '2020-01-01' from pausing where d.saga_id = pausing.saga_id";
-    eventually(SETTLED, || async {
+    eventually(SETTLED_WITHIN, || async {
         sqlx::query(over).bind(order).execute(&platform.orders).await.expect("the saga can be hurried");
         (saga_status(platform, order).await == "stuck").then_some(())
     })

@@ -7,7 +7,7 @@ use contracts::topics::{INVENTORY_COMMANDS, ORDERS_REPLIES, PAYMENTS_COMMANDS};
 use e2e::{
     audit::RecordFact,
     orders::Wish,
-    platform::{Platform, SETTLED, alone},
+    platform::{Platform, SETTLED_WITHIN, alone},
     topics::{self, Echo},
 };
 use futures::future::join_all;
@@ -77,7 +77,7 @@ async fn run(platform: &Platform, case: &Case) -> Uuid {
         assert!(platform.asked_under_one_key(order).await >= 2, "{name}: asked once");
     }
     let left = if case.outcome == "confirmed" { pieces - 7 } else { pieces };
-    eventually(SETTLED, || async { (platform.stock_of(&sku).await == (left, 0)).then_some(()) }).await;
+    eventually(SETTLED_WITHIN, || async { (platform.stock_of(&sku).await == (left, 0)).then_some(()) }).await;
     order
 }
 
@@ -104,7 +104,7 @@ fn every_command_undo_and_reply_comes_twice_while_the_order_runs() {
         let of = |topic, steps: &[&str]| steps.iter().map(|step| format!("{step} in {topic}")).collect::<BTreeSet<_>>();
         let commands = &of(PAYMENTS_COMMANDS.name, &payments) | &of(INVENTORY_COMMANDS.name, &stock);
         let all = &commands | &of(ORDERS_REPLIES.name, &[payments, stock].concat());
-        eventually(SETTLED, || async { (echo.repeated() == all).then_some(()) }).await;
+        eventually(SETTLED_WITHIN, || async { (echo.repeated() == all).then_some(()) }).await;
         echo.stop().await.expect("the topics can be written");
     });
 }
@@ -157,7 +157,7 @@ fn a_step_in_doubt_is_undone_at_once_when_the_customer_cancels_and_its_late_repl
             participant.process.pause();
             let orders = join_all((0..4).map(|_| async { platform.place(&Wish::of(&sku, 2)).await })).await;
             for order in &orders {
-                eventually(SETTLED, || async {
+                eventually(SETTLED_WITHIN, || async {
                     let saga = platform.saga(*order).await;
                     let steps = saga["steps"].as_array()?;
                     steps.iter().any(|s| s["name"] == step && s["state"] == "issued").then_some(())
@@ -196,7 +196,7 @@ fn what_the_provider_never_answers_is_stuck_and_alarmed_until_an_operator_retrie
             let saga = platform.saga(order).await;
             assert!(saga["waits"]["why"].as_str().is_some_and(|text| text.contains(why)), "{saga}");
             assert_eq!(platform.order(order).await.expect("it is there")["status"], shown, "{token}");
-            eventually(SETTLED, || async {
+            eventually(SETTLED_WITHIN, || async {
                 (platform.gauge(Service::Orders, "saga_stuck").await == 1.0).then_some(())
             })
             .await;

@@ -28,9 +28,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 /// How often a stream sends a comment: proxies close connections that are silent for a minute or so.
-const HEARTBEAT: Duration = Duration::from_secs(15);
+const HEARTBEAT_EVERY: Duration = Duration::from_secs(15);
 /// How soon a client that lost its connection comes back.
-const RECONNECT: Duration = Duration::from_secs(1);
+const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 
 /// Follow an order
 ///
@@ -76,7 +76,7 @@ pub async fn order_events(
         _held: connection.map(|Extension(connection)| connection.streaming()),
         shutdown: state.shutdown.clone(),
     };
-    let heartbeat = KeepAlive::new().interval(HEARTBEAT).text("heartbeat");
+    let heartbeat = KeepAlive::new().interval(HEARTBEAT_EVERY).text("heartbeat");
     Ok(Sse::new(follower.into_stream()).keep_alive(heartbeat).into_response())
 }
 
@@ -150,6 +150,6 @@ impl Follower {
 
     fn event(&self, entry: HistoryEntry) -> Option<Event> {
         let (id, view) = (entry.sequence.to_string(), StatusView::new(self.order, entry));
-        Event::default().event("status").id(id).retry(RECONNECT).json_data(view).ok()
+        Event::default().event("status").id(id).retry(RECONNECT_AFTER).json_data(view).ok()
     }
 }

@@ -21,12 +21,12 @@ use sqlx::{AssertSqlSafe, PgPool};
 use std::time::{Duration, Instant};
 
 /// The bound of a transaction with some hundred records.
-const BATCH: Bound = Bound::new(Duration::from_secs(30));
+const BATCH_BOUND: Bound = Bound::new(Duration::from_secs(30));
 /// The bound of the transaction that puts the new catalogue in place, in which the consumer waits. It waits for the
 /// consumer's batch itself.
-const PLACE: Bound = Bound::new(Duration::from_secs(60)).with_lock(Duration::from_secs(2));
+const EXCHANGE_BOUND: Bound = Bound::new(Duration::from_secs(60)).with_lock(Duration::from_secs(2));
 /// How often the rebuild tries to come between two batches of the consumer.
-const TRIES: u32 = 30;
+const TRIES_MAX: u32 = 30;
 /// The longest time for the records since the last look at the topic's end, which are few. The server ends a
 /// transaction that is silent for longer (8 s).
 const LAST_MAX: Duration = Duration::from_secs(5);
@@ -67,7 +67,7 @@ pub enum RebuildError {
     #[error("nothing was changed: {0}")]
     Database(#[from] sqlx::Error),
     /// Transactions of the consumer, or others, kept the catalogue locked.
-    #[error("nothing was changed: the catalogue was in use at each of {tries} tries to exchange it; run it again", tries = TRIES)]
+    #[error("nothing was changed: the catalogue was in use at each of {tries} tries to exchange it; run it again", tries = TRIES_MAX)]
     InUse,
     /// Records came faster than they could be read.
     #[error(
@@ -90,18 +90,18 @@ pub async fn rebuild(pool: &PgPool, brokers: &str, topic: &str, missing: Missing
     for _ in 0..2 {
         while let Some(read) = reading.next().await? {
             let batch = async {
-                let mut tx = Transaction::begin(pool, BATCH).await?;
+                let mut tx = Transaction::begin(pool, BATCH_BOUND).await?;
                 let taken = take_in(&mut tx, &read).await?;
                 tx.commit_quietly().await?;
                 Ok::<_, sqlx::Error>(taken)
             };
-            done.add(BATCH.within(batch).await?);
+            done.add(BATCH_BOUND.within(batch).await?);
             tell(&reading, done, &mut told);
         }
         reading.look_for_the_end().await?;
     }
-    for _ in 0..TRIES {
-        if let Some(placed) = PLACE.within(place(pool, &real, &mut reading, missing, done)).await? {
+    for _ in 0..TRIES_MAX {
+        if let Some(placed) = EXCHANGE_BOUND.within(place(pool, &real, &mut reading, missing, done)).await? {
             return Ok(placed);
         }
     }
@@ -171,7 +171,7 @@ async fn place(
     missing: Missing,
     mut done: Rebuilt,
 ) -> Result<Option<Rebuilt>, RebuildError> {
-    let mut tx = Transaction::begin(pool, PLACE).await?;
+    let mut tx = Transaction::begin(pool, EXCHANGE_BOUND).await?;
     let say = async |tx: &mut Tx<'_>, statement: String| {
         Ok::<_, sqlx::Error>(sqlx::query(AssertSqlSafe(statement)).execute(&mut **tx).await?.rows_affected())
     };

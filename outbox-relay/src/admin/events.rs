@@ -19,7 +19,7 @@ use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 /// The rows that one request reads. There is no index on topic, key or type, on purpose.
-const STRETCH: i64 = 20_000;
+const ROWS_PER_REQUEST: i64 = 20_000;
 
 /// What became of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
@@ -139,7 +139,7 @@ async fn find(
     let oldest_looked_at: Option<i64> =
         sqlx::query_scalar("select id from outbox where id < $1 order by id desc offset $2 limit 1")
             .bind(before)
-            .bind(STRETCH - 1)
+            .bind(ROWS_PER_REQUEST - 1)
             .fetch_optional(&mut *db)
             .await?;
     let rows = sqlx::query_as(FIND)

@@ -20,7 +20,7 @@ use saga_core::{
 use std::time::Duration;
 
 /// How often the gauges are set.
-const EVERY: Duration = Duration::from_secs(5);
+const SET_EVERY: Duration = Duration::from_secs(5);
 
 /// Sets the gauges until the future is dropped.
 pub(crate) async fn run(outbox: &Outbox) {
@@ -44,7 +44,7 @@ pub(crate) async fn run(outbox: &Outbox) {
         if outbox.status.get().1.is_none() {
             outbox.outage.working();
         }
-        tokio::time::sleep(EVERY).await;
+        tokio::time::sleep(SET_EVERY).await;
     }
 }
 

@@ -29,7 +29,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{info, warn};
 
 /// How many stretches may wait to be recorded. They are small; the limit only prevents endless growth.
-const UNRECORDED: usize = 1_024;
+const UNRECORDED_MAX: usize = 1_024;
 
 /// Publishes under `lease` until the lease is lost, something fails, or `stop`.
 pub(crate) async fn own(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Result<(), OwnerError> {
@@ -59,7 +59,7 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let loops = outbox.status.loops.clone();
     let looking = control::run(outbox.db.clone(), outbox.topics.clone(), loops, wanted);
     let mut looking = AbortOnDropHandle::new(tokio::spawn(looking));
-    let (progress, recording) = mpsc::channel(UNRECORDED);
+    let (progress, recording) = mpsc::channel(UNRECORDED_MAX);
     let hurry = Arc::default();
     let (db, name, owner) = (outbox.db.clone(), outbox.name.clone(), lease.owner);
     let recorder = Recorder { db, outbox: name, owner, system_identifier, n, hurry: Arc::clone(&hurry) };

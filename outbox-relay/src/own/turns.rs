@@ -22,7 +22,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 /// The pause between two looks at a lease that another process has.
-const STAND_BY: Duration = Duration::from_millis(500);
+const STAND_BY_FOR: Duration = Duration::from_millis(500);
 /// The pauses between two tries when something is wrong with the database.
 const PAUSES: Backoff = Backoff::doubling(Duration::from_millis(100), Duration::from_secs(5)).exact();
 
@@ -43,7 +43,7 @@ async fn take_turns(outbox: &Outbox, stop: &CancellationToken) {
         let pause = match run_once(outbox, &mut before, stop).await {
             Ok(LeaseTry::HeldElsewhere) => {
                 tries.over();
-                STAND_BY.min(outbox.leases.length / 4)
+                STAND_BY_FOR.min(outbox.leases.length / 4)
             }
             Ok(LeaseTry::Held) => {
                 tries.over();

@@ -14,7 +14,7 @@
 mod put_off;
 
 use crate::{
-    budget::{Area, Held, LEAST, ROW},
+    budget::{Area, Held, LEAST_BYTES, ROW_BYTES_MAX},
     control::Control,
     database::Database,
     loops::{self, Loops},
@@ -44,16 +44,16 @@ use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 /// The most bytes that are sent together. One row may exceed it alone.
-const BYTES: usize = LEAST;
+const BATCH_BYTES_MAX: usize = LEAST_BYTES;
 /// The most rows that are read and sent together; one statement marks what was sent.
-const ROWS: usize = LEAST / ROW;
+const BATCH_ROWS_MAX: usize = LEAST_BYTES / ROW_BYTES_MAX;
 /// Kafka acknowledges at least one row within this. A topic whose rows cannot be sent is left alone for as long, so
 /// that others are tried.
-const REPORT: Duration = Duration::from_secs(10);
+const ACKNOWLEDGED_WITHIN: Duration = Duration::from_secs(10);
 /// How many turns may fail one after the other before health shows it.
-const FAILURES: u32 = 3;
+const FAILED_TURNS_MAX: u32 = 3;
 /// The pause between two turns, after one that could do nothing.
-const PAUSE: Duration = Duration::from_millis(250);
+const IDLE_PAUSE: Duration = Duration::from_millis(250);
 
 /// A lane, the time of its request, how large a record may be, and the rows to send.
 type Chosen = (Lane, OffsetDateTime, usize, Vec<i64>);
@@ -129,17 +129,17 @@ impl Retries {
                 Ok(done) => {
                     failures = 0;
                     if !done {
-                        tokio::time::sleep(PAUSE).await;
+                        tokio::time::sleep(IDLE_PAUSE).await;
                     }
                 }
                 Err(error) => {
                     failures += 1;
                     debug!(outbox = self.outbox, %error, "trying parked rows again");
                     // An outage of the database ends this owner's time, and is reported for it.
-                    if failures >= FAILURES {
+                    if failures >= FAILED_TURNS_MAX {
                         self.loops.failing(loops::RETRIES, part::Cause::of(&error), &error.to_string());
                     }
-                    tokio::time::sleep(PAUSE * 4).await;
+                    tokio::time::sleep(IDLE_PAUSE * 4).await;
                 }
             }
         }
@@ -164,12 +164,12 @@ impl Retries {
         if let Some(at) = self.first.take().and_then(|first| lanes.iter().position(|(lane, _)| *lane == first)) {
             lanes.rotate_left(at);
         }
-        let looked_at = self.area.take(BYTES, BYTES).await;
+        let looked_at = self.area.take(BATCH_BYTES_MAX, BATCH_BYTES_MAX).await;
         let mut limits = HashMap::new();
         let (mut chosen, mut rows, mut bytes, mut done) = (Vec::new(), 0, 0, false);
-        let most = if self.one_by_one > 0 { 1 } else { ROWS };
+        let most = if self.one_by_one > 0 { 1 } else { BATCH_ROWS_MAX };
         for (lane, requested) in lanes {
-            if rows >= most || bytes >= BYTES {
+            if rows >= most || bytes >= BATCH_BYTES_MAX {
                 self.first = self.first.take().or(Some(lane));
                 break;
             }
@@ -183,7 +183,7 @@ impl Retries {
                 continue;
             }
             let Some(limit) = self.limit(&lane.topic, &mut limits).await? else { continue };
-            match self.choose(&lane, limit, most - rows, BYTES - bytes).await? {
+            match self.choose(&lane, limit, most - rows, BATCH_BYTES_MAX - bytes).await? {
                 Choice::Rows(ids, their_bytes) => {
                     rows += ids.len();
                     bytes += their_bytes;
@@ -229,7 +229,7 @@ impl Retries {
                 }
                 continue;
             }
-            if bytes + row.cost() > room && !(ids.is_empty() && room == BYTES) {
+            if bytes + row.cost() > room && !(ids.is_empty() && room == BATCH_BYTES_MAX) {
                 break;
             }
             ids.push(row.id());
@@ -324,7 +324,8 @@ impl Retries {
             open += 1;
         }
         while open > 0 {
-            let Ok(Some((index, report))) = tokio::time::timeout(REPORT, producer.reports.recv()).await else {
+            let Ok(Some((index, report))) = tokio::time::timeout(ACKNOWLEDGED_WITHIN, producer.reports.recv()).await
+            else {
                 let unreported = rows().zip(&reports).filter(|(_, report)| report.is_none());
                 let topics: HashSet<String> = unreported.map(|(row, _)| row.topic().to_owned()).collect();
                 topics.into_iter().for_each(|topic| self.leave_alone(topic, "Kafka acknowledges none of them"));
@@ -399,7 +400,7 @@ impl Retries {
             Refusal::Topic(cause) => {
                 self.put_off(&lane.topic, cause, format!("Kafka says: {code}")).await?;
             }
-            _ if !alone => self.one_by_one = ROWS,
+            _ if !alone => self.one_by_one = BATCH_ROWS_MAX,
             _ => self.leave_alone(lane.topic, &format!("Kafka says: {code}")),
         }
         Ok((true, unsent))

@@ -59,11 +59,11 @@ pub(crate) const LOOK_AT_PRODUCER: Duration = Duration::from_secs(1);
 /// How long a stop waits for rows in flight; the next owner sends again what is not acknowledged by then.
 const LAST_DELIVERIES: Duration = Duration::from_secs(10);
 /// How long the session waits for rows in flight where the stream cannot go on, and not the producer.
-const OTHERS: Duration = Duration::from_secs(2);
+const OTHERS_WAIT_MAX: Duration = Duration::from_secs(2);
 /// How long the session waits, after a refusal, for reports of what brokers have already got.
-const REPORTS: Duration = Duration::from_millis(500);
+const REPORTS_WAIT_MAX: Duration = Duration::from_millis(500);
 /// How many failures, without progress in between, set apart a topic that they name, whatever the code.
-const FAILURES: u32 = 3;
+const FAILURES_MAX: u32 = 3;
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -258,13 +258,13 @@ impl Session {
                     }
                 };
                 // The next session sends again what is not acknowledged by then.
-                tokio::time::timeout(OTHERS, others).await.ok();
+                tokio::time::timeout(OTHERS_WAIT_MAX, others).await.ok();
             }
             // A fatal producer may be noticed before the reports that name the reason.
             SessionEnd::Refused { .. } | SessionEnd::GaveUp(_) => all_reported = self.await_refusals().await,
             SessionEnd::Commit(_) => {}
             // The producer is sound: what it has sent should not be sent again.
-            _ => self.await_deliveries(OTHERS).await,
+            _ => self.await_deliveries(OTHERS_WAIT_MAX).await,
         }
         // A failure here is the one that ended the session.
         self.complete().await.ok();
@@ -309,7 +309,7 @@ impl Session {
                 in_flight.changed.notified().await;
             }
         };
-        tokio::time::timeout(REPORTS, reported).await.is_ok()
+        tokio::time::timeout(REPORTS_WAIT_MAX, reported).await.is_ok()
     }
 
     /// Leaves behind, in the main stream, the topics that a failure is about. Each goes on, or waits, in a stream of
@@ -326,7 +326,7 @@ impl Session {
             let cause = match Refusal::of(*code) {
                 Refusal::Topic(cause) => cause,
                 Refusal::Row => PauseCause::Refusing,
-                Refusal::Transient if self.stream_state.failures >= FAILURES && !is_of_all_topics(*code) => {
+                Refusal::Transient if self.stream_state.failures >= FAILURES_MAX && !is_of_all_topics(*code) => {
                     PauseCause::Refusing
                 }
                 Refusal::Transient => continue,

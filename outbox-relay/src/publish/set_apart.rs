@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tracing::error;
 
 /// The pause between the failure of a topic's stream and its next start.
-const AGAIN: Duration = Duration::from_secs(2);
+const RESTART_AFTER: Duration = Duration::from_secs(2);
 
 /// Runs the topics' streams until the process stops and they have.
 pub(crate) async fn run(shared: Arc<Shared>) {
@@ -24,7 +24,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     let mut failed: HashMap<String, Instant> = HashMap::new();
     while !shared.stop.is_cancelled() {
         let wanted = control.borrow_and_update().clone();
-        failed.retain(|_, at| at.elapsed() < AGAIN);
+        failed.retain(|_, at| at.elapsed() < RESTART_AFTER);
         for paused in wanted.paused.values().filter(|paused| paused.resuming && paused.position.is_some()) {
             let topic = &paused.topic;
             let known = topics.values().any(|running| running == topic) || failed.contains_key(topic);
@@ -38,7 +38,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         tokio::select! {
             () = shared.stop.cancelled() => {}
             changed = control.changed() => if changed.is_err() { break },
-            () = tokio::time::sleep(AGAIN), if !failed.is_empty() => {}
+            () = tokio::time::sleep(RESTART_AFTER), if !failed.is_empty() => {}
             Some(ended) = running.join_next_with_id() => {
                 let (id, failure) = match ended {
                     Ok((id, ended)) => (id, ended.err().map(|error| error.issue())),

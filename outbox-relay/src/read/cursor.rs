@@ -20,7 +20,7 @@
 //! publishes again what was not.
 
 use crate::{
-    budget::{Area, Held, LEAST, ROW},
+    budget::{Area, Held, LEAST_BYTES, ROW_BYTES_MAX},
     position::{Position, ReadError},
     read::window::{self, Search},
     row::{Body, DELETED, Row},
@@ -88,21 +88,21 @@ impl Cursor {
     /// Waits for room for what the next step reads. Do not call it within a conversation, whose time is bounded.
     pub(crate) async fn make_room(&mut self) {
         if self.read.is_empty() {
-            self.room = Some(self.area.take((PAGE_ROWS + 1) * ROW, LEAST).await);
+            self.room = Some(self.area.take((PAGE_ROWS + 1) * ROW_BYTES_MAX, LEAST_BYTES).await);
             return;
         }
         let (_, most) = self.next_rows(i64::MAX, usize::MAX);
         // Room that was made for these rows and not used yet is kept. To ask for as much while holding it would be to
         // wait for itself.
         if most > 0 && self.bodies.is_none() {
-            let (_, least) = self.next_rows(i64::MAX, LEAST);
+            let (_, least) = self.next_rows(i64::MAX, LEAST_BYTES);
             self.bodies = Some(self.area.take(most, least).await);
         }
     }
 
     /// How many rows there is room for, without one more that shows whether these are all.
     fn rows(&self) -> i64 {
-        let rows = self.room.as_ref().map_or(0, Held::bytes) / ROW;
+        let rows = self.room.as_ref().map_or(0, Held::bytes) / ROW_BYTES_MAX;
         i64::try_from(rows).unwrap_or(i64::MAX).saturating_sub(1)
     }
 

@@ -16,13 +16,13 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info};
 
 /// The pause before the next try to listen.
-const AGAIN: Duration = Duration::from_secs(2);
+const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(2);
 /// PostgreSQL answers within this.
-const ANSWER: Duration = Duration::from_secs(5);
+const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// After this long without a nudge the listener checks its connection.
-const QUIET: Duration = Duration::from_secs(30);
+const CHECK_AFTER: Duration = Duration::from_secs(30);
 /// How often the check for a pooler looks: a busy pooler may give the same connection twice by chance.
-const LOOKS: usize = 5;
+const POOLER_LOOKS: usize = 5;
 
 /// Listens for as long as this value lives.
 pub(crate) struct Nudges {
@@ -50,7 +50,7 @@ impl Nudges {
 }
 
 async fn listen(options: PgConnectOptions, heard: Arc<Notify>) {
-    let options = options.options([("statement_timeout", ANSWER.as_millis().to_string())]);
+    let options = options.options([("statement_timeout", ANSWER_MAX.as_millis().to_string())]);
     loop {
         match hear(&options, &heard).await {
             Ok(Pooled) => {
@@ -62,19 +62,19 @@ async fn listen(options: PgConnectOptions, heard: Arc<Notify>) {
             // A database outage is reported elsewhere; here it only delays the next attempt.
             Err(error) => debug!(%error, "commits are not heard of; listening again soon"),
         }
-        tokio::time::sleep(AGAIN).await;
+        tokio::time::sleep(LISTEN_AGAIN_AFTER).await;
     }
 }
 
 async fn hear(options: &PgConnectOptions, heard: &Notify) -> Result<Pooled, sqlx::Error> {
-    if Bound::new(ANSWER).within(is_pooled(options)).await? {
+    if Bound::new(ANSWER_MAX).within(is_pooled(options)).await? {
         return Ok(Pooled);
     }
-    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ANSWER).connect_lazy_with(options.clone());
+    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ANSWER_MAX).connect_lazy_with(options.clone());
     let mut listener = PgListener::connect_with(&pool).await?;
-    Bound::new(ANSWER).within(listener.listen(NUDGES)).await?;
+    Bound::new(ANSWER_MAX).within(listener.listen(NUDGES)).await?;
     loop {
-        match tokio::time::timeout(QUIET, listener.try_recv()).await {
+        match tokio::time::timeout(CHECK_AFTER, listener.try_recv()).await {
             Ok(Ok(Some(_))) => {
                 while listener.next_buffered().is_some() {}
                 heard.notify_one();
@@ -84,7 +84,7 @@ async fn hear(options: &PgConnectOptions, heard: &Notify) -> Result<Pooled, sqlx
             Ok(Err(error)) => return Err(error),
             // A host that is gone sends nothing, either.
             Err(_) => {
-                Bound::new(ANSWER).within(sqlx::query("select 1").execute(&mut listener)).await?;
+                Bound::new(ANSWER_MAX).within(sqlx::query("select 1").execute(&mut listener)).await?;
             }
         }
     }
@@ -98,7 +98,7 @@ struct Pooled;
 async fn is_pooled(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
     let mut one = PgConnection::connect_with(options).await?;
     let mut other = PgConnection::connect_with(options).await?;
-    for _ in 0..LOOKS {
+    for _ in 0..POOLER_LOOKS {
         let ours = backend(&mut one).await?;
         let mut held = other.begin().await?;
         let theirs = backend(&mut held).await?;

@@ -42,17 +42,17 @@ const PAUSES: Pauses = Pauses {
     acknowledged: Duration::from_millis(10),
 };
 /// How long after the last nudge services count as nudging.
-const NUDGED: Duration = Duration::from_secs(1);
+const NUDGING_FOR: Duration = Duration::from_secs(1);
 const FEW_ROWS: usize = 500;
 /// A pause is this part of the time in which nothing was found: what comes after a while waits that much longer. When
 /// pauses doubled, a message of a conversation waited as long again as the answer before it had taken. 64 sagas went
 /// round in one convoy, at a sixth of the pace (measured).
-const PATIENCE: u32 = 16;
+const PAUSE_PART: u32 = 16;
 
 /// The pause between two looks of a topic's reader at what the main stream has passed: each is a statement or two.
-const FOLLOW: Duration = Duration::from_millis(50);
+const FOLLOW_EVERY: Duration = Duration::from_millis(50);
 /// An empty stretch is recorded no more often than this.
-const EMPTY: Duration = Duration::from_secs(1);
+const EMPTY_RECORDED_EVERY: Duration = Duration::from_secs(1);
 
 /// An item for the publisher, in order.
 pub(crate) enum ReaderItem {
@@ -110,9 +110,9 @@ impl Reader {
                 PollResult::Nothing => false,
             };
             let idle = clock::monotonic().duration_since(found_last);
-            let nudged = nudged_last.is_some_and(|last| last.elapsed() < NUDGED);
+            let nudged = nudged_last.is_some_and(|last| last.elapsed() < NUDGING_FOR);
             let shortest = if nudged { self.pauses.nudged } else { *self.pauses.idle.start() };
-            let pause = (idle / PATIENCE).clamp(shortest, shortest.max(*self.pauses.idle.end()));
+            let pause = (idle / PAUSE_PART).clamp(shortest, shortest.max(*self.pauses.idle.end()));
             // The copies see a change that stays new for `run_once`.
             let (mut control, mut done) = (self.control.clone(), self.done.clone());
             let paused = async {
@@ -179,7 +179,11 @@ impl Follower {
             // If the main stream has passed no more than was read, the next step waits for it.
             let follows = page.is_none();
             let item = match page {
-                Some(page) if page.rows.is_empty() && recorded.is_some_and(|last| last.elapsed() < EMPTY) => None,
+                Some(page)
+                    if page.rows.is_empty() && recorded.is_some_and(|last| last.elapsed() < EMPTY_RECORDED_EVERY) =>
+                {
+                    None
+                }
                 Some(page) => {
                     recorded = Some(clock::monotonic());
                     Some(ReaderItem::Page(page))
@@ -188,7 +192,7 @@ impl Follower {
                 None => None,
             };
             // The pause is as long as the step took: the main stream reads from the same database.
-            let pause = if follows { FOLLOW } else { began.elapsed().min(FOLLOW) };
+            let pause = if follows { FOLLOW_EVERY } else { began.elapsed().min(FOLLOW_EVERY) };
             if let Some(item) = item
                 && self.items.send(item).await.is_err()
             {

@@ -11,10 +11,10 @@ use sqlx::{PgConnection, Row as _};
 const STRETCH_IDS: i64 = 20_000;
 
 /// How many index entries one step of a search reads.
-const SEARCHED: i64 = 20_000;
+const SEARCHED_ENTRIES: i64 = 20_000;
 
 /// The index of the column behind those of a row.
-const SNAPSHOT: usize = 9;
+const SNAPSHOT_COLUMN: usize = 9;
 
 /// The query returns the snapshot once, in a row of its own, because with hundreds of running transactions it is long.
 /// It also returns up to `$2` rows of the transactions that began after the snapshot whose end is `$1`. A transaction
@@ -72,7 +72,7 @@ pub(crate) async fn poll(db: &mut PgConnection, base: &Snapshot, most: i64) -> R
     let mut target = None;
     let mut rows = Vec::with_capacity(found.len());
     for row in found {
-        match row.try_get::<Option<&str>, _>(SNAPSHOT)? {
+        match row.try_get::<Option<&str>, _>(SNAPSHOT_COLUMN)? {
             Some(snapshot) => target = Some(snapshot.parse()?),
             None => rows.push(Row::new(row)?),
         }
@@ -194,7 +194,7 @@ impl Search {
         .bind(&self.xid)
         .bind(self.id)
         .bind(&self.to)
-        .bind(SEARCHED)
+        .bind(SEARCHED_ENTRIES)
         .fetch_one(db)
         .await?;
         self.lowest = self.lowest.min(lowest.unwrap_or(i64::MAX));
@@ -202,7 +202,7 @@ impl Search {
         if let (Some(xid), Some(id)) = (xid, id) {
             (self.xid, self.id) = (xid, id);
         }
-        Ok((rows < SEARCHED).then_some((self.lowest, self.greatest)))
+        Ok((rows < SEARCHED_ENTRIES).then_some((self.lowest, self.greatest)))
     }
 }
 
@@ -483,7 +483,7 @@ mod tests {
         };
         println!("{steps} steps, the slowest {slowest:?}, the dearest {dearest} rows");
         assert_eq!(first, 11);
-        assert!(dearest <= SEARCHED + 10, "{dearest} rows");
+        assert!(dearest <= SEARCHED_ENTRIES + 10, "{dearest} rows");
         assert!(slowest < SOON, "{slowest:?}");
     }
 

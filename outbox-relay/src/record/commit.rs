@@ -19,19 +19,19 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use uuid::Uuid;
 
 /// How many entries one commit records at most.
-const ENTRIES: usize = 256;
+const ENTRIES_MAX: usize = 256;
 
 /// How many parked rows one transaction copies, whatever comes behind a blocked lane; its last stretch may exceed that.
 /// Their bytes are bounded likewise. The transaction may take a lease's time for each such part, as its last stretch
 /// may have several.
-const PARKED: usize = 5_000;
+const PARKED_ROWS_MAX: usize = 5_000;
 
 /// How many bytes of parked rows one statement copies; its last row may exceed that.
 const COPIED_AT_ONCE: usize = 32 << 20;
 
 /// The pause between two commits. Only a turn of retries and the end of a session wait for a commit. Each commit is a
 /// sync of the disk that business transactions wait for too. A crash in between costs a few more repeats.
-const GATHER: Duration = Duration::from_millis(25);
+const COMMIT_EVERY: Duration = Duration::from_millis(25);
 
 /// Something that is now true, and has to be recorded behind all that became true before it.
 pub(crate) enum Recordable {
@@ -85,8 +85,8 @@ impl Recorder {
     pub(crate) async fn run(mut self, mut progress: mpsc::Receiver<Recordable>) -> Result<(), CommitError> {
         let database = self.db.clone();
         let mut db = database.connect().await?;
-        let mut batch = Vec::with_capacity(ENTRIES);
-        while progress.recv_many(&mut batch, ENTRIES).await > 0 {
+        let mut batch = Vec::with_capacity(ENTRIES_MAX);
+        while progress.recv_many(&mut batch, ENTRIES_MAX).await > 0 {
             let mut rest = &batch[..];
             while !rest.is_empty() {
                 let (now, later) = rest.split_at(at_once(rest));
@@ -100,7 +100,7 @@ impl Recorder {
                 }
             }
             tokio::select! {
-                () = tokio::time::sleep(GATHER) => {}
+                () = tokio::time::sleep(COMMIT_EVERY) => {}
                 () = self.hurry.notified() => {}
             }
         }
@@ -253,7 +253,7 @@ fn at_once(batch: &[Recordable]) -> usize {
             parked += stretch.parked.len();
             bytes += parked_bytes(progress);
         }
-        parked >= PARKED || bytes >= COPIED_AT_ONCE
+        parked >= PARKED_ROWS_MAX || bytes >= COPIED_AT_ONCE
     });
     full.map_or(batch.len(), |at| at + 1)
 }
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn many_parked_rows_are_recorded_in_several_transactions_and_everything_else_in_one() {
         assert_eq!(at_once(&[stretch(0), Recordable::Nothing, stretch(9)]), 3);
-        let many = [stretch(0), stretch(PARKED - 1), stretch(1), stretch(0), stretch(PARKED)];
+        let many = [stretch(0), stretch(PARKED_ROWS_MAX - 1), stretch(1), stretch(0), stretch(PARKED_ROWS_MAX)];
         assert_eq!(at_once(&many), 3);
         assert_eq!(at_once(&many[3..]), 2);
         assert_eq!(at_once(&many[4..]), 1);

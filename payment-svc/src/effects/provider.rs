@@ -15,7 +15,7 @@ use sqlx::PgPool;
 use std::{sync::Arc, time::Duration};
 
 /// The bound of the database's work beside a call: it is part of the time that the call may take.
-const BOUND: Bound = Bound::new(Duration::from_millis(900));
+const DATABASE_BOUND: Bound = Bound::new(Duration::from_millis(900));
 
 /// The pause before a question that the database prevented is asked again.
 const DATABASE_PAUSE: Duration = Duration::from_secs(1);
@@ -52,7 +52,7 @@ impl Provider {
         order: OrderId,
         authorize_key: CommandId,
     ) -> Performed<Answer> {
-        match store::may_be_held(&self.pool, BOUND, order, authorize_key).await {
+        match store::may_be_held(&self.pool, DATABASE_BOUND, order, authorize_key).await {
             Ok(held) => self.ask_for(cx, order, &Request::Void { authorization_key: authorize_key }, &held).await,
             Err(error) => Performed::NotMade {
                 reason: format!("what is held could not be read: {error}"),
@@ -99,7 +99,7 @@ impl Provider {
         metrics::counter!("payment_differences_total", "operation" => difference.movement).increment(1);
         tracing::error!(order = %difference.order, command = %difference.command, reference = difference.reference,
             "{reason}: the payment is in doubt; compare it with the gateway's books");
-        match store::record_difference(&self.pool, BOUND, &difference).await {
+        match store::record_difference(&self.pool, DATABASE_BOUND, &difference).await {
             Ok(()) => Performed::Contradiction(reason),
             // The answer is not on record yet: asked again, the gateway repeats it.
             Err(error) => {

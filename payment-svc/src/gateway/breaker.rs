@@ -23,7 +23,7 @@ use std::{
 };
 
 /// The most payments that are remembered to have failed. One that is forgotten may try once more.
-const REMEMBERED: usize = 10_000;
+const REMEMBERED_MAX: usize = 10_000;
 
 /// When the circuit opens, and how often it is tried.
 #[derive(Debug, Clone, Copy)]
@@ -109,7 +109,7 @@ impl Breaker {
     pub fn in_vain(&self, payment: CommandId, now: Instant) -> bool {
         let mut state = self.state();
         let vain = state.vain.get_or_insert_with(|| Vain { since: now, payments: HashSet::new() });
-        if vain.payments.len() < REMEMBERED {
+        if vain.payments.len() < REMEMBERED_MAX {
             vain.payments.insert(payment);
         }
         let enough = vain.payments.len() >= self.config.payments;

@@ -12,11 +12,11 @@ use serde_json::{Value, json};
 use std::{convert::Infallible, time::Duration};
 
 /// The pause between two pieces of an answer that trickles.
-const TRICKLE: Duration = Duration::from_millis(50);
+const TRICKLE_PAUSE: Duration = Duration::from_millis(50);
 
 /// An answer of 500 MB, in pieces.
 const HUGE_PIECES: usize = 500;
-const PIECE: usize = 1_000_000;
+const PIECE_BYTES: usize = 1_000_000;
 
 /// The amount that is moved where `asked` was asked for. An amount of one stays, as nothing cannot be moved.
 pub(super) fn moved(strange: Option<Strange>, operation: Operation, asked: Money) -> Money {
@@ -53,12 +53,14 @@ pub(super) fn answer(strange: Strange, status: StatusCode, mut body: Value) -> R
         }
         Strange::Deep => return text(status, "[".repeat(10_000) + &"]".repeat(10_000)),
         Strange::Broken => return (StatusCode::INTERNAL_SERVER_ERROR, "It is broken.").into_response(),
-        Strange::Huge => return pieces(status, stream::iter(0..HUGE_PIECES).map(|_| Bytes::from(vec![b' '; PIECE]))),
+        Strange::Huge => {
+            return pieces(status, stream::iter(0..HUGE_PIECES).map(|_| Bytes::from(vec![b' '; PIECE_BYTES])));
+        }
         Strange::Trickle => {
             return pieces(
                 status,
                 stream::repeat(()).then(|()| async {
-                    tokio::time::sleep(TRICKLE).await;
+                    tokio::time::sleep(TRICKLE_PAUSE).await;
                     Bytes::from_static(b" ")
                 }),
             );

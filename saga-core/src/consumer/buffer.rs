@@ -3,7 +3,7 @@
 use super::record::Raw;
 use crate::{
     clock,
-    gather::{Gathering, MOMENT},
+    gather::{Gathering, SET_WAIT},
 };
 use std::{
     collections::VecDeque,
@@ -86,7 +86,7 @@ impl Buffer {
             let waiting = self.lock().records.len();
             if waiting > 0 {
                 if gathering.waits(waiting.min(max), clock::monotonic()) {
-                    tokio::time::sleep(MOMENT).await;
+                    tokio::time::sleep(SET_WAIT).await;
                 }
                 let taken = self.take_now(max.max(1));
                 gathering.begins(taken.len(), clock::monotonic());

@@ -4,19 +4,20 @@
 //! believes what it knew of the old. So a client of its own asks, every few seconds, and [`HealthState`] compares that with
 //! how far the consumer is.
 
-use super::{ConsumerConfig, client, health::HealthState};
+use super::{ConsumerConfig, health::HealthState};
 use crate::{
+    brokers::{Inquirer, Quiet},
     clock,
     part::{Cause, HealthIssue},
 };
 use rdkafka::{
-    consumer::{BaseConsumer, Consumer as _},
-    error::{KafkaError, RDKafkaErrorCode as Code},
+    client::Client,
+    error::{KafkaResult, RDKafkaErrorCode as Code},
 };
-use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, time::Duration};
 
 /// How long after one look the next one begins.
-const EVERY: Duration = Duration::from_secs(2);
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How long the brokers may take for an answer; a process that stops may have to wait for it.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 
@@ -33,8 +34,8 @@ pub(super) struct Ends {
 
 /// Asks the brokers, over and over.
 pub(super) async fn keep_looking(config: &ConsumerConfig, health: &HealthState) -> Infallible {
-    let client: Arc<BaseConsumer> = match client::asking(config).create() {
-        Ok(client) => Arc::new(client),
+    let brokers = match Inquirer::new(&config.brokers, &config.group) {
+        Ok(brokers) => brokers,
         // The polling client has the same settings, and its error ends the consumer.
         Err(error) => {
             tracing::debug!(%error, "where partitions end cannot be asked");
@@ -42,24 +43,20 @@ pub(super) async fn keep_looking(config: &ConsumerConfig, health: &HealthState) 
         }
     };
     loop {
-        tokio::time::sleep(EVERY).await;
-        let (client, topics, held) = (Arc::clone(&client), config.topics.clone(), health.asks());
+        tokio::time::sleep(LOOK_EVERY).await;
+        let (topics, held) = (config.topics.clone(), health.asks());
         let all = held.clone();
-        let asked = tokio::task::spawn_blocking(move || look(&client, &topics, held)).await;
-        match asked {
-            Ok(Ok(ends)) => health.compare(ends, clock::monotonic()),
-            Ok(Err(error)) => {
+        match brokers.ask(move |client| look(client, &topics, held)).await {
+            Ok(ends) => health.compare(ends, clock::monotonic()),
+            Err(error) => {
                 tracing::debug!(group = config.group, %error, "where partitions end is not known");
                 health.missed(all.into_iter().map(|partition| (partition, error.to_string())).collect());
             }
-            Err(_) => {}
         }
     }
 }
 
-fn look(client: &BaseConsumer, topics: &[String], held: Vec<(String, i32)>) -> Result<Ends, KafkaError> {
-    // The client reads nothing; its events about connections must not pile up.
-    while client.poll(Duration::ZERO).is_some() {}
+fn look(client: &Client<Quiet>, topics: &[String], held: Vec<(String, i32)>) -> KafkaResult<Ends> {
     let mut ends = Ends::default();
     for name in topics {
         let metadata = client.fetch_metadata(Some(name), ANSWER_MAX)?;

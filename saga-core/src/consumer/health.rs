@@ -265,7 +265,7 @@ impl HealthState {
         drop(state);
         self.missed(ends.missed);
         if let Some(((topic, partition), why)) = anew {
-            self.make_anew(&topic, Some(partition), why);
+            self.make_anew(Some(&topic), Some(partition), why);
         }
     }
 
@@ -306,12 +306,12 @@ impl HealthState {
         }
         drop(state);
         if let Some(why) = why {
-            self.make_anew(topic, None, why);
+            self.make_anew(Some(topic), None, why);
         }
     }
 
     /// Has the polling task make its client anew.
-    pub(super) fn make_anew(&self, topic: &str, partition: Option<i32>, why: &str) {
+    pub(super) fn make_anew(&self, topic: Option<&str>, partition: Option<i32>, why: &str) {
         let mut state = self.lock();
         if std::mem::replace(&mut state.ends, true) {
             return;

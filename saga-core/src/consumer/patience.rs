@@ -25,10 +25,10 @@ use tokio::sync::Semaphore;
 
 /// The pauses before work that counts nothing is repeated: short at first (a deadlock is over at once), then longer (an
 /// outage is not).
-const PATIENCE: Backoff = Backoff::doubling(Duration::from_millis(10), Duration::from_secs(2));
+const REPEAT_PAUSES: Backoff = Backoff::doubling(Duration::from_millis(10), Duration::from_secs(2));
 
 /// What works again within this time is no outage: a deadlock, one connection that was lost.
-const UNSAID: Duration = Duration::from_millis(500);
+const SILENT_FOR: Duration = Duration::from_millis(500);
 
 /// Held by the worker that makes an attempt that is counted.
 static ALONE: Semaphore = Semaphore::const_new(1);
@@ -40,7 +40,7 @@ impl<H: Handler> Worker<H> {
         F: FnMut() -> Fut,
         Fut: Future<Output = Result<T, AttemptFailure>>,
     {
-        let mut delays = PATIENCE.delays();
+        let mut delays = REPEAT_PAUSES.delays();
         let (mut again, mut silent, mut failed) = (false, false, None);
         loop {
             let failure = match self.within_bound(attempt()).await {
@@ -82,7 +82,7 @@ impl<H: Handler> Worker<H> {
                     self.repeat(cause, &reason, first);
                 }
             }
-            self.pause(delays.next().unwrap_or(PATIENCE.max)).await?;
+            self.pause(delays.next().unwrap_or(REPEAT_PAUSES.max)).await?;
         }
     }
 
@@ -90,7 +90,7 @@ impl<H: Handler> Worker<H> {
     /// trouble. Its answers to others are no sign that the partition goes on.
     fn repeat(&self, cause: Cause, reason: &str, first: Instant) {
         match cause {
-            _ if clock::monotonic().saturating_duration_since(first) <= UNSAID => {}
+            _ if clock::monotonic().saturating_duration_since(first) <= SILENT_FOR => {}
             Cause::Locked | Cause::DatabaseReadOnly => self.report.waits(cause, reason),
             _ => self.report.fails(reason),
         }
@@ -136,7 +136,7 @@ impl<H: Handler> Worker<H> {
         const { assert!(FUTURE_MAX.as_secs() < 14 * 24 * 3600) };
         let made =
             self.context.bound().within(inbox::add_partitions(&self.context.pool, self.context.config.horizon)).await;
-        let late = clock::monotonic().saturating_duration_since(first) > UNSAID;
+        let late = clock::monotonic().saturating_duration_since(first) > SILENT_FOR;
         match made {
             Ok(_) if late => {
                 self.report.waits(Cause::TableMissing, "the inbox has no partition for a message that it remembers");

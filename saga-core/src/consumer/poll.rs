@@ -24,13 +24,14 @@ use super::{
     worker::{Worker, WorkerEnd},
 };
 use crate::{
+    brokers::Inquirer,
     clock,
     error_class::{ErrorClass, classify_kafka},
 };
 use futures::{FutureExt, StreamExt};
 use rdkafka::{
     Message as _, Offset, TopicPartitionList,
-    consumer::{BaseConsumer, Consumer as _},
+    consumer::Consumer as _,
     error::{KafkaError, RDKafkaErrorCode},
     message::BorrowedMessage,
 };
@@ -114,8 +115,8 @@ pub(super) struct Poll<H> {
     /// The field stands before the client: fields are dropped in their order.
     rebalances: Unanswered,
     client: Arc<Client>,
-    /// The client of its own that asks where partitions end, for a handler that another part waits for.
-    ends: Option<Arc<BaseConsumer>>,
+    /// Asks where partitions end, for a handler that another part waits for.
+    brokers: Option<Arc<Inquirer>>,
     held: HashMap<String, HashMap<i32, AssignedPartition>>,
     drained: Channel<(String, i32)>,
     broken: Channel<ConsumerError>,
@@ -140,7 +141,7 @@ impl<H: Handler> Poll<H> {
         let (drained, broken) = (unbounded_channel(), unbounded_channel());
         let held = HashMap::new();
         let says = handler.says_how_far_it_read();
-        let ends = if says { Some(Arc::new(client::asking(&config).create()?)) } else { None };
+        let brokers = if says { Some(Arc::new(Inquirer::new(&config.brokers, &config.group)?)) } else { None };
         let (asked, asking, untaken) = (clock::monotonic(), None, BTreeMap::new());
         Ok(Self {
             config,
@@ -148,7 +149,7 @@ impl<H: Handler> Poll<H> {
             handler,
             health,
             client,
-            ends,
+            brokers,
             held,
             rebalances,
             drained,
@@ -264,8 +265,7 @@ impl<H: Handler> Poll<H> {
         }
         let now = clock::monotonic();
         if self.untaken.values().any(|since| now >= *since + UNTAKEN_MAX) && !self.health.is_refused() {
-            let topics = self.config.topics.join(", ");
-            self.health.make_anew(&topics, None, "where the group has come to was not said");
+            self.health.make_anew(None, None, "where the group has come to was not said");
         }
         if self.health.is_refused() && self.asking.is_none() && now >= self.asked + refusal::ASK_EVERY {
             let config = Arc::clone(&self.config);
@@ -406,9 +406,9 @@ impl<H: Handler> Poll<H> {
         owner: Uuid,
         done: watch::Receiver<i64>,
     ) -> Option<AbortOnDropHandle<()>> {
-        let (client, pool) = (self.ends.clone()?, self.pool.clone());
+        let (brokers, pool) = (self.brokers.clone()?, self.pool.clone());
         let (group, topic) = (self.config.group.clone(), topic.to_owned());
-        let reading = ReadMark { client, pool, group, topic, partition, owner, done };
+        let reading = ReadMark { brokers, pool, group, topic, partition, owner, done };
         Some(AbortOnDropHandle::new(tokio::spawn(reading.say())))
     }
 }

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 /// The number of parts into which the records with the culprit are divided. An attempt that fails by waiting for a lock
 /// takes far longer than one that succeeds, so there are to be few of them.
-const HALVES: usize = 2;
-const EIGHTHS: usize = 8;
+const FEW_PARTS: usize = 2;
+const MANY_PARTS: usize = 8;
 
 /// What the next attempt takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl Portions {
     /// Portions of at most `max` records.
     pub(super) fn new(max: usize) -> Self {
         let max = max.max(1);
-        Self { max, fits: max, before: 0, suspects: 0, parts: HALVES, gap: usize::MAX, reach: usize::MAX }
+        Self { max, fits: max, before: 0, suspects: 0, parts: FEW_PARTS, gap: usize::MAX, reach: usize::MAX }
     }
 
     /// The most records that a portion takes now.
@@ -88,7 +88,7 @@ impl Portions {
 
     /// The first `size` records were not handled; `culprit` records come before the culprit, if that is known.
     pub(super) fn failed(&mut self, size: usize, remedy: Remedy, culprit: Option<usize>) {
-        self.parts = if remedy == Remedy::Wait { EIGHTHS } else { HALVES };
+        self.parts = if remedy == Remedy::Wait { MANY_PARTS } else { FEW_PARTS };
         (self.before, self.suspects) = match (culprit, remedy) {
             (Some(before), _) => (before, 1),
             (None, Remedy::Smaller) if size > 1 => {

@@ -10,14 +10,11 @@
 
 use super::failure::AttemptFailure;
 use crate::{
+    brokers::Inquirer,
     clock,
     fail_point::fail_point,
     inbox::InboxPlace,
     transaction::{Bound, Transaction},
-};
-use rdkafka::{
-    consumer::{BaseConsumer, Consumer as _},
-    error::KafkaResult,
 };
 use sqlx::PgPool;
 use std::{sync::Arc, time::Duration};
@@ -25,14 +22,14 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 /// How long after one reading the next one begins.
-const EVERY: Duration = Duration::from_secs(2);
+const RECORD_EVERY: Duration = Duration::from_secs(2);
 /// How long the broker or the database may take for an answer; a process that stops may have to wait for that of the
 /// broker.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 
 /// One partition, as long as one worker has it.
 pub(super) struct ReadMark {
-    pub(super) client: Arc<BaseConsumer>,
+    pub(super) brokers: Arc<Inquirer>,
     pub(super) pool: PgPool,
     pub(super) group: String,
     pub(super) topic: String,
@@ -67,26 +64,19 @@ impl ReadMark {
                     tracing::debug!(topic = self.topic, partition = self.partition, %error, "how far it was read was not said");
                 }
             }
-            tokio::time::sleep(EVERY).await;
+            tokio::time::sleep(RECORD_EVERY).await;
         }
     }
 
     /// The partition's first offset, and the offset after its last.
     async fn range(&self) -> Option<(i64, i64)> {
-        let (client, topic, partition) = (Arc::clone(&self.client), self.topic.clone(), self.partition);
-        let ask = tokio::task::spawn_blocking(move || -> KafkaResult<(i64, i64)> {
-            // The client reads nothing; its events about connections must not pile up.
-            while client.poll(Duration::ZERO).is_some() {}
-            client.fetch_watermarks(&topic, partition, ANSWER_MAX)
-        });
-        match ask.await {
-            Ok(Ok(range)) => Some(range),
-            Ok(Err(error)) => {
+        let (topic, partition) = (self.topic.clone(), self.partition);
+        let asked = self.brokers.ask(move |client| client.fetch_watermarks(&topic, partition, ANSWER_MAX)).await;
+        asked
+            .inspect_err(|error| {
                 tracing::debug!(topic = self.topic, partition = self.partition, %error, "where a partition ends is not known");
-                None
-            }
-            Err(_) => None,
-        }
+            })
+            .ok()
     }
 
     async fn write(&self, bound: Bound, ago: Duration) -> Result<(), sqlx::Error> {

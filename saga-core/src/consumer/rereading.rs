@@ -21,7 +21,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 /// How long the brokers may take for an answer, and how long records may stay away that are known to be there.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// How long one poll waits for records.
-const POLL: Duration = Duration::from_millis(250);
+const POLL_MAX: Duration = Duration::from_millis(250);
 /// The most records that are handed on together.
 const BATCH_MAX: usize = 500;
 
@@ -196,7 +196,7 @@ impl Rereading {
 
 /// Polls for a moment.
 fn poll(client: &BaseConsumer) -> KafkaResult<Vec<Came>> {
-    let (mut came, mut wait) = (Vec::new(), POLL);
+    let (mut came, mut wait) = (Vec::new(), POLL_MAX);
     while came.len() < BATCH_MAX {
         match client.poll(wait) {
             None => break,

@@ -22,8 +22,8 @@ use std::{
 };
 
 /// How often the consumer asks, and how long it waits after a failure.
-const TRIES: usize = 3;
-const AGAIN: Duration = Duration::from_millis(500);
+const TRIES_MAX: usize = 3;
+const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// How long the brokers may take for each answer.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// The library logs a topic's id when it has its metadata. The consumer waits no longer than this: some brokers know no
@@ -127,20 +127,20 @@ impl Standing {
     }
 }
 
-/// Asks the brokers, up to [`TRIES`] times.
+/// Asks the brokers, up to [`TRIES_MAX`] times.
 ///
 /// # Errors
 /// In words, when the brokers did not answer.
 pub(super) async fn ask(config: &Arc<ConsumerConfig>, partitions: &TopicPartitionList) -> Result<Standing, String> {
     let mut why = String::new();
-    for _ in 0..TRIES {
+    for _ in 0..TRIES_MAX {
         let (config, partitions) = (Arc::clone(config), partitions.clone());
         match tokio::task::spawn_blocking(move || look(&config, &partitions)).await {
             Ok(Ok(standing)) => return Ok(standing),
             Ok(Err(error)) => why = error.to_string(),
             Err(error) => why = error.to_string(),
         }
-        tokio::time::sleep(AGAIN).await;
+        tokio::time::sleep(RETRY_AFTER).await;
     }
     Err(why)
 }

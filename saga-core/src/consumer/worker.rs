@@ -44,8 +44,8 @@ const FINISH_MAX: Duration = Duration::from_secs(6);
 const RELEASE_MAX: Duration = Duration::from_secs(3);
 /// Batches of few records begin at least so long after one another. Records that arrive meanwhile share a transaction,
 /// whose fixed cost is that of dozens of records. A record that comes alone does not wait for this.
-const GATHER: Duration = Duration::from_micros(1_500);
-const FEW: usize = 100;
+const GATHER_FOR: Duration = Duration::from_micros(1_500);
+const FEW_RECORDS: usize = 100;
 
 /// Why a worker ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,11 +126,11 @@ impl<H: Handler> Worker<H> {
                 }
             };
             let Some(last) = raws.last().map(|raw| raw.offset) else { continue };
-            let (few, began) = (raws.len() < FEW, clock::monotonic());
+            let (few, began) = (raws.len() < FEW_RECORDS, clock::monotonic());
             self.process(raws).await?;
             self.store(last)?;
             if few {
-                tokio::time::sleep_until((began + GATHER).into()).await;
+                tokio::time::sleep_until((began + GATHER_FOR).into()).await;
             }
         }
     }

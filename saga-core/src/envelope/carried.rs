@@ -5,7 +5,7 @@
 use super::header;
 
 /// The length of a `traceparent` of the version that is written today; of a later one so much is read.
-const PARENT: usize = 55;
+const PARENT_LENGTH: usize = 55;
 /// The longest `tracestate` that is carried on, in bytes, and its members: what W3C asks to keep, and no more.
 const STATE_MAX: usize = 512;
 const MEMBERS_MAX: usize = 32;
@@ -27,7 +27,7 @@ pub fn carried<'a>(name: &str, value: &'a str) -> Option<&'a str> {
 
 /// `00-<trace id>-<span id>-<flags>`. A later version may have more behind it, which is left out.
 fn parent(value: &str) -> Option<&str> {
-    let (known, rest) = (value.get(..PARENT)?, value.get(PARENT..)?);
+    let (known, rest) = (value.get(..PARENT_LENGTH)?, value.get(PARENT_LENGTH..)?);
     let mut fields = known.split('-');
     let mut hex = |length: usize| {
         let field = fields.next().filter(|field| field.len() == length)?;

@@ -17,7 +17,7 @@ use std::{
 use uuid::Uuid;
 
 /// How often the participant looks for fences that another transaction makes meanwhile: once more than can be needed.
-const LOOKS: usize = 3;
+const LOOKS_MAX: usize = 3;
 
 /// Fences that are parameters 7 to 17, as rows `c`. The ids are a subquery: given an array, PostgreSQL would see how
 /// short it is and plan anew for each batch. That takes as long as the statement (measured).
@@ -88,7 +88,7 @@ pub(super) async fn lock_fences(
     if made.rows_affected() == keys.len() as u64 {
         return Ok(keys.keys().map(|&key| (key.clone(), Fence::new())).collect());
     }
-    for _ in 0..LOOKS {
+    for _ in 0..LOOKS_MAX {
         let Found { mut fences, elsewhere } = lock(tx, keys).await?;
         let missing: Vec<&FenceKey> = keys.keys().copied().filter(|key| !fences.contains_key(*key)).collect();
         // Fewer rows were made: commands of one saga are in two partitions, and the other has made them meanwhile.

@@ -22,7 +22,7 @@ use time::OffsetDateTime;
 
 /// A partition that was read to its end within this time is not behind. A few times the pause between two such
 /// readings.
-const LATELY: Duration = Duration::from_secs(10);
+const READ_LATELY: Duration = Duration::from_secs(10);
 /// How long timers wait for a partition, by default.
 pub(super) const WAIT_MAX: Duration = Duration::from_secs(300);
 
@@ -146,7 +146,7 @@ impl Engine {
               group by partition",
         )
         .bind(self.reply_topic())
-        .bind(clock::seconds(LATELY))
+        .bind(clock::seconds(READ_LATELY))
         .fetch_all(&mut **tx)
         .await?;
         let partitions = found.iter().map(|(partition, ..)| partition + 1).max().unwrap_or(1);

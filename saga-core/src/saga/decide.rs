@@ -30,7 +30,7 @@ use std::time::Duration;
 use time::OffsetDateTime;
 
 /// The one run of a step that there is until an operator can retry with edited input.
-const OCCURRENCE: u32 = 0;
+const FIRST_OCCURRENCE: u32 = 0;
 
 /// Begins a saga: its first step is issued.
 pub fn start(definition: &Definition, saga: SagaId, naming: Naming, now: OffsetDateTime) -> (State, Effects) {
@@ -109,10 +109,10 @@ fn why_ignored(definition: &Definition, state: &State, reply: &Reply) -> Ignored
 pub fn command_id(definition: &Definition, state: &State, step: usize, op: Op) -> CommandId {
     let step = definition.steps()[step].name.as_str();
     match &state.naming {
-        None => CommandId::derive(state.saga, step, op, OCCURRENCE),
+        None => CommandId::derive(state.saga, step, op, FIRST_OCCURRENCE),
         Some(Naming { orchestrator, nonce }) => {
             let namespace = (orchestrator.as_str(), definition.name());
-            CommandId::derive_secretly(*nonce, namespace, state.saga, (step, op, OCCURRENCE))
+            CommandId::derive_secretly(*nonce, namespace, state.saga, (step, op, FIRST_OCCURRENCE))
         }
     }
 }
@@ -353,7 +353,14 @@ impl<'d> DecisionBuilder<'d> {
                 (open.wait, open.due) = (Wait::Reply, Some(self.later(patience)));
                 let command = command_id(self.definition, &self.state, step, op);
                 let undoes = self.undoes(step, op);
-                self.actions.push(Action::Send(Send { step, op, occurrence: OCCURRENCE, command, undoes, attempt }));
+                self.actions.push(Action::Send(Send {
+                    step,
+                    op,
+                    occurrence: FIRST_OCCURRENCE,
+                    command,
+                    undoes,
+                    attempt,
+                }));
                 self.timeline.push(TimelineEntry::Sent { step, op, attempt });
             }
         }

@@ -15,7 +15,7 @@ use crate::{
     clock,
     error_class::{is_conflict, is_outage, lock_wait},
     fail_point::fail_point,
-    gather::{Gathering, MOMENT},
+    gather::{Gathering, SET_WAIT},
     id::SagaId,
     outbox,
     transaction::connection,
@@ -29,15 +29,15 @@ use std::{
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 /// How many sagas one transaction starts at most.
-const SET: usize = 256;
+const SET_MAX: usize = 256;
 
 /// How long a set waits for a lock: another transaction has written one of its keys and not committed yet. A start that
 /// is alone waits as long between two looks. Short, because all callers of a set wait with it; far longer than a commit
 /// takes. PostgreSQL looks for deadlocks after a second: this is sooner.
-const LOOK: Duration = Duration::from_millis(100);
+const LOCK_MAX: Duration = Duration::from_millis(100);
 
 /// How many starts that are alone use a connection at one time: the pool serves other work too.
-const ALONE: usize = 4;
+const ALONE_MAX: usize = 4;
 
 /// A saga that is to be started, and the caller that waits for it.
 pub(super) struct WaitingStart {
@@ -56,7 +56,7 @@ pub(super) struct Starts {
 
 impl Default for Starts {
     fn default() -> Self {
-        Self { queue: Mutex::default(), alone: Semaphore::new(ALONE) }
+        Self { queue: Mutex::default(), alone: Semaphore::new(ALONE_MAX) }
     }
 }
 
@@ -86,14 +86,14 @@ async fn take_what_waits(mut queue: StartQueue<WaitingStart>) {
         let taken = engine.within(connection(engine.pool())).await;
         // Starts that came while there was no connection are in the set, too. Where the pool has none to give, all
         // callers get its error: set after set would wait as long for the same answer.
-        let room = if taken.is_ok() { SET } else { usize::MAX };
+        let room = if taken.is_ok() { SET_MAX } else { usize::MAX };
         let mut set = vec![first];
         while set.len() < room
             && let Ok(waiting) = queue.receiver.try_recv()
         {
             set.push(waiting);
         }
-        queue.gathering.begins(set.len().min(SET), clock::monotonic());
+        queue.gathering.begins(set.len().min(SET_MAX), clock::monotonic());
         match taken {
             Ok(connection) => engine.start_together(connection, set).await,
             Err(error) => tell_all(set, &error),
@@ -113,7 +113,7 @@ impl<W> StartQueue<W> {
     async fn first_of_a_set(&mut self) -> Option<W> {
         let first = self.receiver.recv().await?;
         if self.gathering.waits(self.receiver.len() + 1, clock::monotonic()) {
-            tokio::time::sleep(MOMENT).await;
+            tokio::time::sleep(SET_WAIT).await;
         }
         Some(first)
     }
@@ -131,7 +131,7 @@ async fn start_alone(WaitingStart { engine, new, tell }: WaitingStart) {
                 answer => break answer,
             }
             drop(turn);
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(LOCK_MAX).await;
         }
     };
     let answer = tokio::time::timeout(engine.bound().client(), looks).await;
@@ -170,7 +170,7 @@ impl Engine {
     /// Starts a set in one transaction; returns the ids of those that are new.
     async fn start_set(&self, connection: &mut PgConnection, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
         let commands: Vec<_> = set.iter().filter_map(|new| new.message().cloned()).collect();
-        let mut tx = connection.begin_with(AssertSqlSafe(self.bound().with_lock(LOOK).begin_sql(""))).await?;
+        let mut tx = connection.begin_with(AssertSqlSafe(self.bound().with_lock(LOCK_MAX).begin_sql(""))).await?;
         let started = self.insert(&mut tx, set, &commands).await?;
         fail_point!("saga.before-start", self.reply_topic());
         tx.commit().await?;
@@ -214,14 +214,14 @@ mod tests {
 
         // An hour ahead: however long this process is kept from running, the last set counts as recent.
         let late = clock::monotonic() + Duration::from_secs(3600);
-        queue.gathering.begins(SET, late);
+        queue.gathering.begins(SET_MAX, late);
         sender.send(1).unwrap();
         let mut follows = Box::pin(queue.first_of_a_set());
         assert_eq!(follows.as_mut().now_or_never(), None);
         assert_eq!(follows.await, Some(1));
 
-        (0..100).for_each(|_| queue.gathering.begins(SET, late));
-        (0..SET).for_each(|n| sender.send(n).unwrap());
+        (0..100).for_each(|_| queue.gathering.begins(SET_MAX, late));
+        (0..SET_MAX).for_each(|n| sender.send(n).unwrap());
         assert_eq!(queue.first_of_a_set().now_or_never(), Some(Some(0)));
     }
 }

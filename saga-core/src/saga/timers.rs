@@ -27,9 +27,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 /// How many sagas one transaction takes: enough to share its cost, few enough that a reply does not wait for it.
-const BATCH: i64 = 200;
+const BATCH_MAX: i64 = 200;
 /// The pause between two rounds with little to do: how long a due saga may lie.
-const PAUSE: Duration = Duration::from_millis(200);
+const IDLE_PAUSE: Duration = Duration::from_millis(200);
 /// How long to wait when the database does not answer.
 const PAUSE_AFTER_ERROR: Duration = Duration::from_secs(1);
 /// How long a saga, or a reply, that cannot be decided is left alone.
@@ -38,7 +38,7 @@ pub(super) const PUT_OFF: Duration = Duration::from_secs(60);
 /// missing.
 const PUT_OFF_WHAT_PASSES: Duration = Duration::from_secs(5);
 /// How long the timers wait for a lock: other sagas are due, too.
-const LOCK: Duration = Duration::from_secs(1);
+const LOCK_MAX: Duration = Duration::from_secs(1);
 /// How old the gauges may be.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 
@@ -85,7 +85,7 @@ impl Engine {
                         counted = Some(crate::clock::monotonic());
                         self.look_at_what_waits().await;
                     }
-                    if ticked.due + ticked.undecided >= BATCH as usize { Duration::ZERO } else { PAUSE }
+                    if ticked.due + ticked.undecided >= BATCH_MAX as usize { Duration::ZERO } else { IDLE_PAUSE }
                 }
                 Err(error) => {
                     self.timers_health().is(&error, PAUSE_AFTER_ERROR);
@@ -104,7 +104,7 @@ impl Engine {
     pub async fn tick(&self) -> Result<Ticked, sqlx::Error> {
         // Replies come first: the engine does not resend what was answered in time.
         let undecided = self.tick_undecided().await?;
-        if undecided >= BATCH as usize {
+        if undecided >= BATCH_MAX as usize {
             return Ok(Ticked { due: 0, undecided });
         }
         let due = match self.within(self.tick_due()).await {
@@ -119,10 +119,10 @@ impl Engine {
     }
 
     async fn tick_due(&self) -> Result<usize, BatchError> {
-        let mut tx = self.begin_waiting(LOCK).await?;
+        let mut tx = self.begin_waiting(LOCK_MAX).await?;
         let backlog = self.backlog(&mut tx).await?;
-        let rows = due::claim(&mut tx, self.known(), &backlog, BATCH).await?;
-        let all = rows.len() < BATCH as usize;
+        let rows = due::claim(&mut tx, self.known(), &backlog, BATCH_MAX).await?;
+        let all = rows.len() < BATCH_MAX as usize;
         let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows, &backlog).await? };
         if due == 0 {
             tx.commit_quietly().await?;
@@ -161,7 +161,7 @@ impl Engine {
     async fn due_ids(&self) -> Result<(Vec<Uuid>, Backlog), sqlx::Error> {
         let mut tx = self.begin().await?;
         let backlog = self.backlog(&mut tx).await?;
-        let ids = due::ids(&mut tx, self.known(), &backlog, BATCH).await?;
+        let ids = due::ids(&mut tx, self.known(), &backlog, BATCH_MAX).await?;
         tx.commit_quietly().await?;
         Ok((ids, backlog))
     }
@@ -175,7 +175,7 @@ impl Engine {
     }
 
     async fn tick_one(&self, saga: SagaId, backlog: &Backlog) -> Result<(), BatchError> {
-        let mut tx = self.begin_waiting(LOCK).await?;
+        let mut tx = self.begin_waiting(LOCK_MAX).await?;
         let rows = store::load(&mut tx, &[saga]).await?;
         let decided = self.take_due(&mut tx, rows, backlog).await?;
         tx.commit().await?;
@@ -201,8 +201,8 @@ impl Engine {
     }
 
     async fn take_undecided(&self) -> Result<usize, BatchError> {
-        let mut tx = self.begin_waiting(LOCK).await?;
-        let replies = store::take_undecided(&mut tx, self.known(), BATCH, None).await?;
+        let mut tx = self.begin_waiting(LOCK_MAX).await?;
+        let replies = store::take_undecided(&mut tx, self.known(), BATCH_MAX, None).await?;
         if !replies.is_empty() {
             let taken = self.take_replies(&mut tx, replies.iter().map(IncomingReply::from_undecided).collect()).await;
             if let Err(error) = taken {
@@ -219,7 +219,7 @@ impl Engine {
     /// cannot be understood.
     async fn take_undecided_one_by_one(&self) -> Result<usize, sqlx::Error> {
         let mut tx = self.begin().await?;
-        let replies = store::take_undecided(&mut tx, self.known(), BATCH, None).await?;
+        let replies = store::take_undecided(&mut tx, self.known(), BATCH_MAX, None).await?;
         tx.rollback().await?;
         for reply in &replies {
             match self.within(self.take_undecided_one(reply)).await {
@@ -239,7 +239,7 @@ impl Engine {
     /// Takes one reply. A reply that cannot be understood is dropped: its command will be sent again, and answered
     /// again.
     async fn take_undecided_one(&self, reply: &Undecided) -> Result<(), BatchError> {
-        let mut tx = self.begin_waiting(LOCK).await?;
+        let mut tx = self.begin_waiting(LOCK_MAX).await?;
         let replies = store::take_undecided(&mut tx, self.known(), 1, Some(reply.message)).await?;
         let mut attempt = sqlx::Acquire::begin(&mut *tx).await?;
         match self.take_replies(&mut attempt, replies.iter().map(IncomingReply::from_undecided).collect()).await {

@@ -19,7 +19,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// How long after the next try the timers still do not count as working.
-const AFTERWARDS: Duration = Duration::from_secs(1);
+const TRY_TAKES: Duration = Duration::from_secs(1);
 
 /// Whether the timers do their work: what health asks of them. An error that an operator has to set right counts for as
 /// long as the work that met it is put off.
@@ -31,7 +31,7 @@ pub(super) struct TimersHealth {
 }
 
 /// How many put-off sagas are remembered: enough to know that some wait.
-const REMEMBERED: usize = 1_000;
+const REMEMBERED_MAX: usize = 1_000;
 
 /// What was due and not decided at the last look.
 #[derive(Debug, Default)]
@@ -74,7 +74,7 @@ impl TimersHealth {
     /// Remembers sagas that could not be decided, and are put off.
     pub(super) fn puts_off(&self, sagas: impl IntoIterator<Item = Uuid>) {
         let mut progress = self.progress();
-        let room = REMEMBERED.saturating_sub(progress.put_off.len());
+        let room = REMEMBERED_MAX.saturating_sub(progress.put_off.len());
         progress.put_off.extend(sagas.into_iter().take(room));
     }
 
@@ -117,7 +117,7 @@ impl TimersHealth {
 
     fn stands_in_the_way(&self, cause: Cause, reason: &str, wait: Duration) {
         self.outage.failing_of(cause, reason);
-        *self.until() = Some(clock::monotonic() + wait + AFTERWARDS);
+        *self.until() = Some(clock::monotonic() + wait + TRY_TAKES);
     }
 
     pub(super) fn may_be(&self, error: &BatchError, wait: Duration) {

@@ -31,10 +31,10 @@ const HEAD_MAX: Duration = Duration::from_secs(75);
 /// browsers send a few KiB.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
 /// How long connections may take to end when the process is asked to stop. Half a head, or an answer that no client
-/// reads, must not take the whole of [`GRACE`](super::supervisor::GRACE). The process waits anyway for the requests
+/// reads, must not take the whole of [`GRACE_PERIOD`](super::supervisor::GRACE_PERIOD). The process waits anyway for the requests
 /// that were understood.
 const LAST_ANSWERS_MAX: Duration = Duration::from_secs(10);
-const _: () = assert!(LAST_ANSWERS_MAX.as_secs() < super::supervisor::GRACE.as_secs());
+const _: () = assert!(LAST_ANSWERS_MAX.as_secs() < super::supervisor::GRACE_PERIOD.as_secs());
 
 /// Serves HTTP/1.1 on `listener` until `token` is cancelled. Then finishes the requests in flight, also those whose
 /// client hung up.
@@ -66,13 +66,13 @@ async fn serve_within(
 
 /// The open files that the process asks the system for, which gives a process 1,024, or 256 in many shells. They are
 /// enough for two listeners, a pool and Kafka. macOS gives no more than this, whatever limit it reports.
-const FILES: u64 = 10_240;
+const OPEN_FILES: u64 = 10_240;
 
 /// Asks the system for as many open files as this crate needs, and returns how many it gives.
 pub fn open_files() -> u64 {
     match getrlimit(Resource::RLIMIT_NOFILE) {
-        Ok((soft, hard)) if soft < hard.min(FILES) => {
-            let wanted = hard.min(FILES);
+        Ok((soft, hard)) if soft < hard.min(OPEN_FILES) => {
+            let wanted = hard.min(OPEN_FILES);
             setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).map_or(soft, |()| wanted)
         }
         Ok((soft, _)) => soft,

@@ -25,10 +25,10 @@ const IDLE_IN_TRANSACTION: &str = "8s";
 
 /// The server ends a statement outside of a [`Transaction`](crate::transaction::Transaction) after this: a request that
 /// was given up would leave it waiting. Transactions have bounds of their own.
-const STATEMENT: &str = "30s";
+const STATEMENT_MAX: &str = "30s";
 
 /// A connection that was in use so short a time ago is given out without a check whether it is still there.
-const TRUSTED: Duration = Duration::from_millis(500);
+const TRUSTED_FOR: Duration = Duration::from_millis(500);
 
 /// A connection that does not answer for so long when it comes back is closed. Its server is gone without a word, and
 /// while the pool waits for it, it counts against the pool.
@@ -50,7 +50,7 @@ pub async fn connect(settings: &DatabaseSettings, application: &str) -> Result<P
 /// Makes the pool without waiting: it connects when it is first used. Needs a tokio runtime around it.
 #[must_use]
 pub fn pool(settings: &DatabaseSettings, application: &str) -> PgPool {
-    let options = prepare(&settings.options, application).options([("statement_timeout", STATEMENT)]);
+    let options = prepare(&settings.options, application).options([("statement_timeout", STATEMENT_MAX)]);
     pool_options(settings.max_connections).connect_lazy_with(options)
 }
 
@@ -76,7 +76,7 @@ pub fn pool_options(max_connections: u32) -> PgPoolOptions {
                 if !is_current(use_.age) {
                     return Ok(false);
                 }
-                if use_.idle_for > TRUSTED {
+                if use_.idle_for > TRUSTED_FOR {
                     connection.ping().await?;
                 }
                 Ok(true)

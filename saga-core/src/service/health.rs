@@ -17,8 +17,9 @@ pub use questions::{Needs, missing};
 pub(super) use standing::describe;
 pub use standing::{Standing, State};
 
-use super::{config::KafkaSettings, topics};
+use super::config::KafkaSettings;
 use crate::{
+    brokers::Inquirer,
     clock::{self, DatabaseClock},
     error_class::{ErrorClass, classify, is_pool_full, renew_connections},
     outage::Outage,
@@ -27,7 +28,7 @@ use crate::{
 };
 use futures::future::BoxFuture;
 use questions::{a_new_session_writes, hear_clock};
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::error::KafkaError;
 use serde::Serialize;
 use sqlx::PgPool;
 use standing::{Part, measure};
@@ -261,18 +262,16 @@ impl Health {
     ///
     /// # Errors
     /// librdkafka does not accept the settings.
-    pub fn kafka(&self, settings: &KafkaSettings) -> Result<(), rdkafka::error::KafkaError> {
-        let client: BaseConsumer = topics::client(settings).create()?;
-        let client = Arc::new(client);
+    pub fn kafka(&self, settings: &KafkaSettings) -> Result<(), KafkaError> {
+        let brokers = Arc::new(Inquirer::new(&settings.brokers, "health")?);
         self.part("kafka", move || {
-            let client = Arc::clone(&client);
+            let brokers = Arc::clone(&brokers);
             async move {
                 // Asking for the metadata of one topic that need not exist is the cheapest question there is.
-                let ask = tokio::task::spawn_blocking(move || client.fetch_metadata(Some("readyz"), BROKER_TIMEOUT));
-                match ask.await {
-                    Ok(Ok(_)) => PartReport::fine(),
-                    Ok(Err(error)) => PartReport::red(Cause::KafkaAway, error.to_string()),
-                    Err(error) => PartReport::red(Cause::Fault, error.to_string()),
+                match brokers.ask(|client| client.fetch_metadata(Some("readyz"), BROKER_TIMEOUT)).await {
+                    Ok(_) => PartReport::fine(),
+                    Err(KafkaError::Canceled) => PartReport::red(Cause::Fault, "the question to the brokers panicked"),
+                    Err(error) => PartReport::red(Cause::KafkaAway, error.to_string()),
                 }
             }
         });

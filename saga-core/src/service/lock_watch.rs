@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, convert::Infallible, time::Duration};
 
 /// The watch begins when a statement takes longer than this, and looks again as often. Most locks are held for
 /// milliseconds.
-const LOOK: Duration = Duration::from_secs(3);
+const LOOK_EVERY: Duration = Duration::from_secs(3);
 
 /// The second connection's `application_name`.
 const APPLICATION: &str = "migrate-watch";
@@ -40,7 +40,7 @@ impl LockWatch {
     async fn look(&self, say: impl Fn(&str)) -> Infallible {
         let (mut connection, mut told, mut blind) = (None, BTreeSet::new(), false);
         loop {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(LOOK_EVERY).await;
             match self.blockers(&mut connection).await {
                 Ok(blockers) => {
                     let new = blockers.iter().fold(false, |new, blocker| told.insert(blocker.0) | new);

@@ -19,7 +19,7 @@ use std::collections::BTreeSet;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 /// The advisory lock's key, the same for every owner: owners of one database take turns, too.
-const LOCK: i64 = 0x6f75_7462_6f78_0001;
+const LOCK_KEY: i64 = 0x6f75_7462_6f78_0001;
 
 mod messaging {
     refinery::embed_migrations!("../migrations/messaging");
@@ -88,7 +88,7 @@ pub async fn migrate(settings: &DatabaseSettings, all: &[Migrations]) -> Result<
         applied += run(&mut session, migrations).await?;
     }
     // Closing the connection would release the lock as well, only later.
-    sqlx::query("select pg_advisory_unlock($1)").bind(LOCK).execute(&mut session.connection).await?;
+    sqlx::query("select pg_advisory_unlock($1)").bind(LOCK_KEY).execute(&mut session.connection).await?;
     session.connection.close().await?;
     Ok(applied)
 }
@@ -160,7 +160,7 @@ impl Session {
 
     /// Waits until no other process migrates this database.
     async fn take_turn(&mut self) -> Result<(), sqlx::Error> {
-        let turn = sqlx::query("select pg_advisory_lock($1)").bind(LOCK).execute(&mut self.connection);
+        let turn = sqlx::query("select pg_advisory_lock($1)").bind(LOCK_KEY).execute(&mut self.connection);
         let say = |blocked_by: &str| {
             tracing::warn!(
                 database = self.database,

@@ -2,7 +2,7 @@
 //!
 //! The first task that ends before it was asked to takes the process down with it. Half a service, one that answers
 //! HTTP but no longer reads Kafka, say, is worse than one that is restarted. When asked to stop, each task has
-//! [`GRACE`] to finish what is in flight. A task that is left then is dropped, which is what a crash would do and
+//! [`GRACE_PERIOD`] to finish what is in flight. A task that is left then is dropped, which is what a crash would do and
 //! therefore safe.
 
 use crate::{panics::panic_text, reason::chain};
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 /// How long work in flight may take once the process is asked to stop. Shorter than the 30 s after which orchestrators
 /// kill.
-pub const GRACE: Duration = Duration::from_secs(20);
+pub const GRACE_PERIOD: Duration = Duration::from_secs(20);
 
 /// The error of any task.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -56,12 +56,12 @@ pub enum SupervisorError {
 }
 
 /// Runs `tasks` until `token` is cancelled or one of them ends; then cancels `token` and waits for the others, within
-/// [`GRACE`].
+/// [`GRACE_PERIOD`].
 ///
 /// # Errors
 /// A task failed, ended before it was asked to, or did not stop in time.
 pub async fn run_all(token: &CancellationToken, tasks: Vec<Task>) -> Result<(), SupervisorError> {
-    run_within(GRACE, token, tasks).await
+    run_within(GRACE_PERIOD, token, tasks).await
 }
 
 async fn run_within(grace: Duration, token: &CancellationToken, tasks: Vec<Task>) -> Result<(), SupervisorError> {

@@ -7,24 +7,22 @@
 
 use super::config::KafkaSettings;
 use crate::{
+    brokers::{Inquirer, Quiet},
     part::{Cause, HealthIssue},
     retry::Backoff,
     topic::{Cleanup, Topic, dead_letter_topic},
 };
 use rdkafka::{
-    ClientConfig,
     admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication},
-    client::DefaultClientContext,
-    config::RDKafkaLogLevel,
     error::{KafkaError, RDKafkaErrorCode},
 };
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 /// How long one request to Kafka may take before it is asked again.
-const REQUEST: Duration = Duration::from_secs(10);
+const REQUEST_MAX: Duration = Duration::from_secs(10);
 /// How long Kafka may take to list its topics. The call blocks a thread, and a process that is asked to stop waits for
 /// its threads.
-const METADATA: Duration = Duration::from_secs(2);
+const METADATA_MAX: Duration = Duration::from_secs(2);
 /// The pauses between attempts while Kafka is away.
 const WAIT: Backoff = Backoff::doubling(Duration::from_millis(200), Duration::from_secs(2));
 
@@ -108,12 +106,12 @@ pub(super) async fn ensure_and_tell(
     declared: &[Topic],
     tell: impl Fn(HealthIssue),
 ) -> Result<TopicsReport, TopicError> {
-    let admin: Arc<AdminClient<DefaultClientContext>> = Arc::new(client(settings).create()?);
+    let brokers = Inquirer::new(&settings.brokers, "topics")?;
     let wanted: Vec<Wanted> = declared.iter().flat_map(Wanted::pair).collect();
     let mut delays = WAIT.delays();
     let mut said = false;
     loop {
-        match attempt(&admin, settings, &wanted).await {
+        match attempt(&brokers, settings, &wanted).await {
             Ok(report) => {
                 if said {
                     tracing::info!("Kafka is there");
@@ -124,6 +122,7 @@ pub(super) async fn ensure_and_tell(
                 return Ok(report);
             }
             Err(TopicError::Kafka(error)) => {
+                brokers.unanswered(&error);
                 tell(HealthIssue::new(Cause::KafkaAway, error.to_string()));
                 if !said {
                     said = true;
@@ -148,20 +147,9 @@ fn is_a_right(code: RDKafkaErrorCode) -> bool {
     matches!(code, Code::TopicAuthorizationFailed | Code::ClusterAuthorizationFailed | Code::PolicyViolation)
 }
 
-/// A client that logs nothing itself: its user logs what went wrong, once.
-pub(super) fn client(settings: &KafkaSettings) -> ClientConfig {
-    let mut config = ClientConfig::new();
-    config.set("bootstrap.servers", &settings.brokers).set("log.connection.close", "false");
-    config.set_log_level(RDKafkaLogLevel::Emerg);
-    config
-}
-
-async fn attempt(
-    admin: &Arc<AdminClient<DefaultClientContext>>,
-    settings: &KafkaSettings,
-    wanted: &[Wanted],
-) -> Result<TopicsReport, TopicError> {
-    let existing = partitions(admin).await?;
+async fn attempt(brokers: &Inquirer, settings: &KafkaSettings, wanted: &[Wanted]) -> Result<TopicsReport, TopicError> {
+    let existing = partitions(brokers).await?;
+    let admin = &*brokers.client();
     let partitions_of = |topic: &Wanted| existing.iter().find(|(name, _)| *name == topic.name).map(|(_, count)| *count);
     let (present, missing): (Vec<_>, Vec<_>) = wanted.iter().partition(|topic| partitions_of(topic).is_some());
 
@@ -178,17 +166,14 @@ async fn attempt(
 }
 
 /// Asks for every topic with its number of partitions.
-async fn partitions(admin: &Arc<AdminClient<DefaultClientContext>>) -> Result<Vec<(String, i32)>, KafkaError> {
-    let admin = Arc::clone(admin);
-    // librdkafka's metadata call blocks its thread.
-    let fetch = tokio::task::spawn_blocking(move || admin.inner().fetch_metadata(None, METADATA));
-    let metadata = fetch.await.map_err(|_| KafkaError::Canceled)??;
+async fn partitions(brokers: &Inquirer) -> Result<Vec<(String, i32)>, KafkaError> {
+    let metadata = brokers.ask(|client| client.fetch_metadata(None, METADATA_MAX)).await?;
     let count = |partitions: usize| i32::try_from(partitions).unwrap_or(i32::MAX);
     Ok(metadata.topics().iter().map(|topic| (topic.name().to_owned(), count(topic.partitions().len()))).collect())
 }
 
 async fn create(
-    admin: &AdminClient<DefaultClientContext>,
+    admin: &AdminClient<Quiet>,
     settings: &KafkaSettings,
     missing: &[&Wanted],
 ) -> Result<Vec<String>, TopicError> {
@@ -203,7 +188,7 @@ async fn create(
                 .set("retention.ms", &topic.retention)
         })
         .collect();
-    let options = AdminOptions::new().request_timeout(Some(REQUEST)).operation_timeout(Some(REQUEST));
+    let options = AdminOptions::new().request_timeout(Some(REQUEST_MAX)).operation_timeout(Some(REQUEST_MAX));
     let mut created = Vec::new();
     for result in admin.create_topics(&new, &options).await? {
         match result {
@@ -239,15 +224,12 @@ fn waits(code: RDKafkaErrorCode) -> bool {
     )
 }
 
-async fn compare_configs(
-    admin: &AdminClient<DefaultClientContext>,
-    present: &[&Wanted],
-) -> Result<Vec<Mismatch>, KafkaError> {
+async fn compare_configs(admin: &AdminClient<Quiet>, present: &[&Wanted]) -> Result<Vec<Mismatch>, KafkaError> {
     if present.is_empty() {
         return Ok(Vec::new());
     }
     let resources: Vec<_> = present.iter().map(|topic| ResourceSpecifier::Topic(&topic.name)).collect();
-    let options = AdminOptions::new().request_timeout(Some(REQUEST));
+    let options = AdminOptions::new().request_timeout(Some(REQUEST_MAX));
     let described = admin.describe_configs(&resources, &options).await?;
     let mut mismatches = Vec::new();
     for (topic, config) in present.iter().zip(described) {

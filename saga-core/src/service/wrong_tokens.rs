@@ -14,9 +14,9 @@ use std::{
 /// How many wrong tokens an address may show at once.
 const AT_ONCE: f64 = 32.0;
 /// How many wrong tokens are forgiven in a second.
-const FORGIVEN: f64 = 1.0;
+const FORGIVEN_PER_SECOND: f64 = 1.0;
 /// How many addresses are remembered.
-const ADDRESSES: usize = 4_096;
+const ADDRESSES_MAX: usize = 4_096;
 
 /// Wrong tokens that are not forgiven yet, by address.
 #[derive(Debug, Default)]
@@ -32,10 +32,10 @@ impl WrongTokens {
     /// Counts a wrong token; returns whether it is this address's first for a while.
     pub(super) fn wrong(&self, peer: IpAddr, now: Instant) -> bool {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= ADDRESSES {
+        if known.len() >= ADDRESSES_MAX {
             known.retain(|_, wrong| left(wrong, now) > 0.0);
         }
-        if known.len() >= ADDRESSES && !known.contains_key(&network(peer)) {
+        if known.len() >= ADDRESSES_MAX && !known.contains_key(&network(peer)) {
             // Removes the address that has least to be forgiven. An address that is held up stays so, however many
             // others come.
             let least = known.iter().min_by(|(_, a), (_, b)| left(a, now).total_cmp(&left(b, now)));
@@ -50,7 +50,7 @@ impl WrongTokens {
 }
 
 fn left((wrong, since): &(f64, Instant), now: Instant) -> f64 {
-    (wrong - now.saturating_duration_since(*since).as_secs_f64() * FORGIVEN).max(0.0)
+    (wrong - now.saturating_duration_since(*since).as_secs_f64() * FORGIVEN_PER_SECOND).max(0.0)
 }
 
 /// The network of an address: one customer of a provider has a whole network of IPv6 addresses.
@@ -93,7 +93,7 @@ mod tests {
         for n in 0..10_000_u32 {
             tokens.wrong(IpAddr::from(n.to_be_bytes()), now);
         }
-        assert!(tokens.0.lock().unwrap().len() <= ADDRESSES);
+        assert!(tokens.0.lock().unwrap().len() <= ADDRESSES_MAX);
         assert!(!tokens.lets_try(guesser, now), "it is not forgiven because others came");
         assert!(tokens.lets_try(guesser, now + Duration::from_secs(1)));
     }

@@ -14,7 +14,7 @@ use rdkafka::{
 use std::{ops::Deref, sync::LazyLock, time::Duration};
 
 /// How long the broker may take for each request of a test.
-const PATIENCE: Duration = Duration::from_secs(30);
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// The brokers that tests use.
 ///
@@ -90,7 +90,7 @@ impl Drop for TestTopic {
 /// When the broker refuses.
 pub async fn create_topic(name: &str, partitions: i32) {
     let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
-    let options = AdminOptions::new().operation_timeout(Some(Timeout::After(PATIENCE)));
+    let options = AdminOptions::new().operation_timeout(Some(Timeout::After(ANSWER_MAX)));
     let results = ADMIN.create_topics([&topic], &options).await.expect("the brokers of KAFKA_BROKERS answer");
     results.into_iter().for_each(|result| {
         result.expect("a topic of a new name can be created");
@@ -100,10 +100,10 @@ pub async fn create_topic(name: &str, partitions: i32) {
 
 /// Waits until the broker has leaders for so many partitions: it answers before its own metadata show the change.
 async fn until_led(name: &str, partitions: i32) {
-    super::eventually(PATIENCE, || async {
+    super::eventually(ANSWER_MAX, || async {
         let name = name.to_owned();
         tokio::task::spawn_blocking(move || {
-            let metadata = ADMIN.inner().fetch_metadata(Some(&name), PATIENCE).ok()?;
+            let metadata = ADMIN.inner().fetch_metadata(Some(&name), ANSWER_MAX).ok()?;
             let topic = metadata.topics().first()?;
             let led = topic.partitions().iter().filter(|partition| partition.leader() >= 0).count();
             (led == usize::try_from(partitions).ok()?).then_some(())
@@ -213,7 +213,7 @@ pub async fn count_to_end(topic: &str) -> usize {
     let topic = topic.to_owned();
     let counting = tokio::task::spawn_blocking(move || {
         let client = ADMIN.inner();
-        let metadata = client.fetch_metadata(Some(&topic), PATIENCE).expect("the broker tells its topics");
+        let metadata = client.fetch_metadata(Some(&topic), ANSWER_MAX).expect("the broker tells its topics");
         let partitions = metadata.topics().iter().flat_map(|topic| topic.partitions());
         let ends = partitions.map(|partition| watermarks(client, &topic, partition.id()).1);
         usize::try_from(ends.sum::<i64>()).expect("no end is negative")
@@ -230,7 +230,7 @@ fn read_blocking<T>(topic: &str, map: impl Fn(Record) -> T) -> Vec<T> {
         .set("enable.partition.eof", "true")
         .create()
         .expect("a consumer needs only brokers");
-    let metadata = consumer.fetch_metadata(Some(topic), PATIENCE).expect("the broker tells its topics");
+    let metadata = consumer.fetch_metadata(Some(topic), ANSWER_MAX).expect("the broker tells its topics");
     let mut positions = TopicPartitionList::new();
     let mut open = Vec::new();
     for partition in metadata.topics().iter().flat_map(|topic| topic.partitions()) {
@@ -246,7 +246,7 @@ fn read_blocking<T>(topic: &str, map: impl Fn(Record) -> T) -> Vec<T> {
     let mut records = Vec::new();
     let mut last = std::time::Instant::now();
     while !open.is_empty() {
-        assert!(last.elapsed() < PATIENCE, "reading {topic} to its end: no record came for {PATIENCE:?}");
+        assert!(last.elapsed() < ANSWER_MAX, "reading {topic} to its end: no record came for {ANSWER_MAX:?}");
         match consumer.poll(Duration::from_millis(200)) {
             Some(Ok(message)) => {
                 last = std::time::Instant::now();
@@ -266,9 +266,9 @@ fn read_blocking<T>(topic: &str, map: impl Fn(Record) -> T) -> Vec<T> {
 /// The offsets of the first record and after the last. Repeats: the leader of a new partition may not know yet that it
 /// leads.
 fn watermarks<C: ClientContext>(client: &Client<C>, topic: &str, partition: i32) -> (i64, i64) {
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = std::time::Instant::now() + ANSWER_MAX;
     loop {
-        match client.fetch_watermarks(topic, partition, PATIENCE) {
+        match client.fetch_watermarks(topic, partition, ANSWER_MAX) {
             Ok(watermarks) => return watermarks,
             Err(error) => {
                 assert!(std::time::Instant::now() < deadline, "the ends of {topic} [{partition}]: {error}");

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// How long anything may take, on a busy machine too.
-const PATIENCE: Duration = Duration::from_secs(60);
+const WAIT_MAX: Duration = Duration::from_secs(60);
 /// The pause between two looks.
-const LOOK: Duration = Duration::from_millis(50);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// The platform's HTTP interfaces.
 pub(crate) struct Client {
@@ -37,7 +37,7 @@ impl Client {
     }
 
     fn request(&self, method: Method, url: String) -> RequestBuilder {
-        self.http.request(method, url).timeout(PATIENCE)
+        self.http.request(method, url).timeout(WAIT_MAX)
     }
 
     async fn answer(request: RequestBuilder) -> anyhow::Result<(StatusCode, Value)> {
@@ -113,7 +113,9 @@ impl Client {
             let request = self.request(Method::POST, format!("{}/v1/orders", self.orders));
             match Self::answer(request.header("idempotency-key", &key).json(&order)).await? {
                 (status, answer) if status.is_success() => return id(&answer),
-                (StatusCode::UNPROCESSABLE_ENTITY, _) if start.elapsed() < PATIENCE => tokio::time::sleep(LOOK).await,
+                (StatusCode::UNPROCESSABLE_ENTITY, _) if start.elapsed() < WAIT_MAX => {
+                    tokio::time::sleep(LOOK_EVERY).await
+                }
                 (status, answer) => bail!("POST /v1/orders answered {status}: {answer}"),
             }
         }
@@ -137,10 +139,10 @@ impl Client {
             if matches!(now["status"].as_str(), Some("confirmed" | "cancelled")) {
                 return Ok(now);
             }
-            if start.elapsed() > PATIENCE {
+            if start.elapsed() > WAIT_MAX {
                 bail!("order {order} did not settle: {now}; its saga: {}", self.saga(order).await?);
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 
@@ -157,8 +159,8 @@ impl Client {
                 let saga = self.saga(order).await?;
                 match saga["status"].as_str() {
                     Some("completed" | "compensated") => break,
-                    _ if start.elapsed() > PATIENCE => bail!("the saga of order {order} did not end: {saga}"),
-                    _ => tokio::time::sleep(LOOK).await,
+                    _ if start.elapsed() > WAIT_MAX => bail!("the saga of order {order} did not end: {saga}"),
+                    _ => tokio::time::sleep(LOOK_EVERY).await,
                 }
             }
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 /// The time that a run is meant to stay under, once PostgreSQL and Kafka are fetched and everything is built. It is
 /// shown, not enforced: how busy a machine is, is not the demo's doing.
-const PROMISED: Duration = Duration::from_secs(30);
+const PROMISED_WITHIN: Duration = Duration::from_secs(30);
 
 /// A clock that is read at the end of each phase.
 #[derive(Debug)]
@@ -32,8 +32,8 @@ impl Pace {
         let phases: Vec<_> =
             self.phases.iter().map(|(what_for, took)| format!("{} {what_for}", seconds(*took))).collect();
         let said = format!("All of it in {}: {}.", seconds(all), phases.join(", "));
-        let Some(over) = all.checked_sub(PROMISED).filter(|over| !over.is_zero()) else { return said };
-        let (over, promised) = (seconds(over), PROMISED.as_secs());
+        let Some(over) = all.checked_sub(PROMISED_WITHIN).filter(|over| !over.is_zero()) else { return said };
+        let (over, promised) = (seconds(over), PROMISED_WITHIN.as_secs());
         format!(
             "{said}\nThat is {over} over the {promised} s that a run is meant to take (the first one fetches the servers, too)."
         )

@@ -12,7 +12,7 @@ use std::time::Duration;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 /// How long a question to the broker may take.
-const BOUND: Duration = Duration::from_secs(10);
+const ANSWER_MAX: Duration = Duration::from_secs(10);
 
 /// A topic's name, and how many records it has.
 pub(crate) type Counted = (String, i64);
@@ -26,13 +26,13 @@ pub(crate) async fn topics(brokers: &str) -> anyhow::Result<Vec<Counted>> {
 
 fn count(brokers: &str) -> anyhow::Result<Vec<Counted>> {
     let consumer: BaseConsumer = ClientConfig::new().set("bootstrap.servers", brokers).create()?;
-    let metadata = consumer.fetch_metadata(None, BOUND)?;
+    let metadata = consumer.fetch_metadata(None, ANSWER_MAX)?;
     let ours = metadata.topics().iter().filter(|topic| !topic.name().starts_with("__"));
     let mut counted = Vec::new();
     for topic in ours {
         let mut records = 0;
         for partition in topic.partitions() {
-            let (low, high) = consumer.fetch_watermarks(topic.name(), partition.id(), BOUND)?;
+            let (low, high) = consumer.fetch_watermarks(topic.name(), partition.id(), ANSWER_MAX)?;
             records += high - low;
         }
         counted.push((topic.name().to_owned(), records));

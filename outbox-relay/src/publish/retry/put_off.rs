@@ -1,7 +1,7 @@
 //! Parked rows whose topic takes nothing now: the relay pauses the topic, so that it looks for it, or leaves it alone
 //! for a while. No state is lost when the process dies: the request still stands.
 
-use super::{REPORT, Retries};
+use super::{ACKNOWLEDGED_WITHIN, Retries};
 use crate::{
     loops,
     publish::refusal::MOST_ABSENT,
@@ -33,6 +33,6 @@ impl Retries {
         warn!(outbox = self.outbox, topic, reason, "parked rows of the topic cannot be sent; they are tried again");
         let reason = format!("parked rows of topic {topic} cannot be sent: {reason}");
         self.loops.failing(loops::RETRIES, part::Cause::Refused, &reason);
-        self.silent.insert(topic, saga_core::clock::monotonic() + REPORT);
+        self.silent.insert(topic, saga_core::clock::monotonic() + ACKNOWLEDGED_WITHIN);
     }
 }

@@ -33,9 +33,9 @@ use tracing::info;
 
 /// How long the main stream waits at a row of a topic that is about to come back: as long as a page takes, at a slow
 /// time.
-const HOLD: Duration = Duration::from_millis(250);
+const HOLD_MAX: Duration = Duration::from_millis(250);
 /// The pauses of a topic that was not back in time, before it asks again.
-const LATE_PAUSES: Backoff = Backoff::doubling(HOLD, Duration::from_secs(30)).exact();
+const LATE_PAUSES: Backoff = Backoff::doubling(HOLD_MAX, Duration::from_secs(30)).exact();
 
 /// Topics that are about to come back into the main stream.
 #[derive(Default)]
@@ -185,7 +185,7 @@ impl Session {
     pub(crate) async fn is_back(&mut self, topic: &str) -> Result<bool, SessionEnd> {
         let StreamScope::Main { returning } = &mut self.scope else { return Ok(false) };
         let Some(Join { topic, paused_at, mut done }) = returning.take(topic) else { return Ok(false) };
-        let is_back = match tokio::time::timeout(HOLD, &mut done).await {
+        let is_back = match tokio::time::timeout(HOLD_MAX, &mut done).await {
             Ok(word) => word.is_ok(),
             Err(_) => {
                 done.close();

@@ -26,7 +26,7 @@ use tracing::warn;
 
 /// How many records are made before the first of them is handed over. librdkafka begins to send with the first record
 /// that it gets. When the others follow without a pause, they are in the same request.
-const TOGETHER: usize = 500;
+const MADE_TOGETHER: usize = 500;
 /// How many topics with stuck rows the brokers are asked about at once.
 const ASKED_ABOUT: usize = 8;
 
@@ -145,7 +145,7 @@ impl Session {
             let tag = DeliveryTag::new(number, index);
             let alone = !self.stream_state.suspects.is_empty() && self.stream_state.suspects.contains(&row.id());
             // A question about a topic may take its time: only rows of the topic, and those that follow, wait for it.
-            if alone || ready.len() == TOGETHER || !self.stream_state.limits.contains_key(row.topic()) {
+            if alone || ready.len() == MADE_TOGETHER || !self.stream_state.limits.contains_key(row.topic()) {
                 self.send_all(&mut ready).await?;
                 self.publisher.in_flight.given(number, index);
             }

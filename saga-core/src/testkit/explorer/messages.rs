@@ -4,7 +4,7 @@ use super::model::World;
 use crate::command::Op;
 
 /// Most attempts of a command.
-pub(super) const ATTEMPTS: u32 = 3;
+pub(super) const ATTEMPTS_MAX: u32 = 3;
 
 /// A message, by its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -49,6 +49,6 @@ pub(super) fn notes(messages: u128) -> impl Iterator<Item = (usize, Op, Note)> {
 impl World {
     /// Whether a command was ever sent.
     pub(super) fn was_sent(&self, step: usize, op: Op) -> bool {
-        (1..=ATTEMPTS).any(|attempt| self.messages & bit(step, op, Note::Command(attempt)) != 0)
+        (1..=ATTEMPTS_MAX).any(|attempt| self.messages & bit(step, op, Note::Command(attempt)) != 0)
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     fences::{self, Fence},
-    messages::{ATTEMPTS, Note, bit, notes},
+    messages::{ATTEMPTS_MAX, Note, bit, notes},
     rules::{self, Violation},
 };
 use crate::{
@@ -54,13 +54,13 @@ pub enum Mistake {
 pub type Divide = fn(Vec<Result<(), ()>>) -> (Vec<()>, Vec<()>);
 
 /// Most steps of an explored definition: a message is one bit of 128.
-pub(super) const STEPS: usize = 8;
+pub(super) const STEPS_MAX: usize = 8;
 /// A saga, all messages that were ever sent for it, and its participants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct World {
     pub(super) state: u32,
     pub(super) messages: u128,
-    pub(super) fences: [Fence; STEPS],
+    pub(super) fences: [Fence; STEPS_MAX],
     breaks: u8,
     /// The saga's deadline has passed, and the saga can still be undone.
     pub(super) late: bool,
@@ -136,7 +136,7 @@ impl<'d> Model<'d> {
     /// # Panics
     /// When there are too many steps or attempts for the explorer.
     pub fn new(definition: &'d Definition, limits: Limits, decide: Decide) -> Self {
-        assert!(definition.steps().len() <= STEPS && limits.attempts <= ATTEMPTS, "too large to explore");
+        assert!(definition.steps().len() <= STEPS_MAX && limits.attempts <= ATTEMPTS_MAX, "too large to explore");
         let (states, known, memo) = Default::default();
         Self { definition, limits, decide, beside: None, states, known, memo }
     }
@@ -162,7 +162,7 @@ impl<'d> Model<'d> {
     pub fn begin(&self) -> Result<World, Violation> {
         let (state, effects) = start(self.definition, saga(), naming(), morning());
         let breaks = self.limits.breaks;
-        let (state, fences) = (self.intern(state), [Fence::Absent; STEPS]);
+        let (state, fences) = (self.intern(state), [Fence::Absent; STEPS_MAX]);
         let world = World { state, messages: 0, fences, breaks, late: false, lost: 0, known: 0 };
         self.carry_out(world, state, Rc::new(effects), Local::Works)
     }
@@ -349,7 +349,7 @@ impl<'d> Model<'d> {
                     if let Some((_, Happened::Yes(()))) = send.undoes {
                         world.known |= 1 << send.step;
                     }
-                    world.messages |= bit(send.step, send.op, Note::Command(send.attempt.min(ATTEMPTS)));
+                    world.messages |= bit(send.step, send.op, Note::Command(send.attempt.min(ATTEMPTS_MAX)));
                     break;
                 }
                 Action::RunLocal { .. } if local == Local::Breaks => {
@@ -386,7 +386,7 @@ impl<'d> Model<'d> {
             Event::Due => noon(),
             _ => morning(),
         };
-        let key = (if late { state | LATE } else { state }, event);
+        let key = (if late { state | LATE_BIT } else { state }, event);
         if let Some((state, effects)) = self.memo.borrow().get(&key) {
             return (*state, Rc::clone(effects));
         }
@@ -424,7 +424,7 @@ impl<'d> Model<'d> {
     }
 }
 
-const LATE: u32 = 1 << 31;
+const LATE_BIT: u32 = 1 << 31;
 
 fn without_words(mut why: StuckWhy) -> StuckWhy {
     match &mut why {
