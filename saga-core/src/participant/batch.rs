@@ -70,13 +70,22 @@ impl Work {
     }
 
     /// Makes and locks, in sorted order, the fences of `commands`.
-    pub(super) async fn load(tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<Self, sqlx::Error> {
+    ///
+    /// # Errors
+    /// The error of a command whose fence this build cannot read names its message: the others are handled without it.
+    pub(super) async fn load(tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<Self, HandleError> {
         let mut keys: BTreeMap<&FenceKey, FenceCommands> = BTreeMap::new();
         for command in commands {
             let known = FenceCommands::of(&command.cx);
             keys.entry(&command.key).and_modify(|others| *others = others.and(known)).or_insert(known);
         }
-        Ok(Self::locked(store::lock_fences(tx, &keys).await?))
+        let mut locked = store::lock_fences(tx, &keys).await?;
+        for command in commands {
+            if let Some(unreadable) = locked.unreadable.remove(&command.key) {
+                return Err(HandleError::Failed(unreadable.into()).of(command.cx.message));
+            }
+        }
+        Ok(Self::locked(locked.fences))
     }
 
     /// Uses fences that the caller has locked.

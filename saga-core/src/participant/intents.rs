@@ -322,7 +322,7 @@ impl Intents {
     /// Takes a certain answer: records it, replies, closes the intent.
     async fn settle(&self, claim: &ClaimedIntent, entry: &dyn CommandEntry, answer: Value) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
-        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
+        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?.all()?;
         if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
         }
@@ -350,7 +350,7 @@ impl Intents {
         let op = claim.intent.cx.saga.op;
         let command = claim.intent.cx.saga.command;
         let mut tx = self.begin().await?;
-        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
+        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?.all()?;
         let held = if claim.ready {
             queue::close_intent(&mut tx, command, claim.owner).await?
         } else {
@@ -410,7 +410,7 @@ impl Intents {
         entry: &dyn CommandEntry,
     ) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
-        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?;
+        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?.all()?;
         if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
         }

@@ -6,6 +6,7 @@
 
 use super::fence::{DoState, Fence, FenceCommands, FenceKey, Namespace, Stored, UndoState};
 use crate::{
+    consumer::HandleError,
     id::{CommandId, SagaId},
     outbox::{self, AppendError, NewMessage, Statement, Tx},
 };
@@ -62,6 +63,53 @@ macro_rules! keys {
     };
 }
 
+/// The fences of a batch, as their rows say.
+pub(super) struct LockedFences {
+    pub(super) fences: HashMap<FenceKey, Fence>,
+    /// Fences in a state that this build does not know, and what their rows say. Nothing may be decided by them, and
+    /// nothing written over them.
+    pub(super) unreadable: HashMap<FenceKey, UnreadableFence>,
+}
+
+/// A fence in a state that this build does not know.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the record of step {step:?} is in state {state:?}, which this build does not know: a later build wrote it. Run that \
+     build again, and roll back only when the sagas that it worked on have ended"
+)]
+pub(super) struct UnreadableFence {
+    step: String,
+    state: String,
+}
+
+impl LockedFences {
+    /// The fences, if this build can read all of them.
+    pub(super) fn all(self) -> Result<HashMap<FenceKey, Fence>, HandleError> {
+        match self.unreadable.into_values().next() {
+            Some(unreadable) => Err(HandleError::Failed(unreadable.into())),
+            None => Ok(self.fences),
+        }
+    }
+
+    fn knows(&self, key: &FenceKey) -> bool {
+        self.fences.contains_key(key) || self.unreadable.contains_key(key)
+    }
+
+    /// Takes what a row says of a fence. A later row of the same fence is the better one.
+    fn take(&mut self, key: FenceKey, fence: Fence, states: Result<(DoState, UndoState), String>) {
+        match states {
+            Ok((run, undo)) => {
+                self.unreadable.remove(&key);
+                self.fences.insert(key, Fence { run, undo, ..fence });
+            }
+            Err(state) => {
+                self.fences.remove(&key);
+                self.unreadable.insert(key.clone(), UnreadableFence { step: key.step, state });
+            }
+        }
+    }
+}
+
 /// Makes the fences that are not there, and locks all of them in sorted order.
 ///
 /// The query looks for a fence in both of its places at once: the plain one, where builds look that know no namespaces,
@@ -69,7 +117,7 @@ macro_rules! keys {
 pub(super) async fn lock_fences(
     tx: &mut Tx<'_>,
     keys: &BTreeMap<&FenceKey, FenceCommands>,
-) -> Result<HashMap<FenceKey, Fence>, sqlx::Error> {
+) -> Result<LockedFences, sqlx::Error> {
     let made = sqlx::query(concat!(
         "insert into participant_fence (saga_id, step, occurrence, orchestrator, definition)
          select *
@@ -86,16 +134,17 @@ pub(super) async fn lock_fences(
     // Nearly always each command comes for the first time. A row that this transaction made is its own, and as it was
     // made.
     if made.rows_affected() == keys.len() as u64 {
-        return Ok(keys.keys().map(|&key| (key.clone(), Fence::new())).collect());
+        let fences = keys.keys().map(|&key| (key.clone(), Fence::new())).collect();
+        return Ok(LockedFences { fences, unreadable: HashMap::new() });
     }
     for _ in 0..LOOKS_MAX {
-        let Found { mut fences, elsewhere } = lock(tx, keys).await?;
-        let missing: Vec<&FenceKey> = keys.keys().copied().filter(|key| !fences.contains_key(*key)).collect();
+        let Found { mut locked, elsewhere } = lock(tx, keys).await?;
+        let missing: Vec<&FenceKey> = keys.keys().copied().filter(|key| !locked.knows(key)).collect();
         // Fewer rows were made: commands of one saga are in two partitions, and the other has made them meanwhile.
         if make_apart(tx, &missing).await? == missing.len() {
             let apart = |key| Fence { stored: Stored::Apart, elsewhere: elsewhere.contains(key), ..Fence::new() };
-            fences.extend(missing.into_iter().map(|key| (key.clone(), apart(key))));
-            return Ok(fences);
+            locked.fences.extend(missing.into_iter().map(|key| (key.clone(), apart(key))));
+            return Ok(locked);
         }
     }
     Err(sqlx::Error::Io(io::Error::new(
@@ -106,7 +155,7 @@ pub(super) async fn lock_fences(
 
 /// Fences that were found, and the keys that another topic for replies has a record of.
 struct Found {
-    fences: HashMap<FenceKey, Fence>,
+    locked: LockedFences,
     elsewhere: HashSet<FenceKey>,
 }
 
@@ -142,31 +191,31 @@ async fn lock(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, FenceCommands>) -> Res
 
 /// The fences of `keys`, among the rows that were locked for them. Each key has a row, in the plain place or apart.
 fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, FenceCommands>) -> Result<Found, sqlx::Error> {
-    let mut fences = HashMap::with_capacity(keys.len());
-    let mut locked = HashSet::with_capacity(keys.len());
+    let mut locked = LockedFences { fences: HashMap::with_capacity(keys.len()), unreadable: HashMap::new() };
+    let mut seen = HashSet::with_capacity(keys.len());
     let mut elsewhere = HashSet::new();
     for row in rows {
-        let (key, fence) = (key(row)?, fence(row)?);
+        let (key, fence) = (key(row)?, without_states(row)?);
         let known = keys.get(&key).copied().unwrap_or_default();
-        locked.insert(key.clone());
+        seen.insert(key.clone());
         if known.nameless && row.try_get("is_elsewheres")? {
             elsewhere.insert(key.clone());
         }
-        let taken = row.try_get("is_nobodys")? && fence.is_of(known) && !fences.contains_key(&key);
+        let taken = row.try_get("is_nobodys")? && fence.is_of(known) && !locked.knows(&key);
         if taken || row.try_get("is_its_own")? {
-            fences.insert(key, fence);
+            locked.take(key, fence, states(row)?);
         }
     }
-    if locked.len() != keys.len() {
-        let (wanted, locked) = (keys.len(), locked.len());
+    if seen.len() != keys.len() {
+        let (wanted, locked) = (keys.len(), seen.len());
         return Err(sqlx::Error::InvalidArgument(format!("{locked} of {wanted} fences were locked")));
     }
     for key in &elsewhere {
-        if let Some(fence) = fences.get_mut(key) {
+        if let Some(fence) = locked.fences.get_mut(key) {
             fence.elsewhere = true;
         }
     }
-    Ok(Found { fences, elsewhere })
+    Ok(Found { locked, elsewhere })
 }
 
 /// Makes the rows of fences whose plain place is another namespace's, which the caller has locked. Returns how many
@@ -282,7 +331,18 @@ fn key(row: &PgRow) -> Result<FenceKey, sqlx::Error> {
     })
 }
 
-fn fence(row: &PgRow) -> Result<Fence, sqlx::Error> {
+/// The fence of a row, without the states of its commands.
+fn without_states(row: &PgRow) -> Result<Fence, sqlx::Error> {
+    Ok(Fence {
+        stored: if row.try_get("is_apart")? { Stored::Apart } else { Stored::Plain },
+        run_command: row.try_get::<Option<Uuid>, _>("run_command")?.map(CommandId),
+        undo_command: row.try_get::<Option<Uuid>, _>("undo_command")?.map(CommandId),
+        ..Fence::new()
+    })
+}
+
+/// The states of a row's commands, or the text of one that this build does not know.
+fn states(row: &PgRow) -> Result<Result<(DoState, UndoState), String>, sqlx::Error> {
     let run_reply: Option<Vec<u8>> = row.try_get("run_reply")?;
     let undo_reply: Option<Vec<u8>> = row.try_get("undo_reply")?;
     let run = match (row.try_get("run_state")?, run_reply) {
@@ -293,7 +353,7 @@ fn fence(row: &PgRow) -> Result<Fence, sqlx::Error> {
         ("refused", _) => DoState::Refused,
         ("succeeded", Some(reply)) => DoState::Succeeded(reply),
         ("rejected", Some(reply)) => DoState::Rejected(reply),
-        (other, _) => return Err(sqlx::Error::Decode(format!("fence in state {other:?}").into())),
+        (other, _) => return Ok(Err(other.to_owned())),
     };
     let undo = match (row.try_get("undo_state")?, undo_reply) {
         ("absent", _) => UndoState::Absent,
@@ -302,16 +362,9 @@ fn fence(row: &PgRow) -> Result<Fence, sqlx::Error> {
         ("calling", _) => UndoState::Calling,
         ("in_doubt", _) => UndoState::InDoubt,
         ("done", Some(reply)) => UndoState::Done(reply),
-        (other, _) => return Err(sqlx::Error::Decode(format!("fence with undo in state {other:?}").into())),
+        (other, _) => return Ok(Err(format!("{other} (of its undo)"))),
     };
-    Ok(Fence {
-        stored: if row.try_get("is_apart")? { Stored::Apart } else { Stored::Plain },
-        elsewhere: false,
-        run,
-        run_command: row.try_get::<Option<Uuid>, _>("run_command")?.map(CommandId),
-        undo,
-        undo_command: row.try_get::<Option<Uuid>, _>("undo_command")?.map(CommandId),
-    })
+    Ok(Ok((run, undo)))
 }
 
 impl DoState {

@@ -3,12 +3,16 @@
 use crate::support::{Add, Pay, Remove, World, message, words};
 use saga_core::{
     command::{Op, Outcome::*},
-    consumer::{HandleError, Handler},
+    consumer::{Consumer, ConsumerConfig, HandleError, Handler},
     id::{CommandId, SagaId},
-    testkit::eventually,
+    retry::Backoff,
+    testkit::{Record, TestTopic, brokers, eventually, produce, unique},
 };
 use serde_json::json;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+
+const SOON: Duration = Duration::from_secs(40);
 
 fn add(say: &[&str]) -> Add {
     Add { say: words(say) }
@@ -233,4 +237,62 @@ async fn undos_that_wait_for_their_commands_transaction_see_what_it_did() {
         assert_eq!(world.outcomes(saga).await, [Failed, Succeeded, Succeeded]);
         assert_eq!(world.effects(saga).await, 0, "undone, and there");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fence_in_a_state_of_a_later_build_parks_its_command_and_no_other() {
+    let (world, topic) = (World::new().await, TestTopic::create("commands", 1).await);
+    let [strange, undone] = std::array::from_fn(|_| SagaId::new());
+    let others: [SagaId; 8] = std::array::from_fn(|_| SagaId::new());
+    let pool = &world.database.pool;
+    world.deliver(&[strange, undone].map(|saga| message(saga, Op::Do, &add(&["yes"])))).await;
+    // A later build knows more states, and its migration lets them in.
+    sqlx::raw_sql(
+        "alter table participant_fence
+                drop constraint participant_fence_run_state_known, drop constraint participant_fence_run_reply_iff_final,
+                drop constraint participant_fence_undo_state_known",
+    )
+    .execute(pool)
+    .await
+    .unwrap();
+    let set = async |run: &str, undo: &str| {
+        for (sql, state, saga) in [
+            ("update participant_fence set run_state = $1 where saga_id = $2", run, strange),
+            ("update participant_fence set undo_state = $1 where saga_id = $2", undo, undone),
+        ] {
+            sqlx::query(sql).bind(state).bind(saga.0).execute(pool).await.unwrap();
+        }
+    };
+    set("postponed", "half-done").await;
+    let mut commands: Vec<_> = others.map(|saga| message(saga, Op::Do, &add(&["yes"]))).into();
+    commands.insert(3, message(strange, Op::Do, &add(&["yes"])));
+    commands.insert(6, message(undone, Op::Undo, &Remove));
+    produce(&topic, &commands.iter().map(Record::from).collect::<Vec<_>>()).await;
+
+    let mut config = ConsumerConfig::new(&brokers(), &unique("group"), [topic.name()]);
+    config.attempts = 1_000;
+    config.backoff = Backoff::doubling(Duration::from_millis(50), Duration::from_millis(200));
+    let stop = CancellationToken::new();
+    let consumer = Consumer::new(config, pool.clone(), world.participant.clone());
+    let running = tokio::spawn(consumer.run(stop.clone()));
+    let parked = async || -> Vec<String> {
+        sqlx::query_scalar("select reason from inbox_parked order by record_offset").fetch_all(pool).await.unwrap()
+    };
+    let reasons = eventually(SOON, || async { Some(parked().await).filter(|parked| parked.len() == 2) }).await;
+    for (reason, state) in reasons.iter().zip(["\"postponed\"", "\"half-done (of its undo)\""]) {
+        assert!(reason.contains(state) && reason.contains("a later build wrote it. Run that build"), "{reason}");
+    }
+    for saga in others {
+        eventually(SOON, || async { (world.outcomes(saga).await == [Succeeded]).then_some(()) }).await;
+    }
+    assert_eq!((world.outcomes(strange).await, world.outcomes(undone).await), (vec![Succeeded], vec![Succeeded]));
+    // Nothing was written over what the later build wrote, and once that is settled, both commands get their answers.
+    set("succeeded", "absent").await;
+    for saga in [strange, undone] {
+        eventually(SOON, || async { (world.outcomes(saga).await == [Succeeded, Succeeded]).then_some(()) }).await;
+    }
+    eventually(SOON, || async { parked().await.is_empty().then_some(()) }).await;
+    assert_eq!((world.effects(strange).await, world.effects(undone).await), (1, 0));
+    stop.cancel();
+    running.await.unwrap().unwrap();
 }
