@@ -315,7 +315,7 @@ mod tests {
     };
     use saga_core::{
         service::messaging_migrations,
-        testkit::{TestDatabase, size},
+        testkit::{Log, TestDatabase, size},
     };
     use sqlx::{Connection as _, postgres::PgConnectOptions};
     use std::{
@@ -386,6 +386,31 @@ mod tests {
             cursor.follow(&mut self.db, &Position::at(target.clone())).await.unwrap()
         }
 
+        /// Reads all that a cursor finds up to `target`, and explains each statement of it (`analyze, buffers`). Returns
+        /// the rows, and the shared buffers that each statement touched.
+        async fn explained(&mut self, mut cursor: Cursor, target: &Snapshot) -> (Vec<i64>, Vec<i64>) {
+            sqlx::raw_sql("vacuum analyze outbox").execute(&self.database.pool).await.unwrap();
+            sqlx::raw_sql(
+                "load 'auto_explain';
+                 set auto_explain.log_analyze = on;
+                 set auto_explain.log_buffers = on;
+                 set auto_explain.log_timing = off;
+                 set auto_explain.log_level = notice;
+                 set auto_explain.log_min_duration = 0",
+            )
+            .execute(&mut self.db)
+            .await
+            .unwrap();
+            let log = Log::hear("sqlx::postgres::notice=info");
+            let mut found = Vec::new();
+            while let Some(page) = self.page(&mut cursor, target).await {
+                found.extend(page.rows.iter().map(Row::id));
+            }
+            sqlx::raw_sql("set auto_explain.log_min_duration = -1").execute(&mut self.db).await.unwrap();
+            let plans = log.said("duration: ");
+            (found, plans.iter().map(|plan| shared_buffers(plan["message"].as_str().unwrap())).collect())
+        }
+
         /// Makes one step of a cursor; returns the rows, and how many it touched.
         async fn step(&mut self, cursor: &mut Cursor, target: &Snapshot) -> (Option<Vec<i64>>, i64) {
             // The count may still include what earlier transactions touched.
@@ -409,6 +434,14 @@ mod tests {
             sqlx::raw_sql("rollback").execute(&mut self.db).await.unwrap();
             (found, dearest)
         }
+    }
+
+    /// The shared buffers that the top node of a logged plan counts, hit or read.
+    fn shared_buffers(plan: &str) -> i64 {
+        let Some((_, counts)) = plan.split_once("Buffers: shared") else { return 0 };
+        let counts = counts.lines().next().unwrap_or_default().split_whitespace();
+        let counts = counts.filter_map(|count| count.strip_prefix("hit=").or(count.strip_prefix("read=")));
+        counts.map(|count| count.parse::<i64>().unwrap()).sum()
     }
 
     async fn touched(db: &mut PgConnection) -> i64 {
@@ -441,6 +474,39 @@ mod tests {
         let (found, dearest) = reading.read(cursor, &target).await;
         assert_eq!(found, (3_001..=7_010).collect::<Vec<i64>>());
         assert!(dearest <= STRETCH_IDS + 10, "{dearest} rows");
+    }
+
+    #[tokio::test]
+    async fn no_statement_of_a_page_touches_buffers_of_what_lies_outside_its_window() {
+        /// To see that a further partition holds nothing of the window is a descent in its index.
+        const A_DESCENT: i64 = 4;
+        let mut reading = Reading::new().await;
+        reading.append("before", 10).await;
+        let base = reading.snapshot().await;
+        reading.append("window", 7_000).await;
+        let target = reading.snapshot().await;
+        let cursor = |topic: Option<&str>| {
+            Cursor::new(
+                Position { base: base.clone(), target: target.clone(), after: 0 },
+                topic.map(Into::into),
+                room(),
+            )
+        };
+        let topics = [None, Some("window")];
+        let mut alone = Vec::new();
+        for topic in topics {
+            alone.push(reading.explained(cursor(topic), &target).await);
+        }
+        reading.next_partition().await;
+        reading.append("later", size(30_000, 2_000_000)).await;
+        for (topic, (found, alone)) in topics.into_iter().zip(alone) {
+            let beside = reading.explained(cursor(topic), &target).await;
+            assert_eq!((&found, found.len()), (&beside.0, 7_000));
+            let buffers = format!("{alone:?} alone, {:?} beside newer rows", beside.1);
+            assert!(alone.len() == beside.1.len() && alone.len() >= 4, "other statements: {buffers}");
+            let mut pairs = alone.iter().zip(&beside.1);
+            assert!(pairs.all(|(alone, beside)| *alone > 0 && beside - alone <= A_DESCENT), "{buffers}");
+        }
     }
 
     #[tokio::test]
