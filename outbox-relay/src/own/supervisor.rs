@@ -7,7 +7,8 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::error;
 
-/// The pauses between a panic and the next start.
+/// The pauses between a panic and the next start. None is shorter than a lease: the panic gave it not back, and what the
+/// process has sent may still be on its way. It would stand by until then, as if another process published.
 const PAUSES: Backoff = Backoff::doubling(Duration::from_millis(500), Duration::from_secs(30)).exact();
 
 /// Runs `outbox` until `stop`.
@@ -23,12 +24,17 @@ pub(crate) async fn supervise(outbox: Arc<Outbox>, stop: CancellationToken) {
         );
         outbox.status.fault(panic);
     };
-    restart(run, reported, PAUSES, &stop).await;
+    let pause = |panics| PAUSES.delay(panics, 0).max(outbox.leases.length);
+    restart(run, reported, pause, &stop).await;
 }
 
 /// Runs the future that `run` makes, and a new one after each panic, until it ends by itself or `stop`.
-async fn restart<F>(run: impl Fn() -> F, reported: impl Fn(String), pauses: Backoff, stop: &CancellationToken)
-where
+async fn restart<F>(
+    run: impl Fn() -> F,
+    reported: impl Fn(String),
+    pause: impl Fn(u32) -> Duration,
+    stop: &CancellationToken,
+) where
     F: Future<Output = ()> + Send + 'static,
 {
     let mut panics = 0;
@@ -37,7 +43,7 @@ where
         panics += 1;
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(pauses.delay(panics, 0)) => {}
+            () = tokio::time::sleep(pause(panics)) => {}
         }
     }
 }
@@ -61,7 +67,7 @@ mod tests {
                 assert!(start >= 2, "fault {start}");
             }
         };
-        let soon = Backoff::doubling(Duration::from_millis(1), Duration::from_millis(1));
+        let soon = |_| Duration::from_millis(1);
         restart(run, |panic| reported.lock().unwrap().push(panic), soon, &CancellationToken::new()).await;
         assert_eq!(starts.load(Ordering::SeqCst), 3);
         let reported = reported.into_inner().unwrap();
