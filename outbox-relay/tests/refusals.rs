@@ -2,16 +2,23 @@
 
 mod common;
 
-use common::{PATIENCE, World, append, ids, kafka, limit_topic, limited_topic, park, payloads, published};
+use common::{
+    PATIENCE, Running, World, append, ids, is_healthy, is_red, kafka, limit_topic, limited_topic, park, payloads,
+    published, set_topic, topic_with,
+};
+use outbox_relay::{OutboxSettings, Relay, admin};
 use rdkafka::admin::AdminOptions;
 use saga_core::{
     command::Op,
     envelope::SagaHeaders,
     id::{CommandId, SagaId},
     outbox::{self, NewMessage, nudge},
+    part::Cause,
+    service::Health,
     testkit::{Log, Record, eventually, read_to_end, unique},
 };
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 #[tokio::test]
 async fn a_row_that_is_too_large_is_parked_with_its_line_and_retried_in_order() {
@@ -178,6 +185,56 @@ async fn a_row_that_only_the_broker_refuses_is_found_and_parked() {
         assert!(payloads(&records, key).iter().map(|i| i.parse::<i32>().unwrap()).is_sorted());
     }
     assert_eq!(payloads(&world.published(20).await, "elsewhere").len(), 20);
+}
+
+#[tokio::test]
+async fn a_topic_that_refuses_every_timestamp_waits_and_costs_no_row_and_no_topic() {
+    const BOUND: &str = "message.timestamp.before.max.ms";
+    let world = World::new().await;
+    // The database's clock is behind the brokers', for the relay's sessions: they look into `public` first.
+    sqlx::raw_sql(
+        "create function public.clock_timestamp() returns timestamptz language sql volatile
+         return pg_catalog.clock_timestamp() - interval '20 seconds'",
+    )
+    .execute(world.db())
+    .await
+    .unwrap();
+    let mut settings = world.settings();
+    let database = settings.outboxes.remove(0).database.options([("search_path", "public,pg_catalog")]);
+    settings.outboxes = vec![OutboxSettings { name: world.name.clone(), database }];
+    let topic = topic_with(1, BOUND, "5000").await;
+    let relay = Relay::new(&settings).unwrap();
+    let health = Health::new(&CancellationToken::new());
+    admin::check_health(&health, &relay);
+    let _relay = Running::of(relay);
+    // Kafka refuses several rows at once with another code than a row alone.
+    let mut tx = world.db().begin().await.unwrap();
+    for i in 0..20 {
+        append(&mut *tx, &topic, &format!("k{}", i % 2), &i.to_string()).await;
+        append(&mut *tx, &world.topic, "k", &i.to_string()).await;
+    }
+    tx.commit().await.unwrap();
+    world.published(20).await;
+    eventually(PATIENCE, || is_red(&health, "outbox:orders", "InvalidTimestamp")).await;
+    assert_eq!(health.healthiness().parts["outbox:orders"].cause, Some(Cause::Refused));
+    let (_, outboxes) = world.call("GET", "/v1/outboxes", None).await;
+    let paused = &outboxes[0]["paused_topics"][0];
+    assert_eq!((&paused["topic"], &paused["cause"]), (&json!(topic), &json!("refusing")), "{outboxes}");
+    append(world.db(), &topic, "k0", "20").await;
+    world.append("k", "20").await;
+    world.published(21).await;
+    assert_eq!(read_to_end(&topic).await.len(), 0);
+    assert_eq!(world.count("select count(*) from outbox_parked").await, 0, "no row is given up");
+
+    set_topic(&topic, BOUND, "3600000").await;
+    let records = published(&topic, 21).await;
+    for key in ["k0", "k1"] {
+        let numbers: Vec<i32> = payloads(&records, key).iter().map(|i| i.parse().unwrap()).collect();
+        assert!(numbers.is_sorted(), "{key}: {numbers:?}");
+    }
+    assert_eq!(records.len(), 21, "each once");
+    eventually(PATIENCE, || is_healthy(&health, true)).await;
+    assert_eq!(world.count("select count(*) from outbox_parked").await, 0);
 }
 
 #[tokio::test]

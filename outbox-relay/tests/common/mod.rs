@@ -233,14 +233,19 @@ pub async fn limited_topic(bytes: &str) -> String {
 
 /// Limits the topic's records to so many bytes from now on.
 pub async fn limit_topic(topic: &str, bytes: &str) {
-    let limit = AlterConfig::new(ResourceSpecifier::Topic(topic)).set("max.message.bytes", bytes);
-    let altered = kafka().alter_configs([&limit], &AdminOptions::new()).await.expect("the brokers answer");
+    set_topic(topic, "max.message.bytes", bytes).await;
+}
+
+/// Gives a setting of the topic this value from now on.
+pub async fn set_topic(topic: &str, setting: &str, value: &str) {
+    let change = AlterConfig::new(ResourceSpecifier::Topic(topic)).set(setting, value);
+    let altered = kafka().alter_configs([&change], &AdminOptions::new()).await.expect("the brokers answer");
     altered.into_iter().for_each(|altered| drop(altered.expect("the topic is there")));
-    // The broker learns of the limit a moment later.
+    // The broker learns of the change a moment later.
     eventually(PATIENCE, || async {
         let (topic, options) = (ResourceSpecifier::Topic(topic), AdminOptions::new());
         let described = kafka().describe_configs([&topic], &options).await.expect("the brokers answer");
-        (described[0].as_ref().ok()?.get("max.message.bytes")?.value.as_deref() == Some(bytes)).then_some(())
+        (described[0].as_ref().ok()?.get(setting)?.value.as_deref() == Some(value)).then_some(())
     })
     .await;
 }
