@@ -7,8 +7,12 @@ use outbox_relay::{OutboxSettings, Settings};
 use saga_core::testkit::eventually;
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
 use std::{
+    collections::BTreeSet,
     str::FromStr,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -209,4 +213,64 @@ async fn a_replica_that_stands_by_writes_nothing() {
     })
     .await;
     assert!(looks.into_inner() > 5, "it was looked at while the relay stood by");
+}
+
+#[tokio::test]
+async fn a_replica_that_stands_by_takes_no_transaction_id() {
+    let world = World::new().await;
+    // The partitions of the first upkeep are there already; each takes some calls.
+    for _ in 0..10 {
+        sqlx::query("select outbox_add_partition()").execute(world.db()).await.unwrap();
+    }
+    let hold = async || {
+        sqlx::query(
+            "insert into outbox_lease as lease
+             values ('orders', gen_random_uuid(), 'another', now(), now(), clock_timestamp() + $1)
+                 on conflict (outbox) do update set expires_at = excluded.expires_at",
+        )
+        .bind(LEASE)
+        .execute(world.db())
+        .await
+        .unwrap();
+    };
+    hold().await;
+    let mut settings = world.settings();
+    let database = settings.outboxes.remove(0).database;
+    // A read-only transaction gets no transaction id: what needs one is refused.
+    let database = database.options([("default_transaction_read_only", "on")]);
+    settings.outboxes = vec![OutboxSettings { name: world.name.clone(), database }];
+    let relay = outbox_relay::Relay::new(&settings).unwrap();
+    let health = saga_core::service::Health::new(&tokio_util::sync::CancellationToken::new());
+    outbox_relay::admin::check_health(&health, &relay);
+    let running = Running::of(relay);
+    let looks = Mutex::new(BTreeSet::new());
+    eventually(PATIENCE, || async {
+        hold().await;
+        let look: Option<String> = sqlx::query_scalar(
+            "select query_start::text
+               from pg_stat_activity
+              where datname = current_database() and application_name = 'outbox-relay' and state = 'idle'
+                and query like 'select now, not exists%outbox_lease%'",
+        )
+        .fetch_optional(world.db())
+        .await
+        .unwrap();
+        let mut looks = looks.lock().unwrap();
+        looks.extend(look);
+        (looks.len() >= 10).then_some(())
+    })
+    .await;
+    health.look().await;
+    for part in ["outbox:orders", "upkeep:orders"] {
+        let part = health.healthiness().parts.remove(part).unwrap();
+        assert_eq!((part.cause, part.reason), (None, None), "it was refused nothing");
+    }
+    // Such a session would be refused the lease.
+    eventually(PATIENCE, || async {
+        health.look().await;
+        let reason = health.healthiness().parts.remove("outbox:orders").unwrap().reason?;
+        reason.contains("read-only transaction").then_some(())
+    })
+    .await;
+    running.stop().await;
 }
