@@ -87,13 +87,20 @@ mod tests {
     #[test]
     fn pauses_grow_to_the_cap_and_the_jitter_is_the_sagas_own() {
         let policy = RetryPolicy::exponential(10, Duration::from_secs(1), Duration::from_secs(60));
-        let saga = SagaId::new();
-        for tries in 1..40 {
-            let full = Duration::from_secs(1 << (tries - 1).min(10)).min(policy.max);
-            let pause = policy.pause(saga, 2, tries);
-            assert!(pause <= full && pause >= full * 3 / 4, "{tries}: {pause:?} of {full:?}");
-            assert_eq!(pause, policy.pause(saga, 2, tries));
+        let pauses = |saga: SagaId| [1, 2, 3, 4, 5, 6, 7, 8, 39].map(|tries| policy.pause(saga, 2, tries).as_millis());
+        // At least three quarters of 1, 2, 4, 8, 16, 32, and from then on 60 seconds; and no more than that.
+        let least = [750, 1_500, 3_000, 6_000, 12_000, 24_000, 45_000, 45_000, 45_000];
+        let most = [1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000, 60_000];
+        for _ in 0..100 {
+            let pauses = pauses(SagaId::new());
+            for ((pause, least), most) in pauses.iter().zip(least).zip(most) {
+                assert!((least..=most).contains(pause), "{pauses:?}");
+            }
         }
+        // One saga's pauses are the same in every process.
+        let saga = SagaId(uuid::Uuid::from_u128(0x0190_0000_0000_7000_8000_0000_0000_0001));
+        assert_eq!(pauses(saga), [962, 1_966, 3_457, 7_179, 15_375, 25_375, 54_023, 50_214, 49_804]);
+        assert_ne!(policy.pause(saga, 2, 5), policy.pause(saga, 3, 5), "steps have a jitter of their own");
         let others: std::collections::BTreeSet<_> = (0..50).map(|_| policy.pause(SagaId::new(), 2, 5)).collect();
         assert!(others.len() > 20, "the jitter spreads sagas: {}", others.len());
     }
