@@ -144,14 +144,14 @@ async fn an_outbox_whose_task_panics_is_red_until_it_resumes_and_others_publish(
     let beside = Beside::new().await;
     beside.log.panic_at("took the lease");
     sqlx::query("delete from outbox_lease").execute(beside.sick.db()).await.unwrap();
-    beside.goes_on_without_the_sick().await;
+    eventually(PATIENCE, || beside.is_red()).await;
     // Between two panics as well: it does not look like a replica that stands by.
-    let until = beside.log.panics() + 2;
     eventually(PATIENCE, || async {
         assert!(beside.is_red().await.is_some(), "{:?}", beside.health.healthiness());
-        (beside.log.panics() >= until).then_some(())
+        (beside.log.panics() >= 3).then_some(())
     })
     .await;
+    beside.goes_on_without_the_sick().await;
     beside.resumes().await;
 }
 
