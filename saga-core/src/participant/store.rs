@@ -95,12 +95,12 @@ impl LockedFences {
         self.fences.contains_key(key) || self.unreadable.contains_key(key)
     }
 
-    /// Takes what a row says of a fence. A later row of the same fence is the better one.
-    fn take(&mut self, key: FenceKey, fence: Fence, states: Result<(DoState, UndoState), String>) {
-        match states {
-            Ok((run, undo)) => {
+    /// Takes the fence of a row, or the state that this build does not know. A later row of the same fence is the better one.
+    fn take(&mut self, key: FenceKey, fence: Result<Fence, String>) {
+        match fence {
+            Ok(fence) => {
                 self.unreadable.remove(&key);
-                self.fences.insert(key, Fence { run, undo, ..fence });
+                self.fences.insert(key, fence);
             }
             Err(state) => {
                 self.fences.remove(&key);
@@ -203,7 +203,7 @@ fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, FenceCommands>) -> Resul
         }
         let taken = row.try_get("is_nobodys")? && fence.is_of(known) && !locked.knows(&key);
         if taken || row.try_get("is_its_own")? {
-            locked.take(key, fence, states(row)?);
+            locked.take(key, states(row)?.map(|(run, undo)| Fence { run, undo, ..fence }));
         }
     }
     if seen.len() != keys.len() {
