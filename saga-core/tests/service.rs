@@ -2,7 +2,6 @@
 
 use refinery::{Migration, Runner};
 use saga_core::{
-    brokers::Inquirer,
     error_class::{self, ErrorClass},
     http::{Problem, REQUEST_MAX},
     outage::Outage,
@@ -15,7 +14,7 @@ use saga_core::{
         migrate::migrate,
         saga_migrations, topics,
     },
-    testkit::{KafkaProxy, Log, TestDatabase, TestTopic, brokers, eventually, unique},
+    testkit::{Log, TestDatabase, brokers, eventually, unique},
     topic::Topic,
     transaction::Transaction,
 };
@@ -436,29 +435,4 @@ async fn a_service_gets_ready_serves_turns_red_without_its_database_and_green_ag
 
     token.cancel();
     running.await.unwrap().unwrap();
-}
-
-#[tokio::test]
-async fn questions_are_answered_again_after_an_answer_that_there_are_no_brokers() {
-    let proxy = KafkaProxy::new(&brokers()).await;
-    let topic = TestTopic::create("inquirer", 100).await;
-    let inquirer = Inquirer::new(&proxy.brokers(), "inquirer").unwrap();
-    let ask = async || {
-        let name = topic.name().to_owned();
-        inquirer.ask(move |client| client.fetch_metadata(Some(&name), Duration::from_secs(1))).await
-    };
-
-    // Whether librdkafka then forgets all brokers is a race between two of its threads.
-    let silent = || async {
-        proxy.has_brokers(true);
-        ask().await.ok()?;
-        proxy.has_brokers(false);
-        ask().await.ok()?;
-        ask().await.err()
-    };
-    eventually(Duration::from_secs(60), silent).await;
-    proxy.has_brokers(true);
-
-    let answer = eventually(Duration::from_secs(30), || async { ask().await.ok() }).await;
-    assert_eq!(answer.brokers().len(), 1);
 }

@@ -7,10 +7,11 @@ use rdkafka::{
     types::{RDKafkaApiKey, RDKafkaRespErr},
 };
 use saga_core::{
+    brokers::Inquirer,
     outage::Outage,
     part::Cause,
     service::database::pool_options,
-    testkit::{FreezingProxy, Log, eventually, unique},
+    testkit::{FreezingProxy, KafkaProxy, Log, TestTopic, brokers, eventually, unique},
 };
 use sqlx::Connection as _;
 use std::time::{Duration, Instant};
@@ -192,4 +193,29 @@ async fn brokers_that_do_not_say_where_the_group_has_come_to_are_red_and_why() {
     cluster.clear_request_errors(RDKafkaApiKey::OffsetFetch);
     eventually(SOON, || async { running.health.check().ok() }).await;
     running.stop().await;
+}
+
+#[tokio::test]
+async fn questions_are_answered_again_after_an_answer_that_there_are_no_brokers() {
+    let proxy = KafkaProxy::new(&brokers()).await;
+    let topic = TestTopic::create("inquirer", 100).await;
+    let inquirer = Inquirer::new(&proxy.brokers(), "inquirer").unwrap();
+    let ask = async || {
+        let name = topic.name().to_owned();
+        inquirer.ask(move |client| client.fetch_metadata(Some(&name), Duration::from_secs(1))).await
+    };
+
+    // Whether librdkafka then forgets all brokers is a race between two of its threads.
+    let silent = || async {
+        proxy.has_brokers(true);
+        ask().await.ok()?;
+        proxy.has_brokers(false);
+        ask().await.ok()?;
+        ask().await.err()
+    };
+    eventually(Duration::from_secs(60), silent).await;
+    proxy.has_brokers(true);
+
+    let answer = eventually(Duration::from_secs(30), || async { ask().await.ok() }).await;
+    assert_eq!(answer.brokers().len(), 1);
 }
