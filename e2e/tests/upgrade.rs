@@ -38,6 +38,7 @@ async fn some_orders(platform: &Platform) {
 async fn upgrade(platform: &Platform, service: Service, old: &Path, new: &Path, chance: &mut Chance) {
     let running = platform.stack.service(service);
     let becomes = async |build: &Path| {
+        slow_orders(platform).await;
         running.becomes(build).await.unwrap_or_else(|error| panic!("{service} from {}: {error}", build.display()));
         some_orders(platform).await;
     };
@@ -68,7 +69,6 @@ fn each_service_is_upgraded_and_rolled_back_under_load() {
         let orders = async {
             while !done.is_cancelled() {
                 load(platform, 40, chance.clone()).await;
-                slow_orders(platform).await;
             }
         };
         let moves = async {
@@ -81,6 +81,7 @@ fn each_service_is_upgraded_and_rolled_back_under_load() {
             // All services go the whole way back, and forth, with sagas of both builds open.
             for build in [&old, &new] {
                 for service in Service::ALL {
+                    slow_orders(platform).await;
                     let running = platform.stack.service(service);
                     running.becomes(build).await.unwrap_or_else(|error| panic!("{service}: {error}"));
                 }
@@ -93,10 +94,10 @@ fn each_service_is_upgraded_and_rolled_back_under_load() {
     });
 }
 
-/// Places orders whose payment is answered slowly: they are open while a service changes its build.
+/// Places orders whose payment is answered slowly: their step is open while a service changes its build.
 async fn slow_orders(platform: &Platform) {
     let slow = platform.item("slow", 100, 1_000).await;
-    for _ in 0..5 {
+    for _ in 0..3 {
         platform.place(&Wish::of(&slow, 1).paid_with("tok_slow")).await;
     }
 }

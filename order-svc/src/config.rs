@@ -20,7 +20,7 @@ pub struct Cli {
     pub sagas: OrchestratorArgs,
 }
 
-/// What to do.
+/// The program's commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::Subcommand)]
 pub enum Command {
     /// Bring the database's schema up to date and run (the default)

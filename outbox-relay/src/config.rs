@@ -57,12 +57,12 @@ pub enum Command {
 pub struct Reanchor {
     /// How it is called in OUTBOXES
     pub outbox: String,
-    /// How.
+    /// What to do about the position.
     #[command(flatten)]
     pub cure: CureArgs,
 }
 
-/// One of them.
+/// The cures, of which one is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Args)]
 #[group(required = true, multiple = false)]
 pub struct CureArgs {
@@ -141,16 +141,16 @@ impl RelayArgs {
         // A relay needs nothing else of the Kafka settings: it makes no topics and consumes none.
         let kafka = KafkaArgs { kafka_brokers: self.kafka_brokers.clone(), ..KafkaArgs::default() }.read(&mut errors);
         let lease =
-            seconds("LEASE_SECONDS", self.lease_seconds.as_deref(), (LEAST_LEASE_SECONDS, DEFAULT_LEASE), &mut errors);
+            seconds("LEASE_SECONDS", self.lease_seconds.as_deref(), LEAST_LEASE_SECONDS, DEFAULT_LEASE, &mut errors);
         let stuck = self.stuck_after_seconds.as_deref();
-        let stuck_after = seconds("STUCK_AFTER_SECONDS", stuck, (1, STUCK_AFTER), &mut errors);
+        let stuck_after = seconds("STUCK_AFTER_SECONDS", stuck, 1, STUCK_AFTER, &mut errors);
         let set_apart = self.set_apart_seconds.as_deref();
-        let set_apart_for = seconds("SET_APART_SECONDS", set_apart, (0, SET_APART_FOR), &mut errors);
+        let set_apart_for = seconds("SET_APART_SECONDS", set_apart, 0, SET_APART_FOR, &mut errors);
         let from_now = switch("FROM_NOW", self.from_now.as_deref(), &mut errors);
         let publish_again = switch("PUBLISH_AGAIN", self.publish_again.as_deref(), &mut errors);
         let held = outboxes.as_ref().and_then(|outboxes| {
             let (least, default) = (budget::least(outboxes.len()), budget::default(outboxes.len()));
-            number("HELD_MEBIBYTES", self.held_mebibytes.as_deref(), (least >> 20, default >> 20), &mut errors)
+            number("HELD_MEBIBYTES", self.held_mebibytes.as_deref(), least >> 20, default >> 20, &mut errors)
         });
         let compression = match self.compression.as_deref().map(str::trim).filter(|text| !text.is_empty()) {
             None => Some(COMPRESSION.to_owned()),
@@ -194,18 +194,19 @@ impl RelayArgs {
 fn seconds(
     variable: &'static str,
     text: Option<&str>,
-    (least, default): (u64, Duration),
+    least: u64,
+    default: Duration,
     errors: &mut ConfigErrors,
 ) -> Option<Duration> {
-    let default = (least, default.as_secs());
-    number(variable, text, default, errors).map(Duration::from_secs)
+    number(variable, text, least, default.as_secs(), errors).map(Duration::from_secs)
 }
 
 /// A whole number of at least `least`.
 fn number<T: FromStr + PartialOrd + Display>(
     variable: &'static str,
     text: Option<&str>,
-    (least, default): (T, T),
+    least: T,
+    default: T,
     errors: &mut ConfigErrors,
 ) -> Option<T> {
     match text.map(str::trim).filter(|text| !text.is_empty()) {

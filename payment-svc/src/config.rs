@@ -29,7 +29,7 @@ pub struct Cli {
     pub command: Option<Command>,
 }
 
-/// What to do.
+/// The program's commands.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Bring the database's schema up to date and run (the default)

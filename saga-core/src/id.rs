@@ -1,11 +1,12 @@
 //! Identifiers. Each is a newtype, so that a saga's id cannot be passed where a message's is meant.
 //!
 //! ```
-//! use saga_core::{command::Op, id::{CommandId, Nonce, SagaId}};
+//! use saga_core::{command::Op, id::{CommandPlace, Nonce, SagaId}};
 //!
 //! let (saga, nonce) = (SagaId::new(), Nonce::new());
 //! let id = |occurrence| {
-//!     CommandId::derive_secretly(nonce, ("shop", "order"), saga, ("hold money", Op::Do, occurrence))
+//!     let (orchestrator, definition, step, op) = ("shop", "order", "hold money", Op::Do);
+//!     CommandPlace { orchestrator, definition, saga, step, op, occurrence }.derive_secretly(nonce)
 //! };
 //! assert_eq!(id(0), id(0), "a resend has the command's id");
 //! assert_ne!(id(0), id(1), "a retry with edited input is another command");
@@ -94,15 +95,31 @@ impl CommandId {
     pub fn derive(saga: SagaId, step: &str, op: Op, occurrence: u32) -> Self {
         Self(Uuid::new_v5(&saga.0, format!("{step}/{op}/{occurrence}").as_bytes()))
     }
+}
 
-    /// The second derivation: SHA-256 of the saga's secret, of the command's namespace (orchestrator and definition),
-    /// and of its place. The id is derived and not drawn, so that the saga's core stays free of randomness.
-    pub fn derive_secretly(
-        nonce: Nonce,
-        (orchestrator, definition): (&str, &str),
-        saga: SagaId,
-        (step, op, occurrence): (&str, Op, u32),
-    ) -> Self {
+/// What names one command: no two commands of a process have the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CommandPlace<'a> {
+    /// The orchestrator's name, which is its reply topic.
+    pub orchestrator: &'a str,
+    /// The name of the saga's definition.
+    pub definition: &'a str,
+    /// The saga.
+    pub saga: SagaId,
+    /// The name of the step.
+    pub step: &'a str,
+    /// The direction of the command.
+    pub op: Op,
+    /// Which run of the step, from 0.
+    pub occurrence: u32,
+}
+
+impl CommandPlace<'_> {
+    /// The second derivation of a command's id: SHA-256 of the saga's secret and of this. The id is derived and not
+    /// drawn, so that the saga's core stays free of randomness.
+    #[must_use]
+    pub fn derive_secretly(self, nonce: Nonce) -> CommandId {
+        let Self { orchestrator, definition, saga, step, op, occurrence } = self;
         let mut hash = Sha256::new();
         hash.update(nonce.0.as_bytes());
         let occurrence = occurrence.to_be_bytes();
@@ -114,7 +131,7 @@ impl CommandId {
         }
         let mut id = [0; 16];
         id.copy_from_slice(&hash.finalize()[..16]);
-        Self(uuid::Builder::from_custom_bytes(id).into_uuid())
+        CommandId(uuid::Builder::from_custom_bytes(id).into_uuid())
     }
 }
 
@@ -144,18 +161,19 @@ mod tests {
     #[test]
     fn a_command_id_differs_in_whatever_names_the_command_and_needs_the_secret() {
         let (nonce, saga) = (Nonce::new(), SagaId::new());
-        let id = |nonce, namespace, saga, command| CommandId::derive_secretly(nonce, namespace, saga, command);
-        let one = id(nonce, ("orders", "order"), saga, ("pay", Op::Do, 0));
-        assert_eq!(one, id(nonce, ("orders", "order"), saga, ("pay", Op::Do, 0)));
+        let (orchestrator, definition, step, op) = ("orders", "order", "pay", Op::Do);
+        let place = CommandPlace { orchestrator, definition, saga, step, op, occurrence: 0 };
+        let one = place.derive_secretly(nonce);
+        assert_eq!(one, place.derive_secretly(nonce));
         let others = [
-            id(Nonce::new(), ("orders", "order"), saga, ("pay", Op::Do, 0)),
-            id(nonce, ("returns", "order"), saga, ("pay", Op::Do, 0)),
-            id(nonce, ("orders", "refund"), saga, ("pay", Op::Do, 0)),
-            id(nonce, ("orderso", "rder"), saga, ("pay", Op::Do, 0)),
-            id(nonce, ("orders", "order"), SagaId::new(), ("pay", Op::Do, 0)),
-            id(nonce, ("orders", "order"), saga, ("payd", Op::Do, 0)),
-            id(nonce, ("orders", "order"), saga, ("pay", Op::Undo, 0)),
-            id(nonce, ("orders", "order"), saga, ("pay", Op::Do, 1)),
+            place.derive_secretly(Nonce::new()),
+            CommandPlace { orchestrator: "returns", ..place }.derive_secretly(nonce),
+            CommandPlace { definition: "refund", ..place }.derive_secretly(nonce),
+            CommandPlace { orchestrator: "orderso", definition: "rder", ..place }.derive_secretly(nonce),
+            CommandPlace { saga: SagaId::new(), ..place }.derive_secretly(nonce),
+            CommandPlace { step: "payd", ..place }.derive_secretly(nonce),
+            CommandPlace { op: Op::Undo, ..place }.derive_secretly(nonce),
+            CommandPlace { occurrence: 1, ..place }.derive_secretly(nonce),
             CommandId::derive(saga, "pay", Op::Do, 0),
         ];
         assert!(!others.contains(&one));

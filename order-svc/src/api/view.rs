@@ -14,12 +14,12 @@ use utoipa::ToSchema;
 pub struct OrderView {
     /// Its id, which is also its saga's.
     pub id: OrderId,
-    /// Whose.
+    /// The customer that placed it, as the request named it.
     #[schema(example = "customer-17")]
     pub customer_id: String,
-    /// What.
+    /// What was ordered, in the order of the request.
     pub items: Vec<ItemView>,
-    /// For how much.
+    /// The sum of all items, in the currency of their prices.
     pub total: Money,
     /// Where it stands.
     pub status: StatusName,
@@ -62,7 +62,7 @@ pub struct ItemView {
 /// A status that an order reached: the data of a server-sent event.
 #[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct StatusView {
-    /// Which order.
+    /// The order's id.
     pub order_id: OrderId,
     /// 1 when placed, one more with each change; also the event's id.
     #[schema(example = 2)]
@@ -72,7 +72,7 @@ pub struct StatusView {
     /// Why it is being or was cancelled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<CancelReason>,
-    /// Since when.
+    /// When the order took this status, RFC 3339.
     #[serde(with = "time::serde::rfc3339")]
     pub at: OffsetDateTime,
 }

@@ -95,7 +95,8 @@ pub async fn rebuild(pool: &PgPool, brokers: &str, topic: &str, missing: Missing
                 tx.commit_quietly().await?;
                 Ok::<_, sqlx::Error>(taken)
             };
-            done.add(BATCH_BOUND.within(batch).await?);
+            let (records, unreadable) = BATCH_BOUND.within(batch).await?;
+            done.add(records, unreadable);
             tell(&reading, done, &mut told);
         }
         reading.look_for_the_end().await?;
@@ -183,7 +184,8 @@ async fn place(
     let last = async {
         reading.look_for_the_end().await?;
         while let Some(read) = reading.next().await? {
-            done.add(take_in(&mut tx, &read).await?);
+            let (records, unreadable) = take_in(&mut tx, &read).await?;
+            done.add(records, unreadable);
         }
         Ok::<_, RebuildError>(())
     };
@@ -224,7 +226,7 @@ async fn place(
 }
 
 impl Rebuilt {
-    fn add(&mut self, (records, unreadable): (u64, u64)) {
+    fn add(&mut self, records: u64, unreadable: u64) {
         self.records += records;
         self.unreadable += unreadable;
     }

@@ -9,7 +9,7 @@ use saga_core::{
         Outcome::{self, Rejected, Succeeded},
     },
     consumer::Message,
-    id::{CommandId, MessageId, Nonce, SagaId},
+    id::{CommandId, CommandPlace, MessageId, Nonce, SagaId},
 };
 use serde_json::{Value, json};
 
@@ -17,10 +17,12 @@ use serde_json::{Value, json};
 async fn forged(shop: &Shop, order: OrderId, outcome: Outcome, payload: &Value) -> Vec<Message> {
     let real = shop.reply(order, outcome, payload.clone()).await;
     let headers = real.envelope.saga.clone().unwrap();
-    let (saga, step, namespace) = (SagaId(order.0), headers.step.as_str(), ("orders.replies", "order"));
+    let (saga, step) = (SagaId(order.0), headers.step.as_str());
+    let (orchestrator, definition) = ("orders.replies", "order");
+    let place = CommandPlace { orchestrator, definition, saga, step, op: Op::Do, occurrence: 0 };
     let guesses = [
         CommandId::derive(saga, step, Op::Do, 0),
-        CommandId::derive_secretly(Nonce::new(), namespace, saga, (step, Op::Do, 0)),
+        place.derive_secretly(Nonce::new()),
         CommandId(order.0),
         CommandId(uuid::Uuid::nil()),
     ];

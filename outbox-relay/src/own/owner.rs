@@ -67,7 +67,8 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     let blocked = Arc::new(BlockedLanes::default());
     let retries = Retries::new(outbox, lease.owner, epoch.clone(), blocked.clone(), control.clone());
     let mut retrying = AbortOnDropHandle::new(tokio::spawn(retries.run()));
-    let shared = shared((outbox, epoch), blocked, stop, (control, weak), (progress, hurry), at.clone());
+    let channels = Channels { control, wanted: weak, progress, hurry };
+    let shared = shared(outbox, epoch, channels, blocked, stop, at.clone());
     let set_apart = AbortOnDropHandle::new(tokio::spawn(set_apart::run(shared.clone())));
     let ended = tokio::select! {
         biased;
@@ -89,15 +90,24 @@ async fn publish(outbox: &Outbox, lease: &Lease, stop: &CancellationToken) -> Re
     ended
 }
 
+/// The streams' ways to what operators want, and to the recorder.
+struct Channels {
+    control: watch::Receiver<Arc<Control>>,
+    wanted: Weak<ControlWatch>,
+    progress: mpsc::Sender<Recordable>,
+    hurry: Arc<Notify>,
+}
+
 /// The state that the streams of the outbox share.
 fn shared(
-    (outbox, epoch): (&Outbox, Arc<str>),
+    outbox: &Outbox,
+    epoch: Arc<str>,
+    channels: Channels,
     blocked: Arc<BlockedLanes>,
     stop: &CancellationToken,
-    (control, wanted): (watch::Receiver<Arc<Control>>, Weak<ControlWatch>),
-    (progress, hurry): (mpsc::Sender<Recordable>, Arc<Notify>),
     at: Position,
 ) -> Arc<Shared> {
+    let Channels { control, wanted, progress, hurry } = channels;
     let kafka = Kafka {
         outbox: outbox.name.clone(),
         brokers: outbox.brokers.clone(),

@@ -266,16 +266,15 @@ impl Cursor {
         let only_topic = only_topic.as_deref();
         let stragglers = self.span().stragglers;
         let rows = if self.reached < floor.saturating_sub(1) {
-            let ids = (self.reached, floor);
-            let rows = window::stragglers(db, &stragglers, ids, only_topic, most).await?;
+            let rows = window::stragglers(db, &stragglers, self.reached, floor, only_topic, most).await?;
             self.reached = rows.last().map_or(floor - 1, Row::id);
             rows
         } else if self.reached < top {
-            let (rows, reached) = window::stretch(db, &self.at, (self.reached, top), only_topic, most).await?;
+            let (rows, reached) = window::stretch(db, &self.at, self.reached, top, only_topic, most).await?;
             self.reached = reached;
             rows
         } else {
-            let rows = window::stragglers(db, &stragglers, (self.reached, i64::MAX), only_topic, most).await?;
+            let rows = window::stragglers(db, &stragglers, self.reached, i64::MAX, only_topic, most).await?;
             match rows.last() {
                 Some(last) => self.reached = last.id(),
                 None => self.close(),

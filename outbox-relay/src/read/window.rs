@@ -212,7 +212,8 @@ impl Search {
 pub(crate) async fn stragglers(
     db: &mut PgConnection,
     stragglers: &[u64],
-    (after, before): (i64, i64),
+    after: i64,
+    before: i64,
     only_topic: Option<&str>,
     most: i64,
 ) -> Result<Vec<Row>, sqlx::Error> {
@@ -252,7 +253,8 @@ pub(crate) async fn stragglers(
 pub(crate) async fn stretch(
     db: &mut PgConnection,
     at: &Position,
-    (after, top): (i64, i64),
+    after: i64,
+    top: i64,
     only_topic: Option<&str>,
     most: i64,
 ) -> Result<(Vec<Row>, i64), sqlx::Error> {

@@ -158,7 +158,7 @@ async fn get_saga(
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct RetryRequest {
-    /// For the log.
+    /// Why the saga is retried: it stands in the saga's log.
     #[schema(min_length = 1, max_length = 500)]
     reason: String,
     /// The revision at which the saga was read; if it is another by now, nothing happens.

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     command::{Failed, Happened, Op, Why},
-    id::{CommandId, SagaId},
+    id::{CommandId, CommandPlace, SagaId},
 };
 use serde_json::Value;
 use std::time::Duration;
@@ -111,8 +111,8 @@ pub fn command_id(definition: &Definition, state: &State, step: usize, op: Op) -
     match &state.naming {
         None => CommandId::derive(state.saga, step, op, FIRST_OCCURRENCE),
         Some(Naming { orchestrator, nonce }) => {
-            let namespace = (orchestrator.as_str(), definition.name());
-            CommandId::derive_secretly(*nonce, namespace, state.saga, (step, op, FIRST_OCCURRENCE))
+            let (definition, saga, occurrence) = (definition.name(), state.saga, FIRST_OCCURRENCE);
+            CommandPlace { orchestrator, definition, saga, step, op, occurrence }.derive_secretly(*nonce)
         }
     }
 }

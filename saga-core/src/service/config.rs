@@ -50,7 +50,7 @@ pub struct ServiceArgs {
     /// The service's database.
     #[command(flatten)]
     pub database: DatabaseArgs,
-    /// Kafka.
+    /// How the process reaches Kafka.
     #[command(flatten)]
     pub kafka: KafkaArgs,
     /// The API's listener.
