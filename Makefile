@@ -1,6 +1,6 @@
 # The few commands people type. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help book demo up down reset logs status test test-pg15 edges soak upgrade check bench tools-build tools-servers tools-servers-unless-named tools-python jars binaries fmt clippy doc arch deny
+.PHONY: help book picture demo up down reset logs status test test-pg15 edges soak upgrade check bench tools-build tools-servers tools-servers-unless-named tools-python jars binaries fmt clippy doc arch deny
 
 # Where cargo puts what it builds.
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -115,6 +115,9 @@ doc: tools-build
 
 arch: tools-build
 	cargo test --workspace --test architecture
+
+picture: tools-build ## Draws the modules of each crate again: docs/modules/*.svg
+	DRAW=1 cargo test --workspace --test architecture pictures
 
 # Licences, bans and sources need nothing but the lock file. Advisories need their database, which is a repository on
 # the net: where it cannot be reached, that is said, and the rest still counts.

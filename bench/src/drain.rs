@@ -26,13 +26,13 @@ use std::time::{Duration, Instant};
 /// Rows in each transaction that fills the outbox.
 const ROWS_PER_TRANSACTION: u32 = 2_000;
 /// How many aggregates the rows belong to.
-const KEYS: u32 = 10_000;
+const KEY_COUNT: u32 = 10_000;
 /// How many rows lie between two lines of progress.
 const TOLD_EVERY: u32 = 100_000;
 /// How often the bench reads the relay's progress.
-const LOOK: Duration = Duration::from_millis(100);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// When no row was published for this long, something is wrong.
-const STALLED: Duration = Duration::from_secs(60);
+const STALLED_AFTER: Duration = Duration::from_secs(60);
 
 /// The figures of all rounds.
 #[derive(Debug, Clone, Serialize)]
@@ -121,7 +121,7 @@ async fn fill(pool: &PgPool, topic: &str, args: &RelayArgs, of: &str, progress: 
         }
         let until = args.rows.min(at + ROWS_PER_TRANSACTION);
         let messages = (at..until).map(|n| {
-            let mut message = NewMessage::tombstone(topic, &format!("key-{}", n % KEYS), "bench.row.v1");
+            let mut message = NewMessage::tombstone(topic, &format!("key-{}", n % KEY_COUNT), "bench.row.v1");
             message.payload = Some(letters.take(args.bytes));
             message
         });
@@ -153,7 +153,7 @@ async fn wait(pool: &PgPool, rows: u32, of: &str, progress: &Progress) -> anyhow
     progress.step(format!("the relay drains {rows} rows ({of})"));
     let (mut moved, mut told) = ((0, Instant::now()), 0);
     loop {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(LOOK_EVERY).await;
         let (published, seconds): (i64, Option<f64>) = sqlx::query_as(
             "select coalesce(sum(rows), 0)::bigint,
                     extract(epoch from max(at) - (select min(acquired_at) from outbox_lease))::float8
@@ -168,7 +168,7 @@ async fn wait(pool: &PgPool, rows: u32, of: &str, progress: &Progress) -> anyhow
         match seconds {
             Some(seconds) if published >= i64::from(rows) => return Ok(seconds),
             _ if published > moved.0 => moved = (published, Instant::now()),
-            _ => ensure!(moved.1.elapsed() < STALLED, "the relay stands still at {published} of {rows} rows"),
+            _ => ensure!(moved.1.elapsed() < STALLED_AFTER, "the relay stands still at {published} of {rows} rows"),
         }
     }
 }

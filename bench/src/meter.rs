@@ -11,7 +11,7 @@ use std::{
 };
 
 /// The kernel reports processor time in these parts of a second, whatever its own clock does (`USER_HZ`).
-const TICKS: f64 = 100.0;
+const TICKS_PER_SECOND: f64 = 100.0;
 
 /// What was used up to a moment, by all meters.
 #[derive(Debug, Clone)]
@@ -137,7 +137,7 @@ fn stat(path: &Path) -> Option<Vec<u64>> {
 fn own(path: &Path) -> Option<f64> {
     let stat = stat(path)?;
     #[allow(clippy::cast_precision_loss)]
-    Some((stat.get(11)? + stat.get(12)?) as f64 / TICKS)
+    Some((stat.get(11)? + stat.get(12)?) as f64 / TICKS_PER_SECOND)
 }
 
 /// Every process of this machine, by parent.
@@ -161,7 +161,7 @@ impl Tree {
         let own = self.0.iter().find(|(other, ..)| *other == pid)?.2;
         let children = self.0.iter().filter(|(_, parent, _)| *parent == u64::from(pid));
         #[allow(clippy::cast_precision_loss)]
-        let own = own as f64 / TICKS;
+        let own = own as f64 / TICKS_PER_SECOND;
         Some(own + children.filter_map(|(child, ..)| self.with_children(*child)).sum::<f64>())
     }
 }

@@ -32,7 +32,7 @@ use std::{
 };
 
 /// How long statements are counted, after the measured time.
-const COUNTED: Duration = Duration::from_secs(5);
+const COUNTED_FOR: Duration = Duration::from_secs(5);
 /// The first saga ends within this, or something is broken.
 const FIRST_END: Duration = Duration::from_secs(120);
 /// How long the bench waits at most for a JVM to compile itself: some of that never ends.
@@ -45,7 +45,7 @@ pub const COMPILERS_QUIET: f64 = 0.05;
 /// work, one of which was a third of a processor for 10 s.
 const QUIET_LOOKS: usize = 4;
 /// In microseconds; the histogram counts a slower saga as this slow.
-const SLOWEST: u64 = 600_000_000;
+const SAGA_MAX: u64 = 600_000_000;
 
 /// The figures of one layout.
 #[derive(Debug, Clone, Serialize)]
@@ -147,7 +147,7 @@ async fn measure(
     let counted_from = now()?;
     let counted = match counting {
         true => {
-            pass(progress, "sagas: counting statements", COUNTED).await;
+            pass(progress, "sagas: counting statements", COUNTED_FOR).await;
             statements::end(machine).await?
         }
         false => Vec::new(),
@@ -159,7 +159,7 @@ async fn measure(
     }
     let ended: Vec<Ended> = serde_json::from_slice(&fs::read(&out).with_context(|| out.display().to_string())?)?;
     let within = |from, to| ended.iter().filter(move |saga| (from..to).contains(&saga.at));
-    let mut histogram: Histogram<u64> = Histogram::new_with_bounds(1, SLOWEST, 3)?;
+    let mut histogram: Histogram<u64> = Histogram::new_with_bounds(1, SAGA_MAX, 3)?;
     within(from, to).for_each(|saga| histogram.saturating_record(saga.took));
     let ms = |micros: u64| f64::from(u32::try_from(micros).unwrap_or(u32::MAX)) / 1_000.0;
     let cost = after.since(&before);

@@ -9,6 +9,7 @@ mod docs;
 mod expand;
 mod files;
 mod order;
+mod picture;
 mod purity;
 mod seeded;
 mod source;
@@ -33,6 +34,21 @@ fn modules_use_only_what_is_read_before_them() {
     let tree = Tree::of_this_workspace();
     none(&order::saga_core(&tree));
     none(&order::circles(&tree));
+}
+
+/// `make picture` draws them again.
+#[test]
+fn the_pictures_of_the_modules_are_those_of_the_sources() {
+    let tree = Tree::of_this_workspace();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/modules");
+    for package in picture::CRATES {
+        let (file, drawn) = (folder.join(format!("{package}.svg")), picture::of(&order::modules(&tree, package)));
+        if std::env::var_os("DRAW").is_some() {
+            std::fs::write(&file, &drawn).expect("the picture can be written");
+        }
+        let kept = std::fs::read_to_string(&file).unwrap_or_default();
+        assert!(kept == drawn, "{package} has other modules than its picture shows: make picture");
+    }
 }
 
 #[test]

@@ -44,7 +44,7 @@ pub(crate) const WITHOUT_CIRCLES: [&str; 8] =
 type Sources<'t> = BTreeMap<&'t str, String>;
 
 /// The modules that each module of a folder uses, each with a file that does.
-type Uses = BTreeMap<String, BTreeMap<String, String>>;
+pub(crate) type Uses = BTreeMap<String, BTreeMap<String, String>>;
 
 /// The reading order of saga-core.
 pub(crate) fn saga_core(tree: &Tree) -> Vec<Violation> {
@@ -60,6 +60,11 @@ pub(crate) fn saga_core(tree: &Tree) -> Vec<Violation> {
             .extend(later.map(|(other, file)| format!("{file} must not use {other}, which is read after {module}")));
     }
     violations
+}
+
+/// The modules of a crate and what they use.
+pub(crate) fn modules(tree: &Tree, package: &str) -> Uses {
+    uses(&tree.sources().collect(), &format!("{package}/src"))
 }
 
 /// Finds a module that needs itself through others beside it, at the root or in a folder, in the crates that have no such
