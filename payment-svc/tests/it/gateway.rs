@@ -291,3 +291,28 @@ async fn the_provider_stores_no_card_number_of_any_field() {
         assert_eq!(rows, 0, "{table}");
     }
 }
+
+#[tokio::test]
+async fn a_repeated_request_with_a_card_number_gets_the_answer_that_it_got() {
+    let provider = Provider::new(Behaviour::default()).await;
+    let with_a_card = authorization("4111111111111111");
+    let first = post(&provider, "/v1/authorizations", "k", &authorization("tok_visa")).await;
+    // As a build left it that took card numbers.
+    sqlx::query("update gateway_answer set request = $1 where key = 'k'")
+        .bind(&with_a_card)
+        .execute(&provider.database.pool)
+        .await
+        .unwrap();
+    assert_eq!(post(&provider, "/v1/authorizations", "k", &with_a_card).await, first);
+    // A void that came first answered for the request that comes now.
+    post(&provider, "/v1/voids", "v", &json!({ "authorization_key": "late" })).await;
+    let (status, refusal) = post(&provider, "/v1/authorizations", "late", &with_a_card).await;
+    assert_eq!((status, &refusal["refused"]["code"]), (402, &json!("voided")), "{refusal}");
+
+    let other = authorization("4012888888881881");
+    for (key, request, field) in [("k", &other, "Idempotency-Key"), ("new", &with_a_card, "method")] {
+        let (status, problem) = post(&provider, "/v1/authorizations", key, request).await;
+        assert_eq!((status, &problem["errors"][0]["field"]), (422, &json!(field)), "{problem}");
+    }
+    assert_eq!(provider.totals().await[0], 100, "one request moved money");
+}
