@@ -24,6 +24,7 @@ mod lock_watch;
 pub(crate) mod log_line;
 pub mod migrate;
 pub mod shutdown;
+mod spans;
 pub mod supervisor;
 pub mod telemetry;
 pub mod topics;

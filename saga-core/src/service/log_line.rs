@@ -53,7 +53,7 @@ fn is_declared(saga_type: &str) -> bool {
 
 /// `text` with an end, without places in source code, and without characters that a terminal or a reader of lines takes
 /// for more than text. Line breaks and tabs stay.
-fn clean(text: &str) -> Cow<'_, str> {
+pub(super) fn clean(text: &str) -> Cow<'_, str> {
     let strange = |c: char| {
         // Separators of lines and paragraphs, and characters that turn the direction of writing.
         let formats = matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');

@@ -2,13 +2,15 @@
 //!
 //! Trace ids exist whether or not traces are sent anywhere. Every request and message gets one, [`crate::trace`]
 //! carries it from HTTP through the outbox and Kafka to the consumer, and every log line has it. Spans are exported by
-//! OTLP only when `OTEL_EXPORTER_OTLP_ENDPOINT` is set. A span that cannot be delivered is dropped, never waited for.
+//! OTLP only when `OTEL_EXPORTER_OTLP_ENDPOINT` is set, with their texts cleaned as those of the log are. A span that
+//! cannot be delivered is dropped, never waited for.
 
 pub use super::log_line::name_sagas;
 use super::{
     config::{ConfigErrors, Secret, http_url},
     in_clear,
     log_line::{self, JsonLines},
+    spans::CleanSpans,
 };
 
 use metrics_exporter_prometheus::{BuildError, PrometheusBuilder, PrometheusHandle};
@@ -186,9 +188,8 @@ pub fn init(settings: &TelemetrySettings, service: &'static str) -> Result<Telem
     let mut provider = SdkTracerProvider::builder().with_resource(resource);
     if let Some(endpoint) = &settings.otlp_endpoint {
         let endpoint = format!("{}/v1/traces", endpoint.reveal().trim_end_matches('/'));
-        provider = provider.with_batch_exporter(
-            opentelemetry_otlp::SpanExporter::builder().with_http().with_endpoint(endpoint).build()?,
-        );
+        let exporter = opentelemetry_otlp::SpanExporter::builder().with_http().with_endpoint(endpoint).build()?;
+        provider = provider.with_batch_exporter(CleanSpans(exporter));
     }
     let provider = provider.build();
 
