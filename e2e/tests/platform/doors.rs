@@ -1,18 +1,20 @@
-//! Every listener of the running platform keeps pages of other sites out, and serves its callers while clients hold all
-//! they can.
+//! Every listener of the running platform keeps pages of other sites out, reads no body beyond its bound, slows guesses
+//! at its token down, and serves its callers while clients hold all they can.
 //!
 //! The effect of each bound by itself is shown in `saga-core/tests/doors.rs` and `order-svc/tests/it/live.rs`.
 
 use e2e::{
     orders::Wish,
-    platform::{Platform, beside_others, unaudited},
+    platform::{Platform, SETTLED, alone, beside_others, unaudited},
 };
 use futures::future::join_all;
-use reqwest::{Method, StatusCode};
+use order_svc::live::MAX_OF_ONE;
+use reqwest::{Method, Response, StatusCode};
 use saga_core::{service, testkit::eventually};
 use serde_json::Value;
 use stack::service::Service::{self, Gateway, Inventory, Orders, Payments, Relay};
 use std::{
+    net::IpAddr,
     sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
@@ -30,37 +32,73 @@ const TOO_MANY: usize = 2_100;
 /// milliseconds.
 const SOON: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The longest body, in bytes, of any listener.
+const BODY_MAX: usize = 64 * 1024;
+/// The streams of one order that are opened beyond the cap.
+const TOO_MANY_STREAMS: usize = 8;
+/// The tokens of the admin listeners, and of the provider.
+const TOKENS: &[(&str, &str)] = &[("ADMIN_TOKEN", "the-operators-own-token"), ("GATEWAY_TOKEN", "the-shops-own-token")];
+/// More guesses than an address has, with those that it gets back meanwhile on a busy machine.
+const GUESSES: usize = 300;
 
 /// A listener, and a request of each kind that it answers.
 struct Listener {
+    service: Service,
     name: String,
     url: String,
     /// A path that is answered 200 without a token.
     get: &'static str,
     /// A route for POST.
     post: &'static str,
+    /// What is behind a token, if anything is.
+    guarded: Option<Guarded>,
+}
+
+/// What a listener with a token answers.
+#[derive(Clone, Copy)]
+struct Guarded {
+    path: &'static str,
+    token: &'static str,
+    /// The status for a token that is not compared, because too many wrong ones came from its address.
+    too_many: u16,
 }
 
 const CANCEL: &str = "/v1/orders/00000000-0000-0000-0000-000000000000/cancel";
 const RETRY: &str = "/v1/sagas/00000000-0000-0000-0000-000000000000/retry";
 
 fn listeners(platform: &Platform) -> Vec<Listener> {
-    let api = |service: Service, get, post| (service, platform.stack.url(service), "API", get, post);
-    let admin = |service: Service, post| (service, platform.stack.admin_url(service), "admin", "/livez", post);
+    let [(_, operator), (_, shop)] = *TOKENS else { panic!("two kinds of tokens") };
+    let of_admin = Some(Guarded { path: "/v1/health", token: operator, too_many: 429 });
+    // A caller of the provider goes by the status: what a wrong token is answered bars it.
+    let of_provider = Some(Guarded { path: "/v1/ledger", token: shop, too_many: 401 });
+    let api = |service: Service, get, post, guarded| (service, platform.stack.url(service), "API", get, post, guarded);
+    let admin =
+        |service: Service, post| (service, platform.stack.admin_url(service), "admin", "/livez", post, of_admin);
     let all = [
-        api(Orders, "/v1/orders", CANCEL),
-        api(Payments, "/v1/payments", "/v1/payments"),
-        api(Inventory, "/v1/items", "/v1/items"),
-        api(Gateway, "/openapi.json", "/v1/authorizations"),
+        api(Orders, "/v1/orders", CANCEL, None),
+        api(Payments, "/v1/payments", "/v1/payments", None),
+        api(Inventory, "/v1/items", "/v1/items", None),
+        api(Gateway, "/openapi.json", "/v1/authorizations", of_provider),
         admin(Orders, RETRY),
         admin(Payments, "/v1/nothing"),
         admin(Inventory, "/v1/nothing"),
         admin(Gateway, "/v1/nothing"),
         admin(Relay, "/v1/outboxes/orders/pause"),
     ];
-    let all =
-        all.map(|(service, url, kind, get, post)| Listener { name: format!("{service:?}, {kind}"), url, get, post });
+    let all = all.map(|(service, url, kind, get, post, guarded)| {
+        let name = format!("{service:?}, {kind}");
+        Listener { service, name, url, get, post, guarded }
+    });
     all.into()
+}
+
+/// How many requests and connections a process has turned away for this reason.
+async fn refused(platform: &Platform, service: Service, reason: &str) -> usize {
+    let metrics = platform.http.get(platform.admin(service, "/metrics")).send().await.expect("the listener answers");
+    let metrics = metrics.text().await.expect("the metrics can be read");
+    let series = format!("http_refused_total{{reason=\"{reason}\"}} ");
+    let counted = metrics.lines().find_map(|line| line.strip_prefix(&series));
+    counted.map_or(0, |counted| counted.parse().expect("a counter counts"))
 }
 
 impl Listener {
@@ -71,9 +109,50 @@ impl Listener {
             request = request.header(*name, *value);
         }
         let answer = request.send().await.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        self.is_data(&answer);
         let status = answer.status().as_u16();
         let problem = answer.json::<Value>().await.unwrap_or_default();
         (status, problem["type"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Asserts that no browser takes the answer for a page, and no cache keeps it.
+    fn is_data(&self, answer: &Response) {
+        for (name, value) in [
+            ("x-content-type-options", "nosniff"),
+            ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
+            ("cross-origin-resource-policy", "same-origin"),
+            ("cache-control", "no-store"),
+        ] {
+            let is = answer.headers().get(name).and_then(|is| is.to_str().ok());
+            assert_eq!(is, Some(value), "{}: {name} of {}, {}", self.name, answer.url(), answer.status());
+        }
+    }
+
+    /// Asks for what is behind the token, with this one.
+    async fn shown(&self, client: &reqwest::Client, guarded: Guarded, token: Option<&str>) -> Response {
+        let request = client.get(format!("{}{}", self.url, guarded.path));
+        let request = token.into_iter().fold(request, |request, token| request.bearer_auth(token));
+        let answer = request.send().await.unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        self.is_data(&answer);
+        answer
+    }
+
+    /// Guesses until the listener compares no more tokens from this address; returns how often.
+    async fn guessed_at(&self, platform: &Platform, guarded: Guarded) -> usize {
+        for guesses in 1..GUESSES {
+            let guess = format!("{}{guesses}", guarded.token);
+            let answer = self.shown(&platform.http, guarded, Some(&guess)).await;
+            let (status, headers) = (answer.status().as_u16(), answer.headers().clone());
+            assert_eq!(headers["content-type"], "application/problem+json", "{}", self.name);
+            let problem: Value = answer.json().await.expect("a problem");
+            if headers.contains_key("retry-after") {
+                assert_eq!((status, &problem["status"]), (guarded.too_many, &status.into()), "{}", self.name);
+                return guesses;
+            }
+            assert_eq!((status, &problem["type"]), (401, &"/problems/unauthorized".into()), "{}", self.name);
+            assert!(headers.contains_key("www-authenticate"), "{}", self.name);
+        }
+        panic!("{}: {GUESSES} guesses, and each was compared", self.name);
     }
 
     /// Opens connections that have sent a part of a request, and wait.
@@ -129,6 +208,16 @@ fn no_listener_answers_a_page_of_another_site() {
                 let (is, said) = listener.status(platform, method, headers).await;
                 assert!(is == status && said.starts_with(kind), "{}: {headers:?}: {is} {said}", listener.name);
             }
+            // The page that shows an API runs its own scripts, and is shown within no other.
+            let page = platform.http.get(format!("{}/docs/", listener.url)).send().await.expect("an answer");
+            if page.status() == 404 {
+                assert!(listener.name.ends_with("admin"), "{} shows no page", listener.name);
+                continue;
+            }
+            assert_eq!(page.status(), 200, "{}", listener.name);
+            assert_eq!(page.headers()["x-content-type-options"], "nosniff", "{}", listener.name);
+            let policy = page.headers()["content-security-policy"].to_str().expect("text");
+            assert!(policy.starts_with("default-src 'self'") && policy.ends_with("frame-ancestors 'none'"), "{policy}");
         }
     });
 }
@@ -158,6 +247,16 @@ fn every_listener_bears_long_heads_and_more_clients_than_it_has_room_for() {
             let request = format!("GET {} HTTP/1.1\r\nhost: localhost\r\nx-long: {endless}\r\n\r\n", listener.get);
             let line = listener.first_line(&request).await;
             assert!(line.is_empty() || line.contains(" 431 "), "{}: {line}", listener.name);
+            let head = format!("POST {} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json", listener.post);
+            let beyond = BODY_MAX + 1;
+            let announced = format!("{head}\r\ncontent-length: {beyond}\r\n\r\n{{");
+            // More would follow: the listener does not wait for it.
+            let endless =
+                format!("{head}\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{}", 2 * beyond, "x".repeat(beyond));
+            for request in [announced, endless] {
+                let line = listener.first_line(&request).await;
+                assert!(line.contains(" 413 "), "{}: {line}", listener.name);
+            }
             let held = listener.held_by(TOO_MANY, "").await;
             listener.serves(platform).await;
             drop(held);
@@ -209,5 +308,71 @@ fn a_thousand_requests_that_wait_for_an_order_keep_nobody_else_waiting() {
         let waited = waited.into_iter().filter(|waited| *waited).count();
         let answered_at_once = answered_at_once.into_inner();
         assert!(waited > 0 && answered_at_once > 0, "{waited} waited, {answered_at_once} were answered at once");
+    });
+}
+
+#[test]
+fn guesses_at_a_listeners_token_are_slowed_down_and_keep_no_other_address_out() {
+    alone(async |platform| {
+        let processes = Service::ALL.map(|service| platform.stack.service(service));
+        join_all(processes.map(async |running| {
+            running.process.stop().await;
+            running.process.start_again_with(TOKENS).expect("the program is there");
+            running.ready().await.expect("it begins with its tokens");
+        }))
+        .await;
+        let elsewhere =
+            reqwest::Client::builder().local_address(IpAddr::from([127, 0, 0, 2])).timeout(PATIENCE).build();
+        let elsewhere = elsewhere.expect("a client");
+        for listener in listeners(platform) {
+            let Some(guarded) = listener.guarded else { continue };
+            let counted = async || refused(platform, listener.service, "token").await;
+            let before = counted().await;
+            // A caller that shows nothing guesses at nothing.
+            assert_eq!(listener.shown(&platform.http, guarded, None).await.status(), 401, "{}", listener.name);
+            assert_eq!(counted().await, before, "{}", listener.name);
+            let guesses = listener.guessed_at(platform, guarded).await;
+            assert!(guesses > 32, "{}: {guesses} guesses", listener.name);
+            assert_eq!(counted().await, before + guesses, "{}", listener.name);
+            let began = Instant::now();
+            let status = listener.shown(&elsewhere, guarded, Some(guarded.token)).await.status();
+            assert!(status == 200 && began.elapsed() < SOON, "{}: {status} {:?}", listener.name, began.elapsed());
+            listener.serves(platform).await;
+        }
+        join_all(processes.map(async |running| running.restart().await.expect("it starts as it was"))).await;
+    });
+}
+
+#[test]
+fn the_oldest_of_too_many_streams_of_an_order_end_and_the_others_see_its_end() {
+    alone(async |platform| {
+        let sku = platform.item("followed", 100, 100).await;
+        // The order waits for its payment.
+        let gateway = platform.stack.service(Gateway);
+        gateway.process.kill();
+        let order = platform.place(&Wish::of(&sku, 1)).await;
+        let client = reqwest::Client::builder().timeout(SETTLED).build().expect("a client");
+        let before = refused(platform, Orders, "old_stream").await;
+        let mut streams = Vec::new();
+        for n in 0..MAX_OF_ONE + TOO_MANY_STREAMS {
+            let url = format!("{}/v1/orders/{order}/events", platform.stack.url(Orders));
+            let stream = client.get(url).send().await.expect("an answer");
+            assert_eq!(stream.status(), StatusCode::OK, "{n}");
+            assert_eq!(stream.headers()["content-type"], "text/event-stream", "{n}");
+            streams.push(stream);
+        }
+        for oldest in streams.drain(..TOO_MANY_STREAMS) {
+            let said = oldest.text().await.expect("an end that is no error");
+            assert!(said.contains("\"pending\"") && !said.contains("\"confirmed\""), "{said}");
+        }
+        assert_eq!(refused(platform, Orders, "old_stream").await, before + TOO_MANY_STREAMS);
+        for listener in listeners(platform).into_iter().filter(|listener| listener.service == Orders) {
+            listener.serves(platform).await;
+        }
+        gateway.start_again().await.expect("it comes back");
+        for said in join_all(streams.into_iter().map(Response::text)).await {
+            let said = said.expect("an end that is no error");
+            assert!(said.contains("\"confirmed\""), "{said}");
+        }
     });
 }
