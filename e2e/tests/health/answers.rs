@@ -2,7 +2,7 @@
 
 use crate::broken::Broken;
 use e2e::platform::{Platform, SETTLED_WITHIN};
-use saga_core::part::STALLED_AFTER;
+use saga_core::{part::STALLED_AFTER, testkit::eventually};
 use serde_json::Value;
 use stack::service::Service;
 use std::{
@@ -93,17 +93,17 @@ async fn are(platform: &Platform, broken: Instant, says: &Says) -> Result<(), St
         let value = if not_ready.contains_key(check.as_str()) { "0" } else { "1" };
         (format!("ready{{check=\"{check}\"}} "), value)
     });
-    measured(platform, says.service, ready.collect(), &red).await
+    measured(platform, says, ready.collect(), &red).await
 }
 
-/// Checks that the metrics agree.
+/// Checks that the metrics agree: of what is red, and of what is not.
 async fn measured(
     platform: &Platform,
-    service: Service,
+    says: &Says,
     ready: Vec<(String, &str)>,
     red: &BTreeMap<&str, &str>,
 ) -> Result<(), String> {
-    let answer = platform.http.get(platform.admin(service, "/metrics")).send().await.map_err(|e| e.to_string())?;
+    let answer = platform.http.get(platform.admin(says.service, "/metrics")).send().await.map_err(|e| e.to_string())?;
     let metrics = answer.text().await.map_err(|e| e.to_string())?;
     let value = |series: &str| metrics.lines().find_map(|line| line.strip_prefix(series));
     for (series, expected) in ready {
@@ -117,7 +117,16 @@ async fn measured(
             return Err(format!("/metrics does not say that {part} stands still"));
         }
     }
-    Ok(())
+    let stalled = |line| -> Option<_> {
+        let (part, rest) = str::strip_prefix(line, "work_stalled_seconds{part=\"")?.split_once("\",reason=\"")?;
+        let (cause, seconds) = rest.split_once("\"} ")?;
+        (seconds != "0").then_some((part, cause))
+    };
+    let mut moves = metrics.lines().filter_map(stalled).filter(|(part, _)| !says.may.contains(part));
+    match moves.find(|(part, cause)| red.get(part) != Some(cause)) {
+        Some((part, cause)) => Err(format!("/metrics says that {part} stands still: {cause}")),
+        None => Ok(()),
+    }
 }
 
 pub(crate) async fn until_they_say(platform: &Platform, broken: Broken, says: &[Says]) {
@@ -132,6 +141,15 @@ pub(crate) async fn until_they_say(platform: &Platform, broken: Broken, says: &[
         });
         assert!(said.await.is_ok(), "{broken:?}: {} says {last}", says.service);
     }
+}
+
+/// Waits until a part is red with a reason, in words, that holds `said`.
+pub(crate) async fn until_the_reason_is(platform: &Platform, service: Service, part: &str, said: &str) {
+    eventually(SEEN, || async {
+        let (_, health) = asked(platform, service, "/v1/health").await?;
+        health["parts"][part]["reason"].as_str()?.contains(said).then_some(())
+    })
+    .await;
 }
 
 /// Waits until the processes answer so. They have to go on until work that stands still since then would be stalled: no

@@ -1,8 +1,8 @@
 //! The ways in which dependencies are broken, and how each is mended.
 
 use crate::{
-    NO_KAFKA,
-    answers::{Reds, SEEN, Says, not_ready, stays_ready, until_they_say},
+    NO_KAFKA, NO_PROVIDER,
+    answers::{Reds, SEEN, Says, not_ready, stays_ready, until_the_reason_is, until_they_say},
 };
 use e2e::{orders::Wish, platform::Platform};
 use nix::{
@@ -16,7 +16,7 @@ use rdkafka::{
 };
 use saga_core::testkit::eventually;
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection, PgConnection, postgres::PgConnectOptions};
-use stack::service::Service::{Gateway, Inventory, Orders};
+use stack::service::Service::{Gateway, Inventory, Orders, Payments};
 use std::process::Command;
 
 /// More requests than order-svc's pool has connections.
@@ -51,7 +51,7 @@ pub(crate) enum Broken {
     Topic(&'static str),
     /// The copy of the items is emptied.
     Catalogue,
-    /// The provider stands still while it has calls to answer.
+    /// The provider stands still while it has calls to answer, and is killed before it goes on.
     Provider,
 }
 
@@ -225,7 +225,14 @@ impl Broken {
             Self::Catalogue => {
                 sql(platform, "orders", "insert into catalogue table copied; drop table copied").await;
             }
-            Self::Provider => platform.stack.service(Gateway).process.resume(),
+            Self::Provider => {
+                // It dies before it goes on. What waits for it is red all the while, with the reason of the last call.
+                let gateway = &platform.stack.service(Gateway).process;
+                gateway.kill();
+                until_the_reason_is(platform, Payments, "effects", "the connection to the gateway failed").await;
+                until_they_say(platform, self, NO_PROVIDER).await;
+                gateway.start_again().expect("the program is there");
+            }
         }
     }
 }

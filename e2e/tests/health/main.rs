@@ -26,6 +26,9 @@ const OUTBOXES_AWAY: Reds = &[("outbox:orders", AWAY), ("outbox:payments", AWAY)
 const OUTBOXES_WITHOUT_KAFKA: Reds =
     &[("outbox:orders", NO_KAFKA), ("outbox:payments", NO_KAFKA), ("outbox:inventory", NO_KAFKA)];
 
+/// The answers while the provider stands still, or is dead.
+const NO_PROVIDER: &[Says] = &[stays_ready(Payments, &[("effects", &["stalled"])]), fine(Orders), fine(Relay)];
+
 /// Each fault, with the answers of each process concerned.
 type Table = [(Broken, &'static [Says])];
 
@@ -180,7 +183,7 @@ const TOPICS: &Table = &[
         Broken::Topic("inventory.items"),
         &[stays_ready(Orders, &[("catalogue", &["topic_missing"])]), fine(Inventory), fine(Relay)],
     ),
-    (Broken::Provider, &[stays_ready(Payments, &[("effects", &["stalled"])]), fine(Orders)]),
+    (Broken::Provider, NO_PROVIDER),
     // A read would not notice the missing right.
     (Broken::Right("insert", "outbox"), &[not_ready(Orders, &[("tables", &["right_missing"])], &[])]),
     (

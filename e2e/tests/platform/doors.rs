@@ -5,7 +5,7 @@
 
 use e2e::{
     orders::Wish,
-    platform::{Platform, SETTLED, alone, beside_others, unaudited},
+    platform::{Platform, SETTLED_WITHIN, alone, beside_others, unaudited},
 };
 use futures::future::join_all;
 use order_svc::live::MAX_OF_ONE;
@@ -351,7 +351,7 @@ fn the_oldest_of_too_many_streams_of_an_order_end_and_the_others_see_its_end() {
         let gateway = platform.stack.service(Gateway);
         gateway.process.kill();
         let order = platform.place(&Wish::of(&sku, 1)).await;
-        let client = reqwest::Client::builder().timeout(SETTLED).build().expect("a client");
+        let client = reqwest::Client::builder().timeout(SETTLED_WITHIN).build().expect("a client");
         let before = refused(platform, Orders, "old_stream").await;
         let mut streams = Vec::new();
         for n in 0..MAX_OF_ONE + TOO_MANY_STREAMS {
