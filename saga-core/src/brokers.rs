@@ -4,7 +4,7 @@
 //! after it stood still for long. It then begins anew with `bootstrap.servers`, unless the end of that same answer stops
 //! the beginning first: a race in librdkafka (its issue 5301, seen in 2.12 and 2.13). Such a client has nothing left to
 //! connect to, and no setting brings it back. So a client that asks is replaced after a question without an answer. A
-//! client that reads or writes is replaced when its statistics name no broker ([`all_lost`]).
+//! consumer replaces its own when the brokers answer such questions and its own does not reach them.
 //!
 //! Nothing here survives the process; a new process connects by `bootstrap.servers`.
 //!
@@ -28,9 +28,7 @@ use rdkafka::{
     config::{FromClientConfigAndContext, RDKafkaLogLevel},
     error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code},
 };
-use serde::Deserialize;
 use std::{
-    collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -124,46 +122,5 @@ impl Inquirer {
 
     fn lock(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Whether a client's `statistics` (librdkafka's JSON) name no broker that it could connect to: it never will again.
-#[must_use]
-pub fn all_lost(statistics: &[u8]) -> bool {
-    #[derive(Deserialize)]
-    struct Known {
-        brokers: HashMap<String, Broker>,
-    }
-    #[derive(Deserialize)]
-    struct Broker {
-        source: String,
-    }
-    // The others lead to a broker that the client knows by its id alone, or to none.
-    let is_real = |broker: &Broker| matches!(broker.source.as_str(), "learned" | "configured");
-    serde_json::from_slice(statistics).is_ok_and(|known: Known| !known.brokers.values().any(is_real))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_client_has_lost_its_brokers_when_only_logical_ones_are_left() {
-        let known = |sources: &[&str]| {
-            let brokers: HashMap<_, _> = sources
-                .iter()
-                .map(|source| (*source, serde_json::json!({ "source": source, "state": "UP" })))
-                .collect();
-            serde_json::json!({ "name": "rdkafka#consumer-1", "brokers": brokers }).to_string()
-        };
-        for (sources, lost) in [
-            (&["configured"][..], false),
-            (&["learned", "logical", "internal"], false),
-            (&["logical", "internal"], true),
-            (&[], true),
-        ] {
-            assert_eq!(all_lost(known(sources).as_bytes()), lost, "{sources:?}");
-        }
-        assert!(!all_lost(b"no statistics"), "what cannot be read shows nothing");
     }
 }

@@ -17,13 +17,9 @@ use rdkafka::{
     error::{KafkaError, RDKafkaErrorCode},
     producer::{BaseRecord, DeliveryResult, Producer as _, ProducerContext, PurgeConfig, ThreadedProducer},
 };
-use saga_core::brokers::all_lost;
 use std::{
     collections::{BTreeMap, btree_map::Entry},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
 };
 use tracing::debug;
 
@@ -33,25 +29,14 @@ const QUEUE_RECORDS: &str = "1000000";
 /// The largest batch, where every topic allows it. librdkafka's default is the same.
 const BATCH_BYTES: usize = 1_000_000;
 
-/// How often librdkafka says which brokers it knows, in milliseconds.
-const STATISTICS_EVERY_MS: &str = "5000";
-
 /// Receives the delivery reports, on the producer's polling thread.
 pub(crate) struct Reports {
     outbox: String,
     in_flight: Arc<InFlight>,
     brokers: Arc<Brokers>,
-    /// The producer has no broker left to connect to, and never will.
-    lost: Arc<AtomicBool>,
 }
 
 impl ClientContext for Reports {
-    fn stats_raw(&self, statistics: &[u8]) {
-        if all_lost(statistics) {
-            self.lost.store(true, Ordering::Relaxed);
-        }
-    }
-
     fn error(&self, error: KafkaError, reason: &str) {
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::AllBrokersDown) => self.brokers.gone(&self.outbox, reason),
@@ -115,15 +100,13 @@ pub(crate) struct Publisher {
     pub(crate) in_flight: Arc<InFlight>,
     /// By the largest batch that each makes, in bytes.
     producers: BTreeMap<usize, ThreadedProducer<Reports>>,
-    /// Whether one of them has lost all its brokers.
-    lost: Arc<AtomicBool>,
 }
 
 impl Publisher {
     /// Makes the producer that nearly all topics share.
     pub(crate) fn new(kafka: &Kafka) -> Result<Self, KafkaError> {
-        let (in_flight, lost) = (Arc::new(InFlight::default()), Arc::default());
-        let mut publisher = Self { kafka: kafka.clone(), in_flight, producers: BTreeMap::new(), lost };
+        let mut publisher =
+            Self { kafka: kafka.clone(), in_flight: Arc::new(InFlight::default()), producers: BTreeMap::new() };
         publisher.producer(usize::MAX)?;
         Ok(publisher)
     }
@@ -136,10 +119,8 @@ impl Publisher {
             Entry::Vacant(new) => {
                 let Kafka { outbox, brokers: servers, compression, state } = &self.kafka;
                 let (in_flight, brokers) = (self.in_flight.clone(), state.clone());
-                let context = Reports { outbox: outbox.clone(), in_flight, brokers, lost: self.lost.clone() };
-                let mut config = config(outbox, servers, compression, limit);
-                config.set("statistics.interval.ms", STATISTICS_EVERY_MS);
-                new.insert(config.create_with_context(context)?)
+                let context = Reports { outbox: outbox.clone(), in_flight, brokers };
+                new.insert(config(outbox, servers, compression, limit).create_with_context(context)?)
             }
         })
     }
@@ -188,9 +169,6 @@ impl Publisher {
 
     /// Why a producer will never send again; `None`: all can.
     pub(crate) fn fatal(&self) -> Option<String> {
-        if self.lost.load(Ordering::Relaxed) {
-            return Some("the producer has lost all its brokers".to_owned());
-        }
         let fatal = self.producers.values().find_map(|producer| producer.client().fatal_error());
         fatal.map(|(code, reason)| format!("{code}: {reason}"))
     }
@@ -244,17 +222,6 @@ impl Drop for Publisher {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_producer_that_has_lost_its_brokers_never_sends_again() {
-        let (outbox, brokers) = ("orders".to_owned(), "localhost:1".to_owned());
-        let kafka = Kafka { outbox, brokers, compression: "none".to_owned(), state: Arc::default() };
-        let publisher = Publisher::new(&kafka).unwrap();
-        let producer = publisher.producers.values().next().unwrap();
-        assert_eq!(publisher.fatal(), None);
-        producer.context().stats_raw(br#"{"brokers": {}}"#);
-        assert_eq!(publisher.fatal().as_deref(), Some("the producer has lost all its brokers"));
-    }
 
     #[test]
     fn batches_fit_their_topic_and_come_in_few_sizes() {

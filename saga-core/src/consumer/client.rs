@@ -5,9 +5,8 @@
 //! answers only while the client is closed, because nothing polls any more.
 
 use super::{ConsumerConfig, health::HealthState};
-use crate::brokers;
 use rdkafka::{
-    ClientConfig, ClientContext, TopicPartitionList,
+    ClientConfig, ClientContext, Statistics, TopicPartitionList,
     config::RDKafkaLogLevel,
     consumer::{BaseConsumer, Consumer as _, ConsumerContext, StreamConsumer},
     error::{KafkaError, KafkaResult},
@@ -59,14 +58,8 @@ impl ClientContext for Context {
         tracing::debug!(target: "librdkafka", %error, reason);
     }
 
-    fn stats_raw(&self, statistics: &[u8]) {
-        if brokers::all_lost(statistics) {
-            self.health.make_anew(None, None, "the client has lost all its brokers");
-        }
-        match serde_json::from_slice(statistics) {
-            Ok(statistics) => self.health.statistics(&statistics),
-            Err(error) => tracing::debug!(target: "librdkafka", %error, "statistics that cannot be read"),
-        }
+    fn stats(&self, statistics: Statistics) {
+        self.health.statistics(&statistics);
     }
 }
 
@@ -175,20 +168,6 @@ pub(super) fn asking(config: &ConsumerConfig) -> ClientConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures::FutureExt as _;
-
-    #[tokio::test]
-    async fn a_client_that_has_lost_its_brokers_is_replaced() {
-        let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/places").unwrap();
-        let health = Arc::new(HealthState::new("group", "localhost:1", &pool));
-        let (rebalances, _) = tokio::sync::mpsc::unbounded_channel();
-        let context = Context { rebalances, health: Arc::clone(&health), closing: AtomicBool::new(false) };
-        let is_replaced = || health.anew().now_or_never().is_some();
-        context.stats_raw(br#"{"brokers": {"GroupCoordinator": {"source": "logical"}, "b/1": {"source": "learned"}}}"#);
-        assert!(!is_replaced());
-        context.stats_raw(br#"{"brokers": {"GroupCoordinator": {"source": "logical"}}}"#);
-        assert!(is_replaced());
-    }
 
     #[test]
     fn a_topics_id_is_found_in_the_line_that_says_it() {

@@ -50,7 +50,7 @@ pub(super) async fn keep_looking(config: &ConsumerConfig, health: &HealthState) 
             Ok(ends) => health.compare(ends, clock::monotonic()),
             Err(error) => {
                 tracing::debug!(group = config.group, %error, "where partitions end is not known");
-                health.missed(all.into_iter().map(|partition| (partition, error.to_string())).collect());
+                health.unanswered(all, &error.to_string());
             }
         }
     }

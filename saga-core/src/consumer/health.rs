@@ -28,6 +28,8 @@ use tokio::sync::{Notify, watch};
 
 /// A consumer that has not polled for this long is stuck.
 const POLL_MAX: Duration = Duration::from_secs(10);
+/// A client that reaches no broker for so long, while the brokers answer another client of this process, is made anew.
+const UNREACHED_MAX: Duration = Duration::from_secs(10);
 /// A group has given its members their partitions after so long, or there are none for this consumer.
 const ASSIGNED_MAX: Duration = Duration::from_secs(30);
 
@@ -87,6 +89,10 @@ struct State {
     places: BTreeMap<(String, i32), PartitionProgress>,
     /// Partitions that are to be read on from elsewhere than the group's offset.
     rewinds: BTreeMap<(String, i32), Rewind>,
+    /// The client reaches no broker.
+    unreached: bool,
+    /// Since when the brokers answer another client meanwhile.
+    answered_alone: Option<Instant>,
     /// The client is to be made anew, and has not been yet.
     ends: bool,
     patience: RestartPolicy,
@@ -181,7 +187,7 @@ impl HealthState {
     /// A new client begins: the group gives it its partitions.
     pub(super) fn begins(&self, now: Instant) {
         let mut state = self.lock();
-        (state.began, state.ends) = (Some(now), false);
+        (state.began, state.ends, state.unreached) = (Some(now), false, false);
     }
 
     pub(super) fn polled(&self) {
@@ -262,11 +268,22 @@ impl HealthState {
             anew = Some((partition, why));
         }
         state.topics = ends.issues;
+        let alone_since = state.unreached.then(|| state.answered_alone.unwrap_or(now));
+        state.answered_alone = alone_since;
         drop(state);
         self.missed(ends.missed);
+        if alone_since.is_some_and(|since| now >= since + UNREACHED_MAX) {
+            self.make_anew(None, None, "the brokers answer another client, and this one reaches none");
+        }
         if let Some(((topic, partition), why)) = anew {
             self.make_anew(Some(&topic), Some(partition), why);
         }
+    }
+
+    /// The brokers did not answer where the partitions end: what was known of those stays.
+    pub(super) fn unanswered(&self, partitions: Vec<(String, i32)>, reason: &str) {
+        self.lock().answered_alone = None;
+        self.missed(partitions.into_iter().map(|partition| (partition, reason.to_owned())).collect());
     }
 
     /// Takes note of the partitions whose ends the brokers did not say, and why: what was known of those stays.
@@ -377,6 +394,7 @@ impl HealthState {
     }
 
     pub(super) fn connected(&self, connected: bool) {
+        self.lock().unreached = !connected;
         match connected {
             true => self.kafka.working(),
             false => self.kafka.failing("no broker can be reached"),
