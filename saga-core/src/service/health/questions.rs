@@ -34,6 +34,36 @@ macro_rules! read_only {
     };
 }
 
+/// The SQL query for the partitions that the next rows go to, of the tables in `$1` that callers insert into and that
+/// are partitioned by an identity column. A role that may not lock such a partition by name, or may not see how far the
+/// numbers have come, gets no row. `pg_get_expr` of no relation: with one, it would wait for whatever locks it.
+macro_rules! next_partitions {
+    () => {
+        "select into_it.oid::regclass::text
+           from (select p.partrelid as parent,
+                        case when has_sequence_privilege(sequence, 'select, usage')
+                             then coalesce(pg_sequence_last_value(sequence), 0) + 1 end as next
+                   from unnest($1::text[], $2::text[]) as n (name, privilege)
+                   join pg_partitioned_table p on p.partrelid = to_regclass(n.name) and p.partnatts = 1
+                   join pg_attribute a on a.attrelid = p.partrelid and a.attnum = p.partattrs[0]
+                  cross join lateral pg_get_serial_sequence(p.partrelid::regclass::text, a.attname) as owned
+                  cross join lateral cast(owned as regclass) as sequence
+                  where n.privilege = 'insert' and a.attidentity <> '') as numbered
+          cross join lateral (select c.oid
+                                from pg_inherits i
+                                join pg_class c on c.oid = i.inhrelid
+                               cross join lateral pg_get_expr(c.relpartbound, 0) as bound
+                               cross join lateral regexp_match(
+                                     bound, 'FROM \\(''(\\d+)''\\) TO \\(''(\\d+)''\\)') as range
+                               where i.inhparent = numbered.parent
+                                 and (bound = 'DEFAULT'
+                                      or numbered.next >= range[1]::numeric and numbered.next < range[2]::numeric)
+                               order by bound = 'DEFAULT'
+                               limit 1) as into_it
+          where has_table_privilege(into_it.oid, 'insert')"
+    };
+}
+
 /// Reports the tables and rights that callers need and that are missing, and a table whose lock callers would wait for.
 ///
 /// # Errors
@@ -42,10 +72,12 @@ pub async fn missing(db: &mut PgConnection, needs: &[Needs]) -> Result<PartRepor
     let pairs = needs.iter().flat_map(|need| need.rights.iter().map(|right| (need.table, *right)));
     let (tables, rights): (Vec<&str>, Vec<&str>) = pairs.unzip();
     let written = rights.iter().any(|right| *right != "select");
-    let (lacks, is_there, read_only): (Option<String>, bool, bool) = sqlx::query_as(concat!(
+    let (lacks, is_there, read_only, partitions): (Option<String>, bool, bool, Vec<String>) = sqlx::query_as(concat!(
         "select need.name || ': ' || need.privilege, coalesce(to_regclass(need.name) is not null, true), ",
         read_only!(),
-        " from (values (1)) as one
+        ", array(",
+        next_partitions!(),
+        ") from (values (1)) as one
            left join lateral (select name, privilege
                                 from unnest($1::text[], $2::text[]) as n (name, privilege)
                                where to_regclass(name) is null
@@ -62,7 +94,7 @@ pub async fn missing(db: &mut PgConnection, needs: &[Needs]) -> Result<PartRepor
         Some(lacks) => PartReport::red(Cause::TableMissing, format!("a table is missing: {lacks}")),
         None if read_only && written => PartReport::red(Cause::DatabaseReadOnly, "the database takes no writes"),
         None => {
-            sqlx::raw_sql(AssertSqlSafe(locks(needs))).execute(db).await?;
+            sqlx::raw_sql(AssertSqlSafe(locks(needs, &partitions))).execute(db).await?;
             PartReport::fine()
         }
     })
@@ -71,14 +103,16 @@ pub async fn missing(db: &mut PgConnection, needs: &[Needs]) -> Result<PartRepor
 /// Takes the locks that requests take, and lets go of them: several statements in one query are one transaction.
 ///
 /// A question that reads would not do. A role that may only insert cannot ask it, and a lock that keeps writes out lets
-/// reads through. `only`: a partition that is locked concerns the rows in it.
-fn locks(needs: &[Needs]) -> String {
+/// reads through. `only`: a partition that is locked concerns the rows in it, and new rows go to one of `partitions`.
+fn locks(needs: &[Needs], partitions: &[String]) -> String {
     let bound = format!("set local lock_timeout = '{}ms'", LOCK_MAX.as_millis());
     let locks = needs.iter().map(|Needs { table, rights }| {
         let mode = if rights.iter().all(|right| *right == "select") { "access share" } else { "row exclusive" };
         format!("lock table only \"{table}\" in {mode} mode")
     });
-    std::iter::once(bound).chain(locks).collect::<Vec<_>>().join("; ")
+    // PostgreSQL has quoted these names.
+    let of_partitions = partitions.iter().map(|name| format!("lock table only {name} in row exclusive mode"));
+    std::iter::once(bound).chain(locks).chain(of_partitions).collect::<Vec<_>>().join("; ")
 }
 
 /// Whether a session that begins now takes writes. Sessions of the pool may have begun before a failover. To replace
@@ -108,6 +142,7 @@ pub(super) async fn hear_clock(pool: &PgPool) -> Result<(OffsetDateTime, Instant
 mod tests {
     use super::*;
     use crate::{
+        part::HealthIssue,
         service::Health,
         testkit::{TestDatabase, eventually},
     };
@@ -170,5 +205,48 @@ mod tests {
             lock.rollback().await.unwrap();
             says("ok", "the table is free again").await;
         }
+    }
+
+    #[tokio::test]
+    async fn of_a_partitioned_table_the_lock_counts_that_the_next_row_waits_for() {
+        const ASKED: &[Needs] = &[Needs { table: "posted", rights: &["insert"] }];
+        let database = TestDatabase::new(&[]).await;
+        sqlx::raw_sql(
+            r#"create table posted (id bigint not null generated always as identity) partition by range (id);
+               create table "Old"    partition of posted for values from (1) to (3);
+               create table "Now"    partition of posted for values from (3) to (5);
+               create table "Beyond" partition of posted default;
+               insert into posted select from generate_series(1, 2)"#,
+        )
+        .execute(&database.pool)
+        .await
+        .unwrap();
+        let inserts_only = database.limited_to(ASKED).await;
+        let locked = async |pool: &PgPool| {
+            let mut connection = pool.acquire().await.unwrap();
+            match missing(&mut connection, ASKED).await {
+                Ok(report) => report.issue.is_some_and(|issue| panic!("{issue:?}")),
+                Err(error) => HealthIssue::from(&error).cause == Cause::Locked,
+            }
+        };
+        for (table, mode, expected) in [
+            ("Old", "access exclusive", false),
+            ("Beyond", "access exclusive", false),
+            ("Now", "share", true),
+            ("Now", "row exclusive", false),
+            ("posted", "share", true),
+        ] {
+            let mut lock = database.pool.begin().await.unwrap();
+            let lock_table = format!(r#"lock table only "{table}" in {mode} mode"#);
+            sqlx::query(AssertSqlSafe(lock_table.clone())).execute(&mut *lock).await.unwrap();
+            assert_eq!(locked(&database.pool).await, expected, "{lock_table}");
+            // Such a role has no right to name a partition.
+            assert_eq!(locked(&inserts_only).await, expected && table == "posted", "{lock_table}");
+            lock.rollback().await.unwrap();
+        }
+        sqlx::query(r#"insert into posted select from generate_series(1, 2)"#).execute(&database.pool).await.unwrap();
+        let mut lock = database.pool.begin().await.unwrap();
+        sqlx::query(r#"lock table only "Beyond" in share mode"#).execute(&mut *lock).await.unwrap();
+        assert!(locked(&database.pool).await, "no other partition takes the next row");
     }
 }
