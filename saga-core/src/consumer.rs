@@ -58,6 +58,7 @@ mod patience;
 mod place;
 mod poll;
 mod portion;
+mod reach;
 mod reading;
 mod record;
 mod refusal;

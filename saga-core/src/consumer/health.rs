@@ -4,11 +4,16 @@
 //! here for each partition, and logged once. The consumer's offset is compared here with each partition's end. That
 //! shows what waits, since when it has not moved, and when the client has to be made anew.
 
+mod reporter;
+
+pub(super) use reporter::Reporter;
+
 use super::{
     buffer::Buffer,
     ends::Ends,
     parking::{ParkedCounts, Untried},
     place::{EndCheck, PartitionProgress, RestartPolicy},
+    reach::Reach,
     standing::{Rewind, Start},
 };
 use crate::{
@@ -28,8 +33,6 @@ use tokio::sync::{Notify, watch};
 
 /// A consumer that has not polled for this long is stuck.
 const POLL_MAX: Duration = Duration::from_secs(10);
-/// A client that reaches no broker for so long, while the brokers answer another client of this process, is made anew.
-const UNREACHED_MAX: Duration = Duration::from_secs(10);
 /// A group has given its members their partitions after so long, or there are none for this consumer.
 const ASSIGNED_MAX: Duration = Duration::from_secs(30);
 
@@ -89,10 +92,7 @@ struct State {
     places: BTreeMap<(String, i32), PartitionProgress>,
     /// Partitions that are to be read on from elsewhere than the group's offset.
     rewinds: BTreeMap<(String, i32), Rewind>,
-    /// The client reaches no broker.
-    unreached: bool,
-    /// Since when the brokers answer another client meanwhile.
-    answered_alone: Option<Instant>,
+    reach: Reach,
     /// The client is to be made anew, and has not been yet.
     ends: bool,
     patience: RestartPolicy,
@@ -187,7 +187,7 @@ impl HealthState {
     /// A new client begins: the group gives it its partitions.
     pub(super) fn begins(&self, now: Instant) {
         let mut state = self.lock();
-        (state.began, state.ends, state.unreached) = (Some(now), false, false);
+        (state.began, state.ends, state.reach) = (Some(now), false, Reach::default());
     }
 
     pub(super) fn polled(&self) {
@@ -268,11 +268,10 @@ impl HealthState {
             anew = Some((partition, why));
         }
         state.topics = ends.issues;
-        let alone_since = state.unreached.then(|| state.answered_alone.unwrap_or(now));
-        state.answered_alone = alone_since;
+        let is_cut_off = state.reach.answered_another(now);
         drop(state);
         self.missed(ends.missed);
-        if alone_since.is_some_and(|since| now >= since + UNREACHED_MAX) {
+        if is_cut_off {
             self.make_anew(None, None, "the brokers answer another client, and this one reaches none");
         }
         if let Some(((topic, partition), why)) = anew {
@@ -282,7 +281,7 @@ impl HealthState {
 
     /// The brokers did not answer where the partitions end: what was known of those stays.
     pub(super) fn unanswered(&self, partitions: Vec<(String, i32)>, reason: &str) {
-        self.lock().answered_alone = None;
+        self.lock().reach.unanswered();
         self.missed(partitions.into_iter().map(|partition| (partition, reason.to_owned())).collect());
     }
 
@@ -394,7 +393,7 @@ impl HealthState {
     }
 
     pub(super) fn connected(&self, connected: bool) {
-        self.lock().unreached = !connected;
+        self.lock().reach.connected(connected);
         match connected {
             true => self.kafka.working(),
             false => self.kafka.failing("no broker can be reached"),
@@ -429,54 +428,5 @@ impl HealthState {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The reports of one partition's worker. When it is dropped, the partition no longer waits here.
-pub(super) struct Reporter {
-    pub(super) health: Arc<HealthState>,
-    pub(super) partition: (String, i32),
-}
-
-impl Reporter {
-    /// The database cannot be used.
-    pub(super) fn fails(&self, reason: &str) {
-        self.health.database.failing(reason);
-    }
-
-    /// An operator has to set this right, or another session to let go of a lock. Nothing is counted or given up
-    /// meanwhile.
-    pub(super) fn waits(&self, cause: Cause, reason: &str) {
-        let (now, issue) = (clock::monotonic(), HealthIssue::new(cause, reason));
-        let known = {
-            let mut state = self.health.lock();
-            let since = state.waiting.get(&self.partition).map_or(now, |(_, since)| *since);
-            state.waiting.insert(self.partition.clone(), (issue.clone(), since))
-        };
-        if known.is_none_or(|(known, _)| known != issue) {
-            let ((topic, partition), group) = (&self.partition, &self.health.group);
-            tracing::error!(
-                group,
-                topic,
-                partition,
-                reason,
-                "the partition waits until this is set right; nothing is given up"
-            );
-        }
-    }
-
-    /// The database did what it was asked for.
-    pub(super) fn works(&self) {
-        self.health.database.working();
-        if self.health.lock().waiting.remove(&self.partition).is_some() {
-            let ((topic, partition), group) = (&self.partition, &self.health.group);
-            tracing::info!(group, topic, partition, "the partition goes on: what it waited for was set right");
-        }
-    }
-}
-
-impl Drop for Reporter {
-    fn drop(&mut self) {
-        self.health.lock().waiting.remove(&self.partition);
     }
 }

@@ -206,32 +206,6 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_client_that_alone_reaches_no_broker_is_replaced() {
-        let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/places").unwrap();
-        // Brokers of its own: an outage of Kafka is one for all consumers of a process.
-        let (state, start) = (HealthState::new("group", "localhost:2", &pool), clock::monotonic());
-        let anew = || state.anew().now_or_never().is_some();
-        let answered = |seconds| state.compare(ends(5, None), start + Duration::from_secs(seconds));
-        state.connected(false);
-        answered(0);
-        answered(9);
-        assert!(!anew(), "it may reconnect by itself");
-        state.connected(true);
-        answered(10);
-        state.connected(false);
-        answered(11);
-        state.unanswered(Vec::new(), "no broker answers any client");
-        answered(20);
-        answered(29);
-        assert!(!anew());
-        answered(30);
-        assert!(anew());
-        state.begins(start + Duration::from_secs(31));
-        answered(60);
-        assert!(!anew(), "nothing is known of the new client yet");
-    }
-
-    #[tokio::test]
     async fn a_topic_under_another_id_replaces_its_client_once() {
         let state = state(5);
         let anew = || state.anew().now_or_never().is_some();
