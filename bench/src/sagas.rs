@@ -45,7 +45,7 @@ pub const COMPILERS_QUIET: f64 = 0.05;
 /// work, one of which was a third of a processor for 10 s.
 const QUIET_LOOKS: usize = 4;
 /// In microseconds; the histogram counts a slower saga as this slow.
-const SAGA_MAX: u64 = 600_000_000;
+const SLOWEST_MICROS: u64 = 600_000_000;
 
 /// The figures of one layout.
 #[derive(Debug, Clone, Serialize)]
@@ -138,11 +138,11 @@ async fn measure(
     sqlx::query("checkpoint").execute(&databases[0].pool(1).await?).await?;
     let compiled = compilers(machine);
     let (from, before, written) =
-        (now()?, meter::read(machine, &processes).await?, topics::messages_in(machine, names).await?);
+        (now()?, meter::read(machine, &processes).await?, topics::total_messages(machine, names).await?);
     pass(progress, "sagas: measuring", Duration::from_secs(args.seconds)).await;
     let (to, after) = (now()?, meter::read(machine, &processes).await?);
     let compiled = compiled.zip(compilers(machine)).map(|(before, after)| after.since(&before));
-    let messages = topics::messages_in(machine, names).await? - written;
+    let messages = topics::total_messages(machine, names).await? - written;
     let counting = statements::begin(machine).await?;
     let counted_from = now()?;
     let counted = match counting {
@@ -159,7 +159,7 @@ async fn measure(
     }
     let ended: Vec<Ended> = serde_json::from_slice(&fs::read(&out).with_context(|| out.display().to_string())?)?;
     let within = |from, to| ended.iter().filter(move |saga| (from..to).contains(&saga.at));
-    let mut histogram: Histogram<u64> = Histogram::new_with_bounds(1, SAGA_MAX, 3)?;
+    let mut histogram: Histogram<u64> = Histogram::new_with_bounds(1, SLOWEST_MICROS, 3)?;
     within(from, to).for_each(|saga| histogram.saturating_record(saga.took));
     let ms = |micros: u64| f64::from(u32::try_from(micros).unwrap_or(u32::MAX)) / 1_000.0;
     let cost = after.since(&before);

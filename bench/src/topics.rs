@@ -62,6 +62,6 @@ fn count(consumer: &BaseConsumer, topic: &str) -> anyhow::Result<i64> {
 }
 
 /// How many messages are in all of the topics.
-pub async fn messages_in(machine: &crate::machine::Machine, names: &[String]) -> anyhow::Result<i64> {
+pub async fn total_messages(machine: &crate::machine::Machine, names: &[String]) -> anyhow::Result<i64> {
     Ok(messages(machine.brokers(), names).await?.iter().sum())
 }

@@ -274,7 +274,7 @@ impl Platform {
     async fn fail(&self, findings: &[Finding]) {
         let lines: Vec<_> = findings.iter().take(40).map(ToString::to_string).collect();
         let mut stories = String::new();
-        for saga in sagas_in(&lines).iter().take(2) {
+        for saga in sagas_named(&lines).iter().take(2) {
             let story = self.sources().story(*saga).await.unwrap_or_else(|error| format!("{error:#}"));
             stories.push_str(&format!("\n{saga}:\n{story}\n"));
         }
@@ -299,7 +299,7 @@ impl Platform {
 }
 
 /// The ids that occur in findings.
-fn sagas_in(lines: &[String]) -> BTreeSet<Uuid> {
+fn sagas_named(lines: &[String]) -> BTreeSet<Uuid> {
     let words = lines.iter().flat_map(|line| line.split(|c: char| !c.is_ascii_hexdigit() && c != '-'));
     words.filter(|word| word.len() == 36).filter_map(|word| word.parse().ok()).collect()
 }

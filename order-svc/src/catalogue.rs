@@ -138,7 +138,7 @@ async fn take_in(tx: &mut Tx<'_>, said: &[Said<'_>]) -> Result<(), sqlx::Error> 
     // The lock comes before anything is read: the handler must see what a rebuild has put in place of the catalogue.
     sqlx::query("lock table catalogue in row exclusive mode").execute(&mut **tx).await?;
     let skus: BTreeSet<&str> = said.iter().map(|said| said.sku.as_str()).collect();
-    let mut seen = Seen::of(tx, &skus).await?;
+    let mut seen = Seen::load_in(tx, &skus).await?;
     // The last news of each sku in this batch, sorted by sku: rows are locked in one order everywhere.
     let mut news: BTreeMap<&str, &Said<'_>> = BTreeMap::new();
     for said in said {
@@ -155,7 +155,7 @@ async fn take_in(tx: &mut Tx<'_>, said: &[Said<'_>]) -> Result<(), sqlx::Error> 
 }
 
 impl Seen {
-    async fn of(tx: &mut Tx<'_>, skus: &BTreeSet<&str>) -> Result<Self, sqlx::Error> {
+    async fn load_in(tx: &mut Tx<'_>, skus: &BTreeSet<&str>) -> Result<Self, sqlx::Error> {
         let rows: Vec<(String, String, String, i64)> =
             sqlx::query_as("select sku, source, epoch, sequence from catalogue_seen where sku = any($1)")
                 .bind(Vec::from_iter(skus))

@@ -51,7 +51,7 @@ impl LocalEffect for ConfirmOrder {
     }
 
     async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
-        change(tx, calls, |_| Change::Confirm).await
+        change_in(tx, calls, |_| Change::Confirm).await
     }
 }
 
@@ -62,7 +62,7 @@ impl LocalEffect for CancelOrder {
     }
 
     async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
-        cancel(tx, calls, Change::Cancel).await
+        cancel_in(tx, calls, Change::Cancel).await
     }
 }
 
@@ -73,18 +73,18 @@ impl LocalEffect for OrderTurned {
     }
 
     async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
-        cancel(tx, calls, Change::RequestCancel).await
+        cancel_in(tx, calls, Change::RequestCancel).await
     }
 }
 
-async fn cancel(tx: &mut Tx<'_>, calls: &[LocalCall<'_>], to: fn(CancelReason) -> Change) -> Result<(), LocalError> {
-    change(tx, calls, |call| to(call.failure.map_or(CancelReason::Failed, reason_of))).await?;
+async fn cancel_in(tx: &mut Tx<'_>, calls: &[LocalCall<'_>], to: fn(CancelReason) -> Change) -> Result<(), LocalError> {
+    change_in(tx, calls, |call| to(call.failure.map_or(CancelReason::Failed, reason_of))).await?;
     let why = |call: &LocalCall<'_>| Some((OrderId(call.saga.0), call.failure?.why?.as_str()));
     let causes: Vec<_> = calls.iter().filter_map(why).collect();
     Ok(store::note_causes_in(tx, &causes).await?)
 }
 
-async fn change(
+async fn change_in(
     tx: &mut Tx<'_>,
     calls: &[LocalCall<'_>],
     to: impl Fn(&LocalCall<'_>) -> Change + Send,

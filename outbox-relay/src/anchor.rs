@@ -164,7 +164,7 @@ async fn begin_now(db: &mut PgConnection, outbox: &Outbox, lease: &Lease, cluste
     let now: Snapshot = now.parse().map_err(ReadError::from)?;
     let Position { base, target, after } = Position::at(now);
     let entry = batch_log::BatchLogEntry { base, target, from_id: after, to_id: after, rows: 0 };
-    if !batch_log::append_in(db, &outbox.name, lease.owner, cluster, 0, &[entry]).await? {
+    if !batch_log::append(db, &outbox.name, lease.owner, cluster, 0, &[entry]).await? {
         return Err(CommitError::Fenced.into());
     }
     Ok(())

@@ -2,6 +2,7 @@
 //! name. The relays are stopped meanwhile: each command holds the leases' table, and refuses while a lease is in use.
 
 use crate::{position::Position, position::ReadError, record::batch_log, settings::OutboxSettings};
+use saga_core::outbox::Tx;
 use sqlx::{Connection as _, PgConnection, PgTransaction};
 use tracing::info;
 
@@ -80,7 +81,7 @@ pub async fn reanchor(outbox: &OutboxSettings, cure: Cure) -> Result<(), MoveErr
 
 /// Gives rows that are not published this transaction's id, and all others the id of a transaction that everything
 /// sees. Returns the snapshot behind the latter and before the former.
-async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Result<String, sqlx::Error> {
+async fn rewrite_in(tx: &mut Tx<'_>, outbox: &str, at: &Position) -> Result<String, sqlx::Error> {
     sqlx::query(
         "update outbox as row
             set xid = pg_current_xact_id()
@@ -96,7 +97,7 @@ async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Resul
     .bind(at.base.to_string())
     .bind(at.target.to_string())
     .bind(at.after)
-    .execute(&mut *tx)
+    .execute(&mut **tx)
     .await?;
     // A snapshot does not count its own transaction as running. Once a later one of the cluster has ended, it would show
     // this one's rows, too, and they would pass for published.
@@ -108,7 +109,7 @@ async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Resul
                 end
            from (select pg_current_snapshot() as now, pg_current_xact_id() as own) as at",
     )
-    .fetch_one(&mut *tx)
+    .fetch_one(&mut **tx)
     .await?;
     // PostgreSQL's first normal transaction id.
     sqlx::query(
@@ -117,7 +118,7 @@ async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Resul
           where xid <> pg_current_xact_id() and not pg_visible_in_snapshot(xid, $1::text::pg_snapshot)",
     )
     .bind(&base)
-    .execute(&mut *tx)
+    .execute(&mut **tx)
     .await?;
     sqlx::query(
         "update outbox_pause
@@ -126,7 +127,7 @@ async fn rewrite_in(tx: &mut PgConnection, outbox: &str, at: &Position) -> Resul
     )
     .bind(outbox)
     .bind(&base)
-    .execute(tx)
+    .execute(&mut **tx)
     .await?;
     Ok(base)
 }
@@ -181,12 +182,12 @@ async fn begin<'c>(db: &'c mut PgConnection, outboxes: &[&str]) -> Result<PgTran
     }
 }
 
-async fn audit_in(tx: &mut PgConnection, outbox: &str, action: &str, reason: &str) -> Result<(), sqlx::Error> {
+async fn audit_in(tx: &mut Tx<'_>, outbox: &str, action: &str, reason: &str) -> Result<(), sqlx::Error> {
     sqlx::query("insert into outbox_audit (outbox, actor, action, reason) values ($1, 'command line', $2, $3)")
         .bind(outbox)
         .bind(action)
         .bind(reason)
-        .execute(tx)
+        .execute(&mut **tx)
         .await?;
     Ok(())
 }

@@ -48,14 +48,14 @@ pub fn participant(name: &'static str, gateway: Arc<dyn PaymentGateway>, pool: P
 }
 
 /// Applies `event` to the order's payment, and saves the payment and its movements.
-async fn happened(tx: &mut Tx<'_>, payment: Payment, command: CommandId, event: Event) -> anyhow::Result<()> {
+async fn apply_in(tx: &mut Tx<'_>, payment: Payment, command: CommandId, event: Event) -> anyhow::Result<()> {
     let (payment, movements) = payment.apply(event)?;
-    store::save(tx, &payment, command, &movements).await?;
+    store::save_in(tx, &payment, command, &movements).await?;
     Ok(())
 }
 
-async fn locked(tx: &mut Tx<'_>, order: OrderId) -> anyhow::Result<Payment> {
-    store::lock(tx, order)
+async fn lock_in(tx: &mut Tx<'_>, order: OrderId) -> anyhow::Result<Payment> {
+    store::lock_in(tx, order)
         .await?
         .with_context(|| format!("the payment of order {order} was there when it was prepared"))
 }

@@ -67,12 +67,12 @@ pub fn api(pool: PgPool, behaviour: Behaviour, token: Option<&Secret>) -> Api {
         .split_for_parts();
     let callers = AdminAuth::new(token.map(|token| token.reveal().to_owned()), None);
     let router: Router = router.with_state(Sim { pool, behaviour });
-    let router = router.route_layer(middleware::from_fn_with_state(callers, let_in));
+    let router = router.route_layer(middleware::from_fn_with_state(callers, admit));
     Api::new(router.merge(SwaggerUi::new("/docs").url("/openapi.json", complete(document))))
 }
 
-async fn let_in(State(callers): State<AdminAuth>, request: Request, next: Next) -> Response {
-    let Err(why) = callers.let_in(&request) else { return next.run(request).await };
+async fn admit(State(callers): State<AdminAuth>, request: Request, next: Next) -> Response {
+    let Err(why) = callers.admit(&request) else { return next.run(request).await };
     let problem = Problem::new(StatusCode::UNAUTHORIZED, "unauthorized", "A bearer token is needed");
     let problem =
         problem.detail("Send `Authorization: Bearer <token>` with the token in GATEWAY_TOKEN of gateway-sim.");

@@ -128,13 +128,13 @@ macro_rules! differences {
 }
 
 /// Reads the order's payment and locks it; `None` if there is none.
-pub async fn lock(tx: &mut Tx<'_>, order: OrderId) -> Result<Option<Payment>, sqlx::Error> {
+pub async fn lock_in(tx: &mut Tx<'_>, order: OrderId) -> Result<Option<Payment>, sqlx::Error> {
     let row = sqlx::query(payments!("where order_id = $1 for update")).bind(order.0).fetch_optional(&mut **tx).await?;
     row.as_ref().map(payment).transpose()
 }
 
 /// Inserts a payment of which nothing is held; false when the order has one already.
-pub async fn insert(tx: &mut Tx<'_>, payment: &Payment) -> Result<bool, sqlx::Error> {
+pub async fn insert_in(tx: &mut Tx<'_>, payment: &Payment) -> Result<bool, sqlx::Error> {
     let done = sqlx::query(
         "insert into payment (order_id, customer, currency, amount, status, authorize_key)
          values ($1, $2, $3, $4, $5, $6)
@@ -152,7 +152,7 @@ pub async fn insert(tx: &mut Tx<'_>, payment: &Payment) -> Result<bool, sqlx::Er
 }
 
 /// Writes a locked payment and enters the movements that `command` made.
-pub async fn save(
+pub async fn save_in(
     tx: &mut Tx<'_>,
     payment: &Payment,
     command: CommandId,
@@ -181,10 +181,10 @@ pub async fn save(
     .bind(columns.refunding)
     .execute(&mut **tx)
     .await?;
-    enter(tx, payment, command, movements).await
+    enter_in(tx, payment, command, movements).await
 }
 
-async fn enter(
+async fn enter_in(
     tx: &mut Tx<'_>,
     payment: &Payment,
     command: CommandId,
@@ -212,7 +212,7 @@ async fn enter(
 
 /// The gateway's reference of the movement that `command` caused, if the ledger has it. Then the command was done,
 /// whatever record of the command itself was lost since.
-pub async fn entered(
+pub async fn entered_reference_in(
     tx: &mut Tx<'_>,
     order: OrderId,
     command: CommandId,

@@ -132,7 +132,7 @@ pub async fn receive_in(
     for row in &rows {
         written.insert((row.try_get::<&str, _>("source")?, MessageId(row.try_get("message_id")?)));
     }
-    let held = held(tx, place, arrivals).await?;
+    let held = find_held_in(tx, place, arrivals).await?;
     let mut deliveries = vec![Delivery::Duplicate; arrivals.len()];
     // Held messages come last: a message whose row was written is fresh, even if a copy of it was parked elsewhere
     // since.
@@ -151,7 +151,11 @@ pub async fn receive_in(
 }
 
 /// Which of `arrivals` have to wait: their lane has something parked, or they are parked themselves.
-async fn held(tx: &mut Tx<'_>, place: InboxPlace<'_>, arrivals: &[Arrival<'_>]) -> Result<Vec<bool>, sqlx::Error> {
+async fn find_held_in(
+    tx: &mut Tx<'_>,
+    place: InboxPlace<'_>,
+    arrivals: &[Arrival<'_>],
+) -> Result<Vec<bool>, sqlx::Error> {
     sqlx::query_scalar(
         "select exists (select from inbox_parked p
                          where p.consumer = $1 and p.topic = $2 and p.partition = $3 and p.lane = a.lane)

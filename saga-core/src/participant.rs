@@ -222,16 +222,16 @@ impl Participant {
 
     /// The short way: no handler refuses, and no command comes twice. A handler may fail because its command came
     /// before, or its undo did: the long way finds out.
-    async fn take_together(&self, tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<(), HandleError> {
+    async fn take_together_in(&self, tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<(), HandleError> {
         let Some(mut work) = Work::presume(commands) else {
-            let mut work = Work::load(tx, commands).await?;
-            batch::run_together(tx, commands, &mut work).await?;
-            return work.write(tx).await;
+            let mut work = Work::load_in(tx, commands).await?;
+            batch::run_together_in(tx, commands, &mut work).await?;
+            return work.write_in(tx).await;
         };
-        match batch::run_together(tx, commands, &mut work).await {
+        match batch::run_together_in(tx, commands, &mut work).await {
             Err(error) if error.is_fault() => Err(HandleError::Again),
             Err(error) => Err(error),
-            Ok(()) => work.write(tx).await,
+            Ok(()) => work.write_in(tx).await,
         }
     }
 
@@ -329,15 +329,15 @@ impl Handler for Participant {
         // The partition stays in the set until the batch has ended well: any failure, even a panic, may be due to what
         // the short way assumes.
         if !self.one_by_one().insert(here.clone()) {
-            let mut work = Work::load(tx, &commands).await?;
-            let surprises = batch::run_apart(tx, &commands, &mut work).await?;
-            work.write(tx).await?;
+            let mut work = Work::load_in(tx, &commands).await?;
+            let surprises = batch::run_apart_in(tx, &commands, &mut work).await?;
+            work.write_in(tx).await?;
             if surprises == 0 {
                 self.one_by_one().remove(&here);
             }
             return Ok(());
         }
-        self.take_together(tx, &commands).await?;
+        self.take_together_in(tx, &commands).await?;
         self.one_by_one().remove(&here);
         Ok(())
     }

@@ -90,14 +90,14 @@ impl Postgres {
     }
 
     async fn healthy(&self) -> Result<()> {
-        let lets_us_in = || async { self.lets_us_in().await.map_err(|why| self.with_cure(why)) };
+        let lets_us_in = || async { self.accepts_us().await.map_err(|why| self.with_cure(why)) };
         self.process.healthy(START_BOUND, lets_us_in).await
     }
 
     /// Whether the server answers. Another process may listen on the port before the server does, and ask for the
     /// password in clear. So the server shows first that it is ours: by its socket, or by what it writes into its
     /// directory once it has the port.
-    async fn lets_us_in(&self) -> Result<(), String> {
+    async fn accepts_us(&self) -> Result<(), String> {
         if self.sockets.is_none() && !self.has_the_port() {
             return Err("the server does not listen yet".to_owned());
         }

@@ -84,6 +84,11 @@ fn a_transaction_begins_with_a_bound_or_not_at_all() {
 }
 
 #[test]
+fn a_name_says_whether_a_function_works_in_its_callers_transaction() {
+    none(&bounds::names_say_whose_transaction(&Tree::of_this_workspace()));
+}
+
+#[test]
 fn no_migration_of_this_release_keeps_an_older_build_from_writing() {
     none(&expand::only(&Tree::of_this_workspace()));
 }

@@ -334,6 +334,31 @@ fn a_transaction_without_a_bound_is_found() {
 }
 
 #[test]
+fn a_name_that_does_not_say_whose_transaction_it_is_is_found() {
+    let found = |text: &str| bounds::names_say_whose_transaction(&Tree::of(&[("order-svc/src/store.rs", text)]));
+    for (text, name) in [
+        ("pub async fn save(tx: &mut Tx<'_>, order: &Order) -> Result<(), E> {}", "`save` takes its"),
+        (
+            "impl A {\n    fn save<F: Fn(u8)>(\n        &self,\n        tx: &'a mut outbox::Tx<'_>,\n    ) {}\n}",
+            "`save` takes",
+        ),
+        ("fn save_in(pool: &PgPool) {}", "`save_in` takes no"),
+        ("fn once_in(work: impl FnOnce(&mut Tx<'_>) -> u8) {}", "`once_in` takes no"),
+        ("impl Handle for A {\n    fn handle(tx: &mut Tx<'_>) {}\n}\nfn save(tx: &mut Transaction) {}", "`save` takes"),
+    ] {
+        one(&found(text), name);
+    }
+    for fine in [
+        "fn save_in(&self, tx: &mut Tx<'_>) {}",
+        "fn commit(tx: Tx<'static>) {}",
+        "pub trait Handle {\n    fn handle(&self, tx: &mut Tx<'_>);\n}",
+        "impl<C>\n    Handle for A<C>\n{\n    fn handle(&self, tx: &mut Tx<'_>) {}\n}",
+    ] {
+        assert!(found(fine).is_empty(), "{fine}");
+    }
+}
+
+#[test]
 fn an_edge_that_is_no_test_is_found() {
     let tree = Tree::of(&[("e2e/tests/x.rs", "#[test]\nfn it_holds() {}")]);
     assert!(files::edges(&tree, "# topics\n3 it_holds\n").is_empty());

@@ -140,7 +140,8 @@ pub(crate) fn without_tests(code: &str) -> String {
     out + rest
 }
 
-fn block_end(text: &str, open: usize) -> usize {
+/// The end of the block that opens at `open`.
+pub(crate) fn block_end(text: &str, open: usize) -> usize {
     let mut depth = 0_usize;
     for (at, c) in text[open..].char_indices() {
         match c {

@@ -1,12 +1,11 @@
 //! The audit: one row per action, with its actor and reason, in the transaction that performs it.
 
-use saga_core::http::Role;
+use saga_core::{http::Role, outbox::Tx};
 use serde_json::Value;
-use sqlx::PgConnection;
 
 /// Writes a row of the audit.
 pub(super) async fn write_in(
-    tx: &mut PgConnection,
+    tx: &mut Tx<'_>,
     outbox: &str,
     actor: Role,
     action: &str,
@@ -19,7 +18,7 @@ pub(super) async fn write_in(
         .bind(action)
         .bind(reason)
         .bind(detail)
-        .execute(tx)
+        .execute(&mut **tx)
         .await?;
     Ok(())
 }

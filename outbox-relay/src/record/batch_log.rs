@@ -52,8 +52,8 @@ pub(crate) struct BatchLogEntry {
 ///
 /// The lease row is locked until the caller's transaction ends. So no other process takes over between the check and
 /// the commit; the primary key on `n` would catch even that.
-pub(crate) async fn append_in(
-    tx: &mut PgConnection,
+pub(crate) async fn append(
+    db: &mut PgConnection,
     outbox: &str,
     owner: Uuid,
     system_identifier: i64,
@@ -78,7 +78,7 @@ pub(crate) async fn append_in(
     .bind(from_id)
     .bind(last.to_id)
     .bind(rows)
-    .execute(tx)
+    .execute(db)
     .await?;
     Ok(written.rows_affected() == 1)
 }
@@ -107,12 +107,12 @@ mod tests {
         let mut db = database.pool.acquire().await.unwrap();
         // A straggler's window may lie below the one before.
         let pages = [entry(101, 110), entry(111, 120), entry(11, 20)];
-        assert!(append_in(&mut db, "orders", owner, 4711, 0, &pages).await.unwrap());
+        assert!(append(&mut db, "orders", owner, 4711, 0, &pages).await.unwrap());
         let last = last(&mut db, "orders").await.unwrap().unwrap();
         assert_eq!((last.n, last.position.after, last.position.target.to_string()), (1, 20, "20:20:".to_owned()));
         let (entries, rows): (i64, i64) =
             sqlx::query_as("select count(*), sum(rows) from outbox_batch").fetch_one(&database.pool).await.unwrap();
         assert_eq!((entries, rows), (1, 30));
-        assert!(!append_in(&mut db, "orders", Uuid::new_v4(), 4711, 1, &pages).await.unwrap(), "fenced");
+        assert!(!append(&mut db, "orders", Uuid::new_v4(), 4711, 1, &pages).await.unwrap(), "fenced");
     }
 }

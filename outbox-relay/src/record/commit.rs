@@ -13,6 +13,7 @@ use crate::{
         pause::{self, CaughtUp, LeftBehind},
     },
 };
+use saga_core::outbox::Tx;
 use sqlx::PgConnection;
 use std::{sync::Arc, time::Duration};
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -145,7 +146,7 @@ impl Recorder {
         Ok(())
     }
 
-    async fn record_in(&self, tx: &mut PgConnection, progress: &Recordable) -> Result<(), sqlx::Error> {
+    async fn record_in(&self, tx: &mut Tx<'_>, progress: &Recordable) -> Result<(), sqlx::Error> {
         match progress {
             Recordable::Rows(stretch) => {
                 for left in &stretch.left_behind {
@@ -172,8 +173,7 @@ impl Recorder {
         if entries.is_empty() {
             return Ok(());
         }
-        let appended =
-            batch_log::append_in(db, &self.outbox, self.owner, self.system_identifier, self.n, entries).await;
+        let appended = batch_log::append(db, &self.outbox, self.owner, self.system_identifier, self.n, entries).await;
         match appended {
             Ok(false) => Err(CommitError::Fenced),
             Ok(true) => {
@@ -198,17 +198,17 @@ fn copied_at_once(rows: &[RowToPark]) -> usize {
 }
 
 /// Copies rows to the parked table, in the caller's transaction.
-async fn park_in(tx: &mut PgConnection, outbox: &str, rows: &[RowToPark]) -> Result<(), sqlx::Error> {
+async fn park_in(tx: &mut Tx<'_>, outbox: &str, rows: &[RowToPark]) -> Result<(), sqlx::Error> {
     let mut rest = rows;
     while !rest.is_empty() {
         let (now, later) = rest.split_at(copied_at_once(rest));
-        copy(tx, outbox, now).await?;
+        copy_in(tx, outbox, now).await?;
         rest = later;
     }
     Ok(())
 }
 
-async fn copy(tx: &mut PgConnection, outbox: &str, rows: &[RowToPark]) -> Result<(), sqlx::Error> {
+async fn copy_in(tx: &mut Tx<'_>, outbox: &str, rows: &[RowToPark]) -> Result<(), sqlx::Error> {
     let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
     let reasons: Vec<&str> = rows.iter().map(|row| row.reason.as_str()).collect();
     let blocked_by: Vec<Option<i64>> = rows.iter().map(|row| row.blocked_by).collect();
@@ -226,7 +226,7 @@ async fn copy(tx: &mut PgConnection, outbox: &str, rows: &[RowToPark]) -> Result
     .bind(ids)
     .bind(reasons)
     .bind(blocked_by)
-    .execute(tx)
+    .execute(&mut **tx)
     .await?;
     Ok(())
 }

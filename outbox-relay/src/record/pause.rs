@@ -8,6 +8,7 @@
 use crate::position::{Position, ReadError};
 use saga_core::{
     clock::{self, DatabaseClock},
+    outbox::Tx,
     part::{self, HealthIssue},
 };
 use sqlx::PgConnection;
@@ -124,7 +125,7 @@ pub(crate) struct LeftBehind {
 /// Records where a topic is left behind, in the transaction that moves the position past it. A pause that has a
 /// position keeps it (the topic was catching up, and stopped again on the way); one that an operator asked for keeps
 /// its cause. A topic that refuses rows resumes at once: its stream finds out which they are.
-pub(crate) async fn leave_in(tx: &mut PgConnection, outbox: &str, left: &LeftBehind) -> Result<(), sqlx::Error> {
+pub(crate) async fn leave_in(tx: &mut Tx<'_>, outbox: &str, left: &LeftBehind) -> Result<(), sqlx::Error> {
     sqlx::query(
         "insert into outbox_pause as pause
                 (outbox, topic, cause, reason, actor, base, target, after_id, resume_requested_at)
@@ -142,7 +143,7 @@ pub(crate) async fn leave_in(tx: &mut PgConnection, outbox: &str, left: &LeftBeh
     .bind(left.position.base.to_string())
     .bind(left.position.target.to_string())
     .bind(left.position.after)
-    .execute(tx)
+    .execute(&mut **tx)
     .await?;
     Ok(())
 }
@@ -172,7 +173,7 @@ pub(crate) async fn stall(
 /// Records how far a topic has caught up. The position never moves backward ([`Position::includes`] in SQL): what was
 /// published would be published again.
 pub(crate) async fn advance_in(
-    tx: &mut PgConnection,
+    tx: &mut Tx<'_>,
     outbox: &str,
     topic: &str,
     position: &Position,
@@ -193,7 +194,7 @@ pub(crate) async fn advance_in(
     .bind(position.base.to_string())
     .bind(position.target.to_string())
     .bind(position.after)
-    .execute(tx)
+    .execute(&mut **tx)
     .await?;
     Ok(())
 }
@@ -207,14 +208,14 @@ pub(crate) struct CaughtUp {
 }
 
 /// Ends the pause of a topic that has caught up.
-pub(crate) async fn end_in(tx: &mut PgConnection, outbox: &str, caught_up: &CaughtUp) -> Result<(), sqlx::Error> {
+pub(crate) async fn end_in(tx: &mut Tx<'_>, outbox: &str, caught_up: &CaughtUp) -> Result<(), sqlx::Error> {
     // The pause stays if an operator paused the topic again in the meantime, even if that pause was resumed as well.
     // Only its position leads to the rows that were passed over for it.
     sqlx::query("delete from outbox_pause where outbox = $1 and topic = $2 and paused_at = $3")
         .bind(outbox)
         .bind(&caught_up.topic)
         .bind(caught_up.paused_at)
-        .execute(tx)
+        .execute(&mut **tx)
         .await?;
     Ok(())
 }
@@ -267,7 +268,7 @@ mod tests {
     #[tokio::test]
     async fn the_position_of_a_topic_that_catches_up_never_moves_backward() {
         let database = TestDatabase::new(&[messaging_migrations()]).await;
-        let mut db = database.pool.acquire().await.unwrap();
+        let mut db = database.pool.begin().await.unwrap();
         let positions = [
             at("5:5:", "10:10:", 0),
             at("5:5:", "10:10:", 40),

@@ -1,6 +1,6 @@
 //! The effect of `AuthorizePayment`: hold the money.
 
-use super::{Provider, happened, locked, reference};
+use super::{Provider, apply_in, lock_in, reference};
 use crate::{
     domain::{Event, Payment, Refusal, Status},
     gateway::{Answer, Request},
@@ -43,19 +43,19 @@ impl ExternalEffect<AuthorizePayment> for Authorize {
         if [&command.customer, &command.method].into_iter().any(|text| holds_a_card_number(text)) {
             // An older build called the provider for such a command. Its fence may be lost, and a refusal would mean
             // that nothing happened.
-            let own = store::lock(tx, command.order).await?;
+            let own = store::lock_in(tx, command.order).await?;
             let own = own.filter(|found| found.authorize_key == payment.authorize_key);
             return Ok(own.map_or_else(|| refused(Refusal::CardNumber), again));
         }
-        if store::insert(tx, &payment).await? {
+        if store::insert_in(tx, &payment).await? {
             return Ok(Prepare::Call(()));
         }
-        let found = locked(tx, command.order).await?;
+        let found = lock_in(tx, command.order).await?;
         if found.authorize_key == payment.authorize_key {
             return Ok(again(found));
         }
         if found.may_authorize_again() {
-            store::save(tx, &payment, cx.idempotency_key(), &[]).await?;
+            store::save_in(tx, &payment, cx.idempotency_key(), &[]).await?;
             return Ok(Prepare::Call(()));
         }
         Ok(refused(Refusal::AlreadyPaid))
@@ -78,16 +78,16 @@ impl ExternalEffect<AuthorizePayment> for Authorize {
         intent: Intent<AuthorizePayment, ()>,
         answer: Answer,
     ) -> anyhow::Result<Decision<AuthorizePayment>> {
-        let payment = locked(tx, intent.command.order).await?;
+        let payment = lock_in(tx, intent.command.order).await?;
         let command = intent.cx.idempotency_key();
         match answer {
             Answer::Done { reference: authorization, .. } => {
                 let authorization = reference(authorization)?;
-                happened(tx, payment, command, Event::Authorized { authorization: authorization.clone() }).await?;
+                apply_in(tx, payment, command, Event::Authorized { authorization: authorization.clone() }).await?;
                 Ok(Decision::Done(Authorized { authorization, amount: intent.command.amount }))
             }
             Answer::Refused { code } => {
-                happened(tx, payment, command, Event::Declined { reason: code.clone() }).await?;
+                apply_in(tx, payment, command, Event::Declined { reason: code.clone() }).await?;
                 Ok(Decision::Rejected(Declined { reason: code }))
             }
         }

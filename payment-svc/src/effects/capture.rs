@@ -3,7 +3,7 @@
 //! A refusal says that certainly nothing was captured. A row that is absent says no such thing: it may be lost (an
 //! asynchronous failover, a restore) while the gateway has taken the money.
 
-use super::{Provider, happened, locked, reference};
+use super::{Provider, apply_in, lock_in, reference};
 use crate::{
     domain::{Event, MovementKind, Status},
     gateway::{Answer, Request},
@@ -35,7 +35,7 @@ impl ExternalEffect<CapturePayment> for Capture {
         command: &CapturePayment,
     ) -> anyhow::Result<Prepare<CapturePayment, String>> {
         let amount = command.amount;
-        let payment = match store::lock(tx, command.order).await? {
+        let payment = match store::lock_in(tx, command.order).await? {
             Some(payment) if payment.status != Status::Authorizing => payment,
             _ => return Ok(Prepare::Decided(Decision::Failed(NOT_ON_RECORD.into()))),
         };
@@ -43,7 +43,8 @@ impl ExternalEffect<CapturePayment> for Capture {
             Ok(authorization) => return Ok(Prepare::Call(authorization.to_owned())),
             Err(refusal) => refusal,
         };
-        let captured = store::entered(tx, command.order, cx.idempotency_key(), MovementKind::Capture).await?;
+        let captured =
+            store::entered_reference_in(tx, command.order, cx.idempotency_key(), MovementKind::Capture).await?;
         Ok(match captured {
             Some(capture) => Prepare::Decided(Decision::Done(Captured { capture, amount })),
             None => Prepare::Decided(Decision::Rejected(CaptureRefused { reason: refusal.reason().into() })),
@@ -64,9 +65,9 @@ impl ExternalEffect<CapturePayment> for Capture {
         match answer {
             Answer::Done { reference: capture, .. } => {
                 let capture = reference(capture)?;
-                let payment = locked(tx, intent.command.order).await?;
+                let payment = lock_in(tx, intent.command.order).await?;
                 let event = Event::Captured { capture: capture.clone() };
-                happened(tx, payment, intent.cx.idempotency_key(), event).await?;
+                apply_in(tx, payment, intent.cx.idempotency_key(), event).await?;
                 Ok(Decision::Done(Captured { capture, amount: intent.command.amount }))
             }
             Answer::Refused { code } => Ok(Decision::Rejected(CaptureRefused { reason: code })),

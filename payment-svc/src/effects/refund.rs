@@ -4,7 +4,7 @@
 //! capture, is no refusal: rows may be lost. Neither is an amount that only a refund under way stands against: that
 //! refund may be this command's own. (What a lost refund has set aside stays so, until an operator compares the books.)
 
-use super::{Provider, happened, locked, reference};
+use super::{Provider, apply_in, lock_in, reference};
 use crate::{
     domain::{Event, MovementKind, Refusal, Status},
     gateway::{Answer, Request},
@@ -41,16 +41,16 @@ impl ExternalEffect<RefundPayment> for Refund {
         command: &RefundPayment,
     ) -> anyhow::Result<Prepare<RefundPayment, String>> {
         let (amount, key) = (command.amount, cx.idempotency_key());
-        let payment = match store::lock(tx, command.order).await? {
+        let payment = match store::lock_in(tx, command.order).await? {
             Some(payment) if !matches!(payment.status, Status::Authorizing | Status::Authorized { .. }) => payment,
             _ => return Ok(Prepare::Decided(Decision::Failed(NOT_ON_RECORD.into()))),
         };
-        if let Some(refund) = store::entered(tx, command.order, key, MovementKind::Refund).await? {
+        if let Some(refund) = store::entered_reference_in(tx, command.order, key, MovementKind::Refund).await? {
             return Ok(Prepare::Decided(Decision::Done(Refunded { refund, amount })));
         }
         Ok(match payment.refundable(amount).map(str::to_owned) {
             Ok(authorization) => {
-                happened(tx, payment, key, Event::RefundBegun { amount: amount.amount }).await?;
+                apply_in(tx, payment, key, Event::RefundBegun { amount: amount.amount }).await?;
                 Prepare::Call(authorization)
             }
             Err(Refusal::RefundUnderWay) => Prepare::Decided(Decision::Failed(UNDER_WAY.into())),
@@ -69,18 +69,18 @@ impl ExternalEffect<RefundPayment> for Refund {
         intent: Intent<RefundPayment, String>,
         answer: Answer,
     ) -> anyhow::Result<Decision<RefundPayment>> {
-        let payment = locked(tx, intent.command.order).await?;
+        let payment = lock_in(tx, intent.command.order).await?;
         let amount = intent.command.amount;
         let command = intent.cx.idempotency_key();
         match answer {
             Answer::Done { reference: refund, .. } => {
                 let refund = reference(refund)?;
                 let event = Event::Refunded { refund: refund.clone(), amount: amount.amount };
-                happened(tx, payment, command, event).await?;
+                apply_in(tx, payment, command, event).await?;
                 Ok(Decision::Done(Refunded { refund, amount }))
             }
             Answer::Refused { code } => {
-                happened(tx, payment, command, Event::RefundRefused { amount: amount.amount }).await?;
+                apply_in(tx, payment, command, Event::RefundRefused { amount: amount.amount }).await?;
                 Ok(Decision::Rejected(RefundRefused { reason: code }))
             }
         }

@@ -6,7 +6,7 @@
 //! Money that the gateway then lets go is entered in the ledger all the same: otherwise the ledger would differ from
 //! the gateway's.
 
-use super::{Provider, happened};
+use super::{Provider, apply_in};
 use crate::{
     domain::{Event, Movement, Payment, Released, Status},
     gateway::Answer,
@@ -38,7 +38,7 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
         _happened: Happened<Authorized>,
     ) -> anyhow::Result<Prepare<VoidPayment, CommandId>> {
         let authorize_key = cx.undoes.context("an undo that runs knows what it undoes")?;
-        let payment = store::lock(tx, command.order).await?.filter(|payment| payment.authorize_key == authorize_key);
+        let payment = store::lock_in(tx, command.order).await?.filter(|payment| payment.authorize_key == authorize_key);
         if payment.is_some_and(|payment| matches!(payment.status, Status::Captured { .. })) {
             return Ok(Prepare::Decided(Decision::Failed("the payment is captured: refund it instead".into())));
         }
@@ -63,18 +63,18 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
         };
         let released = reference.zip(amount).map(|(reference, amount)| Released { reference, amount });
         let (order, command) = (intent.command.order, intent.cx.idempotency_key());
-        match store::lock(tx, order).await? {
+        match store::lock_in(tx, order).await? {
             // The void's record was lost after it was entered here; the gateway repeats its answer.
             Some(payment) if payment.authorize_key == intent.prepared && payment.status == Status::Voided => {}
             Some(payment) if payment.authorize_key == intent.prepared => {
-                happened(tx, payment, command, Event::Voided { released }).await?;
+                apply_in(tx, payment, command, Event::Voided { released }).await?;
             }
             // No row is of this authorization: it was lost, or a payment that was tried anew has its place.
             found => {
                 if let Some(released) = released {
                     tracing::warn!(%order, reference = released.reference, "the gateway held money that this database has no record of, and \
                         let it go; rows were lost: compare the ledger with the gateway's");
-                    enter_lost(tx, found, &intent, &released).await?;
+                    enter_lost_in(tx, found, &intent, &released).await?;
                 }
             }
         }
@@ -83,7 +83,7 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
 }
 
 /// Enters the money of an authorization that no row is of, which the gateway held and let go.
-async fn enter_lost(
+async fn enter_lost_in(
     tx: &mut Tx<'_>,
     found: Option<Payment>,
     intent: &Intent<VoidPayment, CommandId>,
@@ -93,11 +93,11 @@ async fn enter_lost(
         Some(payment) => payment,
         None => {
             let payment = Payment::lost(intent.command.order, released.amount, intent.prepared);
-            ensure!(store::insert(tx, &payment).await?, "a payment was made meanwhile");
+            ensure!(store::insert_in(tx, &payment).await?, "a payment was made meanwhile");
             payment
         }
     };
     let movements = Movement::held_and_let_go(released);
-    store::save(tx, &payment, intent.cx.idempotency_key(), &movements).await?;
+    store::save_in(tx, &payment, intent.cx.idempotency_key(), &movements).await?;
     Ok(())
 }

@@ -119,7 +119,7 @@ pub(super) async fn authorize(
         method: &body.method,
         amount,
     };
-    store::authorize(&mut call.tx, &new).await?;
+    store::authorize_in(&mut call.tx, &new).await?;
     call.done(StatusCode::CREATED, json!({ "reference": reference, "amount": amount })).await
 }
 
@@ -171,12 +171,12 @@ async fn move_money(
         }
         _ => {}
     }
-    let authorization = store::lock_by_reference(&mut call.tx, reference).await?;
+    let authorization = store::lock_by_reference_in(&mut call.tx, reference).await?;
     if let Some(code) = objection(authorization.as_ref(), operation, body.amount) {
         return call.refuse(StatusCode::CONFLICT, code).await;
     }
     let amount = strange::moved(call.strange, operation, body.amount);
-    store::shift(&mut call.tx, reference, key.as_str(), operation, amount).await?;
+    store::shift_in(&mut call.tx, reference, key.as_str(), operation, amount).await?;
     let prefix = if operation == Operation::Capture { "cap" } else { "ref" };
     let reference = format!("{prefix}_{}", Uuid::now_v7().simple());
     call.done(StatusCode::OK, json!({ "reference": reference, "amount": amount })).await
@@ -207,7 +207,7 @@ pub(super) async fn void(
     if let Some(stored) = call.stored().await? {
         return Ok(stored);
     }
-    match store::lock_by_reference(&mut call.tx, &reference).await? {
+    match store::lock_by_reference_in(&mut call.tx, &reference).await? {
         Some(known) => let_go(call, key.as_str(), &known).await,
         None => call.refuse(StatusCode::CONFLICT, "unknown_authorization").await,
     }
@@ -229,14 +229,14 @@ pub(super) async fn void_by_key(
         return Ok(stored);
     }
     // This lock always comes after the void's own key, and an authorization locks only its own: no cycle.
-    store::lock_key(&mut call.tx, &body.authorization_key).await?;
-    if let Some(known) = store::lock_by_key(&mut call.tx, &body.authorization_key).await? {
+    store::lock_key_in(&mut call.tx, &body.authorization_key).await?;
+    if let Some(known) = store::lock_by_key_in(&mut call.tx, &body.authorization_key).await? {
         return let_go(call, key.as_str(), &known).await;
     }
     if store::answer(&mut **call.tx, &body.authorization_key).await?.is_none() {
         let tombstone =
             Answered { request: None, status: 402, body: refused("voided", "It was voided before it came.") };
-        store::store_answer(&mut call.tx, &body.authorization_key, &tombstone).await?;
+        store::store_answer_in(&mut call.tx, &body.authorization_key, &tombstone).await?;
     }
     call.done(StatusCode::OK, json!({ "reference": null, "amount": null })).await
 }
@@ -251,7 +251,7 @@ async fn let_go(mut call: Call, key: &str, known: &Authorization) -> Result<Resp
     let held = Money { amount: known.held, currency: known.currency };
     let released = strange::moved(call.strange, Operation::Void, held);
     if released.amount > 0 {
-        store::shift(&mut call.tx, &known.reference, key, Operation::Void, released).await?;
+        store::shift_in(&mut call.tx, &known.reference, key, Operation::Void, released).await?;
     }
     let amount = (released.amount > 0).then_some(released);
     call.done(StatusCode::OK, json!({ "reference": known.reference, "amount": amount })).await
@@ -331,7 +331,7 @@ impl Sim {
             _ => None,
         };
         let mut tx = Transaction::begin(&self.pool, REQUEST_MAX).await?;
-        store::lock_key(&mut tx, key.as_str()).await?;
+        store::lock_key_in(&mut tx, key.as_str()).await?;
         Ok(Call { tx, key: key.as_str().to_owned(), request, lose_answer, strange })
     }
 
@@ -364,7 +364,7 @@ impl Call {
 
     async fn answer(mut self, status: StatusCode, body: Value) -> Result<Response, Problem> {
         let answered = Answered { request: Some(self.request.clone()), status: status.as_u16(), body: body.clone() };
-        store::store_answer(&mut self.tx, &self.key, &answered).await?;
+        store::store_answer_in(&mut self.tx, &self.key, &answered).await?;
         let response = self.respond(status, body);
         self.tx.commit_quietly().await?;
         Ok(response)

@@ -69,7 +69,7 @@ pub(super) async fn count_arrival(pool: &PgPool, key: &str) -> Result<i32, sqlx:
 }
 
 /// Lets one request per key in at a time.
-pub(super) async fn lock_key(tx: &mut Tx<'_>, key: &str) -> Result<(), sqlx::Error> {
+pub(super) async fn lock_key_in(tx: &mut Tx<'_>, key: &str) -> Result<(), sqlx::Error> {
     sqlx::query("select pg_advisory_xact_lock(hashtextextended($1, 0))").bind(key).execute(&mut **tx).await?;
     Ok(())
 }
@@ -89,7 +89,7 @@ pub(super) async fn answer(db: impl PgExecutor<'_>, key: &str) -> Result<Option<
     .transpose()
 }
 
-pub(super) async fn store_answer(tx: &mut Tx<'_>, key: &str, answered: &Answered) -> Result<(), sqlx::Error> {
+pub(super) async fn store_answer_in(tx: &mut Tx<'_>, key: &str, answered: &Answered) -> Result<(), sqlx::Error> {
     sqlx::query("insert into gateway_answer (key, request, status, body) values ($1, $2, $3, $4)")
         .bind(key)
         .bind(&answered.request)
@@ -109,7 +109,7 @@ pub(super) struct NewAuthorization<'a> {
     pub(super) amount: Money,
 }
 
-pub(super) async fn authorize(tx: &mut Tx<'_>, new: &NewAuthorization<'_>) -> Result<(), sqlx::Error> {
+pub(super) async fn authorize_in(tx: &mut Tx<'_>, new: &NewAuthorization<'_>) -> Result<(), sqlx::Error> {
     sqlx::query(
         r#"insert into gateway_authorization (reference, key, "order", customer, method, currency, amount, held)
            values ($1, $2, $3, $4, $5, $6, $7, $7)"#,
@@ -123,11 +123,11 @@ pub(super) async fn authorize(tx: &mut Tx<'_>, new: &NewAuthorization<'_>) -> Re
     .bind(new.amount.amount)
     .execute(&mut **tx)
     .await?;
-    movement(tx, new.reference, new.key, "authorized", new.amount).await
+    insert_movement_in(tx, new.reference, new.key, "authorized", new.amount).await
 }
 
 /// Moves `amount` of a locked authorization and enters the movement.
-pub(super) async fn shift(
+pub(super) async fn shift_in(
     tx: &mut Tx<'_>,
     reference: &str,
     key: &str,
@@ -148,10 +148,16 @@ pub(super) async fn shift(
         Operation::Authorize => return Err(sqlx::Error::Protocol("an authorization is not shifted".into())),
     };
     sqlx::query(sql).bind(reference).bind(amount.amount).execute(&mut **tx).await?;
-    movement(tx, reference, key, kind, amount).await
+    insert_movement_in(tx, reference, key, kind, amount).await
 }
 
-async fn movement(tx: &mut Tx<'_>, reference: &str, key: &str, kind: &str, amount: Money) -> Result<(), sqlx::Error> {
+async fn insert_movement_in(
+    tx: &mut Tx<'_>,
+    reference: &str,
+    key: &str,
+    kind: &str,
+    amount: Money,
+) -> Result<(), sqlx::Error> {
     sqlx::query("insert into gateway_movement (reference, key, kind, amount, currency) values ($1, $2, $3, $4, $5)")
         .bind(reference)
         .bind(key)
@@ -174,7 +180,10 @@ macro_rules! authorizations {
     };
 }
 
-pub(super) async fn lock_by_reference(tx: &mut Tx<'_>, reference: &str) -> Result<Option<Authorization>, sqlx::Error> {
+pub(super) async fn lock_by_reference_in(
+    tx: &mut Tx<'_>,
+    reference: &str,
+) -> Result<Option<Authorization>, sqlx::Error> {
     let row = sqlx::query(authorizations!("where reference = $1 for update"))
         .bind(reference)
         .fetch_optional(&mut **tx)
@@ -182,7 +191,7 @@ pub(super) async fn lock_by_reference(tx: &mut Tx<'_>, reference: &str) -> Resul
     row.as_ref().map(authorization).transpose()
 }
 
-pub(super) async fn lock_by_key(tx: &mut Tx<'_>, key: &str) -> Result<Option<Authorization>, sqlx::Error> {
+pub(super) async fn lock_by_key_in(tx: &mut Tx<'_>, key: &str) -> Result<Option<Authorization>, sqlx::Error> {
     let row = sqlx::query(authorizations!("where key = $1 for update")).bind(key).fetch_optional(&mut **tx).await?;
     row.as_ref().map(authorization).transpose()
 }

@@ -58,7 +58,7 @@ pub(super) enum NextDue {
 /// Parks records behind the parked records of their keys. A key may have none any more: a copy that was parked at
 /// another partition has just left there. Then the first of its records is due at once.
 pub(super) async fn hold_in(tx: &mut Tx<'_>, place: InboxPlace<'_>, held: &RecordBatch) -> Result<(), sqlx::Error> {
-    insert(tx, place, held, 0, None, None).await?;
+    insert_in(tx, place, held, 0, None, None).await?;
     let lanes: BTreeSet<i64> = held.messages.iter().filter_map(lane).collect();
     wake_in(tx, place, &Vec::from_iter(lanes)).await
 }
@@ -72,10 +72,10 @@ pub(super) async fn park_in(
     delay: Duration,
     fault: &RecordFault,
 ) -> Result<(), sqlx::Error> {
-    insert(tx, place, failed, attempts, Some(delay), Some(fault)).await
+    insert_in(tx, place, failed, attempts, Some(delay), Some(fault)).await
 }
 
-async fn insert(
+async fn insert_in(
     tx: &mut Tx<'_>,
     place: InboxPlace<'_>,
     batch: &RecordBatch,

@@ -204,12 +204,12 @@ impl<H: Handler> PartitionContext<H> {
         }
         let fresh = deliveries.iter().filter(|&&delivery| delivery == Delivery::Fresh).count();
         let given_up = if fresh == batch.messages.len() && batch.poison.is_empty() {
-            self.handle(tx, &batch.messages).await?;
+            self.handle_in(tx, &batch.messages).await?;
             Vec::new()
         } else {
             let RecordBatch { messages, origins, .. } = pick(batch, &deliveries, Delivery::Fresh);
             let fresh = messages.into_iter().zip(origins).map(|(message, origin)| (message, origin, 1));
-            self.handle_but(tx, &batch.poison, fresh).await?
+            self.handle_without_poison_in(tx, &batch.poison, fresh).await?
         };
         if !batch.refused.is_empty() {
             dead_letter::append_in(tx, group, batch.refused.iter().map(DeadLetter::refused)).await?;
@@ -231,7 +231,7 @@ impl<H: Handler> PartitionContext<H> {
 
     /// Handles `fresh` (with the number of the attempt) without its poison, which is dead-lettered; returns the classes
     /// of that.
-    async fn handle_but(
+    async fn handle_without_poison_in(
         &self,
         tx: &mut Tx<'_>,
         poison: &Poison,
@@ -245,11 +245,11 @@ impl<H: Handler> PartitionContext<H> {
         let (given_up, fresh): (Vec<_>, Vec<_>) =
             fresh.into_iter().partition(|(message, ..)| is_poison(message.envelope.id));
         let messages: Vec<_> = fresh.into_iter().map(|(message, ..)| message).collect();
-        self.handle(tx, &messages).await?;
+        self.handle_in(tx, &messages).await?;
         let letters = given_up.iter().filter_map(|(message, origin, attempts)| {
             Some((message, origin, poison.get(&message.envelope.id)?, *attempts))
         });
-        self.dead_letter(tx, &letters.collect::<Vec<_>>()).await?;
+        self.dead_letter_in(tx, &letters.collect::<Vec<_>>()).await?;
         let classes = given_up.iter().filter_map(|(message, ..)| poison.get(&message.envelope.id));
         Ok(classes.map(|fault| fault.class.clone()).collect())
     }
@@ -303,7 +303,7 @@ impl<H: Handler> PartitionContext<H> {
         let fresh = pick(single, &deliveries, Delivery::Fresh);
         let letters = fresh.messages.iter().zip(&fresh.origins);
         let letters: Vec<_> = letters.map(|(message, origin)| (message, origin, fault, attempts)).collect();
-        self.dead_letter(&mut tx, &letters).await?;
+        self.dead_letter_in(&mut tx, &letters).await?;
         outbox::commit(tx, &self.pool).await?;
         self.count_dead_letters(&fault.class, fresh.messages.len());
         Ok(())
@@ -312,7 +312,7 @@ impl<H: Handler> PartitionContext<H> {
     /// Handles a parked record: it leaves, and the next of its lane is due.
     pub(super) async fn retry(&self, parked: &Parked) -> Result<(), AttemptFailure> {
         let mut tx = self.begin().await?.tx;
-        self.handle_parked(&mut tx, vec![parked.clone()], &Poison::new()).await?;
+        self.handle_parked_in(&mut tx, vec![parked.clone()], &Poison::new()).await?;
         outbox::commit(tx, &self.pool).await?;
         self.handler.committed();
         Ok(())
@@ -324,7 +324,7 @@ impl<H: Handler> PartitionContext<H> {
         let mut tx = self.begin().await?.tx;
         let parked = parking::lane_in(&mut tx, self.place(), lane, limit).await?;
         let drained = parked.len();
-        let given_up = self.handle_parked(&mut tx, parked, poison).await?;
+        let given_up = self.handle_parked_in(&mut tx, parked, poison).await?;
         outbox::commit(tx, &self.pool).await?;
         self.handler.committed();
         given_up.iter().for_each(|class| self.count_dead_letters(class, 1));
@@ -342,7 +342,7 @@ impl<H: Handler> PartitionContext<H> {
         if inbox::record_in(&mut tx, &self.config.group, &[arrival(&parked.message, &self.config, self.clock.now())])
             .await?[0]
         {
-            self.dead_letter(&mut tx, &[(&parked.message, &parked.origin, fault, attempts)]).await?;
+            self.dead_letter_in(&mut tx, &[(&parked.message, &parked.origin, fault, attempts)]).await?;
         }
         parking::leave_in(&mut tx, self.place(), &[parked.id], parked.lane).await?;
         outbox::commit(tx, &self.pool).await?;
@@ -351,7 +351,7 @@ impl<H: Handler> PartitionContext<H> {
     }
 
     /// Dead-letters records that were tried so often, and lets the handler answer them.
-    async fn dead_letter(
+    async fn dead_letter_in(
         &self,
         tx: &mut Tx<'_>,
         given_up: &[(&Message, &RecordOrigin, &RecordFault, u32)],
@@ -367,7 +367,7 @@ impl<H: Handler> PartitionContext<H> {
         Ok(self.handler.gave_up(tx, &said).await?)
     }
 
-    async fn handle_parked(
+    async fn handle_parked_in(
         &self,
         tx: &mut Tx<'_>,
         parked: Vec<Parked>,
@@ -380,13 +380,13 @@ impl<H: Handler> PartitionContext<H> {
         let ids: Vec<_> = parked.iter().map(|parked| parked.id).collect();
         let fresh = parked.into_iter().zip(fresh).filter(|(_, fresh)| *fresh);
         let fresh = fresh.map(|(parked, _)| (parked.message, parked.origin, parked.attempts + 1));
-        let given_up = self.handle_but(tx, poison, fresh).await?;
+        let given_up = self.handle_without_poison_in(tx, poison, fresh).await?;
         parking::leave_in(tx, self.place(), &ids, lane).await?;
         Ok(given_up)
     }
 
     /// Runs the handler within the span that its logs and its messages belong to. A panic is the record's fault.
-    async fn handle(&self, tx: &mut Tx<'_>, messages: &[Message]) -> Result<(), AttemptFailure> {
+    async fn handle_in(&self, tx: &mut Tx<'_>, messages: &[Message]) -> Result<(), AttemptFailure> {
         let span = match messages {
             [] => return Ok(()),
             [message] => message.span(),

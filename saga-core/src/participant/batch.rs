@@ -46,7 +46,7 @@ pub(super) struct Work {
     changes: Changes,
 }
 
-/// What a batch changes; written by [`Work::write`].
+/// What a batch changes; written by [`Work::write_in`].
 #[derive(Default)]
 pub(super) struct Changes {
     fences: HashMap<FenceKey, Fence>,
@@ -73,13 +73,13 @@ impl Work {
     ///
     /// # Errors
     /// The error of a command whose fence this build cannot read names its message: the others are handled without it.
-    pub(super) async fn load(tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<Self, HandleError> {
+    pub(super) async fn load_in(tx: &mut Tx<'_>, commands: &[Incoming<'_>]) -> Result<Self, HandleError> {
         let mut keys: BTreeMap<&FenceKey, FenceCommands> = BTreeMap::new();
         for command in commands {
             let known = FenceCommands::of(&command.cx);
             keys.entry(&command.key).and_modify(|others| *others = others.and(known)).or_insert(known);
         }
-        let mut locked = store::lock_fences(tx, &keys).await?;
+        let mut locked = store::lock_fences_in(tx, &keys).await?;
         for command in commands {
             if let Some(unreadable) = locked.unreadable.remove(&command.key) {
                 return Err(HandleError::Failed(unreadable.into()).of(command.cx.message));
@@ -97,16 +97,16 @@ impl Work {
     ///
     /// # Errors
     /// [`HandleError::Again`] when a fence that was taken for new is not.
-    pub(super) async fn write(self, tx: &mut Tx<'_>) -> Result<(), HandleError> {
+    pub(super) async fn write_in(self, tx: &mut Tx<'_>) -> Result<(), HandleError> {
         let Changes { fences, replies, answered, intents, reopened, closed, .. } = self.changes;
         if self.locked {
-            store::write_fences(tx, &fences, &replies).await?;
-        } else if !store::make_fences(tx, &fences, &replies).await? {
+            store::write_fences_in(tx, &fences, &replies).await?;
+        } else if !store::make_fences_in(tx, &fences, &replies).await? {
             return Err(HandleError::Again);
         }
-        queue::insert_intents(tx, &intents).await?;
-        queue::reopen_intents(tx, &reopened).await?;
-        queue::delete_intents(tx, &closed).await?;
+        queue::insert_intents_in(tx, &intents).await?;
+        queue::reopen_intents_in(tx, &reopened).await?;
+        queue::delete_intents_in(tx, &closed).await?;
         // The replies are counted here and not where they are made: a batch that refuses something is made twice.
         answered.into_iter().for_each(|(kind, outcome)| count_reply(kind, outcome));
         Ok(())
@@ -116,8 +116,8 @@ impl Work {
 /// Runs `commands` in their order, without savepoints.
 ///
 /// # Errors
-/// [`HandleError::Again`] as soon as a command is refused: [`run_apart`] is for those.
-pub(super) async fn run_together(
+/// [`HandleError::Again`] as soon as a command is refused: [`run_apart_in`] is for those.
+pub(super) async fn run_together_in(
     tx: &mut Tx<'_>,
     commands: &[Incoming<'_>],
     work: &mut Work,
@@ -127,7 +127,7 @@ pub(super) async fn run_together(
         let fence = changes.fence(loaded, command)?;
         let step = fence.next(command.asked);
         let begun = match step.runs() {
-            Some(reply) => Some(begin(tx, command, &fence, reply).await?),
+            Some(reply) => Some(begin_in(tx, command, &fence, reply).await?),
             None => None,
         };
         if begun.as_ref().is_some_and(HandlerStart::is_refusal) {
@@ -140,7 +140,7 @@ pub(super) async fn run_together(
 
 /// Runs `commands` in their order, each handler in a savepoint, which a refusal rolls back. Returns how many commands
 /// the short way cannot take.
-pub(super) async fn run_apart(
+pub(super) async fn run_apart_in(
     tx: &mut Tx<'_>,
     commands: &[Incoming<'_>],
     work: &mut Work,
@@ -152,7 +152,7 @@ pub(super) async fn run_apart(
         let begun = match step.runs() {
             Some(reply) => {
                 let mut savepoint = tx.begin().await?;
-                let begun = begin(&mut savepoint, command, &fence, reply).await?;
+                let begun = begin_in(&mut savepoint, command, &fence, reply).await?;
                 if begun.is_refusal() {
                     savepoint.rollback().await?;
                 } else {
@@ -167,7 +167,7 @@ pub(super) async fn run_apart(
     Ok(changes.surprises)
 }
 
-async fn begin(
+async fn begin_in(
     tx: &mut Tx<'_>,
     command: &Incoming<'_>,
     fence: &Fence,

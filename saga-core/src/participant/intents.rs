@@ -208,14 +208,15 @@ impl Intents {
         lease: Duration,
     ) -> Result<(Vec<ClaimedIntent>, Option<Duration>), sqlx::Error> {
         let mut tx = self.begin().await?;
-        let claims = queue::claim(&mut tx, kinds, limits, Uuid::now_v7(), lease).await?;
+        let claims = queue::claim_in(&mut tx, kinds, limits, Uuid::now_v7(), lease).await?;
         // If no slot is left for intents that are called again, one of those in flight ends before the next of them is
         // due.
         let again_left = claims.iter().filter(|claim| claim.attempts > 1).count() < limits.again;
         let due = match claims.len() == limits.all {
             true => None,
             false => {
-                queue::next_due(&mut tx, kinds, if again_left { IntentScope::All } else { IntentScope::Fresh }).await?
+                queue::next_due_in(&mut tx, kinds, if again_left { IntentScope::All } else { IntentScope::Fresh })
+                    .await?
             }
         };
         tx.commit_quietly().await?;
@@ -322,18 +323,18 @@ impl Intents {
     /// Takes a certain answer: records it, replies, closes the intent.
     async fn settle(&self, claim: &ClaimedIntent, entry: &dyn CommandEntry, answer: Value) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
-        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?.all()?;
-        if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
+        let mut fences = store::lock_fences_in(&mut tx, &claim.fence()).await?.all()?;
+        if !queue::close_intent_in(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
         }
-        let settled = self.effect(outcome::record(&mut tx, entry, claim.intent.clone(), answer)).await?;
+        let settled = self.effect(outcome::record_in(&mut tx, entry, claim.intent.clone(), answer)).await?;
         if let Some(fence) = fences.get_mut(&claim.key) {
             let closed = fence.settle(claim.intent.cx.saga.op, &settled);
-            queue::delete_intents(&mut tx, closed.as_slice()).await?;
-            self.wake_undo(&mut tx, claim, fence).await?;
+            queue::delete_intents_in(&mut tx, closed.as_slice()).await?;
+            self.wake_undo_in(&mut tx, claim, fence).await?;
         }
         let (outcome, payload) = batch::reply_of(&settled);
-        outcome::write(&mut tx, claim, &fences, outcome, payload).await?;
+        outcome::write_in(&mut tx, claim, &fences, outcome, payload).await?;
         fail_point!("participant.before-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
         tx.commit_within_its_edges().await?;
         fail_point!("participant.after-settle-commit", self.participant.name, [&claim.intent.cx.saga]);
@@ -350,11 +351,11 @@ impl Intents {
         let op = claim.intent.cx.saga.op;
         let command = claim.intent.cx.saga.command;
         let mut tx = self.begin().await?;
-        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?.all()?;
+        let mut fences = store::lock_fences_in(&mut tx, &claim.fence()).await?.all()?;
         let held = if claim.ready {
-            queue::close_intent(&mut tx, command, claim.owner).await?
+            queue::close_intent_in(&mut tx, command, claim.owner).await?
         } else {
-            queue::doubt_intent(&mut tx, command, claim.owner, reason).await?
+            queue::doubt_intent_in(&mut tx, command, claim.owner, reason).await?
         };
         if !held {
             return Ok(());
@@ -365,10 +366,10 @@ impl Intents {
             } else {
                 fence.in_doubt(op);
             }
-            self.wake_undo(&mut tx, claim, fence).await?;
+            self.wake_undo_in(&mut tx, claim, fence).await?;
         }
         let (outcome, payload) = batch::reply_of(&Settlement::Failed(failed.clone()));
-        outcome::write(&mut tx, claim, &fences, outcome, payload).await?;
+        outcome::write_in(&mut tx, claim, &fences, outcome, payload).await?;
         tx.commit().await?;
         batch::count_reply(&claim.kind, outcome);
         tracing::warn!(%command, saga = %claim.key.saga, kind = claim.kind, attempts = claim.attempts, reason,
@@ -398,7 +399,7 @@ impl Intents {
         tracing::debug!(command = %claim.intent.cx.saga.command, saga = %claim.key.saga, kind = claim.kind,
             attempts = claim.attempts, reason, ?delay, "no certain answer yet");
         let mut tx = self.begin().await?;
-        queue::release(&mut tx, claim, counted, delay, reason).await?;
+        queue::release_in(&mut tx, claim, counted, delay, reason).await?;
         Ok(tx.commit_quietly().await?)
     }
 
@@ -410,8 +411,8 @@ impl Intents {
         entry: &dyn CommandEntry,
     ) -> Result<(), Unsettled> {
         let mut tx = self.begin().await?;
-        let mut fences = store::lock_fences(&mut tx, &claim.fence()).await?.all()?;
-        if !queue::close_intent(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
+        let mut fences = store::lock_fences_in(&mut tx, &claim.fence()).await?.all()?;
+        if !queue::close_intent_in(&mut tx, claim.intent.cx.saga.command, claim.owner).await? {
             return Ok(());
         }
         if let Some(fence) = fences.get_mut(&claim.key) {
@@ -428,16 +429,16 @@ impl Intents {
             trace: claim.trace.clone(),
             span: Span::current(),
         };
-        self.effect(batch::run_apart(&mut tx, &[command], &mut work)).await?;
-        work.write(&mut tx).await?;
+        self.effect(batch::run_apart_in(&mut tx, &[command], &mut work)).await?;
+        work.write_in(&mut tx).await?;
         tx.commit().await?;
         self.participant.wake.notify_one();
         Ok(())
     }
 
-    async fn wake_undo(&self, tx: &mut Tx<'_>, claim: &ClaimedIntent, fence: &Fence) -> Result<(), Unsettled> {
+    async fn wake_undo_in(&self, tx: &mut Tx<'_>, claim: &ClaimedIntent, fence: &Fence) -> Result<(), Unsettled> {
         if let (Op::Do, UndoState::Waiting, Some(undo)) = (claim.intent.cx.saga.op, &fence.undo, fence.undo_command) {
-            queue::ready_undo(tx, undo).await?;
+            queue::ready_undo_in(tx, undo).await?;
             // The undo runs after the poll interval at the latest; a permit that comes before the commit costs one
             // look.
             self.participant.wake.notify_one();

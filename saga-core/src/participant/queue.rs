@@ -99,7 +99,7 @@ pub(super) struct ClaimedIntent {
 }
 
 /// Inserts intents and waiting undos.
-pub(super) async fn insert_intents(tx: &mut Tx<'_>, intents: &[NewIntent]) -> Result<(), sqlx::Error> {
+pub(super) async fn insert_intents_in(tx: &mut Tx<'_>, intents: &[NewIntent]) -> Result<(), sqlx::Error> {
     if intents.is_empty() {
         return Ok(());
     }
@@ -127,7 +127,10 @@ pub(super) async fn insert_intents(tx: &mut Tx<'_>, intents: &[NewIntent]) -> Re
 }
 
 /// Opens intents again that were given up in doubt, with fresh attempts; the reply goes to the sender of the resend.
-pub(super) async fn reopen_intents(tx: &mut Tx<'_>, intents: &[(CommandId, IntentOrigin)]) -> Result<(), sqlx::Error> {
+pub(super) async fn reopen_intents_in(
+    tx: &mut Tx<'_>,
+    intents: &[(CommandId, IntentOrigin)],
+) -> Result<(), sqlx::Error> {
     if intents.is_empty() {
         return Ok(());
     }
@@ -145,7 +148,7 @@ pub(super) async fn reopen_intents(tx: &mut Tx<'_>, intents: &[(CommandId, Inten
 }
 
 /// Removes intents that their undo has settled.
-pub(super) async fn delete_intents(tx: &mut Tx<'_>, intents: &[CommandId]) -> Result<(), sqlx::Error> {
+pub(super) async fn delete_intents_in(tx: &mut Tx<'_>, intents: &[CommandId]) -> Result<(), sqlx::Error> {
     if intents.is_empty() {
         return Ok(());
     }
@@ -176,7 +179,7 @@ pub(super) struct ClaimLimits {
 /// Claims as many due intents of the given types as there is room for, for `lease`, and counts an attempt of each.
 /// Intents that were never called come first. `owner` is a new id: a process that claims an intent again must not pass
 /// for its former holder.
-pub(super) async fn claim(
+pub(super) async fn claim_in(
     tx: &mut Tx<'_>,
     kinds: &[&str],
     limits: ClaimLimits,
@@ -223,14 +226,14 @@ pub(super) async fn claim(
         }
     }
     if !unreadable.is_empty() {
-        put_off(tx, &unreadable).await?;
+        put_off_in(tx, &unreadable).await?;
     }
     Ok(claims)
 }
 
 /// Ends the claims of intents that this build cannot read, and puts them off for a minute. Another build may claim them
 /// meanwhile; the other intents of the set go on.
-async fn put_off(tx: &mut Tx<'_>, intents: &[(CommandId, String)]) -> Result<(), sqlx::Error> {
+async fn put_off_in(tx: &mut Tx<'_>, intents: &[(CommandId, String)]) -> Result<(), sqlx::Error> {
     for (command, error) in intents {
         tracing::error!(%command, error, "this build cannot read an intent: it is put off for a minute, and its effect is not \
             performed meanwhile; another build wrote it, which can perform it, or its row is damaged");
@@ -259,7 +262,7 @@ pub(super) enum IntentScope {
 }
 
 /// How long until the next intent is due; `None` when there is none.
-pub(super) async fn next_due(
+pub(super) async fn next_due_in(
     tx: &mut Tx<'_>,
     kinds: &[&str],
     which: IntentScope,
@@ -283,7 +286,7 @@ pub(super) async fn next_due(
 }
 
 /// Counts the intents in each state, with 0 for a state that has none.
-pub(super) async fn counts(tx: &mut Tx<'_>) -> Result<Vec<(String, i64)>, sqlx::Error> {
+pub(super) async fn count_in(tx: &mut Tx<'_>) -> Result<Vec<(String, i64)>, sqlx::Error> {
     sqlx::query_as(
         "select s.state, count(i.state)
            from unnest(array['waiting', 'ready', 'open', 'in_doubt']) as s (state)
@@ -298,7 +301,7 @@ pub(super) async fn counts(tx: &mut Tx<'_>) -> Result<Vec<(String, i64)>, sqlx::
 pub(super) type Oldest = (Uuid, OffsetDateTime, Option<String>, i64);
 
 /// The intent that waits for longest, among those to be performed and those in doubt that were tried lately.
-pub(super) async fn oldest(tx: &mut Tx<'_>) -> Result<Option<Oldest>, sqlx::Error> {
+pub(super) async fn oldest_in(tx: &mut Tx<'_>) -> Result<Option<Oldest>, sqlx::Error> {
     sqlx::query_as(
         "select command_id, created_at, last_error, count(*) over ()
            from participant_intent
@@ -313,7 +316,7 @@ pub(super) async fn oldest(tx: &mut Tx<'_>) -> Result<Option<Oldest>, sqlx::Erro
 }
 
 /// Removes a claimed intent; false when the claim was lost.
-pub(super) async fn close_intent(tx: &mut Tx<'_>, command: CommandId, owner: Uuid) -> Result<bool, sqlx::Error> {
+pub(super) async fn close_intent_in(tx: &mut Tx<'_>, command: CommandId, owner: Uuid) -> Result<bool, sqlx::Error> {
     let done = sqlx::query("delete from participant_intent where command_id = $1 and claimed_by = $2")
         .bind(command.0)
         .bind(owner)
@@ -323,7 +326,7 @@ pub(super) async fn close_intent(tx: &mut Tx<'_>, command: CommandId, owner: Uui
 }
 
 /// Gives up a claimed intent, in doubt; false when the claim was lost.
-pub(super) async fn doubt_intent(
+pub(super) async fn doubt_intent_in(
     tx: &mut Tx<'_>,
     command: CommandId,
     owner: Uuid,
@@ -343,7 +346,7 @@ pub(super) async fn doubt_intent(
 }
 
 /// Ends a claim; the intent is due again after `delay`.
-pub(super) async fn release(
+pub(super) async fn release_in(
     tx: &mut Tx<'_>,
     claim: &ClaimedIntent,
     counted: AttemptCount,
@@ -367,7 +370,7 @@ pub(super) async fn release(
 }
 
 /// Readies an undo whose do's call is settled.
-pub(super) async fn ready_undo(tx: &mut Tx<'_>, undo: CommandId) -> Result<(), sqlx::Error> {
+pub(super) async fn ready_undo_in(tx: &mut Tx<'_>, undo: CommandId) -> Result<(), sqlx::Error> {
     sqlx::query(
         "update participant_intent
             set state = 'ready', due_at = clock_timestamp()

@@ -114,7 +114,7 @@ impl LockedFences {
 ///
 /// The query looks for a fence in both of its places at once: the plain one, where builds look that know no namespaces,
 /// and apart. Its row is the one of its namespace, or one that such a build wrote, if the known commands are the same.
-pub(super) async fn lock_fences(
+pub(super) async fn lock_fences_in(
     tx: &mut Tx<'_>,
     keys: &BTreeMap<&FenceKey, FenceCommands>,
 ) -> Result<LockedFences, sqlx::Error> {
@@ -138,10 +138,10 @@ pub(super) async fn lock_fences(
         return Ok(LockedFences { fences, unreadable: HashMap::new() });
     }
     for _ in 0..LOOKS_MAX {
-        let Found { mut locked, elsewhere } = lock(tx, keys).await?;
+        let Found { mut locked, elsewhere } = lock_in(tx, keys).await?;
         let missing: Vec<&FenceKey> = keys.keys().copied().filter(|key| !locked.knows(key)).collect();
         // Fewer rows were made: commands of one saga are in two partitions, and the other has made them meanwhile.
-        if make_apart(tx, &missing).await? == missing.len() {
+        if make_apart_in(tx, &missing).await? == missing.len() {
             let apart = |key| Fence { stored: Stored::Apart, elsewhere: elsewhere.contains(key), ..Fence::new() };
             locked.fences.extend(missing.into_iter().map(|key| (key.clone(), apart(key))));
             return Ok(locked);
@@ -160,7 +160,7 @@ struct Found {
 }
 
 /// Locks the rows of `keys`, and finds out which of them are their fences.
-async fn lock(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, FenceCommands>) -> Result<Found, sqlx::Error> {
+async fn lock_in(tx: &mut Tx<'_>, keys: &BTreeMap<&FenceKey, FenceCommands>) -> Result<Found, sqlx::Error> {
     // The query locks row by row, in the order of the keys, and not one join. PostgreSQL 18 leaves rows out of a locked
     // join's answer when others changed them while it waited for them. It returns only the first of them (a nested
     // loop's rechecks). A fence that is not seen would pass for one where nothing was done.
@@ -220,7 +220,7 @@ fn their_own(rows: &[PgRow], keys: &BTreeMap<&FenceKey, FenceCommands>) -> Resul
 
 /// Makes the rows of fences whose plain place is another namespace's, which the caller has locked. Returns how many
 /// rows it made.
-async fn make_apart(tx: &mut Tx<'_>, keys: &[&FenceKey]) -> Result<usize, sqlx::Error> {
+async fn make_apart_in(tx: &mut Tx<'_>, keys: &[&FenceKey]) -> Result<usize, sqlx::Error> {
     if keys.is_empty() {
         return Ok(0);
     }
@@ -250,7 +250,7 @@ fn bind_keys<'q>(statement: Statement<'q>, keys: impl Iterator<Item = &'q FenceK
 
 /// Makes fences as they are after their first command, and appends the replies, in one statement. Returns false when
 /// one of them was there already; then the caller has to roll back what was appended.
-pub(super) async fn make_fences(
+pub(super) async fn make_fences_in(
     tx: &mut Tx<'_>,
     fences: &HashMap<FenceKey, Fence>,
     replies: &[NewMessage],
@@ -280,7 +280,7 @@ pub(super) async fn make_fences(
 }
 
 /// Writes the fences that changed, and the replies, in one statement: a batch's fixed price is its round trips.
-pub(super) async fn write_fences(
+pub(super) async fn write_fences_in(
     tx: &mut Tx<'_>,
     fences: &HashMap<FenceKey, Fence>,
     replies: &[NewMessage],

@@ -128,7 +128,7 @@ impl BacklogPatience {
 
 impl Engine {
     /// The partitions of the reply topic that timers have to wait for.
-    pub(super) async fn backlog(&self, tx: &mut Tx<'_>) -> sqlx::Result<Backlog> {
+    pub(super) async fn read_backlog_in(&self, tx: &mut Tx<'_>) -> sqlx::Result<Backlog> {
         let found: Vec<(i32, Option<OffsetDateTime>, bool, OffsetDateTime)> = sqlx::query_as(
             "select partition, max(read_until),
                     coalesce(max(read_until) < clock_timestamp() - make_interval(secs => $2), false), clock_timestamp()

@@ -93,7 +93,7 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
     }
 
     /// Decides everything and writes it: a fixed number of statements, and those of the local effects.
-    pub(super) async fn run(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
+    pub(super) async fn run_in(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
         loop {
             for loaded in &mut self.sagas {
                 loaded.decide(self.engine.reply_topic(), self.now)?;
@@ -102,14 +102,14 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
             if at_local.is_empty() {
                 break;
             }
-            self.run_locals(tx, &at_local).await?;
+            self.run_locals_in(tx, &at_local).await?;
         }
-        self.tell_turned(tx).await?;
-        self.store(tx).await
+        self.run_turned_in(tx).await?;
+        self.store_in(tx).await
     }
 
     /// Runs the service's effect for sagas that have begun to be undone and are not at the end of it.
-    async fn tell_turned(&self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
+    async fn run_turned_in(&self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
         let mut turned: BTreeMap<&str, Vec<LocalCall<'_>>> = BTreeMap::new();
         for loaded in self.sagas.iter().filter(|loaded| loaded.has_turned()) {
             turned.entry(loaded.definition().name()).or_default().push(loaded.call_of(loaded.definition().name()));
@@ -136,15 +136,15 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
         Ok(())
     }
 
-    async fn run_locals(&mut self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), BatchError> {
-        match self.try_behind_a_savepoint(tx, at_local).await? {
+    async fn run_locals_in(&mut self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), BatchError> {
+        match self.try_behind_a_savepoint_in(tx, at_local).await? {
             Ok(()) => at_local.iter().for_each(|&i| self.settle(i, &Event::LocalDone)),
             Err(error) => {
                 let broken = Event::broken(&if_its_own(error)?);
                 if let [only] = at_local {
                     self.settle(*only, &broken);
                 } else {
-                    self.run_one_by_one(tx, at_local).await?;
+                    self.run_one_by_one_in(tx, at_local).await?;
                 }
             }
         }
@@ -152,13 +152,13 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
     }
 
     /// Keeps all of the effects or none. The inner error is the effect's, the outer one the transaction's.
-    async fn try_behind_a_savepoint(
+    async fn try_behind_a_savepoint_in(
         &self,
         tx: &mut Tx<'_>,
         at_local: &[usize],
     ) -> Result<Result<(), LocalError>, sqlx::Error> {
         let mut savepoint = tx.begin().await?;
-        match self.try_together(&mut savepoint, at_local).await {
+        match self.try_together_in(&mut savepoint, at_local).await {
             // PostgreSQL refuses the release if the effect swallowed an error of the database. The drop then rolls it
             // back.
             Ok(()) => Ok(savepoint.commit().await.map_err(LocalError::Database)),
@@ -169,7 +169,7 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
         }
     }
 
-    async fn try_together(&self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), LocalError> {
+    async fn try_together_in(&self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), LocalError> {
         let mut by_effect: BTreeMap<&str, Vec<LocalCall<'_>>> = BTreeMap::new();
         for call in at_local.iter().filter_map(|&i| self.sagas[i].pending()).map(LocalToRun::call) {
             by_effect.entry(call.name).or_default().push(call);
@@ -185,9 +185,9 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
         Ok(())
     }
 
-    async fn run_one_by_one(&mut self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), BatchError> {
+    async fn run_one_by_one_in(&mut self, tx: &mut Tx<'_>, at_local: &[usize]) -> Result<(), BatchError> {
         for &i in at_local {
-            let event = match self.try_behind_a_savepoint(tx, &[i]).await? {
+            let event = match self.try_behind_a_savepoint_in(tx, &[i]).await? {
                 Ok(()) => Event::LocalDone,
                 Err(error) => Event::broken(&if_its_own(error)?),
             };
@@ -200,11 +200,11 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
         self.sagas[loaded].settle_local(self.engine.reply_topic(), event, self.now);
     }
 
-    async fn store(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
+    async fn store_in(&mut self, tx: &mut Tx<'_>) -> Result<(), BatchError> {
         let with_unexpected_replies: Vec<SagaId> =
             self.sagas.iter().filter(|loaded| loaded.has_unexpected_replies()).map(LoadedSaga::saga).collect();
         if !with_unexpected_replies.is_empty() {
-            let told = store::unexpected_replies(tx, &with_unexpected_replies).await?;
+            let told = store::load_unexpected_replies_in(tx, &with_unexpected_replies).await?;
             for loaded in &mut self.sagas {
                 loaded.forget(told.get(&loaded.saga()).map_or(&[], Vec::as_slice));
             }
@@ -212,7 +212,7 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
         let messages: Vec<_> = self.sagas.iter_mut().flat_map(|loaded| std::mem::take(&mut loaded.messages)).collect();
         let changes: Vec<SagaUpdate<'_>> = self.sagas.iter().filter_map(|loaded| loaded.change(self.now)).collect();
         let events: Vec<_> = self.sagas.iter().flat_map(LoadedSaga::events).collect();
-        store::update(tx, &changes, &events, &messages, self.now).await?;
+        store::update_in(tx, &changes, &events, &messages, self.now).await?;
         self.sagas.iter().for_each(measure::decided);
         Ok(())
     }

@@ -109,7 +109,7 @@ impl Definition {
 
     /// The text by which a saga's row names its definition: the fingerprint, and the format in which the state is
     /// stored, unless that is the first.
-    pub(crate) fn fingerprint_in(&self, format: u16) -> String {
+    pub(crate) fn fingerprint_of_format(&self, format: u16) -> String {
         let fingerprint = &self.fingerprint;
         if format == 1 { fingerprint.clone() } else { format!("{fingerprint}.{format}") }
     }

@@ -17,7 +17,12 @@ use uuid::Uuid;
 /// changes while the statement runs. The query passes over what the backlog holds. An expression does that, and no
 /// join, so that the index still gives the order. The query also skips what the last look passed over
 /// ([`Backlog::passed`]). The due time that counts is the one in the state: the row was read again when it was locked.
-pub(super) async fn claim(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit: i64) -> sqlx::Result<Vec<Locked>> {
+pub(super) async fn claim_in(
+    tx: &mut Tx<'_>,
+    known: &Known,
+    backlog: &Backlog,
+    limit: i64,
+) -> sqlx::Result<Vec<Locked>> {
     let asked = clock::monotonic();
     let rows = sqlx::query(
         "with locked as materialized (
@@ -54,7 +59,7 @@ pub(super) fn key_hash_of(saga: SagaId) -> i32 {
 }
 
 /// Keeps `saga_due` in step: writes the rows of sagas whose time or status has changed.
-pub(super) async fn rearm(tx: &mut Tx<'_>, changes: &[SagaUpdate<'_>]) -> sqlx::Result<()> {
+pub(super) async fn rearm_in(tx: &mut Tx<'_>, changes: &[SagaUpdate<'_>]) -> sqlx::Result<()> {
     let set: Vec<&SagaUpdate<'_>> = changes.iter().filter(|c| c.due == Due::Set).collect();
     if set.is_empty() {
         return Ok(());
@@ -89,7 +94,7 @@ pub(super) struct SagaCounts {
 
 /// Counts sagas that have not ended. The timers take known sagas at once when they are due, so `overdue` reads few
 /// rows.
-pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<SagaCounts> {
+pub(super) async fn count_in(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<SagaCounts> {
     let active = sqlx::query_as("select definition, status, count(*) from saga_due group by definition, status");
     let active = active.fetch_all(&mut **tx).await?;
     let overdue = sqlx::query_scalar(
@@ -113,7 +118,7 @@ pub(super) async fn count(tx: &mut Tx<'_>, known: &Known) -> sqlx::Result<SagaCo
 }
 
 /// The saga that has been due for longest, whichever replica can decide it, and since when.
-pub(super) async fn oldest(tx: &mut Tx<'_>) -> sqlx::Result<Option<Overdue>> {
+pub(super) async fn oldest_in(tx: &mut Tx<'_>) -> sqlx::Result<Option<Overdue>> {
     sqlx::query_as(
         "select saga_id, due_at from saga_due where due_at <= statement_timestamp() order by due_at, saga_id limit 1",
     )
@@ -122,7 +127,7 @@ pub(super) async fn oldest(tx: &mut Tx<'_>) -> sqlx::Result<Option<Overdue>> {
 }
 
 /// Which of these sagas, put off or not, should have been decided by now, and since when.
-pub(super) async fn waiting(tx: &mut Tx<'_>, sagas: &[Uuid]) -> sqlx::Result<Vec<Overdue>> {
+pub(super) async fn overdue_in(tx: &mut Tx<'_>, sagas: &[Uuid]) -> sqlx::Result<Vec<Overdue>> {
     sqlx::query_as("select saga_id, armed_at from saga where saga_id = any($1) and armed_at <= statement_timestamp()")
         .bind(sagas)
         .fetch_all(&mut **tx)
@@ -130,7 +135,12 @@ pub(super) async fn waiting(tx: &mut Tx<'_>, sagas: &[Uuid]) -> sqlx::Result<Vec
 }
 
 /// Sagas that are due, without a lock: for taking them one by one.
-pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit: i64) -> sqlx::Result<Vec<Uuid>> {
+pub(super) async fn due_ids_in(
+    tx: &mut Tx<'_>,
+    known: &Known,
+    backlog: &Backlog,
+    limit: i64,
+) -> sqlx::Result<Vec<Uuid>> {
     sqlx::query_scalar(
         "select d.saga_id
            from saga_due d
@@ -155,7 +165,7 @@ pub(super) async fn ids(tx: &mut Tx<'_>, known: &Known, backlog: &Backlog, limit
 }
 
 /// Makes sagas due again after `wait`, whatever their states say.
-pub(super) async fn put_off(tx: &mut Tx<'_>, sagas: &[SagaId], wait: Duration) -> sqlx::Result<()> {
+pub(super) async fn put_off_in(tx: &mut Tx<'_>, sagas: &[SagaId], wait: Duration) -> sqlx::Result<()> {
     sqlx::query("update saga_due set due_at = clock_timestamp() + make_interval(secs => $2) where saga_id = any($1)")
         .bind(sagas.iter().map(|saga| saga.0).collect::<Vec<_>>())
         .bind(clock::seconds(wait))

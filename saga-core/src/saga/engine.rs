@@ -95,12 +95,12 @@ impl Engine {
     /// # Errors
     /// When this engine does not know the saga's definition, cannot read its row, or the database returns an error.
     pub async fn cancel_in(&self, tx: &mut Tx<'_>, id: SagaId, reason: &str) -> Result<Cancelled, CancelError> {
-        let Some(locked) = store::load(tx, &[id]).await?.pop() else { return Ok(Cancelled::Unknown) };
+        let Some(locked) = store::load_in(tx, &[id]).await?.pop() else { return Ok(Cancelled::Unknown) };
         let (definition, row) = self.read(locked)?;
         let reason = text(reason);
         let event = Event::Cancel { reason: reason.clone() };
         let cancel = PendingEvent { event, what: LogEvent::Cancel { reason }, cause: None, kind: None, flaw: None };
-        Ok(match self.decide_one(tx, definition, row, cancel).await? {
+        Ok(match self.decide_one_in(tx, definition, row, cancel).await? {
             Verdict::Taken => Cancelled::Accepted,
             Verdict::Ignored(Ignored::AlreadyCompensating) => Cancelled::AlreadyCancelling,
             Verdict::Ignored(Ignored::PastThePivot) => Cancelled::TooLate,
@@ -113,7 +113,7 @@ impl Engine {
     /// # Errors
     /// When the database returns an error.
     pub async fn lock_in(&self, tx: &mut Tx<'_>, id: SagaId) -> Result<(), sqlx::Error> {
-        store::load(tx, &[id]).await.map(drop)
+        store::load_in(tx, &[id]).await.map(drop)
     }
 
     /// Gives a stuck saga a fresh start, in a transaction of its own. `expected` is the revision that the operator saw.
@@ -126,7 +126,7 @@ impl Engine {
 
     async fn retry_once(&self, id: SagaId, expected: i32, reason: &str, actor: &str) -> Result<(), RetryError> {
         let mut tx = self.begin().await?;
-        let locked = store::load(&mut tx, &[id]).await?.pop().ok_or(RetryError::Unknown(id))?;
+        let locked = store::load_in(&mut tx, &[id]).await?.pop().ok_or(RetryError::Unknown(id))?;
         if locked.revision != expected {
             return Err(RetryError::Revision { expected, found: locked.revision });
         }
@@ -134,7 +134,7 @@ impl Engine {
         let status = row.state.status.as_str();
         let what = LogEvent::Retry { reason: text(reason), actor: text(actor) };
         let retry = PendingEvent { event: Event::Retry, what, cause: None, kind: None, flaw: None };
-        match self.decide_one(&mut tx, definition, row, retry).await? {
+        match self.decide_one_in(&mut tx, definition, row, retry).await? {
             Verdict::Taken => {}
             Verdict::Ignored(_) => return Err(RetryError::NotStuck(status.to_owned())),
         }
@@ -146,7 +146,7 @@ impl Engine {
         ReplyHandler { engine: Arc::clone(self) }
     }
 
-    async fn decide_one(
+    async fn decide_one_in(
         &self,
         tx: &mut Tx<'_>,
         definition: Arc<Definition>,
@@ -155,7 +155,7 @@ impl Engine {
     ) -> Result<Verdict, sqlx::Error> {
         let loaded = LoadedSaga::new(definition, row, VecDeque::from([event]));
         let mut batch = SagaBatch::new(self, vec![loaded]);
-        batch.run(tx).await.map_err(BatchError::into_database)?;
+        batch.run_in(tx).await.map_err(BatchError::into_database)?;
         let verdict = batch.sagas.first().and_then(|loaded| loaded.verdicts.first()).copied();
         verdict.ok_or(sqlx::Error::RowNotFound)
     }
@@ -211,7 +211,7 @@ impl Engine {
     pub(super) fn find(&self, name: &str, version: i32, fingerprint: &str) -> Option<Arc<Definition>> {
         let version = u32::try_from(version).ok()?;
         let definition = self.definitions.get(&(name.to_owned(), version))?;
-        let known = (1..=FORMAT).any(|format| definition.fingerprint_in(format) == fingerprint);
+        let known = (1..=FORMAT).any(|format| definition.fingerprint_of_format(format) == fingerprint);
         known.then(|| Arc::clone(definition))
     }
 
@@ -319,7 +319,7 @@ impl EngineBuilder {
             for format in 1..=FORMAT {
                 known.definitions.push(definition.name().to_owned());
                 known.versions.push(version_of(&definition));
-                known.fingerprints.push(definition.fingerprint_in(format));
+                known.fingerprints.push(definition.fingerprint_of_format(format));
             }
             let key = (definition.name().to_owned(), definition.version());
             if let Some(twice) = defined.insert(key, definition) {

@@ -56,7 +56,7 @@ impl Handler for ReplyHandler {
             }
         }
         HandleError::unfit(unfit)?;
-        self.engine.take_replies(tx, replies).await.map_err(|error| match error {
+        self.engine.take_replies_in(tx, replies).await.map_err(|error| match error {
             BatchError::Database(error) => HandleError::Database(error),
             BatchError::Effect(error) => HandleError::Failed(error),
             BatchError::Poison(why, Some(message)) => HandleError::Poison(why).of(message),
@@ -69,7 +69,7 @@ impl Handler for ReplyHandler {
         true
     }
 
-    // True: the last statement is `store::update`, whose error is returned. Local effects before it run in savepoints,
+    // True: the last statement is `store::update_in`, whose error is returned. Local effects before it run in savepoints,
     // and PostgreSQL refuses to release a savepoint after a swallowed error.
     fn ends_with_a_statement(&self) -> bool {
         true
@@ -204,7 +204,7 @@ pub fn divide<S, U>(read: impl IntoIterator<Item = Result<S, U>>) -> (Vec<S>, Ve
 
 impl Engine {
     /// Decides replies in the caller's transaction. Several replies to one saga are taken in their order.
-    pub(super) async fn take_replies(
+    pub(super) async fn take_replies_in(
         &self,
         tx: &mut Tx<'_>,
         replies: Vec<IncomingReply<'_>>,
@@ -214,7 +214,7 @@ impl Engine {
             by_saga.entry(reply.headers.saga).or_default().push(reply);
         }
         let ids: Vec<SagaId> = by_saga.keys().copied().collect();
-        let rows = store::load(tx, &ids).await?;
+        let rows = store::load_in(tx, &ids).await?;
         fail_point!("saga.after-load", self.reply_topic());
         let (readable, unread) = divide(rows.into_iter().map(|locked| self.read(locked)));
         let mut replies_of = |saga| by_saga.remove(&saga).unwrap_or_default().into_iter();
@@ -243,9 +243,9 @@ impl Engine {
             );
         }
         if !aside.is_empty() {
-            store::set_aside(tx, &aside).await?;
+            store::set_aside_in(tx, &aside).await?;
         }
-        SagaBatch::new(self, sagas).run(tx).await?;
+        SagaBatch::new(self, sagas).run_in(tx).await?;
         fail_point!("saga.after-store", self.reply_topic());
         Ok(())
     }
@@ -253,7 +253,7 @@ impl Engine {
     /// Lets time pass for sagas that were claimed; returns for how many something was due. The claim is in vain if
     /// another replica settled the row between the look at `saga_due` and the lock. A row that cannot be read is put
     /// off.
-    pub(super) async fn take_due(
+    pub(super) async fn take_due_in(
         &self,
         tx: &mut Tx<'_>,
         rows: Vec<Locked>,
@@ -270,11 +270,11 @@ impl Engine {
         if !unread.is_empty() {
             unread.iter().for_each(|unread| measure::unread(unread, "what is due for it is put off for a minute"));
             let put_off: Vec<_> = unread.iter().map(|unread| unread.locked.saga).collect();
-            due::put_off(tx, &put_off, PUT_OFF).await?;
+            due::put_off_in(tx, &put_off, PUT_OFF).await?;
             self.timers_health().puts_off(put_off.iter().map(|saga| saga.0));
         }
         let mut batch = SagaBatch::new(self, sagas);
-        batch.run(tx).await?;
+        batch.run_in(tx).await?;
         Ok(batch.sagas.iter().flat_map(|loaded| &loaded.verdicts).filter(|verdict| **verdict == Verdict::Taken).count())
     }
 }

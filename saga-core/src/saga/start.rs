@@ -53,9 +53,9 @@ impl Engine {
             clock::hear(&mut **tx).await?;
         }
         let new = self.prepare(id, saga, input, business_key)?;
-        match self.insert(tx, &[&new], &[]).await?.is_empty() {
+        match self.insert_in(tx, &[&new], &[]).await?.is_empty() {
             true => Err(StartError::Exists),
-            false => self.follow(tx, &new).await,
+            false => self.run_first_in(tx, &new).await,
         }
     }
 
@@ -95,10 +95,10 @@ impl Engine {
 
     async fn start_one(&self, new: &New) -> Result<(), StartError> {
         let mut tx = self.begin().await?;
-        if self.insert(&mut tx, &[new], &[]).await?.is_empty() {
+        if self.insert_in(&mut tx, &[new], &[]).await?.is_empty() {
             return Err(StartError::Exists);
         }
-        self.follow(&mut tx, new).await?;
+        self.run_first_in(&mut tx, new).await?;
         fail_point!("saga.before-start", self.reply_topic());
         Ok(tx.commit_within_its_edges().await?)
     }
@@ -122,18 +122,18 @@ impl Engine {
     }
 
     /// Inserts sagas and returns the ids of those that are new. Of `commands` only theirs are sent.
-    pub(super) async fn insert(
+    pub(super) async fn insert_in(
         &self,
         tx: &mut Tx<'_>,
         set: &[&New],
         commands: &[NewMessage],
     ) -> Result<HashSet<SagaId>, StartError> {
         let rows: Vec<NewSaga<'_>> = set.iter().map(|new| new.row()).collect();
-        Ok(store::insert(tx, &rows, commands, clock::now()).await?.into_iter().collect())
+        Ok(store::insert_in(tx, &rows, commands, clock::now()).await?.into_iter().collect())
     }
 
     /// Does what follows a new saga's row: its local effects and its first command.
-    async fn follow(&self, tx: &mut Tx<'_>, new: &New) -> Result<(), StartError> {
+    async fn run_first_in(&self, tx: &mut Tx<'_>, new: &New) -> Result<(), StartError> {
         for step in &new.locals {
             let name = &new.definition.steps()[*step].name;
             let call = LocalCall { saga: new.state.saga, name, input: &new.input, failure: None };
@@ -215,7 +215,7 @@ impl New {
         NewSaga {
             definition: self.definition.name(),
             version: version_of(&self.definition),
-            fingerprint: self.definition.fingerprint_in(self.state.format),
+            fingerprint: self.definition.fingerprint_of_format(self.state.format),
             business_key: &self.business_key,
             state: &self.state,
             input: &self.input,

@@ -171,7 +171,7 @@ impl Engine {
     async fn start_set(&self, connection: &mut PgConnection, set: &[&New]) -> Result<HashSet<SagaId>, StartError> {
         let commands: Vec<_> = set.iter().filter_map(|new| new.message().cloned()).collect();
         let mut tx = connection.begin_with(AssertSqlSafe(self.bound().with_lock(LOCK_MAX).begin_sql(""))).await?;
-        let started = self.insert(&mut tx, set, &commands).await?;
+        let started = self.insert_in(&mut tx, set, &commands).await?;
         fail_point!("saga.before-start", self.reply_topic());
         tx.commit().await?;
         Ok(started)

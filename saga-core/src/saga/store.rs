@@ -122,7 +122,7 @@ pub(super) struct Known {
 
 /// Inserts sagas that do not exist yet, with the first line of their logs, their due times and their commands; returns
 /// those that were new. A command's key is its saga's id.
-pub(super) async fn insert(
+pub(super) async fn insert_in(
     tx: &mut Tx<'_>,
     sagas: &[NewSaga<'_>],
     commands: &[NewMessage],
@@ -177,7 +177,7 @@ pub(super) async fn insert(
 }
 
 /// Locks and loads sagas, in the order of their ids. Ids without a saga are not in the answer.
-pub(super) async fn load(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Locked>> {
+pub(super) async fn load_in(tx: &mut Tx<'_>, ids: &[SagaId]) -> sqlx::Result<Vec<Locked>> {
     let ids: Vec<Uuid> = ids.iter().map(|id| id.0).collect();
     let asked = clock::monotonic();
     let rows = sqlx::query(
@@ -246,7 +246,7 @@ pub(super) fn state(row: &PgRow) -> sqlx::Result<State> {
 
 /// Writes sagas back, each under the revision that it was loaded with, appends `events` to their logs and `messages` to
 /// the outbox. Sagas that ended leave `saga_due`. One statement: each costs a round trip while the locks are held.
-pub(super) async fn update(
+pub(super) async fn update_in(
     tx: &mut Tx<'_>,
     changes: &[SagaUpdate<'_>],
     events: &[Event<'_>],
@@ -298,11 +298,11 @@ pub(super) async fn update(
         let wanted = changes.len();
         return Err(sqlx::Error::InvalidArgument(format!("{updated} of {wanted} locked sagas were at their revision")));
     }
-    due::rearm(tx, changes).await
+    due::rearm_in(tx, changes).await
 }
 
 /// The unexpected replies in the logs of `sagas`, one of each kind. A batch asks only when it has such a reply.
-pub(super) async fn unexpected_replies(
+pub(super) async fn load_unexpected_replies_in(
     tx: &mut Tx<'_>,
     sagas: &[SagaId],
 ) -> sqlx::Result<HashMap<SagaId, Vec<LogEntry>>> {
@@ -328,7 +328,7 @@ pub(super) async fn unexpected_replies(
 
 /// Keeps replies for a replica that can decide them. `received_at` of one that is put off is when it may be tried
 /// again.
-pub(super) async fn set_aside(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::Result<()> {
+pub(super) async fn set_aside_in(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::Result<()> {
     let text = |of: fn(&Undecided) -> String| replies.iter().map(of).collect::<Vec<String>>();
     sqlx::query(
         "insert into saga_undecided (message_id, saga_id, definition, version, fingerprint, step, op, command_id,
@@ -361,7 +361,7 @@ pub(super) async fn set_aside(tx: &mut Tx<'_>, replies: &[Undecided]) -> sqlx::R
 
 /// Takes replies that were set aside and that this replica can decide, in the order of their arrival. Replies with an
 /// `op` or outcome that this build does not know stay where they are.
-pub(super) async fn take_undecided(
+pub(super) async fn take_undecided_in(
     tx: &mut Tx<'_>,
     known: &Known,
     limit: i64,
@@ -399,7 +399,7 @@ pub(super) async fn take_undecided(
 }
 
 /// Tries a reply that was set aside again after `wait`.
-pub(super) async fn put_off_undecided(tx: &mut Tx<'_>, message: MessageId, wait: Duration) -> sqlx::Result<()> {
+pub(super) async fn put_off_undecided_in(tx: &mut Tx<'_>, message: MessageId, wait: Duration) -> sqlx::Result<()> {
     sqlx::query(
         "update saga_undecided set received_at = clock_timestamp() + make_interval(secs => $2) where message_id = $1",
     )

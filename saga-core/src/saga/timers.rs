@@ -120,10 +120,10 @@ impl Engine {
 
     async fn tick_due(&self) -> Result<usize, BatchError> {
         let mut tx = self.begin_waiting(LOCK_MAX).await?;
-        let backlog = self.backlog(&mut tx).await?;
-        let rows = due::claim(&mut tx, self.known(), &backlog, BATCH_MAX).await?;
+        let backlog = self.read_backlog_in(&mut tx).await?;
+        let rows = due::claim_in(&mut tx, self.known(), &backlog, BATCH_MAX).await?;
         let all = rows.len() < BATCH_MAX as usize;
-        let due = if rows.is_empty() { 0 } else { self.take_due(&mut tx, rows, &backlog).await? };
+        let due = if rows.is_empty() { 0 } else { self.take_due_in(&mut tx, rows, &backlog).await? };
         if due == 0 {
             tx.commit_quietly().await?;
         } else {
@@ -160,15 +160,15 @@ impl Engine {
 
     async fn due_ids(&self) -> Result<(Vec<Uuid>, Backlog), sqlx::Error> {
         let mut tx = self.begin().await?;
-        let backlog = self.backlog(&mut tx).await?;
-        let ids = due::ids(&mut tx, self.known(), &backlog, BATCH_MAX).await?;
+        let backlog = self.read_backlog_in(&mut tx).await?;
+        let ids = due::due_ids_in(&mut tx, self.known(), &backlog, BATCH_MAX).await?;
         tx.commit_quietly().await?;
         Ok((ids, backlog))
     }
 
     async fn put_off(&self, saga: SagaId, wait: Duration) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
-        due::put_off(&mut tx, &[saga], wait).await?;
+        due::put_off_in(&mut tx, &[saga], wait).await?;
         tx.commit_quietly().await?;
         self.timers_health().puts_off([saga.0]);
         Ok(())
@@ -176,8 +176,8 @@ impl Engine {
 
     async fn tick_one(&self, saga: SagaId, backlog: &Backlog) -> Result<(), BatchError> {
         let mut tx = self.begin_waiting(LOCK_MAX).await?;
-        let rows = store::load(&mut tx, &[saga]).await?;
-        let decided = self.take_due(&mut tx, rows, backlog).await?;
+        let rows = store::load_in(&mut tx, &[saga]).await?;
+        let decided = self.take_due_in(&mut tx, rows, backlog).await?;
         tx.commit().await?;
         self.timers_health().decided(decided);
         Ok(())
@@ -196,15 +196,16 @@ impl Engine {
 
     async fn put_off_undecided(&self, message: MessageId, wait: Duration) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
-        store::put_off_undecided(&mut tx, message, wait).await?;
+        store::put_off_undecided_in(&mut tx, message, wait).await?;
         tx.commit_quietly().await
     }
 
     async fn take_undecided(&self) -> Result<usize, BatchError> {
         let mut tx = self.begin_waiting(LOCK_MAX).await?;
-        let replies = store::take_undecided(&mut tx, self.known(), BATCH_MAX, None).await?;
+        let replies = store::take_undecided_in(&mut tx, self.known(), BATCH_MAX, None).await?;
         if !replies.is_empty() {
-            let taken = self.take_replies(&mut tx, replies.iter().map(IncomingReply::from_undecided).collect()).await;
+            let taken =
+                self.take_replies_in(&mut tx, replies.iter().map(IncomingReply::from_undecided).collect()).await;
             if let Err(error) = taken {
                 // The rollback comes now: the rows are passed over while this transaction has them locked.
                 tx.rollback().await?;
@@ -219,7 +220,7 @@ impl Engine {
     /// cannot be understood.
     async fn take_undecided_one_by_one(&self) -> Result<usize, sqlx::Error> {
         let mut tx = self.begin().await?;
-        let replies = store::take_undecided(&mut tx, self.known(), BATCH_MAX, None).await?;
+        let replies = store::take_undecided_in(&mut tx, self.known(), BATCH_MAX, None).await?;
         tx.rollback().await?;
         for reply in &replies {
             match self.within(self.take_undecided_one(reply)).await {
@@ -240,9 +241,9 @@ impl Engine {
     /// again.
     async fn take_undecided_one(&self, reply: &Undecided) -> Result<(), BatchError> {
         let mut tx = self.begin_waiting(LOCK_MAX).await?;
-        let replies = store::take_undecided(&mut tx, self.known(), 1, Some(reply.message)).await?;
+        let replies = store::take_undecided_in(&mut tx, self.known(), 1, Some(reply.message)).await?;
         let mut attempt = sqlx::Acquire::begin(&mut *tx).await?;
-        match self.take_replies(&mut attempt, replies.iter().map(IncomingReply::from_undecided).collect()).await {
+        match self.take_replies_in(&mut attempt, replies.iter().map(IncomingReply::from_undecided).collect()).await {
             Ok(()) => attempt.commit().await?,
             Err(BatchError::Poison(why, _)) => {
                 attempt.rollback().await?;
@@ -274,14 +275,14 @@ impl Engine {
     async fn overdue(&self) -> Result<(Option<Overdue>, Vec<Overdue>), sqlx::Error> {
         let put_off = self.timers_health().were_put_off();
         let mut tx = self.begin().await?;
-        let overdue = (due::oldest(&mut tx).await?, due::waiting(&mut tx, &put_off).await?);
+        let overdue = (due::oldest_in(&mut tx).await?, due::overdue_in(&mut tx, &put_off).await?);
         tx.commit_quietly().await?;
         Ok(overdue)
     }
 
     async fn count(&self) -> Result<(), sqlx::Error> {
         let mut tx = self.begin().await?;
-        measure::counted(&due::count(&mut tx, self.known()).await?, &self.known().definitions);
+        measure::counted(&due::count_in(&mut tx, self.known()).await?, &self.known().definitions);
         tx.commit_quietly().await
     }
 }

@@ -73,7 +73,7 @@ impl AdminAuth {
     ///
     /// # Errors
     /// Why the request has no role.
-    pub fn let_in(&self, request: &Request) -> Result<Role, NotLetIn> {
+    pub fn admit(&self, request: &Request) -> Result<Role, NotLetIn> {
         let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let token = shown.and_then(|value| {
             let (scheme, token) = value.split_once(' ')?;
@@ -159,7 +159,7 @@ fn render(health: &Health, metrics: &PrometheusHandle) -> Response {
 
 async fn authorize(State(auth): State<AdminAuth>, mut request: Request, next: Next) -> Response {
     let looks = matches!(*request.method(), Method::GET | Method::HEAD);
-    match auth.let_in(&request) {
+    match auth.admit(&request) {
         Err(NotLetIn::TooMany) => too_many_wrong().into_response(),
         Err(NotLetIn::Unknown) => {
             let problem = Problem::new(StatusCode::UNAUTHORIZED, "unauthorized", "A bearer token is needed");

@@ -15,7 +15,7 @@ use sqlx::Acquire;
 use std::collections::HashMap;
 
 /// Writes the outcome of a claim: its fence, and the reply.
-pub(super) async fn write(
+pub(super) async fn write_in(
     tx: &mut Tx<'_>,
     claim: &ClaimedIntent,
     fences: &HashMap<FenceKey, Fence>,
@@ -29,11 +29,11 @@ pub(super) async fn write(
             outcome = outcome.as_str(), "an answer cannot be sent: it stands in the fence alone");
     });
     let replies = if unsendable.is_ok() { vec![reply] } else { Vec::new() };
-    Ok(store::write_fences(tx, fences, &replies).await.map_err(HandleError::from)?)
+    Ok(store::write_fences_in(tx, fences, &replies).await.map_err(HandleError::from)?)
 }
 
 /// Records under a savepoint, so that `Failed` leaves no writes.
-pub(super) async fn record(
+pub(super) async fn record_in(
     tx: &mut Tx<'_>,
     entry: &dyn CommandEntry,
     intent: StoredIntent,

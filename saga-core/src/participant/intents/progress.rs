@@ -128,14 +128,14 @@ impl Intents {
 
     async fn counts(&self) -> Result<Vec<(String, i64)>, sqlx::Error> {
         let mut tx = self.begin().await?;
-        let counts = queue::counts(&mut tx).await?;
+        let counts = queue::count_in(&mut tx).await?;
         tx.commit_quietly().await?;
         Ok(counts)
     }
 
     async fn oldest(&self) -> Result<Option<Oldest>, sqlx::Error> {
         let mut tx = self.begin().await?;
-        let oldest = queue::oldest(&mut tx).await?;
+        let oldest = queue::oldest_in(&mut tx).await?;
         tx.commit_quietly().await?;
         Ok(oldest)
     }
