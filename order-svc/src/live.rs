@@ -15,6 +15,7 @@ use contracts::OrderId;
 use saga_core::{
     consumer::{Handler, Then},
     http::count_refused,
+    outage::Wait,
 };
 use sqlx::PgPool;
 use std::{
@@ -195,19 +196,20 @@ impl LiveOrders {
 
     /// Takes turns until `token` is cancelled.
     pub async fn run(&self, token: CancellationToken) {
-        let mut failing = false;
+        let wait = Wait::default();
         while !token.is_cancelled() {
             let pause = match self.run_once().await {
                 Ok(_) if self.lock().orders.is_empty() => None,
                 Ok(_) => {
-                    failing = false;
+                    if wait.ends() {
+                        tracing::info!("live order views go on");
+                    }
                     Some((TURN_MIN, TURN_EVERY))
                 }
                 Err(error) => {
-                    if !failing {
+                    if wait.begins() {
                         tracing::warn!(%error, "live order views stand still until the database answers");
                     }
-                    failing = true;
                     Some((AFTER_FAILURE, AFTER_FAILURE))
                 }
             };

@@ -1,29 +1,31 @@
 //! Whether the brokers answer. It is this process's own view, which a restart forms anew, from the first report on.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use saga_core::outage::Wait;
+use std::sync::atomic::AtomicBool;
 use tracing::{info, warn};
 
-/// Whether the brokers are away, by the producer's last report.
+/// Whether the brokers are away, by the producer's last report. The producer of one outbox sees this, and sends again at
+/// the first report that they are back; so it is no `Outage`, which waits for calm.
 #[derive(Debug, Default)]
 pub(crate) struct Brokers {
-    away: AtomicBool,
+    away: Wait,
     /// Whether a task is asking the brokers.
     pub(crate) asking: AtomicBool,
 }
 
 impl Brokers {
     pub(crate) fn are_away(&self) -> bool {
-        self.away.load(Ordering::Relaxed)
+        self.away.goes_on()
     }
 
     pub(crate) fn gone(&self, outbox: &str, reason: &str) {
-        if !self.away.swap(true, Ordering::Relaxed) {
+        if self.away.begins() {
             warn!(outbox, reason, "Kafka is not there; waiting for it, nothing is lost");
         }
     }
 
     pub(crate) fn back(&self, outbox: &str) {
-        if self.away.load(Ordering::Relaxed) && self.away.swap(false, Ordering::Relaxed) {
+        if self.away.ends() {
             info!(outbox, "Kafka is there again");
         }
     }

@@ -21,7 +21,10 @@ use crate::{
 use sqlx::PgPool;
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -219,6 +222,39 @@ impl Outage {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Away>> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A wait that is logged when it begins and when it ends, once each, however often the task tries meanwhile. It ends at
+/// the first answer, so it is for a task that goes on then, such as a start. What several parts report is an
+/// [`Outage`].
+///
+/// ```
+/// use saga_core::outage::Wait;
+///
+/// let wait = Wait::default();
+/// assert!(!wait.ends(), "it has not begun");
+/// assert!(wait.begins() && !wait.begins(), "the first failure is logged");
+/// assert!(wait.goes_on() && wait.ends() && !wait.ends(), "and so is the end");
+/// ```
+#[derive(Debug, Default)]
+pub struct Wait(AtomicBool);
+
+impl Wait {
+    /// Reports a failure; returns whether it begins the wait.
+    pub fn begins(&self) -> bool {
+        !self.0.swap(true, Ordering::Relaxed)
+    }
+
+    /// Reports an answer; returns whether it ends a wait.
+    pub fn ends(&self) -> bool {
+        self.goes_on() && self.0.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether the last report was a failure.
+    #[must_use]
+    pub fn goes_on(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
     }
 }
 

@@ -18,6 +18,7 @@ use crate::{
     },
 };
 use futures::FutureExt as _;
+use saga_core::outage::Wait;
 use std::{
     any::Any,
     panic::AssertUnwindSafe,
@@ -142,19 +143,18 @@ fn shared(
 
 /// Waits until a broker answers, and logs that once; false when the process stops first.
 async fn wait_for_kafka(outbox: &Outbox, stop: &CancellationToken) -> bool {
-    let mut said = false;
+    let wait = Wait::default();
     while !outbox.topics.reachable().await {
-        if !said {
+        if wait.begins() {
             warn!(outbox = outbox.name, brokers = outbox.brokers, "waiting for Kafka");
             outbox.status.kafka_is_away();
-            said = true;
         }
         tokio::select! {
             () = stop.cancelled() => return false,
             () = tokio::time::sleep(Duration::from_millis(500)) => {}
         }
     }
-    if said {
+    if wait.ends() {
         info!(outbox = outbox.name, "Kafka is there");
     }
     outbox.status.publishing();

@@ -8,6 +8,7 @@
 use super::config::DatabaseSettings;
 use crate::{
     error_class::{is_current, is_outage},
+    outage::Wait,
     retry::Backoff,
 };
 use sqlx::{
@@ -105,18 +106,17 @@ pub(super) fn prepare(options: &PgConnectOptions, application: &str) -> PgConnec
 /// Opens one connection, as soon as the database takes it.
 pub(super) async fn wait_for(options: &PgConnectOptions) -> Result<PgConnection, Error> {
     let mut delays = WAIT.delays();
-    let mut said = false;
+    let wait = Wait::default();
     loop {
         match PgConnection::connect_with(options).await {
             Ok(connection) => {
-                if said {
+                if wait.ends() {
                     tracing::info!("the database is there");
                 }
                 return Ok(connection);
             }
             Err(error) if is_outage(&error) => {
-                if !said {
-                    said = true;
+                if wait.begins() {
                     let socket = options.get_socket().map(|socket| socket.display().to_string());
                     let (host, port) = (socket.as_deref().unwrap_or(options.get_host()), options.get_port());
                     tracing::warn!(host, port, %error, "waiting for the database");

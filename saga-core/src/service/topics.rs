@@ -8,6 +8,7 @@
 use super::config::KafkaSettings;
 use crate::{
     brokers::{Inquirer, Quiet},
+    outage::Wait,
     part::{Cause, HealthIssue},
     retry::Backoff,
     topic::{Cleanup, Topic, dead_letter_topic},
@@ -109,11 +110,11 @@ pub(super) async fn ensure_and_tell(
     let brokers = Inquirer::new(&settings.brokers, "topics")?;
     let wanted: Vec<Wanted> = declared.iter().flat_map(Wanted::pair).collect();
     let mut delays = WAIT.delays();
-    let mut said = false;
+    let wait = Wait::default();
     loop {
         match attempt(&brokers, settings, &wanted).await {
             Ok(report) => {
-                if said {
+                if wait.ends() {
                     tracing::info!("Kafka is there");
                 }
                 for Mismatch { topic, setting, declared, actual } in &report.mismatches {
@@ -124,8 +125,7 @@ pub(super) async fn ensure_and_tell(
             Err(TopicError::Kafka(error)) => {
                 brokers.unanswered(&error);
                 tell(HealthIssue::new(Cause::KafkaAway, error.to_string()));
-                if !said {
-                    said = true;
+                if wait.begins() {
                     tracing::warn!(brokers = settings.brokers, %error, "waiting for Kafka");
                 }
                 tokio::time::sleep(delays.next().unwrap_or(WAIT.max)).await;
