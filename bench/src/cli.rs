@@ -1,6 +1,6 @@
 //! What is run, and how long.
 
-use crate::{contract::Layout, machine::ServerArgs, role::Role};
+use crate::{contract::Layout, machine::ServerArgs, role::RoleArgs};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -37,7 +37,7 @@ pub enum Verb {
     Sagas,
     /// A process of a run; started by the bench itself
     #[command(hide = true)]
-    Role(Role),
+    Role(RoleArgs),
 }
 
 /// The relay's drain.

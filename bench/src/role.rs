@@ -3,7 +3,7 @@
 
 use crate::{contract::Layout, databases::Database, machine::Machine, orchestrator, participants};
 use clap::{Args, Subcommand, ValueEnum as _};
-use outbox_relay::{OutboxSettings, Settings};
+use outbox_relay::{OutboxSettings, RelaySettings};
 use saga_core::service::telemetry::{self, TelemetrySettings};
 use sqlx::postgres::PgConnectOptions;
 use stack::process::{Process, Spec};
@@ -18,7 +18,7 @@ const DATABASES: &str = "BENCH_DATABASES";
 
 /// A process of a run.
 #[derive(Clone, Args)]
-pub struct Role {
+pub struct RoleArgs {
     /// Kafka.
     #[arg(long)]
     pub kafka: String,
@@ -73,7 +73,7 @@ pub enum Part {
 }
 
 /// Plays a role until SIGTERM, with the telemetry that every service has.
-pub async fn play(role: &Role) -> anyhow::Result<()> {
+pub async fn play(role: &RoleArgs) -> anyhow::Result<()> {
     let _telemetry = telemetry::init(&TelemetrySettings::default(), "bench")?;
     let stop = saga_core::service::shutdown::token();
     match &role.part {
@@ -93,7 +93,7 @@ async fn relay(kafka: &str, outboxes: &[String], compression: &str, stop: Cancel
         Ok(OutboxSettings { name: name.to_owned(), database: PgConnectOptions::from_str(url)? })
     });
     let outboxes = outboxes.collect::<Result<_, sqlx::Error>>()?;
-    let settings = Settings { compression: compression.to_owned(), ..Settings::new(kafka, outboxes) };
+    let settings = RelaySettings { compression: compression.to_owned(), ..RelaySettings::new(kafka, outboxes) };
     Ok(outbox_relay::run(settings, stop).await?)
 }
 

@@ -1,7 +1,7 @@
 //! A customer's actions: orders, cancellations, looks. Also a shop's actions before: items and stock.
 
 use crate::{
-    audit::{Answer, Request},
+    audit::{PostAnswer, Request},
     platform::{Platform, SETTLED_WITHIN},
 };
 use contracts::topics::PAYMENTS_COMMANDS;
@@ -97,7 +97,7 @@ impl Platform {
     /// When the order is refused, or there is no answer for a long time.
     pub async fn place(&self, wish: &Wish) -> Uuid {
         match self.ask(wish).await {
-            Answer::Accepted(order) => order,
+            PostAnswer::Accepted(order) => order,
             other => panic!("{wish:?}: {other:?}"),
         }
     }
@@ -108,12 +108,12 @@ impl Platform {
     }
 
     /// Places an order, and notes the answer for the audit.
-    pub async fn ask(&self, wish: &Wish) -> Answer {
+    pub async fn ask(&self, wish: &Wish) -> PostAnswer {
         let key = unique("order");
         let answered = within(REPEATED_FOR, || async {
             match self.ask_once(wish, &key).await {
                 // The request is in flight, or something is out of order: the same request again brings the answer.
-                unsure @ (Answer::Unknown | Answer::Refused(409 | 500..=599)) => Err(unsure),
+                unsure @ (PostAnswer::Unknown | PostAnswer::Refused(409 | 500..=599)) => Err(unsure),
                 answer => Ok(answer),
             }
         });
@@ -122,18 +122,18 @@ impl Platform {
         answer
     }
 
-    async fn ask_once(&self, wish: &Wish, key: &str) -> Answer {
+    async fn ask_once(&self, wish: &Wish, key: &str) -> PostAnswer {
         let url = format!("{}/v1/orders", self.stack.url(Service::Orders));
         let mut request = self.http.post(url).header("idempotency-key", key).json(&wish.body());
         if let Some(traceparent) = &wish.traceparent {
             request = request.header("traceparent", traceparent);
         }
-        let Ok(answer) = request.send().await else { return Answer::Unknown };
+        let Ok(answer) = request.send().await else { return PostAnswer::Unknown };
         let status = answer.status();
-        let Ok(body) = answer.json::<Value>().await else { return Answer::Unknown };
+        let Ok(body) = answer.json::<Value>().await else { return PostAnswer::Unknown };
         match body["id"].as_str().and_then(|id| id.parse().ok()) {
-            Some(order) if status.is_success() => Answer::Accepted(order),
-            _ => Answer::Refused(status.as_u16()),
+            Some(order) if status.is_success() => PostAnswer::Accepted(order),
+            _ => PostAnswer::Refused(status.as_u16()),
         }
     }
 

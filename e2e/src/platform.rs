@@ -8,7 +8,7 @@
 //! processes.
 
 use crate::{
-    audit::{Answer, Expectations, Facts, Finding, Sources, audit},
+    audit::{Expectations, Facts, Finding, PostAnswer, Sources, audit},
     topics::ECHO,
 };
 use anyhow::Result;
@@ -294,7 +294,7 @@ impl Platform {
 
     /// How many requests were accepted so far.
     pub fn accepted(&self) -> usize {
-        self.expected().requests.iter().filter(|request| matches!(request.answer, Answer::Accepted(_))).count()
+        self.expected().requests.iter().filter(|request| matches!(request.answer, PostAnswer::Accepted(_))).count()
     }
 }
 

@@ -5,7 +5,7 @@
 
 use crate::{
     domain::{BadField, Delta, Item, Price, Text},
-    items::{self, Change, ItemError},
+    items::{self, ItemChange, ItemError},
     stock::{self, AdjustError, Movement},
 };
 use axum::{
@@ -22,7 +22,7 @@ use http::{HeaderMap, StatusCode, header};
 use saga_core::{
     http::{
         Cursor, IfMatch, Json, Limit, List, Path, Problem, Query, REQUEST_MAX,
-        idempotency::{self, Answer, IdempotencyKey},
+        idempotency::{self, IdempotencyKey, IdempotentAnswer},
         openapi::complete,
     },
     transaction::Transaction,
@@ -184,7 +184,7 @@ async fn create(
         Box::pin(async move {
             let item = items::create_in(tx, &sku, &name, price).await.map_err(item_problem)?;
             let (location, etag) = (format!("/v1/items/{}", item.sku), etag(&item));
-            Ok((Answer::json(StatusCode::CREATED, &view(item))?.location(location).etag(etag), ()))
+            Ok((IdempotentAnswer::json(StatusCode::CREATED, &view(item))?.location(location).etag(etag), ()))
         })
     });
     Ok(done.await?.into_response())
@@ -240,7 +240,7 @@ async fn change(
     let unit_price = body.unit_price.map(Price::parse).transpose();
     let (name, unit_price) = both(name, unit_price)?;
     let mut tx = Transaction::begin(&pool, REQUEST_MAX).await?;
-    let item = items::change_in(&mut tx, &sku, &Change { name, unit_price }, seen).await.map_err(item_problem)?;
+    let item = items::change_in(&mut tx, &sku, &ItemChange { name, unit_price }, seen).await.map_err(item_problem)?;
     tx.commit().await?;
     Ok(answer(item).into_response())
 }
@@ -278,7 +278,7 @@ async fn adjust(
                 on_hand: adjusted.on_hand,
                 reserved: adjusted.reserved,
             };
-            Ok((Answer::json(StatusCode::CREATED, &view)?, ()))
+            Ok((IdempotentAnswer::json(StatusCode::CREATED, &view)?, ()))
         })
     });
     Ok(done.await?.into_response())

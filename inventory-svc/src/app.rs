@@ -7,7 +7,7 @@ use axum::Router;
 use contracts::topics;
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
-    service::{self, Health, Needs, ParticipantSettings, Parts, Settings, database, task, telemetry},
+    service::{self, Health, Needs, ParticipantSettings, Parts, ServiceSettings, database, task, telemetry},
 };
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +27,11 @@ pub const NEEDS: &[Needs] = &[
 ];
 
 /// Runs the service until `token` is cancelled or a part of it fails.
-pub async fn serve(settings: Settings, beside: ParticipantSettings, token: CancellationToken) -> anyhow::Result<()> {
+pub async fn serve(
+    settings: ServiceSettings,
+    beside: ParticipantSettings,
+    token: CancellationToken,
+) -> anyhow::Result<()> {
     telemetry::name_sagas(topics::SAGAS);
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);

@@ -38,7 +38,7 @@ pub enum ItemError {
 
 /// Changes of an item; `None` leaves a field as it is.
 #[derive(Debug, Clone, Default)]
-pub struct Change {
+pub struct ItemChange {
     /// The new name; `None`: the name stays.
     pub name: Option<Text>,
     /// The new price; `None`: the price stays.
@@ -82,7 +82,7 @@ pub async fn create_in(tx: &mut Tx<'_>, sku: &Sku, name: &Text, price: Price) ->
 pub async fn change_in(
     tx: &mut Tx<'_>,
     sku: &Sku,
-    change: &Change,
+    change: &ItemChange,
     seen: impl Fn(i64) -> bool,
 ) -> Result<Item, ItemError> {
     // The row's lock comes before the append, so that events of one sku have the order of their commits.

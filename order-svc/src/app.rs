@@ -23,7 +23,7 @@ use contracts::{
 use saga_core::{
     consumer::{Consumer, ConsumerConfig, ConsumerHealth, Handler},
     http::sagas::{saga_openapi, saga_routes},
-    service::{self, Health, KafkaSettings, Needs, Parts, Settings, database, task, telemetry},
+    service::{self, Health, KafkaSettings, Needs, Parts, ServiceSettings, database, task, telemetry},
     topic::Topic,
 };
 use sqlx::PgPool;
@@ -49,7 +49,11 @@ pub const NEEDS: &[Needs] = &[
 const REPLIES: &str = "order-svc.saga";
 
 /// Runs the service until `token` is cancelled or a part of it fails.
-pub async fn serve(settings: Settings, reply_sources: Vec<String>, token: CancellationToken) -> anyhow::Result<()> {
+pub async fn serve(
+    settings: ServiceSettings,
+    reply_sources: Vec<String>,
+    token: CancellationToken,
+) -> anyhow::Result<()> {
     telemetry::name_sagas(topics::SAGAS);
     let pool = database::pool(&settings.database, IDENTITY.name);
     let health = Health::new(&token);

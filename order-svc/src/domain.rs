@@ -10,7 +10,7 @@ pub mod status;
 
 pub use intake::{BadField, Fault, NewOrder, PlaceOrderRequest, RequestedItem};
 pub use pricing::PricedLine;
-pub use status::{CancelReason, Change, NotAllowed, OrderStatus, StatusName};
+pub use status::{CancelReason, NotAllowed, OrderStatus, StatusChange, StatusName};
 
 use contracts::{OrderId, money::Money, orders::OrderPlaced, product::Line};
 use serde::{Deserialize, Serialize};

@@ -4,7 +4,7 @@
 //! and the reply that moved them is read again.
 
 use crate::{
-    domain::{CancelReason, Change, PlacedOrder},
+    domain::{CancelReason, PlacedOrder, StatusChange},
     order_saga::step,
     store::{self, StoreError},
 };
@@ -51,7 +51,7 @@ impl LocalEffect for ConfirmOrder {
     }
 
     async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
-        change_in(tx, calls, |_| Change::Confirm).await
+        change_in(tx, calls, |_| StatusChange::Confirm).await
     }
 }
 
@@ -62,7 +62,7 @@ impl LocalEffect for CancelOrder {
     }
 
     async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
-        cancel_in(tx, calls, Change::Cancel).await
+        cancel_in(tx, calls, StatusChange::Cancel).await
     }
 }
 
@@ -73,11 +73,15 @@ impl LocalEffect for OrderTurned {
     }
 
     async fn run_many(&self, tx: &mut Tx<'_>, calls: &[LocalCall<'_>]) -> Result<(), LocalError> {
-        cancel_in(tx, calls, Change::RequestCancel).await
+        cancel_in(tx, calls, StatusChange::RequestCancel).await
     }
 }
 
-async fn cancel_in(tx: &mut Tx<'_>, calls: &[LocalCall<'_>], to: fn(CancelReason) -> Change) -> Result<(), LocalError> {
+async fn cancel_in(
+    tx: &mut Tx<'_>,
+    calls: &[LocalCall<'_>],
+    to: fn(CancelReason) -> StatusChange,
+) -> Result<(), LocalError> {
     change_in(tx, calls, |call| to(call.failure.map_or(CancelReason::Failed, reason_of))).await?;
     let why = |call: &LocalCall<'_>| Some((OrderId(call.saga.0), call.failure?.why?.as_str()));
     let causes: Vec<_> = calls.iter().filter_map(why).collect();
@@ -87,7 +91,7 @@ async fn cancel_in(tx: &mut Tx<'_>, calls: &[LocalCall<'_>], to: fn(CancelReason
 async fn change_in(
     tx: &mut Tx<'_>,
     calls: &[LocalCall<'_>],
-    to: impl Fn(&LocalCall<'_>) -> Change + Send,
+    to: impl Fn(&LocalCall<'_>) -> StatusChange + Send,
 ) -> Result<(), LocalError> {
     let changes: Vec<_> = calls.iter().map(|call| (OrderId(call.saga.0), to(call))).collect();
     Ok(store::change_in(tx, &changes, clock::now()).await?)

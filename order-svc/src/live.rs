@@ -101,12 +101,12 @@ impl Purpose {
 struct Watched {
     orders: HashMap<Uuid, watch::Sender<i64>>,
     /// The places by their numbers, which grow: the first is the oldest.
-    places: BTreeMap<u64, Place>,
+    places: BTreeMap<u64, WatchPlace>,
     last: u64,
 }
 
 #[derive(Debug)]
-struct Place {
+struct WatchPlace {
     order: Uuid,
     purpose: Purpose,
     made_room: CancellationToken,
@@ -114,7 +114,7 @@ struct Place {
 
 impl Watched {
     /// Gives a place; where all are taken, the place of the oldest stream.
-    fn enter(&mut self, place: Place) -> Result<u64, TooMany> {
+    fn enter(&mut self, place: WatchPlace) -> Result<u64, TooMany> {
         let (order, purpose) = (place.order, place.purpose);
         self.keep_below(MAX_OF_ONE, purpose, |place| place.order == order).ok_or(TooMany::OfOne)?;
         self.keep_below(purpose.most(), purpose, |place| place.purpose == purpose).ok_or(TooMany::InAll)?;
@@ -124,11 +124,11 @@ impl Watched {
     }
 
     /// Ends the oldest stream of `these` when they are `most`; `None` when there is none that may end for this purpose.
-    fn keep_below(&mut self, most: usize, purpose: Purpose, these: impl Fn(&Place) -> bool) -> Option<()> {
+    fn keep_below(&mut self, most: usize, purpose: Purpose, these: impl Fn(&WatchPlace) -> bool) -> Option<()> {
         if self.places.values().filter(|place| these(place)).count() < most {
             return Some(());
         }
-        let ends = |place: &Place| purpose == Purpose::Stream && place.purpose == Purpose::Stream && these(place);
+        let ends = |place: &WatchPlace| purpose == Purpose::Stream && place.purpose == Purpose::Stream && these(place);
         let oldest = self.places.iter().find(|(_, place)| ends(place)).map(|(number, _)| *number)?;
         self.places.remove(&oldest)?.made_room.cancel();
         count_refused("old_stream");
@@ -154,7 +154,7 @@ impl LiveOrders {
     pub fn watch(self: &Arc<Self>, order: OrderId, seen: i64, purpose: Purpose) -> Result<Watch, TooMany> {
         let made_room = CancellationToken::new();
         let mut watched = self.lock();
-        let number = watched.enter(Place { order: order.0, purpose, made_room: made_room.clone() })?;
+        let number = watched.enter(WatchPlace { order: order.0, purpose, made_room: made_room.clone() })?;
         let mut versions = watched.orders.entry(order.0).or_insert_with(|| watch::Sender::new(seen)).subscribe();
         if *versions.borrow() != seen {
             versions.mark_changed();

@@ -22,7 +22,7 @@ async fn run(Cli { command, service, sagas }: Cli) -> Result<ExitCode, ConfigErr
     Ok(match command.unwrap_or(Command::Serve) {
         Command::Migrate => launch_migrate(&IDENTITY, &service, &migrations::all()).await,
         Command::Rebuild(what) => {
-            let found = rebuild::Settings::read(&service, &mut errors);
+            let found = rebuild::RebuildSettings::read(&service, &mut errors);
             let settings = errors.finish(found)?;
             launch_with(&IDENTITY, &settings.telemetry, rebuild::run(what, &settings)).await
         }

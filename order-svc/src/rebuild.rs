@@ -13,7 +13,7 @@ use saga_core::service::{
 
 /// The settings of a rebuild: those of the service without its listeners.
 #[derive(Debug)]
-pub struct Settings {
+pub struct RebuildSettings {
     /// The settings of the orders' database.
     pub database: DatabaseSettings,
     /// The settings of the Kafka client that reads the topic.
@@ -22,7 +22,7 @@ pub struct Settings {
     pub telemetry: TelemetrySettings,
 }
 
-impl Settings {
+impl RebuildSettings {
     /// Reads the arguments, and adds each mistake to `errors`.
     pub fn read(args: &ServiceArgs, errors: &mut ConfigErrors) -> Option<Self> {
         let database = args.database.read(errors);
@@ -33,7 +33,7 @@ impl Settings {
 }
 
 /// Makes a copy anew.
-pub async fn run(what: Copied, settings: &Settings) -> anyhow::Result<()> {
+pub async fn run(what: Copied, settings: &RebuildSettings) -> anyhow::Result<()> {
     let Copied::Catalogue { withdraw_missing } = what;
     migrate(&settings.database, &migrations::all()).await?;
     // The pool keeps one connection for as long as the rebuild takes: its session has tables of its own.
@@ -64,7 +64,7 @@ mod tests {
         let mut args = ServiceArgs::default();
         args.database.database_url = Some("postgres://me:hunter2@h/d".into());
         args.kafka.kafka_brokers = Some("h:1".into());
-        let settings = Settings::read(&args, &mut ConfigErrors::default()).unwrap();
+        let settings = RebuildSettings::read(&args, &mut ConfigErrors::default()).unwrap();
         let said = format!("{settings:?}{settings:#?}");
         assert!(!said.contains("hunter2") && said.contains("\"me\""), "{said}");
     }

@@ -4,7 +4,7 @@
 //! Every function that writes in it ends in `_in`. Each locks the order's row before it appends to the outbox, so the
 //! events of one order leave in the order of its history. When the process dies here, the transaction never happened.
 
-use crate::domain::{Change, CustomerId, NotAllowed, Order, OrderStatus, PlacedOrder, PricedLine, StatusName};
+use crate::domain::{CustomerId, NotAllowed, Order, OrderStatus, PlacedOrder, PricedLine, StatusChange, StatusName};
 use contracts::{
     OrderId,
     money::{Currency, Money},
@@ -55,7 +55,7 @@ pub struct HistoryEntry {
 
 /// The orders to list; both fields `None`: all.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Filter {
+pub struct OrderFilter {
     /// Only this customer's orders; `None`: all customers'.
     pub customer: Option<CustomerId>,
     /// Only orders of this status; `None`: of any.
@@ -94,7 +94,11 @@ pub async fn insert_in(tx: &mut Tx<'_>, order: &PlacedOrder) -> Result<(), Store
 /// Moves orders along the graph: their rows, their histories, and the events that announce a change. It takes four
 /// statements, whatever the number of orders; each order stands in `changes` once. Nothing is written when one of them
 /// is refused.
-pub async fn change_in(tx: &mut Tx<'_>, changes: &[(OrderId, Change)], now: OffsetDateTime) -> Result<(), StoreError> {
+pub async fn change_in(
+    tx: &mut Tx<'_>,
+    changes: &[(OrderId, StatusChange)],
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
     let current = statuses_for_update_in(tx, changes.iter().map(|(order, _)| order.0).collect()).await?;
     let mut moves = Vec::with_capacity(changes.len());
     let mut events = Vec::with_capacity(changes.len());
@@ -207,7 +211,7 @@ pub async fn find(db: impl PgExecutor<'_>, order: OrderId) -> Result<Option<Orde
 /// its own. So each is planned for its own index (a generic plan for `$1 is null or …` uses none).
 pub async fn list(
     db: impl PgExecutor<'_>,
-    filter: &Filter,
+    filter: &OrderFilter,
     before: Option<OrderId>,
     limit: i64,
 ) -> Result<Vec<Order>, sqlx::Error> {

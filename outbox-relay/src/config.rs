@@ -3,8 +3,8 @@
 use crate::{
     budget,
     settings::{
-        COMPRESSION, DEFAULT_LEASE, DEFAULT_READING, OutboxSettings, RESOLVED_KEPT, SET_APART_FOR, STUCK_AFTER,
-        Settings,
+        COMPRESSION, DEFAULT_LEASE, DEFAULT_READING, OutboxSettings, RESOLVED_KEPT, RelaySettings, SET_APART_FOR,
+        STUCK_AFTER,
     },
 };
 use clap::{Args, Parser, Subcommand};
@@ -123,7 +123,7 @@ pub struct RelayArgs {
 #[derive(Debug, Clone)]
 pub struct Configuration {
     /// The relay's own settings.
-    pub relay: Settings,
+    pub relay: RelaySettings,
     /// The admin listener's settings.
     pub admin: AdminSettings,
     /// The settings of logs and traces.
@@ -160,7 +160,7 @@ impl RelayArgs {
         let admin = self.admin.read(IDENTITY.admin_port, &mut errors);
         let telemetry = self.telemetry.read(&mut errors);
         let read = || {
-            let relay = Settings {
+            let relay = RelaySettings {
                 outboxes: outboxes?,
                 kafka_brokers: kafka?.brokers,
                 from_now: from_now?,

@@ -64,15 +64,15 @@ pub(crate) struct ControlWatch {
 
 impl ControlWatch {
     pub(crate) fn new(outbox: &str, first: Control) -> (Self, watch::Receiver<Arc<Control>>) {
-        let (control, told) = watch::channel(Arc::new(first));
-        (Self { outbox: outbox.to_owned(), control: Mutex::new(control) }, told)
+        let (control, seen) = watch::channel(Arc::new(first));
+        (Self { outbox: outbox.to_owned(), control: Mutex::new(control) }, seen)
     }
 
     /// Looks, and passes on what is new. One look at a time: an earlier look must not overwrite a later one.
     pub(crate) async fn refresh(&self, db: &mut PgConnection) -> Result<Arc<Control>, ReadError> {
-        let told = self.control.lock().await;
+        let seen = self.control.lock().await;
         let control = Arc::new(look(db, &self.outbox).await?);
-        told.send_if_modified(|current| {
+        seen.send_if_modified(|current| {
             let changed = **current != *control;
             if changed {
                 *current = control.clone();
@@ -185,7 +185,7 @@ mod tests {
         let options = sqlx::postgres::PgConnectOptions::from_str(&database.url).unwrap();
         let patience = Duration::from_millis(200);
         let db = Database::new(options, 2, patience);
-        let (wanted, told) = ControlWatch::new("orders", Control::default());
+        let (wanted, seen) = ControlWatch::new("orders", Control::default());
         let all = [db.connect().await.unwrap(), db.connect().await.unwrap()];
         let loops = Arc::new(Loops::new("all_connections".into()));
         let looking = run(db.clone(), Topics::new(&brokers()).unwrap(), loops.clone(), Arc::new(wanted));
@@ -202,7 +202,7 @@ mod tests {
         .execute(&database.pool)
         .await
         .unwrap();
-        eventually(Duration::from_secs(30), || async { told.borrow().whole.then_some(()) }).await;
+        eventually(Duration::from_secs(30), || async { seen.borrow().whole.then_some(()) }).await;
         assert!(!looking.is_finished());
     }
 }

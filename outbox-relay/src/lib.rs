@@ -48,7 +48,7 @@ mod topics;
 mod upkeep;
 
 use outbox::Outbox;
-pub use settings::{OutboxSettings, Settings};
+pub use settings::{OutboxSettings, RelaySettings};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -64,7 +64,7 @@ impl Relay {
     ///
     /// # Errors
     /// librdkafka does not accept the settings.
-    pub fn new(settings: &Settings) -> Result<Self, rdkafka::error::KafkaError> {
+    pub fn new(settings: &RelaySettings) -> Result<Self, rdkafka::error::KafkaError> {
         metric::describe();
         let budget = budget::Budget::new(settings.held, settings.outboxes.len());
         let made = settings.outboxes.iter().map(|outbox| Outbox::new(settings, outbox, &budget).map(Arc::new));
@@ -92,18 +92,18 @@ impl Relay {
 /// Publishes until `stop`, without admin endpoints: for benches, tests, and programs that embed the relay.
 ///
 /// ```no_run
-/// use outbox_relay::{OutboxSettings, Settings};
+/// use outbox_relay::{OutboxSettings, RelaySettings};
 ///
 /// # async fn embedded() -> Result<(), Box<dyn std::error::Error>> {
 /// let database = "postgres://orders@localhost/orders".parse()?;
-/// let settings = Settings::new("localhost:9092", vec![OutboxSettings { name: "orders".into(), database }]);
+/// let settings = RelaySettings::new("localhost:9092", vec![OutboxSettings { name: "orders".into(), database }]);
 /// Ok(outbox_relay::run(settings, tokio_util::sync::CancellationToken::new()).await?)
 /// # }
 /// ```
 ///
 /// # Errors
 /// The same as of [`Relay::new`].
-pub async fn run(settings: Settings, stop: CancellationToken) -> Result<(), rdkafka::error::KafkaError> {
+pub async fn run(settings: RelaySettings, stop: CancellationToken) -> Result<(), rdkafka::error::KafkaError> {
     Relay::new(&settings)?.run(stop).await;
     Ok(())
 }

@@ -8,7 +8,7 @@ use crate::{
     lease::Leases,
     loops::Loops,
     progress::OutboxProgress,
-    settings::{OutboxSettings, Settings},
+    settings::{OutboxSettings, RelaySettings},
     topics::Topics,
     upkeep::Upkeep,
 };
@@ -161,7 +161,7 @@ impl OutboxStatus {
 
 impl Outbox {
     pub(crate) fn new(
-        settings: &Settings,
+        settings: &RelaySettings,
         outbox: &OutboxSettings,
         budget: &Arc<Budget>,
     ) -> Result<Self, rdkafka::error::KafkaError> {

@@ -28,7 +28,7 @@ pub const COMPRESSION: &str = "lz4";
 
 /// The settings of the whole process.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct RelaySettings {
     /// The outboxes to publish.
     pub outboxes: Vec<OutboxSettings>,
     /// `bootstrap.servers`.
@@ -69,7 +69,7 @@ impl fmt::Debug for OutboxSettings {
     }
 }
 
-impl Settings {
+impl RelaySettings {
     /// Settings with all defaults.
     pub fn new(kafka_brokers: impl Into<String>, outboxes: Vec<OutboxSettings>) -> Self {
         Self {

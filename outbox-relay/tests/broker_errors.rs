@@ -6,7 +6,7 @@
 mod common;
 
 use common::{PATIENCE, RECORDED, Running, World, append, is_healthy, read_from};
-use outbox_relay::{Relay, Settings, admin};
+use outbox_relay::{Relay, RelaySettings, admin};
 use rdkafka::{
     mocking::MockCluster,
     types::{RDKafkaApiKey, RDKafkaRespErr},
@@ -20,7 +20,7 @@ async fn publish_through(errors: &[RDKafkaRespErr]) {
     let cluster = MockCluster::new(3).unwrap();
     let world = World::new().await;
     cluster.create_topic("orders.events", 3, 3).unwrap();
-    let _relay = Running::start(&Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() });
+    let _relay = Running::start(&RelaySettings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() });
     append(world.db(), "orders.events", "key-0", "0").await;
     world.counts(RECORDED, 1).await;
     cluster.request_errors(RDKafkaApiKey::Produce, errors);
@@ -61,7 +61,7 @@ async fn a_relay_with_nothing_to_send_is_ready_again_when_the_brokers_are_back()
     let cluster = MockCluster::new(1).unwrap();
     let world = World::new().await;
     cluster.create_topic("orders.events", 1, 1).unwrap();
-    let relay = Relay::new(&Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() }).unwrap();
+    let relay = Relay::new(&RelaySettings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() }).unwrap();
     let health = Health::new(&CancellationToken::new());
     admin::check_health(&health, &relay);
     let running = Running::of(relay);

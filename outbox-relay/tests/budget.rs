@@ -3,7 +3,7 @@
 mod common;
 
 use common::{PATIENCE, Running, World, append, call, topic_with};
-use outbox_relay::{Relay, Settings, budget};
+use outbox_relay::{Relay, RelaySettings, budget};
 use rdkafka::mocking::MockCluster;
 use saga_core::testkit::eventually;
 use serde_json::json;
@@ -13,9 +13,9 @@ const BUDGET: usize = budget::least(2);
 const LARGE: i32 = 10_000_000;
 
 /// Two outboxes, and a relay of both with the least budget.
-async fn two(settings: impl FnOnce(Settings) -> Settings) -> ([World; 2], Relay) {
+async fn two(settings: impl FnOnce(RelaySettings) -> RelaySettings) -> ([World; 2], Relay) {
     let (first, second) = (World::new().await, World { name: "payments".to_owned(), ..World::new().await });
-    let mut both = Settings { lease: Duration::from_secs(20), held: BUDGET, ..first.settings() };
+    let mut both = RelaySettings { lease: Duration::from_secs(20), held: BUDGET, ..first.settings() };
     both.outboxes.extend(second.settings().outboxes);
     ([first, second], Relay::new(&settings(both)).unwrap())
 }
@@ -82,7 +82,7 @@ async fn an_outbox_whose_rows_no_broker_takes_leaves_the_others_their_room() {
     }
     let hour = Duration::from_secs(3_600);
     let kafka_brokers = cluster.bootstrap_servers();
-    let ([stuck, flows], relay) = two(|settings| Settings { kafka_brokers, stuck_after: hour, ..settings }).await;
+    let ([stuck, flows], relay) = two(|settings| RelaySettings { kafka_brokers, stuck_after: hour, ..settings }).await;
     append(stuck.db(), "stuck", "k", "0").await;
     let _running = Running::of(relay.clone());
     all_published(&stuck, 1).await;

@@ -42,10 +42,10 @@ async fn a_row_whose_time_no_calendar_has_is_published_and_listed_like_any_other
     sqlx::query("delete from outbox_pause").execute(world.db()).await.unwrap();
     let _relay = world.relay();
     let records = world.published(times.len()).await;
-    let mut told: Vec<_> = records.iter().map(|record| record.header("ce_time").unwrap().to_owned()).collect();
-    told.sort();
-    assert_eq!(told[0], "0001-01-01T00:00:00Z");
-    assert_eq!(told[4], "9999-12-31T23:59:59.999999Z");
+    let mut times: Vec<_> = records.iter().map(|record| record.header("ce_time").unwrap().to_owned()).collect();
+    times.sort();
+    assert_eq!(times[0], "0001-01-01T00:00:00Z");
+    assert_eq!(times[4], "9999-12-31T23:59:59.999999Z");
     eventually(PATIENCE, || async { (world.count("select count(*) from outbox_parked").await == 5).then_some(()) })
         .await;
     for path in ["/v1/outboxes/orders/events", "/v1/outboxes/orders/parked"] {

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{PATIENCE, Running, World, call, ids, payloads};
-use outbox_relay::{OutboxSettings, Relay, Settings};
+use outbox_relay::{OutboxSettings, Relay, RelaySettings};
 use saga_core::testkit::{eventually, read_to_end};
 use std::process::Command;
 
@@ -29,10 +29,10 @@ fn run(world: &World, name: &str, arguments: &[&str]) -> (bool, String) {
     (output.status.success(), String::from_utf8_lossy(&said).into_owned())
 }
 
-fn named(world: &World, name: &str) -> Settings {
+fn named(world: &World, name: &str) -> RelaySettings {
     let settings = world.settings();
     let outboxes = vec![OutboxSettings { name: name.to_owned(), ..settings.outboxes[0].clone() }];
-    Settings { outboxes, ..settings }
+    RelaySettings { outboxes, ..settings }
 }
 
 /// Other transactions of the cluster that begin and commit all the time, as those of its other databases do. Returns once
@@ -153,7 +153,7 @@ async fn an_outbox_under_another_name_publishes_nothing_again_unless_it_is_said(
     world.append("k", "1").await;
     assert_eq!(ids(&world.published(2).await).len(), 2, "each once");
     running.stop().await;
-    let _running = Running::start(&Settings { publish_again: true, ..named(&world, "anew") });
+    let _running = Running::start(&RelaySettings { publish_again: true, ..named(&world, "anew") });
     eventually(PATIENCE, || async { (ids(&read_to_end(&world.topic).await).len() == 4).then_some(()) }).await;
 }
 

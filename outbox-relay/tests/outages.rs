@@ -3,7 +3,7 @@
 mod common;
 
 use common::{PATIENCE, RECORDED, Running, World, append, call, ids};
-use outbox_relay::{OutboxSettings, Relay, Settings, admin};
+use outbox_relay::{OutboxSettings, Relay, RelaySettings, admin};
 use saga_core::{
     service::Health,
     testkit::{FreezingProxy, Log, eventually},
@@ -28,7 +28,7 @@ async fn connections_that_fall_silent_again_and_again_stop_nothing() {
     let (proxy, url) = FreezingProxy::of_database(&world.database.url).await;
     let database = PgConnectOptions::from_str(&url).unwrap();
     let outboxes = vec![OutboxSettings { name: world.name.clone(), database }];
-    let _relay = Running::start(&Settings { outboxes, ..world.settings() });
+    let _relay = Running::start(&RelaySettings { outboxes, ..world.settings() });
     for round in 0..5 {
         world.append("k", &round.to_string()).await;
         assert_eq!(ids(&world.published(round + 1).await).len(), round + 1, "each once");
@@ -46,7 +46,7 @@ async fn a_poll_without_an_answer_ends_the_ownership_and_is_a_problem() {
     let (_proxy, url) = FreezingProxy::of_database(&world.database.url).await;
     let database = PgConnectOptions::from_str(&url).unwrap();
     let outboxes = vec![OutboxSettings { name: world.name.clone(), database }];
-    let relay = Relay::new(&Settings { outboxes, ..world.settings() }).unwrap();
+    let relay = Relay::new(&RelaySettings { outboxes, ..world.settings() }).unwrap();
     let health = Health::new(&CancellationToken::new());
     admin::check_health(&health, &relay);
     let running = Running::of(relay.clone());

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{LEASE, PATIENCE, RECORDED, Running, World, append, ids, payloads};
-use outbox_relay::{OutboxSettings, Settings};
+use outbox_relay::{OutboxSettings, RelaySettings};
 use saga_core::testkit::eventually;
 use sqlx::{Connection as _, PgConnection, postgres::PgConnectOptions};
 use std::{
@@ -130,7 +130,8 @@ async fn a_position_from_another_cluster_is_refused_and_stops_no_other_outbox() 
         name: name.to_owned(),
         database: PgConnectOptions::from_str(&world.database.url).unwrap(),
     };
-    let settings = Settings { outboxes: vec![outbox(&moved, "orders"), outbox(&fine, "payments")], ..moved.settings() };
+    let settings =
+        RelaySettings { outboxes: vec![outbox(&moved, "orders"), outbox(&fine, "payments")], ..moved.settings() };
     let relay = outbox_relay::Relay::new(&settings).unwrap();
     let health = saga_core::service::Health::new(&tokio_util::sync::CancellationToken::new());
     outbox_relay::admin::check_health(&health, &relay);
@@ -170,7 +171,7 @@ async fn when_postgres_cuts_every_connection_the_relay_goes_on_by_itself() {
 #[tokio::test]
 async fn a_relay_that_waits_for_tables_or_brokers_stops_when_it_is_asked() {
     let world = World::new().await;
-    let nowhere = Settings {
+    let nowhere = RelaySettings {
         // The port refuses connections.
         kafka_brokers: String::from("127.0.0.1:1"),
         ..world.settings()
@@ -180,7 +181,7 @@ async fn a_relay_that_waits_for_tables_or_brokers_stops_when_it_is_asked() {
     tokio::time::timeout(Duration::from_secs(30), relay.stop()).await.expect("it stops though Kafka is away");
     let empty = saga_core::testkit::TestDatabase::new(&[]).await;
     let outbox = OutboxSettings { name: "orders".into(), database: PgConnectOptions::from_str(&empty.url).unwrap() };
-    let relay = Running::start(&Settings { outboxes: vec![outbox], ..world.settings() });
+    let relay = Running::start(&RelaySettings { outboxes: vec![outbox], ..world.settings() });
     relay.stop().await;
 }
 

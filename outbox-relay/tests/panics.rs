@@ -3,7 +3,7 @@
 mod common;
 
 use common::{PATIENCE, Running, World, is_red, payloads};
-use outbox_relay::{Relay, Settings, admin};
+use outbox_relay::{Relay, RelaySettings, admin};
 use saga_core::{
     part::Cause,
     service::Health,
@@ -94,7 +94,7 @@ impl Beside {
         let sick = World { name: "sick".into(), ..World::new().await };
         let healthy = World { name: "healthy".into(), ..World::new().await };
         let outboxes = [&sick, &healthy].map(|world| world.settings().outboxes.remove(0)).into();
-        let relay = Relay::new(&Settings { outboxes, ..sick.settings() }).unwrap();
+        let relay = Relay::new(&RelaySettings { outboxes, ..sick.settings() }).unwrap();
         let health = Health::new(&CancellationToken::new());
         admin::check_health(&health, &relay);
         let beside = Self { sick, healthy, health, log, _heard, running: Running::of(relay) };

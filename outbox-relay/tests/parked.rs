@@ -1,4 +1,4 @@
-//! Parked lines: many rows at once, each row without a key for itself, and nothing published that was discarded.
+//! Parked lanes: many rows at once, each row without a key for itself, and nothing published that was discarded.
 
 mod common;
 
@@ -6,7 +6,7 @@ use common::{
     LEASE, PATIENCE, RECORDED, Running, World, append, call, create_with, ids, limit_topic, limited_topic, park,
     payloads, published, published_ids,
 };
-use outbox_relay::{Relay, Settings};
+use outbox_relay::{Relay, RelaySettings};
 use rdkafka::{
     mocking::MockCluster,
     types::{RDKafkaApiKey, RDKafkaRespErr},
@@ -19,7 +19,7 @@ use std::{
 };
 
 const RETRY: &str = "/v1/outboxes/orders/parked/retry";
-/// The most rows that one request counts of a line, and the most keyless rows that it takes.
+/// The most rows that one request counts of a lane, and the most keyless rows that it takes.
 const AT_ONCE: usize = 10_000;
 
 /// The number of rows that are asked for and not tried yet.
@@ -86,7 +86,7 @@ async fn lines_beyond_those_of_one_look_are_tried_as_well() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_long_line_is_tried_again_many_rows_at_a_time_and_in_order() {
+async fn a_long_lane_is_tried_again_many_rows_at_a_time_and_in_order() {
     let rows = size(3_000, 1_000_000);
     let world = World::new().await;
     park(&world, &world.topic, rows, 1).await;
@@ -99,14 +99,14 @@ async fn a_long_line_is_tried_again_many_rows_at_a_time_and_in_order() {
     world.parked(0).await;
     let transactions = world.count("select count(distinct xmin::text) from outbox_parked").await;
     assert!(transactions <= last / 50, "{transactions} transactions for {rows} rows");
-    // The line flows again.
+    // The lane flows again.
     let free = world.append("k0", "free").await;
     assert_eq!(published_ids(&world.topic, rows + 1).await.last(), Some(&free));
     running.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_discard_writes_no_more_rows_when_its_line_is_long() {
+async fn a_discard_writes_no_more_rows_when_its_lane_is_long() {
     let rows = size(5_000, 1_000_000);
     let world = World::new().await;
     park(&world, &world.topic, rows, 1).await;
@@ -121,7 +121,7 @@ async fn a_discard_writes_no_more_rows_when_its_line_is_long() {
 }
 
 #[tokio::test]
-async fn a_line_is_discarded_in_pieces_and_flows_when_nothing_is_left() {
+async fn a_lane_is_discarded_in_pieces_and_flows_when_nothing_is_left() {
     let world = World::new().await;
     park(&world, &world.topic, 10_500, 1).await;
     sqlx::query("update outbox_parked set sending_by = gen_random_uuid() where id = 7")
@@ -141,7 +141,7 @@ async fn a_line_is_discarded_in_pieces_and_flows_when_nothing_is_left() {
     sqlx::query("update outbox_parked set sending_by = null").execute(world.db()).await.unwrap();
     assert_eq!(discard().await, (200, Some(1), Some(0)));
     assert_eq!(discard().await, (404, None, None));
-    // The line flows again, and nothing of it was published.
+    // The lane flows again, and nothing of it was published.
     let free = world.append("k0", "free").await;
     assert_eq!(ids(&world.published(1).await), [free]);
     assert_eq!(world.count("select count(*) from outbox_audit where action = 'discard-parked'").await, 3);
@@ -152,7 +152,7 @@ async fn what_an_operator_was_told_is_discarded_is_never_published() {
     let cluster = MockCluster::new(1).unwrap();
     cluster.create_topic("orders.events", 1, 1).unwrap();
     let world = World::new().await;
-    let settings = Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() };
+    let settings = RelaySettings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() };
     let relay = Relay::new(&settings).unwrap();
     let _running = Running::of(relay.clone());
     append(world.db(), "orders.events", "other", "first").await;
@@ -181,7 +181,7 @@ async fn where_a_topics_limit_may_not_be_read_the_broker_judges() {
     let cluster = MockCluster::new(1).unwrap();
     cluster.create_topic("orders.events", 1, 1).unwrap();
     let world = World::new().await;
-    let _relay = Running::start(&Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() });
+    let _relay = Running::start(&RelaySettings { kafka_brokers: cluster.bootstrap_servers(), ..world.settings() });
     append(world.db(), "orders.events", "k", &"x".repeat(1_500_000)).await;
     append(world.db(), "orders.events", "k", "behind").await;
     world.counts(RECORDED, 2).await;
@@ -201,7 +201,7 @@ async fn resolved_rows_leave_after_a_while_and_discarded_ones_with_their_row() {
     .execute(world.db())
     .await
     .unwrap();
-    let settings = Settings { resolved_kept: Duration::from_secs(60), ..world.settings() };
+    let settings = RelaySettings { resolved_kept: Duration::from_secs(60), ..world.settings() };
     let _relay = Running::start(&settings);
     world.counts("select count(*) from outbox_parked", 1).await;
     assert_eq!(world.count("select id from outbox_parked").await, discarded, "nothing else tells what became of it");

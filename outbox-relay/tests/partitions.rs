@@ -3,7 +3,7 @@
 mod common;
 
 use common::{PATIENCE, Rows, Running, World, is_red};
-use outbox_relay::{Relay, Settings, admin};
+use outbox_relay::{Relay, RelaySettings, admin};
 use saga_core::{
     service::Health,
     testkit::{eventually, size},
@@ -38,8 +38,8 @@ async fn step(db: impl sqlx::PgExecutor<'_>) -> Option<String> {
 }
 
 /// The settings of a relay that sees no broker.
-fn without_kafka(world: &World) -> Settings {
-    Settings { kafka_brokers: "127.0.0.1:9".to_owned(), ..world.settings() }
+fn without_kafka(world: &World) -> RelaySettings {
+    RelaySettings { kafka_brokers: "127.0.0.1:9".to_owned(), ..world.settings() }
 }
 
 const PARTITIONS: &str = "select count(*) from pg_inherits where inhparent = 'outbox'::regclass";

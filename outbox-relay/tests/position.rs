@@ -252,7 +252,7 @@ async fn from_now_leaves_out_what_was_committed_before_and_nothing_else() {
     world.append("k", "before").await;
     let mut open = world.db().begin().await.unwrap();
     append(&mut *open, &world.topic, "k", "committed later").await;
-    let settings = outbox_relay::Settings { from_now: true, ..world.settings() };
+    let settings = outbox_relay::RelaySettings { from_now: true, ..world.settings() };
     let relay = Running::start(&settings);
     world.counts("select count(*) from outbox_batch", 1).await;
     open.commit().await.unwrap();

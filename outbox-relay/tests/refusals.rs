@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 #[tokio::test]
-async fn a_row_that_is_too_large_is_parked_with_its_line_and_retried_in_order() {
+async fn a_row_that_is_too_large_is_parked_with_its_lane_and_retried_in_order() {
     let world = World::new().await;
     let log = Log::hear("warn");
     let topic = limited_topic("3000").await;
@@ -51,7 +51,7 @@ async fn a_row_that_is_too_large_is_parked_with_its_line_and_retried_in_order() 
     let (_, outboxes) = world.call("GET", "/v1/outboxes", None).await;
     assert_eq!(outboxes[0]["parked"], 2, "{outboxes}");
 
-    // Later rows join the line, also after a restart; a retry that cannot succeed changes nothing.
+    // Later rows join the lane, also after a restart; a retry that cannot succeed changes nothing.
     append(world.db(), &topic, "k", "later").await;
     world.parked(3).await;
     let again = json!({ "reason": "try" });
@@ -344,7 +344,7 @@ async fn a_row_whose_topic_has_no_legal_name_is_parked_and_stops_nothing() {
 }
 
 #[tokio::test]
-async fn a_line_that_is_tried_while_its_topic_is_missing_waits_for_the_topic() {
+async fn a_lane_that_is_tried_while_its_topic_is_missing_waits_for_the_topic() {
     let world = World::new().await;
     let topic = limited_topic("3000").await;
     let _relay = world.relay();
@@ -383,8 +383,8 @@ async fn while_many_parked_rows_are_tried_again_other_rows_are_published() {
     assert!(at < PARKED, "it waited for all of them");
     for key in ["k0", "k1", "k59"] {
         let of_key = |record: &&Record| record.key.as_deref() == Some(key.as_bytes());
-        let line: Vec<Record> = records.iter().filter(of_key).cloned().collect();
-        assert!(ids(&line).is_sorted(), "{key} is in order");
+        let lane: Vec<Record> = records.iter().filter(of_key).cloned().collect();
+        assert!(ids(&lane).is_sorted(), "{key} is in order");
     }
 }
 

@@ -6,7 +6,7 @@ use common::{
     PATIENCE, RECORDED, Rows, Running, World, append, ids, is_healthy, is_red, patience, payloads, published,
     published_ids, read_from, topic_with,
 };
-use outbox_relay::{Relay, Settings, admin, budget};
+use outbox_relay::{Relay, RelaySettings, admin, budget};
 use rdkafka::{
     ClientConfig, Message as _, Offset, TopicPartitionList,
     consumer::{BaseConsumer, Consumer as _},
@@ -59,7 +59,7 @@ async fn on_mock(world: &World, cluster: &Cluster, leader: Option<i32>) -> (Rela
     cluster.partition_leader("stuck", 0, leader).unwrap();
     cluster.partition_leader("flows", 0, Some(2)).unwrap();
     let (kafka_brokers, held) = (cluster.bootstrap_servers(), budget::least(1));
-    let settings = Settings { kafka_brokers, held, stuck_after: SOON, ..world.unhurried() };
+    let settings = RelaySettings { kafka_brokers, held, stuck_after: SOON, ..world.unhurried() };
     let relay = Relay::new(&settings).unwrap();
     let running = Running::of(relay.clone());
     append(world.db(), "flows", "k", "0").await;
@@ -179,7 +179,7 @@ async fn a_pause_of_everything_takes_back_what_no_broker_has_got_yet() {
     let world = World::new().await;
     let cluster = MockCluster::new(1).unwrap();
     cluster.create_topic("slow", 1, 1).unwrap();
-    let settings = Settings { kafka_brokers: cluster.bootstrap_servers(), ..world.unhurried() };
+    let settings = RelaySettings { kafka_brokers: cluster.bootstrap_servers(), ..world.unhurried() };
     let _running = Running::start(&settings);
     append(world.db(), "slow", "k", "first").await;
     world.counts(RECORDED, 1).await;
@@ -274,7 +274,7 @@ async fn a_topic_that_catches_up_over_many_rows_costs_the_others_nearly_nothing(
     let world = World::with_partitions(1).await;
     let rare = unique("rare");
     create_topic(&rare, 1).await;
-    let settings = Settings { lease: SOON, ..world.unhurried() };
+    let settings = RelaySettings { lease: SOON, ..world.unhurried() };
     let relay = Running::start(&settings);
     let paused = pause(&world, &rare).await;
     relay.stop().await;

@@ -4,7 +4,7 @@
 
 use crate::{
     domain::Status,
-    store::{self, Entry, Filter, Recorded, RecordedDifference},
+    store::{self, Entry, PaymentFilter, Recorded, RecordedDifference},
 };
 use axum::{Router, extract::State};
 use contracts::{OrderId, money::Money};
@@ -176,7 +176,8 @@ pub async fn list_payments(
     State(pool): State<PgPool>,
     Query(query): Query<ListQuery>,
 ) -> Result<Json<List<PaymentView>>, Problem> {
-    let filter = Filter { status: query.status.map(|status| status.name().to_owned()), customer: query.customer };
+    let filter =
+        PaymentFilter { status: query.status.map(|status| status.name().to_owned()), customer: query.customer };
     let after = query.cursor.map(|cursor| cursor.key::<(TimeKey, Uuid)>()).transpose()?;
     let after = after.map(|(TimeKey(at), order)| (at, order));
     let rows = store::list(&pool, &filter, after, query.limit.and_one()).await?;

@@ -15,7 +15,7 @@ use contracts::{OrderId, topics};
 use saga_core::{
     consumer::{Consumer, ConsumerConfig},
     participant::{IntentConfig, Participant},
-    service::{self, Health, Needs, ParticipantSettings, Parts, Settings, database, in_clear, task, telemetry},
+    service::{self, Health, Needs, ParticipantSettings, Parts, ServiceSettings, database, in_clear, task, telemetry},
     topic::Topic,
 };
 use sqlx::PgPool;
@@ -36,7 +36,7 @@ pub const NEEDS: &[Needs] = &[
 
 /// Runs the service until `token` is cancelled or a part of it fails.
 pub async fn serve(
-    settings: Settings,
+    settings: ServiceSettings,
     beside: ParticipantSettings,
     gateway: GatewaySettings,
     token: CancellationToken,

@@ -99,7 +99,7 @@ impl Request {
 
 /// An answer after which nothing is in doubt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Answer {
+pub enum GatewayAnswer {
     /// The request is done, now or before under the same key.
     Done {
         /// The provider's reference; `None` for a void that found nothing.
@@ -180,5 +180,5 @@ impl Doubt {
 #[async_trait]
 pub trait PaymentGateway: Send + Sync + 'static {
     /// Performs `request` once per `key`, however often this is called.
-    async fn perform(&self, key: CommandId, request: &Request) -> Result<Answer, Doubt>;
+    async fn perform(&self, key: CommandId, request: &Request) -> Result<GatewayAnswer, Doubt>;
 }

@@ -98,7 +98,7 @@ fn difference_in_words(movement: &str, asked: Money, answered: Money) -> String 
 
 /// The payments that a list shows; both fields `None`: all.
 #[derive(Debug, Clone, Default)]
-pub struct Filter {
+pub struct PaymentFilter {
     /// Only payments of this status; `None`: of any.
     pub status: Option<String>,
     /// Only this customer's payments; `None`: all customers'.
@@ -337,7 +337,7 @@ pub async fn in_doubt(pool: &PgPool, orders: &[OrderId]) -> Result<HashMap<Order
 /// Up to `limit` payments, newest first, that come after the one with this time and order.
 pub async fn list(
     pool: &PgPool,
-    filter: &Filter,
+    filter: &PaymentFilter,
     after: Option<(OffsetDateTime, Uuid)>,
     limit: i64,
 ) -> Result<Vec<Recorded>, sqlx::Error> {

@@ -256,8 +256,8 @@ pub(crate) async fn nudge_with(connection: &mut PgConnection) {
 const TELL: &str = "set local synchronous_commit = off; set local lock_timeout = '100ms'; notify outbox";
 
 async fn tell(connection: impl PgExecutor<'_>) {
-    let told = tokio::time::timeout(NUDGE_MAX, sqlx::raw_sql(TELL).execute(connection)).await;
-    if let Ok(Err(error)) = told {
+    let notified = tokio::time::timeout(NUDGE_MAX, sqlx::raw_sql(TELL).execute(connection)).await;
+    if let Ok(Err(error)) = notified {
         tracing::debug!(%error, "the relay was not nudged");
     }
 }

@@ -35,7 +35,7 @@ pub use assembly::{Parts, launch, launch_migrate, launch_with, run};
 pub use config::{
     AdminArgs, AdminSettings, ConfigErrors, DatabaseArgs, DatabaseSettings, HttpArgs, HttpSettings, Identity,
     KafkaArgs, KafkaSettings, OrchestratorArgs, ParticipantArgs, ParticipantSettings, ServiceArgs, ServiceCommand,
-    Settings, TelemetryArgs, command_line,
+    ServiceSettings, TelemetryArgs, command_line,
 };
 pub use connections::{open_files, serve};
 pub use health::{Health, Needs, missing};

@@ -14,7 +14,7 @@ use saga_core::{
     envelope::Headers,
     http::{
         Api, Json, Limits, Path, Problem, Query, Role,
-        idempotency::{Answer, IdempotencyKey, once},
+        idempotency::{IdempotencyKey, IdempotentAnswer, once},
     },
     outbox::NewMessage,
     part::{Cause, PartReport},
@@ -293,7 +293,7 @@ async fn count(
             if text == "refuse" {
                 return Err(Problem::conflict("no", "No"));
             }
-            Ok((Answer::json(StatusCode::CREATED, &json!({"n": n}))?.location(format!("/counted/{n}")), ()))
+            Ok((IdempotentAnswer::json(StatusCode::CREATED, &json!({"n": n}))?.location(format!("/counted/{n}")), ()))
         })
     });
     Ok(done.await?.into_response())

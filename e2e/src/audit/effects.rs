@@ -25,12 +25,12 @@ pub fn effects_happened_once(facts: &Facts) -> Vec<Finding> {
     });
     let reservations = facts.reservations.iter().map(|r| format!("a reservation of order {}", r.order));
     let placed = facts.records.iter().filter(|record| record.topic == contracts::topics::ORDERS_EVENTS.name);
-    let told =
+    let announced =
         placed.filter_map(|record| Some((record.header("ce_id")?, record.header("ce_type")?, record.key.as_ref()?)));
     // The same message twice is a repeat; two messages of one kind about one order are two decisions.
-    let told: std::collections::BTreeSet<_> = told.collect();
-    let told = told.into_iter().map(|(_, kind, order)| format!("{kind} of order {order}"));
-    let all = gateway.chain(payments).chain(stock).chain(reservations).chain(told);
+    let announced: std::collections::BTreeSet<_> = announced.collect();
+    let announced = announced.into_iter().map(|(_, kind, order)| format!("{kind} of order {order}"));
+    let all = gateway.chain(payments).chain(stock).chain(reservations).chain(announced);
     findings.extend(times(count(all)).map(|(what, count)| finding(format!("{count} times: {what}"))));
     findings
 }

@@ -265,12 +265,12 @@ pub struct Request {
     /// The request's Idempotency-Key.
     pub key: String,
     /// The last answer to the request.
-    pub answer: Answer,
+    pub answer: PostAnswer,
 }
 
 /// The answer that a client got.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Answer {
+pub enum PostAnswer {
     /// The answer was 2xx, with this order.
     Accepted(Uuid),
     /// The answer had another status.

@@ -56,9 +56,9 @@ pub fn operators_are_on_record(facts: &Facts, expected: &Expectations) -> Vec<Fi
     if retries > 0 {
         recorded.insert("retry-saga", retries);
     }
-    let told: BTreeMap<&str, usize> = expected.operator_actions.iter().map(|(a, n)| (a.as_str(), *n)).collect();
-    if recorded == told {
+    let declared: BTreeMap<&str, usize> = expected.operator_actions.iter().map(|(a, n)| (a.as_str(), *n)).collect();
+    if recorded == declared {
         return Vec::new();
     }
-    vec![Finding::new(Invariant::I9, format!("operators did {told:?}, on record is {recorded:?}"))]
+    vec![Finding::new(Invariant::I9, format!("operators did {declared:?}, on record is {recorded:?}"))]
 }

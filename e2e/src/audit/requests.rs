@@ -1,6 +1,6 @@
 //! I1 and I10: the answers to clients agree with the database, and the run was worth judging.
 
-use super::{Answer, Expectations, Facts, Finding, Invariant};
+use super::{Expectations, Facts, Finding, Invariant, PostAnswer};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// I1: every accepted request has exactly one order, no two requests share one, and no order came from nowhere.
@@ -8,7 +8,7 @@ pub fn accepted_requests_have_one_order(facts: &Facts, expected: &Expectations) 
     let finding = |what: String| Finding::new(Invariant::I1, what);
     let mut findings = Vec::new();
     for request in &expected.requests {
-        let Answer::Accepted(order) = request.answer else { continue };
+        let PostAnswer::Accepted(order) = request.answer else { continue };
         if !facts.orders.contains_key(&order) {
             findings.push(finding(format!("key {} was answered with order {order}, which is not there", request.key)));
         }
@@ -41,7 +41,7 @@ pub fn faults_fired_and_requests_succeeded(expected: &Expectations) -> Vec<Findi
     let lazy = expected.faults.iter().filter(|(_, fault)| fault.fired < fault.wanted);
     let lazy = lazy.map(|(kind, fault)| format!("{kind} fired {} times, not {}", fault.fired, fault.wanted));
     let mut findings: Vec<_> = lazy.map(|what| Finding::new(Invariant::I10, what)).collect();
-    let accepted = expected.requests.iter().filter(|request| matches!(request.answer, Answer::Accepted(_))).count();
+    let accepted = expected.requests.iter().filter(|request| matches!(request.answer, PostAnswer::Accepted(_))).count();
     if accepted * 100 < expected.least_accepted_percent * expected.requests.len() {
         let of = expected.requests.len();
         findings.push(Finding::new(Invariant::I10, format!("only {accepted} of {of} requests were accepted")));

@@ -3,7 +3,7 @@
 
 use contracts::topics;
 use e2e::{
-    audit::{Answer, Expectations, Facts, Finding, Fired, Invariant, Request, Sources, audit},
+    audit::{Expectations, Facts, Finding, Fired, Invariant, PostAnswer, Request, Sources, audit},
     orders::Wish,
     platform::{Platform, alone},
 };
@@ -214,7 +214,7 @@ fn in_requests(facts: &Facts, expected: &Expectations) {
     };
     let request = |answer| Request { key: unique("key"), answer };
     finds("an order that was promised", Invariant::I1, &|expected| {
-        expected.requests.push(request(Answer::Accepted(Uuid::now_v7())));
+        expected.requests.push(request(PostAnswer::Accepted(Uuid::now_v7())));
     });
     finds("an order that nobody asked for", Invariant::I1, &|expected| drop(expected.requests.pop()));
     finds("an action without a trace", Invariant::I9, &|expected| {
@@ -225,6 +225,6 @@ fn in_requests(facts: &Facts, expected: &Expectations) {
     });
     finds("a run in which nothing worked", Invariant::I10, &|expected| {
         let as_many = 0..expected.requests.len();
-        expected.requests.extend(as_many.map(|_| request(Answer::Refused(503))));
+        expected.requests.extend(as_many.map(|_| request(PostAnswer::Refused(503))));
     });
 }

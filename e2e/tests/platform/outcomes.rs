@@ -261,11 +261,11 @@ fn the_inspection_tells_an_orders_whole_story() {
         assert_eq!(steps(platform, order).await, "undone undone not_done waiting waiting waiting");
         let saga = platform.saga(order).await;
         let timeline = saga["timeline"].as_array().expect("a timeline").iter();
-        let told = timeline.map(|line| {
+        let lines = timeline.map(|line| {
             let word = |name: &str| line[name].as_str().unwrap_or_default().to_owned();
             format!("{} {} {}", word("what"), word("op"), word("step")).trim_end().to_owned()
         });
-        let told: Vec<_> = told.collect();
+        let lines: Vec<_> = lines.collect();
         for line in [
             "sent do authorize-payment",
             "reply do authorize-payment",
@@ -274,7 +274,7 @@ fn the_inspection_tells_an_orders_whole_story() {
             "sent undo authorize-payment",
             "reply undo authorize-payment",
         ] {
-            assert_eq!(told.iter().filter(|told| *told == line).count(), 1, "{line} in {told:#?}");
+            assert_eq!(lines.iter().filter(|lines| *lines == line).count(), 1, "{line} in {lines:#?}");
         }
         assert_eq!(saga["remaining"].as_array().map(Vec::len), Some(0), "{saga:#}");
     });

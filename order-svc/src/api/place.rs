@@ -11,7 +11,7 @@ use saga_core::{
     clock,
     http::{
         Json, Problem,
-        idempotency::{self, Answer, IdempotencyKey, Once},
+        idempotency::{self, IdempotencyKey, IdempotentAnswer, Once},
     },
 };
 use std::time::Duration;
@@ -62,7 +62,7 @@ pub async fn place_order(
     let done = idempotency::once(&state.orders.pool, SCOPE, &key, &request, move |tx| {
         Box::pin(async move {
             let placed = placed(orders.place_in(tx, order, clock::now()).await?);
-            let answer = Answer::json(StatusCode::ACCEPTED, &OrderView::from(placed.clone()))?
+            let answer = IdempotentAnswer::json(StatusCode::ACCEPTED, &OrderView::from(placed.clone()))?
                 .location(location(&placed))
                 .etag(etag(&placed));
             Ok((answer, placed))

@@ -3,7 +3,7 @@
 use super::{ApiState, etag_header, view::OrderView};
 use crate::{
     domain::{CustomerId, StatusName},
-    store::{self, Filter},
+    store::{self, OrderFilter},
 };
 use axum::{
     extract::State,
@@ -85,7 +85,7 @@ pub async fn list_orders(
     Query(query): Query<ListQuery>,
 ) -> Result<Json<List<OrderView>>, Problem> {
     let before = query.cursor.map(|cursor| cursor.key()).transpose()?;
-    let filter = Filter { customer: query.customer_id, status: query.status };
+    let filter = OrderFilter { customer: query.customer_id, status: query.status };
     let orders = store::list(&state.orders.pool, &filter, before, query.limit.and_one()).await?;
     Ok(Json(List::page(orders, query.limit, |order| order.id)?.map(OrderView::from)))
 }

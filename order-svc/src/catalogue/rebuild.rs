@@ -85,7 +85,7 @@ pub enum RebuildError {
 pub async fn rebuild(pool: &PgPool, brokers: &str, topic: &str, missing: Missing) -> Result<Rebuilt, RebuildError> {
     let real = prepare(pool).await?;
     let mut reading = Rereading::begin(brokers, topic).await?;
-    let (mut done, mut told) = (Rebuilt::default(), clock::monotonic());
+    let (mut done, mut logged) = (Rebuilt::default(), clock::monotonic());
     // Twice: the records that came while the first pass ran are few.
     for _ in 0..2 {
         while let Some(read) = reading.next().await? {
@@ -97,7 +97,7 @@ pub async fn rebuild(pool: &PgPool, brokers: &str, topic: &str, missing: Missing
             };
             let (records, unreadable) = BATCH_BOUND.within(batch).await?;
             done.add(records, unreadable);
-            tell(&reading, done, &mut told);
+            tell(&reading, done, &mut logged);
         }
         reading.look_for_the_end().await?;
     }
@@ -232,11 +232,11 @@ impl Rebuilt {
     }
 }
 
-fn tell(reading: &Rereading, done: Rebuilt, told: &mut Instant) {
-    if told.elapsed() < TELL_EVERY {
+fn tell(reading: &Rereading, done: Rebuilt, logged: &mut Instant) {
+    if logged.elapsed() < TELL_EVERY {
         return;
     }
-    *told = clock::monotonic();
+    *logged = clock::monotonic();
     let (read, all) = reading.progress();
     tracing::info!(records = done.records, percent = read * 100 / all.max(1), "reading the topic");
 }

@@ -41,7 +41,7 @@ pub enum OrderStatus {
 
 /// A change that can happen to an order after it was placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change {
+pub enum StatusChange {
     /// The pivot succeeded: the order is confirmed.
     Confirm,
     /// The saga accepted a cancellation.
@@ -70,18 +70,18 @@ impl OrderStatus {
     ];
 
     /// The status to which `change` leads from this one.
-    pub fn transition(self, change: Change, now: OffsetDateTime) -> Result<Self, NotAllowed> {
+    pub fn transition(self, change: StatusChange, now: OffsetDateTime) -> Result<Self, NotAllowed> {
         match (self, change) {
-            (Self::Pending, Change::Confirm) => Ok(Self::Confirmed { at: now }),
-            (Self::Pending, Change::RequestCancel(reason)) => Ok(Self::Cancelling { reason }),
-            (Self::Pending | Self::Cancelling { .. }, Change::Cancel(reason)) => {
+            (Self::Pending, StatusChange::Confirm) => Ok(Self::Confirmed { at: now }),
+            (Self::Pending, StatusChange::RequestCancel(reason)) => Ok(Self::Cancelling { reason }),
+            (Self::Pending | Self::Cancelling { .. }, StatusChange::Cancel(reason)) => {
                 Ok(Self::Cancelled { reason, at: now })
             }
             (
                 Self::Confirmed { .. } | Self::Cancelled { .. } | Self::Cancelling { .. },
-                Change::Confirm | Change::RequestCancel(_),
+                StatusChange::Confirm | StatusChange::RequestCancel(_),
             )
-            | (Self::Confirmed { .. } | Self::Cancelled { .. }, Change::Cancel(_)) => {
+            | (Self::Confirmed { .. } | Self::Cancelled { .. }, StatusChange::Cancel(_)) => {
                 Err(NotAllowed { from: self.name(), to: change.leads_to() })
             }
         }
@@ -129,7 +129,7 @@ impl OrderStatus {
     }
 }
 
-impl Change {
+impl StatusChange {
     /// The status to which the change leads.
     pub fn leads_to(self) -> StatusName {
         match self {
@@ -224,11 +224,11 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
-    fn changes() -> impl Strategy<Value = Change> {
+    fn changes() -> impl Strategy<Value = StatusChange> {
         prop_oneof![
-            Just(Change::Confirm),
-            proptest::sample::select(&CancelReason::ALL[..]).prop_map(Change::RequestCancel),
-            proptest::sample::select(&CancelReason::ALL[..]).prop_map(Change::Cancel),
+            Just(StatusChange::Confirm),
+            proptest::sample::select(&CancelReason::ALL[..]).prop_map(StatusChange::RequestCancel),
+            proptest::sample::select(&CancelReason::ALL[..]).prop_map(StatusChange::Cancel),
         ]
     }
 
@@ -244,7 +244,7 @@ mod tests {
         ];
         let mut allowed = BTreeSet::new();
         for from in statuses {
-            for change in [Change::Confirm, Change::RequestCancel(reason), Change::Cancel(reason)] {
+            for change in [StatusChange::Confirm, StatusChange::RequestCancel(reason), StatusChange::Cancel(reason)] {
                 match from.transition(change, now) {
                     Ok(to) => {
                         assert_eq!(to.name(), change.leads_to());

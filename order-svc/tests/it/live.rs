@@ -3,7 +3,7 @@
 use crate::support::{PATIENCE, Shop, basket, json_of};
 use contracts::OrderId;
 use order_svc::{
-    domain::{CancelReason, Change},
+    domain::{CancelReason, StatusChange},
     live::{MAX_OF_ONE, MAX_STREAMS, MAX_WAITS, Purpose},
 };
 use reqwest::{Response, StatusCode};
@@ -73,9 +73,9 @@ async fn a_stream_tells_the_past_then_what_happens_and_ends_with_the_order() {
     let mut events = Events::open(&shop, order, None).await;
     assert_eq!(events.next().await, Some(event("1", "pending")));
     // Another replica would do it like this: no task of this process hears of it.
-    shop.change(order, Change::RequestCancel(CancelReason::CancelledByCustomer)).await;
+    shop.change(order, StatusChange::RequestCancel(CancelReason::CancelledByCustomer)).await;
     assert_eq!(events.next().await, Some(event("2", "cancelling")));
-    shop.change(order, Change::Cancel(CancelReason::CancelledByCustomer)).await;
+    shop.change(order, StatusChange::Cancel(CancelReason::CancelledByCustomer)).await;
     assert_eq!(events.next().await, Some(event("3", "cancelled")));
     assert_eq!(events.next().await, None);
 }
@@ -87,8 +87,8 @@ async fn a_client_that_comes_back_gets_what_it_missed_and_nothing_twice() {
     let mut events = Events::open(&shop, order, None).await;
     assert_eq!(events.next().await, Some(event("1", "pending")));
     drop(events);
-    shop.change(order, Change::RequestCancel(CancelReason::CancelledByCustomer)).await;
-    shop.change(order, Change::Cancel(CancelReason::CancelledByCustomer)).await;
+    shop.change(order, StatusChange::RequestCancel(CancelReason::CancelledByCustomer)).await;
+    shop.change(order, StatusChange::Cancel(CancelReason::CancelledByCustomer)).await;
     let rest = Events::open(&shop, order, Some("1")).await.rest().await;
     assert_eq!(rest, [event("2", "cancelling"), event("3", "cancelled")]);
     let all = Events::open(&shop, order, Some("0")).await.rest().await;
@@ -112,7 +112,7 @@ async fn many_clients_of_one_order_hear_the_same_whenever_they_come() {
     let shop = Shop::open().await;
     let order = shop.write_order("c").await;
     let early = futures::future::join_all((0..20).map(|_| Events::open(&shop, order, None))).await;
-    shop.change(order, Change::Confirm).await;
+    shop.change(order, StatusChange::Confirm).await;
     let late = futures::future::join_all((0..20).map(|_| Events::open(&shop, order, None))).await;
     for events in early.into_iter().chain(late) {
         assert_eq!(events.rest().await, [event("1", "pending"), event("2", "confirmed")]);

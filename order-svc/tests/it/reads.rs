@@ -1,7 +1,7 @@
 //! Reading orders: one, with its ETag; lists, page by page.
 
 use crate::support::{Shop, json_of};
-use order_svc::domain::{CancelReason, Change};
+use order_svc::domain::{CancelReason, StatusChange};
 use serde_json::Value;
 
 /// All pages of a list, and how many there were.
@@ -55,7 +55,7 @@ async fn an_order_is_shown_with_its_items_and_an_etag_that_changes_with_its_stat
     let unchanged = |etag: &'static str| shop.client.get(shop.url(&path)).header("If-None-Match", etag).send();
     assert_eq!(unchanged("\"1\"").await.unwrap().status(), 304);
     assert_eq!(unchanged("\"7\", W/\"1\"").await.unwrap().status(), 304);
-    shop.change(order, Change::Cancel(CancelReason::OutOfStock)).await;
+    shop.change(order, StatusChange::Cancel(CancelReason::OutOfStock)).await;
     let response = unchanged("\"1\"").await.unwrap();
     assert_eq!((response.status().as_u16(), &response.headers()["etag"]), (200, &"\"2\"".parse().unwrap()));
     let view = json_of(response).await;
@@ -71,7 +71,7 @@ async fn lists_are_newest_first_by_customer_and_status_and_turn_pages_without_ga
         let customer = if n % 2 == 0 { "even" } else { "odd" };
         let order = shop.write_order(customer).await;
         if n < 3 {
-            shop.change(order, Change::Confirm).await;
+            shop.change(order, StatusChange::Confirm).await;
         }
         orders.push((order.to_string(), customer, n < 3));
     }

@@ -3,7 +3,7 @@
 
 use crate::support::{PATIENCE, Shop, basket, id_of, json_of};
 use contracts::OrderId;
-use order_svc::domain::{CancelReason, Change, OrderStatus, StatusName};
+use order_svc::domain::{CancelReason, OrderStatus, StatusChange, StatusName};
 use reqwest::Response;
 use saga_core::command::Outcome::{Rejected, Succeeded};
 use saga_core::{
@@ -180,7 +180,7 @@ async fn an_order_that_cannot_be_confirmed_stops_its_own_saga_and_no_other() {
         orders.push(order);
     }
     // A person wrote to the database by hand.
-    shop.change(orders[1], Change::Cancel(CancelReason::Failed)).await;
+    shop.change(orders[1], StatusChange::Cancel(CancelReason::Failed)).await;
     let mut batch = Vec::new();
     for order in &orders {
         batch.push(shop.reply(*order, Succeeded, captured()).await);

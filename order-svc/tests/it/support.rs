@@ -4,7 +4,7 @@ use contracts::{OrderId, money::Money, product::Quantity};
 use order_svc::{
     api::{ApiState, router},
     app::NEEDS,
-    domain::{Change, PlacedOrder, PricedLine},
+    domain::{PlacedOrder, PricedLine, StatusChange},
     live::nudging,
     migrations,
     orders::Orders,
@@ -181,7 +181,7 @@ impl Shop {
         order.id
     }
 
-    pub(crate) async fn change(&self, order: OrderId, change: Change) {
+    pub(crate) async fn change(&self, order: OrderId, change: StatusChange) {
         let mut tx = self.db.pool.begin().await.unwrap();
         store::change_in(&mut tx, &[(order, change)], saga_core::clock::now()).await.unwrap();
         tx.commit().await.unwrap();

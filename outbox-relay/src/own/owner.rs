@@ -9,7 +9,9 @@ use crate::{
     outbox::Outbox,
     owner_error::{OwnerError, joined},
     position::Position,
-    publish::{asks::HandoverRequests, producer::Kafka, retry::Retries, set_apart, shared::Shared, stream},
+    publish::{
+        handover_requests::HandoverRequests, producer::Kafka, retry::Retries, set_apart, shared::Shared, stream,
+    },
     read::nudges::Nudges,
     record::{
         batch_log,
@@ -133,7 +135,7 @@ fn shared(
         hurry,
         nudges: Arc::new(Nudges::listen(outbox.db.options())),
         main: watch::channel(at).0,
-        asks: HandoverRequests::default(),
+        handover_requests: HandoverRequests::default(),
         areas: outbox.areas.clone(),
         stop: stop.clone(),
         acknowledged: Mutex::default(),

@@ -479,7 +479,9 @@ mod tests {
             let reports = Just(rows).prop_shuffle().prop_flat_map(|rows| {
                 let all = rows.len();
                 (Just(rows), prop::collection::vec(prop::bool::weighted(0.95), all), 0..=all).prop_map(
-                    |(rows, good, told)| rows.into_iter().zip(good).map(|((p, r), g)| (p, r, g)).take(told).collect(),
+                    |(rows, good, reported)| {
+                        rows.into_iter().zip(good).map(|((p, r), g)| (p, r, g)).take(reported).collect()
+                    },
                 )
             });
             (Just(pages), reports)

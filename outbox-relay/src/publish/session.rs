@@ -199,7 +199,7 @@ impl Session {
                 Ok(()) => self.obey().await,
                 Err(_) => Err(SessionEnd::Control),
             },
-            handed = self.scope.handed_over(&self.shared.asks) => self.hand_over(handed).await,
+            step = self.scope.next_handover_step(&self.shared.handover_requests) => self.hand_over(step).await,
             () = self.progress.closed() => Err(CommitError::Fenced.into()),
             item = items.recv(), if room => match item {
                 Some(ReaderItem::Page(page)) => self.send(page).await,

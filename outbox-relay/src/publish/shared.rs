@@ -9,7 +9,7 @@ use crate::{
     database::Database,
     loops::Loops,
     position::{Position, ReadError},
-    publish::{asks::HandoverRequests, producer::Kafka},
+    publish::{handover_requests::HandoverRequests, producer::Kafka},
     read::nudges::Nudges,
     record::{
         commit::{CommitError, Recordable},
@@ -52,7 +52,7 @@ pub(crate) struct Shared {
     pub(crate) nudges: Arc<Nudges>,
     /// The main stream's position: it has sent, or passed over, all before.
     pub(crate) main: watch::Sender<Position>,
-    pub(crate) asks: HandoverRequests,
+    pub(crate) handover_requests: HandoverRequests,
     /// Room for the rows of each stream.
     pub(crate) areas: Arc<Areas>,
     pub(crate) stop: CancellationToken,
@@ -112,8 +112,8 @@ impl Shared {
 
     /// Waits until everything before is recorded.
     pub(crate) async fn flush(&self) -> Result<(), CommitError> {
-        let (told, recorded) = oneshot::channel();
-        self.progress.send(Recordable::Flush(told)).await.map_err(|_| CommitError::Fenced)?;
+        let (flushed, recorded) = oneshot::channel();
+        self.progress.send(Recordable::Flush(flushed)).await.map_err(|_| CommitError::Fenced)?;
         self.hurry.notify_one();
         recorded.await.map_err(|_| CommitError::Fenced)
     }

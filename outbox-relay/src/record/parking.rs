@@ -446,7 +446,7 @@ pub(crate) mod tests {
     use std::str::FromStr as _;
 
     #[test]
-    fn a_line_is_blocked_by_its_first_row_until_it_is_freed_behind_its_last() {
+    fn a_lane_is_blocked_by_its_first_row_until_it_is_freed_behind_its_last() {
         let blocked = BlockedLanes::default();
         blocked.block("t", Some("k"), 3);
         assert_eq!(blocked.behind("t", Some("k"), 5), Some(3));
@@ -493,7 +493,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_turn_of_a_long_line_touches_does_not_depend_on_its_length() {
+    async fn what_a_turn_of_a_long_lane_touches_does_not_depend_on_its_length() {
         let rows = i64::try_from(saga_core::testkit::size(20_000, 1_000_000)).unwrap();
         let database = TestDatabase::new(&[messaging_migrations()]).await;
         let options = PgConnectOptions::from_str(&database.url).unwrap().options(crate::outbox::PLANS);
@@ -558,7 +558,7 @@ pub(crate) mod tests {
     }
 
     #[tokio::test]
-    async fn a_published_line_stays_asked_for_until_it_is_freed() {
+    async fn a_published_lane_stays_asked_for_until_it_is_freed() {
         let database = TestDatabase::new(&[messaging_migrations()]).await;
         let owner = Uuid::new_v4();
         sqlx::query("insert into outbox_lease values ('orders', $1, '', now(), now(), now() + interval '1 hour')")

@@ -1,7 +1,7 @@
 //! A database with an outbox, a topic, and relays on them.
 #![allow(dead_code, unreachable_pub, clippy::missing_panics_doc)]
 
-use outbox_relay::{OutboxSettings, Relay, Settings, admin};
+use outbox_relay::{OutboxSettings, Relay, RelaySettings, admin};
 use rdkafka::{
     ClientConfig, Message as _, Offset, TopicPartitionList,
     admin::{AdminClient, AdminOptions, AlterConfig, NewTopic, ResourceSpecifier, TopicReplication},
@@ -79,22 +79,22 @@ impl World {
     }
 
     /// The settings with a lease that a busy machine does not lose, and as much time to read as a relay has.
-    pub fn unhurried(&self) -> Settings {
+    pub fn unhurried(&self) -> RelaySettings {
         let settings = self.settings();
-        Settings { lease: Duration::from_secs(20), ..Settings::new(brokers(), settings.outboxes) }
+        RelaySettings { lease: Duration::from_secs(20), ..RelaySettings::new(brokers(), settings.outboxes) }
     }
 
     pub fn db(&self) -> &PgPool {
         &self.database.pool
     }
 
-    pub fn settings(&self) -> Settings {
+    pub fn settings(&self) -> RelaySettings {
         let mut database = PgConnectOptions::from_str(&self.database.url).expect("the test's own URL");
         if let Some(role) = &self.role {
             database = database.username(role).password(PASSWORD);
         }
         let outbox = OutboxSettings { name: self.name.clone(), database };
-        Settings { lease: LEASE, reading: LEASE, ..Settings::new(brokers(), vec![outbox]) }
+        RelaySettings { lease: LEASE, reading: LEASE, ..RelaySettings::new(brokers(), vec![outbox]) }
     }
 
     pub fn relay(&self) -> Running {
@@ -186,9 +186,9 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Parks rows 1 to `rows`, as if their topic had been too small for them. They are in so many lines, or without keys
+/// Parks rows 1 to `rows`, as if their topic had been too small for them. They are in so many lanes, or without keys
 /// where there are none.
-pub async fn park(world: &World, topic: &str, rows: usize, lines: usize) {
+pub async fn park(world: &World, topic: &str, rows: usize, lanes: usize) {
     let rows = i64::try_from(rows).unwrap();
     sqlx::query(
         "insert into outbox_parked (outbox, id, message_id, topic, key, type, payload, headers, created_at, reason)
@@ -197,7 +197,7 @@ pub async fn park(world: &World, topic: &str, rows: usize, lines: usize) {
     )
     .bind(topic)
     .bind(rows)
-    .bind(i64::try_from(lines).unwrap())
+    .bind(i64::try_from(lanes).unwrap())
     .execute(world.db())
     .await
     .expect("the rows can be parked");
@@ -360,7 +360,7 @@ pub struct Running {
 }
 
 impl Running {
-    pub fn start(settings: &Settings) -> Self {
+    pub fn start(settings: &RelaySettings) -> Self {
         Self::of(Relay::new(settings).expect("the settings are good"))
     }
 

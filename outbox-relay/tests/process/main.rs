@@ -276,10 +276,10 @@ fn every_mistake_of_a_configuration_is_listed_at_start() {
         .env("ADMIN_ADDR", "nonsense")
         .output()
         .unwrap();
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success());
     for variable in ["OUTBOXES", "KAFKA_BROKERS", "ADMIN_ADDR"] {
-        assert!(told.contains(variable), "{told}");
+        assert!(stderr.contains(variable), "{stderr}");
     }
 }
 

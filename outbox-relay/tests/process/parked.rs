@@ -1,4 +1,4 @@
-//! The binary, killed while it tries parked lines again.
+//! The binary, killed while it tries parked lanes again.
 
 use crate::{
     Process,
@@ -35,9 +35,9 @@ async fn discard(world: &World, rows: impl IntoIterator<Item = i64>) -> BTreeSet
     discarded
 }
 
-/// Of rows 1 to `rows`, which were parked in `lines` lines, those are published that were not discarded, and no others.
-/// First occurrences are in order along each line.
-async fn audit_parked(world: &World, topic: &str, rows: i64, lines: i64, discarded: &BTreeSet<i64>) {
+/// Of rows 1 to `rows`, which were parked in `lanes` lanes, those are published that were not discarded, and no others.
+/// First occurrences are in order along each lane.
+async fn audit_parked(world: &World, topic: &str, rows: i64, lanes: i64, discarded: &BTreeSet<i64>) {
     let expected: BTreeSet<i64> = (1..=rows).filter(|id| !discarded.contains(id)).collect();
     world.parked(0).await;
     let found = published_ids(topic, expected.len()).await;
@@ -45,7 +45,7 @@ async fn audit_parked(world: &World, topic: &str, rows: i64, lines: i64, discard
     let mut last: HashMap<i64, i64> = HashMap::new();
     for id in found {
         if seen.insert(id) {
-            let before = last.insert(id % lines, id).unwrap_or(0);
+            let before = last.insert(id % lanes, id).unwrap_or(0);
             assert!(before < id, "{id} came after {before}");
         }
     }
@@ -53,7 +53,7 @@ async fn audit_parked(world: &World, topic: &str, rows: i64, lines: i64, discard
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_again_and_again_while_lines_are_tried_it_loses_and_inverts_nothing() {
+async fn killed_again_and_again_while_lanes_are_tried_it_loses_and_inverts_nothing() {
     const LINES: usize = 20;
     const PUBLISHED: &str = "select count(*) from outbox_parked where status = 'published'";
     let parked = size(60_000, 200_000);

@@ -3,7 +3,7 @@
 use super::{Provider, apply_in, lock_in, reference};
 use crate::{
     domain::{Event, Payment, Refusal, Status},
-    gateway::{Answer, Request},
+    gateway::{GatewayAnswer, Request},
     store,
 };
 use async_trait::async_trait;
@@ -22,7 +22,7 @@ pub(super) struct Authorize(pub(super) Provider);
 #[async_trait]
 impl ExternalEffect<AuthorizePayment> for Authorize {
     type Prepared = ();
-    type Answer = Answer;
+    type Answer = GatewayAnswer;
 
     async fn prepare(
         &self,
@@ -61,7 +61,7 @@ impl ExternalEffect<AuthorizePayment> for Authorize {
         Ok(refused(Refusal::AlreadyPaid))
     }
 
-    async fn perform(&self, intent: &Intent<AuthorizePayment, ()>) -> Performed<Answer> {
+    async fn perform(&self, intent: &Intent<AuthorizePayment, ()>) -> Performed<GatewayAnswer> {
         let AuthorizePayment { order, customer, amount, method } = &intent.command;
         let request = Request::Authorize {
             order: order.to_string(),
@@ -76,17 +76,17 @@ impl ExternalEffect<AuthorizePayment> for Authorize {
         &self,
         tx: &mut Tx<'_>,
         intent: Intent<AuthorizePayment, ()>,
-        answer: Answer,
+        answer: GatewayAnswer,
     ) -> anyhow::Result<Decision<AuthorizePayment>> {
         let payment = lock_in(tx, intent.command.order).await?;
         let command = intent.cx.idempotency_key();
         match answer {
-            Answer::Done { reference: authorization, .. } => {
+            GatewayAnswer::Done { reference: authorization, .. } => {
                 let authorization = reference(authorization)?;
                 apply_in(tx, payment, command, Event::Authorized { authorization: authorization.clone() }).await?;
                 Ok(Decision::Done(Authorized { authorization, amount: intent.command.amount }))
             }
-            Answer::Refused { code } => {
+            GatewayAnswer::Refused { code } => {
                 apply_in(tx, payment, command, Event::Declined { reason: code.clone() }).await?;
                 Ok(Decision::Rejected(Declined { reason: code }))
             }

@@ -6,7 +6,7 @@
 use super::{Provider, apply_in, lock_in, reference};
 use crate::{
     domain::{Event, MovementKind, Status},
-    gateway::{Answer, Request},
+    gateway::{GatewayAnswer, Request},
     store,
 };
 use async_trait::async_trait;
@@ -26,7 +26,7 @@ pub(super) struct Capture(pub(super) Provider);
 impl ExternalEffect<CapturePayment> for Capture {
     /// The gateway's reference of the authorization.
     type Prepared = String;
-    type Answer = Answer;
+    type Answer = GatewayAnswer;
 
     async fn prepare(
         &self,
@@ -51,7 +51,7 @@ impl ExternalEffect<CapturePayment> for Capture {
         })
     }
 
-    async fn perform(&self, intent: &Intent<CapturePayment, String>) -> Performed<Answer> {
+    async fn perform(&self, intent: &Intent<CapturePayment, String>) -> Performed<GatewayAnswer> {
         let request = Request::Capture { authorization: intent.prepared.clone(), amount: intent.command.amount };
         self.0.ask(&intent.cx, intent.command.order, &request, intent.command.amount).await
     }
@@ -60,17 +60,17 @@ impl ExternalEffect<CapturePayment> for Capture {
         &self,
         tx: &mut Tx<'_>,
         intent: Intent<CapturePayment, String>,
-        answer: Answer,
+        answer: GatewayAnswer,
     ) -> anyhow::Result<Decision<CapturePayment>> {
         match answer {
-            Answer::Done { reference: capture, .. } => {
+            GatewayAnswer::Done { reference: capture, .. } => {
                 let capture = reference(capture)?;
                 let payment = lock_in(tx, intent.command.order).await?;
                 let event = Event::Captured { capture: capture.clone() };
                 apply_in(tx, payment, intent.cx.idempotency_key(), event).await?;
                 Ok(Decision::Done(Captured { capture, amount: intent.command.amount }))
             }
-            Answer::Refused { code } => Ok(Decision::Rejected(CaptureRefused { reason: code })),
+            GatewayAnswer::Refused { code } => Ok(Decision::Rejected(CaptureRefused { reason: code })),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The provider as the effects ask it: under the command's id, and with the amount that an answer has to agree with.
 
 use crate::{
-    gateway::{Answer, Doubt, PaymentGateway, Request},
+    gateway::{Doubt, GatewayAnswer, PaymentGateway, Request},
     store::{self, Difference},
 };
 use contracts::{OrderId, money::Money};
@@ -39,7 +39,7 @@ impl Provider {
         order: OrderId,
         request: &Request,
         asked: Money,
-    ) -> Performed<Answer> {
+    ) -> Performed<GatewayAnswer> {
         self.ask_for(cx, order, request, &[asked]).await
     }
 
@@ -51,7 +51,7 @@ impl Provider {
         cx: &CommandContext,
         order: OrderId,
         authorize_key: CommandId,
-    ) -> Performed<Answer> {
+    ) -> Performed<GatewayAnswer> {
         match store::may_be_held(&self.pool, DATABASE_BOUND, order, authorize_key).await {
             Ok(held) => self.ask_for(cx, order, &Request::Void { authorization_key: authorize_key }, &held).await,
             Err(error) => Performed::NotMade {
@@ -69,7 +69,7 @@ impl Provider {
         order: OrderId,
         request: &Request,
         right: &[Money],
-    ) -> Performed<Answer> {
+    ) -> Performed<GatewayAnswer> {
         let answer = match self.gateway.perform(cx.idempotency_key(), request).await {
             Ok(answer) => answer,
             Err(doubt @ Doubt::CircuitOpen { again_after, .. }) => {
@@ -79,7 +79,7 @@ impl Provider {
             Err(doubt) => return Performed::InDoubt(doubt.into()),
         };
         match (&answer, right.first()) {
-            (Answer::Done { reference, amount: Some(answered) }, Some(&asked)) if !right.contains(answered) => {
+            (GatewayAnswer::Done { reference, amount: Some(answered) }, Some(&asked)) if !right.contains(answered) => {
                 let difference = Difference {
                     order,
                     command: cx.idempotency_key(),
@@ -94,7 +94,7 @@ impl Provider {
         }
     }
 
-    async fn differs(&self, difference: Difference) -> Performed<Answer> {
+    async fn differs(&self, difference: Difference) -> Performed<GatewayAnswer> {
         let reason = difference.reason();
         metrics::counter!("payment_differences_total", "operation" => difference.movement).increment(1);
         tracing::error!(order = %difference.order, command = %difference.command, reference = difference.reference,

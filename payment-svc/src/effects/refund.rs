@@ -7,7 +7,7 @@
 use super::{Provider, apply_in, lock_in, reference};
 use crate::{
     domain::{Event, MovementKind, Refusal, Status},
-    gateway::{Answer, Request},
+    gateway::{GatewayAnswer, Request},
     store,
 };
 use async_trait::async_trait;
@@ -31,7 +31,7 @@ pub(super) struct Refund(pub(super) Provider);
 impl ExternalEffect<RefundPayment> for Refund {
     /// The gateway's reference of the authorization.
     type Prepared = String;
-    type Answer = Answer;
+    type Answer = GatewayAnswer;
 
     /// Sets the amount aside, so that refunds that are under way side by side never give back more than was captured.
     async fn prepare(
@@ -58,7 +58,7 @@ impl ExternalEffect<RefundPayment> for Refund {
         })
     }
 
-    async fn perform(&self, intent: &Intent<RefundPayment, String>) -> Performed<Answer> {
+    async fn perform(&self, intent: &Intent<RefundPayment, String>) -> Performed<GatewayAnswer> {
         let request = Request::Refund { authorization: intent.prepared.clone(), amount: intent.command.amount };
         self.0.ask(&intent.cx, intent.command.order, &request, intent.command.amount).await
     }
@@ -67,19 +67,19 @@ impl ExternalEffect<RefundPayment> for Refund {
         &self,
         tx: &mut Tx<'_>,
         intent: Intent<RefundPayment, String>,
-        answer: Answer,
+        answer: GatewayAnswer,
     ) -> anyhow::Result<Decision<RefundPayment>> {
         let payment = lock_in(tx, intent.command.order).await?;
         let amount = intent.command.amount;
         let command = intent.cx.idempotency_key();
         match answer {
-            Answer::Done { reference: refund, .. } => {
+            GatewayAnswer::Done { reference: refund, .. } => {
                 let refund = reference(refund)?;
                 let event = Event::Refunded { refund: refund.clone(), amount: amount.amount };
                 apply_in(tx, payment, command, event).await?;
                 Ok(Decision::Done(Refunded { refund, amount }))
             }
-            Answer::Refused { code } => {
+            GatewayAnswer::Refused { code } => {
                 apply_in(tx, payment, command, Event::RefundRefused { amount: amount.amount }).await?;
                 Ok(Decision::Rejected(RefundRefused { reason: code }))
             }

@@ -9,7 +9,7 @@
 use super::{Provider, apply_in};
 use crate::{
     domain::{Event, Movement, Payment, Released, Status},
-    gateway::Answer,
+    gateway::GatewayAnswer,
     store,
 };
 use anyhow::{Context, ensure};
@@ -28,7 +28,7 @@ pub(super) struct Void(pub(super) Provider);
 impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
     /// The idempotency key of the authorization.
     type Prepared = CommandId;
-    type Answer = Answer;
+    type Answer = GatewayAnswer;
 
     async fn prepare(
         &self,
@@ -45,7 +45,7 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
         Ok(Prepare::Call(authorize_key))
     }
 
-    async fn perform(&self, intent: &Intent<VoidPayment, CommandId>) -> Performed<Answer> {
+    async fn perform(&self, intent: &Intent<VoidPayment, CommandId>) -> Performed<GatewayAnswer> {
         self.0.ask_to_void(&intent.cx, intent.command.order, intent.prepared).await
     }
 
@@ -53,11 +53,11 @@ impl ExternalUndo<AuthorizePayment, VoidPayment> for Void {
         &self,
         tx: &mut Tx<'_>,
         intent: Intent<VoidPayment, CommandId>,
-        answer: Answer,
+        answer: GatewayAnswer,
     ) -> anyhow::Result<Decision<VoidPayment>> {
         let (reference, amount) = match answer {
-            Answer::Done { reference, amount } => (reference, amount),
-            Answer::Refused { code } => {
+            GatewayAnswer::Done { reference, amount } => (reference, amount),
+            GatewayAnswer::Refused { code } => {
                 return Ok(Decision::Failed(format!("the gateway does not let go of the money: {code}")));
             }
         };

@@ -5,7 +5,7 @@
 //! never a refusal. An answer that says no is a refusal, however strange its words. Whether the amount is the one that
 //! was asked for is judged where that is known ([`crate::effects`]).
 
-use super::{Answer, Doubt, Request};
+use super::{Doubt, GatewayAnswer, Request};
 use contracts::money::{Currency, Money};
 use http::{HeaderMap, StatusCode, header};
 use saga_core::json;
@@ -40,7 +40,12 @@ struct RefusedCode {
 /// The meaning of an answer to `request`. Only an answer that says so in the provider's own words is a refusal: a 404
 /// or 403 may be a proxy's. A 401 says nothing of the payment: the provider lets in no request of ours. A 403 may be
 /// about this payment alone.
-pub(super) fn read(request: &Request, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Result<Answer, Doubt> {
+pub(super) fn read(
+    request: &Request,
+    status: StatusCode,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Result<GatewayAnswer, Doubt> {
     match status {
         StatusCode::OK | StatusCode::CREATED => {
             is_json(headers).and_then(|()| done(request, body)).map_err(Doubt::Unreadable)
@@ -48,7 +53,7 @@ pub(super) fn read(request: &Request, status: StatusCode, headers: &HeaderMap, b
         StatusCode::PAYMENT_REQUIRED | StatusCode::CONFLICT => {
             let refused = is_json(headers).and_then(|()| json::read::<RefusedBody>(body));
             match refused {
-                Ok(RefusedBody { refused }) => Ok(Answer::Refused { code: code(&refused.code) }),
+                Ok(RefusedBody { refused }) => Ok(GatewayAnswer::Refused { code: code(&refused.code) }),
                 Err(_) => Err(Doubt::Status { status: status.as_u16() }),
             }
         }
@@ -68,7 +73,7 @@ fn is_json(headers: &HeaderMap) -> Result<(), String> {
 
 /// Reads what was done. Only a void may have found nothing: then it names no amount, and no reference either where
 /// there was nothing at all.
-fn done(request: &Request, body: &[u8]) -> Result<Answer, String> {
+fn done(request: &Request, body: &[u8]) -> Result<GatewayAnswer, String> {
     let DoneBody { reference, amount } = json::read(body)?;
     let may_be_nothing = matches!(request, Request::Void { .. });
     match (&reference, amount) {
@@ -84,7 +89,7 @@ fn done(request: &Request, body: &[u8]) -> Result<Answer, String> {
         None if !may_be_nothing => return Err("it has no amount".into()),
         Some(_) | None => {}
     }
-    Ok(Answer::Done { reference, amount })
+    Ok(GatewayAnswer::Done { reference, amount })
 }
 
 /// Whether money can be of this currency: it is an active code, or the one that was asked for.
@@ -142,7 +147,7 @@ mod tests {
         HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(kind))])
     }
 
-    fn interpret(request: &Request, status: u16, body: &[u8]) -> Result<Answer, Doubt> {
+    fn interpret(request: &Request, status: u16, body: &[u8]) -> Result<GatewayAnswer, Doubt> {
         read(request, StatusCode::from_u16(status).unwrap(), &of_type("application/json; charset=utf-8"), body)
     }
 
@@ -155,7 +160,7 @@ mod tests {
         let refused = br#"{"refused":{"code":"insufficient_funds","message":"-"}}"#;
         for status in [402, 409] {
             let answer = interpret(&capture(), status, refused).unwrap();
-            assert_eq!(answer, Answer::Refused { code: "insufficient_funds".into() });
+            assert_eq!(answer, GatewayAnswer::Refused { code: "insufficient_funds".into() });
             for other in [&b"<html>proxy</html>"[..], br#"[["insufficient_funds"]]"#, br#"{"refused":["x"]}"#] {
                 assert!(matches!(interpret(&capture(), status, other), Err(Doubt::Status { .. })));
             }
@@ -171,7 +176,7 @@ mod tests {
     #[test]
     fn a_refusals_code_is_cleaned_and_cut_and_stays_a_refusal() {
         let of = |code: &str| interpret(&capture(), 409, json!({ "refused": { "code": code } }).to_string().as_bytes());
-        let refused = |code: &str| Answer::Refused { code: code.into() };
+        let refused = |code: &str| GatewayAnswer::Refused { code: code.into() };
         assert_eq!(of("a\0b\u{1b}[31m\nc").unwrap(), refused("a\u{fffd}b\u{fffd}[31m\u{fffd}c"));
         assert_eq!(of(&"ä".repeat(2_000_000)).unwrap(), refused(&"ä".repeat(CODE_MAX)));
         assert_eq!(of(" ").unwrap(), refused("unspecified"));
@@ -206,7 +211,7 @@ mod tests {
         let of_void = |reference: serde_json::Value, amount: &serde_json::Value| {
             interpret(&void(), 200, json!({ "reference": reference, "amount": amount }).to_string().as_bytes())
         };
-        assert_eq!(of_void(json!(null), &nothing).unwrap(), Answer::Done { reference: None, amount: None });
+        assert_eq!(of_void(json!(null), &nothing).unwrap(), GatewayAnswer::Done { reference: None, amount: None });
         assert!(of_void(json!("r"), &nothing).is_ok(), "it was let go before");
         assert!(of_void(json!(null), &money).is_err(), "an amount of no authorization");
     }

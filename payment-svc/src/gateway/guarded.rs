@@ -10,7 +10,7 @@
 //! | `gateway_request_duration_seconds{operation, result}` | calls that were made, quick retries among them |
 
 use super::{
-    Answer, Doubt, Operation, PaymentGateway, Request,
+    Doubt, GatewayAnswer, Operation, PaymentGateway, Request,
     breaker::{Breaker, BreakerConfig},
 };
 use async_trait::async_trait;
@@ -39,7 +39,7 @@ impl<G: PaymentGateway> Guarded<G> {
     }
 
     /// Makes one call, and reports to the circuit what it shows of the provider.
-    async fn ask(&self, breaker: &Breaker, key: CommandId, request: &Request) -> Result<Answer, Doubt> {
+    async fn ask(&self, breaker: &Breaker, key: CommandId, request: &Request) -> Result<GatewayAnswer, Doubt> {
         let answer = self.inner.perform(key, request).await;
         let operation = request.operation().name();
         match &answer {
@@ -61,7 +61,7 @@ impl<G: PaymentGateway> Guarded<G> {
     }
 
     /// Makes a call with quick retries; the measured time is that of the calls alone.
-    async fn call(&self, breaker: &Breaker, key: CommandId, request: &Request) -> Result<Answer, Doubt> {
+    async fn call(&self, breaker: &Breaker, key: CommandId, request: &Request) -> Result<GatewayAnswer, Doubt> {
         let mut pauses = QUICK.delays().take(QUICK_RETRIES);
         loop {
             match (self.ask(breaker, key, request).await, pauses.next()) {
@@ -79,7 +79,7 @@ impl<G: PaymentGateway> Guarded<G> {
 
 #[async_trait]
 impl<G: PaymentGateway> PaymentGateway for Guarded<G> {
-    async fn perform(&self, key: CommandId, request: &Request) -> Result<Answer, Doubt> {
+    async fn perform(&self, key: CommandId, request: &Request) -> Result<GatewayAnswer, Doubt> {
         let operation = request.operation();
         let breaker = &self.breakers[operation as usize];
         let begun = clock::monotonic();
@@ -89,8 +89,8 @@ impl<G: PaymentGateway> PaymentGateway for Guarded<G> {
         }
         let answer = self.call(breaker, key, request).await;
         let result = match &answer {
-            Ok(Answer::Done { .. }) => "done",
-            Ok(Answer::Refused { .. }) => "refused",
+            Ok(GatewayAnswer::Done { .. }) => "done",
+            Ok(GatewayAnswer::Refused { .. }) => "refused",
             Err(_) => "in_doubt",
         };
         metrics::histogram!("gateway_request_duration_seconds", "operation" => operation.name(), "result" => result)

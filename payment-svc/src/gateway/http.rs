@@ -1,7 +1,7 @@
 //! The provider over HTTP.
 
 use super::{
-    Answer, Doubt, PaymentGateway, Request,
+    Doubt, GatewayAnswer, PaymentGateway, Request,
     answer::{self, BODY_MAX},
 };
 use async_trait::async_trait;
@@ -92,7 +92,7 @@ impl HttpGateway {
 
 #[async_trait]
 impl PaymentGateway for HttpGateway {
-    async fn perform(&self, key: CommandId, request: &Request) -> Result<Answer, Doubt> {
+    async fn perform(&self, key: CommandId, request: &Request) -> Result<GatewayAnswer, Doubt> {
         if let Request::Capture { authorization, .. } | Request::Refund { authorization, .. } = request {
             // An older build kept any text that the provider called a reference.
             answer::check_reference(authorization).map_err(Doubt::Unreadable)?;

@@ -2,7 +2,7 @@
 
 use crate::support::{DEADLINE, Provider, World, do_authorize, euros, new_order};
 use payment_svc::{
-    gateway::{Answer, Doubt, Guarded, HttpGateway, PaymentGateway, Request, breaker::BreakerConfig},
+    gateway::{Doubt, GatewayAnswer, Guarded, HttpGateway, PaymentGateway, Request, breaker::BreakerConfig},
     sim::Behaviour,
 };
 use saga_core::{command::Outcome, id::CommandId, part::Cause, service::config::Secret, testkit::eventually};
@@ -88,12 +88,12 @@ async fn doubt_is_not_a_refusal_and_a_refusal_is_not_doubt() {
     let provider = Provider::new(Behaviour::default()).await;
     let gateway = HttpGateway::new(&provider.url("/").parse().unwrap(), Duration::from_millis(300)).unwrap();
     let refused = gateway.perform(key(), &request("tok_insufficient_funds")).await.unwrap();
-    assert_eq!(refused, Answer::Refused { code: "insufficient_funds".into() });
+    assert_eq!(refused, GatewayAnswer::Refused { code: "insufficient_funds".into() });
     assert!(matches!(gateway.perform(key(), &request("tok_slow")).await, Err(Doubt::Timeout)));
     assert!(matches!(gateway.perform(key(), &request("tok_error")).await, Err(Doubt::Status { status: 503 })));
     let lost = key();
     assert!(matches!(gateway.perform(lost, &request("tok_lost_answer")).await, Err(Doubt::Connection(_))));
-    assert!(matches!(gateway.perform(lost, &request("tok_lost_answer")).await, Ok(Answer::Done { .. })));
+    assert!(matches!(gateway.perform(lost, &request("tok_lost_answer")).await, Ok(GatewayAnswer::Done { .. })));
     let nobody = HttpGateway::new(&"http://127.0.0.1:1".parse().unwrap(), Duration::from_secs(1)).unwrap();
     assert!(matches!(nobody.perform(key(), &request("tok_visa")).await, Err(Doubt::Connection(_))));
 }

@@ -4,7 +4,7 @@ use crate::support::{DEADLINE, Provider, World, authorize, capture, euros, new_o
 use contracts::OrderId;
 use payment_svc::{
     api,
-    gateway::{Answer, Doubt, HttpGateway, PaymentGateway, Request},
+    gateway::{Doubt, GatewayAnswer, HttpGateway, PaymentGateway, Request},
     sim::Behaviour,
 };
 use saga_core::{
@@ -240,7 +240,7 @@ async fn a_body_without_an_end_is_read_no_further_than_its_bound() {
         let sending = tokio::spawn(endless(listener, head));
         let gateway = HttpGateway::new(&base, DEADLINE).unwrap();
         let answer = gateway.perform(CommandId(Uuid::now_v7()), &request("tok_visa")).await;
-        assert!(!matches!(answer, Ok(Answer::Done { .. })), "{head}");
+        assert!(!matches!(answer, Ok(GatewayAnswer::Done { .. })), "{head}");
         // The unread bytes lie in the sockets' buffers.
         let sent = timeout(DEADLINE, sending).await.expect("it hangs up").unwrap();
         assert!(sent < 32_000_000, "{head}: {sent} bytes");

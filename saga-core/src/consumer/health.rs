@@ -11,10 +11,10 @@ pub(super) use reporter::Reporter;
 use super::{
     buffer::Buffer,
     ends::Ends,
+    group_offsets::{Rewind, Start},
     parking::{ParkedCounts, Untried},
-    place::{EndCheck, PartitionProgress, RestartPolicy},
+    partition_progress::{EndCheck, PartitionProgress, RestartPolicy},
     reach::Reach,
-    standing::{Rewind, Start},
 };
 use crate::{
     clock::{self, DatabaseClock},
@@ -95,7 +95,7 @@ struct State {
     reach: Reach,
     /// The client is to be made anew, and has not been yet.
     ends: bool,
-    patience: RestartPolicy,
+    restarts: RestartPolicy,
     /// The end of a partition is not known, for too long.
     unseen: Option<HealthIssue>,
     /// Why partitions that are assigned are not read.
@@ -247,12 +247,12 @@ impl HealthState {
     pub(super) fn compare(&self, ends: Ends, now: Instant) {
         let away = self.kafka.issue().is_some();
         let mut state = self.lock();
-        let State { places, patience, refused, rewinds, .. } = &mut *state;
+        let State { places, restarts, refused, rewinds, .. } = &mut *state;
         let mut anew = None;
         for (partition, (_, end)) in ends.ranges {
             let Some(place) = places.get_mut(&partition) else { continue };
             let found = place.compare(end, now);
-            patience.moves(&partition, place.done(), place.waiting.is_none());
+            restarts.moves(&partition, place.done(), place.waiting.is_none());
             // A new client cannot help while Kafka is away, refuses, or has trouble with the topic.
             let waits = away || refused.is_some() || ends.issues.contains_key(&partition.0);
             let why = match found {
@@ -260,7 +260,7 @@ impl HealthState {
                     rewinds.insert(partition.clone(), Rewind { of: place.id.clone(), tail: Some((end, place.read())) });
                     "it ends before what was read of it"
                 }
-                EndCheck::Wedged if !waits && patience.ends(&partition, place.done(), now) => {
+                EndCheck::Wedged if !waits && restarts.ends(&partition, place.done(), now) => {
                     "there are records that the client does not fetch"
                 }
                 _ => continue,
@@ -332,7 +332,7 @@ impl HealthState {
         if std::mem::replace(&mut state.ends, true) {
             return;
         }
-        state.patience.made_anew(clock::monotonic());
+        state.restarts.made_anew(clock::monotonic());
         drop(state);
         metrics::counter!("consumer_made_anew_total", "group" => self.group.clone()).increment(1);
         tracing::warn!(group = self.group, topic, partition, why, "the client is made anew");

@@ -1,9 +1,9 @@
-//! How far a consumer is, committed to its group: offsets, each with the topic that it is of (`standing.rs` says why).
+//! How far a consumer is, committed to its group: offsets, each with the topic that it is of (`group_offsets.rs` says why).
 
 use super::{
     client::Client,
+    group_offsets::{Rewind, TopicId},
     health::HealthState,
-    standing::{Rewind, TopicId},
 };
 use rdkafka::{
     Offset, TopicPartitionList,
@@ -92,7 +92,7 @@ mod tests {
             buffer::Buffer,
             client::{self, Context},
             ends::Ends,
-            standing::{self, Start},
+            group_offsets::{self, Start},
         },
         testkit::{Record, TestTopic, brokers, produce, unique},
     };
@@ -115,7 +115,7 @@ mod tests {
             Context { rebalances: unbounded_channel().0, health: Arc::clone(&health), closing: AtomicBool::new(true) };
         let client = Arc::new(client::connect(&config, context).unwrap());
         tokio::time::timeout(Duration::from_secs(40), client.recv()).await.unwrap().unwrap();
-        let asks = || standing::look(&config, &one(topic.name(), 0)).unwrap().start(topic.name(), 0, None);
+        let asks = || group_offsets::look(&config, &one(topic.name(), 0)).unwrap().start(topic.name(), 0, None);
         let id = tokio::task::block_in_place(asks).id;
         assert!(id.is_some());
         let (done, is_done) = watch::channel(-1);

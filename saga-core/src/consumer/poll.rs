@@ -13,13 +13,13 @@ use super::{
     ConsumerConfig, ConsumerError, Handler,
     buffer::{Buffer, PushResult},
     client::{self, Client, Context, Rebalance},
+    group_offsets::{self, Start},
     health::{HealthState, Reporter},
     offsets::{self, Offsets, names, one},
     portion::Portions,
     reading::ReadMark,
     record::Raw,
     refusal,
-    standing::{self, Start},
     transaction::{PartitionContext, Stage},
     worker::{Worker, WorkerEnd},
 };
@@ -311,12 +311,12 @@ impl<H: Handler> Poll<H> {
     async fn take(&mut self, partitions: &TopicPartitionList) {
         let health = Arc::clone(&self.health);
         let partitions = partitions.clone();
-        match health.busy(standing::ask(&self.config, &partitions)).await {
-            Ok(standing) => {
+        match health.busy(group_offsets::ask(&self.config, &partitions)).await {
+            Ok(offsets) => {
                 self.waits_no_more(&partitions);
                 for mut element in partitions.elements() {
                     let (topic, partition) = (element.topic().to_owned(), element.partition());
-                    let start = standing.start(&topic, partition, health.rewind(&topic, partition).as_ref());
+                    let start = offsets.start(&topic, partition, health.rewind(&topic, partition).as_ref());
                     if let Some(offset) = start.instead {
                         let group = &self.config.group;
                         match offset {

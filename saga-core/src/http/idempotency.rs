@@ -7,7 +7,7 @@
 //! ```
 //! # use axum::{extract::State, response::{IntoResponse, Response}};
 //! # use http::StatusCode;
-//! # use saga_core::http::{Json, Problem, idempotency::{self, Answer, IdempotencyKey}};
+//! # use saga_core::http::{Json, Problem, idempotency::{self, IdempotentAnswer, IdempotencyKey}};
 //! # #[derive(serde::Serialize, serde::Deserialize)]
 //! # struct Body { name: String }
 //! async fn post(
@@ -20,7 +20,7 @@
 //!         Box::pin(async move {
 //!             // The effect, in this transaction; a refusal returns its Problem here, and is not remembered.
 //!             sqlx::query("insert into things (name) values ($1)").bind(&name).execute(&mut **tx).await?;
-//!             Ok((Answer::json(StatusCode::CREATED, &name)?.location(format!("/v1/things/{name}")), ()))
+//!             Ok((IdempotentAnswer::json(StatusCode::CREATED, &name)?.location(format!("/v1/things/{name}")), ()))
 //!         })
 //!     });
 //!     Ok(done.await?.into_response())
@@ -93,9 +93,9 @@ impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
 #[derive(Debug)]
 pub enum Once<T> {
     /// The work was done now, and is committed. With the answer comes what the work returned beside it.
-    Now(Answer, T),
+    Now(IdempotentAnswer, T),
     /// The work was done before; its answer is given again.
-    Before(Answer),
+    Before(IdempotentAnswer),
 }
 
 impl<T> IntoResponse for Once<T> {
@@ -107,7 +107,7 @@ impl<T> IntoResponse for Once<T> {
 
 /// An answer as it is stored and sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
+pub struct IdempotentAnswer {
     status: StatusCode,
     location: Option<String>,
     etag: Option<String>,
@@ -115,7 +115,7 @@ pub struct Answer {
     replayed: bool,
 }
 
-impl Answer {
+impl IdempotentAnswer {
     /// Makes an answer with a JSON body.
     ///
     /// # Errors
@@ -137,7 +137,7 @@ impl Answer {
     }
 }
 
-impl IntoResponse for Answer {
+impl IntoResponse for IdempotentAnswer {
     fn into_response(self) -> Response {
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -169,7 +169,7 @@ pub async fn once<T>(
     scope: &str,
     key: &IdempotencyKey,
     request: &impl Serialize,
-    work: impl for<'t> FnOnce(&'t mut Tx<'static>) -> BoxFuture<'t, Result<(Answer, T), Problem>>,
+    work: impl for<'t> FnOnce(&'t mut Tx<'static>) -> BoxFuture<'t, Result<(IdempotentAnswer, T), Problem>>,
 ) -> Result<Once<T>, Problem> {
     let fingerprint = Sha256::digest(serde_json::to_vec(request)?).to_vec();
     let mut tx = Transaction::begin(pool, REQUEST_MAX).await?;
@@ -198,7 +198,7 @@ async fn find_in(
     scope: &str,
     key: &IdempotencyKey,
     fingerprint: &[u8],
-) -> Result<Option<Answer>, Problem> {
+) -> Result<Option<IdempotentAnswer>, Problem> {
     // An insert would wait for a concurrent one to end; the lock shows at once that there is one.
     let free: bool = sqlx::query_scalar("select pg_try_advisory_xact_lock(hashtextextended($1, 7305))")
         .bind(format!("{scope}\n{}", key.0))
@@ -228,7 +228,7 @@ async fn find_in(
         .with_field("Idempotency-Key", "use a new one for a new request"));
     }
     let status = u16::try_from(row.try_get::<i16, _>("status")?).ok().and_then(|code| StatusCode::from_u16(code).ok());
-    Ok(Some(Answer {
+    Ok(Some(IdempotentAnswer {
         status: status.unwrap_or(StatusCode::OK),
         location: row.try_get("location")?,
         etag: row.try_get("etag")?,
@@ -242,7 +242,7 @@ async fn store_in(
     scope: &str,
     key: &IdempotencyKey,
     fingerprint: &[u8],
-    answer: &Answer,
+    answer: &IdempotentAnswer,
 ) -> Result<(), sqlx::Error> {
     sqlx::query(
         "insert into idempotency_answer (scope, key, fingerprint, status, location, etag, body)

@@ -117,10 +117,10 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
         for (definition, calls) in turned {
             let Some(effect) = self.engine.turned(definition) else { continue };
             let mut savepoint = tx.begin().await?;
-            let told = AssertUnwindSafe(effect.run_many(&mut savepoint, &calls)).catch_unwind().await;
-            let told =
-                told.unwrap_or_else(|panic| Err(anyhow::anyhow!("it panicked: {}", panic_text(panic.as_ref())).into()));
-            match told {
+            let ran = AssertUnwindSafe(effect.run_many(&mut savepoint, &calls)).catch_unwind().await;
+            let ran =
+                ran.unwrap_or_else(|panic| Err(anyhow::anyhow!("it panicked: {}", panic_text(panic.as_ref())).into()));
+            match ran {
                 Ok(()) => savepoint.commit().await?,
                 Err(error) => {
                     savepoint.rollback().await?;
@@ -204,9 +204,9 @@ impl<'e, 'm> SagaBatch<'e, 'm> {
         let with_unexpected_replies: Vec<SagaId> =
             self.sagas.iter().filter(|loaded| loaded.has_unexpected_replies()).map(LoadedSaga::saga).collect();
         if !with_unexpected_replies.is_empty() {
-            let told = store::load_unexpected_replies_in(tx, &with_unexpected_replies).await?;
+            let unexpected = store::load_unexpected_replies_in(tx, &with_unexpected_replies).await?;
             for loaded in &mut self.sagas {
-                loaded.forget(told.get(&loaded.saga()).map_or(&[], Vec::as_slice));
+                loaded.forget(unexpected.get(&loaded.saga()).map_or(&[], Vec::as_slice));
             }
         }
         let messages: Vec<_> = self.sagas.iter_mut().flat_map(|loaded| std::mem::take(&mut loaded.messages)).collect();

@@ -14,7 +14,7 @@
 //! - What does not answer the open command is ignored by name, and is no error.
 
 use super::{
-    definition::{Definition, Remote, RetryPolicy, Role, StepKind},
+    definition::{Definition, Remote, RetryPolicy, StepKind, StepRole},
     moment,
     state::{
         Action, Answer, Effects, Event, FORMAT, Failure, FailureKind, Ignored, Naming, Open, Reply, Send, State,
@@ -149,7 +149,7 @@ impl<'d> DecisionBuilder<'d> {
         match (&reply.answer, open.op) {
             (Answer::Succeeded(value), Op::Do) => self.done(open.step, value.clone()),
             (Answer::Succeeded(_), Op::Undo) => self.undone(open.step),
-            (Answer::Rejected(rejection), Op::Do) if self.role(open.step) != Role::Retriable => {
+            (Answer::Rejected(rejection), Op::Do) if self.role(open.step) != StepRole::Retriable => {
                 self.state.steps[open.step] = StepState::NotDone;
                 // A null rejection is none, or it would not come back from the database as it went there.
                 let rejection = Some(rejection.clone()).filter(|rejection| !rejection.is_null());
@@ -425,9 +425,9 @@ impl<'d> DecisionBuilder<'d> {
         match (open.op, self.role(open.step)) {
             _ if open.wait == Wait::Local => self.stick(open, StuckWhy::Broken { error: last() }),
             (Op::Undo, _) => self.stick(open, StuckWhy::NotUndone { error: last() }),
-            (Op::Do, Role::Pivot) => self.stick(open, StuckWhy::PivotInDoubt { error: last() }),
-            (Op::Do, Role::Retriable) => self.stick(open, StuckWhy::NotDone { error: last() }),
-            (Op::Do, Role::Compensable) => {
+            (Op::Do, StepRole::Pivot) => self.stick(open, StuckWhy::PivotInDoubt { error: last() }),
+            (Op::Do, StepRole::Retriable) => self.stick(open, StuckWhy::NotDone { error: last() }),
+            (Op::Do, StepRole::Compensable) => {
                 let reason = format!("{} in {} attempts", failed.reason, open.tries);
                 self.compensate(open.step, FailureKind::Failed, None, Some(reason), Some(failed.why));
             }
@@ -447,8 +447,8 @@ impl<'d> DecisionBuilder<'d> {
         }
     }
 
-    fn role(&self, step: usize) -> Role {
-        self.remote(step).map_or(Role::Compensable, |remote| remote.role)
+    fn role(&self, step: usize) -> StepRole {
+        self.remote(step).map_or(StepRole::Compensable, |remote| remote.role)
     }
 
     fn later(&self, by: Duration) -> OffsetDateTime {

@@ -70,7 +70,8 @@ impl Definition {
     /// Puts steps together. The typed builder is the way for services; the explorer and the property tests come here
     /// with generated steps.
     pub fn new(name: impl Into<String>, version: u32, steps: Vec<Step>, deadline: Option<Duration>) -> Self {
-        let pivot = steps.iter().position(|step| matches!(&step.kind, StepKind::Remote(r) if r.role == Role::Pivot));
+        let pivot =
+            steps.iter().position(|step| matches!(&step.kind, StepKind::Remote(r) if r.role == StepRole::Pivot));
         let mut definition = Self { name: name.into(), version, steps, pivot, deadline, fingerprint: String::new() };
         definition.fingerprint = definition.hash_of_shape();
         definition
@@ -178,7 +179,7 @@ pub enum StepKind {
 #[derive(Debug, Clone)]
 pub struct Remote {
     /// Where the step stands to the pivot.
-    pub role: Role,
+    pub role: StepRole,
     /// The command that does it.
     pub action: Call,
     /// The command that undoes it; `None` where there is nothing to undo.
@@ -217,7 +218,7 @@ impl Remote {
 
 /// Where a step stands to the pivot; that alone decides how the engine meets its failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
+pub enum StepRole {
     /// Before the pivot: a failure undoes the saga.
     Compensable,
     /// The point of no return: a rejection undoes the saga, doubt is waited out.
@@ -226,7 +227,7 @@ pub enum Role {
     Retriable,
 }
 
-impl Role {
+impl StepRole {
     /// The role's name, as people and the fingerprint see it.
     pub fn as_str(self) -> &'static str {
         match self {

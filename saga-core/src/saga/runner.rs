@@ -181,8 +181,8 @@ fn read_answer(outcome: Outcome, payload: Option<&[u8]>) -> (Answer, Option<Stri
 
 /// Reads why a participant failed.
 fn failed(payload: &[u8]) -> Failed {
-    let told = serde_json::from_slice::<Value>(payload).ok();
-    let field = |name: &str| told.as_ref().and_then(|told| told.get(name));
+    let reported = serde_json::from_slice::<Value>(payload).ok();
+    let field = |name: &str| reported.as_ref().and_then(|reported| reported.get(name));
     let error = field("error").and_then(Value::as_str);
     let text = error.map_or_else(|| String::from_utf8_lossy(payload).into_owned(), ToOwned::to_owned);
     // Participants of other builds do not send `why`.

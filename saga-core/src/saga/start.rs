@@ -79,7 +79,7 @@ impl Engine {
         }
         let new = self.prepare(id, saga, input, business_key)?;
         let engine = Arc::clone(self);
-        let (tell, told) = oneshot::channel();
+        let (tell, answer) = oneshot::channel();
         // The start runs in a task that is not the caller's: the caller may go away, and the others' sagas must not go
         // with it.
         if new.fits_a_set() {
@@ -90,7 +90,7 @@ impl Engine {
                 tell.send(engine.within(engine.start_one(&new)).await).ok();
             });
         }
-        told.await.unwrap_or(Err(StartError::Database(sqlx::Error::WorkerCrashed)))
+        answer.await.unwrap_or(Err(StartError::Database(sqlx::Error::WorkerCrashed)))
     }
 
     async fn start_one(&self, new: &New) -> Result<(), StartError> {

@@ -186,11 +186,11 @@ fn new_or_not(started: &HashSet<SagaId>, new: &New) -> Result<(), StartError> {
 fn tell_all(set: Vec<WaitingStart>, error: &sqlx::Error) {
     let kind = if let sqlx::Error::Io(error) = error { error.kind() } else { std::io::ErrorKind::Other };
     for waiting in set {
-        let told = match error {
+        let shared = match error {
             sqlx::Error::PoolTimedOut => sqlx::Error::PoolTimedOut,
             error => sqlx::Error::Io(std::io::Error::new(kind, error.to_string())),
         };
-        waiting.tell.send(Err(StartError::Database(told))).ok();
+        waiting.tell.send(Err(StartError::Database(shared))).ok();
     }
 }
 

@@ -316,14 +316,14 @@ pub(super) async fn load_unexpected_replies_in(
     .bind(sagas.iter().map(|saga| saga.0).collect::<Vec<Uuid>>())
     .fetch_all(&mut **tx)
     .await?;
-    let mut told: HashMap<SagaId, Vec<LogEntry>> = HashMap::new();
+    let mut by_saga: HashMap<SagaId, Vec<LogEntry>> = HashMap::new();
     for (saga, Json(entry)) in found {
         // A line that this build cannot read is of a kind that this build does not write.
         if let Ok(entry) = serde_json::from_value(entry) {
-            told.entry(SagaId(saga)).or_default().push(entry);
+            by_saga.entry(SagaId(saga)).or_default().push(entry);
         }
     }
-    Ok(told)
+    Ok(by_saga)
 }
 
 /// Keeps replies for a replica that can decide them. `received_at` of one that is put off is when it may be tried

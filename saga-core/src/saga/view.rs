@@ -3,7 +3,7 @@
 
 use super::{
     decide::command_id,
-    definition::{Definition, Role, StepKind},
+    definition::{Definition, StepKind, StepRole},
     log::{LogEntry, LogEvent},
     state::{Failure, Open, State, Status, StepState, StuckWhy, TimelineEntry, Wait},
 };
@@ -353,7 +353,7 @@ fn undo_path(definition: &Definition, state: &State) -> Vec<String> {
     }
     let undoable = |step: usize| match &definition.steps()[step].kind {
         StepKind::Local { undo, .. } => undo.is_some(),
-        StepKind::Remote(remote) => remote.undo.is_some() && remote.role == Role::Compensable,
+        StepKind::Remote(remote) => remote.undo.is_some() && remote.role == StepRole::Compensable,
     };
     let begun = state.steps.iter().take(state.issued()).enumerate().rev();
     begun

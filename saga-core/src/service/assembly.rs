@@ -7,7 +7,7 @@
 
 use super::{
     admin::admin_router,
-    config::{ConfigErrors, Identity, KafkaSettings, ServiceArgs, ServiceCommand, Settings},
+    config::{ConfigErrors, Identity, KafkaSettings, ServiceArgs, ServiceCommand, ServiceSettings},
     connections::serve,
     health::{Health, Needs},
     migrate::{Migrations, migrate},
@@ -59,7 +59,7 @@ pub struct Parts {
 /// # Errors
 /// A part failed, or ended before it was asked to.
 pub async fn run(
-    settings: Settings,
+    settings: ServiceSettings,
     pool: PgPool,
     health: Health,
     token: CancellationToken,
@@ -102,7 +102,7 @@ pub async fn run(
 }
 
 async fn prepare(
-    settings: &Settings,
+    settings: &ServiceSettings,
     pool: &PgPool,
     health: &Health,
     migrations: &[Migrations],
@@ -126,8 +126,8 @@ fn consume(
     token: CancellationToken,
 ) -> impl Future<Output = Result<(), BoxError>> + Send + use<> {
     let standing = Arc::new(Mutex::new(PartReport::red(Cause::Starting, "the topics are not made sure of yet")));
-    let told = Arc::clone(&standing);
-    let is = move |report: PartReport| *told.lock().unwrap_or_else(PoisonError::into_inner) = report;
+    let shared = Arc::clone(&standing);
+    let is = move |report: PartReport| *shared.lock().unwrap_or_else(PoisonError::into_inner) = report;
     health.part("topics", move || std::future::ready(standing.lock().unwrap_or_else(PoisonError::into_inner).clone()));
     async move {
         let ensure = || topics::ensure_and_tell(&kafka, &declared, |issue| is(issue.into()));
@@ -164,12 +164,12 @@ async fn listen(variable: &'static str, addr: SocketAddr) -> Result<TcpListener,
 /// then runs the command. The exit code is 0, 1 after a failure, 2 for a configuration that is wrong.
 ///
 /// ```no_run
-/// # use saga_core::service::{Identity, Migrations, ServiceArgs, ServiceCommand, Settings, command_line, launch};
+/// # use saga_core::service::{Identity, Migrations, ServiceArgs, ServiceCommand, ServiceSettings, command_line, launch};
 /// # use std::process::ExitCode;
 /// # use tokio_util::sync::CancellationToken;
 /// # const IDENTITY: Identity = Identity { name: "shop", http_port: 8080, admin_port: 9080 };
 /// # fn migrations() -> Vec<Migrations> { vec![saga_core::service::messaging_migrations()] }
-/// # async fn serve(_: Settings, _: CancellationToken) -> anyhow::Result<()> { Ok(()) }
+/// # async fn serve(_: ServiceSettings, _: CancellationToken) -> anyhow::Result<()> { Ok(()) }
 /// #[derive(clap::Parser)]
 /// struct Cli {
 ///     #[command(subcommand)]
@@ -192,7 +192,7 @@ pub async fn launch<S, F>(
     serve: S,
 ) -> ExitCode
 where
-    S: FnOnce(Settings, CancellationToken) -> F,
+    S: FnOnce(ServiceSettings, CancellationToken) -> F,
     F: Future<Output = anyhow::Result<()>>,
 {
     if command.unwrap_or(ServiceCommand::Serve) == ServiceCommand::Migrate {

@@ -95,7 +95,7 @@ pub struct TelemetryArgs {
 
 /// The settings of a valid [`ServiceArgs`].
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct ServiceSettings {
     /// The service's name and default ports.
     pub identity: Identity,
     /// The settings of the service's database.
@@ -131,20 +131,20 @@ impl ServiceArgs {
     ///
     /// # Errors
     /// Every mistake, each with its variable and what to do.
-    pub fn validate(&self, identity: &Identity) -> Result<Settings, ConfigErrors> {
+    pub fn validate(&self, identity: &Identity) -> Result<ServiceSettings, ConfigErrors> {
         let mut errors = ConfigErrors::default();
         let settings = self.read(identity, &mut errors);
         errors.finish(settings)
     }
 
     /// Like [`Self::validate`], for a service that has more settings of its own and reports all mistakes together.
-    pub fn read(&self, identity: &Identity, errors: &mut ConfigErrors) -> Option<Settings> {
+    pub fn read(&self, identity: &Identity, errors: &mut ConfigErrors) -> Option<ServiceSettings> {
         let database = self.database.read(errors);
         let kafka = self.kafka.read(errors);
         let http = self.http.read(identity.http_port, errors);
         let admin = self.admin.read(identity.admin_port, errors);
         let telemetry = self.telemetry.read(errors);
-        Some(Settings {
+        Some(ServiceSettings {
             identity: *identity,
             database: database?,
             kafka: kafka?,

@@ -15,7 +15,7 @@ mod standing;
 
 pub use questions::{Needs, missing};
 pub(super) use standing::describe;
-pub use standing::{Standing, State};
+pub use standing::{PartStanding, State};
 
 use super::config::KafkaSettings;
 use crate::{
@@ -80,7 +80,7 @@ struct Inner {
     seen: Mutex<Option<Seen>>,
     began: Instant,
     /// The standing of the process itself when it was last asked.
-    process: Mutex<Option<Standing>>,
+    process: Mutex<Option<PartStanding>>,
     /// The outage of the pool: all its connections are in use.
     pool: Mutex<Option<Arc<Outage>>>,
     /// Wakes the loop: there is a new check.
@@ -115,7 +115,7 @@ pub struct Healthiness {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub age_seconds: Option<f64>,
     /// The standing of each part, by its name.
-    pub parts: BTreeMap<Name, Standing>,
+    pub parts: BTreeMap<Name, PartStanding>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -347,7 +347,7 @@ impl Health {
         let seen = seen.map(|seen| seen.parts).unwrap_or_default();
         let process = Some((PROCESS, self.process(process))).filter(|(_, process)| process.is_red());
         let parts: BTreeMap<_, _> = seen.into_iter().map(|(name, part)| (name, part.standing)).chain(process).collect();
-        Healthiness { healthy: !parts.values().any(Standing::is_red), age_seconds: age, parts }
+        Healthiness { healthy: !parts.values().any(PartStanding::is_red), age_seconds: age, parts }
     }
 
     /// The trouble of the process itself; what the loop last saw, and how long ago.
@@ -365,7 +365,7 @@ impl Health {
     }
 
     /// The standing of the process itself, which remembers since when it is red.
-    fn process(&self, cause: Option<Cause>) -> Standing {
+    fn process(&self, cause: Option<Cause>) -> PartStanding {
         let reason = |cause| match cause {
             Cause::Starting => lock(&self.0.starting).unwrap_or("the first look at the parts"),
             Cause::Stopping => "it was asked to stop",
@@ -378,7 +378,7 @@ impl Health {
             _ => None,
         };
         let issue = cause.map(|cause| HealthIssue { since, ..HealthIssue::new(cause, reason(cause)) });
-        let now = Standing::of_process(issue, before.as_ref());
+        let now = PartStanding::of_process(issue, before.as_ref());
         measure(&PROCESS, Concern::Callers, before.as_ref(), &now);
         *before = Some(now.clone());
         now

@@ -38,12 +38,12 @@ impl LockWatch {
     }
 
     async fn look(&self, say: impl Fn(&str)) -> Infallible {
-        let (mut connection, mut told, mut blind) = (None, BTreeSet::new(), false);
+        let (mut connection, mut logged, mut blind) = (None, BTreeSet::new(), false);
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
             match self.blockers(&mut connection).await {
                 Ok(blockers) => {
-                    let new = blockers.iter().fold(false, |new, blocker| told.insert(blocker.0) | new);
+                    let new = blockers.iter().fold(false, |new, blocker| logged.insert(blocker.0) | new);
                     if new {
                         say(&described(&blockers));
                     }

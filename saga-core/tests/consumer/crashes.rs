@@ -79,9 +79,9 @@ async fn loses_a_commit_of_what_failed(edge: &str, skip: usize) {
     fixture.config.attempts = 2;
     let database = fixture.database.pool.connect_options().get_database().unwrap().to_owned();
     let armed = FailPoint::arm(edge, &database, Fault::Outage, skip, 1);
-    let told =
+    let events =
         [("a", "twice"), ("a", "1"), ("b", "poison"), ("c", "never"), ("a", "2"), ("b", "3"), ("c", "4"), ("d", "5")];
-    fixture.send(&told.map(|(key, value)| event(key, value))).await;
+    fixture.send(&events.map(|(key, value)| event(key, value))).await;
     let tries = AtomicUsize::new(0);
     // The record fails in the batch, and alone: the error names its message.
     let fails_twice = move || tries.fetch_add(1, Ordering::SeqCst) < 2;

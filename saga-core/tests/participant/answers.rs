@@ -148,8 +148,8 @@ async fn a_command_that_asks_for_its_reply_elsewhere_is_refused_before_it_runs()
         let saga = SagaId::new();
         let mut command = message(saga, Op::Do, &Add { say: words(&["yes"]) });
         command.envelope.saga.as_mut().unwrap().reply_to = Some(topic.to_owned());
-        let told = deliver(&world.database.pool, &participant, &[command]).await;
-        assert_eq!((told.is_ok(), world.effects(saga).await), (allowed, i64::from(allowed)), "{topic}: {told:?}");
+        let answer = deliver(&world.database.pool, &participant, &[command]).await;
+        assert_eq!((answer.is_ok(), world.effects(saga).await), (allowed, i64::from(allowed)), "{topic}: {answer:?}");
     }
 }
 
@@ -190,8 +190,8 @@ async fn commands_of_sources_that_are_not_declared_are_refused_before_anything_r
         command
     };
     let batch = [of("orders"), of("elsewhere"), of("b"), of("Orders")];
-    let told = deliver(&world.database.pool, &participant, &batch).await;
-    let Err(HandleError::Several(unfit)) = told else { panic!("{told:?}") };
+    let answer = deliver(&world.database.pool, &participant, &batch).await;
+    let Err(HandleError::Several(unfit)) = answer else { panic!("{answer:?}") };
     let named: Vec<_> = unfit.iter().map(|unfit| (unfit.message, unfit.class)).collect();
     assert_eq!(named, [1, 3].map(|n| (batch[n].envelope.id, UNDECLARED_SOURCE)));
     assert!(

@@ -193,19 +193,19 @@ async fn an_undo_waits_for_the_open_call_and_is_told_what_it_came_to() {
     let world = World::new().await;
     let cases: [(&[&str], Option<Happened<usize>>); 3] =
         [(&["yes"], Some(Happened::Yes(1))), (&["no"], None), (&["done, silence"], Some(Happened::InDoubt))];
-    for (say, told) in cases {
+    for (say, expected) in cases {
         let saga = SagaId::new();
         // The undo, and a duplicate of it, come while the intent is open.
         world.deliver(&[message(saga, Op::Do, &pay(say)), message(saga, Op::Undo, &Repay)]).await;
         world.deliver(&[message(saga, Op::Undo, &Repay)]).await;
         assert_eq!(world.outcomes(saga).await, [], "{say:?}");
         world.settle().await;
-        let last = world.provider.told.lock().unwrap().pop();
+        let last = world.provider.heard.lock().unwrap().pop();
         let last = last.map(|happened| match happened {
             Happened::Yes(added) => Happened::Yes(added.by_call),
             Happened::InDoubt => Happened::InDoubt,
         });
-        assert_eq!(last, told, "{say:?}");
+        assert_eq!(last, expected, "{say:?}");
         assert_eq!(*world.outcomes(saga).await.last().unwrap(), Succeeded, "{say:?}");
         assert_eq!(world.replies(saga).await.len(), 2, "{say:?}");
         assert!(!world.provider.done.lock().unwrap().contains_key(&key(saga)), "{say:?}: it is taken back");

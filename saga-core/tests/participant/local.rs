@@ -39,8 +39,8 @@ async fn a_handler_that_swallows_an_error_of_the_database_has_not_handled_its_co
     let saga = SagaId::new();
     // The command comes with its fence taken for new, and with its fence locked.
     for _ in 0..2 {
-        let told = world.try_deliver(&[message(saga, Op::Do, &add(&["swallow an error"]))]).await;
-        assert!(matches!(told, Err(HandleError::Database(_))), "{told:?}");
+        let answer = world.try_deliver(&[message(saga, Op::Do, &add(&["swallow an error"]))]).await;
+        assert!(matches!(answer, Err(HandleError::Database(_))), "{answer:?}");
         assert_eq!((world.replies(saga).await.len(), world.effects(saga).await), (0, 0));
     }
 }

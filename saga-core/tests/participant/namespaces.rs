@@ -272,8 +272,8 @@ async fn a_namespace_with_a_name_that_cannot_be_stored_is_poison() {
     for name in ["x".repeat(10_000), "a\0b".into()] {
         let mut message = Namespace::new("replies", "order").message(SagaId::new(), Op::Do, &yes::<Add>());
         message.envelope.saga.as_mut().unwrap().orchestrator = Some(name);
-        let told = world.try_deliver(&[message]).await;
-        assert!(matches!(told, Err(HandleError::Poison(_))), "{told:?}");
+        let answer = world.try_deliver(&[message]).await;
+        assert!(matches!(answer, Err(HandleError::Poison(_))), "{answer:?}");
     }
     // The longest names that are allowed fit into the key.
     let longest: &'static str = "n".repeat(512).leak();

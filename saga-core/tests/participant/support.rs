@@ -135,7 +135,7 @@ pub(crate) struct Provider {
     pub(crate) calls: Calls,
     pub(crate) done: Mutex<HashMap<CommandId, usize>>,
     pub(crate) voided: Mutex<Vec<CommandId>>,
-    pub(crate) told: Mutex<Vec<Happened<Added>>>,
+    pub(crate) heard: Mutex<Vec<Happened<Added>>>,
     /// Notified when a call hangs, until it may go on.
     pub(crate) hangs: Notify,
     pub(crate) go_on: Notify,
@@ -224,7 +224,7 @@ impl ExternalUndo<Pay, Repay> for RepayEffect {
         _: &Repay,
         happened: Happened<Added>,
     ) -> anyhow::Result<Prepare<Repay, CommandId>> {
-        self.0.told.lock().unwrap().push(happened);
+        self.0.heard.lock().unwrap().push(happened);
         Ok(Prepare::Call(cx.undoes.expect("an undo knows what it undoes")))
     }
 

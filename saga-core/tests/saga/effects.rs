@@ -19,7 +19,7 @@ use std::sync::{
 
 /// The way in which an effect hands its engine the database's error.
 #[derive(Debug, Clone, Copy)]
-enum Told {
+enum Raised {
     Plainly,
     InItsOwnEnum,
     ThroughTheOutbox,
@@ -36,12 +36,12 @@ enum ShopError {
 
 /// An effect that fails as PostgreSQL does with these codes, one after the other; then it works.
 struct Fails {
-    codes: Mutex<Vec<(&'static str, Told)>>,
+    codes: Mutex<Vec<(&'static str, Raised)>>,
     calls: AtomicU32,
 }
 
 impl Fails {
-    fn with(codes: &[(&'static str, Told)]) -> Arc<Self> {
+    fn with(codes: &[(&'static str, Raised)]) -> Arc<Self> {
         Arc::new(Self { codes: Mutex::new(codes.iter().rev().copied().collect()), calls: AtomicU32::new(0) })
     }
 }
@@ -58,14 +58,14 @@ impl LocalEffect for Effect {
             .execute(&mut **tx)
             .await?;
         let next = self.0.codes.lock().unwrap().pop();
-        let Some((code, told)) = next else { return Ok(()) };
+        let Some((code, raised)) = next else { return Ok(()) };
         let raise = format!("do $$ begin raise exception 'as it happens' using errcode = '{code}'; end $$");
         let error = sqlx::raw_sql(sqlx::AssertSqlSafe(raise)).execute(&mut **tx).await.unwrap_err();
-        Err(match told {
-            Told::Plainly => error.into(),
-            Told::InItsOwnEnum => anyhow::Error::from(ShopError::Orders(error)).into(),
-            Told::ThroughTheOutbox => anyhow::Error::from(ShopError::from(AppendError::from(error))).into(),
-            Told::Deeper => anyhow::Error::from(ShopError::Orders(error)).context("the shop is closed").into(),
+        Err(match raised {
+            Raised::Plainly => error.into(),
+            Raised::InItsOwnEnum => anyhow::Error::from(ShopError::Orders(error)).into(),
+            Raised::ThroughTheOutbox => anyhow::Error::from(ShopError::from(AppendError::from(error))).into(),
+            Raised::Deeper => anyhow::Error::from(ShopError::Orders(error)).context("the shop is closed").into(),
         })
     }
 }
@@ -101,16 +101,18 @@ async fn what_passes_in_a_local_effect_repeats_the_batch_however_it_is_told() {
     let world = World::new().await;
     let mut codes = Vec::new();
     for code in ["40P01", "40001", "55P03", "57014", "57P01", "42P01", "25006"] {
-        codes
-            .extend([Told::Plainly, Told::InItsOwnEnum, Told::ThroughTheOutbox, Told::Deeper].map(|told| (code, told)));
+        codes.extend(
+            [Raised::Plainly, Raised::InItsOwnEnum, Raised::ThroughTheOutbox, Raised::Deeper]
+                .map(|raised| (code, raised)),
+        );
     }
     let fails = Fails::with(&codes);
     let (engine, saga) = begun(&world, &fails).await;
     let reply = [succeeded(&world.last(saga).await)];
-    for (code, told) in codes {
+    for (code, raised) in codes {
         let error = deliver(&world.database.pool, &engine.handler(), &reply).await.unwrap_err();
-        assert!(class(&error).counts_nothing(), "{code} {told:?}: {error}");
-        assert_eq!(world.kinds(saga).await, ["started"], "{code} {told:?}: no saga is blamed");
+        assert!(class(&error).counts_nothing(), "{code} {raised:?}: {error}");
+        assert_eq!(world.kinds(saga).await, ["started"], "{code} {raised:?}: no saga is blamed");
     }
     deliver(&world.database.pool, &engine.handler(), &reply).await.unwrap();
     assert_eq!(world.trail(saga).await, ["authorize", "capture"]);
@@ -121,7 +123,7 @@ async fn what_passes_in_a_local_effect_repeats_the_batch_however_it_is_told() {
 #[tokio::test]
 async fn a_local_effect_that_fails_by_its_own_fault_is_tried_again_until_it_works() {
     let world = World::new().await;
-    let fails = Fails::with(&[("23505", Told::Plainly), ("P0001", Told::InItsOwnEnum), ("23514", Told::Deeper)]);
+    let fails = Fails::with(&[("23505", Raised::Plainly), ("P0001", Raised::InItsOwnEnum), ("23514", Raised::Deeper)]);
     let (engine, saga) = begun(&world, &fails).await;
     deliver(&world.database.pool, &engine.handler(), &[succeeded(&world.last(saga).await)]).await.unwrap();
     for calls in 1..=3 {
@@ -134,21 +136,21 @@ async fn a_local_effect_that_fails_by_its_own_fault_is_tried_again_until_it_work
     assert_eq!(world.trail(saga).await, ["authorize", "capture"]);
     assert_eq!((fails.calls.load(Ordering::Relaxed), world.notes(saga).await.len()), (4, 1));
     assert_eq!(world.kinds(saga).await, ["started", "reply", "due", "due", "due"]);
-    let told: Option<String> = sqlx::query_scalar(
+    let raised: Option<String> = sqlx::query_scalar(
         "select entry -> 'then' -> 0 -> 'pausing' ->> 'error' from saga_event where saga_id = $1 and revision = 3",
     )
     .bind(saga.0)
     .fetch_one(&world.database.pool)
     .await
     .unwrap();
-    assert!(told.as_ref().is_some_and(|told| told.contains("the order cannot be written")), "{told:?}");
+    assert!(raised.as_ref().is_some_and(|raised| raised.contains("the order cannot be written")), "{raised:?}");
     world.audit().await;
 }
 
 #[tokio::test]
 async fn a_local_effect_that_never_works_is_tried_as_often_as_its_policy_says() {
     let world = World::new().await;
-    let fails = Fails::with(&[("23505", Told::Plainly); 20]);
+    let fails = Fails::with(&[("23505", Raised::Plainly); 20]);
     let (engine, saga) = begun(&world, &fails).await;
     deliver(&world.database.pool, &engine.handler(), &[succeeded(&world.last(saga).await)]).await.unwrap();
     while world.status(saga).await != "stuck" {
@@ -163,10 +165,10 @@ async fn a_local_effect_that_never_works_is_tried_as_often_as_its_policy_says() 
 #[tokio::test]
 async fn timers_name_what_an_effect_lacks_however_it_wraps_the_error() {
     let world = World::new().await;
-    let fails = Fails::with(&[("23505", Told::Plainly)]);
+    let fails = Fails::with(&[("23505", Raised::Plainly)]);
     let (engine, saga) = begun(&world, &fails).await;
     deliver(&world.database.pool, &engine.handler(), &[succeeded(&world.last(saga).await)]).await.unwrap();
-    fails.codes.lock().unwrap().extend([("42501", Told::InItsOwnEnum); 3]);
+    fails.codes.lock().unwrap().extend([("42501", Raised::InItsOwnEnum); 3]);
     world.time_passes().await;
 
     engine.tick().await.unwrap();
@@ -179,10 +181,10 @@ async fn timers_name_what_an_effect_lacks_however_it_wraps_the_error() {
 #[tokio::test]
 async fn a_due_saga_whose_local_effect_waits_for_others_does_not_stop_the_timers() {
     let world = World::new().await;
-    let (fails, other) = (Fails::with(&[("23505", Told::Plainly)]), world.start(2).await);
+    let (fails, other) = (Fails::with(&[("23505", Raised::Plainly)]), world.start(2).await);
     let (engine, saga) = begun(&world, &fails).await;
     deliver(&world.database.pool, &engine.handler(), &[succeeded(&world.last(saga).await)]).await.unwrap();
-    fails.codes.lock().unwrap().extend([("55P03", Told::InItsOwnEnum); 3]);
+    fails.codes.lock().unwrap().extend([("55P03", Raised::InItsOwnEnum); 3]);
     let both = builder_of(world.database.pool.clone(), &world.reply_topic, 1).define(&shop());
     let both = both.local("open", Effect(Arc::clone(&fails))).build().unwrap();
     world.time_passes().await;

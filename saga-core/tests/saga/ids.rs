@@ -80,8 +80,8 @@ async fn replies_to_sagas_that_do_not_exist_are_kept_and_hold_up_no_other() {
     let strangers = [SagaId::new(), SagaId::new()].map(|saga| succeeded(&Sent { saga, ..sent.clone() }));
     let batch = [strangers[0].clone(), succeeded(&sent), strangers[1].clone()];
     // The consumer dead-letters the messages that are named, and hands in the others again.
-    let told = world.try_deliver(&batch).await;
-    let Err(HandleError::Several(mut unfit)) = told else { panic!("{told:?}") };
+    let answer = world.try_deliver(&batch).await;
+    let Err(HandleError::Several(mut unfit)) = answer else { panic!("{answer:?}") };
     unfit.sort_by_key(|unfit| strangers.iter().position(|stranger| stranger.envelope.id == unfit.message));
     for (unfit, stranger) in unfit.iter().zip(&strangers) {
         let lost = stranger.envelope.saga.as_ref().unwrap().saga.to_string();

@@ -20,7 +20,7 @@ async fn call(routes: &Router, method: &str, path: &str, body: Option<Value>) ->
     (status, serde_json::from_slice(&bytes).unwrap())
 }
 
-fn told(view: &SagaView) -> Vec<String> {
+fn words_of(view: &SagaView) -> Vec<String> {
     let line = |line: &saga_core::saga::view::TimelineLine| {
         let words = [Some(line.what), line.op, line.step.as_deref(), line.outcome];
         words.into_iter().flatten().collect::<Vec<_>>().join(" ")
@@ -36,7 +36,7 @@ async fn the_timeline_tells_every_command_and_reply_and_payloads_are_not_in_it()
     world.deliver(&[rejected(&world.last(saga).await)]).await;
     let view = world.engine.inspect(saga, Payloads::Redacted).await.unwrap().unwrap();
     assert_eq!(
-        told(&view),
+        words_of(&view),
         [
             "started",
             "ran do open order",

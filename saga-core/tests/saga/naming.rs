@@ -25,7 +25,7 @@ async fn of_the_first_format(world: &World, saga: SagaId) {
 #[tokio::test]
 async fn a_reply_that_is_forged_from_what_is_public_is_ignored_and_counted() {
     let metrics = PrometheusBuilder::new().build_recorder();
-    let (told, _metrics) = (metrics.handle(), metrics::set_default_local_recorder(&metrics));
+    let (shown, _metrics) = (metrics.handle(), metrics::set_default_local_recorder(&metrics));
     let world = World::new().await;
     let saga = world.start(1).await;
     let sent = world.last(saga).await;
@@ -38,7 +38,7 @@ async fn a_reply_that_is_forged_from_what_is_public_is_ignored_and_counted() {
     }
     assert_eq!((world.status(saga).await.as_str(), world.trail(saga).await), ("running", vec!["authorize".to_owned()]));
     let ignored = "saga_replies_ignored_total{saga=\"order\",reason=\"unknown\"} 6";
-    assert!(told.render().contains(ignored), "{}", told.render());
+    assert!(shown.render().contains(ignored), "{}", shown.render());
     world.succeed(saga).await;
     assert_eq!(world.last(saga).await.step, "reserve", "the true one is still waited for");
 }

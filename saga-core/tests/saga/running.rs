@@ -197,7 +197,7 @@ async fn a_definition_that_was_changed_under_its_version_is_another_one() {
 #[tokio::test]
 async fn sagas_that_are_due_and_that_this_replica_does_not_know_are_counted() {
     let metrics = PrometheusBuilder::new().build_recorder();
-    let (told, _metrics) = (metrics.handle(), metrics::set_default_local_recorder(&metrics));
+    let (shown, _metrics) = (metrics.handle(), metrics::set_default_local_recorder(&metrics));
     let world = World::new().await;
     for number in 0..3 {
         world.start(number).await;
@@ -216,10 +216,10 @@ async fn sagas_that_are_due_and_that_this_replica_does_not_know_are_counted() {
         .unwrap();
     let stop = CancellationToken::new();
     let counted = async {
-        eventually(SOON, async || told.render().contains("\nsaga_overdue_unknown 2\n").then_some(())).await;
+        eventually(SOON, async || shown.render().contains("\nsaga_overdue_unknown 2\n").then_some(())).await;
         stop.cancel();
     };
     let (timers, ()) = tokio::join!(world.engine.run_timers(stop.clone()), counted);
     timers.unwrap();
-    assert!(told.render().contains("# HELP saga_overdue_unknown "), "{}", told.render());
+    assert!(shown.render().contains("# HELP saga_overdue_unknown "), "{}", shown.render());
 }

@@ -156,9 +156,9 @@ async fn whoever_waits_for_somebodys_transaction_waits_alone_and_learns_how_it_e
         }
         let answers = [waits, again].map(|waits| timeout(SOON, waits));
         let answers = join_all(answers).await.into_iter().map(|answer| answer.expect("nothing is in the way").unwrap());
-        let (started, told): (Vec<_>, Vec<_>) = answers.partition(Result::is_ok);
+        let (started, refused): (Vec<_>, Vec<_>) = answers.partition(Result::is_ok);
         assert_eq!(started.len(), usize::from(rolled_back));
-        assert!(told.iter().all(|told| matches!(told, Err(StartError::Exists))), "{told:?}");
+        assert!(refused.iter().all(|refused| matches!(refused, Err(StartError::Exists))), "{refused:?}");
     }
     assert_eq!(world.count("select count(*) from saga").await, 8);
     assert_eq!(world.count("select count(distinct key) from outbox").await, 8);
@@ -171,8 +171,8 @@ async fn whoever_waits_for_a_transaction_that_does_not_end_is_told_after_a_while
     let engine = engine.define(&plain()).attempt_max(Duration::from_millis(500)).build().unwrap();
     let mut other = world.database.pool.begin().await.unwrap();
     engine.start_in(&mut other, SagaId::new(), &plain(), &Order { order: 1 }, "1").await.unwrap();
-    let told = timeout(SOON, start(&engine, 1)).await.expect("it does not wait for ever").unwrap();
-    let Err(StartError::Database(sqlx::Error::Database(why))) = told else { panic!("{told:?}") };
+    let refused = timeout(SOON, start(&engine, 1)).await.expect("it does not wait for ever").unwrap();
+    let Err(StartError::Database(sqlx::Error::Database(why))) = refused else { panic!("{refused:?}") };
     assert_eq!(why.code().as_deref(), Some("55P03"), "a lock");
     other.rollback().await.unwrap();
     start(&engine, 1).await.unwrap().unwrap();
@@ -189,8 +189,8 @@ fn starts_go_on_when_the_runtime_that_took_care_of_them_has_ended() {
     // The runtime ends with a start in hand, before it has begun with it.
     ending.block_on(async { assert!(futures::poll!(asked.as_mut()).is_pending()) });
     drop(ending);
-    let told = lasting.block_on(async { timeout(SOON, asked).await.expect("it is told") });
-    assert!(matches!(told, Err(StartError::Database(_))), "{told:?}");
+    let refused = lasting.block_on(async { timeout(SOON, asked).await.expect("it is told") });
+    assert!(matches!(refused, Err(StartError::Database(_))), "{refused:?}");
     lasting.block_on(async {
         timeout(SOON, start(&engine, 2)).await.expect("somebody takes care").unwrap().unwrap();
         assert_eq!(world.count("select count(*) from saga").await, 1);

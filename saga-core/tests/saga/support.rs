@@ -79,11 +79,11 @@ pub(crate) fn order_saga(version: u32) -> Saga<Order> {
         .step("authorize", |order, ()| Authorize { order: order.order, with: None })
         .retry(twice)
         .undo_retry(twice)
-        .undo(|order, (), happened| Void { order: order.order, with: Some(told(&happened)) })
+        .undo(|order, (), happened| Void { order: order.order, with: Some(what_happened(&happened)) })
         .step("reserve", |order, (payment,)| Reserve { order: order.order, with: Some(payment.reference.clone()) })
         .retry(twice)
         .undo_retry(twice)
-        .undo(|order, (_payment,), happened| Release { order: order.order, with: Some(told(&happened)) })
+        .undo(|order, (_payment,), happened| Release { order: order.order, with: Some(what_happened(&happened)) })
         .pivot("capture", |order, (payment, _stock)| Capture {
             order: order.order,
             with: Some(payment.reference.clone()),
@@ -98,7 +98,7 @@ pub(crate) fn order_saga(version: u32) -> Saga<Order> {
         .build()
 }
 
-pub(crate) fn told(happened: &Happened<&Ref>) -> String {
+pub(crate) fn what_happened(happened: &Happened<&Ref>) -> String {
     match happened {
         Happened::Yes(reply) => format!("undo {}", reply.reference),
         Happened::InDoubt => "in doubt".into(),

@@ -18,7 +18,7 @@ fn hurried(retry: RetryPolicy) -> Saga<Order> {
         .saga_deadline(Duration::from_secs(3600))
         .step("authorize", |order, ()| Authorize { order: order.order, with: None })
         .retry(retry)
-        .undo(|order, (), happened| Void { order: order.order, with: Some(told(&happened)) })
+        .undo(|order, (), happened| Void { order: order.order, with: Some(what_happened(&happened)) })
         .pivot("capture", |order, (_,)| Capture { order: order.order, with: None })
         .build()
 }

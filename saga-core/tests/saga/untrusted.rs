@@ -73,8 +73,8 @@ async fn a_reply_that_nests_too_deep_is_refused_and_its_saga_stays_readable() {
         for outcome in [Outcome::Succeeded, Outcome::Rejected] {
             // The depth lies beside the fields that are expected, where types do not look.
             let deep = json!({ "reference": "1", "why": "no", "more": nested(levels - 1) });
-            let told = world.try_deliver(&[reply(&sent, outcome, &deep)]).await;
-            assert!(matches!(told, Err(HandleError::Poison(_))), "{levels}: {told:?}");
+            let answer = world.try_deliver(&[reply(&sent, outcome, &deep)]).await;
+            assert!(matches!(answer, Err(HandleError::Poison(_))), "{levels}: {answer:?}");
         }
     }
     let deepest = json!({ "reference": "1", "more": nested(99) });
@@ -95,8 +95,8 @@ async fn a_reply_of_another_type_than_its_commands_is_refused() {
         for kind in [sent.kind.clone(), "other.v1.reply".into(), "x".repeat(100_000)] {
             let mut forged = reply(&sent, outcome, &json!({ "reference": "1", "why": "no" }));
             forged.envelope.kind = kind;
-            let told = world.try_deliver(&[forged]).await;
-            assert!(matches!(&told, Err(HandleError::Poison(why)) if why.len() < 2_000), "{told:?}");
+            let answer = world.try_deliver(&[forged]).await;
+            assert!(matches!(&answer, Err(HandleError::Poison(why)) if why.len() < 2_000), "{answer:?}");
         }
     }
     assert_eq!(world.last(saga).await.step, "authorize", "nothing was taken");
@@ -110,9 +110,9 @@ async fn a_reply_with_its_fields_in_an_array_is_refused_and_one_more_field_is_no
     let saga = world.start(1).await;
     let sent = world.last(saga).await;
     for outcome in [Outcome::Succeeded, Outcome::Rejected] {
-        let told = world.try_deliver(&[reply(&sent, outcome, &json!(["1"]))]).await;
+        let answer = world.try_deliver(&[reply(&sent, outcome, &json!(["1"]))]).await;
         let why = "an object with its fields by their names";
-        assert!(matches!(&told, Err(HandleError::Poison(reason)) if reason.contains(why)), "{told:?}");
+        assert!(matches!(&answer, Err(HandleError::Poison(reason)) if reason.contains(why)), "{answer:?}");
     }
     assert_eq!(world.last(saga).await.step, "authorize", "nothing was taken");
     let more = json!({ "reference": "1", "later": ["a field of a newer build"] });
@@ -134,10 +134,10 @@ async fn an_input_and_a_command_that_nest_too_deep_start_no_saga() {
     let engine = Engine::builder(world.database.pool.clone(), &world.reply_topic);
     let engine = engine.define(&of_input).define(&of_command).build().unwrap();
     for levels in [101_usize, 126, 300] {
-        let told = engine.start(SagaId::new(), &of_input, &nested(levels), "too deep").await;
-        assert!(matches!(told, Err(StartError::Input(_))), "{levels}: {told:?}");
-        let told = engine.start(SagaId::new(), &of_command, &(levels as u64), "too deep").await;
-        assert!(matches!(told, Err(StartError::Input(_))), "{levels}: {told:?}");
+        let answer = engine.start(SagaId::new(), &of_input, &nested(levels), "too deep").await;
+        assert!(matches!(answer, Err(StartError::Input(_))), "{levels}: {answer:?}");
+        let answer = engine.start(SagaId::new(), &of_command, &(levels as u64), "too deep").await;
+        assert!(matches!(answer, Err(StartError::Input(_))), "{levels}: {answer:?}");
     }
     let saga = SagaId::new();
     engine.start(saga, &of_input, &nested(100), "deep enough").await.unwrap();
@@ -174,12 +174,12 @@ async fn a_state_of_another_build_costs_its_neighbours_nothing() {
     // The timers log the unreadable saga once, and go on with the others.
     let log = Log::hear("warn");
     let metrics = PrometheusBuilder::new().build_recorder();
-    let (told, _metrics) = (metrics.handle(), metrics::set_default_local_recorder(&metrics));
+    let (shown, _metrics) = (metrics.handle(), metrics::set_default_local_recorder(&metrics));
     world.time_passes().await;
     of_another_build(&world, same_shape, None).await;
     assert_eq!(world.engine.tick().await.unwrap().due, 2);
     assert_eq!(log.said("this build cannot read a saga's row").len(), 1, "{:?}", log.warnings());
-    assert!(told.render().contains("saga_unreadable_total{saga=\"order\"} 1"), "{}", told.render());
+    assert!(shown.render().contains("saga_unreadable_total{saga=\"order\"} 1"), "{}", shown.render());
     assert_eq!(world.engine.tick().await.unwrap().due, 0, "it is put off");
     assert_eq!(log.said("this build cannot read a saga's row").len(), 1);
 
@@ -215,8 +215,8 @@ async fn a_state_of_another_build_costs_its_neighbours_nothing() {
             (view.input, view.undecided_replies),
             (Some(json!({ "order": 1 + i32::from(saga == other_shape) })), 1)
         );
-        let told = world.engine.retry(saga, view.summary.revision, "again", "ann").await;
-        assert!(matches!(told, Err(RetryError::Unreadable(..) | RetryError::Undefined(..))), "{told:?}");
+        let answer = world.engine.retry(saga, view.summary.revision, "again", "ann").await;
+        assert!(matches!(answer, Err(RetryError::Unreadable(..) | RetryError::Undefined(..))), "{answer:?}");
     }
 
     // A build that can read the saga goes on.
@@ -314,8 +314,8 @@ async fn a_reply_of_a_source_that_is_not_declared_is_refused_before_its_saga_see
     };
     let sent = world.last(saga).await;
     let strangers = [says("elsewhere", &sent), says("payments.", &sent)];
-    let told = deliver(&world.database.pool, &engine.handler(), &strangers).await;
-    let Err(HandleError::Several(unfit)) = told else { panic!("{told:?}") };
+    let answer = deliver(&world.database.pool, &engine.handler(), &strangers).await;
+    let Err(HandleError::Several(unfit)) = answer else { panic!("{answer:?}") };
     assert!(unfit.iter().all(|unfit| unfit.class == UNDECLARED_SOURCE && unfit.reason.contains("REPLY_SOURCES")));
     assert_eq!((unfit.len(), world.last(saga).await.step.as_str()), (2, "authorize"));
     for (source, next) in [("payments", "reserve"), ("stock", "capture")] {

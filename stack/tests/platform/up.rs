@@ -120,11 +120,11 @@ fn the_password_is_told_by_its_file_only(place: &Path) {
     let password = fs::read_to_string(&file).unwrap();
     let (_, status) = said(place, &["status"]);
     let (_, logs) = said(place, &["logs"]);
-    for told in [&words_of_up(place), &status] {
-        assert!(told.contains(&format!("PostgreSQL's password: {}\n", file.display())), "{told}");
-        assert!(told.contains("postgres://postgres@127.0.0.1:"), "{told}");
+    for words in [&words_of_up(place), &status] {
+        assert!(words.contains(&format!("PostgreSQL's password: {}\n", file.display())), "{words}");
+        assert!(words.contains("postgres://postgres@127.0.0.1:"), "{words}");
     }
-    assert!(![words_of_up(place), status, logs].iter().any(|told| told.contains(password.trim())));
+    assert!(![words_of_up(place), status, logs].iter().any(|words| words.contains(password.trim())));
     for processes in super::processes_of(place) {
         assert!(!processes.contains(password.trim()), "{processes}");
     }

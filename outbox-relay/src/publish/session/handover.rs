@@ -14,7 +14,7 @@ use super::{Session, SessionEnd, StreamScope};
 use crate::{
     control::Control,
     position::Position,
-    publish::asks::{HandoverRequest, HandoverRequests, HandoverSplit},
+    publish::handover_requests::{HandoverRequest, HandoverRequests, HandoverSplit},
     record::{commit::Recordable, pause::CaughtUp},
 };
 use saga_core::{clock, retry::Backoff};
@@ -39,24 +39,25 @@ const LATE_PAUSES: Backoff = Backoff::doubling(HOLD_MAX, Duration::from_secs(30)
 
 /// Topics that are about to come back into the main stream.
 #[derive(Default)]
-pub(crate) struct ReturningTopics(Vec<Join>);
+pub(crate) struct ReturningTopics(Vec<AgreedReturn>);
 
-struct Join {
+/// The main stream has answered with a split, and waits until all before it is acknowledged.
+struct AgreedReturn {
     topic: String,
     paused_at: OffsetDateTime,
     done: oneshot::Receiver<()>,
 }
 
 impl ReturningTopics {
-    fn take(&mut self, topic: &str) -> Option<Join> {
-        let at = self.0.iter().position(|join| join.topic == topic)?;
+    fn take(&mut self, topic: &str) -> Option<AgreedReturn> {
+        let at = self.0.iter().position(|agreed| agreed.topic == topic)?;
         Some(self.0.swap_remove(at))
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(CaughtUp, Result<(), RecvError>)> {
         for at in 0..self.0.len() {
             if let Poll::Ready(word) = Pin::new(&mut self.0[at].done).poll(cx) {
-                let Join { topic, paused_at, .. } = self.0.swap_remove(at);
+                let AgreedReturn { topic, paused_at, .. } = self.0.swap_remove(at);
                 return Poll::Ready((CaughtUp { topic, paused_at }, word));
             }
         }
@@ -96,7 +97,7 @@ impl ReturningTopic {
         self.not_before = Some(Instant::from_std(clock::monotonic()) + LATE_PAUSES.delay(self.late, 0));
     }
 
-    async fn handed(&mut self) -> HandoverStep {
+    async fn next_step(&mut self) -> HandoverStep {
         if let Some(asked) = &mut self.asked {
             let split = asked.await;
             self.asked = None;
@@ -126,15 +127,15 @@ pub(crate) enum HandoverStep {
 
 impl StreamScope {
     /// Waits for the next step of a hand-over.
-    pub(crate) async fn handed_over(&mut self, asks: &HandoverRequests) -> HandoverStep {
+    pub(crate) async fn next_handover_step(&mut self, requests: &HandoverRequests) -> HandoverStep {
         match self {
             Self::Main { returning } => {
                 tokio::select! {
-                    ask = asks.next() => HandoverStep::Asked(ask),
+                    request = requests.next() => HandoverStep::Asked(request),
                     (caught_up, word) = poll_fn(|cx| returning.poll(cx)) => HandoverStep::Done(caught_up, word),
                 }
             }
-            Self::Topic(leaving) => leaving.handed().await,
+            Self::Topic(leaving) => leaving.next_step().await,
         }
     }
 
@@ -147,10 +148,10 @@ impl StreamScope {
 }
 
 impl Session {
-    pub(crate) async fn hand_over(&mut self, handed: HandoverStep) -> Result<(), SessionEnd> {
-        match handed {
-            HandoverStep::Asked(ask) => {
-                self.split(ask);
+    pub(crate) async fn hand_over(&mut self, step: HandoverStep) -> Result<(), SessionEnd> {
+        match step {
+            HandoverStep::Asked(request) => {
+                self.split(request);
                 Ok(())
             }
             HandoverStep::Done(caught_up, Ok(())) => self.take_back(caught_up).await,
@@ -177,14 +178,14 @@ impl Session {
         // If the topic's stream has ended, the failed send does not matter.
         if split.send(HandoverSplit { at: self.at.clone(), done }).is_ok() {
             returning.take(&topic);
-            returning.0.push(Join { topic, paused_at, done: word });
+            returning.0.push(AgreedReturn { topic, paused_at, done: word });
         }
     }
 
     /// Called at a row of a topic that is set apart: whether the topic is back in the main stream with it.
     pub(crate) async fn is_back(&mut self, topic: &str) -> Result<bool, SessionEnd> {
         let StreamScope::Main { returning } = &mut self.scope else { return Ok(false) };
-        let Some(Join { topic, paused_at, mut done }) = returning.take(topic) else { return Ok(false) };
+        let Some(AgreedReturn { topic, paused_at, mut done }) = returning.take(topic) else { return Ok(false) };
         let is_back = match tokio::time::timeout(HOLD_MAX, &mut done).await {
             Ok(word) => word.is_ok(),
             Err(_) => {
@@ -230,7 +231,7 @@ impl Session {
                 let StreamScope::Topic(leaving) = &mut self.scope else { return Ok(()) };
                 let (split, asked) = oneshot::channel();
                 leaving.asked = Some(asked);
-                self.shared.asks.ask(HandoverRequest {
+                self.shared.handover_requests.ask(HandoverRequest {
                     topic: leaving.topic.clone(),
                     paused_at: leaving.paused_at,
                     split,

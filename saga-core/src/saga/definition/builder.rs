@@ -1,6 +1,8 @@
 //! The typed builder. A saga that breaks the rules does not compile: see `saga-core/tests/compile_fail`.
 
-use super::{And, BuildError, BuildFrom, Call, Definition, Remote, Replies, RetryPolicy, Role, Saga, Step, StepKind};
+use super::{
+    And, BuildError, BuildFrom, Call, Definition, Remote, Replies, RetryPolicy, Saga, Step, StepKind, StepRole,
+};
 use crate::{
     command::{Command, Happened, Never},
     json::Named,
@@ -134,7 +136,7 @@ where
         R: And<C::Reply>,
         F: Fn(&I, &R) -> C + Send + Sync + 'static,
     {
-        let remote = remote::<I, R, C, F>(Role::Compensable, RetryPolicy::COMPENSABLE, command);
+        let remote = remote::<I, R, C, F>(StepRole::Compensable, RetryPolicy::COMPENSABLE, command);
         UndoUndecided { saga: self.retype(), name: name.into(), remote, command: PhantomData }
     }
 
@@ -147,7 +149,7 @@ where
         R: And<C::Reply>,
         F: Fn(&I, &R) -> C + Send + Sync + 'static,
     {
-        self.push_remote(name.into(), remote::<I, R, C, F>(Role::Pivot, RetryPolicy::PIVOT, command))
+        self.push_remote(name.into(), remote::<I, R, C, F>(StepRole::Pivot, RetryPolicy::PIVOT, command))
     }
 
     /// A command after the pivot: it cannot be refused, and is retried until it is done.
@@ -159,7 +161,7 @@ where
         R: And<C::Reply>,
         F: Fn(&I, &R) -> C + Send + Sync + 'static,
     {
-        self.push_remote(name.into(), remote::<I, R, C, F>(Role::Retriable, RetryPolicy::RETRIABLE, command))
+        self.push_remote(name.into(), remote::<I, R, C, F>(StepRole::Retriable, RetryPolicy::RETRIABLE, command))
     }
 
     /// An effect in the orchestrator's own database that is not taken back when the saga is undone. The engine is given
@@ -308,7 +310,7 @@ fn local(name: String, undo: Option<String>) -> Step {
     Step { name, kind: StepKind::Local { undo, retry: RetryPolicy::LOCAL } }
 }
 
-fn remote<I, R, C, F>(role: Role, retry: RetryPolicy, command: F) -> Remote
+fn remote<I, R, C, F>(role: StepRole, retry: RetryPolicy, command: F) -> Remote
 where
     I: DeserializeOwned,
     R: Replies,

@@ -23,11 +23,11 @@ const STARTS_MAX: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone)]
 pub(super) struct Part {
     pub(super) concern: Concern,
-    pub(super) standing: Standing,
+    pub(super) standing: PartStanding,
     /// When the part last gave a report of its own.
     answered: Instant,
     /// The cause of its redness that the log holds; `None`: the log holds that it is fine.
-    told: Option<Cause>,
+    logged: Option<Cause>,
 }
 
 impl Part {
@@ -45,9 +45,9 @@ impl Part {
             Some(before) if (unasked || locked) && now.saturating_duration_since(answered) < excuse => {
                 before.standing.clone()
             }
-            _ => Standing::judged(report, before.map(|before| &before.standing), now),
+            _ => PartStanding::judged(report, before.map(|before| &before.standing), now),
         };
-        Self { concern, standing, answered, told: before.and_then(|before| before.told) }
+        Self { concern, standing, answered, logged: before.and_then(|before| before.logged) }
     }
 
     /// Logs a change of the part, once. Nothing is wrong with a part that starts, nor with one that is red before the
@@ -59,7 +59,7 @@ impl Part {
             return;
         }
         let reason = self.standing.reason.as_deref().unwrap_or_default();
-        match (std::mem::replace(&mut self.told, is), is) {
+        match (std::mem::replace(&mut self.logged, is), is) {
             (None, Some(cause)) if self.concern == Concern::Callers => {
                 tracing::warn!(check = %name, cause = cause.as_str(), reason, "not ready");
             }
@@ -77,7 +77,7 @@ impl Part {
 
 /// The standing of a part when it was last asked.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Standing {
+pub struct PartStanding {
     /// Whether the part's work moves.
     pub state: State,
     /// Why the part's work does not move; absent while it does.
@@ -107,7 +107,7 @@ pub enum State {
     Red,
 }
 
-impl Standing {
+impl PartStanding {
     fn red(issue: HealthIssue, before: Option<&Self>, now: Instant) -> Self {
         let began = issue.since.unwrap_or(now);
         let began = clock::now() - now.saturating_duration_since(began);
@@ -161,7 +161,7 @@ fn goes_on(was: Option<Cause>, is: Cause) -> bool {
 }
 
 /// Keeps a part's metrics.
-pub(super) fn measure(name: &Name, concern: Concern, before: Option<&Standing>, now: &Standing) {
+pub(super) fn measure(name: &Name, concern: Concern, before: Option<&PartStanding>, now: &PartStanding) {
     let (was, is) = (before.and_then(|before| before.cause), now.cause);
     let gauge = |cause: Option<Cause>| {
         let reason = cause.map_or("none", Cause::as_str);
@@ -235,7 +235,7 @@ mod tests {
         let log = Log::hear("info");
         let now = clock::monotonic();
         let mut part = None::<Part>;
-        let mut told = |report: PartReport, starting: Option<u64>| {
+        let mut logged = |report: PartReport, starting: Option<u64>| {
             let mut seen = Part::seen(Concern::Work, &report, part.as_ref(), false, now);
             seen.tell(&"replies".into(), starting.map(Duration::from_secs));
             part = Some(seen);
@@ -247,23 +247,23 @@ mod tests {
             PartReport::from(HealthIssue { since, ..HealthIssue::new(Cause::Starting, "it has not started") })
         };
         let missing = || PartReport::red(Cause::TableMissing, "no table");
-        assert_eq!(told(missing(), Some(1)), [0, 0, 0], "the process migrates");
-        assert_eq!(told(missing(), Some(61)), [1, 0, 0], "it does so for too long");
-        assert_eq!(told(missing(), None), [1, 0, 0], "once");
-        assert_eq!(told(PartReport::fine(), None), [1, 0, 1]);
-        assert_eq!(told(starts(0), None), [1, 0, 1]);
-        assert_eq!(told(starts(1), None), [1, 0, 1]);
-        assert_eq!(told(starts(61), None), [2, 0, 1], "it never does");
-        assert_eq!(told(missing(), None), [2, 1, 1]);
+        assert_eq!(logged(missing(), Some(1)), [0, 0, 0], "the process migrates");
+        assert_eq!(logged(missing(), Some(61)), [1, 0, 0], "it does so for too long");
+        assert_eq!(logged(missing(), None), [1, 0, 0], "once");
+        assert_eq!(logged(PartReport::fine(), None), [1, 0, 1]);
+        assert_eq!(logged(starts(0), None), [1, 0, 1]);
+        assert_eq!(logged(starts(1), None), [1, 0, 1]);
+        assert_eq!(logged(starts(61), None), [2, 0, 1], "it never does");
+        assert_eq!(logged(missing(), None), [2, 1, 1]);
     }
 
     #[test]
     fn since_goes_on_through_causes_but_not_from_a_start_nor_through_a_pause() {
         let hours = |was: Cause, is: Cause| {
             let two_hours_ago = clock::now() - Duration::from_secs(7_200);
-            let was = Standing::judged(&PartReport::red(was, "why"), None, clock::monotonic());
-            let was = Standing { since: Some(two_hours_ago), ..was };
-            let is = Standing::judged(&PartReport::red(is, "why"), Some(&was), clock::monotonic());
+            let was = PartStanding::judged(&PartReport::red(was, "why"), None, clock::monotonic());
+            let was = PartStanding { since: Some(two_hours_ago), ..was };
+            let is = PartStanding::judged(&PartReport::red(is, "why"), Some(&was), clock::monotonic());
             (clock::now() - is.since.unwrap()).whole_hours()
         };
         assert_eq!(hours(Cause::KafkaAway, Cause::Stalled), 2, "it has been red all the time");

@@ -10,7 +10,7 @@ use crate::{
     id::{Nonce, SagaId},
     saga::{
         decide::{command_id, start},
-        definition::{Definition, Remote, Role, StepKind},
+        definition::{Definition, Remote, StepKind, StepRole},
         state::{Action, Answer, Effects, Event, Naming, Open, Reply, State, Status, StuckWhy},
     },
 };
@@ -242,7 +242,7 @@ impl<'d> Model<'d> {
     }
 
     fn refusable(&self, step: usize) -> bool {
-        self.remote(step).is_none_or(|remote| remote.role != Role::Retriable)
+        self.remote(step).is_none_or(|remote| remote.role != StepRole::Retriable)
     }
 
     /// The world after `next`, or the rule that it breaks.

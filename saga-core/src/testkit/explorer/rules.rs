@@ -7,7 +7,7 @@ use super::{
 use crate::{
     command::{Happened, Op},
     saga::{
-        definition::{Role, StepKind},
+        definition::{StepKind, StepRole},
         state::{Action, State, Status, StepState, StuckWhy, Verdict},
     },
 };
@@ -118,11 +118,11 @@ fn check_ends(model: &Model<'_>, world: &World, state: &State) -> Result<(), Vio
             hold(open.due.is_none(), "a stuck saga does nothing by itself")?;
             let role = match &steps[open.step].kind {
                 StepKind::Remote(remote) => remote.role,
-                StepKind::Local { .. } => Role::Compensable,
+                StepKind::Local { .. } => StepRole::Compensable,
             };
             let truthful = match why {
-                StuckWhy::PivotInDoubt { .. } => open.op == Op::Do && role == Role::Pivot,
-                StuckWhy::NotDone { .. } => open.op == Op::Do && role == Role::Retriable,
+                StuckWhy::PivotInDoubt { .. } => open.op == Op::Do && role == StepRole::Pivot,
+                StuckWhy::NotDone { .. } => open.op == Op::Do && role == StepRole::Retriable,
                 StuckWhy::NotUndone { .. } => open.op == Op::Undo,
                 StuckWhy::Broken { .. } => true,
             };

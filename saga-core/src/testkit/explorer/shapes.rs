@@ -1,6 +1,6 @@
 //! Definitions from a list of shapes: commands whose content does not matter.
 
-use crate::saga::definition::{Call, Definition, Remote, RetryPolicy, Role, Step, StepKind};
+use crate::saga::definition::{Call, Definition, Remote, RetryPolicy, Step, StepKind, StepRole};
 use std::{sync::Arc, time::Duration};
 
 /// The shape of a generated step.
@@ -34,11 +34,13 @@ pub fn definition(shapes: &[Shape], attempts: u32, deadline: Option<Duration>) -
         kind: match shape {
             Shape::Local => StepKind::Local { undo: None, retry },
             Shape::LocalWithUndo => StepKind::Local { undo: Some(format!("undo s{index}")), retry },
-            Shape::Step => remote(Role::Compensable, Some(call("undo"))),
-            Shape::StepUndoneElsewhere => remote(Role::Compensable, Some(Call { topic: "elsewhere", ..call("undo") })),
-            Shape::StepWithoutUndo => remote(Role::Compensable, None),
-            Shape::Pivot => remote(Role::Pivot, None),
-            Shape::Then => remote(Role::Retriable, None),
+            Shape::Step => remote(StepRole::Compensable, Some(call("undo"))),
+            Shape::StepUndoneElsewhere => {
+                remote(StepRole::Compensable, Some(Call { topic: "elsewhere", ..call("undo") }))
+            }
+            Shape::StepWithoutUndo => remote(StepRole::Compensable, None),
+            Shape::Pivot => remote(StepRole::Pivot, None),
+            Shape::Then => remote(StepRole::Retriable, None),
         },
     };
     Definition::new("explored", 1, shapes.iter().enumerate().map(step).collect(), deadline)

@@ -2,7 +2,7 @@
 
 use super::{
     buffer::Buffer,
-    standing::{Start, TopicId},
+    group_offsets::{Start, TopicId},
 };
 use crate::part::{Movement, WaitingWork};
 use std::{
@@ -110,7 +110,7 @@ impl PartitionProgress {
 #[derive(Default)]
 pub(super) struct RestartPolicy {
     last: Option<Instant>,
-    wedged: BTreeMap<(String, i32), RestartedPartition>,
+    restarted: BTreeMap<(String, i32), RestartedPartition>,
 }
 
 /// A partition for which a client was made anew.
@@ -124,19 +124,21 @@ struct RestartedPartition {
 impl RestartPolicy {
     /// The partition moves again, or nothing waits in it.
     pub(super) fn moves(&mut self, partition: &(String, i32), done: i64, rests: bool) {
-        if self.wedged.get(partition).is_some_and(|wedge| rests || done > wedge.done) {
-            self.wedged.remove(partition);
+        if self.restarted.get(partition).is_some_and(|restarted| rests || done > restarted.done) {
+            self.restarted.remove(partition);
         }
     }
 
     /// Whether the client is made anew now, because it does not fetch this partition.
     pub(super) fn ends(&mut self, partition: &(String, i32), done: i64, now: Instant) -> bool {
-        let before = self.wedged.get(partition);
-        if self.last.is_some_and(|last| now < last + ANEW_EVERY) || before.is_some_and(|wedge| now < wedge.until) {
+        let before = self.restarted.get(partition);
+        if self.last.is_some_and(|last| now < last + ANEW_EVERY)
+            || before.is_some_and(|restarted| now < restarted.until)
+        {
             return false;
         }
-        let pause = before.map_or(ANEW_EVERY, |wedge| (wedge.pause * 2).min(ANEW_EVERY_MAX));
-        self.wedged.insert(partition.clone(), RestartedPartition { done, until: now + pause, pause });
+        let pause = before.map_or(ANEW_EVERY, |restarted| (restarted.pause * 2).min(ANEW_EVERY_MAX));
+        self.restarted.insert(partition.clone(), RestartedPartition { done, until: now + pause, pause });
         self.last = Some(now);
         true
     }
@@ -152,9 +154,9 @@ mod tests {
     use super::super::{
         buffer::PushResult,
         ends::Ends,
+        group_offsets::Rewind,
         health::{ConsumerHealth, HealthState},
         record::Raw,
-        standing::Rewind,
     };
     use super::*;
     use crate::{
@@ -316,13 +318,13 @@ mod tests {
     fn a_client_that_it_does_not_help_to_replace_is_replaced_ever_more_rarely() {
         let (start, partition) = (clock::monotonic(), ("t".to_owned(), 0));
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut patience = RestartPolicy::default();
-        let replaced: Vec<u64> = (0..1000).filter(|second| patience.ends(&partition, 5, at(*second))).collect();
+        let mut restarts = RestartPolicy::default();
+        let replaced: Vec<u64> = (0..1000).filter(|second| restarts.ends(&partition, 5, at(*second))).collect();
         assert_eq!(replaced, [0, 30, 90, 210, 450, 930]);
         // Offsets that were done before do not count, those done since then do.
-        patience.moves(&partition, 5, false);
-        assert!(!patience.ends(&partition, 5, at(1000)));
-        patience.moves(&partition, 6, false);
-        assert!(patience.ends(&partition, 6, at(1000)));
+        restarts.moves(&partition, 5, false);
+        assert!(!restarts.ends(&partition, 5, at(1000)));
+        restarts.moves(&partition, 6, false);
+        assert!(restarts.ends(&partition, 6, at(1000)));
     }
 }

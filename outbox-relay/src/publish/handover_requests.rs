@@ -29,16 +29,16 @@ pub(crate) struct HandoverRequests {
 }
 
 impl HandoverRequests {
-    pub(crate) fn ask(&self, ask: HandoverRequest) {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(ask);
+    pub(crate) fn ask(&self, request: HandoverRequest) {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(request);
         self.asked.notify_one();
     }
 
     pub(crate) async fn next(&self) -> HandoverRequest {
         loop {
-            let ask = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
-            match ask {
-                Some(ask) => return ask,
+            let request = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            match request {
+                Some(request) => return request,
                 None => self.asked.notified().await,
             }
         }

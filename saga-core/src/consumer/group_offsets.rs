@@ -109,12 +109,12 @@ impl Start {
 
 /// What the brokers answered about partitions.
 #[derive(Debug, Default)]
-pub(super) struct Standing {
+pub(super) struct GroupOffsets {
     ids: BTreeMap<String, TopicId>,
     committed: BTreeMap<(String, i32), (i64, Option<TopicId>)>,
 }
 
-impl Standing {
+impl GroupOffsets {
     pub(super) fn start(&self, topic: &str, partition: i32, rewind: Option<&Rewind>) -> Start {
         let committed = self.committed.get(&(topic.to_owned(), partition));
         let committed = committed.map(|(offset, of)| (*offset, of.as_ref()));
@@ -131,12 +131,12 @@ impl Standing {
 ///
 /// # Errors
 /// In words, when the brokers did not answer.
-pub(super) async fn ask(config: &Arc<ConsumerConfig>, partitions: &TopicPartitionList) -> Result<Standing, String> {
+pub(super) async fn ask(config: &Arc<ConsumerConfig>, partitions: &TopicPartitionList) -> Result<GroupOffsets, String> {
     let mut why = String::new();
     for _ in 0..TRIES_MAX {
         let (config, partitions) = (Arc::clone(config), partitions.clone());
         match tokio::task::spawn_blocking(move || look(&config, &partitions)).await {
-            Ok(Ok(standing)) => return Ok(standing),
+            Ok(Ok(offsets)) => return Ok(offsets),
             Ok(Err(error)) => why = error.to_string(),
             Err(error) => why = error.to_string(),
         }
@@ -146,10 +146,10 @@ pub(super) async fn ask(config: &Arc<ConsumerConfig>, partitions: &TopicPartitio
 }
 
 /// Asks with a client of its own: a client that has known a topic for long may take it for another one.
-pub(super) fn look(config: &ConsumerConfig, partitions: &TopicPartitionList) -> KafkaResult<Standing> {
+pub(super) fn look(config: &ConsumerConfig, partitions: &TopicPartitionList) -> KafkaResult<GroupOffsets> {
     let client: BaseConsumer<Ids> =
         client::telling_ids(&mut client::asking(config)).create_with_context(Ids::default())?;
-    let mut standing = Standing::default();
+    let mut offsets = GroupOffsets::default();
     let elements = partitions.elements();
     let topics: std::collections::BTreeSet<&str> = elements.iter().map(|element| element.topic()).collect();
     for topic in topics {
@@ -158,18 +158,18 @@ pub(super) fn look(config: &ConsumerConfig, partitions: &TopicPartitionList) -> 
             && let Some(id) = id(&client, topic)
             && let Some(cluster) = client.client().fetch_cluster_id(ANSWER_MAX)
         {
-            standing.ids.insert(topic.to_owned(), TopicId { cluster, topic: id });
+            offsets.ids.insert(topic.to_owned(), TopicId { cluster, topic: id });
         }
     }
     for found in client.committed_offsets(partitions.clone(), ANSWER_MAX)?.elements() {
         found.error()?;
         if let Offset::Offset(offset) = found.offset() {
             let partition = (found.topic().to_owned(), found.partition());
-            standing.committed.insert(partition, (offset, TopicId::parse(found.metadata())));
+            offsets.committed.insert(partition, (offset, TopicId::parse(found.metadata())));
         }
     }
     // To believe an offset that may be of another topic would be to pass over records.
-    if standing.is_whole() { Ok(standing) } else { Err(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicId)) }
+    if offsets.is_whole() { Ok(offsets) } else { Err(KafkaError::MetadataFetch(RDKafkaErrorCode::UnknownTopicId)) }
 }
 
 fn id(client: &BaseConsumer<Ids>, topic: &str) -> Option<String> {
@@ -224,13 +224,13 @@ mod tests {
 
     #[test]
     fn an_offset_whose_topic_cannot_be_compared_is_not_believed() {
-        let mut standing = Standing::default();
-        standing.committed.insert(("t".into(), 0), (5, None));
-        assert!(standing.is_whole(), "it is of no topic");
-        standing.committed.insert(("t".into(), 1), (5, Some(id("c", "a"))));
-        assert!(!standing.is_whole());
-        standing.ids.insert("t".into(), id("c", "b"));
-        assert!(standing.is_whole());
+        let mut offsets = GroupOffsets::default();
+        offsets.committed.insert(("t".into(), 0), (5, None));
+        assert!(offsets.is_whole(), "it is of no topic");
+        offsets.committed.insert(("t".into(), 1), (5, Some(id("c", "a"))));
+        assert!(!offsets.is_whole());
+        offsets.ids.insert("t".into(), id("c", "b"));
+        assert!(offsets.is_whole());
     }
 
     #[test]
