@@ -30,3 +30,24 @@ impl Brokers {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use saga_core::testkit::Log;
+
+    #[test]
+    fn brokers_that_are_away_are_logged_once_and_so_is_that_they_are_back() {
+        let (brokers, log) = (Brokers::default(), Log::hear("info"));
+        brokers.back("orders");
+        assert!(!brokers.are_away() && log.said("Kafka").is_empty(), "they were never away");
+        brokers.gone("orders", "all down");
+        brokers.gone("orders", "all down");
+        assert!(brokers.are_away());
+        brokers.back("orders");
+        brokers.back("orders");
+        assert!(!brokers.are_away());
+        assert_eq!(log.said("Kafka is not there").len(), 1);
+        assert_eq!(log.said("Kafka is there again").len(), 1);
+    }
+}

@@ -339,4 +339,24 @@ mod tests {
         assert!(areas.topic().now_or_never().is_some());
         assert_eq!(budget.held(), (0, 20 * MIB));
     }
+
+    #[test]
+    fn the_least_budget_has_room_for_each_stream_and_the_default_for_a_common_rest() {
+        assert_eq!([least(1), least(2), least(6)], [56 * MIB, 96 * MIB, 256 * MIB]);
+        assert_eq!([default(1), default(4), default(5)], [256 * MIB, 256 * MIB, 320 * MIB]);
+    }
+
+    #[tokio::test]
+    async fn a_large_rows_room_is_split_off_by_nothing_and_goes_with_what_it_joins() {
+        let (budget, areas) = areas(0);
+        let mut row = areas.main.take_alone(300 * MIB).await;
+        assert_eq!(row.split(5 * MIB).bytes(), 0);
+        row.keep(MIB);
+        assert_eq!(row.bytes(), 300 * MIB);
+        let mut page = areas.main.take(MIB, MIB).await;
+        page.join(row);
+        assert_eq!((page.bytes(), budget.held().0), (301 * MIB, 301 * MIB));
+        drop(page);
+        assert_eq!(budget.held(), (0, 301 * MIB));
+    }
 }

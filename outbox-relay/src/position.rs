@@ -64,3 +64,44 @@ impl ReadError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn position(base: &str, target: &str, after: i64) -> Position {
+        Position { base: base.parse().unwrap(), target: target.parse().unwrap(), after }
+    }
+
+    #[test]
+    fn a_position_includes_an_earlier_one_and_no_window_that_it_has_not_finished() {
+        let at = position("5:5:", "10:10:", 7);
+        for (other, included) in [
+            (position("5:5:", "10:10:", 7), true),
+            (position("5:5:", "10:10:", 3), true),
+            (position("5:5:", "10:10:", 8), false),
+            (position("2:2:", "5:5:", 900), true),
+            (position("2:2:", "6:6:", 1), false),
+            (Position::initial(), true),
+            (position("10:10:", "12:12:", 0), false),
+        ] {
+            assert_eq!(at.includes(&other), included, "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_position_whose_base_misses_a_straggler_does_not_include_one_that_saw_it() {
+        let base_without_8 = position("8:12:8", "20:20:", 5);
+        assert!(!base_without_8.includes(&position("5:5:", "10:10:", 1)));
+        assert!(base_without_8.includes(&position("5:5:", "8:10:8", 1)));
+    }
+
+    #[test]
+    fn a_window_is_published_whole_in_part_or_not_at_all() {
+        let at = position("10:10:", "20:20:", 7);
+        let limit = |target: &str| at.limit(&target.parse().unwrap());
+        assert_eq!([limit("5:5:"), limit("10:10:")], [Some(i64::MAX); 2]);
+        assert_eq!(limit("20:20:"), Some(7));
+        assert_eq!([limit("20:21:"), limit("30:30:")], [None; 2]);
+    }
+}

@@ -195,3 +195,20 @@ async fn delete_some(db: &mut PgConnection, outbox: &str, kept: Duration) -> Res
     .await?;
     Ok(deleted.rows_affected())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn late_partitions_say_how_many_ids_are_left_why_and_what_is_in_the_way() {
+        assert_eq!(late(0, None, &[]), "rows go to outbox_overflow, for no partition is there for them");
+        let blocking = ["7 (psql)".to_owned(), "9 (dump)".to_owned()];
+        assert_eq!(
+            late(120, Some(sqlx::Error::PoolClosed), &blocking),
+            "120 ids are left in the outbox's partitions; then rows go to outbox_overflow. The next partition is not made: \
+             attempted to acquire a connection on a closed pool. Locks on the outbox are held by 7 (psql), 9 (dump): let \
+             them end, or pg_terminate_backend"
+        );
+    }
+}

@@ -173,3 +173,62 @@ impl Flight {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::pause::PauseCause;
+
+    fn page(only_topic: Option<&str>, to: i64) -> FlightKind {
+        let (base, target) = ("5:5:".parse().unwrap(), "10:10:".parse().unwrap());
+        FlightKind::Page { only_topic: only_topic.map(Arc::from), base, target, to }
+    }
+
+    fn position(after: i64) -> Position {
+        Position { base: "5:5:".parse().unwrap(), target: "10:10:".parse().unwrap(), after }
+    }
+
+    #[test]
+    fn a_flight_names_each_topic_once_and_counts_what_went_to_it() {
+        let mut flight = Flight::new(page(None, 5), [(1, "a"), (2, "b"), (3, "b"), (4, "a"), (5, "c")]);
+        assert_eq!((flight.topics.join(","), flight.open), (String::from("a,b,c"), 5));
+        let states = [RowState::Acknowledged, RowState::Known, RowState::Acknowledged, RowState::Acknowledged];
+        flight.rows.iter_mut().zip(states).for_each(|(row, state)| row.state = state);
+        flight.rows[4].state = RowState::Passed;
+        assert_eq!(flight.published(), [("a", 2), ("b", 1)]);
+        assert_eq!(flight.rows.iter().filter(|row| row.is_acknowledged()).count(), 4);
+    }
+
+    #[test]
+    fn a_flight_that_is_cut_ends_at_its_last_row_and_forgets_what_was_decided_behind() {
+        let mut flight = Flight::new(page(None, 99), [(10, "a"), (20, "b"), (30, "a")]);
+        let park = |id| RowToPark { id, reason: String::from("too large"), blocked_by: None, bytes: 1 };
+        flight.decided.parked = vec![(0, park(10)), (2, park(30))];
+        let (topic, reason) = (String::from("b"), String::from("gone"));
+        let left = LeftBehind { topic, cause: PauseCause::Missing, reason, position: position(19) };
+        flight.decided.left_behind = vec![(1, left)];
+        assert_eq!(flight.position(), Some(position(99)));
+
+        let cut = flight.cut(2);
+        assert_eq!(cut.position(), Some(position(20)));
+        let Recordable::Rows(rows) = cut.into_recordable() else { panic!("it has rows") };
+        assert_eq!((rows.entry.from_id, rows.entry.to_id, rows.entry.rows), (10, 20, 2));
+        assert_eq!(rows.parked.iter().map(|park| park.id).collect::<Vec<_>>(), [10]);
+        assert_eq!(rows.left_behind.len(), 1);
+    }
+
+    #[test]
+    fn a_page_without_rows_moves_a_topics_position_and_not_the_main_streams() {
+        assert!(matches!(Flight::empty(page(None, 40)).into_recordable(), Recordable::Nothing));
+        let advanced = Flight::empty(page(Some("t"), 40)).into_recordable();
+        assert!(matches!(advanced, Recordable::Advanced(topic, at) if &*topic == "t" && at == position(40)));
+    }
+
+    #[test]
+    fn a_mark_is_no_page_and_is_recorded_as_it_is() {
+        let at = position(3);
+        let mark = Flight::empty(FlightKind::Mark(Recordable::Advanced("t".into(), at.clone())));
+        assert!(!mark.is_page() && mark.position().is_none() && mark.published().is_empty());
+        assert!(matches!(mark.into_recordable(), Recordable::Advanced(_, found) if found == at));
+    }
+}

@@ -312,4 +312,39 @@ mod tests {
             assert_eq!(varint(length), bytes, "{length}");
         }
     }
+
+    #[test]
+    fn headers_that_are_no_object_are_none_and_two_of_one_name_both_go() {
+        for text in ["", "null", "[]", "7", "{"] {
+            assert!(parse(text).is_empty(), "{text:?}");
+        }
+        let twice = parse(r#"{"a": "1", "a": null}"#);
+        assert_eq!(twice.iter().map(|(_, value)| value.as_ref()).collect::<Vec<_>>(), ["1", "null"]);
+    }
+
+    #[test]
+    fn headers_take_their_names_their_values_and_a_length_for_each() {
+        let mut headers = Headers::with_capacity(3);
+        headers.add("ab", b"xyz");
+        assert_eq!((headers.count, headers.size), (1, 7));
+        headers.push("k", None);
+        assert_eq!((headers.count, headers.size), (2, 10), "a null takes its length alone");
+        headers.add("long", &[0; 64]);
+        assert_eq!((headers.count, headers.size), (3, 81), "a length from 64 on takes two bytes");
+    }
+
+    #[test]
+    fn times_and_numbers_are_texts_in_a_buffer_that_is_used_again() {
+        let mut builder = RecordBuilder::new("orders", "e1".into(), DatabaseClock::of("times_and_numbers"));
+        assert_eq!(builder.time(OffsetDateTime::UNIX_EPOCH), b"1970-01-01T00:00:00Z");
+        assert_eq!(builder.number(42), b"42");
+        let before_christ = OffsetDateTime::UNIX_EPOCH - time::Duration::days(366 * 1_971);
+        assert_eq!(builder.time(before_christ), b"9999-12-31T23:59:59Z", "it has no form in RFC 3339");
+    }
+
+    #[test]
+    fn only_a_topic_whose_name_ends_so_takes_dead_letters() {
+        assert!(takes_dead_letters("orders.events.dlt"));
+        assert!(!takes_dead_letters("orders.events") && !takes_dead_letters("dlt.orders"));
+    }
 }

@@ -149,4 +149,12 @@ mod tests {
             assert_eq!(Refusal::of(code), Refusal::Transient, "{code}");
         }
     }
+
+    #[test]
+    fn a_record_that_is_too_large_is_parked_with_both_sizes() {
+        assert_eq!(
+            too_large(2_000_000, 1_048_588),
+            "the record has 2000000 bytes, and the topic takes 1048588 (max.message.bytes)"
+        );
+    }
 }

@@ -375,3 +375,59 @@ async fn read_large(db: &mut PgConnection, rows: &mut Vec<Row>) -> Result<(), Re
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::budget::{Areas, Budget, least};
+    use saga_core::testkit::TestDatabase;
+
+    const MIB: i32 = 1 << 20;
+
+    /// A cursor that has read rows 1, 2, … whose payloads have these sizes; a small one came with its page.
+    async fn cursor(payloads: &[i32]) -> Cursor {
+        let database = TestDatabase::new(&[]).await;
+        let areas = Areas::new(&Budget::new(least(1), 1));
+        let mut cursor = Cursor::new(Position::initial(), None, areas.main.clone());
+        for (id, payload) in (1_i64..).zip(payloads) {
+            let sizes = (*payload > 3_072).then_some([*payload, 0, 0, 0]);
+            let read = sqlx::query(
+                "select $1, gen_random_uuid(), 't'::text, null::text, ''::text,
+                        case when $3::integer[] is null then convert_to(repeat('x', $2), 'UTF8') end, null::text, now(), $3",
+            );
+            let read = read.bind(id).bind(payload).bind(sizes.as_ref().map(<[i32; 4]>::as_slice));
+            cursor.read.push_back(Row::new(read.fetch_one(&database.pool).await.unwrap()).unwrap());
+        }
+        cursor
+    }
+
+    #[tokio::test]
+    async fn a_page_takes_rows_up_to_its_bytes_its_room_and_its_limit() {
+        let small = cursor(&[10, 3_072, 20]).await;
+        assert_eq!(small.next_rows(i64::MAX, 0), (3, 0), "small rows lack nothing");
+        assert_eq!(small.next_rows(2, usize::MAX), (2, 0));
+
+        let large = cursor(&[MIB; 9]).await;
+        assert_eq!(large.next_rows(i64::MAX, usize::MAX), (8, 8 << 20), "a page carries 8 MiB");
+        assert_eq!(large.next_rows(i64::MAX, 3 << 20), (3, 3 << 20));
+        assert_eq!(large.next_rows(i64::MAX, 0), (1, 1 << 20), "the first row is always one of them");
+    }
+
+    #[tokio::test]
+    async fn a_row_that_is_read_alone_ends_its_page_and_lacks_nothing_there() {
+        let cursor = cursor(&[10, 2 * MIB, 20]).await;
+        assert_eq!(cursor.next_rows(i64::MAX, usize::MAX), (2, 0));
+    }
+
+    #[tokio::test]
+    async fn a_cursor_stands_behind_its_page_and_before_the_rows_that_it_has_read() {
+        let mut cursor = cursor(&[10, 10, 10]).await;
+        cursor.reached = 3;
+        cursor.read.drain(..2);
+        let page = cursor.page(Vec::new(), i64::MAX);
+        assert_eq!((page.after, page.to, cursor.at.after), (0, 2, 2));
+        cursor.read.clear();
+        assert_eq!(cursor.page(Vec::new(), i64::MAX).to, 3);
+        assert!(!cursor.knows_more());
+    }
+}

@@ -294,4 +294,15 @@ mod tests {
         assert_eq!(at_once(&large[2..]), 1);
         assert_eq!((parts(&[stretch(9)]), parts(&large[2..])), (1, 5));
     }
+
+    #[test]
+    fn one_statement_copies_rows_until_their_bytes_are_too_many_and_at_least_one() {
+        let rows = |sizes: &[usize]| -> Vec<RowToPark> {
+            sizes.iter().map(|&bytes| RowToPark { id: 1, reason: String::new(), blocked_by: None, bytes }).collect()
+        };
+        assert_eq!(copied_at_once(&rows(&[10, 20, 30])), 3);
+        assert_eq!(copied_at_once(&rows(&[20 << 20, 12 << 20, 1])), 2);
+        assert_eq!(copied_at_once(&rows(&[90 << 20, 1])), 1);
+        assert_eq!(copied_at_once(&[]), 0);
+    }
 }

@@ -304,4 +304,18 @@ mod tests {
         advance_in(&mut db, "orders", "t", &positions[0]).await.unwrap();
         assert_eq!(load(&mut db, "orders").await.unwrap().remove(0).position.as_ref(), Some(&positions[0]));
     }
+
+    #[test]
+    fn a_cause_is_read_as_it_was_written_and_a_later_builds_waits_for_an_operator() {
+        for (text, cause, absent) in [
+            ("operator", PauseCause::Operator, false),
+            ("missing", PauseCause::Missing, true),
+            ("forbidden", PauseCause::Forbidden, true),
+            ("leaderless", PauseCause::Leaderless, false),
+            ("refusing", PauseCause::Refusing, false),
+        ] {
+            assert_eq!((PauseCause::parse(text), cause.as_str(), cause.is_absence()), (cause, text, absent));
+        }
+        assert_eq!(PauseCause::parse("of a later build"), PauseCause::Operator);
+    }
 }

@@ -114,7 +114,7 @@ impl Client {
             match Self::answer(request.header("idempotency-key", &key).json(&order)).await? {
                 (status, answer) if status.is_success() => return id(&answer),
                 (StatusCode::UNPROCESSABLE_ENTITY, _) if start.elapsed() < WAIT_MAX => {
-                    tokio::time::sleep(LOOK_EVERY).await
+                    tokio::time::sleep(LOOK_EVERY).await;
                 }
                 (status, answer) => bail!("POST /v1/orders answered {status}: {answer}"),
             }
