@@ -151,7 +151,7 @@ impl Letters {
 /// Waits until every row is recorded as published; returns the seconds from the lease to that moment.
 async fn wait(pool: &PgPool, rows: u32, of: &str, progress: &Progress) -> anyhow::Result<f64> {
     progress.step(format!("the relay drains {rows} rows ({of})"));
-    let (mut moved, mut told) = ((0, Instant::now()), 0);
+    let (mut moved, mut logged) = ((0, Instant::now()), 0);
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let (published, seconds): (i64, Option<f64>) = sqlx::query_as(
@@ -161,8 +161,8 @@ async fn wait(pool: &PgPool, rows: u32, of: &str, progress: &Progress) -> anyhow
         )
         .fetch_one(pool)
         .await?;
-        if published / i64::from(TOLD_EVERY) > told {
-            told = published / i64::from(TOLD_EVERY);
+        if published / i64::from(TOLD_EVERY) > logged {
+            logged = published / i64::from(TOLD_EVERY);
             progress.step(format!("the relay drains: {published} of {rows} rows ({of})"));
         }
         match seconds {

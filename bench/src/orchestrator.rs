@@ -130,12 +130,12 @@ impl Client {
         loop {
             let began = Instant::now();
             let id = SagaId::new();
-            let (tell, told) = oneshot::channel();
+            let (tell, answer) = oneshot::channel();
             lock(&self.waiting.sagas).insert(id, tell);
             self.engine.start(id, &self.saga, &input, &id.to_string()).await?;
             tokio::select! {
                 () = stop.cancelled() => return Ok(all),
-                ended = told => ended.context("nobody tells when sagas end")?,
+                ended = answer => ended.context("nobody tells when sagas end")?,
             }
             let at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
             all.push(Ended { at: u64::try_from(at.as_micros())?, took: u64::try_from(began.elapsed().as_micros())? });

@@ -96,9 +96,9 @@ fn no_configuration_error_repeats_what_it_was_given() {
             let urls = ["DATABASE_URL", "OUTBOXES", "GATEWAY_URL"].into_iter().filter(|name| names.contains(*name));
             let urls = urls.flat_map(|name| VALUES.map(|value| vec![(name, value), ("LOG_FORMAT", "xml")]));
             for set in all.into_iter().chain(each).chain(urls) {
-                let (code, told) = said(program, &arguments, &set);
-                assert_eq!(code, Some(2), "{program} {arguments:?} {set:?}: {told}");
-                assert!(!told.contains(SECRET), "{program} {arguments:?} {set:?}: {told}");
+                let (code, words) = said(program, &arguments, &set);
+                assert_eq!(code, Some(2), "{program} {arguments:?} {set:?}: {words}");
+                assert!(!words.contains(SECRET), "{program} {arguments:?} {set:?}: {words}");
             }
         }
     }
@@ -111,9 +111,9 @@ fn no_usage_error_repeats_a_url() {
             for value in VALUES.into_iter().filter(|value| value.contains("://")) {
                 // No subcommand takes so many arguments.
                 let arguments = [subcommand.clone(), vec![value.to_owned(); 3]].concat();
-                let (code, told) = said(program, &arguments, &[]);
-                assert_eq!(code, Some(2), "{program} {arguments:?}: {told}");
-                assert!(told.contains("a URL") && !told.contains(SECRET), "{program} {arguments:?}: {told}");
+                let (code, words) = said(program, &arguments, &[]);
+                assert_eq!(code, Some(2), "{program} {arguments:?}: {words}");
+                assert!(words.contains("a URL") && !words.contains(SECRET), "{program} {arguments:?}: {words}");
             }
         }
     }
