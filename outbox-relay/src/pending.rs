@@ -123,7 +123,8 @@ async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending
                     from unnest($7::text[]::xid8[]) as straggler (xid)
                    cross join lateral (select created_at
                                          from outbox
-                                        where outbox.xid = straggler.xid and id > $3
+                                        where outbox.xid >= straggler.xid and outbox.xid <= straggler.xid and id > $3
+                                        order by outbox.xid, id
                                         limit $6) as found
                    limit $6)
                  union all
@@ -137,7 +138,8 @@ async fn behind_position(db: &mut PgConnection, at: &Position) -> Result<Pending
                     from unnest($5::text[]::xid8[]) as straggler (xid)
                    cross join lateral (select created_at
                                          from outbox
-                                        where outbox.xid = straggler.xid
+                                        where outbox.xid >= straggler.xid and outbox.xid <= straggler.xid
+                                        order by outbox.xid, id
                                         limit $6) as found
                    where pg_visible_in_snapshot(straggler.xid, pg_current_snapshot())
                    limit $6)) as pending",
@@ -197,7 +199,9 @@ async fn left_behind(
                             from unnest($9::text[]::xid8[]) as straggler (xid)
                            cross join lateral (select id, xid, topic, created_at
                                                  from outbox
-                                                where outbox.xid = straggler.xid
+                                                where outbox.xid >= straggler.xid
+                                                  and outbox.xid <= straggler.xid
+                                                order by outbox.xid, id
                                                 limit $10) as found
                            limit $10)) as candidate) as row",
     ))
