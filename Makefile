@@ -9,8 +9,7 @@ STACK  := $(TARGET)/debug/stack
 # Pinned: another version may judge differently.
 DENY_VERSION := 0.20.2
 MDBOOK_VERSION := 0.5.4
-# Where `cargo install` puts it.
-MDBOOK := $(or $(CARGO_HOME),$(HOME)/.cargo)/bin/mdbook
+MDBOOK := $(TARGET)/tools/bin/mdbook
 
 help: ## This list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | awk -F: '{ printf "  make %-10s%s\n", $$1, $$2 }'
@@ -65,11 +64,12 @@ soak: tools-build tools-servers tools-python ## The same with the sizes that fau
 upgrade: tools-build tools-servers ## The last release's programs and today's together under load, upgraded and rolled back
 	sh e2e/upgrade.sh
 
-check: fmt clippy doc arch book deny ## fmt, clippy, rustdoc (warnings denied), the architecture test, the book, cargo-deny
+check: fmt clippy doc arch deny book ## fmt, clippy, rustdoc (warnings denied), the architecture test, cargo-deny, the book
 
-book: tools-build tools-python ## The documents as a book, links checked: target/book/html/index.html
+book: tools-build ## The documents as a book, links checked: target/book/html/index.html
+	@sh stack/tools.sh python3
 	@$(MDBOOK) --version 2>/dev/null | grep -qx 'mdbook v$(MDBOOK_VERSION)' || \
-	  cargo install mdbook --version $(MDBOOK_VERSION) --locked --no-default-features --features search
+	  cargo install mdbook --version $(MDBOOK_VERSION) --locked --no-default-features --features search --root $(TARGET)/tools
 	MDBOOK=$(MDBOOK) sh docs/book.sh $(TARGET)/book
 	python3 docs/links.py $(TARGET)/book/html
 

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Are the programs here that building and running need? On Debian as root, installs what is missing; elsewhere says
 # what to install. `sh stack/tools.sh build` looks for what compiles, `... servers` for what fetches and runs PostgreSQL
-# and Kafka, `... servers-unless-named` for the same where DATABASE_URL and KAFKA_BROKERS do not name both, `... python` for
-# what fetches and runs schemathesis.
+# and Kafka, `... servers-unless-named` for the same where DATABASE_URL and KAFKA_BROKERS do not name both, `... python3` for
+# scripts, `... python` for what fetches and runs schemathesis.
 set -eu
 
 debian() { [ -e /etc/debian_version ] && command -v apt-get >/dev/null 2>&1; }
@@ -43,10 +43,12 @@ for kind in "$@"; do
       fi ;;
     servers-unless-named)
       named || servers ;;
+    python3)
+      command -v python3 >/dev/null 2>&1 || need python3 python3 ;;
     python)
       # Debian has Python's own venv in a package apart.
       python3 -c 'import ensurepip, venv' 2>/dev/null || need "python3 (with venv)" python3-venv ;;
-    *) echo "usage: $0 build|servers|servers-unless-named|python ..." >&2; exit 2 ;;
+    *) echo "usage: $0 build|servers|servers-unless-named|python3|python ..." >&2; exit 2 ;;
   esac
 done
 

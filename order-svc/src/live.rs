@@ -199,7 +199,11 @@ impl LiveOrders {
         let wait = Wait::default();
         while !token.is_cancelled() {
             let pause = match self.run_once().await {
-                Ok(_) if self.lock().orders.is_empty() => None,
+                Ok(_) if self.lock().orders.is_empty() => {
+                    // No view stands still any more; the next outage is logged again.
+                    wait.ends();
+                    None
+                }
                 Ok(_) => {
                     if wait.ends() {
                         tracing::info!("live order views go on");

@@ -2,12 +2,15 @@
 //! may a record be.
 
 use rdkafka::{
-    admin::{AdminOptions, ResourceSpecifier},
+    admin::{AdminClient, AdminOptions, ResourceSpecifier},
     error::{KafkaError, RDKafkaErrorCode},
     metadata::MetadataPartition,
     util::Timeout,
 };
-use saga_core::{brokers::Inquirer, clock};
+use saga_core::{
+    brokers::{Inquirer, Quiet},
+    clock,
+};
 use std::{
     collections::HashSet,
     sync::{Arc, Mutex, PoisonError},
@@ -44,13 +47,17 @@ type Named = (Instant, Arc<HashSet<String>>);
 #[derive(Clone)]
 pub(crate) struct Topics {
     brokers: Arc<Inquirer>,
+    /// The client for settings of topics.
+    admin: Arc<Mutex<Arc<AdminClient<Quiet>>>>,
     /// All topics that the brokers name, and when they did; `None` before the first answer.
     named: Arc<Mutex<Option<Named>>>,
 }
 
 impl Topics {
     pub(crate) fn new(brokers: &str) -> Result<Self, KafkaError> {
-        Ok(Self { brokers: Arc::new(Inquirer::new(brokers, "outbox-relay")?), named: Arc::default() })
+        let brokers = Inquirer::new(brokers, "outbox-relay")?;
+        let admin = Arc::new(Mutex::new(Arc::new(brokers.administrator()?)));
+        Ok(Self { brokers: Arc::new(brokers), admin, named: Arc::default() })
     }
 
     /// Whether any broker answers.
@@ -60,24 +67,34 @@ impl Topics {
 
     /// Asks about one topic; an error means that the brokers did not answer.
     pub(crate) async fn look(&self, topic: &str) -> Result<TopicState, KafkaError> {
-        let options = AdminOptions::new().request_timeout(Some(Timeout::After(ANSWER_MAX)));
-        // The metadata shows whether the brokers are away, or only withhold a topic's settings.
-        let described = self
-            .brokers
-            .client()
-            .describe_configs([&ResourceSpecifier::Topic(topic)], &options)
-            .await
-            .unwrap_or_default();
-        let limit = described
-            .first()
-            .and_then(|config| config.as_ref().ok()?.get("max.message.bytes")?.value.as_deref()?.parse().ok());
-        match limit {
+        match self.limit(topic).await {
             Some(max_message_bytes) => Ok(TopicState::Ready { max_message_bytes }),
             // rdkafka 0.39 drops the broker's answer per topic. A topic that is missing then looks like one without
             // settings. So does one whose configuration may not be read (a right of its own, without which writing may
             // be allowed).
             None => self.look_without_configuration(topic).await,
         }
+    }
+
+    /// The topic's `max.message.bytes`; `None` where it is not known: the metadata shows whether the brokers are away, or
+    /// only withhold a topic's settings.
+    async fn limit(&self, topic: &str) -> Option<usize> {
+        let options = AdminOptions::new().request_timeout(Some(Timeout::After(ANSWER_MAX)));
+        let admin = self.admin.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let described = admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await;
+        if described.is_err() {
+            self.replace_admin();
+        }
+        let described = described.ok()?.into_iter().next()?.ok()?;
+        described.get("max.message.bytes")?.value.as_deref()?.parse().ok()
+    }
+
+    /// A client without an answer may never get one again: see [`saga_core::brokers`].
+    fn replace_admin(&self) {
+        let Ok(new) = self.brokers.administrator() else { return };
+        let old = std::mem::replace(&mut *self.admin.lock().unwrap_or_else(PoisonError::into_inner), Arc::new(new));
+        // The drop waits for the client's thread.
+        std::thread::spawn(move || drop(old));
     }
 
     /// Whether the brokers' list of all topics, of a moment ago, lacks this one. Where the brokers do not answer, the

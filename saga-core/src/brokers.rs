@@ -1,9 +1,9 @@
-//! Questions to Kafka's brokers, by a client that is replaced when it gets no answer.
+//! Questions to Kafka's brokers, by a client that is replaced when it reaches none.
 //!
 //! A client forgets its brokers when one answers that the cluster has none, as the only broker of a cluster does just
 //! after it stood still for long. It then begins anew with `bootstrap.servers`, unless the end of that same answer stops
 //! the beginning first: a race in librdkafka (its issue 5301, seen in 2.12 and 2.13). Such a client has nothing left to
-//! connect to, and no setting brings it back. So a client that asks is replaced after a question without an answer. A
+//! connect to, and no setting brings it back. So a client that asks is replaced when a question reached no broker. A
 //! consumer replaces its own when the brokers answer such questions and its own does not reach them.
 //!
 //! Nothing here survives the process; a new process connects by `bootstrap.servers`.
@@ -26,6 +26,7 @@ use rdkafka::{
     admin::AdminClient,
     client::Client,
     config::{FromClientConfigAndContext, RDKafkaLogLevel},
+    consumer::{BaseConsumer, Consumer as _, ConsumerContext},
     error::{KafkaError, KafkaResult, RDKafkaErrorCode as Code},
 };
 use std::{
@@ -33,10 +34,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A client without an answer is replaced when it is older than this: during an outage a new one helps no more.
+/// A client without an answer is replaced when it is older than this, so at most so often in an outage.
 const REPLACED_AFTER: Duration = Duration::from_secs(5);
 
-/// The client of an [`Inquirer`]. Its user knows what an error means, and logs it once.
+/// The context of such clients. Their user knows what an error means, and logs it once.
 pub struct Quiet;
 
 impl ClientContext for Quiet {
@@ -45,20 +46,24 @@ impl ClientContext for Quiet {
     }
 }
 
+impl ConsumerContext for Quiet {}
+
 /// Asks the brokers. It joins no group and creates no topic.
-pub struct Inquirer {
+pub struct Inquirer(Arc<Inquiry>);
+
+struct Inquiry {
     config: ClientConfig,
     current: Mutex<Current>,
 }
 
 struct Current {
-    client: Arc<AdminClient<Quiet>>,
+    client: Arc<BaseConsumer<Quiet>>,
     made: Instant,
 }
 
 impl Current {
     fn make(config: &ClientConfig) -> KafkaResult<Self> {
-        let client = AdminClient::from_config_and_context(config, Quiet)?;
+        let client = BaseConsumer::from_config_and_context(config, Quiet)?;
         Ok(Self { client: Arc::new(client), made: clock::monotonic() })
     }
 }
@@ -78,43 +83,50 @@ impl Inquirer {
             // A question must not create a topic.
             .set("allow.auto.create.topics", "false");
         let current = Mutex::new(Current::make(&config)?);
-        Ok(Self { config, current })
+        Ok(Self(Arc::new(Inquiry { config, current })))
     }
 
     /// Asks with librdkafka's blocking calls, on a thread for such calls. `question` bounds its own time.
     ///
     /// # Errors
-    /// Those of `question`. When no broker answered, the next question goes to a new client.
+    /// Those of `question`. When no broker could be reached, the next question goes to a new client.
     pub async fn ask<T: Send + 'static>(
         &self,
         question: impl FnOnce(&Client<Quiet>) -> KafkaResult<T> + Send + 'static,
     ) -> KafkaResult<T> {
-        let client = self.client();
-        let asked = tokio::task::spawn_blocking(move || question(client.inner()));
-        let answer = asked.await.unwrap_or(Err(KafkaError::Canceled));
-        answer.inspect_err(|error| self.unanswered(error))
+        let inquiry = Arc::clone(&self.0);
+        let asked = tokio::task::spawn_blocking(move || {
+            let client = Arc::clone(&inquiry.lock().client);
+            // The client reads nothing; its events about connections must not pile up.
+            while client.poll(Duration::ZERO).is_some() {}
+            question(client.client()).inspect_err(|error| inquiry.failed(error))
+        });
+        asked.await.unwrap_or(Err(KafkaError::Canceled))
     }
 
-    /// The client, for an administrative request. Its error goes to [`Inquirer::unanswered`].
-    pub fn client(&self) -> Arc<AdminClient<Quiet>> {
-        Arc::clone(&self.lock().client)
+    /// A client for one administrative request. Its drop waits for a thread of the client.
+    ///
+    /// # Errors
+    /// librdkafka does not accept the settings.
+    pub fn administrator(&self) -> KafkaResult<AdminClient<Quiet>> {
+        AdminClient::from_config_and_context(&self.0.config, Quiet)
     }
+}
 
-    /// Replaces the client if `error` says that no broker answered.
-    pub fn unanswered(&self, error: &KafkaError) {
-        let is_silence = matches!(
-            error.rdkafka_error_code(),
-            Some(Code::BrokerTransportFailure | Code::AllBrokersDown | Code::OperationTimedOut | Code::Resolve)
-        );
+impl Inquiry {
+    /// Replaces the client if `error` says that it reached no broker. A question that ran out of time did: a partition
+    /// without a leader has no answer.
+    fn failed(&self, error: &KafkaError) {
+        let unreached = [Code::BrokerTransportFailure, Code::AllBrokersDown, Code::Resolve];
+        let is_unreached = error.rdkafka_error_code().is_some_and(|code| unreached.contains(&code));
         let mut current = self.lock();
-        if !is_silence || clock::monotonic().saturating_duration_since(current.made) < REPLACED_AFTER {
+        if !is_unreached || clock::monotonic().saturating_duration_since(current.made) < REPLACED_AFTER {
             return;
         }
         match Current::make(&self.config) {
             Ok(new) => {
-                let old = std::mem::replace(&mut *current, new);
-                // The drop waits for the client's thread.
-                std::thread::spawn(move || drop(old));
+                *current = new;
+                tracing::debug!(brokers = self.config.get("bootstrap.servers"), "a client for questions is replaced");
             }
             Err(error) => tracing::debug!(%error, "a client for questions could not be replaced"),
         }

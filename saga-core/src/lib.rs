@@ -10,7 +10,7 @@
 //! | [`envelope`] | message headers (CloudEvents 1.0, Kafka binary mode) |
 //! | [`trace`] | the trace context that a message carries |
 //! | [`error_class`] | what an error of PostgreSQL or Kafka means: the one classifier |
-//! | [`brokers`] | questions to Kafka's brokers, by a client that is replaced when it gets no answer |
+//! | [`brokers`] | questions to Kafka's brokers, by a client that is replaced when it reaches none |
 //! | [`part`] | how the work of a part goes: what health asks of each |
 //! | [`outage`] | which dependencies are away, and since when: the one place that knows outages |
 //! | [`retry`], [`clock`] | the only users of `backoff` and of time |

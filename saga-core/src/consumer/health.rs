@@ -187,7 +187,8 @@ impl HealthState {
     /// A new client begins: the group gives it its partitions.
     pub(super) fn begins(&self, now: Instant) {
         let mut state = self.lock();
-        (state.began, state.ends, state.reach) = (Some(now), false, Reach::default());
+        (state.began, state.ends) = (Some(now), false);
+        state.reach.begins();
     }
 
     pub(super) fn polled(&self) {
@@ -393,7 +394,11 @@ impl HealthState {
     }
 
     pub(super) fn connected(&self, connected: bool) {
-        self.lock().reach.connected(connected);
+        self.connected_at(connected, clock::monotonic());
+    }
+
+    pub(super) fn connected_at(&self, connected: bool, now: Instant) {
+        self.lock().reach.connected(connected, now);
         match connected {
             true => self.kafka.working(),
             false => self.kafka.failing("no broker can be reached"),

@@ -208,6 +208,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_client_that_alone_reaches_no_broker_is_replaced() {
+        let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/places").unwrap();
+        // Brokers of its own: an outage of Kafka is one for all consumers of a process.
+        let (state, start) = (HealthState::new("group", "localhost:2", &pool), clock::monotonic());
+        let replaced = (0..20).map(|n| start + Duration::from_secs(n)).find(|&now| {
+            state.connected_at(false, now);
+            state.compare(ends(5, None), now);
+            state.anew().now_or_never().is_some()
+        });
+        assert_eq!(replaced, Some(start + Duration::from_secs(10)));
+    }
+
+    #[tokio::test]
     async fn a_topic_under_another_id_replaces_its_client_once() {
         let state = state(5);
         let anew = || state.anew().now_or_never().is_some();

@@ -60,6 +60,10 @@ const NOT_MADE_MIN: Duration = Duration::from_millis(50);
 /// Pause after a call that the provider did not let in: until an operator has acted, each further call is in vain.
 const NOT_LET_IN: Duration = Duration::from_secs(3);
 
+/// Pause after an answer that cannot be taken, because a later build wrote the command's fence. That build may run again
+/// and take it meanwhile.
+const LATER_BUILD_PAUSE: Duration = Duration::from_secs(60);
+
 /// Executes a participant's intents.
 #[derive(Clone)]
 pub struct Intents {
@@ -286,7 +290,9 @@ impl Intents {
         if class == ErrorClass::Configuration {
             self.in_vain(error.cause(), &reason);
         }
-        let unsettled = if class.counts_nothing() {
+        let unsettled = if error.is_of_a_later_build() {
+            self.bound().within(self.release(&claim, AttemptCount::No, LATER_BUILD_PAUSE, &reason)).await
+        } else if class.counts_nothing() {
             self.bound().within(self.back_off(&claim, AttemptCount::No, &reason)).await
         } else if claim.attempts >= self.config.max_attempts {
             self.bound().within(self.give_up(&claim, &reason.as_str().into())).await

@@ -3,12 +3,13 @@
 //! Nothing was committed: a worker of this process or another claims the intent again, and calls the provider again
 //! under the same idempotency key.
 
-use super::queue::ClaimedIntent;
+use super::{queue::ClaimedIntent, store::UnreadableFence};
 use crate::{
     consumer::HandleError,
     error_class::{ErrorClass, Found, classify, in_words},
     part::Cause,
 };
+
 /// Why an intent was not settled.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unsettled {
@@ -34,6 +35,11 @@ impl Unsettled {
             #[cfg(feature = "testkit")]
             Self::Injected(_) => ErrorClass::Own,
         }
+    }
+
+    /// Whether the fence is in a state that a later build wrote.
+    pub(super) fn is_of_a_later_build(&self) -> bool {
+        matches!(self, Self::Handle(HandleError::Failed(error)) if error.is::<UnreadableFence>())
     }
 
     /// Logs the error. In an outage of the database every call under way ends here, so such errors are at debug level:

@@ -123,7 +123,6 @@ pub(super) async fn ensure_and_tell(
                 return Ok(report);
             }
             Err(TopicError::Kafka(error)) => {
-                brokers.unanswered(&error);
                 tell(HealthIssue::new(Cause::KafkaAway, error.to_string()));
                 if wait.begins() {
                     tracing::warn!(brokers = settings.brokers, %error, "waiting for Kafka");
@@ -149,7 +148,7 @@ fn is_a_right(code: RDKafkaErrorCode) -> bool {
 
 async fn attempt(brokers: &Inquirer, settings: &KafkaSettings, wanted: &[Wanted]) -> Result<TopicsReport, TopicError> {
     let existing = partitions(brokers).await?;
-    let admin = &*brokers.client();
+    let admin = &brokers.administrator()?;
     let partitions_of = |topic: &Wanted| existing.iter().find(|(name, _)| *name == topic.name).map(|(_, count)| *count);
     let (present, missing): (Vec<_>, Vec<_>) = wanted.iter().partition(|topic| partitions_of(topic).is_some());
 

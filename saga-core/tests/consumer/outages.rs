@@ -197,6 +197,7 @@ async fn brokers_that_do_not_say_where_the_group_has_come_to_are_red_and_why() {
 
 #[tokio::test]
 async fn questions_are_answered_again_after_an_answer_that_there_are_no_brokers() {
+    let log = Log::hear("saga_core::brokers=debug");
     let proxy = KafkaProxy::new(&brokers()).await;
     let topic = TestTopic::create("inquirer", 100).await;
     let inquirer = Inquirer::new(&proxy.brokers(), "inquirer").unwrap();
@@ -218,4 +219,6 @@ async fn questions_are_answered_again_after_an_answer_that_there_are_no_brokers(
 
     let answer = eventually(Duration::from_secs(30), || async { ask().await.ok() }).await;
     assert_eq!(answer.brokers().len(), 1);
+    let through = proxy.brokers();
+    assert!(log.said("a client for questions is replaced").iter().any(|line| line["brokers"] == through));
 }

@@ -413,3 +413,41 @@ async fn an_intent_that_cannot_be_read_is_put_off_and_the_others_are_performed()
     world.settle().await;
     assert_eq!(world.outcomes(sagas[1]).await, [Succeeded]);
 }
+
+#[tokio::test]
+async fn an_intent_whose_fence_a_later_build_wrote_waits_and_is_not_given_up() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Do, &pay(&["yes"]))]).await;
+    let state: String = sqlx::query_scalar("select run_state from participant_fence where saga_id = $1")
+        .bind(saga.0)
+        .fetch_one(&world.database.pool)
+        .await
+        .unwrap();
+    let set = async |state: &str| {
+        sqlx::query("update participant_fence set run_state = $1")
+            .bind(state)
+            .execute(&world.database.pool)
+            .await
+            .unwrap();
+    };
+    set("postponed").await;
+    world.settle().await;
+    let (attempts, waits, error): (i32, bool, String) = sqlx::query_as(
+        "select attempts, due_at > clock_timestamp() + interval '30 seconds', last_error from participant_intent",
+    )
+    .fetch_one(&world.database.pool)
+    .await
+    .unwrap();
+    assert_eq!((attempts, waits, world.provider.calls.of(key(saga))), (0, true, 1), "{error}");
+    assert!(error.contains("a later build wrote it"), "{error}");
+    assert_eq!(world.outcomes(saga).await, []);
+
+    set(&state).await;
+    sqlx::query("update participant_intent set due_at = clock_timestamp()")
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    world.settle().await;
+    assert_eq!((world.outcomes(saga).await, world.effects(saga).await), (vec![Succeeded], 1));
+}

@@ -72,6 +72,9 @@ pub async fn missing(db: &mut PgConnection, needs: &[Needs]) -> Result<PartRepor
     let pairs = needs.iter().flat_map(|need| need.rights.iter().map(|right| (need.table, *right)));
     let (tables, rights): (Vec<&str>, Vec<&str>) = pairs.unzip();
     let written = rights.iter().any(|right| *right != "select");
+    // Looking a partition up takes a lock on its sequence.
+    let mut tx = db.begin().await?;
+    sqlx::raw_sql(AssertSqlSafe(lock_bound())).execute(&mut *tx).await?;
     let (lacks, is_there, read_only, partitions): (Option<String>, bool, bool, Vec<String>) = sqlx::query_as(concat!(
         "select need.name || ': ' || need.privilege, coalesce(to_regclass(need.name) is not null, true), ",
         read_only!(),
@@ -87,32 +90,36 @@ pub async fn missing(db: &mut PgConnection, needs: &[Needs]) -> Result<PartRepor
     ))
     .bind(tables)
     .bind(rights)
-    .fetch_one(&mut *db)
+    .fetch_one(&mut *tx)
     .await?;
     Ok(match lacks {
         Some(lacks) if is_there => PartReport::red(Cause::RightMissing, format!("a right is missing: {lacks}")),
         Some(lacks) => PartReport::red(Cause::TableMissing, format!("a table is missing: {lacks}")),
         None if read_only && written => PartReport::red(Cause::DatabaseReadOnly, "the database takes no writes"),
         None => {
-            sqlx::raw_sql(AssertSqlSafe(locks(needs, &partitions))).execute(db).await?;
+            sqlx::raw_sql(AssertSqlSafe(locks(needs, &partitions))).execute(&mut *tx).await?;
+            tx.rollback().await?;
             PartReport::fine()
         }
     })
 }
 
-/// Takes the locks that requests take, and lets go of them: several statements in one query are one transaction.
+fn lock_bound() -> String {
+    format!("set local lock_timeout = '{}ms'", LOCK_MAX.as_millis())
+}
+
+/// Takes the locks that requests take. The caller's transaction lets go of them.
 ///
 /// A question that reads would not do. A role that may only insert cannot ask it, and a lock that keeps writes out lets
 /// reads through. `only`: a partition that is locked concerns the rows in it, and new rows go to one of `partitions`.
 fn locks(needs: &[Needs], partitions: &[String]) -> String {
-    let bound = format!("set local lock_timeout = '{}ms'", LOCK_MAX.as_millis());
     let locks = needs.iter().map(|Needs { table, rights }| {
         let mode = if rights.iter().all(|right| *right == "select") { "access share" } else { "row exclusive" };
         format!("lock table only \"{table}\" in {mode} mode")
     });
     // PostgreSQL has quoted these names.
     let of_partitions = partitions.iter().map(|name| format!("lock table only {name} in row exclusive mode"));
-    std::iter::once(bound).chain(locks).chain(of_partitions).collect::<Vec<_>>().join("; ")
+    locks.chain(of_partitions).collect::<Vec<_>>().join("; ")
 }
 
 /// Whether a session that begins now takes writes. Sessions of the pool may have begun before a failover. To replace
@@ -248,5 +255,11 @@ mod tests {
         let mut lock = database.pool.begin().await.unwrap();
         sqlx::query(r#"lock table only "Beyond" in share mode"#).execute(&mut *lock).await.unwrap();
         assert!(locked(&database.pool).await, "no other partition takes the next row");
+        lock.rollback().await.unwrap();
+        // Where the next row goes is not to be found out now; an insert would wait, too.
+        let mut lock = database.pool.begin().await.unwrap();
+        sqlx::query("alter sequence posted_id_seq restart 9").execute(&mut *lock).await.unwrap();
+        let asked = Instant::now();
+        assert!(locked(&database.pool).await && asked.elapsed() < LOCK_MAX * 3, "{:?}", asked.elapsed());
     }
 }
