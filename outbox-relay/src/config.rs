@@ -202,7 +202,7 @@ fn seconds(
 }
 
 /// A whole number of at least `least`.
-fn number<T: FromStr + PartialOrd + Display>(
+fn number<T: FromStr + PartialOrd + Display + Copy>(
     variable: &'static str,
     text: Option<&str>,
     least: T,
