@@ -7,11 +7,12 @@ set -eu
 book=$1
 rm -rf "$book"
 mkdir -p "$book/source"
-git rev-parse --git-dir >/dev/null 2>&1 || {
-  echo "error: the book is made of the files that git knows, and this is no clone of the repository" >&2
-  exit 1
+# Without git, all but what is built is taken.
+files() {
+  git ls-files --cached --others --exclude-standard 2>/dev/null ||
+    find . \( -name .git -o -name target -o -name .stack -o -path "./$book" -o -path ./docker/.env \) -prune -o -type f -print
 }
-git ls-files --cached --others --exclude-standard | while read -r file; do
+files | while read -r file; do
   # A file that was removed, and not from the index yet, is not there.
   [ ! -e "$file" ] || echo "$file"
 done | tar -cf - -T - | tar -xf - -C "$book/source"
