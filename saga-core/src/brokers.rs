@@ -99,9 +99,15 @@ impl Inquirer {
             let client = Arc::clone(&inquiry.lock().client);
             // The client reads nothing; its events about connections must not pile up.
             while client.poll(Duration::ZERO).is_some() {}
-            question(client.client()).inspect_err(|error| inquiry.failed(error))
+            let answer = question(client.client());
+            let is_replaced = answer.as_ref().is_err_and(|error| inquiry.replaces_for(error));
+            (answer, is_replaced)
         });
-        asked.await.unwrap_or(Err(KafkaError::Canceled))
+        let (answer, is_replaced) = asked.await.unwrap_or((Err(KafkaError::Canceled), false));
+        if is_replaced {
+            tracing::debug!(brokers = self.0.config.get("bootstrap.servers"), "a client for questions is replaced");
+        }
+        answer
     }
 
     /// A client for one administrative request. Its drop waits for a thread of the client.
@@ -115,21 +121,18 @@ impl Inquirer {
 
 impl Inquiry {
     /// Replaces the client if `error` says that it reached no broker. A question that ran out of time did: a partition
-    /// without a leader has no answer.
-    fn failed(&self, error: &KafkaError) {
+    /// without a leader has no answer. Returns whether it is replaced.
+    fn replaces_for(&self, error: &KafkaError) -> bool {
         let unreached = [Code::BrokerTransportFailure, Code::AllBrokersDown, Code::Resolve];
         let is_unreached = error.rdkafka_error_code().is_some_and(|code| unreached.contains(&code));
         let mut current = self.lock();
         if !is_unreached || clock::monotonic().saturating_duration_since(current.made) < REPLACED_AFTER {
-            return;
+            return false;
         }
-        match Current::make(&self.config) {
-            Ok(new) => {
-                *current = new;
-                tracing::debug!(brokers = self.config.get("bootstrap.servers"), "a client for questions is replaced");
-            }
-            Err(error) => tracing::debug!(%error, "a client for questions could not be replaced"),
-        }
+        Current::make(&self.config).is_ok_and(|new| {
+            *current = new;
+            true
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Current> {

@@ -48,7 +48,7 @@ impl ClientContext for Context {
     /// The consumer itself logs what matters of this, once; the library repeats itself for as long as a broker is away.
     /// Only this log shows that a topic is another one under its old name.
     fn log(&self, level: RDKafkaLogLevel, facility: &str, text: &str) {
-        if let Some((topic, was, is)) = topic_id(text) {
+        if let Some((topic, was, is)) = topic_id(text).filter(|_| !self.closing.load(Ordering::SeqCst)) {
             self.health.topic_is(topic, was, is);
         }
         tracing::debug!(target: "librdkafka", ?level, facility, text);
@@ -58,8 +58,12 @@ impl ClientContext for Context {
         tracing::debug!(target: "librdkafka", %error, reason);
     }
 
+    /// A client that does not close in time goes on saying that it reaches no broker. Its successor speaks for the
+    /// consumer then.
     fn stats(&self, statistics: Statistics) {
-        self.health.statistics(&statistics);
+        if !self.closing.load(Ordering::SeqCst) {
+            self.health.statistics(&statistics);
+        }
     }
 }
 
@@ -168,6 +172,20 @@ pub(super) fn asking(config: &ConsumerConfig) -> ClientConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_is_closed_says_nothing_of_its_consumer_any_more() {
+        let pool = sqlx::PgPool::connect_lazy("postgres://nobody@localhost/clients").unwrap();
+        let health = Arc::new(HealthState::new("group", "localhost:3", &pool));
+        let (rebalances, _) = tokio::sync::mpsc::unbounded_channel();
+        let context = Context { rebalances, health: Arc::clone(&health), closing: AtomicBool::new(false) };
+        context.close();
+        context.stats(Statistics::default());
+        assert!(health.kafka.issue().is_none(), "its successor may reach a broker");
+        context.closing.store(false, Ordering::SeqCst);
+        context.stats(Statistics::default());
+        assert!(health.kafka.issue().is_some());
+    }
 
     #[test]
     fn a_topics_id_is_found_in_the_line_that_says_it() {

@@ -28,7 +28,7 @@ use super::{
     handler::Performed,
     queue::{self, AttemptCount, ClaimLimits, ClaimedIntent, IntentScope},
     store,
-    unsettled::Unsettled,
+    unsettled::{LATER_BUILD_PAUSE, NOT_LET_IN_PAUSE, Unsettled},
 };
 use crate::{
     clock::{self, DatabaseClock},
@@ -56,13 +56,6 @@ use uuid::Uuid;
 
 /// Shortest pause after a call that was not made, so that a handler that makes none does not run in a hot loop.
 const NOT_MADE_MIN: Duration = Duration::from_millis(50);
-
-/// Pause after a call that the provider did not let in: until an operator has acted, each further call is in vain.
-const NOT_LET_IN: Duration = Duration::from_secs(3);
-
-/// Pause after an answer that cannot be taken, because a later build wrote the command's fence. That build may run again
-/// and take it meanwhile.
-const LATER_BUILD_PAUSE: Duration = Duration::from_secs(60);
 
 /// Executes a participant's intents.
 #[derive(Clone)]
@@ -321,7 +314,7 @@ impl Intents {
             }
             Performed::NotLetIn { reason } => {
                 self.in_vain(Cause::ProviderForbidden, &reason);
-                self.release(claim, AttemptCount::No, NOT_LET_IN, &reason).await
+                self.release(claim, AttemptCount::No, NOT_LET_IN_PAUSE, &reason).await
             }
         }
     }

@@ -9,6 +9,14 @@ use crate::{
     error_class::{ErrorClass, Found, classify, in_words},
     part::Cause,
 };
+use std::time::Duration;
+
+/// Pause after an answer that cannot be taken, because a later build wrote the command's fence. That build may run again
+/// and take it meanwhile.
+pub(super) const LATER_BUILD_PAUSE: Duration = Duration::from_secs(60);
+
+/// Pause after a call that the provider did not let in: until an operator has acted, each further call is in vain.
+pub(super) const NOT_LET_IN_PAUSE: Duration = Duration::from_secs(3);
 
 /// Why an intent was not settled.
 #[derive(Debug, thiserror::Error)]

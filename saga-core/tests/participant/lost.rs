@@ -164,3 +164,46 @@ async fn an_undo_of_another_command_than_was_done_is_poison() {
     world.deliver(&[undo(saga, YES, &Remove)]).await;
     assert_eq!((world.outcomes(saga).await, world.effects(saga).await), (vec![Succeeded, Succeeded], 0));
 }
+
+#[tokio::test]
+async fn an_intent_whose_fence_a_later_build_wrote_waits_and_is_not_given_up() {
+    let world = World::new().await;
+    let saga = SagaId::new();
+    world.deliver(&[message(saga, Op::Do, &pay(&["yes"]))]).await;
+    let state: String = sqlx::query_scalar("select run_state from participant_fence where saga_id = $1")
+        .bind(saga.0)
+        .fetch_one(&world.database.pool)
+        .await
+        .unwrap();
+    // The later build's migration lets in its own states.
+    sqlx::query("alter table participant_fence drop constraint participant_fence_run_state_known")
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    let set = async |state: &str| {
+        sqlx::query("update participant_fence set run_state = $1")
+            .bind(state)
+            .execute(&world.database.pool)
+            .await
+            .unwrap();
+    };
+    set("postponed").await;
+    world.settle().await;
+    let (attempts, waits, error): (i32, bool, String) = sqlx::query_as(
+        "select attempts, due_at > clock_timestamp() + interval '30 seconds', last_error from participant_intent",
+    )
+    .fetch_one(&world.database.pool)
+    .await
+    .unwrap();
+    assert_eq!((attempts, waits, world.provider.calls.of(key(saga, Op::Do))), (0, true, 1), "{error}");
+    assert!(error.contains("a later build wrote it"), "{error}");
+    assert_eq!(world.outcomes(saga).await, []);
+
+    set(&state).await;
+    sqlx::query("update participant_intent set due_at = clock_timestamp()")
+        .execute(&world.database.pool)
+        .await
+        .unwrap();
+    world.settle().await;
+    assert_eq!((world.outcomes(saga).await, world.effects(saga).await), (vec![Succeeded], 1));
+}
