@@ -83,18 +83,22 @@ impl Topics {
         let admin = self.admin.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let described = admin.describe_configs([&ResourceSpecifier::Topic(topic)], &options).await;
         if described.is_err() {
-            self.replace_admin();
+            self.replace_admin(admin);
         }
         let described = described.ok()?.into_iter().next()?.ok()?;
         described.get("max.message.bytes")?.value.as_deref()?.parse().ok()
     }
 
     /// A client without an answer may never get one again: see [`saga_core::brokers`].
-    fn replace_admin(&self) {
-        let Ok(new) = self.brokers.administrator() else { return };
-        let old = std::mem::replace(&mut *self.admin.lock().unwrap_or_else(PoisonError::into_inner), Arc::new(new));
-        // The drop waits for the client's thread.
-        std::thread::spawn(move || drop(old));
+    fn replace_admin(&self, failed: Arc<AdminClient<Quiet>>) {
+        let mut admin = self.admin.lock().unwrap_or_else(PoisonError::into_inner);
+        if Arc::ptr_eq(&admin, &failed)
+            && let Ok(new) = self.brokers.administrator()
+        {
+            *admin = Arc::new(new);
+        }
+        // The last drop waits for the client's thread.
+        std::thread::spawn(move || drop(failed));
     }
 
     /// Whether the brokers' list of all topics, of a moment ago, lacks this one. Where the brokers do not answer, the

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 /// A client that is cut off for so long is replaced; otherwise it reconnects within two seconds. The time doubles each
 /// time that a new client did not help, as the broker may take no more of this process's connections.
 const CUT_OFF_MAX: Duration = Duration::from_secs(10);
+/// The longest such time.
 const CUT_OFF_MAX_AT_LAST: Duration = Duration::from_secs(600);
 /// What the client said of itself is old after so long: it says it every two seconds, unless the polling task is busy.
 const FRESH_FOR: Duration = Duration::from_secs(5);

@@ -71,7 +71,14 @@ impl ReadMark {
     /// The partition's first offset, and the offset after its last.
     async fn range(&self) -> Option<(i64, i64)> {
         let (topic, partition) = (self.topic.clone(), self.partition);
-        let asked = self.brokers.ask(move |client| client.fetch_watermarks(&topic, partition, ANSWER_MAX)).await;
+        let asked = self.brokers.ask(move |client| {
+            client.fetch_watermarks(&topic, partition, ANSWER_MAX).or_else(|error| {
+                // This shows whether the partition has no leader, or the client reaches no broker and is to be replaced.
+                client.fetch_metadata(Some(&topic), ANSWER_MAX)?;
+                Err(error)
+            })
+        });
+        let asked = asked.await;
         asked
             .inspect_err(|error| {
                 tracing::debug!(topic = self.topic, partition = self.partition, %error, "where a partition ends is not known");
